@@ -1,0 +1,49 @@
+"""The adapter as data: which tensors of a model are the adapter's, and which are the backbone's."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lora_lightning.lora.inject import adapted_layers, saved_copies
+
+FACTORS = ("lora_A", "lora_B")
+"""Tensors that an adapted layer adds to its module."""
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A, B and the copies of `modules_to_save`, by their keys in `model.state_dict()`."""
+    state = model.state_dict(keep_vars=True)
+    wanted = [f"{name}." for name in _copy_prefixes(model)]
+    factors = {_join(name, factor) for name, _ in adapted_layers(model) for factor in FACTORS}
+    return {k: v for k, v in state.items() if k in factors or any(k.startswith(prefix) for prefix in wanted)}
+
+
+def frozen_keys(model: nn.Module) -> set[str]:
+    """Keys of `model.state_dict()` that are the backbone's own: all but the adapter's."""
+    return set(model.state_dict(keep_vars=True)) - _adapter_keys(model)
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """W0: the backbone's own tensors by name, less those that `modules_to_save` stands in for."""
+    state = model.state_dict(keep_vars=True)
+    replaced = tuple(f"{name}." if name else "" for name, _ in saved_copies(model))
+    ours = _adapter_keys(model)
+    return {k: v for k, v in state.items() if k not in ours and not (replaced and k.startswith(replaced))}
+
+
+def _adapter_keys(model: nn.Module) -> set[str]:
+    """Like the keys of `adapter_tensors`, but under every name that a module in two places has."""
+    keys: set[str] = set()
+    ours = {id(t) for t in adapter_tensors(model).values()}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in ours:
+            keys.add(key)
+    return keys
+
+
+def _copy_prefixes(model: nn.Module) -> list[str]:
+    return [_join(name, "lora_copy") for name, _ in saved_copies(model)]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part)

@@ -1,0 +1,158 @@
+"""What to adapt and how: one frozen, keyword-only dataclass, checked once.
+
+Names are PEFT's less the `lora_` prefix, so that a config carries over by reading it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from lora_lightning.lora.errors import ConfigError, did_you_mean
+
+ALL_LINEAR = "all-linear"
+Init = Literal["gaussian", "kaiming"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Which modules get `h = W0 x + s B A x`, with which rank and scale.
+
+    The method is Hu et al. 2021 (arXiv 2106.09685). The scale s is `alpha / r`, or `alpha / sqrt(r)`
+    with `use_rslora`.
+
+    Raises:
+        ConfigError: a field's value means nothing, with what was expected and what came.
+    """
+
+    r: int = 8
+    """Rank of the update: A is (r, in), B is (out, r)."""
+
+    alpha: float | None = None
+    """Numerator of the scale alpha / r. Left out, it is 2 r."""
+
+    dropout: float = 0.0
+    """Probability with which an entry of the adapter's input is zeroed in training; W0's input is left whole."""
+
+    target_modules: str | list[str] = ALL_LINEAR
+    """Modules to adapt: `all-linear` (the output head left out), a list of names that a module's full name
+    equals or ends in, or one regular expression that a full name matches as a whole."""
+
+    exclude_modules: str | list[str] | None = None
+    """Modules to leave alone though `target_modules` selects them; written like `target_modules`."""
+
+    layers_to_transform: int | list[int] | None = None
+    """Indices of the repeated blocks to adapt: the first number in a module's full name. Left out, all."""
+
+    modules_to_save: list[str] | None = None
+    """Modules trained in full beside the adapters, such as a new head: exact full names, or a last part that is
+    unique in the model. A copy is trained; the original stays as it was."""
+
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks that differ from `r`, by module name or regular expression; the longest pattern that matches wins."""
+
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Alphas that differ from `alpha`, by module name or regular expression; the longest that matches wins."""
+
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv 2312.03732)."""
+
+    init: Init = "gaussian"
+    """How A starts: `gaussian` is N(0, 1/r^2), the paper's choice in the scale that PEFT gives it; `kaiming` is
+    uniform in +-1/sqrt(in), what loralib and PEFT draw by default. B starts at zero."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"r must be a whole number of at least 1, got {self.r!r}")
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", 2.0 * self.r)
+        _check_alpha("alpha", self.alpha)
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if self.init not in get_args(Init):
+            raise ConfigError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+        for name in ("target_modules", "exclude_modules"):
+            object.__setattr__(self, name, _check_names(name, getattr(self, name)))
+        if not self.target_modules:
+            raise ConfigError(f"target_modules selects nothing: write '{ALL_LINEAR}' or a list of names")
+        if self.modules_to_save is not None:
+            object.__setattr__(self, "modules_to_save", _check_list("modules_to_save", self.modules_to_save))
+        self._check_layers()
+        for pattern, rank in self.rank_pattern.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"rank_pattern['{pattern}'] must be a whole number of at least 1, got {rank!r}")
+        for pattern, alpha in self.alpha_pattern.items():
+            _check_alpha(f"alpha_pattern['{pattern}']", alpha)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern):
+            _check_regex("rank_pattern or alpha_pattern", pattern)
+
+    def _check_layers(self) -> None:
+        layers = self.layers_to_transform
+        if layers is None:
+            return
+        numbers = [layers] if isinstance(layers, int) else list(layers)
+        if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+            raise ConfigError(f"layers_to_transform must be block numbers from 0 on, got {layers!r}")
+        object.__setattr__(self, "layers_to_transform", numbers)
+
+    @property
+    def scaling_alpha(self) -> float:
+        """`alpha` as a number: `__post_init__` has filled it in."""
+        assert self.alpha is not None
+        return float(self.alpha)
+
+    def scale(self, r: int, alpha: float) -> float:
+        """s in `h = W0 x + s B A x` for one layer's rank and alpha."""
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists, as they go into a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LoRAConfig:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ConfigError: an unknown field, with the nearest known one.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in values:
+            if name not in known:
+                raise ConfigError(f"LoRAConfig has no field '{name}'{did_you_mean(name, known)}")
+        return cls(**values)
+
+
+def _check_alpha(name: str, alpha: Any) -> None:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+        raise ConfigError(f"{name} must be a finite number above 0, got {alpha!r}")
+
+
+def _check_names(name: str, value: Any) -> str | list[str] | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        _check_regex(name, value)
+        return value
+    return _check_list(name, value)
+
+
+def _check_list(name: str, value: Any) -> list[str]:
+    if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
+        raise ConfigError(f"{name} must be a list of module names, got {value!r}")
+    # A set has no order of its own; a list keeps the user's.
+    names = sorted(value) if isinstance(value, set | frozenset) else list(value)
+    for entry in names:
+        if not isinstance(entry, str) or not entry:
+            raise ConfigError(f"{name} must hold module names, got {entry!r} in {value!r}")
+    return list(dict.fromkeys(names))
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{name}: '{pattern}' is not a regular expression ({error})") from error

@@ -1,0 +1,42 @@
+"""The errors a user can cause. Each says what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LoRAError(ValueError):
+    """Base of every error that bad input causes; the command prints it as one line."""
+
+
+class ConfigError(LoRAError):
+    """A field of `LoRAConfig` has a value that means nothing."""
+
+
+class TargetError(LoRAError):
+    """A pattern selects nothing, or something that cannot be adapted."""
+
+
+class AdapterError(LoRAError):
+    """An adapter's files, keys, shapes or base do not fit the model."""
+
+
+class MergeError(LoRAError):
+    """The update cannot be folded into W0."""
+
+
+def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The known names nearest to `word`, best first; a hit inside a longer name counts too."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(word, names, n=limit, cutoff=0.55)
+    inside = [name for name in names if word and word.lower() in name.lower() and name not in close]
+    return (close + inside)[:limit]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'query'?"`, or an empty string where nothing is near."""
+    close = near_misses(word, known)
+    if not close:
+        return ""
+    return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"

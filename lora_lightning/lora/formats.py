@@ -1,0 +1,312 @@
+"""PEFT directories, out and in: `adapter_model.safetensors` and `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import AdapterError, did_you_mean
+from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies
+from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.report import InjectionReport
+from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+PROVENANCE = "lora_lightning"
+
+# Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "trainable_token_indices": (None, [], {}),
+    "target_parameters": (None, []),
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+}
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+) -> Path:
+    """Write the adapter of `model` as a directory that PEFT opens on the plain backbone. Same adapter, same bytes.
+
+    Ranks, alphas and module names are written out in full, so that nothing depends on the order of patterns.
+    The weights' metadata hold the fingerprint of W0.
+
+    Args:
+        base_model_name_or_path: what PEFT's `Auto` classes should load as the backbone; a transformers
+            model's own name is taken when left out.
+        task_type: PEFT's name of the task, such as `SEQ_CLS`.
+
+    Raises:
+        AdapterError: the model has no adapter, or its values are not finite.
+    """
+    layers, saved = adapted_layers(model), saved_copies(model)
+    if not layers and not saved:
+        raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
+    tensors = {_peft_key(name): tensor for name, tensor in adapter_tensors(model).items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
+    config = _peft_config(model)
+    config["base_model_name_or_path"] = base_model_name_or_path or _own_name(model)
+    config["task_type"] = task_type
+    provenance = {
+        "version": version("lora_lightning"),
+        "base": json.loads(fingerprint(model).to_json()),
+        "modules": {name: [s.lora_settings.r, s.lora_settings.alpha] for name, s in layers},
+    }
+    directory = Path(directory)
+    metadata = {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
+    write_tensors(directory / WEIGHTS, tensors, metadata)
+    write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    return directory
+
+
+def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: bool = False) -> InjectionReport:
+    """Inject what a PEFT directory describes into a plain `model` and load its weights.
+
+    Ranks come from the tensors, alphas as PEFT resolves its patterns.
+
+    Raises:
+        AdapterError: a file is missing or torn; a key is missing, left over or wrongly shaped; a setting has
+            no counterpart here; the adapter was made on another W0 and `allow_other_base` is False. The model
+            is then plain as before.
+        TargetError: the model has no module that the adapter names.
+    """
+    directory = Path(directory)
+    peft = read_config(directory / CONFIG)
+    tensors, metadata = read_tensors(directory / WEIGHTS)
+    _refuse_unknown_settings(peft)
+    if not allow_other_base:
+        _check_base(model, metadata)
+    modules, saved = _split_keys(tensors, model)
+    _check_targets(peft, modules, model)
+    report = inject(model, _our_config(peft, modules, saved))
+    try:
+        load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items()})
+    except AdapterError:
+        remove(model)
+        raise
+    return report
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the adapter's tensors, by their keys in `model.state_dict()`, into an adapted model.
+
+    Raises:
+        AdapterError: with the list of all keys that are missing, left over or wrongly shaped. Nothing is loaded then.
+    """
+    own = adapter_tensors(model)
+    problems = [f"missing '{key}'" for key in own if key not in tensors]
+    problems += [f"left over '{key}'{did_you_mean(key, own)}" for key in tensors if key not in own]
+    problems += [
+        f"'{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    if problems:
+        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {_some(problems)}")
+    for key, tensor in own.items():
+        tensor.data.copy_(tensors[key])
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A PEFT config of type LORA.
+
+    Raises:
+        AdapterError: it is missing, no JSON, or of another method.
+    """
+    if not path.is_file():
+        raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
+        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}")
+    return config
+
+
+def _peft_key(key: str) -> str:
+    key = key.replace(".lora_copy.", ".")
+    module, _, last = key.rpartition(".")
+    return f"{PREFIX}{module}.{last}.weight" if last in ("lora_A", "lora_B") else PREFIX + key
+
+
+def _our_key(key: str, saved: list[str]) -> str:
+    key = key.removeprefix(PREFIX)
+    for name in saved:
+        if key.startswith(f"{name}."):
+            return f"{name}.lora_copy.{key.removeprefix(f'{name}.')}"
+    return key.removesuffix(".weight")
+
+
+def _peft_config(model: nn.Module) -> dict[str, Any]:
+    layers = adapted_layers(model)
+    settings = {name: layer.lora_settings for name, layer in layers}
+    first = next(iter(settings.values()), None)
+    r, alpha = (first.r, first.alpha) if first else (8, 16)
+    rslora = any(s.scale != s.alpha / s.r for s in settings.values())
+    return {
+        "peft_type": "LORA",
+        "r": r,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": first.dropout if first else 0.0,
+        "target_modules": _target_modules([name for name, _ in layers], model),
+        "rank_pattern": {f"^{re.escape(n)}$": s.r for n, s in settings.items() if s.r != r},
+        "alpha_pattern": {f"^{re.escape(n)}$": _number(s.alpha) for n, s in settings.items() if s.alpha != alpha},
+        "modules_to_save": [name for name, _ in saved_copies(model)] or None,
+        "use_rslora": rslora,
+        "init_lora_weights": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_dora": False,
+        "inference_mode": True,
+    }
+
+
+def _target_modules(names: list[str], model: nn.Module) -> list[str] | str:
+    """Full names; where one is also the dotted end of another module's name, one anchored regex instead."""
+    everything = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    chosen = set(names)
+    for other in everything:
+        if other not in chosen and any(other.endswith(f".{name}") for name in names):
+            return "|".join(re.escape(name) for name in names)
+    return sorted(names)
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _own_name(model: nn.Module) -> str | None:
+    """The hub name or path that a transformers model carries."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    return name or None
+
+
+def _refuse_unknown_settings(peft: dict[str, Any]) -> None:
+    for name, neutral in NEUTRAL.items():
+        if name in peft and peft[name] not in neutral:
+            raise AdapterError(f"the adapter's setting {name}={peft[name]!r} has no counterpart here yet")
+
+
+def _check_base(model: nn.Module, metadata: dict[str, str]) -> None:
+    if PROVENANCE not in metadata:
+        return
+    try:
+        made_on = Fingerprint.from_json(json.dumps(json.loads(metadata[PROVENANCE])["base"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"the adapter's record of its base cannot be read ({error})") from error
+    refuse_other_base(made_on, fingerprint(model))
+
+
+def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
+    """Raise where W0 is another than the adapter's, naming the tensors that differ."""
+    different = made_on.differences(here)
+    # A head that the adapter brings whole is in one of the two only.
+    different = [n for n in different if n in made_on.tensors]
+    if different:
+        raise AdapterError(
+            f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
+            f" {len(different)} of {len(made_on.tensors)} tensors differ, first {_some(different)}."
+            f" Load the base that it was made on, or pass allow_other_base=True"
+        )
+
+
+def _split_keys(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, int], list[str]]:
+    """Adapted modules with their rank, and the modules saved in full, from the keys of the file."""
+    strangers = [key for key in tensors if not key.startswith(PREFIX)]
+    if strangers:
+        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {_some(strangers)}")
+    modules: dict[str, int] = {}
+    rest: list[str] = []
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if name.endswith(".lora_A.weight"):
+            modules[name.removesuffix(".lora_A.weight")] = tensor.shape[0] if tensor.dim() else 0
+        elif not name.endswith(".lora_B.weight"):
+            rest.append(name)
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    unknown = [name for name in modules if name not in known]
+    if unknown:
+        hint = did_you_mean(unknown[0], known)
+        raise AdapterError(
+            f"the model has no module '{unknown[0]}' ({len(unknown)} of the adapter's are missing){hint}"
+        )
+    return modules, sorted({name.rpartition(".")[0] for name in rest})
+
+
+def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Module) -> None:
+    """The modules that the config names and that the file has no tensors for."""
+    targets = peft.get("target_modules")
+    if targets is None or targets == "all-linear" or peft.get("layers_to_transform") is not None:
+        return
+    excluded = peft.get("exclude_modules") or []
+    saved = peft.get("modules_to_save") or []
+    for name, module in model.named_modules():
+        if not _peft_selects(targets, name) or _peft_selects(excluded, name) or kind_of(module) is None:
+            continue
+        if name not in modules and not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):
+            raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
+
+
+def _peft_selects(pattern: str | list[str], name: str) -> bool:
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
+
+
+def _our_config(peft: dict[str, Any], modules: dict[str, int], saved: list[str]) -> LoRAConfig:
+    alpha = float(peft.get("lora_alpha", 8))
+    patterns = peft.get("alpha_pattern") or {}
+    alphas = {name: float(_peft_pattern(patterns, name, alpha)) for name in modules}
+    r = int(peft.get("r", 8))
+    return LoRAConfig(
+        r=r,
+        alpha=alpha,
+        dropout=float(peft.get("lora_dropout") or 0.0),
+        target_modules="|".join(re.escape(name) for name in modules),
+        modules_to_save=saved or None,
+        rank_pattern={re.escape(n): rank for n, rank in modules.items() if rank != r},
+        alpha_pattern={re.escape(n): a for n, a in alphas.items() if a != alpha},
+        use_rslora=bool(peft.get("use_rslora")),
+    )
+
+
+def _peft_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first key in the file's order that matches the name or a dotted end of it."""
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def _some(items: list[str], limit: int = 4) -> str:
+    more = f" and {len(items) - limit} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more

@@ -1,0 +1,60 @@
+"""Where a model's output head is, so that `all-linear` can leave it out."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+# What heads are called in transformers, timm and torchvision, at the top level of a model.
+HEAD_NAMES = frozenset(
+    {"lm_head", "embed_out", "cls", "classifier", "score", "qa_outputs", "head", "heads", "head_dist", "fc"}
+    | {"out_head", "output_head", "classification_head", "seq_classif"}
+)
+
+
+def output_head(model: nn.Module) -> tuple[str, ...]:
+    """Full names of the modules that make the model's output; empty where it has no head.
+
+    A transformers or timm model is asked. Otherwise it is the top-level module with a name from
+    `HEAD_NAMES` that holds the last linear layer, else that layer itself unless it belongs to a repeated block.
+    """
+    asked = _asked(model)
+    if asked is not None:
+        return tuple(name for name, module in model.named_modules() if any(module is head for head in asked))
+    named = tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
+    if _is_a(model, "transformers."):
+        return named
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if linears and linears[-1].partition(".")[0] in named:
+        return (linears[-1].partition(".")[0],)
+    return _last_linear(linears)
+
+
+def _asked(model: nn.Module) -> list[nn.Module] | None:
+    """What the model itself says, through the getters that transformers and timm define."""
+    if _is_a(model, "transformers."):
+        embeddings = model.get_output_embeddings()  # type: ignore[operator]
+        return None if embeddings is None else [embeddings]
+    if _is_a(model, "timm."):
+        classifier = model.get_classifier()  # type: ignore[operator]
+        heads = classifier if isinstance(classifier, tuple | list) else [classifier]
+        return [head for head in heads if isinstance(head, nn.Module)]
+    return None
+
+
+def _is_a(model: nn.Module, package: str) -> bool:
+    """By the defining package's name: this part of the code imports neither."""
+    return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
+
+
+def _last_linear(names: list[str]) -> tuple[str, ...]:
+    if len(names) < 2:
+        return ()
+    blocks = [_without_indices(name) for name in names]
+    return () if blocks.count(blocks[-1]) > 1 else (names[-1],)
+
+
+def _without_indices(name: str) -> str:
+    """`layers.3.linear2` as `layers.*.linear2`; a number in the last place names the layer itself and stays."""
+    return re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)

@@ -1,0 +1,29 @@
+"""How A starts. B starts at zero, so that a fresh adapter changes nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def gaussian_(A: Tensor) -> Tensor:
+    """N(0, 1/r^2) in place. The paper (2106.09685, section 4.1) says Gaussian and gives no scale; 1/r is PEFT's."""
+    return nn.init.normal_(A, std=1.0 / A.shape[0])
+
+
+def kaiming_(A: Tensor) -> Tensor:
+    """Uniform in +-1/sqrt(in) in place, as loralib and PEFT draw it."""
+    return nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+
+STARTS: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian_, "kaiming": kaiming_}
+
+
+@torch.no_grad()
+def start_(A: Tensor, B: Tensor, init: str) -> None:
+    """Draw A by the named start and set B to zero, both in place."""
+    STARTS[init](A)
+    nn.init.zeros_(B)

@@ -1,0 +1,115 @@
+"""Put adapters into a model, switch them off for a while, and give the model back without them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lora_lightning.lora import fastpath
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, graft, ungraft
+from lora_lightning.lora.report import AdaptedModule, InjectionReport
+from lora_lightning.lora.targets import Target, select
+
+
+def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionReport:
+    """Adapt `model` in place: `h = W0 x + s B A x` in every selected layer, all else frozen.
+
+    Only A and B (and copies of `modules_to_save`) are allocated; every key, hook, mode and reference of the
+    model survives, and its output does not change until B moves. Works on the meta device.
+
+    Raises:
+        TargetError: the config does not fit this model; the model is then as it was.
+        LoRAError: the model is adapted already.
+    """
+    config = config or LoRAConfig()
+    if not isinstance(model, nn.Module):
+        raise LoRAError(f"inject expects an nn.Module, got {type(model).__name__}")
+    if any(isinstance(module, Grafted) for module in model.modules()):
+        raise LoRAError("this model is adapted already: merge(model) or remove(model) first")
+    if kind := next((type(m).__name__ for m in model.modules() if "lora_A" in {**m._parameters, **m._modules}), None):
+        raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
+    selection = select(model, config)
+    _refuse_tied_targets(model, selection.targets)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    rows = []
+    for target in selection.targets:
+        rows.append(_adapt(target))
+    for _, module in selection.saved:
+        graft(module, SavedCopy)
+        assert isinstance(module, SavedCopy)
+        module.add_copy()
+    fastpath.keep_off(model, [target.module for target in selection.targets])
+    saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return InjectionReport(modules=rows, saved=saved, skipped=selection.skipped, trainable=trainable, frozen=frozen)
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take the adapters out in place: the plain model with W0, its classes and keys as before `inject`.
+
+    Parameters stay frozen. Returns the model.
+    """
+    for _, layer in adapted_layers(model):
+        layer.drop_factors()
+        ungraft(layer)
+    for _, module in saved_copies(model):
+        module.drop_copy()
+        ungraft(module)
+    fastpath.allow(model)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within the block the model computes as before `inject`: a reference model that costs no memory."""
+    grafted = [module for module in model.modules() if isinstance(module, Grafted)]
+    before = [module.lora_enabled for module in grafted]
+    try:
+        for module in grafted:
+            module.lora_enabled = False
+        yield
+    finally:
+        for module, enabled in zip(grafted, before, strict=True):
+            module.lora_enabled = enabled
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
+    """Every adapted layer with its full name, once each."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+
+
+def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
+    """Every module of `modules_to_save` with its full name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SavedCopy)]
+
+
+def _adapt(target: Target) -> AdaptedModule:
+    graft(target.module, target.kind)
+    layer = target.module
+    assert isinstance(layer, AdaptedLayer)
+    layer.add_factors(target.settings)
+    return AdaptedModule(
+        module=target.name,
+        kind=layer.kind,
+        r=target.settings.r,
+        alpha=target.settings.alpha,
+        dropout=target.settings.dropout,
+        parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+        why=target.why,
+    )
+
+
+def _refuse_tied_targets(model: nn.Module, targets: list[Target]) -> None:
+    """A weight that two adapted layers share would be merged into twice."""
+    owners = Counter(id(target.module.weight) for target in targets)
+    for target in targets:
+        if owners[id(target.module.weight)] > 1:
+            twins = [t.name for t in targets if t.module.weight is target.module.weight]
+            raise TargetError(f"'{twins[0]}' and '{twins[1]}' share one weight: adapt one of them, exclude the other")

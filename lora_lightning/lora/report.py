@@ -1,0 +1,79 @@
+"""What an injection did, as data and as a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptedModule:
+    """One row of the injection table."""
+
+    module: str
+    """Full name in the backbone."""
+    kind: str
+    r: int
+    alpha: float
+    dropout: float
+    parameters: int
+    """Trainable parameters of this module: A, B."""
+    why: str
+    """The entry of the config that selected it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InjectionReport:
+    """What trains and what does not."""
+
+    modules: list[AdaptedModule]
+    saved: dict[str, int]
+    """`modules_to_save` by full name, with the parameters of each copy."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Linear layers that `all-linear` left out, with the reason."""
+    trainable: int
+    """Parameters that train, in number."""
+    frozen: int
+    """Parameters that do not."""
+
+    @property
+    def total(self) -> int:
+        """All parameters, adapters included."""
+        return self.trainable + self.frozen
+
+    @property
+    def share(self) -> float:
+        """trainable / total, between 0 and 1."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON and loggers."""
+        return {**asdict(self), "total": self.total, "share": self.share}
+
+    def groups(self) -> Iterator[tuple[str, int, AdaptedModule, int]]:
+        """Rows alike but for block numbers, as (name with `*`, how many, one of them, parameters of all)."""
+        groups: dict[tuple[Any, ...], list[AdaptedModule]] = {}
+        for row in self.modules:
+            name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.module)
+            groups.setdefault((name, row.kind, row.r, row.alpha, row.dropout), []).append(row)
+        for (name, *_), rows in groups.items():
+            yield name, len(rows), rows[0], sum(row.parameters for row in rows)
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """The grouped table: name, number, kind, r, alpha, dropout, parameters."""
+        table: list[tuple[str, ...]] = [
+            (name, f"{count}", row.kind, f"{row.r}", f"{row.alpha:g}", f"{row.dropout:g}", f"{parameters:,}")
+            for name, count, row, parameters in self.groups()
+        ]
+        table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        return table
+
+    HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")
+
+    def __str__(self) -> str:
+        rows = [self.HEADER, *self.lines()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.HEADER))]
+        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return f"{text}\ntrainable {self.trainable:,} of {self.total:,} ({self.share:.2%})"

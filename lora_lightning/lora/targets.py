@@ -1,0 +1,250 @@
+"""Which modules a config selects, and why each one matched. Nothing is changed here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
+from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
+from lora_lightning.lora.heads import output_head
+from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRALinear, kind_of
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt."""
+
+    name: str
+    module: nn.Module
+    kind: type[AdaptedLayer]
+    settings: LayerSettings
+    why: str
+    """The entry of the config that selected it."""
+
+
+@dataclass
+class Selection:
+    """What a config means on one model."""
+
+    targets: list[Target] = field(default_factory=list)
+    saved: list[tuple[str, nn.Module]] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Modules that `all-linear` would have taken but for the reason given."""
+
+
+def select(model: nn.Module, config: LoRAConfig) -> Selection:
+    """Resolve `config` on `model`.
+
+    Raises:
+        TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
+            form, a rank that a layer does not allow.
+    """
+    # A module in two places has two names; it is adapted once, under the first, and may be asked for by either.
+    names = _names_by_module(model)
+    selection = Selection(saved=_saved(names, config))
+    found = _found(model, names, config, selection)
+    found = _without_excluded(found, names, config)
+    found = _in_layers(found, names, config)
+    if not found:
+        raise TargetError(_nothing_left(model, config, selection))
+    ranks = {module: _by_pattern("rank_pattern", config.rank_pattern, names[module], config.r) for module in found}
+    alphas = {
+        module: _by_pattern("alpha_pattern", config.alpha_pattern, names[module], config.scaling_alpha)
+        for module in found
+    }
+    _all_used("rank_pattern", config.rank_pattern, [names[m] for m in found])
+    _all_used("alpha_pattern", config.alpha_pattern, [names[m] for m in found])
+    for module, why in found.items():
+        r, alpha = ranks[module], alphas[module]
+        kind = kind_of(module)
+        assert kind is not None
+        largest = kind.largest_rank(module)
+        if r > largest:
+            raise TargetError(
+                f"r={r} is larger than the layer '{names[module][0]}' allows ({largest}, the smaller side of its"
+                f" weight): lower r, or set rank_pattern: {{{names[module][0]}: {largest}}}, or exclude it"
+            )
+        settings = LayerSettings(
+            r=r, alpha=alpha, scale=config.scale(r, alpha), dropout=config.dropout, init=config.init
+        )
+        selection.targets.append(Target(names[module][0], module, kind, settings, why))
+    return selection
+
+
+def matches(pattern: str | list[str], name: str) -> str | None:
+    """The entry that selects `name`: a list's entry equals it or its dotted end, a string is a full-match regex."""
+    if isinstance(pattern, str):
+        return pattern if re.fullmatch(pattern, name) else None
+    return next((entry for entry in pattern if name == entry or name.endswith(f".{entry}")), None)
+
+
+def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    return names
+
+
+def _flat(names: Iterable[list[str]]) -> list[str]:
+    return [name for group in names for name in group if name]
+
+
+def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[str, nn.Module]]:
+    entries = config.modules_to_save or []
+    hits = {m: [e for e in entries if any(matches([e], n) for n in group)] for m, group in names.items()}
+    for entry in entries:
+        if not any(entry in hit for hit in hits.values()):
+            raise TargetError(_no_match("modules_to_save", entry, _flat(names.values())))
+    chosen = [(names[m][0], m) for m, hit in hits.items() if hit]
+    # A module inside a saved one is in its copy already.
+    return [(name, m) for name, m in chosen if not any(name.startswith(f"{outer}.") for outer, _ in chosen)]
+
+
+def _found(
+    model: nn.Module, names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection
+) -> dict[nn.Module, str]:
+    """Each selected module with the entry that selected it, in the model's order."""
+    inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
+    candidates = {m: group for m, group in names.items() if m not in inside_saved}
+    bypassed = _bypassed(names)
+    pattern = config.target_modules
+    if pattern == ALL_LINEAR:
+        return _all_linear(model, candidates, bypassed, selection)
+    found: dict[nn.Module, str] = {}
+    used: set[str] = set()
+    for module, group in candidates.items():
+        why = next((hit for name in group if name and (hit := matches(pattern, name))), None)
+        if why is None:
+            continue
+        used.add(why)
+        if module in bypassed:
+            raise TargetError(f"cannot adapt '{group[0]}': {bypassed[module]}")
+        if kind_of(module) is None:
+            raise TargetError(_unknown_kind(group[0], module, why, candidates))
+        found[module] = why
+    everything = _flat(names.values())
+    saved_names = {n for m in inside_saved for n in names.get(m, [])}
+    for entry in [pattern] if isinstance(pattern, str) else pattern:
+        if entry in used or (
+            isinstance(pattern, list) and any(matches([entry], n) for n in _flat([names[m] for m in found]))
+        ):
+            continue
+        if any(matches([entry] if isinstance(pattern, list) else entry, n) for n in saved_names):
+            raise TargetError(f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once")
+        raise TargetError(_no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))
+    return found
+
+
+def _all_linear(
+    model: nn.Module, candidates: dict[nn.Module, list[str]], bypassed: dict[nn.Module, str], selection: Selection
+) -> dict[nn.Module, str]:
+    heads = output_head(model)
+    found: dict[nn.Module, str] = {}
+    for module, group in candidates.items():
+        kind = kind_of(module)
+        if kind is None or not issubclass(kind, LoRALinear):
+            continue
+        if any(name == head or name.startswith(f"{head}.") for name in group for head in heads):
+            selection.skipped[group[0]] = "the output head"
+        elif module in bypassed:
+            selection.skipped[group[0]] = bypassed[module]
+        else:
+            found[module] = ALL_LINEAR
+    return found
+
+
+def _bypassed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
+    reason = "nn.MultiheadAttention reads its weight and never calls it, so the adapter would be ignored"
+    return {m.out_proj: reason for m in names if isinstance(m, nn.MultiheadAttention)}
+
+
+def _without_excluded(
+    found: dict[nn.Module, str], names: dict[nn.Module, list[str]], config: LoRAConfig
+) -> dict[nn.Module, str]:
+    pattern = config.exclude_modules
+    if not pattern:
+        return found
+    everything = _flat(names.values())
+    for entry in [pattern] if isinstance(pattern, str) else pattern:
+        if not any(matches([entry] if isinstance(pattern, list) else entry, name) for name in everything):
+            raise TargetError(_no_match("exclude_modules", entry, everything, is_regex=isinstance(pattern, str)))
+    return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
+
+
+def _in_layers(
+    found: dict[nn.Module, str], names: dict[nn.Module, list[str]], config: LoRAConfig
+) -> dict[nn.Module, str]:
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return found
+    assert isinstance(wanted, list)
+    index = {module: _block_number(names[module][0]) for module in found}
+    missing = sorted(set(wanted) - set(index.values()) - {None})  # type: ignore[operator]
+    if missing:
+        there = sorted(n for n in set(index.values()) if n is not None)
+        blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
+        raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
+    return {module: why for module, why in found.items() if index[module] in wanted}
+
+
+def _block_number(name: str) -> int | None:
+    """The first number in a dotted name, as PEFT counts blocks: 3 in `model.layers.3.mlp.experts.0.up`."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _pattern_hits(pattern: str, names: list[str]) -> bool:
+    """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
+    return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
+
+
+def _by_pattern(field_name: str, patterns: dict[str, Number], names: list[str], default: Number) -> Number:
+    """The value of the longest pattern that matches: no order of keys can change it."""
+    hits = sorted((p for p in patterns if _pattern_hits(p, names)), key=lambda p: (p in names, len(p)), reverse=True)
+    if not hits:
+        return default
+    rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
+    if len({patterns[p] for p in rivals}) > 1:
+        raise TargetError(
+            f"{field_name}: '{rivals[0]}' and '{rivals[1]}' both match '{names[0]}' with different values,"
+            f" and neither is longer: write its full name"
+        )
+    return patterns[hits[0]]
+
+
+def _all_used(field_name: str, patterns: dict[str, int] | dict[str, float], selected: list[list[str]]) -> None:
+    for pattern in patterns:
+        if not any(_pattern_hits(pattern, group) for group in selected):
+            raise TargetError(_no_match(field_name, pattern, _flat(selected), what="adapted module"))
+
+
+def _no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = False, what: str = "module") -> str:
+    ends = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+    close = did_you_mean(entry, ends) or did_you_mean(entry, names)
+    if not close:
+        known = near_misses("", ends) or sorted(ends)[:8]
+        close = f"; there are {', '.join(known)}" if known else ""
+    if is_regex and any(name.endswith(f".{entry}") for name in names):
+        close = f"; a string is a regular expression on full names: for modules that end in it write [{entry}]"
+    return f"{field_name}: no {what} matches '{entry}'{close}"
+
+
+def _unknown_kind(name: str, module: nn.Module, why: str, candidates: dict[nn.Module, list[str]]) -> str:
+    inner = [g[0].removeprefix(f"{name}.") for m, g in candidates.items() if g[0].startswith(f"{name}.") and kind_of(m)]
+    inside = f"; adaptable inside it: {', '.join(inner[:4])}" if inner else ""
+    return f"target_modules: '{why}' selects '{name}', a {type(module).__name__}, which has no LoRA form{inside}"
+
+
+def _nothing_left(model: nn.Module, config: LoRAConfig, selection: Selection) -> str:
+    if config.exclude_modules:
+        return f"target_modules {config.target_modules!r} less exclude_modules {config.exclude_modules!r} is empty"
+    kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+    skipped = "".join(f"; left out: '{name}' ({reason})" for name, reason in list(selection.skipped.items())[:3])
+    return f"target_modules {config.target_modules!r} selects nothing among {', '.join(kinds)}{skipped}"
