@@ -9,6 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lora_lightning.backbones import huggingface as huggingface
+    from lora_lightning.cli import LoRACLI as LoRACLI
+    from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
     from lora_lightning.lora.config import LoRAConfig as LoRAConfig
     from lora_lightning.lora.errors import LoRAError as LoRAError
     from lora_lightning.lora.formats import load_adapter as load_adapter
@@ -17,6 +20,15 @@ if TYPE_CHECKING:
     from lora_lightning.lora.inject import inject as inject
     from lora_lightning.lora.inject import remove as remove
     from lora_lightning.lora.merge import merge as merge
+    from lora_lightning.tasks.sequence_classification import SequenceClassification as SequenceClassification
+    from lora_lightning.training.callbacks.baselines import Baselines as Baselines
+    from lora_lightning.training.callbacks.export import ExportAtEnd as ExportAtEnd
+    from lora_lightning.training.callbacks.freeze import FreezeBase as FreezeBase
+    from lora_lightning.training.callbacks.run_report import RunReport as RunReport
+    from lora_lightning.training.loggers import WandbLogger as WandbLogger
+    from lora_lightning.training.module import LoRAModule as LoRAModule
+    from lora_lightning.training.optim import WarmupDecay as WarmupDecay
+    from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
 
 _WHERE = {
     "LoRAConfig": "lora_lightning.lora.config",
@@ -27,6 +39,18 @@ _WHERE = {
     "merge": "lora_lightning.lora.merge",
     "save_adapter": "lora_lightning.lora.formats",
     "load_adapter": "lora_lightning.lora.formats",
+    "huggingface": "lora_lightning.backbones",
+    "SequenceClassification": "lora_lightning.tasks.sequence_classification",
+    "TextClassificationData": "lora_lightning.data.text_classification",
+    "LoRAModule": "lora_lightning.training.module",
+    "LoRATrainer": "lora_lightning.training.trainer",
+    "WarmupDecay": "lora_lightning.training.optim",
+    "WandbLogger": "lora_lightning.training.loggers",
+    "FreezeBase": "lora_lightning.training.callbacks.freeze",
+    "ExportAtEnd": "lora_lightning.training.callbacks.export",
+    "RunReport": "lora_lightning.training.callbacks.run_report",
+    "Baselines": "lora_lightning.training.callbacks.baselines",
+    "LoRACLI": "lora_lightning.cli",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

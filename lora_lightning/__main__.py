@@ -1,0 +1,47 @@
+"""Entry of the `lora-lightning` command."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+
+def main() -> None:
+    """Run the command; a user's mistake ends in one line and exit code 2."""
+    # OpenMP's barriers spin: with another program on the second core a step takes ten times as long. Read by the
+    # runtime when torch is loaded, so set before that.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where a DataLoader forks
+    quieten()
+    from lora_lightning.cli import LoRACLI
+    from lora_lightning.lora.errors import LoRAError
+
+    try:
+        LoRACLI()
+    except LoRAError as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"lora-lightning: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def quieten() -> None:
+    """Keep notices off the screen that a user can do nothing about, each for its reason."""
+    # An advertisement and a hint to use more workers: texts of this size are faster without.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning calls a torch API that warns about itself.
+    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
+    # The log of a repeated `test` replaces the last one's, as it should.
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
+    # The command itself puts the run's config in front of the arguments.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within.*")
+    # The backbone is in eval mode on purpose, see `backbone_mode`.
+    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training.*")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+
+
+if __name__ == "__main__":
+    main()

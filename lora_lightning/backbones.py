@@ -1,0 +1,114 @@
+"""Backbones by one line of YAML. Any other `nn.Module` is named by its own `class_path`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.paths import resolve
+
+
+def huggingface(
+    pretrained_model_name_or_path: str,
+    auto_class: str = "AutoModelForSequenceClassification",
+    num_labels: int | None = None,
+    label_names: list[str] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    random_weights: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A transformers model, by `AutoModel...from_pretrained`.
+
+    Args:
+        pretrained_model_name_or_path: a hub name, a directory, or `package:NAME/path` for a directory inside an
+            installed package.
+        auto_class: the transformers class whose `from_pretrained` is called.
+        num_labels: outputs of a classification head. The data's own count when it has label names.
+        label_names: written to the config, in the order of the labels' numbers. The data's own by default.
+        dtype: of the frozen weights; the adapters are float32 or wider in any case.
+        attn_implementation: transformers' choice of attention: eager, sdpa, flash_attention_2 and more.
+        revision: branch, tag or commit on the hub.
+        random_weights: build the architecture from its config and load no weights.
+        model_kwargs: more arguments for `from_pretrained`.
+
+    Raises:
+        LoRAError: no such class, no such model, or weights that leave part of the backbone without values.
+    """
+    cls = getattr(transformers, auto_class, None)
+    if cls is None:
+        known = [name for name in dir(transformers) if name.startswith("AutoModel")]
+        raise LoRAError(f"transformers has no class '{auto_class}'{did_you_mean(auto_class, known)}")
+    name = resolve(pretrained_model_name_or_path)
+    kwargs = dict(model_kwargs or {})
+    if label_names:
+        kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+        kwargs["num_labels"] = num_labels or len(label_names)
+    elif num_labels:
+        kwargs["num_labels"] = num_labels
+    if attn_implementation:
+        kwargs["attn_implementation"] = attn_implementation
+    if revision:
+        kwargs["revision"] = revision
+    try:
+        with _quiet():
+            return _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
+    except OSError as error:
+        raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
+
+
+def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> nn.Module:
+    model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
+    _refuse_half_loaded(model, sorted(info["missing_keys"]))
+    return model  # type: ignore[no-any-return]
+
+
+def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> nn.Module:
+    attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
+    config = transformers.AutoConfig.from_pretrained(name, **kwargs)
+    if cls.__name__.startswith("Auto"):
+        return cls.from_config(config, dtype=getattr(torch, dtype), **attention)  # type: ignore[no-any-return]
+    return cls(config).to(getattr(torch, dtype))  # type: ignore[no-any-return]
+
+
+def _refuse_half_loaded(model: Any, missing: list[str]) -> None:
+    """A new head is drawn at random and that is the point of it; anything else without values is an accident."""
+    inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
+    body = [key for key in model.state_dict() if key.startswith(f"{model.base_model_prefix}.")]
+    if body and len(inside) > len(body) // 2:
+        raise LoRAError(
+            f"the weights hold {len(body) - len(inside)} of the backbone's {len(body)} tensors (first missing:"
+            f" {inside[0]}): they belong to another architecture than {type(model).__name__}"
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' load report: the new head it warns of is expected, other gaps are refused above."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    bars = transformers_logging.is_progress_bar_enabled()
+    if bars:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _not_found(name: str, error: OSError) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(name).exists():
+        return f"'{name}' is not a transformers model directory: {reason}"
+    return f"no model '{name}': neither a directory nor found on the hub ({reason})"

@@ -1,0 +1,193 @@
+"""`lora-lightning`: LightningCLI with `export`, run folders, checkpoints by name, and errors in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.training import run
+from lora_lightning.training.callbacks import FreezeBase, RunReport
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.trainer import LoRATrainer
+
+# The docstring under each field of LoRAConfig and SplitConfig is its --help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+FROM_CHECKPOINT = ("validate", "test", "predict", "export")
+"""Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
+
+
+class Parser(LightningArgumentParser):
+    """Answers a mistake with one line instead of a screen of usage."""
+
+    _linked_targets: set[str] | None = None
+
+    def add_function_arguments(
+        self, function: Callable[..., Any], *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
+    ) -> list[str]:
+        """Let the data's label names flow into a backbone that a function makes; jsonargparse links classes only."""
+        self._linked_targets = linked_targets
+        try:
+            return super().add_function_arguments(function, *args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self._linked_targets = None
+
+    def _add_signature_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        if self._linked_targets is not None:
+            kwargs["linked_targets"] = self._linked_targets
+        return super()._add_signature_arguments(*args, **kwargs)  # type: ignore[no-any-return,misc]
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Print the message, a near miss where there is one, and exit with 2."""
+        text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+        known = [option for action in self._actions for option in action.option_strings]
+        wrong = next((arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--") and arg in text), "")
+        hint = did_you_mean(wrong, known) if wrong and wrong not in known else ""
+        print(f"lora-lightning: error: {text}{hint} (see --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Each fit's own `config.yaml` in its run folder; other commands leave it alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = run.run_dir(trainer)
+        if stage != "fit" or folder is None or self.already_saved:
+            return
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = folder / run.CONFIG
+            self.parser.save(self.config, str(file), skip_none=False, overwrite=True, multifile=self.multifile)
+        self.already_saved = True
+
+
+class LoRACLI(LightningCLI):
+    """LightningCLI over `LoRAModule`, `LoRATrainer` and any DataModule."""
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        super().__init__(
+            model_class=LoRAModule,
+            datamodule_class=LightningDataModule,
+            subclass_mode_data=True,
+            trainer_class=LoRATrainer,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            args=args,
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own, and `export`."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser for the command or for one subcommand."""
+        kwargs.pop("dump_header", None)
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Name the run, and let the data tell the model what it is about."""
+        parser.add_argument("--name", type=str, default="lora", help="Name of the run: it goes to runs_dir/name/.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs.")
+        parser.link_arguments("data.num_classes", "model.task.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.label_names", "model.backbone.init_args.label_names", apply_on="instantiate")
+        # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
+        parser.set_defaults({"model.lora.alpha": None})
+        # The injection table says what trains; Lightning's own summary would say it again, in one row.
+        parser.set_defaults({"trainer.enable_model_summary": False})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Without --config, a command on a trained run takes the config that the run was made with."""
+        given = sys.argv[1:] if args is None else args
+        if isinstance(given, list):
+            full = with_run_config([str(arg) for arg in given])
+            args = full if args is not None or full != given else None
+        super().parse_arguments(parser, args)
+        if isinstance(given, list) and self.config.get("subcommand"):
+            self._resolve_checkpoint(self.config[self.config.subcommand])
+
+    def _resolve_checkpoint(self, config: Any) -> None:
+        """`best`, `last` or a folder to the file meant, before Lightning sees it."""
+        path, command = config.get("ckpt_path"), str(self.config.subcommand)
+        if path is None:
+            if command in FROM_CHECKPOINT:
+                rank_zero_info(f"no --ckpt_path: {command} runs on the fresh adapter, that is on the backbone alone")
+            return
+        if path in ("best", "last"):
+            config.ckpt_path = str(run.find_checkpoint(Path(config.runs_dir) / config.name, path))
+        elif "://" not in str(path) and path not in ("hpc", "registry"):
+            config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks that are on by default, and a log in the run folder."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        for default in (FreezeBase, RunReport):
+            if not any(isinstance(callback, default) for callback in callbacks):
+                callbacks.insert(0, default())
+        if config.get("enable_checkpointing") is not False and not any(
+            isinstance(callback, ModelCheckpoint) for callback in callbacks
+        ):
+            callbacks.append(default_checkpoint(self.model))
+        return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
+
+    def _loggers(self, given: Any) -> list[Logger] | bool:
+        """A CSV log in the run folder in front of what the config asks for; it also names the run's folder."""
+        if given is False:
+            return False
+        loggers = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
+        if any(isinstance(logger, CSVLogger | TensorBoardLogger) for logger in loggers):
+            return loggers
+        command = self.config[self.config.subcommand]
+        if self.config.subcommand != "fit" and command.get("ckpt_path"):
+            folder = run.run_of_checkpoint(Path(command.ckpt_path))
+            return [CSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
+        return [CSVLogger(command.runs_dir, name=command.name), *loggers]
+
+
+def default_checkpoint(module: LoRAModule) -> ModelCheckpoint:
+    """Lightning's ModelCheckpoint: `best.ckpt` by the task's own metric, and `last.ckpt`."""
+    return ModelCheckpoint(
+        filename="best",
+        monitor=module.task.monitor,
+        mode=module.task.monitor_mode,
+        save_last=True,
+        enable_version_counter=False,
+    )
+
+
+def with_run_config(args: list[str]) -> list[str]:
+    """Put the run's own config in front where a command on a trained run names no other."""
+    if not args or args[0] not in FROM_CHECKPOINT or any(a.split("=")[0] in ("-c", "--config") for a in args):
+        return args
+    given = next((a.partition("=")[2] for a in args if a.startswith("--ckpt_path=")), None)
+    if "--ckpt_path" in args[:-1]:
+        given = args[args.index("--ckpt_path") + 1]
+    if given is None or given in ("best", "last"):
+        return args
+    file = run.run_of_checkpoint(run.find_checkpoint(given)) / run.CONFIG
+    if not file.is_file():
+        raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
+    values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    # The rest are arguments of fit itself, such as its own ckpt_path.
+    kept = {
+        key: values[key] for key in ("seed_everything", "name", "runs_dir", "trainer", "model", "data") if key in values
+    }
+    return [args[0], "--config", yaml.safe_dump(kept, sort_keys=False), *args[1:]]

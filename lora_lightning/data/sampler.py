@@ -1,0 +1,80 @@
+"""In which order examples come: a function of (seed, epoch) alone, so that a run can be repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DistributedSampler
+
+WINDOW = 50
+"""Batches within which examples are sorted by length; transformers' value. Larger pads less and shuffles less."""
+
+
+class EpochSampler(DistributedSampler[Any]):
+    """Shuffled order, optionally with texts of like length in one batch.
+
+    `num_replicas` processes take turns within one order, so together their batches are those of one process
+    with batches `num_replicas` times as large. In training the order is padded to a whole number of turns.
+    Being a `DistributedSampler`, Lightning leaves it alone.
+
+    Args:
+        data: the dataset, for its length.
+        batch_size: examples per batch and process.
+        lengths: of each example; given, batches hold examples of like length, and the longest batch comes first, so
+            that a lack of memory shows at once.
+        shuffle: draw a new order each epoch; without it, the data's own, each example once and none repeated.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        data: Sized,
+        *,
+        batch_size: int,
+        lengths: Sequence[int] | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_replicas: int = 1,
+        rank: int = 0,
+    ) -> None:
+        super().__init__(data, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        self.count = len(data)
+        self.block = batch_size * num_replicas
+        self.lengths = None if lengths is None else torch.as_tensor(lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order()[self.rank :: self.num_replicas])
+
+    def __len__(self) -> int:
+        return len(range(self.rank, self._padded(), self.num_replicas))
+
+    def order(self) -> list[int]:
+        """This epoch's order over all processes."""
+        if not self.shuffle:
+            return list(range(self.count))
+        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) & 0x7FFF_FFFF_FFFF_FFFF)
+        order = torch.randperm(self.count, generator=generator)
+        if self.lengths is not None:
+            order = self._by_length(order, self.lengths, generator)
+        short = self._padded() - self.count
+        return torch.cat([order, order[:short]]).tolist()
+
+    def _padded(self) -> int:
+        return self.count + (-self.count % self.num_replicas if self.shuffle else 0)
+
+    def _by_length(self, order: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Sort within windows, then deal out whole batches in random order, the longest first."""
+        windows = torch.split(order, WINDOW * self.block)
+        batches = [
+            b for w in windows for b in torch.split(w[lengths[w].argsort(descending=True, stable=True)], self.block)
+        ]
+        whole = [b for b in batches if len(b) == self.block]
+        rest = [b for b in batches if len(b) < self.block]  # of the last window only: it stays last
+        if not whole:
+            return order
+        whole = [whole[i] for i in torch.randperm(len(whole), generator=generator)]
+        longest = max(range(len(whole)), key=lambda i: int(lengths[whole[i]].max()))
+        whole.insert(0, whole.pop(longest))
+        return torch.cat(whole + rest)

@@ -1,0 +1,85 @@
+"""The contract between a task and `LoRAModule`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+
+from lora_lightning.lora.errors import LoRAError
+
+Stage = Literal["train", "val", "test"]
+
+
+@dataclass
+class StepOutput:
+    """What one batch gives."""
+
+    loss: Tensor
+    """Mean over `weight` units, a scalar."""
+    weight: int
+    """How many examples (or tokens) the mean is over: what the batch counts for in an average."""
+    predictions: Tensor
+    targets: Tensor
+
+
+class Task(nn.Module, ABC):
+    """Loss, metrics and predictions of a task. It holds no weights of the model."""
+
+    monitor: str = "val/loss"
+    """The metric that says which checkpoint is best."""
+    monitor_mode: Literal["min", "max"] = "min"
+
+    def __init__(self, metrics: MetricCollection) -> None:
+        super().__init__()
+        # One set per stage: a validation in mid-epoch must not reset what training has gathered.
+        self.metrics = nn.ModuleDict({f"{s}_": metrics.clone(prefix=f"{s}/") for s in ("train", "val", "test")})
+        self.losses = nn.ModuleDict({f"{s}_": MeanMetric() for s in ("train", "val", "test")})
+
+    @abstractmethod
+    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
+        """Loss, predictions and targets of one batch."""
+
+    @abstractmethod
+    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What `lora-lightning predict` writes for one batch; targets are not needed."""
+
+    def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
+        """Count a batch in and return the stage's metrics to log, the loss weighted by units and not by batches."""
+        loss, metrics = self.losses[f"{stage}_"], self.metrics[f"{stage}_"]
+        assert isinstance(loss, MeanMetric)
+        assert isinstance(metrics, MetricCollection)
+        loss.update(out.loss.detach().float(), out.weight)
+        metrics.update(out.predictions.detach(), out.targets)
+        return {f"{stage}/loss": loss, **dict(metrics.items(keep_base=False))}
+
+
+def inputs_of(batch: Mapping[str, Any], *targets: str) -> dict[str, Any]:
+    """The batch without its targets.
+
+    Raises:
+        LoRAError: the batch is not a mapping of names to tensors.
+    """
+    if not isinstance(batch, Mapping):
+        raise LoRAError(f"a batch must map names to tensors, such as input_ids and labels; got {type(batch).__name__}")
+    return {key: value for key, value in batch.items() if key not in targets}
+
+
+def logits_of(output: Any) -> Tensor:
+    """Logits from a tensor, a transformers output, a mapping with `logits`, or a tuple that starts with them.
+
+    Raises:
+        LoRAError: the backbone's output holds no logits.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and isinstance(output.get("logits"), Tensor):
+        return output["logits"]  # type: ignore[no-any-return]
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    keys = list(output) if isinstance(output, Mapping) else type(output).__name__
+    raise LoRAError(f"the backbone must return logits (a tensor, or an output with `logits`), got {keys}")

@@ -1,0 +1,8 @@
+"""What watches a run: W0's guard and report, the export at the end, baselines, the run's report."""
+
+from lora_lightning.training.callbacks.baselines import Baselines
+from lora_lightning.training.callbacks.export import ExportAtEnd
+from lora_lightning.training.callbacks.freeze import FreezeBase
+from lora_lightning.training.callbacks.run_report import RunReport
+
+__all__ = ["Baselines", "ExportAtEnd", "FreezeBase", "RunReport"]

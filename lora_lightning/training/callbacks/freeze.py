@@ -1,0 +1,118 @@
+"""W0 is frozen, and proven not to have moved; what trains is said and logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+
+from lora_lightning.lora.adapter import frozen_keys
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.summary import injection_table
+
+
+class W0MovedError(LoRAError):
+    """A frozen tensor changed in training (law 2)."""
+
+
+class FreezeBase(Callback):
+    """Guards laws 2, 4 and 10 over a fit, prints the injection table, and logs the counts to every logger.
+
+    Args:
+        show_table: print the table of adapted modules at the start.
+    """
+
+    def __init__(self, show_table: bool = True) -> None:
+        self.show_table = show_table
+        self.before: Fingerprint | None = None
+        self.after: Fingerprint | None = None
+        self._first_backward_seen = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze, take the fingerprint, say what trains."""
+        module = _lora_module(pl_module)
+        freeze(module.backbone)
+        self.before = module.w0_fingerprint()
+        self._first_backward_seen = False
+        report = module.report
+        if self.show_table and trainer.is_global_zero:
+            Console().print(injection_table(report))
+        counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"lora": module.lora.to_dict(), "w0": self.before.digest, **counts})
+            logger.log_metrics({name: float(value) for name, value in counts.items()}, step=0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Law 10: the optimizers hold exactly what trains."""
+        check_optimizers(trainer.optimizers, pl_module)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Law 4: after the first backward every adapter has a finite gradient."""
+        if not self._first_backward_seen:
+            self._first_backward_seen = True
+            check_gradients(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Law 2: W0 has the fingerprint that it started with."""
+        module = _lora_module(pl_module)
+        self.after = fingerprint(module.backbone)
+        assert self.before is not None
+        moved = self.before.differences(self.after)
+        if moved:
+            raise W0MovedError(
+                f"W0 moved during fit: {len(moved)} frozen tensors changed, first '{moved[0]}';"
+                " something wrote into the backbone, so merging would not give the trained model"
+            )
+
+
+def freeze(backbone: nn.Module) -> None:
+    """Let A, B and the copies of `modules_to_save` train, and nothing else."""
+    frozen = frozen_keys(backbone)
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            parameter.requires_grad_(False)
+
+
+def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+    """Raise unless the optimizers hold all parameters that train and no others.
+
+    Raises:
+        LoRAError: names what is missing or frozen.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in held]
+    if missing:
+        raise LoRAError(f"the optimizer lacks {len(missing)} parameters that train, first '{missing[0]}'")
+    if surplus:
+        raise LoRAError(f"the optimizer holds {len(surplus)} frozen parameters, first '{surplus[0]}'")
+
+
+def check_gradients(module: nn.Module) -> None:
+    """Raise where a trainable parameter got no gradient or one that is not finite.
+
+    Raises:
+        LoRAError: with the list.
+    """
+    trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    without = [name for name, p in trains if p.grad is None]
+    if without:
+        raise LoRAError(
+            f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
+            f" forward goes past them. {', '.join(without[:6])}: exclude these modules"
+        )
+    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if infinite:
+        raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
+
+
+def _lora_module(module: LightningModule) -> LoRAModule:
+    if not isinstance(module, LoRAModule):
+        raise LoRAError(f"FreezeBase guards a LoRAModule, got {type(module).__name__}")
+    return module

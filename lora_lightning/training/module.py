@@ -1,0 +1,168 @@
+"""`LoRAModule`: any backbone, adapted, as a LightningModule whose checkpoints hold the adapter alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lora_lightning.lora.adapter import frozen_keys
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import AdapterError, did_you_mean
+from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.lora.formats import refuse_other_base
+from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
+from lora_lightning.tasks.base import Stage, Task
+from lora_lightning.training.optim import WarmupDecay
+
+CHECKPOINT_KEY = "lora_lightning"
+PREFIX = "backbone."
+
+
+class LoRAModule(LightningModule):
+    """Injects LoRA into `backbone` and trains it on `task`; W0 stays where it was.
+
+    Args:
+        backbone: any `nn.Module`. From YAML by `class_path`: a class, or a function that returns one such as
+            `lora_lightning.huggingface`.
+        task: loss, metrics and predictions.
+        lora: what to adapt and how.
+        optimizer: called with the parameters that train, and with no others.
+        lr_scheduler: called with the optimizer. `WarmupDecay` is told the number of steps.
+        lr_interval: whether other schedulers step once per optimizer `step` or once per `epoch`.
+        backbone_mode: `eval` keeps the backbone's own dropout off and its batch statistics still while
+            the adapter trains (its own dropout is on); `train` turns the backbone's dropout on. Batch
+            statistics belong to W0 and do not move in either.
+        allow_other_base: resume or test a checkpoint on another W0 than it was trained on.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        task: Task,
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008  (frozen)
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["step", "epoch"] = "step",
+        backbone_mode: Literal["eval", "train"] = "eval",
+        allow_other_base: bool = False,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.task = task
+        self.lora = lora
+        self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        self.backbone_mode = backbone_mode
+        self.allow_other_base = allow_other_base
+        self.report = inject(backbone, lora)
+        self._w0: Fingerprint | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapted backbone's own output."""
+        return self.backbone(*args, **kwargs)
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        return self._step("train", batch)
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._step("val", batch)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        self._step("test", batch)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        return self.task.predict(self.backbone, batch)
+
+    def _step(self, stage: Stage, batch: Mapping[str, Any]) -> Tensor:
+        out = self.task.step(self.backbone, batch)
+        metrics = self.task.update(stage, out)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight)
+        if stage == "train":
+            self.log("train/loss_step", out.loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=out.weight)
+        return out.loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over exactly what trains (law 10), and the schedule with the trainer's number of steps."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        scheduler = self.lr_scheduler(optimizer)
+        entry: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, WarmupDecay):
+            entry["interval"] = "step"
+            if scheduler.total_steps is None:
+                scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+        elif isinstance(scheduler, ReduceLROnPlateau):
+            entry |= {"monitor": getattr(scheduler, "monitor", self.task.monitor), "interval": "epoch"}
+        return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
+
+    def on_fit_start(self) -> None:
+        self.set_modes()
+
+    def set_modes(self) -> None:
+        """Put the backbone into its stated mode and the adapter into training."""
+        self.backbone.train(self.backbone_mode == "train")
+        for module in self.backbone.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()  # its running statistics are part of W0
+        for _, layer in adapted_layers(self.backbone):
+            if layer.lora_dropout is not None:
+                layer.lora_dropout.train()
+        for _, saved in saved_copies(self.backbone):
+            saved.lora_copy.train()
+
+    def w0_fingerprint(self) -> Fingerprint:
+        """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change."""
+        if self._w0 is None:
+            self._w0 = fingerprint(self.backbone)
+        return self._w0
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the adapter's tensors and plain settings; leave W0 out."""
+        frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        checkpoint[CHECKPOINT_KEY] = {"config": self.lora.to_dict(), "base": self.w0_fingerprint().to_json()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
+        if CHECKPOINT_KEY not in checkpoint:
+            raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
+        trained, here = checkpoint[CHECKPOINT_KEY]["config"], self.lora.to_dict()
+        for name in trained.keys() | here.keys():
+            if trained.get(name) != here.get(name) and name != "dropout":
+                raise AdapterError(
+                    f"the checkpoint was trained with lora.{name}={trained.get(name)!r}, this run says"
+                    f" {here.get(name)!r}: use the run's own config.yaml, or start a new fit"
+                )
+        if not self.allow_other_base:
+            refuse_other_base(Fingerprint.from_json(checkpoint[CHECKPOINT_KEY]["base"]), self.w0_fingerprint())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load, forgiving the frozen keys that a checkpoint leaves out and nothing else.
+
+        Raises:
+            AdapterError: keys missing, left over or wrongly shaped, with the list.
+        """
+        if strict:
+            self._refuse_misfits(state_dict)
+        return super().load_state_dict(state_dict, strict=False, assign=assign)
+
+    def _refuse_misfits(self, state_dict: Mapping[str, Any]) -> None:
+        own = super().state_dict()
+        frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
+        problems = [f"missing '{k}'" for k in own if k not in state_dict and k not in frozen]
+        problems += [f"left over '{k}'{did_you_mean(k, own)}" for k in state_dict if k not in own]
+        problems += [
+            f"'{k}' has shape {tuple(state_dict[k].shape)}, expected {tuple(own[k].shape)}"
+            for k in own
+            if k in state_dict and isinstance(own[k], Tensor) and state_dict[k].shape != own[k].shape
+        ]
+        if problems:
+            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+            raise AdapterError(f"the checkpoint does not fit this model: {', '.join(problems[:4])}{more}")

@@ -1,0 +1,53 @@
+"""Optimizers' parameter groups and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lora_lightning.lora.errors import LoRAError
+
+
+class WarmupDecay(LambdaLR):
+    """Linear warm-up, then linear or cosine decay to zero, or none; stepped once per optimizer step.
+
+    How many steps there are, `LoRAModule` reads off the trainer.
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        warmup: steps (a whole number of at least 1) or a share of all steps (below 1). The paper's runs use 0.06.
+        decay: shape after the warm-up.
+        total_steps: for use without `LoRAModule`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup: float = 0.06,
+        decay: Literal["linear", "cosine", "constant"] = "linear",
+        total_steps: int | None = None,
+    ) -> None:
+        if warmup < 0 or (warmup >= 1 and not float(warmup).is_integer()):
+            raise LoRAError(f"warmup must be a share below 1 or a whole number of steps, got {warmup}")
+        self.warmup, self.decay, self.total_steps = warmup, decay, total_steps
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """By what the base learning rate is multiplied at optimizer step `step`, counted from 0."""
+        if self.total_steps is None:
+            # Called by the constructor, before the number of steps can be known.
+            return 1.0 if self.warmup == 0 else 0.0
+        warm = self.warmup_steps(self.total_steps)
+        if step < warm:
+            return step / warm
+        if self.decay == "constant":
+            return 1.0
+        done = min(1.0, (step - warm) / max(1, self.total_steps - warm))
+        return 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def warmup_steps(self, total_steps: int) -> int:
+        """Length of the warm-up in steps."""
+        return math.ceil(self.warmup * total_steps) if self.warmup < 1 else int(self.warmup)

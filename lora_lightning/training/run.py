@@ -1,0 +1,120 @@
+"""Run folders: `runs/<name>/<version>/` with config.yaml, checkpoints/, metrics.csv, report.json and the export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.storage import write_bytes
+
+CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json", "export"
+
+
+def run_dir(trainer: Trainer) -> Path | None:
+    """Where this run writes, or None where it is told to write nothing (fast_dev_run)."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger | TensorBoardLogger):
+            return Path(logger.log_dir)
+    if trainer.loggers:
+        first = trainer.loggers[0]
+        return Path(first.save_dir or trainer.default_root_dir) / str(first.name) / str(first.version)
+    return Path(trainer.default_root_dir)
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint belongs to: the one above `checkpoints/`, else the file's own folder."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
+
+
+def find_checkpoint(path: str | Path, which: str = "best") -> Path:
+    """A checkpoint from the path of a file, of a run, or of the folder with a run's versions.
+
+    Args:
+        path: `.../best.ckpt`, `runs/demo/version_3` or `runs/demo` (its newest version that has checkpoints).
+        which: `best` or `last`, where the path leaves that open.
+
+    Raises:
+        LoRAError: nothing is there, with what is.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
+    for run in [path, *_newest_first(path)]:
+        files = sorted((run / CHECKPOINTS).glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+        if files:
+            return _pick(files, which)
+    loose = sorted(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    if loose:
+        return _pick(loose, which)
+    raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def _newest_first(path: Path) -> list[Path]:
+    versions = [p for p in path.iterdir() if (p / CHECKPOINTS).is_dir()]
+    return sorted(versions, key=lambda p: (_number(p.name), p.stat().st_mtime), reverse=True)
+
+
+def _number(name: str) -> int:
+    digits = name.rpartition("_")[2]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _pick(files: list[Path], which: str) -> Path:
+    """`files` are of one folder, oldest first."""
+    by_name = {file.stem: file for file in files}
+    if which in by_name:
+        return by_name[which]
+    if which == "last":
+        return files[-1]
+    # A checkpoint carries the state of ModelCheckpoint, which says which file was best.
+    callbacks = load_checkpoint(files[-1]).get("callbacks", {})
+    for key, state in callbacks.items():
+        if key.startswith("ModelCheckpoint") and state.get("best_model_path"):
+            best = files[0].parent / Path(state["best_model_path"]).name
+            if best.is_file():
+                return best
+    return files[-1]
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors and plain data only, on the CPU.
+
+    Raises:
+        LoRAError: it is missing, torn, or holds anything else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise LoRAError(f"no checkpoint '{path}'") from error
+    except Exception as error:  # pickle, zip and torch each have their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoRAError(f"'{path}' is not a whole checkpoint ({reason})") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise LoRAError(f"'{path}' is not a Lightning checkpoint: it has no state_dict")
+    return content
+
+
+def update_report(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Add to the run's `report.json`, and copy it to the folder above, where the newest run's report stands.
+
+    Returns all that is known of the run so far.
+    """
+    file = run / REPORT
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    known |= values
+    text = (json.dumps(known, indent=2) + "\n").encode()
+    write_bytes(file, text)
+    if run.parent.name and (run / CHECKPOINTS).is_dir():
+        write_bytes(run.parent / REPORT, text)
+    return known

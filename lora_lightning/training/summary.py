@@ -1,0 +1,88 @@
+"""What a person sees: the first screen of a run and the table that closes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from lora_lightning.lora.report import InjectionReport
+
+
+def injection_table(report: InjectionReport) -> Table:
+    """The grouped injection table, blocks folded into one row each."""
+    table = Table(title="What trains", title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    lines = report.lines()
+    # A column that says the same nothing in every row costs the names their room.
+    shown = [i for i in range(len(report.HEADER)) if i != 5 or any(line[5] not in ("", "0") for line in lines)]
+    for i in shown:
+        table.add_column(report.HEADER[i], justify="left" if i in (0, 2) else "right", overflow="fold")
+    for line in lines:
+        table.add_row(*(line[i] for i in shown))
+    table.caption = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
+    return table
+
+
+def show_report(values: dict[str, Any], console: Console, save_svg: Path | None = None) -> None:
+    """Print all that is known of a run as one table; also as a picture where a file is named."""
+    table = report_table(values)
+    console.print(table)
+    if save_svg is not None:
+        recorder = Console(record=True, width=100, file=Path("/dev/null").open("w"))  # noqa: SIM115
+        recorder.print(table)
+        recorder.save_svg(str(save_svg), title="lora-lightning")
+
+
+def report_table(values: dict[str, Any]) -> Table:
+    """The closing table: one fact a row, in the order in which a reader asks."""
+    table = Table(title=f"Run {values.get('run_dir', '')}", title_justify="left", show_header=False)
+    table.add_column("what", style="bold", no_wrap=True)
+    table.add_column("figure", overflow="fold")
+    for name, text in report_rows(values):
+        table.add_row(name, text)
+    return table
+
+
+def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the closing table, for the facts that are known."""
+    rows = [_accuracies(v, "LoRA", "val_accuracy", "test_accuracy")]
+    rows.append(_accuracies(v, "linear probe, frozen backbone", "probe_accuracy", "probe_test_accuracy"))
+    rows.append(_accuracies(v, "majority class", "majority_accuracy", "majority_test_accuracy"))
+    other = {"val_accuracy", "test_accuracy"}
+    rows += [
+        (k.replace("_", " ", 1), f"{x:.4f}")
+        for k, x in v.items()
+        if k.startswith(("val_", "test_")) and k not in other and isinstance(x, float)
+    ]
+    if "trainable" in v:
+        rows.append(
+            ("trainable parameters", f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})")
+        )
+    if v.get("w0_before"):
+        verdict = "unchanged" if v.get("w0_unchanged") else "MOVED"
+        rows.append(("W0 before, after", f"{v['w0_before'][:12]}, {v['w0_after'][:12]}: {verdict}"))
+    if v.get("adapter_bytes") and v.get("full_checkpoint_bytes"):
+        ratio = v["full_checkpoint_bytes"] / v["adapter_bytes"]
+        size = f"{_megabytes(v['adapter_bytes'])} beside {_megabytes(v['full_checkpoint_bytes'])}"
+        rows.append(("adapter beside full checkpoint", f"{size} ({ratio:.0f} times smaller)"))
+    if "export_max_rel_diff" in v:
+        limit = v.get("export_tolerance", 0.0)
+        rows.append(("merged against adapted", f"{v['export_max_rel_diff']:.1e} relative (allowed {limit:.0e})"))
+    if "train_seconds" in v:
+        rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
+    for key, name in (("adapter_dir", "adapter (PEFT)"), ("merged_dir", "merged model"), ("checkpoint", "checkpoint")):
+        if v.get(key):
+            rows.append((name, str(v[key])))
+    return [row for row in rows if row[1]]
+
+
+def _accuracies(v: dict[str, Any], name: str, validation: str, test: str) -> tuple[str, str]:
+    parts = [f"{label} {v[key]:.1%}" for label, key in (("validation", validation), ("test", test)) if key in v]
+    return f"accuracy, {name}", ", ".join(parts)
+
+
+def _megabytes(size: float) -> str:
+    return f"{size / 1e6:.1f} MB"

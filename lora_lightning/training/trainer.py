@@ -1,0 +1,102 @@
+"""Lightning's Trainer with `export`, `best` across processes, and a precision that suits the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # the Trainer's own type
+from lightning.pytorch import LightningDataModule, Trainer
+from rich.console import Console
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training import run
+from lora_lightning.training.export import FORMATS, ExportReport, export
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.summary import show_report
+
+
+def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """`bf16-mixed` where the hardware multiplies bfloat16 itself; on other CPUs it is slower than float32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+class LoRATrainer(Trainer):
+    """Lightning's Trainer and the `export` command.
+
+    Args:
+        precision: Lightning's values, or `auto`: bf16 autocast where the hardware has it, else float32.
+    """
+
+    def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+        if precision == "auto":
+            precision = best_precision(str(kwargs.get("accelerator", "auto")))
+        super().__init__(*args, precision=precision, **kwargs)
+
+    def export(
+        self,
+        model: LoRAModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str = "best",
+        output_dir: str | None = None,
+        formats: str | list[str] = "adapter,merged",
+    ) -> ExportReport:
+        """Write a trained run as a PEFT adapter and as a merged model, each compared with the adapted model.
+
+        Args:
+            model: the module that the run's config describes.
+            datamodule: gives the probe batch and the tokenizer.
+            ckpt_path: a checkpoint, a run folder, or `best` or `last` of the newest run with this config's name.
+            output_dir: where to write; `export/` in the run folder by default.
+            formats: some of `adapter`, `merged`, with commas between.
+        """
+        if datamodule is None:
+            raise LoRAError("export needs a data section in the config: its first batch is the probe of the proof")
+        wanted = [f.strip() for f in formats.split(",")] if isinstance(formats, str) else list(formats)
+        unknown = [f for f in wanted if f not in FORMATS]
+        if unknown:
+            raise LoRAError(f"--formats takes some of {','.join(FORMATS)}, got '{unknown[0]}'")
+        checkpoint = run.find_checkpoint(ckpt_path)
+        content = run.load_checkpoint(checkpoint)
+        model.on_load_checkpoint(content)
+        model.load_state_dict(content["state_dict"])
+        folder = run.run_of_checkpoint(checkpoint)
+        target = Path(output_dir) if output_dir else folder / run.EXPORT
+        batch = self._probe(datamodule)
+        device = self.strategy.root_device
+        model.to(device)
+        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+        tokenizer = getattr(datamodule, "tokenizer", None)
+        result = export(model, target, batch=batch, formats=wanted, tokenizer=tokenizer)
+        show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
+        return result
+
+    def _probe(self, datamodule: LightningDataModule) -> dict[str, Any]:
+        datamodule.prepare_data()
+        datamodule.setup("validate")
+        return dict(next(iter(datamodule.val_dataloader())))
+
+
+def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
+    """Put an export's figures into the run's report and return the whole of it."""
+    values = {
+        "export_max_abs_diff": result.max_abs_diff,
+        "export_max_rel_diff": result.max_rel_diff,
+        "export_tolerance": result.tolerance,
+        "adapter_dir": result.adapter_dir,
+        "merged_dir": result.merged_dir,
+        "adapter_bytes": result.adapter_bytes,
+        "merged_bytes": result.merged_bytes,
+        "w0_before": result.w0_before,
+        "w0_after": result.w0_after,
+        "w0_unchanged": result.w0_unchanged,
+        "trainable": result.trainable,
+        "total": result.total,
+        "share": result.trainable / result.total,
+        "run_dir": str(folder),
+    }
+    return run.update_report(folder, values)
