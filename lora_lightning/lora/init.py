@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 
 def gaussian_(A: Tensor) -> Tensor:
-    """N(0, 1/r^2) in place. The paper (2106.09685, section 4.1) says Gaussian and gives no scale; 1/r is PEFT's."""
-    return nn.init.normal_(A, std=1.0 / A.shape[0])
+    """N(0, 1/in) in place, so that A x has the scale of x whatever the width and the rank.
+
+    The paper (2106.09685, section 4.1) says Gaussian and gives no scale.
+    """
+    return nn.init.normal_(A, std=1.0 / math.sqrt(A[0].numel()))
 
 
 def kaiming_(A: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +13,7 @@ from lora_lightning.lora.report import InjectionReport
 
 def injection_table(report: InjectionReport) -> Table:
     """The grouped injection table, blocks folded into one row each."""
-    table = Table(title="What trains", title_justify="left", caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title="What trains", title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0))
     lines = report.lines()
     # A column that says the same nothing in every row costs the names their room.
     shown = [i for i in range(len(report.HEADER)) if i != 5 or any(line[5] not in ("", "0") for line in lines)]

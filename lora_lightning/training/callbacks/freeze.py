@@ -34,10 +34,14 @@ class FreezeBase(Callback):
         self.after: Fingerprint | None = None
         self._first_backward_seen = False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Freeze before the optimizers are made."""
+        if stage == "fit":
+            freeze(_lora_module(pl_module).backbone)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Freeze, take the fingerprint, say what trains."""
+        """Take the fingerprint, say what trains."""
         module = _lora_module(pl_module)
-        freeze(module.backbone)
         self.before = module.w0_fingerprint()
         self._first_backward_seen = False
         report = module.report

@@ -1,0 +1,24 @@
+"""The installed command as a user's shell runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+COMMAND = Path(sys.executable).with_name("lora-lightning")
+
+
+def run(*args, cwd, ok=True, timeout=300, **env):
+    """Run `lora-lightning ARGS`; returns the finished process with its output as text."""
+    done = subprocess.run(
+        [str(COMMAND), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert (done.returncode == 0) == ok, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done

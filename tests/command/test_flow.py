@@ -1,0 +1,74 @@
+"""The whole job through the installed command: fit, test, export, and others open what came out."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, huggingface
+from lora_lightning.training.run import load_checkpoint
+from tests.command.process import run
+
+KEYS = {
+    "val_accuracy", "test_accuracy", "trainable", "total", "w0_unchanged", "export_max_rel_diff", "adapter_dir",
+    "merged_dir", "train_seconds",
+}  # fmt: skip
+
+
+def test_whole_flow_on_a_tiny_bert(tiny, tmp_path):
+    run("fit", "--config", tiny.config, cwd=tmp_path)
+    run("test", "--config", tiny.config, "--ckpt_path", "best", cwd=tmp_path)
+    shown = run("export", "--ckpt_path", "runs/tiny", cwd=tmp_path).stdout
+
+    report = json.loads((tmp_path / "runs/tiny/report.json").read_text())
+    assert KEYS <= set(report)
+    assert report["val_accuracy"] > 0.85
+    assert report["test_accuracy"] > 0.75
+    assert report["w0_unchanged"] is True
+    assert report["export_max_rel_diff"] <= 1e-5
+    assert report["trainable"] == 3906
+    for text in ("trainable parameters", "W0 before, after", "unchanged", "merged against adapted", report["merged_dir"]):
+        assert text in shown
+    made = {p.name for p in (tmp_path / "runs/tiny/version_0").iterdir()}
+    assert {"config.yaml", "checkpoints", "metrics.csv", "report.json", "export", "test"} <= made
+
+    texts = ["the film is lovely and warm", "a dull story of two friends", "clumsy"]
+    batch = AutoTokenizer.from_pretrained(tmp_path / report["merged_dir"])(texts, padding=True, return_tensors="pt")
+    module = LoRAModule(
+        huggingface(tiny.bert, label_names=["fresh", "rotten"]),
+        SequenceClassification(2),
+        LoRAConfig(r=4, modules_to_save=["classifier"]),
+    ).eval()
+    module.load_state_dict(load_checkpoint(tmp_path / "runs/tiny/version_0/checkpoints/best.ckpt")["state_dict"])
+    with torch.no_grad():
+        ours = module.backbone(**batch).logits
+        merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / report["merged_dir"])
+        assert merged.config.id2label == {0: "fresh", 1: "rotten"}
+        peft = PeftModel.from_pretrained(huggingface(tiny.bert, num_labels=2), tmp_path / report["adapter_dir"]).eval()
+        for other in (merged(**batch).logits, peft(**batch).logits):
+            assert float((other - ours).abs().max() / ours.abs().max()) <= 1e-5
+        assert [merged.config.id2label[int(i)] for i in ours.argmax(1)] == ["fresh", "rotten", "rotten"]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path):
+    """Law 9, through the command and the overlay that a user would take."""
+    from tests.command.process import REPOSITORY
+
+    overlay = REPOSITORY / "configs/strategy/ddp.yaml"
+    common = ["--config", tiny.config, "--trainer.max_epochs", "2", "--model.lr_scheduler", "null"]
+    run("fit", *common, "--name", "one", "--data.init_args.batch_size", "16", cwd=tmp_path)
+    run("fit", *common, "--name", "two", "--data.init_args.batch_size", "8", "--config", overlay, cwd=tmp_path)
+    one, two = (load_checkpoint(tmp_path / f"runs/{n}/version_0/checkpoints/last.ckpt") for n in ("one", "two"))
+    assert one["global_step"] == two["global_step"] > 10
+    for key, value in one["state_dict"].items():
+        torch.testing.assert_close(value, two["state_dict"][key], rtol=1e-3, atol=1e-4)
+    reports = [json.loads((tmp_path / f"runs/{n}/report.json").read_text()) for n in ("one", "two")]
+    assert reports[0]["val_accuracy"] == pytest.approx(reports[1]["val_accuracy"])
+    assert reports[0]["val_loss"] == pytest.approx(reports[1]["val_loss"], rel=1e-3)
+
+
+def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path):
+    run("validate", "--ckpt_path", trained, cwd=tmp_path)
+    run("predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt", cwd=tmp_path)

@@ -1,0 +1,64 @@
+"""A mistake ends in one line that says what to do, and never in a traceback."""
+
+import pytest
+
+from tests.command.process import run
+
+MISTAKES = {
+    "a mistyped target": (
+        ["fit", "--config", "{config}", "--model.lora.target_modules", "[qurey, value]"],
+        "target_modules: no module matches 'qurey'; did you mean 'query'?",
+    ),
+    "a target as a bare word": (
+        ["fit", "--config", "{config}", "--model.lora.target_modules", "query"],
+        "for modules that end in it write [query]",
+    ),
+    "a head that is not there": (
+        ["fit", "--config", "{config}", "--model.lora.modules_to_save", "[clasifier]"],
+        "modules_to_save: no module matches 'clasifier'; did you mean 'classifier'?",
+    ),
+    "a rank of zero": (["fit", "--config", "{config}", "--model.lora.r", "0"], "r must be a whole number of at least 1"),
+    "a rank larger than the layer": (
+        ["fit", "--config", "{config}", "--model.lora.r", "64"],
+        "is larger than the layer 'bert.encoder.layer.0.attention.self.query' allows (32",
+    ),
+    "an unknown key": (["fit", "--config", "{config}", "--model.lora.alpa", "3"], "model.lora.alpa"),
+    "an unknown flag": (["fit", "--config", "{config}", "--runs_dri", "x"], "did you mean '--runs_dir'"),
+    "a config that is not there": (["fit", "--config", "none.yaml"], "none.yaml"),
+    "a column that is not there": (
+        ["fit", "--config", "{config}", "--data.init_args.text_column", "txt"],
+        "no column 'txt'; did you mean 'text'?",
+    ),
+    "a model that is not there": (
+        ["fit", "--config", "{config}", "--model.backbone.init_args.pretrained_model_name_or_path", "./nowhere"],
+        "no model './nowhere'",
+    ),
+    "a checkpoint that is not there": (["test", "--config", "{config}", "--ckpt_path", "runs/x"], "no checkpoint or run"),
+    "best before any fit": (["export", "--config", "{config}", "--ckpt_path", "best"], "no checkpoint or run folder"),
+    "a format that is not there": (
+        ["export", "--ckpt_path", "{run}", "--formats", "merge"],
+        "--formats takes some of adapter,merged, got 'merge'",
+    ),
+    "other settings than the checkpoint's": (
+        ["export", "--config", "{config}", "--ckpt_path", "{run}", "--model.lora.r", "2"],
+        "the checkpoint was trained with lora.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, tiny, trained, tmp_path):
+    args, said = MISTAKES[name]
+    filled = [arg.format(config=tiny.config, run=trained) for arg in args]
+    done = run(*filled, cwd=tmp_path, ok=False, HF_HUB_OFFLINE="1")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("lora-lightning: error: ")]
+    assert len(lines) == 1, done.stderr
+    assert said in lines[0]
+    assert done.stderr.rstrip().endswith(lines[0]), "the error is the last thing that the user sees"
+
+
+def test_a_mistake_leaves_no_run_behind(tiny, tmp_path):
+    run("fit", "--config", tiny.config, "--model.lora.target_modules", "[qurey]", cwd=tmp_path, ok=False)
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,100 @@
+"""The guards catch what they are there for."""
+
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
+from lora_lightning.training.callbacks.freeze import W0MovedError, check_optimizers
+from tests.training.test_module import Vision, loader, trainer_of
+
+
+def fit(tmp_path, module, *callbacks):
+    trainer_of(tmp_path, callbacks=[FreezeBase(show_table=False), *callbacks], enable_checkpointing=False).fit(
+        module, loader()
+    )
+
+
+def test_a_moved_w0_stops_the_fit(tmp_path, make_module):
+    class Nudge(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            with torch.no_grad():
+                pl_module.backbone.body[4].bias[0] += 1e-7 + pl_module.backbone.body[4].bias[0].abs() * 1e-6
+
+    with pytest.raises(W0MovedError, match=r"1 frozen tensors changed, first 'body\.4\.bias'"):
+        fit(tmp_path, make_module(Vision(), LoRAConfig(r=2)), Nudge())
+
+
+def test_moved_batch_statistics_stop_the_fit(tmp_path, make_module):
+    class Wake(Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            pl_module.backbone.body[1].train()
+
+    with pytest.raises(W0MovedError, match=r"running_mean|num_batches_tracked"):
+        fit(tmp_path, make_module(Vision(), LoRAConfig(r=2)), Wake())
+
+
+def test_an_adapter_that_the_forward_bypasses_stops_the_run(tmp_path, make_module):
+    class Reads(Vision):
+        """Reads a weight instead of calling its module, as fused kernels do."""
+
+        def forward(self, x):
+            first = self.body[0]
+            return self.head(self.body[4](torch.relu(nn.functional.linear(x, first.weight, first.bias))))
+
+    with pytest.raises(LoRAError, match=r"2 of 4 trainable tensors got no gradient.*body\.0\.lora_A"):
+        fit(tmp_path, make_module(Reads(), LoRAConfig(r=2)))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, make_module):
+    class Infinite(Vision):
+        def forward(self, x):
+            return super().forward(x) * torch.tensor(float("inf"))
+
+    with pytest.raises(LoRAError, match="not finite"):
+        fit(tmp_path, make_module(Infinite(), LoRAConfig(r=2)))
+
+
+def test_an_optimizer_that_holds_too_much_or_too_little_is_refused(make_module):
+    module = make_module(Vision(), LoRAConfig(r=2))
+    trains = [p for p in module.parameters() if p.requires_grad]
+    with pytest.raises(LoRAError, match="holds 8 frozen parameters"):
+        check_optimizers([torch.optim.SGD(module.parameters(), lr=1)], module)
+    with pytest.raises(LoRAError, match="lacks 3 parameters"):
+        check_optimizers([torch.optim.SGD(trains[:1], lr=1)], module)
+    check_optimizers([torch.optim.SGD(trains, lr=1)], module)
+
+
+def test_a_parameter_that_someone_thaws_is_frozen_again(tmp_path, make_module):
+    module = make_module(Vision(), LoRAConfig(r=2))
+    module.backbone.body[4].weight.requires_grad_(True)
+    before = module.backbone.body[4].weight.clone()
+    fit(tmp_path, module)
+    assert torch.equal(before, module.backbone.body[4].weight)
+
+
+def test_counts_reach_the_log_and_the_report(trained):
+    header, *_ = (trained / "metrics.csv").read_text().splitlines()
+    assert {"params/trainable", "params/frozen", "params/share", "val/accuracy"} <= set(header.split(","))
+    report = json.loads((trained / "report.json").read_text())
+    assert report["w0_unchanged"] is True
+    assert report["trainable"] == 3906
+    assert report["val_accuracy"] > 0.85
+    assert json.loads((trained.parent / "report.json").read_text()) == report
+
+
+def test_export_at_end_writes_the_best_checkpoint(tmp_path, make_module, make_data):
+    from peft import PeftModel
+
+    from lora_lightning import RunReport, huggingface
+
+    module = make_module(optimizer=lambda params: torch.optim.AdamW(params, lr=0.01))
+    trainer = trainer_of(tmp_path, logger=True, callbacks=[FreezeBase(), RunReport(), ExportAtEnd()], max_epochs=2)
+    trainer.fit(module, data := make_data())
+    folder = next(tmp_path.rglob("export_report.json")).parent
+    batch = {k: v for k, v in next(iter(data.val_dataloader())).items() if k != "labels"}
+    peft = PeftModel.from_pretrained(huggingface(module.backbone.name_or_path, num_labels=2), folder / "adapter").eval()
+    torch.testing.assert_close(peft(**batch).logits, module.eval().backbone(**batch).logits, rtol=1e-5, atol=1e-6)
