@@ -111,7 +111,9 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
         raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
     if record and not allow_other_base:
         refuse_other_base(Fingerprint.from_json(json.dumps(record["base"])), fingerprint(model))
-    modules, saved = _split_keys(tensors, model, peft.get("modules_to_save") or [])
+    listed = peft.get("modules_to_save") or []
+    tensors = _without_base_copies(tensors, listed, model)
+    modules, saved = _split_keys(tensors, model, listed)
     _check_targets(peft, modules, model)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -348,12 +350,31 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module, listed: list[str])
     return modules, _saved_modules(rest, listed, model)
 
 
+def _without_base_copies(tensors: dict[str, Tensor], listed: list[str], model: nn.Module) -> dict[str, Tensor]:
+    """PEFT writes W0 itself beside A and B of an output layer; where it is this model's own, it is dropped."""
+    own = model.state_dict()
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        mine = own.get(name)
+        if mine is None or mine.shape != tensor.shape or _holder(name, listed):
+            return False
+        return torch.equal(tensor.to(mine.dtype), mine.cpu())
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
+
+
+def _holder(key: str, listed: list[str]) -> str | None:
+    """The outermost module around `key` that PEFT wraps: its name ends in an entry, even within a word."""
+    parts = key.split(".")
+    around = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
+
+
 def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list[str]:
     """Full names of the modules saved in full: those that hold `keys` and that the config lists."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    # PEFT wraps what ends in an entry, even within a word; the outermost one holds the keys.
-    asked = [name for name in names if any(name.endswith(entry) for entry in listed)]
-    holders = {key: next((name for name in asked if key.startswith(f"{name}.")), None) for key in keys}
+    holders = {key: _holder(key, listed) for key in keys}
     strangers = [key for key, holder in holders.items() if holder is None]
     if strangers:
         raise AdapterError(

@@ -285,6 +285,20 @@ def test_an_adapter_of_float32_meets_a_bf16_backbone_only_when_asked(tmp_path):
     assert distance(BERT.run(other), BERT.run(model)) < 0.1
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("tied", [False, True])
+def test_pefts_copy_of_an_output_layers_w0_is_checked_and_left(tmp_path, tied):
+    base, ours, other = (llama(tie_word_embeddings=tied).eval() for _ in range(3))
+    ours.load_state_dict(base.state_dict())
+    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
+    theirs = move(peft.get_peft_model(base, config))
+    theirs.save_pretrained(tmp_path)
+    assert f"{PREFIX}lm_head.base_layer.weight" in safetensors.torch.load_file(tmp_path / WEIGHTS)
+    load_adapter(ours, tmp_path)
+    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-6
+    refused(tmp_path, "left over lm_head.base_layer.weight", other)
+
+
 # ---- refusals, each in one line, each leaving the model plain
 
 
