@@ -65,6 +65,7 @@ def save_adapter(
     Raises:
         AdapterError: the model has no adapter, or its values are not finite.
     """
+    model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper that renames every key
     layers, saved = adapted_layers(model), saved_copies(model)
     if not layers and not saved:
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")

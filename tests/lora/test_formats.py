@@ -158,6 +158,14 @@ def test_a_name_that_is_the_end_of_another_stays_alone(tmp_path, twin_head):
     assert distance(theirs(x), model(x)) < 1e-6
 
 
+def test_a_compiled_model_saves_the_same_bytes(tmp_path):
+    model = trained(**RICH)
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(torch.compile(model, backend="eager"), tmp_path / "compiled")
+    for file in (WEIGHTS, CONFIG):
+        assert (tmp_path / "plain" / file).read_bytes() == (tmp_path / "compiled" / file).read_bytes()
+
+
 # ---- PEFT, both ways
 
 PEFT_CONFIGS = {
