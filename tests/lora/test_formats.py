@@ -217,8 +217,6 @@ def test_a_directory_of_pefts_loads_and_goes_back(tmp_path, name):
 @pytest.mark.filterwarnings("error:Found missing adapter keys")
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_opens_what_is_saved(family, tmp_path, rslora):
-    if family.name == "encoder":
-        pytest.skip("PEFT does not hold the fused kernel off: its own output in eval is the backbone's")
     fields = {"r": 3, "alpha": 1.5}
     if family.name == "bert":
         fields = RICH
@@ -227,6 +225,9 @@ def test_peft_opens_what_is_saved(family, tmp_path, rslora):
     model = trained(family, **fields, use_rslora=rslora)
     save_adapter(model, tmp_path, task_type="SEQ_CLS" if family.name == "bert" else None)
     theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path).eval()
+    for module in theirs.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):  # PEFT lets the fused kernel pass its adapters by
+            module.register_forward_pre_hook(lambda module, args: None)
     with torch.no_grad():
         assert distance(family.run(theirs), family.run(model)) < 1e-6
 
