@@ -45,8 +45,8 @@ def split_rows(groups: Sequence[object], config: SplitConfig) -> dict[str, list[
     if any(wanted) or len(names) - n_validation - n_test < 1:
         raise LoRAError(f"{len(names)} groups are too few to split {config.validation:g} and {config.test:g} off them")
     split_of = dict.fromkeys(names, "train")
-    split_of |= dict.fromkeys(names[:n_validation], "validation")
-    split_of |= dict.fromkeys(names[n_validation : n_validation + n_test], "test")
+    split_of |= dict.fromkeys(names[:n_test], "test")
+    split_of |= dict.fromkeys(names[n_test : n_test + n_validation], "validation")
     rows: dict[str, list[int]] = {name: [] for name in SPLITS}
     for row, group in enumerate(groups):
         rows[split_of[str(group)]].append(row)

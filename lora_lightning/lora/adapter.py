@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.layers import SavedCopy
 
 FACTORS = ("lora_A", "lora_B")
 """Tensors that an adapted layer adds to its module."""
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B and the copies of `modules_to_save`, by their keys in `model.state_dict()`."""
+    """A, B and the copies of `modules_to_save`, by their keys in `model.state_dict()`.
+
+    Raises:
+        AdapterError: A or B is not found there under its module's name.
+    """
     state = model.state_dict(keep_vars=True)
     wanted = [f"{name}." for name in _copy_prefixes(model)]
     factors = {_join(name, factor) for name, _ in adapted_layers(model) for factor in FACTORS}
+    if hidden := sorted(factors - state.keys()):
+        raise AdapterError(f"'{hidden[0]}' is not in the model's state_dict: a wrapper inside renames its keys")
     return {k: v for k, v in state.items() if k in factors or any(k.startswith(prefix) for prefix in wanted)}
 
 
@@ -26,9 +34,11 @@ def frozen_keys(model: nn.Module) -> set[str]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """W0: the backbone's own tensors by name, less those that `modules_to_save` stands in for."""
     state = model.state_dict(keep_vars=True)
-    replaced = tuple(f"{name}." if name else "" for name, _ in saved_copies(model))
+    # Under every name that a module in two places has.
+    everywhere = model.named_modules(remove_duplicate=False)
+    replaced = tuple(f"{name}." for name, module in everywhere if isinstance(module, SavedCopy))
     ours = _adapter_keys(model)
-    return {k: v for k, v in state.items() if k not in ours and not (replaced and k.startswith(replaced))}
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and k not in ours and not k.startswith(replaced)}
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -61,7 +61,8 @@ class LoRAConfig:
     """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv 2312.03732)."""
 
     init: Init = "gaussian"
-    """How A starts: `gaussian` is N(0, 1/r^2), the paper's choice in the scale that PEFT gives it; `kaiming` is
+    """How A starts: `gaussian` is N(0, 1/in), the paper's choice, scaled so that A x is as large as x whatever the
+    width and the rank (PEFT's N(0, 1/r^2) is larger in wide layers and wants a smaller learning rate); `kaiming` is
     uniform in +-1/sqrt(in), what loralib and PEFT draw by default. B starts at zero."""
 
     def __post_init__(self) -> None:
@@ -70,8 +71,10 @@ class LoRAConfig:
         if self.alpha is None:
             object.__setattr__(self, "alpha", 2.0 * self.r)
         _check_alpha("alpha", self.alpha)
-        if not 0.0 <= self.dropout < 1.0:
+        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora must be true or false, got {self.use_rslora!r}")
         if self.init not in get_args(Init):
             raise ConfigError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
         for name in ("target_modules", "exclude_modules"):
@@ -81,19 +84,19 @@ class LoRAConfig:
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _check_list("modules_to_save", self.modules_to_save))
         self._check_layers()
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
         for pattern, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank_pattern['{pattern}'] must be a whole number of at least 1, got {rank!r}")
         for pattern, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern['{pattern}']", alpha)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            _check_regex("rank_pattern or alpha_pattern", pattern)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
         if layers is None:
             return
-        numbers = [layers] if isinstance(layers, int) else list(layers)
+        numbers = list(layers) if isinstance(layers, Sequence) else [layers]
         if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ConfigError(f"layers_to_transform must be block numbers from 0 on, got {layers!r}")
         object.__setattr__(self, "layers_to_transform", numbers)
@@ -126,8 +129,12 @@ class LoRAConfig:
         return cls(**values)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _check_alpha(name: str, alpha: Any) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
         raise ConfigError(f"{name} must be a finite number above 0, got {alpha!r}")
 
 
@@ -144,11 +151,23 @@ def _check_list(name: str, value: Any) -> list[str]:
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise ConfigError(f"{name} must be a list of module names, got {value!r}")
     # A set has no order of its own; a list keeps the user's.
-    names = sorted(value) if isinstance(value, set | frozenset) else list(value)
+    names = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
     for entry in names:
         if not isinstance(entry, str) or not entry:
             raise ConfigError(f"{name} must hold module names, got {entry!r} in {value!r}")
     return list(dict.fromkeys(names))
+
+
+def _check_patterns(name: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{name} must map module names or regular expressions to numbers, got {value!r}")
+    for pattern in value:
+        if not isinstance(pattern, str) or not pattern:
+            raise ConfigError(f"{name} must map module names or regular expressions, got {pattern!r}")
+        _check_regex(name, pattern)
+    return dict(value)
 
 
 def _check_regex(name: str, pattern: str) -> None:

@@ -27,9 +27,10 @@ class MergeError(LoRAError):
 
 
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
-    """The known names nearest to `word`, best first; a hit inside a longer name counts too."""
+    """The known names nearest to `word`, best first, capitals or not; a hit inside a longer name counts too."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(word, names, n=limit, cutoff=0.55)
+    lower = {name.lower(): name for name in reversed(names)}
+    close = [lower[hit] for hit in difflib.get_close_matches(word.lower(), lower, n=limit, cutoff=0.55)]
     inside = [name for name in names if word and word.lower() in name.lower() and name not in close]
     return (close + inside)[:limit]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, did_you_mean
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, did_you_mean
+from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies
 from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.report import InjectionReport
@@ -65,9 +65,12 @@ def save_adapter(
     Raises:
         AdapterError: the model has no adapter, or its values are not finite.
     """
+    model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper that renames every key
     layers, saved = adapted_layers(model), saved_copies(model)
     if not layers and not saved:
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
+    if not all(name for name, _ in layers):
+        raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
     tensors = {_peft_key(name): tensor for name, tensor in adapter_tensors(model).items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -78,7 +81,8 @@ def save_adapter(
     provenance = {
         "version": version("lora_lightning"),
         "base": json.loads(fingerprint(model).to_json()),
-        "modules": {name: [s.lora_settings.r, s.lora_settings.alpha] for name, s in layers},
+        "adapter": of_tensors(tensors).digest,
+        "settings": _settings(model),
     }
     directory = Path(directory)
     metadata = {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
@@ -93,24 +97,38 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     Ranks come from the tensors, alphas as PEFT resolves its patterns.
 
     Raises:
-        AdapterError: a file is missing or torn; a key is missing, left over or wrongly shaped; a setting has
-            no counterpart here; the adapter was made on another W0 and `allow_other_base` is False. The model
-            is then plain as before.
-        TargetError: the model has no module that the adapter names.
+        AdapterError: a file is missing, torn or was changed since; a key is missing, left over or wrongly shaped;
+            a setting has no counterpart here; the model has no module that the adapter names; the adapter was
+            made on another W0 and `allow_other_base` is False. The model is then as before.
+        LoRAError: the model is adapted already.
     """
     directory = Path(directory)
     peft = read_config(directory / CONFIG)
     tensors, metadata = read_tensors(directory / WEIGHTS)
     _refuse_unknown_settings(peft)
-    if not allow_other_base:
-        _check_base(model, metadata)
-    modules, saved = _split_keys(tensors, model)
+    _refuse_meta(model)
+    record = _record(metadata)
+    if record and record["adapter"] != of_tensors(tensors).digest:
+        raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
+    if record and not allow_other_base:
+        refuse_other_base(Fingerprint.from_json(json.dumps(record["base"])), fingerprint(model))
+    listed = peft.get("modules_to_save") or []
+    tensors = _without_base_copies(tensors, listed, model)
+    modules, saved = _split_keys(tensors, model, listed)
     _check_targets(peft, modules, model)
-    report = inject(model, _our_config(peft, modules, saved))
+    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        report = inject(model, _our_config(peft, modules, saved))
+    except (ConfigError, TargetError) as error:
+        raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
     try:
         load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items()})
-    except AdapterError:
+        if record and record["settings"] != _settings(model):
+            raise AdapterError(f"{directory / CONFIG} was changed since it was saved: its ranks or alphas")
+    except BaseException:
         remove(model)
+        for parameter in trained_before:
+            parameter.requires_grad_(True)
         raise
     return report
 
@@ -129,6 +147,11 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         f"'{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
         for key in own
         if key in tensors and tensors[key].shape != own[key].shape
+    ]
+    problems += [
+        f"'{key}' holds {tensors[key].dtype}, expected {own[key].dtype}"
+        for key in own
+        if key in tensors and tensors[key].dtype.is_floating_point != own[key].is_floating_point()
     ]
     if problems:
         raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {_some(problems)}")
@@ -151,7 +174,57 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}")
+    for name, (check, expected) in CHECKS.items():
+        if config.get(name) is not None and not check(config[name]):
+            raise AdapterError(f"{path}: {name} must be {expected}, got {config[name]!r}")
     return config
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _is_selection(value: Any) -> bool:
+    return _is_names(value) or _is_regex(value)
+
+
+def _is_patterns(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_regex(k) and _is_number(v) for k, v in value.items())
+
+
+def _is_blocks(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, list) and all(_is_int(entry) for entry in value))
+
+
+# What is read of PEFT's config, each by a check and by what it expects.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_int, "a whole number"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (_is_number, "a number"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "target_modules": (_is_selection, "a list of names or a regular expression"),
+    "exclude_modules": (_is_selection, "a list of names or a regular expression"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "rank_pattern": (_is_patterns, "a map of regular expressions to numbers"),
+    "alpha_pattern": (_is_patterns, "a map of regular expressions to numbers"),
+    "layers_to_transform": (_is_blocks, "a block number or a list of them"),
+    "layers_pattern": (_is_selection, "a list of names or a regular expression"),
+}
 
 
 def _peft_key(key: str) -> str:
@@ -219,14 +292,27 @@ def _refuse_unknown_settings(peft: dict[str, Any]) -> None:
             raise AdapterError(f"the adapter's setting {name}={peft[name]!r} has no counterpart here yet")
 
 
-def _check_base(model: nn.Module, metadata: dict[str, str]) -> None:
+def _refuse_meta(model: nn.Module) -> None:
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise AdapterError("the model is on the meta device and would drop what is loaded: give it its weights first")
+
+
+def _settings(model: nn.Module) -> dict[str, Any]:
+    """By module, what its adapter computes with."""
+    settings = {name: layer.lora_settings for name, layer in adapted_layers(model)}
+    return {name: [s.r, s.alpha, s.scale] for name, s in settings.items()}
+
+
+def _record(metadata: dict[str, str]) -> dict[str, Any] | None:
+    """What `save_adapter` wrote about the base and the adapter; None in a file of PEFT's own."""
     if PROVENANCE not in metadata:
-        return
+        return None
     try:
-        made_on = Fingerprint.from_json(json.dumps(json.loads(metadata[PROVENANCE])["base"]))
+        record: dict[str, Any] = json.loads(metadata[PROVENANCE])
+        Fingerprint.from_json(json.dumps(record["base"]))
+        return {name: record[name] for name in ("base", "adapter", "settings")}
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"the adapter's record of its base cannot be read ({error})") from error
-    refuse_other_base(made_on, fingerprint(model))
 
 
 def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
@@ -242,7 +328,7 @@ def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
         )
 
 
-def _split_keys(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, int], list[str]]:
+def _split_keys(tensors: dict[str, Tensor], model: nn.Module, listed: list[str]) -> tuple[dict[str, int], list[str]]:
     """Adapted modules with their rank, and the modules saved in full, from the keys of the file."""
     strangers = [key for key in tensors if not key.startswith(PREFIX)]
     if strangers:
@@ -262,21 +348,78 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str,
         raise AdapterError(
             f"the model has no module '{unknown[0]}' ({len(unknown)} of the adapter's are missing){hint}"
         )
-    return modules, sorted({name.rpartition(".")[0] for name in rest})
+    return modules, _saved_modules(rest, listed, model)
+
+
+def _without_base_copies(tensors: dict[str, Tensor], listed: list[str], model: nn.Module) -> dict[str, Tensor]:
+    """PEFT writes W0 itself beside A and B of an output layer; where it is this model's own, it is dropped."""
+    own = model.state_dict()
+
+    def is_copy(key: str, tensor: Tensor) -> bool:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        mine = own.get(name)
+        if mine is None or mine.shape != tensor.shape or _holder(name, listed):
+            return False
+        return torch.equal(tensor.to(mine.dtype), mine.cpu())
+
+    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
+
+
+def _holder(key: str, listed: list[str]) -> str | None:
+    """The outermost module around `key` that PEFT wraps: its name ends in an entry, even within a word."""
+    parts = key.split(".")
+    around = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
+
+
+def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list[str]:
+    """Full names of the modules saved in full: those that hold `keys` and that the config lists."""
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    holders = {key: _holder(key, listed) for key in keys}
+    strangers = [key for key, holder in holders.items() if holder is None]
+    if strangers:
+        raise AdapterError(
+            f"the adapter does not fit this model ({len(strangers)} keys): left over {_some(strangers)}, which are"
+            f" neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
+        )
+    for entry in listed:
+        hits = [name for name in names if name == entry] or [name for name in names if name.endswith(f".{entry}")]
+        bare = [n for n in hits if model.get_submodule(n).state_dict() and not any(k.startswith(f"{n}.") for k in keys)]
+        if bare:
+            raise AdapterError(f"{CONFIG} saves '{bare[0]}' in full and {WEIGHTS} has no tensors for it")
+    return sorted({holder for holder in holders.values() if holder is not None})
 
 
 def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Module) -> None:
-    """The modules that the config names and that the file has no tensors for."""
+    """Refuse where the config and the file's tensors name different modules."""
     targets = peft.get("target_modules")
-    if targets is None or targets == "all-linear" or peft.get("layers_to_transform") is not None:
-        return
-    excluded = peft.get("exclude_modules") or []
+    if not targets or targets == "all-linear":
+        return  # the file's keys are all there is to go by
     saved = peft.get("modules_to_save") or []
     for name, module in model.named_modules():
-        if not _peft_selects(targets, name) or _peft_selects(excluded, name) or kind_of(module) is None:
+        selected = _peft_adapts(peft, targets, name)
+        if name in modules and not selected:
+            raise AdapterError(f"{WEIGHTS} has left over tensors for '{name}', which {CONFIG} does not adapt")
+        if not selected or name in modules or kind_of(module) is None:
             continue
-        if name not in modules and not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):
+        if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):
             raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
+
+
+def _peft_adapts(peft: dict[str, Any], targets: str | list[str], name: str) -> bool:
+    """PEFT's `check_target_module_exists`: blocks count only for entries that are not a full name."""
+    if _peft_selects(peft.get("exclude_modules") or [], name) or not _peft_selects(targets, name):
+        return False
+    blocks = peft.get("layers_to_transform")
+    if isinstance(targets, str) or name in targets or blocks is None or blocks == []:
+        return True
+    patterns = peft.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # Without a pattern of its own, PEFT wants a name before the blocks' list.
+        head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
+        if match := re.match(rf"{head}{pattern}\.(\d+)\.", name):
+            return int(match[1]) in ([blocks] if isinstance(blocks, int) else blocks)
+    return False
 
 
 def _peft_selects(pattern: str | list[str], name: str) -> bool:

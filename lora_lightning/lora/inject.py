@@ -13,7 +13,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, graft, ungraft
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
-from lora_lightning.lora.targets import Target, select
+from lora_lightning.lora.targets import Selection, Target, select
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionReport:
@@ -35,20 +35,30 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
     selection = select(model, config)
     _refuse_tied_targets(model, selection.targets)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    rows = []
-    for target in selection.targets:
-        rows.append(_adapt(target))
-    for _, module in selection.saved:
-        graft(module, SavedCopy)
-        assert isinstance(module, SavedCopy)
-        module.add_copy()
-    fastpath.keep_off(model, [target.module for target in selection.targets])
+    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        rows = _graft_all(model, selection)
+    except BaseException:
+        remove(model)
+        for parameter in trained_before:
+            parameter.requires_grad_(True)
+        raise
     saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     return InjectionReport(modules=rows, saved=saved, skipped=selection.skipped, trainable=trainable, frozen=frozen)
+
+
+def _graft_all(model: nn.Module, selection: Selection) -> list[AdaptedModule]:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    rows = [_adapt(target) for target in selection.targets]
+    for _, module in selection.saved:
+        graft(module, SavedCopy)
+        assert isinstance(module, SavedCopy)
+        module.add_copy()
+    fastpath.keep_off(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
+    return rows
 
 
 def remove(model: nn.Module) -> nn.Module:

@@ -32,7 +32,8 @@ def merge(model: nn.Module) -> MergeReport:
     given to the adapted one as its own, for only that one was trained. Nothing can be unmerged: keep the adapter.
 
     Raises:
-        MergeError: nothing is adapted, or A or B is not finite; the model is then as it was.
+        MergeError: nothing is adapted; A, B or a trained copy is not finite; or W0's dtype cannot hold the sum.
+            The model is then as it was.
     """
     layers = adapted_layers(model)
     saved = saved_copies(model)
@@ -41,11 +42,16 @@ def merge(model: nn.Module) -> MergeReport:
     for name, layer in layers:
         if not (torch.isfinite(layer.lora_A).all() and torch.isfinite(layer.lora_B).all()):
             raise MergeError(f"A or B of '{name}' is not finite: training diverged; merge an earlier checkpoint")
+        _refuse_narrow(name, layer)
+    for name, module in saved:
+        if not all(torch.isfinite(tensor).all() for tensor in module.lora_copy.state_dict().values()):
+            raise MergeError(f"the trained copy of '{name}' is not finite: merge an earlier checkpoint")
     report = MergeReport()
     shared = _shared_weights(model)
     for name, layer in layers:
-        report.kept[name] = _fold(layer, in_place=id(layer.weight) not in shared)
-        if id(layer.weight) in shared:
+        tied = id(layer.weight) in shared
+        report.kept[name] = _fold(layer, in_place=not tied)
+        if tied:
             report.untied.append(name)
         layer.drop_factors()
         ungraft(layer)
@@ -67,6 +73,15 @@ def _shared_weights(model: nn.Module) -> set[int]:
             if parameter is not None:
                 (shared if id(parameter) in seen else seen).add(id(parameter))
     return shared
+
+
+def _refuse_narrow(name: str, layer: AdaptedLayer) -> None:
+    """Integer codes cannot take an update, and float16 ends at 65504."""
+    dtype = layer.weight.dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise MergeError(f"'{name}' holds its weight as {dtype}: load the backbone unquantised and merge there")
+    if dtype == torch.float16 and not torch.isfinite((layer.weight + layer.delta_weight()).half()).all():
+        raise MergeError(f"W0 + s B A of '{name}' is larger than float16 can hold: merge into float32 or bfloat16")
 
 
 def _fold(layer: AdaptedLayer, *, in_place: bool) -> float:

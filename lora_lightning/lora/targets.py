@@ -98,13 +98,30 @@ def _flat(names: Iterable[list[str]]) -> list[str]:
 
 def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[str, nn.Module]]:
     entries = config.modules_to_save or []
-    hits = {m: [e for e in entries if any(matches([e], n) for n in group)] for m, group in names.items()}
+    chosen: list[tuple[str, nn.Module]] = []
     for entry in entries:
-        if not any(entry in hit for hit in hits.values()):
+        exact = [m for m, group in names.items() if entry in group]
+        hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
+        if not hits:
             raise TargetError(_no_match("modules_to_save", entry, _flat(names.values())))
-    chosen = [(names[m][0], m) for m, hit in hits.items() if hit]
+        if len(hits) > 1:
+            several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
+            raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
+        if (names[hits[0]][0], hits[0]) not in chosen:
+            chosen.append((names[hits[0]][0], hits[0]))
     # A module inside a saved one is in its copy already.
-    return [(name, m) for name, m in chosen if not any(name.startswith(f"{outer}.") for outer, _ in chosen)]
+    outermost = [(name, m) for name, m in chosen if not any(name.startswith(f"{outer}.") for outer, _ in chosen)]
+    bypassed = _bypassed(names)
+    for name, module in outermost:
+        if module in bypassed:
+            raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
+        if type(module).forward is nn.Module.forward:
+            inside = ", ".join([f"{name}.{child}" for child, _ in module.named_children()][:4])
+            raise TargetError(
+                f"modules_to_save: '{name}' is a {type(module).__name__}, which is never called itself, so a copy of"
+                f" it would be ignored; name what it holds: {inside}"
+            )
+    return outermost
 
 
 def _found(
@@ -113,7 +130,7 @@ def _found(
     """Each selected module with the entry that selected it, in the model's order."""
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     candidates = {m: group for m, group in names.items() if m not in inside_saved}
-    bypassed = _bypassed(names)
+    bypassed = _computed(names) | _bypassed(names)
     pattern = config.target_modules
     if pattern == ALL_LINEAR:
         return _all_linear(model, candidates, bypassed, selection)
@@ -164,6 +181,12 @@ def _bypassed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
     reason = "nn.MultiheadAttention reads its weight and never calls it, so the adapter would be ignored"
     return {m.out_proj: reason for m in names if isinstance(m, nn.MultiheadAttention)}
+
+
+def _computed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Modules under a parametrisation such as weight norm: an update folded into their weight would be lost."""
+    reason = "its weight is computed from other parameters (a parametrisation), so no update can be folded into it"
+    return {m: reason for m in names if isinstance(m, nn.Linear) and "weight" not in m._parameters}
 
 
 def _without_excluded(
@@ -227,7 +250,9 @@ def _all_used(field_name: str, patterns: dict[str, int] | dict[str, float], sele
 
 def _no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = False, what: str = "module") -> str:
     ends = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
-    close = did_you_mean(entry, ends) or did_you_mean(entry, names)
+    depth = entry.count(".") + 1
+    alike = {".".join(name.split(".")[-depth:]) for name in names} if depth > 1 and not is_regex else set()
+    close = did_you_mean(entry, alike) or did_you_mean(entry, ends) or did_you_mean(entry, names)
     if not close:
         known = near_misses("", ends) or sorted(ends)[:8]
         close = f"; there are {', '.join(known)}" if known else ""

@@ -60,7 +60,9 @@ def test_a_directory_with_a_file_per_split_is_taken_as_it_is(tmp_path, bert):
 
 
 def test_files_by_split_and_a_saved_dataset_agree(tmp_path, bert):
-    by_split = data_of({"train": str(write(tmp_path / "a.csv", ROWS)), "val": str(write(tmp_path / "b.csv", ROWS[:4]))}, bert)
+    by_split = data_of(
+        {"train": str(write(tmp_path / "a.csv", ROWS)), "val": str(write(tmp_path / "b.csv", ROWS[:4]))}, bert
+    )
     datasets.DatasetDict(
         train=datasets.Dataset.from_list(ROWS), validation=datasets.Dataset.from_list(ROWS[:4])
     ).save_to_disk(tmp_path / "saved")
@@ -86,7 +88,11 @@ def test_pairs_of_texts_have_two_segments(tmp_path, bert):
 
 def test_rows_are_dropped_as_asked_and_groups_stay_together(tmp_path, bert):
     rows = [{**row, "film": f"{i % 10}"} for i, row in enumerate(ROWS)]
-    rows += [{"text": "too short", "label": "1", "film": "x"}, {"text": "a plot of it all", "label": "plot", "film": "y"}, rows[0]]
+    rows += [
+        {"text": "too short", "label": "1", "film": "x"},
+        {"text": "a plot of it all", "label": "plot", "film": "y"},
+        rows[0],
+    ]
     data = data_of(
         write(tmp_path / "set.csv", rows), bert, min_words=3, drop_labels=["plot"], drop_duplicates=True,
         split=SplitConfig(validation=0.2, test=0.2, group_by="film"),
@@ -144,5 +150,3 @@ def test_the_majority_share_is_that_of_the_label_most_common_in_train(tmp_path, 
     write(tmp_path / "train.csv", [*ROWS, *[r for r in ROWS if r["label"] == "1"]])
     write(tmp_path / "validation.csv", ROWS[:3])
     assert data_of(tmp_path, bert).majority_share("validation") == pytest.approx(1 / 3)
-
-

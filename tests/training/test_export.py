@@ -111,5 +111,3 @@ def test_half_precision_is_held_to_its_own_rule(make_module, tmp_path):
     assert 1e-5 < report.tolerance < 0.2
     assert all(0 < kept < 1 for kept in report.kept.values())
     assert load_file(tmp_path / "out" / "merged" / "model.safetensors")["body.0.weight"].dtype == torch.bfloat16
-
-

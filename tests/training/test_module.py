@@ -93,7 +93,10 @@ def test_a_loaded_checkpoint_is_the_saved_one(make_module, trained):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.update({k.replace("lora_A", "lora_a"): s.pop(k) for k in list(s) if "query.lora_A" in k}), "missing"),
+        (
+            lambda s: s.update({k.replace("lora_A", "lora_a"): s.pop(k) for k in list(s) if "query.lora_A" in k}),
+            "missing",
+        ),
         (lambda s: s.pop(next(iter(s))), "missing"),
         (lambda s: s.update(extra=torch.zeros(1)), "left over 'extra'"),
         (lambda s: s.update({next(iter(s)): torch.zeros(3)}), r"has shape \(3,\), expected"),

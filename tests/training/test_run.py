@@ -52,5 +52,5 @@ def test_a_folder_without_checkpoints_says_what_to_do(tmp_path):
 def test_a_torn_checkpoint_is_one_clear_error(trained, tmp_path, damage):
     file = shutil.copy(trained / "checkpoints" / "best.ckpt", tmp_path / "torn.ckpt")
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(LoRAError, match="not a whole checkpoint|not a Lightning checkpoint"):
+    with pytest.raises(LoRAError, match=r"not a whole checkpoint|not a Lightning checkpoint"):
         load_checkpoint(file)

@@ -109,9 +109,9 @@ class AdaptedLayer(Grafted):
 
     def drop_factors(self) -> None:
         """Remove all that `add_factors` added."""
-        for name in ("lora_settings", "lora_A", "lora_B", "lora_dropout"):
-            delattr(self, name)
-        self.__dict__.pop("lora_enabled", None)
+        for store in (self._parameters, self._modules, self.__dict__):
+            for name in ("lora_settings", "lora_A", "lora_B", "lora_dropout", "lora_enabled"):
+                store.pop(name, None)
 
     def reset_lora_parameters(self) -> None:
         """Start A and B anew: also what a model filled from the meta device needs."""

@@ -24,11 +24,12 @@ class LoRALinear(AdaptedLayer):
     def largest_rank(module: nn.Module) -> int:
         return min(_shape(module))
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., in) to (..., out)."""
-        out: Tensor = super().forward(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in) to (..., out). The input comes first, or by whatever name the base layer gives it."""
+        out: Tensor = super().forward(*args, **kwargs)
         if not self.lora_enabled:
             return out
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
         return out + lora_update(self.lora_input(x), self.lora_A, self.lora_B, self.lora_settings.scale)
 
     def delta_weight(self) -> Tensor:

@@ -23,6 +23,9 @@ class SavedCopy(Grafted):
         """Copy this module, its class and values, and train the copy."""
         twin = copy.deepcopy(self)
         ungraft(twin)
+        # Hooks on this module run around its own call, which calls the copy: there they would run twice.
+        for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
+            hooks.clear()
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
@@ -39,18 +42,20 @@ class SavedCopy(Grafted):
 
         The parameters are replaced, not written into: a tensor tied to another module stays as it was there.
         """
+        values: dict[int, torch.Tensor] = {}  # a tensor that the copy holds twice stays one
         for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
             assert own.shape == trained.shape, path
             owner = self.get_submodule(path.rpartition(".")[0])
-            value = trained.detach().clone().to(own.dtype)
-            if isinstance(own, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=own.requires_grad)
-            setattr(owner, path.rpartition(".")[2], value)
+            if id(trained) not in values:
+                value = trained.detach().clone().to(own.dtype)
+                is_parameter = isinstance(own, nn.Parameter)
+                values[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+            setattr(owner, path.rpartition(".")[2], values[id(trained)])
         self.drop_copy()
 
     def drop_copy(self) -> None:
         """Forget the trained copy."""
-        del self.lora_copy
+        self._modules.pop("lora_copy", None)
         self.__dict__.pop("lora_enabled", None)
 
 

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import copy
+import itertools
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
+from torch import nn
+from torch.nn.utils import parametrizations, weight_norm
+
+from lora_lightning import LoRAConfig, inject
+from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.targets import select
+from tests.factories import FAMILIES, Own, bert, llama, sequential
+
+
+def names(model, **fields):
+    return [target.name for target in select(model, LoRAConfig(**{"r": 1, **fields})).targets]
+
+
+def settings_of(model, **fields):
+    return {t.name: (t.settings.r, t.settings.alpha) for t in select(model, LoRAConfig(**fields)).targets}
+
+
+PATTERNS = [
+    {"target_modules": ["query", "value"]},
+    {"target_modules": r".*\.(query|key)"},
+    {"target_modules": ["attention.output.dense"]},
+    {"target_modules": ["dense"], "exclude_modules": ["pooler.dense"]},
+    {"target_modules": ["dense"], "exclude_modules": r".*pooler.*"},
+    {"target_modules": ["query"], "layers_to_transform": 1},
+    {"target_modules": ["query", "dense"], "layers_to_transform": [0]},
+    {"target_modules": ["query", "bert.encoder.layer.1.output.dense"], "layers_to_transform": [1]},
+]
+
+
+@pytest.mark.parametrize("fields", PATTERNS, ids=str)
+def test_a_pattern_selects_what_peft_selects(fields):
+    model = bert()
+    config = peft.LoraConfig(**fields)
+    theirs = [n for n, m in model.named_modules() if check_target_module_exists(config, n) and isinstance(m, nn.Linear)]
+    assert names(model, **fields) == theirs
+    assert theirs
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt"])
+def test_all_linear_selects_what_peft_selects(name):
+    model, twin = FAMILIES[name].build(), FAMILIES[name].build()
+    task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
+    theirs = peft.get_peft_model(twin, peft.LoraConfig(r=1, target_modules="all-linear", task_type=task))
+    wanted = [
+        n.removeprefix("base_model.model.")
+        for n, m in theirs.named_modules()
+        if isinstance(m, peft.tuners.lora.LoraLayer)
+    ]
+    assert names(model, target_modules="all-linear") == wanted
+    assert len(wanted) >= 8
+
+
+def test_all_linear_says_what_it_left_out():
+    skipped = select(bert(), LoRAConfig(r=1)).skipped
+    assert skipped == {"classifier": "the output head"}
+    skipped = select(FAMILIES["encoder"].build(), LoRAConfig(r=1)).skipped
+    assert skipped.keys() == {"layers.0.self_attn.out_proj", "layers.1.self_attn.out_proj"}
+    assert all("MultiheadAttention" in reason for reason in skipped.values())
+
+
+def test_each_module_carries_the_entry_that_selected_it():
+    found = select(bert(), LoRAConfig(r=1, target_modules=["value", "attention.output.dense"])).targets
+    assert {t.why for t in found} == {"value", "attention.output.dense"}
+    assert all(t.name.endswith(f".{t.why}") for t in found)
+
+
+@pytest.mark.parametrize(
+    ("entry", "hint"),
+    [("qurey", "query"), ("Query", "query"), ("querry", "query"), ("val", "value"), ("attention.self.quary", "query")],
+)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_a_pattern_that_matches_nothing_names_near_misses(field, entry, hint):
+    fields = {"target_modules": ["dense"], field: ["dense", entry] if field == "target_modules" else [entry]}
+    with pytest.raises(TargetError, match=f"{field}: no module matches '{entry}'; did you mean .*{hint}") as caught:
+        inject(bert(), LoRAConfig(**fields))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_of_ranks_that_matches_nothing_is_refused(field):
+    with pytest.raises(TargetError, match=f"{field}: no adapted module matches 'quary'.*query"):
+        names(bert(), target_modules=["query", "value"], **{field: {"quary": 2}})
+    with pytest.raises(TargetError, match=f"{field}: no adapted module matches 'key'"):  # there, but not adapted
+        names(bert(), target_modules=["query", "value"], **{field: {"key": 2}})
+
+
+def test_a_name_written_as_a_regular_expression_is_explained():
+    with pytest.raises(TargetError, match=r"no module matches 'query'; .*write \[query\]"):
+        names(bert(), target_modules="query")
+
+
+def test_part_of_a_word_selects_nothing():
+    model = Own()
+    assert names(model, target_modules=["head"]) == ["head"]
+    with pytest.raises(TargetError, match="no module matches 'ead'"):
+        names(model, target_modules=["ead"])
+    assert names(model, target_modules=["inner.a", "lm_head"]) == ["inner.a", "lm_head"]
+
+
+def test_names_with_regex_characters_are_plain_names():
+    model = Own()
+    assert names(model, target_modules=["inner.a+b (c)"]) == ["inner.a+b (c)"]
+    assert names(model, target_modules=["a+b (c)"]) == ["inner.a+b (c)"]
+    assert settings_of(model, r=1, target_modules=["inner.a+b (c)", "inner.a"], rank_pattern={"inner.a+b (c)": 3}) == {
+        "inner.a+b (c)": (3, 2.0),
+        "inner.a": (1, 2.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("entry", "kind"), [("norm", "LayerNorm"), ("inner", "ModuleDict"), ("LayerNorm", "LayerNorm")]
+)
+def test_a_module_without_a_lora_form_is_refused_by_name(entry, kind):
+    model = bert() if entry == "LayerNorm" else Own()
+    with pytest.raises(TargetError, match=f"'{entry}' selects '.*{entry}', a {kind}, which has no LoRA form"):
+        names(model, target_modules=[entry])
+
+
+def test_a_container_that_was_meant_for_its_inside_names_it():
+    with pytest.raises(TargetError, match=r"adaptable inside it: self\.query, self\.key"):
+        names(bert(), target_modules=["0.attention"])
+
+
+@pytest.mark.parametrize("pattern", [["out_proj"], r".*out_proj", ["layers.1.self_attn.out_proj"]])
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_attentions_out_proj_is_refused_by_name(field, pattern):
+    if field == "modules_to_save":
+        pattern = ["layers.1.self_attn.out_proj"]
+    fields = {"target_modules": ["linear1"], field: pattern}
+    with pytest.raises(TargetError, match=r"self_attn\.out_proj.*MultiheadAttention reads its weight"):
+        inject(FAMILIES["encoder"].build(), LoRAConfig(r=1, **fields))
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal, weight_norm])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_computed_is_refused_by_name_and_left_out_of_all_linear(wrap):
+    model = nn.Sequential(nn.Linear(8, 8), wrap(nn.Linear(8, 8)), wrap(nn.Linear(8, 8)), nn.Linear(8, 2))
+    with pytest.raises(TargetError, match="cannot adapt '1': its weight is computed"):
+        names(model, target_modules=["1", "2"])
+    selection = select(model, LoRAConfig(r=1))
+    assert [t.name for t in selection.targets] == ["0"]
+    assert "computed" in selection.skipped["1"]
+
+
+@pytest.mark.parametrize(("r", "fits"), [(8, True), (9, False)])
+def test_a_rank_above_the_layers_own_is_refused_with_the_way_out(r, fits):
+    if fits:
+        assert names(sequential(), r=r, target_modules=["0"]) == ["0"]
+    else:
+        with pytest.raises(TargetError, match=r"r=9 .*'0' allows \(8.*rank_pattern: \{0: 8\}"):
+            names(sequential(), r=r, target_modules=["0"])
+
+
+@given(st.permutations([("query", 2), ("1.attention.self.query", 3), (r".*\.0\..*(query|value)", 5), ("value", 1)]))
+def test_the_winning_pattern_does_not_depend_on_their_order(pairs):
+    ranks = settings_of(bert(), r=4, alpha=7, target_modules=["query", "value", "key"], rank_pattern=dict(pairs))
+    alphas = settings_of(bert(), r=4, alpha=7, target_modules=["query", "value", "key"], alpha_pattern=dict(pairs))
+    for layer, part, wanted in [(0, "query", 5), (0, "value", 5), (1, "query", 3), (1, "value", 1), (1, "key", None)]:
+        name = f"bert.encoder.layer.{layer}.attention.self.{part}"
+        assert ranks[name] == (wanted or 4, 7)
+        assert alphas[name] == (4, wanted or 7)
+
+
+def test_two_patterns_of_equal_weight_that_disagree_are_refused():
+    for pairs in itertools.permutations([("quer.", 2), ("que.y", 3)]):
+        with pytest.raises(TargetError, match=r"both match .* with different values"):
+            names(bert(), target_modules=["query"], rank_pattern=dict(pairs))
+    assert names(bert(), target_modules=["query"], rank_pattern={"quer.": 2, "que.y": 2})
+
+
+def test_blocks_that_are_not_there_are_refused_with_those_that_are():
+    with pytest.raises(TargetError, match="block 2; blocks there: 0 to 1"):
+        names(bert(), target_modules=["query"], layers_to_transform=[0, 2])
+    with pytest.raises(TargetError, match="none: no selected module has a number"):
+        names(Own(), target_modules=["first"], layers_to_transform=0)
+
+
+def test_a_block_is_the_first_number_in_a_name():
+    blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(2, 2)})])}) for _ in range(2)]
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(blocks)})})
+    wanted = ["model.layers.1.experts.0.up"]
+    assert names(model, target_modules=["up"], layers_to_transform=1) == wanted
+    config = peft.LoraConfig(target_modules=["up"], layers_to_transform=1)
+    assert [n for n, _ in model.named_modules() if check_target_module_exists(config, n)] == wanted
+
+
+def test_excluding_all_is_refused():
+    with pytest.raises(TargetError, match="is empty"):
+        names(bert(), target_modules=["query"], exclude_modules=["self.query"])
+    with pytest.raises(TargetError, match="selects nothing among LayerNorm"):
+        names(nn.Sequential(nn.LayerNorm(3)))
+
+
+def test_a_module_in_two_places_is_found_by_either_name():
+    for name in ("second", "again"):
+        assert names(Own(), target_modules=[name]) == ["second"]
+        assert names(Own(), target_modules=["first", "second"], exclude_modules=[name]) == ["first"]
+
+
+def test_saved_modules_are_not_adapted_too():
+    model = bert()
+    assert "bert.pooler.dense" not in names(model, modules_to_save=["pooler", "classifier"])
+    with pytest.raises(TargetError, match="'classifier' is in modules_to_save"):
+        names(model, target_modules=["query", "classifier"], modules_to_save=["classifier"])
+    assert "bert.pooler.dense" not in names(model, target_modules=["dense"], modules_to_save=["pooler"])
+
+
+def test_saved_modules_are_exact_names_or_one_unique_end():
+    def saved(model, *entries):
+        return [
+            n for n, _ in select(model, LoRAConfig(r=1, target_modules=["first"], modules_to_save=[*entries])).saved
+        ]
+
+    model = Own()
+    assert saved(model, "head") == ["head"]
+    assert saved(model, "a+b (c)") == ["inner.a+b (c)"]
+    model.twin = nn.Sequential()
+    model.twin.head = nn.Linear(2, 2)
+    assert saved(model, "head") == ["head"]  # the full name of one, the end of another
+    assert saved(model, "twin.head", "twin") == ["twin"]
+    model.third = copy.deepcopy(model.twin)
+    del model.head
+    with pytest.raises(TargetError, match=r"'head' is the end of several names: write in full '.*head', '.*head'"):
+        saved(model, "head")
+
+
+@pytest.mark.parametrize("entry", ["inner", "model.layers"])
+def test_a_container_that_is_never_called_cannot_be_saved(entry):
+    model = Own() if entry == "inner" else llama()
+    with pytest.raises(TargetError, match=f"'{entry}' is a Module(Dict|List), which is never called.*{entry}\\."):
+        names(model, modules_to_save=[entry], target_modules=["first"] if entry == "inner" else ["q_proj"])
+
+
+def test_selecting_changes_nothing():
+    model = bert()
+    state, classes = model.state_dict(), [type(m) for m in model.modules()]
+    select(model, LoRAConfig(r=1, modules_to_save=["classifier"]))
+    assert [type(m) for m in model.modules()] == classes
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
