@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -67,8 +66,10 @@ class SaveRunConfig(SaveConfigCallback):
             return
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
-            file = folder / run.CONFIG
-            self.parser.save(self.config, str(file), skip_none=False, overwrite=True, multifile=self.multifile)
+            shared = self.config.clone()
+            for own in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
+                shared.pop(own, None)
+            self.parser.save(shared, str(folder / run.CONFIG), skip_none=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
 
@@ -185,9 +186,4 @@ def with_run_config(args: list[str]) -> list[str]:
     file = run.run_of_checkpoint(run.find_checkpoint(given)) / run.CONFIG
     if not file.is_file():
         raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
-    values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    # The rest are arguments of fit itself, such as its own ckpt_path.
-    kept = {
-        key: values[key] for key in ("seed_everything", "name", "runs_dir", "trainer", "model", "data") if key in values
-    }
-    return [args[0], "--config", yaml.safe_dump(kept, sort_keys=False), *args[1:]]
+    return [args[0], "--config", str(file), *args[1:]]

@@ -1,0 +1,63 @@
+"""Every YAML in configs/ is parsed; every overlay runs over a tiny run."""
+
+import json
+
+import pytest
+import yaml
+
+from lora_lightning.cli import LoRACLI
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.training.run import load_checkpoint
+from tests.command.process import REPOSITORY, run
+
+CONFIGS = REPOSITORY / "configs"
+OVERLAYS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.name != "demo.yaml")
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlay_says_in_its_head_what_it_is_for(overlay):
+    text = (CONFIGS / overlay).read_text()
+    assert text.startswith("# Overlay: ")
+    assert yaml.safe_load(text)
+
+
+@pytest.mark.parametrize("overlay", [o for o in OVERLAYS if not o.startswith("strategy")])
+def test_overlay_works_with_fit_test_and_export(overlay, tiny, tmp_path):
+    both = ["--config", tiny.config, "--config", str(CONFIGS / overlay), "--trainer.max_epochs", "1"]
+    LoRACLI(args=["fit", *both])
+    LoRACLI(args=["test", *both, "--ckpt_path", "best"])
+    LoRACLI(args=["export", *both, "--ckpt_path", "best"])
+    report = json.loads(next((tmp_path / "runs").glob("*/report.json")).read_text())
+    assert {"val_accuracy", "test_accuracy", "export_max_rel_diff"} <= set(report)
+    assert report["w0_unchanged"]
+    if overlay.startswith("logger/wandb"):
+        assert list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_strategy_overlay_works_with_test_and_export(trained, tmp_path):
+    overlay = CONFIGS / "strategy" / "ddp.yaml"
+    config = ["--config", trained / "config.yaml", "--config", overlay, "--ckpt_path", trained]
+    run("test", *config, cwd=tmp_path)
+    run("export", *config, "--output_dir", tmp_path / "out", cwd=tmp_path)
+    assert (tmp_path / "out" / "merged" / "config.json").is_file()
+
+
+def test_every_field_of_the_config_is_a_flag_with_a_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        LoRACLI(args=["fit", "--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    for name in LoRAConfig.__dataclass_fields__:
+        assert f"--model.lora.{name}" in shown
+
+
+def test_a_runs_own_config_runs_again_and_gives_the_same_adapter(trained, tmp_path):
+    LoRACLI(args=["fit", "--config", str(trained / "config.yaml"), "--runs_dir", str(tmp_path / "again")])
+    first = load_checkpoint(trained / "checkpoints" / "last.ckpt")["state_dict"]
+    again = load_checkpoint(tmp_path / "again/tiny/version_0/checkpoints/last.ckpt")["state_dict"]
+    assert all((first[key] == again[key]).all() for key in first)
+
+
+def test_alpha_left_out_follows_a_flag_for_r(tiny):
+    cli = LoRACLI(args=["fit", "--config", tiny.config, "--model.lora.r", "2", "--trainer.fast_dev_run", "true"])
+    assert {row.alpha for row in cli.model.report.modules} == {4.0}
