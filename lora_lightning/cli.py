@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
-from lora_lightning.training.callbacks import FreezeBase, RunReport
+from lora_lightning.training.callbacks import FreezeBase, PredictionWriter, RunReport
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.trainer import LoRATrainer
 
@@ -53,6 +53,8 @@ class Parser(LightningArgumentParser):
         known = [option for action in self._actions for option in action.option_strings]
         wrong = next((arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--") and arg in text), "")
         hint = did_you_mean(wrong, known) if wrong and wrong not in known else ""
+        if "from_pretrained does not correspond" in text:
+            hint = ": write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
         print(f"lora-lightning: error: {text}{hint} (see --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -140,7 +142,7 @@ class LoRACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default in (FreezeBase, RunReport):
+        for default in (FreezeBase, RunReport, PredictionWriter):
             if not any(isinstance(callback, default) for callback in callbacks):
                 callbacks.insert(0, default())
         if config.get("enable_checkpointing") is not False and not any(

@@ -13,7 +13,7 @@ from lora_lightning.lora.report import InjectionReport
 
 def injection_table(report: InjectionReport) -> Table:
     """The grouped injection table, blocks folded into one row each."""
-    table = Table(title="What trains", title_justify="left", caption_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title="What trains", title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
     lines = report.lines()
     # A column that says the same nothing in every row costs the names their room.
     shown = [i for i in range(len(report.HEADER)) if i != 5 or any(line[5] not in ("", "0") for line in lines)]

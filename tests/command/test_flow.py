@@ -78,3 +78,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path):
 def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path):
     run("validate", "--ckpt_path", trained, cwd=tmp_path)
     run("predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt", cwd=tmp_path)
+    lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["row"] for row in rows] == list(range(40))
+    assert {row["label"] for row in rows} == {"fresh", "rotten"}
+    assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-5) for row in rows)

@@ -37,6 +37,10 @@ MISTAKES = {
         ["fit", "--config", "{config}", "--model.backbone.init_args.pretrained_model_name_or_path", "./nowhere"],
         "no model './nowhere'",
     ),
+    "from_pretrained as a class path": (
+        ["fit", "--config", "{config}", "--model.backbone", "transformers.AutoModelForMaskedLM.from_pretrained"],
+        "write class_path: lora_lightning.huggingface, and the class as init_args.auto_class",
+    ),
     "a checkpoint that is not there": (
         ["test", "--config", "{config}", "--ckpt_path", "runs/x"],
         "no checkpoint or run",

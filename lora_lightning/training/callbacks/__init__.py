@@ -3,6 +3,7 @@
 from lora_lightning.training.callbacks.baselines import Baselines
 from lora_lightning.training.callbacks.export import ExportAtEnd
 from lora_lightning.training.callbacks.freeze import FreezeBase
+from lora_lightning.training.callbacks.predictions import PredictionWriter
 from lora_lightning.training.callbacks.run_report import RunReport
 
-__all__ = ["Baselines", "ExportAtEnd", "FreezeBase", "RunReport"]
+__all__ = ["Baselines", "ExportAtEnd", "FreezeBase", "PredictionWriter", "RunReport"]

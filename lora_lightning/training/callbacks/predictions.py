@@ -1,0 +1,54 @@
+"""What `lora-lightning predict` leaves: one JSON line per example, in the order of the data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.console import Console
+from torch import Tensor
+
+from lora_lightning.lora.storage import write_bytes
+from lora_lightning.training import run
+
+FILE = "predictions.jsonl"
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes `predictions.jsonl` into the run's folder: row, prediction, label name where the data has names."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Gather the processes' parts and write them as one file."""
+        names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
+        mine = list(rows(predictions, batch_indices[0] if batch_indices else [], names))
+        parts: list[list[dict[str, Any]]] = [mine]
+        if torch.distributed.is_initialized():
+            parts = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(parts, mine)
+        folder = run.run_dir(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        every = sorted((row for part in parts for row in part), key=lambda row: row["row"])
+        write_bytes(folder / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in every).encode())
+        Console().print(f"{len(every)} predictions in {folder / FILE}", soft_wrap=True)
+
+
+def rows(batches: Sequence[dict[str, Tensor]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
+    """One mapping per example, from each batch's tensors and the rows that they belong to."""
+    for batch, numbers in zip(batches, indices, strict=True):
+        for i, number in enumerate(numbers):
+            row: dict[str, Any] = {"row": number}
+            for key, values in batch.items():
+                row[key] = values[i].tolist()
+            if names and isinstance(row.get("prediction"), int):
+                row["label"] = names[row["prediction"]]
+            yield row

@@ -1,0 +1,81 @@
+"""The README is true: its commands run, its Python runs, its tree is there."""
+
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from tests.command.process import REPOSITORY, run
+
+README = (REPOSITORY / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.S | re.M)
+
+
+def lines(language):
+    return [line.split("#")[0].strip() for block in blocks(language) for line in block.splitlines() if line.strip()]
+
+
+def make(*args):
+    return subprocess.run(["make", *args], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_help_lists_every_target_with_a_line():
+    shown = make("help")
+    for target in re.findall(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), flags=re.M)[0].split():
+        assert re.search(rf"make {target} +\w", shown), target
+
+
+@pytest.mark.parametrize("line", [line for line in lines("bash") if line.startswith("make ")])
+def test_make_target_is_there(line):
+    assert make("--dry-run", *shlex.split(line)[1:])
+
+
+def test_ci_calls_make_test():
+    assert "make test" in (REPOSITORY / ".ci" / "run").read_text()
+
+
+def demo_lines():
+    recipe = make("--dry-run", "--always-make", "demo")
+    return [
+        line.split("lora-lightning ", 1)[1]
+        for line in recipe.splitlines()
+        if "lora-lightning " in line and "--config" in line
+    ]
+
+
+def test_the_three_commands_of_the_readme_are_those_of_make_demo():
+    shown = [" ".join(shlex.split(line)[1:]) for line in lines("bash") if line.startswith("lora-lightning")]
+    assert [" ".join(shlex.split(line)) for line in demo_lines()] == shown[:3]
+
+
+def test_every_command_of_the_readme_runs(tmp_path):
+    """On the demo's own model and texts, cut short by the debug overlay."""
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    for line in lines("bash"):
+        if not line.startswith("lora-lightning"):
+            continue
+        args = [arg.replace("runs/demo", "runs/debug") for arg in shlex.split(line)[1:]]
+        if "--config" in args and "--help" not in args:
+            args += ["--config", "configs/debug.yaml"]
+        run(*args, cwd=tmp_path)
+    assert (tmp_path / "runs/debug/report.json").is_file()
+
+
+def test_the_python_of_the_readme_runs():
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_tree_of_the_readme_is_the_tree():
+    tree = next(block for block in blocks("text") if block.startswith("lora_lightning/\n"))
+    for path in ("lora", "tasks", "data", "training", "backbones.py", "cli.py"):
+        assert path in tree
+        assert (REPOSITORY / "lora_lightning" / path).exists()
+    for path in ("configs", "tests", "benchmarks"):
+        assert (REPOSITORY / path).is_dir()
+    for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
+        assert (REPOSITORY / link).exists(), link
