@@ -145,6 +145,14 @@ class TextClassificationData(LightningDataModule):
         split = "predict" if "predict" in self._encoded else "test"
         return self._loader(self._need(split), self.eval_batch_size)
 
+    def every(self, split: str) -> DataLoader[Any]:
+        """All rows of a split, longest first, in this process alone: for features and not for training."""
+        table = self._need(split)
+        lengths = [len(ids) for ids in table["input_ids"]]
+        order = sorted(range(len(table)), key=lengths.__getitem__, reverse=True)
+        collate: Callable[..., Any] = DataCollatorWithPadding(self.tokenizer)
+        return DataLoader(table.select(order), batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always saying the label that is most common in train."""
         train = list(self._encoded["train"]["labels"])

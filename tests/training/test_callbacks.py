@@ -86,6 +86,17 @@ def test_counts_reach_the_log_and_the_report(trained):
     assert json.loads((trained.parent / "report.json").read_text()) == report
 
 
+def test_baselines_are_above_chance_and_beside_the_majority(tmp_path, make_module, make_data):
+    from lora_lightning import Baselines, RunReport
+
+    callbacks = [FreezeBase(show_table=False), RunReport(), Baselines()]
+    trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(), data := make_data())
+    report = json.loads(next(tmp_path.rglob("report.json")).read_text())
+    assert report["probe_accuracy"] > 0.8, "a bag of words gives the label away"
+    assert report["majority_accuracy"] == data.majority_share("validation")
+    assert {"probe_test_accuracy", "majority_test_accuracy"} <= set(report)
+
+
 def test_export_at_end_writes_the_best_checkpoint(tmp_path, make_module, make_data):
     from peft import PeftModel
 

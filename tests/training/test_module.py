@@ -7,7 +7,15 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, SequenceClassification, WarmupDecay
+from lora_lightning import (
+    FreezeBase,
+    LoRAConfig,
+    LoRAError,
+    LoRAModule,
+    SequenceClassification,
+    WarmupDecay,
+    huggingface,
+)
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.fingerprint import fingerprint
@@ -163,6 +171,16 @@ def test_module_survives_deepcopy_with_its_adapters(make_module):
     twin = copy.deepcopy(module)
     assert fingerprint(twin.backbone) == fingerprint(module.backbone)
     assert frozen_keys(twin.backbone) == frozen_keys(module.backbone)
+
+
+def test_load_from_checkpoint_gives_the_trained_module(trained, tiny):
+    module = LoRAModule.load_from_checkpoint(
+        trained / "checkpoints" / "best.ckpt",
+        backbone=huggingface(tiny.bert, num_labels=2),
+        task=SequenceClassification(2),
+        lora=LoRAConfig(r=4, modules_to_save=["classifier"]),
+    )
+    assert any(value.abs().max() > 0 for key, value in adapter_tensors(module.backbone).items() if "lora_B" in key)
 
 
 def test_a_plain_checkpoint_is_refused(make_module):

@@ -58,10 +58,9 @@ def linear_probe(trainer: Trainer, module: LoRAModule, data: TextClassificationD
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    loaders = {"train": data.train_dataloader(), "validation": data.val_dataloader(), "test": data.test_dataloader()}
     module.backbone.eval()
     with disabled(module.backbone), trainer.precision_plugin.forward_context():
-        features = {split: _features(module, loader, split) for split, loader in loaders.items()}
+        features = {s: _features(module, data.every(s), s) for s in ("train", "validation", "test")}
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.01))
     probe.fit(features["train"][0].numpy(), features["train"][1].numpy())
     return {s: float(probe.score(x.numpy(), y.numpy())) for s, (x, y) in features.items() if s != "train"}

@@ -53,7 +53,10 @@ class RunReport(Callback):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             values["checkpoint"] = checkpoint.best_model_path
             if checkpoint.monitor and checkpoint.best_model_score is not None:
-                values[checkpoint.monitor.replace("/", "_")] = float(checkpoint.best_model_score)
+                monitored, best = checkpoint.monitor.replace("/", "_"), float(checkpoint.best_model_score)
+                if values.get(monitored) != best:  # the last epoch's other figures are not those of the best
+                    values = {k: v for k, v in values.items() if not k.startswith("val_")}
+                values[monitored] = best
         run.update_report(folder, values)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
