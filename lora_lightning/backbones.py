@@ -21,6 +21,7 @@ def huggingface(
     auto_class: str = "AutoModelForSequenceClassification",
     num_labels: int | None = None,
     label_names: list[str] | None = None,
+    pad_token_id: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attn_implementation: str | None = None,
     revision: str | None = None,
@@ -35,6 +36,8 @@ def huggingface(
         auto_class: the transformers class whose `from_pretrained` is called.
         num_labels: outputs of a classification head. The data's own count when it has label names.
         label_names: written to the config, in the order of the labels' numbers. The data's own by default.
+        pad_token_id: for a model whose config has none, as GPT-2's and Llama's; a classifier over batches needs it.
+            The tokenizer's own by default.
         dtype: of the frozen weights; the adapters are float32 or wider in any case.
         attn_implementation: transformers' choice of attention: eager, sdpa, flash_attention_2 and more.
         revision: branch, tag or commit on the hub.
@@ -61,23 +64,26 @@ def huggingface(
         kwargs["revision"] = revision
     try:
         with _quiet():
-            return _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
+            model = _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
     except OSError as error:
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
-
-
-def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> nn.Module:
-    model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
-    _refuse_half_loaded(model, sorted(info["missing_keys"]))
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_token_id
     return model  # type: ignore[no-any-return]
 
 
-def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> nn.Module:
+def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
+    model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
+    _refuse_half_loaded(model, sorted(info["missing_keys"]))
+    return model
+
+
+def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
     attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
     config = transformers.AutoConfig.from_pretrained(name, **kwargs)
     if cls.__name__.startswith("Auto"):
-        return cls.from_config(config, dtype=getattr(torch, dtype), **attention)  # type: ignore[no-any-return]
-    return cls(config).to(getattr(torch, dtype))  # type: ignore[no-any-return]
+        return cls.from_config(config, dtype=getattr(torch, dtype), **attention)
+    return cls(config).to(getattr(torch, dtype))
 
 
 def _refuse_half_loaded(model: Any, missing: list[str]) -> None:

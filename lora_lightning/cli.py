@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 """Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
 
+KNOWN = re.compile(r",\s+known\s+subclasses:[^()]*(?=\)\n)")
+
+
+def _shorter(listed: re.Match[str]) -> str:
+    """A list of known subclasses that a person can take in, or nothing."""
+    return listed.group() if listed.group().count(",") <= 30 else ""
+
 
 class Parser(LightningArgumentParser):
     """Answers a mistake with one line instead of a screen of usage."""
@@ -46,6 +54,13 @@ class Parser(LightningArgumentParser):
         if self._linked_targets is not None:
             kwargs["linked_targets"] = self._linked_targets
         return super()._add_signature_arguments(*args, **kwargs)  # type: ignore[no-any-return,misc]
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Without a usage of a hundred flags and without the names of every nn.Module that is loaded."""
+        usage, _, rest = str(super().format_help(*args, **kwargs)).partition("\n\n")
+        if len(usage.splitlines()) > 5:
+            usage = f"usage: {self.prog.replace(' [options]', '')} -c CONFIG [-c CONFIG ...] [options]"
+        return f"{usage}\n\n{KNOWN.sub(_shorter, rest)}"
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the message, a near miss where there is one, and exit with 2."""
@@ -109,6 +124,7 @@ class LoRACLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs.")
         parser.link_arguments("data.num_classes", "model.task.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.pad_token_id", "model.backbone.init_args.pad_token_id", apply_on="instantiate")
         parser.link_arguments("data.label_names", "model.backbone.init_args.label_names", apply_on="instantiate")
         # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
         parser.set_defaults({"model.lora.alpha": None})

@@ -120,6 +120,12 @@ class TextClassificationData(LightningDataModule):
                 self._tokenizer.pad_token = self._tokenizer.eos_token
         return self._tokenizer
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The number that fills short texts up."""
+        number = self.tokenizer.pad_token_id
+        return None if number is None else int(number)
+
     def prepare_data(self) -> None:
         """Read once in one process, so that the others find everything cached."""
         _ = self.tables
