@@ -12,9 +12,9 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lora_lightning.data.text_classification import TextClassificationData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
 from lora_lightning.training.callbacks import FreezeBase, PredictionWriter, RunReport
@@ -86,6 +86,10 @@ class SaveRunConfig(SaveConfigCallback):
             shared = self.config.clone()
             for own in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
                 shared.pop(own, None)
+            data = shared.get("data")
+            if isinstance(trainer.datamodule, TextClassificationData):  # type: ignore[attr-defined]
+                # So that new texts can be predicted without the training file, which they are read off.
+                data.init_args.label_names = trainer.datamodule.label_names  # type: ignore[attr-defined]
             self.parser.save(shared, str(folder / run.CONFIG), skip_none=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
@@ -146,7 +150,7 @@ class LoRACLI(LightningCLI):
         path, command = config.get("ckpt_path"), str(self.config.subcommand)
         if path is None:
             if command in FROM_CHECKPOINT:
-                rank_zero_info(f"no --ckpt_path: {command} runs on the fresh adapter, that is on the backbone alone")
+                raise LoRAError(f"{command} needs --ckpt_path: best, last, a run folder or a .ckpt file")
             return
         if path in ("best", "last"):
             config.ckpt_path = str(run.find_checkpoint(Path(config.runs_dir) / config.name, path))
@@ -164,7 +168,11 @@ class LoRACLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):
-            callbacks.append(default_checkpoint(self.model))
+            validated = config.get("limit_val_batches") != 0 and getattr(self.datamodule, "has_validation", True)
+            callbacks.append(default_checkpoint(self.model if validated else None))
+        if config.get("logger") is False and not config.get("default_root_dir"):
+            command = self.config[self.config.subcommand]
+            kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
     def _loggers(self, given: Any) -> list[Logger] | bool:
@@ -172,8 +180,8 @@ class LoRACLI(LightningCLI):
         if given is False:
             return False
         loggers = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
-        if any(isinstance(logger, CSVLogger | TensorBoardLogger) for logger in loggers):
-            return loggers
+        if any(isinstance(logger, CSVLogger) for logger in loggers):
+            return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
         command = self.config[self.config.subcommand]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
             folder = run.run_of_checkpoint(Path(command.ckpt_path))
@@ -181,15 +189,13 @@ class LoRACLI(LightningCLI):
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 
-def default_checkpoint(module: LoRAModule) -> ModelCheckpoint:
-    """Lightning's ModelCheckpoint: `best.ckpt` by the task's own metric, and `last.ckpt`."""
-    return ModelCheckpoint(
-        filename="best",
-        monitor=module.task.monitor,
-        mode=module.task.monitor_mode,
-        save_last=True,
-        enable_version_counter=False,
-    )
+def default_checkpoint(module: LoRAModule | None) -> ModelCheckpoint:
+    """Lightning's ModelCheckpoint: `best.ckpt` by the task's own metric, and `last.ckpt`.
+
+    Without validation, which `module` None says, the newest is the best.
+    """
+    chosen: dict[str, Any] = {"monitor": module.task.monitor, "mode": module.task.monitor_mode} if module else {}
+    return ModelCheckpoint(filename="best", save_last=True, enable_version_counter=False, **chosen)
 
 
 def with_run_config(args: list[str]) -> list[str]:

@@ -39,6 +39,23 @@ def test_weights_of_another_architecture_are_refused(tiny, tmp_path):
         huggingface(tiny.bert, auto_class="LlamaForSequenceClassification")
 
 
+def test_weights_for_fewer_layers_are_refused(tiny, tmp_path):
+    model = huggingface(tiny.bert, auto_class="AutoModel")
+    model.save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    (tmp_path / "config.json").write_text(config)
+    for auto_class in ("AutoModel", "AutoModelForSequenceClassification"):
+        with pytest.raises(LoRAError, match=r"no values for 16 tensors .*encoder\.layer\.2"):
+            huggingface(str(tmp_path), auto_class=auto_class)
+
+
+def test_a_head_of_another_size_is_a_new_head(tiny, tmp_path):
+    huggingface(tiny.bert, num_labels=3).save_pretrained(tmp_path)
+    model = huggingface(str(tmp_path), num_labels=2)
+    assert model.classifier.out_features == 2
+    assert set(model.new_keys) == {"classifier.weight", "classifier.bias"}
+
+
 def test_a_model_that_is_not_there_is_one_clear_error():
     with pytest.raises(LoRAError, match=r"no model './nowhere'"):
         huggingface("./nowhere")

@@ -58,8 +58,7 @@ class EpochSampler(DistributedSampler[Any]):
         order = torch.randperm(self.count, generator=generator)
         if self.lengths is not None:
             order = self._by_length(order, self.lengths, generator)
-        short = self._padded() - self.count
-        return torch.cat([order, order[:short]]).tolist()
+        return order.repeat(self.num_replicas)[: self._padded()].tolist()
 
     def _padded(self) -> int:
         return self.count + (-self.count % self.num_replicas if self.shuffle else 0)
