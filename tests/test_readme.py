@@ -57,14 +57,16 @@ def test_the_three_commands_of_the_readme_are_those_of_make_demo():
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     """On the demo's own model and texts, cut short by the debug overlay; in this process where one is enough."""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
-    (tmp_path / "new.csv").write_text("text\na film to remember\n")
+    (tmp_path / "new.csv").write_text("text\na film to remember\nanother one to forget\n")
     for line in lines("bash"):
         if not line.startswith("lora-lightning"):
             continue
         args = [arg.replace("runs/demo", "runs/debug") for arg in shlex.split(line)[1:]]
         if "--config" in args and "--help" not in args:
             args += ["--config", "configs/debug.yaml"]
-        if "configs/strategy/ddp.yaml" in args:
+        if (
+            "configs/strategy/ddp.yaml" in args or args[0] == "predict"
+        ):  # of that run: its processes start the command anew
             run(*args, cwd=tmp_path)
             continue
         monkeypatch.setattr("sys.argv", ["lora-lightning", *args])
