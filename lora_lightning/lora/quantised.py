@@ -1,0 +1,92 @@
+"""Quantised base layers: which scheme a module has, and its weight as plain numbers.
+
+Recognised by the qualified name of a class, so that neither bitsandbytes nor torchao is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _bnb_4bit(module: nn.Module) -> Tensor:
+    # On a CPU with AVX512-BF16 its forward repacks the weight; making a state dict puts the stored layout back.
+    module.state_dict()
+    weight = module.weight
+    functional = importlib.import_module("bitsandbytes.functional")
+    dense: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
+    return dense
+
+
+def _bnb_8bit(module: nn.Module) -> Tensor:
+    # The row scales sit on the weight until the first forward moves them into the state. 127 is int8's largest.
+    weight, state = module.weight, module.state
+    scales: Tensor = weight.SCB if weight.SCB is not None else state.SCB  # type: ignore[union-attr,assignment]
+    return weight.data.float() * (scales.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr,operator]
+
+
+def _torchao(module: nn.Module) -> Tensor:
+    dense: Tensor = module.weight.dequantize()  # type: ignore[union-attr,operator,assignment]
+    return dense
+
+
+_BNB: dict[str, tuple[str, Callable[[nn.Module], Tensor]]] = {
+    "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes 4-bit", _bnb_4bit),
+    "bitsandbytes.nn.modules.Linear8bitLt": ("bitsandbytes 8-bit", _bnb_8bit),
+}
+
+# What bitsandbytes keeps on its modules beside what nn.Linear has.
+_BNB_ATTRIBUTES = (
+    "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
+    "state", "index",
+)  # fmt: skip
+
+
+def _find(module: nn.Module) -> tuple[str, Callable[[nn.Module], Tensor]] | None:
+    for cls in type(module).__mro__:
+        if _qualified(cls) in _BNB:
+            return _BNB[_qualified(cls)]
+    weight = module._parameters.get("weight")
+    if weight is not None and any(cls.__module__.startswith("torchao.") for cls in type(weight).__mro__):
+        return "torchao", _torchao
+    return None
+
+
+def scheme(module: nn.Module) -> str | None:
+    """The name of a module's quantisation, None where its weight is plain."""
+    found = _find(module)
+    return found[0] if found else None
+
+
+@torch.no_grad()
+def plain_weight(module: nn.Module) -> Tensor:
+    """W0 as numbers: the weight itself, or what its quantised form stands for."""
+    found = _find(module)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return found[1](module) if found else weight
+
+
+def make_plain(module: nn.Module, weight: Tensor) -> None:
+    """Turn a quantised linear into an `nn.Linear` with this weight, in place."""
+    if any(_qualified(cls) in _BNB for cls in type(module).__mro__):
+        module.__class__ = nn.Linear
+        for name in _BNB_ATTRIBUTES:
+            module.__dict__.pop(name, None)
+        hooks = module._load_state_dict_pre_hooks
+        # torch wraps a hook that is a function in an object that holds it.
+        for key in [k for k, hook in hooks.items() if vars(hook)["hook"].__module__.startswith("bitsandbytes.")]:
+            del hooks[key]
+    del module._parameters["weight"]
+    # The weight comes first in a linear's state dict.
+    rest = dict(module._parameters)
+    module._parameters.clear()
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module._parameters.update(rest)
