@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -16,7 +17,7 @@ from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies
+from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies, trained_biases
 from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
@@ -27,9 +28,6 @@ PROVENANCE = "lora_lightning"
 
 # Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "trainable_token_indices": (None, [], {}),
     "target_parameters": (None, []),
@@ -66,9 +64,10 @@ def save_adapter(
         AdapterError: the model has no adapter, or its values are not finite.
     """
     layers, saved = adapted_layers(model), saved_copies(model)
+    adapted = {name for name, _ in layers}
     if not layers and not saved:
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
-    tensors = {_peft_key(name): tensor for name, tensor in adapter_tensors(model).items()}
+    tensors = {_peft_key(name, adapted): tensor for name, tensor in exported_tensors(model).items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
@@ -78,7 +77,7 @@ def save_adapter(
     provenance = {
         "version": version("lora_lightning"),
         "base": json.loads(fingerprint(model).to_json()),
-        "modules": {name: [s.lora_settings.r, s.lora_settings.alpha] for name, s in layers},
+        "modules": {name: list(pair) for name, pair in exported_ranks(model).items()},
     }
     directory = Path(directory)
     metadata = {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
@@ -104,11 +103,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     _refuse_unknown_settings(peft)
     if not allow_other_base:
         _check_base(model, metadata)
-    modules, saved = _split_keys(tensors, model)
+    modules, saved = _split_keys(tensors, model, peft)
     _check_targets(peft, modules, model)
-    report = inject(model, _our_config(peft, modules, saved))
+    report = inject(model, _our_config(peft, modules, saved), start=False, any_rank=True)
     try:
-        load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items()})
+        load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items() if not _is_peft_copy(key)})
     except AdapterError:
         remove(model)
         raise
@@ -154,10 +153,19 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _peft_key(key: str) -> str:
+# The last parts of our keys and of PEFT's.
+_PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
+_OUR_NAMES = {f".{theirs}": f".{ours}" for ours, theirs in _PEFT_NAMES.items()}
+_OUR_NAMES |= {".base_layer.bias": ".lora_trained_bias", ".lora_magnitude_vector": ".lora_magnitude_vector"}
+_OUR_NAMES[".bias"] = ".lora_trained_bias"  # of a module without an adapter: last, for it ends others too
+
+
+def _peft_key(key: str, adapted: set[str]) -> str:
     key = key.replace(".lora_copy.", ".")
     module, _, last = key.rpartition(".")
-    return f"{PREFIX}{module}.{last}.weight" if last in ("lora_A", "lora_B") else PREFIX + key
+    if last == "lora_trained_bias":
+        last = "base_layer.bias" if module in adapted else "bias"
+    return f"{PREFIX}{module}.{_PEFT_NAMES.get(last, last)}"
 
 
 def _our_key(key: str, saved: list[str]) -> str:
@@ -165,29 +173,68 @@ def _our_key(key: str, saved: list[str]) -> str:
     for name in saved:
         if key.startswith(f"{name}."):
             return f"{name}.lora_copy.{key.removeprefix(f'{name}.')}"
-    return key.removesuffix(".weight")
+    for theirs, ours in _OUR_NAMES.items():
+        if key.endswith(theirs):
+            return key.removesuffix(theirs) + ours
+    return key
+
+
+def _is_peft_copy(key: str) -> bool:
+    """PEFT's `bias: all` writes the biases inside a wrapped module a second time, under names of its own."""
+    return ".original_module." in key or ".modules_to_save." in key
+
+
+def exported_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """`adapter_tensors`, with each start written into the factors: [A; A0] and [B, -B0], of twice the rank."""
+    tensors = dict(adapter_tensors(model))
+    for name, layer in adapted_layers(model):
+        own = layer.lora_tensors()
+        if "lora_A0" in own:
+            tensors[f"{name}.lora_A"] = torch.cat([own["lora_A"], own["lora_A0"]])
+            tensors[f"{name}.lora_B"] = torch.cat([own["lora_B"], -own["lora_B0"]], dim=1)
+            del tensors[f"{name}.lora_A0"], tensors[f"{name}.lora_B0"]
+    return tensors
+
+
+def exported_ranks(model: nn.Module) -> dict[str, tuple[int, float]]:
+    """Rank and alpha of each layer as exported: with a start twice the rank, and the alpha that leaves the scale."""
+    rslora = _uses_rslora(model)
+    ranks = {}
+    for name, layer in adapted_layers(model):
+        r, alpha = layer.lora_settings.r, layer.lora_settings.alpha
+        started = "lora_A0" in layer.lora_tensors()
+        ranks[name] = (2 * r, alpha * (math.sqrt(2) if rslora else 2)) if started else (r, alpha)
+    return ranks
+
+
+def _uses_rslora(model: nn.Module) -> bool:
+    """At r = 1 the two scales are one."""
+    settings = [layer.lora_settings for _, layer in adapted_layers(model)]
+    return any(s.scale != s.alpha / s.r for s in settings)
 
 
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     layers = adapted_layers(model)
     settings = {name: layer.lora_settings for name, layer in layers}
     first = next(iter(settings.values()), None)
-    r, alpha = (first.r, first.alpha) if first else (8, 16)
-    rslora = any(s.scale != s.alpha / s.r for s in settings.values())
+    ranks = exported_ranks(model)
+    r, alpha = next(iter(ranks.values()), (8, 16.0))
+    biased = [name for name, _ in trained_biases(model)]
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _number(alpha),
         "lora_dropout": first.dropout if first else 0.0,
         "target_modules": _target_modules([name for name, _ in layers], model),
-        "rank_pattern": {f"^{re.escape(n)}$": s.r for n, s in settings.items() if s.r != r},
-        "alpha_pattern": {f"^{re.escape(n)}$": _number(s.alpha) for n, s in settings.items() if s.alpha != alpha},
+        "rank_pattern": {f"^{re.escape(n)}$": rank for n, (rank, _) in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(n)}$": _number(a) for n, (_, a) in ranks.items() if a != alpha},
         "modules_to_save": [name for name, _ in saved_copies(model)] or None,
-        "use_rslora": rslora,
+        "use_rslora": _uses_rslora(model),
         "init_lora_weights": True,
-        "bias": "none",
+        "bias": "none" if not biased else "lora_only" if settings.keys() >= set(biased) else "all",
         "fan_in_fan_out": False,
-        "use_dora": False,
+        "use_dora": any(s.use_dora for s in settings.values()),
+        "lora_bias": any(s.lora_bias for s in settings.values()),
         "inference_mode": True,
     }
 
@@ -242,7 +289,7 @@ def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
         )
 
 
-def _split_keys(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, int], list[str]]:
+def _split_keys(tensors: dict[str, Tensor], model: nn.Module, peft: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
     """Adapted modules with their rank, and the modules saved in full, from the keys of the file."""
     strangers = [key for key in tensors if not key.startswith(PREFIX)]
     if strangers:
@@ -253,7 +300,7 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str,
         name = key.removeprefix(PREFIX)
         if name.endswith(".lora_A.weight"):
             modules[name.removesuffix(".lora_A.weight")] = tensor.shape[0] if tensor.dim() else 0
-        elif not name.endswith(".lora_B.weight"):
+        elif not (name.endswith(_OF_ADAPTER) or _is_peft_copy(key) or _is_trained_bias(name, peft)):
             rest.append(name)
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     unknown = [name for name in modules if name not in known]
@@ -263,6 +310,18 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str,
             f"the model has no module '{unknown[0]}' ({len(unknown)} of the adapter's are missing){hint}"
         )
     return modules, sorted({name.rpartition(".")[0] for name in rest})
+
+
+_OF_ADAPTER = (".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".base_layer.bias")
+
+
+def _is_trained_bias(name: str, peft: dict[str, Any]) -> bool:
+    """A bias that `bias: all` trained, and not one of a module that is saved in full."""
+    module, _, last = name.rpartition(".")
+    if peft.get("bias") != "all" or last != "bias":
+        return False
+    saved = peft.get("modules_to_save") or []
+    return not any(f".{m}." in f".{module}." for m in saved)
 
 
 def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Module) -> None:
@@ -299,6 +358,9 @@ def _our_config(peft: dict[str, Any], modules: dict[str, int], saved: list[str])
         rank_pattern={re.escape(n): rank for n, rank in modules.items() if rank != r},
         alpha_pattern={re.escape(n): a for n, a in alphas.items() if a != alpha},
         use_rslora=bool(peft.get("use_rslora")),
+        use_dora=bool(peft.get("use_dora")),
+        bias=peft.get("bias") or "none",
+        lora_bias=bool(peft.get("lora_bias")),
     )
 
 

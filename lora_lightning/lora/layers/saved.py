@@ -19,9 +19,12 @@ class SavedCopy(Grafted):
 
     lora_copy: nn.Module
 
-    def add_copy(self) -> None:
-        """Copy this module, its class and values, and train the copy."""
-        twin = copy.deepcopy(self)
+    def add_copy(self, twins: dict[int, Any] | None = None) -> None:
+        """Copy this module, its class and values, and train the copy.
+
+        `twins` is deepcopy's memo: with one for all copies, what was tied is tied among the copies.
+        """
+        twin = copy.deepcopy(self, twins)
         ungraft(twin)
         for parameter in twin.parameters():
             if parameter.is_floating_point():
@@ -34,19 +37,30 @@ class SavedCopy(Grafted):
         return self.lora_copy(*args, **kwargs)
 
     @torch.no_grad()
-    def keep_copy(self) -> None:
+    def keep_copy(self, kept: dict[int, torch.Tensor] | None = None) -> None:
         """Make the trained values this module's own, and drop the copy.
 
-        The parameters are replaced, not written into: a tensor tied to another module stays as it was there.
+        The parameters are replaced, not written into: a tensor tied to another module stays as it was there. `kept`
+        holds what other copies have brought, by the id of the trained tensor, so that tied copies stay tied.
         """
+        kept = {} if kept is None else kept
         for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
             assert own.shape == trained.shape, path
             owner = self.get_submodule(path.rpartition(".")[0])
-            value = trained.detach().clone().to(own.dtype)
-            if isinstance(own, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=own.requires_grad)
+            if id(trained) not in kept:
+                value = trained.detach().clone().to(own.dtype)
+                is_parameter = isinstance(own, nn.Parameter)
+                kept[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+            value = kept[id(trained)]
             setattr(owner, path.rpartition(".")[2], value)
         self.drop_copy()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Start the copy anew from the original."""
+        for (_, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            trained.copy_(own)
+        super().reset_lora_parameters()
 
     def drop_copy(self) -> None:
         """Forget the trained copy."""
