@@ -40,8 +40,9 @@ class LoRAConfig:
     """Probability with which an entry of the adapter's input is zeroed in training; W0's input is left whole."""
 
     target_modules: str | list[str] = ALL_LINEAR
-    """Modules to adapt: `all-linear` (the output head left out), a list of names that a module's full name
-    equals or ends in, or one regular expression that a full name matches as a whole."""
+    """Modules to adapt: `all-linear` (the output head left out); `query-value`, `attention` or `mlp` of a common
+    transformers architecture; a list of names that a module's full name equals or ends in; or one regular expression
+    that a full name matches as a whole."""
 
     exclude_modules: str | list[str] | None = None
     """Modules to leave alone though `target_modules` selects them; written like `target_modules`."""

@@ -14,6 +14,7 @@ from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
 from lora_lightning.lora.heads import output_head
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRALinear, kind_of
 from lora_lightning.lora.options import refuse_options
+from lora_lightning.lora.presets import preset_pattern
 
 Number = TypeVar("Number", int, float)
 
@@ -130,6 +131,9 @@ def _found(
     pattern = config.target_modules
     if pattern == ALL_LINEAR:
         return _all_linear(model, candidates, bypassed, selection)
+    preset = preset_pattern(model, pattern)
+    if preset is not None:
+        pattern = preset
     found: dict[nn.Module, str] = {}
     used: set[str] = set()
     for module, group in candidates.items():
@@ -141,7 +145,7 @@ def _found(
             raise TargetError(f"cannot adapt '{group[0]}': {bypassed[module]}")
         if kind_of(module) is None:
             raise TargetError(_unknown_kind(group[0], module, why, candidates))
-        found[module] = why
+        found[module] = why if preset is None else str(config.target_modules)
     everything = _flat(names.values())
     saved_names = {n for m in inside_saved for n in names.get(m, [])}
     for entry in [pattern] if isinstance(pattern, str) else pattern:
