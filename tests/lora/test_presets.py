@@ -123,5 +123,5 @@ def test_a_dropout_that_is_none_is_refused(value):
 
 
 def test_two_dropout_patterns_of_one_length_that_disagree_are_refused():
-    with pytest.raises(TargetError, match="dropout_pattern: .* both match 'up'"):
+    with pytest.raises(TargetError, match=r"dropout_pattern: .* both match 'up'"):
         inject(net(), LoRAConfig(r=2, dropout_pattern={"u.": 0.1, ".p": 0.2}))
