@@ -131,8 +131,25 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {_some(problems)}")
-    for key, tensor in own.items():
+    for key, tensor in _untied_where_unequal(model, own, tensors).items():
         tensor.data.copy_(tensors[key])
+
+
+def _untied_where_unequal(model: nn.Module, own: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`own`, with a parameter of its own for each key whose values differ from those of the key that it is tied to.
+
+    Copies of tied modules are tied here; PEFT trains them apart.
+    """
+    first: dict[int, str] = {}
+    own = dict(own)
+    for key, tensor in own.items():
+        twin = first.setdefault(id(tensor), key)
+        if twin != key and not torch.equal(tensors[key], tensors[twin]):
+            module, _, name = key.rpartition(".")
+            apart = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(model.get_submodule(module), name, apart)
+            own[key] = apart
+    return own
 
 
 def read_config(path: Path) -> dict[str, Any]:

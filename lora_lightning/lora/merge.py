@@ -68,8 +68,9 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     for _, module in saved:
         module.keep_copy(kept_copies)
         ungraft(module)
+    if untied_since(model, ties):
+        untie_config(model)
     report.untied.extend(untied_since(model, ties))
-    untie_config(model, report.untied)
     fastpath.allow(model)
     return report
 

@@ -31,13 +31,13 @@ def untied_since(model: nn.Module, before: dict[int, list[Place]]) -> list[str]:
     return list(dict.fromkeys(untied))
 
 
-def untie_config(model: nn.Module, untied: list[str]) -> None:
+def untie_config(model: nn.Module) -> None:
     """Have a transformers config say that input and output embeddings are two, once they are.
 
-    Otherwise `from_pretrained` ties them again and drops one of the two trained matrices.
+    Otherwise `from_pretrained` ties them again and drops one of the two trained matrices. The one flag of the config
+    governs all of a model's ties, so whatever it held together and is still shared gets parameters of its own, and
+    `save_pretrained` writes each.
     """
-    if not untied:
-        return
     for module in model.modules():
         if not is_a(module, HF_MODEL):
             continue
@@ -46,3 +46,16 @@ def untie_config(model: nn.Module, untied: list[str]) -> None:
             continue
         for config in (module.config, module.config.get_text_config(decoder=True)):  # type: ignore[union-attr,operator]
             config.tie_word_embeddings = False  # type: ignore[union-attr]
+        tied = module.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
+        _part(module, {*tied, *tied.values()})
+
+
+def _part(model: nn.Module, still_tied: set[str]) -> None:
+    """Give each place of a shared parameter its own copy, but for one, and for those that loading ties again."""
+    names = {module: name for name, module in model.named_modules()}
+    for group in shared_parameters(model).values():
+        loose = [(module, name) for module, name in group if f"{names[module]}.{name}".lstrip(".") not in still_tied]
+        for module, name in loose[len(loose) == len(group) :]:
+            own = module._parameters[name]
+            assert own is not None
+            module._parameters[name] = nn.Parameter(own.detach().clone(), requires_grad=own.requires_grad)

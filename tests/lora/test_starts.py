@@ -269,7 +269,7 @@ def test_what_a_start_cannot_do_is_refused(options, message):
 
 @pytest.mark.parametrize("init", ["pisa", "pissa_niter_", "", "zeros"])
 def test_an_unknown_start_is_refused(init):
-    with pytest.raises(ConfigError, match="init must be one of gaussian, kaiming, .* or pissa_niter_<n>"):
+    with pytest.raises(ConfigError, match=r"init must be one of gaussian, kaiming, .* or pissa_niter_<n>"):
         LoRAConfig(init=init)
 
 
