@@ -15,6 +15,7 @@ from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TrainedBias, graft, ungraft
+from lora_lightning.lora.quantised import allow_packing, hold_packing
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
 from lora_lightning.lora.targets import Target, select
 
@@ -60,6 +61,7 @@ def inject(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
+    hold_packing(model)
     rows = []
     for target in selection.targets:
         rows.append(_adapt(target, start=start))
@@ -102,6 +104,7 @@ def remove(model: nn.Module) -> nn.Module:
         module.drop_copy()
         ungraft(module)
     fastpath.allow(model)
+    allow_packing(model)
     return model
 
 

@@ -12,7 +12,7 @@ from lora_lightning.lora import fastpath
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, saved_copies, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer, ungraft
-from lora_lightning.lora.quantised import make_plain, scheme
+from lora_lightning.lora.quantised import allow_packing, make_plain, scheme
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
 
@@ -72,6 +72,7 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
         untie_config(model)
     report.untied.extend(untied_since(model, ties))
     fastpath.allow(model)
+    allow_packing(model)
     return report
 
 

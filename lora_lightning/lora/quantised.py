@@ -17,8 +17,6 @@ def _qualified(cls: type) -> str:
 
 
 def _bnb_4bit(module: nn.Module) -> Tensor:
-    # On a CPU with AVX512-BF16 its forward repacks the weight; making a state dict puts the stored layout back.
-    module.state_dict()
     weight = module.weight
     functional = importlib.import_module("bitsandbytes.functional")
     dense: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
@@ -53,16 +51,47 @@ def _find(module: nn.Module) -> tuple[str, Callable[[nn.Module], Tensor]] | None
     for cls in type(module).__mro__:
         if _qualified(cls) in _BNB:
             return _BNB[_qualified(cls)]
+    return ("torchao", _torchao) if _torchao_weight(module) else None
+
+
+def _torchao_weight(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    if weight is not None and any(cls.__module__.startswith("torchao.") for cls in type(weight).__mro__):
-        return "torchao", _torchao
-    return None
+    return weight is not None and any(cls.__module__.startswith("torchao.") for cls in type(weight).__mro__)
 
 
 def scheme(module: nn.Module) -> str | None:
     """The name of a module's quantisation, None where its weight is plain."""
     found = _find(module)
     return found[0] if found else None
+
+
+_PACKING, _HELD = "support_avx512bf16_for_cpu", "_lora_packing"
+
+
+def hold_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for the CPU in eval, and undo it where it has been done.
+
+    Repacking rounds the scales of W0 to bfloat16 and is not exactly reversible; and a packed weight has no backward,
+    so that training after a validation would silently pass no gradient on.
+    """
+    for module in model.modules():
+        if _is_4bit(module):
+            module.state_dict()  # puts the stored layout back
+            module.__dict__[_HELD] = module.__dict__[_PACKING]
+            module.__dict__[_PACKING] = False
+
+
+def allow_packing(model: nn.Module) -> None:
+    """Undo `hold_packing`."""
+    for module in model.modules():
+        if _HELD in module.__dict__:
+            held = module.__dict__.pop(_HELD)
+            if _is_4bit(module):
+                module.__dict__[_PACKING] = held
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return any(_qualified(cls) == "bitsandbytes.nn.modules.Linear4bit" for cls in type(module).__mro__)
 
 
 @torch.no_grad()
@@ -84,6 +113,8 @@ def make_plain(module: nn.Module, weight: Tensor) -> None:
         # torch wraps a hook that is a function in an object that holds it.
         for key in [k for k, hook in hooks.items() if vars(hook)["hook"].__module__.startswith("bitsandbytes.")]:
             del hooks[key]
+    if _torchao_weight(module):
+        module.__dict__.pop("extra_repr", None)  # torchao's own, which describes its tensor
     del module._parameters["weight"]
     # The weight comes first in a linear's state dict.
     rest = dict(module._parameters)

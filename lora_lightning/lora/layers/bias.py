@@ -26,7 +26,10 @@ class TrainedBias(Grafted):
         """The trained copy in the original's dtype; the original while the adapter is switched off."""
         own = self._parameters["bias"]
         assert own is not None
-        return self.lora_trained_bias.to(own.dtype) if self.lora_enabled else own
+        if not self.lora_enabled:
+            return own
+        # A view where no cast makes a tensor of its own: bitsandbytes sets `.data` of what it gets here.
+        return self.lora_trained_bias.view_as(self.lora_trained_bias).to(own.dtype)
 
     def add_bias(self, copies: dict[int, nn.Parameter]) -> None:
         """Copy the bias, in float32 or wider, and train the copy. `copies` by the original's id: ties stay."""
