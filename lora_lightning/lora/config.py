@@ -81,7 +81,8 @@ class LoRAConfig:
     it; `kaiming`, A uniform in +-1/sqrt(in), what loralib and PEFT draw; `eva`, A from the data's main directions.
     With B A not zero and subtracted, so that W0 and the first output stay: `orthogonal`; `pissa` or the quicker
     `pissa_niter_4` (any number of iterations), W0's main directions; `olora`, W0's QR; `lora_ga`, the gradient's
-    main directions. `loftq` starts at what the base's quantisation lost. `eva`, `lora_ga` and `loftq` need
+    main directions. `loftq` starts at what the base's quantisation lost, so there the first output moves, towards the
+    unquantised model's. `eva`, `lora_ga` and `loftq` need
     `inject(model, config, data=...)`."""
 
     def __post_init__(self) -> None:

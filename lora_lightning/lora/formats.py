@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -13,12 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora import starts
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies, trained_biases
 from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.peft_options import (
+    common_dropout,
+    exported_ranks,
+    exported_tensors,
+    first_factors,
+    is_peft_copy,
+    is_trained_bias,
+    other_dropouts,
+    start_in_file,
+    uses_rslora,
+)
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
 
@@ -78,6 +89,7 @@ def save_adapter(
         "version": version("lora_lightning"),
         "base": json.loads(fingerprint(model).to_json()),
         "modules": {name: list(pair) for name, pair in exported_ranks(model).items()},
+        "dropouts": other_dropouts(model),
     }
     directory = Path(directory)
     metadata = {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
@@ -105,9 +117,11 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
         _check_base(model, metadata)
     modules, saved = _split_keys(tensors, model, peft)
     _check_targets(peft, modules, model)
-    report = inject(model, _our_config(peft, modules, saved), start=False, any_rank=True)
+    config = _our_config(peft, modules, saved, json.loads(metadata.get(PROVENANCE, "{}")).get("dropouts", {}))
+    report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
+    ours = {_our_key(key, saved): tensor for key, tensor in tensors.items() if not is_peft_copy(key)}
     try:
-        load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items() if not _is_peft_copy(key)})
+        load_tensors(model, {**first_factors(model), **ours})
     except AdapterError:
         remove(model)
         raise
@@ -196,44 +210,9 @@ def _our_key(key: str, saved: list[str]) -> str:
     return key
 
 
-def _is_peft_copy(key: str) -> bool:
-    """PEFT's `bias: all` writes the biases inside a wrapped module a second time, under names of its own."""
-    return ".original_module." in key or ".modules_to_save." in key
-
-
-def exported_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """`adapter_tensors`, with each start written into the factors: [A; A0] and [B, -B0], of twice the rank."""
-    tensors = dict(adapter_tensors(model))
-    for name, layer in adapted_layers(model):
-        own = layer.lora_tensors()
-        if "lora_A0" in own:
-            tensors[f"{name}.lora_A"] = torch.cat([own["lora_A"], own["lora_A0"]])
-            tensors[f"{name}.lora_B"] = torch.cat([own["lora_B"], -own["lora_B0"]], dim=1)
-            del tensors[f"{name}.lora_A0"], tensors[f"{name}.lora_B0"]
-    return tensors
-
-
-def exported_ranks(model: nn.Module) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of each layer as exported: with a start twice the rank, and the alpha that leaves the scale."""
-    rslora = _uses_rslora(model)
-    ranks = {}
-    for name, layer in adapted_layers(model):
-        r, alpha = layer.lora_settings.r, layer.lora_settings.alpha
-        started = "lora_A0" in layer.lora_tensors()
-        ranks[name] = (2 * r, alpha * (math.sqrt(2) if rslora else 2)) if started else (r, alpha)
-    return ranks
-
-
-def _uses_rslora(model: nn.Module) -> bool:
-    """At r = 1 the two scales are one."""
-    settings = [layer.lora_settings for _, layer in adapted_layers(model)]
-    return any(s.scale != s.alpha / s.r for s in settings)
-
-
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     layers = adapted_layers(model)
     settings = {name: layer.lora_settings for name, layer in layers}
-    first = next(iter(settings.values()), None)
     ranks = exported_ranks(model)
     r, alpha = next(iter(ranks.values()), (8, 16.0))
     biased = [name for name, _ in trained_biases(model)]
@@ -241,12 +220,12 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _number(alpha),
-        "lora_dropout": first.dropout if first else 0.0,
+        "lora_dropout": common_dropout(model),
         "target_modules": _target_modules([name for name, _ in layers], model),
         "rank_pattern": {f"^{re.escape(n)}$": rank for n, (rank, _) in ranks.items() if rank != r},
         "alpha_pattern": {f"^{re.escape(n)}$": _number(a) for n, (_, a) in ranks.items() if a != alpha},
         "modules_to_save": [name for name, _ in saved_copies(model)] or None,
-        "use_rslora": _uses_rslora(model),
+        "use_rslora": uses_rslora(model),
         "init_lora_weights": True,
         "bias": "none" if not biased else "lora_only" if settings.keys() >= set(biased) else "all",
         "fan_in_fan_out": False,
@@ -317,7 +296,7 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module, peft: dict[str, An
         name = key.removeprefix(PREFIX)
         if name.endswith(".lora_A.weight"):
             modules[name.removesuffix(".lora_A.weight")] = tensor.shape[0] if tensor.dim() else 0
-        elif not (name.endswith(_OF_ADAPTER) or _is_peft_copy(key) or _is_trained_bias(name, peft)):
+        elif not (name.endswith(_OF_ADAPTER) or is_peft_copy(key) or is_trained_bias(name, peft)):
             rest.append(name)
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     unknown = [name for name in modules if name not in known]
@@ -330,15 +309,6 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module, peft: dict[str, An
 
 
 _OF_ADAPTER = (".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".base_layer.bias")
-
-
-def _is_trained_bias(name: str, peft: dict[str, Any]) -> bool:
-    """A bias that `bias: all` trained, and not one of a module that is saved in full."""
-    module, _, last = name.rpartition(".")
-    if peft.get("bias") != "all" or last != "bias":
-        return False
-    saved = peft.get("modules_to_save") or []
-    return not any(f".{m}." in f".{module}." for m in saved)
 
 
 def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Module) -> None:
@@ -361,7 +331,9 @@ def _peft_selects(pattern: str | list[str], name: str) -> bool:
     return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
 
 
-def _our_config(peft: dict[str, Any], modules: dict[str, int], saved: list[str]) -> LoRAConfig:
+def _our_config(
+    peft: dict[str, Any], modules: dict[str, int], saved: list[str], dropouts: dict[str, float]
+) -> LoRAConfig:
     alpha = float(peft.get("lora_alpha", 8))
     patterns = peft.get("alpha_pattern") or {}
     alphas = {name: float(_peft_pattern(patterns, name, alpha)) for name in modules}
@@ -370,12 +342,14 @@ def _our_config(peft: dict[str, Any], modules: dict[str, int], saved: list[str])
         r=r,
         alpha=alpha,
         dropout=float(peft.get("lora_dropout") or 0.0),
+        dropout_pattern={re.escape(n): p for n, p in dropouts.items() if n in modules},
         target_modules="|".join(re.escape(name) for name in modules),
         modules_to_save=saved or None,
         rank_pattern={re.escape(n): rank for n, rank in modules.items() if rank != r},
         alpha_pattern={re.escape(n): a for n, a in alphas.items() if a != alpha},
         use_rslora=bool(peft.get("use_rslora")),
         use_dora=bool(peft.get("use_dora")),
+        init=start_in_file(peft),
         bias=peft.get("bias") or "none",
         lora_bias=bool(peft.get("lora_bias")),
     )

@@ -32,7 +32,8 @@ def inject(
     """Adapt `model` in place: `h = W0 x + s B A x` in every selected layer, all else frozen.
 
     Only A and B (and copies of `modules_to_save`) are allocated; every key, hook, mode and reference of the
-    model survives, and its output does not change until B moves. Works on the meta device.
+    model survives, and its output does not change until B moves (but for `init: loftq`, which is there to
+    change it). Works on the meta device.
 
     Args:
         data: what the starts eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's

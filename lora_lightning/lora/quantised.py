@@ -48,6 +48,9 @@ _BNB_ATTRIBUTES = (
 
 
 def _find(module: nn.Module) -> tuple[str, Callable[[nn.Module], Tensor]] | None:
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return None  # by far the most; and DoRA asks in each forward, where torch.compile follows no further
     for cls in type(module).__mro__:
         if _qualified(cls) in _BNB:
             return _BNB[_qualified(cls)]

@@ -209,3 +209,13 @@ def test_injection_on_the_meta_device_then_filling(option):
     restart(model)
     assert torch.equal(model(inputs()), net()(inputs()))
     assert not torch.equal(shake(model)(inputs()), net()(inputs()))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"bias": "all"}, {"init": "pissa"}], ids=str)
+def test_dynamo_traces_every_option_in_one_graph(options):
+    model, x = net(), inputs()
+    inject(model, LoRAConfig(r=2, **options))
+    shake(model)
+    expected = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)

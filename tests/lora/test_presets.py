@@ -1,5 +1,7 @@
 """Presets of target modules, and the patterns of rank, alpha and dropout."""
 
+import json
+
 import pytest
 import torch
 from options_support import inputs, net
@@ -7,7 +9,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
 
-from lora_lightning import LoRAConfig, inject
+from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.presets import LAYOUTS, PRESETS, preset_pattern
@@ -83,6 +85,16 @@ def test_dropout_pattern_sets_each_layers_dropout():
     assert {row.module: row.dropout for row in report.modules} == {"up": 0.0, "down": 0.1, "square": 0.5}
     rates = {name: layer.lora_dropout.p if layer.lora_dropout else 0.0 for name, layer in adapted_layers(model)}
     assert rates == {"up": 0.0, "down": 0.1, "square": 0.5}
+
+
+def test_each_layers_dropout_is_saved_and_loaded(tmp_path):
+    model = net()
+    inject(model, LoRAConfig(r=2, dropout=0.1, dropout_pattern={"up": 0.5}))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    again = net()
+    report = load_adapter(again, tmp_path)
+    assert {row.module: row.dropout for row in report.modules} == {"up": 0.5, "down": 0.1, "square": 0.1}
 
 
 def test_layers_without_dropout_are_not_random_in_training():

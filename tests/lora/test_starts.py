@@ -14,7 +14,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lora_lightning.lora import starts
-from lora_lightning.lora.errors import ConfigError, TargetError
+from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
 
 SUBTRACTED = ["orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"]
@@ -281,3 +281,30 @@ def test_an_adapter_may_be_rebuilt_for_loading_without_its_data(init):
     assert torch.equal(again(inputs()), net()(inputs()))
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(inputs()), model(inputs()))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_unconverted_adapter_of_peft_is_read_with_its_start(init, tmp_path):
+    """PEFT writes the factors and says in its config alone that s B0 A0 is missing from the base."""
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["up", "square"], init_lora_weights=init)
+    theirs = shake(get_peft_model(net(), config).eval())
+    theirs.save_pretrained(tmp_path)
+    ours = net()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(inputs()), theirs(inputs()).detach(), rtol=1e-4, atol=1e-5)
+    save_adapter(ours, tmp_path / "again")
+    again = PeftModel.from_pretrained(net(), tmp_path / "again")
+    torch.testing.assert_close(again(inputs()), ours(inputs()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "lora_ga", "loftq", "corda"])
+def test_an_adapter_of_peft_whose_base_is_lost_is_refused(init, tmp_path):
+    model = net()
+    inject(model, LoRAConfig(r=2))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": init}))
+    plain = net()
+    with pytest.raises(AdapterError, match=f"init_lora_weights '{init}', which changed the base"):
+        load_adapter(plain, tmp_path)
+    assert not adapted_layers(plain)
