@@ -112,11 +112,17 @@ def _flat(names: Iterable[list[str]]) -> list[str]:
 
 def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[str, nn.Module]]:
     entries = config.modules_to_save or []
-    hits = {m: [e for e in entries if any(matches([e], n) for n in group)] for m, group in names.items()}
+    wanted: set[nn.Module] = set()
     for entry in entries:
-        if not any(entry in hit for hit in hits.values()):
+        hits = [m for m, group in names.items() if entry in group]  # a full name means that module alone
+        hits = hits or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
+        if not hits:
             raise TargetError(_no_match("modules_to_save", entry, _flat(names.values())))
-    chosen = [(names[m][0], m) for m, hit in hits.items() if hit]
+        if len(hits) > 1:
+            found = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
+            raise TargetError(f"modules_to_save: '{entry}' is the end of {len(hits)} names ({found}): write full names")
+        wanted.update(hits)
+    chosen = [(names[m][0], m) for m in names if m in wanted]
     # A module inside a saved one is in its copy already.
     return [(name, m) for name, m in chosen if not any(name.startswith(f"{outer}.") for outer, _ in chosen)]
 
