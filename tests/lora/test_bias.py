@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from options_support import inputs, net, shake
 from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, merge, save_adapter
 from lora_lightning.lora.errors import ConfigError, MergeError, TargetError
 from lora_lightning.lora.inject import trained_biases
+from tests.lora.options_support import inputs, net, shake
 
 
 def test_lora_only_trains_the_biases_of_adapted_layers():

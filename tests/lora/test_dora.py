@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from options_support import inputs, net, shake
 from peft import PeftModel
 from torch import nn
 
@@ -13,6 +12,7 @@ from lora_lightning.lora import dora
 from lora_lightning.lora.errors import ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import KINDS, LoRALinear
+from tests.lora.options_support import inputs, net, shake
 
 
 def dora_linear(out_features, in_features, r, *, bias=True, dtype=torch.float64, seed=0, **options):

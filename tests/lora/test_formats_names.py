@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from options_support import shake
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.inject import saved_copies
+from tests.lora.options_support import shake
 
 
 class Nested(nn.Module):

@@ -5,13 +5,13 @@ import io
 
 import pytest
 import torch
-from options_support import DTYPES, assert_close, batches, inputs, net, shake, square_loss, trained_tensors
 from peft import PeftModel, get_peft_model
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import restart
+from tests.lora.options_support import DTYPES, assert_close, batches, inputs, net, shake, square_loss, trained_tensors
 
 OPTIONS = {
     "plain": {},

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from options_support import inputs, net
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
@@ -14,6 +13,7 @@ from lora_lightning.lora.errors import ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.presets import LAYOUTS, PRESETS, preset_pattern
 from lora_lightning.lora.targets import matches
+from tests.lora.options_support import inputs, net
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 

@@ -5,7 +5,6 @@ import io
 
 import pytest
 import torch
-from options_support import shake
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
@@ -14,6 +13,7 @@ from lora_lightning.lora.errors import LoRAError, MergeError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.quantised import hold_packing, plain_weight, scheme
+from tests.lora.options_support import shake
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")

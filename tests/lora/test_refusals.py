@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from options_support import net, shake
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, ConfigError, MergeError, TargetError
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from tests.lora.options_support import net, shake
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from options_support import DTYPES, batches, inputs, net, shake, square_loss
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -16,6 +15,7 @@ from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_ada
 from lora_lightning.lora import starts
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
+from tests.lora.options_support import DTYPES, batches, inputs, net, shake, square_loss
 
 SUBTRACTED = ["orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"]
 
