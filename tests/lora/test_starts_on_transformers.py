@@ -47,7 +47,7 @@ def test_starts_from_a_data_loader(init):
 
 
 def test_the_first_step_from_lora_ga_is_the_gradients_best_approximation():
-    """Theorem 3.1 of the paper: an infinitesimal step of A and B moves W by -G restricted to 2 r singular directions."""
+    """Theorem 3.1 of the paper: a small step of A and B moves W by -G on its 2 r first singular directions."""
     plain, model, batches = llama().eval(), llama().eval(), list(loader())
     sum(plain(**batch).loss for batch in batches).backward()
     inject(model, LoRAConfig(r=2, init="lora_ga", target_modules="attention"), data=batches)
