@@ -1,17 +1,19 @@
 """DoRA against the formula of arXiv 2402.09353 written out in float64, and against PEFT."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora import dora
 from lora_lightning.lora.errors import ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.layers import KINDS, LoRALinear
+from lora_lightning.lora.layers import KINDS, AdaptedLayer, LoRALinear
 from tests.lora.options_support import inputs, net, shake
 
 
@@ -137,6 +139,93 @@ def test_autocast_computes_it_too():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(x)
     assert (out.float() - expected).norm() / expected.norm() < 0.05
+
+
+class ToyConv(AdaptedLayer):
+    """What another kind of layer must say to have DoRA: where its channels are, and its delta."""
+
+    kind, dora_dim, dora_output_dim = "Conv2d", 0, -3
+
+    @staticmethod
+    def factor_shapes(module, r):
+        return (r, *module.weight.shape[1:]), (module.out_channels, r, 1, 1)
+
+    @staticmethod
+    def largest_rank(module):
+        return module.out_channels
+
+    def forward(self, x):
+        out = super().forward(x)
+        update = nn.functional.conv2d(x, self.lora_A, None, self.stride, self.padding)
+        return self.lora_combine(out, nn.functional.conv2d(update, self.lora_B) * self.lora_settings.scale)
+
+    def delta_weight(self):
+        delta = self.lora_B.flatten(1) @ self.lora_A.flatten(1) * self.lora_settings.scale
+        return delta.view(self.weight.shape)
+
+
+class ToyEmbedding(AdaptedLayer):
+    kind, dora_dim = "Embedding", 1
+
+    @staticmethod
+    def factor_shapes(module, r):
+        return (r, module.num_embeddings), (module.embedding_dim, r)
+
+    @staticmethod
+    def largest_rank(module):
+        return module.embedding_dim
+
+    def forward(self, x):
+        update = nn.functional.embedding(x, self.lora_A.T) @ self.lora_B.T * self.lora_settings.scale
+        return self.lora_combine(super().forward(x), update)
+
+    def delta_weight(self):
+        return (self.lora_B @ self.lora_A).T * self.lora_settings.scale
+
+
+def _conv():
+    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, stride=2)), torch.randn(2, 3, 7, 7)
+
+
+def _embedding():
+    return nn.Sequential(nn.Embedding(9, 5)), torch.randint(0, 9, (2, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "toy", "base", "bias"),
+    [
+        (_conv, ToyConv, nn.Conv2d, "all"),
+        (_conv, ToyConv, nn.Conv2d, "none"),
+        (_embedding, ToyEmbedding, nn.Embedding, "none"),
+    ],
+)
+def test_a_kind_that_names_its_channels_has_dora(make, toy, base, bias, monkeypatch):
+    """Outputs and gradients of a convolution and an embedding are PEFT's."""
+    monkeypatch.setitem(KINDS, base, toy)
+    torch.manual_seed(0)
+    model, x = make()
+    plain = copy.deepcopy(model)
+    inject(model, LoRAConfig(r=2, alpha=3, target_modules=["0"], use_dora=True, bias=bias))
+    assert torch.equal(model(x), plain(x))
+    layer = shake(model)[0]
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True)
+    if bias == "all":
+        plain[0].bias.data.copy_(layer.bias)
+    theirs = get_peft_model(plain, config)
+    twin = theirs.base_model.model[0]
+    A, B = (twin.lora_embedding_A, twin.lora_embedding_B) if base is nn.Embedding else (twin.lora_A, twin.lora_B)
+    A, B = (A["default"], B["default"]) if base is nn.Embedding else (A["default"].weight, B["default"].weight)
+    magnitude = twin.lora_magnitude_vector["default"].weight
+    for their, our in ((A, layer.lora_A), (B, layer.lora_B), (magnitude, layer.lora_magnitude_vector)):
+        their.data.copy_(our.data.view(their.shape))
+    out, their_out = model(x), theirs(x)
+    torch.testing.assert_close(out, their_out, rtol=1e-5, atol=1e-5)
+    out.square().sum().backward()
+    their_out.square().sum().backward()
+    for their, our in ((A, layer.lora_A), (B, layer.lora_B), (magnitude, layer.lora_magnitude_vector)):
+        torch.testing.assert_close(our.grad.view(their.shape), their.grad, rtol=1e-4, atol=1e-4)
+    merge(model)
+    torch.testing.assert_close(model(x), out, rtol=1e-5, atol=1e-5)
 
 
 class Odd(nn.Linear):

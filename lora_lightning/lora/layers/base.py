@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora import starts
-from lora_lightning.lora.dora import channel_norms, dora_factor, dora_update
+from lora_lightning.lora.dora import channel_norms, dora_factor, dora_update, rescale
 from lora_lightning.lora.functional import wide_dtype
 from lora_lightning.lora.init import STARTS, start_
 from lora_lightning.lora.quantised import plain_weight
@@ -111,6 +111,8 @@ class AdaptedLayer(Grafted):
     kind: ClassVar[str]
     dora_dim: ClassVar[int | None] = None
     """The dimension of the weight whose slices DoRA rescales; None where the kind has no DoRA form."""
+    dora_output_dim: ClassVar[int] = -1
+    """The dimension of the output that belongs to `dora_dim`, counted from the end."""
     has_lora_bias: ClassVar[bool] = False
     """True where B may have a bias."""
     has_starts: ClassVar[bool] = False
@@ -217,6 +219,16 @@ class AdaptedLayer(Grafted):
     def lora_input(self, x: Tensor) -> Tensor:
         """What A sees: x, with LoRA's own dropout in training."""
         return x if self.lora_dropout is None else self.lora_dropout(x)
+
+    def lora_combine(self, out: Tensor, update: Tensor) -> Tensor:
+        """The layer's output from the base's `out` and the adapter's `update`, both before any factor of DoRA."""
+        if self.lora_magnitude_vector is None:
+            return out + update
+        shape = (-1, *[1] * (-1 - self.dora_output_dim))
+        bias = self._parameters.get("bias")
+        if bias is not None:
+            bias = self.bias.view(shape)  # type: ignore[operator,assignment]  # the trained one where there is one
+        return rescale(out, update, self.dora_factor().view(shape), bias)
 
     def base_weight(self) -> Tensor:
         """W0 as numbers, in its own dtype; dequantised where the base is quantised."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.dora import rescale, sum_of_deltas, updated_row_norms
+from lora_lightning.lora.dora import sum_of_deltas, updated_row_norms
 from lora_lightning.lora.functional import lora_update, wide_dtype
 from lora_lightning.lora.layers.base import AdaptedLayer
 
@@ -38,12 +38,7 @@ class LoRALinear(AdaptedLayer):
         out: Tensor = super().forward(x, *args, **kwargs)
         if not self.lora_enabled:
             return out
-        update = self.lora_output(x)
-        if self.lora_magnitude_vector is None:
-            return out + update
-        bias = self.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return rescale(out, update, self.dora_factor(), bias)
+        return self.lora_combine(out, self.lora_output(x))
 
     def lora_output(self, x: Tensor) -> Tensor:
         """`s (B A - B0 A0) x + s b_B`; the two products are alike, so that they cancel exactly at the start."""
