@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,17 @@ def _qualified(cls: type) -> str:
 
 
 def _bnb_4bit(module: nn.Module) -> Tensor:
-    weight = module.weight
+    weight, state = module.weight, _quant_state(module)
+    assert isinstance(weight, Tensor)
+    if state is None:
+        return weight.data  # quantised only when it is moved to a device
     functional = importlib.import_module("bitsandbytes.functional")
-    dense: Tensor = functional.dequantize_4bit(weight.data, weight.quant_state)  # type: ignore[union-attr]
+    dense: Tensor = functional.dequantize_4bit(weight.data, state)
     return dense
+
+
+def _quant_state(module: nn.Module) -> Any:
+    return vars(module.weight).get("quant_state")
 
 
 def _bnb_8bit(module: nn.Module) -> Tensor:
@@ -78,8 +86,10 @@ def hold_packing(model: nn.Module) -> None:
     so that training after a validation would silently pass no gradient on.
     """
     for module in model.modules():
-        if _is_4bit(module):
-            module.state_dict()  # puts the stored layout back
+        if _is_4bit(module) and _PACKING in module.__dict__:  # older versions do not repack
+            state = _quant_state(module)
+            if state is not None and vars(state).get("packing_format_for_cpu"):
+                module.state_dict()  # puts the stored layout back
             module.__dict__[_HELD] = module.__dict__[_PACKING]
             module.__dict__[_PACKING] = False
 
