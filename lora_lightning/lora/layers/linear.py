@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.dora import sum_of_deltas, updated_row_norms
@@ -55,8 +54,7 @@ class LoRALinear(AdaptedLayer):
         return sum_of_deltas(self._factors(), wide_dtype(self.weight, self.lora_A))
 
     def updated_norms(self) -> Tensor:
-        with torch.no_grad():
-            return updated_row_norms(self.base_weight(), self._factors(), wide_dtype(self.weight, self.lora_A))
+        return updated_row_norms(self.base_weight(), self._factors(), wide_dtype(self.weight, self.lora_A))
 
     def _factors(self) -> list[tuple[Tensor, Tensor, float]]:
         scale = self.lora_settings.scale
