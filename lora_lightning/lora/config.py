@@ -12,9 +12,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
+from lora_lightning.lora.starts import FAST_PISSA
 
 ALL_LINEAR = "all-linear"
-Init = Literal["gaussian", "kaiming"]
+INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")
+Bias = Literal["none", "all", "lora_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +40,9 @@ class LoRAConfig:
     """Probability with which an entry of the adapter's input is zeroed in training; W0's input is left whole."""
 
     target_modules: str | list[str] = ALL_LINEAR
-    """Modules to adapt: `all-linear` (the output head left out), a list of names that a module's full name
-    equals or ends in, or one regular expression that a full name matches as a whole."""
+    """Modules to adapt: `all-linear` (the output head left out); `query-value`, `attention` or `mlp` of a common
+    transformers architecture; a list of names that a module's full name equals or ends in; or one regular expression
+    that a full name matches as a whole."""
 
     exclude_modules: str | list[str] | None = None
     """Modules to leave alone though `target_modules` selects them; written like `target_modules`."""
@@ -57,13 +60,30 @@ class LoRAConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from `alpha`, by module name or regular expression; the longest that matches wins."""
 
+    dropout_pattern: dict[str, float] = field(default_factory=dict)
+    """Dropouts that differ from `dropout`, by module name or regular expression; the longest that matches wins."""
+
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv 2312.03732)."""
 
-    init: Init = "gaussian"
-    """How A starts: `gaussian` is N(0, 1/in), the paper's choice, scaled so that A x is as large as x whatever the
-    width and the rank (PEFT's N(0, 1/r^2) is larger in wide layers and wants a smaller learning rate); `kaiming` is
-    uniform in +-1/sqrt(in), what loralib and PEFT draw by default. B starts at zero."""
+    use_dora: bool = False
+    """Train a magnitude per output channel beside the direction W0 + s B A (Liu et al. 2024, arXiv 2402.09353)."""
+
+    bias: Bias = "none"
+    """Biases to train: `none`, `lora_only` (of the adapted layers) or `all` (of every module outside
+    `modules_to_save`). Copies are trained; the originals stay as they were."""
+
+    lora_bias: bool = False
+    """Give B a bias of its own, trained and scaled like B. Not with `use_dora`."""
+
+    init: str = "gaussian"
+    """How A and B start. With B zero: `gaussian`, A from N(0, 1/in), the paper's choice, scaled so that A x is as
+    large as x whatever the width and the rank (PEFT's N(0, 1/r^2) is larger in wide layers and wants a smaller
+    learning rate); `kaiming`, A uniform in +-1/sqrt(in), what loralib and PEFT draw; `eva`, A from the data's main
+    directions. With B A not zero and subtracted, so that W0 and the first output stay: `orthogonal`; `pissa` or the
+    quicker `pissa_niter_4` (any number of iterations), W0's main directions; `olora`, W0's QR; `lora_ga`, the
+    gradient's main directions. `loftq` starts at what the base's quantisation lost, so there the first output moves,
+    towards the unquantised model's. `eva`, `lora_ga` and `loftq` need `inject(model, config, data=...)`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -73,10 +93,20 @@ class LoRAConfig:
         _check_alpha("alpha", self.alpha)
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora must be true or false, got {self.use_rslora!r}")
-        if self.init not in get_args(Init):
-            raise ConfigError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.init not in INITS and not FAST_PISSA.fullmatch(str(self.init)):
+            raise ConfigError(
+                f"init must be one of {', '.join(INITS)} or pissa_niter_<n>, got {self.init!r}"
+                f"{did_you_mean(str(self.init), INITS)}"
+            )
+        if self.bias not in get_args(Bias):
+            raise ConfigError(f"bias must be one of {', '.join(get_args(Bias))}, got {self.bias!r}")
+        if self.use_dora and self.lora_bias:
+            raise ConfigError(
+                "use_dora and lora_bias exclude each other (no format holds both): switch one of them off"
+            )
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _check_names(name, getattr(self, name)))
         if not self.target_modules:
@@ -84,13 +114,16 @@ class LoRAConfig:
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _check_list("modules_to_save", self.modules_to_save))
         self._check_layers()
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "dropout_pattern"):
             object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
         for pattern, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank_pattern['{pattern}'] must be a whole number of at least 1, got {rank!r}")
         for pattern, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern['{pattern}']", alpha)
+        for pattern, dropout in self.dropout_pattern.items():
+            if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+                raise ConfigError(f"dropout_pattern['{pattern}'] must be at least 0 and below 1, got {dropout!r}")
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform

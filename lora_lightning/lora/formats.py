@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,37 +13,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora import starts
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
-from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies
+from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies, trained_biases
 from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, holder, peft_adapts, peft_pattern, read_config
+from lora_lightning.lora.peft_options import (
+    common_dropout,
+    exported_ranks,
+    exported_tensors,
+    first_factors,
+    is_peft_copy,
+    is_trained_bias,
+    other_dropouts,
+    start_in_file,
+    uses_rslora,
+)
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 PROVENANCE = "lora_lightning"
-
-# Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-}
 
 
 def save_adapter(
@@ -71,7 +65,8 @@ def save_adapter(
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
     if not all(name for name, _ in layers):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
-    tensors = {_peft_key(name): tensor for name, tensor in adapter_tensors(model).items()}
+    adapted = {name for name, _ in layers}
+    tensors = {_peft_key(name, adapted): tensor for name, tensor in exported_tensors(model).items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
@@ -83,6 +78,7 @@ def save_adapter(
         "base": json.loads(fingerprint(model).to_json()),
         "adapter": of_tensors(tensors).digest,
         "settings": _settings(model),
+        "dropouts": other_dropouts(model),
     }
     directory = Path(directory)
     metadata = {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
@@ -105,24 +101,25 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     directory = Path(directory)
     peft = read_config(directory / CONFIG)
     tensors, metadata = read_tensors(directory / WEIGHTS)
-    _refuse_unknown_settings(peft)
     _refuse_meta(model)
     record = _record(metadata)
     if record and record["adapter"] != of_tensors(tensors).digest:
         raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
     if record and not allow_other_base:
         refuse_other_base(Fingerprint.from_json(json.dumps(record["base"])), fingerprint(model))
-    listed = peft.get("modules_to_save") or []
-    tensors = _without_base_copies(tensors, listed, model)
-    modules, saved = _split_keys(tensors, model, listed)
+    tensors = {k: t for k, t in tensors.items() if not is_peft_copy(k)}
+    tensors = _without_base_copies(tensors, peft, model)
+    modules, saved = _split_keys(tensors, model, peft)
     _check_targets(peft, modules, model)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        report = inject(model, _our_config(peft, modules, saved))
+        config = _our_config(peft, modules, saved, record["dropouts"] if record else {})
+        report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
     except (ConfigError, TargetError) as error:
         raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
     try:
-        load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items()})
+        ours = {_our_key(key, saved): tensor for key, tensor in tensors.items()}
+        load_tensors(model, {**first_factors(model), **ours})
         if record and record["settings"] != _settings(model):
             raise AdapterError(f"{directory / CONFIG} was changed since it was saved: its ranks or alphas")
     except BaseException:
@@ -155,82 +152,40 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {_some(problems)}")
-    for key, tensor in own.items():
+    for key, tensor in _untied_where_unequal(model, own, tensors).items():
         tensor.data.copy_(tensors[key])
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A PEFT config of type LORA.
+def _untied_where_unequal(model: nn.Module, own: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`own`, with a parameter of its own for each key whose values differ from those of the key that it is tied to.
 
-    Raises:
-        AdapterError: it is missing, no JSON, or of another method.
+    Copies of tied modules are tied here; PEFT trains them apart.
     """
-    if not path.is_file():
-        raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{path} is not JSON ({error})") from error
-    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
-        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}")
-    for name, (check, expected) in CHECKS.items():
-        if config.get(name) is not None and not check(config[name]):
-            raise AdapterError(f"{path}: {name} must be {expected}, got {config[name]!r}")
-    return config
+    first: dict[int, str] = {}
+    own = dict(own)
+    for key, tensor in own.items():
+        twin = first.setdefault(id(tensor), key)
+        if twin != key and not torch.equal(tensors[key], tensors[twin]):
+            module, _, name = key.rpartition(".")
+            apart = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(model.get_submodule(module), name, apart)
+            own[key] = apart
+    return own
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+# The last parts of our keys and of PEFT's.
+_PEFT_NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
+_OUR_NAMES = {f".{theirs}": f".{ours}" for ours, theirs in _PEFT_NAMES.items()}
+_OUR_NAMES |= {".base_layer.bias": ".lora_trained_bias", ".lora_magnitude_vector": ".lora_magnitude_vector"}
+_OUR_NAMES[".bias"] = ".lora_trained_bias"  # of a module without an adapter: last, for it ends others too
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
-def _is_selection(value: Any) -> bool:
-    return _is_names(value) or _is_regex(value)
-
-
-def _is_patterns(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_regex(k) and _is_number(v) for k, v in value.items())
-
-
-def _is_blocks(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, list) and all(_is_int(entry) for entry in value))
-
-
-# What is read of PEFT's config, each by a check and by what it expects.
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_int, "a whole number"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (_is_number, "a number"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-    "target_modules": (_is_selection, "a list of names or a regular expression"),
-    "exclude_modules": (_is_selection, "a list of names or a regular expression"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "rank_pattern": (_is_patterns, "a map of regular expressions to numbers"),
-    "alpha_pattern": (_is_patterns, "a map of regular expressions to numbers"),
-    "layers_to_transform": (_is_blocks, "a block number or a list of them"),
-    "layers_pattern": (_is_selection, "a list of names or a regular expression"),
-}
-
-
-def _peft_key(key: str) -> str:
+def _peft_key(key: str, adapted: set[str]) -> str:
     key = key.replace(".lora_copy.", ".")
     module, _, last = key.rpartition(".")
-    return f"{PREFIX}{module}.{last}.weight" if last in ("lora_A", "lora_B") else PREFIX + key
+    if last == "lora_trained_bias":
+        last = "base_layer.bias" if module in adapted else "bias"
+    return f"{PREFIX}{module}.{_PEFT_NAMES.get(last, last)}"
 
 
 def _our_key(key: str, saved: list[str]) -> str:
@@ -238,29 +193,33 @@ def _our_key(key: str, saved: list[str]) -> str:
     for name in saved:
         if key.startswith(f"{name}."):
             return f"{name}.lora_copy.{key.removeprefix(f'{name}.')}"
-    return key.removesuffix(".weight")
+    for theirs, ours in _OUR_NAMES.items():
+        if key.endswith(theirs):
+            return key.removesuffix(theirs) + ours
+    return key
 
 
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     layers = adapted_layers(model)
     settings = {name: layer.lora_settings for name, layer in layers}
-    first = next(iter(settings.values()), None)
-    r, alpha = (first.r, first.alpha) if first else (8, 16)
-    rslora = any(s.scale != s.alpha / s.r for s in settings.values())
+    ranks = exported_ranks(model)
+    r, alpha = next(iter(ranks.values()), (8, 16.0))
+    biased = [name for name, _ in trained_biases(model)]
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _number(alpha),
-        "lora_dropout": first.dropout if first else 0.0,
+        "lora_dropout": common_dropout(model),
         "target_modules": _target_modules([name for name, _ in layers], model),
-        "rank_pattern": {f"^{re.escape(n)}$": s.r for n, s in settings.items() if s.r != r},
-        "alpha_pattern": {f"^{re.escape(n)}$": _number(s.alpha) for n, s in settings.items() if s.alpha != alpha},
+        "rank_pattern": {f"^{re.escape(n)}$": rank for n, (rank, _) in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(n)}$": _number(a) for n, (_, a) in ranks.items() if a != alpha},
         "modules_to_save": [name for name, _ in saved_copies(model)] or None,
-        "use_rslora": rslora,
+        "use_rslora": uses_rslora(model),
         "init_lora_weights": True,
-        "bias": "none",
+        "bias": "none" if not biased else "lora_only" if settings.keys() >= set(biased) else "all",
         "fan_in_fan_out": False,
-        "use_dora": False,
+        "use_dora": any(s.use_dora for s in settings.values()),
+        "lora_bias": any(s.lora_bias for s in settings.values()),
         "inference_mode": True,
     }
 
@@ -286,21 +245,15 @@ def _own_name(model: nn.Module) -> str | None:
     return name or None
 
 
-def _refuse_unknown_settings(peft: dict[str, Any]) -> None:
-    for name, neutral in NEUTRAL.items():
-        if name in peft and peft[name] not in neutral:
-            raise AdapterError(f"the adapter's setting {name}={peft[name]!r} has no counterpart here yet")
-
-
 def _refuse_meta(model: nn.Module) -> None:
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise AdapterError("the model is on the meta device and would drop what is loaded: give it its weights first")
 
 
 def _settings(model: nn.Module) -> dict[str, Any]:
-    """By module, what its adapter computes with."""
-    settings = {name: layer.lora_settings for name, layer in adapted_layers(model)}
-    return {name: [s.r, s.alpha, s.scale] for name, s in settings.items()}
+    """By module, what its adapter computes with, as the file's factors are scaled."""
+    root = math.sqrt if uses_rslora(model) else float
+    return {name: [r, alpha, alpha / root(r)] for name, (r, alpha) in exported_ranks(model).items()}
 
 
 def _record(metadata: dict[str, str]) -> dict[str, Any] | None:
@@ -310,7 +263,8 @@ def _record(metadata: dict[str, str]) -> dict[str, Any] | None:
     try:
         record: dict[str, Any] = json.loads(metadata[PROVENANCE])
         Fingerprint.from_json(json.dumps(record["base"]))
-        return {name: record[name] for name in ("base", "adapter", "settings")}
+        found = {name: record[name] for name in ("base", "adapter", "settings")}
+        return {**found, "dropouts": dict(record.get("dropouts", {}))}
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"the adapter's record of its base cannot be read ({error})") from error
 
@@ -328,7 +282,7 @@ def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
         )
 
 
-def _split_keys(tensors: dict[str, Tensor], model: nn.Module, listed: list[str]) -> tuple[dict[str, int], list[str]]:
+def _split_keys(tensors: dict[str, Tensor], model: nn.Module, peft: dict[str, Any]) -> tuple[dict[str, int], list[str]]:
     """Adapted modules with their rank, and the modules saved in full, from the keys of the file."""
     strangers = [key for key in tensors if not key.startswith(PREFIX)]
     if strangers:
@@ -339,7 +293,7 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module, listed: list[str])
         name = key.removeprefix(PREFIX)
         if name.endswith(".lora_A.weight"):
             modules[name.removesuffix(".lora_A.weight")] = tensor.shape[0] if tensor.dim() else 0
-        elif not name.endswith(".lora_B.weight"):
+        elif not (name.endswith(_OF_ADAPTER) or is_trained_bias(name, peft)):
             rest.append(name)
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}
     unknown = [name for name in modules if name not in known]
@@ -348,34 +302,29 @@ def _split_keys(tensors: dict[str, Tensor], model: nn.Module, listed: list[str])
         raise AdapterError(
             f"the model has no module '{unknown[0]}' ({len(unknown)} of the adapter's are missing){hint}"
         )
-    return modules, _saved_modules(rest, listed, model)
+    return modules, _saved_modules(rest, peft.get("modules_to_save") or [], model)
 
 
-def _without_base_copies(tensors: dict[str, Tensor], listed: list[str], model: nn.Module) -> dict[str, Tensor]:
+def _without_base_copies(tensors: dict[str, Tensor], peft: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """PEFT writes W0 itself beside A and B of an output layer; where it is this model's own, it is dropped."""
-    own = model.state_dict()
+    own, listed = model.state_dict(), peft.get("modules_to_save") or []
 
     def is_copy(key: str, tensor: Tensor) -> bool:
         name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
         mine = own.get(name)
-        if mine is None or mine.shape != tensor.shape or _holder(name, listed):
+        if is_trained_bias(key.removeprefix(PREFIX), peft):
+            return False
+        if mine is None or mine.shape != tensor.shape or holder(name, listed):
             return False
         return torch.equal(tensor.to(mine.dtype), mine.cpu())
 
     return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
 
 
-def _holder(key: str, listed: list[str]) -> str | None:
-    """The outermost module around `key` that PEFT wraps: its name ends in an entry, even within a word."""
-    parts = key.split(".")
-    around = [".".join(parts[:i]) for i in range(1, len(parts))]
-    return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
-
-
 def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list[str]:
     """Full names of the modules saved in full: those that hold `keys` and that the config lists."""
     names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    holders = {key: _holder(key, listed) for key in keys}
+    holders = {key: holder(key, listed) for key in keys}
     strangers = [key for key, holder in holders.items() if holder is None]
     if strangers:
         raise AdapterError(
@@ -390,6 +339,9 @@ def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list
     return sorted({holder for holder in holders.values() if holder is not None})
 
 
+_OF_ADAPTER = (".lora_B.weight", ".lora_B.bias", ".lora_magnitude_vector", ".base_layer.bias")
+
+
 def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Module) -> None:
     """Refuse where the config and the file's tensors name different modules."""
     targets = peft.get("target_modules")
@@ -397,7 +349,7 @@ def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Modu
         return  # the file's keys are all there is to go by
     saved = peft.get("modules_to_save") or []
     for name, module in model.named_modules():
-        selected = _peft_adapts(peft, targets, name)
+        selected = peft_adapts(peft, targets, name)
         if name in modules and not selected:
             raise AdapterError(f"{WEIGHTS} has left over tensors for '{name}', which {CONFIG} does not adapt")
         if not selected or name in modules or kind_of(module) is None:
@@ -406,48 +358,28 @@ def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Modu
             raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
 
 
-def _peft_adapts(peft: dict[str, Any], targets: str | list[str], name: str) -> bool:
-    """PEFT's `check_target_module_exists`: blocks count only for entries that are not a full name."""
-    if _peft_selects(peft.get("exclude_modules") or [], name) or not _peft_selects(targets, name):
-        return False
-    blocks = peft.get("layers_to_transform")
-    if isinstance(targets, str) or name in targets or blocks is None or blocks == []:
-        return True
-    patterns = peft.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # Without a pattern of its own, PEFT wants a name before the blocks' list.
-        head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
-        if match := re.match(rf"{head}{pattern}\.(\d+)\.", name):
-            return int(match[1]) in ([blocks] if isinstance(blocks, int) else blocks)
-    return False
-
-
-def _peft_selects(pattern: str | list[str], name: str) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def _our_config(peft: dict[str, Any], modules: dict[str, int], saved: list[str]) -> LoRAConfig:
+def _our_config(
+    peft: dict[str, Any], modules: dict[str, int], saved: list[str], dropouts: dict[str, float]
+) -> LoRAConfig:
     alpha = float(peft.get("lora_alpha", 8))
     patterns = peft.get("alpha_pattern") or {}
-    alphas = {name: float(_peft_pattern(patterns, name, alpha)) for name in modules}
+    alphas = {name: float(peft_pattern(patterns, name, alpha)) for name in modules}
     r = int(peft.get("r", 8))
     return LoRAConfig(
         r=r,
         alpha=alpha,
         dropout=float(peft.get("lora_dropout") or 0.0),
+        dropout_pattern={f"^{re.escape(n)}$": p for n, p in dropouts.items() if n in modules},
         target_modules="|".join(re.escape(name) for name in modules),
         modules_to_save=saved or None,
-        rank_pattern={re.escape(n): rank for n, rank in modules.items() if rank != r},
-        alpha_pattern={re.escape(n): a for n, a in alphas.items() if a != alpha},
+        rank_pattern={f"^{re.escape(n)}$": rank for n, rank in modules.items() if rank != r},
+        alpha_pattern={f"^{re.escape(n)}$": a for n, a in alphas.items() if a != alpha},
         use_rslora=bool(peft.get("use_rslora")),
+        use_dora=bool(peft.get("use_dora")),
+        init=start_in_file(peft),
+        bias=peft.get("bias") or "none",
+        lora_bias=bool(peft.get("lora_bias")),
     )
-
-
-def _peft_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key in the file's order that matches the name or a dotted end of it."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def _some(items: list[str], limit: int = 4) -> str:

@@ -5,26 +5,47 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from lora_lightning.lora import fastpath
+from lora_lightning.lora.biases import biases_to_train, train_biases
+from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, graft, ungraft
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TrainedBias, graft, ungraft
+from lora_lightning.lora.quantised import allow_packing, hold_packing
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
 from lora_lightning.lora.targets import Selection, Target, select
 
 
-def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionReport:
+def inject(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    data: Any = None,
+    loss: Loss | None = None,
+    start: bool = True,
+    any_rank: bool = False,
+) -> InjectionReport:
     """Adapt `model` in place: `h = W0 x + s B A x` in every selected layer, all else frozen.
 
     Only A and B (and copies of `modules_to_save`) are allocated; every key, hook, mode and reference of the
-    model survives, and its output does not change until B moves. Works on the meta device.
+    model survives, and its output does not change until B moves (but for `init: loftq`, which is there to
+    change it). Works on the meta device.
+
+    Args:
+        data: what the starts eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
+            arguments) or what loftq approximates (the model before quantisation or its state dict).
+        loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
+        start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
+            cost or the data of `config.init`.
+        any_rank: allow an r above the smaller side of a weight, as an adapter from elsewhere may have it.
 
     Raises:
         TargetError: the config does not fit this model; the model is then as it was.
-        LoRAError: the model is adapted already.
+        LoRAError: the model is adapted already, or the start lacks its data; the model is then as it was.
     """
     config = config or LoRAConfig()
     if not isinstance(model, nn.Module):
@@ -33,11 +54,17 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
         raise LoRAError("this model is adapted already: merge(model) or remove(model) first")
     if kind := next((type(m).__name__ for m in model.modules() if "lora_A" in {**m._parameters, **m._modules}), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
-    selection = select(model, config)
+    if start:
+        check_data(config.init, data)
+    selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(model, selection.targets)
+    biased = biases_to_train(model, config, selection)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        rows = _graft_all(model, selection)
+        rows = _graft_all(model, selection, start=start)
+        if data is not None and start:
+            start_from_data(model, adapted_layers(model), config.init, data, loss)
+        train_biases(biased)
     except BaseException:
         remove(model)
         for parameter in trained_before:
@@ -46,17 +73,22 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
     saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return InjectionReport(modules=rows, saved=saved, skipped=selection.skipped, trainable=trainable, frozen=frozen)
+    biases = sum(p.numel() for p in {m.lora_trained_bias for _, m in trained_biases(model)})
+    return InjectionReport(
+        modules=rows, saved=saved, skipped=selection.skipped, biases=biases, trainable=trainable, frozen=frozen
+    )
 
 
-def _graft_all(model: nn.Module, selection: Selection) -> list[AdaptedModule]:
+def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[AdaptedModule]:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    rows = [_adapt(target) for target in selection.targets]
+    hold_packing(model)
+    rows = [_adapt(target, start=start) for target in selection.targets]
+    twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
     for _, module in selection.saved:
         graft(module, SavedCopy)
         assert isinstance(module, SavedCopy)
-        module.add_copy()
+        module.add_copy(twins)
     fastpath.keep_off(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
@@ -66,6 +98,9 @@ def remove(model: nn.Module) -> nn.Module:
 
     Parameters stay frozen. Returns the model.
     """
+    for _, biased in trained_biases(model):
+        biased.drop_bias()
+        ungraft(biased)
     for _, layer in adapted_layers(model):
         layer.drop_factors()
         ungraft(layer)
@@ -73,7 +108,17 @@ def remove(model: nn.Module) -> nn.Module:
         module.drop_copy()
         ungraft(module)
     fastpath.allow(model)
+    allow_packing(model)
     return model
+
+
+def restart(model: nn.Module) -> None:
+    """Start every adapter anew from the W0 that is there now: for a model injected on the meta device and then filled.
+
+    The starts eva, lora_ga and loftq need their data: there, inject after filling instead.
+    """
+    for _, module in grafted_modules(model):
+        module.reset_lora_parameters()
 
 
 @contextmanager
@@ -90,9 +135,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.lora_enabled = enabled
 
 
+def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]:
+    """Every module whose class was extended, with its full name, once each."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Grafted)]
+
+
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Every adapted layer with its full name, once each."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+
+
+def trained_biases(model: nn.Module) -> list[tuple[str, TrainedBias]]:
+    """Every module with a trained bias, with its full name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, TrainedBias)]
 
 
 def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
@@ -100,18 +155,18 @@ def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SavedCopy)]
 
 
-def _adapt(target: Target) -> AdaptedModule:
+def _adapt(target: Target, *, start: bool) -> AdaptedModule:
     graft(target.module, target.kind)
     layer = target.module
     assert isinstance(layer, AdaptedLayer)
-    layer.add_factors(target.settings)
+    layer.add_factors(target.settings, start=start)
     return AdaptedModule(
         module=target.name,
         kind=layer.kind,
         r=target.settings.r,
         alpha=target.settings.alpha,
         dropout=target.settings.dropout,
-        parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+        parameters=sum(t.numel() for t in layer.lora_tensors().values() if t.requires_grad),
         why=target.why,
     )
 

@@ -19,7 +19,7 @@ class AdaptedModule:
     alpha: float
     dropout: float
     parameters: int
-    """Trainable parameters of this module: A, B."""
+    """Trainable parameters of this module: A, B, DoRA's magnitudes, B's bias."""
     why: str
     """The entry of the config that selected it."""
 
@@ -33,6 +33,8 @@ class InjectionReport:
     """`modules_to_save` by full name, with the parameters of each copy."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` left out, with the reason."""
+    biases: int = 0
+    """Entries of biases that train, in number."""
     trainable: int
     """Parameters that train, in number."""
     frozen: int
@@ -68,6 +70,8 @@ class InjectionReport:
             for name, count, row, parameters in self.groups()
         ]
         table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        if self.biases:
+            table.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
         return table
 
     HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")

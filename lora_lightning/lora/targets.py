@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -13,6 +13,8 @@ from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
 from lora_lightning.lora.heads import output_head
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRALinear, kind_of
+from lora_lightning.lora.options import refuse_options
+from lora_lightning.lora.presets import preset_pattern
 
 Number = TypeVar("Number", int, float)
 
@@ -39,8 +41,8 @@ class Selection:
     """Modules that `all-linear` would have taken but for the reason given."""
 
 
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Resolve `config` on `model`.
+def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> Selection:
+    """Resolve `config` on `model`; with `any_rank`, as for an adapter that is there already, r has no upper limit.
 
     Raises:
         TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
@@ -61,18 +63,30 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     }
     _all_used("rank_pattern", config.rank_pattern, [names[m] for m in found])
     _all_used("alpha_pattern", config.alpha_pattern, [names[m] for m in found])
+    dropouts = {
+        module: _by_pattern("dropout_pattern", config.dropout_pattern, names[module], config.dropout)
+        for module in found
+    }
+    _all_used("dropout_pattern", config.dropout_pattern, [names[m] for m in found])
     for module, why in found.items():
         r, alpha = ranks[module], alphas[module]
         kind = kind_of(module)
         assert kind is not None
+        refuse_options(names[module][0], module, kind, config, r)
         largest = kind.largest_rank(module)
-        if r > largest:
+        if r > largest and not any_rank:
             raise TargetError(
                 f"r={r} is larger than the layer '{names[module][0]}' allows ({largest}, the smaller side of its"
                 f" weight): lower r, or set rank_pattern: {{{names[module][0]}: {largest}}}, or exclude it"
             )
         settings = LayerSettings(
-            r=r, alpha=alpha, scale=config.scale(r, alpha), dropout=config.dropout, init=config.init
+            r=r,
+            alpha=alpha,
+            scale=config.scale(r, alpha),
+            dropout=dropouts[module],
+            init=config.init,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
         )
         selection.targets.append(Target(names[module][0], module, kind, settings, why))
     return selection
@@ -134,6 +148,9 @@ def _found(
     pattern = config.target_modules
     if pattern == ALL_LINEAR:
         return _all_linear(model, candidates, bypassed, selection)
+    preset = preset_pattern(model, pattern)
+    if preset is not None:
+        pattern = preset
     found: dict[nn.Module, str] = {}
     used: set[str] = set()
     for module, group in candidates.items():
@@ -145,7 +162,7 @@ def _found(
             raise TargetError(f"cannot adapt '{group[0]}': {bypassed[module]}")
         if kind_of(module) is None:
             raise TargetError(_unknown_kind(group[0], module, why, candidates))
-        found[module] = why
+        found[module] = why if preset is None else str(config.target_modules)
     everything = _flat(names.values())
     saved_names = {n for m in inside_saved for n in names.get(m, [])}
     for entry in [pattern] if isinstance(pattern, str) else pattern:
@@ -242,7 +259,7 @@ def _by_pattern(field_name: str, patterns: dict[str, Number], names: list[str], 
     return patterns[hits[0]]
 
 
-def _all_used(field_name: str, patterns: dict[str, int] | dict[str, float], selected: list[list[str]]) -> None:
+def _all_used(field_name: str, patterns: Mapping[str, int | float], selected: list[list[str]]) -> None:
     for pattern in patterns:
         if not any(_pattern_hits(pattern, group) for group in selected):
             raise TargetError(_no_match(field_name, pattern, _flat(selected), what="adapted module"))

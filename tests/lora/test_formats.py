@@ -386,7 +386,7 @@ def test_a_lost_module_is_missed_under_every_kind_of_selection(tmp_path, change)
 
 
 SETTINGS = [
-    *[{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}, {"fan_in_fan_out": True}],
+    *[{"use_dora": 1}, {"bias": "some"}, {"lora_bias": "yes"}, {"fan_in_fan_out": True}],
     *[{"trainable_token_indices": [1]}, {"target_parameters": ["x"]}, {"layer_replication": [[0, 2]]}],
     *[{"alora_invocation_tokens": [1]}, {"use_qalora": True}, {"peft_type": "IA3"}, {"peft_type": None}],
     *[{"r": "8"}, {"r": 2.5}, {"lora_alpha": "16"}, {"lora_alpha": True}, {"lora_dropout": [0]}],
@@ -402,6 +402,10 @@ MEANINGS = [
     ({"target_modules": ["key"]}, "adapts '.*key' and|left over tensors for"),
     ({"exclude_modules": ["query"]}, "left over tensors for 'bert.encoder.layer.0.attention.self.query'"),
     ({"target_modules": ["query"]}, "left over tensors for 'bert.encoder.layer.0.attention.self.value'"),
+    ({"use_dora": True}, "missing '.*query.lora_magnitude_vector'"),
+    ({"lora_bias": True}, "missing '.*query.lora_B_bias'"),
+    ({"bias": "all"}, "missing '.*lora_trained_bias'"),
+    ({"bias": "lora_only"}, "missing '.*query.lora_trained_bias'"),
     ({"modules_to_save": None}, "2 keys.: left over classifier.*none"),
     ({"modules_to_save": ["classifier", "pooler"]}, "saves 'bert.pooler' in full and .* no tensors"),
 ]

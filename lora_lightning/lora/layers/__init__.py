@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_lightning.lora.layers.base import AdaptedLayer, Grafted, LayerSettings, graft, ungraft
+from lora_lightning.lora.layers.bias import TrainedBias
 from lora_lightning.lora.layers.linear import LoRALinear
 from lora_lightning.lora.layers.saved import SavedCopy
 
@@ -26,6 +27,7 @@ __all__ = [
     "LayerSettings",
     "LoRALinear",
     "SavedCopy",
+    "TrainedBias",
     "graft",
     "kind_of",
     "ungraft",
