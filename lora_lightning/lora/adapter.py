@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows
 
 FACTORS = ("lora_A", "lora_B")
 """Tensors that an adapted layer adds to its module."""
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B and the copies of `modules_to_save`, by their keys in `model.state_dict()`."""
+    """A, B, token rows and the copies of `modules_to_save`, by their keys in `model.state_dict()`."""
     state = model.state_dict(keep_vars=True)
     wanted = [f"{name}." for name in _copy_prefixes(model)]
     factors = {_join(name, factor) for name, _ in adapted_layers(model) for factor in FACTORS}
+    factors |= {_join(name, "lora_tokens") for name, _ in token_rows(model)}
     return {k: v for k, v in state.items() if k in factors or any(k.startswith(prefix) for prefix in wanted)}
 
 

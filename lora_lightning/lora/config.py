@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
+from lora_lightning.lora.slices import SliceSpec, check_spec
 
 ALL_LINEAR = "all-linear"
 Init = Literal["gaussian", "kaiming"]
@@ -51,6 +52,19 @@ class LoRAConfig:
     """Modules trained in full beside the adapters, such as a new head: exact full names, or a last part that is
     unique in the model. A copy is trained; the original stays as it was."""
 
+    slices: dict[str, SliceSpec] = field(default_factory=dict)
+    """Parts of fused projections to adapt, each with its own A and B, by module name or regular expression; the
+    longest that matches wins. `{c_attn: [q, v]}` where the layout is known (GPT-2, GPT-NeoX, Bloom, Phi-3, timm,
+    nn.MultiheadAttention); elsewhere `{qkv: {of: [q, k, v], take: [q, v]}}`, where `of` may map parts to their rows
+    and `heads: N` says that the parts alternate in N blocks. Left out, a fused layer is adapted as one."""
+
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, matrices or stacks of them such as experts: full names, or dotted ends of them."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the input embedding that train in full, by token number; or by the embedding's name, a list for each.
+    A head that is tied to the embedding follows."""
+
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from `r`, by module name or regular expression; the longest pattern that matches wins."""
 
@@ -76,7 +90,9 @@ class LoRAConfig:
             raise ConfigError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _check_names(name, getattr(self, name)))
-        if not self.target_modules:
+        object.__setattr__(self, "target_parameters", _check_list("target_parameters", self.target_parameters or []))
+        self._check_tokens()
+        if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
             raise ConfigError(f"target_modules selects nothing: write '{ALL_LINEAR}' or a list of names")
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _check_list("modules_to_save", self.modules_to_save))
@@ -86,8 +102,10 @@ class LoRAConfig:
                 raise ConfigError(f"rank_pattern['{pattern}'] must be a whole number of at least 1, got {rank!r}")
         for pattern, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern['{pattern}']", alpha)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            _check_regex("rank_pattern or alpha_pattern", pattern)
+        for pattern, spec in self.slices.items():
+            check_spec(pattern, spec)
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.slices):
+            _check_regex("rank_pattern, alpha_pattern or slices", pattern)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -97,6 +115,15 @@ class LoRAConfig:
         if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ConfigError(f"layers_to_transform must be block numbers from 0 on, got {layers!r}")
         object.__setattr__(self, "layers_to_transform", numbers)
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        for numbers in tokens.values() if isinstance(tokens, dict) else [tokens] if tokens is not None else []:
+            wrong = isinstance(numbers, str) or not isinstance(numbers, Sequence) or not numbers
+            if wrong or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+                raise ConfigError(f"trainable_token_indices must be token numbers from 0 on, got {numbers!r}")
+            if len(set(numbers)) < len(numbers):
+                raise ConfigError(f"trainable_token_indices holds a token twice: {numbers!r}")
 
     @property
     def scaling_alpha(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,26 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies
-from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.inject import inject, remove, saved_copies, token_rows
+from lora_lightning.lora.layers import LoRAConv1D, LoRAParameter
+from lora_lightning.lora.packing import Packed, fillers, in_order, packed_layers, peft_alpha, token_tensors
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
+from lora_lightning.lora.unpacking import (
+    BASE_END,
+    PREFIX,
+    PROVENANCE,
+    Contents,
+    check_targets,
+    contents,
+    our_config,
+    provenance,
+    some,
+    token_ids,
+)
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-PROVENANCE = "lora_lightning"
 
 # Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
     "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "layer_replication": (None,),
     "megatron_config": (None,),
     "alora_invocation_tokens": (None,),
@@ -65,23 +72,24 @@ def save_adapter(
     Raises:
         AdapterError: the model has no adapter, or its values are not finite.
     """
-    layers, saved = adapted_layers(model), saved_copies(model)
-    if not layers and not saved:
+    packed = packed_layers(model)
+    tensors = _peft_tensors(model, packed)
+    if not tensors:
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
-    tensors = {_peft_key(name): tensor for name, tensor in adapter_tensors(model).items()}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
-    config = _peft_config(model)
+    config = _peft_config(model, packed)
     config["base_model_name_or_path"] = base_model_name_or_path or _own_name(model)
     config["task_type"] = task_type
-    provenance = {
+    record = {
         "version": version("lora_lightning"),
         "base": json.loads(fingerprint(model).to_json()),
-        "modules": {name: [s.lora_settings.r, s.lora_settings.alpha] for name, s in layers},
+        "modules": {p.name: [p.layer.lora_settings.r, p.layer.lora_settings.alpha, p.scale] for p in packed},
+        "slices": {p.name: spec.to_spec() for p in packed if (spec := p.layer.lora_settings.slices)},
     }
     directory = Path(directory)
-    metadata = {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
+    metadata = {"format": "pt", PROVENANCE: json.dumps(record, sort_keys=True)}
     write_tensors(directory / WEIGHTS, tensors, metadata)
     write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return directory
@@ -102,13 +110,16 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     peft = read_config(directory / CONFIG)
     tensors, metadata = read_tensors(directory / WEIGHTS)
     _refuse_unknown_settings(peft)
+    record = provenance(metadata)
+    if record and not allow_other_base:
+        _check_base(model, record)
+    found = contents(tensors, peft, model)
     if not allow_other_base:
-        _check_base(model, metadata)
-    modules, saved = _split_keys(tensors, model)
-    _check_targets(peft, modules, model)
-    report = inject(model, _our_config(peft, modules, saved))
+        _check_matrices(model, found)
+    check_targets(peft, found, model)
+    report = inject(model, our_config(peft, found, record, model))
     try:
-        load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items()})
+        load_tensors(model, _our_tensors(model, tensors, peft, found))
     except AdapterError:
         remove(model)
         raise
@@ -123,15 +134,7 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         AdapterError: with the list of all keys that are missing, left over or wrongly shaped. Nothing is loaded then.
     """
     own = adapter_tensors(model)
-    problems = [f"missing '{key}'" for key in own if key not in tensors]
-    problems += [f"left over '{key}'{did_you_mean(key, own)}" for key in tensors if key not in own]
-    problems += [
-        f"'{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    if problems:
-        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {_some(problems)}")
+    refuse_misfits({key: tensor.shape for key, tensor in own.items()}, tensors)
     for key, tensor in own.items():
         tensor.data.copy_(tensors[key])
 
@@ -154,39 +157,81 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _peft_key(key: str) -> str:
-    key = key.replace(".lora_copy.", ".")
-    module, _, last = key.rpartition(".")
-    return f"{PREFIX}{module}.{last}.weight" if last in ("lora_A", "lora_B") else PREFIX + key
+def _peft_tensors(model: nn.Module, packed: list[Packed]) -> dict[str, Tensor]:
+    """Everything that a file of this adapter holds, by PEFT's keys."""
+    tensors = fillers(packed)
+    for p in packed:
+        tensors |= p.tensors()
+    for name, embedding in token_rows(model):
+        tensors |= token_tensors(name, embedding.lora_tokens)
+    copies = {k: t for k, t in adapter_tensors(model).items() if ".lora_copy." in f".{k}"}
+    tensors |= {key.replace("lora_copy.", "", 1): tensor for key, tensor in copies.items()}
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
-def _our_key(key: str, saved: list[str]) -> str:
-    key = key.removeprefix(PREFIX)
-    for name in saved:
-        if key.startswith(f"{name}."):
-            return f"{name}.lora_copy.{key.removeprefix(f'{name}.')}"
-    return key.removesuffix(".weight")
+def _our_tensors(model: nn.Module, file: dict[str, Tensor], peft: dict[str, Any], found: Contents) -> dict[str, Tensor]:
+    """The file's tensors by our keys.
+
+    Raises:
+        AdapterError: with the list of all keys that are missing, left over or wrongly shaped.
+    """
+    packed = packed_layers(model)
+    expected = {key: tensor.shape for key, tensor in _peft_tensors(model, packed).items()}
+    optional = {PREFIX + key for key in fillers(packed)} - set(file)
+    bases = {f"{PREFIX}{name}{BASE_END}" for name in found.bases}
+    refuse_misfits({k: v for k, v in expected.items() if k not in optional}, file, ignore=bases)
+    file = {key.removeprefix(PREFIX): tensor for key, tensor in file.items()}
+    ours: dict[str, Tensor] = {}
+    for p in packed:
+        ours |= p.unpack(file)
+    for name, _ in token_rows(model):
+        (key,) = token_tensors(name, file[next(iter(file))])
+        ours[f"{name}.lora_tokens" if name else "lora_tokens"] = in_order(file[key], token_ids(peft, name))
+    for key in adapter_tensors(model):
+        if ".lora_copy." in f".{key}":
+            ours[key] = file[key.replace("lora_copy.", "", 1)]
+    return ours
 
 
-def _peft_config(model: nn.Module) -> dict[str, Any]:
-    layers = adapted_layers(model)
-    settings = {name: layer.lora_settings for name, layer in layers}
-    first = next(iter(settings.values()), None)
-    r, alpha = (first.r, first.alpha) if first else (8, 16)
-    rslora = any(s.scale != s.alpha / s.r for s in settings.values())
+def refuse_misfits(
+    expected: Mapping[str, torch.Size], tensors: Mapping[str, Tensor], ignore: Collection[str] = ()
+) -> None:
+    """Raise an AdapterError with the list of all keys that are missing, left over or wrongly shaped."""
+    problems = [f"missing '{key}'" for key in expected if key not in tensors]
+    left_over = [key for key in tensors if key not in expected and key not in ignore]
+    problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in left_over]
+    problems += [
+        f"'{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(shape)}"
+        for key, shape in expected.items()
+        if key in tensors and tensors[key].shape != shape
+    ]
+    if problems:
+        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems)}")
+
+
+def _peft_config(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
+    rslora = any(p.layer.lora_settings.scale != p.layer.lora_settings.alpha / p.layer.lora_settings.r for p in packed)
+    parameters = [p.peft_name for p in packed if isinstance(p.layer, LoRAParameter)]
+    ranks = {p.peft_name: p.rank for p in packed}
+    alphas = {p.peft_name: peft_alpha(p, rslora) for p in packed}
+    r, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 16)
+    tokens = {name: module.lora_token_ids.tolist() for name, module in token_rows(model)}
     return {
         "peft_type": "LORA",
         "r": r,
         "lora_alpha": _number(alpha),
-        "lora_dropout": first.dropout if first else 0.0,
-        "target_modules": _target_modules([name for name, _ in layers], model),
-        "rank_pattern": {f"^{re.escape(n)}$": s.r for n, s in settings.items() if s.r != r},
-        "alpha_pattern": {f"^{re.escape(n)}$": _number(s.alpha) for n, s in settings.items() if s.alpha != alpha},
+        "lora_dropout": packed[0].layer.lora_settings.dropout if packed else 0.0,
+        "target_modules": _target_modules([name for name in ranks if name not in parameters], model),
+        "target_parameters": parameters or None,
+        "trainable_token_indices": tokens or None,
+        "rank_pattern": {f"^{re.escape(n)}$": rank for n, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(n)}$": _number(a) for n, a in alphas.items() if a != alpha},
         "modules_to_save": [name for name, _ in saved_copies(model)] or None,
         "use_rslora": rslora,
         "init_lora_weights": True,
         "bias": "none",
-        "fan_in_fan_out": False,
+        # PEFT refuses it beside bare parameters, and sets it for Conv1D by itself there.
+        "fan_in_fan_out": any(isinstance(p.layer, LoRAConv1D) for p in packed) and not parameters,
         "use_dora": False,
         "inference_mode": True,
     }
@@ -219,14 +264,23 @@ def _refuse_unknown_settings(peft: dict[str, Any]) -> None:
             raise AdapterError(f"the adapter's setting {name}={peft[name]!r} has no counterpart here yet")
 
 
-def _check_base(model: nn.Module, metadata: dict[str, str]) -> None:
-    if PROVENANCE not in metadata:
-        return
+def _check_base(model: nn.Module, record: dict[str, Any]) -> None:
     try:
-        made_on = Fingerprint.from_json(json.dumps(json.loads(metadata[PROVENANCE])["base"]))
+        made_on = Fingerprint.from_json(json.dumps(record["base"]))
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"the adapter's record of its base cannot be read ({error})") from error
     refuse_other_base(made_on, fingerprint(model))
+
+
+def _check_matrices(model: nn.Module, found: Contents) -> None:
+    """PEFT writes the whole matrix of an adapted embedding along: it must be the one that is here."""
+    for name, matrix in found.bases.items():
+        here = model.get_submodule(name).get_parameter("weight")
+        if matrix.shape != here.shape or not torch.equal(matrix.to(here), here):
+            raise AdapterError(
+                f"the adapter holds a weight of '{name}' that is not this model's: load the base that it was made on"
+                f" (resized as it was there), or pass allow_other_base=True to keep this model's"
+            )
 
 
 def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
@@ -237,76 +291,6 @@ def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
     if different:
         raise AdapterError(
             f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
-            f" {len(different)} of {len(made_on.tensors)} tensors differ, first {_some(different)}."
+            f" {len(different)} of {len(made_on.tensors)} tensors differ, first {some(different)}."
             f" Load the base that it was made on, or pass allow_other_base=True"
         )
-
-
-def _split_keys(tensors: dict[str, Tensor], model: nn.Module) -> tuple[dict[str, int], list[str]]:
-    """Adapted modules with their rank, and the modules saved in full, from the keys of the file."""
-    strangers = [key for key in tensors if not key.startswith(PREFIX)]
-    if strangers:
-        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {_some(strangers)}")
-    modules: dict[str, int] = {}
-    rest: list[str] = []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name.endswith(".lora_A.weight"):
-            modules[name.removesuffix(".lora_A.weight")] = tensor.shape[0] if tensor.dim() else 0
-        elif not name.endswith(".lora_B.weight"):
-            rest.append(name)
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    unknown = [name for name in modules if name not in known]
-    if unknown:
-        hint = did_you_mean(unknown[0], known)
-        raise AdapterError(
-            f"the model has no module '{unknown[0]}' ({len(unknown)} of the adapter's are missing){hint}"
-        )
-    return modules, sorted({name.rpartition(".")[0] for name in rest})
-
-
-def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Module) -> None:
-    """The modules that the config names and that the file has no tensors for."""
-    targets = peft.get("target_modules")
-    if targets is None or targets == "all-linear" or peft.get("layers_to_transform") is not None:
-        return
-    excluded = peft.get("exclude_modules") or []
-    saved = peft.get("modules_to_save") or []
-    for name, module in model.named_modules():
-        if not _peft_selects(targets, name) or _peft_selects(excluded, name) or kind_of(module) is None:
-            continue
-        if name not in modules and not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):
-            raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
-
-
-def _peft_selects(pattern: str | list[str], name: str) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def _our_config(peft: dict[str, Any], modules: dict[str, int], saved: list[str]) -> LoRAConfig:
-    alpha = float(peft.get("lora_alpha", 8))
-    patterns = peft.get("alpha_pattern") or {}
-    alphas = {name: float(_peft_pattern(patterns, name, alpha)) for name in modules}
-    r = int(peft.get("r", 8))
-    return LoRAConfig(
-        r=r,
-        alpha=alpha,
-        dropout=float(peft.get("lora_dropout") or 0.0),
-        target_modules="|".join(re.escape(name) for name in modules),
-        modules_to_save=saved or None,
-        rank_pattern={re.escape(n): rank for n, rank in modules.items() if rank != r},
-        alpha_pattern={re.escape(n): a for n, a in alphas.items() if a != alpha},
-        use_rslora=bool(peft.get("use_rslora")),
-    )
-
-
-def _peft_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key in the file's order that matches the name or a dotted end of it."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def _some(items: list[str], limit: int = 4) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,9 +10,10 @@ from torch import nn
 from lora_lightning.lora import fastpath
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, graft, ungraft
+from lora_lightning.lora.layers import AdaptedLayer, AttentionHost, Grafted, SavedCopy, TokenRows, graft, ungraft
+from lora_lightning.lora.layers.tokens import attach_rows, detach_rows
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
-from lora_lightning.lora.targets import Target, select
+from lora_lightning.lora.targets import Selection, Target, select
 
 
 def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionReport:
@@ -34,12 +34,13 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
     if kind := next((type(m).__name__ for m in model.modules() if "lora_A" in {**m._parameters, **m._modules}), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
     selection = select(model, config)
-    _refuse_tied_targets(model, selection.targets)
+    _refuse_tied_targets(model, selection)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    rows = []
-    for target in selection.targets:
-        rows.append(_adapt(target))
+    rows = [_adapt(target) for target in selection.targets]
+    _open_attention(model)
+    for token in selection.tokens:
+        attach_rows(token.module, token.token_ids, token.tied)
     for _, module in selection.saved:
         graft(module, SavedCopy)
         assert isinstance(module, SavedCopy)
@@ -48,7 +49,14 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
     saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return InjectionReport(modules=rows, saved=saved, skipped=selection.skipped, trainable=trainable, frozen=frozen)
+    return InjectionReport(
+        modules=rows,
+        saved=saved,
+        tokens={name: module.lora_tokens.numel() for name, module in token_rows(model)},
+        skipped=selection.skipped,
+        trainable=trainable,
+        frozen=frozen,
+    )
 
 
 def remove(model: nn.Module) -> nn.Module:
@@ -57,13 +65,22 @@ def remove(model: nn.Module) -> nn.Module:
     Parameters stay frozen. Returns the model.
     """
     for _, layer in adapted_layers(model):
-        layer.drop_factors()
-        ungraft(layer)
+        layer.detach()
     for _, module in saved_copies(model):
         module.drop_copy()
         ungraft(module)
-    fastpath.allow(model)
+    close(model)
     return model
+
+
+def close(model: nn.Module) -> None:
+    """Undo what `inject` does around the adapted layers, once these are gone."""
+    detach_rows(model)
+    for module in list(model.modules()):
+        if isinstance(module, AttentionHost):
+            module.__dict__.pop("lora_enabled", None)
+            ungraft(module)
+    fastpath.allow(model)
 
 
 @contextmanager
@@ -90,11 +107,21 @@ def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SavedCopy)]
 
 
+def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
+    """Every embedding with trained rows, with its full name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, TokenRows)]
+
+
+def _open_attention(model: nn.Module) -> None:
+    """Let every `nn.MultiheadAttention` whose out_proj is adapted call it."""
+    for module in list(model.modules()):
+        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, AttentionHost):  # noqa: SIM102
+            if isinstance(module.out_proj, AdaptedLayer):
+                graft(module, AttentionHost)
+
+
 def _adapt(target: Target) -> AdaptedModule:
-    graft(target.module, target.kind)
-    layer = target.module
-    assert isinstance(layer, AdaptedLayer)
-    layer.add_factors(target.settings)
+    layer = target.kind.attach(target.module, target.settings)
     return AdaptedModule(
         module=target.name,
         kind=layer.kind,
@@ -106,10 +133,16 @@ def _adapt(target: Target) -> AdaptedModule:
     )
 
 
-def _refuse_tied_targets(model: nn.Module, targets: list[Target]) -> None:
+def _refuse_tied_targets(model: nn.Module, selection: Selection) -> None:
     """A weight that two adapted layers share would be merged into twice."""
-    owners = Counter(id(target.module.weight) for target in targets)
-    for target in targets:
-        if owners[id(target.module.weight)] > 1:
-            twins = [t.name for t in targets if t.module.weight is target.module.weight]
+    names: dict[int, list[str]] = {}
+    for target in selection.targets:
+        for parameter in target.kind.adapted_parameters(target.module, target.settings).values():
+            names.setdefault(id(parameter), []).append(target.name)
+    for token in selection.tokens:
+        names.setdefault(id(token.module.weight), []).append(token.name)
+    for twins in names.values():
+        if len(set(twins)) < len(twins):
+            raise TargetError(f"'{twins[0]}' is selected twice: name it in one field of the config only")
+        if len(twins) > 1:
             raise TargetError(f"'{twins[0]}' and '{twins[1]}' share one weight: adapt one of them, exclude the other")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from lora_lightning.lora import fastpath
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.inject import adapted_layers, saved_copies
-from lora_lightning.lora.layers import AdaptedLayer, ungraft
+from lora_lightning.lora.inject import adapted_layers, close, saved_copies, token_rows
+from lora_lightning.lora.layers import AdaptedLayer, TokenRows, ungraft
 
 
 @dataclass(frozen=True)
@@ -34,28 +34,35 @@ def merge(model: nn.Module) -> MergeReport:
     Raises:
         MergeError: nothing is adapted, or A or B is not finite; the model is then as it was.
     """
-    layers = adapted_layers(model)
-    saved = saved_copies(model)
-    if not layers and not saved:
+    layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
+    if not layers and not saved and not tokens:
         raise MergeError("nothing to merge: this model has no adapters")
-    for name, layer in layers:
-        if not (torch.isfinite(layer.lora_A).all() and torch.isfinite(layer.lora_B).all()):
-            raise MergeError(f"A or B of '{name}' is not finite: training diverged; merge an earlier checkpoint")
+    _refuse_infinite(layers, tokens)
     report = MergeReport()
     shared = _shared_weights(model)
     for name, layer in layers:
-        report.kept[name] = _fold(layer, in_place=id(layer.weight) not in shared)
-        if id(layer.weight) in shared:
+        report.kept[name], untied = _fold(layer, shared)
+        if untied:
             report.untied.append(name)
-        layer.drop_factors()
-        ungraft(layer)
+        layer.detach()
+    for _, embedding in tokens:
+        embedding.keep_rows()
     for name, module in saved:
         if any(id(p) in shared for p in module.parameters()):
             report.untied.append(name)
         module.keep_copy()
         ungraft(module)
-    fastpath.allow(model)
+    close(model)
     return report
+
+
+def _refuse_infinite(layers: list[tuple[str, AdaptedLayer]], tokens: list[tuple[str, TokenRows]]) -> None:
+    for name, layer in layers:
+        if not (torch.isfinite(layer.lora_A).all() and torch.isfinite(layer.lora_B).all()):
+            raise MergeError(f"A or B of '{name}' is not finite: training diverged; merge an earlier checkpoint")
+    for name, embedding in tokens:
+        if not torch.isfinite(embedding.lora_tokens).all():
+            raise MergeError(f"a token row of '{name}' is not finite: training diverged; merge an earlier checkpoint")
 
 
 def _shared_weights(model: nn.Module) -> set[int]:
@@ -69,16 +76,23 @@ def _shared_weights(model: nn.Module) -> set[int]:
     return shared
 
 
-def _fold(layer: AdaptedLayer, *, in_place: bool) -> float:
-    """Put `W0 + s B A` into the layer's weight; return the share of the update that rounding kept."""
-    delta = layer.delta_weight()
-    before = layer.weight.to(delta.dtype)
-    merged = (before + delta).to(layer.weight.dtype)
-    applied = merged.to(delta.dtype) - before
-    size = torch.linalg.vector_norm(delta)
-    kept = 1.0 - float(torch.linalg.vector_norm(applied - delta) / size) if size > 0 else 1.0
-    if in_place:
-        layer.weight.copy_(merged)
-    else:
-        layer.weight = nn.Parameter(merged, requires_grad=False)
-    return max(0.0, kept)
+def _fold(layer: AdaptedLayer, shared: set[int]) -> tuple[float, bool]:
+    """Put `W0 + s B A` into the layer's weights.
+
+    Returns the share of the update that rounding kept, and whether a weight had to be untied.
+    """
+    owner, parameters = layer.lora_owner, layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    wanted = lost = 0.0
+    for name, delta in layer.weight_deltas().items():
+        parameter = parameters[name]
+        before = parameter.to(delta.dtype)
+        merged = (before + delta).to(parameter.dtype)
+        applied = merged.to(delta.dtype) - before
+        wanted += float(torch.linalg.vector_norm(delta)) ** 2
+        lost += float(torch.linalg.vector_norm(applied - delta)) ** 2
+        if id(parameter) in shared:
+            setattr(owner, name, nn.Parameter(merged, requires_grad=False))
+        else:
+            parameter.copy_(merged)
+    kept = 1.0 - math.sqrt(lost / wanted) if wanted > 0 else 1.0
+    return max(0.0, kept), any(id(p) in shared for p in parameters.values())

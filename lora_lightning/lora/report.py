@@ -31,6 +31,8 @@ class InjectionReport:
     modules: list[AdaptedModule]
     saved: dict[str, int]
     """`modules_to_save` by full name, with the parameters of each copy."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Embeddings with rows that train in full, with the parameters of those rows."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` left out, with the reason."""
     trainable: int
@@ -68,6 +70,7 @@ class InjectionReport:
             for name, count, row, parameters in self.groups()
         ]
         table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        table += [(name, "1", "rows in full", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
         return table
 
     HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")
