@@ -55,8 +55,8 @@ class LoRAConfig:
     slices: dict[str, SliceSpec] = field(default_factory=dict)
     """Parts of fused projections to adapt, each with its own A and B, by module name or regular expression; the
     longest that matches wins. `{c_attn: [q, v]}` where the layout is known (GPT-2, GPT-NeoX, Bloom, Phi-3, timm,
-    nn.MultiheadAttention); elsewhere `{qkv: {of: [q, k, v], take: [q, v]}}`, where `of` may map parts to their rows
-    and `heads: N` says that the parts alternate in N blocks. Left out, a fused layer is adapted as one."""
+    nn.MultiheadAttention); elsewhere `{qkv: {of: [q, k, v], take: [q, v]}}`, with `sizes: [rows, ...]` where
+    the parts differ and `heads: N` where they alternate in N blocks. Left out, a fused layer is adapted as one."""
 
     target_parameters: list[str] | None = None
     """Bare parameters to adapt, matrices or stacks of them such as experts: full names, or dotted ends of them."""

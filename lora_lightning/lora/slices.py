@@ -16,7 +16,7 @@ from torch import nn
 from lora_lightning.lora.errors import ConfigError, TargetError, did_you_mean
 
 SliceSpec = list[str] | dict[str, Any]
-"""What a user writes: the parts to adapt where the layout is known, or `{of: ..., take: ..., heads: ...}`."""
+"""What a user writes: the parts to adapt where the layout is known, or `{of: ..., take: ..., sizes: ..., heads: ...}`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,8 @@ class Slices:
     def to_spec(self) -> dict[str, Any]:
         """As a user would write it in full: it needs no known layout."""
         return {
-            "of": dict(zip(self.names, self.sizes, strict=True)),
+            "of": list(self.names),
+            "sizes": list(self.sizes),
             "take": list(self.taken),
             "heads": self.heads,
         }
@@ -55,22 +56,22 @@ class Slices:
 def check_spec(pattern: str, spec: Any) -> None:
     """Raise a ConfigError unless `spec` is well formed."""
     what = f"slices['{pattern}']"
+    take = spec
     if isinstance(spec, Mapping):
-        unknown = set(spec) - {"of", "take", "heads"}
+        unknown = set(spec) - {"of", "take", "sizes", "heads"}
         if unknown or "of" not in spec or "take" not in spec:
-            raise ConfigError(f"{what} must hold 'of', 'take' and perhaps 'heads', got {sorted(spec)}")
-        names, take, heads = list(spec["of"]), spec["take"], spec.get("heads", 1)
-        if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
-            raise ConfigError(f"{what}: heads must be a whole number of at least 1, got {heads!r}")
-        if isinstance(spec["of"], str) or len(names) < 2 or len(set(names)) < len(names):
-            raise ConfigError(f"{what}: 'of' must name at least two different parts, got {spec['of']!r}")
-        strangers = [name for name in take if name not in names]
+            raise ConfigError(f"{what} must hold 'of', 'take' and perhaps 'sizes' and 'heads', got {sorted(spec)}")
+        of, take, sizes = spec["of"], spec["take"], spec.get("sizes")
+        if isinstance(of, str) or not isinstance(of, Sequence) or len(of) < 2 or len(set(of)) < len(of):
+            raise ConfigError(f"{what}: 'of' must list at least two different parts in order, got {of!r}")
+        for number in (spec.get("heads", 1), *(sizes or ())):
+            if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{what}: heads and sizes must be whole numbers of at least 1, got {number!r}")
+        if sizes is not None and len(sizes) != len(of):
+            raise ConfigError(f"{what}: 'sizes' must have one number for each part in {of}, got {sizes}")
+        strangers = [name for name in take if name not in of]
         if strangers:
-            raise ConfigError(
-                f"{what}: there is no part '{strangers[0]}' in {names}{did_you_mean(strangers[0], names)}"
-            )
-    else:
-        take = spec
+            raise ConfigError(f"{what}: there is no part '{strangers[0]}' in {of}{did_you_mean(strangers[0], of)}")
     if isinstance(take, str) or not isinstance(take, Sequence) or not take:
         raise ConfigError(f"{what} must list the parts to adapt, such as [q, v], got {take!r}")
 
@@ -82,10 +83,8 @@ def resolve(name: str, module: nn.Module, parent: nn.Module | None, rows: int, s
         TargetError: the layout is not known and not given, a part is not there, or the sizes do not add up.
     """
     if isinstance(spec, dict):
-        of, heads = spec["of"], int(spec.get("heads", 1))
-        names = tuple(of)
-        equal = rows // (heads * len(names))
-        sizes = tuple(int(of[n]) for n in names) if isinstance(of, Mapping) else (equal,) * len(names)
+        names, heads = tuple(spec["of"]), int(spec.get("heads", 1))
+        sizes = tuple(spec.get("sizes") or (rows // (heads * len(names)),) * len(names))
         take = list(spec["take"])
     else:
         names, sizes, heads = _known(name, module, parent, rows)

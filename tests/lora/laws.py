@@ -15,7 +15,7 @@ from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import adapted_layers
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -41,7 +41,8 @@ def check_laws(make, run, config, dtype, tmp_path, *, grads=True, adapted_differ
 
     `make()` builds the plain model, `run(model)` gives one output tensor of it.
     """
-    plain = make().to(dtype).eval()
+    # torch.matmul takes another path, with other last bits, where a weight requires a gradient: compare frozen models.
+    plain = make().to(dtype).eval().requires_grad_(False)
     keys, types = list(plain.state_dict()), [type(m) for m in plain.modules()]
     model = copy.deepcopy(plain)
     before = fingerprint(plain)

@@ -72,13 +72,13 @@ class AttentionHost(Grafted, nn.MultiheadAttention):
             weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             q, k, v = (F.linear(*parts) for parts in zip((query, key, value), weights, biases, strict=True))
         elif query is key and key is value:
-            q, k, v = F.linear(query, self.in_proj_weight, bias).chunk(3, dim=-1)
+            q, k, v = _parted(F.linear(query, self.in_proj_weight, bias), 3)
         else:
             sizes = [self.embed_dim, 2 * self.embed_dim] if key is value else [self.embed_dim] * 3
             inputs = (query, key) if key is value else (query, key, value)
             biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
             outs = [F.linear(*p) for p in zip(inputs, torch.split(self.in_proj_weight, sizes), biases, strict=True)]
-            q, k, v = [outs[0], *outs[1].chunk(2, dim=-1)] if key is value else outs
+            q, k, v = [outs[0], *_parted(outs[1], 2)] if key is value else outs
         return q, k, v
 
 
@@ -195,6 +195,11 @@ def _length_first(inputs: tuple[Tensor, Tensor, Tensor], batch_first: bool) -> t
         return list(inputs), batched
     moved = {id(t): t.transpose(0, 1) if batched else t.unsqueeze(1) for t in inputs}
     return [moved[id(t)] for t in inputs], batched
+
+
+def _parted(projected: Tensor, count: int) -> list[Tensor]:
+    """Equal parts of the last dimension, each in one piece of memory as in torch: products then round alike."""
+    return [part.contiguous() for part in projected.chunk(count, dim=-1)]
 
 
 def _taken(module: nn.Module, settings: LayerSettings) -> tuple[str, ...] | None:
