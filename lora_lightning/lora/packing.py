@@ -40,7 +40,7 @@ class Packed:
     @property
     def keys(self) -> dict[str, str]:
         """PEFT's keys by the names of our tensors."""
-        return self.layer.peft_keys(self.prefix)
+        return {name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """By PEFT's keys."""

@@ -16,7 +16,7 @@ from torch import nn
 from lora_lightning.lora.errors import ConfigError, TargetError, did_you_mean
 
 SliceSpec = list[str] | dict[str, Any]
-"""What a user writes: the parts to adapt where the layout is known, or `{of: ..., take: ..., sizes: ..., heads: ...}`."""
+"""What a user writes: the parts to adapt where the layout is known, or `{of, take}` with `sizes` and `heads`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,8 +53,8 @@ def contents(tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Modu
     rest = []
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        end = next((end for end in (*A_ENDS, *B_ENDS, TOKENS_END, BASE_END) if name.endswith(end)), "")
-        path = name.removesuffix(end) if end else name
+        end = next((end for end in (*A_ENDS, *B_ENDS, TOKENS_END, BASE_END) if f".{name}".endswith(end)), "")
+        path = f".{name}".removesuffix(end).removeprefix(".")  # empty for the model itself
         if end in A_ENDS:
             _note_adapter(path, tensor, peft, modules, found)
         elif end == TOKENS_END:
@@ -77,19 +77,20 @@ def _note_adapter(
     path: str, A: Tensor, peft: dict[str, Any], modules: Mapping[str, nn.Module], found: Contents
 ) -> None:
     """PEFT wraps a module once more for each adapted parameter, and an attention's `out_proj` inside its wrapper."""
-    plain, depth = path.replace(".base_layer", ""), path.count(".base_layer")
+    plain, depth = f".{path}".replace(".base_layer", "").removeprefix("."), f".{path}".count(".base_layer")
     rank = A.shape[0] if A.dim() else 0
     holder, parent = modules.get(plain), modules.get(plain.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) or holder is None:
         found.modules[plain] = rank
         return
     entries = peft.get("target_parameters") or []
-    own = [n for n in holder._parameters if any(_ends(f"{plain}.{n}", entry) for entry in entries)]
+    full = {f"{plain}.{n}".removeprefix("."): n for n in holder._parameters}
+    own = [name for name in full if any(_ends(name, entry) for entry in entries)]
     if depth < len(own):
         name = own[len(own) - 1 - depth]
-        parameter = holder._parameters[name]
+        parameter = holder._parameters[full[name]]
         assert parameter is not None
-        found.parameters[f"{plain}.{name}"] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)
+        found.parameters[name] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)
     else:
         found.modules[plain] = rank
 

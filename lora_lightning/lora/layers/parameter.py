@@ -79,9 +79,7 @@ class LoRAParameter(AdaptedLayer):
         parameter = module._parameters[settings.parameter]
         assert parameter is not None
         if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
-            return (
-                f"it is a {parameter.dtype} of shape {tuple(parameter.shape)}: matrices and stacks of them are adapted"
-            )
+            return f"it is {parameter.dtype} of shape {tuple(parameter.shape)}; expected a matrix or a stack of them"
         if settings.dropout:
             return "its input is not known, so LoRA's dropout cannot be honoured: set dropout to 0"
         return super().refusal(module, settings)
