@@ -38,14 +38,14 @@ def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionRepor
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     rows = [_adapt(target) for target in selection.targets]
-    _open_attention(model)
     for token in selection.tokens:
         attach_rows(token.module, token.token_ids, token.tied)
     for _, module in selection.saved:
         graft(module, SavedCopy)
         assert isinstance(module, SavedCopy)
         module.add_copy()
-    fastpath.keep_off(model, [target.module for target in selection.targets])
+    _open_attention(model)
+    fastpath.keep_off(model, [target.module for target in selection.targets] + [m for _, m in selection.saved])
     saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -68,7 +68,7 @@ def remove(model: nn.Module) -> nn.Module:
         layer.detach()
     for _, module in saved_copies(model):
         module.drop_copy()
-        ungraft(module)
+        ungraft(module, SavedCopy)
     close(model)
     return model
 
@@ -79,7 +79,7 @@ def close(model: nn.Module) -> None:
     for module in list(model.modules()):
         if isinstance(module, AttentionHost):
             module.__dict__.pop("lora_enabled", None)
-            ungraft(module)
+            ungraft(module, AttentionHost)
     fastpath.allow(model)
 
 
@@ -113,11 +113,12 @@ def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
 
 
 def _open_attention(model: nn.Module) -> None:
-    """Let every `nn.MultiheadAttention` whose out_proj is adapted call it."""
+    """Let every `nn.MultiheadAttention` call its out_proj where that is adapted, or trained in full."""
     for module in list(model.modules()):
-        if isinstance(module, nn.MultiheadAttention) and not isinstance(module, AttentionHost):  # noqa: SIM102
-            if isinstance(module.out_proj, AdaptedLayer):
-                graft(module, AttentionHost)
+        if isinstance(module, AttentionHost) or not isinstance(module, nn.MultiheadAttention):
+            continue
+        if isinstance(module.out_proj, AdaptedLayer | SavedCopy):
+            graft(module, AttentionHost)
 
 
 def _adapt(target: Target) -> AdaptedModule:

@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import adapted_layers, close, saved_copies, token_rows
-from lora_lightning.lora.layers import AdaptedLayer, TokenRows, ungraft
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, ungraft
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def merge(model: nn.Module) -> MergeReport:
         if any(id(p) in shared for p in module.parameters()):
             report.untied.append(name)
         module.keep_copy()
-        ungraft(module)
+        ungraft(module, SavedCopy)
     close(model)
     return report
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
@@ -55,10 +56,10 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     selection = Selection(saved=_saved(names, config))
     found = _found(model, names, config, selection)
     found = _without_excluded(found, names, config)
-    found = _in_layers(found, names, config)
     wanted = [_Wanted(names[module], module, why) for module, why in found.items()]
-    wanted += _parameters(names, config, selection)
+    wanted = _in_layers(wanted + _parameters(names, config, selection), config)
     selection.tokens = token_targets(model, names, config.trainable_token_indices)
+    _refuse_twice(selection)
     if not wanted and not selection.tokens:
         raise TargetError(_nothing_left(model, config, selection))
     everything = [w.names for w in wanted]
@@ -116,6 +117,8 @@ def _slices(
 
 def _check_fit(wanted: _Wanted, kind: type[AdaptedLayer], settings: LayerSettings) -> None:
     name = wanted.names[0]
+    if any(p is not None and is_lazy(p) for p in wanted.module._parameters.values()):
+        raise TargetError(f"cannot adapt '{name}': it is lazy and has no shape yet: run the model on a batch first")
     if reason := kind.refusal(wanted.module, settings):
         raise TargetError(f"cannot adapt '{name}': {reason}")
     largest = kind.largest_rank(wanted.module, settings)
@@ -144,6 +147,18 @@ def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection
         if entry not in used:
             raise TargetError(_no_match("target_parameters", entry, known, what="parameter"))
     return wanted
+
+
+def _refuse_twice(selection: Selection) -> None:
+    """Rows of an embedding that `modules_to_save` trains in full, or whose tied head it does."""
+    inside_saved = {m: name for name, saved in selection.saved for m in saved.modules()}
+    for token in selection.tokens:
+        for module in (token.module, *token.tied):
+            if module in inside_saved:
+                raise TargetError(
+                    f"trainable_token_indices: the weight of '{token.name}' is in '{inside_saved[module]}' of"
+                    f" modules_to_save, which trains it in full: name it once"
+                )
 
 
 def _excluded(names: list[str], config: LoRAConfig) -> bool:
@@ -254,20 +269,18 @@ def _without_excluded(
     return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
 
 
-def _in_layers(
-    found: dict[nn.Module, str], names: dict[nn.Module, list[str]], config: LoRAConfig
-) -> dict[nn.Module, str]:
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return found
-    assert isinstance(wanted, list)
-    index = {module: _block_number(names[module][0]) for module in found}
-    missing = sorted(set(wanted) - set(index.values()) - {None})  # type: ignore[operator]
+def _in_layers(wanted: list[_Wanted], config: LoRAConfig) -> list[_Wanted]:
+    layers = config.layers_to_transform
+    if layers is None:
+        return wanted
+    assert isinstance(layers, list)
+    index = [_block_number(w.names[0]) for w in wanted]
+    missing = sorted(set(layers) - {n for n in index if n is not None})
     if missing:
-        there = sorted(n for n in set(index.values()) if n is not None)
+        there = sorted({n for n in index if n is not None})
         blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
-    return {module: why for module, why in found.items() if index[module] in wanted}
+    return [w for w, n in zip(wanted, index, strict=True) if n in layers]
 
 
 def _block_number(name: str) -> int | None:

@@ -198,7 +198,7 @@ FAMILIES = {
         {"slices": {"qkv": ["q", "v"]}},
     ),
     "timm resnet": (
-        timm_model("resnet10t", channels=(4, 4, 8, 8), stem_width=4),
+        timm_model("resnet10t", channels=(4, 4, 8, 8), stem_width=4, zero_init_last=False),
         lambda m: m(image(m)),
         {"target_modules": r"conv1\.[036]|layer\d\.0\.conv\d"},
     ),
@@ -209,7 +209,7 @@ FAMILIES = {
     ),
     "torchvision shufflenet": (
         lambda: torchvision_model("shufflenet_v2_x0_5"),
-        lambda m: m(image(m)),
+        lambda m: m(image(m, size=16)),
         {"target_modules": r"stage2\..*branch2\.[05]"},
     ),
     "torchvision vit": (

@@ -98,9 +98,13 @@ def graft(module: nn.Module, added: type[Grafted], read: tuple[str, ...] = ()) -
     module.__class__ = _grafted_class(added, type(module), read)
 
 
-def ungraft(module: Grafted) -> None:
-    """Give the module its original class back, in place."""
-    module.__class__ = module.grafted_from[1]  # type: ignore[assignment]
+def ungraft(module: nn.Module, added: type[Grafted]) -> None:
+    """Take the class `added`, the one put in last of its kind, out of the module's class, in place."""
+    cls, grafts = _chain(type(module))
+    last = max(i for i, (kind, _) in enumerate(grafts) if issubclass(kind, added))
+    for kind, read in grafts[:last] + grafts[last + 1 :]:
+        cls = _grafted_class(kind, cls, read)
+    module.__class__ = cls  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +174,7 @@ class AdaptedLayer(Grafted):
     def detach(self) -> None:
         """Undo `attach`."""
         self.drop_factors()
-        ungraft(self)
+        ungraft(self, AdaptedLayer)
 
     @property
     def lora_owner(self) -> nn.Module:

@@ -127,7 +127,7 @@ class LoRAParameter(AdaptedLayer):
 def _regraft(module: nn.Module) -> None:
     """Make the module's class read exactly the parameters that have an adapter."""
     if isinstance(module, ParameterHost):
-        ungraft(module)
+        ungraft(module, ParameterHost)
     names = tuple(name.removeprefix(CHILD) for name, m in module._modules.items() if isinstance(m, LoRAParameter))
     if names:
         graft(module, ParameterHost, names)

@@ -22,7 +22,7 @@ class SavedCopy(Grafted):
     def add_copy(self) -> None:
         """Copy this module, its class and values, and train the copy."""
         twin = copy.deepcopy(self)
-        ungraft(twin)
+        ungraft(twin, SavedCopy)
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)

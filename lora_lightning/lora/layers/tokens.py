@@ -122,6 +122,7 @@ def attach_rows(module: nn.Module, token_ids: list[int], tied: list[nn.Module]) 
 def detach_rows(model: nn.Module) -> None:
     """Take every token row out of `model`, in place."""
     for module in list(model.modules()):
-        if isinstance(module, TokenRows | TokenHead):
-            module.drop_rows()
-            ungraft(module)
+        for kind in (TokenRows, TokenHead):
+            if isinstance(module, kind):
+                module.drop_rows()
+                ungraft(module, kind)
