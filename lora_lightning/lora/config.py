@@ -56,7 +56,8 @@ class LoRAConfig:
     """Parts of fused projections to adapt, each with its own A and B, by module name or regular expression; the
     longest that matches wins. `{c_attn: [q, v]}` where the layout is known (GPT-2, GPT-NeoX, Bloom, Phi-3, timm,
     nn.MultiheadAttention); elsewhere `{qkv: {of: [q, k, v], take: [q, v]}}`, with `sizes: [rows, ...]` where
-    the parts differ and `heads: N` where they alternate in N blocks. Left out, a fused layer is adapted as one."""
+    the parts differ and `heads: N` where they alternate in N blocks. Left out, a fused layer is adapted as one.
+    A PEFT directory holds the parts as one adapter, of the rank of all together and with zeros, which is the same."""
 
     target_parameters: list[str] | None = None
     """Bare parameters to adapt, matrices or stacks of them such as experts: full names, or dotted ends of them."""
@@ -90,7 +91,8 @@ class LoRAConfig:
             raise ConfigError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _check_names(name, getattr(self, name)))
-        object.__setattr__(self, "target_parameters", _check_list("target_parameters", self.target_parameters or []))
+        if self.target_parameters is not None:
+            object.__setattr__(self, "target_parameters", _check_list("target_parameters", self.target_parameters))
         self._check_tokens()
         if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
             raise ConfigError(f"target_modules selects nothing: write '{ALL_LINEAR}' or a list of names")

@@ -17,7 +17,7 @@ from lora_lightning.lora.errors import AdapterError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.inject import inject, remove, saved_copies, token_rows
 from lora_lightning.lora.layers import LoRAConv1D, LoRAParameter
-from lora_lightning.lora.packing import Packed, fillers, in_order, packed_layers, peft_alpha, token_tensors
+from lora_lightning.lora.packing import Packed, fillers, in_order, packed_layers, peft_alpha, token_key
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
 from lora_lightning.lora.unpacking import (
@@ -163,7 +163,7 @@ def _peft_tensors(model: nn.Module, packed: list[Packed]) -> dict[str, Tensor]:
     for p in packed:
         tensors |= p.tensors()
     for name, embedding in token_rows(model):
-        tensors |= token_tensors(name, embedding.lora_tokens)
+        tensors[token_key(name)] = embedding.lora_tokens
     copies = {k: t for k, t in adapter_tensors(model).items() if ".lora_copy." in f".{k}"}
     tensors |= {key.replace("lora_copy.", "", 1): tensor for key, tensor in copies.items()}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
@@ -185,8 +185,7 @@ def _our_tensors(model: nn.Module, file: dict[str, Tensor], peft: dict[str, Any]
     for p in packed:
         ours |= p.unpack(file)
     for name, _ in token_rows(model):
-        (key,) = token_tensors(name, file[next(iter(file))])
-        ours[f"{name}.lora_tokens" if name else "lora_tokens"] = in_order(file[key], token_ids(peft, name))
+        ours[f"{name}.lora_tokens".removeprefix(".")] = in_order(file[token_key(name)], token_ids(peft, name))
     for key in adapter_tensors(model):
         if ".lora_copy." in f".{key}":
             ours[key] = file[key.replace("lora_copy.", "", 1)]

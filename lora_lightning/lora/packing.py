@@ -2,6 +2,9 @@
 
 Where PEFT has no form for ours, the same update is written in a form that it has, of a larger rank and with zeros:
 chosen parts of a fused projection, an attention of which only one projection is adapted, grouped convolutions.
+
+PEFT 0.21 counts the update of an attention's `out_proj` twice (its PR 3774), and refuses an attention with `kdim` or
+`vdim`: the directory is right, and such a model is best opened here.
 """
 
 from __future__ import annotations
@@ -139,9 +142,9 @@ def peft_alpha(packed: Packed, rslora: bool) -> float:
     return packed.scale * (math.sqrt(packed.rank) if rslora else packed.rank)
 
 
-def token_tensors(name: str, rows: Tensor) -> dict[str, Tensor]:
-    """PEFT's key of an embedding's trained rows."""
-    return {f"{name}.token_adapter.trainable_tokens_delta" if name else "token_adapter.trainable_tokens_delta": rows}
+def token_key(name: str) -> str:
+    """PEFT's key of the trained rows of the embedding `name`."""
+    return f"{name}.token_adapter.trainable_tokens_delta".removeprefix(".")
 
 
 def in_order(rows: Tensor, token_ids: list[int]) -> Tensor:

@@ -55,14 +55,6 @@ def run_with(**kwargs):
     return run
 
 
-@pytest.fixture(autouse=True)
-def no_fused_kernel(request):
-    """torch's fused kernel for frozen attention in eval rounds otherwise than its plain path."""
-    torch.backends.mha.set_fastpath_enabled("fused" in request.keywords)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
-
-
 CASES = {
     "self": ({}, {}),
     "batch_first": ({"batch_first": True}, {}),

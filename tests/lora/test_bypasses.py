@@ -17,6 +17,7 @@ def encoder():
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 
+@pytest.mark.fused
 @pytest.mark.parametrize("saved", ["layers.0.linear1", "layers.1.self_attn.out_proj", "layers.0.self_attn"])
 @torch.no_grad()
 def test_a_module_to_save_inside_an_encoder_layer_counts_in_eval(saved):
@@ -34,6 +35,7 @@ def test_a_module_to_save_inside_an_encoder_layer_counts_in_eval(saved):
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
+@pytest.mark.fused
 def test_a_parameter_and_a_module_of_one_attention_together():
     plain, x = encoder(), torch.randn(2, 3, 8)
     chosen = config(target_modules=["out_proj"], target_parameters=["self_attn.in_proj_weight"])

@@ -230,14 +230,6 @@ def build(family, dtype):
     return model.eval().requires_grad_(False), run, LoRAConfig(**{"r": 2, "alpha": 4.0, **chosen})
 
 
-@pytest.fixture(autouse=True)
-def no_fused_kernel():
-    """torch's fused kernels for frozen attention in eval round otherwise than their plain path."""
-    torch.backends.mha.set_fastpath_enabled(False)
-    yield
-    torch.backends.mha.set_fastpath_enabled(True)
-
-
 @dtypes
 @pytest.mark.parametrize("family", FAMILIES)
 def test_laws(family, dtype, tmp_path):
