@@ -47,7 +47,10 @@ def input_embedding(model: nn.Module) -> nn.Module | None:
     """The embedding of tokens, where the model itself can be asked."""
     if not _is_a(model, "transformers."):
         return None
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # some transformers models have none, and say so in this way
+        return None
     return embedding if isinstance(embedding, nn.Module) else None
 
 

@@ -19,7 +19,7 @@ class TokenTarget:
     module: nn.Embedding
     token_ids: list[int]
     tied: list[nn.Module]
-    """Output heads that share its weight."""
+    """Output heads, and further embeddings, that share its weight."""
 
 
 def token_targets(
@@ -74,7 +74,8 @@ def _input(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
 def _tied(name: str, module: nn.Embedding, names: dict[nn.Module, list[str]]) -> list[nn.Module]:
     tied = [m for m in names if m is not module and any(p is module.weight for p in m._parameters.values())]
     for other in tied:
-        if not isinstance(other, nn.Linear):
+        follows = isinstance(other, nn.Linear) or (isinstance(other, nn.Embedding) and token_refusal(other, []) is None)
+        if not follows:
             raise TargetError(
                 f"trainable_token_indices: '{name}' shares its weight with '{names[other][0]}',"
                 f" a {type(other).__name__}, which would not follow: untie them"

@@ -151,6 +151,18 @@ def test_unbatched_input(batch_first):
     assert torch.equal(model(x, x, x), plain(x, x, x))
 
 
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_the_attentions_own_dropout_is_torchs_in_training(need_weights):
+    model = Attention(dropout=0.4, call={"need_weights": need_weights}).requires_grad_(False).train()
+    plain = copy.deepcopy(model)
+    inject(model, config())
+    q, k, v = inputs(torch.float32)
+    torch.manual_seed(3)
+    want = plain(q, k, v)
+    torch.manual_seed(3)
+    assert torch.equal(model(q, k, v), want)
+
+
 def test_dropout_is_honoured_in_training_only():
     model = Attention()
     inject(model, config(dropout=0.5))

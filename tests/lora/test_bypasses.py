@@ -53,6 +53,24 @@ def test_a_parameter_and_a_module_of_one_attention_together():
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
+def test_a_weight_that_its_parent_reads_is_adapted_as_a_parameter():
+    """BEiT's attention in timm reads `qkv.weight` and does not call `qkv`."""
+    from timm.models.beit import Attention
+
+    torch.manual_seed(0)
+    plain, x = nn.ModuleDict({"attn": Attention(8, 2, qkv_bias=True)}), torch.randn(2, 3, 8)
+    model = copy.deepcopy(plain)
+    inject(model, config(target_modules=[], target_parameters=["qkv.weight"]))
+    assert torch.equal(model["attn"](x), plain["attn"](x))
+    stir(model)
+    adapted = model["attn"](x)
+    adapted.sum().backward()
+    assert model["attn"].qkv.get_submodule("lora_of_weight").lora_B.grad.any()
+    merge(model)
+    assert relative(model["attn"](x), adapted) < 1e-5
+    assert relative(adapted, plain["attn"](x)) > 1e-3
+
+
 def test_layers_to_transform_holds_for_parameters_too():
     chosen = config(target_modules=[], target_parameters=["in_proj_weight"], layers_to_transform=[1])
     assert [row.module for row in inject(encoder(), chosen).modules] == ["layers.1.self_attn.in_proj_weight"]

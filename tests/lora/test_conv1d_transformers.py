@@ -82,6 +82,8 @@ def test_dropout_is_honoured_in_training_only():
 
 def test_peft_opens_ours_and_we_open_pefts(tmp_path):
     check_peft_opens_ours(gpt2, run_gpt2, config(), tmp_path)
+    parts = {"slices": {"c_attn": ["q", "v"]}, "dropout": 0.1, "use_rslora": True}
+    check_peft_opens_ours(gpt2, run_gpt2, config(**parts), tmp_path / "parts")
     theirs = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     check_we_open_pefts(gpt2, run_gpt2, theirs, tmp_path)
 

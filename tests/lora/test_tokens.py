@@ -34,6 +34,32 @@ def test_laws_of_gemma_with_its_scale_and_its_tied_head(dtype, tmp_path):
     check_laws(gemma, run_gemma, chosen, dtype, tmp_path)
 
 
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+    return T5ForConditionalGeneration(T5Config(**sizes))
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40}
+    return BartForConditionalGeneration(BartConfig(**layers, **sizes, max_position_embeddings=32, scale_embedding=True))
+
+
+@dtypes
+@pytest.mark.parametrize("make", [t5, bart])
+def test_laws_where_encoder_decoder_and_head_share_the_weight(make, dtype, tmp_path):
+    def run(model):
+        return model(input_ids=IDS, decoder_input_ids=IDS.flip(1)).logits
+
+    check_laws(make, run, config(target_modules=[], trainable_token_indices=[1, 5]), dtype, tmp_path)
+
+
 def test_only_the_chosen_rows_differ_and_gradients_are_the_formulas():
     model = net()().double()
     plain = copy.deepcopy(model)
@@ -95,8 +121,6 @@ def test_more_refusals():
         config(trainable_token_indices=[-1])
     with pytest.raises(ConfigError, match="a token twice"):
         config(trainable_token_indices=[1, 1])
-    with pytest.raises(TargetError, match="row 0 for padding"):
-        inject(net(padding_idx=0)(), config(target_modules=[], trainable_token_indices=[0]))
     with pytest.raises(TargetError, match="selected twice"):
         inject(net()(), config(target_modules=["0"], trainable_token_indices=[1]))
     two = nn.ModuleDict({"a": nn.Embedding(3, 2), "b": nn.Embedding(3, 2)})

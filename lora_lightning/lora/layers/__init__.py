@@ -11,7 +11,7 @@ from lora_lightning.lora.layers.embedding import LoRAEmbedding
 from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
 from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
 from lora_lightning.lora.layers.saved import SavedCopy
-from lora_lightning.lora.layers.tokens import TokenHead, TokenRows
+from lora_lightning.lora.layers.tokens import TokenRows
 
 KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Linear: LoRALinear,
@@ -49,7 +49,6 @@ __all__ = [
     "LoRAParameter",
     "ParameterHost",
     "SavedCopy",
-    "TokenHead",
     "TokenRows",
     "graft",
     "kind_of",

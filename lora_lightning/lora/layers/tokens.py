@@ -16,7 +16,7 @@ class TokenRows(Grafted, nn.Embedding):
     """`h = rows[x]` for the chosen tokens, `W0[x]` for the others. W0 does not move.
 
     `lora_tokens` (number of tokens, width) holds the rows themselves, in the order of rising token numbers and in
-    float32 or wider. They start as W0's.
+    float32 or wider. They start as W0's. A padding row that is chosen by its number trains as well.
     """
 
     lora_tokens: nn.Parameter
@@ -48,8 +48,12 @@ class TokenRows(Grafted, nn.Embedding):
         out = super().forward(input)
         if not self.lora_enabled:
             return out
-        place = torch.searchsorted(self.lora_token_ids, input).clamp(max=len(self.lora_token_ids) - 1)
-        chosen = (self.lora_token_ids[place] == input).unsqueeze(-1)
+        return self.put_in(out, input)
+
+    def put_in(self, out: Tensor, ids: Tensor) -> Tensor:
+        """`out` (..., width), as looked up for `ids` (...), with the trained rows at the chosen tokens."""
+        place = torch.searchsorted(self.lora_token_ids, ids).clamp(max=len(self.lora_token_ids) - 1)
+        chosen = (self.lora_token_ids[place] == ids).unsqueeze(-1)
         return torch.where(chosen, F.embedding(place, self.lora_tokens).to(out.dtype), out)
 
     def token_deltas(self) -> Tensor:
@@ -68,14 +72,23 @@ class TokenRows(Grafted, nn.Embedding):
             self.__dict__.pop(name, None)
 
 
-class TokenHead(Grafted, nn.Linear):
-    """An output head tied to such an embedding: its logits of the chosen tokens follow the trained rows."""
+class TokenFollower(Grafted):
+    """A module tied to such an embedding, which follows its rows."""
 
     _rows: tuple[TokenRows]
 
     def follow(self, rows: TokenRows) -> None:
-        """Take the rows of `rows`, which shares this head's weight."""
-        self._rows = (rows,)  # in a tuple, so that the embedding does not become a child of the head
+        """Take the rows of `rows`, which shares this module's weight."""
+        self._rows = (rows,)  # in a tuple, so that the embedding does not become a child of this module
+
+    def drop_rows(self) -> None:
+        """Forget the embedding."""
+        del self._rows
+        self.__dict__.pop("lora_enabled", None)
+
+
+class TokenHead(TokenFollower, nn.Linear):
+    """An output head: its logits of the chosen tokens follow."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., width) to (..., number of tokens)."""
@@ -86,10 +99,14 @@ class TokenHead(Grafted, nn.Linear):
         update = F.linear(input, rows.token_deltas().to(input.dtype))
         return out.index_add(-1, rows.lora_token_ids, update.to(out.dtype))
 
-    def drop_rows(self) -> None:
-        """Forget the embedding."""
-        del self._rows
-        self.__dict__.pop("lora_enabled", None)
+
+class TokenTwin(TokenFollower, nn.Embedding):
+    """A second embedding of the same weight, such as a decoder's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Whole numbers (...) to (..., width)."""
+        out = super().forward(input)
+        return self._rows[0].put_in(out, input) if self.lora_enabled else out
 
 
 def token_refusal(module: nn.Module, token_ids: list[int]) -> str | None:
@@ -103,26 +120,24 @@ def token_refusal(module: nn.Module, token_ids: list[int]) -> str | None:
     beyond = [number for number in token_ids if not 0 <= number < module.num_embeddings]
     if beyond:
         return f"has rows 0 to {module.num_embeddings - 1}, got {beyond[0]}: resize the embedding first"
-    if module.padding_idx in token_ids:
-        return f"has row {module.padding_idx} for padding, which gets no gradient: leave it out"
     return None
 
 
 def attach_rows(module: nn.Module, token_ids: list[int], tied: list[nn.Module]) -> None:
-    """Train these rows of `module`, in place; `tied` are the heads that share its weight."""
+    """Train these rows of `module`, in place; `tied` are the heads and embeddings that share its weight."""
     graft(module, TokenRows)
     assert isinstance(module, TokenRows)
     module.add_rows(token_ids)
-    for head in tied:
-        graft(head, TokenHead)
-        assert isinstance(head, TokenHead)
-        head.follow(module)
+    for other in tied:
+        graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
+        assert isinstance(other, TokenFollower)
+        other.follow(module)
 
 
 def detach_rows(model: nn.Module) -> None:
     """Take every token row out of `model`, in place."""
     for module in list(model.modules()):
-        for kind in (TokenRows, TokenHead):
+        for kind in (TokenRows, TokenFollower):
             if isinstance(module, kind):
                 module.drop_rows()
                 ungraft(module, kind)
