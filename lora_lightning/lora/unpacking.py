@@ -153,9 +153,9 @@ def our_config(peft: dict[str, Any], found: Contents, record: dict[str, Any], mo
         target_parameters=list(found.parameters) or None,
         trainable_token_indices={name: token_ids(peft, name) for name in found.tokens} or None,
         modules_to_save=found.saved or None,
-        slices={re.escape(n): spec for n, spec in slices.items() if n in modules},
-        rank_pattern={re.escape(n): rank for n, rank in ranks.items() if rank != r},
-        alpha_pattern={re.escape(n): a for n, a in own_alphas.items() if a != alpha},
+        slices={f"^{re.escape(n)}$": spec for n, spec in slices.items() if n in modules},
+        rank_pattern={f"^{re.escape(n)}$": rank for n, rank in ranks.items() if rank != r},
+        alpha_pattern={f"^{re.escape(n)}$": a for n, a in own_alphas.items() if a != alpha},
         use_rslora=rslora,
     )
 

@@ -133,6 +133,21 @@ def test_an_alpha_edited_in_pefts_config_scales_the_parts(tmp_path):
     assert again[0].lora_settings.slices == model[0].lora_settings.slices
 
 
+def test_ranks_and_parts_of_a_name_do_not_reach_names_that_end_in_it(tmp_path):
+    def make():
+        return nn.ModuleDict({"qkv": nn.Linear(6, 12), "a": nn.ModuleDict({"qkv": nn.Linear(6, 12)})})
+
+    model, again = make(), make()
+    again.load_state_dict(model.state_dict())
+    chosen = {"slices": {"^qkv$": SPECS["thirds"]}, "rank_pattern": {"^qkv$": 1}, "alpha_pattern": {"^qkv$": 7.0}}
+    inject(model, config(target_modules=["qkv"], **chosen))
+    stir(model)
+    load_adapter(again, save_adapter(model, tmp_path))
+    for name in ("qkv", "a.qkv"):
+        assert again.get_submodule(name).lora_settings == model.get_submodule(name).lora_settings
+        assert torch.equal(again.get_submodule(name).lora_B, model.get_submodule(name).lora_B)
+
+
 def test_a_config_with_slices_survives_json_with_sorted_keys():
     before = config(slices={"b": SPECS["unequal"], "a": ["v", "q"]})
     assert LoRAConfig.from_dict(json.loads(json.dumps(before.to_dict(), sort_keys=True))) == before

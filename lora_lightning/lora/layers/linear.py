@@ -30,9 +30,7 @@ class _Projection(AdaptedLayer):
     @classmethod
     def _shape(cls, module: nn.Module) -> tuple[int, int]:
         """(out, in), whatever way the weight lies."""
-        assert isinstance(module.weight, Tensor)
-        out_features, in_features = reversed(module.weight.shape) if cls.weight_is_transposed else module.weight.shape
-        return out_features, in_features
+        raise NotImplementedError
 
     @classmethod
     def output_rows(cls, module: nn.Module) -> int:
@@ -93,9 +91,19 @@ class LoRALinear(_Projection, nn.Linear):  # type: ignore[misc]  # a wider forwa
 
     kind = "Linear"
 
+    @classmethod
+    def _shape(cls, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
+
 
 class LoRAConv1D(_Projection):
     """transformers' `Conv1D` (GPT-2): W0 is (in, out). A and B lie as for `nn.Linear`."""
 
     kind = "Conv1D"
     weight_is_transposed = True
+
+    @classmethod
+    def _shape(cls, module: nn.Module) -> tuple[int, int]:
+        in_features, out_features = module.get_parameter("weight").shape
+        return out_features, in_features
