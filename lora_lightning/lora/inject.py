@@ -122,10 +122,10 @@ def _open_attention(model: nn.Module) -> None:
 
 
 def _adapt(target: Target) -> AdaptedModule:
-    layer = target.kind.attach(target.module, target.settings)
+    layer, parts = target.kind.attach(target.module, target.settings), target.settings.slices
     return AdaptedModule(
         module=target.name,
-        kind=layer.kind,
+        kind=layer.kind if parts is None else f"{layer.kind}[{', '.join(parts.taken)}]",
         r=target.settings.r,
         alpha=target.settings.alpha,
         dropout=target.settings.dropout,

@@ -15,6 +15,7 @@ class AdaptedModule:
     module: str
     """Full name in the backbone."""
     kind: str
+    """The kind of layer, with the adapted parts in brackets where it is fused."""
     r: int
     alpha: float
     dropout: float

@@ -14,6 +14,7 @@ from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, re
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import adapted_layers
+from tests.lora.coverage import note
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -88,6 +89,7 @@ def check_laws(make, run, config, dtype, tmp_path, *, grads=True, adapted_differ
         assert [type(m) for m in left.modules()] == types
     assert torch.equal(run(model), output)
     assert fingerprint(model).digest == before.digest
+    note(dtype=dtype, report=report)
     return report
 
 

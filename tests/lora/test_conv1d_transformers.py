@@ -99,6 +99,7 @@ def test_the_papers_counts_for_query_and_value_of_gpt2(width, layers, count):
         model = GPT2Model(GPT2Config(n_embd=width, n_layer=layers, n_head=16 if width == 1024 else 20))
     report = inject(model, config(r=4, alpha=32, target_modules=["c_attn"], slices={"c_attn": ["q", "v"]}))
     assert report.trainable == count
+    assert {row.kind for row in report.modules} == {"Conv1D[q, v]"}
     assert {row.parameters for row in report.modules} == {2 * 2 * 4 * width}
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import adapted_layers
+from tests.lora.coverage import note
 from tests.lora.laws import TOLERANCE, dtypes, relative, stir
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 6, 1, 2]])
@@ -263,6 +264,7 @@ def test_laws(family, dtype, tmp_path):
     assert list(model.state_dict()) == keys
     # In bfloat16 rounding is passed on from layer to layer, here of models with random weights.
     assert relative(run(model), adapted) <= {torch.bfloat16: 0.3}.get(dtype, 10 * TOLERANCE[dtype])
+    note(dtype=dtype, report=report, family=family)
 
 
 def _without_ours(model):
