@@ -44,8 +44,9 @@ def run_on(dims, size=6):
 
 
 @dtypes
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("dims", "mode"), [(1, "circular"), (2, "zeros"), (2, "reflect"), (2, "replicate"), (2, "circular"), (3, "zeros")]
+)
 def test_laws(dims, mode, dtype, tmp_path):
     make = net(dims, stride=2, padding=1, dilation=2, padding_mode=mode)
     report = check_laws(make, run_on(dims), config(target_modules=["0", "2"]), dtype, tmp_path)
