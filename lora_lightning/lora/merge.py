@@ -40,7 +40,8 @@ def merge(model: nn.Module) -> MergeReport:
     _refuse_infinite(layers, tokens)
     report = MergeReport()
     shared = _shared_weights(model)
-    for name, layer in layers:
+    for path, layer in layers:
+        name = layer.lora_name(path)
         report.kept[name], untied = _fold(layer, shared)
         if untied:
             report.untied.append(name)

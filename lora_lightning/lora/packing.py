@@ -78,7 +78,7 @@ def packed_layers(model: nn.Module) -> list[Packed]:
         holder = modules[parent]
         if isinstance(layer, LoRAParameter):
             prefix = parent + ".base_layer" * _later(layer, holder)
-            name = ".".join(part for part in (parent, layer.lora_settings.parameter) if part)
+            name = layer.lora_name(path)
             packed.append(_packed(layer, name, path=path, peft_name=name, prefix=prefix))
         elif isinstance(holder, nn.MultiheadAttention) and last == "out_proj":
             prefix = ".".join(part for part in (parent, "base_layer.out_proj") if part)

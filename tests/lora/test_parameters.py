@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning import disabled, inject, load_adapter, save_adapter
+from lora_lightning import disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.fingerprint import fingerprint
 from tests.lora.laws import check_laws, check_meta, check_peft_opens_ours, check_we_open_pefts, config, dtypes, stir
@@ -105,6 +105,14 @@ def test_the_parameter_stays_under_its_name_and_is_computed_once_in_a_forward(mo
     run(model)
     assert len(calls) == 1
     assert fingerprint(model).digest == before
+
+
+def test_reports_call_a_parameter_by_its_name():
+    model = Mixture()
+    report = inject(model, config(target_modules=["proj"], target_parameters=["up", "mix"]))
+    stir(model)
+    names = {"proj", "experts.up", "mix"}
+    assert {row.module for row in report.modules} == merge(model).kept.keys() == names
 
 
 def test_disabled_reads_w0():

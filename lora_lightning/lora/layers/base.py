@@ -176,6 +176,10 @@ class AdaptedLayer(Grafted):
         self.drop_factors()
         ungraft(self, AdaptedLayer)
 
+    def lora_name(self, path: str) -> str:
+        """What is adapted, by its name in the backbone, for the layer at `path`."""
+        return path
+
     @property
     def lora_owner(self) -> nn.Module:
         """The module that holds the adapted part of W0."""

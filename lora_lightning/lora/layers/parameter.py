@@ -61,6 +61,9 @@ class LoRAParameter(AdaptedLayer):
         """This one is a plain module with a class of its own."""
         return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
 
+    def lora_name(self, path: str) -> str:
+        return f"{path.rpartition('.')[0]}.{self.lora_settings.parameter}".removeprefix(".")
+
     @property
     def lora_owner(self) -> nn.Module:
         return self._owner[0]
