@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import inject
@@ -93,14 +93,10 @@ def test_rank_is_bounded():
         inject(Two(), config(r=7))
 
 
-@pytest.mark.parametrize(("width", "layers", "count"), [(1024, 24, 393_216), (1280, 36, 737_280)])
-def test_the_papers_counts_for_query_and_value_of_gpt2(width, layers, count):
-    with torch.device("meta"):
-        model = GPT2Model(GPT2Config(n_embd=width, n_layer=layers, n_head=16 if width == 1024 else 20))
-    report = inject(model, config(r=4, alpha=32, target_modules=["c_attn"], slices={"c_attn": ["q", "v"]}))
-    assert report.trainable == count
+def test_the_report_names_the_parts():
+    report = inject(gpt2(), config(target_modules=["c_attn"], slices={"c_attn": ["q", "v"]}))
     assert {row.kind for row in report.modules} == {"Conv1D[q, v]"}
-    assert {row.parameters for row in report.modules} == {2 * 2 * 4 * width}
+    assert {row.parameters for row in report.modules} == {2 * (2 * 16 + 16 * 2)}
 
 
 def test_slices_change_only_their_rows():
