@@ -10,7 +10,7 @@ from lora_lightning.lora.layers import SavedCopy
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B, what options add to them, and the copies of `modules_to_save`, by their keys in `model.state_dict()`.
+    """A, B, what options add, token rows and the copies of `modules_to_save`, by their keys in `model.state_dict()`.
 
     Raises:
         AdapterError: A or B is not found there under its module's name.

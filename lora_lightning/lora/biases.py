@@ -22,7 +22,7 @@ def biases_to_train(model: nn.Module, config: LoRAConfig, selection: Selection) 
         inside_saved = {module for _, saved in selection.saved for module in saved.modules()}
         candidates = [module for module in model.modules() if module not in inside_saved]
     else:
-        candidates = [target.module for target in selection.targets]
+        candidates = list(dict.fromkeys(target.module for target in selection.targets))
     biased = [module for module in candidates if has_bias(module)]
     if not biased:
         whose = "no module" if config.bias == "all" else "none of the selected modules"

@@ -63,7 +63,7 @@ def _start_loftq(layers: Layers, original: Any) -> None:
             f"init 'loftq' needs the model before quantisation or its state dict, got {type(weights).__name__}"
         )
     for name, layer in layers:
-        weight, quantised = weights.get(f"{name}.weight"), layer.base_weight().to(layer.lora_A.dtype)
+        weight, quantised = weights.get(f"{name}.weight"), layer.base_matrix().to(layer.lora_A.dtype)
         if weight is None or weight.shape != quantised.shape:
             got = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
             raise LoRAError(f"init 'loftq' needs '{name}.weight' of shape {tuple(quantised.shape)}, got {got}")

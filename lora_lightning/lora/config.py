@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
+from lora_lightning.lora.slices import SliceSpec, check_spec
 from lora_lightning.lora.starts import FAST_PISSA
 
 ALL_LINEAR = "all-linear"
@@ -53,6 +54,20 @@ class LoRAConfig:
     modules_to_save: list[str] | None = None
     """Modules trained in full beside the adapters, such as a new head: exact full names, or a last part that is
     unique in the model. A copy is trained; the original stays as it was."""
+
+    slices: dict[str, SliceSpec] = field(default_factory=dict)
+    """Parts of fused projections to adapt, each with its own A and B, by module name or regular expression; the
+    longest that matches wins. `{c_attn: [q, v]}` where the layout is known (GPT-2, GPT-NeoX, Bloom, Phi-3, timm,
+    nn.MultiheadAttention); elsewhere `{qkv: {of: [q, k, v], take: [q, v]}}`, with `sizes: [rows, ...]` where
+    the parts differ and `heads: N` where they alternate in N blocks. Left out, a fused layer is adapted as one.
+    A PEFT directory holds the parts as one adapter, of the rank of all together and with zeros, which is the same."""
+
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, matrices or stacks of them such as experts: full names, or dotted ends of them."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the input embedding that train in full, by token number; or by the embedding's name, a list for each.
+    A head that is tied to the embedding follows."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from `r`, by module name or regular expression; the longest pattern that matches wins."""
@@ -109,12 +124,15 @@ class LoRAConfig:
             )
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _check_names(name, getattr(self, name)))
-        if not self.target_modules:
+        if self.target_parameters is not None:
+            object.__setattr__(self, "target_parameters", _check_list("target_parameters", self.target_parameters))
+        self._check_tokens()
+        if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
             raise ConfigError(f"target_modules selects nothing: write '{ALL_LINEAR}' or a list of names")
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _check_list("modules_to_save", self.modules_to_save))
         self._check_layers()
-        for name in ("rank_pattern", "alpha_pattern", "dropout_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "dropout_pattern", "slices"):
             object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
         for pattern, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -124,6 +142,8 @@ class LoRAConfig:
         for pattern, dropout in self.dropout_pattern.items():
             if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
                 raise ConfigError(f"dropout_pattern['{pattern}'] must be at least 0 and below 1, got {dropout!r}")
+        for pattern, spec in self.slices.items():
+            check_spec(pattern, spec)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -133,6 +153,15 @@ class LoRAConfig:
         if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ConfigError(f"layers_to_transform must be block numbers from 0 on, got {layers!r}")
         object.__setattr__(self, "layers_to_transform", numbers)
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        for numbers in tokens.values() if isinstance(tokens, dict) else [tokens] if tokens is not None else []:
+            wrong = isinstance(numbers, str) or not isinstance(numbers, Sequence) or not numbers
+            if wrong or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+                raise ConfigError(f"trainable_token_indices must be token numbers from 0 on, got {numbers!r}")
+            if len(set(numbers)) < len(numbers):
+                raise ConfigError(f"trainable_token_indices holds a token twice: {numbers!r}")
 
     @property
     def scaling_alpha(self) -> float:

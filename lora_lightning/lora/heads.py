@@ -46,6 +46,17 @@ def _asked(model: nn.Module) -> list[nn.Module] | None:
     return None
 
 
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The embedding of tokens, where the model itself can be asked."""
+    if not is_a(model, HF_MODEL):
+        return None
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # some transformers models have none, and say so in this way
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
 def is_a(model: nn.Module, package: str) -> bool:
     """By the defining package's name: this part of the code imports neither."""
     return any(cls.__module__.startswith(package) for cls in type(model).__mro__)

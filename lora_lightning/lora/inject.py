@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,17 @@ from lora_lightning.lora.biases import biases_to_train, train_biases
 from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TrainedBias, graft, ungraft
+from lora_lightning.lora.layers import (
+    AdaptedLayer,
+    AttentionHost,
+    Grafted,
+    SavedCopy,
+    TokenRows,
+    TrainedBias,
+    graft,
+    ungraft,
+)
+from lora_lightning.lora.layers.tokens import attach_rows, detach_rows
 from lora_lightning.lora.quantised import allow_packing, hold_packing
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
 from lora_lightning.lora.targets import Selection, Target, select
@@ -57,7 +66,7 @@ def inject(
     if start:
         check_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
-    _refuse_tied_targets(model, selection.targets)
+    _refuse_tied_targets(selection)
     biased = biases_to_train(model, config, selection)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
@@ -75,7 +84,13 @@ def inject(
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     biases = sum(p.numel() for p in {m.lora_trained_bias for _, m in trained_biases(model)})
     return InjectionReport(
-        modules=rows, saved=saved, skipped=selection.skipped, biases=biases, trainable=trainable, frozen=frozen
+        modules=rows,
+        saved=saved,
+        tokens={name: module.lora_tokens.numel() for name, module in token_rows(model)},
+        skipped=selection.skipped,
+        biases=biases,
+        trainable=trainable,
+        frozen=frozen,
     )
 
 
@@ -84,11 +99,14 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
         parameter.requires_grad_(False)
     hold_packing(model)
     rows = [_adapt(target, start=start) for target in selection.targets]
+    for token in selection.tokens:
+        attach_rows(token.module, token.token_ids, token.tied)
     twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
     for _, module in selection.saved:
         graft(module, SavedCopy)
         assert isinstance(module, SavedCopy)
         module.add_copy(twins)
+    _open_attention(model)
     fastpath.keep_off(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
@@ -100,16 +118,25 @@ def remove(model: nn.Module) -> nn.Module:
     """
     for _, biased in trained_biases(model):
         biased.drop_bias()
-        ungraft(biased)
+        ungraft(biased, TrainedBias)
     for _, layer in adapted_layers(model):
-        layer.drop_factors()
-        ungraft(layer)
+        layer.detach()
     for _, module in saved_copies(model):
         module.drop_copy()
-        ungraft(module)
+        ungraft(module, SavedCopy)
+    close(model)
+    return model
+
+
+def close(model: nn.Module) -> None:
+    """Undo what `inject` does around the adapted layers, once these are gone."""
+    detach_rows(model)
+    for module in list(model.modules()):
+        if isinstance(module, AttentionHost):
+            module.__dict__.pop("lora_enabled", None)
+            ungraft(module, AttentionHost)
     fastpath.allow(model)
     allow_packing(model)
-    return model
 
 
 def restart(model: nn.Module) -> None:
@@ -155,14 +182,25 @@ def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SavedCopy)]
 
 
+def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
+    """Every embedding with trained rows, with its full name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, TokenRows)]
+
+
+def _open_attention(model: nn.Module) -> None:
+    """Let every `nn.MultiheadAttention` call its out_proj where that is adapted, or trained in full."""
+    for module in list(model.modules()):
+        if isinstance(module, AttentionHost) or not isinstance(module, nn.MultiheadAttention):
+            continue
+        if isinstance(module.out_proj, AdaptedLayer | SavedCopy):
+            graft(module, AttentionHost)
+
+
 def _adapt(target: Target, *, start: bool) -> AdaptedModule:
-    graft(target.module, target.kind)
-    layer = target.module
-    assert isinstance(layer, AdaptedLayer)
-    layer.add_factors(target.settings, start=start)
+    layer, parts = target.kind.attach(target.module, target.settings, start=start), target.settings.slices
     return AdaptedModule(
         module=target.name,
-        kind=layer.kind,
+        kind=layer.kind if parts is None else f"{layer.kind}[{', '.join(parts.taken)}]",
         r=target.settings.r,
         alpha=target.settings.alpha,
         dropout=target.settings.dropout,
@@ -171,10 +209,16 @@ def _adapt(target: Target, *, start: bool) -> AdaptedModule:
     )
 
 
-def _refuse_tied_targets(model: nn.Module, targets: list[Target]) -> None:
+def _refuse_tied_targets(selection: Selection) -> None:
     """A weight that two adapted layers share would be merged into twice."""
-    owners = Counter(id(target.module.weight) for target in targets)
-    for target in targets:
-        if owners[id(target.module.weight)] > 1:
-            twins = [t.name for t in targets if t.module.weight is target.module.weight]
+    names: dict[int, list[str]] = {}
+    for target in selection.targets:
+        for parameter in target.kind.adapted_parameters(target.module, target.settings).values():
+            names.setdefault(id(parameter), []).append(target.name)
+    for token in selection.tokens:
+        names.setdefault(id(token.module.weight), []).append(token.name)
+    for twins in names.values():
+        if len(set(twins)) < len(twins):
+            raise TargetError(f"'{twins[0]}' is selected twice: name it in one field of the config only")
+        if len(twins) > 1:
             raise TargetError(f"'{twins[0]}' and '{twins[1]}' share one weight: adapt one of them, exclude the other")

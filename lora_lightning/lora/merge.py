@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import fastpath
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, saved_copies, trained_biases
-from lora_lightning.lora.layers import AdaptedLayer, ungraft
-from lora_lightning.lora.quantised import allow_packing, make_plain, scheme
+from lora_lightning.lora.inject import (
+    adapted_layers,
+    close,
+    grafted_modules,
+    saved_copies,
+    token_rows,
+    trained_biases,
+)
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TrainedBias, ungraft
+from lora_lightning.lora.quantised import make_plain, scheme
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
 
@@ -46,8 +54,8 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
             is False; a dtype that cannot hold the sum; a bias to add where the layer has none. The model is then
             as it was.
     """
-    layers, saved = adapted_layers(model), saved_copies(model)
-    if not layers and not saved:
+    layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
+    if not layers and not saved and not tokens:
         raise MergeError("nothing to merge: this model has no adapters")
     _refuse(model, dequantize=dequantize)
     report = MergeReport()
@@ -56,24 +64,27 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     kept_copies: dict[int, Tensor] = {}
     for _, biased in trained_biases(model):
         biased.keep_bias(kept_biases)
-        ungraft(biased)
+        ungraft(biased, TrainedBias)
     plain_dtype = _float_dtype(model)
-    for name, layer in layers:
-        if scheme(layer) is not None:
+    for path, layer in layers:
+        name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
+        merged, report.kept[name] = _merged_weights(layer, plain_dtype if quantised else None)
+        _fold_bias(layer)
+        layer.detach()
+        if quantised:
             report.dequantised.append(name)
-            report.kept[name] = _fold_dense(layer, plain_dtype)
-            continue
-        report.kept[name] = _fold(layer, in_place=id(layer.weight) not in ties)
-        layer.drop_factors()
-        ungraft(layer)
+            make_plain(owner, merged["weight"])
+        else:
+            _put(owner, merged, ties)
+    for _, embedding in tokens:
+        embedding.keep_rows()
     for _, module in saved:
         module.keep_copy(kept_copies)
-        ungraft(module)
+        ungraft(module, SavedCopy)
     if untied_since(model, ties):
         untie_config(model)
     report.untied.extend(untied_since(model, ties))
-    fastpath.allow(model)
-    allow_packing(model)
+    close(model)
     return report
 
 
@@ -86,7 +97,8 @@ def _refuse(model: nn.Module, *, dequantize: bool) -> None:
     for name, saved in saved_copies(model):
         if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
             raise MergeError(f"the copy of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-    for name, layer in adapted_layers(model):
+    for path, layer in adapted_layers(model):
+        name = layer.lora_name(path)
         if layer.lora_B_bias is not None and layer._parameters.get("bias") is None:
             raise MergeError(
                 f"lora_bias of '{name}' has no bias to be added to, and a new key would not load into the original"
@@ -103,42 +115,41 @@ def _refuse(model: nn.Module, *, dequantize: bool) -> None:
 
 def _refuse_narrow(name: str, layer: AdaptedLayer) -> None:
     """Integer codes cannot take an update, and float16 ends at 65504."""
-    dtype = layer.weight.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise MergeError(f"'{name}' holds its weight as {dtype}: load the backbone unquantised and merge there")
-    if dtype == torch.float16 and not torch.isfinite((layer.weight + layer.update_weight()).half()).all():
+    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    for weight in parameters.values():
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise MergeError(
+                f"'{name}' holds its weight as {weight.dtype}: load the backbone unquantised and merge there"
+            )
+    if not any(weight.dtype == torch.float16 for weight in parameters.values()):
+        return
+    if not all(torch.isfinite((parameters[own] + d).half()).all() for own, d in layer.weight_deltas().items()):
         raise MergeError(f"W0 + s B A of '{name}' is larger than float16 can hold: merge into float32 or bfloat16")
 
 
-def _fold(layer: AdaptedLayer, *, in_place: bool) -> float:
-    """Put `W0 + s B A` into the layer's weight; return the share of the update that rounding kept."""
-    merged, kept = _merged_weight(layer, layer.weight.dtype)
-    _fold_bias(layer)
-    if in_place:
-        layer.weight.copy_(merged)
-    else:
-        layer.weight = nn.Parameter(merged, requires_grad=False)
-    return kept
+def _merged_weights(layer: AdaptedLayer, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], float]:
+    """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept."""
+    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    merged: dict[str, Tensor] = {}
+    wanted = lost = 0.0
+    for name, delta in layer.weight_deltas().items():
+        before = (layer.base_weight() if dtype else parameters[name]).to(delta.dtype)
+        merged[name] = (before + delta).to(dtype or parameters[name].dtype)
+        applied = merged[name].to(delta.dtype) - before
+        wanted += float(torch.linalg.vector_norm(delta)) ** 2
+        lost += float(torch.linalg.vector_norm(applied - delta)) ** 2
+    return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
-def _fold_dense(layer: AdaptedLayer, dtype: torch.dtype) -> float:
-    """The same into a plain layer in place of a quantised one."""
-    merged, kept = _merged_weight(layer, dtype)
-    _fold_bias(layer)
-    layer.drop_factors()
-    ungraft(layer)
-    make_plain(layer, merged)
-    return kept
-
-
-def _merged_weight(layer: AdaptedLayer, dtype: torch.dtype) -> tuple[Tensor, float]:
-    delta = layer.update_weight()
-    before = layer.base_weight().to(delta.dtype)
-    merged = (before + delta).to(dtype)
-    applied = merged.to(delta.dtype) - before
-    size = torch.linalg.vector_norm(delta)
-    kept = 1.0 - float(torch.linalg.vector_norm(applied - delta) / size) if size > 0 else 1.0
-    return merged, max(0.0, kept)
+def _put(module: nn.Module, merged: dict[str, Tensor], ties: Container[int]) -> None:
+    """Write the weights in place, or as parameters of their own where they are shared with another module."""
+    for name, weight in merged.items():
+        own = module._parameters[name]
+        assert own is not None
+        if id(own) in ties:
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        else:
+            own.copy_(weight)
 
 
 def _fold_bias(layer: AdaptedLayer) -> None:

@@ -14,9 +14,6 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "fan_in_fan_out": (False, None),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
     "layer_replication": (None,),
     "megatron_config": (None,),
     "alora_invocation_tokens": (None,),
@@ -88,6 +85,11 @@ def _is_blocks(value: Any) -> bool:
     return _is_int(value) or (isinstance(value, list) and all(_is_int(entry) for entry in value))
 
 
+def _is_tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(numbers, list) and all(_is_int(n) for n in numbers) for numbers in lists)
+
+
 # What is read of PEFT's config, each by a check and by what it expects.
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_int, "a whole number"),
@@ -96,6 +98,9 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "use_rslora": (_is_bool, "true or false"),
     "use_dora": (_is_bool, "true or false"),
     "lora_bias": (_is_bool, "true or false"),
+    "fan_in_fan_out": (_is_bool, "true or false"),
+    "target_parameters": (_is_names, "a list of names"),
+    "trainable_token_indices": (_is_tokens, "a list of token numbers, or one for each embedding's name"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
     "target_modules": (_is_selection, "a list of names or a regular expression"),
     "exclude_modules": (_is_selection, "a list of names or a regular expression"),
@@ -140,3 +145,44 @@ def holder(key: str, listed: list[str]) -> str | None:
     parts = key.split(".")
     around = [".".join(parts[:i]) for i in range(1, len(parts))]
     return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
+
+
+def start_in_file(peft: dict[str, Any]) -> str:
+    """The start whose B0 A0 the file's factors count on, `gaussian` where there is none.
+
+    PEFT takes s B0 A0 out of W0 for some starts and writes A and B as they are; pissa and olora follow from W0 alone.
+    """
+    init = peft.get("init_lora_weights", True)
+    if init in ("pissa", "olora"):
+        return str(init)
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "mica"):
+        raise AdapterError(
+            f"the adapter's config has init_lora_weights '{init}', which changed the base that it belongs to in a way"
+            f" that cannot be computed again: save it in PEFT with path_initial_model_for_weight_conversion first"
+        )
+    return "gaussian"
+
+
+def is_trained_bias(name: str, peft: dict[str, Any]) -> bool:
+    """A bias that `bias` trained, and not one of a module that is saved in full."""
+    wanted = {"all": (".bias",), "lora_only": (".base_layer.bias",)}.get(str(peft.get("bias")), ())
+    return name.endswith(wanted) and holder(name, peft.get("modules_to_save") or []) is None
+
+
+def is_peft_copy(key: str) -> bool:
+    """PEFT's `bias: all` writes the biases inside a wrapped module a second time, under names of its own."""
+    return ".original_module." in key or ".modules_to_save." in key
+
+
+def token_ids(peft: dict[str, Any], name: str) -> list[int]:
+    """The token numbers of an embedding's rows, in the file's order.
+
+    Raises:
+        AdapterError: the config does not say.
+    """
+    indices = peft.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((numbers for entry, numbers in indices.items() if peft_selects([entry], name)), None)
+    if not indices:
+        raise AdapterError(f"the adapter has token rows for '{name}' and its config no trainable_token_indices for it")
+    return [int(number) for number in indices]

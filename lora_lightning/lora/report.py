@@ -15,6 +15,7 @@ class AdaptedModule:
     module: str
     """Full name in the backbone."""
     kind: str
+    """The kind of layer, with the adapted parts in brackets where it is fused."""
     r: int
     alpha: float
     dropout: float
@@ -31,6 +32,8 @@ class InjectionReport:
     modules: list[AdaptedModule]
     saved: dict[str, int]
     """`modules_to_save` by full name, with the parameters of each copy."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Embeddings with rows that train in full, with the parameters of those rows."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` left out, with the reason."""
     biases: int = 0
@@ -70,6 +73,7 @@ class InjectionReport:
             for name, count, row, parameters in self.groups()
         ]
         table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        table += [(name, "1", "rows in full", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
         if self.biases:
             table.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
         return table

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
 from lora_lightning.lora.heads import output_head
-from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRALinear, kind_of
+from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
+from lora_lightning.lora.layers.attention import host_refusal
 from lora_lightning.lora.options import refuse_options
 from lora_lightning.lora.presets import preset_pattern
+from lora_lightning.lora.slices import Slices, SliceSpec, resolve
+from lora_lightning.lora.tokens import TokenTarget, token_targets
 
-Number = TypeVar("Number", int, float)
+Value = TypeVar("Value", int, float, SliceSpec)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Selection:
 
     targets: list[Target] = field(default_factory=list)
     saved: list[tuple[str, nn.Module]] = field(default_factory=list)
+    tokens: list[TokenTarget] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Modules that `all-linear` would have taken but for the reason given."""
 
@@ -53,43 +58,117 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     selection = Selection(saved=_saved(names, config))
     found = _found(model, names, config, selection)
     found = _without_excluded(found, names, config)
-    found = _in_layers(found, names, config)
-    if not found:
+    wanted = [_Wanted(names[module], module, why) for module, why in found.items()]
+    wanted = _in_layers(wanted + _parameters(names, config, selection), config)
+    selection.tokens = token_targets(model, names, config.trainable_token_indices)
+    _refuse_twice(selection)
+    if not wanted and not selection.tokens:
         raise TargetError(_nothing_left(model, config, selection))
-    ranks = {module: _by_pattern("rank_pattern", config.rank_pattern, names[module], config.r) for module in found}
-    alphas = {
-        module: _by_pattern("alpha_pattern", config.alpha_pattern, names[module], config.scaling_alpha)
-        for module in found
-    }
-    _all_used("rank_pattern", config.rank_pattern, [names[m] for m in found])
-    _all_used("alpha_pattern", config.alpha_pattern, [names[m] for m in found])
-    dropouts = {
-        module: _by_pattern("dropout_pattern", config.dropout_pattern, names[module], config.dropout)
-        for module in found
-    }
-    _all_used("dropout_pattern", config.dropout_pattern, [names[m] for m in found])
-    for module, why in found.items():
-        r, alpha = ranks[module], alphas[module]
-        kind = kind_of(module)
+    everything = [w.names for w in wanted]
+    _all_used("rank_pattern", config.rank_pattern, everything)
+    _all_used("alpha_pattern", config.alpha_pattern, everything)
+    _all_used("dropout_pattern", config.dropout_pattern, everything)
+    _all_used("slices", config.slices, everything)
+    modules = {group[0]: module for module, group in names.items()}
+    for w in wanted:
+        kind = LoRAParameter if w.parameter else kind_of(w.module)
         assert kind is not None
-        refuse_options(names[module][0], module, kind, config, r)
-        largest = kind.largest_rank(module)
-        if r > largest and not any_rank:
-            raise TargetError(
-                f"r={r} is larger than the layer '{names[module][0]}' allows ({largest}, the smaller side of its"
-                f" weight): lower r, or set rank_pattern: {{{names[module][0]}: {largest}}}, or exclude it"
-            )
-        settings = LayerSettings(
-            r=r,
-            alpha=alpha,
-            scale=config.scale(r, alpha),
-            dropout=dropouts[module],
-            init=config.init,
-            use_dora=config.use_dora,
-            lora_bias=config.lora_bias,
-        )
-        selection.targets.append(Target(names[module][0], module, kind, settings, why))
+        settings = _settings(w, kind, config, modules)
+        refuse_options(w.names[0], w.module, kind, settings)
+        _check_fit(w, kind, settings, any_rank=any_rank)
+        selection.targets.append(Target(w.names[0], w.module, kind, settings, w.why))
     return selection
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One thing to adapt, by every name that it has."""
+
+    names: list[str]
+    module: nn.Module
+    why: str
+    parameter: str = ""
+
+
+def _settings(
+    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module]
+) -> LayerSettings:
+    r = _by_pattern("rank_pattern", config.rank_pattern, wanted.names, config.r)
+    alpha = _by_pattern("alpha_pattern", config.alpha_pattern, wanted.names, config.scaling_alpha)
+    return LayerSettings(
+        r=r,
+        alpha=alpha,
+        scale=config.scale(r, alpha),
+        dropout=_by_pattern("dropout_pattern", config.dropout_pattern, wanted.names, config.dropout),
+        init=config.init,
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
+        slices=_slices(wanted, kind, config, modules),
+        parameter=wanted.parameter,
+    )
+
+
+def _slices(
+    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module]
+) -> Slices | None:
+    spec: SliceSpec = _by_pattern("slices", config.slices, wanted.names, [])
+    if not spec:
+        return None
+    name = wanted.names[0]
+    rows = kind.output_rows(wanted.module)
+    if rows is None:
+        raise TargetError(f"slices: '{name}', a {kind.kind}, has no parts to choose from")
+    return resolve(name, wanted.module, modules.get(name.rpartition(".")[0]), rows, spec)
+
+
+def _check_fit(wanted: _Wanted, kind: type[AdaptedLayer], settings: LayerSettings, *, any_rank: bool) -> None:
+    name = wanted.names[0]
+    if any(p is not None and is_lazy(p) for p in wanted.module._parameters.values()):
+        raise TargetError(f"cannot adapt '{name}': it is lazy and has no shape yet: run the model on a batch first")
+    if reason := kind.refusal(wanted.module, settings):
+        raise TargetError(f"cannot adapt '{name}': {reason}")
+    largest = kind.largest_rank(wanted.module, settings)
+    if settings.r > largest and not any_rank:
+        raise TargetError(
+            f"r={settings.r} is larger than the layer '{name}' allows ({largest}, the smaller side of its"
+            f" weight): lower r, or set rank_pattern: {{{name}: {largest}}}, or exclude it"
+        )
+
+
+def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection) -> list[_Wanted]:
+    """The parameters that `target_parameters` selects, in the model's order."""
+    inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
+    entries, used = config.target_parameters or [], set[str]()
+    wanted: list[_Wanted] = []
+    known: list[str] = []
+    for module, group in names.items():
+        for own in module._parameters if module not in inside_saved else ():
+            full = [f"{name}.{own}" if name else own for name in group]
+            known += full
+            hits = [entry for entry in entries if any(matches([entry], name) for name in full)]
+            used.update(hits)
+            if hits and module._parameters[own] is not None and not _excluded(full, config):
+                wanted.append(_Wanted(full, module, hits[0], own))
+    for entry in entries:
+        if entry not in used:
+            raise TargetError(_no_match("target_parameters", entry, known, what="parameter"))
+    return wanted
+
+
+def _refuse_twice(selection: Selection) -> None:
+    """Rows of an embedding that `modules_to_save` trains in full, or whose tied head it does."""
+    inside_saved = {m: name for name, saved in selection.saved for m in saved.modules()}
+    for token in selection.tokens:
+        for module in (token.module, *token.tied):
+            if module in inside_saved:
+                raise TargetError(
+                    f"trainable_token_indices: the weight of '{token.name}' is in '{inside_saved[module]}' of"
+                    f" modules_to_save, which trains it in full: name it once"
+                )
+
+
+def _excluded(names: list[str], config: LoRAConfig) -> bool:
+    return bool(config.exclude_modules) and any(matches(config.exclude_modules or [], name) for name in names)
 
 
 def matches(pattern: str | list[str], name: str) -> str | None:
@@ -183,7 +262,7 @@ def _all_linear(
     found: dict[nn.Module, str] = {}
     for module, group in candidates.items():
         kind = kind_of(module)
-        if kind is None or not issubclass(kind, LoRALinear):
+        if kind is None or not kind.linear_like:
             continue
         if any(name == head or name.startswith(f"{head}.") for name in group for head in heads):
             selection.skipped[group[0]] = "the output head"
@@ -196,14 +275,18 @@ def _all_linear(
 
 def _bypassed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
-    reason = "nn.MultiheadAttention reads its weight and never calls it, so the adapter would be ignored"
-    return {m.out_proj: reason for m in names if isinstance(m, nn.MultiheadAttention)}
+    bypassed: dict[nn.Module, str] = {}
+    for module in names:
+        if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
+            bypassed |= {module: reason, module.out_proj: reason}
+    return bypassed
 
 
 def _computed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules under a parametrisation such as weight norm: an update folded into their weight would be lost."""
     reason = "its weight is computed from other parameters (a parametrisation), so no update can be folded into it"
-    return {m: reason for m in names if isinstance(m, nn.Linear) and "weight" not in m._parameters}
+    weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}
+    return {m: reason for m, weight in weights.items() if weight not in m._parameters}
 
 
 def _without_excluded(
@@ -219,20 +302,18 @@ def _without_excluded(
     return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
 
 
-def _in_layers(
-    found: dict[nn.Module, str], names: dict[nn.Module, list[str]], config: LoRAConfig
-) -> dict[nn.Module, str]:
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return found
-    assert isinstance(wanted, list)
-    index = {module: _block_number(names[module][0]) for module in found}
-    missing = sorted(set(wanted) - set(index.values()) - {None})  # type: ignore[operator]
+def _in_layers(wanted: list[_Wanted], config: LoRAConfig) -> list[_Wanted]:
+    layers = config.layers_to_transform
+    if layers is None:
+        return wanted
+    assert isinstance(layers, list)
+    index = [_block_number(w.names[0]) for w in wanted]
+    missing = sorted(set(layers) - {n for n in index if n is not None})
     if missing:
-        there = sorted(n for n in set(index.values()) if n is not None)
+        there = sorted({n for n in index if n is not None})
         blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
-    return {module: why for module, why in found.items() if index[module] in wanted}
+    return [w for w, n in zip(wanted, index, strict=True) if n in layers]
 
 
 def _block_number(name: str) -> int | None:
@@ -245,13 +326,13 @@ def _pattern_hits(pattern: str, names: list[str]) -> bool:
     return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
 
 
-def _by_pattern(field_name: str, patterns: dict[str, Number], names: list[str], default: Number) -> Number:
+def _by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], default: Value) -> Value:
     """The value of the longest pattern that matches: no order of keys can change it."""
     hits = sorted((p for p in patterns if _pattern_hits(p, names)), key=lambda p: (p in names, len(p)), reverse=True)
     if not hits:
         return default
     rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
-    if len({patterns[p] for p in rivals}) > 1:
+    if any(patterns[p] != patterns[hits[0]] for p in rivals):
         raise TargetError(
             f"{field_name}: '{rivals[0]}' and '{rivals[1]}' both match '{names[0]}' with different values,"
             f" and neither is longer: write its full name"
@@ -259,7 +340,7 @@ def _by_pattern(field_name: str, patterns: dict[str, Number], names: list[str], 
     return patterns[hits[0]]
 
 
-def _all_used(field_name: str, patterns: Mapping[str, int | float], selected: list[list[str]]) -> None:
+def _all_used(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
     for pattern in patterns:
         if not any(_pattern_hits(pattern, group) for group in selected):
             raise TargetError(_no_match(field_name, pattern, _flat(selected), what="adapted module"))

@@ -16,8 +16,8 @@ from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.formats import refuse_other_base
 from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
+from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, Task
 from lora_lightning.training.optim import WarmupDecay
 

@@ -45,17 +45,22 @@ def test_a_config_survives_its_plain_form():
     assert LoRAConfig.from_dict(config.to_dict()) == config
 
 
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return x @ self.out_proj.weight.T
+
+
 class Bypass(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attention = nn.MultiheadAttention(8, 2)
+        self.attention = OwnAttention(8, 2)
         self.norm = nn.LayerNorm(8)
 
 
 @pytest.mark.parametrize(
     ("model", "config", "message"),
     [
-        (Bypass, {"target_modules": ["out_proj"]}, "cannot adapt 'attention.out_proj'.*never calls it"),
+        (Bypass, {"target_modules": ["out_proj"]}, "cannot adapt 'attention.out_proj'.*forward of its own"),
         (Bypass, {"target_modules": ["norm"]}, "selects 'norm', a LayerNorm, which has no LoRA form"),
         (net, {"target_modules": ["up"], "r": 13}, "r=13 is larger than the layer 'up' allows.*rank_pattern"),
         (net, {"layers_to_transform": 3}, "no selected module is in block 3"),

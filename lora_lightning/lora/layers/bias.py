@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.functional import wide_dtype
-from lora_lightning.lora.layers.base import Grafted
+from lora_lightning.lora.layers.graft import Grafted
 
 
 class TrainedBias(Grafted):

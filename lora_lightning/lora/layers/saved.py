@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.lora.layers.base import Grafted, ungraft
+from lora_lightning.lora.layers.graft import Grafted, ungraft
 
 
 class SavedCopy(Grafted):
@@ -25,7 +25,7 @@ class SavedCopy(Grafted):
         `twins` is deepcopy's memo: with one for all copies, what was tied is tied among the copies.
         """
         twin = copy.deepcopy(self, twins)
-        ungraft(twin)
+        ungraft(twin, SavedCopy)
         # Hooks on this module run around its own call, which calls the copy: there they would run twice.
         for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
             hooks.clear()
