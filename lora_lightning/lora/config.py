@@ -42,8 +42,8 @@ class LoRAConfig:
 
     target_modules: str | list[str] = ALL_LINEAR
     """Modules to adapt: `all-linear` (the output head left out); `query-value`, `attention` or `mlp` of a common
-    transformers architecture; a list of names that a module's full name equals or ends in; or one regular expression
-    that a full name matches as a whole."""
+    transformers architecture, query and value as parts where one fused layer holds them; a list of names that a
+    module's full name equals or ends in; or one regular expression that a full name matches as a whole."""
 
     exclude_modules: str | list[str] | None = None
     """Modules to leave alone though `target_modules` selects them; written like `target_modules`."""

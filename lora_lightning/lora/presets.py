@@ -6,7 +6,7 @@ of a module's full name, chosen by the model's `config.model_type`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -21,6 +21,8 @@ class Layout:
     """How a family names its projections; None where it has none that stands alone as a linear layer."""
 
     query_value: str | None
+    query_value_of: str | None = None
+    """The fused projection that holds query and value as parts, where `slices` knows its layout."""
     attention: str | None
     mlp: str | None
 
@@ -51,6 +53,7 @@ _NEOX = Layout(
     attention=r"(attention|self_attention)\.(query_key_value|dense)",
     mlp=r"mlp\.dense_(h_to_4h|4h_to_h)",
 )
+_IN_NEOX = replace(_NEOX, query_value_of=r"(attention|self_attention)\.query_key_value")
 
 LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
@@ -60,11 +63,18 @@ LAYOUTS: dict[str, Layout] = {
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra"), _BERT),
     **dict.fromkeys(("vit", "dinov2", "beit"), _VIT),
     **dict.fromkeys(("t5", "mt5"), _T5),
-    **dict.fromkeys(("gpt2", "gpt_bigcode"), _GPT2),
-    **dict.fromkeys(("gpt_neox", "bloom", "falcon"), _NEOX),
+    "gpt2": replace(_GPT2, query_value_of=r"attn\.c_attn"),
+    "gpt_bigcode": _GPT2,
+    **dict.fromkeys(("gpt_neox", "bloom"), _IN_NEOX),
+    "falcon": _NEOX,
     "starcoder2": Layout(query_value=_LLAMA.query_value, attention=_LLAMA.attention, mlp=r"mlp\.c_(fc|proj)"),
     "phi": Layout(query_value=_LLAMA.query_value, attention=r"self_attn\.([qkv]_proj|dense)", mlp=r"mlp\.fc[12]"),
-    "phi3": Layout(query_value=None, attention=r"self_attn\.(qkv|o)_proj", mlp=r"mlp\.(gate_up|down)_proj"),
+    "phi3": Layout(
+        query_value=None,
+        query_value_of=r"self_attn\.qkv_proj",
+        attention=r"self_attn\.(qkv|o)_proj",
+        mlp=r"mlp\.(gate_up|down)_proj",
+    ),
     "gptj": Layout(query_value=r"attn\.[qv]_proj", attention=r"attn\.(q|k|v|out)_proj", mlp=r"mlp\.fc_(in|out)"),
     "gpt_neo": Layout(
         query_value=r"attention\.[qv]_proj", attention=r"attention\.(q|k|v|out)_proj", mlp=r"mlp\.c_(fc|proj)"
@@ -98,7 +108,8 @@ def preset_pattern(model: nn.Module, target_modules: str | list[str]) -> str | N
             f"no preset '{target_modules}' for model_type '{model_type}'{did_you_mean(model_type, LAYOUTS)};"
             f" name the modules, or use 'all-linear'"
         )
-    choices = {"query-value": layout.query_value, "attention": layout.attention, "mlp": layout.mlp}
+    query_value = layout.query_value or layout.query_value_of
+    choices = {"query-value": query_value, "attention": layout.attention, "mlp": layout.mlp}
     pattern = choices[target_modules]
     if pattern is None:
         there = ", ".join(f"'{name}'" for name, choice in choices.items() if choice)
@@ -107,6 +118,14 @@ def preset_pattern(model: nn.Module, target_modules: str | list[str]) -> str | N
             f" parameters); it has {there}, or name the modules yourself"
         )
     return rf"(?:.*\.)?(?:{pattern})"
+
+
+def preset_parts(model: nn.Module, target_modules: str | list[str]) -> list[str]:
+    """The parts of each selected layer that a preset means: query and value of a fused one; empty for whole layers."""
+    if target_modules != "query-value":
+        return []
+    layout = LAYOUTS[_model_type(model, "query-value")]
+    return ["q", "v"] if layout.query_value is None else []
 
 
 def _model_type(model: nn.Module, preset: str) -> str:

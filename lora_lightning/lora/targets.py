@@ -16,7 +16,7 @@ from lora_lightning.lora.heads import output_head
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
 from lora_lightning.lora.layers.attention import host_refusal
 from lora_lightning.lora.options import refuse_options
-from lora_lightning.lora.presets import preset_pattern
+from lora_lightning.lora.presets import preset_parts, preset_pattern
 from lora_lightning.lora.slices import Slices, SliceSpec, resolve
 from lora_lightning.lora.tokens import TokenTarget, token_targets
 
@@ -70,10 +70,11 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     _all_used("dropout_pattern", config.dropout_pattern, everything)
     _all_used("slices", config.slices, everything)
     modules = {group[0]: module for module, group in names.items()}
+    parts = preset_parts(model, config.target_modules) if found else []
     for w in wanted:
         kind = LoRAParameter if w.parameter else kind_of(w.module)
         assert kind is not None
-        settings = _settings(w, kind, config, modules)
+        settings = _settings(w, kind, config, modules, parts)
         refuse_options(w.names[0], w.module, kind, settings)
         _check_fit(w, kind, settings, any_rank=any_rank)
         selection.targets.append(Target(w.names[0], w.module, kind, settings, w.why))
@@ -91,7 +92,7 @@ class _Wanted:
 
 
 def _settings(
-    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module]
+    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module], parts: list[str]
 ) -> LayerSettings:
     r = _by_pattern("rank_pattern", config.rank_pattern, wanted.names, config.r)
     alpha = _by_pattern("alpha_pattern", config.alpha_pattern, wanted.names, config.scaling_alpha)
@@ -103,15 +104,16 @@ def _settings(
         init=config.init,
         use_dora=config.use_dora,
         lora_bias=config.lora_bias,
-        slices=_slices(wanted, kind, config, modules),
+        slices=_slices(wanted, kind, config, modules, [] if wanted.parameter else parts),
         parameter=wanted.parameter,
     )
 
 
 def _slices(
-    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module]
+    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module], parts: list[str]
 ) -> Slices | None:
-    spec: SliceSpec = _by_pattern("slices", config.slices, wanted.names, [])
+    """`parts` are taken where `slices` says nothing."""
+    spec: SliceSpec = _by_pattern("slices", config.slices, wanted.names, parts)
     if not spec:
         return None
     name = wanted.names[0]

@@ -35,7 +35,9 @@ def test_presets_part_the_blocks_weights_among_them(model_type):
     model, layout = on_meta(model_type), LAYOUTS[model_type]
     matrices = [n for n, m in model.named_modules() if (w := m._parameters.get("weight")) is not None and w.dim() == 2]
     chosen = {}
-    for preset, pattern in zip(PRESETS, (layout.query_value, layout.attention, layout.mlp), strict=True):
+    for preset, pattern in zip(
+        PRESETS, (layout.query_value or layout.query_value_of, layout.attention, layout.mlp), strict=True
+    ):
         if pattern is None:
             with pytest.raises(TargetError, match=f"preset '{preset}'"):
                 preset_pattern(model, preset)
@@ -65,6 +67,23 @@ def test_a_preset_adapts_what_it_names_and_says_so():
     report = inject(model, LoRAConfig(target_modules="query-value"))
     assert [row.module.rpartition(".")[2] for row in report.modules] == ["q_proj", "v_proj"] * 2
     assert {row.why for row in report.modules} == {"query-value"}
+
+
+@pytest.mark.parametrize("model_type", sorted(t for t in LAYOUTS if LAYOUTS[t].query_value_of))
+def test_query_value_of_a_fused_layer_is_two_of_its_parts(model_type):
+    model = on_meta(model_type)
+    report = inject(model, LoRAConfig(r=2, target_modules="query-value"))
+    assert len(report.modules) == 2
+    assert all(row.kind.endswith("[q, v]") for row in report.modules)
+    for _, layer in adapted_layers(model):
+        assert layer.lora_settings.slices.names == ("q", "k", "v")
+    chosen = on_meta(model_type)
+    fused = report.modules[0].module.rpartition(".")[2]
+    assert (
+        inject(chosen, LoRAConfig(r=2, target_modules="query-value", slices={fused: ["k"]}))
+        .modules[0]
+        .kind.endswith("[k]")
+    )
 
 
 def test_a_preset_on_a_model_that_is_not_transformers_is_refused():
