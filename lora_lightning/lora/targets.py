@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
-from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.heads import output_head
+from lora_lightning.lora.layer_settings import Wanted, check_fit, settings_of
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
 from lora_lightning.lora.layers.attention import host_refusal
 from lora_lightning.lora.options import refuse_options
+from lora_lightning.lora.patterns import all_used, block_number, flat, matches, no_match
 from lora_lightning.lora.presets import preset_parts, preset_pattern
-from lora_lightning.lora.slices import Slices, SliceSpec, resolve
 from lora_lightning.lora.tokens import TokenTarget, token_targets
-
-Value = TypeVar("Value", int, float, SliceSpec)
 
 
 @dataclass(frozen=True)
@@ -58,90 +53,34 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     selection = Selection(saved=_saved(names, config))
     found = _found(model, names, config, selection)
     found = _without_excluded(found, names, config)
-    wanted = [_Wanted(names[module], module, why) for module, why in found.items()]
+    wanted = [Wanted(names[module], module, why) for module, why in found.items()]
     wanted = _in_layers(wanted + _parameters(names, config, selection), config)
     selection.tokens = token_targets(model, names, config.trainable_token_indices)
     _refuse_twice(selection)
     if not wanted and not selection.tokens:
         raise TargetError(_nothing_left(model, config, selection))
     everything = [w.names for w in wanted]
-    _all_used("rank_pattern", config.rank_pattern, everything)
-    _all_used("alpha_pattern", config.alpha_pattern, everything)
-    _all_used("dropout_pattern", config.dropout_pattern, everything)
-    _all_used("slices", config.slices, everything)
+    all_used("rank_pattern", config.rank_pattern, everything)
+    all_used("alpha_pattern", config.alpha_pattern, everything)
+    all_used("dropout_pattern", config.dropout_pattern, everything)
+    all_used("slices", config.slices, everything)
     modules = {group[0]: module for module, group in names.items()}
     parts = preset_parts(model, config.target_modules) if found else []
     for w in wanted:
         kind = LoRAParameter if w.parameter else kind_of(w.module)
         assert kind is not None
-        settings = _settings(w, kind, config, modules, parts)
+        settings = settings_of(w, kind, config, modules, parts)
         refuse_options(w.names[0], w.module, kind, settings)
-        _check_fit(w, kind, settings, any_rank=any_rank)
+        check_fit(w, kind, settings, any_rank=any_rank)
         selection.targets.append(Target(w.names[0], w.module, kind, settings, w.why))
     return selection
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """One thing to adapt, by every name that it has."""
-
-    names: list[str]
-    module: nn.Module
-    why: str
-    parameter: str = ""
-
-
-def _settings(
-    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module], parts: list[str]
-) -> LayerSettings:
-    r = _by_pattern("rank_pattern", config.rank_pattern, wanted.names, config.r)
-    alpha = _by_pattern("alpha_pattern", config.alpha_pattern, wanted.names, config.scaling_alpha)
-    return LayerSettings(
-        r=r,
-        alpha=alpha,
-        scale=config.scale(r, alpha),
-        dropout=_by_pattern("dropout_pattern", config.dropout_pattern, wanted.names, config.dropout),
-        init=config.init,
-        use_dora=config.use_dora,
-        lora_bias=config.lora_bias,
-        slices=_slices(wanted, kind, config, modules, [] if wanted.parameter else parts),
-        parameter=wanted.parameter,
-    )
-
-
-def _slices(
-    wanted: _Wanted, kind: type[AdaptedLayer], config: LoRAConfig, modules: dict[str, nn.Module], parts: list[str]
-) -> Slices | None:
-    """`parts` are taken where `slices` says nothing."""
-    spec: SliceSpec = _by_pattern("slices", config.slices, wanted.names, parts)
-    if not spec:
-        return None
-    name = wanted.names[0]
-    rows = kind.output_rows(wanted.module)
-    if rows is None:
-        raise TargetError(f"slices: '{name}', a {kind.kind}, has no parts to choose from")
-    return resolve(name, wanted.module, modules.get(name.rpartition(".")[0]), rows, spec)
-
-
-def _check_fit(wanted: _Wanted, kind: type[AdaptedLayer], settings: LayerSettings, *, any_rank: bool) -> None:
-    name = wanted.names[0]
-    if any(p is not None and is_lazy(p) for p in wanted.module._parameters.values()):
-        raise TargetError(f"cannot adapt '{name}': it is lazy and has no shape yet: run the model on a batch first")
-    if reason := kind.refusal(wanted.module, settings):
-        raise TargetError(f"cannot adapt '{name}': {reason}")
-    largest = kind.largest_rank(wanted.module, settings)
-    if settings.r > largest and not any_rank:
-        raise TargetError(
-            f"r={settings.r} is larger than the layer '{name}' allows ({largest}, the smaller side of its"
-            f" weight): lower r, or set rank_pattern: {{{name}: {largest}}}, or exclude it"
-        )
-
-
-def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection) -> list[_Wanted]:
+def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection) -> list[Wanted]:
     """The parameters that `target_parameters` selects, in the model's order."""
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     entries, used = config.target_parameters or [], set[str]()
-    wanted: list[_Wanted] = []
+    wanted: list[Wanted] = []
     known: list[str] = []
     for module, group in names.items():
         for own in module._parameters if module not in inside_saved else ():
@@ -150,10 +89,10 @@ def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection
             hits = [entry for entry in entries if any(matches([entry], name) for name in full)]
             used.update(hits)
             if hits and module._parameters[own] is not None and not _excluded(full, config):
-                wanted.append(_Wanted(full, module, hits[0], own))
+                wanted.append(Wanted(full, module, hits[0], own))
     for entry in entries:
         if entry not in used:
-            raise TargetError(_no_match("target_parameters", entry, known, what="parameter"))
+            raise TargetError(no_match("target_parameters", entry, known, what="parameter"))
     return wanted
 
 
@@ -173,22 +112,11 @@ def _excluded(names: list[str], config: LoRAConfig) -> bool:
     return bool(config.exclude_modules) and any(matches(config.exclude_modules or [], name) for name in names)
 
 
-def matches(pattern: str | list[str], name: str) -> str | None:
-    """The entry that selects `name`: a list's entry equals it or its dotted end, a string is a full-match regex."""
-    if isinstance(pattern, str):
-        return pattern if re.fullmatch(pattern, name) else None
-    return next((entry for entry in pattern if name == entry or name.endswith(f".{entry}")), None)
-
-
 def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
-
-
-def _flat(names: Iterable[list[str]]) -> list[str]:
-    return [name for group in names for name in group if name]
 
 
 def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[str, nn.Module]]:
@@ -198,7 +126,7 @@ def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[
         exact = [m for m, group in names.items() if entry in group]
         hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
         if not hits:
-            raise TargetError(_no_match("modules_to_save", entry, _flat(names.values())))
+            raise TargetError(no_match("modules_to_save", entry, flat(names.values())))
         if len(hits) > 1:
             several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
             raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
@@ -244,16 +172,16 @@ def _found(
         if kind_of(module) is None:
             raise TargetError(_unknown_kind(group[0], module, why, candidates))
         found[module] = why if preset is None else str(config.target_modules)
-    everything = _flat(names.values())
+    everything = flat(names.values())
     saved_names = {n for m in inside_saved for n in names.get(m, [])}
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         if entry in used or (
-            isinstance(pattern, list) and any(matches([entry], n) for n in _flat([names[m] for m in found]))
+            isinstance(pattern, list) and any(matches([entry], n) for n in flat([names[m] for m in found]))
         ):
             continue
         if any(matches([entry] if isinstance(pattern, list) else entry, n) for n in saved_names):
             raise TargetError(f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once")
-        raise TargetError(_no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))
+        raise TargetError(no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))
     return found
 
 
@@ -297,68 +225,25 @@ def _without_excluded(
     pattern = config.exclude_modules
     if not pattern:
         return found
-    everything = _flat(names.values())
+    everything = flat(names.values())
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         if not any(matches([entry] if isinstance(pattern, list) else entry, name) for name in everything):
-            raise TargetError(_no_match("exclude_modules", entry, everything, is_regex=isinstance(pattern, str)))
+            raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(pattern, str)))
     return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
 
 
-def _in_layers(wanted: list[_Wanted], config: LoRAConfig) -> list[_Wanted]:
+def _in_layers(wanted: list[Wanted], config: LoRAConfig) -> list[Wanted]:
     layers = config.layers_to_transform
     if layers is None:
         return wanted
     assert isinstance(layers, list)
-    index = [_block_number(w.names[0]) for w in wanted]
+    index = [block_number(w.names[0]) for w in wanted]
     missing = sorted(set(layers) - {n for n in index if n is not None})
     if missing:
         there = sorted({n for n in index if n is not None})
         blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
     return [w for w, n in zip(wanted, index, strict=True) if n in layers]
-
-
-def _block_number(name: str) -> int | None:
-    """The first number in a dotted name, as PEFT counts blocks: 3 in `model.layers.3.mlp.experts.0.up`."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _pattern_hits(pattern: str, names: list[str]) -> bool:
-    """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
-    return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
-
-
-def _by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], default: Value) -> Value:
-    """The value of the longest pattern that matches: no order of keys can change it."""
-    hits = sorted((p for p in patterns if _pattern_hits(p, names)), key=lambda p: (p in names, len(p)), reverse=True)
-    if not hits:
-        return default
-    rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
-    if any(patterns[p] != patterns[hits[0]] for p in rivals):
-        raise TargetError(
-            f"{field_name}: '{rivals[0]}' and '{rivals[1]}' both match '{names[0]}' with different values,"
-            f" and neither is longer: write its full name"
-        )
-    return patterns[hits[0]]
-
-
-def _all_used(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
-    for pattern in patterns:
-        if not any(_pattern_hits(pattern, group) for group in selected):
-            raise TargetError(_no_match(field_name, pattern, _flat(selected), what="adapted module"))
-
-
-def _no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = False, what: str = "module") -> str:
-    ends = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
-    depth = entry.count(".") + 1
-    alike = {".".join(name.split(".")[-depth:]) for name in names} if depth > 1 and not is_regex else set()
-    close = did_you_mean(entry, alike) or did_you_mean(entry, ends) or did_you_mean(entry, names)
-    if not close:
-        known = near_misses("", ends) or sorted(ends)[:8]
-        close = f"; there are {', '.join(known)}" if known else ""
-    if is_regex and any(name.endswith(f".{entry}") for name in names):
-        close = f"; a string is a regular expression on full names: for modules that end in it write [{entry}]"
-    return f"{field_name}: no {what} matches '{entry}'{close}"
 
 
 def _unknown_kind(name: str, module: nn.Module, why: str, candidates: dict[nn.Module, list[str]]) -> str:
