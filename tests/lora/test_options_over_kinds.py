@@ -176,3 +176,47 @@ def test_an_option_on_chosen_parts_is_refused_by_name(option):
 def test_dora_beside_max_norm_is_refused():
     with pytest.raises(TargetError, match="max_norm, which bounds each row, and DoRA rescales each column"):
         inject(embedding(max_norm=1.0), config(target_modules=["0"], use_dora=True))
+
+
+class Each(nn.Module):
+    """An embedding, a convolution, a norm and a linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.conv = nn.Embedding(9, 8), nn.Conv1d(8, 8, 1)
+        self.norm, self.up = nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.up(self.norm(self.conv(self.embed(x).mT).mT))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"bias": "all", "use_dora": True},
+        {"lora_bias": True, "target_modules": ["up"]},
+        {"init_lora_weights": "pissa", "target_modules": ["up"]},
+        {"trainable_token_indices": {"embed": [3, 1]}, "target_modules": ["conv"]},
+        {"target_parameters": ["conv.weight"], "target_modules": ["up"]},
+        {"modules_to_save": ["up"], "bias": "all", "target_modules": ["embed", "conv"]},
+    ],
+    ids=str,
+)
+def test_a_directory_of_pefts_with_any_option_loads_and_goes_back(fields, tmp_path):
+    plain, x = Each().eval(), torch.tensor([[1, 2, 3]])
+    chosen = peft.LoraConfig(**{"r": 2, "lora_alpha": 3, "target_modules": ["embed", "conv", "up"], **fields})
+    theirs = peft.get_peft_model(copy.deepcopy(plain), chosen).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = copy.deepcopy(plain)
+    load_adapter(ours, tmp_path / "theirs")
+    assert relative(ours(x), theirs(x)) < 1e-6
+    assert relative(plain(x), theirs(x)) > 1e-3
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(plain), save_adapter(ours, tmp_path / "ours")).eval()
+    assert relative(back(x), theirs(x)) < 1e-6

@@ -66,10 +66,8 @@ class WithOptions(Grafted):
             magnitude = nn.Parameter(self.lora_A.new_empty(self._dora_channels()))
         if starts.is_subtracted(settings.init):
             start_a, start_b = torch.zeros_like(self.lora_A.data), torch.zeros_like(self.lora_B.data)
-        self.register_parameter("lora_B_bias", bias)
-        self.register_parameter("lora_magnitude_vector", magnitude)
-        self.register_buffer("lora_A0", start_a)
-        self.register_buffer("lora_B0", start_b)
+        self._parameters |= {"lora_B_bias": bias, "lora_magnitude_vector": magnitude}
+        self._buffers |= {"lora_A0": start_a, "lora_B0": start_b}
 
     def reset_lora_parameters(self) -> None:
         """Start A, B and the rest anew: also what a model filled from the meta device needs.
