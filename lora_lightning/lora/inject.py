@@ -70,6 +70,8 @@ def inject(
     biased = biases_to_train(model, config, selection)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
+        for parameter in trained_before:
+            parameter.requires_grad_(False)
         rows = _graft_all(model, selection, start=start)
         if data is not None and start:
             start_from_data(model, adapted_layers(model), config.init, data, loss)
@@ -80,8 +82,8 @@ def inject(
             parameter.requires_grad_(True)
         raise
     saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trainable = sum(size for size, trains in sizes if trains)
     biases = sum(p.numel() for p in {m.lora_trained_bias for _, m in trained_biases(model)})
     return InjectionReport(
         modules=rows,
@@ -90,13 +92,11 @@ def inject(
         skipped=selection.skipped,
         biases=biases,
         trainable=trainable,
-        frozen=frozen,
+        frozen=sum(size for size, _ in sizes) - trainable,
     )
 
 
 def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[AdaptedModule]:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     hold_packing(model)
     rows = [_adapt(target, start=start) for target in selection.targets]
     for token in selection.tokens:

@@ -36,9 +36,10 @@ def _pattern_hits(pattern: str, names: list[str]) -> bool:
 
 def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], default: Value) -> Value:
     """The value of the longest pattern that matches: no order of keys can change it."""
-    hits = sorted((p for p in patterns if _pattern_hits(p, names)), key=lambda p: (p in names, len(p)), reverse=True)
-    if not hits:
+    found = [p for p in patterns if _pattern_hits(p, names)]
+    if not found:
         return default
+    hits = sorted(found, key=lambda p: (p in names, len(p)), reverse=True)
     rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
     if any(patterns[p] != patterns[hits[0]] for p in rivals):
         raise TargetError(

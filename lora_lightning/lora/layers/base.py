@@ -96,7 +96,6 @@ class AdaptedLayer(WithOptions):
             for name in ("lora_settings", "lora_dropout", "lora_enabled", *AdaptedLayer.lora_names):
                 store.pop(name, None)
 
-    @torch.no_grad()
     def draw_factors(self) -> None:
         """Start with a drawn A and a B of zero; starts of another kind are put in later."""
         init = self.lora_settings.init

@@ -75,7 +75,6 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         update = self._update(ids, rows.dtype)
         return renormed(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
 
-    @torch.no_grad()
     def draw_factors(self) -> None:
         """A and B change places: A is zero, B is drawn."""
         start_(self.lora_B.t(), self.lora_A, self.lora_settings.init)

@@ -80,6 +80,7 @@ class WithOptions(Grafted):
         else:
             self._start_plainly()
 
+    @torch.no_grad()
     def _start_plainly(self) -> None:
         self.draw_factors()
         self._reset_options()
@@ -95,7 +96,6 @@ class WithOptions(Grafted):
         self.lora_B.copy_(B)
         self._reset_options()
 
-    @torch.no_grad()
     def _reset_options(self) -> None:
         if self.lora_A0 is not None and self.lora_B0 is not None:
             self.lora_A0.copy_(self.lora_A)
