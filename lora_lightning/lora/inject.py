@@ -59,9 +59,10 @@ def inject(
     config = config or LoRAConfig()
     if not isinstance(model, nn.Module):
         raise LoRAError(f"inject expects an nn.Module, got {type(model).__name__}")
-    if any(isinstance(module, Grafted) for module in model.modules()):
+    modules = list(model.modules())
+    if any(isinstance(module, Grafted) for module in modules):
         raise LoRAError("this model is adapted already: merge(model) or remove(model) first")
-    if kind := next((type(m).__name__ for m in model.modules() if "lora_A" in {**m._parameters, **m._modules}), None):
+    if kind := next((type(m).__name__ for m in modules if "lora_A" in m._parameters or "lora_A" in m._modules), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
     if start:
         check_data(config.init, data)
