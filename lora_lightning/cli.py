@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,9 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lora_lightning.data.text_classification import TextClassificationData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
 from lora_lightning.training.callbacks import FreezeBase, PredictionWriter, RunReport
@@ -25,6 +26,13 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 """Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
+
+KNOWN = re.compile(r",\s+known\s+subclasses:[^()]*(?=\)\n)")
+
+
+def _shorter(listed: re.Match[str]) -> str:
+    """A list of known subclasses that a person can take in, or nothing."""
+    return listed.group() if listed.group().count(",") <= 30 else ""
 
 
 class Parser(LightningArgumentParser):
@@ -46,6 +54,13 @@ class Parser(LightningArgumentParser):
         if self._linked_targets is not None:
             kwargs["linked_targets"] = self._linked_targets
         return super()._add_signature_arguments(*args, **kwargs)  # type: ignore[no-any-return,misc]
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """Without a usage of a hundred flags and without the names of every nn.Module that is loaded."""
+        usage, _, rest = str(super().format_help(*args, **kwargs)).partition("\n\n")
+        if len(usage.splitlines()) > 5:
+            usage = f"usage: {self.prog.replace(' [options]', '')} -c CONFIG [-c CONFIG ...] [options]"
+        return f"{usage}\n\n{KNOWN.sub(_shorter, rest)}"
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the message, a near miss where there is one, and exit with 2."""
@@ -71,6 +86,10 @@ class SaveRunConfig(SaveConfigCallback):
             shared = self.config.clone()
             for own in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
                 shared.pop(own, None)
+            data = shared.get("data")
+            if isinstance(trainer.datamodule, TextClassificationData):  # type: ignore[attr-defined]
+                # So that new texts can be predicted without the training file, which they are read off.
+                data.init_args.label_names = trainer.datamodule.label_names  # type: ignore[attr-defined]
             self.parser.save(shared, str(folder / run.CONFIG), skip_none=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
@@ -109,6 +128,7 @@ class LoRACLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs.")
         parser.link_arguments("data.num_classes", "model.task.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.pad_token_id", "model.backbone.init_args.pad_token_id", apply_on="instantiate")
         parser.link_arguments("data.label_names", "model.backbone.init_args.label_names", apply_on="instantiate")
         # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
         parser.set_defaults({"model.lora.alpha": None})
@@ -130,7 +150,7 @@ class LoRACLI(LightningCLI):
         path, command = config.get("ckpt_path"), str(self.config.subcommand)
         if path is None:
             if command in FROM_CHECKPOINT:
-                rank_zero_info(f"no --ckpt_path: {command} runs on the fresh adapter, that is on the backbone alone")
+                raise LoRAError(f"{command} needs --ckpt_path: best, last, a run folder or a .ckpt file")
             return
         if path in ("best", "last"):
             config.ckpt_path = str(run.find_checkpoint(Path(config.runs_dir) / config.name, path))
@@ -148,7 +168,11 @@ class LoRACLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):
-            callbacks.append(default_checkpoint(self.model))
+            validated = config.get("limit_val_batches") != 0 and getattr(self.datamodule, "has_validation", True)
+            callbacks.append(default_checkpoint(self.model if validated else None))
+        if config.get("logger") is False and not config.get("default_root_dir"):
+            command = self.config[self.config.subcommand]
+            kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
     def _loggers(self, given: Any) -> list[Logger] | bool:
@@ -156,8 +180,8 @@ class LoRACLI(LightningCLI):
         if given is False:
             return False
         loggers = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
-        if any(isinstance(logger, CSVLogger | TensorBoardLogger) for logger in loggers):
-            return loggers
+        if any(isinstance(logger, CSVLogger) for logger in loggers):
+            return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
         command = self.config[self.config.subcommand]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
             folder = run.run_of_checkpoint(Path(command.ckpt_path))
@@ -165,15 +189,13 @@ class LoRACLI(LightningCLI):
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 
-def default_checkpoint(module: LoRAModule) -> ModelCheckpoint:
-    """Lightning's ModelCheckpoint: `best.ckpt` by the task's own metric, and `last.ckpt`."""
-    return ModelCheckpoint(
-        filename="best",
-        monitor=module.task.monitor,
-        mode=module.task.monitor_mode,
-        save_last=True,
-        enable_version_counter=False,
-    )
+def default_checkpoint(module: LoRAModule | None) -> ModelCheckpoint:
+    """Lightning's ModelCheckpoint: `best.ckpt` by the task's own metric, and `last.ckpt`.
+
+    Without validation, which `module` None says, the newest is the best.
+    """
+    chosen: dict[str, Any] = {"monitor": module.task.monitor, "mode": module.task.monitor_mode} if module else {}
+    return ModelCheckpoint(filename="best", save_last=True, enable_version_counter=False, **chosen)
 
 
 def with_run_config(args: list[str]) -> list[str]:

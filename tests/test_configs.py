@@ -58,6 +58,21 @@ def test_a_runs_own_config_runs_again_and_gives_the_same_adapter(trained, tmp_pa
     assert all((first[key] == again[key]).all() for key in first)
 
 
+def test_without_a_logger_nothing_is_written_but_checkpoints_under_runs(tiny, tmp_path):
+    LoRACLI(args=["fit", "--config", tiny.config, "--trainer.logger", "false", "--trainer.max_epochs", "1"])
+    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
+    assert {p.name for p in (tmp_path / "runs/tiny").rglob("*")} == {"checkpoints", "best.ckpt", "last.ckpt"}
+    LoRACLI(args=["export", "--config", tiny.config, "--ckpt_path", "best"])
+    assert (tmp_path / "runs/tiny/export/merged/config.json").is_file()
+
+
+def test_without_validation_the_newest_checkpoint_is_the_best(tiny, tmp_path):
+    only = ["--data.init_args.split.validation", "0", "--data.init_args.split.test", "0", "--trainer.max_epochs", "1"]
+    LoRACLI(args=["fit", "--config", tiny.config, *only])
+    LoRACLI(args=["export", "--ckpt_path", "runs/tiny"])
+    assert (tmp_path / "runs/tiny/version_0/export/merged/config.json").is_file()
+
+
 def test_alpha_left_out_follows_a_flag_for_r(tiny):
     cli = LoRACLI(args=["fit", "--config", tiny.config, "--model.lora.r", "2", "--trainer.fast_dev_run", "true"])
     assert {row.alpha for row in cli.model.report.modules} == {4.0}

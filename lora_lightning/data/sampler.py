@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import DistributedSampler
 
+from lora_lightning.lora.errors import LoRAError
+
 WINDOW = 50
 """Batches within which examples are sorted by length; transformers' value. Larger pads less and shuffles less."""
 
@@ -40,6 +42,8 @@ class EpochSampler(DistributedSampler[Any]):
         rank: int = 0,
     ) -> None:
         super().__init__(data, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
+        if len(data) < num_replicas:
+            raise LoRAError(f"{len(data)} examples are fewer than the {num_replicas} processes: use fewer devices")
         self.count = len(data)
         self.block = batch_size * num_replicas
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
@@ -58,8 +62,7 @@ class EpochSampler(DistributedSampler[Any]):
         order = torch.randperm(self.count, generator=generator)
         if self.lengths is not None:
             order = self._by_length(order, self.lengths, generator)
-        short = self._padded() - self.count
-        return torch.cat([order, order[:short]]).tolist()
+        return order.repeat(self.num_replicas)[: self._padded()].tolist()
 
     def _padded(self) -> int:
         return self.count + (-self.count % self.num_replicas if self.shuffle else 0)

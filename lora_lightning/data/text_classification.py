@@ -11,10 +11,13 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.data.splits import SplitConfig, split_rows
+from lora_lightning.data.splits import SPLITS, SplitConfig, split_rows
 from lora_lightning.data.tables import check_columns, read_tables
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
+
+ROW = "__row__"
+"""A column that keeps each example's row in its file, counted from 1, so that an error can name it."""
 
 
 class TextClassificationData(LightningDataModule):
@@ -82,8 +85,12 @@ class TextClassificationData(LightningDataModule):
         """Filtered rows by split, read on first use."""
         if self._tables is None:
             tables = read_tables(self.path, self.name)
-            if "train" not in tables:
-                raise LoRAError(f"the set has no train split, only {', '.join(tables)}")
+            if "train" not in tables and not (self.given_label_names and "predict" in tables):
+                raise LoRAError(
+                    f"the set has no train split, only {', '.join(tables)}: labels are read off train; to predict"
+                    " without it, give label_names"
+                )
+            tables = without_hidden_labels(tables, self.label_column)
             tables = {split: self._checked(table, split) for split, table in tables.items()}
             tables = {split: self._filtered(table, split) for split, table in tables.items()}
             self._tables = self._with_splits(tables)
@@ -93,9 +100,11 @@ class TextClassificationData(LightningDataModule):
     def label_names(self) -> list[str]:
         """Names of the labels, in the order of their numbers."""
         if self._label_names is None:
-            feature = self.tables["train"].features[self.label_column]
+            train = self.tables.get("train")
+            feature = train.features[self.label_column] if train is not None else None
             if self.given_label_names:
                 self._label_names = list(self.given_label_names)
+                check_order(self._label_names, feature)
             elif isinstance(feature, datasets.ClassLabel):
                 self._label_names = list(feature.names)
             else:
@@ -120,6 +129,12 @@ class TextClassificationData(LightningDataModule):
                 self._tokenizer.pad_token = self._tokenizer.eos_token
         return self._tokenizer
 
+    @property
+    def pad_token_id(self) -> int | None:
+        """The number that fills short texts up."""
+        number = self.tokenizer.pad_token_id
+        return None if number is None else int(number)
+
     def prepare_data(self) -> None:
         """Read once in one process, so that the others find everything cached."""
         _ = self.tables
@@ -135,7 +150,15 @@ class TextClassificationData(LightningDataModule):
         lengths = [len(ids) for ids in table["input_ids"]] if self.length_grouped else None
         return self._loader(table, self.batch_size, shuffle=True, lengths=lengths)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is anything to validate on."""
+        return "validation" in self.tables
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"
+        if fitting and not self.has_validation:
+            return []
         return self._loader(self._need("validation"), self.eval_batch_size)
 
     def test_dataloader(self) -> DataLoader[Any]:
@@ -195,7 +218,7 @@ class TextClassificationData(LightningDataModule):
                 raise LoRAError(
                     f"the {split} set, row {row + 1}, column '{column}': expected {expected}, got {value!r}"
                 )
-        return table
+        return table if ROW in table.column_names else table.add_column(ROW, list(range(1, len(table) + 1)))
 
     def _filtered(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if split == "predict":
@@ -225,7 +248,7 @@ class TextClassificationData(LightningDataModule):
             "validation": 0.0 if "validation" in tables else self.split.validation,
             "test": 0.0 if "test" in tables else self.split.test,
         }
-        if not any(shares.values()):
+        if not any(shares.values()) or "train" not in tables:
             return tables
         check_columns(tables["train"], [self.split.group_by], "train")
         groups = tables["train"][self.split.group_by] if self.split.group_by else range(len(tables["train"]))
@@ -234,26 +257,67 @@ class TextClassificationData(LightningDataModule):
         return tables | {split: tables["train"].select(numbers) for split, numbers in rows.items()}
 
     def _encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        number = {name: i for i, name in enumerate(self.label_names)}
-        is_class_label = isinstance(table.features.get(self.label_column), datasets.ClassLabel)
+        # A function of plain values: datasets pickles what it closes over, which must not be the whole model.
+        options = {
+            "tokenizer": self.tokenizer,
+            "columns": (self.text_column, self.text_pair_column, self.label_column),
+            "numbers": None if split == "predict" else self._numbers(table, split),
+            "max_length": self.max_length,
+        }
+        described = {"remove_columns": table.column_names, "desc": f"tokenise {split}"}
+        return table.map(encode_rows, batched=True, fn_kwargs=options, **described)
 
-        def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-            pairs = rows[self.text_pair_column] if self.text_pair_column else None
-            encoded = dict(self.tokenizer(rows[self.text_column], pairs, truncation=True, max_length=self.max_length))
-            if split != "predict":
-                labels = rows[self.label_column]
-                encoded["labels"] = labels if is_class_label else [number[str(label)] for label in labels]
-            return encoded
+    def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
+        """The number of each label as it stands in the table, by its text.
 
-        if split != "predict":
-            self._check_labels(table, split, is_class_label)
-        return table.map(encode, batched=True, remove_columns=table.column_names, desc=f"tokenise {split}")
-
-    def _check_labels(self, table: datasets.Dataset, split: str, is_class_label: bool) -> None:
-        known = {str(i) for i in range(self.num_classes)} if is_class_label else set(self.label_names)
-        for row, label in enumerate(table[self.label_column]):
-            if str(label) not in known:
+        Raises:
+            LoRAError: a label of this split is not among them, with its row.
+        """
+        numbers = {name: i for i, name in enumerate(self.label_names)}
+        values = table[self.label_column]
+        if all(isinstance(value, int) for value in values) and not numbers.keys() >= {str(v) for v in values}:
+            numbers = {str(i): i for i in range(self.num_classes)}
+        for row, label in enumerate(values):
+            if str(label) not in numbers:
                 raise LoRAError(
-                    f"the {split} set, row {row + 1}, column '{self.label_column}': the label {label!r} is not one of"
-                    f" {', '.join(self.label_names[:10])}{did_you_mean(str(label), known)}"
+                    f"the {split} set, row {table[ROW][row]}, column '{self.label_column}': the label {label!r} is not"
+                    f" one of {', '.join(self.label_names[:10])}{did_you_mean(str(label), self.label_names)}"
                 )
+        return numbers
+
+
+def encode_rows(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[str, str | None, str],
+    numbers: dict[str, int] | None,
+    max_length: int,
+) -> dict[str, Any]:
+    """Token ids and label numbers of a batch of rows; no labels where `numbers` is None."""
+    text, pair, label = columns
+    pairs = rows[pair] if pair else None
+    encoded = dict(tokenizer(rows[text], pairs, truncation=True, max_length=max_length))
+    if numbers is not None:
+        encoded["labels"] = [numbers[str(value)] for value in rows[label]]
+    return encoded
+
+
+def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
+    """Splits that a run can use: hub sets hide the labels of a split by -1, and bring splits of other names."""
+    used: dict[str, datasets.Dataset] = {}
+    for split, table in tables.items():
+        if split not in (*SPLITS, "predict"):
+            continue
+        hidden = split != "train" and label_column in table.column_names and set(table[label_column]) == {-1}
+        if not hidden:
+            used[split] = table
+        elif "predict" not in tables:
+            used["predict"] = table
+    return used
+
+
+def check_order(given: list[str], feature: Any) -> None:
+    """Raise where given names are the set's own in another order: that would rename the classes."""
+    if isinstance(feature, datasets.ClassLabel) and sorted(given) == sorted(feature.names) and given != feature.names:
+        raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {given}")

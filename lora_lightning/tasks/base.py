@@ -33,6 +33,8 @@ class Task(nn.Module, ABC):
     monitor: str = "val/loss"
     """The metric that says which checkpoint is best."""
     monitor_mode: Literal["min", "max"] = "min"
+    peft_task_type: str | None = None
+    """What PEFT calls this task, written to exported adapters."""
 
     def __init__(self, metrics: MetricCollection) -> None:
         super().__init__()

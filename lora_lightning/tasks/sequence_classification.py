@@ -25,6 +25,7 @@ class SequenceClassification(Task):
 
     monitor = "val/accuracy"
     monitor_mode = "max"
+    peft_task_type = "SEQ_CLS"
 
     def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
         if num_classes < 2:

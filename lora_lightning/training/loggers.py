@@ -21,7 +21,7 @@ class WandbLogger(LightningWandbLogger):
 
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
         if offline is None:
-            offline = not has_wandb_key()
+            offline = os.environ.get("WANDB_MODE") != "disabled" and not has_wandb_key()
             if offline:
                 rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
         Path(save_dir).mkdir(parents=True, exist_ok=True)

@@ -8,13 +8,14 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, did_you_mean
+from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
 from lora_lightning.lora.record import refuse_other_base
@@ -61,7 +62,16 @@ class LoRAModule(LightningModule):
         self.backbone_mode = backbone_mode
         self.allow_other_base = allow_other_base
         self.report = inject(backbone, lora)
+        self._warn_of_a_frozen_new_head()
         self._w0: Fingerprint | None = None
+
+    def _warn_of_a_frozen_new_head(self) -> None:
+        """A head without pretrained values that does not train stays random."""
+        trained = tuple(f"{name}." for name, _ in (*saved_copies(self.backbone), *adapted_layers(self.backbone)))
+        new: list[str] = getattr(self.backbone, "new_keys", [])  # what `huggingface` found no values for
+        left = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
+        if left:
+            rank_zero_warn(f"{', '.join(left)}: new, with random weights, and frozen; to train: lora.modules_to_save")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted backbone's own output."""
@@ -97,9 +107,14 @@ class LoRAModule(LightningModule):
         if isinstance(scheduler, WarmupDecay):
             entry["interval"] = "step"
             if scheduler.total_steps is None:
-                scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+                steps = self.trainer.estimated_stepping_batches
+                if steps == float("inf"):
+                    raise LoRAError("WarmupDecay decays over max_epochs or max_steps: give one, or its total_steps")
+                scheduler.total_steps = int(steps)
         elif isinstance(scheduler, ReduceLROnPlateau):
-            entry |= {"monitor": getattr(scheduler, "monitor", self.task.monitor), "interval": "epoch"}
+            # torch's own default is mode min: then the loss is what should fall.
+            fits = self.task.monitor if scheduler.mode == self.task.monitor_mode else "val/loss"
+            entry |= {"monitor": getattr(scheduler, "monitor", None) or fits, "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
 
     def on_fit_start(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -47,6 +47,18 @@ class WarmupDecay(LambdaLR):
             return 1.0
         done = min(1.0, (step - warm) / max(1, self.total_steps - warm))
         return 1.0 - done if self.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Without the number of steps: a run that goes on for longer has another."""
+        return {key: value for key, value in super().state_dict().items() if key != "total_steps"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on at the step that was reached, on this run's own curve."""
+        super().load_state_dict(state_dict)
+        if self.total_steps is not None:
+            self._last_lr = [base * self.factor(self.last_epoch) for base in self.base_lrs]
+            for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+                group["lr"] = rate
 
     def warmup_steps(self, total_steps: int) -> int:
         """Length of the warm-up in steps."""

@@ -17,16 +17,14 @@ CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json
 
 
 def run_dir(trainer: Trainer) -> Path | None:
-    """Where this run writes, or None where it is told to write nothing (fast_dev_run)."""
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+    """Where this run writes, or None where it is told to write nothing (fast_dev_run, no logger)."""
+    if trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
         return None
     for logger in trainer.loggers:
         if isinstance(logger, CSVLogger | TensorBoardLogger):
             return Path(logger.log_dir)
-    if trainer.loggers:
-        first = trainer.loggers[0]
-        return Path(first.save_dir or trainer.default_root_dir) / str(first.name) / str(first.version)
-    return Path(trainer.default_root_dir)
+    first = trainer.loggers[0]
+    return Path(first.save_dir or trainer.default_root_dir) / str(first.name) / str(first.version)
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path:
@@ -58,6 +56,10 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     if loose:
         return _pick(loose, which)
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def _is_newest(run: Path) -> bool:
+    return (run / CHECKPOINTS).is_dir() and _newest_first(run.parent)[0].name == run.name
 
 
 def _newest_first(path: Path) -> list[Path]:
@@ -115,6 +117,6 @@ def update_report(run: Path, values: dict[str, Any]) -> dict[str, Any]:
     known |= values
     text = (json.dumps(known, indent=2) + "\n").encode()
     write_bytes(file, text)
-    if run.parent.name and (run / CHECKPOINTS).is_dir():
+    if run.name.startswith("version_") and _is_newest(run):
         write_bytes(run.parent / REPORT, text)
     return known

@@ -20,7 +20,7 @@ from lora_lightning.training.summary import show_report
 def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     """`bf16-mixed` where the hardware multiplies bfloat16 itself; on other CPUs it is slower than float32."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
 
@@ -77,13 +77,18 @@ class LoRATrainer(Trainer):
 
     def _probe(self, datamodule: LightningDataModule) -> dict[str, Any]:
         datamodule.prepare_data()
-        datamodule.setup("validate")
-        return dict(next(iter(datamodule.val_dataloader())))
+        datamodule.setup("fit")
+        return probe_batch(datamodule.val_dataloader() or datamodule.train_dataloader())
+
+
+def probe_batch(loaders: Any) -> dict[str, Any]:
+    """The first batch of a loader, or of the first of several."""
+    return dict(next(iter(loaders[0] if isinstance(loaders, list) else loaders)))
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
     """Put an export's figures into the run's report and return the whole of it."""
-    values = {
+    values: dict[str, Any] = {
         "export_max_abs_diff": result.max_abs_diff,
         "export_max_rel_diff": result.max_rel_diff,
         "export_tolerance": result.tolerance,
@@ -99,4 +104,4 @@ def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
         "share": result.trainable / result.total,
         "run_dir": str(folder),
     }
-    return run.update_report(folder, values)
+    return run.update_report(folder, {key: value for key, value in values.items() if value not in (None, 0)})

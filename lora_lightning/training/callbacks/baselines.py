@@ -15,6 +15,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.sequence_classification import mean_features
 from lora_lightning.training import run
+from lora_lightning.training.export import is_transformers
 from lora_lightning.training.module import LoRAModule
 
 
@@ -33,7 +34,12 @@ class Baselines(Callback):
         except ImportError as error:
             raise LoRAError("Baselines needs scikit-learn: pip install 'lora_lightning[demo]'") from error
         if not isinstance(trainer.datamodule, TextClassificationData):  # type: ignore[attr-defined]
-            raise LoRAError("Baselines needs TextClassificationData")
+            raise LoRAError("Baselines needs TextClassificationData: drop it from trainer.callbacks")
+        missing = {"validation", "test"} - set(trainer.datamodule.tables)  # type: ignore[attr-defined]
+        if missing:
+            raise LoRAError(f"Baselines compares on validation and test, and the set has no {min(missing)} split")
+        if not isinstance(pl_module, LoRAModule) or not is_transformers(pl_module.backbone):
+            raise LoRAError("Baselines takes its features from a transformers backbone: drop it from trainer.callbacks")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compute both on validation and test and put them into the run's report."""

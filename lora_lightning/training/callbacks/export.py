@@ -15,7 +15,7 @@ from lora_lightning.training import run
 from lora_lightning.training.export import export
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.summary import show_report
-from lora_lightning.training.trainer import record_export
+from lora_lightning.training.trainer import probe_batch, record_export
 
 
 class ExportAtEnd(Callback):
@@ -50,7 +50,5 @@ class ExportAtEnd(Callback):
 
 def _probe(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
     """The first validation batch, or training batch where there is no validation, on the module's device."""
-    loaders: Any = trainer.val_dataloaders or trainer.train_dataloader
-    loader = loaders[0] if isinstance(loaders, list) else loaders
-    batch = next(iter(loader))
-    return {k: v.to(module.device) if isinstance(v, torch.Tensor) else v for k, v in dict(batch).items()}
+    batch = probe_batch(trainer.val_dataloaders or trainer.train_dataloader)
+    return {k: v.to(module.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from rich.console import Console
 
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.training import run
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.summary import show_report
 
 
 class RunReport(Callback):
@@ -19,10 +22,15 @@ class RunReport(Callback):
     def __init__(self) -> None:
         self._started = 0.0
         self._seconds = 0.0
-        self._best: dict[str, float] = {}
+        self._by_step: dict[int, dict[str, float]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember each validation's figures: which of them were best is known at the end."""
+        if not trainer.sanity_checking:
+            self._by_step[trainer.global_step] = _metrics(trainer, "val")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds = time.perf_counter() - self._started
@@ -52,21 +60,18 @@ class RunReport(Callback):
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             values["checkpoint"] = checkpoint.best_model_path
-            if checkpoint.monitor and checkpoint.best_model_score is not None:
-                monitored, best = checkpoint.monitor.replace("/", "_"), float(checkpoint.best_model_score)
-                if values.get(monitored) != best:  # the last epoch's other figures are not those of the best
-                    values = {k: v for k, v in values.items() if not k.startswith("val_")}
-                values[monitored] = best
-        run.update_report(folder, values)
+            values |= self._by_step.get(run.load_checkpoint(checkpoint.best_model_path)["global_step"], {})
+        show_report(run.update_report(folder, values), Console())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test metrics, into the report of the run that the checkpoint came from."""
         if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
             return
         checkpoint = trainer.ckpt_path
-        folder = run.run_of_checkpoint(_path(checkpoint)) if checkpoint else run.run_dir(trainer)
+        folder = run.run_of_checkpoint(Path(str(checkpoint))) if checkpoint else run.run_dir(trainer)
         if folder is not None:
-            run.update_report(folder, _metrics(trainer, "test"))
+            values = run.update_report(folder, {**_metrics(trainer, "test"), "test_checkpoint": str(checkpoint)})
+            show_report(values, Console())
 
 
 def _metrics(trainer: Trainer, stage: str) -> dict[str, float]:
@@ -77,9 +82,3 @@ def _metrics(trainer: Trainer, stage: str) -> dict[str, float]:
 def _bytes(model: Any) -> int:
     """What a full checkpoint of the weights would take: the backbone's own tensors."""
     return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
-
-
-def _path(checkpoint: Any) -> Any:
-    from pathlib import Path
-
-    return Path(str(checkpoint))
