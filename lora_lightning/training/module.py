@@ -150,7 +150,7 @@ class LoRAModule(LightningModule):
             raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
         trained, here = checkpoint[CHECKPOINT_KEY]["config"], self.lora.to_dict()
         for name in trained.keys() | here.keys():
-            if trained.get(name) != here.get(name) and name != "dropout":
+            if trained.get(name) != here.get(name) and name not in {"dropout", "dropout_pattern"}:
                 raise AdapterError(
                     f"the checkpoint was trained with lora.{name}={trained.get(name)!r}, this run says"
                     f" {here.get(name)!r}: use the run's own config.yaml, or start a new fit"
