@@ -130,7 +130,9 @@ def folded(plain: nn.Module, adapted: nn.Module, scales: dict[str, float]) -> nn
     model = copy.deepcopy(plain).double()
     for name, scale in scales.items():
         A, B = factors(adapted, name)
-        model.get_submodule(name).weight += scale * (B @ A)
+        module = model.get_submodule(name)
+        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+        weight += scale * (B @ A)
     return model
 
 

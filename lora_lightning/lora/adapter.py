@@ -5,22 +5,19 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.inject import grafted_modules, saved_copies
 from lora_lightning.lora.layers import SavedCopy
-
-FACTORS = ("lora_A", "lora_B")
-"""Tensors that an adapted layer adds to its module."""
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B and the copies of `modules_to_save`, by their keys in `model.state_dict()`.
+    """A, B, what options add, token rows and the copies of `modules_to_save`, by their keys in `model.state_dict()`.
 
     Raises:
         AdapterError: A or B is not found there under its module's name.
     """
     state = model.state_dict(keep_vars=True)
     wanted = [f"{name}." for name in _copy_prefixes(model)]
-    factors = {_join(name, factor) for name, _ in adapted_layers(model) for factor in FACTORS}
+    factors = {_join(name, own) for name, module in grafted_modules(model) for own in module.lora_tensors()}
     if hidden := sorted(factors - state.keys()):
         raise AdapterError(f"'{hidden[0]}' is not in the model's state_dict: a wrapper inside renames its keys")
     return {k: v for k, v in state.items() if k in factors or any(k.startswith(prefix) for prefix in wanted)}

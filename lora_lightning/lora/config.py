@@ -12,9 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
+from lora_lightning.lora.slices import SliceSpec, check_spec
+from lora_lightning.lora.starts import FAST_PISSA
 
 ALL_LINEAR = "all-linear"
-Init = Literal["gaussian", "kaiming"]
+INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")
+Bias = Literal["none", "all", "lora_only"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +41,9 @@ class LoRAConfig:
     """Probability with which an entry of the adapter's input is zeroed in training; W0's input is left whole."""
 
     target_modules: str | list[str] = ALL_LINEAR
-    """Modules to adapt: `all-linear` (the output head left out), a list of names that a module's full name
-    equals or ends in, or one regular expression that a full name matches as a whole."""
+    """Modules to adapt: `all-linear` (the output head left out); `query-value`, `attention` or `mlp` of a common
+    transformers architecture, query and value as parts where one fused layer holds them; a list of names that a
+    module's full name equals or ends in; or one regular expression that a full name matches as a whole."""
 
     exclude_modules: str | list[str] | None = None
     """Modules to leave alone though `target_modules` selects them; written like `target_modules`."""
@@ -51,19 +55,50 @@ class LoRAConfig:
     """Modules trained in full beside the adapters, such as a new head: exact full names, or a last part that is
     unique in the model. A copy is trained; the original stays as it was."""
 
+    slices: dict[str, SliceSpec] = field(default_factory=dict)
+    """Parts of fused projections to adapt, each with its own A and B, by module name or regular expression; the
+    longest that matches wins. `{c_attn: [q, v]}` where the layout is known (GPT-2, GPT-NeoX, Bloom, Phi-3, timm,
+    nn.MultiheadAttention); elsewhere `{qkv: {of: [q, k, v], take: [q, v]}}`, with `sizes: [rows, ...]` where
+    the parts differ and `heads: N` where they alternate in N blocks. Left out, a fused layer is adapted as one.
+    A PEFT directory holds the parts as one adapter, of the rank of all together and with zeros, which is the same."""
+
+    target_parameters: list[str] | None = None
+    """Bare parameters to adapt, matrices or stacks of them such as experts: full names, or dotted ends of them."""
+
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the input embedding that train in full, by token number; or by the embedding's name, a list for each.
+    A head that is tied to the embedding follows."""
+
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from `r`, by module name or regular expression; the longest pattern that matches wins."""
 
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Alphas that differ from `alpha`, by module name or regular expression; the longest that matches wins."""
 
+    dropout_pattern: dict[str, float] = field(default_factory=dict)
+    """Dropouts that differ from `dropout`, by module name or regular expression; the longest that matches wins."""
+
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2023, arXiv 2312.03732)."""
 
-    init: Init = "gaussian"
-    """How A starts: `gaussian` is N(0, 1/in), the paper's choice, scaled so that A x is as large as x whatever the
-    width and the rank (PEFT's N(0, 1/r^2) is larger in wide layers and wants a smaller learning rate); `kaiming` is
-    uniform in +-1/sqrt(in), what loralib and PEFT draw by default. B starts at zero."""
+    use_dora: bool = False
+    """Train a magnitude per output channel beside the direction W0 + s B A (Liu et al. 2024, arXiv 2402.09353)."""
+
+    bias: Bias = "none"
+    """Biases to train: `none`, `lora_only` (of the adapted layers) or `all` (of every module outside
+    `modules_to_save`). Copies are trained; the originals stay as they were."""
+
+    lora_bias: bool = False
+    """Give B a bias of its own, trained and scaled like B. Not with `use_dora`."""
+
+    init: str = "gaussian"
+    """How A and B start. With B zero: `gaussian`, A from N(0, 1/in), the paper's choice, scaled so that A x is as
+    large as x whatever the width and the rank (PEFT's N(0, 1/r^2) is larger in wide layers and wants a smaller
+    learning rate); `kaiming`, A uniform in +-1/sqrt(in), what loralib and PEFT draw; `eva`, A from the data's main
+    directions. With B A not zero and subtracted, so that W0 and the first output stay: `orthogonal`; `pissa` or the
+    quicker `pissa_niter_4` (any number of iterations), W0's main directions; `olora`, W0's QR; `lora_ga`, the
+    gradient's main directions. `loftq` starts at what the base's quantisation lost, so there the first output moves,
+    towards the unquantised model's. `eva`, `lora_ga` and `loftq` need `inject(model, config, data=...)`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -73,24 +108,42 @@ class LoRAConfig:
         _check_alpha("alpha", self.alpha)
         if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora must be true or false, got {self.use_rslora!r}")
-        if self.init not in get_args(Init):
-            raise ConfigError(f"init must be one of {', '.join(get_args(Init))}, got {self.init!r}")
+        for name in ("use_rslora", "use_dora", "lora_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.init not in INITS and not FAST_PISSA.fullmatch(str(self.init)):
+            raise ConfigError(
+                f"init must be one of {', '.join(INITS)} or pissa_niter_<n>, got {self.init!r}"
+                f"{did_you_mean(str(self.init), INITS)}"
+            )
+        if self.bias not in get_args(Bias):
+            raise ConfigError(f"bias must be one of {', '.join(get_args(Bias))}, got {self.bias!r}")
+        if self.use_dora and self.lora_bias:
+            raise ConfigError(
+                "use_dora and lora_bias exclude each other (no format holds both): switch one of them off"
+            )
         for name in ("target_modules", "exclude_modules"):
             object.__setattr__(self, name, _check_names(name, getattr(self, name)))
-        if not self.target_modules:
+        if self.target_parameters is not None:
+            object.__setattr__(self, "target_parameters", _check_list("target_parameters", self.target_parameters))
+        self._check_tokens()
+        if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
             raise ConfigError(f"target_modules selects nothing: write '{ALL_LINEAR}' or a list of names")
         if self.modules_to_save is not None:
             object.__setattr__(self, "modules_to_save", _check_list("modules_to_save", self.modules_to_save))
         self._check_layers()
-        for name in ("rank_pattern", "alpha_pattern"):
+        for name in ("rank_pattern", "alpha_pattern", "dropout_pattern", "slices"):
             object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
         for pattern, rank in self.rank_pattern.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ConfigError(f"rank_pattern['{pattern}'] must be a whole number of at least 1, got {rank!r}")
         for pattern, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern['{pattern}']", alpha)
+        for pattern, dropout in self.dropout_pattern.items():
+            if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+                raise ConfigError(f"dropout_pattern['{pattern}'] must be at least 0 and below 1, got {dropout!r}")
+        for pattern, spec in self.slices.items():
+            check_spec(pattern, spec)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform
@@ -100,6 +153,15 @@ class LoRAConfig:
         if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
             raise ConfigError(f"layers_to_transform must be block numbers from 0 on, got {layers!r}")
         object.__setattr__(self, "layers_to_transform", numbers)
+
+    def _check_tokens(self) -> None:
+        tokens = self.trainable_token_indices
+        for numbers in tokens.values() if isinstance(tokens, dict) else [tokens] if tokens is not None else []:
+            wrong = isinstance(numbers, str) or not isinstance(numbers, Sequence) or not numbers
+            if wrong or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+                raise ConfigError(f"trainable_token_indices must be token numbers from 0 on, got {numbers!r}")
+            if len(set(numbers)) < len(numbers):
+                raise ConfigError(f"trainable_token_indices holds a token twice: {numbers!r}")
 
     @property
     def scaling_alpha(self) -> float:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lora_lightning.lora.adapter import base_tensors
 
@@ -65,6 +66,11 @@ def _digest(tensor: Tensor) -> str:
     tensor = tensor.detach()
     if tensor.device.type == "meta":
         raise ValueError("a tensor on the meta device has no bytes to take a fingerprint of")
+    if is_traceable_wrapper_subclass(tensor):
+        # torchao's quantised weights are tensors made of tensors.
+        names, context = tensor.__tensor_flatten__()
+        parts = [_digest(getattr(tensor, name)) for name in names]
+        return hashlib.sha256(f"{context} {names} {parts}".encode()).hexdigest()
     flat = tensor.cpu().contiguous().reshape(-1)
     sha = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     sha.update(flat.view(torch.uint8).numpy().data)

@@ -3,46 +3,24 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
-from importlib.metadata import version
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora import starts
 from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, did_you_mean
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
-from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies
-from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
+from lora_lightning.lora.fingerprint import fingerprint, of_tensors
+from lora_lightning.lora.inject import adapted_layers, inject, remove
+from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors, refuse_misfits
+from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
+from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
+from lora_lightning.lora.record import read_record, refuse_other_base, write_record
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."
-PROVENANCE = "lora_lightning"
-
-# Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
-}
+from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
 
 
 def save_adapter(
@@ -66,27 +44,20 @@ def save_adapter(
         AdapterError: the model has no adapter, or its values are not finite.
     """
     model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper that renames every key
-    layers, saved = adapted_layers(model), saved_copies(model)
-    if not layers and not saved:
-        raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
-    if not all(name for name, _ in layers):
+    packed = packed_layers(model)
+    if not all(p.peft_name for p in packed):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
-    tensors = {_peft_key(name): tensor for name, tensor in adapter_tensors(model).items()}
+    tensors = peft_tensors(model, packed)
+    if not tensors:
+        raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
-    config = _peft_config(model)
-    config["base_model_name_or_path"] = base_model_name_or_path or _own_name(model)
+    config = peft_config_of(model, packed)
+    config["base_model_name_or_path"] = base_model_name_or_path or own_name(model)
     config["task_type"] = task_type
-    provenance = {
-        "version": version("lora_lightning"),
-        "base": json.loads(fingerprint(model).to_json()),
-        "adapter": of_tensors(tensors).digest,
-        "settings": _settings(model),
-    }
     directory = Path(directory)
-    metadata = {"format": "pt", PROVENANCE: json.dumps(provenance, sort_keys=True)}
-    write_tensors(directory / WEIGHTS, tensors, metadata)
+    write_tensors(directory / WEIGHTS, tensors, write_record(model, packed, tensors, other_dropouts(packed)))
     write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return directory
 
@@ -105,26 +76,25 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     directory = Path(directory)
     peft = read_config(directory / CONFIG)
     tensors, metadata = read_tensors(directory / WEIGHTS)
-    _refuse_unknown_settings(peft)
     _refuse_meta(model)
-    record = _record(metadata)
-    if record and record["adapter"] != of_tensors(tensors).digest:
+    record = read_record(metadata)
+    if record and record.adapter != of_tensors(tensors).digest:
         raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
     if record and not allow_other_base:
-        refuse_other_base(Fingerprint.from_json(json.dumps(record["base"])), fingerprint(model))
-    listed = peft.get("modules_to_save") or []
-    tensors = _without_base_copies(tensors, listed, model)
-    modules, saved = _split_keys(tensors, model, listed)
-    _check_targets(peft, modules, model)
+        refuse_other_base(record.base, fingerprint(model))
+    tensors = {key: tensor for key, tensor in tensors.items() if not is_peft_copy(key)}
+    tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)
+    found = contents(tensors, peft, model)
+    check_targets(peft, found, model)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        report = inject(model, _our_config(peft, modules, saved))
+        config = our_config(peft, found, record, model)
+        report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
     except (ConfigError, TargetError) as error:
         raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
     try:
-        load_tensors(model, {_our_key(key, saved): tensor for key, tensor in tensors.items()})
-        if record and record["settings"] != _settings(model):
-            raise AdapterError(f"{directory / CONFIG} was changed since it was saved: its ranks or alphas")
+        ours = our_tensors(model, tensors, lambda name: token_ids(peft, name))
+        load_tensors(model, {**_first_factors(model), **ours})
     except BaseException:
         remove(model)
         for parameter in trained_before:
@@ -141,155 +111,26 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         AdapterError: with the list of all keys that are missing, left over or wrongly shaped. Nothing is loaded then.
     """
     own = adapter_tensors(model)
-    problems = [f"missing '{key}'" for key in own if key not in tensors]
-    problems += [f"left over '{key}'{did_you_mean(key, own)}" for key in tensors if key not in own]
-    problems += [
-        f"'{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    problems += [
-        f"'{key}' holds {tensors[key].dtype}, expected {own[key].dtype}"
-        for key in own
-        if key in tensors and tensors[key].dtype.is_floating_point != own[key].is_floating_point()
-    ]
-    if problems:
-        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {_some(problems)}")
-    for key, tensor in own.items():
+    refuse_misfits(own, tensors)
+    for key, tensor in _untied_where_unequal(model, own, tensors).items():
         tensor.data.copy_(tensors[key])
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A PEFT config of type LORA.
+def _untied_where_unequal(model: nn.Module, own: dict[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`own`, with a parameter of its own for each key whose values differ from those of the key that it is tied to.
 
-    Raises:
-        AdapterError: it is missing, no JSON, or of another method.
+    Copies of tied modules are tied here; PEFT trains them apart.
     """
-    if not path.is_file():
-        raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{path} is not JSON ({error})") from error
-    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
-        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}")
-    for name, (check, expected) in CHECKS.items():
-        if config.get(name) is not None and not check(config[name]):
-            raise AdapterError(f"{path}: {name} must be {expected}, got {config[name]!r}")
-    return config
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
-
-
-def _is_regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
-
-
-def _is_selection(value: Any) -> bool:
-    return _is_names(value) or _is_regex(value)
-
-
-def _is_patterns(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_regex(k) and _is_number(v) for k, v in value.items())
-
-
-def _is_blocks(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, list) and all(_is_int(entry) for entry in value))
-
-
-# What is read of PEFT's config, each by a check and by what it expects.
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_int, "a whole number"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (_is_number, "a number"),
-    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-    "target_modules": (_is_selection, "a list of names or a regular expression"),
-    "exclude_modules": (_is_selection, "a list of names or a regular expression"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "rank_pattern": (_is_patterns, "a map of regular expressions to numbers"),
-    "alpha_pattern": (_is_patterns, "a map of regular expressions to numbers"),
-    "layers_to_transform": (_is_blocks, "a block number or a list of them"),
-    "layers_pattern": (_is_selection, "a list of names or a regular expression"),
-}
-
-
-def _peft_key(key: str) -> str:
-    key = key.replace(".lora_copy.", ".")
-    module, _, last = key.rpartition(".")
-    return f"{PREFIX}{module}.{last}.weight" if last in ("lora_A", "lora_B") else PREFIX + key
-
-
-def _our_key(key: str, saved: list[str]) -> str:
-    key = key.removeprefix(PREFIX)
-    for name in saved:
-        if key.startswith(f"{name}."):
-            return f"{name}.lora_copy.{key.removeprefix(f'{name}.')}"
-    return key.removesuffix(".weight")
-
-
-def _peft_config(model: nn.Module) -> dict[str, Any]:
-    layers = adapted_layers(model)
-    settings = {name: layer.lora_settings for name, layer in layers}
-    first = next(iter(settings.values()), None)
-    r, alpha = (first.r, first.alpha) if first else (8, 16)
-    rslora = any(s.scale != s.alpha / s.r for s in settings.values())
-    return {
-        "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": _number(alpha),
-        "lora_dropout": first.dropout if first else 0.0,
-        "target_modules": _target_modules([name for name, _ in layers], model),
-        "rank_pattern": {f"^{re.escape(n)}$": s.r for n, s in settings.items() if s.r != r},
-        "alpha_pattern": {f"^{re.escape(n)}$": _number(s.alpha) for n, s in settings.items() if s.alpha != alpha},
-        "modules_to_save": [name for name, _ in saved_copies(model)] or None,
-        "use_rslora": rslora,
-        "init_lora_weights": True,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_dora": False,
-        "inference_mode": True,
-    }
-
-
-def _target_modules(names: list[str], model: nn.Module) -> list[str] | str:
-    """Full names; where one is also the dotted end of another module's name, one anchored regex instead."""
-    everything = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    chosen = set(names)
-    for other in everything:
-        if other not in chosen and any(other.endswith(f".{name}") for name in names):
-            return "|".join(re.escape(name) for name in names)
-    return sorted(names)
-
-
-def _number(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
-
-
-def _own_name(model: nn.Module) -> str | None:
-    """The hub name or path that a transformers model carries."""
-    config = getattr(model, "config", None)
-    name = getattr(config, "_name_or_path", None)
-    return name or None
-
-
-def _refuse_unknown_settings(peft: dict[str, Any]) -> None:
-    for name, neutral in NEUTRAL.items():
-        if name in peft and peft[name] not in neutral:
-            raise AdapterError(f"the adapter's setting {name}={peft[name]!r} has no counterpart here yet")
+    first: dict[int, str] = {}
+    own = dict(own)
+    for key, tensor in own.items():
+        twin = first.setdefault(id(tensor), key)
+        if twin != key and not torch.equal(tensors[key], tensors[twin]):
+            module, _, name = key.rpartition(".")
+            apart = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(model.get_submodule(module), name, apart)
+            own[key] = apart
+    return own
 
 
 def _refuse_meta(model: nn.Module) -> None:
@@ -297,159 +138,7 @@ def _refuse_meta(model: nn.Module) -> None:
         raise AdapterError("the model is on the meta device and would drop what is loaded: give it its weights first")
 
 
-def _settings(model: nn.Module) -> dict[str, Any]:
-    """By module, what its adapter computes with."""
-    settings = {name: layer.lora_settings for name, layer in adapted_layers(model)}
-    return {name: [s.r, s.alpha, s.scale] for name, s in settings.items()}
-
-
-def _record(metadata: dict[str, str]) -> dict[str, Any] | None:
-    """What `save_adapter` wrote about the base and the adapter; None in a file of PEFT's own."""
-    if PROVENANCE not in metadata:
-        return None
-    try:
-        record: dict[str, Any] = json.loads(metadata[PROVENANCE])
-        Fingerprint.from_json(json.dumps(record["base"]))
-        return {name: record[name] for name in ("base", "adapter", "settings")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"the adapter's record of its base cannot be read ({error})") from error
-
-
-def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
-    """Raise where W0 is another than the adapter's, naming the tensors that differ."""
-    different = made_on.differences(here)
-    # A head that the adapter brings whole is in one of the two only.
-    different = [n for n in different if n in made_on.tensors]
-    if different:
-        raise AdapterError(
-            f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
-            f" {len(different)} of {len(made_on.tensors)} tensors differ, first {_some(different)}."
-            f" Load the base that it was made on, or pass allow_other_base=True"
-        )
-
-
-def _split_keys(tensors: dict[str, Tensor], model: nn.Module, listed: list[str]) -> tuple[dict[str, int], list[str]]:
-    """Adapted modules with their rank, and the modules saved in full, from the keys of the file."""
-    strangers = [key for key in tensors if not key.startswith(PREFIX)]
-    if strangers:
-        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {_some(strangers)}")
-    modules: dict[str, int] = {}
-    rest: list[str] = []
-    for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX)
-        if name.endswith(".lora_A.weight"):
-            modules[name.removesuffix(".lora_A.weight")] = tensor.shape[0] if tensor.dim() else 0
-        elif not name.endswith(".lora_B.weight"):
-            rest.append(name)
-    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
-    unknown = [name for name in modules if name not in known]
-    if unknown:
-        hint = did_you_mean(unknown[0], known)
-        raise AdapterError(
-            f"the model has no module '{unknown[0]}' ({len(unknown)} of the adapter's are missing){hint}"
-        )
-    return modules, _saved_modules(rest, listed, model)
-
-
-def _without_base_copies(tensors: dict[str, Tensor], listed: list[str], model: nn.Module) -> dict[str, Tensor]:
-    """PEFT writes W0 itself beside A and B of an output layer; where it is this model's own, it is dropped."""
-    own = model.state_dict()
-
-    def is_copy(key: str, tensor: Tensor) -> bool:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        mine = own.get(name)
-        if mine is None or mine.shape != tensor.shape or _holder(name, listed):
-            return False
-        return torch.equal(tensor.to(mine.dtype), mine.cpu())
-
-    return {key: tensor for key, tensor in tensors.items() if not is_copy(key, tensor)}
-
-
-def _holder(key: str, listed: list[str]) -> str | None:
-    """The outermost module around `key` that PEFT wraps: its name ends in an entry, even within a word."""
-    parts = key.split(".")
-    around = [".".join(parts[:i]) for i in range(1, len(parts))]
-    return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
-
-
-def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list[str]:
-    """Full names of the modules saved in full: those that hold `keys` and that the config lists."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
-    holders = {key: _holder(key, listed) for key in keys}
-    strangers = [key for key, holder in holders.items() if holder is None]
-    if strangers:
-        raise AdapterError(
-            f"the adapter does not fit this model ({len(strangers)} keys): left over {_some(strangers)}, which are"
-            f" neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
-        )
-    for entry in listed:
-        hits = [name for name in names if name == entry] or [name for name in names if name.endswith(f".{entry}")]
-        bare = [n for n in hits if model.get_submodule(n).state_dict() and not any(k.startswith(f"{n}.") for k in keys)]
-        if bare:
-            raise AdapterError(f"{CONFIG} saves '{bare[0]}' in full and {WEIGHTS} has no tensors for it")
-    return sorted({holder for holder in holders.values() if holder is not None})
-
-
-def _check_targets(peft: dict[str, Any], modules: dict[str, int], model: nn.Module) -> None:
-    """Refuse where the config and the file's tensors name different modules."""
-    targets = peft.get("target_modules")
-    if not targets or targets == "all-linear":
-        return  # the file's keys are all there is to go by
-    saved = peft.get("modules_to_save") or []
-    for name, module in model.named_modules():
-        selected = _peft_adapts(peft, targets, name)
-        if name in modules and not selected:
-            raise AdapterError(f"{WEIGHTS} has left over tensors for '{name}', which {CONFIG} does not adapt")
-        if not selected or name in modules or kind_of(module) is None:
-            continue
-        if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):
-            raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
-
-
-def _peft_adapts(peft: dict[str, Any], targets: str | list[str], name: str) -> bool:
-    """PEFT's `check_target_module_exists`: blocks count only for entries that are not a full name."""
-    if _peft_selects(peft.get("exclude_modules") or [], name) or not _peft_selects(targets, name):
-        return False
-    blocks = peft.get("layers_to_transform")
-    if isinstance(targets, str) or name in targets or blocks is None or blocks == []:
-        return True
-    patterns = peft.get("layers_pattern") or r"[^.]*"
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        # Without a pattern of its own, PEFT wants a name before the blocks' list.
-        head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
-        if match := re.match(rf"{head}{pattern}\.(\d+)\.", name):
-            return int(match[1]) in ([blocks] if isinstance(blocks, int) else blocks)
-    return False
-
-
-def _peft_selects(pattern: str | list[str], name: str) -> bool:
-    if isinstance(pattern, str):
-        return re.fullmatch(pattern, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def _our_config(peft: dict[str, Any], modules: dict[str, int], saved: list[str]) -> LoRAConfig:
-    alpha = float(peft.get("lora_alpha", 8))
-    patterns = peft.get("alpha_pattern") or {}
-    alphas = {name: float(_peft_pattern(patterns, name, alpha)) for name in modules}
-    r = int(peft.get("r", 8))
-    return LoRAConfig(
-        r=r,
-        alpha=alpha,
-        dropout=float(peft.get("lora_dropout") or 0.0),
-        target_modules="|".join(re.escape(name) for name in modules),
-        modules_to_save=saved or None,
-        rank_pattern={re.escape(n): rank for n, rank in modules.items() if rank != r},
-        alpha_pattern={re.escape(n): a for n, a in alphas.items() if a != alpha},
-        use_rslora=bool(peft.get("use_rslora")),
-    )
-
-
-def _peft_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key in the file's order that matches the name or a dotted end of it."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
-
-
-def _some(items: list[str], limit: int = 4) -> str:
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return ", ".join(items[:limit]) + more
+def _first_factors(model: nn.Module) -> dict[str, Tensor]:
+    """A0 and B0 by their keys: no file holds them."""
+    layers = adapted_layers(model)
+    return {f"{n}.{o}": t for n, m in layers for o, t in m.lora_tensors().items() if o in {"lora_A0", "lora_B0"}}

@@ -12,6 +12,9 @@ HEAD_NAMES = frozenset(
     | {"out_head", "output_head", "classification_head", "seq_classif"}
 )
 
+# Where `PreTrainedModel` is defined: a part of a transformers model, such as one block, is no such model.
+HF_MODEL = "transformers.modeling_utils"
+
 
 def output_head(model: nn.Module) -> tuple[str, ...]:
     """Full names of the modules that make the model's output; empty where it has no head.
@@ -23,7 +26,7 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
     if asked is not None:
         return tuple(name for name, module in model.named_modules() if any(module is head for head in asked))
     named = tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
-    if _is_a(model, "transformers."):
+    if is_a(model, HF_MODEL):
         return named
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     if linears and linears[-1].partition(".")[0] in named:
@@ -33,17 +36,28 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
 
 def _asked(model: nn.Module) -> list[nn.Module] | None:
     """What the model itself says, through the getters that transformers and timm define."""
-    if _is_a(model, "transformers."):
+    if is_a(model, HF_MODEL):
         embeddings = model.get_output_embeddings()  # type: ignore[operator]
         return None if embeddings is None else [embeddings]
-    if _is_a(model, "timm."):
+    if is_a(model, "timm.") and any("get_classifier" in vars(cls) for cls in type(model).__mro__):
         classifier = model.get_classifier()  # type: ignore[operator]
         heads = classifier if isinstance(classifier, tuple | list) else [classifier]
         return [head for head in heads if isinstance(head, nn.Module)]
     return None
 
 
-def _is_a(model: nn.Module, package: str) -> bool:
+def input_embedding(model: nn.Module) -> nn.Module | None:
+    """The embedding of tokens, where the model itself can be asked."""
+    if not is_a(model, HF_MODEL):
+        return None
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:  # some transformers models have none, and say so in this way
+        return None
+    return embedding if isinstance(embedding, nn.Module) else None
+
+
+def is_a(model: nn.Module, package: str) -> bool:
     """By the defining package's name: this part of the code imports neither."""
     return any(cls.__module__.startswith(package) for cls in type(model).__mro__)
 

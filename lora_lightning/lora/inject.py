@@ -2,61 +2,112 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from lora_lightning.lora import fastpath
+from lora_lightning.lora.biases import biases_to_train, train_biases
+from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, graft, ungraft
+from lora_lightning.lora.layers import (
+    AdaptedLayer,
+    AttentionHost,
+    Grafted,
+    SavedCopy,
+    TokenRows,
+    TrainedBias,
+    graft,
+    ungraft,
+)
+from lora_lightning.lora.layers.tokens import attach_rows, detach_rows
+from lora_lightning.lora.quantised import allow_packing, hold_packing
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
 from lora_lightning.lora.targets import Selection, Target, select
 
 
-def inject(model: nn.Module, config: LoRAConfig | None = None) -> InjectionReport:
+def inject(
+    model: nn.Module,
+    config: LoRAConfig | None = None,
+    *,
+    data: Any = None,
+    loss: Loss | None = None,
+    start: bool = True,
+    any_rank: bool = False,
+) -> InjectionReport:
     """Adapt `model` in place: `h = W0 x + s B A x` in every selected layer, all else frozen.
 
     Only A and B (and copies of `modules_to_save`) are allocated; every key, hook, mode and reference of the
-    model survives, and its output does not change until B moves. Works on the meta device.
+    model survives, and its output does not change until B moves (but for `init: loftq`, which is there to
+    change it). Works on the meta device.
+
+    Args:
+        data: what the starts eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
+            arguments) or what loftq approximates (the model before quantisation or its state dict).
+        loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
+        start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
+            cost or the data of `config.init`.
+        any_rank: allow an r above the smaller side of a weight, as an adapter from elsewhere may have it.
 
     Raises:
         TargetError: the config does not fit this model; the model is then as it was.
-        LoRAError: the model is adapted already.
+        LoRAError: the model is adapted already, or the start lacks its data; the model is then as it was.
     """
     config = config or LoRAConfig()
     if not isinstance(model, nn.Module):
         raise LoRAError(f"inject expects an nn.Module, got {type(model).__name__}")
-    if any(isinstance(module, Grafted) for module in model.modules()):
+    modules = list(model.modules())
+    if any(isinstance(module, Grafted) for module in modules):
         raise LoRAError("this model is adapted already: merge(model) or remove(model) first")
-    if kind := next((type(m).__name__ for m in model.modules() if "lora_A" in {**m._parameters, **m._modules}), None):
+    if kind := next((type(m).__name__ for m in modules if "lora_A" in m._parameters or "lora_A" in m._modules), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
-    selection = select(model, config)
-    _refuse_tied_targets(model, selection.targets)
+    if start:
+        check_data(config.init, data)
+    selection = select(model, config, any_rank=any_rank)
+    _refuse_tied_targets(selection)
+    biased = biases_to_train(model, config, selection)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        rows = _graft_all(model, selection)
+        for parameter in trained_before:
+            parameter.requires_grad_(False)
+        rows = _graft_all(model, selection, start=start)
+        if data is not None and start:
+            start_from_data(model, adapted_layers(model), config.init, data, loss)
+        train_biases(biased)
     except BaseException:
         remove(model)
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
     saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    return InjectionReport(modules=rows, saved=saved, skipped=selection.skipped, trainable=trainable, frozen=frozen)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    trainable = sum(size for size, trains in sizes if trains)
+    biases = sum(p.numel() for p in {m.lora_trained_bias for _, m in trained_biases(model)})
+    return InjectionReport(
+        modules=rows,
+        saved=saved,
+        tokens={name: module.lora_tokens.numel() for name, module in token_rows(model)},
+        skipped=selection.skipped,
+        biases=biases,
+        trainable=trainable,
+        frozen=sum(size for size, _ in sizes) - trainable,
+    )
 
 
-def _graft_all(model: nn.Module, selection: Selection) -> list[AdaptedModule]:
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    rows = [_adapt(target) for target in selection.targets]
+def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[AdaptedModule]:
+    hold_packing(model)
+    rows = [_adapt(target, start=start) for target in selection.targets]
+    for token in selection.tokens:
+        attach_rows(token.module, token.token_ids, token.tied)
+    twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
     for _, module in selection.saved:
         graft(module, SavedCopy)
         assert isinstance(module, SavedCopy)
-        module.add_copy()
+        module.add_copy(twins)
+    _open_attention(model)
     fastpath.keep_off(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
@@ -66,14 +117,36 @@ def remove(model: nn.Module) -> nn.Module:
 
     Parameters stay frozen. Returns the model.
     """
+    for _, biased in trained_biases(model):
+        biased.drop_bias()
+        ungraft(biased, TrainedBias)
     for _, layer in adapted_layers(model):
-        layer.drop_factors()
-        ungraft(layer)
+        layer.detach()
     for _, module in saved_copies(model):
         module.drop_copy()
-        ungraft(module)
-    fastpath.allow(model)
+        ungraft(module, SavedCopy)
+    close(model)
     return model
+
+
+def close(model: nn.Module) -> None:
+    """Undo what `inject` does around the adapted layers, once these are gone."""
+    detach_rows(model)
+    for module in list(model.modules()):
+        if isinstance(module, AttentionHost):
+            module.__dict__.pop("lora_enabled", None)
+            ungraft(module, AttentionHost)
+    fastpath.allow(model)
+    allow_packing(model)
+
+
+def restart(model: nn.Module) -> None:
+    """Start every adapter anew from the W0 that is there now: for a model injected on the meta device and then filled.
+
+    The starts eva, lora_ga and loftq need their data: there, inject after filling instead.
+    """
+    for _, module in grafted_modules(model):
+        module.reset_lora_parameters()
 
 
 @contextmanager
@@ -90,9 +163,19 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.lora_enabled = enabled
 
 
+def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]:
+    """Every module whose class was extended, with its full name, once each."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, Grafted)]
+
+
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Every adapted layer with its full name, once each."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+
+
+def trained_biases(model: nn.Module) -> list[tuple[str, TrainedBias]]:
+    """Every module with a trained bias, with its full name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, TrainedBias)]
 
 
 def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
@@ -100,26 +183,43 @@ def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, SavedCopy)]
 
 
-def _adapt(target: Target) -> AdaptedModule:
-    graft(target.module, target.kind)
-    layer = target.module
-    assert isinstance(layer, AdaptedLayer)
-    layer.add_factors(target.settings)
+def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
+    """Every embedding with trained rows, with its full name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, TokenRows)]
+
+
+def _open_attention(model: nn.Module) -> None:
+    """Let every `nn.MultiheadAttention` call its out_proj where that is adapted, or trained in full."""
+    for module in list(model.modules()):
+        if isinstance(module, AttentionHost) or not isinstance(module, nn.MultiheadAttention):
+            continue
+        if isinstance(module.out_proj, AdaptedLayer | SavedCopy):
+            graft(module, AttentionHost)
+
+
+def _adapt(target: Target, *, start: bool) -> AdaptedModule:
+    layer, parts = target.kind.attach(target.module, target.settings, start=start), target.settings.slices
     return AdaptedModule(
         module=target.name,
-        kind=layer.kind,
+        kind=layer.kind if parts is None else f"{layer.kind}[{', '.join(parts.taken)}]",
         r=target.settings.r,
         alpha=target.settings.alpha,
         dropout=target.settings.dropout,
-        parameters=layer.lora_A.numel() + layer.lora_B.numel(),
+        parameters=sum(t.numel() for t in layer.lora_tensors().values() if t.requires_grad),
         why=target.why,
     )
 
 
-def _refuse_tied_targets(model: nn.Module, targets: list[Target]) -> None:
+def _refuse_tied_targets(selection: Selection) -> None:
     """A weight that two adapted layers share would be merged into twice."""
-    owners = Counter(id(target.module.weight) for target in targets)
-    for target in targets:
-        if owners[id(target.module.weight)] > 1:
-            twins = [t.name for t in targets if t.module.weight is target.module.weight]
+    names: dict[int, list[str]] = {}
+    for target in selection.targets:
+        for parameter in target.kind.adapted_parameters(target.module, target.settings).values():
+            names.setdefault(id(parameter), []).append(target.name)
+    for token in selection.tokens:
+        names.setdefault(id(token.module.weight), []).append(token.name)
+    for twins in names.values():
+        if len(set(twins)) < len(twins):
+            raise TargetError(f"'{twins[0]}' is selected twice: name it in one field of the config only")
+        if len(twins) > 1:
             raise TargetError(f"'{twins[0]}' and '{twins[1]}' share one weight: adapt one of them, exclude the other")

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Container
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora_lightning.lora import fastpath
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.inject import adapted_layers, saved_copies
-from lora_lightning.lora.layers import AdaptedLayer, ungraft
+from lora_lightning.lora.inject import (
+    adapted_layers,
+    close,
+    grafted_modules,
+    saved_copies,
+    token_rows,
+    trained_biases,
+)
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TrainedBias, ungraft
+from lora_lightning.lora.quantised import make_plain, scheme
+from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
 
 @dataclass(frozen=True)
@@ -22,78 +33,140 @@ class MergeReport:
     1 is all of it."""
     untied: list[str] = field(default_factory=list)
     """Modules whose weight was shared with another module and is now their own."""
+    dequantised: list[str] = field(default_factory=list)
+    """Modules that were quantised and are plain `nn.Linear` now."""
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> MergeReport:
+def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     """Make the model plain again, in place, with `W0 + s B A` in its weights.
 
     Classes and keys are the original ones. A weight that is shared with a module which is not adapted is
-    given to the adapted one as its own, for only that one was trained. Nothing can be unmerged: keep the adapter.
+    given to the adapted one as its own, for only that one was trained, and a transformers config no longer says
+    that they are tied. Nothing can be unmerged: keep the adapter.
+
+    Args:
+        dequantize: turn quantised layers into plain ones that hold the update, in the dtype of the model's own
+            floating-point tensors. A quantised weight is never written into: it would round most of the update away.
 
     Raises:
-        MergeError: nothing is adapted; A, B or a trained copy is not finite; or W0's dtype cannot hold the sum.
-            The model is then as it was.
+        MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantised layer and `dequantize`
+            is False; a dtype that cannot hold the sum; a bias to add where the layer has none. The model is then
+            as it was.
     """
-    layers = adapted_layers(model)
-    saved = saved_copies(model)
-    if not layers and not saved:
+    layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
+    if not layers and not saved and not tokens:
         raise MergeError("nothing to merge: this model has no adapters")
-    for name, layer in layers:
-        if not (torch.isfinite(layer.lora_A).all() and torch.isfinite(layer.lora_B).all()):
-            raise MergeError(f"A or B of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-        _refuse_narrow(name, layer)
-    for name, module in saved:
-        if not all(torch.isfinite(tensor).all() for tensor in module.lora_copy.state_dict().values()):
-            raise MergeError(f"the trained copy of '{name}' is not finite: merge an earlier checkpoint")
+    _refuse(model, dequantize=dequantize)
     report = MergeReport()
-    shared = _shared_weights(model)
-    for name, layer in layers:
-        tied = id(layer.weight) in shared
-        report.kept[name] = _fold(layer, in_place=not tied)
-        if tied:
-            report.untied.append(name)
-        layer.drop_factors()
-        ungraft(layer)
-    for name, module in saved:
-        if any(id(p) in shared for p in module.parameters()):
-            report.untied.append(name)
-        module.keep_copy()
-        ungraft(module)
-    fastpath.allow(model)
+    ties = shared_parameters(model)
+    kept_biases: dict[int, nn.Parameter] = {}
+    kept_copies: dict[int, Tensor] = {}
+    for _, biased in trained_biases(model):
+        biased.keep_bias(kept_biases)
+        ungraft(biased, TrainedBias)
+    plain_dtype = _float_dtype(model)
+    for path, layer in layers:
+        name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
+        merged, report.kept[name] = _merged_weights(layer, plain_dtype if quantised else None)
+        _fold_bias(layer)
+        layer.detach()
+        if quantised:
+            report.dequantised.append(name)
+            make_plain(owner, merged["weight"])
+        else:
+            _put(owner, merged, ties)
+    for _, embedding in tokens:
+        embedding.keep_rows()
+    for _, module in saved:
+        module.keep_copy(kept_copies)
+        ungraft(module, SavedCopy)
+    if untied_since(model, ties):
+        untie_config(model)
+    report.untied.extend(untied_since(model, ties))
+    close(model)
     return report
 
 
-def _shared_weights(model: nn.Module) -> set[int]:
-    """Ids of the parameters that two different modules hold."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                (shared if id(parameter) in seen else seen).add(id(parameter))
-    return shared
+def _refuse(model: nn.Module, *, dequantize: bool) -> None:
+    for name, module in grafted_modules(model):
+        for own, tensor in module.lora_tensors().items():
+            if not torch.isfinite(tensor).all():
+                what = "A or B" if own in ("lora_A", "lora_B") else own
+                raise MergeError(f"{what} of '{name}' is not finite: training diverged; merge an earlier checkpoint")
+    for name, saved in saved_copies(model):
+        if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
+            raise MergeError(f"the copy of '{name}' is not finite: training diverged; merge an earlier checkpoint")
+    for path, layer in adapted_layers(model):
+        name = layer.lora_name(path)
+        if layer.lora_B_bias is not None and layer._parameters.get("bias") is None:
+            raise MergeError(
+                f"lora_bias of '{name}' has no bias to be added to, and a new key would not load into the original"
+                f" model: keep the adapter unmerged"
+            )
+        if scheme(layer) is not None and not dequantize:
+            raise MergeError(
+                f"'{name}' is quantised ({scheme(layer)}), and rounding to its grid would lose most of the update:"
+                f" merge(model, dequantize=True) makes plain layers, or merge into the base loaded unquantised"
+            )
+        if scheme(layer) is None:
+            _refuse_narrow(name, layer)
 
 
 def _refuse_narrow(name: str, layer: AdaptedLayer) -> None:
     """Integer codes cannot take an update, and float16 ends at 65504."""
-    dtype = layer.weight.dtype
-    if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise MergeError(f"'{name}' holds its weight as {dtype}: load the backbone unquantised and merge there")
-    if dtype == torch.float16 and not torch.isfinite((layer.weight + layer.delta_weight()).half()).all():
+    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    for weight in parameters.values():
+        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+            raise MergeError(
+                f"'{name}' holds its weight as {weight.dtype}: load the backbone unquantised and merge there"
+            )
+    if not any(weight.dtype == torch.float16 for weight in parameters.values()):
+        return
+    if not all(torch.isfinite((parameters[own] + d).half()).all() for own, d in layer.weight_deltas().items()):
         raise MergeError(f"W0 + s B A of '{name}' is larger than float16 can hold: merge into float32 or bfloat16")
 
 
-def _fold(layer: AdaptedLayer, *, in_place: bool) -> float:
-    """Put `W0 + s B A` into the layer's weight; return the share of the update that rounding kept."""
-    delta = layer.delta_weight()
-    before = layer.weight.to(delta.dtype)
-    merged = (before + delta).to(layer.weight.dtype)
-    applied = merged.to(delta.dtype) - before
-    size = torch.linalg.vector_norm(delta)
-    kept = 1.0 - float(torch.linalg.vector_norm(applied - delta) / size) if size > 0 else 1.0
-    if in_place:
-        layer.weight.copy_(merged)
-    else:
-        layer.weight = nn.Parameter(merged, requires_grad=False)
-    return max(0.0, kept)
+def _merged_weights(layer: AdaptedLayer, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], float]:
+    """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept."""
+    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    merged: dict[str, Tensor] = {}
+    wanted = lost = 0.0
+    for name, delta in layer.weight_deltas().items():
+        before = (layer.base_weight() if dtype else parameters[name]).to(delta.dtype)
+        merged[name] = (before + delta).to(dtype or parameters[name].dtype)
+        applied = merged[name].to(delta.dtype) - before
+        wanted += float(torch.linalg.vector_norm(delta)) ** 2
+        lost += float(torch.linalg.vector_norm(applied - delta)) ** 2
+    return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
+
+
+def _put(module: nn.Module, merged: dict[str, Tensor], ties: Container[int]) -> None:
+    """Write the weights in place, or as parameters of their own where they are shared with another module."""
+    for name, weight in merged.items():
+        own = module._parameters[name]
+        assert own is not None
+        if id(own) in ties:
+            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        else:
+            own.copy_(weight)
+
+
+def _fold_bias(layer: AdaptedLayer) -> None:
+    """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied."""
+    update, own = layer.update_bias(), layer._parameters.get("bias")
+    if update is not None and own is not None:
+        merged = (own.to(update.dtype) + update).to(own.dtype)
+        layer._parameters["bias"] = nn.Parameter(merged, requires_grad=own.requires_grad)
+
+
+def _float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's own first plain floating-point parameter, float32 where it has none."""
+    ours: set[Any] = {id(t) for _, module in grafted_modules(model) for t in module.lora_tensors().values()}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in ours or (name == "weight" and scheme(module)):
+                continue
+            if parameter.is_floating_point():
+                return parameter.dtype
+    return torch.float32

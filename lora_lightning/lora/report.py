@@ -15,11 +15,12 @@ class AdaptedModule:
     module: str
     """Full name in the backbone."""
     kind: str
+    """The kind of layer, with the adapted parts in brackets where it is fused."""
     r: int
     alpha: float
     dropout: float
     parameters: int
-    """Trainable parameters of this module: A, B."""
+    """Trainable parameters of this module: A, B, DoRA's magnitudes, B's bias."""
     why: str
     """The entry of the config that selected it."""
 
@@ -31,8 +32,12 @@ class InjectionReport:
     modules: list[AdaptedModule]
     saved: dict[str, int]
     """`modules_to_save` by full name, with the parameters of each copy."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Embeddings with rows that train in full, with the parameters of those rows."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Linear layers that `all-linear` left out, with the reason."""
+    biases: int = 0
+    """Entries of biases that train, in number."""
     trainable: int
     """Parameters that train, in number."""
     frozen: int
@@ -68,6 +73,9 @@ class InjectionReport:
             for name, count, row, parameters in self.groups()
         ]
         table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        table += [(name, "1", "rows in full", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
+        if self.biases:
+            table.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
         return table
 
     HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")

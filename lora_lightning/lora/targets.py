@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from torch import nn
 
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
-from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.heads import output_head
-from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRALinear, kind_of
-
-Number = TypeVar("Number", int, float)
+from lora_lightning.lora.layer_settings import Wanted, check_fit, settings_of
+from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
+from lora_lightning.lora.layers.attention import host_refusal
+from lora_lightning.lora.options import refuse_options
+from lora_lightning.lora.patterns import all_used, block_number, flat, matches, no_match
+from lora_lightning.lora.presets import preset_parts, preset_pattern
+from lora_lightning.lora.tokens import TokenTarget, token_targets
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class Selection:
 
     targets: list[Target] = field(default_factory=list)
     saved: list[tuple[str, nn.Module]] = field(default_factory=list)
+    tokens: list[TokenTarget] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     """Modules that `all-linear` would have taken but for the reason given."""
 
 
-def select(model: nn.Module, config: LoRAConfig) -> Selection:
-    """Resolve `config` on `model`.
+def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> Selection:
+    """Resolve `config` on `model`; with `any_rank`, as for an adapter that is there already, r has no upper limit.
 
     Raises:
         TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
@@ -51,38 +53,63 @@ def select(model: nn.Module, config: LoRAConfig) -> Selection:
     selection = Selection(saved=_saved(names, config))
     found = _found(model, names, config, selection)
     found = _without_excluded(found, names, config)
-    found = _in_layers(found, names, config)
-    if not found:
+    wanted = [Wanted(names[module], module, why) for module, why in found.items()]
+    wanted = _in_layers(wanted + _parameters(names, config, selection), config)
+    selection.tokens = token_targets(model, names, config.trainable_token_indices)
+    _refuse_twice(selection)
+    if not wanted and not selection.tokens:
         raise TargetError(_nothing_left(model, config, selection))
-    ranks = {module: _by_pattern("rank_pattern", config.rank_pattern, names[module], config.r) for module in found}
-    alphas = {
-        module: _by_pattern("alpha_pattern", config.alpha_pattern, names[module], config.scaling_alpha)
-        for module in found
-    }
-    _all_used("rank_pattern", config.rank_pattern, [names[m] for m in found])
-    _all_used("alpha_pattern", config.alpha_pattern, [names[m] for m in found])
-    for module, why in found.items():
-        r, alpha = ranks[module], alphas[module]
-        kind = kind_of(module)
+    everything = [w.names for w in wanted]
+    all_used("rank_pattern", config.rank_pattern, everything)
+    all_used("alpha_pattern", config.alpha_pattern, everything)
+    all_used("dropout_pattern", config.dropout_pattern, everything)
+    all_used("slices", config.slices, everything)
+    modules = {group[0]: module for module, group in names.items()}
+    parts = preset_parts(model, config.target_modules) if found else []
+    for w in wanted:
+        kind = LoRAParameter if w.parameter else kind_of(w.module)
         assert kind is not None
-        largest = kind.largest_rank(module)
-        if r > largest:
-            raise TargetError(
-                f"r={r} is larger than the layer '{names[module][0]}' allows ({largest}, the smaller side of its"
-                f" weight): lower r, or set rank_pattern: {{{names[module][0]}: {largest}}}, or exclude it"
-            )
-        settings = LayerSettings(
-            r=r, alpha=alpha, scale=config.scale(r, alpha), dropout=config.dropout, init=config.init
-        )
-        selection.targets.append(Target(names[module][0], module, kind, settings, why))
+        settings = settings_of(w, kind, config, modules, parts)
+        refuse_options(w.names[0], w.module, kind, settings)
+        check_fit(w, kind, settings, any_rank=any_rank)
+        selection.targets.append(Target(w.names[0], w.module, kind, settings, w.why))
     return selection
 
 
-def matches(pattern: str | list[str], name: str) -> str | None:
-    """The entry that selects `name`: a list's entry equals it or its dotted end, a string is a full-match regex."""
-    if isinstance(pattern, str):
-        return pattern if re.fullmatch(pattern, name) else None
-    return next((entry for entry in pattern if name == entry or name.endswith(f".{entry}")), None)
+def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection) -> list[Wanted]:
+    """The parameters that `target_parameters` selects, in the model's order."""
+    inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
+    entries, used = config.target_parameters or [], set[str]()
+    wanted: list[Wanted] = []
+    known: list[str] = []
+    for module, group in names.items():
+        for own in module._parameters if module not in inside_saved else ():
+            full = [f"{name}.{own}" if name else own for name in group]
+            known += full
+            hits = [entry for entry in entries if any(matches([entry], name) for name in full)]
+            used.update(hits)
+            if hits and module._parameters[own] is not None and not _excluded(full, config):
+                wanted.append(Wanted(full, module, hits[0], own))
+    for entry in entries:
+        if entry not in used:
+            raise TargetError(no_match("target_parameters", entry, known, what="parameter"))
+    return wanted
+
+
+def _refuse_twice(selection: Selection) -> None:
+    """Rows of an embedding that `modules_to_save` trains in full, or whose tied head it does."""
+    inside_saved = {m: name for name, saved in selection.saved for m in saved.modules()}
+    for token in selection.tokens:
+        for module in (token.module, *token.tied):
+            if module in inside_saved:
+                raise TargetError(
+                    f"trainable_token_indices: the weight of '{token.name}' is in '{inside_saved[module]}' of"
+                    f" modules_to_save, which trains it in full: name it once"
+                )
+
+
+def _excluded(names: list[str], config: LoRAConfig) -> bool:
+    return bool(config.exclude_modules) and any(matches(config.exclude_modules or [], name) for name in names)
 
 
 def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
@@ -92,10 +119,6 @@ def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     return names
 
 
-def _flat(names: Iterable[list[str]]) -> list[str]:
-    return [name for group in names for name in group if name]
-
-
 def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[str, nn.Module]]:
     entries = config.modules_to_save or []
     chosen: list[tuple[str, nn.Module]] = []
@@ -103,7 +126,7 @@ def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[
         exact = [m for m, group in names.items() if entry in group]
         hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
         if not hits:
-            raise TargetError(_no_match("modules_to_save", entry, _flat(names.values())))
+            raise TargetError(no_match("modules_to_save", entry, flat(names.values())))
         if len(hits) > 1:
             several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
             raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
@@ -134,6 +157,9 @@ def _found(
     pattern = config.target_modules
     if pattern == ALL_LINEAR:
         return _all_linear(model, candidates, bypassed, selection)
+    preset = preset_pattern(model, pattern)
+    if preset is not None:
+        pattern = preset
     found: dict[nn.Module, str] = {}
     used: set[str] = set()
     for module, group in candidates.items():
@@ -145,17 +171,17 @@ def _found(
             raise TargetError(f"cannot adapt '{group[0]}': {bypassed[module]}")
         if kind_of(module) is None:
             raise TargetError(_unknown_kind(group[0], module, why, candidates))
-        found[module] = why
-    everything = _flat(names.values())
+        found[module] = why if preset is None else str(config.target_modules)
+    everything = flat(names.values())
     saved_names = {n for m in inside_saved for n in names.get(m, [])}
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         if entry in used or (
-            isinstance(pattern, list) and any(matches([entry], n) for n in _flat([names[m] for m in found]))
+            isinstance(pattern, list) and any(matches([entry], n) for n in flat([names[m] for m in found]))
         ):
             continue
         if any(matches([entry] if isinstance(pattern, list) else entry, n) for n in saved_names):
             raise TargetError(f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once")
-        raise TargetError(_no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))
+        raise TargetError(no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))
     return found
 
 
@@ -166,7 +192,7 @@ def _all_linear(
     found: dict[nn.Module, str] = {}
     for module, group in candidates.items():
         kind = kind_of(module)
-        if kind is None or not issubclass(kind, LoRALinear):
+        if kind is None or not kind.linear_like:
             continue
         if any(name == head or name.startswith(f"{head}.") for name in group for head in heads):
             selection.skipped[group[0]] = "the output head"
@@ -179,14 +205,18 @@ def _all_linear(
 
 def _bypassed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
-    reason = "nn.MultiheadAttention reads its weight and never calls it, so the adapter would be ignored"
-    return {m.out_proj: reason for m in names if isinstance(m, nn.MultiheadAttention)}
+    bypassed: dict[nn.Module, str] = {}
+    for module in names:
+        if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
+            bypassed |= {module: reason, module.out_proj: reason}
+    return bypassed
 
 
 def _computed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules under a parametrisation such as weight norm: an update folded into their weight would be lost."""
     reason = "its weight is computed from other parameters (a parametrisation), so no update can be folded into it"
-    return {m: reason for m in names if isinstance(m, nn.Linear) and "weight" not in m._parameters}
+    weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}
+    return {m: reason for m, weight in weights.items() if weight not in m._parameters}
 
 
 def _without_excluded(
@@ -195,70 +225,25 @@ def _without_excluded(
     pattern = config.exclude_modules
     if not pattern:
         return found
-    everything = _flat(names.values())
+    everything = flat(names.values())
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         if not any(matches([entry] if isinstance(pattern, list) else entry, name) for name in everything):
-            raise TargetError(_no_match("exclude_modules", entry, everything, is_regex=isinstance(pattern, str)))
+            raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(pattern, str)))
     return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
 
 
-def _in_layers(
-    found: dict[nn.Module, str], names: dict[nn.Module, list[str]], config: LoRAConfig
-) -> dict[nn.Module, str]:
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return found
-    assert isinstance(wanted, list)
-    index = {module: _block_number(names[module][0]) for module in found}
-    missing = sorted(set(wanted) - set(index.values()) - {None})  # type: ignore[operator]
+def _in_layers(wanted: list[Wanted], config: LoRAConfig) -> list[Wanted]:
+    layers = config.layers_to_transform
+    if layers is None:
+        return wanted
+    assert isinstance(layers, list)
+    index = [block_number(w.names[0]) for w in wanted]
+    missing = sorted(set(layers) - {n for n in index if n is not None})
     if missing:
-        there = sorted(n for n in set(index.values()) if n is not None)
+        there = sorted({n for n in index if n is not None})
         blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
-    return {module: why for module, why in found.items() if index[module] in wanted}
-
-
-def _block_number(name: str) -> int | None:
-    """The first number in a dotted name, as PEFT counts blocks: 3 in `model.layers.3.mlp.experts.0.up`."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), None)
-
-
-def _pattern_hits(pattern: str, names: list[str]) -> bool:
-    """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
-    return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
-
-
-def _by_pattern(field_name: str, patterns: dict[str, Number], names: list[str], default: Number) -> Number:
-    """The value of the longest pattern that matches: no order of keys can change it."""
-    hits = sorted((p for p in patterns if _pattern_hits(p, names)), key=lambda p: (p in names, len(p)), reverse=True)
-    if not hits:
-        return default
-    rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
-    if len({patterns[p] for p in rivals}) > 1:
-        raise TargetError(
-            f"{field_name}: '{rivals[0]}' and '{rivals[1]}' both match '{names[0]}' with different values,"
-            f" and neither is longer: write its full name"
-        )
-    return patterns[hits[0]]
-
-
-def _all_used(field_name: str, patterns: dict[str, int] | dict[str, float], selected: list[list[str]]) -> None:
-    for pattern in patterns:
-        if not any(_pattern_hits(pattern, group) for group in selected):
-            raise TargetError(_no_match(field_name, pattern, _flat(selected), what="adapted module"))
-
-
-def _no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = False, what: str = "module") -> str:
-    ends = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
-    depth = entry.count(".") + 1
-    alike = {".".join(name.split(".")[-depth:]) for name in names} if depth > 1 and not is_regex else set()
-    close = did_you_mean(entry, alike) or did_you_mean(entry, ends) or did_you_mean(entry, names)
-    if not close:
-        known = near_misses("", ends) or sorted(ends)[:8]
-        close = f"; there are {', '.join(known)}" if known else ""
-    if is_regex and any(name.endswith(f".{entry}") for name in names):
-        close = f"; a string is a regular expression on full names: for modules that end in it write [{entry}]"
-    return f"{field_name}: no {what} matches '{entry}'{close}"
+    return [w for w, n in zip(wanted, index, strict=True) if n in layers]
 
 
 def _unknown_kind(name: str, module: nn.Module, why: str, candidates: dict[nn.Module, list[str]]) -> str:

@@ -17,8 +17,8 @@ from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.formats import refuse_other_base
 from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
+from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, Task
 from lora_lightning.training.optim import WarmupDecay
 
@@ -150,7 +150,7 @@ class LoRAModule(LightningModule):
             raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
         trained, here = checkpoint[CHECKPOINT_KEY]["config"], self.lora.to_dict()
         for name in trained.keys() | here.keys():
-            if trained.get(name) != here.get(name) and name != "dropout":
+            if trained.get(name) != here.get(name) and name not in {"dropout", "dropout_pattern"}:
                 raise AdapterError(
                     f"the checkpoint was trained with lora.{name}={trained.get(name)!r}, this run says"
                     f" {here.get(name)!r}: use the run's own config.yaml, or start a new fit"

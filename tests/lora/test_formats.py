@@ -16,7 +16,10 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats import CONFIG, PREFIX, PROVENANCE, WEIGHTS, load_tensors
+from lora_lightning.lora.formats import load_tensors
+from lora_lightning.lora.packing import PREFIX
+from lora_lightning.lora.peft_config import CONFIG, WEIGHTS
+from lora_lightning.lora.record import PROVENANCE
 from lora_lightning.lora.storage import read_tensors, write_tensors
 from tests.factories import FAMILIES, Own, assert_same, bert, distance, llama, move, output, sequential, snapshot
 from tests.lora.test_inject import HEADS
@@ -222,6 +225,8 @@ def test_peft_opens_what_is_saved(family, tmp_path, rslora):
         fields = RICH
     elif family.name == "own":  # PEFT adapts only the first of two places
         fields = {**fields, "exclude_modules": ["second"]}
+    elif family.name == "encoder":  # PEFT 0.21 counts an attention's out_proj twice
+        fields = {**fields, "exclude_modules": ["out_proj"]}
     model = trained(family, **fields, use_rslora=rslora)
     save_adapter(model, tmp_path, task_type="SEQ_CLS" if family.name == "bert" else None)
     theirs = peft.PeftModel.from_pretrained(family.build(), tmp_path).eval()
@@ -306,7 +311,7 @@ def test_pefts_copy_of_an_output_layers_w0_is_checked_and_left(tmp_path, tied):
     assert f"{PREFIX}lm_head.base_layer.weight" in safetensors.torch.load_file(tmp_path / WEIGHTS)
     load_adapter(ours, tmp_path)
     assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-6
-    refused(tmp_path, "left over lm_head.base_layer.weight", other)
+    refused(tmp_path, "a weight of 'lm_head' that is not this model's", other)
 
 
 # ---- refusals, each in one line, each leaving the model plain
@@ -327,10 +332,10 @@ def drop(tensors, part):
 
 
 CHANGES = {
-    "missing B": (lambda t: drop(t, "lora_B"), "missing '.*lora_B'"),
+    "missing B": (lambda t: drop(t, "lora_B"), "missing '.*lora_B.weight'"),
     "missing A": (lambda t: drop(t, "lora_A"), "has no tensors for|left over"),
     "missing module": (lambda t: [drop(t, "1.attention.self.value.lora") for _ in "AB"], "value' and .* no tensors"),
-    "missing bias of head": (lambda t: drop(t, "classifier.bias"), r"missing 'classifier\.lora_copy\.bias'"),
+    "missing bias of head": (lambda t: drop(t, "classifier.bias"), r"missing '.*\.classifier\.bias'"),
     "missing head": (lambda t: [drop(t, "classifier") for _ in "wb"], "'classifier' in full and .* no tensors"),
     "surplus module": (
         lambda t: t.update(
@@ -341,7 +346,10 @@ CHANGES = {
         ),
         "left over tensors for 'bert.encoder.layer.0.attention.self.key'",
     ),
-    "surplus in head": (lambda t: t.update({f"{PREFIX}classifier.scale": torch.ones(1)}), "left over 'classifier"),
+    "surplus in head": (
+        lambda t: t.update({f"{PREFIX}classifier.scale": torch.ones(1)}),
+        "left over '.*classifier.scale",
+    ),
     "surplus base": (lambda t: t.update({f"{PREFIX}bert.pooler.dense.weight": torch.ones(16, 16)}), "left over"),
     "dora": (
         lambda t: t.update({f"{PREFIX}bert.encoder.layer.0.output.dense.lora_magnitude_vector": torch.ones(16)}),
@@ -386,7 +394,7 @@ def test_a_lost_module_is_missed_under_every_kind_of_selection(tmp_path, change)
 
 
 SETTINGS = [
-    *[{"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"lora_bias": True}, {"fan_in_fan_out": True}],
+    *[{"use_dora": 1}, {"bias": "some"}, {"lora_bias": "yes"}, {"fan_in_fan_out": "no"}],
     *[{"trainable_token_indices": [1]}, {"target_parameters": ["x"]}, {"layer_replication": [[0, 2]]}],
     *[{"alora_invocation_tokens": [1]}, {"use_qalora": True}, {"peft_type": "IA3"}, {"peft_type": None}],
     *[{"r": "8"}, {"r": 2.5}, {"lora_alpha": "16"}, {"lora_alpha": True}, {"lora_dropout": [0]}],
@@ -402,6 +410,10 @@ MEANINGS = [
     ({"target_modules": ["key"]}, "adapts '.*key' and|left over tensors for"),
     ({"exclude_modules": ["query"]}, "left over tensors for 'bert.encoder.layer.0.attention.self.query'"),
     ({"target_modules": ["query"]}, "left over tensors for 'bert.encoder.layer.0.attention.self.value'"),
+    ({"use_dora": True}, "missing '.*query.lora_magnitude_vector'"),
+    ({"lora_bias": True}, "missing '.*query.lora_B.bias'"),
+    ({"bias": "all"}, "missing '.*LayerNorm.bias'"),
+    ({"bias": "lora_only"}, "missing '.*query.base_layer.bias'"),
     ({"modules_to_save": None}, "2 keys.: left over classifier.*none"),
     ({"modules_to_save": ["classifier", "pooler"]}, "saves 'bert.pooler' in full and .* no tensors"),
 ]

@@ -13,10 +13,12 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, disabled, inject, remove
+from lora_lightning.lora import inject as inject_file
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.errors import AdapterError, TargetError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias
 from tests.factories import Own, assert_same, distance, folded, move, output, sequential, snapshot
 
 HEADS = {
@@ -47,7 +49,7 @@ def test_fresh_adapter_changes_nothing(family, dtype, tolerance, training):
 
 
 def test_fresh_copy_of_a_head_changes_nothing(family):
-    model = family.build()
+    model = family.build().requires_grad_(False)
     with torch.no_grad():
         before = family.run(model)
         inject(model, LoRAConfig(r=2, modules_to_save=[HEADS[family.name]]))
@@ -128,6 +130,7 @@ def test_remove_gives_the_very_model_back(family):
     inject(model, SMALL)
 
 
+@pytest.mark.fused
 def test_disabled_is_the_backbone_and_the_adapter_comes_back(family):
     model = family.build()
     with torch.no_grad():
@@ -218,6 +221,57 @@ def test_an_injection_that_fails_half_way_leaves_the_model_as_it_was():
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="deepcopy"):
         inject(model, LoRAConfig(r=2, target_modules=["first"], modules_to_save=["overhead", "head"]))
+    assert_same(model, before)
+
+
+class Everything(nn.Module):
+    """A layer of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.tokens = nn.Embedding(9, 8), nn.Embedding(9, 8)
+        self.conv, self.attention = nn.Conv1d(8, 8, 1), nn.MultiheadAttention(8, 2)
+        self.matrix, self.up, self.head = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+def test_every_kind_and_option_is_undone_where_an_injection_fails_at_its_end(monkeypatch):
+    def fail(biased):
+        train_biases(biased)
+        raise MemoryError
+
+    train_biases = inject_file.train_biases
+    monkeypatch.setattr(inject_file, "train_biases", fail)
+    model = Everything().train()
+    model.up.weight.requires_grad_(False)
+    before = snapshot(model)
+    targets = {"target_modules": ["embed", "conv", "attention", "attention.out_proj", "up"]}
+    others = {"target_parameters": ["matrix"], "trainable_token_indices": {"tokens": [1, 2]}}
+    with pytest.raises(MemoryError):
+        inject(model, LoRAConfig(r=2, **targets, **others, modules_to_save=["head"], bias="all"))
+    assert_same(model, before)
+    monkeypatch.undo()
+    inject(model, LoRAConfig(r=2, **targets, **others, modules_to_save=["head"], bias="all"))
+    assert_same(remove(model).requires_grad_(True), before, but=("trains",))
+
+
+@pytest.mark.parametrize("broken", ["add_factors", "add_rows", "add_copy", "add_bias"])
+def test_every_kind_is_undone_where_its_own_part_fails_half_way(monkeypatch, broken):
+    """The tensors of the adapter are there in part only: the first of them was allocated, then memory ended."""
+    model = Everything()
+    before = snapshot(model)
+
+    kinds = {"add_factors": LoRALinear, "add_rows": TokenRows, "add_copy": SavedCopy, "add_bias": TrainedBias}
+
+    def half(self, *args, **kwargs):
+        self.lora_enabled = True
+        if broken == "add_factors":
+            self.lora_A = nn.Parameter(torch.zeros(1))
+        raise MemoryError
+
+    monkeypatch.setattr(kinds[broken], broken, half)
+    fields = {"trainable_token_indices": {"tokens": [1]}, "modules_to_save": ["head"], "bias": "all"}
+    with pytest.raises(MemoryError):
+        inject(model, LoRAConfig(r=2, target_modules=["conv", "up"], **fields))
     assert_same(model, before)
 
 

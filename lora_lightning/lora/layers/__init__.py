@@ -4,28 +4,56 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.lora.layers.base import AdaptedLayer, Grafted, LayerSettings, graft, ungraft
-from lora_lightning.lora.layers.linear import LoRALinear
+from lora_lightning.lora.layers.attention import AttentionHost, LoRAMultiheadAttention
+from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.bias import TrainedBias
+from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
+from lora_lightning.lora.layers.embedding import LoRAEmbedding
+from lora_lightning.lora.layers.graft import Grafted, graft, ungraft
+from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
+from lora_lightning.lora.layers.options import LayerSettings
+from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
 from lora_lightning.lora.layers.saved import SavedCopy
+from lora_lightning.lora.layers.tokens import TokenRows
 
-KINDS: dict[type[nn.Module], type[AdaptedLayer]] = {nn.Linear: LoRALinear}
+KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
+    nn.Linear: LoRALinear,
+    nn.Conv1d: LoRAConv1d,
+    nn.Conv2d: LoRAConv2d,
+    nn.Conv3d: LoRAConv3d,
+    nn.Embedding: LoRAEmbedding,
+    nn.MultiheadAttention: LoRAMultiheadAttention,
+    "transformers.pytorch_utils.Conv1D": LoRAConv1D,  # by its name: this part of the code does not import transformers
+}
 
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
     """The adapted form of a module's type or of its nearest ancestor, or None where there is no such kind."""
     for base in type(module).__mro__:
-        if base in KINDS:
-            return KINDS[base]
+        kind = KINDS.get(base) or KINDS.get(f"{base.__module__}.{base.__qualname__}")
+        if kind is not None:
+            return kind
     return None
 
 
 __all__ = [
     "KINDS",
     "AdaptedLayer",
+    "AttentionHost",
     "Grafted",
     "LayerSettings",
+    "LoRAConv1D",
+    "LoRAConv1d",
+    "LoRAConv2d",
+    "LoRAConv3d",
+    "LoRAEmbedding",
     "LoRALinear",
+    "LoRAMultiheadAttention",
+    "LoRAParameter",
+    "ParameterHost",
     "SavedCopy",
+    "TokenRows",
+    "TrainedBias",
     "graft",
     "kind_of",
     "ungraft",

@@ -1,42 +1,136 @@
-"""`nn.Linear` and its subclasses."""
+"""`nn.Linear` and its subclasses, and transformers' `Conv1D`, which is a linear layer that holds its transpose."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.functional import lora_delta, lora_update, wide_dtype
+from lora_lightning.lora.dora import sum_of_deltas, updated_row_norms
+from lora_lightning.lora.functional import block_rows, lora_update, sliced_update, unblock_rows
 from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.options import LayerSettings
 
 
-class LoRALinear(AdaptedLayer):
-    """`h = x W0^T + b + s (x A^T) B^T`: A is (r, in), B is (out, r). A subclass's own forward is kept."""
+class _Projection(AdaptedLayer):
+    """`h = x W0^T + b + s (x A^T) B^T`: A is (r, in), B is (out, r). A subclass's own forward is kept.
 
-    kind = "Linear"
+    With chosen parts of a fused weight, A is (parts r, in) and B (the parts' rows, r), see `slices`. With DoRA,
+    `h = f (x W0^T + s (x A^T) B^T) + b` with the factors f of `dora.py`; dropout is on the adapter's input alone there
+    too, where PEFT also drops from the part of W0 x that f changes.
+    """
 
-    @staticmethod
-    def factor_shapes(module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        out_features, in_features = _shape(module)
-        return (r, in_features), (out_features, r)
+    linear_like = True
+    weight_is_transposed = False
+    has_lora_bias = True
+    has_starts = True
 
-    @staticmethod
-    def largest_rank(module: nn.Module) -> int:
-        return min(_shape(module))
+    @classmethod
+    def _shape(cls, module: nn.Module) -> tuple[int, int]:
+        """(out, in), whatever way the weight lies."""
+        raise NotImplementedError
+
+    @classmethod
+    def output_rows(cls, module: nn.Module) -> int:
+        """Outputs of the layer, for the layout of its parts."""
+        return cls._shape(module)[0]
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_features, in_features = cls._shape(module)
+        if settings.slices is None:
+            return (settings.r, in_features), (out_features, settings.r)
+        rows = settings.slices.taken_rows
+        return (len(rows) * settings.r, in_features), (sum(rows), settings.r)
+
+    @classmethod
+    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
+        out_features, in_features = cls._shape(module)
+        return min(in_features, *(settings.slices.taken_rows if settings.slices else [out_features]))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out). The input comes first, or by whatever name the base layer gives it."""
         out: Tensor = super().forward(*args, **kwargs)
         if not self.lora_enabled:
             return out
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        return out + lora_update(self.lora_input(x), self.lora_A, self.lora_B, self.lora_settings.scale)
+        return self.lora_combine(out, self.lora_output(args[0] if args else next(iter(kwargs.values()))))
+
+    def lora_output(self, x: Tensor) -> Tensor:
+        """`s (B A - B0 A0) x + s b_B`; the two products are alike, so that they cancel exactly at the start."""
+        x = self.lora_input(x)
+        update = self._product(x, self.lora_A, self.lora_B)
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            update = update - self._product(x, self.lora_A0, self.lora_B0)
+        if self.lora_B_bias is not None:
+            update = update + (self.lora_B_bias * self.lora_settings.scale).to(update.dtype)
+        return update
+
+    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        s = self.lora_settings
+        return lora_update(x, A, B, s.scale) if s.slices is None else sliced_update(x, A, B, s.scale, s.slices)
+
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        s = self.lora_settings
+        if s.slices is None:
+            return super().factor_pairs()
+        return list(zip(torch.split(self.lora_A, s.r), torch.split(self.lora_B, s.slices.taken_rows), strict=True))
 
     def delta_weight(self) -> Tensor:
-        dtype = wide_dtype(self.weight, self.lora_A)
-        return lora_delta(self.lora_A, self.lora_B, self.lora_settings.scale, dtype)
+        """In W0's orientation."""
+        delta = sum_of_deltas(self._factors(), self._lora_dtype())
+        return delta.mT if self.weight_is_transposed else delta
+
+    def base_matrix(self) -> Tensor:
+        return self.base_weight().mT if self.weight_is_transposed else self.base_weight()
+
+    def updated_norms(self) -> Tensor:
+        return updated_row_norms(self.base_matrix(), self._factors(), self._lora_dtype())
+
+    def _factors(self) -> list[tuple[Tensor, Tensor, float]]:
+        scale = self.lora_settings.scale
+        factors: list[tuple[Tensor, Tensor, float]] = [(self.lora_A, self.to_peft()["lora_B"], scale)]
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            factors.append((self.lora_A0, self.lora_B0, -scale))
+        return factors
+
+    def _dora_channels(self) -> int:
+        return self._shape(self)[0]
+
+    def peft_rank(self) -> int:
+        """PEFT knows no parts: chosen parts are one adapter of the rank of all together."""
+        return self.lora_A.shape[0]
+
+    def to_peft(self) -> dict[str, Tensor]:
+        tensors, slices = super().to_peft(), self.lora_settings.slices
+        return {**tensors, "lora_B": block_rows(self.lora_B, slices)} if slices else tensors
+
+    def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        slices = self.lora_settings.slices
+        return {**tensors, "lora_B": unblock_rows(tensors["lora_B"], slices)} if slices else {**tensors}
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    assert isinstance(module, nn.Linear)
-    return module.out_features, module.in_features
+class LoRALinear(_Projection, nn.Linear):  # type: ignore[misc]  # a wider forward
+    """`nn.Linear` and its subclasses, quantised ones among them: W0 is (out, in)."""
+
+    kind = "Linear"
+    dora_dim = 0
+
+    @classmethod
+    def _shape(cls, module: nn.Module) -> tuple[int, int]:
+        assert isinstance(module, nn.Linear)
+        return module.out_features, module.in_features
+
+
+class LoRAConv1D(_Projection):
+    """transformers' `Conv1D` (GPT-2): W0 is (in, out). A and B lie as for `nn.Linear`."""
+
+    kind = "Conv1D"
+    dora_dim = 1
+    weight_is_transposed = True
+
+    @classmethod
+    def _shape(cls, module: nn.Module) -> tuple[int, int]:
+        in_features, out_features = module.get_parameter("weight").shape
+        return out_features, in_features

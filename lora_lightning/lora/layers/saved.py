@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.lora.layers.base import Grafted, ungraft
+from lora_lightning.lora.layers.graft import Grafted, ungraft
 
 
 class SavedCopy(Grafted):
@@ -19,10 +19,13 @@ class SavedCopy(Grafted):
 
     lora_copy: nn.Module
 
-    def add_copy(self) -> None:
-        """Copy this module, its class and values, and train the copy."""
-        twin = copy.deepcopy(self)
-        ungraft(twin)
+    def add_copy(self, twins: dict[int, Any] | None = None) -> None:
+        """Copy this module, its class and values, and train the copy.
+
+        `twins` is deepcopy's memo: with one for all copies, what was tied is tied among the copies.
+        """
+        twin = copy.deepcopy(self, twins)
+        ungraft(twin, SavedCopy)
         # Hooks on this module run around its own call, which calls the copy: there they would run twice.
         for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
             hooks.clear()
@@ -37,21 +40,29 @@ class SavedCopy(Grafted):
         return self.lora_copy(*args, **kwargs)
 
     @torch.no_grad()
-    def keep_copy(self) -> None:
+    def keep_copy(self, kept: dict[int, torch.Tensor] | None = None) -> None:
         """Make the trained values this module's own, and drop the copy.
 
-        The parameters are replaced, not written into: a tensor tied to another module stays as it was there.
+        The parameters are replaced, not written into: a tensor tied to another module stays as it was there. `kept`
+        holds what other copies have brought, by the id of the trained tensor, so that tied copies stay tied.
         """
-        values: dict[int, torch.Tensor] = {}  # a tensor that the copy holds twice stays one
+        kept = {} if kept is None else kept
         for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
             assert own.shape == trained.shape, path
             owner = self.get_submodule(path.rpartition(".")[0])
-            if id(trained) not in values:
+            if id(trained) not in kept:
                 value = trained.detach().clone().to(own.dtype)
                 is_parameter = isinstance(own, nn.Parameter)
-                values[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
-            setattr(owner, path.rpartition(".")[2], values[id(trained)])
+                kept[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+            setattr(owner, path.rpartition(".")[2], kept[id(trained)])
         self.drop_copy()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Start the copy anew from the original."""
+        for (_, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            trained.copy_(own)
+        super().reset_lora_parameters()
 
     def drop_copy(self) -> None:
         """Forget the trained copy."""

@@ -1,0 +1,126 @@
+"""`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`, with any stride, padding, padding mode, dilation and groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.functional import conv_delta, conv_update
+from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.graft import own_forward_calls_super
+from lora_lightning.lora.layers.options import LayerSettings
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Conv(AdaptedLayer):
+    """`h = W0 * x + b + s B * (A * x)`: A is (r, in / groups, kernel...), B is (out, r / groups, 1...).
+
+    A slides over x as W0 does, B is pointwise, and both keep to W0's groups, so that the update is a weight of
+    W0's shape. With DoRA, each output channel has a factor as in `dora.py`.
+    """
+
+    dora_dim = 0
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        out_channels, in_group, *kernel = _weight(module).shape
+        r = settings.r
+        return (r, in_group, *kernel), (out_channels, r // _groups(module), *(1 for _ in kernel))
+
+    @classmethod
+    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
+        out_channels, *rest = _weight(module).shape
+        return min(out_channels, _groups(module) * math.prod(rest))
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
+        torch_class = next(cls for cls in CONVS if isinstance(module, cls))
+        if not own_forward_calls_super(type(module), torch_class):
+            return (
+                f"{type(module).__name__} has a forward of its own that uses its weight in an unknown way: exclude it"
+            )
+        groups = _groups(module)
+        if settings.r % groups:
+            return f"it has {groups} groups and r={settings.r} is no multiple: set rank_pattern for it, or exclude it"
+        return super().refusal(module, settings)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(n, in, size...) to (n, out, size...), or both without n."""
+        out: Tensor = super().forward(x, *args, **kwargs)
+        if not self.lora_enabled:
+            return out
+        update = conv_update(self._slide, self.lora_input(x), self.lora_A, self.lora_B, self.lora_settings.scale)
+        return self.lora_combine(out, update)
+
+    def _slide(self, x: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = self._conv_forward(x, weight, None)  # type: ignore[operator]  # torch's, with every padding mode
+        return out
+
+    def delta_weight(self) -> Tensor:
+        return conv_delta(self.lora_A, self.lora_B, self.lora_settings.scale, self._lora_dtype())
+
+    def to_peft(self) -> dict[str, Tensor]:
+        """PEFT's A sees all channels, (r, in, kernel...): ours has zeros at the channels of other groups."""
+        groups, tensors = _groups(self), super().to_peft()
+        if self.lora_magnitude_vector is not None:
+            tensors["lora_magnitude_vector"] = self.lora_magnitude_vector.view(1, -1, *self.lora_B.shape[2:])
+        if groups == 1:
+            return tensors
+        r, in_group, *kernel = self.lora_A.shape
+        wide = self.lora_A.new_zeros(groups, r // groups, groups, in_group, *kernel)
+        own = torch.arange(groups, device=wide.device)
+        wide[own, :, own] = torch.unflatten(self.lora_A.detach(), 0, (groups, -1))
+        return {**tensors, "lora_A": wide.flatten(2, 3).flatten(0, 1)}
+
+    def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if "lora_magnitude_vector" in tensors:
+            tensors = {**tensors, "lora_magnitude_vector": tensors["lora_magnitude_vector"].flatten()}
+        groups, A = _groups(self), tensors["lora_A"]
+        if groups == 1 or A.dim() != self.lora_A.dim() or A.shape[1] % groups:
+            return dict(tensors)
+        wide = torch.unflatten(torch.unflatten(A, 1, (groups, -1)), 0, (groups, -1))
+        own = torch.arange(groups)
+        narrow = wide[own, :, own]
+        if torch.count_nonzero(narrow) != torch.count_nonzero(A):
+            raise AdapterError(
+                f"lora_A of a convolution with {groups} groups reaches across groups, as PEFT trains it: no weight"
+                f" of W0's shape can hold that update; train it anew, without this layer"
+            )
+        return {**tensors, "lora_A": narrow.flatten(0, 1)}
+
+
+class LoRAConv1d(_Conv, nn.Conv1d):  # type: ignore[misc]  # a wider forward
+    """`nn.Conv1d`."""
+
+    kind = "Conv1d"
+    dora_output_dim = -2
+
+
+class LoRAConv2d(_Conv, nn.Conv2d):  # type: ignore[misc]  # a wider forward
+    """`nn.Conv2d`."""
+
+    kind = "Conv2d"
+    dora_output_dim = -3
+
+
+class LoRAConv3d(_Conv, nn.Conv3d):  # type: ignore[misc]  # a wider forward
+    """`nn.Conv3d`."""
+
+    kind = "Conv3d"
+    dora_output_dim = -4
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module, CONVS)
+    return module.weight
+
+
+def _groups(module: nn.Module) -> int:
+    assert isinstance(module, CONVS)
+    return module.groups

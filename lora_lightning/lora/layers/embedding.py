@@ -1,0 +1,88 @@
+"""`nn.Embedding` and its subclasses, such as Gemma's that scale what they look up."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.functional import embedding_update, lora_delta, renormed
+from lora_lightning.lora.init import start_
+from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.graft import own_forward_calls_super
+from lora_lightning.lora.layers.options import LayerSettings
+
+
+class LoRAEmbedding(AdaptedLayer, nn.Embedding):
+    """`h = W0[x] + s B A[:, x]`: A is (r, number of rows), B is (width, r).
+
+    Here A starts at zero and B is drawn, as in loralib and PEFT: a row that is never looked up, and the padding row,
+    whose gradient is zero, keep W0's value. `max_norm` bounds the norm of the adapted row; W0 is not rewritten.
+    """
+
+    kind = "Embedding"
+    dora_dim = 1
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        assert isinstance(module, nn.Embedding)
+        return (settings.r, module.num_embeddings), (module.embedding_dim, settings.r)
+
+    @classmethod
+    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
+        assert isinstance(module, nn.Embedding)
+        return min(module.num_embeddings, module.embedding_dim)
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
+        if not own_forward_calls_super(type(module), nn.Embedding):
+            return (
+                f"{type(module).__name__} has a forward of its own that reads its weight, so the adapter would be"
+                f" ignored: exclude it, or name its weight in target_parameters"
+            )
+        assert isinstance(module, nn.Embedding)
+        if settings.use_dora and module.max_norm is not None:
+            return "it has max_norm, which bounds each row, and DoRA rescales each column: switch one of them off"
+        return super().refusal(module, settings)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Whole numbers (...) to (..., width)."""
+        if self.max_norm is not None:
+            return self._bounded(input)
+        out = super().forward(input)
+        return self.lora_combine(out, self._update(input, out.dtype)) if self.lora_enabled else out
+
+    def _update(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        update = embedding_update(
+            ids,
+            self.lora_A,
+            self.lora_B,
+            self.lora_settings.scale,
+            dtype=dtype,
+            padding_idx=self.padding_idx,
+            by_count=self.scale_grad_by_freq,
+        )
+        if self.lora_dropout is None:
+            return update
+        # A's input is a one in one place: dropout of its entries keeps or drops the whole update.
+        return update * self.lora_input(torch.ones_like(ids, dtype=dtype)).unsqueeze(-1)
+
+    def _bounded(self, ids: Tensor) -> Tensor:
+        """As `nn.Embedding`, the norm is cut without a gradient through the cut; unlike there, W0 stays."""
+        assert self.max_norm is not None
+        rows = self.weight[ids]
+        if not self.lora_enabled:
+            return renormed(rows, self.max_norm, self.norm_type)
+        update = self._update(ids, rows.dtype)
+        return renormed(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
+
+    def draw_factors(self) -> None:
+        """A and B change places: A is zero, B is drawn."""
+        start_(self.lora_B.t(), self.lora_A, self.lora_settings.init)
+
+    def delta_weight(self) -> Tensor:
+        return lora_delta(self.lora_A, self.lora_B, self.lora_settings.scale, self._lora_dtype()).mT
+
+    @staticmethod
+    def peft_keys(name: str) -> dict[str, str]:
+        keys = AdaptedLayer.peft_keys(name)
+        return {**keys, "lora_A": f"{name}.lora_embedding_A", "lora_B": f"{name}.lora_embedding_B"}

@@ -1,0 +1,112 @@
+"""How an adapter gets into a module: the module stays the object that it is and changes its class.
+
+`graft(module, LoRALinear)` gives the module a class derived from `LoRALinear` and from its own class. So
+its keys, hooks, mode, ties and every reference to it survive, `isinstance` keeps telling the truth, nothing
+is copied, and `ungraft` is exact.
+
+Where a subclass's forward works on what `super().forward` gives, as Gemma's embedding scales it, the adapter goes
+below the subclass: what the subclass does, it does to `W0 x + s B A x`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+
+class Grafted(nn.Module):
+    """A module whose class was extended in place. Derived classes add parameters and override `forward`."""
+
+    lora_enabled: bool = True
+    """False while the adapter is switched off, see `disabled`."""
+
+    grafted_from: ClassVar[tuple[type[Grafted], type[nn.Module], tuple[str, ...]]]
+    """The class that was added, the module's own, and the parameters that are read through `lora_read`."""
+
+    lora_names: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters and buffers that the class may add to the module: the adapter's tensors."""
+
+    def lora_tensors(self) -> dict[str, Tensor]:
+        """The adapter's tensors that this module holds, by name, from every class that was grafted onto it."""
+        names = [name for cls in type(self).__mro__ if issubclass(cls, Grafted) for name in cls.lora_names]
+        own: dict[str, Tensor | None] = {**self._parameters, **self._buffers}
+        return {name: tensor for name in dict.fromkeys(names) if (tensor := own.get(name)) is not None}
+
+    def reset_lora_parameters(self) -> None:
+        """Start the adapter's tensors anew, from what the module's own tensors are now."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle and deepcopy by the classes that the made one stands for: it has no import path itself."""
+        return _blank, _chain(type(self)), self.__getstate__()  # type: ignore[no-untyped-call]
+
+    def lora_read(self, name: str) -> Tensor:
+        """The value of a parameter that was named at grafting, wherever the module's code reads it."""
+        raise NotImplementedError
+
+
+def _chain(cls: type[nn.Module]) -> tuple[type[nn.Module], list[tuple[type[Grafted], tuple[str, ...]]]]:
+    """The module's own class, and what was grafted onto it, innermost first."""
+    if "grafted_from" not in vars(cls):
+        return cls, []
+    assert issubclass(cls, Grafted)
+    added, base, read = cls.grafted_from
+    own, grafts = _chain(base)
+    return own, [*grafts, (added, read)]
+
+
+def _blank(cls: type[nn.Module], grafts: list[tuple[type[Grafted], tuple[str, ...]]]) -> nn.Module:
+    for added, read in grafts:
+        cls = _grafted_class(added, cls, read)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+_MADE: dict[tuple[type[Grafted], type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def _grafted_class(added: type[Grafted], base: type[nn.Module], read: tuple[str, ...]) -> type[nn.Module]:
+    """One class for each combination, so that equal kinds of layer stay of equal type."""
+    key = (added, base, read)
+    if key not in _MADE:
+        names: dict[str, Any] = {"__module__": added.__module__, "grafted_from": key}
+        names |= {name: _reader(name) for name in read}
+        bases = (base, added) if _goes_below(added, base) else (added, base)
+        made: type[nn.Module] = type(f"{added.__name__}[{base.__name__}]", bases, names)
+        _MADE[key] = made
+    return _MADE[key]
+
+
+def _reader(name: str) -> property:
+    return property(lambda module: module.lora_read(name))
+
+
+def _goes_below(added: type[Grafted], base: type[nn.Module]) -> bool:
+    """Whether `base` is a subclass, with a forward of its own, of the torch class that `added` adapts."""
+    torch_class: type[nn.Module] = next(
+        c for c in added.__mro__ if issubclass(c, nn.Module) and not issubclass(c, Grafted)
+    )
+    if torch_class is nn.Module or base is torch_class or not issubclass(base, torch_class):
+        return False
+    return base.forward is not torch_class.forward and own_forward_calls_super(base, torch_class)
+
+
+def own_forward_calls_super(base: type[nn.Module], torch_class: type[nn.Module]) -> bool:
+    """Whether every forward between `base` and `torch_class` uses `super()`, which leaves a trace in its closure."""
+    between = base.__mro__[: base.__mro__.index(torch_class)]
+    forwards = [vars(cls)["forward"] for cls in between if "forward" in vars(cls)]
+    return all("__class__" in getattr(forward, "__code__", _blank.__code__).co_freevars for forward in forwards)
+
+
+def graft(module: nn.Module, added: type[Grafted], read: tuple[str, ...] = ()) -> None:
+    """Put `added` into the module's class, in place."""
+    module.__class__ = _grafted_class(added, type(module), read)
+
+
+def ungraft(module: nn.Module, added: type[Grafted]) -> None:
+    """Take the class `added`, the one put in last of its kind, out of the module's class, in place."""
+    cls, grafts = _chain(type(module))
+    last = max(i for i, (kind, _) in enumerate(grafts) if issubclass(kind, added))
+    for kind, read in grafts[:last] + grafts[last + 1 :]:
+        cls = _grafted_class(kind, cls, read)
+    module.__class__ = cls  # type: ignore[assignment]

@@ -1,0 +1,152 @@
+"""A bare `nn.Parameter`: a matrix, or a stack of them such as a mixture's experts.
+
+Code that reads the parameter gets `W0 + s B A`, computed anew for each forward; W0 stays where it is, under its name.
+So whatever product the model takes, grouped ones too, sees the adapted weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.functional import lora_delta, stack_delta
+from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.graft import Grafted, graft, ungraft
+from lora_lightning.lora.layers.options import LayerSettings
+
+CHILD = "lora_of_"
+"""A parameter's adapter is a child of its module, under this and the parameter's name."""
+
+
+class ParameterHost(Grafted):
+    """A module some of whose parameters are adapted."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, in which each adapted parameter is computed once, however often it is read."""
+        self.__dict__["lora_values"] = {}
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.__dict__.pop("lora_values", None)
+
+    def lora_read(self, name: str) -> Tensor:
+        """`W0 + s B A`."""
+        values = self.__dict__.get("lora_values", {})
+        if name not in values:
+            W0 = self._parameters[name]
+            adapter = self._modules[CHILD + name]
+            assert W0 is not None
+            assert isinstance(adapter, LoRAParameter)
+            values[name] = adapter.applied_to(W0) if adapter.lora_enabled else W0
+        value: Tensor = values[name]
+        return value
+
+
+class LoRAParameter(AdaptedLayer):
+    """The factors of one parameter, in PEFT's layout.
+
+    A matrix (out, in) has A (r, in) and B (out, r). A stack of e matrices has A (e r, in), an entry's rows together,
+    and B (out, r e), with column `rank * e + entry`; the matrices are (out, in), or (in, out) where the module says
+    so by `is_transposed`, as transformers' experts do.
+    """
+
+    kind = "Parameter"
+    _owner: tuple[nn.Module]
+
+    def __init__(self, owner: nn.Module) -> None:
+        super().__init__()
+        self._owner = (owner,)  # in a tuple, so that it does not become a child of its child
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """This one is a plain module with a class of its own."""
+        return object.__reduce_ex__(self, protocol)  # type: ignore[return-value]
+
+    def lora_name(self, path: str) -> str:
+        return f"{path.rpartition('.')[0]}.{self.lora_settings.parameter}".removeprefix(".")
+
+    @property
+    def lora_owner(self) -> nn.Module:
+        return self._owner[0]
+
+    @classmethod
+    def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        count, out_features, in_features = _layout(module, settings.parameter)
+        return (count * settings.r, in_features), (out_features, settings.r * count)
+
+    @classmethod
+    def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
+        return min(_layout(module, settings.parameter)[1:])
+
+    @classmethod
+    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
+        parameter = module._parameters[settings.parameter]
+        assert parameter is not None
+        if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
+            return f"it is {parameter.dtype} of shape {tuple(parameter.shape)}; expected a matrix or a stack of them"
+        if settings.dropout:
+            return "its input is not known, so LoRA's dropout cannot be honoured: set dropout to 0"
+        return super().refusal(module, settings)
+
+    @classmethod
+    def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
+        parameter = module._parameters[settings.parameter]
+        assert parameter is not None
+        return {settings.parameter: parameter}
+
+    @classmethod
+    def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
+        adapter = cls(module).train(module.training)
+        adapter.add_factors(settings, start=start)
+        module.add_module(CHILD + settings.parameter, adapter)
+        _regraft(module)
+        return adapter
+
+    def detach(self) -> None:
+        del self.lora_owner._modules[CHILD + self.lora_settings.parameter]
+        _regraft(self.lora_owner)
+
+    def applied_to(self, W0: Tensor) -> Tensor:
+        """`W0 + s B A` in W0's dtype, added in float32 or wider."""
+        return (W0 + self.delta_weight()).to(W0.dtype)
+
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        count, _, _ = _layout(self.lora_owner, self.lora_settings.parameter)
+        columns = torch.unflatten(self.lora_B, 1, (-1, count)).unbind(2)
+        return list(zip(torch.split(self.lora_A, self.lora_settings.r), columns, strict=True))
+
+    def delta_weight(self) -> Tensor:
+        name, scale, dtype = self.lora_settings.parameter, self.lora_settings.scale, self._lora_dtype()
+        parameter = self.adapted_parameters(self.lora_owner, self.lora_settings)[name]
+        with torch.autocast(parameter.device.type, enabled=False):  # the dtype of a weight must not change
+            if parameter.dim() == 2:
+                return lora_delta(self.lora_A, self.lora_B, scale, dtype)
+            transposed = _is_transposed(self.lora_owner)
+            return stack_delta(self.lora_A, self.lora_B, scale, dtype, count=len(parameter), transposed=transposed)
+
+    def extra_repr(self) -> str:
+        return f"{self.lora_settings.parameter}{super().extra_repr()}"
+
+
+def _regraft(module: nn.Module) -> None:
+    """Make the module's class read exactly the parameters that have an adapter."""
+    if isinstance(module, ParameterHost):
+        ungraft(module, ParameterHost)
+    names = tuple(name.removeprefix(CHILD) for name, m in module._modules.items() if isinstance(m, LoRAParameter))
+    if names:
+        graft(module, ParameterHost, names)
+
+
+def _layout(module: nn.Module, name: str) -> tuple[int, int, int]:
+    """Entries of the stack, outputs and inputs of each."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    if parameter.dim() == 2:
+        return 1, parameter.shape[0], parameter.shape[1]
+    count, rows, columns = parameter.shape
+    return (count, columns, rows) if _is_transposed(module) else (count, rows, columns)
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    return bool(getattr(module, "is_transposed", False))

@@ -1,0 +1,188 @@
+"""PEFT's `adapter_config.json`: reading it with every field checked, and the rules by which PEFT resolves its names."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.lora.errors import AdapterError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+# Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "layer_replication": (None,),
+    "megatron_config": (None,),
+    "alora_invocation_tokens": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "velora_config": (None,),
+}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A PEFT config of type LORA.
+
+    Raises:
+        AdapterError: it is missing, no JSON, of another method, or has a field that means nothing here.
+    """
+    if not path.is_file():
+        raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{path} is not JSON ({error})") from error
+    if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
+        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}")
+    for name, neutral in NEUTRAL.items():
+        if name in config and config[name] not in neutral:
+            raise AdapterError(f"the adapter's setting {name}={config[name]!r} has no counterpart here yet")
+    for name, (check, expected) in CHECKS.items():
+        if config.get(name) is not None and not check(config[name]):
+            raise AdapterError(f"{path}: {name} must be {expected}, got {config[name]!r}")
+    return config
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
+
+
+def _is_regex(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and re.compile(value) is not None
+    except re.error:
+        return False
+
+
+def _is_selection(value: Any) -> bool:
+    return _is_names(value) or _is_regex(value)
+
+
+def _is_patterns(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_regex(k) and _is_number(v) for k, v in value.items())
+
+
+def _is_blocks(value: Any) -> bool:
+    return _is_int(value) or (isinstance(value, list) and all(_is_int(entry) for entry in value))
+
+
+def _is_tokens(value: Any) -> bool:
+    lists = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(numbers, list) and all(_is_int(n) for n in numbers) for numbers in lists)
+
+
+# What is read of PEFT's config, each by a check and by what it expects.
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_int, "a whole number"),
+    "lora_alpha": (_is_number, "a number"),
+    "lora_dropout": (_is_number, "a number"),
+    "use_rslora": (_is_bool, "true or false"),
+    "use_dora": (_is_bool, "true or false"),
+    "lora_bias": (_is_bool, "true or false"),
+    "fan_in_fan_out": (_is_bool, "true or false"),
+    "target_parameters": (_is_names, "a list of names"),
+    "trainable_token_indices": (_is_tokens, "a list of token numbers, or one for each embedding's name"),
+    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "target_modules": (_is_selection, "a list of names or a regular expression"),
+    "exclude_modules": (_is_selection, "a list of names or a regular expression"),
+    "modules_to_save": (_is_names, "a list of names"),
+    "rank_pattern": (_is_patterns, "a map of regular expressions to numbers"),
+    "alpha_pattern": (_is_patterns, "a map of regular expressions to numbers"),
+    "layers_to_transform": (_is_blocks, "a block number or a list of them"),
+    "layers_pattern": (_is_selection, "a list of names or a regular expression"),
+}
+
+
+def peft_adapts(peft: dict[str, Any], targets: str | list[str], name: str) -> bool:
+    """PEFT's `check_target_module_exists`: blocks count only for entries that are not a full name."""
+    if peft_selects(peft.get("exclude_modules") or [], name) or not peft_selects(targets, name):
+        return False
+    blocks = peft.get("layers_to_transform")
+    if isinstance(targets, str) or name in targets or blocks is None or blocks == []:
+        return True
+    patterns = peft.get("layers_pattern") or r"[^.]*"
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        # Without a pattern of its own, PEFT wants a name before the blocks' list.
+        head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
+        if match := re.match(rf"{head}{pattern}\.(\d+)\.", name):
+            return int(match[1]) in ([blocks] if isinstance(blocks, int) else blocks)
+    return False
+
+
+def peft_selects(pattern: str | list[str], name: str) -> bool:
+    """A string is a regular expression on the full name, a list's entries are dotted ends of it."""
+    if isinstance(pattern, str):
+        return re.fullmatch(pattern, name) is not None
+    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
+
+
+def peft_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
+    """PEFT's rule: the first key in the file's order that matches the name or a dotted end of it."""
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+
+
+def holder(key: str, listed: list[str]) -> str | None:
+    """The outermost module around `key` that PEFT wraps: its name ends in an entry, even within a word."""
+    parts = key.split(".")
+    around = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
+
+
+def start_in_file(peft: dict[str, Any]) -> str:
+    """The start whose B0 A0 the file's factors count on, `gaussian` where there is none.
+
+    PEFT takes s B0 A0 out of W0 for some starts and writes A and B as they are; pissa and olora follow from W0 alone.
+    """
+    init = peft.get("init_lora_weights", True)
+    if init in ("pissa", "olora"):
+        return str(init)
+    if isinstance(init, str) and init not in ("gaussian", "eva", "orthogonal", "mica"):
+        raise AdapterError(
+            f"the adapter's config has init_lora_weights '{init}', which changed the base that it belongs to in a way"
+            f" that cannot be computed again: save it in PEFT with path_initial_model_for_weight_conversion first"
+        )
+    return "gaussian"
+
+
+def is_trained_bias(name: str, peft: dict[str, Any]) -> bool:
+    """A bias that `bias` trained, and not one of a module that is saved in full."""
+    wanted = {"all": (".bias",), "lora_only": (".base_layer.bias",)}.get(str(peft.get("bias")), ())
+    return name.endswith(wanted) and holder(name, peft.get("modules_to_save") or []) is None
+
+
+def is_peft_copy(key: str) -> bool:
+    """PEFT's `bias: all` writes the biases inside a wrapped module a second time, under names of its own."""
+    return ".original_module." in key or ".modules_to_save." in key
+
+
+def token_ids(peft: dict[str, Any], name: str) -> list[int]:
+    """The token numbers of an embedding's rows, in the file's order.
+
+    Raises:
+        AdapterError: the config does not say.
+    """
+    indices = peft.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((numbers for entry, numbers in indices.items() if peft_selects([entry], name)), None)
+    if not indices:
+        raise AdapterError(f"the adapter has token rows for '{name}' and its config no trainable_token_indices for it")
+    return [int(number) for number in indices]

@@ -1,0 +1,136 @@
+"""Quantised base layers: which scheme a module has, and its weight as plain numbers.
+
+Recognised by the qualified name of a class, so that neither bitsandbytes nor torchao is imported here.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def _qualified(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _bnb_4bit(module: nn.Module) -> Tensor:
+    weight, state = module.weight, _quant_state(module)
+    assert isinstance(weight, Tensor)
+    if state is None:
+        return weight.data  # quantised only when it is moved to a device
+    functional = importlib.import_module("bitsandbytes.functional")
+    dense: Tensor = functional.dequantize_4bit(weight.data, state)
+    return dense
+
+
+def _quant_state(module: nn.Module) -> Any:
+    return vars(module.weight).get("quant_state")
+
+
+def _bnb_8bit(module: nn.Module) -> Tensor:
+    # The row scales sit on the weight until the first forward moves them into the state. 127 is int8's largest.
+    weight, state = module.weight, module.state
+    scales: Tensor = weight.SCB if weight.SCB is not None else state.SCB  # type: ignore[union-attr,assignment]
+    return weight.data.float() * (scales.float() / 127.0).unsqueeze(1)  # type: ignore[union-attr,operator]
+
+
+def _torchao(module: nn.Module) -> Tensor:
+    dense: Tensor = module.weight.dequantize()  # type: ignore[union-attr,operator,assignment]
+    return dense
+
+
+_BNB: dict[str, tuple[str, Callable[[nn.Module], Tensor]]] = {
+    "bitsandbytes.nn.modules.Linear4bit": ("bitsandbytes 4-bit", _bnb_4bit),
+    "bitsandbytes.nn.modules.Linear8bitLt": ("bitsandbytes 8-bit", _bnb_8bit),
+}
+
+# What bitsandbytes keeps on its modules beside what nn.Linear has.
+_BNB_ATTRIBUTES = (
+    "compute_dtype", "compute_type_is_set", "quant_state", "quant_storage", "support_avx512bf16_for_cpu",
+    "state", "index",
+)  # fmt: skip
+
+
+def _find(module: nn.Module) -> tuple[str, Callable[[nn.Module], Tensor]] | None:
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter and weight.is_floating_point():
+        return None  # by far the most; and DoRA asks in each forward, where torch.compile follows no further
+    for cls in type(module).__mro__:
+        if _qualified(cls) in _BNB:
+            return _BNB[_qualified(cls)]
+    return ("torchao", _torchao) if _torchao_weight(module) else None
+
+
+def _torchao_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return weight is not None and any(cls.__module__.startswith("torchao.") for cls in type(weight).__mro__)
+
+
+def scheme(module: nn.Module) -> str | None:
+    """The name of a module's quantisation, None where its weight is plain."""
+    found = _find(module)
+    return found[0] if found else None
+
+
+_PACKING, _HELD = "support_avx512bf16_for_cpu", "_lora_packing"
+
+
+def hold_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for the CPU in eval, and undo it where it has been done.
+
+    Repacking rounds the scales of W0 to bfloat16 and is not exactly reversible; and a packed weight has no backward,
+    so that training after a validation would silently pass no gradient on.
+    """
+    for module in model.modules():
+        if _PACKING in module.__dict__ and _is_4bit(module):  # older versions do not repack
+            state = _quant_state(module)
+            if state is not None and vars(state).get("packing_format_for_cpu"):
+                module.state_dict()  # puts the stored layout back
+            module.__dict__[_HELD] = module.__dict__[_PACKING]
+            module.__dict__[_PACKING] = False
+
+
+def allow_packing(model: nn.Module) -> None:
+    """Undo `hold_packing`."""
+    for module in model.modules():
+        if _HELD in module.__dict__:
+            held = module.__dict__.pop(_HELD)
+            if _is_4bit(module):
+                module.__dict__[_PACKING] = held
+
+
+def _is_4bit(module: nn.Module) -> bool:
+    return any(_qualified(cls) == "bitsandbytes.nn.modules.Linear4bit" for cls in type(module).__mro__)
+
+
+@torch.no_grad()
+def plain_weight(module: nn.Module) -> Tensor:
+    """W0 as numbers: the weight itself, or what its quantised form stands for."""
+    found = _find(module)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return found[1](module) if found else weight
+
+
+def make_plain(module: nn.Module, weight: Tensor) -> None:
+    """Turn a quantised linear into an `nn.Linear` with this weight, in place."""
+    if any(_qualified(cls) in _BNB for cls in type(module).__mro__):
+        module.__class__ = nn.Linear
+        for name in _BNB_ATTRIBUTES:
+            module.__dict__.pop(name, None)
+        hooks = module._load_state_dict_pre_hooks
+        # torch wraps a hook that is a function in an object that holds it.
+        for key in [k for k, hook in hooks.items() if vars(hook)["hook"].__module__.startswith("bitsandbytes.")]:
+            del hooks[key]
+    if _torchao_weight(module):
+        module.__dict__.pop("extra_repr", None)  # torchao's own, which describes its tensor
+    del module._parameters["weight"]
+    # The weight comes first in a linear's state dict.
+    rest = dict(module._parameters)
+    module._parameters.clear()
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    module._parameters.update(rest)

@@ -1,0 +1,15 @@
+"""What the laws were held over in this run: kinds of layer, dtypes, families. `conftest.py` prints it at the end."""
+
+import re
+
+COVERED: dict[str, set[str]] = {"kinds": set(), "families": set(), "dtypes": set()}
+
+
+def note(*, dtype, report, family=None):
+    """One model on which the laws held."""
+    COVERED["dtypes"].add(str(dtype).removeprefix("torch."))
+    COVERED["kinds"].update(re.sub(r"\[.*", " in parts", row.kind) for row in report.modules)
+    if report.tokens:
+        COVERED["kinds"].add("token rows")
+    if family is not None:
+        COVERED["families"].add(family)

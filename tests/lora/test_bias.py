@@ -1,0 +1,130 @@
+"""Trained biases: `bias: all`, `bias: lora_only`, and B's own (`lora_bias`)."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lora_lightning import LoRAConfig, disabled, inject, merge, save_adapter
+from lora_lightning.lora.errors import ConfigError, MergeError, TargetError
+from lora_lightning.lora.inject import trained_biases
+from tests.lora.options_support import inputs, net, shake
+
+
+def test_lora_only_trains_the_biases_of_adapted_layers():
+    model = net()
+    report = inject(model, LoRAConfig(r=2, target_modules=["up", "down"], bias="lora_only"))
+    assert [name for name, _ in trained_biases(model)] == ["up"]
+    assert report.biases == 20
+    assert "biases" in str(report)
+
+
+def test_all_trains_every_bias_outside_modules_to_save():
+    model = net()
+    inject(model, LoRAConfig(r=2, target_modules=["up"], bias="all", modules_to_save=["head"]))
+    assert [name for name, _ in trained_biases(model)] == ["up", "norm", "square"]
+
+
+def test_keys_are_pefts_and_values_absolute(tmp_path):
+    model = net()
+    inject(model, LoRAConfig(r=2, target_modules=["up"], bias="all"))
+    save_adapter(shake(model), tmp_path)
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(file["base_model.model.up.base_layer.bias"], model.up.bias)
+    assert torch.equal(file["base_model.model.norm.bias"], model.norm.bias)
+    assert not torch.equal(model.up.bias, model.state_dict()["up.bias"])
+
+
+def test_gradient_is_that_of_an_ordinary_bias():
+    model, plain, x = net(torch.float64), net(torch.float64), inputs(torch.float64)
+    inject(model, LoRAConfig(r=2, bias="all"))
+    model(x).square().sum().backward()
+    plain(x).square().sum().backward()
+    for name, module in trained_biases(model):
+        torch.testing.assert_close(module.lora_trained_bias.grad, plain.get_submodule(name).bias.grad)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_layer_that_reads_its_biases_sees_the_trained_ones(norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first, dropout=0.0).eval()
+    model, x = nn.Sequential(layer), torch.randn(2, 3, 8)
+    expected = model(x)
+    inject(model, LoRAConfig(r=2, target_modules=["linear1"], bias="all"))
+    assert "0.self_attn.out_proj" in dict(trained_biases(model))
+    with torch.no_grad():
+        assert torch.allclose(model(x), expected, atol=1e-6)
+        shake(model)
+        moved = model(x)
+    unfused = model(x)
+    assert torch.allclose(moved, unfused, atol=1e-5)
+    merge(model)
+    with torch.no_grad():
+        assert torch.allclose(model(x), moved, atol=1e-5)
+    assert not torch.allclose(moved, expected, atol=1e-3)
+
+
+class TiedBias(nn.Module):
+    """As in BERT's head: one bias under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Linear(4, 6)
+        self.bias = self.decoder.bias
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.decoder(self.inner(x))
+
+
+def test_a_bias_under_two_names_is_trained_once_and_stays_tied():
+    model = TiedBias()
+    inject(model, LoRAConfig(r=2, target_modules=["inner"], bias="all"))
+    assert model.lora_trained_bias is model.decoder.lora_trained_bias
+    x = torch.randn(2, 4)
+    shake(model)
+    expected = model(x)
+    report = merge(model)
+    assert model.bias is model.decoder.bias
+    assert not report.untied
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_disabled_gives_the_original_bias():
+    model = net()
+    inject(model, LoRAConfig(r=2, bias="all"))
+    shake(model)
+    with disabled(model):
+        assert model.norm.bias is model.norm._parameters["bias"]
+    assert model.norm.bias is not model.norm._parameters["bias"]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_asked_for_where_there_are_none_are_refused(bias):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False))
+    with pytest.raises(TargetError, match="bias to train"):
+        inject(model, LoRAConfig(r=2, target_modules=["0"], bias=bias))
+    assert type(model[0]) is nn.Linear
+
+
+def test_an_unknown_bias_setting_is_refused():
+    with pytest.raises(ConfigError, match="bias must be one of none, all, lora_only, got 'some'"):
+        LoRAConfig(bias="some")
+
+
+def test_lora_bias_is_scaled_like_b():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    inject(model, LoRAConfig(r=2, alpha=6, target_modules=["0"], lora_bias=True))
+    before = model(x)
+    model[0].lora_B_bias.data += 1.0
+    torch.testing.assert_close(model(x) - before, torch.full((2, 3), 3.0))
+
+
+def test_lora_bias_without_a_bias_to_merge_into_is_refused_at_the_merge():
+    model, x = net(), inputs()
+    inject(model, LoRAConfig(r=2, lora_bias=True))
+    shake(model)
+    before = model(x)
+    with pytest.raises(MergeError, match="lora_bias of 'down' has no bias"):
+        merge(model)
+    assert torch.equal(model(x), before)

@@ -1,0 +1,275 @@
+"""The laws on small random-weight models of the families that people bring."""
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.inject import adapted_layers
+from tests.lora.coverage import note
+from tests.lora.laws import TOLERANCE, dtypes, relative, stir
+
+IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 6, 1, 2]])
+SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+GROUPED = {**SMALL, "num_key_value_heads": 1, "vocab_size": 40, "pad_token_id": 0}
+BERT = {**SMALL, "vocab_size": 40, "max_position_embeddings": 32, "num_labels": 3}
+
+
+def image(model, channels=3, size=32):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, channels, size, size, generator=generator, dtype=torch.float64)
+    return x.to(next(model.parameters()).dtype)
+
+
+def logits(model):
+    return model(IDS).logits
+
+
+def seq2seq(model):
+    return model(input_ids=IDS, decoder_input_ids=IDS.flip(1)).logits
+
+
+def clip():
+    text = {**SMALL, "vocab_size": 40, "max_position_embeddings": 16, "eos_token_id": 3}
+    vision = {**SMALL, "image_size": 32, "patch_size": 16}
+    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+
+
+def run_clip(model):
+    out = model(input_ids=IDS, pixel_values=image(model))
+    return torch.cat([out.text_embeds, out.image_embeds])
+
+
+def whisper():
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "num_mel_bins": 8, "vocab_size": 40}
+    places = {"max_source_positions": 10, "max_target_positions": 16, "pad_token_id": 0, "bos_token_id": 1}
+    special = {"eos_token_id": 2, "decoder_start_token_id": 1, "begin_suppress_tokens": None}
+    return tf.WhisperForConditionalGeneration(tf.WhisperConfig(**layers, **sizes, **places, **special))
+
+
+def run_whisper(model):
+    generator = torch.Generator().manual_seed(3)
+    mel = torch.randn(2, 8, 20, generator=generator, dtype=torch.float64).to(next(model.parameters()).dtype)
+    return model(input_features=mel, decoder_input_ids=IDS).logits
+
+
+class Translator(nn.Module):
+    """`nn.Transformer` between an embedding and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(40, 16), nn.Linear(16, 40)
+        self.transformer = nn.Transformer(16, 2, 2, 2, 24, batch_first=True)
+
+    def forward(self, ids):
+        return self.head(self.transformer(self.embed(ids), self.embed(ids.flip(1))))
+
+
+def timm_model(name, **kwargs):
+    import timm
+
+    return lambda: timm.create_model(name, num_classes=5, **kwargs)
+
+
+def torchvision_model(name, **kwargs):
+    import torchvision
+
+    if name == "vit_b_16":
+        model = torchvision.models.VisionTransformer(patch_size=16, num_classes=5, **kwargs)
+        nn.init.normal_(model.heads.head.weight)  # zero in torchvision: no gradient would pass
+        return model
+    return torchvision.models.get_model(name, weights=None, num_classes=5, **kwargs)
+
+
+TORCHVISION_VIT = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 24}
+TIMM_VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_heads": 2}
+CONVS = r".*\.(conv\d|downsample\.0|conv_dw|conv|0|shortcut\.convolution|convolution|layers\.\d\.convolution)"
+MOE = ["experts.gate_up_proj", "experts.down_proj"]
+
+# name: (make, run, config)
+FAMILIES = {
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED)), logits, {}),
+    "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED)), logits, {}),
+    "qwen3": (lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GROUPED, head_dim=8)), logits, {}),
+    "gemma": (lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**GROUPED, head_dim=8)), logits, {}),
+    "gemma3 with its embedding": (
+        lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**GROUPED, head_dim=8)),
+        logits,
+        {"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
+    ),
+    "mistral": (lambda: tf.MistralForCausalLM(tf.MistralConfig(**GROUPED)), logits, {}),
+    "mixtral": (
+        lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, num_local_experts=2)),
+        logits,
+        {"target_parameters": MOE},
+    ),
+    "phi": (lambda: tf.PhiForCausalLM(tf.PhiConfig(**SMALL, vocab_size=40)), logits, {}),
+    "phi3 in parts": (
+        lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GROUPED)),
+        logits,
+        {"slices": {"qkv_proj": ["q", "v"], "gate_up_proj": ["up"]}},
+    ),
+    "gpt2": (
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16)),
+        logits,
+        {},
+    ),
+    "gpt2 in parts": (
+        lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16)),
+        logits,
+        {"target_modules": ["c_attn"], "slices": {"c_attn": ["q", "v"]}},
+    ),
+    "gpt-neox": (
+        lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL, vocab_size=40)),
+        logits,
+        {"slices": {"query_key_value": ["q", "v"]}},
+    ),
+    "opt": (
+        lambda: tf.OPTForCausalLM(
+            tf.OPTConfig(hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40)
+        ),
+        logits,
+        {},
+    ),
+    "bert": (lambda: tf.BertForSequenceClassification(tf.BertConfig(**BERT)), logits, {}),
+    "roberta": (lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**BERT)), logits, {}),
+    "deberta-v2": (
+        lambda: tf.DebertaV2ForSequenceClassification(
+            tf.DebertaV2Config(**BERT, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=4)
+        ),
+        logits,
+        {},
+    ),
+    "t5": (
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=40)
+        ),
+        seq2seq,
+        {},
+    ),
+    "bart": (
+        lambda: tf.BartForConditionalGeneration(
+            tf.BartConfig(
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=24,
+                decoder_ffn_dim=24,
+                vocab_size=40,
+                max_position_embeddings=32,
+            )
+        ),
+        seq2seq,
+        {},
+    ),
+    "vit": (
+        lambda: tf.ViTForImageClassification(tf.ViTConfig(**SMALL, image_size=32, patch_size=16)),
+        lambda model: model(image(model)).logits,
+        {"target_modules": r".*(projection|q_proj|v_proj|query|value|fc1|dense)"},
+    ),
+    "resnet": (
+        lambda: tf.ResNetForImageClassification(
+            tf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+        ),
+        lambda model: model(image(model)).logits,
+        {"target_modules": ["convolution"]},
+    ),
+    "convnext": (
+        lambda: tf.ConvNextForImageClassification(tf.ConvNextConfig(hidden_sizes=[8, 8, 8, 8], depths=[1, 1, 1, 1])),
+        lambda model: model(image(model)).logits,
+        {"target_modules": ["dwconv", "pwconv1", "pwconv2"], "rank_pattern": {"dwconv": 8}},
+    ),
+    "clip": (clip, run_clip, {}),
+    "whisper": (
+        whisper,
+        run_whisper,
+        {"target_modules": ["conv1", "conv2", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]},
+    ),
+    "nn.Transformer": (Translator, lambda model: model(IDS), {}),
+    "timm vit": (
+        timm_model("vit_tiny_patch16_224", **TIMM_VIT),
+        lambda m: m(image(m)),
+        {"slices": {"qkv": ["q", "v"]}},
+    ),
+    "timm resnet": (
+        timm_model("resnet10t", channels=(4, 4, 8, 8), stem_width=4, zero_init_last=False),
+        lambda m: m(image(m)),
+        {"target_modules": r"conv1\.[036]|layer\d\.0\.conv\d"},
+    ),
+    "timm convnext": (
+        timm_model("convnext_atto", dims=(8, 8, 8, 8), depths=(1, 1, 1, 1)),
+        lambda m: m(image(m)),
+        {"target_modules": ["conv_dw", "fc1", "fc2"], "rank_pattern": {"conv_dw": 8}},
+    ),
+    "torchvision shufflenet": (
+        lambda: torchvision_model("shufflenet_v2_x0_5"),
+        lambda m: m(image(m, size=16)),
+        {"target_modules": r"stage2\..*branch2\.[05]"},
+    ),
+    "torchvision vit": (
+        lambda: torchvision_model("vit_b_16", image_size=32, **TORCHVISION_VIT),
+        lambda m: m(image(m)),
+        {},
+    ),
+}
+
+
+def build(family, dtype):
+    torch.manual_seed(0)
+    make, run, chosen = FAMILIES[family]
+    model = make().to(dtype)
+    if family == "mixtral" and dtype == torch.float64:
+        model.set_experts_implementation("eager")  # torch's grouped product has no float64
+    # torch.matmul takes another path, with other last bits, where a weight requires a gradient: compare frozen models.
+    return model.eval().requires_grad_(False), run, LoRAConfig(**{"r": 2, "alpha": 4.0, **chosen})
+
+
+@dtypes
+@pytest.mark.parametrize("family", FAMILIES)
+def test_laws(family, dtype, tmp_path):
+    plain, run, chosen = build(family, dtype)
+    keys, types, before = list(plain.state_dict()), [type(m) for m in plain.modules()], fingerprint(plain).digest
+    output = run(plain)
+    model = copy.deepcopy(plain)
+    report = inject(model, chosen)
+    assert torch.equal(run(model), output), "a fresh adapter changes nothing"
+    assert set(keys) <= set(model.state_dict()), "the original names survive"
+    assert all(isinstance(m, t) for m, t in zip(_without_ours(model), types, strict=True))
+
+    stir(model, size=0.1)
+    adapted = run(model)
+    adapted.double().pow(2).sum().backward()
+    assert len(adapted_layers(model)) == len(report.modules) > 1
+    for name, layer in adapted_layers(model):
+        for factor in (layer.lora_A, layer.lora_B):
+            assert factor.grad is not None, f"no gradient at {name}"
+            assert torch.isfinite(factor.grad).all(), f"a gradient at {name} is not finite"
+            assert factor.grad.any(), f"no gradient reaches {name}"
+    assert fingerprint(model).digest == before, "W0 never moves"
+    with disabled(model):
+        assert torch.equal(run(model), output)
+
+    again = copy.deepcopy(plain)
+    load_adapter(again, save_adapter(model, tmp_path))
+    assert torch.equal(run(again), adapted), "what is saved is what is loaded"
+    assert torch.equal(run(remove(again)), output)
+    merge(model)
+    assert list(model.state_dict()) == keys
+    # In bfloat16 rounding is passed on from layer to layer, here of models with random weights.
+    assert relative(run(model), adapted) <= {torch.bfloat16: 0.3}.get(dtype, 10 * TOLERANCE[dtype])
+    note(dtype=dtype, report=report, family=family)
+
+
+def _without_ours(model):
+    return [m for name, m in model.named_modules() if "lora_" not in name]
+
+
+def test_at_least_fifteen_families_are_covered():
+    assert len(FAMILIES) >= 22

@@ -1,0 +1,158 @@
+"""Presets of target modules, and the patterns of rank, alpha and dropout."""
+
+import json
+
+import pytest
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModel
+
+from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
+from lora_lightning.lora.errors import ConfigError, TargetError
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.patterns import matches
+from lora_lightning.lora.presets import LAYOUTS, PRESETS, preset_pattern
+from tests.lora.options_support import inputs, net
+
+DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+
+
+def on_meta(model_type):
+    config = CONFIG_MAPPING[model_type]()
+    for depth in DEPTHS:
+        if depth in config.to_dict():
+            setattr(config, depth, 2)
+    if model_type == "clip":
+        config.text_config.num_hidden_layers = config.vision_config.num_hidden_layers = 2
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_presets_part_the_blocks_weights_among_them(model_type):
+    """What a preset names is there, attention and mlp do not overlap, and query-value is part of attention."""
+    model, layout = on_meta(model_type), LAYOUTS[model_type]
+    matrices = [n for n, m in model.named_modules() if (w := m._parameters.get("weight")) is not None and w.dim() == 2]
+    chosen = {}
+    for preset, pattern in zip(
+        PRESETS, (layout.query_value or layout.query_value_of, layout.attention, layout.mlp), strict=True
+    ):
+        if pattern is None:
+            with pytest.raises(TargetError, match=f"preset '{preset}'"):
+                preset_pattern(model, preset)
+            chosen[preset] = set()
+            continue
+        chosen[preset] = {n for n in matrices if matches(preset_pattern(model, preset), n)}
+        assert len(chosen[preset]) >= 2, preset
+    assert not chosen["attention"] & chosen["mlp"]
+    assert chosen["query-value"] <= chosen["attention"]
+    if chosen["query-value"]:
+        assert 0 < len(chosen["query-value"]) <= len(chosen["attention"]) / 2
+
+
+@pytest.mark.parametrize("model_type", sorted(t for t in LAYOUTS if LAYOUTS[t].query_value and t in PEFTS))
+def test_query_value_is_pefts_choice(model_type):
+    model = on_meta(model_type)
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    ours = {n for n in names if matches(preset_pattern(model, "query-value"), n)}
+    theirs = {n for n in names if matches(PEFTS[model_type], n)}
+    if model_type == "phi":  # there PEFT adds the mlp
+        theirs = {n for n in theirs if "mlp" not in n}
+    assert ours == theirs
+
+
+def test_a_preset_adapts_what_it_names_and_says_so():
+    model = on_meta("llama")
+    report = inject(model, LoRAConfig(target_modules="query-value"))
+    assert [row.module.rpartition(".")[2] for row in report.modules] == ["q_proj", "v_proj"] * 2
+    assert {row.why for row in report.modules} == {"query-value"}
+
+
+@pytest.mark.parametrize("model_type", sorted(t for t in LAYOUTS if LAYOUTS[t].query_value_of))
+def test_query_value_of_a_fused_layer_is_two_of_its_parts(model_type):
+    model = on_meta(model_type)
+    report = inject(model, LoRAConfig(r=2, target_modules="query-value"))
+    assert len(report.modules) == 2
+    assert all(row.kind.endswith("[q, v]") for row in report.modules)
+    for _, layer in adapted_layers(model):
+        assert layer.lora_settings.slices.names == ("q", "k", "v")
+    chosen = on_meta(model_type)
+    fused = report.modules[0].module.rpartition(".")[2]
+    assert (
+        inject(chosen, LoRAConfig(r=2, target_modules="query-value", slices={fused: ["k"]}))
+        .modules[0]
+        .kind.endswith("[k]")
+    )
+
+
+def test_a_preset_on_a_model_that_is_not_transformers_is_refused():
+    with pytest.raises(TargetError, match=r"preset 'attention' goes by .*model_type, and Net has none"):
+        inject(net(), LoRAConfig(target_modules="attention"))
+
+
+def test_a_preset_for_an_unknown_architecture_is_refused_with_near_ones(monkeypatch):
+    model = on_meta("qwen2")
+    monkeypatch.delitem(LAYOUTS, "qwen2")
+    with pytest.raises(TargetError, match=r"no preset 'mlp' for model_type 'qwen2'; did you mean 'qwen"):
+        inject(model, LoRAConfig(target_modules="mlp"))
+
+
+def test_dropout_pattern_sets_each_layers_dropout():
+    model = net()
+    report = inject(model, LoRAConfig(r=2, dropout=0.1, dropout_pattern={"up": 0.0, "s.*": 0.5}))
+    assert {row.module: row.dropout for row in report.modules} == {"up": 0.0, "down": 0.1, "square": 0.5}
+    rates = {name: layer.lora_dropout.p if layer.lora_dropout else 0.0 for name, layer in adapted_layers(model)}
+    assert rates == {"up": 0.0, "down": 0.1, "square": 0.5}
+
+
+def test_each_layers_dropout_is_saved_and_loaded(tmp_path):
+    model = net()
+    inject(model, LoRAConfig(r=2, dropout=0.1, dropout_pattern={"up": 0.5}))
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    again = net()
+    report = load_adapter(again, tmp_path)
+    assert {row.module: row.dropout for row in report.modules} == {"up": 0.5, "down": 0.1, "square": 0.1}
+
+
+def test_layers_without_dropout_are_not_random_in_training():
+    model = net()
+    inject(model, LoRAConfig(r=2, dropout=0.5, dropout_pattern={"up": 0.0, "down": 0.0, "square": 0.0}))
+    for _, layer in adapted_layers(model):
+        nn.init.normal_(layer.lora_B)
+    model.train()
+    assert torch.equal(model(inputs()), model(inputs()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dropout_pattern": {"upp": 0.1}}, "dropout_pattern: no adapted module matches 'upp'; did you mean 'up'"),
+        ({"rank_pattern": {"dwn": 2}}, "rank_pattern: no adapted module matches 'dwn'; did you mean 'down'"),
+        ({"alpha_pattern": {"sqare": 2.0}}, "alpha_pattern: no adapted module matches 'sqare'; did you mean 'square'"),
+        ({"dropout_pattern": {"norm": 0.1}}, "dropout_pattern: no adapted module matches 'norm'"),
+        ({"target_modules": ["upp"]}, "target_modules: no module matches 'upp'; did you mean 'up'"),
+        ({"exclude_modules": ["hed"]}, "exclude_modules: no module matches 'hed'; did you mean 'head'"),
+        ({"modules_to_save": ["haed"]}, "modules_to_save: no module matches 'haed'; did you mean 'head'"),
+        ({"rank_pattern": {"down": 11}}, "r=11 is larger than the layer 'down' allows"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_entry_that_fits_nothing_is_refused_with_near_misses(options, message):
+    model = net()
+    with pytest.raises(TargetError, match=message):
+        inject(model, LoRAConfig(r=2, **options))
+    assert not adapted_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", [1.0, -0.1, True, "much"])
+def test_a_dropout_that_is_none_is_refused(value):
+    with pytest.raises(ConfigError, match=r"dropout_pattern\['up'\] must be at least 0 and below 1"):
+        LoRAConfig(dropout_pattern={"up": value})
+
+
+def test_two_dropout_patterns_of_one_length_that_disagree_are_refused():
+    with pytest.raises(TargetError, match=r"dropout_pattern: .* both match 'up'"):
+        inject(net(), LoRAConfig(r=2, dropout_pattern={"u.": 0.1, ".p": 0.2}))

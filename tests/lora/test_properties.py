@@ -1,0 +1,112 @@
+"""Laws 1, 6 and 7 over drawn shapes, ranks, scales and dtypes of every kind."""
+
+import copy
+import tempfile
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
+from lora_lightning.lora.adapter import adapter_tensors
+from tests.lora.laws import DTYPES, TOLERANCE, relative, stir
+
+sizes = st.integers(1, 6)
+
+
+class Stack(nn.Module):
+    """A product with a bare matrix, or with each matrix of a stack."""
+
+    def __init__(self, shape, transposed):
+        super().__init__()
+        self.is_transposed = transposed
+        self.w = nn.Parameter(torch.randn(*shape))
+
+    def forward(self, x):
+        w = self.w.mT if self.is_transposed and self.w.dim() == 3 else self.w
+        return x @ w.mT
+
+
+class Self(nn.Module):
+    def __init__(self, width, heads, **kwargs):
+        super().__init__()
+        self.w = nn.MultiheadAttention(width * heads, heads, **kwargs)
+
+    def forward(self, x):
+        return self.w(x, x, x)[0]
+
+
+def linear(draw):
+    n, m = draw(sizes), draw(sizes)
+    return nn.ModuleDict({"w": nn.Linear(n, m, bias=draw(st.booleans()))}), torch.randn(3, n), min(n, m), {}
+
+
+def fused(draw):
+    n, heads = draw(sizes), draw(st.integers(1, 3))
+    parts = draw(st.lists(sizes, min_size=2, max_size=4))
+    names = list("abcd"[: len(parts)])
+    take = draw(st.lists(st.sampled_from(names), min_size=1, unique=True))
+    rows = [heads * size for name, size in zip(names, parts, strict=True) if name in take]
+    spec = {"of": names, "sizes": parts, "heads": heads, "take": take}
+    module = draw(st.sampled_from([nn.Linear, lambda i, o: Conv1D(o, i)]))(n, heads * sum(parts))
+    return nn.ModuleDict({"w": module}), torch.randn(3, n), min(n, *rows), {"slices": {"w": spec}}
+
+
+def embedding(draw):
+    n, m = draw(st.integers(2, 9)), draw(sizes)
+    max_norm = draw(st.sampled_from([None, 1e3]))
+    module = nn.Embedding(n, m, padding_idx=draw(st.sampled_from([None, 0, -1])), max_norm=max_norm)
+    return nn.ModuleDict({"w": module}), torch.randint(n, (3, 2)), min(n, m), {}
+
+
+def stack(draw):
+    shape, transposed = (draw(st.integers(1, 4)), draw(sizes), draw(sizes)), draw(st.booleans())
+    inputs = shape[1] if transposed else shape[2]
+    bare = {"target_modules": [], "target_parameters": ["w"]}
+    return Stack(shape, transposed), torch.randn(shape[0], 3, inputs), min(shape[1:]), bare
+
+
+def matrix(draw):
+    shape = (draw(sizes), draw(sizes))
+    bare = {"target_modules": [], "target_parameters": ["w"]}
+    return Stack(shape, draw(st.booleans())), torch.randn(3, shape[1]), min(shape), bare
+
+
+def attention(draw):
+    width, heads = draw(st.integers(1, 4)), draw(st.integers(1, 2))
+    flags = {name: draw(st.booleans()) for name in ("bias", "add_bias_kv", "add_zero_attn", "batch_first")}
+    parts = draw(st.sampled_from([{}, {"slices": {"w": draw(st.sampled_from([["q"], ["q", "v"], ["k", "v"]]))}}]))
+    targets = {"target_modules": draw(st.sampled_from([["w"], ["w", "out_proj"]]))}
+    return Self(width, heads, **flags), torch.randn(3, 2, width * heads), width * heads, {**parts, **targets}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_every_kind_over_drawn_shapes(data):
+    torch.manual_seed(data.draw(st.integers(0, 9)))
+    kind = data.draw(st.sampled_from([linear, fused, embedding, stack, matrix, attention]))
+    model, x, largest, fields = kind(data.draw)
+    dtype = data.draw(st.sampled_from(DTYPES))
+    model = model.to(dtype).eval().requires_grad_(False)
+    x = x.to(dtype) if x.is_floating_point() else x
+    chosen = {"target_modules": ["w"], "alpha": data.draw(st.sampled_from([0.5, 3.0])), **fields}
+    config = LoRAConfig(r=data.draw(st.integers(1, largest)), use_rslora=data.draw(st.booleans()), **chosen)
+
+    def run(m):
+        return m["w"](x) if isinstance(m, nn.ModuleDict) else m(x)
+
+    with torch.no_grad():
+        plain = copy.deepcopy(model)
+        inject(model, config)
+        assert torch.equal(run(model), run(plain))
+        adapted = run(stir(model))
+        again = copy.deepcopy(plain)
+        with tempfile.TemporaryDirectory() as directory:
+            load_adapter(again, save_adapter(model, directory))
+        mine, back = adapter_tensors(model), adapter_tensors(again)
+        assert mine.keys() == back.keys()
+        assert all(torch.equal(mine[key], back[key]) for key in mine)
+        merge(model)
+        assert relative(run(model), adapted) <= (0.2 if dtype == torch.bfloat16 else 10 * TOLERANCE[dtype])

@@ -1,0 +1,305 @@
+"""Adapters on quantised bases: bitsandbytes NF4 and int8, torchao weight-only int8, on the CPU."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.adapter import base_tensors
+from lora_lightning.lora.errors import LoRAError, MergeError
+from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.quantised import hold_packing, plain_weight, scheme
+from tests.lora.options_support import shake
+
+bnb = pytest.importorskip("bitsandbytes")
+torchao = pytest.importorskip("torchao.quantization")
+
+QUANTISED = ["up", "down", "square"]
+
+
+class Net(nn.Module):
+    """Widths in multiples of 64, which bitsandbytes' 4-bit kernel for the CPU asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(64, 128)
+        self.norm = nn.LayerNorm(128)
+        self.down = nn.Linear(128, 64, bias=False)
+        self.square = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        x = self.down(self.norm(torch.tanh(self.up(x))))
+        return self.head(torch.tanh(self.square(x)))
+
+
+def inputs(dtype=torch.float32):
+    return torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def _swap(model, make):
+    for name in QUANTISED:
+        old = model.get_submodule(name)
+        new = make(old)
+        new.load_state_dict(old.state_dict())
+        if new.bias is not None:
+            new.bias.data = new.bias.data.to(old.bias.dtype)
+        setattr(model, name, new)
+    return model.to("cpu").eval()  # bitsandbytes quantises on the way to a device
+
+
+def _nf4(model):
+    def make(old):
+        return bnb.nn.Linear4bit(
+            old.in_features, old.out_features, bias=old.bias is not None, quant_type="nf4",
+            compress_statistics=True, compute_dtype=old.weight.dtype,
+        )  # fmt: skip
+
+    return _swap(model, make)
+
+
+def _int8(model):
+    def make(old):
+        return bnb.nn.Linear8bitLt(old.in_features, old.out_features, bias=old.bias is not None, has_fp16_weights=False)
+
+    return _swap(model, make)
+
+
+def _torchao(model):
+    config = torchao.Int8WeightOnlyConfig()
+    torchao.quantize_(model, config, filter_fn=lambda module, name: name in QUANTISED)
+    return model.eval()
+
+
+SCHEMES = {"nf4": _nf4, "int8": _int8, "torchao": _torchao}
+NAMES = {"nf4": "bitsandbytes 4-bit", "int8": "bitsandbytes 8-bit", "torchao": "torchao"}
+each_scheme = pytest.mark.parametrize("scheme_name", SCHEMES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+OPTIONS = [{}, {"use_dora": True, "bias": "all"}, {"init": "pissa", "dropout": 0.2}]
+each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o) or "plain")
+
+
+def float_net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def base(scheme_name, dtype=torch.float32):
+    """The backbone, without the lossy repacking that bitsandbytes does in eval on some CPUs."""
+    model = SCHEMES[scheme_name](float_net(dtype))
+    hold_packing(model)
+    return model
+
+
+def adapted(scheme_name, dtype=torch.float32, **options):
+    model = SCHEMES[scheme_name](float_net(dtype))
+    inject(model, LoRAConfig(r=4, **options))
+    return model
+
+
+@each_scheme
+def test_the_scheme_is_recognised_and_the_weight_read(scheme_name):
+    model, plain = base(scheme_name), float_net()
+    for name in QUANTISED:
+        layer = model.get_submodule(name)
+        assert scheme(layer) == NAMES[scheme_name]
+        weight, original = plain_weight(layer), plain.get_submodule(name).weight
+        assert weight.shape == original.shape
+        assert (weight - original).abs().max() < 0.2 * original.abs().max()
+        x = torch.randn(6, original.shape[1])
+        expected = x @ weight.T + (0 if layer.bias is None else layer.bias)
+        # int8's forward also rounds the inputs to 8 bits.
+        assert (layer(x) - expected).norm() < 0.02 * expected.norm()
+    assert scheme(model.head) is None
+
+
+@each_dtype
+@each_scheme
+@each_option
+def test_fresh_adapter_changes_nothing(scheme_name, dtype, options):
+    model = adapted(scheme_name, dtype, **options)
+    x, expected = inputs(dtype), base(scheme_name, dtype)(inputs(dtype))
+    assert torch.equal(model(x), expected)
+    assert all(p.dtype == torch.float32 for _, layer in adapted_layers(model) for p in layer.lora_tensors().values())
+
+
+@each_dtype
+@each_scheme
+@each_option
+def test_w0s_bytes_never_move(scheme_name, dtype, options):
+    model, x = adapted(scheme_name, dtype, **options).train(), inputs(dtype)
+    model(x)  # some schemes lay their weight out at the first forward
+    before, keys = fingerprint(model), list(base_tensors(model))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    first = [p.detach().clone() for p in trained]
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).float().square().sum().backward()
+        optimizer.step()
+    model.eval()(x)
+    assert fingerprint(model) == before
+    assert list(base_tensors(model)) == keys
+    assert all(not torch.equal(a, b) for a, b in zip(first, trained, strict=True))
+
+
+@each_scheme
+def test_gradients_are_those_on_the_dequantised_base(scheme_name):
+    model, x = shake(adapted(scheme_name)), inputs().requires_grad_()
+    twin, y = copy.deepcopy(model), inputs().requires_grad_()
+    for name in QUANTISED:
+        layer, plain = twin.get_submodule(name), nn.Linear(1, 1, bias=False)
+        weight = plain_weight(layer)
+        plain.weight, plain.bias = nn.Parameter(weight), layer.bias
+        plain.out_features, plain.in_features = weight.shape
+        inject(wrapped := nn.Sequential(plain), LoRAConfig(r=4, target_modules=["0"]))
+        for own in ("lora_A", "lora_B"):
+            getattr(wrapped[0], own).data.copy_(getattr(layer, own))
+        setattr(twin, name, wrapped[0])
+    model(x).square().sum().backward()
+    twin(y).square().sum().backward()
+    close = 0.05 if scheme_name == "int8" else 1e-4  # int8 rounds inputs too
+    pairs = [(x.grad, y.grad)]
+    for name in QUANTISED:
+        mine, other = model.get_submodule(name), twin.get_submodule(name)
+        pairs += [(mine.lora_A.grad, other.lora_A.grad), (mine.lora_B.grad, other.lora_B.grad)]
+    for one, other in pairs:
+        assert (one - other).norm() <= close * other.norm()
+
+
+@each_scheme
+@each_option
+def test_a_merge_is_refused_unless_asked_to_dequantise(scheme_name, options):
+    model, x = shake(adapted(scheme_name, **options)), inputs()
+    expected, before = model(x), fingerprint(model)
+    with pytest.raises(
+        MergeError, match=rf"'up' is quantised \({NAMES[scheme_name]}\).*merge\(model, dequantize=True\)"
+    ):
+        merge(model)
+    assert torch.equal(model(x), expected)
+    assert fingerprint(model) == before
+
+
+@each_dtype
+@each_scheme
+@each_option
+def test_a_dequantising_merge_makes_plain_layers_that_equal_the_adapted(scheme_name, dtype, options):
+    model, x = shake(adapted(scheme_name, dtype, **options)), inputs(dtype)
+    expected = model(x)
+    report = merge(model, dequantize=True)
+    assert report.dequantised == QUANTISED
+    assert [type(m) for m in model.modules()] == [type(m) for m in float_net().modules()]
+    assert list(model.state_dict()) == list(float_net().state_dict())
+    assert all(type(p) is nn.Parameter and p.dtype == dtype for p in model.parameters())
+    assert [sorted(vars(m)) for m in model.modules()] == [sorted(vars(m)) for m in float_net().modules()]
+    exact = 1e-5 if scheme_name == "torchao" else 1e-4  # NF4's forward adds up in another order
+    close = 0.03 if dtype == torch.bfloat16 or scheme_name == "int8" else exact
+    assert (model(x) - expected).float().norm() < close * expected.float().norm()
+    again = float_net(dtype).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x), model(x))
+
+
+@each_scheme
+@each_option
+def test_disabled_removed_copied_and_pickled(scheme_name, options):
+    model, x = shake(adapted(scheme_name, **options)), inputs()
+    plain = base(scheme_name)(x)
+    expected = model(x)
+    with disabled(model):
+        assert torch.equal(model(x), plain)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), expected)
+    if scheme_name == "nf4":  # int8 weights lose their scales when pickled, torchao's do not pickle, adapted or not
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
+    remove(model)
+    pristine = SCHEMES[scheme_name](float_net())
+    assert [type(m) for m in model.modules()] == [type(m) for m in pristine.modules()]
+    assert [sorted(vars(m)) for m in model.modules()] == [sorted(vars(m)) for m in pristine.modules()]
+    hold_packing(model)
+    assert torch.equal(model(x), plain)
+
+
+@each_scheme
+@each_option
+def test_what_is_saved_is_what_is_loaded(scheme_name, options, tmp_path):
+    model, x = shake(adapted(scheme_name, **options)), inputs()
+    save_adapter(model, tmp_path)
+    loaded = base(scheme_name)
+    load_adapter(loaded, tmp_path)
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+    with pytest.raises(LoRAError, match="made on another base"):
+        load_adapter(float_net(), tmp_path)
+
+
+@pytest.mark.parametrize("scheme_name", ["nf4", "torchao"])
+def test_peft_opens_ours_on_the_same_base(scheme_name, tmp_path):
+    from peft import PeftModel
+
+    model, x = shake(adapted(scheme_name)), inputs()
+    save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(base(scheme_name), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def _gradients(model):
+    model.train()(inputs()).square().sum().backward()
+    return [t.grad for _, layer in adapted_layers(model) for t in layer.lora_tensors().values()]
+
+
+def test_training_after_an_evaluation_on_the_cpu_goes_on_from_the_same_w0():
+    """bitsandbytes repacks a 4-bit weight in eval, roundingly and without a backward; not while it is adapted."""
+    model, fresh = shake(adapted("nf4")), shake(adapted("nf4"))
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.eval()(inputs())
+    assert fingerprint(model) == before
+    for one, other in zip(_gradients(model), _gradients(fresh), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_base_that_was_packed_before_the_injection_is_unpacked():
+    model = _nf4(float_net())
+    with torch.no_grad():
+        model(inputs())  # packs, where the CPU is of that kind
+    inject(model, LoRAConfig(r=4))
+    fresh = adapted("nf4")
+    for (_, layer), (_, other) in zip(adapted_layers(model), adapted_layers(fresh), strict=True):
+        assert plain_weight(layer).shape == (layer.out_features, layer.in_features)
+        layer.lora_A.data.copy_(other.lora_A)
+    for one, other in zip(_gradients(shake(model)), _gradients(shake(fresh)), strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()  # its scales were rounded to bfloat16
+
+
+@pytest.mark.parametrize("as_state_dict", [False, True])
+@each_scheme
+def test_loftq_takes_back_what_quantisation_lost(scheme_name, as_state_dict):
+    original = float_net()
+    data = original.state_dict() if as_state_dict else original
+    model = base(scheme_name)
+    before = fingerprint(model)
+    lost = {name: plain_weight(model.get_submodule(name)) - original.get_submodule(name).weight for name in QUANTISED}
+    inject(model, LoRAConfig(r=4, init="loftq"), data=data)
+    assert fingerprint(model) == before
+    for name, layer in adapted_layers(model):
+        U, S, Vh = torch.linalg.svd(-lost[name])
+        best = U[:, :4] @ torch.diag(S[:4]) @ Vh[:4]
+        torch.testing.assert_close(layer.delta_weight(), best, rtol=1e-3, atol=1e-5)
+        assert (lost[name] + layer.delta_weight()).norm() < 0.95 * lost[name].norm()
+
+
+def test_loftq_needs_each_weight_in_its_shape():
+    weights = float_net().state_dict()
+    with pytest.raises(LoRAError, match=r"needs 'down.weight' of shape \(64, 128\), got nothing"):
+        inject(base("nf4"), LoRAConfig(r=4, init="loftq"), data={k: v for k, v in weights.items() if "down" not in k})
+    with pytest.raises(LoRAError, match=r"got shape \(3, 64\)"):
+        inject(base("nf4"), LoRAConfig(r=4, init="loftq"), data={**weights, "up.weight": weights["head.weight"]})
+    with pytest.raises(LoRAError, match="or its state dict, got list"):
+        inject(base("nf4"), LoRAConfig(r=4, init="loftq"), data=[1])

@@ -1,0 +1,147 @@
+"""What cannot be done is refused before anything has changed, with what was expected, what came and what to do."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
+from lora_lightning.lora.errors import AdapterError, ConfigError, MergeError, TargetError
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from tests.lora.options_support import net, shake
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"r": 0}, "r must be a whole number of at least 1, got 0"),
+        ({"r": 2.5}, "r must be a whole number of at least 1, got 2.5"),
+        ({"r": True}, "r must be a whole number of at least 1, got True"),
+        ({"alpha": -1}, "alpha must be a finite number above 0, got -1"),
+        ({"alpha": float("nan")}, "alpha must be a finite number above 0, got nan"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+        ({"rank_pattern": {"up": 0}}, r"rank_pattern\['up'\] must be a whole number of at least 1, got 0"),
+        ({"alpha_pattern": {"up": 0}}, r"alpha_pattern\['up'\] must be a finite number above 0, got 0"),
+        ({"rank_pattern": {"(": 2}}, r"'\(' is not a regular expression"),
+        ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
+        ({"target_modules": []}, "target_modules selects nothing"),
+        ({"init": "gausian"}, "did you mean 'gaussian'"),
+        ({"bias": True}, "bias must be one of none, all, lora_only, got True"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else "",
+)
+def test_a_value_that_means_nothing(options, message):
+    with pytest.raises(ConfigError, match=message):
+        LoRAConfig(**options)
+
+
+def test_an_unknown_field_names_the_nearest():
+    with pytest.raises(ConfigError, match="no field 'lora_dora'; did you mean"):
+        LoRAConfig.from_dict({"lora_dora": True})
+
+
+def test_a_config_survives_its_plain_form():
+    config = LoRAConfig(use_dora=True, bias="all", init="pissa_niter_4", dropout_pattern={"up": 0.5})
+    assert LoRAConfig.from_dict(config.to_dict()) == config
+
+
+class OwnAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return x @ self.out_proj.weight.T
+
+
+class Bypass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = OwnAttention(8, 2)
+        self.norm = nn.LayerNorm(8)
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "message"),
+    [
+        (Bypass, {"target_modules": ["out_proj"]}, "cannot adapt 'attention.out_proj'.*forward of its own"),
+        (Bypass, {"target_modules": ["norm"]}, "selects 'norm', a LayerNorm, which has no LoRA form"),
+        (net, {"target_modules": ["up"], "r": 13}, "r=13 is larger than the layer 'up' allows.*rank_pattern"),
+        (net, {"layers_to_transform": 3}, "no selected module is in block 3"),
+        (net, {"target_modules": ["up", "head"], "modules_to_save": ["head"]}, "'head' is in modules_to_save"),
+        (net, {"exclude_modules": ["up", "down", "square"]}, "is empty"),
+        (net, {"target_modules": r"up|.*\.downn"}, None),
+        (net, {"target_modules": "upp"}, "no module matches 'upp'; did you mean 'up'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None) or str(value),
+)
+def test_a_selection_that_fits_nothing_or_cannot_be_adapted(model, config, message):
+    model = model()
+    if message is None:  # a regular expression is one entry, and this one hits
+        inject(model, LoRAConfig(r=2, **{k: v for k, v in config.items() if k != "r"}))
+        assert [name for name, _ in adapted_layers(model)] == ["up"]
+        return
+    with pytest.raises(TargetError, match=message):
+        inject(model, LoRAConfig(**{"r": 2, **config}))
+    assert not grafted_modules(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_injecting_twice():
+    model = net()
+    inject(model, LoRAConfig(r=2, target_modules=["up"]))
+    with pytest.raises(LoRAError, match="adapted already"):
+        inject(model, LoRAConfig(r=2, target_modules=["down"]))
+    with pytest.raises(LoRAError, match="adapted already"):
+        inject(model.up, LoRAConfig(r=2, target_modules=["up"]))
+
+
+def test_injecting_over_another_librarys_adapter():
+    theirs = get_peft_model(net(), LoraConfig(r=2, target_modules=["up"]))
+    with pytest.raises(LoRAError, match="LoRA layers of another library"):
+        inject(theirs, LoRAConfig(r=2))
+
+
+def test_what_is_no_module():
+    with pytest.raises(LoRAError, match=r"expects an nn\.Module, got dict"):
+        inject({}, LoRAConfig())
+
+
+BROKEN = {
+    "lora_A": ({}, "A or B of 'up' is not finite"),
+    "lora_B": ({}, "A or B of 'up' is not finite"),
+    "lora_magnitude_vector": ({"use_dora": True}, "lora_magnitude_vector of 'up' is not finite"),
+    "lora_trained_bias": ({"bias": "all"}, "lora_trained_bias of 'up' is not finite"),
+    "lora_B_bias": ({"lora_bias": True, "exclude_modules": ["down"]}, "lora_B_bias of 'up' is not finite"),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_not_finite_is_neither_merged_nor_saved(name, value, tmp_path):
+    options, message = BROKEN[name]
+    model = net()
+    inject(model, LoRAConfig(r=2, **options))
+    shake(model)
+    tensor = model.up.lora_tensors()[name]
+    tensor.data.view(-1)[0] = value
+    kinds = [type(m) for m in model.modules()]
+    weight = model.down.weight.clone()
+    with pytest.raises(MergeError, match=message):
+        merge(model)
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(model.down.weight, weight)
+    with pytest.raises(AdapterError, match="is not finite"):
+        save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_copy_that_is_not_finite_is_not_merged():
+    model = net()
+    inject(model, LoRAConfig(r=2, modules_to_save=["head"]))
+    model.head.lora_copy.weight.data[0, 0] = float("inf")
+    with pytest.raises(MergeError, match="the copy of 'head' is not finite"):
+        merge(model)
+
+
+def test_nothing_to_merge_or_save(tmp_path):
+    with pytest.raises(MergeError, match="nothing to merge"):
+        merge(net())
+    with pytest.raises(AdapterError, match="nothing to save"):
+        save_adapter(net(), tmp_path)

@@ -1,0 +1,309 @@
+"""The starts of A and B: their own definitions, PEFT's values, and an export that loses nothing."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+
+from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
+from lora_lightning.lora import starts
+from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
+from lora_lightning.lora.inject import adapted_layers
+from tests.lora.options_support import DTYPES, batches, inputs, net, shake, square_loss
+
+SUBTRACTED = ["orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"]
+
+
+def started(init, dtype=torch.float64, r=4, alpha=6.0, **options):
+    model = net(dtype)
+    data = {"data": batches(dtype), "loss": square_loss} if init in {"eva", "lora_ga"} else {}
+    inject(model, LoRAConfig(r=r, alpha=alpha, init=init, **options), **data)
+    return model
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_is_the_best_approximation_of_w0(rslora):
+    for _, layer in adapted_layers(started("pissa", use_rslora=rslora)):
+        U, S, Vh = torch.linalg.svd(layer.weight)
+        best = U[:, :4] @ torch.diag(S[:4]) @ Vh[:4]
+        torch.testing.assert_close(layer.lora_settings.scale * layer.lora_B @ layer.lora_A, best)
+        balance = layer.lora_B.square().sum(0), layer.lora_A.square().sum(1)
+        torch.testing.assert_close(*balance)
+
+
+def test_fast_pissa_nears_pissa():
+    torch.manual_seed(0)
+    U, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
+    weight = U @ torch.diag(2.0 ** -torch.arange(20.0, dtype=torch.float64)) @ U.T
+    A, B = starts.pissa(weight, 4, 1.5)
+    fast_A, fast_B = starts.pissa(weight, 4, 1.5, niter=16)
+    torch.testing.assert_close(fast_B @ fast_A, B @ A, rtol=1e-8, atol=1e-10)
+
+
+def test_olora_is_the_first_part_of_the_qr():
+    for _, layer in adapted_layers(started("olora")):
+        torch.testing.assert_close(layer.lora_B.T @ layer.lora_B, torch.eye(4, dtype=torch.float64))
+        projected = layer.lora_B @ layer.lora_B.T @ layer.weight
+        torch.testing.assert_close(layer.lora_B @ layer.lora_A, projected)
+
+
+def test_orthogonal_starts_on_orthogonal_halves():
+    for _, layer in adapted_layers(started("orthogonal")):
+        assert (layer.lora_B @ layer.lora_A).abs().max() < 1e-14
+        assert layer.lora_A.norm() > 0.1
+        assert layer.lora_B.norm() > 0.1
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_first_factors_are_pefts(init):
+    torch.manual_seed(0)
+    weight = torch.randn(10, 8)
+    base = nn.Sequential(nn.Linear(8, 10))
+    base[0].weight.data.copy_(weight)
+    theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=init))
+    layer = theirs.base_model.model[0]
+    A, B = starts.start_from_weight(init, weight, 3, 2.0)
+    their_delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    torch.testing.assert_close(B @ A, their_delta.detach(), rtol=1e-4, atol=1e-5)
+    # What PEFT writes over W0 with, ours computes beside it.
+    torch.testing.assert_close(weight - 2.0 * (B @ A), layer.base_layer.weight.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_eva_takes_the_main_directions_of_all_the_inputs():
+    model, data = net(torch.float64), batches(torch.float64)
+    inject(model, LoRAConfig(r=4, init="eva", target_modules=["up"]), data=data)
+    _, _, Vh = torch.linalg.svd(torch.cat([batch.flatten(0, -2) for batch in data]))
+    cosines = (model.up.lora_A.data @ Vh[:4].T).abs()
+    torch.testing.assert_close(cosines, torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-8)
+    assert not model.up.lora_B.any()
+    assert "lora_A0" not in model.up.lora_tensors()
+
+
+def test_eva_leaves_padding_out():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+
+        def forward(self, x, attention_mask):
+            return self.a(x)
+
+    x, mask = torch.randn(2, 5, 6), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])
+    poisoned = x.masked_fill(~mask.bool().unsqueeze(-1), 1e4)
+    models = [Masked(), Masked()]
+    for model, rows in zip(models, (x, poisoned), strict=True):
+        config = LoRAConfig(r=2, init="eva", target_modules=["a"])
+        inject(model, config, data=[{"x": rows, "attention_mask": mask}])
+    assert torch.equal(models[0].a.lora_A, models[1].a.lora_A)
+
+
+def test_lora_ga_follows_the_gradient_of_w0():
+    model = started("lora_ga", r=2)
+    plain = net(torch.float64)
+    sum(square_loss(plain, batch) for batch in batches(torch.float64)).backward()
+    for name, layer in adapted_layers(model):
+        U, _, Vh = torch.linalg.svd(plain.get_submodule(name).weight.grad)
+        size = math.sqrt(math.sqrt(layer.weight.shape[0]) / starts.LORA_GA_GAMMA)
+        A, B = layer.lora_A.data / size, layer.lora_B.data / size
+        eye = torch.eye(2, dtype=torch.float64)
+        torch.testing.assert_close((A @ Vh[:2].T).abs(), eye, rtol=0, atol=1e-6)
+        torch.testing.assert_close((B.T @ U[:, 2:4]).abs(), eye, rtol=0, atol=1e-6)
+
+
+def test_calibration_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 6))
+    model[0].eval()
+    modes = [m.training for m in model.modules()]
+    stats = model[1].running_mean.clone()
+    data = [torch.randn(5, 4) for _ in range(3)]
+    config = LoRAConfig(r=2, init="lora_ga", target_modules=["0", "3"])
+    inject(model, config, data=data, loss=lambda m, x: m(x).square().sum())
+    assert [m.training for m in model.modules() if type(m) is not nn.Dropout or m is model[2]] == modes
+    assert torch.equal(model[1].running_mean, stats)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("init", SUBTRACTED)
+def test_first_factors_do_not_train_and_are_kept(init):
+    model = started(init)
+    layer = model.up
+    assert torch.equal(layer.lora_A0, layer.lora_A)
+    assert not layer.lora_A0.requires_grad
+    assert {"up.lora_A0", "up.lora_B0"} <= model.state_dict().keys()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("init", SUBTRACTED)
+def test_exports_an_ordinary_adapter_of_twice_the_rank_on_the_pristine_base(init, rslora, tmp_path):
+    model, x = shake(started(init, use_rslora=rslora, rank_pattern={"square": 2})), inputs(torch.float64)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert config["r"] == 8
+    assert file["base_model.model.up.lora_A.weight"].shape == (8, 12)
+    assert file["base_model.model.square.lora_A.weight"].shape == (4, 10)
+    theirs = PeftModel.from_pretrained(net(torch.float64), tmp_path)
+    torch.testing.assert_close(theirs(x), model(x), rtol=1e-12, atol=1e-13)
+    ours = net(torch.float64)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(x), model(x), rtol=1e-12, atol=1e-13)
+    assert ours.up.lora_settings.scale == pytest.approx(model.up.lora_settings.scale, rel=1e-15)
+
+
+def test_an_export_of_a_rank_above_the_weights_own_loads_again(tmp_path):
+    model = shake(started("pissa", r=10))
+    save_adapter(model, tmp_path)
+    ours = net(torch.float64)
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(inputs(torch.float64)), model(inputs(torch.float64)))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    init=st.sampled_from(["orthogonal", "pissa", "pissa_niter_2", "olora"]),
+    shape=st.tuples(st.integers(2, 12), st.integers(2, 12)),
+    dtype=st.sampled_from(DTYPES),
+    alpha=st.floats(0.1, 50.0),
+    seed=st.integers(0, 99),
+)
+def test_any_start_changes_nothing_and_trains_the_difference(init, shape, dtype, alpha, seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(*shape, dtype=dtype))
+    x = torch.randn(3, shape[0], dtype=dtype)
+    expected = model(x)
+    inject(model, LoRAConfig(r=2, alpha=alpha, init=init, target_modules=["0"]))
+    assert torch.equal(model(x), expected)
+    layer = model[0]
+    first = (layer.lora_B @ layer.lora_A).detach().double()
+    shake(model, seed)
+    moved = (layer.lora_B @ layer.lora_A).detach().double() - first
+    torch.testing.assert_close(
+        layer.delta_weight().double(), layer.lora_settings.scale * moved, rtol=1e-4, atol=1e-4 * alpha
+    )
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "loftq"])
+def test_a_start_that_needs_data_is_refused_without(init):
+    model = net()
+    with pytest.raises(LoRAError, match=rf"init '{init}' needs inject\(model, config, data=...\)"):
+        inject(model, LoRAConfig(r=2, init=init))
+    assert not adapted_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_data_that_nothing_reads_is_refused():
+    with pytest.raises(LoRAError, match="data is read by init eva, lora_ga, loftq only, and init is 'gaussian'"):
+        inject(net(), LoRAConfig(r=2), data=batches())
+
+
+def _no_loss(model, config):
+    inject(model, config, data=batches())
+
+
+def _no_batch(model, config):
+    inject(model, config, data=[], loss=square_loss)
+
+
+def _one_row(model, config):
+    inject(model, LoRAConfig(r=2, init="eva"), data=[torch.randn(1, 12)])
+
+
+def _crash(model, config):
+    def loss(model, batch):
+        raise KeyError("labels")
+
+    inject(model, config, data=batches(), loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "message"),
+    [
+        (_no_loss, LoRAError, "needs a loss"),
+        (_no_batch, LoRAError, "data holds no batch"),
+        (_one_row, LoRAError, "needs at least r=2 independent inputs"),
+        (_crash, KeyError, "labels"),
+    ],
+)
+def test_data_that_does_not_serve_leaves_the_model_plain(attempt, error, message):
+    model, expected = net(), net()(inputs())
+    with pytest.raises(error, match=message):
+        attempt(model, LoRAConfig(r=2, init="lora_ga"))
+    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(model(inputs()), expected)
+
+
+def test_a_layer_that_the_data_never_reaches_is_named():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(LoRAError, match="the data never reached 'idle'"):
+        inject(Two(), LoRAConfig(r=2, init="eva", target_modules=["used", "idle"]), data=[torch.randn(6, 4)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"init": "orthogonal", "r": 3}, r"needs an even r, got r=3 \(module 'up'\)"),
+        ({"init": "lora_ga", "r": 7}, r"takes 2 r = 14 singular directions .* set r to 6 or less \(module 'up'\)"),
+        ({"init": "loftq", "r": 2}, "'up', a Linear, is not quantised"),
+    ],
+)
+def test_what_a_start_cannot_do_is_refused(options, message):
+    with pytest.raises(TargetError, match=message):
+        inject(net(), LoRAConfig(**options), data=batches() if options["init"] != "orthogonal" else None)
+
+
+@pytest.mark.parametrize("init", ["pisa", "pissa_niter_", "", "zeros"])
+def test_an_unknown_start_is_refused(init):
+    with pytest.raises(ConfigError, match=r"init must be one of gaussian, kaiming, .* or pissa_niter_<n>"):
+        LoRAConfig(init=init)
+
+
+@pytest.mark.parametrize("init", [*SUBTRACTED, "eva"])
+def test_an_adapter_may_be_rebuilt_for_loading_without_its_data(init):
+    model = shake(started(init, dtype=torch.float32))
+    again = net()
+    inject(again, LoRAConfig(r=4, alpha=6.0, init=init), start=False)
+    assert torch.equal(again(inputs()), net()(inputs()))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(inputs()), model(inputs()))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_unconverted_adapter_of_peft_is_read_with_its_start(init, tmp_path):
+    """PEFT writes the factors and says in its config alone that s B0 A0 is missing from the base."""
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["up", "square"], init_lora_weights=init)
+    theirs = shake(get_peft_model(net(), config).eval())
+    theirs.save_pretrained(tmp_path)
+    ours = net()
+    load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(inputs()), theirs(inputs()).detach(), rtol=1e-4, atol=1e-5)
+    save_adapter(ours, tmp_path / "again")
+    again = PeftModel.from_pretrained(net(), tmp_path / "again")
+    torch.testing.assert_close(again(inputs()), ours(inputs()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa_niter_4", "lora_ga", "loftq", "corda"])
+def test_an_adapter_of_peft_whose_base_is_lost_is_refused(init, tmp_path):
+    model = net()
+    inject(model, LoRAConfig(r=2))
+    save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": init}))
+    plain = net()
+    with pytest.raises(AdapterError, match=f"init_lora_weights '{init}', which changed the base"):
+        load_adapter(plain, tmp_path)
+    assert not adapted_layers(plain)
