@@ -21,6 +21,7 @@ from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
 from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, Task
 from lora_lightning.training.optim import WarmupDecay
+from lora_lightning.training.start import MEASURED, start_from_batches
 
 CHECKPOINT_KEY = "lora_lightning"
 PREFIX = "backbone."
@@ -61,7 +62,8 @@ class LoRAModule(LightningModule):
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.backbone_mode = backbone_mode
         self.allow_other_base = allow_other_base
-        self.report = inject(backbone, lora)
+        # A start that is measured on data waits for them; a checkpoint brings its own.
+        self.report = inject(backbone, lora, start=lora.init not in MEASURED)
         self._warn_of_a_frozen_new_head()
         self._w0: Fingerprint | None = None
 
@@ -119,6 +121,12 @@ class LoRAModule(LightningModule):
 
     def on_fit_start(self) -> None:
         self.set_modes()
+
+    def on_train_start(self) -> None:
+        """Put in a start that is measured on data, unless this fit goes on from a checkpoint."""
+        if self.lora.init in MEASURED and self.trainer.ckpt_path is None:
+            start_from_batches(self.backbone, self.task, self.lora.init, self.trainer)
+            self.set_modes()
 
     def set_modes(self) -> None:
         """Put the backbone into its stated mode and the adapter into training."""

@@ -19,6 +19,7 @@ from lora_lightning import (
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.training.export import export
 from lora_lightning.training.run import load_checkpoint
 
 
@@ -205,6 +206,25 @@ def test_a_frozen_new_head_is_said_aloud(make_module):
         UserWarning, match=r"classifier: new, with random weights, and frozen; to train: lora\.modules_to"
     ):
         make_module(lora=LoRAConfig(r=4))
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga", "pissa", "orthogonal"])
+def test_a_start_trains_resumes_and_exports_without_moving_w0(tmp_path, make_module, make_data, init):
+    def module_of():
+        return make_module(lora=LoRAConfig(r=4, init=init, modules_to_save=["classifier"]))
+
+    module, data = module_of(), make_data()
+    before, fresh = fingerprint(module.backbone), {k: v.clone() for k, v in adapter_tensors(module.backbone).items()}
+    trainer = trainer_of(tmp_path, callbacks=[FreezeBase(show_table=False)])
+    trainer.fit(module, data)
+    assert fingerprint(module.backbone) == before
+    if init in ("eva", "lora_ga"):
+        moved = sum(float((v - fresh[k]).abs().max()) > 0.1 for k, v in adapter_tensors(module.backbone).items())
+        assert moved > 6, "the start was measured"
+    again = module_of()
+    trainer_of(tmp_path / "on", max_epochs=2).fit(again, data, ckpt_path=trainer.checkpoint_callback.best_model_path)
+    report = export(again.eval(), tmp_path / "out", batch=next(iter(data.val_dataloader())))
+    assert report.max_rel_diff < 1e-5
 
 
 def test_module_survives_deepcopy_with_its_adapters(make_module):
