@@ -227,6 +227,16 @@ def test_a_start_trains_resumes_and_exports_without_moving_w0(tmp_path, make_mod
     assert report.max_rel_diff < 1e-5
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_half_precision_base_trains_float32_adapters_and_a_float32_head(
+    tmp_path, tiny, make_module, make_data, dtype
+):
+    module = make_module(huggingface(tiny.bert, num_labels=2, dtype=dtype))
+    assert {v.dtype for v in adapter_tensors(module.backbone).values()} == {torch.float32}
+    trainer_of(tmp_path, callbacks=[FreezeBase(show_table=False)]).fit(module, make_data())
+    assert all(torch.isfinite(v).all() for v in adapter_tensors(module.backbone).values())
+
+
 def test_module_survives_deepcopy_with_its_adapters(make_module):
     module = make_module()
     twin = copy.deepcopy(module)

@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from lora_lightning.lora.functional import wide_dtype
 from lora_lightning.lora.layers.graft import Grafted, ungraft
 
 
 class SavedCopy(Grafted):
     """Runs a trained copy of itself; its own tensors keep their names and never move.
+
+    The copy is float32 or wider, like A and B, and computes in the original's dtype: a bfloat16 model trains a
+    float32 head, whose outputs are those of the merged model to the bit.
 
     So switching the adapter off gives the original head back, and law 2 holds without exceptions.
     """
@@ -31,13 +36,20 @@ class SavedCopy(Grafted):
             hooks.clear()
         for parameter in twin.parameters():
             if parameter.is_floating_point():
+                parameter.data = parameter.data.to(wide_dtype(parameter))
                 parameter.requires_grad_(True)
         self.lora_copy = twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_enabled:
             return super().forward(*args, **kwargs)
-        return self.lora_copy(*args, **kwargs)
+        own = dict(self.named_parameters(remove_duplicate=False))
+        trained = dict(self.lora_copy.named_parameters(remove_duplicate=False))
+        if all(value.dtype == own[name].dtype for name, value in trained.items()):
+            return self.lora_copy(*args, **kwargs)
+        # Half-precision steps are too coarse to train in, and its arithmetic is what the model runs on.
+        cast = {name: value.to(own[name].dtype) for name, value in trained.items()}
+        return functional_call(self.lora_copy, cast, args, kwargs)
 
     @torch.no_grad()
     def keep_copy(self, kept: dict[int, torch.Tensor] | None = None) -> None:
