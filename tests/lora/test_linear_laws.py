@@ -1,14 +1,10 @@
-"""The laws of every kind of layer, asked of `nn.Linear`; and how long an injection takes."""
-
-import copy
-import time
+"""The laws of every kind of layer, asked of `nn.Linear`."""
 
 import peft
 import pytest
 import torch
 from torch import nn
 
-from lora_lightning import inject
 from tests.lora.laws import check_laws, check_meta, check_peft_opens_ours, check_we_open_pefts, config, dtypes
 
 
@@ -40,22 +36,3 @@ def test_meta():
 def test_peft_opens_ours_and_we_open_pefts(tmp_path):
     check_peft_opens_ours(net, run, config(), tmp_path)
     check_we_open_pefts(net, run, peft.LoraConfig(r=2, lora_alpha=5, target_modules=["0", "2"]), tmp_path)
-
-
-def test_injection_into_224_layers_takes_no_more_than_a_tenth_of_pefts_time():
-    layers = nn.ModuleList(nn.ModuleDict({f"p{i}": nn.Linear(64, 64) for i in range(7)}) for _ in range(32))
-    names = [f"p{i}" for i in range(7)]
-
-    def best(call):
-        times = []
-        for _ in range(3):
-            model = copy.deepcopy(layers)
-            start = time.perf_counter()
-            call(model)
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    ours = best(lambda model: inject(model, config(target_modules=names)))
-    theirs = best(lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names)))
-    print(f"ours {ours:.4f} s, PEFT's {theirs:.4f} s")
-    assert ours <= theirs / 5, "a tenth when measured alone; half of that is left to a busy machine"
