@@ -35,6 +35,21 @@ def _shorter(listed: re.Match[str]) -> str:
     return listed.group() if listed.group().count(",") <= 30 else ""
 
 
+UNION = re.compile(r"(Parser key \"[^\"]*\": ).*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
+
+
+def _plainly(text: str) -> str:
+    """A value that fits none of several types, said without the types' Python names."""
+    found = UNION.fullmatch(text)
+    if found is None:
+        return text
+    key, types, given = found.groups()
+    choices = list(dict.fromkeys(re.findall(r"'([^']+)'", re.sub(r"<class '\w+'>", "", types))))
+    classes = [name.lower() for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
+    expected = f" expected {', '.join([*choices, *classes])}" if choices or classes else ""
+    return f"{key}{expected.strip()}, got {given}{did_you_mean(given, choices)}"
+
+
 class Parser(LightningArgumentParser):
     """Answers a mistake with one line instead of a screen of usage."""
 
@@ -64,7 +79,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the message, a near miss where there is one, and exit with 2."""
-        text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+        text = _plainly(" ".join(line.strip() for line in str(message).splitlines() if line.strip()))
         known = [option for action in self._actions for option in action.option_strings]
         wrong = next((arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--") and arg in text), "")
         hint = did_you_mean(wrong, known) if wrong and wrong not in known else ""
@@ -106,6 +121,7 @@ class LoRACLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             seed_everything_default=42,
             auto_configure_optimizers=False,
+            parser_kwargs={"description": "LoRA fine-tuning on PyTorch Lightning. First: fit --config FILE."},
             args=args,
             **kwargs,
         )
@@ -118,6 +134,7 @@ class LoRACLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the command or for one subcommand."""
         kwargs.pop("dump_header", None)
+        kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
         parser = Parser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
         return parser

@@ -51,6 +51,8 @@ class ExportReport:
     merged_bytes: int = 0
     trainable: int = 0
     total: int = 0
+    label_names: list[str] | None = None
+    """What the numbers of the classes mean, where the data says it."""
     kept: dict[str, float] = field(default_factory=dict)
     """By module, the share of the update that rounding to W0's dtype kept."""
 
@@ -62,6 +64,7 @@ def export(
     batch: Mapping[str, Any],
     formats: Iterable[str] = FORMATS,
     tokenizer: Any = None,
+    label_names: list[str] | None = None,
 ) -> ExportReport:
     """Write the adapter, the merged model, or both, and compare the outputs of each with the adapted model's.
 
@@ -72,7 +75,8 @@ def export(
         batch: a probe, as the DataModule gives it.
         formats: of `adapter` (a PEFT directory) and `merged` (a transformers directory, or a safetensors file with
             the backbone's own keys).
-        tokenizer: saved beside the merged model.
+        tokenizer: saved beside the adapter and the merged model.
+        label_names: written into the report.
 
     Raises:
         LoRAError: an unknown format, or a folder in the way that is no export.
@@ -87,6 +91,7 @@ def export(
     aside = target.with_name(f".{target.name}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
     report = ExportReport(output_dir=str(target), trainable=module.report.trainable, total=module.report.total)
+    report.label_names = label_names
     try:
         aside.mkdir(parents=True)
         _write(module, aside, report, wanted, batch, tokenizer)
@@ -157,10 +162,10 @@ def _write_merged(plain: nn.Module, folder: Path, tokenizer: Any) -> None:
     folder.mkdir(parents=True)
     if is_transformers(plain):
         plain.save_pretrained(folder)  # type: ignore[operator]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
     else:
         write_tensors(folder / WEIGHTS, plain.state_dict(), {"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
 
 
 def _read_back(plain: nn.Module, folder: Path) -> nn.Module:

@@ -70,8 +70,7 @@ class LoRATrainer(Trainer):
         device = self.strategy.root_device
         model.to(device)
         batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        tokenizer = getattr(datamodule, "tokenizer", None)
-        result = export(model, target, batch=batch, formats=wanted, tokenizer=tokenizer)
+        result = export(model, target, batch=batch, formats=wanted, **of_the_data(datamodule))
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
         return result
 
@@ -79,6 +78,11 @@ class LoRATrainer(Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         return probe_batch(datamodule.val_dataloader() or datamodule.train_dataloader())
+
+
+def of_the_data(datamodule: Any) -> dict[str, Any]:
+    """What an export takes over from a DataModule that has it."""
+    return {name: getattr(datamodule, name, None) for name in ("tokenizer", "label_names")}
 
 
 def probe_batch(loaders: Any) -> dict[str, Any]:

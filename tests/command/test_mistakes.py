@@ -27,6 +27,7 @@ MISTAKES = {
         "is larger than the layer 'bert.encoder.layer.0.attention.self.query' allows (32",
     ),
     "an unknown key": (["fit", "--config", "{config}", "--model.lora.alpa", "3"], "model.lora.alpa"),
+    "a flag cut short": (["fit", "--config", "{config}", "--model.lora.rank", "4"], "model.lora.rank"),
     "an unknown flag": (["fit", "--config", "{config}", "--runs_dri", "x"], "did you mean '--runs_dir'"),
     "a config that is not there": (["fit", "--config", "none.yaml"], "none.yaml"),
     "a column that is not there": (
@@ -46,7 +47,10 @@ MISTAKES = {
         "no checkpoint or run",
     ),
     "a test of nothing": (["test", "--config", "{config}"], "test needs --ckpt_path: best, last, a run folder or"),
-    "a precision that is not there": (["fit", "--config", "{config}", "--trainer.precision", "fp16"], "fp16"),
+    "a precision that is not there": (
+        ["fit", "--config", "{config}", "--trainer.precision", "bf16-mix"],
+        "got bf16-mix; did you mean 'bf16-mixed'",
+    ),
     "a device that is not there": (["fit", "--config", "{config}", "--trainer.accelerator", "gpu"], "No supported gpu"),
     "best before any fit": (["export", "--config", "{config}", "--ckpt_path", "best"], "no checkpoint or run folder"),
     "a format that is not there": (

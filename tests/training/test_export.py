@@ -39,6 +39,11 @@ def test_a_plain_module_becomes_tensors_under_its_own_keys(moved, tmp_path):
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["trainable"] == moved.report.trainable
 
 
+def test_an_export_says_what_the_classes_mean(moved, tmp_path):
+    export(moved, tmp_path / "out", batch=BATCH, label_names=["bad", "good"])
+    assert json.loads((tmp_path / "out" / "export_report.json").read_text())["label_names"] == ["bad", "good"]
+
+
 def test_the_exported_adapter_loads_onto_the_plain_backbone(moved, tmp_path):
     export(moved, tmp_path / "out", batch=BATCH, formats=["adapter"])
     plain = Vision().eval()

@@ -15,7 +15,7 @@ from lora_lightning.training import run
 from lora_lightning.training.export import export
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.summary import show_report
-from lora_lightning.training.trainer import probe_batch, record_export
+from lora_lightning.training.trainer import of_the_data, probe_batch, record_export
 
 
 class ExportAtEnd(Callback):
@@ -42,8 +42,8 @@ class ExportAtEnd(Callback):
         if best:
             pl_module.load_state_dict(run.load_checkpoint(best)["state_dict"])
         target = Path(self.output_dir) if self.output_dir else folder / run.EXPORT
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        result = export(pl_module, target, batch=_probe(trainer, pl_module), formats=self.formats, tokenizer=tokenizer)
+        own = of_the_data(trainer.datamodule)  # type: ignore[attr-defined]
+        result = export(pl_module, target, batch=_probe(trainer, pl_module), formats=self.formats, **own)
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
         pl_module.load_state_dict(trained)
 
