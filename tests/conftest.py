@@ -13,6 +13,7 @@ from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextC
 from lora_lightning.cli import LoRACLI
 from lora_lightning.data.splits import SplitConfig
 from tests.factories import FAMILIES, Family
+from tests.lora.coverage import COVERED
 from tests.tiny import config_text, make_bert, make_reviews
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -87,3 +88,27 @@ def make_data(tiny):
         return TextClassificationData(tiny.reviews, tiny.bert, **options)
 
     return make
+
+
+# What the laws of the method were held over, in the closing lines.
+
+
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist hands over what it covered."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["covered"] = {what: sorted(names) for what, names in COVERED.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    for what, names in getattr(node, "workeroutput", {}).get("covered", {}).items():
+        COVERED[what].update(names)
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not COVERED["kinds"]:
+        return
+    terminalreporter.section("the laws of the method held over")
+    for what, names in COVERED.items():
+        terminalreporter.write_line(f"{len(names):3} {what}: {', '.join(sorted(names))}")
