@@ -10,14 +10,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from lora_lightning.data.rows import ROW, check_order, encode_rows, without_hidden_labels
 from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.data.splits import SPLITS, SplitConfig, split_rows
+from lora_lightning.data.splits import SplitConfig, split_rows
 from lora_lightning.data.tables import check_columns, read_tables
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
-
-ROW = "__row__"
-"""A column that keeps each example's row in its file, counted from 1, so that an error can name it."""
 
 
 class TextClassificationData(LightningDataModule):
@@ -284,40 +282,3 @@ class TextClassificationData(LightningDataModule):
                     f" one of {', '.join(self.label_names[:10])}{did_you_mean(str(label), self.label_names)}"
                 )
         return numbers
-
-
-def encode_rows(
-    rows: dict[str, list[Any]],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    columns: tuple[str, str | None, str],
-    numbers: dict[str, int] | None,
-    max_length: int,
-) -> dict[str, Any]:
-    """Token ids and label numbers of a batch of rows; no labels where `numbers` is None."""
-    text, pair, label = columns
-    pairs = rows[pair] if pair else None
-    encoded = dict(tokenizer(rows[text], pairs, truncation=True, max_length=max_length))
-    if numbers is not None:
-        encoded["labels"] = [numbers[str(value)] for value in rows[label]]
-    return encoded
-
-
-def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """Splits that a run can use: hub sets hide the labels of a split by -1, and bring splits of other names."""
-    used: dict[str, datasets.Dataset] = {}
-    for split, table in tables.items():
-        if split not in (*SPLITS, "predict"):
-            continue
-        hidden = split != "train" and label_column in table.column_names and set(table[label_column]) == {-1}
-        if not hidden:
-            used[split] = table
-        elif "predict" not in tables:
-            used["predict"] = table
-    return used
-
-
-def check_order(given: list[str], feature: Any) -> None:
-    """Raise where given names are the set's own in another order: that would rename the classes."""
-    if isinstance(feature, datasets.ClassLabel) and sorted(given) == sorted(feature.names) and given != feature.names:
-        raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {given}")
