@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lora_lightning.lora import fastpath
 from lora_lightning.lora.biases import biases_to_train, train_biases
@@ -23,6 +24,7 @@ from lora_lightning.lora.layers import (
     graft,
     ungraft,
 )
+from lora_lightning.lora.layers.norm import FrozenStatistics
 from lora_lightning.lora.layers.tokens import attach_rows, detach_rows
 from lora_lightning.lora.quantised import allow_packing, hold_packing
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
@@ -108,6 +110,10 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
         assert isinstance(module, SavedCopy)
         module.add_copy(twins)
     _open_attention(model)
+    inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
+    for module in list(model.modules()):
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in inside_saved:
+            graft(module, FrozenStatistics)
     fastpath.keep_off(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
@@ -133,9 +139,10 @@ def close(model: nn.Module) -> None:
     """Undo what `inject` does around the adapted layers, once these are gone."""
     detach_rows(model)
     for module in list(model.modules()):
-        if isinstance(module, AttentionHost):
-            module.__dict__.pop("lora_enabled", None)
-            ungraft(module, AttentionHost)
+        for kind in (AttentionHost, FrozenStatistics):
+            if isinstance(module, kind):
+                module.__dict__.pop("lora_enabled", None)
+                ungraft(module, kind)
     fastpath.allow(model)
     allow_packing(model)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from torch import nn
 
+from lora_lightning.lora.bypass import weights_passed_on
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.heads import output_head
@@ -14,7 +16,7 @@ from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParamete
 from lora_lightning.lora.layers.attention import host_refusal
 from lora_lightning.lora.options import refuse_options
 from lora_lightning.lora.patterns import all_used, block_number, flat, matches, no_match
-from lora_lightning.lora.presets import preset_parts, preset_pattern
+from lora_lightning.lora.presets import PRESETS, preset_parts, preset_pattern
 from lora_lightning.lora.tokens import TokenTarget, token_targets
 
 
@@ -181,6 +183,9 @@ def _found(
             continue
         if any(matches([entry] if isinstance(pattern, list) else entry, n) for n in saved_names):
             raise TargetError(f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once")
+        if close := get_close_matches(entry.replace("_", "-"), (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8):
+            listed = " (as a string, not in a list)" if isinstance(pattern, list) else ""
+            raise TargetError(f"target_modules: no module matches '{entry}'; did you mean '{close[0]}'?{listed}")
         raise TargetError(no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))
     return found
 
@@ -209,6 +214,13 @@ def _bypassed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     for module in names:
         if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
             bypassed |= {module: reason, module.out_proj: reason}
+        for child in weights_passed_on(type(module)):
+            read = module._modules.get(child)
+            if read is not None and kind_of(read) is not None:
+                reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
+                bypassed.setdefault(
+                    read, f"{reason} ignored: name '{child}.weight' in target_parameters, or leave it out"
+                )
     return bypassed
 
 
@@ -257,4 +269,6 @@ def _nothing_left(model: nn.Module, config: LoRAConfig, selection: Selection) ->
         return f"target_modules {config.target_modules!r} less exclude_modules {config.exclude_modules!r} is empty"
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     skipped = "".join(f"; left out: '{name}' ({reason})" for name, reason in list(selection.skipped.items())[:3])
-    return f"target_modules {config.target_modules!r} selects nothing among {', '.join(kinds)}{skipped}"
+    named = [name for name, module in model.named_modules() if kind_of(module) and name not in selection.skipped]
+    by_name = f"; adaptable by name: {', '.join(named[:4])}" if named else ""
+    return f"target_modules {config.target_modules!r} selects nothing among {', '.join(kinds)}{skipped}{by_name}"

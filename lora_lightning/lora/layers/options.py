@@ -141,14 +141,16 @@ class WithOptions(Grafted):
     def updated_norms(self) -> Tensor:
         """`||W0 + s B A||` per channel of `dora_dim`, without a gradient."""
         assert self.dora_dim is not None
-        with torch.no_grad():
+        # Not in autocast's half precision, whose rounding would make the factor of a fresh adapter other than 1.
+        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
             delta = self.delta_weight()
             return channel_norms(self.base_weight().to(delta.dtype) + delta, self.dora_dim)
 
     def dora_factor(self) -> Tensor:
         """DoRA's factor for each channel, 1 at the start."""
         assert self.lora_magnitude_vector is not None
-        return dora_factor(self.lora_magnitude_vector, self.updated_norms())
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return dora_factor(self.lora_magnitude_vector, self.updated_norms())
 
     def _dora_channels(self) -> int:
         assert self.dora_dim is not None

@@ -1,0 +1,108 @@
+"""Silent faults that a review found, each with the model that showed it."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from lora_lightning import LoRAConfig, disabled, inject, load_adapter, remove, save_adapter
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.fingerprint import fingerprint
+from tests.factories import move
+
+
+class Reads(nn.Module):
+    """Hands its child's weight on, as Swin and BEiT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.mid, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.out(self.mid(nn.functional.linear(x, self.qkv.weight, self.qkv.bias)))
+
+
+def swin():
+    return torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=3).eval()
+
+
+@pytest.mark.parametrize(("make", "name"), [(Reads, "qkv"), (swin, "features.1.0.attn.qkv")])
+def test_a_child_whose_weight_its_parent_reads_is_refused_by_name_and_left_out_of_all_linear(make, name):
+    with pytest.raises(TargetError, match=r"reads its weight and may never call it.*target_parameters"):
+        inject(make(), LoRAConfig(r=2, target_modules=[name.rpartition(".")[2]]))
+    report = inject(make(), LoRAConfig(r=2))
+    assert "reads its weight" in report.skipped[name]
+    assert name not in {row.module for row in report.modules}
+
+
+def test_calling_a_child_and_asking_for_its_weights_dtype_is_no_bypass():
+    class Calls(Reads):
+        def forward(self, x):
+            return self.out(
+                self.qkv(x.to(self.qkv.weight.dtype)).to(x.dtype) if isinstance(self.qkv.weight, nn.Parameter) else x
+            )
+
+    assert {row.module for row in inject(Calls(), LoRAConfig(r=2, target_modules=["qkv", "out"])).modules} == {
+        "qkv",
+        "out",
+    }
+
+
+def test_batch_statistics_do_not_move_in_train_mode(tmp_path):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).eval()
+    x = torch.randn(6, 3, 4, 4)
+    model = copy.deepcopy(plain)
+    inject(model, LoRAConfig(r=2, target_modules=["0", "4"]))
+    before = fingerprint(model)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model[1].training, "modes are kept"
+    assert fingerprint(model) == before
+    with disabled(model), torch.no_grad():
+        assert torch.equal(model(x), plain.requires_grad_(False)(x))
+    again = copy.deepcopy(plain)
+    load_adapter(again, save_adapter(model, tmp_path))
+    assert torch.equal(again(x), model(x))
+    assert type(remove(model)[1]) is nn.BatchNorm2d
+
+
+def test_batch_statistics_of_a_module_trained_in_full_are_its_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))).train()
+    inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    copied = {k: v.clone() for k, v in adapter_tensors(model).items() if "running_mean" in k}
+    model(torch.randn(8, 4) + 3)
+    assert copied
+    assert all(not torch.equal(v, adapter_tensors(model)[k]) for k, v in copied.items())
+    assert torch.equal(model[1][0].running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Conv2d(3, 8, 3), lambda: nn.Linear(5, 8), lambda: nn.Embedding(9, 8)])
+def test_a_fresh_dora_changes_nothing_under_autocast(make):
+    plain = nn.Sequential(make(), nn.Tanh()).eval().requires_grad_(False)
+    shapes = {nn.Conv2d: torch.randn(2, 3, 5, 5), nn.Linear: torch.randn(2, 5), nn.Embedding: torch.arange(9)}
+    x = shapes[type(plain[0])]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = plain(x)
+        inject(plain, LoRAConfig(r=2, target_modules=["0"], use_dora=True))
+        assert torch.equal(plain(x), before)
+    move(plain)
+    assert torch.isfinite(plain(x)).all()
+
+
+@pytest.mark.parametrize("word", ["all-liner", "all_linear", ["all-linear"], ["query-valeu"]])
+def test_a_mistyped_keyword_is_answered_with_the_keyword(word):
+    said = "query-value" if "query" in str(word) else "all-linear"
+    with pytest.raises(TargetError, match=f"did you mean '{said}'"):
+        inject(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), LoRAConfig(r=1, target_modules=word))
+
+
+def test_all_linear_on_a_convolutional_net_names_what_there_is():
+    with pytest.raises(TargetError, match=r"adaptable by name: conv1, layer1\.0\.conv1"):
+        inject(torchvision.models.resnet18(weights=None), LoRAConfig())
