@@ -14,7 +14,7 @@ def gaussian_(A: Tensor) -> Tensor:
 
     The paper (2106.09685, section 4.1) says Gaussian and gives no scale.
     """
-    return nn.init.normal_(A, std=1.0 / math.sqrt(A[0].numel()))
+    return A.normal_(std=1.0 / math.sqrt(A.numel() / A.shape[0]))
 
 
 def kaiming_(A: Tensor) -> Tensor:
@@ -29,4 +29,4 @@ STARTS: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian_, "kaiming
 def start_(A: Tensor, B: Tensor, init: str) -> None:
     """Draw A by the named start and set B to zero, both in place."""
     STARTS[init](A)
-    nn.init.zeros_(B)
+    B.zero_()

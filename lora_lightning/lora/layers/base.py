@@ -79,11 +79,17 @@ class AdaptedLayer(WithOptions):
         shape_a, shape_b = self.factor_shapes(self.lora_owner, settings)
         frozen = next(iter(self.adapted_parameters(self.lora_owner, settings).values()))
         dtype, device = wide_dtype(frozen), frozen.device
-        self.lora_settings = settings
-        self.lora_A = nn.Parameter(torch.empty(shape_a, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.empty(shape_b, dtype=dtype, device=device))
+        # Into the stores that nn.Module keeps: over hundreds of layers its attribute checks are what takes the time.
+        self._parameters |= {
+            "lora_A": nn.Parameter(torch.empty(shape_a, dtype=dtype, device=device)),
+            "lora_B": nn.Parameter(torch.empty(shape_b, dtype=dtype, device=device)),
+        }
+        self.__dict__["lora_settings"] = settings
         # A module of its own, so that the adapter's mode is set apart from the base's.
-        self.lora_dropout = nn.Dropout(settings.dropout).train(self.training) if settings.dropout else None
+        if settings.dropout:
+            self._modules["lora_dropout"] = nn.Dropout(settings.dropout).train(self.training)
+        else:
+            self.__dict__["lora_dropout"] = None
         self._add_options(settings)
         if start:
             self.reset_lora_parameters()
