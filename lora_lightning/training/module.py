@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lora_lightning.lora.adapter import frozen_keys
@@ -131,9 +130,6 @@ class LoRAModule(LightningModule):
     def set_modes(self) -> None:
         """Put the backbone into its stated mode and the adapter into training."""
         self.backbone.train(self.backbone_mode == "train")
-        for module in self.backbone.modules():
-            if isinstance(module, _BatchNorm):
-                module.eval()  # its running statistics are part of W0
         for _, layer in adapted_layers(self.backbone):
             if layer.lora_dropout is not None:
                 layer.lora_dropout.train()

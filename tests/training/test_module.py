@@ -70,7 +70,7 @@ def test_backbone_mode_is_what_was_said_and_lora_dropout_is_on(tmp_path, make_mo
 
     validation = loader(8)
     trainer_of(tmp_path, max_epochs=2, callbacks=[Look()], enable_checkpointing=False).fit(module, loader(), validation)
-    assert seen == {"dropout": mode == "train", "norm": False, "lora": True}
+    assert seen == {"dropout": mode == "train", "norm": mode == "train", "lora": True}
 
 
 def test_the_optimizer_holds_exactly_what_trains(make_module):
