@@ -16,10 +16,12 @@ from lora_lightning.lora.fingerprint import fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove
 from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors, refuse_misfits
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
+from lora_lightning.lora.peft_keys import as_written, read_weights
+from lora_lightning.lora.peft_ties import with_ties
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
 from lora_lightning.lora.record import read_record, refuse_other_base, write_record
 from lora_lightning.lora.report import InjectionReport
-from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
+from lora_lightning.lora.storage import write_bytes, write_tensors
 from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
 
 
@@ -62,10 +64,21 @@ def save_adapter(
     return directory
 
 
-def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: bool = False) -> InjectionReport:
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+) -> InjectionReport:
     """Inject what a PEFT directory describes into a plain `model` and load its weights.
 
-    Ranks come from the tensors, alphas as PEFT resolves its patterns.
+    An old `adapter_model.bin` is unpickled as tensors and nothing else. Ranks come from the tensors, alphas from PEFT's
+    patterns.
+
+    Args:
+        alphas: by full module name, where entries of PEFT's `alpha_pattern` contradict each other about a module: its
+            file does not say which was in force in training, and the error that asks for this names the modules.
 
     Raises:
         AdapterError: a file is missing, torn or was changed since; a key is missing, left over or wrongly shaped;
@@ -75,20 +88,21 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     """
     directory = Path(directory)
     peft = read_config(directory / CONFIG)
-    tensors, metadata = read_tensors(directory / WEIGHTS)
+    file, tensors, metadata = read_weights(directory)
     _refuse_meta(model)
     record = read_record(metadata)
     if record and record.adapter != of_tensors(tensors).digest:
-        raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
+        raise AdapterError(f"{file} was changed since it was saved: export or download it again")
     if record and not allow_other_base:
         refuse_other_base(record.base, fingerprint(model))
-    tensors = {key: tensor for key, tensor in tensors.items() if not is_peft_copy(key)}
+    tensors = {key: tensor for key, tensor in as_written(tensors, model).items() if not is_peft_copy(key)}
+    peft = with_ties(peft, tensors, model)
     tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
     check_targets(peft, found, model)
     trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        config = our_config(peft, found, record, model)
+        config = our_config(peft, found, record, model, alphas or {})
         report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
     except (ConfigError, TargetError) as error:
         raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error

@@ -230,7 +230,7 @@ def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         if got.dtype.is_floating_point != want.is_floating_point()
     ]
     if problems:
-        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems)}")
+        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems, 10)}")
 
 
 def copy_key(key: str) -> str:
