@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +15,15 @@ from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.fingerprint import fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove
-from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors, refuse_misfits
+from lora_lightning.lora.misfits import refuse_misfits
+from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
 from lora_lightning.lora.peft_keys import as_written, read_weights
 from lora_lightning.lora.peft_ties import with_ties
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
 from lora_lightning.lora.record import read_record, refuse_other_base, write_record
 from lora_lightning.lora.report import InjectionReport
+from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.lora.storage import write_bytes, write_tensors
 from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
 
@@ -31,6 +34,7 @@ def save_adapter(
     *,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
+    serving: Literal["vllm"] | None = None,
 ) -> Path:
     """Write the adapter of `model` as a directory that PEFT opens on the plain backbone. Same adapter, same bytes.
 
@@ -41,14 +45,20 @@ def save_adapter(
         base_model_name_or_path: what PEFT's `Auto` classes should load as the backbone; a transformers
             model's own name is taken when left out.
         task_type: PEFT's name of the task, such as `SEQ_CLS`.
+        serving: `vllm` writes one rank and one alpha for all modules, which is what vLLM applies: patterns, rslora,
+            slices and subtracted starts are folded into A and B, and what it cannot serve is refused.
 
     Raises:
-        AdapterError: the model has no adapter, or its values are not finite.
+        AdapterError: the model has no adapter, or its values are not finite, or vLLM cannot serve it.
     """
     model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper that renames every key
     packed = packed_layers(model)
     if not all(p.peft_name for p in packed):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
+    if serving not in (None, "vllm"):
+        raise AdapterError(f"serving must be 'vllm' or left out, got {serving!r}")
+    if serving == "vllm":
+        packed = for_vllm(model, packed)
     tensors = peft_tensors(model, packed)
     if not tensors:
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
@@ -58,6 +68,8 @@ def save_adapter(
     config = peft_config_of(model, packed)
     config["base_model_name_or_path"] = base_model_name_or_path or own_name(model)
     config["task_type"] = task_type
+    if serving == "vllm":
+        config["target_modules"] = vllm_targets(model, packed)
     directory = Path(directory)
     write_tensors(directory / WEIGHTS, tensors, write_record(model, packed, tensors, other_dropouts(packed)))
     write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
