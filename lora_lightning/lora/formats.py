@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.fingerprint import fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove
+from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.misfits import refuse_misfits
 from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
@@ -101,7 +103,7 @@ def load_adapter(
     directory = Path(directory)
     peft = read_config(directory / CONFIG)
     file, tensors, metadata = read_weights(directory)
-    _refuse_meta(model)
+    refuse_meta(model)
     record = read_record(metadata)
     if record and record.adapter != of_tensors(tensors).digest:
         raise AdapterError(f"{file} was changed since it was saved: export or download it again")
@@ -112,21 +114,30 @@ def load_adapter(
     tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
     check_targets(peft, found, model)
-    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        config = our_config(peft, found, record, model, alphas or {})
-        report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
-    except (ConfigError, TargetError) as error:
-        raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
-    try:
+    with plain_again_on_error(model):
+        try:
+            config = our_config(peft, found, record, model, alphas or {})
+            report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
+        except (ConfigError, TargetError) as error:
+            raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
         ours = our_tensors(model, tensors, lambda name: token_ids(peft, name))
         load_tensors(model, {**_first_factors(model), **ours})
-    except BaseException:
-        remove(model)
-        for parameter in trained_before:
-            parameter.requires_grad_(True)
-        raise
     return report
+
+
+@contextmanager
+def plain_again_on_error(model: nn.Module) -> Iterator[None]:
+    """Give back the plain model, with what trained before, where loading an adapter into it fails."""
+    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_plain = not any(isinstance(module, Grafted) for module in model.modules())
+    try:
+        yield
+    except BaseException:
+        if was_plain:
+            remove(model)
+            for parameter in trained_before:
+                parameter.requires_grad_(True)
+        raise
 
 
 @torch.no_grad()
@@ -159,7 +170,8 @@ def _untied_where_unequal(model: nn.Module, own: dict[str, Tensor], tensors: Map
     return own
 
 
-def _refuse_meta(model: nn.Module) -> None:
+def refuse_meta(model: nn.Module) -> None:
+    """Raise an AdapterError for a model whose tensors have no values yet."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise AdapterError("the model is on the meta device and would drop what is loaded: give it its weights first")
 

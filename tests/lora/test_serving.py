@@ -169,7 +169,7 @@ def test_attention_convolutions_and_conv1d_are_refused(tmp_path):
         save_adapter(conv, tmp_path, serving="vllm")
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
     inject(gpt2, LoRAConfig(r=2))
-    with pytest.raises(AdapterError, match="adapter on Conv1D: transformer.h.0.attn.c_attn"):
+    with pytest.raises(AdapterError, match=r"adapter on Conv1D: transformer\.h\.0\.attn\.c_attn"):
         save_adapter(gpt2, tmp_path, serving="vllm")
     with pytest.raises(AdapterError, match="serving must be 'vllm' or left out, got 'tgi'"):
         save_adapter(gpt2, tmp_path, serving="tgi")
