@@ -21,6 +21,7 @@ from lora_lightning.lora.misfits import refuse_misfits
 from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
 from lora_lightning.lora.peft_keys import as_written, read_weights
+from lora_lightning.lora.peft_limits import warn_of_peft_limits
 from lora_lightning.lora.peft_ties import with_ties
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
 from lora_lightning.lora.record import read_record, refuse_other_base, write_record
@@ -41,7 +42,8 @@ def save_adapter(
     """Write the adapter of `model` as a directory that PEFT opens on the plain backbone. Same adapter, same bytes.
 
     Ranks, alphas and module names are written out in full, so that nothing depends on the order of patterns.
-    The weights' metadata hold the fingerprint of W0.
+    The weights' metadata hold the fingerprint of W0. What PEFT would read otherwise is said in an `AdapterWarning`
+    with the modules' names; `load_adapter` reads all of it.
 
     Args:
         base_model_name_or_path: what PEFT's `Auto` classes should load as the backbone; a transformers
@@ -67,6 +69,8 @@ def save_adapter(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
+    if serving is None:
+        warn_of_peft_limits(model, packed)
     config = peft_config_of(model, packed)
     config["base_model_name_or_path"] = base_model_name_or_path or own_name(model)
     config["task_type"] = task_type
