@@ -74,6 +74,11 @@ def prefix_hint(unknown: list[str], model: nn.Module) -> str:
     for outer in modules:
         if outer and all(f"{outer}.{name}" in modules for name in unknown):
             return f"; it was made on the part '{outer}' of this model: load it into model.get_submodule('{outer}')"
+    if any(re.search(r"\.experts\.\d+\.", name) for name in unknown):
+        return (
+            "; the adapter has its experts apart, as before transformers 5: load it in PEFT, which fuses them, and save"
+            " it from there"
+        )
     first = unknown[0].partition(".")[0]
     if all(name.startswith(f"{first}.") and name.removeprefix(f"{first}.") in modules for name in unknown):
         return (

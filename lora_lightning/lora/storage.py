@@ -83,12 +83,10 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
             found = found[key]
             break
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise AdapterError(f"{path} must hold a state dict, tensors by name, got {_what(found)}")
+        raise AdapterError(f"{path} must hold a state dict, tensors by name, got a {type(found).__name__}")
     for key, value in found.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_quantized:
-            raise AdapterError(f"{path} must hold a state dict of plain tensors, got {_what(value)} under '{key}'")
+            raise AdapterError(
+                f"{path} must hold a state dict of plain tensors, got a {type(value).__name__} under '{key}'"
+            )
     return {key: value.detach() for key, value in found.items()}
-
-
-def _what(found: object) -> str:
-    return f"a {type(found).__name__}" + (" with keys that are no names" if isinstance(found, Mapping) else "")
