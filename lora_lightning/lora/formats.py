@@ -20,6 +20,7 @@ from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.misfits import refuse_misfits
 from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
+from lora_lightning.lora.peft_copies import without_base_copies
 from lora_lightning.lora.peft_keys import as_written, read_weights
 from lora_lightning.lora.peft_limits import warn_of_peft_limits
 from lora_lightning.lora.peft_ties import with_ties
@@ -28,7 +29,7 @@ from lora_lightning.lora.record import read_record, refuse_other_base, write_rec
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.lora.storage import write_bytes, write_tensors
-from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
+from lora_lightning.lora.unpacking import check_targets, contents, our_config
 
 
 def save_adapter(

@@ -7,6 +7,7 @@ sharding and checkpointing put names of their own in between; a model wrapped tw
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -72,15 +73,16 @@ def prefix_hint(unknown: list[str], model: nn.Module) -> str:
     """How the adapter's names would fit: it was made on this model's backbone, or on a model around this one."""
     modules = dict(model.named_modules())
     for outer in modules:
-        if outer and all(f"{outer}.{name}" in modules for name in unknown):
+        if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
             return f"; it was made on the part '{outer}' of this model: load it into model.get_submodule('{outer}')"
     if any(re.search(r"\.experts\.\d+\.", name) for name in unknown):
         return (
             "; the adapter has its experts apart, as before transformers 5: load it in PEFT, which fuses them, and save"
             " it from there"
         )
-    first = unknown[0].partition(".")[0]
-    if all(name.startswith(f"{first}.") and name.removeprefix(f"{first}.") in modules for name in unknown):
+    firsts = [name.partition(".")[0] for name in unknown if name.partition(".")[2] in modules]
+    if 2 * len(firsts) >= len(unknown):
+        first = Counter(firsts).most_common(1)[0][0]
         return (
             f"; it was made on a larger model that holds this one as '{first}': load it into a model of that class,"
             f" as {CONFIG} or its author says"

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
@@ -32,7 +31,6 @@ from lora_lightning.lora.record import Record
 A_ENDS = (".lora_A.weight", ".lora_embedding_A")
 OTHER_ENDS = (".lora_B.weight", ".lora_embedding_B", ".lora_B.bias", ".lora_magnitude_vector")
 TOKENS_END = ".token_adapter.trainable_tokens_delta"
-BASE_END = ".base_layer.weight"
 
 
 @dataclass
@@ -117,35 +115,6 @@ def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list
         if bare:
             raise AdapterError(f"{CONFIG} saves '{bare[0]}' in full and {WEIGHTS} has no tensors for it")
     return sorted({holder for holder in holders.values() if holder is not None})
-
-
-def without_base_copies(
-    tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Module, *, allow_other_base: bool
-) -> dict[str, Tensor]:
-    """The file's tensors less what PEFT writes of W0 itself: beside an adapted output layer or embedding.
-
-    Raises:
-        AdapterError: such a matrix is not this model's, and `allow_other_base` is False.
-    """
-    own, listed = model.state_dict(), peft.get("modules_to_save") or []
-    kept: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        full = key.removeprefix(PREFIX)
-        name = full.replace(".base_layer.", ".")
-        here = own.get(name)
-        if here is None or holder(name, listed) or is_trained_bias(full, peft):
-            kept[key] = tensor
-        elif here.shape == tensor.shape and torch.equal(tensor.to(here.dtype), here.cpu()):
-            continue
-        elif not full.endswith(BASE_END):
-            kept[key] = tensor
-        elif not allow_other_base:
-            raise AdapterError(
-                f"the adapter holds a weight of '{name.removesuffix('.weight')}' that is not this model's: load the"
-                f" base that it was made on (resized as it was there), or pass allow_other_base=True to keep this"
-                f" model's"
-            )
-    return kept
 
 
 def check_targets(peft: dict[str, Any], found: Contents, model: nn.Module) -> None:

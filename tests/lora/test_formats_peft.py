@@ -107,6 +107,25 @@ def test_token_rows_of_a_tied_pair_reach_both(tmp_path, indices, ensure):
         refused(tmp_path, "trainable_token_indices 'lm_head'", build(tie_word_embeddings=True))
 
 
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
+def test_pefts_copies_of_embeddings_are_checked_against_w0_and_left(tmp_path, targets):
+    theirs = of_peft(tmp_path, target_modules=targets)
+    theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+    kept = [key for key in safetensors.torch.load_file(tmp_path / WEIGHTS) if "lora_" not in key]
+    assert len(kept) == (2 if targets == ["q_proj"] else 1)
+    ours = build()
+    load_adapter(ours, tmp_path)
+    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
+    resized, other = build(), build()
+    resized.resize_token_embeddings(44)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.add_(1)
+        other.lm_head.weight.add_(1)
+    for model in (resized, other):
+        refused(tmp_path, "holds a weight of '.*' that is not this model's: load the base .* .resized as it was", model)
+    load_adapter(other, tmp_path, allow_other_base=True)
+
+
 # ---- keys
 
 
@@ -160,7 +179,7 @@ def test_wrappers_within_the_keys_are_seen_through(tmp_path, piece, wrapped):
 
 
 def test_an_adapter_of_the_whole_model_says_where_it_belongs(tmp_path):
-    of_peft(tmp_path / "whole")
+    of_peft(tmp_path / "whole", target_modules=["q_proj", "lm_head"])
     backbone = LlamaModel(build().config).double()
     refused(tmp_path / "whole", "made on a larger model that holds this one as 'model'", backbone)
     of_peft(tmp_path / "part", backbone)
