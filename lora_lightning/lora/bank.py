@@ -11,19 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora_lightning.lora import combine as combining
-from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.combine import Combination
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
-from lora_lightning.lora.formats import load_adapter, load_tensors, save_adapter
-from lora_lightning.lora.inject import adapted_layers, disabled, inject
+from lora_lightning.lora.formats import load_adapter, save_adapter
+from lora_lightning.lora.inject import disabled, inject
+from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.recipe import Recipe, check_weights
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.row_grafts import grafted_rows
 from lora_lightning.lora.rows import Batch
 from lora_lightning.lora.shelf import Held, check, put_in, see, take_out
+from lora_lightning.lora.watch import marks, refuse_moved
 
 
 class AdapterBank:
@@ -45,7 +46,7 @@ class AdapterBank:
         self._held: dict[str, Held] = {}
         self._active: str | None = None
         self._within: str | None = None
-        self._base = _versions(model)
+        self._base = marks(model)
         if see(model).shares:
             self.add(first)
 
@@ -90,6 +91,7 @@ class AdapterBank:
         """
         self._new(name)
         self._free("add")
+        refuse_moved(self.model, self._base)
         held = see(self.model)
         if not held.shares:
             raise LoRAError("the model has no adapter to add: inject(model, config) first, or load a directory")
@@ -196,7 +198,7 @@ class AdapterBank:
             saved = combining.saved_tensors(sources)
             inject(self.model, combining.config_of(mixed, list(saved)), start=False, any_rank=True)
             try:
-                _fill(self.model, mixed, saved)
+                combining.fill(self.model, mixed, saved)
             finally:
                 held = take_out(self.model, self.device)
             self._held[name] = held
@@ -239,15 +241,10 @@ class AdapterBank:
 
     def _look(self) -> None:
         """Whether the model is as the bank left it: its base untouched, its adapter the active one."""
-        moved = [name for name, key in _versions(self.model).items() if self._base.get(name, key) != key]
-        if moved:
-            raise AdapterError(
-                f"W0 moved since the bank was made, first '{moved[0]}': a merge is the end of a bank, whose other"
-                f" adapters belong to the base as it was; load that and make a new bank"
-            )
-        if self._active is not None and not see(self.model).shares:
+        refuse_moved(self.model, self._base)
+        if not any(isinstance(module, Grafted) for module in self.model.modules()):
             self._active = None  # remove(model) took it out; it is held all the same
-        if not self._within and see(self.model).shares and not (self._active and self._in_place(self._active)):
+        elif not self._within and not (self._active and self._in_place(self._active)):
             raise AdapterError("the model has an adapter that the bank does not hold: bank.add(name), or remove(model)")
 
     def _in_place(self, name: str) -> bool:
@@ -268,26 +265,3 @@ class AdapterBank:
             known = ", ".join(self._held) or "none"
             raise AdapterError(f"the bank holds no '{name}', it has {known}{did_you_mean(str(name), self._held)}")
         return self._held[name]
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, mixed: Mapping[str, combining.Mixed], saved: Mapping[str, dict[str, Tensor]]) -> None:
-    for path, layer in adapted_layers(model):
-        for (A, B), (own_a, own_b) in zip(mixed[path].pairs, combining.blocks(layer), strict=True):
-            own_a.copy_(A)
-            own_b.copy_(B)
-    copies = {f"{path}.lora_copy.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
-    load_tensors(model, {**adapter_tensors(model), **copies})
-
-
-Version = tuple[int, int]
-
-
-def _versions(model: nn.Module) -> dict[str, Version]:
-    """Of every parameter of the base: which object it is, and how often it was written into, as torch counts."""
-    found: dict[str, Version] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not name.startswith("lora_") and "lora_" not in path:
-                found[f"{path}.{name}"] = (id(parameter), 0 if parameter.is_inference() else parameter._version)
-    return found

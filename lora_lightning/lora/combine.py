@@ -16,9 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats import load_tensors
 from lora_lightning.lora.functional import wide_dtype
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, SavedCopy
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.mixing import (
@@ -166,9 +169,10 @@ def config_of(mixed: Mapping[str, Mixed], saved: list[str]) -> LoRAConfig:
     """What injects layers of these ranks, with a scale of 1."""
     ranks = {f"^{re.escape(layer.name)}$": layer.rank for layer in mixed.values()}
     bare = [layer.name for layer in mixed.values() if isinstance(layer.like, LoRAParameter)]
+    modules = [layer.name for layer in mixed.values() if layer.name not in bare]
     specs = {layer.name: layer.like.lora_settings.slices for layer in mixed.values() if not layer.whole}
     return LoRAConfig(
-        target_modules="|".join(re.escape(layer.name) for layer in mixed.values() if layer.name not in bare) or [],
+        target_modules=f"(?:{'|'.join(map(re.escape, modules))})" if modules else [],
         target_parameters=bare or None,
         modules_to_save=saved or None,
         slices={f"^{re.escape(name)}$": spec.to_spec() for name, spec in specs.items() if spec},
@@ -197,6 +201,17 @@ def saved_tensors(sources: Mapping[str, Held]) -> dict[str, dict[str, Tensor]]:
                     f" no update to add: combine adapters that share it, or save them without it"
                 )
     return {path: state for path, (_, state) in found.items()}
+
+
+@torch.no_grad()
+def fill(model: nn.Module, mixed: Mapping[str, Mixed], saved: Mapping[str, dict[str, Tensor]]) -> None:
+    """Write the combination into the model that was injected for it."""
+    for path, layer in adapted_layers(model):
+        for (A, B), (own_a, own_b) in zip(mixed[path].pairs, blocks(layer), strict=True):
+            own_a.copy_(A)
+            own_b.copy_(B)
+    copies = {f"{path}.lora_copy.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
+    load_tensors(model, {**adapter_tensors(model), **copies})
 
 
 def report(mixed: Mapping[str, Mixed], method: str) -> Combination:

@@ -62,10 +62,9 @@ def padded(pair: Pair, rank: int) -> Pair:
 
 def trimmed(updates: Tensor, density: float) -> Tensor:
     """Each update with the share `density` of its entries that is largest in magnitude, zero elsewhere."""
-    count = int(density * updates.shape[1])
-    mask = torch.zeros_like(updates)
-    mask.scatter_(1, updates.abs().topk(count, dim=1).indices, 1.0)
-    return updates * mask
+    sizes, entries = updates.abs(), updates.shape[1]
+    least = sizes.kthvalue(entries - max(1, int(density * entries)) + 1, dim=1, keepdim=True).values
+    return torch.where(sizes >= least, updates, torch.zeros_like(updates))
 
 
 def dropped(updates: Tensor, density: float, draws: Tensor) -> Tensor:
