@@ -30,6 +30,6 @@ def refuse_moved(model: nn.Module, before: Marks) -> None:
     moved = [name for name, mark in marks(model).items() if before.get(name) != mark]
     if moved:
         raise AdapterError(
-            f"W0 moved since the bank was made, first '{moved[0].removeprefix('.')}': a merge is the end of a bank, whose"
-            f" other adapters belong to the base as it was; load that and make a new bank"
+            f"W0 moved since the bank was made, first '{moved[0].removeprefix('.')}': a merge is the end of a bank,"
+            f" whose other adapters belong to the base as it was; load that and make a new bank"
         )

@@ -137,9 +137,7 @@ def _product(A: Tensor, B: Tensor, scale: float) -> Callable[[Tensor], Tensor]:
 
 def _refuse_training(module: nn.Module, rows: LayerRows) -> None:
     if module.training:
-        raise LoRAError(
-            f"rows: '{rows.name}' is in train mode, and a batch of several adapters is for eval: model.eval()"
-        )
+        raise LoRAError(f"rows: '{rows.name}' is in train mode, and rows are for eval: call model.eval()")
 
 
 def _refuse_unbatched(rows: LayerRows, module: nn.Module, x: Tensor) -> None:
