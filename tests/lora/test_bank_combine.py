@@ -261,6 +261,19 @@ def test_dare_of_all_entries_is_the_weighted_sum_and_dare_ties_elects(tmp_path):
 WEIGHTS_AB = {"a": 0.5, "b": 1.5}
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_a_start_that_is_subtracted_is_a_part_of_the_sum(init):
+    """As it is in a model that trains: a directory holds it folded in."""
+    model, plain = trained(net(torch.float64), {"r": 2, "init": init}, seed=1), net(torch.float64)
+    merged = copy.deepcopy(model)
+    merge(merged)
+    bank = AdapterBank(model, first="a")
+    assert bank.combine("mix", {"a": -0.5}).ranks["up"] == 4
+    got = merged_with(bank, "mix")
+    for key, tensor in plain.state_dict().items():
+        torch.testing.assert_close(got[key], -0.5 * (merged.state_dict()[key] - tensor), rtol=1e-12, atol=1e-12)
+
+
 def test_a_head_that_one_adapter_saved_is_kept_and_two_must_agree():
     model = trained(net(torch.float64), {"r": 2, "modules_to_save": ["head"], "target_modules": ["up"]}, seed=1)
     bank = AdapterBank(model, first="a")

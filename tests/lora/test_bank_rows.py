@@ -309,3 +309,19 @@ def test_entries_of_rows():
     assert entries_of([1], 6, 2).tolist() == [3, 4, 5]
     assert entries_of([1, 0], 6, 2).tolist() == [3, 4, 5, 0, 1, 2]
     assert entries_of([1], 6, 2, inner=True).tolist() == [1, 3, 5]
+
+
+@pytest.mark.fused
+def test_torchs_fused_encoder_kernel_does_not_go_past_the_rows():
+    """With the kernel allowed, which reads the feed-forward weights itself."""
+    model = FAMILIES["encoder"].build(torch.float64)
+    bank = AdapterBank(trained(model, {"r": 2, "target_modules": ["linear1"]}, seed=1), first="a")
+    x, names = batch_of("encoder", 3), ["a", None, "a"]
+    with bank.rows(names):
+        got = model(x)
+    with torch.no_grad():
+        wanted = each_alone(bank, x, names)
+        bank.activate(None)
+        plain = model(x)
+    assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    assert [bool((got[i] - plain[i]).abs().max() > 1e-6) for i in range(3)] == [True, False, True]
