@@ -6,7 +6,7 @@ and tensors (`shelf.py`), so that any two may differ in everything: rank, target
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from lora_lightning.lora.recipe import Recipe, check_weights
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.row_grafts import grafted_rows
 from lora_lightning.lora.rows import Batch
-from lora_lightning.lora.shelf import Held, check, put_in, see, take_out
+from lora_lightning.lora.shelf import Held, bring, check, put_in, see, send, take_out
 from lora_lightning.lora.watch import marks, refuse_moved
 
 
@@ -147,15 +147,14 @@ class AdapterBank:
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise LoRAError(f"repeats must be a whole number of at least 1, got {repeats!r}")
         self._free("rows")
-        wanted = {name: self._get(name) for name in dict.fromkeys(names) if name is not None}
-        with self._plain():
-            device = next(iter(self.model.parameters())).device
-            for held in wanted.values():
-                for share in held.shares:
-                    share.move(device)
+        for name in names:
+            if name is not None:
+                self._get(name)
+        batch = Batch(list(names), repeats)
+        with self._beside([name for name in names if name is not None]) as sources:
             self._within = "rows"
             try:
-                with grafted_rows(self.model, wanted, Batch(list(names), repeats)):
+                with grafted_rows(self.model, sources, batch):
                     yield
             finally:
                 self._within = None
@@ -192,8 +191,7 @@ class AdapterBank:
         self._new(name)
         check_weights(weights, self.names)
         recipe = Recipe(method=method, rank=rank, density=density, seed=seed)
-        sources = {other: self._held[other] for other in weights}
-        with self._plain():
+        with self._beside(weights) as sources:
             mixed = combining.mix(sources, weights, recipe)
             saved = combining.saved_tensors(sources)
             inject(self.model, combining.config_of(mixed, list(saved)), start=False, any_rank=True)
@@ -226,6 +224,19 @@ class AdapterBank:
             yield
         finally:
             self._switch(before)
+
+    @contextmanager
+    def _beside(self, names: Iterable[str]) -> Iterator[dict[str, Held]]:
+        """Within the block the model is plain, and these adapters are on its device beside it."""
+        with self._plain():
+            sources = {name: self._held[name] for name in names}
+            for held in sources.values():
+                bring(held)
+            try:
+                yield sources
+            finally:
+                for held in sources.values():
+                    send(held, self.device)
 
     def _switch(self, name: str | None) -> None:
         self._look()

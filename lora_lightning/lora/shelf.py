@@ -136,20 +136,32 @@ def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
     held = see(model)
     for share in held.shares:
         share.take_out()
-        if device is not None:
-            share.move(device)
+    send(held, device)
     fastpath.allow(model)
     allow_packing(model)
     return held
 
 
-def put_in(model: nn.Module, held: Held) -> None:
-    """Put the adapter into the plain `model`, on the device of each module that it touches."""
-    hold_packing(model)
+def bring(held: Held) -> None:
+    """Move each share to the device of the module that it belongs to."""
     for share in held.shares:
         own = next(iter((*share.module.parameters(), *share.module.buffers())), None)
         if own is not None:
             share.move(own.device)
+
+
+def send(held: Held, device: torch.device | None) -> None:
+    """Move the adapter to where it waits; None leaves it where it is."""
+    if device is not None:
+        for share in held.shares:
+            share.move(device)
+
+
+def put_in(model: nn.Module, held: Held) -> None:
+    """Put the adapter into the plain `model`, on the device of each module that it touches."""
+    hold_packing(model)
+    bring(held)
+    for share in held.shares:
         share.put_in(share.module)
     kinds = (AdaptedLayer, SavedCopy, ParameterHost)
     fastpath.keep_off(model, [share.module for share in held.shares if isinstance(share.module, kinds)])
