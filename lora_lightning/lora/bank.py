@@ -19,6 +19,7 @@ from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats import load_adapter, save_adapter
 from lora_lightning.lora.inject import disabled, inject
 from lora_lightning.lora.layers import Grafted
+from lora_lightning.lora.quantised import hold_packing
 from lora_lightning.lora.recipe import Recipe, check_weights
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.row_grafts import grafted_rows
@@ -46,6 +47,7 @@ class AdapterBank:
         self._held: dict[str, Held] = {}
         self._active: str | None = None
         self._within: str | None = None
+        hold_packing(model)  # the base that waits must not be rounded either
         self._base = marks(model)
         if see(model).shares:
             self.add(first)
@@ -193,7 +195,7 @@ class AdapterBank:
         recipe = Recipe(method=method, rank=rank, density=density, seed=seed)
         with self._beside(weights) as sources:
             mixed = combining.mix(sources, weights, recipe)
-            saved = combining.saved_tensors(sources)
+            saved = combining.saved_tensors(sources, mixed)
             inject(self.model, combining.config_of(mixed, list(saved)), start=False, any_rank=True)
             try:
                 combining.fill(self.model, mixed, saved)
@@ -255,6 +257,7 @@ class AdapterBank:
         refuse_moved(self.model, self._base)
         if not any(isinstance(module, Grafted) for module in self.model.modules()):
             self._active = None  # remove(model) took it out; it is held all the same
+            hold_packing(self.model)
         elif not self._within and not (self._active and self._in_place(self._active)):
             raise AdapterError("the model has an adapter that the bank does not hold: bank.add(name), or remove(model)")
 

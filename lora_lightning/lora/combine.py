@@ -181,11 +181,11 @@ def config_of(mixed: Mapping[str, Mixed], saved: list[str]) -> LoRAConfig:
     )
 
 
-def saved_tensors(sources: Mapping[str, Held]) -> dict[str, dict[str, Tensor]]:
+def saved_tensors(sources: Mapping[str, Held], mixed: Mapping[str, Mixed]) -> dict[str, dict[str, Tensor]]:
     """The copies of `modules_to_save` by the module's name: those that one adapter has, or that are equal in all.
 
     Raises:
-        LoRAError: two adapters have different values for one module.
+        LoRAError: two adapters have different values for one module, or another adapts what one saved.
     """
     found: dict[str, tuple[str, dict[str, Tensor]]] = {}
     for name, held in sources.items():
@@ -200,6 +200,13 @@ def saved_tensors(sources: Mapping[str, Held]) -> dict[str, dict[str, Tensor]]:
                     f"'{other}' and '{name}' both saved '{share.path}' in full, with different values, and a head has"
                     f" no update to add: combine adapters that share it, or save them without it"
                 )
+    for path, (name, _) in found.items():
+        both = [layer.name for layer in mixed.values() if f"{layer.name}.".startswith(f"{path}.")]
+        if both:
+            raise LoRAError(
+                f"'{name}' saved '{path}' in full, and another adapts '{both[0]}' by A and B: combine adapters that"
+                f" train it in one way"
+            )
     return {path: state for path, (_, state) in found.items()}
 
 

@@ -18,7 +18,7 @@ from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, ParameterHost, SavedCopy
 from lora_lightning.lora.layers.parameter import CHILD
-from lora_lightning.lora.quantised import allow_packing, hold_packing
+from lora_lightning.lora.quantised import hold_packing
 
 STORES = ("_parameters", "_buffers", "_modules")
 COPY = "lora_copy"
@@ -132,13 +132,15 @@ def see(model: nn.Module) -> Held:
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
-    """Take the adapter out: the model is plain, as after `remove`. `device` is where the adapter waits."""
+    """Take the adapter out: the model is plain, as after `remove`. `device` is where the adapter waits.
+
+    Only a 4-bit base is still kept from being repacked, which would round the W0 that the adapter belongs to.
+    """
     held = see(model)
     for share in held.shares:
         share.take_out()
     send(held, device)
     fastpath.allow(model)
-    allow_packing(model)
     return held
 
 

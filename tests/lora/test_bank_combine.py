@@ -294,6 +294,21 @@ def test_a_head_that_one_adapter_saved_is_kept_and_two_must_agree():
     assert bank.active == "c"
 
 
+def test_a_head_that_one_saved_and_another_adapts_is_refused_and_runs_row_by_row():
+    model = trained(net(torch.float64), {"r": 2, "modules_to_save": ["head"], "target_modules": ["up"]}, seed=1)
+    bank, x = AdapterBank(model, first="a"), inputs(torch.float64)
+    bank.activate(None)
+    trained(model, {"r": 3, "target_modules": ["up", "head"]}, seed=2)
+    bank.add("b")
+    with pytest.raises(LoRAError, match="'a' saved 'head' in full, and another adapts 'head' by A and B"):
+        bank.combine("mix", {"a": 1, "b": 1})
+    with bank.rows(["a", "b"]):
+        got = model(x)
+    for i, name in enumerate("ab"):
+        bank.activate(name)
+        assert (got[i] - model(x)[i]).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
