@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lora_lightning.lora import combine as combining
-from lora_lightning.lora.combine import Combination
+from lora_lightning.lora.assemble import config_of, fill, saved_tensors
+from lora_lightning.lora.combine import Combination, mix, report
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats import load_adapter, save_adapter
 from lora_lightning.lora.inject import disabled, inject
@@ -194,15 +194,15 @@ class AdapterBank:
         check_weights(weights, self.names)
         recipe = Recipe(method=method, rank=rank, density=density, seed=seed)
         with self._beside(weights) as sources:
-            mixed = combining.mix(sources, weights, recipe)
-            saved = combining.saved_tensors(sources, mixed)
-            inject(self.model, combining.config_of(mixed, list(saved)), start=False, any_rank=True)
+            mixed = mix(sources, weights, recipe)
+            saved = saved_tensors(sources, mixed)
+            inject(self.model, config_of(mixed, list(saved)), start=False, any_rank=True)
             try:
-                combining.fill(self.model, mixed, saved)
+                fill(self.model, mixed, saved)
             finally:
                 held = take_out(self.model, self.device)
             self._held[name] = held
-        return combining.report(mixed, method)
+        return report(mixed, method)
 
     def __contains__(self, name: object) -> bool:
         return name in self._held
