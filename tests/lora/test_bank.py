@@ -288,3 +288,15 @@ def test_a_bank_of_quick_and_slow_loads_the_same(tmp_path):
     assert config({"r": 2}).r == 2
     shake(bank.model, seed=4)
     assert not torch.equal(run_net(bank.model), run_net(again))
+
+
+def test_adapters_wait_where_they_are_asked_to(tmp_path):
+    """The meta device stands in for another one; the base and the active adapter stay."""
+    bank = AdapterBank(trained(net(), {"r": 2, "modules_to_save": ["head"], "init": "pissa"}, seed=0), device="meta")
+    active = bank.model.up.lora_A
+    assert not active.is_meta
+    bank.activate(None)
+    waiting = [tensor for share in bank._held["default"].shares for tensor in share.tensors()]
+    assert all(tensor.is_meta for tensor in waiting)
+    assert any(tensor is active for tensor in waiting)
+    assert not any(tensor.is_meta for tensor in bank.model.state_dict().values())

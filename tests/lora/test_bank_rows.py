@@ -129,13 +129,21 @@ def test_attention_knows_where_its_rows_are(batch_first, need_weights, length, t
     assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 
 
-def test_beams_and_returned_sequences_multiply_rows(tmp_path):
-    """transformers' generate with beams hands 2 rows on for each of ours."""
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+def test_beams_multiply_rows(make):
+    """generate with beams hands 2 rows on for each of ours; T5's encoder sees ours, its decoder the beams."""
     torch.manual_seed(0)
-    model = llama().double().eval()
+    model = make().double().eval()
     bank = AdapterBank(trained(model, {"r": 2}, seed=1), first="a")
     bank.activate(None)
-    trained(model, {"r": 4, "target_modules": ["q_proj", "down_proj"]}, seed=2)
+    trained(model, {"r": 4}, seed=2)
     bank.add("b")
     ids = torch.randint(1, 40, (3, 4))
     names, options = ["a", "b", None], {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
