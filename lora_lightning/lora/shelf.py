@@ -83,14 +83,13 @@ class Share:
                 child.train(module.training)
 
     def move(self, device: torch.device) -> None:
-        """Move the adapter's tensors, not the module's; every parameter stays the object that optimizers know."""
-        for parameter in self.stores["_parameters"].values():
-            if parameter is not None and parameter.device != device:
-                parameter.data, parameter.grad = parameter.data.to(device), None
-        buffers = self.stores["_buffers"]
-        buffers |= {name: buffer.to(device) for name, buffer in buffers.items() if buffer is not None}
-        for child in self.stores["_modules"].values():
-            child.to(device)
+        """Move the adapter's tensors, not the module's, as `nn.Module.to` does: parameters stay the same objects."""
+        if all(tensor.device == device for tensor in self.tensors()):
+            return
+        holder = nn.Module()
+        for store in STORES:
+            holder.__dict__[store] = self.stores[store]
+        holder.to(device)
 
     def beside(self) -> Grafted:
         """The adapted layer beside the plain module: another object over the same tensors, W0's among them."""

@@ -298,5 +298,5 @@ def test_adapters_wait_where_they_are_asked_to(tmp_path):
     bank.activate(None)
     waiting = [tensor for share in bank._held["default"].shares for tensor in share.tensors()]
     assert all(tensor.is_meta for tensor in waiting)
-    assert any(tensor is active for tensor in waiting)
+    assert {tensor.shape for tensor in waiting} >= {active.shape, bank.model.head.weight.shape}
     assert not any(tensor.is_meta for tensor in bank.model.state_dict().values())
