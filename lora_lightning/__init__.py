@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_lightning.backbones import huggingface as huggingface
     from lora_lightning.cli import LoRACLI as LoRACLI
     from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
+    from lora_lightning.lora.bank import AdapterBank as AdapterBank
     from lora_lightning.lora.config import LoRAConfig as LoRAConfig
     from lora_lightning.lora.errors import LoRAError as LoRAError
     from lora_lightning.lora.formats import load_adapter as load_adapter
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
 
 _WHERE = {
+    "AdapterBank": "lora_lightning.lora.bank",
     "LoRAConfig": "lora_lightning.lora.config",
     "LoRAError": "lora_lightning.lora.errors",
     "inject": "lora_lightning.lora.inject",

@@ -86,6 +86,8 @@ def hold_packing(model: nn.Module) -> None:
     so that training after a validation would silently pass no gradient on.
     """
     for module in model.modules():
+        if _HELD in module.__dict__:
+            continue
         if _PACKING in module.__dict__ and _is_4bit(module):  # older versions do not repack
             state = _quant_state(module)
             if state is not None and vars(state).get("packing_format_for_cpu"):

@@ -177,7 +177,8 @@ def our_config(
         alpha=alpha,
         dropout=float(peft.get("lora_dropout") or 0.0),
         dropout_pattern={_exactly(n): p for n, p in dropouts.items() if n in adapted},
-        target_modules="|".join(re.escape(name) for name in modules) or [],
+        # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
+        target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
         target_parameters=list(found.parameters) or None,
         trainable_token_indices={name: token_ids(peft, name) for name in found.tokens} or None,
         modules_to_save=found.saved or None,

@@ -1,0 +1,119 @@
+"""A plain model whose layers compute each row by its own adapter, for as long as a block runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from lora_lightning.lora import fastpath
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.layers import (
+    AdaptedLayer,
+    Grafted,
+    ParameterHost,
+    SavedCopy,
+    TokenRows,
+    TrainedBias,
+    graft,
+    ungraft,
+)
+from lora_lightning.lora.layers.rows import ROWS, AttentionRows, SavedRows, rows_kind
+from lora_lightning.lora.layers.tokens import TokenFollower
+from lora_lightning.lora.rows import Batch, LayerRows
+from lora_lightning.lora.shelf import Held
+
+Layers = dict[nn.Module, dict[str, Grafted]]
+"""By the plain module, what stands beside it, by adapter."""
+
+
+@contextmanager
+def grafted_rows(model: nn.Module, sources: Mapping[str, Held], batch: Batch) -> Iterator[None]:
+    """Within the block the plain `model`, in eval mode, computes every row by its own adapter, without gradients.
+
+    Raises:
+        LoRAError: the model is in train mode; an adapter has something that has no form row by row.
+    """
+    if model.training:
+        raise LoRAError("rows: the model is in train mode, and a batch of several adapters is for eval: model.eval()")
+    for name, held in sources.items():
+        _refuse(name, held)
+    adapted, saved = _beside(sources)
+    with ExitStack() as stack:
+        stack.callback(_close, model)
+        _graft_all(model, batch, adapted, saved)
+        hook = model.register_forward_pre_hook(batch.see, with_kwargs=True)
+        stack.callback(hook.remove)
+        stack.enter_context(torch.no_grad())
+        yield
+
+
+def _beside(sources: Mapping[str, Held]) -> tuple[Layers, Layers]:
+    """The adapted layers and the modules saved in full."""
+    adapted: Layers = {}
+    saved: Layers = {}
+    for name, held in sources.items():
+        for share in held.shares:
+            for kind, found in ((AdaptedLayer, adapted), (SavedCopy, saved)):
+                if issubclass(share.grafted, kind):
+                    found.setdefault(share.module, {})[name] = share.beside()
+    return adapted, saved
+
+
+def _graft_all(model: nn.Module, batch: Batch, adapted: Layers, saved: Layers) -> None:
+    names = {module: name for name, module in model.named_modules()}
+    touched = [*adapted, *saved]
+    hosts: dict[nn.Module, nn.Module] = {m.out_proj: m for m in names if isinstance(m, nn.MultiheadAttention)}
+    attentions = [m for m in touched if m in hosts.values()] + [hosts[m] for m in touched if m in hosts]
+    length_first = _length_first(model)
+    for module in dict.fromkeys(attentions):
+        graft(module, AttentionRows)
+        module.__dict__["lora_rows"] = LayerRows(names[module], batch, adapted.get(module, {}), dim=1)
+    for found, attribute in ((adapted, "lora_rows"), (saved, "lora_saved_rows")):
+        for module, layers in found.items():
+            if isinstance(module, AttentionRows):
+                continue
+            graft(module, SavedRows if found is saved else rows_kind(module))
+            host = hosts.get(module)
+            assert host is None or isinstance(host, AttentionRows)
+            dim = int(module in length_first and host is None)
+            module.__dict__[attribute] = LayerRows(names[module], batch, layers, dim=dim, host=host)
+    fastpath.keep_off(model, touched)
+
+
+def _length_first(model: nn.Module) -> set[nn.Module]:
+    """The modules inside torch's own Transformer layers without batch_first, which see (length, rows, width)."""
+    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+    found = [m for m in model.modules() if isinstance(m, layers) and not m.self_attn.batch_first]
+    return {inner for layer in found for inner in layer.modules()}
+
+
+def _close(model: nn.Module) -> None:
+    for module in list(model.modules()):
+        for kind in ROWS:
+            if isinstance(module, kind):
+                ungraft(module, kind)
+        for name in ("lora_rows", "lora_saved_rows", "lora_count", "lora_enabled"):
+            module.__dict__.pop(name, None)
+    fastpath.allow(model)
+
+
+def _refuse(name: str, held: Held) -> None:
+    for share in held.shares:
+        reasons: list[tuple[type[nn.Module], str]] = [
+            (ParameterHost, "adapts a bare parameter, whose product the model takes itself"),
+            (TokenRows, "trains token rows"),
+            (TokenFollower, "trains token rows"),
+            (TrainedBias, "trains a bias"),
+        ]
+        reason = next((reason for kind, reason in reasons if issubclass(share.grafted, kind)), None)
+        if isinstance(share.module, nn.Embedding) and share.module.max_norm is not None and reason is None:
+            reason = "adapts an embedding with max_norm"
+        if issubclass(share.grafted, SavedCopy) and isinstance(share.module, nn.MultiheadAttention):
+            reason = "saves an attention in full"
+        if reason:
+            raise LoRAError(
+                f"rows: '{name}' {reason} at '{share.path}', which has no form row by row: activate it alone"
+            )

@@ -1,0 +1,302 @@
+"""Several adapters on one base: held beside the layers, one in the model at a time."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import AdapterBank, LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.fingerprint import fingerprint
+from tests.factories import assert_same, snapshot
+from tests.lora.bank_support import ZOO, adapters, alone, base, config, run_net, shake, storages, trained
+from tests.lora.options_support import net
+
+
+@pytest.fixture(params=list(ZOO))
+def kind(request):
+    return request.param
+
+
+def filled(kind, folder, dtype=torch.float64, **kwargs):
+    model = base(kind, dtype)
+    bank = AdapterBank(model, **kwargs)
+    for letter, (directory, _) in adapters(kind, folder, dtype).items():
+        bank.load(letter, directory)
+    return bank
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_any_adapter_follows_any_other_bit_for_bit(kind, dtype, tmp_path):
+    """Of other rank, targets and options; as if each were loaded on a base of its own. W0 stays in its place."""
+    bank, run = filled(kind, tmp_path, dtype), ZOO[kind][1]
+    plain, places = run(bank.model), {n: t.data_ptr() for n, t in bank.model.state_dict().items()}
+    before = snapshot(bank.model)
+    w0 = fingerprint(bank.model).digest
+    for letter in [*bank.names, *reversed(bank.names), None, bank.names[0]]:
+        bank.activate(letter)
+        assert bank.active == letter
+        out = run(bank.model)
+        wanted = plain if letter is None else run(alone(kind, tmp_path / letter, dtype))
+        assert torch.equal(out, wanted)
+        assert letter is None or not torch.equal(out, plain)
+        state = bank.model.state_dict()
+        assert all(state[name].data_ptr() == place for name, place in places.items())
+    bank.activate(None)
+    assert_same(bank.model, before)
+    assert fingerprint(bank.model).digest == w0
+
+
+def test_an_active_adapter_is_as_if_it_were_the_only_one(kind, tmp_path):
+    """The same keys, the same that trains, the same bytes in its directory, the same merged model."""
+    bank, run = filled(kind, tmp_path), ZOO[kind][1]
+    for letter in bank.names:
+        bank.activate(letter)
+        wanted = alone(kind, tmp_path / letter)
+        assert_same(bank.model, snapshot(wanted), but=("attributes",))
+        saved = save_adapter(bank.model, tmp_path / "saved")
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (saved / file).read_bytes() == (save_adapter(wanted, tmp_path / "own") / file).read_bytes()
+            assert (bank.save(letter, tmp_path / "held") / file).read_bytes() == (saved / file).read_bytes()
+    out = run(bank.model)
+    merge(bank.model)
+    merge(wanted)
+    assert_same(bank.model, snapshot(wanted), but=("attributes",))
+    assert (run(bank.model) - out).abs().max() < 1e-11 * out.abs().max()
+
+
+def test_an_adapted_model_brings_the_first_and_inject_the_next():
+    model = trained(net(torch.float64), {"r": 2}, seed=1)
+    first = run_net(model)
+    bank = AdapterBank(model, first="old")
+    assert (bank.names, bank.active) == (["old"], "old")
+    bank.activate(None)
+    trained(model, {"r": 5, "target_modules": ["up"]}, seed=2)
+    second = run_net(model)
+    bank.add("new")
+    for name, out in [("new", second), ("old", first), ("new", second)]:
+        bank.activate(name)
+        assert torch.equal(run_net(model), out)
+
+
+def step(model, optimizer, batch):
+    optimizer.zero_grad()
+    model(batch).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("fields", [{"r": 2}, {"use_dora": True, "bias": "all", "modules_to_save": ["head"]}], ids=str)
+def test_training_goes_on_where_it_stopped(fields, tmp_path):
+    """With the same optimizer: what it holds are the same objects after another adapter was active and trained."""
+    batches = [torch.randn(4, 12, dtype=torch.float64) for _ in range(4)]
+    models = [trained(net(torch.float64), fields, seed=1) for _ in range(2)]
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in models]
+    bank = AdapterBank(models[0], first="mine")
+    for i, batch in enumerate(batches):
+        step(models[0], optimizers[0], batch)
+        step(models[1], optimizers[1], batch)
+        if i == 1:
+            optimizers[0].zero_grad()
+            bank.activate(None)
+            trained(bank.model, {"r": 1}, seed=3)
+            bank.add("other")
+            other = torch.optim.SGD([p for p in bank.model.parameters() if p.requires_grad], lr=0.1)
+            step(bank.model, other, batch)
+            bank.activate("mine")
+    assert_same(models[0], snapshot(models[1]), but=("attributes",))
+
+
+def test_activate_draws_allocates_and_copies_nothing(tmp_path):
+    bank = filled("linear", tmp_path)
+    state, held = torch.get_rng_state(), {}
+    for _ in range(2):
+        for name in bank.names:
+            bank.activate(name)
+            own = {n: (id(p), p.data_ptr()) for n, p in bank.model.named_parameters()}
+            assert held.setdefault(name, own) == own
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_one_base_is_in_memory(tmp_path):
+    """Bytes of every storage that the bank reaches: W0 once, and each adapter's own."""
+    bank = filled("bert", tmp_path)
+    w0 = storages(base("bert"))
+    own = sum(held.nbytes() for held in bank._held.values())
+    for letter in (None, "a", "b"):
+        bank.activate(letter)
+        held = [tensor for held in bank._held.values() for share in held.shares for tensor in share.tensors()]
+        assert storages(bank.model, *held) == w0 + own
+        assert storages(bank.model) == w0 + (bank._held[letter].nbytes() if letter else 0)
+
+
+def test_modes_are_those_of_the_modules_when_activated(tmp_path):
+    model = trained(net(), {"dropout": 0.5, "modules_to_save": ["norm"]}, seed=0)
+    bank = AdapterBank(model)
+    bank.activate(None)
+    model.train()
+    bank.activate("default")
+    assert all(module.training for module in model.modules())
+    bank.activate(None)
+    model.eval()
+    bank.activate("default")
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_model_that_moves_takes_waiting_adapters_along_when_they_are_activated(tmp_path):
+    """To another dtype here: adapters stay float32 or wider, as after inject."""
+    bank = filled("linear", tmp_path, torch.float32)
+    bank.model.bfloat16()
+    bank.activate("a")
+    assert bank.model.up.lora_A.dtype == torch.float32
+    assert torch.isfinite(run_net(bank.model)).all()
+
+
+def test_disabled_is_the_plain_base_and_keeps_its_statistics(tmp_path):
+    bank, run = filled("normed", tmp_path), ZOO["normed"][1]
+    plain = run(bank.model)
+    bank.activate("a")
+    adapted = run(bank.model)
+    with bank.disabled():
+        assert torch.equal(run(bank.model), plain)
+        bank.model.train()
+        assert torch.equal(run(bank.model), plain)
+        bank.model.eval()
+        with pytest.raises(LoRAError, match=r"activate: not within `with bank.disabled"):
+            bank.activate("b")
+    assert torch.equal(run(bank.model), adapted)
+
+
+def test_a_bank_ends_with_a_merge(tmp_path):
+    bank = filled("linear", tmp_path)
+    bank.activate("a")
+    merge(bank.model)
+    for call in (
+        lambda: bank.activate("b"),
+        lambda: bank.load("c", tmp_path / "b"),
+        lambda: bank.combine("c", {"b": 1}),
+    ):
+        with pytest.raises(
+            AdapterError, match=r"W0 moved since the bank was made, first 'up\.weight': a merge is the end"
+        ):
+            call()
+
+
+def test_an_adapter_that_is_taken_out_by_hand_is_held_all_the_same(tmp_path):
+    bank = filled("linear", tmp_path)
+    bank.activate("a")
+    out = run_net(bank.model)
+    remove(bank.model)
+    assert bank.active is None
+    bank.activate("a")
+    assert torch.equal(run_net(bank.model), out)
+
+
+def test_a_stranger_in_the_model_is_not_lost(tmp_path):
+    bank = filled("linear", tmp_path)
+    bank.activate("a")
+    remove(bank.model)
+    trained(bank.model, {"r": 2}, seed=9)
+    out = run_net(bank.model)
+    for name in ("a", "b", None):
+        with pytest.raises(AdapterError, match=r"has an adapter that the bank does not hold: bank.add\(name\)"):
+            bank.activate(name)
+    assert torch.equal(run_net(bank.model), out)
+    bank.add("new")
+    bank.activate("a")
+    bank.activate("new")
+    assert torch.equal(run_net(bank.model), out)
+
+
+def test_another_base_is_refused_and_the_bank_stays_as_it_was(tmp_path):
+    bank = filled("linear", tmp_path)
+    bank.activate("b")
+    out, before = run_net(bank.model), snapshot(bank.model)
+    other = trained(net(torch.float64, seed=5), {"r": 2}, seed=0)
+    save_adapter(other, tmp_path / "other")
+    with pytest.raises(AdapterError, match="the adapter was made on another base"):
+        bank.load("c", tmp_path / "other")
+    assert (bank.names, bank.active) == (["a", "b"], "b")
+    assert_same(bank.model, before)
+    assert torch.equal(run_net(bank.model), out)
+    bank.load("c", tmp_path / "other", allow_other_base=True)
+    assert bank.active == "b"
+
+
+def test_a_replaced_module_is_refused_by_name(tmp_path):
+    bank = filled("linear", tmp_path)
+    bank.model.up = nn.Linear(12, 20).double()
+    with pytest.raises(AdapterError, match=r"W0 moved since the bank was made, first 'up\.weight'"):
+        bank.activate("a")
+
+
+def test_remove_forgets(tmp_path):
+    bank = filled("linear", tmp_path)
+    plain = run_net(bank.model)
+    bank.activate("a")
+    bank.remove("a")
+    assert (bank.names, bank.active, "a" in bank, len(bank)) == (["b"], None, False, 1)
+    assert torch.equal(run_net(bank.model), plain)
+    bank.activate("b")
+    assert repr(bank).startswith("AdapterBank(b (")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bank, d: bank.activate("poat"), "the bank holds no 'poat', it has poet, b; did you mean 'poet'"),
+        (lambda bank, d: bank.load("poet", d), "the bank holds 'poet' already"),
+        (lambda bank, d: bank.load("", d), "an adapter's name must be a text, got ''"),
+        (lambda bank, d: bank.add("new"), "the model's adapter is held already, as 'poet'"),
+        (lambda bank, d: bank.remove("lawyer"), "the bank holds no 'lawyer'"),
+        (lambda bank, d: bank.combine("mix", {"poat": 1}), "no adapter 'poat' here, there are poet, b; did you mean"),
+    ],
+    ids=range(6),
+)
+def test_a_wrong_name_is_one_clear_error(call, message, tmp_path):
+    bank = AdapterBank(trained(net(), {"r": 2}, seed=0), first="poet")
+    save_adapter(bank.model, tmp_path)
+    bank.load("b", tmp_path)
+    with pytest.raises(LoRAError, match=message):
+        call(bank, tmp_path)
+    assert (bank.names, bank.active) == (["poet", "b"], "poet")
+
+
+def test_a_compiled_wrapper_is_seen_through(tmp_path):
+    model = trained(net(), {"r": 2}, seed=0)
+    wrapper = nn.Module()
+    wrapper._modules["_orig_mod"] = model
+    assert AdapterBank(wrapper).model is model
+
+
+def test_add_needs_an_adapter():
+    with pytest.raises(LoRAError, match="the model has no adapter to add"):
+        AdapterBank(net()).add("a")
+    bank = AdapterBank(net())
+    inject(bank.model, LoRAConfig(r=2))
+    bank.add("a")
+    assert bank.active == "a"
+
+
+def test_a_bank_of_quick_and_slow_loads_the_same(tmp_path):
+    """What load_adapter gives on the bank's own model is what the bank holds."""
+    bank = filled("heads", tmp_path)
+    again = copy.deepcopy(bank.model)
+    load_adapter(again, tmp_path / "a")
+    bank.activate("a")
+    assert torch.equal(run_net(bank.model), run_net(again))
+    assert config({"r": 2}).r == 2
+    shake(bank.model, seed=4)
+    assert not torch.equal(run_net(bank.model), run_net(again))
+
+
+def test_adapters_wait_where_they_are_asked_to(tmp_path):
+    """The meta device stands in for another one; the base and the active adapter stay."""
+    bank = AdapterBank(trained(net(), {"r": 2, "modules_to_save": ["head"], "init": "pissa"}, seed=0), device="meta")
+    active = bank.model.up.lora_A
+    assert not active.is_meta
+    bank.activate(None)
+    waiting = [tensor for share in bank._held["default"].shares for tensor in share.tensors()]
+    assert all(tensor.is_meta for tensor in waiting)
+    assert {tensor.shape for tensor in waiting} >= {active.shape, bank.model.head.weight.shape}
+    assert not any(tensor.is_meta for tensor in bank.model.state_dict().values())
