@@ -215,7 +215,14 @@ def other_key(data: bytes, random: random.Random) -> bytes:
         ("layers.0", "layers.7"),
         (".q", ".v"),
     ]
-    swaps += [("base_model.model.", ""), (".weight", ""), ("head", "lm_head"), (".", ".."), ("lora_", "base_layer.")]
+    swaps += [
+        ("base_model.model.", ""),
+        (".weight", ""),
+        ("head", "lm_head"),
+        (".", ".."),
+        ("lora_", "base_layer."),
+        (".q", ".v"),
+    ]
     wrong = key.replace(*random.choice(swaps)) if random.random() < 0.7 else str(random.choice(JUNK))
     entry = header[key] if random.random() < 0.3 else header.pop(key)
     header[wrong] = entry
@@ -300,29 +307,14 @@ def bad_regex(data: bytes, random: random.Random) -> bytes:
 
 
 def odd_json(data: bytes, random: random.Random) -> bytes:
-    depth = random.choice([900, 1500, 100_000])
-    return random.choice(
-        [
-            *(
-                b"",
-                b" ",
-                b"null",
-                b"[]",
-                b"5",
-                b'"LORA"',
-                b"{}",
-                b'{"peft_type": "LORA"}',
-                data + data,
-                b"\xff\xfe" + data,
-            ),
-            *(b"\xef\xbb\xbf" + data, data.decode().encode("utf-16"), data.replace(b'"', b"'"), b"[" * depth),
-            *(b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth, b"// c\n" + data, data + b"\0"),
-            data.rstrip()[:-1] + b',"x":' + b"[" * depth + b"]" * depth + b"}",
-            data.rstrip()[:-1] + b',"lora_alpha":1' + b"0" * 5000 + b"}",
-            data.rstrip()[:-1] + b',"r":' + str(random.choice([1, 3, 64])).encode() + b"}",
-            b" " * 1_000_000 + data,
-        ]
-    )
+    """No object, another encoding, more than one, a depth or a number without bound, a key twice."""
+    depth, begun = random.choice([900, 1500, 100_000]), data.rstrip()[:-1]
+    whole = [b"", b" ", b"null", b"[]", b"5", b'"LORA"', b"{}", b'{"peft_type": "LORA"}', b"[" * depth]
+    whole += [b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth]
+    around = [data + data, b"\xff\xfe" + data, b"\xef\xbb\xbf" + data, b"// c\n" + data, data + b"\0"]
+    around += [data.decode().encode("utf-16"), data.replace(b'"', b"'"), b" " * 1_000_000 + data]
+    inside = [b'"x":' + b"[" * depth + b"]" * depth, b'"lora_alpha":1' + b"0" * 5000, b'"r":1', b'"r":3', b'"r":64']
+    return random.choice([*whole, *around, *(begun + b"," + more + b"}" for more in inside)])
 
 
 CONFIGS: list[Accident] = [*ANY, mistyped_field, mistyped_field, mistyped_field, lost_field, unknown_field, bad_regex]

@@ -7,13 +7,11 @@ runs another and a longer draw; without it the draw is the same each time.
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 
-from tests.lora.accidents import CONFIGS, REGEXES, TENSORS, empty_of_any_size, flip_data, flip_header
+from tests.lora.accidents import CONFIGS, TENSORS, flip_data
 from tests.lora.fuzz_support import CONFIG, WEIGHTS, Origin, examples, little_memory, quick_folder
 
 
@@ -27,6 +25,7 @@ def origin(request, tmp_path_factory):
 @given(accident=st.sampled_from(TENSORS), seed=st.integers(0, 2**64))
 def test_weights_that_met_an_accident(origin, accident, seed):
     result = origin.meet(accident, WEIGHTS, seed)
+    event(f"{accident.__name__}: {result}")  # shown by --hypothesis-show-statistics
     if origin.ours and accident is flip_data:
         assert result == "refused"
 
@@ -34,4 +33,4 @@ def test_weights_that_met_an_accident(origin, accident, seed):
 @examples(1500)
 @given(accident=st.sampled_from(CONFIGS), seed=st.integers(0, 2**64))
 def test_a_config_that_met_an_accident(origin, accident, seed):
-    origin.meet(accident, CONFIG, seed)
+    event(f"{accident.__name__}: {origin.meet(accident, CONFIG, seed)}")
