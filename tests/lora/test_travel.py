@@ -6,6 +6,7 @@ Every pair of options that can be had at once is tried on some family; every fam
 from __future__ import annotations
 
 import copy
+import json
 
 import peft
 import pytest
@@ -19,10 +20,11 @@ from tests.lora.coverage import note_travel
 from tests.lora.laws import relative, stir
 from tests.lora.travellers import (
     TRAVELLERS,
-    beyond_peft,
     build,
     every_family_with_every_option,
     every_pair_once,
+    not_by_peft,
+    not_from_peft,
     pefts,
     run,
 )
@@ -66,7 +68,7 @@ def no_model_card(monkeypatch):
     monkeypatch.setattr(peft.PeftModel, "create_or_update_model_card", lambda self, folder: None)
 
 
-@cases()
+@cases(limit=not_by_peft)
 def test_peft_computes_from_our_directory_what_we_compute(case, dtype, tmp_path):
     family = case[0]
     plain, model = adapted(case, dtype)
@@ -75,7 +77,7 @@ def test_peft_computes_from_our_directory_what_we_compute(case, dtype, tmp_path)
     arrived(case, "ours to PEFT", run(family, theirs), run(family, model), run(family, plain), dtype)
 
 
-@cases(lambda case: pefts(case) is not None, beyond_peft)
+@cases(lambda case: pefts(case) is not None, not_from_peft)
 def test_we_compute_from_pefts_directory_what_peft_computes(case, dtype, tmp_path):
     family, fields = case[0], pefts(case)
     converted = fields.get("init_lora_weights") in ("pissa", "olora")
@@ -116,3 +118,43 @@ def test_a_merged_model_opens_without_us(case, dtype, tmp_path):
         nn.init.zeros_(next(again.parameters()))
         safetensors.torch.load_model(again, str(tmp_path / "model.safetensors"))
     arrived(case, "merged", run(family, again.eval()), home, run(family, plain), dtype)
+
+
+# ---- where PEFT is wrong, the formula is the witness
+
+
+@torch.no_grad()
+def folded_by_hand(plain, folder):
+    """W0 + (alpha / r) B A from a PEFT directory's own tensors, with no code of the package."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    for key, A in tensors.items():
+        if "lora_A" not in key:
+            continue
+        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").replace(".base_layer.", ".")
+        module = plain.get_submodule(name)
+        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
+        weight += config["lora_alpha"] / config["r"] * tensors[key.replace("lora_A", "lora_B")] @ A
+    return plain
+
+
+@pytest.mark.parametrize("family", [name for name, t in TRAVELLERS.items() if t.attention])
+def test_an_attention_that_peft_counts_twice_is_the_formula(family, tmp_path):
+    case = family, ("all linear",)
+    plain, model = adapted(case, torch.float64)
+    save_adapter(model, tmp_path)
+    witness = run(family, folded_by_hand(copy.deepcopy(plain), tmp_path))
+    arrived(case, "ours to the formula", run(family, model), witness, run(family, plain), torch.float64)
+    again = copy.deepcopy(plain)
+    load_adapter(again, tmp_path)
+    arrived(case, "ours to the formula", run(family, again), witness, run(family, plain), torch.float64)
+    merge(model)
+    arrived(case, "merged", run(family, model), witness, run(family, plain), torch.float64)
+
+
+def test_the_matrix_is_as_large_as_it_says():
+    assert len({family for family, _ in PAIRS}) >= 25
+    assert {option for _, options in PAIRS for option in options} == set(travellers.OPTIONS)
+    assert len([case for case in PAIRS if len(case[1]) == 2]) > 100
