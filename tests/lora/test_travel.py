@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
 from tests.lora import travellers
@@ -118,6 +119,38 @@ def test_a_merged_model_opens_without_us(case, dtype, tmp_path):
         nn.init.zeros_(next(again.parameters()))
         safetensors.torch.load_model(again, str(tmp_path / "model.safetensors"))
     arrived(case, "merged", run(family, again.eval()), home, run(family, plain), dtype)
+
+
+# ---- what the merged model costs
+
+
+class Operations(TorchDispatchMode):
+    """Every operation that runs, with the shapes, strides and types that it runs on."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        flat = torch.utils._pytree.tree_leaves((args, kwargs))
+        tensors = [(t.shape, t.stride(), t.dtype) for t in flat if isinstance(t, torch.Tensor)]
+        self.seen.append((str(func), tensors))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", TRAVELLERS)
+def test_a_merged_model_runs_the_plain_models_operations(family):
+    """So its latency is the plain backbone's; benchmarks/latency.py times it."""
+    able = [case for case in every_family_with_every_option() if case[0] == family]
+    plain, model = adapted(able[-1], torch.float32)
+    merge(model)
+    counted = []
+    for each in (plain, model):
+        with Operations() as operations:
+            run(family, each)
+        counted.append(operations.seen)
+    assert len(counted[0]) > 10
+    assert counted[0] == counted[1]
 
 
 # ---- where PEFT is wrong, the formula is the witness
