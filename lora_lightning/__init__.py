@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_lightning.lora.inject import disabled as disabled
     from lora_lightning.lora.inject import inject as inject
     from lora_lightning.lora.inject import remove as remove
+    from lora_lightning.lora.loralib import load_loralib as load_loralib
     from lora_lightning.lora.merge import merge as merge
     from lora_lightning.tasks.sequence_classification import SequenceClassification as SequenceClassification
     from lora_lightning.training.callbacks.baselines import Baselines as Baselines
@@ -39,6 +40,7 @@ _WHERE = {
     "merge": "lora_lightning.lora.merge",
     "save_adapter": "lora_lightning.lora.formats",
     "load_adapter": "lora_lightning.lora.formats",
+    "load_loralib": "lora_lightning.lora.loralib",
     "huggingface": "lora_lightning.backbones",
     "SequenceClassification": "lora_lightning.tasks.sequence_classification",
     "TextClassificationData": "lora_lightning.data.text_classification",

@@ -26,6 +26,10 @@ class MergeError(LoRAError):
     """The update cannot be folded into W0."""
 
 
+class AdapterWarning(UserWarning):
+    """An adapter's files hold what another library will read differently, or say something that is not used here."""
+
+
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:
     """The known names nearest to `word`, best first, capitals or not; a hit inside a longer name counts too."""
     names = sorted(set(known))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +16,20 @@ from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.fingerprint import fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove
-from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors, refuse_misfits
+from lora_lightning.lora.layers import Grafted
+from lora_lightning.lora.misfits import refuse_misfits
+from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
+from lora_lightning.lora.peft_copies import without_base_copies
+from lora_lightning.lora.peft_keys import as_written, read_weights
+from lora_lightning.lora.peft_limits import warn_of_peft_limits
+from lora_lightning.lora.peft_ties import with_ties
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
 from lora_lightning.lora.record import read_record, refuse_other_base, write_record
 from lora_lightning.lora.report import InjectionReport
-from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
-from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
+from lora_lightning.lora.serving import for_vllm, vllm_targets
+from lora_lightning.lora.storage import write_bytes, write_tensors
+from lora_lightning.lora.unpacking import check_targets, contents, our_config
 
 
 def save_adapter(
@@ -29,43 +38,66 @@ def save_adapter(
     *,
     base_model_name_or_path: str | None = None,
     task_type: str | None = None,
+    serving: Literal["vllm"] | None = None,
 ) -> Path:
     """Write the adapter of `model` as a directory that PEFT opens on the plain backbone. Same adapter, same bytes.
 
     Ranks, alphas and module names are written out in full, so that nothing depends on the order of patterns.
-    The weights' metadata hold the fingerprint of W0.
+    The weights' metadata hold the fingerprint of W0. What PEFT would read otherwise is said in an `AdapterWarning`
+    with the modules' names; `load_adapter` reads all of it.
 
     Args:
         base_model_name_or_path: what PEFT's `Auto` classes should load as the backbone; a transformers
             model's own name is taken when left out.
         task_type: PEFT's name of the task, such as `SEQ_CLS`.
+        serving: `vllm` writes one rank and one alpha for all modules, which is what vLLM applies: patterns, rslora,
+            slices and subtracted starts are folded into A and B, and what it cannot serve is refused.
 
     Raises:
-        AdapterError: the model has no adapter, or its values are not finite.
+        AdapterError: the model has no adapter, or its values are not finite, or vLLM cannot serve it.
     """
     model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper that renames every key
     packed = packed_layers(model)
     if not all(p.peft_name for p in packed):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
+    if serving not in (None, "vllm"):
+        raise AdapterError(f"serving must be 'vllm' or left out, got {serving!r}")
+    if serving == "vllm":
+        packed = for_vllm(model, packed)
     tensors = peft_tensors(model, packed)
     if not tensors:
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
+    if serving is None:
+        warn_of_peft_limits(model, packed)
     config = peft_config_of(model, packed)
     config["base_model_name_or_path"] = base_model_name_or_path or own_name(model)
     config["task_type"] = task_type
+    if serving == "vllm":
+        config["target_modules"] = vllm_targets(model, packed)
     directory = Path(directory)
     write_tensors(directory / WEIGHTS, tensors, write_record(model, packed, tensors, other_dropouts(packed)))
     write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return directory
 
 
-def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: bool = False) -> InjectionReport:
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+) -> InjectionReport:
     """Inject what a PEFT directory describes into a plain `model` and load its weights.
 
-    Ranks come from the tensors, alphas as PEFT resolves its patterns.
+    An old `adapter_model.bin` is unpickled as tensors and nothing else. Ranks come from the tensors, alphas from PEFT's
+    patterns.
+
+    Args:
+        alphas: by full module name, where entries of PEFT's `alpha_pattern` contradict each other about a module: its
+            file does not say which was in force in training, and the error that asks for this names the modules.
 
     Raises:
         AdapterError: a file is missing, torn or was changed since; a key is missing, left over or wrongly shaped;
@@ -75,32 +107,42 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     """
     directory = Path(directory)
     peft = read_config(directory / CONFIG)
-    tensors, metadata = read_tensors(directory / WEIGHTS)
-    _refuse_meta(model)
+    file, tensors, metadata = read_weights(directory)
+    refuse_meta(model)
     record = read_record(metadata)
     if record and record.adapter != of_tensors(tensors).digest:
-        raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
+        raise AdapterError(f"{file} was changed since it was saved: export or download it again")
     if record and not allow_other_base:
         refuse_other_base(record.base, fingerprint(model))
-    tensors = {key: tensor for key, tensor in tensors.items() if not is_peft_copy(key)}
+    tensors = {key: tensor for key, tensor in as_written(tensors, model).items() if not is_peft_copy(key)}
+    peft = with_ties(peft, tensors, model)
     tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
     check_targets(peft, found, model)
-    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        config = our_config(peft, found, record, model)
-        report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
-    except (ConfigError, TargetError) as error:
-        raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
-    try:
+    with plain_again_on_error(model):
+        try:
+            config = our_config(peft, found, record, model, alphas or {})
+            report = inject(model, config, start=starts.from_weight(config.init), any_rank=True)
+        except (ConfigError, TargetError) as error:
+            raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
         ours = our_tensors(model, tensors, lambda name: token_ids(peft, name))
         load_tensors(model, {**_first_factors(model), **ours})
-    except BaseException:
-        remove(model)
-        for parameter in trained_before:
-            parameter.requires_grad_(True)
-        raise
     return report
+
+
+@contextmanager
+def plain_again_on_error(model: nn.Module) -> Iterator[None]:
+    """Give back the plain model, with what trained before, where loading an adapter into it fails."""
+    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_plain = not any(isinstance(module, Grafted) for module in model.modules())
+    try:
+        yield
+    except BaseException:
+        if was_plain:
+            remove(model)
+            for parameter in trained_before:
+                parameter.requires_grad_(True)
+        raise
 
 
 @torch.no_grad()
@@ -133,7 +175,8 @@ def _untied_where_unequal(model: nn.Module, own: dict[str, Tensor], tensors: Map
     return own
 
 
-def _refuse_meta(model: nn.Module) -> None:
+def refuse_meta(model: nn.Module) -> None:
+    """Raise an AdapterError for a model whose tensors have no values yet."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise AdapterError("the model is on the meta device and would drop what is loaded: give it its weights first")
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.errors import AdapterError, did_you_mean, some
 from lora_lightning.lora.inject import adapted_layers, token_rows, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
 from lora_lightning.lora.layers.parameter import CHILD
+from lora_lightning.lora.misfits import refuse_misfits
 
 PREFIX = "base_model.model."
 
@@ -46,6 +46,8 @@ class Packed:
     """PEFT's."""
     scale: float
     """PEFT's. Where it is not the layer's own, B is written larger by the ratio."""
+    one_alpha: float | None = None
+    """PEFT's alpha, where one rank and one scale are written for all layers: the file is then what is loaded."""
 
     @property
     def keys(self) -> dict[str, str]:
@@ -57,10 +59,14 @@ class Packed:
     def loads_as(self) -> tuple[int, float]:
         """Rank and alpha of the layer that the file's tensors make: a start has become a part of A and B."""
         s = self.layer.lora_settings
+        if self.one_alpha is not None:
+            return self.rank, self.one_alpha
         return (self.rank, self.alpha(rslora=s.scale != s.alpha / s.r)) if self.started else (s.r, s.alpha)
 
     def alpha(self, *, rslora: bool) -> float:
         """alpha such that PEFT's scale is ours."""
+        if self.one_alpha is not None:
+            return self.one_alpha
         s = self.layer.lora_settings
         if self.scale != s.scale:
             return self.scale * (math.sqrt(self.rank) if rslora else self.rank)
@@ -79,7 +85,7 @@ class Packed:
             tensors |= {"lora_A": F.pad(tensors["lora_A"], (0, 0, 0, more))}
             tensors |= {"lora_B": F.pad(tensors["lora_B"], (0, more))}
         if self.scale != self.layer.lora_settings.scale:
-            tensors |= {"lora_B": tensors["lora_B"] * (self.layer.lora_settings.scale / self.scale)}
+            tensors |= {"lora_B": _times(tensors["lora_B"], self.layer.lora_settings.scale / self.scale)}
         return {self.keys[name]: tensor for name, tensor in tensors.items()}
 
     def unpack(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -89,9 +95,14 @@ class Packed:
         if self.rank != own:
             tensors |= {"lora_A": tensors["lora_A"][:own], "lora_B": tensors["lora_B"][:, :own]}
         if self.scale != self.layer.lora_settings.scale:
-            tensors |= {"lora_B": tensors["lora_B"] * (self.scale / self.layer.lora_settings.scale)}
+            tensors |= {"lora_B": _times(tensors["lora_B"], self.scale / self.layer.lora_settings.scale)}
         ours = self.layer.from_peft(tensors)
         return {f"{self.path}.{name}" if self.path else name: tensor for name, tensor in ours.items()}
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """Rounded once: torch would round the factor to the tensor's dtype first."""
+    return (tensor.double() * factor).to(tensor.dtype)
 
 
 def packed_layers(model: nn.Module, *, starts: bool = True) -> list[Packed]:
@@ -212,25 +223,6 @@ def our_tensors(
     ours |= {key: file[theirs] for key, theirs in bias_keys(model, packed).items()}
     ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}
     return ours
-
-
-def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
-    """Raise an AdapterError with the list of all keys that are missing, left over, wrongly shaped or of no numbers."""
-    problems = [f"missing '{key}'" for key in expected if key not in tensors]
-    problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
-    both = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
-    problems += [
-        f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        for key, (want, got) in both.items()
-        if got.shape != want.shape
-    ]
-    problems += [
-        f"'{key}' holds {got.dtype}, expected {want.dtype}"
-        for key, (want, got) in both.items()
-        if got.dtype.is_floating_point != want.is_floating_point()
-    ]
-    if problems:
-        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems)}")
 
 
 def copy_key(key: str) -> str:

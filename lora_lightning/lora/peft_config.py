@@ -4,25 +4,52 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, some
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
-# Fields of PEFT's config that change the arithmetic and have no counterpart here: anything but these values is refused.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "layer_replication": (None,),
-    "megatron_config": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "monteclora_config": (None,),
-    "velora_config": (None,),
+# Fields of PEFT's config that change the arithmetic and have no counterpart here, by what they do: anything but an
+# empty value is refused.
+WITHOUT_COUNTERPART = {
+    "layer_replication": "builds a deeper model of repeated blocks: build it so and load the adapter in PEFT",
+    "megatron_config": "is for Megatron's parallel layers",
+    "alora_invocation_tokens": "switches the adapter on after certain tokens only",
+    "use_qalora": "pools the input of A",
+    "use_bdlora": "cuts A or B into diagonal blocks",
+    "arrow_config": "routes tokens among several adapters",
+    "kasa_config": "adds singular values of its own to the update",
+    "monteclora_config": "draws the update at random",
+    "velora_config": "compresses what the backward pass keeps",
+}
+
+OTHER_METHODS = {
+    "ADALORA": "B diag(E) A with ranks that training moves",
+    "BOFT": "W0 times an orthogonal matrix",
+    "FOURIERFT": "an update in the Fourier domain",
+    "IA3": "activations rescaled, without A and B",
+    "LOHA": "a product of two low-rank updates",
+    "LOKR": "a Kronecker product",
+    "LN_TUNING": "norms trained in full",
+    "MULTITASK_PROMPT_TUNING": "trained prompts",
+    "OFT": "W0 times an orthogonal matrix",
+    "P_TUNING": "trained prompts",
+    "PREFIX_TUNING": "trained prefixes",
+    "PROMPT_TUNING": "trained prompts",
+    "TRAINABLE_TOKENS": "rows of an embedding alone; here trainable_token_indices of a LoRA adapter",
+    "VERA": "fixed A and B with trained scales",
+    "XLORA": "a mixture of several adapters",
+}
+
+# Fields that say nothing about the arithmetic of a trained adapter, or are read elsewhere.
+HARMLESS = {
+    *{"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"},
+    *{"inference_mode", "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config"},
+    *{"lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"},
 }
 
 
@@ -40,10 +67,15 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} is not JSON ({error})") from error
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}")
-    for name, neutral in NEUTRAL.items():
-        if name in config and config[name] not in neutral:
-            raise AdapterError(f"the adapter's setting {name}={config[name]!r} has no counterpart here yet")
+        what = f" ({OTHER_METHODS[str(got).upper()]})" if str(got).upper() in OTHER_METHODS else ""
+        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}{what}")
+    for name, what in WITHOUT_COUNTERPART.items():
+        if config.get(name) not in (None, False):
+            raise AdapterError(f"the adapter's setting {name}={config[name]!r} {what}, which has no counterpart here")
+    unknown = {name: value for name, value in config.items() if value and name not in {*HARMLESS, *CHECKS}}
+    if unknown:
+        said = some([f"{name}={value!r}" for name, value in unknown.items()], 10)
+        warnings.warn(f"{path} has settings that are unknown here and not used: {said}", AdapterWarning, stacklevel=3)
     for name, (check, expected) in CHECKS.items():
         if config.get(name) is not None and not check(config[name]):
             raise AdapterError(f"{path}: {name} must be {expected}, got {config[name]!r}")
@@ -133,11 +165,6 @@ def peft_selects(pattern: str | list[str], name: str) -> bool:
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
-
-
-def peft_pattern(patterns: dict[str, Any], name: str, default: Any) -> Any:
-    """PEFT's rule: the first key in the file's order that matches the name or a dotted end of it."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), default)
 
 
 def holder(key: str, listed: list[str]) -> str | None:

@@ -16,7 +16,8 @@ from lora_lightning.lora.packing import Packed
 def peft_config_of(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
     """Ranks, alphas and names written out in full, so that nothing depends on the order of patterns."""
     settings = [p.layer.lora_settings for p in packed]
-    rslora = any(s.scale != s.alpha / s.r for s in settings)  # at r = 1 the two scales are one
+    folded = any(p.one_alpha is not None for p in packed)
+    rslora = not folded and any(s.scale != s.alpha / s.r for s in settings)  # at r = 1 the two scales are one
     parameters = [p.peft_name for p in packed if isinstance(p.layer, LoRAParameter)]
     ranks = {p.peft_name: p.rank for p in packed}
     alphas = {p.peft_name: p.alpha(rslora=rslora) for p in packed}

@@ -44,7 +44,7 @@ def write_record(
         "adapter": of_tensors(tensors).digest,
         "settings": {p.name: [*p.loads_as, p.scale] for p in packed},
         "dropouts": dropouts,
-        "slices": {p.name: spec.to_spec() for p in packed if (spec := p.layer.lora_settings.slices)},
+        "slices": {p.name: s.to_spec() for p in packed if (s := p.layer.lora_settings.slices) and p.one_alpha is None},
     }
     return {"format": "pt", PROVENANCE: json.dumps(record, sort_keys=True)}
 

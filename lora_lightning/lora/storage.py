@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -56,3 +57,36 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is not a whole safetensors file ({error}): export or download it again") from error
+
+
+def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Tensors of a file that `torch.save` wrote, zip or legacy. Nothing but tensors and plain data is unpickled.
+
+    Args:
+        wrappers: keys under which training scripts store a state dict; it is taken from there.
+
+    Raises:
+        AdapterError: the file is missing or torn, or holds anything but a state dict.
+    """
+    if not path.is_file():
+        raise AdapterError(f"no file {path}")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a torn pickle fails in as many ways as there are opcodes
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise AdapterError(
+            f"{path} is torn or holds more than tensors, and nothing else in it is opened ({reason}): download it"
+            f" again, or save its state dict alone, best as safetensors"
+        ) from error
+    for key in wrappers:
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+            break
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise AdapterError(f"{path} must hold a state dict, tensors by name, got a {type(found).__name__}")
+    for key, value in found.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_quantized:
+            raise AdapterError(
+                f"{path} must hold a state dict of plain tensors, got a {type(value).__name__} under '{key}'"
+            )
+    return {key: value.detach() for key, value in found.items()}

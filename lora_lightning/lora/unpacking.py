@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
@@ -21,17 +20,17 @@ from lora_lightning.lora.peft_config import (
     holder,
     is_trained_bias,
     peft_adapts,
-    peft_pattern,
     peft_selects,
     start_in_file,
     token_ids,
 )
+from lora_lightning.lora.peft_keys import prefix_hint
+from lora_lightning.lora.peft_patterns import check_rank, trained_alphas
 from lora_lightning.lora.record import Record
 
 A_ENDS = (".lora_A.weight", ".lora_embedding_A")
 OTHER_ENDS = (".lora_B.weight", ".lora_embedding_B", ".lora_B.bias", ".lora_magnitude_vector")
 TOKENS_END = ".token_adapter.trainable_tokens_delta"
-BASE_END = ".base_layer.weight"
 
 
 @dataclass
@@ -56,7 +55,7 @@ def contents(tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Modu
     """
     strangers = [key for key in tensors if not key.startswith(PREFIX)]
     if strangers:
-        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {some(strangers)}")
+        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {some(strangers, 10)}")
     found, rest = Contents(), list[str]()
     modules = dict(model.named_modules(remove_duplicate=False))
     for key, tensor in tensors.items():
@@ -71,10 +70,9 @@ def contents(tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Modu
             rest.append(name)
     unknown = [name for name in (*found.modules, *found.tokens) if name not in modules]
     if unknown:
-        hint = did_you_mean(unknown[0], modules)
-        raise AdapterError(
-            f"the model has no module '{unknown[0]}' ({len(unknown)} of the adapter's are missing){hint}"
-        )
+        hint = prefix_hint(unknown, model) or did_you_mean(unknown[0], modules)
+        named = some([f"'{name}'" for name in unknown], 10)
+        raise AdapterError(f"the model has no module {named}: {len(unknown)} of the adapter's are missing{hint}")
     found.saved = _saved_modules(rest, peft.get("modules_to_save") or [], model)
     return found
 
@@ -108,7 +106,7 @@ def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list
     strangers = [key for key, holder in holders.items() if holder is None]
     if strangers:
         raise AdapterError(
-            f"the adapter does not fit this model ({len(strangers)} keys): left over {some(strangers)}, which are"
+            f"the adapter does not fit this model ({len(strangers)} keys): left over {some(strangers, 10)}, which are"
             f" neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
         )
     for entry in listed:
@@ -117,35 +115,6 @@ def _saved_modules(keys: list[str], listed: list[str], model: nn.Module) -> list
         if bare:
             raise AdapterError(f"{CONFIG} saves '{bare[0]}' in full and {WEIGHTS} has no tensors for it")
     return sorted({holder for holder in holders.values() if holder is not None})
-
-
-def without_base_copies(
-    tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Module, *, allow_other_base: bool
-) -> dict[str, Tensor]:
-    """The file's tensors less what PEFT writes of W0 itself: beside an adapted output layer or embedding.
-
-    Raises:
-        AdapterError: such a matrix is not this model's, and `allow_other_base` is False.
-    """
-    own, listed = model.state_dict(), peft.get("modules_to_save") or []
-    kept: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        full = key.removeprefix(PREFIX)
-        name = full.replace(".base_layer.", ".")
-        here = own.get(name)
-        if here is None or holder(name, listed) or is_trained_bias(full, peft):
-            kept[key] = tensor
-        elif here.shape == tensor.shape and torch.equal(tensor.to(here.dtype), here.cpu()):
-            continue
-        elif not full.endswith(BASE_END):
-            kept[key] = tensor
-        elif not allow_other_base:
-            raise AdapterError(
-                f"the adapter holds a weight of '{name.removesuffix('.weight')}' that is not this model's: load the"
-                f" base that it was made on (resized as it was there), or pass allow_other_base=True to keep this"
-                f" model's"
-            )
-    return kept
 
 
 def check_targets(peft: dict[str, Any], found: Contents, model: nn.Module) -> None:
@@ -171,19 +140,28 @@ def check_targets(peft: dict[str, Any], found: Contents, model: nn.Module) -> No
             raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
 
 
-def our_config(peft: dict[str, Any], found: Contents, record: Record | None, model: nn.Module) -> LoRAConfig:
+def our_config(
+    peft: dict[str, Any],
+    found: Contents,
+    record: Record | None,
+    model: nn.Module,
+    alphas_in_doubt: Mapping[str, float],
+) -> LoRAConfig:
     """The config that injects what the file holds.
 
-    Ranks come from the tensors, alphas as PEFT resolves its patterns; what PEFT's layout cannot say (`slices`, an
+    Ranks come from the tensors, alphas from PEFT's patterns; what PEFT's layout cannot say (`slices`, an
     attention of which one projection is adapted, dropouts by layer) from our record, where there is one.
 
     Raises:
-        AdapterError: the config was changed since we wrote it.
+        AdapterError: the config was changed since we wrote it, or does not go with the tensors' ranks, or leaves an
+            alpha in doubt.
     """
     r, alpha, rslora = int(peft.get("r", 8)), float(peft.get("lora_alpha", 8)), bool(peft.get("use_rslora"))
     adapted = {**found.modules, **found.parameters}
-    patterns = peft.get("alpha_pattern") or {}
-    alphas = {name: float(peft_pattern(patterns, _peft_name(name, model), alpha)) for name in adapted}
+    names = {name: _peft_name(name, model) for name in adapted}
+    for name, rank in adapted.items():
+        check_rank(peft, name, names[name], rank)
+    alphas = trained_alphas(peft, names, adapted, alphas_in_doubt)
     if record:
         # A projection that only fills PEFT's form is not in the record.
         adapted = {name: rank for name, rank in adapted.items() if name in record.settings}

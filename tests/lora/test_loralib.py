@@ -1,0 +1,238 @@
+"""Checkpoints of the real loralib, loaded here: the same outputs in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import loralib
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lora_lightning import load_adapter, load_loralib, merge, save_adapter
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.inject import trained_biases
+from tests.factories import assert_same, distance, snapshot
+
+R, ALPHA = 2, 5
+
+
+class Net(nn.Module):
+    """An embedding, a convolution, a fused and two plain projections."""
+
+    def __init__(self, lora=None, **options):
+        super().__init__()
+        kind = lora or nn
+        r = {"r": R, "lora_alpha": ALPHA} if lora else {}
+        self.table = kind.Embedding(11, 12, **r)
+        self.conv = kind.Conv2d(1, 6, kernel_size=options.get("kernel", 3), padding=1, **r)
+        if options.get("enable"):
+            self.qkv = lora.MergedLinear(12, 36, enable_lora=options["enable"], **r)
+        else:
+            self.qkv = nn.Linear(12, 36)
+        self.norm = nn.LayerNorm(12)
+        self.out = kind.Linear(12, 8, **r)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        x = self.conv(x[:, None]).mean(1)[..., :12]
+        q, k, v = self.qkv(F.pad(x, (0, 12 - x.shape[-1]))).chunk(3, -1)
+        return self.head(self.out(self.norm(q.softmax(-1) * k + v)))
+
+
+IDS = torch.tensor([[0, 3, 5, 7], [1, 1, 9, 10]])
+
+
+def plain():
+    torch.manual_seed(4)
+    return Net().double().requires_grad_(True)
+
+
+def theirs(bias="none", enable=(True, False, True), train=True):
+    """loralib's twin of `plain`, trained a little."""
+    base = plain()
+    torch.manual_seed(5)
+    model = Net(loralib, enable=list(enable)).double()
+    state = {k.replace("conv.", "conv.conv."): v for k, v in base.state_dict().items()}
+    missing, strangers = model.load_state_dict(state, strict=False)
+    assert not strangers
+    assert all("lora_" in name for name in missing)
+    loralib.mark_only_lora_as_trainable(model, bias)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.train(train)
+
+
+def write(tmp_path, model, bias="none", wrap=None, name="lora.pt", legacy=False, whole=False):
+    state = model.state_dict() if whole else loralib.lora_state_dict(model, bias)
+    torch.save({wrap: state, "epoch": 3} if wrap else state, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+    return tmp_path / name
+
+
+def load(path, model=None, **options):
+    model = plain() if model is None else model
+    options.setdefault("enable_lora", [True, False, True])
+    return model, load_loralib(model, path, r=R, alpha=ALPHA, **options)
+
+
+@pytest.mark.parametrize("wrap", [None, "state_dict", "model_state_dict"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_outputs_are_loralibs(tmp_path, wrap, legacy):
+    model = theirs()
+    ours, report = load(write(tmp_path, model, wrap=wrap, legacy=legacy))
+    assert distance(plain()(IDS), model(IDS)) > 1e-3
+    assert distance(ours(IDS), model(IDS)) < 1e-12
+    assert [row.module for row in report.modules] == ["table", "conv", "qkv", "out"]
+    again, merged = plain(), copy.deepcopy(ours)
+    merge(merged)
+    assert distance(merged(IDS), model(IDS)) < 1e-12
+    load_adapter(again, save_adapter(ours, tmp_path / "peft"))
+    assert torch.equal(again(IDS), ours(IDS))
+
+
+@pytest.mark.parametrize("flags", [(True, False, False), (False, True, True), (True, True, True), (False, False, True)])
+def test_parts_of_a_merged_linear_are_slices(tmp_path, flags):
+    model = theirs(enable=flags)
+    ours, _ = load(write(tmp_path, model), enable_lora={"qkv": list(flags)})
+    assert distance(ours(IDS), model(IDS)) < 1e-12
+    assert ours.qkv.lora_settings.slices.taken == tuple(n for n, flag in zip("qkv", flags, strict=True) if flag)
+    if all(flags):
+        assert distance(load(tmp_path / "lora.pt", enable_lora=None)[0](IDS), model(IDS)) < 1e-12
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_come_along(tmp_path, bias):
+    model = theirs(bias)
+    ours, _ = load(write(tmp_path, model, bias))
+    assert distance(ours(IDS), model(IDS)) < 1e-12
+    assert {name for name, _ in trained_biases(ours)} == (
+        {"conv", "qkv", "out"} if bias == "lora_only" else {"conv", "qkv", "norm", "out", "head"}
+    )
+
+
+def test_a_whole_state_of_train_mode_loads_and_a_trained_head_by_name(tmp_path):
+    model = theirs()
+    path = write(tmp_path, model, whole=True)
+    assert distance(load(path)[0](IDS), model(IDS)) < 1e-12
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    path = write(tmp_path, model, whole=True)
+    with pytest.raises(AdapterError, match=r"1 weights in the checkpoint are not this model's: head.weight; .*modules"):
+        load(path)
+    ours, report = load(path, modules_to_save=["head"])
+    assert distance(ours(IDS), model(IDS)) < 1e-12
+    assert report.saved.keys() == {"head"}
+
+
+def test_a_state_saved_in_eval_mode_is_refused_with_the_reason_and_its_factors_are_good(tmp_path):
+    model = theirs()
+    wanted = model(IDS)
+    path = write(tmp_path, model.eval(), whole=True)
+    with pytest.raises(AdapterError, match=r"4 weights .*folds the update into W0 in eval\(\) mode and this was"):
+        load(path)
+    ours, _ = load(path, allow_other_base=True)
+    assert distance(ours(IDS), wanted) < 1e-12
+    moved = plain()
+    with torch.no_grad():
+        moved.table.weight.add_(1)
+    with pytest.raises(AdapterError, match=r"4 weights .*the base is another"):
+        load(path, moved)
+
+
+def test_safetensors_and_wrapped_keys_load(tmp_path):
+    model = theirs()
+    state = {f"module.{k}": v for k, v in loralib.lora_state_dict(model).items()}
+    safetensors.torch.save_file(state, tmp_path / "lora.safetensors")
+    assert distance(load(tmp_path / "lora.safetensors")[0](IDS), model(IDS)) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "k", "r"), [(3, 20, 3, 1), (3, 20, 2, 2), (2, 4, 3, 2), (1, 30, 5, 1), (4, 8, 1, 3)]
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolutions_of_any_rank_and_size_are_the_same_update(tmp_path, channels, out, k, r, groups):
+    channels *= groups
+    torch.manual_seed(6)
+    options = {"groups": groups, "stride": 2, "padding": 1, "bias": False}
+    model = nn.Sequential(loralib.Conv2d(channels, out, k, r=r, lora_alpha=3, **options)).double()
+    nn.init.normal_(model[0].lora_B)
+    ours = nn.Sequential(nn.Conv2d(channels, out, k, **options)).double()
+    ours[0].weight.data.copy_(model[0].conv.weight)
+    x = torch.randn(2, channels, 9, 9, dtype=torch.float64)
+    base = ours(x)
+    load_loralib(ours, write(tmp_path, model), r=r, alpha=3)
+    assert distance(ours(x), model(x)) < 1e-12
+    assert distance(base, model(x)) > 1e-2
+    assert ours[0].lora_A.shape[0] == (r * k * k if groups == 1 and r * k * k < out else out)
+
+
+def test_gpt2s_fused_attention_as_in_the_papers_own_code(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16)
+    torch.manual_seed(7)
+    ours = GPT2LMHeadModel(config).double().eval()
+    model = copy.deepcopy(ours)
+    options = {"enable_lora": [True, False, True], "fan_in_fan_out": True, "merge_weights": False}
+    for block in model.transformer.h:
+        fused = loralib.MergedLinear(8, 24, r=4, lora_alpha=32, **options).double()
+        fused.weight.data, fused.bias.data = block.attn.c_attn.weight.data, block.attn.c_attn.bias.data
+        nn.init.normal_(fused.lora_B)
+        block.attn.c_attn = fused
+    path = write(tmp_path, model, wrap="model_state_dict", whole=True)
+    load_loralib(ours, path, r=4, alpha=32, enable_lora={"c_attn": [True, False, True]})
+    ids = torch.arange(1, 7)[None]
+    assert distance(ours(ids).logits, model(ids).logits) < 1e-12
+
+
+def test_dropout_is_the_adapters_own(tmp_path):
+    _, report = load(write(tmp_path, theirs()), dropout=0.25)
+    assert {row.dropout for row in report.modules} == {0.25}
+
+
+REFUSALS = {
+    "r": (lambda s: s, {"r": 4}, r"'table': lora_B says r=2, expected the r that was given, 4"),
+    "no r": (lambda s: s, {"r": 0}, "r must be a whole number of at least 1, got 0"),
+    "alpha": (lambda s: s, {"alpha": 0}, "alpha must be a finite number above 0"),
+    "which parts": (lambda s: s, {"enable_lora": None}, r"'qkv' is a MergedLinear with 2 of 3 parts adapted, and the"),
+    "other parts": (lambda s: s, {"enable_lora": [True, False]}, r"enable_lora: 'qkv' has 2 of 3 parts"),
+    "no such layer": (lambda s: s, {"enable_lora": {"qvk": [True]}}, "no adapted module matches 'qvk'; did you mean"),
+    "missing": (lambda s: s.pop("out.lora_B"), {}, r"lacks 1 tensors: out.lora_B"),
+    "surplus": (lambda s: s.update({"outs.weight": torch.ones(2)}), {}, r"1 keys left over: outs.weight; did you mean"),
+    "unknown": (lambda s: s.update({"x.lora_A": torch.ones(2, 2)}), {}, "the model has no module 'x'"),
+    "shape": (lambda s: s.update({"out.lora_A": torch.ones(2, 5)}), {}, r"'out.lora_A' has shape \(2, 5\), expected"),
+    "flat": (lambda s: s.update({"out.lora_A": torch.ones(2)}), {}, "must be matrices"),
+    "nothing": (lambda s: s.clear(), {}, "no key that ends in lora_A"),
+    "PEFT's": (lambda s: s.update({"out.lora_A.weight": torch.ones(2)}), {}, "is PEFT's, not loralib's"),
+    "a norm": (lambda s: s.update({"norm.lora_A": torch.ones(2, 2), "norm.lora_B": torch.ones(2, 2)}), {}, "no kind"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_what_does_not_fit_is_refused_and_leaves_the_model_plain(tmp_path, name):
+    change, options, match = REFUSALS[name]
+    state = loralib.lora_state_dict(theirs())
+    change(state)
+    torch.save(state, tmp_path / "lora.pt")
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=match) as caught:
+        load_loralib(
+            model, tmp_path / "lora.pt", **{"r": R, "alpha": ALPHA, "enable_lora": [True, False, True], **options}
+        )
+    assert "\n" not in str(caught.value)
+    assert_same(model, before)
+
+
+def test_convolutions_that_loralib_cannot_run_are_refused_by_name(tmp_path):
+    torch.save({"0.lora_A": torch.ones(6, 6), "0.lora_B": torch.ones(6, 6)}, tmp_path / "x.pt")
+    with pytest.raises(AdapterError, match=r"'0' is a Conv1d: in loralib only Conv2d can run"):
+        load_loralib(nn.Sequential(nn.Conv1d(2, 2, 3)), tmp_path / "x.pt", r=2, alpha=4)
+    torch.save({"0.lora_A": torch.ones(2, 5), "0.lora_B": torch.ones(4, 2)}, tmp_path / "x.pt")
+    with pytest.raises(AdapterError, match=r"'0' has max_norm"):
+        load_loralib(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), tmp_path / "x.pt", r=2, alpha=4)

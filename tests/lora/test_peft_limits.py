@@ -1,0 +1,123 @@
+"""What PEFT reads otherwise is said when an adapter is saved, by the modules' names; our own load reads all of it."""
+
+from __future__ import annotations
+
+import warnings
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
+
+from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
+from lora_lightning.lora.errors import AdapterWarning
+from lora_lightning.lora.peft_limits import MIXTRAL_LIKE, QWEN2_MOE_LIKE
+from tests.factories import FAMILIES, Own, distance, move, output
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = self.a
+        self.c = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+def deepseek():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+    experts = {
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+    }
+    return DeepseekV3ForCausalLM(
+        DeepseekV3Config(**sizes, **ranks, **experts, intermediate_size=24, vocab_size=40, first_k_dense_replace=1)
+    )
+
+
+def conv(**options):
+    return nn.Sequential(nn.Conv2d(4, 4, 3, **options))
+
+
+TOKENS, X, IMAGE = torch.arange(1, 7)[None], torch.randn(3, 8), torch.randn(2, 4, 9, 9)
+CASES = {
+    "heads": (
+        Own,
+        X,
+        {"modules_to_save": ["head"], "target_modules": ["first"]},
+        "misses tensors for: 'overhead', 'lm_h",
+    ),
+    "two places": (Twice, X, {}, "adapts one place of a module that stands in several: 'a'"),
+    "dropouts": (Own, X, {"dropout": 0.1, "dropout_pattern": {"first": 0.3}, "exclude_modules": ["second"]}, "'first'"),
+    "out_proj": (
+        FAMILIES["encoder"].make,
+        torch.randn(2, 5, 16),
+        {"target_modules": ["out_proj"]},
+        "0.self_attn.out_p",
+    ),
+    "dilation": (lambda: conv(dilation=2), IMAGE, {"target_modules": ["0"]}, "convolution with dilation: '0'"),
+    "padding": (
+        lambda: conv(padding=1, padding_mode="circular"),
+        IMAGE,
+        {"target_modules": ["0"]},
+        "padding_mode: '0'",
+    ),
+    "experts": (deepseek, TOKENS, {}, r"fused experts.*: 'model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj'"),
+}
+
+
+def build(make):
+    torch.manual_seed(1)
+    return make().eval()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore")
+def test_a_limit_of_pefts_is_said_by_name_is_real_and_is_not_ours(tmp_path, name):
+    make, x, fields, match = CASES[name]
+    model = build(make)
+    inject(model, LoRAConfig(r=2, **fields))
+    move(model)
+    with pytest.warns(AdapterWarning, match=f"^PEFT .*{match}"):
+        save_adapter(model, tmp_path)
+    wanted = output(model, x)
+    ours = build(make)
+    load_adapter(ours, tmp_path)
+    assert torch.equal(output(ours, x), wanted)
+    assert ours.state_dict().keys() == model.state_dict().keys()
+    try:
+        theirs = peft.PeftModel.from_pretrained(build(make), tmp_path).eval()
+        if name == "dropouts":
+            assert {m.p for m in theirs.modules() if isinstance(m, nn.Dropout)} == {0.1}
+        else:
+            for module in theirs.modules():
+                if isinstance(module, nn.TransformerEncoderLayer):  # else its fused kernel passes adapters by
+                    module.register_forward_pre_hook(lambda module, args: None)
+            assert distance(output(theirs, x), wanted) > 1e-4
+    except (RuntimeError, KeyError) as error:
+        assert name in ("heads", "dilation"), error  # noqa: PT017
+
+
+def test_an_adapter_within_pefts_limits_is_saved_in_silence(tmp_path):
+    for family in ("bert", "llama"):
+        model = FAMILIES[family].build()
+        inject(model, LoRAConfig(r=2, dropout=0.1, modules_to_save=["classifier"] if family == "bert" else None))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            save_adapter(model, tmp_path)
+
+
+def test_the_model_types_are_those_of_transformers():
+    like = {
+        kind: {n for n, k in _MODEL_TO_CONVERSION_PATTERN.items() if k == kind} for kind in ("qwen2_moe", "mixtral")
+    }
+    assert like["qwen2_moe"] == QWEN2_MOE_LIKE
+    assert like["mixtral"] | {"mixtral"} == MIXTRAL_LIKE
