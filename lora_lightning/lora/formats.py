@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,8 @@ from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.lora.storage import write_bytes, write_tensors
 from lora_lightning.lora.unpacking import check_targets, contents, our_config
+
+log = logging.getLogger(__name__)
 
 
 def save_adapter(
@@ -93,7 +96,7 @@ def load_adapter(
     """Inject what a PEFT directory describes into a plain `model` and load its weights.
 
     An old `adapter_model.bin` is unpickled as tensors and nothing else. Ranks come from the tensors, alphas from PEFT's
-    patterns.
+    patterns. An adapter without a fingerprint of W0, as PEFT writes it, is loaded with a notice in the log.
 
     Args:
         alphas: by full module name, where entries of PEFT's `alpha_pattern` contradict each other about a module: its
@@ -115,6 +118,8 @@ def load_adapter(
     refuse_not_finite(tensors)
     if record and not allow_other_base:
         refuse_other_base(record.base, fingerprint(model))
+    if record is None:
+        log.warning(f"{file} has no fingerprint of the base that it was made on: this model's W0 is taken unchecked")
     tensors = {key: tensor for key, tensor in as_written(tensors, model).items() if not is_peft_copy(key)}
     peft = with_ties(peft, tensors, model)
     tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)

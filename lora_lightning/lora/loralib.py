@@ -212,7 +212,7 @@ def _config(
 
 
 def _our_tensors(model: nn.Module, parts: Mapping[str, Factors], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ours: dict[str, Tensor] = {}
+    ours, missing = dict[str, Tensor](), list[str]()
     convs = {name for name, part in parts.items() if part.A.dim() == 4}  # loralib's `lora_only` leaves theirs frozen
     for name, part in parts.items():
         ours |= {f"{name}.lora_A": part.A, f"{name}.lora_B": part.B}
@@ -220,8 +220,12 @@ def _our_tensors(model: nn.Module, parts: Mapping[str, Factors], rest: Mapping[s
         theirs = key.replace(".lora_copy.", ".").replace(".lora_trained_bias", ".bias")
         if key not in ours and theirs in rest:
             ours[key] = rest[theirs]
-        elif theirs.endswith(".bias") and theirs[: -len(".bias")] in convs:
+        elif theirs.removesuffix(".bias") in convs:
             ours[key] = own
+        elif key not in ours:
+            missing.append(theirs)
+    if missing:
+        raise AdapterError(f"the checkpoint lacks {len(missing)} tensors: {some(missing, 10)}")
     return ours
 
 

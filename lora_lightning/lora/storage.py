@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
     if not path.is_file():
         raise AdapterError(f"no file {path}")
     try:
+        _check_sums(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn pickle fails in as many ways as there are opcodes
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -94,3 +96,11 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
                 f"{path} has a tensor of shape {tuple(value.shape)} under '{key}' and few numbers for it"
             )
     return {key: value.detach() for key, value in found.items()}
+
+
+def _check_sums(path: Path) -> None:
+    """torch reads a zip without comparing the checksums that it wrote."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"'{damaged}' fails its checksum")

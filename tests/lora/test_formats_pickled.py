@@ -141,3 +141,15 @@ def test_a_directory_without_a_record_is_read_from_the_old_file_too(saved):
     with pytest.raises(AdapterError, match="the model has no module 'x'"):
         load_adapter(BERT.build(), directory.with_name("b"))
     assert json.loads((directory / CONFIG).read_text())["peft_type"] == "LORA"
+
+
+def test_a_bit_that_flipped_in_a_zip_is_refused(tmp_path):
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.arange(1000.0)}, path)
+    data = bytearray(path.read_bytes())
+    place = bytes(data).index(torch.arange(500.0, 510.0).numpy().tobytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path, weights_only=True)["a"][500] != 500
+    with pytest.raises(AdapterError, match=r"x\.bin is torn .*'x/data/0' fails its checksum"):
+        read_pickled(path)

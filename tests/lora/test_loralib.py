@@ -203,6 +203,8 @@ REFUSALS = {
     "other parts": (lambda s: s, {"enable_lora": [True, False]}, r"enable_lora: 'qkv' has 2 of 3 parts"),
     "no such layer": (lambda s: s, {"enable_lora": {"qvk": [True]}}, "no adapted module matches 'qvk'; did you mean"),
     "missing": (lambda s: s.pop("out.lora_B"), {}, r"lacks 1 tensors: out.lora_B"),
+    "half of the biases": (lambda s: s.update({"out.bias": torch.ones(8)}), {}, r"lacks 1 tensors: qkv.bias"),
+    "no head": (lambda s: s, {"modules_to_save": ["head"]}, r"lacks 2 tensors: head.weight, head.bias"),
     "surplus": (lambda s: s.update({"outs.weight": torch.ones(2)}), {}, r"1 keys left over: outs.weight; did you mean"),
     "unknown": (lambda s: s.update({"x.lora_A": torch.ones(2, 2)}), {}, "the model has no module 'x'"),
     "shape": (lambda s: s.update({"out.lora_A": torch.ones(2, 5)}), {}, r"'out.lora_A' has shape \(2, 5\), expected"),
