@@ -107,8 +107,10 @@ def pytest_testnodedown(node, error):
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not COVERED["kinds"]:
+    if not any(COVERED.values()):
         return
     terminalreporter.section("the laws of the method held over")
     for what, names in COVERED.items():
+        if not names:
+            continue
         terminalreporter.write_line(f"{len(names):3} {what}: {', '.join(sorted(names))}")

@@ -18,7 +18,7 @@ from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.fingerprint import fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove
 from lora_lightning.lora.layers import Grafted
-from lora_lightning.lora.misfits import refuse_misfits
+from lora_lightning.lora.misfits import refuse_misfits, refuse_not_finite
 from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
 from lora_lightning.lora.peft_copies import without_base_copies
@@ -115,6 +115,7 @@ def load_adapter(
     record = read_record(metadata)
     if record and record.adapter != of_tensors(tensors).digest:
         raise AdapterError(f"{file} was changed since it was saved: export or download it again")
+    refuse_not_finite(tensors)
     if record and not allow_other_base:
         refuse_other_base(record.base, fingerprint(model))
     if record is None:

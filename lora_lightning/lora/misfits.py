@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lora_lightning.lora.errors import AdapterError, did_you_mean, some
@@ -26,3 +27,11 @@ def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ]
     if problems:
         raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems, 10)}")
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise an AdapterError with the list of all keys that hold a NaN or an infinity."""
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    wrong = [f"'{key}'" for key, tensor in floating.items() if not torch.isfinite(tensor.float()).all()]
+    if wrong:
+        raise AdapterError(f"the adapter holds values that are not finite, in {some(wrong, 10)}: use an earlier one")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, some
+from lora_lightning.lora.regexes import refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
@@ -48,7 +50,7 @@ OTHER_METHODS = {
 # Fields that say nothing about the arithmetic of a trained adapter, or are read elsewhere.
 HARMLESS = {
     *{"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"},
-    *{"inference_mode", "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config"},
+    *{"inference_mode", "megatron_core", "loftq_config", "eva_config", "corda_config"},
     *{"lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"},
 }
 
@@ -62,24 +64,45 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterError(f"{path} is not JSON ({error})") from error
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+    except (ValueError, OSError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON ({str(error)[:200]})") from error
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         what = f" ({OTHER_METHODS[str(got).upper()]})" if str(got).upper() in OTHER_METHODS else ""
-        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {got!r}{what}")
+        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {shown(got)}{what}")
     for name, what in WITHOUT_COUNTERPART.items():
         if config.get(name) not in (None, False):
-            raise AdapterError(f"the adapter's setting {name}={config[name]!r} {what}, which has no counterpart here")
+            raise AdapterError(
+                f"the adapter's setting {name}={shown(config[name])} {what}, which has no counterpart here"
+            )
     unknown = {name: value for name, value in config.items() if value and name not in {*HARMLESS, *CHECKS}}
     if unknown:
-        said = some([f"{name}={value!r}" for name, value in unknown.items()], 10)
+        said = some([f"{name[:40]}={shown(value)}" for name, value in unknown.items()], 10)
         warnings.warn(f"{path} has settings that are unknown here and not used: {said}", AdapterWarning, stacklevel=3)
     for name, (check, expected) in CHECKS.items():
-        if config.get(name) is not None and not check(config[name]):
-            raise AdapterError(f"{path}: {name} must be {expected}, got {config[name]!r}")
+        left_out = config.get(name) is None and (name not in config or name not in NUMBERS)
+        if not left_out and not check(config[name]):
+            raise AdapterError(f"{path}: {name} must be {expected}, got {shown(config[name])}")
     return config
+
+
+def shown(value: Any) -> str:
+    """A value of a file for one line of an error, cut where it is long or deep."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxdict = 10
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{next(n for n in names if names.count(n) > 1)[:40]}' stands there twice")
+    return found
 
 
 def _is_bool(value: Any) -> bool:
@@ -99,10 +122,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_regex(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and re.compile(value) is not None
-    except re.error:
-        return False
+    return isinstance(value, str) and refusal(value) is None
 
 
 def _is_selection(value: Any) -> bool:
@@ -117,10 +137,19 @@ def _is_blocks(value: Any) -> bool:
     return _is_int(value) or (isinstance(value, list) and all(_is_int(entry) for entry in value))
 
 
+def _is_blocks_pattern(value: Any) -> bool:
+    """Without groups of its own, for PEFT takes the first group as the block's number."""
+    patterns = value if isinstance(value, list) else [value]
+    return all(_is_regex(pattern) and re.compile(pattern).groups == 0 for pattern in patterns)
+
+
 def _is_tokens(value: Any) -> bool:
     lists = value.values() if isinstance(value, dict) else [value]
     return all(isinstance(numbers, list) and all(_is_int(n) for n in numbers) for numbers in lists)
 
+
+NUMBERS = ("r", "lora_alpha")
+"""Fields that PEFT never leaves at null."""
 
 # What is read of PEFT's config, each by a check and by what it expects.
 CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -140,7 +169,8 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (_is_patterns, "a map of regular expressions to numbers"),
     "alpha_pattern": (_is_patterns, "a map of regular expressions to numbers"),
     "layers_to_transform": (_is_blocks, "a block number or a list of them"),
-    "layers_pattern": (_is_selection, "a list of names or a regular expression"),
+    "layers_pattern": (_is_blocks_pattern, "regular expressions without groups"),
+    "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false or a name"),
 }
 
 
@@ -155,7 +185,8 @@ def peft_adapts(peft: dict[str, Any], targets: str | list[str], name: str) -> bo
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         # Without a pattern of its own, PEFT wants a name before the blocks' list.
         head = r"(?:^|.*?\.)" if peft.get("layers_pattern") else r".*?\."
-        if match := re.match(rf"{head}{pattern}\.(\d+)\.", name):
+        match = re.match(rf"{head}{pattern}\.(\d+)\.", name)
+        if match and match[1]:
             return int(match[1]) in ([blocks] if isinstance(blocks, int) else blocks)
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
 from lora_lightning.lora.packing import Packed
 from lora_lightning.lora.slices import check_spec
 
-PROVENANCE = "lora_lightning"
+PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ def write_record(
         "dropouts": dropouts,
         "slices": {p.name: s.to_spec() for p in packed if (s := p.layer.lora_settings.slices) and p.one_alpha is None},
     }
-    return {"format": "pt", PROVENANCE: json.dumps(record, sort_keys=True)}
+    text = json.dumps(record, sort_keys=True)
+    return {"format": "pt", PROVENANCE: text, CHECKSUM: _sha256(text)}
 
 
 def read_record(metadata: Mapping[str, str]) -> Record | None:
@@ -55,9 +57,11 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
     Raises:
         AdapterError: it cannot be read.
     """
-    if PROVENANCE not in metadata:
+    if PROVENANCE not in metadata and CHECKSUM not in metadata:
         return None
     try:
+        if metadata.get(CHECKSUM) != _sha256(metadata[PROVENANCE]):
+            raise ValueError("it was changed since it was saved")
         record = json.loads(metadata[PROVENANCE])
         slices = dict(record.get("slices", {}))
         for name, spec in slices.items():
@@ -69,8 +73,12 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
             dropouts={name: float(p) for name, p in record.get("dropouts", {}).items()},
             slices=slices,
         )
-    except (ConfigError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterError(f"the adapter's record of its base cannot be read ({error})") from error
+    except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise AdapterError(f"the adapter's record of its base cannot be read ({str(error)[:200]})") from error
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
 def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:

@@ -91,6 +91,10 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
             raise AdapterError(
                 f"{path} must hold a state dict of plain tensors, got a {type(value).__name__} under '{key}'"
             )
+        if value.untyped_storage().nbytes() < value.numel() * value.itemsize:
+            raise AdapterError(
+                f"{path} has a tensor of shape {tuple(value.shape)} under '{key}' and few numbers for it"
+            )
     return {key: value.detach() for key, value in found.items()}
 
 

@@ -3,6 +3,7 @@
 import re
 
 COVERED: dict[str, set[str]] = {"kinds": set(), "families": set(), "dtypes": set()}
+COVERED |= {"families that travelled": set(), "options that travelled": set(), "directions": set()}
 
 
 def note(*, dtype, report, family=None):
@@ -13,3 +14,10 @@ def note(*, dtype, report, family=None):
         COVERED["kinds"].add("token rows")
     if family is not None:
         COVERED["families"].add(family)
+
+
+def note_travel(*, family, option, direction):
+    """One adapter that arrived, computing what it computed at home."""
+    COVERED["families that travelled"].add(family)
+    COVERED["options that travelled"].add(option)
+    COVERED["directions"].add(direction)

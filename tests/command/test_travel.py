@@ -1,0 +1,149 @@
+"""What a run hands over: models that open where nothing of ours is, and adapters that know their base."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import AutoModel
+
+from lora_lightning import LoRAConfig, huggingface, load_adapter
+from lora_lightning.__main__ import main
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.training.export import export
+from tests.factories import assert_same, snapshot
+from tests.lora.laws import relative, stir
+from tests.lora.test_families import IDS
+from tests.lora.travellers import build
+from tests.tiny import make_bert
+
+# ---- merged models, opened by transformers alone
+
+MERGED = {
+    "bert": ("AutoModelForSequenceClassification", {"modules_to_save": ["classifier"], "use_dora": True}),
+    "gpt2": ("AutoModelForCausalLM", {"slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn"]}),
+    "llama": ("AutoModelForCausalLM", {"trainable_token_indices": {"embed_tokens": [1, 5]}, "init": "pissa"}),
+    "t5": ("AutoModelForSeq2SeqLM", {"target_modules": ["shared", "q", "wo"], "use_rslora": True}),
+    "mixtral": ("AutoModelForCausalLM", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+}
+
+ALONE = """
+import sys
+from pathlib import Path
+for name in ("lora_lightning", "peft", "lightning"):
+    sys.modules[name] = None  # importing it raises
+import safetensors.torch, torch, transformers
+folder, wanted = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
+for name, auto in wanted.items():
+    inputs = safetensors.torch.load_file(f"{folder}/{name}.inputs")
+    model, found = getattr(transformers, auto).from_pretrained(f"{folder}/{name}/merged", output_loading_info=True)
+    assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, found)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    safetensors.torch.save_file({"logits": logits}, f"{folder}/{name}.outputs")
+"""
+
+
+def test_exported_models_open_in_transformers_alone(make_module, tmp_path):
+    home = {}
+    for name, (_, fields) in MERGED.items():
+        inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS.flip(1)} if name == "t5" else {})}
+        module = make_module(build(name), LoRAConfig(**{"r": 2, **fields})).eval()
+        stir(module.backbone, size=0.1)
+        with torch.no_grad():
+            home[name] = module.backbone(**inputs).logits
+            assert relative(build(name)(**inputs).logits, home[name]) > 1e-3
+        export(module, tmp_path / name, batch=inputs, formats=["merged"])
+        safetensors.torch.save_file(inputs, tmp_path / f"{name}.inputs")
+    autos = [f"{name}={auto}" for name, (auto, _) in MERGED.items()]
+    subprocess.run([sys.executable, "-c", ALONE, str(tmp_path), *autos], check=True, cwd=tmp_path)
+    for name, wanted in home.items():
+        got = safetensors.torch.load_file(tmp_path / f"{name}.outputs")["logits"]
+        assert relative(got, wanted) <= 1e-5, name
+
+
+# ---- another base of equal shapes
+
+OTHERS = {
+    "other random weights": lambda folder: make_bert(folder, seed=1),
+    "one weight further trained": lambda folder: moved(make_bert(folder), "encoder.layer.1.output.dense.weight"),
+    "one bias one step up": lambda folder: moved(make_bert(folder), "encoder.layer.0.attention.self.key.bias"),
+    "other token embeddings": lambda folder: moved(make_bert(folder), "embeddings.word_embeddings.weight"),
+}
+
+
+@torch.no_grad()
+def moved(folder, name):
+    model = AutoModel.from_pretrained(folder)
+    weight = model.get_parameter(name).view(-1)
+    weight[-1] = torch.nextafter(weight[-1], torch.tensor(torch.inf))  # the smallest step there is
+    model.save_pretrained(folder)
+    return folder
+
+
+def command(monkeypatch, *args):
+    monkeypatch.setattr("sys.argv", ["lora-lightning", *map(str, args)])
+    main()
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """The adapter of a run that took real steps, as the command writes it."""
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        command(patch, "export", "--ckpt_path", trained, "--output_dir", folder, "--formats", "adapter")
+    trained_B = [t for k, t in safetensors.torch.load_file(folder / "adapter/adapter_model.safetensors").items()]
+    assert all(tensor.any() for tensor in trained_B)
+    return folder / "adapter"
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_trained_adapter_is_refused_on_another_base_of_equal_shapes(other, exported, trained, tiny, tmp_path):
+    model = huggingface(str(OTHERS[other](tmp_path / "other")), num_labels=2)
+    here = huggingface(tiny.bert, num_labels=2)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in here.state_dict().items()}
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=r"made on another base.*first .*allow_other_base=True"):
+        load_adapter(model, exported)
+    assert_same(model, before)
+    load_adapter(model, exported, allow_other_base=True)
+    load_adapter(here, exported)
+
+
+@pytest.mark.parametrize("action", ["export", "test", "fit"])
+def test_the_command_refuses_a_run_on_another_base(action, trained, tiny, tmp_path, monkeypatch, capsys):
+    other = make_bert(tmp_path / "other", seed=1)
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    checkpoint = run / "checkpoints" / "best.ckpt"
+    backbone = ("--model.backbone.init_args.pretrained_model_name_or_path", other)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, action, "--config", tiny.config, *backbone, "--ckpt_path", checkpoint)
+    assert stopped.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lora-lightning: error: ")]
+    assert len(lines) == 1
+    assert "was made on another base" in lines[0]
+    assert "allow_other_base" in lines[0]
+    after = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert after == before, "nothing was written into the run"
+
+
+def test_a_base_that_changed_under_its_own_name_is_another_base(tiny, tmp_path, monkeypatch, capsys):
+    bert = tmp_path / "bert"
+    shutil.copytree(tiny.bert, bert)
+    config = tmp_path / "run.yaml"
+    config.write_text(Path(tiny.config).read_text().replace(tiny.bert, str(bert)))
+    command(monkeypatch, "fit", "--config", config, "--trainer.max_epochs", "1")
+    command(monkeypatch, "export", "--ckpt_path", "runs/tiny", "--output_dir", tmp_path / "before")
+    moved(bert, "encoder.layer.1.output.dense.weight")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "export", "--ckpt_path", "runs/tiny", "--output_dir", tmp_path / "after")
+    assert "another base" in capsys.readouterr().err
+    assert not (tmp_path / "after").exists()
+    with pytest.raises(AdapterError, match=r"1 of \d+ tensors differ, first bert.encoder.layer.1.output.dense.weight"):
+        load_adapter(huggingface(str(bert), num_labels=2), tmp_path / "before" / "adapter")

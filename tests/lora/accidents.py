@@ -1,0 +1,321 @@
+"""What can happen to an adapter's files: each accident maps good bytes and a `random.Random` to bad ones.
+
+A safetensors file is a length of 8 bytes, a JSON header, and data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import struct
+from collections.abc import Callable
+from typing import Any
+
+Accident = Callable[[bytes, random.Random], bytes]
+
+JUNK: list[Any] = [
+    *(None, True, False, 0, 1, -1, 2, 3, -7, 8.0, 0.5, -0.0, 1e-320, 1e308, 10**30, 10**400, 2**63, -(2**63)),
+    *(math.nan, math.inf, -math.inf, "", " ", "q", "LORA", "8", "true", "none", "\x00", "\ud800", "é", "head", "."),
+    *([], [[]], [None], [0], [1, 1], [-1], [10**9], [True], ["q"], ["q", None], [""], ["q\x00"], ["pissa"], [[0, 2]]),
+    *({}, {"": 1}, {"q": None}, {"q": {}}, {"q": [1]}, {"embed": [0]}, {"a": {"b": {"c": [1, {"d": None}]}}}),
+]
+"""Values of every type, for a field that wants another."""
+
+REGEXES = [
+    *("(", ")", "[", "*", "+", "?", "\\", "(?", "(?P<", "(?P=x)", "(?#", "(?<=a*)b", "q)|(v", "(?i)Q", "(?x) q # c"),
+    *("(x)|layers", "(?:)", "^$", ".*", "|", "a{99999999999999999999}", "a{1000,1}", "(?:a{0,65535}){0,65535}"),
+    *("(" * 5000 + ")" * 5000, "(?:" * 300 + ")" * 300, "[" * 3000, "q|" * 20000 + "v", "." * 200000),
+    *(r"([a-z_.0-9]+)+!", r"([a-z0-9._]*)*!", r"(a|a|.)*!", r"(.|\w)+!", r"(.*)*$^", r"((.+)+)+!", r"(.*,?)*!"),
+    *(".*" * 12 + "!", ".*?" * 20 + "!", r"[a-z_.]*" * 9 + "!", r"(?:\w*\.?){9}!", r"(.*)\1\1\1!", r"(?=(.+)+!)q"),
+]
+"""Patterns that `re` refuses, that mean another thing inside a larger one, or that take for ever to miss."""
+
+FIELDS = [
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "target_parameters", "rank_pattern"),
+    *("alpha_pattern", "modules_to_save", "use_rslora", "use_dora", "lora_bias", "bias", "fan_in_fan_out"),
+    *("init_lora_weights", "layers_to_transform", "layers_pattern", "trainable_token_indices", "layer_replication"),
+    *("peft_type", "task_type", "use_qalora", "megatron_config", "inference_mode", "base_model_name_or_path"),
+]
+DTYPES = ["F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "C64", "F4", "X", "", 5]
+SIZES = {"F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2}
+RECORD = "lora_lightning"
+
+
+# ---- any file
+
+
+def flip_bits(data: bytes, random: random.Random) -> bytes:
+    changed = bytearray(data)
+    for _ in range(random.choice([1, 1, 1, 2, 8])):
+        changed[random.randrange(len(changed))] ^= 1 << random.randrange(8)
+    return bytes(changed)
+
+
+def cut(data: bytes, random: random.Random) -> bytes:
+    return data[: random.randrange(len(data))]
+
+
+def insert(data: bytes, random: random.Random) -> bytes:
+    at = random.randrange(len(data) + 1)
+    return data[:at] + random.randbytes(random.randrange(1, 9)) + data[at:]
+
+
+def lose(data: bytes, random: random.Random) -> bytes:
+    at = random.randrange(len(data))
+    return data[:at] + data[at + random.randrange(1, 17) :]
+
+
+def double(data: bytes, random: random.Random) -> bytes:
+    at = random.randrange(len(data))
+    return data[:at] + data[at : at + random.randrange(1, 65)] + data[at:]
+
+
+def noise(data: bytes, random: random.Random) -> bytes:
+    return random.randbytes(random.randrange(64))
+
+
+ANY: list[Accident] = [flip_bits, cut, insert, lose, double, noise]
+
+
+# ---- safetensors
+
+
+def opened(data: bytes) -> tuple[dict[str, Any], bytes]:
+    length = int.from_bytes(data[:8], "little")
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def closed(header: Any, body: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def _entry(header: dict[str, Any], random: random.Random) -> dict[str, Any]:
+    return header[random.choice([key for key in header if key != "__metadata__"])]
+
+
+def flip_header(data: bytes, random: random.Random) -> bytes:
+    end = 8 + int.from_bytes(data[:8], "little")
+    return flip_bits(data[:end], random) + data[end:]
+
+
+def flip_data(data: bytes, random: random.Random) -> bytes:
+    start = 8 + int.from_bytes(data[:8], "little")
+    changed = bytearray(data)
+    changed[random.randrange(start, len(data))] ^= 1 << random.randrange(8)
+    return bytes(changed)
+
+
+def other_length(data: bytes, random: random.Random) -> bytes:
+    wrong = random.choice([0, 1, 7, len(data), 100_000_001, 2**31, 2**63, 2**64 - 1, random.randrange(len(data))])
+    return wrong.to_bytes(8, "little") + data[8:]
+
+
+def second_header(data: bytes, random: random.Random) -> bytes:
+    end = 8 + int.from_bytes(data[:8], "little")
+    return data[:end] + data[random.choice([0, 8]) : end] + data[end:]
+
+
+def deep_header(data: bytes, random: random.Random) -> bytes:
+    header, body = opened(data)
+    text = json.dumps(header).encode()
+    text = text[:-1] + b',"deep":' + b"[" * 20000 + b"]" * 20000 + b"}"
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def key_twice(data: bytes, random: random.Random) -> bytes:
+    header, body = opened(data)
+    key = random.choice(list(header))
+    again = json.dumps({key: header[random.choice([k for k in header if k != "__metadata__"])]})
+    text = json.dumps(header)[:-1] + ", " + again[1:]
+    return len(text).to_bytes(8, "little") + text.encode() + body
+
+
+def other_dtype(data: bytes, random: random.Random) -> bytes:
+    """Of another name for the same bytes, or with the shape that these bytes then have."""
+    header, body = opened(data)
+    entry = _entry(header, random)
+    entry["dtype"] = random.choice(DTYPES)
+    size = SIZES.get(entry["dtype"], 1)
+    if random.random() < 0.5 and entry["shape"]:
+        entry["shape"][-1] = entry["shape"][-1] * 4 // size
+    return closed(header, body)
+
+
+def other_shape(data: bytes, random: random.Random) -> bytes:
+    header, body = opened(data)
+    entry = _entry(header, random)
+    shape = entry["shape"]
+    wrong = [
+        shape[::-1],
+        [math.prod(shape)],
+        [1, *shape],
+        [],
+        [0, *shape],
+        [2, 2, 2],
+        [-1, -16],
+        [10**9],
+        [2**40, 2**40],
+    ]
+    entry["shape"] = random.choice([*wrong, "4", [4.0], [None], {}, None])
+    return closed(header, body)
+
+
+def empty_of_any_size(data: bytes, random: random.Random) -> bytes:
+    """A tensor of no bytes whose shape still names a rank, as large as may be."""
+    header, body = opened(data)
+    key = random.choice([key for key in header if key != "__metadata__"])
+    size = random.choice([1, 2, 3, 10**6, 10**9, 2**40, 2**62])
+    at = header[key]["data_offsets"][0]
+    gone = header[key]["data_offsets"][1] - at
+    for entry in header.values():
+        if "data_offsets" in entry and entry["data_offsets"][0] > at:
+            entry["data_offsets"] = [offset - gone for offset in entry["data_offsets"]]
+    header[key] |= {"shape": random.choice([[size, 0], [0, size], [size, 0, size]]), "data_offsets": [at, at]}
+    return closed(header, body[:at] + body[at + gone :])
+
+
+def other_offsets(data: bytes, random: random.Random) -> bytes:
+    header, body = opened(data)
+    entry, other = _entry(header, random), _entry(header, random)
+    start, end = entry["data_offsets"]
+    wrong = [[end, start], [start + 4, end + 4], [0, 2**63], [-4, end], [start, start], [start, end, end], [None, 1]]
+    entry["data_offsets"] = random.choice([*wrong, other["data_offsets"], "0", [0.5, 1.5], []])
+    return closed(header, body)
+
+
+def swapped(data: bytes, random: random.Random) -> bytes:
+    """Two tensors of one shape in each other's place."""
+    header, body = opened(data)
+    one = _entry(header, random)
+    same = [e for k, e in header.items() if k != "__metadata__" and e["shape"] == one["shape"]]
+    two = random.choice(same)
+    one["data_offsets"], two["data_offsets"] = two["data_offsets"], one["data_offsets"]
+    return closed(header, body)
+
+
+def not_finite(data: bytes, random: random.Random) -> bytes:
+    header, body = opened(data)
+    start, end = _entry(header, random)["data_offsets"]
+    at = random.randrange(start, end, 4)
+    value = random.choice([math.nan, math.inf, -math.inf])
+    return closed(header, body[:at] + struct.pack("<f", value) + body[at + 4 :])
+
+
+def other_key(data: bytes, random: random.Random) -> bytes:
+    """Renamed, removed, or added under another name."""
+    header, body = opened(data)
+    key = random.choice([key for key in header if key != "__metadata__"])
+    swaps = [
+        ("lora_A", "lora_B"),
+        ("lora_A", "lora_a"),
+        ("layers.0", "layers.1"),
+        ("layers.0", "layers.7"),
+        (".q", ".v"),
+    ]
+    swaps += [
+        ("base_model.model.", ""),
+        (".weight", ""),
+        ("head", "lm_head"),
+        (".", ".."),
+        ("lora_", "base_layer."),
+        (".q", ".v"),
+    ]
+    wrong = key.replace(*random.choice(swaps)) if random.random() < 0.7 else str(random.choice(JUNK))
+    entry = header[key] if random.random() < 0.3 else header.pop(key)
+    header[wrong] = entry
+    return closed(header, body)
+
+
+def lost_tensor(data: bytes, random: random.Random) -> bytes:
+    """One tensor fewer, in a file that is whole."""
+    data = empty_of_any_size(data, random)
+    header, body = opened(data)
+    header = {k: e for k, e in header.items() if k == "__metadata__" or e["data_offsets"][0] < e["data_offsets"][1]}
+    return closed(header, body)
+
+
+def other_metadata(data: bytes, random: random.Random) -> bytes:
+    header, body = opened(data)
+    metadata = header.get("__metadata__") or {}
+    wrong = [None, {}, {"format": "pt"}, {"format": "np", **metadata}, [], {"format": 5}, {**metadata, "more": "x"}]
+    wrong += [{**metadata, RECORD: str(random.choice(JUNK))}, {**metadata, RECORD: "[" * 50000 + "]" * 50000}]
+    header["__metadata__"] = random.choice(wrong)
+    return closed(header, body)
+
+
+def other_record(data: bytes, random: random.Random) -> bytes:
+    """One value somewhere in our record is another, or gone; a file without one gets one of junk."""
+    header, body = opened(data)
+    metadata = header.setdefault("__metadata__", {})
+    record = json.loads(metadata.get(RECORD, "{}"))
+    place: Any = record
+    while isinstance(place, dict) and place:
+        key = random.choice(list(place))
+        if not isinstance(place[key], dict) or not place[key] or random.random() < 0.4:
+            break
+        place = place[key]
+    key = random.choice([*place, "more"])
+    if random.random() < 0.3:
+        place.pop(key, None)
+    else:
+        place[key] = random.choice([*JUNK, *(r for r in REGEXES if len(r) < 100)])
+    metadata[RECORD] = json.dumps(record)
+    return closed(header, body)
+
+
+TENSORS: list[Accident] = [
+    *(*ANY, flip_header, flip_data, other_length, second_header, deep_header, key_twice, other_dtype, other_shape),
+    *(empty_of_any_size, other_offsets, swapped, not_finite, other_key, lost_tensor, other_metadata, other_record),
+]
+
+
+# ---- adapter_config.json
+
+
+def _dumped(config: Any) -> bytes:
+    return json.dumps(config).encode()
+
+
+def mistyped_field(data: bytes, random: random.Random) -> bytes:
+    config = json.loads(data)
+    for _ in range(random.choice([1, 1, 1, 2])):
+        config[random.choice([*FIELDS, *config])] = random.choice(JUNK)
+    return _dumped(config)
+
+
+def lost_field(data: bytes, random: random.Random) -> bytes:
+    config = json.loads(data)
+    for _ in range(random.choice([1, 1, 2, 5])):
+        config.pop(random.choice(list(config)), None)
+    return _dumped(config)
+
+
+def unknown_field(data: bytes, random: random.Random) -> bytes:
+    return _dumped({**json.loads(data), random.choice(["rank", "lora_r", "", "é", "use_magic"]): random.choice(JUNK)})
+
+
+def bad_regex(data: bytes, random: random.Random) -> bytes:
+    config, regex = json.loads(data), random.choice(REGEXES)
+    field = random.choice(["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"])
+    config[field] = {regex: 3} if field.endswith("_pattern") and field != "layers_pattern" else regex
+    if field == "layers_pattern":
+        config |= {"layers_to_transform": [0, 1], "layers_pattern": random.choice([regex, [regex]])}
+    return _dumped(config)
+
+
+def odd_json(data: bytes, random: random.Random) -> bytes:
+    """No object, another encoding, more than one, a depth or a number without bound, a key twice."""
+    depth, begun = random.choice([900, 1500, 100_000]), data.rstrip()[:-1]
+    whole = [b"", b" ", b"null", b"[]", b"5", b'"LORA"', b"{}", b'{"peft_type": "LORA"}', b"[" * depth]
+    whole += [b"[" * depth + b"]" * depth, b'{"a":' * depth + b"1" + b"}" * depth]
+    around = [data + data, b"\xff\xfe" + data, b"\xef\xbb\xbf" + data, b"// c\n" + data, data + b"\0"]
+    around += [data.decode().encode("utf-16"), data.replace(b'"', b"'"), b" " * 1_000_000 + data]
+    inside = [b'"x":' + b"[" * depth + b"]" * depth, b'"lora_alpha":1' + b"0" * 5000, b'"r":1', b'"r":3', b'"r":64']
+    return random.choice([*whole, *around, *(begun + b"," + more + b"}" for more in inside)])
+
+
+CONFIGS: list[Accident] = [*ANY, mistyped_field, mistyped_field, mistyped_field, lost_field, unknown_field, bad_regex]
+CONFIGS += [odd_json]

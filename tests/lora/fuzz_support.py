@@ -1,0 +1,231 @@
+"""A good adapter's directory, loads of what accidents made of it, and the bounds within which each must stay."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import resource
+import signal
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import settings
+from torch import nn
+
+from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, remove, save_adapter
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.inject import adapted_layers
+from tests.factories import assert_same, move, snapshot
+from tests.lora.accidents import Accident
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MORE = os.environ.get("LORA_FUZZ")
+SECONDS, BYTES = 2.0, 4 * 2**30
+IDS = torch.tensor([[1, 4, 2], [0, 5, 3]])
+
+
+def examples(count: int):
+    """The same draw each time; with LORA_FUZZ=N another one of N examples, by `--hypothesis-seed` where given."""
+    return settings(max_examples=int(MORE or count), derandomize=MORE is None, deadline=None, database=None)
+
+
+# ---- a model and two good directories
+
+
+class Block(nn.Module):
+    """With a name as long as real ones, which is what slow regexes feed on."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attention_of_this_block = nn.ModuleDict({"q": nn.Linear(4, 4), "v": nn.Linear(4, 4, bias=False)})
+
+    def forward(self, x):
+        attention = self.self_attention_of_this_block
+        return x + torch.tanh(attention["v"](torch.tanh(attention["q"](x))))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(6, 4), nn.Linear(4, 2)
+        self.layers = nn.ModuleList([Block(), Block()])
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def write_ours(folder: Path) -> None:
+    model = net()
+    chosen = {"r": 2, "alpha": 3.0, "target_modules": ["q", "v"], "modules_to_save": ["head"], "bias": "lora_only"}
+    patterns = {"rank_pattern": {"0.self_attention_of_this_block.q": 1}, "alpha_pattern": {"v": 5.0}}
+    inject(model, LoRAConfig(**chosen, **patterns, trainable_token_indices={"embed": [1, 4]}))
+    save_adapter(move(model), folder)
+
+
+def write_pefts(folder: Path) -> None:
+    chosen = {"r": 2, "lora_alpha": 3, "target_modules": ["q", "v"], "modules_to_save": ["head"]}
+    model = peft.get_peft_model(net(), peft.LoraConfig(**chosen, rank_pattern={"v": 1}, alpha_pattern={"q": 5}))
+    move(model).save_pretrained(folder)
+
+
+class Origin:
+    """A good directory, the model that it is for, and what the model then computes."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.ours, self.model, self.folder = name == "ours", net(), folder
+        (write_ours if self.ours else write_pefts)(folder)
+        self.good = {file: (folder / file).read_bytes() for file in (WEIGHTS, CONFIG)}
+        self.tensors = safetensors.torch.load(self.good[WEIGHTS])
+        load_adapter(self.model, folder)
+        with torch.no_grad():
+            self.output = self.model(IDS)
+        self.plain()
+        self.before = snapshot(self.model)
+        with torch.no_grad():
+            assert not torch.equal(self.model(IDS), self.output)
+
+    def plain(self) -> None:
+        remove(self.model).requires_grad_(True)
+
+    def load(self) -> str:
+        """The law: `refused` in one line with the model untouched, or loaded: the `same` model, or an `other` one."""
+        model = self.model
+        try:
+            with within_bounds():
+                load_adapter(model, self.folder)
+        except LoRAError as error:
+            said = str(error)
+        else:
+            return self._loaded()
+        assert "\n" not in said
+        assert len(said) < 2000
+        assert_same(model, self.before)
+        return "refused"
+
+    def _loaded(self) -> str:
+        model = self.model
+        try:
+            assert all(torch.isfinite(tensor).all() for tensor in adapter_tensors(model).values()), "not finite"
+            self.scales = {name: layer.lora_settings.scale for name, layer in adapted_layers(model)}
+            with torch.no_grad():
+                return "same" if torch.equal(model(IDS), self.output) else "other"
+        finally:
+            self.plain()
+
+    def meet(self, accident: Accident, file: str, seed: int) -> str:
+        """Load after an accident; what loads as another model must be what the files say."""
+        bad = accident(self.good[file], random.Random(seed))
+        (self.folder / file).write_bytes(bad)
+        try:
+            result = self.load()
+        finally:
+            (self.folder / file).write_bytes(self.good[file])
+        if result == "other":
+            assert not self.ours, "a file of ours that was changed loaded as something else"
+            (self.check_values if file == WEIGHTS else self.check_scales)(bad)
+        return result
+
+    def check_values(self, bad: bytes) -> None:
+        """PEFT's files carry no checksum: other values in are other values out, and nothing else is."""
+        tensors = safetensors.torch.load(bad)
+        assert any(not torch.equal(tensor, tensors[key]) for key, tensor in self.tensors.items())
+
+    def check_scales(self, bad: bytes) -> None:
+        """The scales are those that the changed config asks for: PEFT's rule, written a second time."""
+        config = json.loads(bad)
+        for name, scale in self.scales.items():
+            hits = [a for p, a in config.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({p})$", name)]
+            r = self.tensors[f"base_model.model.{name}.lora_A.weight"].shape[0]
+            alpha = hits[0] if hits else config.get("lora_alpha", 8)
+            assert scale == pytest.approx(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
+
+
+@contextlib.contextmanager
+def quick_folder(otherwise: Path) -> Iterator[Path]:
+    """In memory where there is such a place: ten thousand files are written there."""
+    shared = Path("/dev/shm")
+    if not (shared.is_dir() and os.access(shared, os.W_OK)):
+        yield otherwise
+        return
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+# ---- bounds: time, memory, and nothing executed
+
+FORBIDDEN = {
+    "os.system",
+    "subprocess.Popen",
+    "os.posix_spawn",
+    "os.exec",
+    "os.fork",
+    "socket.connect",
+    "exec",
+    "compile",
+}
+_SEEN: list[str] | None = None
+
+
+def _watch(event: str, args: tuple) -> None:
+    if _SEEN is not None and event in FORBIDDEN:
+        _SEEN.append(f"{event} {str(args)[:80]}")
+
+
+sys.addaudithook(_watch)
+
+
+class TooSlow(BaseException):
+    """No `except Exception` stops it."""
+
+
+def _too_slow(signum, frame):
+    raise TooSlow(f"a load of more than {SECONDS} s")
+
+
+@contextlib.contextmanager
+def within_bounds(but: tuple[str, ...] = ()) -> Iterator[None]:
+    """`SECONDS` of processor time, and no call that starts code, a process or a connection."""
+    global _SEEN  # noqa: PLW0603  an audit hook stays for good, so it is switched
+    _SEEN = seen = []
+    before = signal.signal(signal.SIGPROF, _too_slow)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        _SEEN = None
+    assert not [event for event in seen if not event.startswith(but or ("nothing",))]
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """`BYTES` more than now, so that what asks for more fails at once."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)

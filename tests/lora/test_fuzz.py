@@ -1,0 +1,36 @@
+"""Law: an adapter's files that met an accident are refused in one clear error, or load as what they say.
+
+    LORA_FUZZ=100000 pytest tests/lora/test_fuzz.py --hypothesis-seed 5
+
+runs another and a longer draw; without it the draw is the same each time.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import event, given
+from hypothesis import strategies as st
+
+from tests.lora.accidents import CONFIGS, TENSORS, flip_data
+from tests.lora.fuzz_support import CONFIG, WEIGHTS, Origin, examples, little_memory, quick_folder
+
+
+@pytest.fixture(scope="module", params=["ours", "peft"])
+def origin(request, tmp_path_factory):
+    with quick_folder(tmp_path_factory.mktemp(request.param)) as folder, little_memory():
+        yield Origin(request.param, folder)
+
+
+@examples(3600)
+@given(accident=st.sampled_from(TENSORS), seed=st.integers(0, 2**64))
+def test_weights_that_met_an_accident(origin, accident, seed):
+    result = origin.meet(accident, WEIGHTS, seed)
+    event(f"{accident.__name__}: {result}")  # shown by --hypothesis-show-statistics
+    if origin.ours and accident is flip_data:
+        assert result == "refused"
+
+
+@examples(1500)
+@given(accident=st.sampled_from(CONFIGS), seed=st.integers(0, 2**64))
+def test_a_config_that_met_an_accident(origin, accident, seed):
+    event(f"{accident.__name__}: {origin.meet(accident, CONFIG, seed)}")
