@@ -1,8 +1,8 @@
-"""`h = x W0^T + b + s (x A^T) B^T` as autograd functions: what `functional.lora_update` says, in fewer passes over memory.
+"""`h = x W0^T + b + s (x A^T) B^T` as autograd functions: `functional.lora_update` in fewer passes over memory.
 
 - Layers that read the same tensor (query, key and value; gate and up) are found as they run: the first opens a
-  `Reading` of it, the others join. They share the input's cast, one dropout mask, and one buffer for dX, into which each
-  adds its own product; the first finishes it in backward, after all the others.
+  `Reading` of it, the others join. They share the input's cast, one dropout mask, and one buffer for dX, into which
+  each adds its own product; the first finishes it in backward, after all the others.
 - The update is added into the base's own output, with no temporary of the layer's width.
 - Kept for backward: x, once however many read it, and z = s x A^T. A and B are cast to x's dtype, never x to theirs.
 - Dropout comes from random bytes, drawn again in backward from a seed: eight bits an element, so that p is rounded to
@@ -118,17 +118,18 @@ class _Open(threading.local):
     def joined(self, x: Tensor, layer: int, dtype: torch.dtype, dropped: int) -> bool:
         """Whether this layer reads the same as those before it, and for the first time."""
         reading = self.reading
-        if (
+        if (  # also without gradients: a checkpoint's first forward must draw as its second does
             reading is None
             or self.source is None
             or self.source() is not x
+            or x.is_inference()  # which does not count its changes
             or self.version != x._version
             or reading.dtype != dtype
             or (reading.drop.dropped if reading.drop else 0) != dropped
             or layer in self.layers
         ):
             return False
-        return (self.token is not None) == x.requires_grad
+        return (self.token is not None) == (x.requires_grad and torch.is_grad_enabled())
 
 
 _open = _Open()
@@ -155,11 +156,11 @@ def can_go_quick(x: Any, *tensors: Tensor | None) -> bool:
         and x.layout is torch.strided
         and x.dim() > 0
         and x.is_floating_point()
-        and not x.is_inference()
+        and not (x.is_inference() and torch.is_grad_enabled())
         and all(t is None or type(t.data) is Tensor for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -174,23 +175,22 @@ def quick_linear(
     device, dropped = x.device.type, dropped_of_256(dropout)
     mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
-    if not torch.is_grad_enabled() or not (x.requires_grad or A.requires_grad or B.requires_grad):
-        _open.close()
-        reading = _new_reading(dtype, dropped)
-        return _product(x.to(dtype), frozen, A, B, reading.scaled(scale), reading)[0]
     if _open.joined(x, layer, dtype, dropped):
         assert _open.reading is not None
         reading, x = _open.reading, x if _open.x is None else _open.x
         _open.layers |= {layer}
     else:
         reading, cast = _new_reading(dtype, dropped), x.to(dtype)
-        _open.reading, _open.source, _open.version = reading, weakref.ref(x), x._version
+        _open.reading, _open.source = reading, weakref.ref(x)
+        _open.version = -1 if x.is_inference() else x._version
         _open.x, _open.token, _open.layers = None if cast is x else cast, None, frozenset((layer,))
         x = cast
     scale = reading.scaled(scale)
+    if not torch.is_grad_enabled() or not (x.requires_grad or A.requires_grad or B.requires_grad):
+        return _product(x, frozen, A, B, scale, reading)[0]
     if not x.requires_grad or _open.token is not None:
-        return _Next.apply(x, _open.token, *frozen, A, B, scale, reading)  # type: ignore[no-any-return]
-    out, _open.token = _First.apply(x, *frozen, A, B, scale, reading)
+        return _Next.apply(x, _open.token, *frozen, A, B, scale, reading)  # type: ignore[no-any-return,no-untyped-call]
+    out, _open.token = _First.apply(x, *frozen, A, B, scale, reading)  # type: ignore[no-untyped-call]
     return out  # type: ignore[no-any-return]
 
 

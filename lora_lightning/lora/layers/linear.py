@@ -21,7 +21,7 @@ CONV1D = "transformers.pytorch_utils.Conv1D"
 
 
 @functools.cache
-def _computes_plainly(cls: type[nn.Module]) -> bool:
+def _computes_plainly(cls: type) -> bool:
     """Whether the base layer's forward is torch's or transformers' own, and reads its weights as they lie there."""
     own = own_class(cls)
     plain = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" == CONV1D
@@ -76,9 +76,9 @@ class _Projection(AdaptedLayer):
 
     def _goes_quick(self, x: Any) -> bool:
         """Whether `quick_linear` computes this call: torch's own arithmetic in the base, W0 frozen, no options."""
-        own = self._parameters
-        if not _computes_plainly(type(self)) or not self.is_plain_product():
+        if torch.compiler.is_compiling() or not _computes_plainly(type(self)) or not self.is_plain_product():
             return False
+        own = self._parameters
         weight, bias, p = own["weight"], own["bias"], self._dropout_now()
         if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
             return False
