@@ -51,12 +51,41 @@ class Dropout:
         """What keeps the expectation."""
         return 256 / (256 - self.dropped)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x (n, k) with the dropped elements at zero; not scaled."""
+    def keep(self, x: Tensor) -> Tensor:
+        """Which elements of x (n, k) stay: booleans of its shape."""
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-        random = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: x.numel()]
-        return torch.where((random < self.dropped).view(x.shape), 0.0, x)
+        kept = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        for rows in _blocks(kept):
+            words = torch.empty(-(-rows.numel() // 8), dtype=torch.int64, device=x.device)
+            random = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: rows.numel()]
+            torch.ge(random.view(rows.shape), self.dropped, out=rows)
+        return kept
+
+
+BLOCK = 2**17
+"""Elements that are worked on at once on a CPU, so that they stay in its cache."""
+
+
+def _blocks(x: Tensor, *others: Tensor) -> Iterator[Any]:
+    """The same rows of each tensor (n, k), some at a time; all at once on a GPU."""
+    rows = max(1, x.shape[0] if x.device.type != "cpu" else BLOCK // max(1, x.shape[1]))
+    parts = [torch.split(t, rows) for t in (x, *others)]
+    return iter(parts[0]) if not others else zip(*parts, strict=True)
+
+
+def masked(x: Tensor, keep: Tensor) -> Tensor:
+    """x (n, k) with zeros where `keep` is False."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for to, rows, kept in _blocks(out, x, keep):
+        torch.mul(rows, kept.to(x.dtype), out=to)  # many times quicker than `where` on a CPU
+    return out
+
+
+def add_masked_(dx: Tensor, dz: Tensor, A: Tensor, keep: Tensor) -> Tensor:
+    """Add dz^T A to dx (n, k) where `keep` is True."""
+    for to, rows, kept in _blocks(dx, dz.t(), keep):
+        to.addcmul_(torch.mm(rows, A), kept.to(dx.dtype))
+    return dx
 
 
 @dataclass
@@ -70,29 +99,47 @@ class Reading:
     updates: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     """(dz, A) of those layers; their products are added to `dx` together."""
     backward: int = -1
-    """The backward pass that `dx` and `updates` belong to."""
+    """The backward pass that `dx`, `updates` and `seen` belong to."""
+    seen: tuple[Tensor, Tensor] | None = None
+    """Under dropout, what A sees of the input and which elements that keeps, from the first layer to the last."""
 
     def scaled(self, scale: float) -> float:
         """s, with what dropout needs to keep the expectation."""
         return scale if self.drop is None else scale * self.drop.scale
 
-    def add(self, g: Tensor, weight: Tensor, dz: Tensor, A: Tensor) -> None:
-        """One layer's share: g (n, m) times W0 (m, k) at once, dz^T A by and by."""
+    def begin(self) -> None:
+        """Forget what another backward pass left, which ended before it came to the first layer."""
         backward = torch._C._current_graph_task_id()
-        if self.dx is None or self.backward != backward:
-            self.dx, self.updates, self.backward = torch.mm(g, weight), [], backward
-        else:
-            self.dx.addmm_(g, weight)
+        if self.backward != backward:
+            self.dx, self.updates, self.seen, self.backward = None, [], None, backward
+
+    def see(self, rows: Tensor) -> Tensor:
+        """What A sees of x (n, k)."""
+        if self.drop is None:
+            return rows
+        if self.seen is None:
+            keep = self.drop.keep(rows)
+            self.seen = masked(rows, keep), keep
+        return self.seen[0]
+
+    def add(self, g: Tensor, weight: Tensor, dz: Tensor, A: Tensor) -> None:
+        """One layer's share of dX: g (n, m) times W0 (m, k) at once, dz^T A by and by."""
+        self.dx = torch.mm(g, weight) if self.dx is None else self.dx.addmm_(g, weight)
         self.updates.append((dz, A))
 
     def finish(self) -> Tensor | None:
         """dX, now that every layer has added its share."""
+        self.begin()
         dx, updates = self.dx, self.updates
-        self.dx, self.updates = None, []
-        if dx is None or self.backward != torch._C._current_graph_task_id():
+        if dx is None:
             return None
         dz, A = updates[0] if len(updates) == 1 else map(torch.cat, zip(*updates, strict=True))
-        return dx.addmm_(dz.t(), A) if self.drop is None else dx.add_(self.drop(torch.mm(dz.t(), A)))
+        if self.drop is None:
+            dx.addmm_(dz.t(), A)
+        else:
+            add_masked_(dx, dz, A, self.drop.keep(dx) if self.seen is None else self.seen[1])
+        self.dx, self.updates, self.seen = None, [], None
+        return dx
 
 
 class _Open(threading.local):
@@ -107,13 +154,15 @@ class _Open(threading.local):
     version = -1
     x: Tensor | None = None
     """`source`, cast where autocast says so."""
+    seen: Tensor | None = None
+    """Under dropout, `x` as (n, k) without the dropped elements."""
     token: Tensor | None = None
     """An output of the first layer's node. Who takes it as an input has its backward run before the first's."""
     layers: frozenset[int] = frozenset()
 
     def close(self) -> None:
         """Let go of the graph."""
-        self.reading = self.source = self.x = self.token = None
+        self.reading = self.source = self.x = self.seen = self.token = None
 
     def joined(self, x: Tensor, layer: int, dtype: torch.dtype, dropped: int) -> bool:
         """Whether this layer reads the same as those before it, and for the first time."""
@@ -184,6 +233,7 @@ def quick_linear(
         _open.reading, _open.source = reading, weakref.ref(x)
         _open.version = -1 if x.is_inference() else x._version
         _open.x, _open.token, _open.layers = None if cast is x else cast, None, frozenset((layer,))
+        _open.seen = None
         x = cast
     scale = reading.scaled(scale)
     if not torch.is_grad_enabled() or not (x.requires_grad or A.requires_grad or B.requires_grad):
@@ -218,9 +268,18 @@ def _product(
         out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         out = out.view(*x.shape[:-1], weight.shape[1])
     out = out if out.is_contiguous() else out.contiguous()
-    z = torch.mm(A.to(dtype), (rows if reading.drop is None else reading.drop(rows)).t()).mul_(scale)
+    z = torch.mm(A.to(dtype), _seen(rows, reading).t()).mul_(scale)
     out.view(-1, out.shape[-1]).addmm_(z.t(), B.to(dtype).t())
     return out, z, weight
+
+
+def _seen(rows: Tensor, reading: Reading) -> Tensor:
+    """What A sees of x (n, k) in forward; under dropout, made by the first layer for all."""
+    if reading.drop is None:
+        return rows
+    if _open.reading is not reading or _open.seen is None:
+        _open.seen = masked(rows, reading.drop.keep(rows))
+    return _open.seen
 
 
 class _Next(torch.autograd.Function):
@@ -301,17 +360,20 @@ def _gradients(
     g = g.contiguous().view(-1, g.shape[-1])
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():
-            dz, seen = (g @ b) * ctx.scale, rows if reading.drop is None else reading.drop(rows)
-            through = dz @ a if reading.drop is None else reading.drop(dz @ a)
+            keep = 1.0 if reading.drop is None else reading.drop.keep(rows).to(dtype)
+            dz, seen = (g @ b) * ctx.scale, rows * keep
             dB = g.t() @ (seen @ a.t() * ctx.scale)
-            return (g @ weight + through).view(x.shape), (dz.t() @ seen).to(A.dtype), dB.to(B.dtype)
+            return (g @ weight + (dz @ a) * keep).view(x.shape), (dz.t() @ seen).to(A.dtype), dB.to(B.dtype)
         dA = dB = None
         if needs[2]:
             dB = torch.mm(z, g).t().to(B.dtype)
         if needs[0] or needs[1]:
+            reading.begin()
             dz = torch.mm(b.t(), g.t()).mul_(ctx.scale)
+            if needs[1]:
+                dA = torch.mm(dz, reading.see(rows)).to(A.dtype)
             if needs[0]:
                 reading.add(g, weight, dz, a)
-            if needs[1]:
-                dA = torch.mm(dz, rows if reading.drop is None else reading.drop(rows)).to(A.dtype)
+            else:
+                reading.seen = None  # no first layer will come to let it go
     return None, dA, dB

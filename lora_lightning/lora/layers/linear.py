@@ -76,7 +76,8 @@ class _Projection(AdaptedLayer):
 
     def _goes_quick(self, x: Any) -> bool:
         """Whether `quick_linear` computes this call: torch's own arithmetic in the base, W0 frozen, no options."""
-        if torch.compiler.is_compiling() or not _computes_plainly(type(self)) or not self.is_plain_product():
+        cls: Any = type(self)
+        if torch.compiler.is_compiling() or not _computes_plainly(cls) or not self.is_plain_product():
             return False
         own = self._parameters
         weight, bias, p = own["weight"], own["bias"], self._dropout_now()
