@@ -1,23 +1,21 @@
-"""Time and saved bytes of one training step, beside the frozen step, PEFT and loralib, in one run.
+"""What a LoRA step costs beside the frozen step, PEFT, loralib and unsloth's algorithm, in one run.
 
-    python -m benchmarks.step [--repeats 15] [--width 384] [--tokens 2048]
+    python -m benchmarks.step [--quick] [--rounds 15] [--curves] [--clock cpu] [--device cuda]
 
-The frozen step is forward plus dX of the frozen backbone: no method that carries gradients to the first layer can be
-quicker. Variants are interleaved in random order; a figure is the median of the paired ratios. Written to
-benchmarks/results/step.json.
+The frozen step is forward plus dX of the frozen backbone: nothing that carries gradients to the first layer can beat
+it, and every figure is a ratio to it. r = 8 on all linear layers, B away from zero, AdamW's step included. Written to
+benchmarks/results/step.json, and with --curves to curves.json and curves.svg.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
-import platform
-import random
-import statistics
-import time
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -25,157 +23,202 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import torch
 from torch import nn
 
+from benchmarks.measure import CLOCKS, RESULTS, kept_bytes, machine, paired, ratios
+from benchmarks.models import BACKBONES, CUDA_BACKBONES, adapted, copied, run
 from lora_lightning import LoRAConfig, inject, merge
 
-RESULTS = Path(__file__).parent / "results"
+SETTINGS: dict[str, tuple[torch.dtype, float]] = {
+    "float32": (torch.float32, 0.0),
+    "float32, dropout 0.1": (torch.float32, 0.1),
+    "bfloat16 base, float32 adapters": (torch.bfloat16, 0.0),
+}
 
 
-class Block(nn.Module):
-    """The linear layers of a transformer block, without attention: where LoRA costs, and nothing else."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.output(torch.tanh(self.query(x)) * self.key(x) + self.value(x))
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-def model_of(width: int, blocks: int) -> nn.Module:
-    return nn.Sequential(*(Block(width) for _ in range(blocks))).requires_grad_(False)
-
-
-def ours(base: nn.Module) -> nn.Module:
-    inject(
-        base,
-        LoRAConfig(
-            r=8, target_modules="|".join(r".*\." + n for n in ("query", "key", "value", "output", "up", "down"))
-        ),
-    )
-    return base
-
-
-def peft(base: nn.Module) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    names = ["query", "key", "value", "output", "up", "down"]
-    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=names))
-
-
-def loralib(base: nn.Module) -> nn.Module:
-    import loralib as lora
-
-    for block in base:
-        for name, layer in list(block.named_children()):
-            if isinstance(layer, nn.Linear):
-                new = lora.Linear(layer.in_features, layer.out_features, r=8, lora_alpha=16)
-                new.load_state_dict(layer.state_dict(), strict=False)
-                setattr(block, name, new)
-    lora.mark_only_lora_as_trainable(base)
-    return base
-
-
-def step(model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
-    model(x).square().mean().backward()
+def one_step(model: nn.Module, x: torch.Tensor, optimizer: torch.optim.Optimizer | None) -> None:
+    run(model, x).float().square().mean().backward()
     if optimizer is not None:
         optimizer.step()
         optimizer.zero_grad()
+    x.grad = None
 
 
-def saved_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Bytes kept for backward beyond the parameters, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(x)
-    return sum(kept.values())
-
-
-def timed(call) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def measure_steps(models: dict[str, nn.Module], x: torch.Tensor, repeats: int) -> dict[str, list[float]]:
-    """Each variant's time over the frozen step's, round by round; two rounds of warm-up are left out."""
-    optimizers: dict[str, torch.optim.Optimizer | None] = {}
+def steps(models: dict[str, nn.Module], x: torch.Tensor, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Time and kept bytes of each variant's step over the frozen one's."""
+    calls: dict[str, Callable[[], object]] = {}
     for name, model in models.items():
         trains = [p for p in model.parameters() if p.requires_grad]
-        for parameter in trains:
-            nn.init.normal_(parameter, std=0.01)  # B away from zero: what a step costs in mid-training
-        optimizers[name] = torch.optim.AdamW(trains, lr=1e-6) if trains else None
-    ratios: dict[str, list[float]] = {name: [] for name in models}
-    for round_ in range(repeats + 2):
-        order = random.sample(list(models), len(models))
-        seconds = {name: timed(lambda n=name: step(models[n], x, optimizers[n])) for name in order}
-        if round_ >= 2:
-            for name in models:
-                ratios[name].append(seconds[name] / seconds["frozen"])
-    return ratios
+        optimizer = torch.optim.AdamW(trains, lr=1e-6, fused=True) if trains else None
+        calls[name] = lambda m=model, o=optimizer: one_step(m, x, o)
+    found = ratios(paired(calls, options.rounds, CLOCKS[options.clock]), "frozen")
+    frozen = kept_bytes(models["frozen"], lambda: run(models["frozen"], x))
+    return {
+        name: {"time": found[name][0], "spread": found[name][1], "kept": kept_bytes(m, lambda m=m: run(m, x)) / frozen}
+        for name, m in models.items()
+    }
 
 
-def measure_injection(repeats: int) -> tuple[float, float]:
-    """Milliseconds to inject into 32 blocks of 7 linears, and the median of the paired ratios to PEFT's time."""
+def step_table(options: argparse.Namespace) -> dict[str, Any]:
+    """Every backbone, shape of batch and setting."""
+    table: dict[str, Any] = {}
+    backbones = CUDA_BACKBONES if options.device == "cuda" else BACKBONES
+    settings = {"bfloat16 base, float32 adapters": SETTINGS["bfloat16 base, float32 adapters"]}
+    for name, (make, width, names) in backbones.items():
+        shapes = [(4, 2048)] if options.device == "cuda" else [(32, 64)] if options.quick else [(32, 64), (16, 128)]
+        for batch, length in shapes:
+            for setting, (dtype, dropout) in (settings if options.device == "cuda" else SETTINGS).items():
+                torch.manual_seed(0)
+                models = adapted(make().to(options.device, dtype), names, dropout, compiled=options.device == "cuda")
+                x = torch.randn(batch, length, width, device=options.device).to(dtype).requires_grad_()
+                rows = steps(models, x, options)
+                table[f"{name}, {batch} x {length}, {setting}"] = rows
+                show(f"{name}, {batch} x {length}, {setting}", rows)
+    return table
+
+
+def show(title: str, rows: dict[str, dict[str, float]]) -> None:
+    cells = [f"{name} {row['time']:.3f} (±{row['spread']:.3f}), keeps {row['kept']:.2f}" for name, row in rows.items()]
+    print(title, *(c for c in cells if not c.startswith("frozen ")), sep="\n    ", flush=True)
+
+
+def injection(rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """224 linear layers of 64 x 64: milliseconds to inject, and the ratio to PEFT's time."""
     from peft import LoraConfig, get_peft_model
 
     names = [f"p{i}" for i in range(7)]
-    blocks = nn.ModuleList(nn.ModuleDict({name: nn.Linear(64, 64) for name in names}) for _ in range(32))
-    own, ratios = [], []
-    for _ in range(repeats):
-        first, second = copy.deepcopy(blocks), copy.deepcopy(blocks)
-        own.append(timed(lambda model=first: inject(model, LoRAConfig(r=8, target_modules=names))))
-        peft_time = timed(lambda model=second: get_peft_model(model, LoraConfig(r=8, target_modules=names)))
-        ratios.append(own[-1] / peft_time)
-    return 1000 * statistics.median(own), statistics.median(ratios)
+
+    def blocks() -> nn.Module:
+        return nn.ModuleList(nn.ModuleDict({name: nn.Linear(64, 64) for name in names}) for _ in range(32))
+
+    stock = {"ours": [blocks() for _ in range(rounds + 2)], "PEFT": [blocks() for _ in range(rounds + 2)]}
+    calls: dict[str, Callable[[], object]] = {
+        "ours": lambda: inject(stock["ours"].pop(), LoRAConfig(r=8, target_modules=names)),
+        "PEFT": lambda: get_peft_model(stock["PEFT"].pop(), LoraConfig(r=8, target_modules=names)),  # type: ignore[arg-type]
+    }
+    seconds = paired(calls, rounds, clock)
+    own = sorted(seconds["ours"])[rounds // 2]
+    return {"milliseconds": 1000 * own, "over PEFT's": ratios(seconds, "PEFT")["ours"][0]}
+
+
+def merged_inference(rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """One forward of the merged model over the plain one's."""
+    make, width, names = BACKBONES["BERT width"]
+    base = make()
+    merged = copied(base)
+    inject(merged, LoRAConfig(r=8, target_modules=list(names)))
+    merge(merged)
+    left = [m for m in merged.modules() if "LoRA" in type(m).__name__]
+    x = torch.randn(8, 64, width)
+    with torch.inference_mode():
+        seconds = paired({"plain": lambda: run(base, x), "merged": lambda: run(merged, x)}, rounds, clock)
+    return {"merged over plain": ratios(seconds, "plain")["merged"][0], "adapted layers left": len(left)}
+
+
+def save_and_load(rounds: int, clock: Callable[[], float]) -> dict[str, float]:
+    """224 linears of 576 x 576, r = 8: our files over the reading and writing of the same bytes alone."""
+    from lora_lightning import load_adapter, save_adapter
+
+    names = [f"p{i}" for i in range(7)]
+
+    def blocks() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.ModuleList(nn.ModuleDict({name: nn.Linear(576, 576) for name in names}) for _ in range(32))
+
+    model = blocks()
+    inject(model, LoRAConfig(r=8, target_modules=names))
+    with tempfile.TemporaryDirectory() as folder:
+        target, raw = Path(folder) / "adapter", Path(folder) / "raw"
+        save_adapter(model, target)
+        data = (target / "adapter_model.safetensors").read_bytes()
+
+        def write() -> None:
+            with raw.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+
+        fresh = [blocks() for _ in range(rounds + 2)]
+        calls: dict[str, Callable[[], object]] = {
+            "save": lambda: save_adapter(model, target),
+            "write": write,
+            "load": lambda: load_adapter(fresh.pop(), target),
+            "read": raw.read_bytes,
+        }
+        write()
+        seconds = paired(calls, rounds, clock)
+    middle = {name: 1000 * sorted(own)[rounds // 2] for name, own in seconds.items()}
+    return {f"{name}, milliseconds": value for name, value in middle.items()} | {
+        "save over write": ratios(seconds, "write")["save"][0],
+        "load over read": ratios(seconds, "read")["load"][0],
+    }
+
+
+def curves(options: argparse.Namespace) -> dict[str, list[tuple[int, float, float]]]:
+    """Ours and PEFT's step over the frozen one's, against r, tokens and the number of adapted kinds of layer."""
+    make, width, names = BACKBONES["MiniLM width"]
+    points: dict[str, list[tuple[int, float, float]]] = {"r": [], "tokens": [], "adapted kinds of layer": []}
+
+    def point(curve: str, at: int, r: int, tokens: int, chosen: tuple[str, ...]) -> None:
+        torch.manual_seed(0)
+        models = adapted(make(), chosen, 0.0, r=r, only=("frozen", "ours", "peft"))
+        rows = steps(models, torch.randn(max(1, tokens // 64), min(64, tokens), width).requires_grad_(), options)
+        points[curve].append((at, rows["ours"]["time"], rows["peft"]["time"]))
+        print(f"    {curve} = {at}: ours {rows['ours']['time']:.3f}, PEFT {rows['peft']['time']:.3f}", flush=True)
+
+    for r in (1, 4, 16, 64, 256):
+        point("r", r, r, 2048, names)
+    for tokens in (16, 64, 256, 1024, 4096):
+        point("tokens", tokens, 8, tokens, names)
+    for count in range(1, len(names) + 1):
+        point("adapted kinds of layer", count, 8, 2048, names[:count])
+    return points
+
+
+def plot(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(points), figsize=(12, 3.6), sharey=True, layout="constrained")
+    for axis, (name, found) in zip(axes, points.items(), strict=True):
+        at, own, theirs = zip(*found, strict=True)
+        axis.plot(at, own, marker="o", label="lora_lightning")
+        axis.plot(at, theirs, marker="s", label="PEFT")
+        axis.axhline(1.0, color="grey", linewidth=1)
+        if name != "adapted kinds of layer":
+            axis.set_xscale("log", base=2)
+        axis.set_xlabel(name)
+    axes[0].set_ylabel("step time over the frozen step")
+    axes[0].legend()
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=15, help="interleaved rounds")
-    parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=2048, help="rows of the input")
+    parser.add_argument("--quick", action="store_true", help="one shape of batch and fewer rounds: minutes")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of each figure")
+    parser.add_argument("--curves", action="store_true", help="also against r, tokens and adapted layers, with a plot")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
-    torch.manual_seed(0)
-    base = model_of(options.width, options.blocks)
-    x = torch.randn(options.tokens, options.width, requires_grad=True)
-    models = {"frozen": copy.deepcopy(base)}
-    models |= {variant.__name__: variant(copy.deepcopy(base)) for variant in (ours, peft, loralib)}
-    ratios = measure_steps(models, x, options.repeats)
-    frozen = saved_bytes(models["frozen"], x)
-    rows = {
-        name: {
-            "step over frozen": statistics.median(ratios[name]),
-            "spread": statistics.pstdev(ratios[name]),
-            "saved bytes over frozen": saved_bytes(model, x) / frozen,
-        }
-        for name, model in models.items()
-    }
-    injection, injection_ratio = measure_injection(options.repeats)
-    merge(models["ours"])
-    with torch.no_grad():
-        pairs = [timed(lambda: models["ours"](x)) / timed(lambda: models["frozen"](x)) for _ in range(options.repeats)]
-    inference = statistics.median(pairs)
-    print(f"{'':10}{'step over frozen':>18}{'spread':>9}{'saved bytes over frozen':>26}")
-    for name, row in rows.items():
-        print(f"{name:10}{row['step over frozen']:18.2f}{row['spread']:9.2f}{row['saved bytes over frozen']:26.2f}")
-    print(f"injection of 224 linears: {injection:.1f} ms, {injection_ratio:.3f} of PEFT's time")
-    print(f"merged inference over plain: {inference:.2f}")
-    where = {"machine": platform.machine(), "torch": torch.__version__, "threads": torch.get_num_threads()}
-    found = {"rows": rows, "injection of 224 linears, ms": injection, "injection over PEFT's": injection_ratio}
-    found |= {"merged inference over plain": inference}
+    torch.set_num_threads(options.threads)
+    options.rounds = min(options.rounds, 5) if options.quick else options.rounds
+    clock = CLOCKS[options.clock]
+    found: dict[str, Any] = {"machine": machine(), "options": vars(options)}
+    print(*(f"{key}: {value}" for key, value in found["machine"].items()), sep=", ")
+    found["step over the frozen step"] = step_table(options)
+    found["injection of 224 linears"] = injection(options.rounds, clock)
+    found["inference"] = merged_inference(options.rounds, clock)
+    found["224 linears, saved and loaded"] = save_and_load(options.rounds, clock)
+    for title in ("injection of 224 linears", "inference", "224 linears, saved and loaded"):
+        print(f"{title}: " + ", ".join(f"{key} {value:.3g}" for key, value in found[title].items()))
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step.json").write_text(json.dumps(where | vars(options) | found, indent=2) + "\n")
+    (RESULTS / "step.json").write_text(json.dumps(found, indent=2) + "\n")
+    if options.curves:
+        points = curves(options)
+        (RESULTS / "curves.json").write_text(json.dumps(points, indent=2) + "\n")
+        plot(points, RESULTS / "curves.svg")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
 from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, Task
-from lora_lightning.training.optim import WarmupDecay
+from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.start import MEASURED, start_from_batches
 
 CHECKPOINT_KEY = "lora_lightning"
@@ -34,7 +34,9 @@ class LoRAModule(LightningModule):
             `lora_lightning.huggingface`.
         task: loss, metrics and predictions.
         lora: what to adapt and how.
-        optimizer: called with the parameters that train, and with no others.
+        optimizer: called with the parameters that train, and with no others, in groups: vectors such as biases
+            without weight decay.
+        b_lr_ratio: B's learning rate over A's; LoRA+ takes about 16 (arXiv 2402.12354).
         lr_scheduler: called with the optimizer. `WarmupDecay` is told the number of steps.
         lr_interval: whether other schedulers step once per optimizer `step` or once per `epoch`.
         backbone_mode: `eval` keeps the backbone's own dropout off and its batch statistics still while
@@ -48,9 +50,10 @@ class LoRAModule(LightningModule):
         backbone: nn.Module,
         task: Task,
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008  (frozen)
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, foreach=True),
         lr_scheduler: LRSchedulerCallable | None = None,
         lr_interval: Literal["step", "epoch"] = "step",
+        b_lr_ratio: float = 1.0,
         backbone_mode: Literal["eval", "train"] = "eval",
         allow_other_base: bool = False,
     ) -> None:
@@ -59,6 +62,7 @@ class LoRAModule(LightningModule):
         self.task = task
         self.lora = lora
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
+        self.b_lr_ratio = b_lr_ratio
         self.backbone_mode = backbone_mode
         self.allow_other_base = allow_other_base
         # A start that is measured on data waits for them; a checkpoint brings its own.
@@ -100,7 +104,7 @@ class LoRAModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over exactly what trains (law 10), and the schedule with the trainer's number of steps."""
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = make_optimizer(self, self.optimizer, self.b_lr_ratio)  # type: ignore[arg-type]
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)

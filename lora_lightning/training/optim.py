@@ -3,12 +3,55 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lora_lightning.lora.errors import LoRAError
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """What trains in `model`, each parameter once: matrices and A, B, and vectors without weight decay.
+
+    Vectors are biases, norms' weights and DoRA's magnitudes, whose size is no sign of overfitting. Groups carry a
+    `name`: matrices, B or vectors; empty ones are left out.
+    """
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "B": {}, "vectors": {}}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_b = name.rpartition(".")[2] == "lora_B"
+            groups["B" if is_b else "vectors" if parameter.dim() < 2 else "matrices"][name] = parameter
+    return [
+        {"params": list(own.values()), "name": name} | ({"weight_decay": 0.0} if name == "vectors" else {})
+        for name, own in groups.items()
+        if own
+    ]
+
+
+def make_optimizer(
+    model: nn.Module, optimizer: Callable[[list[dict[str, Any]]], Optimizer], b_lr_ratio: float = 1.0
+) -> Optimizer:
+    """An optimizer over exactly what trains in `model`, with B's learning rate `b_lr_ratio` times the others'.
+
+    LoRA+ (Hayou et al. 2024, arXiv 2402.12354): A and B should not learn at one rate; B's should be larger, about
+    16 times in the paper's runs.
+
+    Args:
+        optimizer: called with `parameter_groups`; the rate that it gives is A's.
+
+    Raises:
+        LoRAError: the ratio is not positive.
+    """
+    if not b_lr_ratio > 0 or math.isinf(b_lr_ratio):
+        raise LoRAError(f"b_lr_ratio must be a number above 0 (LoRA+ takes about 16), got {b_lr_ratio}")
+    made = optimizer(parameter_groups(model))
+    for group in made.param_groups:
+        if group.get("name") == "B":
+            group["lr"] *= b_lr_ratio
+    return made
 
 
 class WarmupDecay(LambdaLR):

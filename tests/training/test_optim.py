@@ -1,10 +1,11 @@
-"""The schedule against transformers' own."""
+"""The schedule against transformers' own, LoRA+ against PEFT's, and the groups against what trains."""
 
 import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from lora_lightning import LoRAError, WarmupDecay
+from lora_lightning import LoRAConfig, LoRAError, WarmupDecay, inject
+from lora_lightning.training.optim import make_optimizer, parameter_groups
 
 
 def rates(make, steps=20):
@@ -34,3 +35,52 @@ def test_constant_stays_after_the_warm_up():
 def test_a_warm_up_that_means_nothing_is_refused(warmup):
     with pytest.raises(LoRAError, match="a share below 1 or a whole number"):
         rates(lambda o: WarmupDecay(o, warmup=warmup, total_steps=20))
+
+
+def small():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 4))
+
+
+def test_groups_hold_what_trains_once_and_decay_no_vector():
+    model = small()
+    inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["2"], use_dora=True))
+    groups = {group["name"]: group for group in parameter_groups(model)}
+    held = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    assert [p.shape for p in groups["B"]["params"]] == [model[0].lora_B.shape]
+    assert {p.dim() for p in groups["vectors"]["params"]} == {1}
+    optimizer = make_optimizer(model, lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.1))
+    assert {g["name"]: g["weight_decay"] for g in optimizer.param_groups} == {"matrices": 0.1, "B": 0.1, "vectors": 0.0}
+
+
+def test_lora_plus_steps_as_pefts_does():
+    from peft import LoraConfig, get_peft_model
+    from peft.optimizers import create_loraplus_optimizer
+
+    model = small()
+    theirs = get_peft_model(small(), LoraConfig(r=2, lora_alpha=4, target_modules=["0", "2"]))
+    inject(model, LoRAConfig(r=2, alpha=4, target_modules=["0", "2"]))
+    for layer in (0, 2):
+        other = theirs.base_model.model[layer]
+        for name in ("lora_A", "lora_B"):
+            value = torch.randn_like(getattr(model[layer], name))
+            getattr(model[layer], name).data.copy_(value)
+            getattr(other, name)["default"].weight.data.copy_(value)
+    ours = make_optimizer(model, lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.0), b_lr_ratio=16)
+    peft = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16, weight_decay=0.0)
+    x = torch.randn(5, 6)
+    for _ in range(3):
+        for network, optimizer in ((model, ours), (theirs, peft)):
+            network(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(model(x), theirs(x))
+    rates = {group["name"]: group["lr"] for group in ours.param_groups}
+    assert rates == {"matrices": 1e-3, "B": 16e-3}
+
+
+@pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_ratio_that_is_none_is_refused(ratio):
+    with pytest.raises(LoRAError, match="b_lr_ratio"):
+        make_optimizer(small(), torch.optim.SGD, ratio)

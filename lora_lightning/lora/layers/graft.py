@@ -55,6 +55,11 @@ def _chain(cls: type[nn.Module]) -> tuple[type[nn.Module], list[tuple[type[Graft
     return own, [*grafts, (added, read)]
 
 
+def own_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that the module had before anything was grafted onto it."""
+    return _chain(cls)[0]
+
+
 def _blank(cls: type[nn.Module], grafts: list[tuple[type[Grafted], tuple[str, ...]]]) -> nn.Module:
     for added, read in grafts:
         cls = _grafted_class(added, cls, read)

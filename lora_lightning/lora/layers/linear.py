@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,20 @@ from torch import Tensor, nn
 from lora_lightning.lora.dora import sum_of_deltas, updated_row_norms
 from lora_lightning.lora.functional import block_rows, lora_update, sliced_update, unblock_rows
 from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.graft import own_class
 from lora_lightning.lora.layers.options import LayerSettings
+from lora_lightning.lora.quick import Frozen, can_go_quick, dropped_of_256, quick_linear
+
+CONV1D = "transformers.pytorch_utils.Conv1D"
+"""By its name: this part of the code does not import transformers."""
+
+
+@functools.cache
+def _computes_plainly(cls: type) -> bool:
+    """Whether the base layer's forward is torch's or transformers' own, and reads its weights as they lie there."""
+    own = own_class(cls)
+    plain = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" == CONV1D
+    return plain and not any(name in vars(base) for base in cls.__mro__ for name in ("weight", "bias"))
 
 
 class _Projection(AdaptedLayer):
@@ -52,10 +66,35 @@ class _Projection(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out). The input comes first, or by whatever name the base layer gives it."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        if self.lora_enabled and self._goes_quick(x):
+            base = Frozen(self._parameters["weight"], self._parameters["bias"], self.weight_is_transposed)  # type: ignore[arg-type]
+            s, p = self.lora_settings.scale, self._dropout_now()
+            return quick_linear(x, base, self.lora_A, self.lora_B, s, layer=id(self), dropout=p)
         out: Tensor = super().forward(*args, **kwargs)
-        if not self.lora_enabled:
-            return out
-        return self.lora_combine(out, self.lora_output(args[0] if args else next(iter(kwargs.values()))))
+        return self.lora_combine(out, self.lora_output(x)) if self.lora_enabled else out
+
+    def _goes_quick(self, x: Any) -> bool:
+        """Whether `quick_linear` computes this call: torch's own arithmetic in the base, W0 frozen, no options."""
+        cls: Any = type(self)
+        if torch.compiler.is_compiling() or not _computes_plainly(cls) or not self.is_plain_product():
+            return False
+        own = self._parameters
+        weight, bias, p = own["weight"], own["bias"], self._dropout_now()
+        if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+            return False
+        if p and not 0 < dropped_of_256(p) < 256:
+            return False
+        return can_go_quick(x, weight, bias, self.lora_A, self.lora_B)
+
+    def is_plain_product(self) -> bool:
+        """Whether the update is `s B A x` and nothing else."""
+        s, own = self.lora_settings, self._parameters
+        options = own["lora_B_bias"], own["lora_magnitude_vector"], self._buffers["lora_A0"], s.slices
+        return all(option is None for option in options)
+
+    def _dropout_now(self) -> float:
+        return self.lora_dropout.p if self.lora_dropout is not None and self.lora_dropout.training else 0.0
 
     def lora_output(self, x: Tensor) -> Tensor:
         """`s (B A - B0 A0) x + s b_B`; the two products are alike, so that they cancel exactly at the start."""
