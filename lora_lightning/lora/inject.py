@@ -9,14 +9,13 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_lightning.lora import fastpath
 from lora_lightning.lora.biases import biases_to_train, train_biases
 from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.fastpath import HOSTS, open_hosts
 from lora_lightning.lora.layers import (
     AdaptedLayer,
-    AttentionHost,
     Grafted,
     SavedCopy,
     TokenRows,
@@ -109,12 +108,11 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
         graft(module, SavedCopy)
         assert isinstance(module, SavedCopy)
         module.add_copy(twins)
-    _open_attention(model)
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     for module in list(model.modules()):
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in inside_saved:
             graft(module, FrozenStatistics)
-    fastpath.keep_off(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
+    open_hosts(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
 
@@ -139,11 +137,10 @@ def close(model: nn.Module) -> None:
     """Undo what `inject` does around the adapted layers, once these are gone."""
     detach_rows(model)
     for module in list(model.modules()):
-        for kind in (AttentionHost, FrozenStatistics):
+        for kind in (*HOSTS, FrozenStatistics):
             if isinstance(module, kind):
                 module.__dict__.pop("lora_enabled", None)
                 ungraft(module, kind)
-    fastpath.allow(model)
     allow_packing(model)
 
 
@@ -193,15 +190,6 @@ def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
 def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
     """Every embedding with trained rows, with its full name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, TokenRows)]
-
-
-def _open_attention(model: nn.Module) -> None:
-    """Let every `nn.MultiheadAttention` call its out_proj where that is adapted, or trained in full."""
-    for module in list(model.modules()):
-        if isinstance(module, AttentionHost) or not isinstance(module, nn.MultiheadAttention):
-            continue
-        if isinstance(module.out_proj, AdaptedLayer | SavedCopy):
-            graft(module, AttentionHost)
 
 
 def _adapt(target: Target, *, start: bool) -> AdaptedModule:

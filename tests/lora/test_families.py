@@ -11,7 +11,7 @@ from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, re
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import adapted_layers
 from tests.lora.coverage import note
-from tests.lora.laws import TOLERANCE, dtypes, relative, stir
+from tests.lora.laws import TOLERANCE, check_fresh, dtypes, relative, still, stir
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 6, 1, 2]])
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -227,7 +227,6 @@ def build(family, dtype):
     model = make().to(dtype)
     if family == "mixtral" and dtype == torch.float64:
         model.set_experts_implementation("eager")  # torch's grouped product has no float64
-    # torch.matmul takes another path, with other last bits, where a weight requires a gradient: compare frozen models.
     return model.eval().requires_grad_(False), run, LoRAConfig(**{"r": 2, "alpha": 4.0, **chosen})
 
 
@@ -236,10 +235,10 @@ def build(family, dtype):
 def test_laws(family, dtype, tmp_path):
     plain, run, chosen = build(family, dtype)
     keys, types, before = list(plain.state_dict()), [type(m) for m in plain.modules()], fingerprint(plain).digest
-    output = run(plain)
+    output = still(run, plain)
     model = copy.deepcopy(plain)
     report = inject(model, chosen)
-    assert torch.equal(run(model), output), "a fresh adapter changes nothing"
+    check_fresh(plain, model, run)
     assert set(keys) <= set(model.state_dict()), "the original names survive"
     assert all(isinstance(m, t) for m, t in zip(_without_ours(model), types, strict=True))
 
@@ -254,12 +253,12 @@ def test_laws(family, dtype, tmp_path):
             assert factor.grad.any(), f"no gradient reaches {name}"
     assert fingerprint(model).digest == before, "W0 never moves"
     with disabled(model):
-        assert torch.equal(run(model), output)
+        assert torch.equal(still(run, model), output)
 
     again = copy.deepcopy(plain)
     load_adapter(again, save_adapter(model, tmp_path))
     assert torch.equal(run(again), adapted), "what is saved is what is loaded"
-    assert torch.equal(run(remove(again)), output)
+    assert torch.equal(still(run, remove(again)), output)
     merge(model)
     assert list(model.state_dict()) == keys
     # In bfloat16 rounding is passed on from layer to layer, here of models with random weights.

@@ -9,6 +9,7 @@ from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.bias import TrainedBias
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
+from lora_lightning.lora.layers.encoder import EncoderHost, EncoderLayerHost
 from lora_lightning.lora.layers.graft import Grafted, graft, ungraft
 from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
 from lora_lightning.lora.layers.options import LayerSettings
@@ -40,6 +41,8 @@ __all__ = [
     "KINDS",
     "AdaptedLayer",
     "AttentionHost",
+    "EncoderHost",
+    "EncoderLayerHost",
     "Grafted",
     "LayerSettings",
     "LoRAConv1D",
