@@ -176,10 +176,13 @@ def test_autocast_takes_the_path_that_training_takes():
         assert torch.equal(encoded(model, x, "padding at the end"), want)
 
 
-def test_an_empty_batch_stays_empty():
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, MASKS["causal"] | {"need_weights": False}], ids=["plain", "causal"])
+def test_an_empty_batch_stays_empty(options, training):
     model, plain = _injected(attention(torch.float32), ["attn"]), attention(torch.float32)
     x = torch.empty(0, LENGTH, WIDTH)
-    assert [t.shape for t in call(model, x, {})] == [t.shape for t in call(plain, x, {})]
+    got, want = (call(m.train(training), x, options) for m in (model, plain))
+    assert [t.shape for t in got] == [t.shape for t in want]
 
 
 def test_nested_tensors_with_gradients_are_refused_as_in_torch():
