@@ -58,7 +58,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     wanted = [Wanted(names[module], module, why) for module, why in found.items()]
     wanted = _in_layers(wanted + _parameters(names, config, selection), config)
     selection.tokens = token_targets(model, names, config.trainable_token_indices)
-    _refuse_twice(selection)
+    _refuse_rows(selection, _bypassed(names) if selection.tokens else {})
     if not wanted and not selection.tokens:
         raise TargetError(_nothing_left(model, config, selection))
     everything = [w.names for w in wanted]
@@ -98,10 +98,12 @@ def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection
     return wanted
 
 
-def _refuse_twice(selection: Selection) -> None:
-    """Rows of an embedding that `modules_to_save` trains in full, or whose tied head it does."""
+def _refuse_rows(selection: Selection, bypassed: dict[nn.Module, str]) -> None:
+    """Rows that the model would read past, or whose embedding or tied head `modules_to_save` trains in full."""
     inside_saved = {m: name for name, saved in selection.saved for m in saved.modules()}
     for token in selection.tokens:
+        if token.module in bypassed:
+            raise TargetError(f"trainable_token_indices: cannot train rows of '{token.name}': {bypassed[token.module]}")
         for module in (token.module, *token.tied):
             if module in inside_saved:
                 raise TargetError(

@@ -1,6 +1,7 @@
 """The laws on small random-weight models of the families that people bring."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import transformers as tf
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import kind_of
 from tests.lora.coverage import note
 from tests.lora.laws import TOLERANCE, check_fresh, dtypes, relative, still, stir
 
@@ -268,6 +271,26 @@ def test_laws(family, dtype, tmp_path):
 
 def _without_ours(model):
     return [m for name, m in model.named_modules() if "lora_" not in name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_silent_miss(family):
+    """Each layer of a kind that can be adapted is reached by a gradient, or refused by its name."""
+    model, run, _ = build(family, torch.float32)
+    wanted = {name for name, module in model.named_modules() if kind_of(module)}
+    refused = set()
+    while True:
+        try:
+            report = inject(model, LoRAConfig(r=1, target_modules=sorted(wanted - refused)))
+            break
+        except TargetError as error:
+            refused.add(re.search(r"'([^']+)'", str(error)).group(1))
+    assert refused <= wanted
+    assert {row.module for row in report.modules} == wanted - refused
+    run(stir(model, size=0.1)).double().pow(2).sum().backward()
+    assert not [
+        name for name, layer in adapted_layers(model) if layer.lora_B.grad is None or not layer.lora_B.grad.any()
+    ]
 
 
 def test_at_least_fifteen_families_are_covered():
