@@ -51,7 +51,8 @@ def inject(
         loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
         start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
             cost or the data of `config.init`.
-        any_rank: allow an r above the smaller side of a weight, as an adapter from elsewhere may have it.
+        any_rank: for an adapter from elsewhere: allow an r above the smaller side of a weight, and `lora_bias` on a
+            layer without a bias, which no merge can fold.
 
     Raises:
         TargetError: the config does not fit this model; the model is then as it was.

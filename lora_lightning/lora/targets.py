@@ -18,6 +18,7 @@ from lora_lightning.lora.options import refuse_options
 from lora_lightning.lora.patterns import all_used, block_number, flat, matches, no_match
 from lora_lightning.lora.presets import PRESETS, preset_parts, preset_pattern
 from lora_lightning.lora.tokens import TokenTarget, token_targets
+from lora_lightning.lora.ways_out import Resolved, refuse_lost_biases, refuse_ranks
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Selection:
 
 
 def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> Selection:
-    """Resolve `config` on `model`; with `any_rank`, as for an adapter that is there already, r has no upper limit.
+    """Resolve `config` on `model`; with `any_rank`, as for an adapter that is there already, r has no upper limit, and
+    `lora_bias` needs no bias to be merged into.
 
     Raises:
         TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
@@ -68,13 +70,18 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     all_used("slices", config.slices, everything)
     modules = {group[0]: module for module, group in names.items()}
     parts = preset_parts(model, config.target_modules) if found else []
+    resolved: Resolved = []
     for w in wanted:
         kind = LoRAParameter if w.parameter else kind_of(w.module)
         assert kind is not None
         settings = settings_of(w, kind, config, modules, parts)
         refuse_options(w.names[0], w.module, kind, settings)
-        check_fit(w, kind, settings, any_rank=any_rank)
+        check_fit(w, kind, settings)
+        resolved.append((w, kind, settings))
         selection.targets.append(Target(w.names[0], w.module, kind, settings, w.why))
+    if not any_rank:
+        refuse_ranks(resolved)
+        refuse_lost_biases(resolved)
     return selection
 
 
