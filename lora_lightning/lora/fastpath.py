@@ -22,10 +22,10 @@ from lora_lightning.lora.layers.graft import own_forward_calls_super
 HOSTS: tuple[type[Grafted], ...] = (AttentionHost, EncoderLayerHost, EncoderHost)
 
 
-def open_hosts(model: nn.Module, adapted: list[nn.Module]) -> None:
+def open_hosts(modules: list[nn.Module], adapted: list[nn.Module]) -> None:
     """Let every one of them call the adapted or saved modules that it holds."""
     inside = set(adapted)
-    for module in list(model.modules()):
+    for module in modules:
         if isinstance(module, nn.MultiheadAttention):
             if not isinstance(module, AttentionHost) and isinstance(module.out_proj, AdaptedLayer | SavedCopy):
                 graft(module, AttentionHost)

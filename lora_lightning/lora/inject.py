@@ -71,7 +71,7 @@ def inject(
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
     biased = biases_to_train(model, config, selection)
-    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
             parameter.requires_grad_(False)
@@ -84,18 +84,24 @@ def inject(
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
-    saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trainable = sum(size for size, trains in sizes if trains)
-    biases = sum(p.numel() for p in {m.lora_trained_bias for _, m in trained_biases(model)})
+    return _report(model, rows, selection)
+
+
+def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
+    """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
+    named = list(model.named_modules())
+    parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
+    copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
+    biases = {m.lora_trained_bias for _, m in named if isinstance(m, TrainedBias)}
+    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
     return InjectionReport(
         modules=rows,
-        saved=saved,
-        tokens={name: module.lora_tokens.numel() for name, module in token_rows(model)},
+        saved={name: sum(p.numel() for p in copy.parameters()) for name, copy in copies.items()},
+        tokens={name: module.lora_tokens.numel() for name, module in named if isinstance(module, TokenRows)},
         skipped=selection.skipped,
-        biases=biases,
+        biases=sum(bias.numel() for bias in biases),
         trainable=trainable,
-        frozen=sum(size for size, _ in sizes) - trainable,
+        frozen=sum(p.numel() for p in parameters.values()) - trainable,
     )
 
 
@@ -110,10 +116,11 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
         assert isinstance(module, SavedCopy)
         module.add_copy(twins)
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in inside_saved:
             graft(module, FrozenStatistics)
-    open_hosts(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
+    open_hosts(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
 

@@ -87,8 +87,10 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
 
 def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection) -> list[Wanted]:
     """The parameters that `target_parameters` selects, in the model's order."""
+    if not config.target_parameters:
+        return []
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
-    entries, used = config.target_parameters or [], set[str]()
+    entries, used = config.target_parameters, set[str]()
     wanted: list[Wanted] = []
     known: list[str] = []
     for module, group in names.items():
@@ -145,7 +147,7 @@ def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[
             chosen.append((names[hits[0]][0], hits[0]))
     # A module inside a saved one is in its copy already.
     outermost = [(name, m) for name, m in chosen if not any(name.startswith(f"{outer}.") for outer, _ in chosen)]
-    bypassed = _bypassed(names)
+    bypassed = _bypassed(names) if outermost else {}
     for name, module in outermost:
         if module in bypassed:
             raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
