@@ -21,6 +21,7 @@ from lora_lightning.lora.layers import (
     TokenRows,
     TrainedBias,
     graft,
+    saved_kind,
     ungraft,
 )
 from lora_lightning.lora.layers.norm import FrozenStatistics
@@ -112,7 +113,7 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
         attach_rows(token.module, token.token_ids, token.tied)
     twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
     for _, module in selection.saved:
-        graft(module, SavedCopy)
+        graft(module, saved_kind(module))
         assert isinstance(module, SavedCopy)
         module.add_copy(twins)
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}

@@ -1,6 +1,7 @@
 """The laws on small random-weight models of the families that people bring."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -9,10 +10,12 @@ import transformers as tf
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.heads import output_head
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.layers import LoRALinear, kind_of
+from lora_lightning.lora.targets import select
 from tests.lora.coverage import note
 from tests.lora.laws import TOLERANCE, check_fresh, dtypes, relative, still, stir
 
@@ -236,8 +239,45 @@ def build(family, dtype):
 @dtypes
 @pytest.mark.parametrize("family", FAMILIES)
 def test_laws(family, dtype, tmp_path):
-    plain, run, chosen = build(family, dtype)
-    keys, types, before = list(plain.state_dict()), [type(m) for m in plain.modules()], fingerprint(plain).digest
+    check_family(family, dtype, *build(family, dtype), tmp_path)
+
+
+def with_options(model, chosen):
+    """`chosen` with every option that all the layers which it selects have."""
+    targets = select(model, chosen).targets
+    alone = not any(t.settings.slices for t in targets)
+    options = {"use_rslora": True, "use_dora": alone and all(t.kind.dora_dim is not None for t in targets)}
+    ends = [t.name.rpartition(".")[2] for t in targets]
+    linear = [end for end, t in zip(ends, targets, strict=True) if t.kind is LoRALinear]
+    options["alpha_pattern"] = {ends[-1]: 7.0}
+    options["rank_pattern"] = chosen.rank_pattern | ({linear[-1]: 3} if linear else {})
+    if not chosen.target_parameters:  # which refuse it
+        options |= {"dropout": 0.1, "dropout_pattern": {ends[-1]: 0.3}}
+    if any(isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None for module in model.modules()):
+        options["bias"] = "all"
+    options["modules_to_save"] = [name for name in output_head(model) if name in dict(model.named_modules())]
+    return dataclasses.replace(chosen, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_laws_with_options(family, tmp_path):
+    plain, run, chosen = build(family, torch.float64)
+    model, options = copy.deepcopy(plain), with_options(plain, chosen)
+    check_family(family, torch.float64, plain, run, options, tmp_path)
+    inject(model, options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(t) for t in adapter_tensors(model).values()}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        run(model.train()).pow(2).mean().backward()
+        optimizer.step()
+    assert unmoved(model, plain), "W0 never moves"
+
+
+def check_family(family, dtype, plain, run, chosen, tmp_path):
+    """Laws 1, 2, 3, 4, 6 and 7."""
+    keys, types = list(plain.state_dict()), [type(m) for m in plain.modules()]
     output = still(run, plain)
     model = copy.deepcopy(plain)
     report = inject(model, chosen)
@@ -250,11 +290,13 @@ def test_laws(family, dtype, tmp_path):
     adapted.double().pow(2).sum().backward()
     assert len(adapted_layers(model)) == len(report.modules) > 1
     for name, layer in adapted_layers(model):
-        for factor in (layer.lora_A, layer.lora_B):
+        for factor in layer.lora_tensors().values():
+            if not factor.requires_grad:
+                continue
             assert factor.grad is not None, f"no gradient at {name}"
             assert torch.isfinite(factor.grad).all(), f"a gradient at {name} is not finite"
             assert factor.grad.any(), f"no gradient reaches {name}"
-    assert fingerprint(model).digest == before, "W0 never moves"
+    assert unmoved(model, plain), "W0 never moves"
     with disabled(model):
         assert torch.equal(still(run, model), output)
 
@@ -267,6 +309,12 @@ def test_laws(family, dtype, tmp_path):
     # In bfloat16 rounding is passed on from layer to layer, here of models with random weights.
     assert relative(run(model), adapted) <= {torch.bfloat16: 0.3}.get(dtype, 10 * TOLERANCE[dtype])
     note(dtype=dtype, report=report, family=family)
+
+
+def unmoved(model, plain):
+    """Every tensor of the backbone, also those that `modules_to_save` and `bias` train copies of."""
+    now = model.state_dict()
+    return all(torch.equal(now[key], tensor) for key, tensor in plain.state_dict().items())
 
 
 def _without_ours(model):

@@ -14,7 +14,7 @@ from lora_lightning.lora.layers.graft import Grafted, graft, ungraft
 from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
 from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
-from lora_lightning.lora.layers.saved import SavedCopy
+from lora_lightning.lora.layers.saved import SavedCopy, saved_kind
 from lora_lightning.lora.layers.tokens import TokenRows
 
 KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
@@ -59,5 +59,6 @@ __all__ = [
     "TrainedBias",
     "graft",
     "kind_of",
+    "saved_kind",
     "ungraft",
 ]
