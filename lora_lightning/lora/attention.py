@@ -23,6 +23,17 @@ def float_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
+def length_first(inputs: tuple[Tensor, Tensor, Tensor], batch_first: bool) -> tuple[list[Tensor], bool]:
+    """(length, n, width) from any of torch's layouts; equal inputs stay one object where they do so in torch."""
+    batched = inputs[0].dim() == 3
+    if not batched:
+        return [t.unsqueeze(1) for t in inputs], batched
+    if not batch_first:
+        return list(inputs), batched
+    moved = {id(t): t.transpose(0, 1) for t in inputs}
+    return [moved[id(t)] for t in inputs], batched
+
+
 def attend(
     q: Tensor,
     k: Tensor,

@@ -15,11 +15,37 @@ from typing import Any
 
 from torch import nn
 
+from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.layers.attention import host_refusal
+
 Function = Callable[..., Any]
 _KNOWN: dict[type[nn.Module], frozenset[str]] = {}
 
 # What may be asked of a weight without its values.
 _QUESTIONS = {"dtype", "device", "shape", "size", "numel", "ndim", "dim", "is_cuda", "requires_grad", "element_size"}
+
+
+def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
+    bypassed: dict[nn.Module, str] = {}
+    for module in names:
+        if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
+            bypassed |= {module: reason, module.out_proj: reason}
+        for child in weights_passed_on(type(module)):
+            read = module._modules.get(child)
+            if read is not None and kind_of(read) is not None:
+                reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
+                bypassed.setdefault(
+                    read, f"{reason} ignored: name '{child}.weight' in target_parameters, or leave it out"
+                )
+    return bypassed
+
+
+def computed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Modules under a parametrisation such as weight norm: an update folded into their weight would be lost."""
+    reason = "its weight is computed from other parameters (a parametrisation), so no update can be folded into it"
+    weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}
+    return {m: reason for m, weight in weights.items() if weight not in m._parameters}
 
 
 def weights_passed_on(parent: type[nn.Module]) -> frozenset[str]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora import kernel
-from lora_lightning.lora.attention import attend, float_mask
+from lora_lightning.lora.attention import attend, float_mask, length_first
 from lora_lightning.lora.functional import block_rows, lora_delta, lora_update, unblock_rows
 from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.graft import Grafted
@@ -48,7 +48,7 @@ class AttentionHost(Grafted, nn.MultiheadAttention):
             raise TypeError("adapted attention takes nested tensors on the CPU in eval without gradients: pad them")
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        inputs, batched = _length_first((query, key, value), self.batch_first)
+        inputs, batched = length_first((query, key, value), self.batch_first)
         padding = float_mask(key_padding_mask, query.dtype)
         if padding is not None and not batched:
             padding = padding.unsqueeze(0)
@@ -224,17 +224,6 @@ def host_refusal(module: nn.Module) -> str | None:
             f" would be ignored: exclude it"
         )
     return None
-
-
-def _length_first(inputs: tuple[Tensor, Tensor, Tensor], batch_first: bool) -> tuple[list[Tensor], bool]:
-    """(length, n, width) from any of torch's layouts; equal inputs stay one object where they do so in torch."""
-    batched = inputs[0].dim() == 3
-    if not batched:
-        return [t.unsqueeze(1) for t in inputs], batched
-    if not batch_first:
-        return list(inputs), batched
-    moved = {id(t): t.transpose(0, 1) for t in inputs}
-    return [moved[id(t)] for t in inputs], batched
 
 
 def _parted(projected: Tensor, count: int) -> list[Tensor]:
