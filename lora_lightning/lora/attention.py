@@ -23,6 +23,17 @@ def float_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, float("-inf"))
 
 
+def length_first(inputs: tuple[Tensor, Tensor, Tensor], batch_first: bool) -> tuple[list[Tensor], bool]:
+    """(length, n, width) from any of torch's layouts; equal inputs stay one object where they do so in torch."""
+    batched = inputs[0].dim() == 3
+    if not batched:
+        return [t.unsqueeze(1) for t in inputs], batched
+    if not batch_first:
+        return list(inputs), batched
+    moved = {id(t): t.transpose(0, 1) for t in inputs}
+    return [moved[id(t)] for t in inputs], batched
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -50,7 +61,8 @@ def attend(
     if bias_k is not None and bias_v is not None:
         k, v = torch.cat([k, bias_k.repeat(1, batch, 1)]), torch.cat([v, bias_v.repeat(1, batch, 1)])
         attn_mask, key_padding_mask = _one_more(attn_mask), _one_more(key_padding_mask)
-    q, k, v = (t.reshape(t.shape[0], batch * num_heads, -1).transpose(0, 1) for t in (q, k, v))
+    head = (batch * num_heads, width // num_heads)
+    q, k, v = (t.reshape(t.shape[0], *head).transpose(0, 1) for t in (q, k, v))
     if add_zero_attn:
         zeros = (k.shape[0], 1, k.shape[2])
         k, v = torch.cat([k, k.new_zeros(zeros)], dim=1), torch.cat([v, v.new_zeros(zeros)], dim=1)
@@ -59,14 +71,14 @@ def attend(
     if need_weights:
         heads, weights = _with_weights(q, k, v, mask, dropout)
         out = heads.transpose(0, 1).reshape(length * batch, width)
-        weights = weights.view(batch, num_heads, length, -1)
-        return out_proj(out).view(length, batch, -1), weights.mean(dim=1) if average_attn_weights else weights
+        weights = weights.view(batch, num_heads, length, k.shape[1])
+        return out_proj(out).view(length, batch, width), weights.mean(dim=1) if average_attn_weights else weights
     if mask is not None:
-        mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.view(batch, num_heads, -1, k.shape[1])
+        mask = mask.unsqueeze(0) if mask.shape[0] == 1 else mask.view(batch, num_heads, mask.shape[1], k.shape[1])
     q, k, v = (t.view(batch, num_heads, *t.shape[1:]) for t in (q, k, v))
     heads = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
     out = heads.permute(2, 0, 1, 3).reshape(batch * length, width)
-    return out_proj(out).view(length, batch, -1), None
+    return out_proj(out).view(length, batch, width), None
 
 
 def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> tuple[Tensor, Tensor]:
@@ -84,7 +96,9 @@ def _joined(attn_mask: Tensor | None, padding: Tensor | None, batch: int, num_he
         attn_mask = attn_mask.unsqueeze(0)
     if padding is None:
         return attn_mask
-    padding = padding.view(batch, 1, 1, -1).expand(-1, num_heads, -1, -1).reshape(batch * num_heads, 1, -1)
+    padding = (
+        padding.view(batch, 1, 1, padding.shape[1]).expand(-1, num_heads, -1, -1).reshape(batch * num_heads, 1, -1)
+    )
     return padding if attn_mask is None else attn_mask + padding
 
 

@@ -1,7 +1,7 @@
-"""Parents that hand a child's weight on instead of calling the child: an adapter on that child would be ignored.
+"""Parents that read a child's weight instead of calling the child: an adapter on that child would be ignored.
 
-Found by reading the parent's forward: Swin, BEiT, EVA and Mamba do so, and torch's own attention, which has a form of
-its own here.
+Found by reading what the parent's forward runs: Swin, BEiT, EVA and Mamba hand a weight on to a function, DeBERTa and
+DETR take an embedding's table whole; so does torch's own attention, which has a form of its own here.
 """
 
 from __future__ import annotations
@@ -10,57 +10,142 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.layers.attention import host_refusal
+
+Function = Callable[..., Any]
 _KNOWN: dict[type[nn.Module], frozenset[str]] = {}
+
+# What may be asked of a weight without its values.
+_QUESTIONS = {"dtype", "device", "shape", "size", "numel", "ndim", "dim", "is_cuda", "requires_grad", "element_size"}
+
+
+def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
+    bypassed: dict[nn.Module, str] = {}
+    for module in names:
+        if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
+            bypassed |= {module: reason, module.out_proj: reason}
+        for child in weights_passed_on(type(module)):
+            read = module._modules.get(child)
+            if read is not None and kind_of(read) is not None:
+                reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
+                bypassed.setdefault(
+                    read, f"{reason} ignored: name '{child}.weight' in target_parameters, or leave it out"
+                )
+    return bypassed
+
+
+def computed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+    """Modules under a parametrisation such as weight norm: an update folded into their weight would be lost."""
+    reason = "its weight is computed from other parameters (a parametrisation), so no update can be folded into it"
+    weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}
+    return {m: reason for m, weight in weights.items() if weight not in m._parameters}
 
 
 def weights_passed_on(parent: type[nn.Module]) -> frozenset[str]:
-    """Names of children `c` for which a forward of the class uses `self.c.weight` as an argument or operand."""
+    """Names of children `c` for whose adapter the class's forward would not care.
+
+    It uses `self.c.weight` as an argument or operand, or it reads `self.c.weight` in another way and never calls
+    `self.c`.
+    """
     if parent not in _KNOWN:
-        _KNOWN[parent] = frozenset(child for forward in _forwards(parent) for child in _passed_on(forward))
+        functions = _run_by_forward(parent)
+        trees = [tree for function in functions if "weight" in _names(function) and (tree := _parsed(function))]
+        used = {child for tree in trees for child in _used(tree)}
+        read = {child for tree in trees for child in _read(tree)} - used
+        if read:
+            read -= {child for function in functions if (tree := _parsed(function)) for child in _called(tree)}
+        _KNOWN[parent] = frozenset(used | read)
     return _KNOWN[parent]
 
 
-def _forwards(parent: type[nn.Module]) -> list[Callable[..., Any]]:
-    """The forward methods that an instance runs, with those that they reach by `super()`."""
-    found: list[Callable[..., Any]] = []
+def _run_by_forward(parent: type[nn.Module]) -> list[Function]:
+    """The forward methods that an instance runs, and the class's methods that these name, with those of `super()`."""
+    methods = _methods(parent)
+    reached = [name for name in methods if "forward" in name]
+    for name in reached:  # grows while it is read
+        named = {other for function in methods[name] for other in _names(function)}
+        reached += [other for other in methods if other in named and other not in reached]
+    return [function for name in reached for function in methods[name]]
+
+
+def _methods(parent: type[nn.Module]) -> dict[str, list[Function]]:
+    """Each method's code by name: the one that an instance has, and those that it reaches by `super()`."""
+    found: dict[str, list[Function]] = {}
     overridden: set[str] = set()
     for cls in parent.__mro__:
         for name, attribute in vars(cls).items():
-            if "forward" not in name or name in overridden or not inspect.isfunction(attribute):
+            if name in overridden or not inspect.isfunction(attribute):
                 continue
             function = inspect.unwrap(attribute)
             if "__class__" not in function.__code__.co_freevars:  # the trace that `super()` leaves
                 overridden.add(name)
             if not cls.__module__.startswith("torch."):
-                found.append(function)
+                found.setdefault(name, []).append(function)
     return found
 
 
-def _passed_on(forward: Callable[..., Any]) -> Iterator[str]:
-    if "weight" not in forward.__code__.co_names:  # most do not, and reading source takes long
-        return
+def _names(function: Function) -> set[str]:
+    """The attributes and globals that the code names; most name no weight, and reading source takes long."""
+    codes, names = [function.__code__], set[str]()
+    for code in codes:  # grows by the code of inner functions
+        names.update(code.co_names)
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return names
+
+
+def _parsed(function: Function) -> ast.AST | None:
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+        return ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        return
-    for node in ast.walk(tree):
-        for value in _used(node):
-            if (
-                isinstance(value, ast.Attribute)
-                and value.attr == "weight"
-                and isinstance(value.value, ast.Attribute)
-                and isinstance(value.value.value, ast.Name)
-                and value.value.value.id == "self"
-            ):
-                yield value.value.attr
+        return None
 
 
-def _used(node: ast.AST) -> list[ast.expr]:
+def _child(node: ast.AST) -> str | None:
+    """`c` where the node says `self.c`."""
+    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if is_own else None  # type: ignore[attr-defined]
+
+
+def _child_of_weight(node: ast.AST) -> str | None:
+    """`c` where the node reads `self.c.weight`."""
+    is_weight = isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)
+    return _child(node.value) if is_weight else None  # type: ignore[attr-defined]
+
+
+def _used(tree: ast.AST) -> Iterator[str]:
     """What a call takes or an operator works on; asking for a type is no use of the values."""
-    if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id == "isinstance"):
-        return [*node.args, *(keyword.value for keyword in node.keywords)]
-    return [node.left, node.right] if isinstance(node, ast.BinOp) else []
+    for node in ast.walk(tree):
+        values: list[ast.expr] = []
+        if isinstance(node, ast.Call) and not _asks_type(node):
+            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        elif isinstance(node, ast.BinOp):
+            values = [node.left, node.right]
+        yield from (child for value in values if (child := _child_of_weight(value)))
+
+
+def _read(tree: ast.AST) -> Iterator[str]:
+    """What is read in any way but a question after its type or shape."""
+    questions: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in _QUESTIONS:
+            questions.add(node.value)
+        elif isinstance(node, ast.Compare):
+            questions.update((node.left, *node.comparators))
+        elif isinstance(node, ast.Call) and _asks_type(node):
+            questions.update(node.args)
+    yield from (child for node in ast.walk(tree) if node not in questions and (child := _child_of_weight(node)))
+
+
+def _called(tree: ast.AST) -> Iterator[str]:
+    yield from (child for node in ast.walk(tree) if isinstance(node, ast.Call) and (child := _child(node.func)))
+
+
+def _asks_type(node: ast.Call) -> bool:
+    return isinstance(node.func, ast.Name) and node.func.id == "isinstance"

@@ -86,10 +86,12 @@ class LoRAConfig:
 
     bias: Bias = "none"
     """Biases to train: `none`, `lora_only` (of the adapted layers) or `all` (of every module outside
-    `modules_to_save`). Copies are trained; the originals stay as they were."""
+    `modules_to_save`), where a bias is a parameter named `bias`, as in PEFT: `in_proj_bias`, `bias_k` and `bias_v` of
+    `nn.MultiheadAttention` stay. Copies are trained; the originals stay as they were."""
 
     lora_bias: bool = False
-    """Give B a bias of its own, trained and scaled like B. Not with `use_dora`."""
+    """Give B a bias of its own, trained and scaled like B, on layers whose own bias a merge can add it to. Not with
+    `use_dora`."""
 
     init: str = "gaussian"
     """How A and B start. With B zero: `gaussian`, A from N(0, 1/in), the paper's choice, scaled so that A x is as

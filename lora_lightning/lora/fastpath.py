@@ -1,40 +1,39 @@
-"""torch's fused encoder kernel reads `.weight` and would bypass an adapter; here it is kept from being taken.
+"""Which of torch's own attention modules must call what they hold, because an adapter is inside.
 
-`nn.TransformerEncoderLayer.forward` in eval mode hands its weights to one fused kernel. It does not do so
-while a forward hook sits on any module inside it, which is torch's own rule for observed layers, so a hook that
-does nothing is the switch. `nn.TransformerEncoder` packs padded batches into nested tensors for that same
-kernel, and must not while its layers run unfused.
+`nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` hand weights to fused kernels in eval
+mode, past every adapter. Those with something adapted inside get a class that calls it; the others keep the kernels.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
-_HOOK = "_lora_fast_path_hook"
-_NESTED = "_lora_use_nested_tensor"
+from lora_lightning.lora.layers import (
+    AdaptedLayer,
+    AttentionHost,
+    EncoderHost,
+    EncoderLayerHost,
+    Grafted,
+    SavedCopy,
+    graft,
+)
+from lora_lightning.lora.layers.graft import own_forward_calls_super
+
+HOSTS: tuple[type[Grafted], ...] = (AttentionHost, EncoderLayerHost, EncoderHost)
 
 
-def keep_off(model: nn.Module, adapted: list[nn.Module]) -> None:
-    """Hold the fused kernel off in every encoder layer that holds an adapted module."""
+def open_hosts(modules: list[nn.Module], adapted: list[nn.Module]) -> None:
+    """Let every one of them call the adapted or saved modules that it holds."""
     inside = set(adapted)
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and inside.intersection(module.modules()):
-            setattr(module, _HOOK, module.register_forward_pre_hook(_nothing))
-        if isinstance(module, nn.TransformerEncoder) and inside.intersection(module.modules()):
-            setattr(module, _NESTED, module.use_nested_tensor)
-            module.use_nested_tensor = False
-
-
-def allow(model: nn.Module) -> None:
-    """Undo `keep_off`."""
-    for module in model.modules():
-        if _HOOK in module.__dict__:
-            module.__dict__.pop(_HOOK).remove()
-        if _NESTED in module.__dict__:
-            module.use_nested_tensor = module.__dict__.pop(_NESTED)
-
-
-def _nothing(module: nn.Module, args: Any) -> None:
-    return None
+    for module in modules:
+        if isinstance(module, nn.MultiheadAttention):
+            if not isinstance(module, AttentionHost) and isinstance(module.out_proj, AdaptedLayer | SavedCopy):
+                graft(module, AttentionHost)
+        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
+            is_layer = isinstance(module, nn.TransformerEncoderLayer)
+            # One with a forward all its own takes none of torch's kernels.
+            is_torchs = own_forward_calls_super(
+                type(module), nn.TransformerEncoderLayer if is_layer else nn.TransformerEncoder
+            )
+            if is_torchs and inside.intersection(module.modules()) - {module}:
+                graft(module, EncoderLayerHost if is_layer else EncoderHost)

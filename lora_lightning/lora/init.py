@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 
@@ -25,8 +24,7 @@ def kaiming_(A: Tensor) -> Tensor:
 STARTS: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian_, "kaiming": kaiming_}
 
 
-@torch.no_grad()
 def start_(A: Tensor, B: Tensor, init: str) -> None:
-    """Draw A by the named start and set B to zero, both in place."""
+    """Draw A by the named start and set B to zero, both in place; to be called without gradients."""
     STARTS[init](A)
     B.zero_()

@@ -9,19 +9,19 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lora_lightning.lora import fastpath
 from lora_lightning.lora.biases import biases_to_train, train_biases
 from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.fastpath import HOSTS, open_hosts
 from lora_lightning.lora.layers import (
     AdaptedLayer,
-    AttentionHost,
     Grafted,
     SavedCopy,
     TokenRows,
     TrainedBias,
     graft,
+    saved_kind,
     ungraft,
 )
 from lora_lightning.lora.layers.norm import FrozenStatistics
@@ -52,7 +52,8 @@ def inject(
         loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
         start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
             cost or the data of `config.init`.
-        any_rank: allow an r above the smaller side of a weight, as an adapter from elsewhere may have it.
+        any_rank: for an adapter from elsewhere: allow an r above the smaller side of a weight, and `lora_bias` on a
+            layer without a bias, which no merge can fold.
 
     Raises:
         TargetError: the config does not fit this model; the model is then as it was.
@@ -71,7 +72,7 @@ def inject(
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
     biased = biases_to_train(model, config, selection)
-    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
             parameter.requires_grad_(False)
@@ -84,18 +85,24 @@ def inject(
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
-    saved = {name: sum(p.numel() for p in m.lora_copy.parameters()) for name, m in saved_copies(model)}
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    trainable = sum(size for size, trains in sizes if trains)
-    biases = sum(p.numel() for p in {m.lora_trained_bias for _, m in trained_biases(model)})
+    return _report(model, rows, selection)
+
+
+def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
+    """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
+    named = list(model.named_modules())
+    parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
+    copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
+    biases = {m.lora_trained_bias for _, m in named if isinstance(m, TrainedBias)}
+    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
     return InjectionReport(
         modules=rows,
-        saved=saved,
-        tokens={name: module.lora_tokens.numel() for name, module in token_rows(model)},
+        saved={name: sum(p.numel() for p in copy.parameters()) for name, copy in copies.items()},
+        tokens={name: module.lora_tokens.numel() for name, module in named if isinstance(module, TokenRows)},
         skipped=selection.skipped,
-        biases=biases,
+        biases=sum(bias.numel() for bias in biases),
         trainable=trainable,
-        frozen=sum(size for size, _ in sizes) - trainable,
+        frozen=sum(p.numel() for p in parameters.values()) - trainable,
     )
 
 
@@ -106,15 +113,15 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
         attach_rows(token.module, token.token_ids, token.tied)
     twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
     for _, module in selection.saved:
-        graft(module, SavedCopy)
+        graft(module, saved_kind(module))
         assert isinstance(module, SavedCopy)
         module.add_copy(twins)
-    _open_attention(model)
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in modules:
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in inside_saved:
             graft(module, FrozenStatistics)
-    fastpath.keep_off(model, [t.module for t in selection.targets] + [module for _, module in selection.saved])
+    open_hosts(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
 
@@ -139,11 +146,10 @@ def close(model: nn.Module) -> None:
     """Undo what `inject` does around the adapted layers, once these are gone."""
     detach_rows(model)
     for module in list(model.modules()):
-        for kind in (AttentionHost, FrozenStatistics):
+        for kind in (*HOSTS, FrozenStatistics):
             if isinstance(module, kind):
                 module.__dict__.pop("lora_enabled", None)
                 ungraft(module, kind)
-    fastpath.allow(model)
     allow_packing(model)
 
 
@@ -193,15 +199,6 @@ def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
 def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
     """Every embedding with trained rows, with its full name."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, TokenRows)]
-
-
-def _open_attention(model: nn.Module) -> None:
-    """Let every `nn.MultiheadAttention` call its out_proj where that is adapted, or trained in full."""
-    for module in list(model.modules()):
-        if isinstance(module, AttentionHost) or not isinstance(module, nn.MultiheadAttention):
-            continue
-        if isinstance(module.out_proj, AdaptedLayer | SavedCopy):
-            graft(module, AttentionHost)
 
 
 def _adapt(target: Target, *, start: bool) -> AdaptedModule:

@@ -61,16 +61,10 @@ def _slices(
     return resolve(name, wanted.module, modules.get(name.rpartition(".")[0]), rows, spec)
 
 
-def check_fit(wanted: Wanted, kind: type[AdaptedLayer], settings: LayerSettings, *, any_rank: bool) -> None:
+def check_fit(wanted: Wanted, kind: type[AdaptedLayer], settings: LayerSettings) -> None:
     """Raise a TargetError where the layer cannot be adapted so."""
     name = wanted.names[0]
     if any(p is not None and is_lazy(p) for p in wanted.module._parameters.values()):
         raise TargetError(f"cannot adapt '{name}': it is lazy and has no shape yet: run the model on a batch first")
     if reason := kind.refusal(wanted.module, settings):
         raise TargetError(f"cannot adapt '{name}': {reason}")
-    largest = kind.largest_rank(wanted.module, settings)
-    if settings.r > largest and not any_rank:
-        raise TargetError(
-            f"r={settings.r} is larger than the layer '{name}' allows ({largest}, the smaller side of its"
-            f" weight): lower r, or set rank_pattern: {{{name}: {largest}}}, or exclude it"
-        )

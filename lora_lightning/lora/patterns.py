@@ -36,6 +36,8 @@ def _pattern_hits(pattern: str, names: list[str]) -> bool:
 
 def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], default: Value) -> Value:
     """The value of the longest pattern that matches: no order of keys can change it."""
+    if not patterns:
+        return default
     found = [p for p in patterns if _pattern_hits(p, names)]
     if not found:
         return default

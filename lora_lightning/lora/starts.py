@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ DATA_STARTS = ("eva", "lora_ga", "loftq")
 LORA_GA_GAMMA = 16.0
 
 
+@cache  # it is asked for each layer
 def from_weight(init: str) -> bool:
     """True for the starts that W0 alone decides."""
     return init in _FROM_WEIGHT or FAST_PISSA.fullmatch(init) is not None

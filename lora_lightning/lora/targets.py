@@ -7,17 +7,17 @@ from difflib import get_close_matches
 
 from torch import nn
 
-from lora_lightning.lora.bypass import weights_passed_on
+from lora_lightning.lora.bypass import bypassed_modules, computed_modules
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.heads import output_head
 from lora_lightning.lora.layer_settings import Wanted, check_fit, settings_of
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
-from lora_lightning.lora.layers.attention import host_refusal
 from lora_lightning.lora.options import refuse_options
 from lora_lightning.lora.patterns import all_used, block_number, flat, matches, no_match
 from lora_lightning.lora.presets import PRESETS, preset_parts, preset_pattern
 from lora_lightning.lora.tokens import TokenTarget, token_targets
+from lora_lightning.lora.ways_out import Resolved, refuse_lost_biases, refuse_ranks
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Selection:
 
 
 def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> Selection:
-    """Resolve `config` on `model`; with `any_rank`, as for an adapter that is there already, r has no upper limit.
+    """Resolve `config` on `model`; with `any_rank`, as for an adapter that is there already, r has no upper limit, and
+    `lora_bias` needs no bias to be merged into.
 
     Raises:
         TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
@@ -58,7 +59,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     wanted = [Wanted(names[module], module, why) for module, why in found.items()]
     wanted = _in_layers(wanted + _parameters(names, config, selection), config)
     selection.tokens = token_targets(model, names, config.trainable_token_indices)
-    _refuse_twice(selection)
+    _refuse_rows(selection, bypassed_modules(names) if selection.tokens else {})
     if not wanted and not selection.tokens:
         raise TargetError(_nothing_left(model, config, selection))
     everything = [w.names for w in wanted]
@@ -68,20 +69,27 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     all_used("slices", config.slices, everything)
     modules = {group[0]: module for module, group in names.items()}
     parts = preset_parts(model, config.target_modules) if found else []
+    resolved: Resolved = []
     for w in wanted:
         kind = LoRAParameter if w.parameter else kind_of(w.module)
         assert kind is not None
         settings = settings_of(w, kind, config, modules, parts)
         refuse_options(w.names[0], w.module, kind, settings)
-        check_fit(w, kind, settings, any_rank=any_rank)
+        check_fit(w, kind, settings)
+        resolved.append((w, kind, settings))
         selection.targets.append(Target(w.names[0], w.module, kind, settings, w.why))
+    if not any_rank:
+        refuse_ranks(resolved)
+        refuse_lost_biases(resolved)
     return selection
 
 
 def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection) -> list[Wanted]:
     """The parameters that `target_parameters` selects, in the model's order."""
+    if not config.target_parameters:
+        return []
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
-    entries, used = config.target_parameters or [], set[str]()
+    entries, used = config.target_parameters, set[str]()
     wanted: list[Wanted] = []
     known: list[str] = []
     for module, group in names.items():
@@ -98,10 +106,12 @@ def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection
     return wanted
 
 
-def _refuse_twice(selection: Selection) -> None:
-    """Rows of an embedding that `modules_to_save` trains in full, or whose tied head it does."""
+def _refuse_rows(selection: Selection, bypassed: dict[nn.Module, str]) -> None:
+    """Rows that the model would read past, or whose embedding or tied head `modules_to_save` trains in full."""
     inside_saved = {m: name for name, saved in selection.saved for m in saved.modules()}
     for token in selection.tokens:
+        if token.module in bypassed:
+            raise TargetError(f"trainable_token_indices: cannot train rows of '{token.name}': {bypassed[token.module]}")
         for module in (token.module, *token.tied):
             if module in inside_saved:
                 raise TargetError(
@@ -136,7 +146,7 @@ def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[
             chosen.append((names[hits[0]][0], hits[0]))
     # A module inside a saved one is in its copy already.
     outermost = [(name, m) for name, m in chosen if not any(name.startswith(f"{outer}.") for outer, _ in chosen)]
-    bypassed = _bypassed(names)
+    bypassed = bypassed_modules(names) if outermost else {}
     for name, module in outermost:
         if module in bypassed:
             raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
@@ -155,7 +165,7 @@ def _found(
     """Each selected module with the entry that selected it, in the model's order."""
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     candidates = {m: group for m, group in names.items() if m not in inside_saved}
-    bypassed = _computed(names) | _bypassed(names)
+    bypassed = computed_modules(names) | bypassed_modules(names)
     pattern = config.target_modules
     if pattern == ALL_LINEAR:
         return _all_linear(model, candidates, bypassed, selection)
@@ -206,29 +216,6 @@ def _all_linear(
         else:
             found[module] = ALL_LINEAR
     return found
-
-
-def _bypassed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
-    """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
-    bypassed: dict[nn.Module, str] = {}
-    for module in names:
-        if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
-            bypassed |= {module: reason, module.out_proj: reason}
-        for child in weights_passed_on(type(module)):
-            read = module._modules.get(child)
-            if read is not None and kind_of(read) is not None:
-                reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
-                bypassed.setdefault(
-                    read, f"{reason} ignored: name '{child}.weight' in target_parameters, or leave it out"
-                )
-    return bypassed
-
-
-def _computed(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
-    """Modules under a parametrisation such as weight norm: an update folded into their weight would be lost."""
-    reason = "its weight is computed from other parameters (a parametrisation), so no update can be folded into it"
-    weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}
-    return {m: reason for m, weight in weights.items() if weight not in m._parameters}
 
 
 def _without_excluded(

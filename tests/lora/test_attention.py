@@ -184,7 +184,6 @@ def test_all_linear_adapts_both_projections():
     assert not report.skipped
 
 
-@pytest.mark.fused
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_the_encoder_in_eval_gives_the_adapted_output(norm_first):
     torch.manual_seed(0)
@@ -198,11 +197,11 @@ def test_the_encoder_in_eval_gives_the_adapted_output(norm_first):
         with torch.no_grad():
             quick = adapted(x, src_key_padding_mask=padding)
         slow = adapted(x, src_key_padding_mask=padding)
-        assert torch.allclose(quick, slow, atol=1e-6)
+        assert torch.allclose(quick[~padding], slow[~padding], atol=1e-6)  # torch puts zeros in padding in one of them
         assert relative(quick, model(x, src_key_padding_mask=padding)) > 1e-3
         merge(adapted)
         merged = adapted(x, src_key_padding_mask=padding)
-        assert relative(merged[~padding], slow[~padding]) < 1e-5  # torch's fused kernel puts zeros in padding
+        assert relative(merged[~padding], slow[~padding]) < 1e-5
 
 
 def test_w0_of_a_bf16_model_is_bit_identical_after_500_adamw_steps():

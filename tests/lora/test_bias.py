@@ -1,11 +1,12 @@
 """Trained biases: `bias: all`, `bias: lora_only`, and B's own (`lora_bias`)."""
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_lightning import LoRAConfig, disabled, inject, merge, save_adapter
+from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import ConfigError, MergeError, TargetError
 from lora_lightning.lora.inject import trained_biases
 from tests.lora.options_support import inputs, net, shake
@@ -120,11 +121,44 @@ def test_lora_bias_is_scaled_like_b():
     torch.testing.assert_close(model(x) - before, torch.full((2, 3), 3.0))
 
 
-def test_lora_bias_without_a_bias_to_merge_into_is_refused_at_the_merge():
-    model, x = net(), inputs()
-    inject(model, LoRAConfig(r=2, lora_bias=True))
-    shake(model)
+def test_lora_bias_without_a_bias_to_merge_into_is_refused_before_the_training():
+    said = (
+        r"""lora_bias: 'down' has no bias for a merge to add B's to: add exclude_modules=\["down"\], or set lora_bias"""
+    )
+    model = net()
+    with pytest.raises(TargetError, match=said):
+        inject(model, LoRAConfig(r=2, lora_bias=True))
+    assert type(model.up) is nn.Linear
+    inject(model, LoRAConfig(r=2, lora_bias=True, exclude_modules=["down"]))
+
+
+def test_pefts_directory_of_that_kind_loads_and_is_refused_at_the_merge(tmp_path):
+    x = inputs()
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(r=2, lora_bias=True, target_modules=["up", "down"])).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    model = net().eval()
+    load_adapter(model, tmp_path)
     before = model(x)
+    torch.testing.assert_close(before, theirs(x))
     with pytest.raises(MergeError, match="lora_bias of 'down' has no bias"):
         merge(model)
     assert torch.equal(model(x), before)
+
+
+def test_all_trains_the_biases_that_peft_trains():
+    """Parameters named `bias`: `in_proj_bias` of `nn.MultiheadAttention` is none, there and here."""
+
+    def make():
+        torch.manual_seed(0)
+        return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+
+    model = make()
+    inject(model, LoRAConfig(r=2, target_modules=["linear1"], bias="all"))
+    theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["linear1"], bias="all"))
+    trained = {name for name, p in theirs.named_parameters() if p.requires_grad and "lora_" not in name}
+    plain = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in trained}
+    assert plain == {f"{name}.bias" for name, _ in trained_biases(model)}

@@ -17,7 +17,6 @@ def encoder():
     return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
 
 
-@pytest.mark.fused
 @pytest.mark.parametrize("saved", ["layers.0.linear1", "layers.1.self_attn.out_proj", "layers.0.self_attn"])
 @torch.no_grad()
 def test_a_module_to_save_inside_an_encoder_layer_counts_in_eval(saved):
@@ -35,7 +34,6 @@ def test_a_module_to_save_inside_an_encoder_layer_counts_in_eval(saved):
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
-@pytest.mark.fused
 def test_a_parameter_and_a_module_of_one_attention_together():
     plain, x = encoder(), torch.randn(2, 3, 8)
     chosen = config(target_modules=["out_proj"], target_parameters=["self_attn.in_proj_weight"])
@@ -69,6 +67,73 @@ def test_a_weight_that_its_parent_reads_is_adapted_as_a_parameter():
     merge(model)
     assert relative(model["attn"](x), adapted) < 1e-5
     assert relative(adapted, plain["attn"](x)) > 1e-3
+
+
+def deberta():
+    from transformers import DebertaV2Config, DebertaV2Model
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+    torch.manual_seed(0)
+    return DebertaV2Model(DebertaV2Config(**sizes, **relative, vocab_size=40, initializer_range=0.4)).eval()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["rel_embeddings"]},
+        {"modules_to_save": ["rel_embeddings"]},
+        {"trainable_token_indices": {"rel_embeddings": [1]}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_debertas_table_which_its_encoder_reads_whole_is_refused_by_name(fields):
+    model = deberta()
+    keys = list(model.state_dict())
+    with pytest.raises(TargetError, match=r"'encoder.rel_embeddings': DebertaV2Encoder reads its weight"):
+        inject(model, config(**fields))
+    assert list(model.state_dict()) == keys
+
+
+def test_debertas_table_is_adapted_as_a_parameter():
+    model, ids = deberta(), torch.tensor([[1, 5, 9, 2, 7, 3]])
+    before = model(ids)[0]
+    inject(model, config(target_modules=[], target_parameters=["rel_embeddings.weight"]))
+    assert torch.equal(model(ids)[0], before)
+    adapted = stir(model)(ids)[0]
+    assert relative(adapted, before) > 1e-3
+    merge(model)
+    assert relative(model(ids)[0], adapted) < 1e-5
+
+
+class Reader(nn.Module):
+    """Reads its children's weights in each way that models do; all but `called` are never called."""
+
+    def __init__(self):
+        super().__init__()
+        names = ["returned", "indexed", "reshaped", "assigned", "called", "asked", "elsewhere"]
+        for name in names:
+            setattr(self, name, nn.Embedding(4, 4))
+
+    def table(self):
+        return self.returned.weight
+
+    def forward(self, x):
+        assert self.asked.weight is not None
+        start = self.assigned.weight
+        x = self.table()[x] + self.indexed.weight[x] + self.reshaped.weight.unsqueeze(0)[0][x] + start[x]
+        return x.to(self.asked.weight.dtype) + self.called.weight[0] + self.called(x.long() % 4)
+
+    def initialise(self):
+        self.elsewhere.weight.zero_()
+
+
+def test_every_way_of_reading_a_weight_is_seen():
+    model = nn.Sequential(Reader(), nn.Linear(4, 4))
+    for name in ("returned", "indexed", "reshaped", "assigned"):
+        with pytest.raises(TargetError, match=f"cannot adapt '0.{name}': Reader reads its weight"):
+            inject(model, config(target_modules=[name]))
+    inject(model, config(target_modules=["called", "asked", "elsewhere"]))
 
 
 def test_layers_to_transform_holds_for_parameters_too():

@@ -1,6 +1,8 @@
 """The laws on small random-weight models of the families that people bring."""
 
 import copy
+import dataclasses
+import re
 
 import pytest
 import torch
@@ -8,10 +10,14 @@ import transformers as tf
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.heads import output_head
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import LoRALinear, kind_of
+from lora_lightning.lora.targets import select
 from tests.lora.coverage import note
-from tests.lora.laws import TOLERANCE, dtypes, relative, stir
+from tests.lora.laws import TOLERANCE, check_fresh, dtypes, relative, still, stir
 
 IDS = torch.tensor([[1, 5, 9, 2, 7, 3], [4, 4, 8, 6, 1, 2]])
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -227,19 +233,55 @@ def build(family, dtype):
     model = make().to(dtype)
     if family == "mixtral" and dtype == torch.float64:
         model.set_experts_implementation("eager")  # torch's grouped product has no float64
-    # torch.matmul takes another path, with other last bits, where a weight requires a gradient: compare frozen models.
     return model.eval().requires_grad_(False), run, LoRAConfig(**{"r": 2, "alpha": 4.0, **chosen})
 
 
 @dtypes
 @pytest.mark.parametrize("family", FAMILIES)
 def test_laws(family, dtype, tmp_path):
-    plain, run, chosen = build(family, dtype)
-    keys, types, before = list(plain.state_dict()), [type(m) for m in plain.modules()], fingerprint(plain).digest
-    output = run(plain)
+    check_family(family, dtype, *build(family, dtype), tmp_path)
+
+
+def with_options(model, chosen):
+    """`chosen` with every option that all the layers which it selects have."""
+    targets = select(model, chosen).targets
+    alone = not any(t.settings.slices for t in targets)
+    options = {"use_rslora": True, "use_dora": alone and all(t.kind.dora_dim is not None for t in targets)}
+    ends = [t.name.rpartition(".")[2] for t in targets]
+    linear = [end for end, t in zip(ends, targets, strict=True) if t.kind is LoRALinear]
+    options["alpha_pattern"] = {ends[-1]: 7.0}
+    options["rank_pattern"] = chosen.rank_pattern | ({linear[-1]: 3} if linear else {})
+    if not chosen.target_parameters:  # which refuse it
+        options |= {"dropout": 0.1, "dropout_pattern": {ends[-1]: 0.3}}
+    if any(isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None for module in model.modules()):
+        options["bias"] = "all"
+    options["modules_to_save"] = [name for name in output_head(model) if name in dict(model.named_modules())]
+    return dataclasses.replace(chosen, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_laws_with_options(family, tmp_path):
+    plain, run, chosen = build(family, torch.float64)
+    model, options = copy.deepcopy(plain), with_options(plain, chosen)
+    check_family(family, torch.float64, plain, run, options, tmp_path)
+    inject(model, options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trained} == {id(t) for t in adapter_tensors(model).values()}
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        run(model.train()).pow(2).mean().backward()
+        optimizer.step()
+    assert unmoved(model, plain), "W0 never moves"
+
+
+def check_family(family, dtype, plain, run, chosen, tmp_path):
+    """Laws 1, 2, 3, 4, 6 and 7."""
+    keys, types = list(plain.state_dict()), [type(m) for m in plain.modules()]
+    output = still(run, plain)
     model = copy.deepcopy(plain)
     report = inject(model, chosen)
-    assert torch.equal(run(model), output), "a fresh adapter changes nothing"
+    check_fresh(plain, model, run)
     assert set(keys) <= set(model.state_dict()), "the original names survive"
     assert all(isinstance(m, t) for m, t in zip(_without_ours(model), types, strict=True))
 
@@ -248,18 +290,20 @@ def test_laws(family, dtype, tmp_path):
     adapted.double().pow(2).sum().backward()
     assert len(adapted_layers(model)) == len(report.modules) > 1
     for name, layer in adapted_layers(model):
-        for factor in (layer.lora_A, layer.lora_B):
+        for factor in layer.lora_tensors().values():
+            if not factor.requires_grad:
+                continue
             assert factor.grad is not None, f"no gradient at {name}"
             assert torch.isfinite(factor.grad).all(), f"a gradient at {name} is not finite"
             assert factor.grad.any(), f"no gradient reaches {name}"
-    assert fingerprint(model).digest == before, "W0 never moves"
+    assert unmoved(model, plain), "W0 never moves"
     with disabled(model):
-        assert torch.equal(run(model), output)
+        assert torch.equal(still(run, model), output)
 
     again = copy.deepcopy(plain)
     load_adapter(again, save_adapter(model, tmp_path))
     assert torch.equal(run(again), adapted), "what is saved is what is loaded"
-    assert torch.equal(run(remove(again)), output)
+    assert torch.equal(still(run, remove(again)), output)
     merge(model)
     assert list(model.state_dict()) == keys
     # In bfloat16 rounding is passed on from layer to layer, here of models with random weights.
@@ -267,8 +311,34 @@ def test_laws(family, dtype, tmp_path):
     note(dtype=dtype, report=report, family=family)
 
 
+def unmoved(model, plain):
+    """Every tensor of the backbone, also those that `modules_to_save` and `bias` train copies of."""
+    now = model.state_dict()
+    return all(torch.equal(now[key], tensor) for key, tensor in plain.state_dict().items())
+
+
 def _without_ours(model):
     return [m for name, m in model.named_modules() if "lora_" not in name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_silent_miss(family):
+    """Each layer of a kind that can be adapted is reached by a gradient, or refused by its name."""
+    model, run, _ = build(family, torch.float32)
+    wanted = {name for name, module in model.named_modules() if kind_of(module)}
+    refused = set()
+    while True:
+        try:
+            report = inject(model, LoRAConfig(r=1, target_modules=sorted(wanted - refused)))
+            break
+        except TargetError as error:
+            refused.add(re.search(r"'([^']+)'", str(error)).group(1))
+    assert refused <= wanted
+    assert {row.module for row in report.modules} == wanted - refused
+    run(stir(model, size=0.1)).double().pow(2).sum().backward()
+    assert not [
+        name for name, layer in adapted_layers(model) if layer.lora_B.grad is None or not layer.lora_B.grad.any()
+    ]
 
 
 def test_at_least_fifteen_families_are_covered():

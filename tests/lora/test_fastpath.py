@@ -10,7 +10,6 @@ from torch import nn
 from lora_lightning import LoRAConfig, inject, merge, remove
 from tests.factories import FAMILIES, assert_same, distance, folded, move, snapshot
 
-pytestmark = pytest.mark.fused
 FAMILY = FAMILIES["encoder"]
 FEED = LoRAConfig(r=2, target_modules=["linear1", "linear2"])
 

@@ -130,7 +130,6 @@ def test_remove_gives_the_very_model_back(family):
     inject(model, SMALL)
 
 
-@pytest.mark.fused
 def test_disabled_is_the_backbone_and_the_adapter_comes_back(family):
     model = family.build()
     with torch.no_grad():

@@ -1,7 +1,8 @@
-"""Adapters on quantised bases: bitsandbytes NF4 and int8, torchao weight-only int8, on the CPU."""
+"""Adapters on quantised bases: bitsandbytes NF4 and int8, torchao weight-only int8, on the CPU and on CUDA."""
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -19,6 +20,14 @@ bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
 
 QUANTISED = ["up", "down", "square"]
+HERE = torch.device("cpu")
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: a machine with one runs these laws")
+
+
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=no_cuda)])
+def device(request, monkeypatch):
+    """Where every model and input of this file lies."""
+    monkeypatch.setattr(sys.modules[__name__], "HERE", torch.device(request.param))
 
 
 class Net(nn.Module):
@@ -38,7 +47,7 @@ class Net(nn.Module):
 
 
 def inputs(dtype=torch.float32):
-    return torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(1)).to(HERE, dtype)
 
 
 def _swap(model, make):
@@ -49,7 +58,7 @@ def _swap(model, make):
         if new.bias is not None:
             new.bias.data = new.bias.data.to(old.bias.dtype)
         setattr(model, name, new)
-    return model.to("cpu").eval()  # bitsandbytes quantises on the way to a device
+    return model.to(HERE).eval()  # bitsandbytes quantises on the way to a device
 
 
 def _nf4(model):
@@ -85,7 +94,7 @@ each_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join
 
 def float_net(dtype=torch.float32):
     torch.manual_seed(0)
-    return Net().to(dtype)
+    return Net().to(HERE, dtype)
 
 
 def base(scheme_name, dtype=torch.float32):
@@ -106,11 +115,12 @@ def test_the_scheme_is_recognised_and_the_weight_read(scheme_name):
     model, plain = base(scheme_name), float_net()
     for name in QUANTISED:
         layer = model.get_submodule(name)
+        assert layer.weight.device.type == HERE.type
         assert scheme(layer) == NAMES[scheme_name]
         weight, original = plain_weight(layer), plain.get_submodule(name).weight
         assert weight.shape == original.shape
         assert (weight - original).abs().max() < 0.2 * original.abs().max()
-        x = torch.randn(6, original.shape[1])
+        x = torch.randn(6, original.shape[1]).to(HERE)
         expected = x @ weight.T + (0 if layer.bias is None else layer.bias)
         # int8's forward also rounds the inputs to 8 bits.
         assert (layer(x) - expected).norm() < 0.02 * expected.norm()
@@ -124,6 +134,7 @@ def test_fresh_adapter_changes_nothing(scheme_name, dtype, options):
     model = adapted(scheme_name, dtype, **options)
     x, expected = inputs(dtype), base(scheme_name, dtype)(inputs(dtype))
     assert torch.equal(model(x), expected)
+    assert all(p.device.type == HERE.type for _, layer in adapted_layers(model) for p in layer.lora_tensors().values())
     assert all(p.dtype == torch.float32 for _, layer in adapted_layers(model) for p in layer.lora_tensors().values())
 
 
@@ -282,7 +293,7 @@ def test_a_base_that_was_packed_before_the_injection_is_unpacked():
 @each_scheme
 def test_loftq_takes_back_what_quantisation_lost(scheme_name, as_state_dict):
     original = float_net()
-    data = original.state_dict() if as_state_dict else original
+    data = {key: tensor.cpu() for key, tensor in original.state_dict().items()} if as_state_dict else original
     model = base(scheme_name)
     before = fingerprint(model)
     lost = {name: plain_weight(model.get_submodule(name)) - original.get_submodule(name).weight for name in QUANTISED}
@@ -296,7 +307,7 @@ def test_loftq_takes_back_what_quantisation_lost(scheme_name, as_state_dict):
 
 
 def test_loftq_needs_each_weight_in_its_shape():
-    weights = float_net().state_dict()
+    weights = float_net().cpu().state_dict()  # wherever the model is
     with pytest.raises(LoRAError, match=r"needs 'down.weight' of shape \(64, 128\), got nothing"):
         inject(base("nf4"), LoRAConfig(r=4, init="loftq"), data={k: v for k, v in weights.items() if "down" not in k})
     with pytest.raises(LoRAError, match=r"got shape \(3, 64\)"):

@@ -145,3 +145,44 @@ def test_nothing_to_merge_or_save(tmp_path):
         merge(net())
     with pytest.raises(AdapterError, match="nothing to save"):
         save_adapter(net(), tmp_path)
+
+
+class Experts(nn.Module):
+    """Blocks with gates that are narrower than most ranks, one of them under the name of a wide layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "shared_expert_gate": nn.Linear(16, 1),
+                    "gate": nn.Linear(16, 16),
+                    "router": nn.ModuleDict({"gate": nn.Linear(16, 2)}),
+                }
+            )
+            for _ in range(3)
+        )
+
+
+def test_a_rank_that_several_layers_do_not_allow_names_lines_that_help():
+    with pytest.raises(TargetError) as caught:
+        inject(Experts(), LoRAConfig(r=8))
+    said = str(caught.value)
+    assert "r=8 is larger than the layer 'blocks.0.shared_expert_gate' allows (1, " in said
+    assert "nor do 5 more" in said
+    ranks = 'rank_pattern={"shared_expert_gate": 1, "router.gate": 2}'
+    excluded = 'exclude_modules=["shared_expert_gate", "router.gate"]'
+    for line, r in ((ranks, [1, 8, 2]), (excluded, [8])):
+        assert line in said
+        report = inject(Experts(), eval(f"LoRAConfig(r=8, {line})"))
+        assert [row.r for row in report.modules] == r * 3
+
+
+def test_a_rank_for_a_name_with_signs_names_a_pattern_that_selects_it():
+    def make():
+        return nn.ModuleDict({"a+b (c)": nn.Linear(2, 2), "c": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
+
+    with pytest.raises(TargetError) as caught:
+        inject(make(), LoRAConfig(r=4))
+    line = str(caught.value).partition("add ")[2].partition(", or")[0]
+    assert [row.r for row in inject(make(), eval(f"LoRAConfig(r=4, {line})")).modules] == [2, 4]

@@ -163,7 +163,7 @@ def test_a_rank_above_the_layers_own_is_refused_with_the_way_out(r, fits):
     if fits:
         assert names(sequential(), r=r, target_modules=["0"]) == ["0"]
     else:
-        with pytest.raises(TargetError, match=r"r=9 .*'0' allows \(8.*rank_pattern: \{0: 8\}"):
+        with pytest.raises(TargetError, match=r"""r=9 .*'0' allows \(8.*rank_pattern=\{"0": 8\}"""):
             names(sequential(), r=r, target_modules=["0"])
 
 

@@ -9,11 +9,12 @@ from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.bias import TrainedBias
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
+from lora_lightning.lora.layers.encoder import EncoderHost, EncoderLayerHost
 from lora_lightning.lora.layers.graft import Grafted, graft, ungraft
 from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
 from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
-from lora_lightning.lora.layers.saved import SavedCopy
+from lora_lightning.lora.layers.saved import SavedCopy, saved_kind
 from lora_lightning.lora.layers.tokens import TokenRows
 
 KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
@@ -40,6 +41,8 @@ __all__ = [
     "KINDS",
     "AdaptedLayer",
     "AttentionHost",
+    "EncoderHost",
+    "EncoderLayerHost",
     "Grafted",
     "LayerSettings",
     "LoRAConv1D",
@@ -56,5 +59,6 @@ __all__ = [
     "TrainedBias",
     "graft",
     "kind_of",
+    "saved_kind",
     "ungraft",
 ]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.attention import attend, float_mask
+from lora_lightning.lora import kernel
+from lora_lightning.lora.attention import attend, float_mask, length_first
 from lora_lightning.lora.functional import block_rows, lora_delta, lora_update, unblock_rows
 from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.graft import Grafted
@@ -23,7 +24,7 @@ PARTS = ("q", "k", "v")
 
 
 class AttentionHost(Grafted, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that calls `out_proj`, for when only that is adapted. The fused kernel is not taken."""
+    """`nn.MultiheadAttention` that calls its projections, also where torch would take its fused kernel."""
 
     def forward(  # torch's signature
         self,
@@ -41,9 +42,13 @@ class AttentionHost(Grafted, nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if kernel.takes(self, (query, key, value), attn_mask, key_padding_mask):
+            return self._as_kernel(query, attn_mask, key_padding_mask, need_weights, average_attn_weights)
+        if query.is_nested:
+            raise TypeError("adapted attention takes nested tensors on the CPU in eval without gradients: pad them")
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        inputs, batched = _length_first((query, key, value), self.batch_first)
+        inputs, batched = length_first((query, key, value), self.batch_first)
         padding = float_mask(key_padding_mask, query.dtype)
         if padding is not None and not batched:
             padding = padding.unsqueeze(0)
@@ -65,6 +70,30 @@ class AttentionHost(Grafted, nn.MultiheadAttention):
         if not batched:
             return out.squeeze(1), None if weights is None else weights.squeeze(0)
         return out.transpose(0, 1) if self.batch_first else out, weights
+
+    def _as_kernel(
+        self, x: Tensor, attn_mask: Tensor | None, padding: Tensor | None, need_weights: bool, average: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Self-attention of x (n, length, width) with the roundings of torch's fused kernel."""
+        mask: Tensor | None = None
+        mask_type: int | None = None
+        if not x.is_nested:
+            mask, mask_type = self.merge_masks(attn_mask, padding, x)
+        return kernel.attend(
+            x,
+            self.project_as_one,
+            self.in_proj_bias,
+            self.out_proj,
+            num_heads=self.num_heads,
+            mask=mask,
+            mask_type=mask_type,
+            need_weights=need_weights,
+            average_attn_weights=average,
+        )
+
+    def project_as_one(self, x: Tensor) -> Tensor:
+        """`x W0^T` of q, k and v side by side, (..., 3 width), without the bias."""
+        return F.linear(x, self.in_proj_weight)
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x W0^T + b` of each input, (length, n, width), with as few products as torch takes."""
@@ -131,6 +160,13 @@ class LoRAMultiheadAttention(AdaptedLayer, AttentionHost):
             out[part] = out[part] + lora_update(self.lora_input(inputs[part]), A, B, self.lora_settings.scale)
         return out["q"], out["k"], out["v"]
 
+    def project_as_one(self, x: Tensor) -> Tensor:
+        """`x W0^T + s (x A^T) B^T`, the update in the columns of each adapted part."""
+        out = dict(zip(PARTS, super().project_as_one(x).chunk(3, dim=-1), strict=True))
+        for part, (A, B) in self._pairs().items():
+            out[part] = out[part] + lora_update(self.lora_input(x), A, B, self.lora_settings.scale)
+        return torch.cat([out[part] for part in PARTS], dim=-1)
+
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, in) and B (width, r) of each adapted part."""
         taken = _taken(self, self.lora_settings)
@@ -188,15 +224,6 @@ def host_refusal(module: nn.Module) -> str | None:
             f" would be ignored: exclude it"
         )
     return None
-
-
-def _length_first(inputs: tuple[Tensor, Tensor, Tensor], batch_first: bool) -> tuple[list[Tensor], bool]:
-    """(length, n, width) from any of torch's layouts; equal inputs stay one object."""
-    batched = inputs[0].dim() == 3
-    if batched and not batch_first:
-        return list(inputs), batched
-    moved = {id(t): t.transpose(0, 1) if batched else t.unsqueeze(1) for t in inputs}
-    return [moved[id(t)] for t in inputs], batched
 
 
 def _parted(projected: Tensor, count: int) -> list[Tensor]:

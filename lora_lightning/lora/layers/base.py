@@ -50,7 +50,9 @@ class AdaptedLayer(WithOptions):
     @classmethod
     def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
         """The parts of W0 that a merge changes, by their names in the module."""
-        return {"weight": module.get_parameter("weight")}
+        weight = module._parameters["weight"]
+        assert weight is not None
+        return {"weight": weight}
 
     @classmethod
     def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
@@ -80,10 +82,10 @@ class AdaptedLayer(WithOptions):
         frozen = next(iter(self.adapted_parameters(self.lora_owner, settings).values()))
         dtype, device = wide_dtype(frozen), frozen.device
         # Into the stores that nn.Module keeps: over hundreds of layers its attribute checks are what takes the time.
-        self._parameters |= {
-            "lora_A": nn.Parameter(torch.empty(shape_a, dtype=dtype, device=device)),
-            "lora_B": nn.Parameter(torch.empty(shape_b, dtype=dtype, device=device)),
-        }
+        self._parameters.update(
+            lora_A=nn.Parameter(torch.empty(shape_a, dtype=dtype, device=device)),
+            lora_B=nn.Parameter(torch.empty(shape_b, dtype=dtype, device=device)),
+        )
         self.__dict__["lora_settings"] = settings
         # A module of its own, so that the adapter's mode is set apart from the base's.
         if settings.dropout:

@@ -66,8 +66,8 @@ class WithOptions(Grafted):
             magnitude = nn.Parameter(self.lora_A.new_empty(self._dora_channels()))
         if starts.is_subtracted(settings.init):
             start_a, start_b = torch.zeros_like(self.lora_A.data), torch.zeros_like(self.lora_B.data)
-        self._parameters |= {"lora_B_bias": bias, "lora_magnitude_vector": magnitude}
-        self._buffers |= {"lora_A0": start_a, "lora_B0": start_b}
+        self._parameters.update(lora_B_bias=bias, lora_magnitude_vector=magnitude)
+        self._buffers.update(lora_A0=start_a, lora_B0=start_b)
 
     def reset_lora_parameters(self) -> None:
         """Start A, B and the rest anew: also what a model filled from the meta device needs.
@@ -80,10 +80,10 @@ class WithOptions(Grafted):
         else:
             self._start_plainly()
 
-    @torch.no_grad()
     def _start_plainly(self) -> None:
-        self.draw_factors()
-        self._reset_options()
+        with torch.no_grad():
+            self.draw_factors()
+            self._reset_options()
 
     def draw_factors(self) -> None:
         """Start with a drawn A and a B of zero."""

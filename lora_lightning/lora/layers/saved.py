@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,6 +81,29 @@ class SavedCopy(Grafted):
         """Forget the trained copy."""
         self._modules.pop("lora_copy", None)
         self.__dict__.pop("lora_enabled", None)
+
+
+class SavedSequence(SavedCopy):
+    """The same for `nn.Sequential`, a list of its children: of the trained copy's while that runs, else of its own."""
+
+    def _shown(self) -> list[nn.Module]:
+        shown = self.lora_copy if self.lora_enabled and "lora_copy" in self._modules else self
+        return [child for name, child in shown._modules.items() if name != "lora_copy" and child is not None]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._shown())
+
+    def __len__(self) -> int:
+        return len(self._shown())
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        chosen = self._shown()[index]
+        return nn.Sequential(*chosen) if isinstance(chosen, list) else chosen
+
+
+def saved_kind(module: nn.Module) -> type[SavedCopy]:
+    """The class that gives this module a trained copy."""
+    return SavedSequence if isinstance(module, nn.Sequential) else SavedCopy
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -1,0 +1,209 @@
+"""Law 1 to the bit where torch computes attention by fused kernels: in eval without gradients, over masks."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import LoRAConfig, disabled, inject, merge, remove
+from lora_lightning.lora import kernel
+from tests.lora.laws import TOLERANCE, dtypes, relative, stir
+
+WIDTH, HEADS, LENGTH = 16, 2, 7
+PAD = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [4], [1]])
+CAUSAL = torch.ones(LENGTH, LENGTH).triu(1).bool()
+PER_HEAD = torch.arange(LENGTH * LENGTH * 3 * HEADS).view(3 * HEADS, LENGTH, LENGTH) % 3 == 1
+PER_HEAD[..., 0] = False  # every row sees something
+MASKS = {
+    "none": {},
+    "padding": {"key_padding_mask": PAD},
+    "causal": {"attn_mask": CAUSAL},
+    "causal and padding": {"attn_mask": CAUSAL, "key_padding_mask": PAD},
+    "each head's": {"attn_mask": PER_HEAD},
+    "each head's and padding": {"attn_mask": PER_HEAD, "key_padding_mask": PAD},
+}
+WEIGHTS = [{"need_weights": False}, {}, {"average_attn_weights": False}]
+TARGETS = [["attn"], ["out_proj"], ["attn", "out_proj"]]
+each_mask = pytest.mark.parametrize("mask", MASKS)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Counts the calls of torch's fused kernels."""
+    calls = []
+
+    def counted(run):
+        return lambda *args, **kwargs: (calls.append(1), run(*args, **kwargs))[1]
+
+    for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    return calls
+
+
+def filled(model, dtype):
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4, generator=generator)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def tokens(dtype, length=LENGTH):
+    return torch.randn(3, length, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def attention(dtype):
+    return filled(nn.ModuleDict({"attn": nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)}), dtype)
+
+
+@torch.no_grad()
+def call(model, x, options):
+    return [out for out in model["attn"](x, x, x, **options) if out is not None]
+
+
+@dtypes
+@each_mask
+def test_a_fresh_adapter_leaves_attentions_kernel_every_bit(mask, dtype, kernels):
+    plain, x = attention(dtype), tokens(dtype)
+    for weights, targets in itertools.product(WEIGHTS, TARGETS):
+        model = copy.deepcopy(plain)
+        inject(model, LoRAConfig(r=2, target_modules=targets, slices={"attn": ["q", "v"]} if len(targets) > 1 else {}))
+        kernels.clear()
+        want = call(plain, x, MASKS[mask] | weights)
+        assert len(kernels) == 1, "there is a kernel to be equal to"
+        got = call(model, x, MASKS[mask] | weights)
+        assert len(kernels) == 1, "which reads weights, and is not called"
+        assert len(got) == len(want) == (1 if weights.get("need_weights") is False else 2)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        stir(model)
+        adapted = call(model, x, MASKS[mask] | weights)
+        assert relative(adapted[0], want[0]) > 1e-2
+        with torch.enable_grad():
+            slow = model["attn"](x, x, x, **MASKS[mask] | weights)[0]
+        assert relative(adapted[0], slow) < TOLERANCE[dtype], "and the adapter counts there as it does in training"
+        with disabled(model):
+            assert torch.equal(call(model, x, MASKS[mask] | weights)[0], want[0])
+        merge(model)
+        assert relative(call(model, x, MASKS[mask] | weights)[0], adapted[0]) < TOLERANCE[dtype]
+
+
+ENCODERS = {
+    "post, relu": {},
+    "pre, gelu": {"norm_first": True, "activation": "gelu"},
+    "post, silu": {"activation": nn.functional.silu},  # the encoder has no kernel for it, attention has
+    "odd heads": {"nhead": 1},
+}
+INSIDE = [["linear2"], ["self_attn"], ["layers.0.self_attn.out_proj", "layers.1.linear1"], "all-linear"]
+ENCODER_MASKS = {
+    "none": {},
+    "padding at the end": {"src_key_padding_mask": PAD},
+    "padding anywhere": {"src_key_padding_mask": PAD.flip(1)},
+    "causal": {"mask": CAUSAL},
+    "causal in floats": {"mask": torch.zeros(LENGTH, LENGTH).masked_fill(CAUSAL, float("-inf"))},
+    "causal and padding": {"mask": CAUSAL, "src_key_padding_mask": PAD},
+}
+
+
+def encoder(case, dtype, nested=True):
+    options = {"nhead": HEADS, "dim_feedforward": 24, "batch_first": True, **ENCODERS[case]}
+    layer = nn.TransformerEncoderLayer(WIDTH, **options)
+    with (
+        pytest.warns(UserWarning, match="use_nested_tensor is False")
+        if nested and case != "post, relu"
+        else torch.no_grad()
+    ):
+        model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(WIDTH), enable_nested_tensor=nested)
+    return filled(model, dtype)
+
+
+@torch.no_grad()
+def encoded(model, x, mask):
+    return model(x, **{name: m.to(x.dtype) if m.is_floating_point() else m for name, m in ENCODER_MASKS[mask].items()})
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@dtypes
+@pytest.mark.parametrize("mask", ENCODER_MASKS)
+@pytest.mark.parametrize("case", ENCODERS)
+def test_a_fresh_adapter_leaves_the_encoders_kernel_every_bit(case, mask, dtype):
+    for nested, targets in itertools.product([True, False], INSIDE):
+        plain = encoder(case, dtype, nested)
+        model, x = copy.deepcopy(plain), tokens(dtype)
+        inject(model, LoRAConfig(r=2, target_modules=targets))
+        want = encoded(plain, x, mask)
+        assert torch.equal(encoded(model, x, mask), want)
+        with disabled(model):
+            assert torch.equal(encoded(model, x, mask), want)
+        stir(model)
+        adapted = encoded(model, x, mask)
+        assert relative(adapted, want) > 1e-2
+        merged = copy.deepcopy(model)
+        merge(merged)
+        assert relative(encoded(merged, x, mask), adapted) < 2 * TOLERANCE[dtype], "padding's zeros included"
+        assert torch.equal(encoded(remove(model), x, mask), want)
+
+
+def test_the_plain_encoder_takes_its_kernel_and_nested_tensors_so_that_there_is_something_to_equal(kernels):
+    out = encoded(encoder("post, relu", torch.float32), tokens(torch.float32), "padding at the end")
+    assert len(kernels) == 2
+    assert not (out - encoder("post, relu", torch.float32).norm.bias)[PAD].any(), "padding comes out as zeros"
+
+
+def test_a_mask_of_other_numbers_is_added_as_in_training():
+    """torch's encoder takes every number but zero for minus infinity there: of that we want no bit."""
+    model, x = encoder("post, relu", torch.float64), tokens(torch.float64)
+    inject(model, LoRAConfig(r=2, target_modules=["self_attn"]))
+    mask = torch.linspace(-1, 1, LENGTH * LENGTH, dtype=torch.float64).view(LENGTH, LENGTH)
+    with torch.no_grad():
+        quick = model(x, mask=mask)
+    assert relative(quick, model(x, mask=mask)) < 1e-12
+
+
+def test_a_version_of_torch_without_the_kernels_operators_gives_the_same_to_rounding(monkeypatch):
+    model, x = stir(_injected(encoder("post, relu", torch.float32))), tokens(torch.float32)
+    want = encoded(model, x, "padding at the end")
+    monkeypatch.setattr(kernel, "_OPERATORS", ("_none_such",))
+    got = encoded(model, x, "padding at the end")
+    assert got[PAD].any()
+    assert relative(got[~PAD], want[~PAD]) < 1e-5
+
+
+def test_autocast_takes_the_path_that_training_takes():
+    model, x = stir(_injected(encoder("post, relu", torch.float32))), tokens(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(x, src_key_padding_mask=PAD)
+        assert torch.equal(encoded(model, x, "padding at the end"), want)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("options", [{}, MASKS["causal"] | {"need_weights": False}], ids=["plain", "causal"])
+def test_an_empty_batch_stays_empty(options, training):
+    model, plain = _injected(attention(torch.float32), ["attn"]), attention(torch.float32)
+    x = torch.empty(0, LENGTH, WIDTH)
+    got, want = (call(m.train(training), x, options) for m in (model, plain))
+    assert [t.shape for t in got] == [t.shape for t in want]
+
+
+def test_nested_tensors_with_gradients_are_refused_as_in_torch():
+    model = _injected(attention(torch.float32), ["attn"])
+    x = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(2, WIDTH)])
+    with pytest.raises(TypeError, match="without gradients: pad them"):
+        model["attn"](x, x, x)
+
+
+def test_an_encoder_layer_with_a_forward_of_its_own_keeps_it():
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, src):
+            return self.linear2(torch.tanh(self.linear1(src)))
+
+    model = filled(nn.Sequential(Own(WIDTH, HEADS, 24, batch_first=True)), torch.float32)
+    x = tokens(torch.float32)
+    before = model(x)
+    inject(model, LoRAConfig(r=2, target_modules=["linear2"]))
+    assert torch.equal(model(x), before)
+
+
+def _injected(model, targets=("self_attn", "linear2")):
+    inject(model, LoRAConfig(r=2, target_modules=list(targets)))
+    return model
