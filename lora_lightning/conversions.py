@@ -50,9 +50,7 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
             groups.append(alone(key, name))
         elif name in state and pattern is not None:
             fused.setdefault(name, (of_pattern[pattern], {}))[1][key] = pattern
-    groups += [
-        _fused(model, checkpoint, name, rule, patterns, renamings) for name, (rule, patterns) in fused.items()
-    ]
+    groups += [_fused(model, checkpoint, name, rule, patterns, renamings) for name, (rule, patterns) in fused.items()]
     return groups
 
 
@@ -73,7 +71,7 @@ def _fused(
     store = _storer(model, rule, plainly)
     before = {k: torch.empty(checkpoint.stored[k].shape, dtype=_dtype(checkpoint, k), device="meta") for k in patterns}
     try:
-        made = load(before)
+        made = load(dict(before))
         after = store(made)
     except (RuntimeError, KeyError, ValueError, NotImplementedError) as error:
         raise LoRAError(f"the tensors that make up '{name}' cannot be fused or parted again ({error})") from error
@@ -92,8 +90,8 @@ def _loader(
 ) -> Callable[[Tensors], Tensors]:
     def load(tensors: Tensors) -> Tensors:
         own = copy.deepcopy(rule)
-        for key, pattern in patterns.items():
-            own.add_tensor(name, key, pattern, tensors[key])  # type: ignore[arg-type]
+        for key, pattern in patterns.items():  # handed over, so that the pieces go once they are in one
+            own.add_tensor(name, key, pattern, tensors.pop(key))  # type: ignore[arg-type]
         return _single(own.convert(name, model=model, config=model.config))
 
     return load

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,11 +14,10 @@ from typing import Any, Literal
 import torch
 import transformers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_lightning.conversions import groups_of
-from lora_lightning.lora.checkpoint import DTYPES, INDEX, SINGLE, Checkpoint
+from lora_lightning.lora.checkpoint import DTYPES, INDEX, Checkpoint
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.packing import PREFIX
 from lora_lightning.lora.peft_config import CONFIG as ADAPTER_CONFIG
@@ -71,7 +72,8 @@ def merge_on_disk(
     if target.is_file() or (target.exists() and any(target.iterdir())):
         raise LoRAError(f"'{target}' is not empty: name an empty or new folder")
     merge, written = _planned(base, adapter, _dtype(dtype), allow_other_base=allow_other_base)
-    aside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    aside = target.absolute().with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.parent.mkdir(parents=True, exist_ok=True)
         _refuse_small_disk(aside.parent, merge.size)
@@ -80,6 +82,8 @@ def merge_on_disk(
             report = merge.write(aside, advance)
         _write_side_files(base, aside, merge, report, written)
         aside.replace(target)  # in one step; an empty folder gives way
+    except OSError as error:
+        raise LoRAError(f"'{target}' cannot be written ({error}); nothing is left of it") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return report
@@ -99,12 +103,12 @@ def _planned(
     checkpoint = Checkpoint(base)
     config = _config(base)
     cls, heads = _model_class(config, read_config(adapter / ADAPTER_CONFIG).get("task_type")), {}
-    own = next((DTYPES[s.dtype] for s in checkpoint.stored.values() if s.dtype in _FLOATS), torch.float32)
+    own = _main_dtype(checkpoint)
 
     def make() -> PreTrainedModel:
         with torch.device("meta"):
-            model: PreTrainedModel = cls._from_config(config, dtype=own)
-        return model.eval()
+            # A copy, since a merge that unties two matrices notes it there.
+            return cls._from_config(copy.deepcopy(config), dtype=own)  # type: ignore[no-any-return,no-untyped-call]
 
     labels = _labels(make(), adapter)
     if labels is not None:
@@ -119,7 +123,13 @@ def _planned(
     return merge, written
 
 
-_FLOATS = ("F64", "F32", "BF16", "F16")
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most of the base's bytes have: that of a head that it lacks."""
+    sizes = Counter[str]()
+    for stored in checkpoint.stored.values():
+        sizes[stored.dtype] += stored.size if stored.dtype in ("F64", "F32", "BF16", "F16") else 0
+    name, size = sizes.most_common(1)[0] if sizes else ("F32", 0)
+    return DTYPES[name] if size else torch.float32
 
 
 def _config(base: Path) -> PretrainedConfig:
@@ -141,19 +151,19 @@ def _config(base: Path) -> PretrainedConfig:
 
 def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedModel]:
     """The class that the adapter's task asks for, else the base's own."""
-    named = (config.architectures or [None])[0]
-    own = getattr(transformers, named, None) if named else None
+    named = next(iter(config.architectures or []), "")
+    own: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
     if task is None or str(task) not in TASKS:
         if own is None:
             what = f"'{named}', which transformers does not have" if named else "no architecture"
             raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
-        return own  # type: ignore[no-any-return]
+        return own
     mapping = getattr(transformers, TASKS[str(task)])._model_mapping
     if type(config) not in mapping:
         raise LoRAError(f"the adapter's task is {task}, and transformers has no such {config.model_type} model")
     found = mapping[type(config)]
     fitting = found if isinstance(found, tuple | list) else (found,)
-    return own if own in fitting else fitting[0]  # type: ignore[no-any-return]
+    return own if own is not None and own in fitting else fitting[0]  # type: ignore[no-any-return]
 
 
 def _labels(model: PreTrainedModel, adapter: Path) -> int | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer, TokenRows, TrainedBias, ungraft
-from lora_lightning.lora.merge import fold_bias, merged_weights, refuse, refuse_narrow
+from lora_lightning.lora.merge import fold_bias, merged_weights, refuse, refuse_codes
 from lora_lightning.lora.onmeta import Read, present, start_from_present
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
@@ -46,8 +46,9 @@ class Changes:
             changes._add_layer(path, layer)
         for name, rows in token_rows(model):
             changes.makers[f"{name}.weight"] = lambda n=name, m=rows: changes._rows(n, m)  # type: ignore[misc]
-        for name, module in saved_copies(model):
-            for own, tensor in module.lora_copy.state_dict(keep_vars=True).items():
+        for name, saved in saved_copies(model):
+            copied: dict[str, Tensor] = saved.lora_copy.state_dict(keep_vars=True)
+            for own, tensor in copied.items():
                 changes.makers[f"{name}.{own}"] = lambda n=f"{name}.{own}", t=tensor: {n: t.detach()}  # type: ignore[misc]
                 changes.parts[f"{name}.{own}"] = id(tensor)
         return changes
@@ -69,7 +70,7 @@ class Changes:
         if "bias" in tensors:
             tensors["bias"] = self._wide(tensors["bias"])
         with present(owner, tensors):
-            refuse_narrow(label, layer)
+            refuse_codes(label, layer)
             start_from_present(layer)
             if isinstance(layer, TrainedBias):
                 _keep_bias(layer)

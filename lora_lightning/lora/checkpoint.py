@@ -94,7 +94,7 @@ class Checkpoint:
         with (self.directory / at.file).open("rb", buffering=0) as file:
             file.seek(at.start)
             got = 0
-            view = memoryview(buffer.numpy())
+            view = memoryview(buffer.numpy())  # type: ignore[arg-type]
             while got < at.size and (count := file.readinto(view[got:])):  # type: ignore[arg-type]
                 got += count
         if got < at.size:
@@ -180,8 +180,8 @@ def write_file(
 
 
 def _write_all(write: Callable[[memoryview], int | None], data: Tensor) -> None:
-    view = memoryview(data.numpy())
-    while len(view):
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    while view.nbytes:
         view = view[write(view) or 0 :]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.dora import BLOCK
+from lora_lightning.lora.blocks import blocks
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import (
     adapted_layers,
@@ -61,7 +61,7 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     refuse(model, dequantize=dequantize)
     for path, layer in layers:
         if scheme(layer) is None:
-            refuse_narrow(layer.lora_name(path), layer)
+            _refuse_narrow(layer.lora_name(path), layer)
     report = MergeReport()
     ties = shared_parameters(model)
     kept_biases: dict[int, nn.Parameter] = {}
@@ -116,14 +116,19 @@ def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
             )
 
 
-def refuse_narrow(name: str, layer: AdaptedLayer) -> None:
-    """Integer codes cannot take an update, and float16 ends at 65504."""
-    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    for weight in parameters.values():
+def refuse_codes(name: str, layer: AdaptedLayer) -> None:
+    """Integer codes, and floating-point numbers of a byte, cannot take an update."""
+    for weight in layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values():
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise MergeError(
                 f"'{name}' holds its weight as {weight.dtype}: load the backbone unquantised and merge there"
             )
+
+
+def _refuse_narrow(name: str, layer: AdaptedLayer) -> None:
+    """float16 ends at 65504."""
+    refuse_codes(name, layer)
+    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
     if not any(weight.dtype == torch.float16 for weight in parameters.values()):
         return
     if not all(torch.isfinite((parameters[own] + d).half()).all() for own, d in layer.weight_deltas().items()):
@@ -133,20 +138,23 @@ def refuse_narrow(name: str, layer: AdaptedLayer) -> None:
 def merged_weights(layer: AdaptedLayer, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], float]:
     """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept.
 
-    The sum is taken over blocks of rows, so that beside the update itself little is held in the wide dtype.
+    A large layer is taken part after part, so that beside the results little is held in the wide dtype.
     """
-    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
-    for name, delta in layer.weight_deltas().items():
-        own = layer.base_weight() if scheme(layer) else parameters[name]
-        merged[name] = torch.empty(own.shape, dtype=dtype or own.dtype, device=own.device)
-        rows = max(1, BLOCK // max(1, own[:1].numel()))
-        for before, update, after in zip(own.split(rows), delta.split(rows), merged[name].split(rows), strict=True):
-            wide = before.to(update.dtype)
-            after.copy_(wide + update)
-            wanted += float(torch.linalg.vector_norm(update)) ** 2
-            lost += float(torch.linalg.vector_norm(after.to(update.dtype) - wide - update)) ** 2
+    whole = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    for part, place in blocks(layer):
+        parameters = part.adapted_parameters(part.lora_owner, part.lora_settings)
+        for name, delta in part.weight_deltas().items():
+            before = (part.base_weight() if scheme(part) else parameters[name]).to(delta.dtype)
+            after = before + delta
+            if name not in merged:
+                merged[name] = after.new_empty(
+                    whole[name].shape if place else after.shape, dtype=dtype or whole[name].dtype
+                )
+            merged[name][place] = after.to(merged[name].dtype)
+            wanted += float(torch.linalg.vector_norm(delta)) ** 2
+            lost += float(torch.linalg.vector_norm(merged[name][place].to(delta.dtype) - before - delta)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 

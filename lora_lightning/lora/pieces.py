@@ -1,4 +1,4 @@
-"""W0 by its names in the model, from files that may hold it under other names or in pieces; and whether it is the one."""
+"""W0 by its names in the model, from files that may hold it under other names or in pieces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Group:
     names: tuple[str, ...]
     """Names in the model."""
     load: Callable[[Tensors], Tensors]
-    """From the files' tensors to the model's, moving values only."""
+    """From the files' tensors to the model's, moving values only. It may empty what it is given."""
     store: Callable[[Tensors], Tensors]
     """The inverse."""
 
