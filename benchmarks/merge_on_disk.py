@@ -2,8 +2,8 @@
 
     python -m benchmarks.merge_on_disk [--gigabytes 1.5] [--kind llama|mixtral] [--dtype bfloat16|float32] [--lm_head]
 
-Each merge runs in a process of its own; its peak is `VmHWM` less what stood before the merge, with torch,
-transformers and this package imported.
+Each merge runs in a process of its own; its peak is `VmHWM` less what it was after the merge of a toy, which loads all
+code that a merge needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ transformers.LlamaForCausalLM, transformers.MixtralForCausalLM
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 torch.set_num_threads(1)
-torch.randn(512, 512) @ torch.randn(512, 512)
+merge_on_disk(*sys.argv[5:8])
 before, start = peak(), time.perf_counter()
 report = merge_on_disk(*sys.argv[1:4], dtype=sys.argv[4])
 print(peak() - before, time.perf_counter() - start, report.changed, report.copied)
@@ -128,9 +128,14 @@ def make_adapter(folder, model, r=16, lm_head=False):
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def measure(base, adapter, output, dtype="auto"):
+def measure(kind, base, adapter, output, dtype="auto"):
     """Peak bytes over the baseline, seconds, tensors changed and copied, of one merge in its own process."""
-    command = [sys.executable, "-c", CHILD, str(base), str(adapter), str(output), dtype]
+    toy = output.parent / "toy"
+    config, model = shape_of(kind, 0.0, 128, 100, torch.float32)
+    make_base(toy / "base", config, model, torch.float32, shards=2)
+    make_adapter(toy / "adapter", model, r=2, lm_head=True)
+    toys = [str(toy / name) for name in ("base", "adapter", "out")]
+    command = [sys.executable, "-c", CHILD, str(base), str(adapter), str(output), dtype, *toys]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     peak, seconds, changed, copied = done.stdout.split()[-4:]
     return int(peak), float(seconds), int(changed), int(copied)
@@ -155,7 +160,7 @@ def main():
         make_adapter(folder / "adapter", model, lm_head=args.lm_head)
         print(f"made {whole / 1e9:.2f} GB in {time.perf_counter() - start:.0f} s", flush=True)
         tensor = max(t.numel() for t in model.state_dict().values()) * dtype.itemsize
-        peak, seconds, changed, copied = measure(folder / "base", folder / "adapter", folder / "out")
+        peak, seconds, changed, copied = measure(args.kind, folder / "base", folder / "adapter", folder / "out")
     print(
         f"{args.kind} {args.dtype}: whole {whole / 1e6:.0f} MB, largest shard {largest / 1e6:.0f} MB, largest tensor"
         f" {tensor / 1e6:.0f} MB; {changed} tensors changed, {copied} copied, {seconds:.1f} s\n"

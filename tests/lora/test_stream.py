@@ -365,6 +365,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("case", PARTS)
+@torch.no_grad()
 def test_a_layer_in_parts_merges_as_the_whole(case, monkeypatch):
     make, config = PARTS[case]
     torch.manual_seed(0)
@@ -381,13 +382,13 @@ def test_a_layer_in_parts_merges_as_the_whole(case, monkeypatch):
         assert kept_in_parts == pytest.approx(kept)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_memory_stays_below_twice_the_largest_shard(kind, tmp_path):
     """300 MB in six shards of 50 MB, every linear layer, the output head and all experts adapted."""
     config, model = shape_of(kind, 0.3, width=1024 if kind == "llama" else 512, vocabulary=8000, dtype=torch.bfloat16)
     largest, whole = make_base(tmp_path / "base", config, model, torch.bfloat16)
     make_adapter(tmp_path / "adapter", model, r=8, lm_head=True)
-    peak, _, changed, _ = measure(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    peak, _, changed, _ = measure(kind, tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert changed > 50
     assert whole > 5 * largest
     assert peak < 2 * largest, f"{peak / largest:.2f} times the largest shard"
