@@ -54,6 +54,15 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
     return groups
 
 
+def name_of(model: PreTrainedModel, key: str) -> str:
+    """The tensor of the model that a key of a file is loaded as."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    state: dict[str, Any] = model.state_dict()
+    return rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]
+
+
 def _fused(
     model: PreTrainedModel,
     checkpoint: Checkpoint,

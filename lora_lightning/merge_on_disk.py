@@ -16,7 +16,7 @@ import transformers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_lightning.conversions import groups_of
+from lora_lightning.conversions import groups_of, name_of
 from lora_lightning.lora.checkpoint import DTYPES, INDEX, Checkpoint
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.packing import PREFIX
@@ -117,6 +117,9 @@ def _planned(
     merge = StreamedMerge(
         make, checkpoint, groups_of(make(), checkpoint), adapter, dtype=dtype, allow_other_base=allow_other_base
     )
+    for key in merge.new:
+        if name_of(make(), key) != key:
+            raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
     written = {**heads, "architectures": [cls.__name__]}
     if dtype is not None:
         written["dtype"] = str(dtype).removeprefix("torch.")
@@ -136,7 +139,7 @@ def _config(base: Path) -> PretrainedConfig:
     if not (base / CONFIG).is_file():
         raise LoRAError(f"no file {base / CONFIG}: name the directory of a Hugging Face model")
     try:
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise LoRAError(f"{base / CONFIG} is no config of a transformers model ({error})") from error
     quantised = getattr(config, "quantization_config", None)
@@ -208,7 +211,8 @@ def _write_side_files(
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inner.parts)
-        if path.is_file() and not hidden and not path.name.endswith(OTHER_WEIGHTS) and inner != Path(CONFIG):
+        ours = path.name.endswith(OTHER_WEIGHTS) or str(inner) in (CONFIG, ADAPTER_CONFIG)
+        if path.is_file() and not hidden and not ours:
             (folder / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inner)
     text = (base / CONFIG).read_text(encoding="utf-8")
@@ -230,7 +234,8 @@ def _edited(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, 
         edited.pop("torch_dtype", None)  # the field's older name
     if merge.untied and merge.plain.config.tie_word_embeddings is False:  # type: ignore[union-attr]
         edited["tie_word_embeddings"] = False
+        text = merge.plain.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
         for name, part in config.items():
-            if isinstance(part, dict) and part.get("tie_word_embeddings"):
+            if isinstance(part, dict) and getattr(merge.plain.config, name, None) is text:
                 edited[name] = {**part, "tie_word_embeddings": False}
     return edited

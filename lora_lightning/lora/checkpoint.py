@@ -115,9 +115,9 @@ class Checkpoint:
 
 def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:
     path = directory / INDEX
+    if (directory / SINGLE).is_file():  # what transformers looks for first
+        return None
     if not path.is_file():
-        if (directory / SINGLE).is_file():
-            return None
         raise LoRAError(f"'{directory}' holds neither {SINGLE} nor {INDEX}: name a model's directory in that layout")
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

@@ -40,6 +40,20 @@ def tied_llama():
     return tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, tie_word_embeddings=True))
 
 
+def gemma3_with_eyes():
+    """Its language model is a part with a config of its own, and its files' keys are renamed on loading."""
+    text, vision = tf.Gemma3TextConfig(**GROUPED, head_dim=8), {**SMALL, "image_size": 32, "patch_size": 16}
+    config = tf.Gemma3Config(text.to_dict(), tf.SiglipVisionConfig(**vision).to_dict(), mm_tokens_per_image=4)
+    return tf.Gemma3ForConditionalGeneration(config)
+
+
+def deepseek():
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    ranks = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    sizes = {**GROUPED, "num_key_value_heads": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**sizes, **experts, **ranks))
+
+
 FROM_FAMILIES = [
     "llama",
     "mixtral",
@@ -58,6 +72,8 @@ LLAMA, GPT2, BERT_CLS = (FAMILIES[name][0] for name in ("llama", "gpt2", "bert")
 CASES = {
     **{name: FAMILIES[name] for name in FROM_FAMILIES},
     "phi3 in parts": FAMILIES["phi3 in parts"],
+    "a tied head in a part": (gemma3_with_eyes, logits, {"target_modules": ["lm_head", "q_proj"]}),
+    "experts of deepseek": (deepseek, logits, FAMILIES["mixtral"][2]),
     "a tied embedding": (tied_llama, logits, {"target_modules": ["embed_tokens", "q_proj"]}),
     "a tied head": (tied_llama, logits, {"target_modules": ["lm_head", "q_proj"]}),
     "a head of T5's four ties": (tied_t5, seq2seq, {"target_modules": ["lm_head", "q"]}),
@@ -228,6 +244,18 @@ def test_a_base_that_was_loaded_in_another_dtype_is_still_the_base(tmp_path):
     inject(model, LoRAConfig(r=2))
     save_adapter(stir(model), tmp_path / "adapter")
     assert merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").base_checked
+
+
+def test_a_file_beside_shards_is_what_transformers_opens(tmp_path):
+    """As it is there, one file goes before shards; and an adapter's config beside the base stays behind."""
+    model, adapted = prepared(tmp_path, *FAMILIES["llama"])
+    base = tmp_path / "base"
+    save_file(stored(base), base / "model.safetensors", metadata={"format": "pt"})
+    (base / "adapter_config.json").write_text("{}")
+    merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    assert relative(logits(type(model).from_pretrained(tmp_path / "out").eval()), adapted) < 1e-5
 
 
 def spoil_index(base):
