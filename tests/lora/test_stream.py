@@ -43,8 +43,8 @@ def tied_llama():
 def gemma3_with_eyes():
     """Its language model is a part with a config of its own, and its files' keys are renamed on loading."""
     text, vision = tf.Gemma3TextConfig(**GROUPED, head_dim=8), {**SMALL, "image_size": 32, "patch_size": 16}
-    config = tf.Gemma3Config(text.to_dict(), tf.SiglipVisionConfig(**vision).to_dict(), mm_tokens_per_image=4)
-    return tf.Gemma3ForConditionalGeneration(config)
+    parts = {"text_config": text.to_dict(), "vision_config": tf.SiglipVisionConfig(**vision).to_dict()}
+    return tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(**parts, mm_tokens_per_image=4))
 
 
 def deepseek():
@@ -189,7 +189,13 @@ def test_the_sum_is_taken_in_float32_and_rounded_once(asked, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"use_dora": True}, {"use_rslora": True, "target_modules": ["lm_head", "v_proj"]}]
+    "options",
+    [
+        {},
+        {"use_dora": True},
+        {"use_rslora": True, "target_modules": ["lm_head", "v_proj"]},
+        {"init_lora_weights": "pissa"},  # of which the file holds A and B, and W0 alone A0 and B0
+    ],
 )
 def test_an_adapter_of_pefts_own_equals_pefts_merge(options, tmp_path):
     torch.manual_seed(0)
@@ -199,6 +205,9 @@ def test_an_adapter_of_pefts_own_equals_pefts_merge(options, tmp_path):
         **{"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
     )
     theirs = peft.get_peft_model(plain, config)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter) if "lora_" in name else 0)
     theirs.save_pretrained(tmp_path / "adapter")
     report = merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = theirs.merge_and_unload().state_dict()
