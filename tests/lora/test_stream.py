@@ -120,14 +120,17 @@ def test_streamed_equals_merged_in_memory(case, dtype, tmp_path):
     model, adapted = prepared(tmp_path, make, run, config, dtype)
     report = merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
-    # With transformers alone.
-    opened = type(model).from_pretrained(tmp_path / "out", dtype="auto").eval()
+    opened = type(model).from_pretrained(tmp_path / "out", dtype="auto").eval()  # by transformers alone
+    in_memory = type(model).from_pretrained(tmp_path / "base", dtype="auto").eval()
+    load_adapter(in_memory, tmp_path / "adapter")
+    kept = merge(in_memory).kept
     with torch.no_grad():
-        assert relative(run(opened), adapted) <= (1e-5 if dtype == torch.float32 else 8e-2)
-    kept = merge(load_again(model, tmp_path, dtype)).kept
-    in_memory = MERGED.pop().state_dict()
-    assert {k: t.dtype for k, t in opened.state_dict().items()} == {k: t.dtype for k, t in in_memory.items()}
-    assert [k for k, t in opened.state_dict().items() if not same_bits(t, in_memory[k])] == []
+        assert torch.equal(run(opened), run(in_memory))
+        if dtype == torch.float32:  # rounded weights may send a token to another expert
+            assert relative(run(opened), adapted) <= 1e-5
+    want = in_memory.state_dict()
+    assert opened.state_dict().keys() == want.keys()
+    assert [k for k, t in opened.state_dict().items() if not same_bits(t, want[k])] == []
     assert report.kept == pytest.approx(kept)
     assert report.base_checked
 
@@ -136,17 +139,6 @@ def test_streamed_equals_merged_in_memory(case, dtype, tmp_path):
     assert sum(not same_bits(t, before[k]) for k, t in after.items() if k in before) <= report.changed
     assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in (tmp_path / "base").iterdir()}
     assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "base", "out"]
-
-
-MERGED = []
-
-
-def load_again(model, folder, dtype):
-    """The adapter on a fresh base in memory, which `MERGED` holds."""
-    fresh = type(model).from_pretrained(folder / "base", dtype="auto").eval()
-    load_adapter(fresh, folder / "adapter")
-    MERGED.append(fresh)
-    return fresh
 
 
 def test_nothing_but_the_adapted_tensors_changes_by_a_bit(tmp_path):
