@@ -19,11 +19,15 @@ def main() -> None:
     quieten()
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-    from lora_lightning.cli import LoRACLI
+    from lora_lightning.cli import LoRACLI, run_command
+    from lora_lightning.commands import COMMANDS
     from lora_lightning.lora.errors import LoRAError
 
     try:
-        LoRACLI()
+        if sys.argv[1:] and sys.argv[1] in COMMANDS:
+            run_command(sys.argv[1], sys.argv[2:])
+        else:
+            LoRACLI()
     except (LoRAError, MisconfigurationException) as error:
         print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

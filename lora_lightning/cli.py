@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lora_lightning.commands import COMMANDS
 from lora_lightning.data.text_classification import TextClassificationData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
@@ -37,10 +39,12 @@ def _shorter(listed: re.Match[str]) -> str:
 
 UNION = re.compile(r"(Parser key \"[^\"]*\": ).*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
 
+LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a typing\.(Literal\[.*\])\. Got value: (.*)")
+
 
 def _plainly(text: str) -> str:
     """A value that fits none of several types, said without the types' Python names."""
-    found = UNION.fullmatch(text)
+    found = UNION.fullmatch(text) or LITERAL.fullmatch(text)
     if found is None:
         return text
     key, types, given = found.groups()
@@ -131,6 +135,15 @@ class LoRACLI(LightningCLI):
         """Lightning's own, and `export`."""
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Lightning's, and those that need no config, which `run_command` runs."""
+        super()._add_subcommands(parser, **kwargs)
+        subcommands = parser._subcommands_action
+        assert subcommands is not None
+        for name, function in COMMANDS.items():
+            own = command_parser(name)
+            subcommands.add_subcommand(name, own, help=_first_line(function))
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the command or for one subcommand."""
         kwargs.pop("dump_header", None)
@@ -204,6 +217,24 @@ class LoRACLI(LightningCLI):
             folder = run.run_of_checkpoint(Path(command.ckpt_path))
             return [CSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
+
+
+def command_parser(name: str) -> Parser:
+    """The parser of a command that needs no config."""
+    function = COMMANDS[name]
+    parser = Parser(prog=f"lora-lightning {name}", description=_first_line(function), allow_abbrev=False)
+    parser.add_function_arguments(function)
+    return parser
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """Run a command that needs no config."""
+    given = command_parser(name).parse_args(args)
+    COMMANDS[name](**given.as_dict())
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def default_checkpoint(module: LoRAModule | None) -> ModelCheckpoint:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.blocks import blocks
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import (
     adapted_layers,
@@ -57,7 +58,10 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
     if not layers and not saved and not tokens:
         raise MergeError("nothing to merge: this model has no adapters")
-    _refuse(model, dequantize=dequantize)
+    refuse(model, dequantize=dequantize)
+    for path, layer in layers:
+        if scheme(layer) is None:
+            _refuse_narrow(layer.lora_name(path), layer)
     report = MergeReport()
     ties = shared_parameters(model)
     kept_biases: dict[int, nn.Parameter] = {}
@@ -68,8 +72,8 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     plain_dtype = _float_dtype(model)
     for path, layer in layers:
         name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
-        merged, report.kept[name] = _merged_weights(layer, plain_dtype if quantised else None)
-        _fold_bias(layer)
+        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None)
+        fold_bias(layer)
         layer.detach()
         if quantised:
             report.dequantised.append(name)
@@ -88,7 +92,8 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     return report
 
 
-def _refuse(model: nn.Module, *, dequantize: bool) -> None:
+def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
+    """Raise a MergeError for an adapter that is not finite, or that W0 has no place for; W0 itself is not read."""
     for name, module in grafted_modules(model):
         for own, tensor in module.lora_tensors().items():
             if not torch.isfinite(tensor).all():
@@ -109,35 +114,47 @@ def _refuse(model: nn.Module, *, dequantize: bool) -> None:
                 f"'{name}' is quantised ({scheme(layer)}), and rounding to its grid would lose most of the update:"
                 f" merge(model, dequantize=True) makes plain layers, or merge into the base loaded unquantised"
             )
-        if scheme(layer) is None:
-            _refuse_narrow(name, layer)
 
 
-def _refuse_narrow(name: str, layer: AdaptedLayer) -> None:
-    """Integer codes cannot take an update, and float16 ends at 65504."""
-    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    for weight in parameters.values():
+def refuse_codes(name: str, layer: AdaptedLayer) -> None:
+    """Integer codes, and floating-point numbers of a byte, cannot take an update."""
+    for weight in layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values():
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise MergeError(
                 f"'{name}' holds its weight as {weight.dtype}: load the backbone unquantised and merge there"
             )
+
+
+def _refuse_narrow(name: str, layer: AdaptedLayer) -> None:
+    """float16 ends at 65504."""
+    refuse_codes(name, layer)
+    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
     if not any(weight.dtype == torch.float16 for weight in parameters.values()):
         return
     if not all(torch.isfinite((parameters[own] + d).half()).all() for own, d in layer.weight_deltas().items()):
         raise MergeError(f"W0 + s B A of '{name}' is larger than float16 can hold: merge into float32 or bfloat16")
 
 
-def _merged_weights(layer: AdaptedLayer, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], float]:
-    """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept."""
-    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+def merged_weights(layer: AdaptedLayer, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], float]:
+    """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept.
+
+    A large layer is taken part after part, so that beside the results little is held in the wide dtype.
+    """
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
-    for name, delta in layer.weight_deltas().items():
-        before = (layer.base_weight() if dtype else parameters[name]).to(delta.dtype)
-        merged[name] = (before + delta).to(dtype or parameters[name].dtype)
-        applied = merged[name].to(delta.dtype) - before
-        wanted += float(torch.linalg.vector_norm(delta)) ** 2
-        lost += float(torch.linalg.vector_norm(applied - delta)) ** 2
+    whole = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    for part, place in blocks(layer):
+        parameters = part.adapted_parameters(part.lora_owner, part.lora_settings)
+        for name, delta in part.weight_deltas().items():
+            before = (part.base_weight() if scheme(part) else parameters[name]).to(delta.dtype)
+            after = before + delta
+            if name not in merged:
+                merged[name] = after.new_empty(
+                    whole[name].shape if place else after.shape, dtype=dtype or whole[name].dtype
+                )
+            merged[name][place] = after.to(merged[name].dtype)
+            wanted += float(torch.linalg.vector_norm(delta)) ** 2
+            lost += float(torch.linalg.vector_norm(merged[name][place].to(delta.dtype) - before - delta)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
@@ -152,7 +169,7 @@ def _put(module: nn.Module, merged: dict[str, Tensor], ties: Container[int]) -> 
             own.copy_(weight)
 
 
-def _fold_bias(layer: AdaptedLayer) -> None:
+def fold_bias(layer: AdaptedLayer) -> None:
     """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied."""
     update, own = layer.update_bias(), layer._parameters.get("bias")
     if update is not None and own is not None:

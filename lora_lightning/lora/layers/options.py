@@ -142,16 +142,21 @@ class WithOptions(Grafted):
         """`||W0 + s B A||` per channel of `dora_dim`, without a gradient."""
         assert self.dora_dim is not None
         # Not in autocast's half precision, whose rounding would make the factor of a fresh adapter other than 1.
-        with torch.no_grad(), torch.autocast(self.lora_A.device.type, enabled=False):
+        with torch.no_grad(), _no_autocast(self.lora_A):
             delta = self.delta_weight()
             return channel_norms(self.base_weight().to(delta.dtype) + delta, self.dora_dim)
 
     def dora_factor(self) -> Tensor:
         """DoRA's factor for each channel, 1 at the start."""
         assert self.lora_magnitude_vector is not None
-        with torch.autocast(self.lora_A.device.type, enabled=False):
+        with _no_autocast(self.lora_A):
             return dora_factor(self.lora_magnitude_vector, self.updated_norms())
 
     def _dora_channels(self) -> int:
         assert self.dora_dim is not None
         return int(self.get_parameter("weight").shape[self.dora_dim])
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Out of autocast on the tensor's device; the meta device has none."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)

@@ -1,0 +1,116 @@
+"""An adapter on a model that has no weights: everything of the adapter is real, everything of W0 on the meta device.
+
+So a model larger than memory is known by its modules, and each of its tensors is put in only for the moment in which
+it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora import starts
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
+from lora_lightning.lora.fingerprint import of_tensors
+from lora_lightning.lora.formats import load_tensors
+from lora_lightning.lora.inject import adapted_layers, inject, token_rows
+from lora_lightning.lora.layers import AdaptedLayer
+from lora_lightning.lora.packing import PREFIX, our_tensors
+from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
+from lora_lightning.lora.record import Record, read_record
+from lora_lightning.lora.storage import read_tensors
+from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
+
+Read = Callable[[str], Tensor | None]
+"""W0's tensor of a name in the model, None where the files have none."""
+
+
+def load_on_meta(model: nn.Module, directory: Path, read: Read, *, allow_other_base: bool = False) -> Record | None:
+    """Like `load_adapter`, for a `model` on the meta device; returns the adapter's record of its base, unchecked.
+
+    Raises:
+        AdapterError: as `load_adapter`, but for the fingerprint of W0, which the caller has to check.
+    """
+    peft = read_config(directory / CONFIG)
+    tensors, metadata = read_tensors(directory / WEIGHTS)
+    record = read_record(metadata)
+    if record and record.adapter != of_tensors(tensors).digest:
+        raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
+    tensors = {key: tensor for key, tensor in tensors.items() if not is_peft_copy(key)}
+    tensors = _less_base_copies(tensors, peft, model, read, allow_other_base=allow_other_base)
+    found = contents(tensors, peft, model)
+    check_targets(peft, found, model)
+    try:
+        inject(model, our_config(peft, found, record, model), start=False, any_rank=True)
+    except (ConfigError, TargetError) as error:
+        raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
+    _make_adapter_real(model)
+    first = {f"{n}.{o}": t for n, m in adapted_layers(model) for o, t in m.lora_tensors().items() if o in _FIRST}
+    load_tensors(model, {**first, **our_tensors(model, tensors, lambda name: token_ids(peft, name))})
+    return record
+
+
+_FIRST = ("lora_A0", "lora_B0")
+"""The factors that no file holds: they follow from W0."""
+
+
+@contextmanager
+def present(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block, `module` holds these tensors as its parameters of these names."""
+    before = {name: module._parameters[name] for name in tensors}
+    try:
+        module._parameters.update({n: nn.Parameter(tensor, requires_grad=False) for n, tensor in tensors.items()})
+        yield
+    finally:
+        module._parameters.update(before)
+
+
+@torch.no_grad()
+def start_from_present(layer: AdaptedLayer) -> None:
+    """Compute the start (A0, B0) that W0 alone decides, from the W0 that is present; what was loaded stays."""
+    if not starts.from_weight(layer.lora_settings.init):
+        return
+    loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in _FIRST}
+    layer.reset_lora_parameters()
+    own = layer.lora_tensors()
+    for name, tensor in loaded.items():
+        own[name].copy_(tensor)
+
+
+def _less_base_copies(
+    tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Module, read: Read, *, allow_other_base: bool
+) -> dict[str, Tensor]:
+    """`without_base_copies`, with each tensor of W0 that it compares put in for the moment."""
+    names = set(model.state_dict())
+    kept: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        module, _, own = (name := key.removeprefix(PREFIX).replace(".base_layer.", ".")).rpartition(".")
+        W0 = read(name) if name in names and own in model.get_submodule(module)._parameters else None
+        if W0 is None:
+            kept[key] = tensor
+            continue
+        with present(model.get_submodule(module), {own: W0}):
+            kept |= without_base_copies({key: tensor}, peft, model, allow_other_base=allow_other_base)
+    return kept
+
+
+@torch.no_grad()
+def _make_adapter_real(model: nn.Module) -> None:
+    """Give the adapter's tensors memory of their own; what is tied among them stays tied."""
+    real: dict[int, Tensor] = {}
+    for key, tensor in adapter_tensors(model).items():
+        module, _, name = key.rpartition(".")
+        owner = model.get_submodule(module)
+        if id(tensor) not in real:
+            empty = torch.zeros_like(tensor, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            real[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        (owner._parameters if name in owner._parameters else owner._buffers)[name] = real[id(tensor)]  # type: ignore[assignment]
+    for _, rows in token_rows(model):
+        rows.lora_token_ids = torch.tensor(rows.__dict__["lora_token_numbers"])

@@ -1,0 +1,241 @@
+"""Merge an adapter into a Hugging Face model from directory to directory, without loading the model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lora_lightning.conversions import groups_of, name_of
+from lora_lightning.lora.checkpoint import DTYPES, INDEX, Checkpoint
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.packing import PREFIX
+from lora_lightning.lora.peft_config import CONFIG as ADAPTER_CONFIG
+from lora_lightning.lora.peft_config import WEIGHTS as ADAPTER_WEIGHTS
+from lora_lightning.lora.peft_config import read_config
+from lora_lightning.lora.storage import read_tensors, write_bytes
+from lora_lightning.lora.stream import StreamedMerge, StreamReport
+from lora_lightning.paths import resolve
+
+CONFIG = "config.json"
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+"""Ends of files that hold W0 in other forms, which a merged directory must not have beside it."""
+
+# PEFT's names of tasks.
+TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def merge_on_disk(
+    base_dir: str | Path,
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    allow_other_base: bool = False,
+) -> StreamReport:
+    """Write the base with `W0 + s B A` in it, shard by shard, for models that are larger than memory.
+
+    The output has the base's files and names: a directory that `AutoModel...from_pretrained` opens. Tensors that the
+    adapter leaves alone are the base's to the bit. All is written beside `output_dir` and moved there in one step.
+
+    Args:
+        base_dir: a directory in the hub's layout, `config.json` and safetensors; `package:NAME/path` for one inside
+            an installed package.
+        adapter_dir: a PEFT directory; `package:NAME/path` too.
+        output_dir: a new or empty directory.
+        dtype: of what is written; `auto` keeps each tensor's own. The sum is taken in float32 or wider in any case.
+        allow_other_base: merge also where the fingerprint of W0 in the adapter is not that of the base.
+
+    Raises:
+        AdapterError: the adapter is torn, does not fit the base, or was made on another one.
+        MergeError: the update cannot be folded into W0.
+        LoRAError: the base cannot be read or is quantised; something is in the way; the disk is too small.
+    """
+    base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
+    if target.is_file() or (target.exists() and any(target.iterdir())):
+        raise LoRAError(f"'{target}' is not empty: name an empty or new folder")
+    merge, written = _planned(base, adapter, _dtype(dtype), allow_other_base=allow_other_base)
+    aside = target.absolute().with_name(f".{target.name}.{os.getpid()}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        _refuse_small_disk(aside.parent, merge.size)
+        aside.mkdir()
+        with _progress(merge.size) as advance:
+            report = merge.write(aside, advance)
+        _write_side_files(base, aside, merge, report, written)
+        aside.replace(target)  # in one step; an empty folder gives way
+    except OSError as error:
+        raise LoRAError(f"'{target}' cannot be written ({error}); nothing is left of it") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return report
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in known:
+        raise LoRAError(f"dtype must be one of {', '.join(known)}, got '{name}'")
+    return known[name]
+
+
+def _planned(
+    base: Path, adapter: Path, dtype: torch.dtype | None, *, allow_other_base: bool
+) -> tuple[StreamedMerge, dict[str, Any]]:
+    """The merge, and what its config says that the base's does not."""
+    checkpoint = Checkpoint(base)
+    config = _config(base)
+    cls, heads = _model_class(config, read_config(adapter / ADAPTER_CONFIG).get("task_type")), {}
+    own = _main_dtype(checkpoint)
+
+    def make() -> PreTrainedModel:
+        with torch.device("meta"):
+            # A copy, since a merge that unties two matrices notes it there.
+            return cls._from_config(copy.deepcopy(config), dtype=own)  # type: ignore[no-any-return,no-untyped-call]
+
+    labels = _labels(make(), adapter)
+    if labels is not None:
+        config.num_labels = labels
+        heads = {name: getattr(config, name) for name in ("id2label", "label2id")}
+    merge = StreamedMerge(
+        make, checkpoint, groups_of(make(), checkpoint), adapter, dtype=dtype, allow_other_base=allow_other_base
+    )
+    for key in merge.new:
+        if name_of(make(), key) != key:
+            raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
+    written = {**heads, "architectures": [cls.__name__]}
+    if dtype is not None:
+        written["dtype"] = str(dtype).removeprefix("torch.")
+    return merge, written
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most of the base's bytes have: that of a head that it lacks."""
+    sizes = Counter[str]()
+    for stored in checkpoint.stored.values():
+        sizes[stored.dtype] += stored.size if stored.dtype in ("F64", "F32", "BF16", "F16") else 0
+    name, size = sizes.most_common(1)[0] if sizes else ("F32", 0)
+    return DTYPES[name] if size else torch.float32
+
+
+def _config(base: Path) -> PretrainedConfig:
+    if not (base / CONFIG).is_file():
+        raise LoRAError(f"no file {base / CONFIG}: name the directory of a Hugging Face model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoRAError(f"{base / CONFIG} is no config of a transformers model ({error})") from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+        raise LoRAError(
+            f"'{base}' is quantised ({method}), and rounding to its grid would lose most of the update: name the"
+            f" unquantised base"
+        )
+    return config  # type: ignore[no-any-return]
+
+
+def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedModel]:
+    """The class that the adapter's task asks for, else the base's own."""
+    named = next(iter(config.architectures or []), "")
+    own: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
+    if task is None or str(task) not in TASKS:
+        if own is None:
+            what = f"'{named}', which transformers does not have" if named else "no architecture"
+            raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
+        return own
+    mapping = getattr(transformers, TASKS[str(task)])._model_mapping
+    if type(config) not in mapping:
+        raise LoRAError(f"the adapter's task is {task}, and transformers has no such {config.model_type} model")
+    found = mapping[type(config)]
+    fitting = found if isinstance(found, tuple | list) else (found,)
+    return own if own is not None and own in fitting else fitting[0]  # type: ignore[no-any-return]
+
+
+def _labels(model: PreTrainedModel, adapter: Path) -> int | None:
+    """The number of classes where the adapter brings a head of another size than the config's."""
+    state, number = model.state_dict(), model.config.num_labels
+    tensors, _ = read_tensors(adapter / ADAPTER_WEIGHTS)
+    for key, tensor in tensors.items():
+        own = state.get(key.removeprefix(PREFIX))
+        if own is None or own.shape == tensor.shape or not own.dim() or own.shape[1:] != tensor.shape[1:]:
+            continue
+        if own.shape[0] == number:
+            return int(tensor.shape[0])
+    return None
+
+
+def _refuse_small_disk(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size * 1.01 + 2**24:  # headers, tokenizer and config beside the tensors
+        raise LoRAError(f"the merged model takes {size / 1e9:.2f} GB and '{folder}' has {free / 1e9:.2f} GB free")
+
+
+class _progress:
+    """A bar over bytes; nothing for what takes a moment."""
+
+    def __init__(self, size: int) -> None:
+        columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, disable=size < 2**29, transient=True)
+        self.task = self.bar.add_task("merging", total=size)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.bar.start()
+        return lambda count: self.bar.advance(self.task, count)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _write_side_files(
+    base: Path, folder: Path, merge: StreamedMerge, report: StreamReport, written: Mapping[str, Any]
+) -> None:
+    """The config, the index, and everything beside the base's weights that is no weight."""
+    for path in sorted(base.rglob("*")):
+        inner = path.relative_to(base)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        ours = path.name.endswith(OTHER_WEIGHTS) or str(inner) in (CONFIG, ADAPTER_CONFIG)
+        if path.is_file() and not hidden and not ours:
+            (folder / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / inner)
+    text = (base / CONFIG).read_text(encoding="utf-8")
+    config = _edited(json.loads(text), merge, written)
+    if config != json.loads(text):
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(folder / CONFIG, text.encode())
+    if merge.checkpoint.index is not None:
+        index: dict[str, Any] = dict(merge.checkpoint.index)
+        index["weight_map"] = {key: file for file, keys in report.files.items() for key in sorted(keys)}
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": report.size}
+        write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _edited(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's config with what the merge changed, and nothing else."""
+    edited = {**config, **written}
+    if "dtype" in written:
+        edited.pop("torch_dtype", None)  # the field's older name
+    if merge.untied and merge.plain.config.tie_word_embeddings is False:  # type: ignore[union-attr]
+        edited["tie_word_embeddings"] = False
+        text = merge.plain.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+        for name, part in config.items():
+            if isinstance(part, dict) and getattr(merge.plain.config, name, None) is text:
+                edited[name] = {**part, "tie_word_embeddings": False}
+    return edited
