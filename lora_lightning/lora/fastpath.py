@@ -24,16 +24,21 @@ HOSTS: tuple[type[Grafted], ...] = (AttentionHost, EncoderLayerHost, EncoderHost
 
 def open_hosts(modules: list[nn.Module], adapted: list[nn.Module]) -> None:
     """Let every one of them call the adapted or saved modules that it holds."""
+    for module in modules:
+        is_torchs = isinstance(module, nn.MultiheadAttention) and not isinstance(module, AttentionHost)
+        if is_torchs and isinstance(module.out_proj, AdaptedLayer | SavedCopy):
+            graft(module, AttentionHost)
+    open_encoders(modules, adapted)
+
+
+def open_encoders(
+    modules: list[nn.Module], adapted: list[nn.Module], encoder_host: type[EncoderHost] = EncoderHost
+) -> None:
+    """The same for torch's encoders and their layers alone."""
     inside = set(adapted)
     for module in modules:
-        if isinstance(module, nn.MultiheadAttention):
-            if not isinstance(module, AttentionHost) and isinstance(module.out_proj, AdaptedLayer | SavedCopy):
-                graft(module, AttentionHost)
-        elif isinstance(module, nn.TransformerEncoderLayer | nn.TransformerEncoder):
-            is_layer = isinstance(module, nn.TransformerEncoderLayer)
+        for kind, host in ((nn.TransformerEncoderLayer, EncoderLayerHost), (nn.TransformerEncoder, encoder_host)):
             # One with a forward all its own takes none of torch's kernels.
-            is_torchs = own_forward_calls_super(
-                type(module), nn.TransformerEncoderLayer if is_layer else nn.TransformerEncoder
-            )
+            is_torchs = isinstance(module, kind) and own_forward_calls_super(type(module), kind)
             if is_torchs and inside.intersection(module.modules()) - {module}:
-                graft(module, EncoderLayerHost if is_layer else EncoderHost)
+                graft(module, host)

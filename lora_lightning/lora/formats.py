@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from lora_lightning.lora.peft_keys import as_written, read_weights
 from lora_lightning.lora.peft_limits import warn_of_peft_limits
 from lora_lightning.lora.peft_ties import with_ties
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
-from lora_lightning.lora.record import read_record, refuse_other_base, write_record
+from lora_lightning.lora.record import Record, read_record, refuse_other_base, write_record
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.lora.storage import write_bytes, write_tensors
@@ -109,19 +109,15 @@ def load_adapter(
         LoRAError: the model is adapted already.
     """
     directory = Path(directory)
-    peft = read_config(directory / CONFIG)
-    file, tensors, metadata = read_weights(directory)
+    peft, tensors, record = read_directory(directory)
     refuse_meta(model)
-    record = read_record(metadata)
-    if record and record.adapter != of_tensors(tensors).digest:
-        raise AdapterError(f"{file} was changed since it was saved: export or download it again")
-    refuse_not_finite(tensors)
     if record and not allow_other_base:
         refuse_other_base(record.base, fingerprint(model))
     if record is None:
-        log.warning(f"{file} has no fingerprint of the base that it was made on: this model's W0 is taken unchecked")
-    tensors = {key: tensor for key, tensor in as_written(tensors, model).items() if not is_peft_copy(key)}
-    peft = with_ties(peft, tensors, model)
+        log.warning(
+            f"{directory} has no fingerprint of the base that it was made on: this model's W0 is taken unchecked"
+        )
+    peft, tensors = of_model(peft, tensors, model)
     tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
     check_targets(peft, found, model)
@@ -134,6 +130,29 @@ def load_adapter(
         ours = our_tensors(model, tensors, lambda name: token_ids(peft, name))
         load_tensors(model, {**_first_factors(model), **ours})
     return report
+
+
+def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], Record | None]:
+    """PEFT's config, the tensors as they lie in the file, and our record where it has one.
+
+    Raises:
+        AdapterError: a file is missing, torn, was changed since it was saved, or holds numbers that are not finite.
+    """
+    peft = read_config(directory / CONFIG)
+    file, tensors, metadata = read_weights(directory)
+    record = read_record(metadata)
+    if record and record.adapter != of_tensors(tensors).digest:
+        raise AdapterError(f"{file} was changed since it was saved: export or download it again")
+    refuse_not_finite(tensors)
+    return peft, tensors, record
+
+
+def of_model(
+    peft: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors under the names that `model` has for its modules, ties told."""
+    named = {key: tensor for key, tensor in as_written(tensors, model).items() if not is_peft_copy(key)}
+    return with_ties(peft, named, model), named
 
 
 @contextmanager

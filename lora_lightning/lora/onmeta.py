@@ -17,15 +17,14 @@ from torch import Tensor, nn
 from lora_lightning.lora import starts
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
-from lora_lightning.lora.fingerprint import of_tensors
-from lora_lightning.lora.formats import load_tensors
+from lora_lightning.lora.formats import load_tensors, of_model, read_directory
 from lora_lightning.lora.inject import adapted_layers, inject, token_rows
 from lora_lightning.lora.layers import AdaptedLayer
 from lora_lightning.lora.packing import PREFIX, our_tensors
-from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
-from lora_lightning.lora.record import Record, read_record
-from lora_lightning.lora.storage import read_tensors
-from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
+from lora_lightning.lora.peft_config import token_ids
+from lora_lightning.lora.peft_copies import without_base_copies
+from lora_lightning.lora.record import Record
+from lora_lightning.lora.unpacking import check_targets, contents, our_config
 
 Read = Callable[[str], Tensor | None]
 """W0's tensor of a name in the model, None where the files have none."""
@@ -37,17 +36,13 @@ def load_on_meta(model: nn.Module, directory: Path, read: Read, *, allow_other_b
     Raises:
         AdapterError: as `load_adapter`, but for the fingerprint of W0, which the caller has to check.
     """
-    peft = read_config(directory / CONFIG)
-    tensors, metadata = read_tensors(directory / WEIGHTS)
-    record = read_record(metadata)
-    if record and record.adapter != of_tensors(tensors).digest:
-        raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
-    tensors = {key: tensor for key, tensor in tensors.items() if not is_peft_copy(key)}
+    peft, tensors, record = read_directory(directory)
+    peft, tensors = of_model(peft, tensors, model)
     tensors = _less_base_copies(tensors, peft, model, read, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
     check_targets(peft, found, model)
     try:
-        inject(model, our_config(peft, found, record, model), start=False, any_rank=True)
+        inject(model, our_config(peft, found, record, model, {}), start=False, any_rank=True)
     except (ConfigError, TargetError) as error:
         raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
     _make_adapter_real(model)

@@ -8,10 +8,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from lora_lightning.lora import fastpath
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.fastpath import open_encoders
 from lora_lightning.lora.layers import (
     AdaptedLayer,
+    EncoderLayerHost,
     Grafted,
     ParameterHost,
     SavedCopy,
@@ -20,7 +21,7 @@ from lora_lightning.lora.layers import (
     graft,
     ungraft,
 )
-from lora_lightning.lora.layers.rows import ROWS, AttentionRows, SavedRows, rows_kind
+from lora_lightning.lora.layers.rows import ROWS, AttentionRows, EncoderRows, SavedRows, rows_kind
 from lora_lightning.lora.layers.tokens import TokenFollower
 from lora_lightning.lora.rows import Batch, LayerRows
 from lora_lightning.lora.shelf import Held
@@ -80,7 +81,7 @@ def _graft_all(model: nn.Module, batch: Batch, adapted: Layers, saved: Layers) -
             assert host is None or isinstance(host, AttentionRows)
             dim = int(module in length_first and host is None)
             module.__dict__[attribute] = LayerRows(names[module], batch, layers, dim=dim, host=host)
-    fastpath.keep_off(model, touched)
+    open_encoders(list(names), touched, EncoderRows)
 
 
 def _length_first(model: nn.Module) -> set[nn.Module]:
@@ -92,12 +93,11 @@ def _length_first(model: nn.Module) -> set[nn.Module]:
 
 def _close(model: nn.Module) -> None:
     for module in list(model.modules()):
-        for kind in ROWS:
+        for kind in (*ROWS, EncoderLayerHost, EncoderRows):
             if isinstance(module, kind):
                 ungraft(module, kind)
         for name in ("lora_rows", "lora_saved_rows", "lora_count", "lora_enabled"):
             module.__dict__.pop(name, None)
-    fastpath.allow(model)
 
 
 def _refuse(name: str, held: Held) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import fastpath
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, ParameterHost, SavedCopy
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter
 from lora_lightning.lora.layers.parameter import CHILD
 from lora_lightning.lora.quantised import hold_packing
 
@@ -139,7 +138,6 @@ def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
     for share in held.shares:
         share.take_out()
     send(held, device)
-    fastpath.allow(model)
     return held
 
 
@@ -164,8 +162,6 @@ def put_in(model: nn.Module, held: Held) -> None:
     bring(held)
     for share in held.shares:
         share.put_in(share.module)
-    kinds = (AdaptedLayer, SavedCopy, ParameterHost)
-    fastpath.keep_off(model, [share.module for share in held.shares if isinstance(share.module, kinds)])
 
 
 def check(model: nn.Module, held: Held) -> None:

@@ -7,6 +7,7 @@ and `out_proj`, adapted as the `nn.Linear` that it is, counts once. W0 is only r
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ PARTS = ("q", "k", "v")
 class AttentionHost(Grafted, nn.MultiheadAttention):
     """`nn.MultiheadAttention` that calls its projections, also where torch would take its fused kernel."""
 
+    as_kernel: ClassVar[bool] = True
+    """Whether it then rounds as that kernel does, with one product for q, k and v."""
+
     def forward(  # torch's signature
         self,
         query: Tensor,
@@ -42,7 +46,7 @@ class AttentionHost(Grafted, nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
-        if kernel.takes(self, (query, key, value), attn_mask, key_padding_mask):
+        if self.as_kernel and kernel.takes(self, (query, key, value), attn_mask, key_padding_mask):
             return self._as_kernel(query, attn_mask, key_padding_mask, need_weights, average_attn_weights)
         if query.is_nested:
             raise TypeError("adapted attention takes nested tensors on the CPU in eval without gradients: pad them")

@@ -18,6 +18,7 @@ from lora_lightning.lora.grouped import Group, add_by_group, put_by_group
 from lora_lightning.lora.layers.attention import AttentionHost
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
+from lora_lightning.lora.layers.encoder import EncoderHost
 from lora_lightning.lora.layers.graft import Grafted
 from lora_lightning.lora.rows import LayerRows
 
@@ -85,6 +86,7 @@ class AttentionRows(AttentionHost):
 
     lora_rows: LayerRows
     lora_count: int
+    as_kernel = False
 
     def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x W0^T + b` of each input, and the rows' updates."""
@@ -100,6 +102,13 @@ class AttentionRows(AttentionHost):
                     groups.append((entries, _product(A, B, layer.lora_settings.scale)))
             outs[part] = add_by_group(outs[part], x, groups, dim=1)
         return outs["q"], outs["k"], outs["v"]
+
+
+class EncoderRows(EncoderHost):
+    """`nn.TransformerEncoder` whose batches keep their rows: a nested tensor has none to tell apart."""
+
+    def _can_nest(self) -> bool:
+        return False
 
 
 KINDS: dict[type[nn.Module], type[Grafted]] = {
