@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from lora_lightning.lora import starts
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
-from lora_lightning.lora.fingerprint import fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove
 from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors, refuse_misfits
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
-from lora_lightning.lora.record import read_record, refuse_other_base, write_record
+from lora_lightning.lora.record import check_base, read_record, write_record
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
 from lora_lightning.lora.unpacking import check_targets, contents, our_config, without_base_copies
@@ -78,10 +77,9 @@ def load_adapter(model: nn.Module, directory: str | Path, *, allow_other_base: b
     tensors, metadata = read_tensors(directory / WEIGHTS)
     _refuse_meta(model)
     record = read_record(metadata)
-    if record and record.adapter != of_tensors(tensors).digest:
+    if record and not record.holds(tensors):
         raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
-    if record and not allow_other_base:
-        refuse_other_base(record.base, fingerprint(model))
+    check_base(record, model, allow_other_base=allow_other_base, replaced=peft.get("modules_to_save") or ())
     tensors = {key: tensor for key, tensor in tensors.items() if not is_peft_copy(key)}
     tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
