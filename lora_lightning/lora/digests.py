@@ -29,7 +29,7 @@ _FOUND = WeakTensorKeyDictionary()
 
 def known(tensor: Tensor) -> str | None:
     """The digest that was remembered of this very tensor, if torch has seen no write to it since."""
-    found = _FOUND.get(tensor) if _can_be_followed(tensor) else None
+    found = _FOUND.get(tensor) if _can_be_followed(tensor) else None  # type: ignore[no-untyped-call]
     return found.digest if isinstance(found, _Found) and found == _state(tensor, found.digest) else None
 
 
@@ -41,7 +41,8 @@ def remember(tensor: Tensor, digest: str) -> None:
 
 def _state(tensor: Tensor, digest: str) -> _Found:
     where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-    return _Found(digest, StorageWeakRef(tensor.untyped_storage()), where, tensor._version)
+    storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+    return _Found(digest, storage, where, tensor._version)
 
 
 def _can_be_followed(tensor: Tensor) -> bool:

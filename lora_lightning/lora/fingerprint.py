@@ -104,7 +104,7 @@ def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).split(CHUNK) if tensor.numel() else []
+    return torch.split(tensor.contiguous().reshape(-1).view(torch.uint8), CHUNK) if tensor.numel() else []
 
 
 def _of_pieces(tensor: Tensor) -> bytes:

@@ -10,6 +10,7 @@ from lora_lightning import LoRAConfig, LoRAError, load_adapter
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.training import export as export_module
+from lora_lightning.training import proof
 from lora_lightning.training.export import export
 from tests.training.test_module import Vision
 
@@ -72,14 +73,14 @@ def test_exporting_twice_gives_the_same_bytes(moved, tmp_path):
 def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(moved, tmp_path, monkeypatch):
     export(moved, tmp_path / "out", batch=BATCH)
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    real = export_module.merge
+    real = proof.merge
 
-    def off(model):
-        report = real(model)
+    def off(model, **kwargs):
+        report = real(model, **kwargs)
         model.body[0].weight[0, 0] += 0.01
         return report
 
-    monkeypatch.setattr(export_module, "merge", off)
+    monkeypatch.setattr(proof, "merge", off)
     with pytest.raises(MergeError, match="the merged model differs from the adapted one by"):
         export(moved, tmp_path / "out", batch=BATCH)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
