@@ -33,7 +33,7 @@ def drawers(config: Any, generator: torch.Generator) -> dict[str, Callable[[], T
 
 def _rows(config: Any) -> int:
     """One where there is no padding token: such a model refuses to classify two rows."""
-    return 1 if config.pad_token_id is None else ROWS
+    return 1 if getattr(config, "pad_token_id", None) is None else ROWS
 
 
 def _tokens(config: Any, generator: torch.Generator) -> Tensor:
@@ -43,7 +43,7 @@ def _tokens(config: Any, generator: torch.Generator) -> Tensor:
     special = {i for name in names for i in _ids(getattr(config, name, None))}
     plain = torch.tensor([i for i in range(min(size, 5000)) if i not in special] or [0])
     ids = plain[torch.randint(len(plain), (rows, LENGTH), generator=generator)]
-    end = next(iter(_ids(config.eos_token_id)), None)
+    end = next(iter(_ids(getattr(config, "eos_token_id", None))), None)
     if rows == ROWS:
         ids[1, -2:] = config.pad_token_id
     if end is not None and end < size:

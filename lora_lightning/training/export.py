@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.casting import float_dtype
@@ -96,23 +96,23 @@ def export(
 
 def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype | None) -> int:
     """About what an export takes on the disk: each tensor once, quantised layers as the plain ones they become."""
-    adapter = {t.data_ptr(): t.numel() * t.element_size() for t in adapter_tensors(backbone).values()}
+    adapter = {id(t): t.numel() * t.element_size() for t in adapter_tensors(backbone).values()}
     needed = BESIDE + 2 * sum(adapter.values())  # PEFT's form may be of twice the rank
     if "merged" in formats:
-        plain = dtype or float_dtype(backbone)
-        sizes = {}
+        floats, sizes = float_dtype(backbone), {}
         for module in backbone.modules():
-            dense = isinstance(module, nn.Linear) and scheme(module) is not None
             for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is None or tensor.data_ptr() in adapter:
-                    continue
-                if dense and name == "weight":
-                    sizes[id(tensor)] = int(module.in_features) * int(module.out_features) * plain.itemsize
-                else:
-                    width = plain.itemsize if tensor.is_floating_point() else tensor.element_size()
-                    sizes[id(tensor)] = tensor.numel() * width
+                if tensor is not None and id(tensor) not in adapter:
+                    sizes[id(tensor)] = _plain_bytes(module, name, tensor, dtype, floats)
         needed += sum(sizes.values())
     return needed
+
+
+def _plain_bytes(module: nn.Module, name: str, tensor: Tensor, to: torch.dtype | None, floats: torch.dtype) -> int:
+    if name == "weight" and isinstance(module, nn.Linear) and scheme(module) is not None:
+        return module.in_features * module.out_features * (to or floats).itemsize
+    own = tensor.dtype
+    return tensor.numel() * ((to or own) if own.is_floating_point else own).itemsize
 
 
 def _checked_formats(formats: Iterable[str]) -> list[str]:

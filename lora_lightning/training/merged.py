@@ -115,7 +115,7 @@ def processing_of(backbone: nn.Module) -> list[Any]:
     import transformers
 
     with quiet(), contextlib.suppress(Exception):  # a model without any says so in many ways
-        return [transformers.AutoProcessor.from_pretrained(name)]
+        return [transformers.AutoProcessor.from_pretrained(name)]  # type: ignore[no-untyped-call]
     return []
 
 

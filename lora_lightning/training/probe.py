@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,12 +59,12 @@ def draw(backbone: nn.Module, example: Any = None) -> Probe:
         return Probe(_named(backbone, example), "example_input_array")
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
     reasons = []
-    for inputs in _candidates(backbone):
-        batch = {name: value.to(device) for name, value in inputs.items()}
+    for drawn in _candidates(backbone):
         try:
+            batch = {name: draw_one().to(device) for name, draw_one in drawn.items()}
             outputs(backbone, batch)
         except Exception as error:  # a model may refuse what it cannot use in any way that it likes
-            reasons.append(f"{', '.join(inputs)}: {' '.join(str(error).split())[:120] or type(error).__name__}")
+            reasons.append(f"{', '.join(drawn)}: {' '.join(str(error).split())[:120] or type(error).__name__}")
         else:
             return Probe(batch, "drawn from the model's config")
     tried = f" (tried {'; '.join(reasons)})" if reasons else ""
@@ -87,20 +87,20 @@ def _parameters(backbone: nn.Module) -> list[str]:
     return [name for name, p in inspect.signature(backbone.forward).parameters.items() if p.kind in kinds]
 
 
-def _candidates(backbone: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Batches to try, the likeliest first."""
+def _candidates(backbone: nn.Module) -> Iterator[dict[str, Callable[[], Tensor]]]:
+    """Batches to try, the likeliest first, by argument how to draw it."""
     generator = torch.Generator().manual_seed(0)
     taken = _parameters(backbone)
     if is_a(backbone, "transformers.modeling_utils"):
-        made = {name: draw() for name, draw in drawers(backbone.config, generator).items() if name in taken}
+        known = {name: draw_one for name, draw_one in drawers(backbone.config, generator).items() if name in taken}
         main = str(backbone.main_input_name)
         with_main = [main, "decoder_input_ids", *(["attention_mask"] if main == "input_ids" else [])]
-        for names in (with_main, list(made), [main]):
-            if main in made:
-                yield {name: made[name] for name in names if name in made}
+        for names in (with_main, list(known), [main]):
+            if main in known:
+                yield {name: known[name] for name in names if name in known}
     elif taken and (size := _image_size_of(backbone)):
         dtype = next((p.dtype for p in backbone.parameters() if p.is_floating_point()), torch.float32)
-        yield {taken[0]: torch.randn(ROWS, *size, generator=generator).to(dtype)}
+        yield {taken[0]: lambda: torch.randn(ROWS, *size, generator=generator).to(dtype)}
 
 
 def _image_size_of(backbone: nn.Module) -> tuple[int, ...] | None:

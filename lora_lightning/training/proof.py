@@ -124,7 +124,8 @@ class Proof:
         if not found.max_rel_diff <= report.tolerance:  # also refuses NaN
             raise MergeError(
                 f"{what} differs from the adapted one by {found.max_rel_diff:.2e} relative, above"
-                f" {report.tolerance:.0e} ({report.rule}): nothing was exported; keep the adapter, or export or load the backbone in float32"
+                f" {report.tolerance:.0e} ({report.rule}): nothing was exported; keep the adapter, or export or load"
+                f" the backbone in float32"
             )
         report.compared[what] = found
         report.max_abs_diff = max(report.max_abs_diff, found.max_abs_diff)
@@ -139,5 +140,6 @@ def rounding_told(report: ExportReport) -> str | None:
     worst = ", ".join(f"{name} ({share:.0%})" for share, name in low[: min(3, report.kept_low)])
     return (
         f"rounding to {report.dtype} kept less than {KEPT:.0%} of the update in {report.kept_low} of"
-        f" {len(report.kept)} layers, least in {worst}: export the merged model with --dtype float32, or use the adapter, which lost nothing"
+        f" {len(report.kept)} layers, least in {worst}: export the merged model with --dtype float32, or use the"
+        f" adapter, which lost nothing"
     )
