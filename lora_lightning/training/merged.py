@@ -46,10 +46,13 @@ def write_merged(
         _name_labels(plain.config, label_names)
         _forget_quantisation(plain)
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
-        with quiet():
-            plain.save_pretrained(folder, **shards)  # type: ignore[operator]
+        try:
+            with quiet():
+                plain.save_pretrained(folder, **shards)  # type: ignore[operator]
+        except ValueError as error:  # such as settings of generation that contradict each other
+            raise MergeError(f"transformers does not save the merged model: {error}") from error
     else:
-        save_file({key: tensor.contiguous() for key, tensor in once(plain).items()}, folder / WEIGHTS, {"format": "pt"})
+        save_file(once(plain), folder / WEIGHTS, {"format": "pt"})
         if label_names:
             write_bytes(folder / LABELS, (json.dumps(label_names, indent=2, ensure_ascii=False) + "\n").encode())
     for part in processing:
@@ -57,22 +60,24 @@ def write_merged(
 
 
 def once(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with each tied tensor under the first of its names, as safetensors' `load_model` expects it."""
-    tensors: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
+    """The state dict with tied tensors under the first of their names, as safetensors' `load_model` expects them.
+
+    Where one tensor covers a piece of memory that others are views of, it stands for them: loading it fills them too.
+    Parts of which none is the whole become tensors of their own; safetensors refuses shared memory.
+    """
+    groups: dict[Any, dict[str, Tensor]] = {}
     for key, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
-            where = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else (key,)
-            tensors.setdefault(where, (key, tensor))
-    return _apart(dict(tensors.values()))
+            groups.setdefault(tensor.untyped_storage().data_ptr() or key, {})[key] = tensor
+    kept: dict[str, Tensor] = {}
+    for group in groups.values():
+        whole = next((key for key, tensor in group.items() if _is_whole(tensor)), None)
+        kept |= {whole: group[whole]} if whole else {key: tensor.clone() for key, tensor in group.items()}
+    return {key: tensor.contiguous() for key, tensor in kept.items()}
 
 
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Views of one storage as tensors of their own: safetensors refuses parts of shared memory."""
-    users: dict[int, int] = {}
-    for tensor in tensors.values():
-        storage = tensor.untyped_storage().data_ptr()
-        users[storage] = users.get(storage, 0) + 1
-    return {k: t.clone() if users[t.untyped_storage().data_ptr()] > 1 else t for k, t in tensors.items()}
+def _is_whole(tensor: Tensor) -> bool:
+    return tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 def reader(plain: nn.Module, folder: Path) -> Callable[[], nn.Module]:
