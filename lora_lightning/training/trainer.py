@@ -61,7 +61,7 @@ class LoRATrainer(Trainer):
             formats: some of `adapter`, `merged`, with commas between.
             dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
             max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
-            serving: write the adapter in the form that this server takes.
+            serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
         """
         wanted = [f.strip() for f in formats.split(",")] if isinstance(formats, str) else list(formats)
         unknown = [f for f in wanted if f not in FORMATS]

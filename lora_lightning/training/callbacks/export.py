@@ -27,7 +27,7 @@ class ExportAtEnd(Callback):
         output_dir: where to write; `export/` in the run folder by default.
         dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
         max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
-        serving: write the adapter in the form that this server takes.
+        serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
     """
 
     def __init__(
