@@ -113,5 +113,5 @@ def tolerance(backbone: nn.Module, dtype: torch.dtype | None = None) -> tuple[fl
     coarsest = max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
     allowed = TOLERANCE.get(coarsest, 16 * torch.finfo(coarsest).eps)
     if four is not None and allowed < FOUR_BIT:
-        return FOUR_BIT, "4-bit products in float32"
-    return allowed, short(coarsest) if coarsest in TOLERANCE else f"16 units of {short(coarsest)}'s precision"
+        return FOUR_BIT, "for 4-bit products in float32"
+    return allowed, f"in {short(coarsest)}" if coarsest in TOLERANCE else f"16 units of {short(coarsest)}'s precision"

@@ -66,8 +66,8 @@ def export(
     """
     wanted, to_dtype = _checked_formats(formats), _checked_dtype(dtype)
     target = _checked_target(Path(output_dir))
-    report = ExportReport(output_dir=str(target), trainable=module.report.trainable, total=module.report.total)
-    report.label_names = label_names
+    report = ExportReport(str(target), wanted, label_names=label_names)
+    report.trainable, report.total = module.report.trainable, module.report.total
     with _in_eval(module.backbone) as backbone, staged(target, bytes_needed(backbone, wanted, to_dtype)) as folder:
         _check_w0(module, report)
         probe = from_batch(batch) if batch is not None else draw(backbone, module.example_input_array)

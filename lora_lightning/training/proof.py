@@ -30,6 +30,7 @@ class ExportReport:
     """What was written and how near it is to what was trained."""
 
     output_dir: str
+    formats: list[str] = field(default_factory=list)
     max_abs_diff: float = 0.0
     """Largest |exported - adapted| over the probe batch's outputs, of all that was written, read back from disk."""
     max_rel_diff: float = 0.0

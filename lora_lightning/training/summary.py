@@ -97,11 +97,13 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     """How near the exported files are to what was trained."""
     rows = []
     if "export_max_rel_diff" in v:
-        what = "merged against adapted" if v.get("merged_dir") else "adapter read back"
-        limit = f"(allowed {v.get('export_tolerance', 0.0):.0e}: {v.get('export_rule', '')})"
-        rows.append((what, f"{v['export_max_rel_diff']:.1e} relative {limit}"))
+        merged = "merged" in v.get("export_formats", ["merged"])
+        rule = str(v.get("export_rule", ""))
+        limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
+        what = "merged against adapted" if merged else "adapter read back"
+        rows.append((what, f"{v['export_max_rel_diff']:.1e} relative (allowed {limit})"))
     if v.get("merged_dir") and v.get("merged_bytes"):
-        files = v.get("merged_files", 1)
+        files = v.get("export_files", 1)
         split = f" in {files} files" if files > 1 else ""
         rows.append(("merged weights", f"{v.get('export_dtype')}, {human_size(v['merged_bytes'])}{split}"))
     if v.get("merged_dir") and v.get("export_kept_least", 1.0) < 0.9995:

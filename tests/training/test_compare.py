@@ -102,4 +102,4 @@ def test_outputs_of_another_shape_or_number_are_refused():
 def test_the_tolerance_follows_the_coarsest_dtype(base, asked, allowed):
     found, rule = tolerance(nn.Linear(2, 2, dtype=base).requires_grad_(False), asked)
     assert found == allowed
-    assert rule.startswith("16 units of" if allowed > 1e-4 else "float")
+    assert rule.startswith("16 units of" if allowed > 1e-4 else "in float")

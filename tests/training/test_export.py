@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from lora_lightning.lora.errors import MergeError
 from lora_lightning.training import export as export_module
 from lora_lightning.training import proof
 from lora_lightning.training.export import bytes_needed, export
+from lora_lightning.training.staging import human_size
+from lora_lightning.training.summary import report_rows
+from lora_lightning.training.trainer import record_export
 from tests.factories import llama
 from tests.training.test_module import Vision
 
@@ -316,7 +320,7 @@ def test_a_quantised_base_becomes_plain_and_is_said(make_module, tmp_path):
     module = shaken(make_module(backbone, LoRAConfig(r=2, target_modules=["up", "square"], modules_to_save=["head"])))
     report = export(module, tmp_path / "out", batch={"x": inputs()})
     assert sorted(report.dequantised) == sorted(QUANTISED), "one of them without an adapter"
-    assert report.rule == "4-bit products in float32"
+    assert report.rule == "for 4-bit products in float32"
     tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert tensors["down.weight"].shape == (64, 128)
     assert bytes_needed(module.backbone, ["merged"], None) > sum(t.nbytes for t in tensors.values())
@@ -410,3 +414,28 @@ def test_what_transformers_refuses_to_save_is_one_error(make_module, tmp_path):
     with pytest.raises(MergeError, match=r"transformers does not save the merged model: (?s:.*)top_k"):
         export(make_module(backbone, LoRAConfig(r=2)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_exports_other_format_is_forgotten_where_it_was_replaced(moved, tmp_path):
+    first = record_export(tmp_path, export(moved, tmp_path / "out", batch=BATCH))
+    assert first["adapter_dir"] == str(tmp_path / "out" / "adapter")
+    beside = record_export(tmp_path, export(moved, tmp_path / "other", batch=BATCH, formats=["merged"]))
+    assert beside["adapter_dir"] == first["adapter_dir"], "it still stands"
+    assert beside["merged_dir"] == str(tmp_path / "other" / "merged")
+    replaced = record_export(tmp_path, export(moved, tmp_path / "out", batch=BATCH, formats=["merged"]))
+    assert replaced["adapter_dir"] is None
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_the_closing_table_says_what_a_person_asks_of_an_export(make_module, moved, tmp_path):
+    with pytest.warns(UserWarning, match="rounding to bfloat16"):
+        result = export(
+            shaken(make_module(Vision(), LoRAConfig(r=2)), 1e-3), tmp_path / "out", dtype="bfloat16", batch=BATCH
+        )
+    rows = dict(report_rows(record_export(tmp_path, result)))
+    assert rows["W0 before, after"].endswith("unchanged")
+    assert rows["merged against adapted"].endswith("relative (allowed 1e-01, 16 units of bfloat16's precision)")
+    assert rows["merged weights"] == f"bfloat16, {human_size(result.merged_bytes)}"
+    assert re.fullmatch(r"at least \d+\.\d% \(\d of 2 layers below 90%\)", rows["update kept by rounding"])
+    only = dict(report_rows(record_export(tmp_path, export(moved, tmp_path / "a", batch=BATCH, formats=["adapter"]))))
+    assert only["adapter read back"] == "0.0e+00 relative (allowed 1e-05 in float32)"
