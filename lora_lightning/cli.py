@@ -46,11 +46,12 @@ def _own_first(sections: str) -> str:
 
 
 UNION = re.compile(r"(Parser key \"[^\"]*\": ).*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
+LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a (?:typing\.)?Literal\[(.*)\]\. Got value: (.*)")
 
 
 def _plainly(text: str) -> str:
     """A value that fits none of several types, said without the types' Python names."""
-    found = UNION.fullmatch(text)
+    found = UNION.fullmatch(text) or LITERAL.fullmatch(text)
     if found is None:
         return text
     key, types, given = found.groups()
