@@ -1,6 +1,7 @@
 """What is exported is what was trained, or nothing is left behind."""
 
 import copy
+import gc
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from lora_lightning import LoRAConfig, LoRAError, load_adapter
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.training import export as export_module
+from lora_lightning.training import merged as merged_module
 from lora_lightning.training import proof
 from lora_lightning.training.export import bytes_needed, export
 from lora_lightning.training.staging import human_size
@@ -366,8 +368,34 @@ def test_there_is_never_more_than_one_other_copy_of_w0(make_module, tmp_path, mo
         weakref.finalize(layer, lambda: setattr(Watched, "alive", Watched.alive - 1))
 
     module = shaken(make_module(nn.Sequential(Watched(), nn.Linear(64, 2)), LoRAConfig(r=2, target_modules=["0"])))
+    export(module, tmp_path / "adapter", batch={"input": torch.randn(2, 64)}, formats=["adapter"])
+    assert max(peak) == 1, "the adapter is read back onto the same W0"
     export(module, tmp_path / "out", batch={"input": torch.randn(2, 64)})
     assert max(peak) == 2
+
+
+def test_the_merged_transformer_is_let_go_before_its_files_are_read(make_module, tmp_path, monkeypatch):
+    real, alive = proof.reader, []
+
+    def watched(plain, folder):
+        gone, read = weakref.ref(plain), real(plain, folder)
+        return lambda: alive.append((gc.collect(), gone())[1]) or read()
+
+    monkeypatch.setattr(proof, "reader", watched)
+    export(make_module(), tmp_path / "out")
+    assert alive == [None]
+
+
+def test_a_tensor_that_the_file_lacks_fails_the_proof(moved, tmp_path, monkeypatch):
+    real = merged_module.save_file
+    monkeypatch.setattr(
+        merged_module,
+        "save_file",
+        lambda tensors, *args: real({k: tensors[k] for k in tensors if k != "head.bias"}, *args),
+    )
+    with pytest.raises(MergeError, match="the merged model read back differs"):
+        export(moved, tmp_path / "out", batch=BATCH)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_serving_is_handed_to_the_adapters_writer(moved, tmp_path, monkeypatch):
