@@ -63,7 +63,7 @@ def huggingface(
     if revision:
         kwargs["revision"] = revision
     try:
-        with _quiet():
+        with quiet():
             model = _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         if isinstance(error, LoRAError):
@@ -110,7 +110,7 @@ def _new_keys(model: Any, without: list[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without transformers' load report: the new head it warns of is expected, other gaps are refused above."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
@@ -37,7 +37,18 @@ def _shorter(listed: re.Match[str]) -> str:
     return listed.group() if listed.group().count(",") <= 30 else ""
 
 
+def _own_first(sections: str) -> str:
+    """A command's own options in front of those that it shares with all others, which fill ten screens."""
+    parts = sections.split("\n\n")
+    starts = [part.partition("\n")[0] for part in parts]
+    if "Linked arguments:" in starts[:-1] and "options:" in starts:
+        _, _, own = parts.pop().partition("\n")
+        parts.insert(starts.index("options:"), f"options of this command:\n{own.rstrip()}")
+    return "\n\n".join(parts).rstrip() + "\n"
+
+
 UNION = re.compile(r"(Parser key \"[^\"]*\": ).*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
+LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a (?:typing\.)?Literal\[(.*)\]\. Got value: (.*)")
 
 LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a typing\.(Literal\[.*\])\. Got value: (.*)")
 
@@ -78,8 +89,10 @@ class Parser(LightningArgumentParser):
         """Without a usage of a hundred flags and without the names of every nn.Module that is loaded."""
         usage, _, rest = str(super().format_help(*args, **kwargs)).partition("\n\n")
         if len(usage.splitlines()) > 5:
-            usage = f"usage: {self.prog.replace(' [options]', '')} -c CONFIG [-c CONFIG ...] [options]"
-        return f"{usage}\n\n{KNOWN.sub(_shorter, rest)}"
+            prog = self.prog.replace(" [options]", "")
+            wants = "--ckpt_path RUN [-c CONFIG ...]" if prog.endswith(FROM_CHECKPOINT) else "-c CONFIG [-c CONFIG ...]"
+            usage = f"usage: {prog} {wants} [options]"
+        return f"{usage}\n\n{KNOWN.sub(_shorter, _own_first(rest))}"
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the message, a near miss where there is one, and exit with 2."""
@@ -119,8 +132,7 @@ class LoRACLI(LightningCLI):
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         super().__init__(
             model_class=LoRAModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_data=True,
+            datamodule_class=None,  # any, and none where a command can do without
             trainer_class=LoRATrainer,
             save_config_callback=SaveRunConfig,
             seed_everything_default=42,
@@ -172,6 +184,9 @@ class LoRACLI(LightningCLI):
             full = with_run_config([str(arg) for arg in given])
             args = full if args is not None or full != given else None
         super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if command not in (None, "export") and self.config[command].get("data") is None:
+            raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
             self._resolve_checkpoint(self.config[self.config.subcommand])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from lora_lightning.lora import starts
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
-from lora_lightning.lora.fingerprint import fingerprint, of_tensors
 from lora_lightning.lora.inject import adapted_layers, inject, remove
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.misfits import refuse_misfits, refuse_not_finite
@@ -26,13 +24,11 @@ from lora_lightning.lora.peft_keys import as_written, read_weights
 from lora_lightning.lora.peft_limits import warn_of_peft_limits
 from lora_lightning.lora.peft_ties import with_ties
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
-from lora_lightning.lora.record import Record, read_record, refuse_other_base, write_record
+from lora_lightning.lora.record import Record, check_base, read_record, write_record
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.lora.storage import write_bytes, write_tensors
 from lora_lightning.lora.unpacking import check_targets, contents, our_config
-
-log = logging.getLogger(__name__)
 
 
 def save_adapter(
@@ -96,7 +92,7 @@ def load_adapter(
     """Inject what a PEFT directory describes into a plain `model` and load its weights.
 
     An old `adapter_model.bin` is unpickled as tensors and nothing else. Ranks come from the tensors, alphas from PEFT's
-    patterns. An adapter without a fingerprint of W0, as PEFT writes it, is loaded with a notice in the log.
+    patterns. An adapter without a fingerprint of W0, as PEFT writes it, is loaded with a notice.
 
     Args:
         alphas: by full module name, where entries of PEFT's `alpha_pattern` contradict each other about a module: its
@@ -111,12 +107,7 @@ def load_adapter(
     directory = Path(directory)
     peft, tensors, record = read_directory(directory)
     refuse_meta(model)
-    if record and not allow_other_base:
-        refuse_other_base(record.base, fingerprint(model))
-    if record is None:
-        log.warning(
-            f"{directory} has no fingerprint of the base that it was made on: this model's W0 is taken unchecked"
-        )
+    check_base(record, model, allow_other_base=allow_other_base, replaced=peft.get("modules_to_save") or ())
     peft, tensors = of_model(peft, tensors, model)
     tensors = without_base_copies(tensors, peft, model, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
@@ -141,7 +132,7 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     peft = read_config(directory / CONFIG)
     file, tensors, metadata = read_weights(directory)
     record = read_record(metadata)
-    if record and record.adapter != of_tensors(tensors).digest:
+    if record and not record.holds(tensors):
         raise AdapterError(f"{file} was changed since it was saved: export or download it again")
     refuse_not_finite(tensors)
     return peft, tensors, record

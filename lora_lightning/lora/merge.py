@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.blocks import blocks
+from lora_lightning.lora.casting import cast, float_dtype, refuse_dtype, widen
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import (
     adapted_layers,
@@ -21,7 +21,7 @@ from lora_lightning.lora.inject import (
     trained_biases,
 )
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TrainedBias, ungraft
-from lora_lightning.lora.quantised import make_plain, scheme
+from lora_lightning.lora.quantised import make_plain, plain_weight, scheme
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
 
@@ -30,8 +30,8 @@ class MergeReport:
     """What rounding to W0's dtype did to each layer's update."""
 
     kept: dict[str, float] = field(default_factory=dict)
-    """By module, 1 - ||applied - s B A||_F / ||s B A||_F: the share of the update that the merged weight holds.
-    1 is all of it."""
+    """By module, 1 - ||W - W0 - s B A||_F / ||s B A||_F for the merged weight W: the share of the update that rounding
+    left. 1 is all of it, 0 where the error is as large as the update."""
     untied: list[str] = field(default_factory=list)
     """Modules whose weight was shared with another module and is now their own."""
     dequantised: list[str] = field(default_factory=list)
@@ -39,7 +39,7 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
+def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
     """Make the model plain again, in place, with `W0 + s B A` in its weights.
 
     Classes and keys are the original ones. A weight that is shared with a module which is not adapted is
@@ -47,8 +47,9 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     that they are tied. Nothing can be unmerged: keep the adapter.
 
     Args:
-        dequantize: turn quantised layers into plain ones that hold the update, in the dtype of the model's own
+        dequantize: turn quantised layers into plain ones, adapted or not, in the dtype of the model's own
             floating-point tensors. A quantised weight is never written into: it would round most of the update away.
+        dtype: of the merged model; W0's own by default. The sum is rounded to it once.
 
     Raises:
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantised layer and `dequantize`
@@ -58,10 +59,14 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
     if not layers and not saved and not tokens:
         raise MergeError("nothing to merge: this model has no adapters")
+    if dtype is not None:
+        refuse_dtype(model, dtype)
     refuse(model, dequantize=dequantize)
     for path, layer in layers:
         if scheme(layer) is None:
-            _refuse_narrow(layer.lora_name(path), layer)
+            _refuse_narrow(layer.lora_name(path), layer, dtype)
+    if dtype is not None:
+        widen(model, dtype)
     report = MergeReport()
     ties = shared_parameters(model)
     kept_biases: dict[int, nn.Parameter] = {}
@@ -69,10 +74,10 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     for _, biased in trained_biases(model):
         biased.keep_bias(kept_biases)
         ungraft(biased, TrainedBias)
-    plain_dtype = _float_dtype(model)
+    plain_dtype = float_dtype(model)
     for path, layer in layers:
         name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
-        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None)
+        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None, dtype)
         fold_bias(layer)
         layer.detach()
         if quantised:
@@ -85,10 +90,16 @@ def merge(model: nn.Module, *, dequantize: bool = False) -> MergeReport:
     for _, module in saved:
         module.keep_copy(kept_copies)
         ungraft(module, SavedCopy)
+    for name, module in model.named_modules() if dequantize else ():
+        if scheme(module) is not None:
+            report.dequantised.append(name)
+            make_plain(module, plain_weight(module).to(plain_dtype))
     if untied_since(model, ties):
         untie_config(model)
     report.untied.extend(untied_since(model, ties))
     close(model)
+    if dtype:
+        cast(model, dtype)
     return report
 
 
@@ -125,20 +136,25 @@ def refuse_codes(name: str, layer: AdaptedLayer) -> None:
             )
 
 
-def _refuse_narrow(name: str, layer: AdaptedLayer) -> None:
+def _refuse_narrow(name: str, layer: AdaptedLayer, dtype: torch.dtype | None) -> None:
     """float16 ends at 65504."""
     refuse_codes(name, layer)
     parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    if not any(weight.dtype == torch.float16 for weight in parameters.values()):
+    if not any((dtype or weight.dtype) == torch.float16 for weight in parameters.values()):
         return
     if not all(torch.isfinite((parameters[own] + d).half()).all() for own, d in layer.weight_deltas().items()):
         raise MergeError(f"W0 + s B A of '{name}' is larger than float16 can hold: merge into float32 or bfloat16")
 
 
-def merged_weights(layer: AdaptedLayer, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], float]:
+def merged_weights(
+    layer: AdaptedLayer, dtype: torch.dtype | None = None, rounded_to: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], float]:
     """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept.
 
     A large layer is taken part after part, so that beside the results little is held in the wide dtype.
+
+    Args:
+        rounded_to: what the results will be rounded to later, for that share.
     """
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
@@ -153,8 +169,9 @@ def merged_weights(layer: AdaptedLayer, dtype: torch.dtype | None = None) -> tup
                     whole[name].shape if place else after.shape, dtype=dtype or whole[name].dtype
                 )
             merged[name][place] = after.to(merged[name].dtype)
+            stored = merged[name][place].to(rounded_to or merged[name].dtype).to(delta.dtype)
             wanted += float(torch.linalg.vector_norm(delta)) ** 2
-            lost += float(torch.linalg.vector_norm(merged[name][place].to(delta.dtype) - before - delta)) ** 2
+            lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
@@ -175,15 +192,3 @@ def fold_bias(layer: AdaptedLayer) -> None:
     if update is not None and own is not None:
         merged = (own.to(update.dtype) + update).to(own.dtype)
         layer._parameters["bias"] = nn.Parameter(merged, requires_grad=own.requires_grad)
-
-
-def _float_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of the model's own first plain floating-point parameter, float32 where it has none."""
-    ours: set[Any] = {id(t) for _, module in grafted_modules(model) for t in module.lora_tensors().values()}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in ours or (name == "weight" and scheme(module)):
-                continue
-            if parameter.is_floating_point():
-                return parameter.dtype
-    return torch.float32

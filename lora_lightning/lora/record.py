@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, ConfigError, some
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, ConfigError, some
+from lora_lightning.lora.fingerprint import FORMAT, Fingerprint, fingerprint, of_tensors
 from lora_lightning.lora.packing import Packed
 from lora_lightning.lora.slices import check_spec
 
@@ -26,13 +27,17 @@ class Record:
     base: Fingerprint
     """Of W0."""
     adapter: str
-    """Digest of the file's tensors."""
+    """Digest of the file's tensors, in the format of `base`."""
     settings: dict[str, tuple[int, float, float]]
     """Rank and alpha that the tensors load as, and the scale that PEFT gives them."""
     dropouts: dict[str, float]
     """Dropouts that differ from the most common one, for which PEFT's config has no place."""
     slices: dict[str, Any]
     """The chosen parts of fused layers, written out in full."""
+
+    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Whether the file's tensors are as they were saved, as far as a digest of that format can tell."""
+        return self.base.format != FORMAT or self.adapter == of_tensors(tensors).digest
 
 
 def write_record(
@@ -41,7 +46,7 @@ def write_record(
     """The metadata of a file that holds `tensors`."""
     record = {
         "version": version("lora_lightning"),
-        "base": json.loads(fingerprint(model).to_json()),
+        "base": json.loads(fingerprint(model, cached=True).to_json()),
         "adapter": of_tensors(tensors).digest,
         "settings": {p.name: [*p.loads_as, p.scale] for p in packed},
         "dropouts": dropouts,
@@ -81,14 +86,67 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def refuse_other_base(made_on: Fingerprint, here: Fingerprint) -> None:
-    """Raise where W0 is another than the adapter's, naming the tensors that differ."""
-    different = made_on.differences(here)
-    # A head that the adapter brings whole is in one of the two only.
-    different = [n for n in different if n in made_on.tensors]
-    if different:
-        raise AdapterError(
-            f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
-            f" {len(different)} of {len(made_on.tensors)} tensors differ, first {some(different)}."
-            f" Load the base that it was made on, or pass allow_other_base=True"
+def check_base(
+    record: Record | None, model: nn.Module, *, allow_other_base: bool, replaced: Collection[str] = ()
+) -> None:
+    """Raise where the plain `model` is another base than the one that the adapter was made on.
+
+    Args:
+        record: None, of an adapter that notes no base, gives a notice.
+        replaced: modules that the adapter brings whole.
+    """
+    if record is None:
+        warnings.warn(
+            "this adapter notes no fingerprint of its base, as PEFT's do not: whether it belongs to this one was not"
+            " checked",
+            AdapterWarning,
+            stacklevel=3,
         )
+    else:
+        refuse_other_base(record.base, fingerprint(model), allow_other_base=allow_other_base, replaced=replaced)
+
+
+def refuse_other_base(
+    made_on: Fingerprint, here: Fingerprint, *, allow_other_base: bool = False, replaced: Collection[str] = ()
+) -> None:
+    """Raise where W0 is another than the adapter's, naming the tensors that differ in the model's own order.
+
+    With `allow_other_base` it warns instead.
+
+    Raises:
+        AdapterError: another base, or one whose fingerprint is of another format.
+    """
+    told = _told_apart(made_on, here, replaced)
+    if told and not allow_other_base:
+        way_out = "pass allow_other_base=True (--model.allow_other_base true on the command line) to do without"
+        raise AdapterError(f"{told}. Load the base that it was made on, or {way_out}")
+    if told:
+        warnings.warn(
+            f"allow_other_base: {told}. Its outputs are not those that were trained", AdapterWarning, stacklevel=3
+        )
+
+
+def unknown_format(made_on: Fingerprint) -> str | None:
+    """Why a fingerprint cannot be compared with those of this version, None where it can."""
+    if made_on.format == FORMAT:
+        return None
+    return (
+        f"the adapter notes its base by a fingerprint of format {made_on.format}, this version of lora_lightning takes"
+        f" format {FORMAT}: whether this is that base cannot be told"
+    )
+
+
+def _told_apart(made_on: Fingerprint, here: Fingerprint, replaced: Collection[str]) -> str | None:
+    """What a person is told of two bases, None where they are one."""
+    if unknown := unknown_format(made_on):
+        return unknown
+    # A head that the adapter brings whole is here alone, under each of its names.
+    heads = tuple(f"{name}." for name in replaced)
+    brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)} if heads else set()
+    different = [n for n in here.differences(made_on) if n in made_on.tensors or here.tensors[n] not in brought]
+    if not different:
+        return None
+    return (
+        f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
+        f" {len(different)} of {len(here.tensors)} tensors differ, first {some(different)}"
+    )

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.changes import Changes, part_as_merged
 from lora_lightning.lora.checkpoint import DTYPES, NAMES, Checkpoint, Header, as_bytes, write_file
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import AdapterError, LoRAError, some
 from lora_lightning.lora.onmeta import load_on_meta
 from lora_lightning.lora.pieces import Base, BaseCheck, Group
+from lora_lightning.lora.record import unknown_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class StreamedMerge:
         for one in (self.plain, model):
             self.base.part_unequal(one)
         record = load_on_meta(model, adapter, self.base, allow_other_base=allow_other_base)
+        if record is not None and not allow_other_base and (unknown := unknown_format(record.base)):
+            raise AdapterError(f"{unknown}; allow_other_base does without")
         self.changes = Changes.of(model, self.base, dtype)
         buffers = {name for name, _ in self.plain.named_buffers()}
         self.check = None if record is None or allow_other_base else BaseCheck(record.base.tensors, self.base, buffers)

@@ -143,7 +143,7 @@ class LoRAModule(LightningModule):
     def w0_fingerprint(self) -> Fingerprint:
         """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change."""
         if self._w0 is None:
-            self._w0 = fingerprint(self.backbone)
+            self._w0 = fingerprint(self.backbone, cached=True)
         return self._w0
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -163,8 +163,8 @@ class LoRAModule(LightningModule):
                     f"the checkpoint was trained with lora.{name}={trained.get(name)!r}, this run says"
                     f" {here.get(name)!r}: use the run's own config.yaml, or start a new fit"
                 )
-        if not self.allow_other_base:
-            refuse_other_base(Fingerprint.from_json(checkpoint[CHECKPOINT_KEY]["base"]), self.w0_fingerprint())
+        made_on = Fingerprint.from_json(checkpoint[CHECKPOINT_KEY]["base"])
+        refuse_other_base(made_on, self.w0_fingerprint(), allow_other_base=self.allow_other_base)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, forgiving the frozen keys that a checkpoint leaves out and nothing else.

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lora_lightning.lora.report import InjectionReport
+from lora_lightning.training.proof import KEPT
+from lora_lightning.training.staging import human_size
 
 
 def injection_table(report: InjectionReport) -> Table:
@@ -75,11 +77,9 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("W0 before, after", f"{v['w0_before'][:8]}, {v['w0_after'][:8]}: {verdict}"))
     if v.get("adapter_bytes") and v.get("full_checkpoint_bytes"):
         ratio = v["full_checkpoint_bytes"] / v["adapter_bytes"]
-        size = f"{_megabytes(v['adapter_bytes'])} beside {_megabytes(v['full_checkpoint_bytes'])}"
+        size = f"{human_size(v['adapter_bytes'])} beside {human_size(v['full_checkpoint_bytes'])}"
         rows.append(("adapter beside full model", f"{size} ({ratio:.0f} to 1)"))
-    if "export_max_rel_diff" in v:
-        limit = v.get("export_tolerance", 0.0)
-        rows.append(("merged against adapted", f"{v['export_max_rel_diff']:.1e} relative (allowed {limit:.0e})"))
+    rows += _export_rows(v)
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
     for key, name in (("adapter_dir", "adapter (PEFT)"), ("merged_dir", "merged model"), ("checkpoint", "checkpoint")):
@@ -93,5 +93,22 @@ def _accuracies(v: dict[str, Any], name: str, validation: str, test: str) -> tup
     return f"accuracy, {name}", ", ".join(parts)
 
 
-def _megabytes(size: float) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
+    """How near the exported files are to what was trained."""
+    rows = []
+    if "export_max_rel_diff" in v:
+        merged = "merged" in v.get("export_formats", ["merged"])
+        rule = str(v.get("export_rule", ""))
+        limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
+        what = "merged against adapted" if merged else "adapter read back"
+        rows.append((what, f"{v['export_max_rel_diff']:.1e} relative (allowed {limit})"))
+    if v.get("merged_dir") and v.get("merged_bytes"):
+        files = v.get("export_files", 1)
+        split = f" in {files} files" if files > 1 else ""
+        rows.append(("merged weights", f"{v.get('export_dtype')}, {human_size(v['merged_bytes'])}{split}"))
+    if v.get("merged_dir") and v.get("export_kept_least", 1.0) < 0.9995:
+        low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
+        rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
+    if v.get("merged_dir") and v.get("export_dequantised"):
+        rows.append(("dequantised", f"{v['export_dequantised']} layers, plain in the merged model"))
+    return rows

@@ -12,8 +12,9 @@ from rich.console import Console
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training import run
-from lora_lightning.training.export import FORMATS, ExportReport, export
+from lora_lightning.training.export import FORMATS, DType, export
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
 
 
@@ -44,18 +45,24 @@ class LoRATrainer(Trainer):
         ckpt_path: str = "best",
         output_dir: str | None = None,
         formats: str | list[str] = "adapter,merged",
+        dtype: DType = "auto",
+        max_shard_size: int | str | None = None,
+        serving: Literal["vllm"] | None = None,
     ) -> ExportReport:
         """Write a trained run as a PEFT adapter and as a merged model, each compared with the adapted model.
 
         Args:
             model: the module that the run's config describes.
-            datamodule: gives the probe batch and the tokenizer.
+            datamodule: gives the probe batch, the tokenizer and the labels' names. Without one, the probe is
+                drawn from what the backbone's config says.
             ckpt_path: a checkpoint, a run folder, or `best` or `last` of the newest run with this config's name.
-            output_dir: where to write; `export/` in the run folder by default.
+            output_dir: where to write; `export/` in the run folder by default. An older export there is replaced
+                once the new one has stood its proof.
             formats: some of `adapter`, `merged`, with commas between.
+            dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
+            max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
+            serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
         """
-        if datamodule is None:
-            raise LoRAError("export needs a data section in the config: its first batch is the probe of the proof")
         wanted = [f.strip() for f in formats.split(",")] if isinstance(formats, str) else list(formats)
         unknown = [f for f in wanted if f not in FORMATS]
         if unknown:
@@ -66,18 +73,22 @@ class LoRATrainer(Trainer):
         model.load_state_dict(content["state_dict"])
         folder = run.run_of_checkpoint(checkpoint)
         target = Path(output_dir) if output_dir else folder / run.EXPORT
-        batch = self._probe(datamodule)
-        device = self.strategy.root_device
-        model.to(device)
-        batch = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        result = export(model, target, batch=batch, formats=wanted, **of_the_data(datamodule))
+        model.to(self.strategy.root_device)
+        batch = None if datamodule is None else self._probe(model, datamodule)
+        options: dict[str, Any] = {
+            "formats": wanted,
+            "dtype": dtype,
+            "max_shard_size": max_shard_size,
+            "serving": serving,
+        }
+        result = export(model, target, batch=batch, **options, **of_the_data(datamodule))
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
         return result
 
-    def _probe(self, datamodule: LightningDataModule) -> dict[str, Any]:
+    def _probe(self, model: LoRAModule, datamodule: LightningDataModule) -> dict[str, Any]:
         datamodule.prepare_data()
         datamodule.setup("fit")
-        return probe_batch(datamodule.val_dataloader() or datamodule.train_dataloader())
+        return probe_batch(datamodule.val_dataloader() or datamodule.train_dataloader(), model.device)
 
 
 def of_the_data(datamodule: Any) -> dict[str, Any]:
@@ -85,27 +96,24 @@ def of_the_data(datamodule: Any) -> dict[str, Any]:
     return {name: getattr(datamodule, name, None) for name in ("tokenizer", "label_names")}
 
 
-def probe_batch(loaders: Any) -> dict[str, Any]:
+def probe_batch(loaders: Any, device: torch.device) -> dict[str, Any]:
     """The first batch of a loader, or of the first of several."""
-    return dict(next(iter(loaders[0] if isinstance(loaders, list) else loaders)))
+    batch = dict(next(iter(loaders[0] if isinstance(loaders, list) else loaders)))
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
-    """Put an export's figures into the run's report and return the whole of it."""
-    values: dict[str, Any] = {
-        "export_max_abs_diff": result.max_abs_diff,
-        "export_max_rel_diff": result.max_rel_diff,
-        "export_tolerance": result.tolerance,
-        "adapter_dir": result.adapter_dir,
-        "merged_dir": result.merged_dir,
-        "adapter_bytes": result.adapter_bytes,
-        "merged_bytes": result.merged_bytes,
-        "w0_before": result.w0_before,
-        "w0_after": result.w0_after,
-        "w0_unchanged": result.w0_unchanged,
-        "trainable": result.trainable,
-        "total": result.total,
-        "share": result.trainable / result.total,
-        "run_dir": str(folder),
-    }
-    return run.update_report(folder, {key: value for key, value in values.items() if value not in (None, 0)})
+    """Put an export's figures into the run's report, over those of an earlier one, and return the whole of it."""
+    same = [f"{kind}_{what}" for kind in result.formats for what in ("dir", "bytes")]
+    same += ["w0_before", "w0_after", "w0_unchanged", "trainable", "total"]
+    values: dict[str, Any] = {name: getattr(result, name) for name in same}
+    own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "kept_least", "kept_low")
+    values |= {f"export_{name}": getattr(result, name) for name in own}
+    values |= {"export_dequantised": len(result.dequantised), "export_layers": len(result.kept)}
+    values |= {"export_files": result.merged_files}
+    values |= {"share": result.trainable / result.total, "run_dir": str(folder)}
+    known = run.update_report(folder, {key: value for key, value in values.items() if value is not None})
+    # What an export of one format put in another's place is no more.
+    replaced = {kind: str(Path(result.output_dir) / kind) for kind in FORMATS if kind not in result.formats}
+    gone = {f"{kind}_dir": None for kind, path in replaced.items() if known.get(f"{kind}_dir") == path}
+    return run.update_report(folder, gone) if gone else known

@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, huggingface
+from lora_lightning.__main__ import main
+from lora_lightning.cli import LoRACLI
 from lora_lightning.training.run import load_checkpoint
 from tests.command.process import run
+from tests.tiny import make_bert
 
 KEYS = {
     "val_accuracy", "test_accuracy", "trainable", "total", "w0_unchanged", "export_max_rel_diff", "adapter_dir",
@@ -88,3 +92,39 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
     assert [row["row"] for row in rows] == list(range(40))
     assert {row["label"] for row in rows} == {"fresh", "rotten"}
     assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-5) for row in rows)
+
+
+def test_a_run_is_exported_without_its_data_onto_another_base_aloud(tiny, trained, tmp_path, monkeypatch, capsys):
+    """In this process: the parser is the command's own."""
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config.pop("data")
+    config["model"]["task"]["init_args"]["num_classes"] = 2
+    args = config["model"]["backbone"]["init_args"]
+    args |= {"label_names": ["fresh", "rotten"]}
+    args["pretrained_model_name_or_path"] = str(make_bert(tmp_path / "other", seed=1))
+    (tmp_path / "nodata.yaml").write_text(yaml.safe_dump(config))
+    given = ["export", "--config", tmp_path / "nodata.yaml", "--ckpt_path", trained, "--output_dir", tmp_path / "out"]
+    given += ["--dtype", "float16", "--max_shard_size", "20KB", "--model.allow_other_base", "true"]
+    with pytest.warns(UserWarning, match="allow_other_base: the adapter was made on another base"):
+        LoRACLI(args=[str(arg) for arg in given])
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert report["probe"] == "drawn from the model's config"
+    assert report["dtype"] == "float16"
+    assert report["merged_files"] > 1
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
+    assert merged.config.id2label == {0: "fresh", 1: "rotten"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")("dull").input_ids
+    shown = capsys.readouterr().out
+    assert "merged weights" in shown
+    assert "float16" in shown
+
+
+def test_a_commands_own_options_come_first_in_its_help(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lora-lightning", "export", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    first = capsys.readouterr().out.splitlines()[:40]
+    assert first[0].endswith("export --ckpt_path RUN [-c CONFIG ...] [options]")
+    for option in ("--ckpt_path", "--output_dir", "--formats", "--dtype", "--max_shard_size", "--serving"):
+        assert any(line.strip().startswith(option) for line in first)

@@ -4,6 +4,7 @@ import pytest
 
 from lora_lightning.__main__ import main
 from tests.command.process import run
+from tests.tiny import make_bert
 
 MISTAKES = {
     "a mistyped target": (
@@ -57,6 +58,18 @@ MISTAKES = {
         ["export", "--ckpt_path", "{run}", "--formats", "merge"],
         "--formats takes some of adapter,merged, got 'merge'",
     ),
+    "a dtype that is not there": (
+        ["export", "--ckpt_path", "{run}", "--dtype", "bf16"],
+        "expected auto, float32, bfloat16, float16, got bf16; did you mean 'bfloat16'",
+    ),
+    "no data to train on": (
+        ["fit", "--config", "{config}", "--data", "null", "--model.task.init_args.num_classes", "2"],
+        "fit needs a data section in its config",
+    ),
+    "another base than the checkpoint's": (
+        ["export", "--ckpt_path", "{run}", "--model.backbone.init_args.pretrained_model_name_or_path", "{other}"],
+        "tensors differ, first bert.embeddings.word_embeddings.weight",
+    ),
     "other settings than the checkpoint's": (
         ["export", "--config", "{config}", "--ckpt_path", "{run}", "--model.lora.r", "2"],
         "the checkpoint was trained with lora.",
@@ -65,9 +78,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(name, tiny, trained, monkeypatch, capsys):
+def test_a_mistake_is_one_line_and_exit_code_2(name, tiny, trained, monkeypatch, capsys, tmp_path):
     args, said = MISTAKES[name]
-    filled = [arg.format(config=tiny.config, run=trained) for arg in args]
+    if "{other}" in args:
+        make_bert(tmp_path / "other", seed=1)
+    filled = [arg.format(config=tiny.config, run=trained, other=tmp_path / "other") for arg in args]
     monkeypatch.setattr("sys.argv", ["lora-lightning", *filled])
     with pytest.raises(SystemExit) as stopped:
         main()

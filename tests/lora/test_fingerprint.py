@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import copy
+import gc
 import hashlib
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_lightning import LoRAConfig, inject, merge, remove
+from lora_lightning.lora import fingerprint as fingerprint_module
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
-from tests.factories import Own, move, sequential
+from tests.factories import Own, llama, move, sequential
 
 
 def test_the_fingerprint_is_the_same_with_and_without_adapters(family, dtype):
@@ -26,8 +32,6 @@ def test_the_fingerprint_is_the_same_with_and_without_adapters(family, dtype):
 
 
 def merge_copy(model):
-    import copy
-
     twin = copy.deepcopy(model)
     merge(twin)
     return twin
@@ -63,14 +67,21 @@ def test_order_and_memory_layout_do_not_count():
     assert of_tensors({"a": a, "b": b}) == of_tensors({"b": b, "a": a.t().contiguous().t()})
 
 
-def test_the_digest_is_sha256_of_sorted_names_and_digests():
-    a, b = torch.arange(3.0), torch.tensor(7)
-    one = hashlib.sha256(b"torch.float32 (3,)" + a.numpy().tobytes()).hexdigest()
-    two = hashlib.sha256(b"torch.int64 ()" + b.numpy().tobytes()).hexdigest()
-    got = of_tensors({"b": b, "a": a})
-    assert got.digest == hashlib.sha256(f"a={one}\nb={two}\n".encode()).hexdigest()
-    assert got.tensors == {"a": one[:16], "b": two[:16]}
-    assert got.digest.startswith(got.short)
+def test_the_digest_is_sha256_over_names_and_tensors_and_these_over_their_pieces(monkeypatch):
+    sha = lambda *parts: hashlib.sha256(b"".join(parts))  # noqa: E731
+    a, b, none = torch.arange(300.0), torch.tensor(7), torch.zeros(3, 0)
+    monkeypatch.setattr("lora_lightning.lora.fingerprint.CHUNK", 512)
+    raw = a.numpy().tobytes()
+    pieces = [sha(raw[at : at + 512]).digest() for at in (0, 512, 1024)]
+    one = sha(b"torch.float32 (300,)", *pieces).hexdigest()
+    two = sha(b"torch.int64 ()", sha(b.numpy().tobytes()).digest()).hexdigest()
+    three = sha(b"torch.float32 (3, 0)").hexdigest()
+    for first in (a, torch.stack([a, a]).t()[:, 0]):  # in one piece of memory, and strided
+        got = of_tensors({"b": b, "a": first, "none": none})
+        assert got.digest == sha(f"a={one}\nb={two}\nnone={three}\n".encode()).hexdigest()
+        assert got.tensors == {"a": one[:16], "b": two[:16], "none": three[:16]}
+        assert list(got.tensors) == ["b", "a", "none"], "in the model's own order"
+        assert got.digest.startswith(got.short)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +100,103 @@ def test_every_kind_of_tensor_has_one(tensor):
 def test_a_fingerprint_survives_as_text():
     print_ = fingerprint(sequential())
     assert Fingerprint.from_json(print_.to_json()) == print_
+    assert Fingerprint.from_json('{"digest": "ab", "tensors": {}}').format == 1, "the first format did not name itself"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_is_the_same_after_saving_in_shards(tied, tmp_path):
+    model = llama(tie_word_embeddings=tied).to(torch.bfloat16)
+    before = fingerprint(model)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= before.tensors.keys()
+    for size in ("2KB", "1GB"):
+        model.save_pretrained(tmp_path / size, max_shard_size=size)
+        again = type(model).from_pretrained(tmp_path / size, dtype=torch.bfloat16)
+        assert fingerprint(again) == before
+    assert len(list((tmp_path / "2KB").glob("*.safetensors"))) > 3
+
+
+def test_a_tied_weight_that_a_file_holds_twice_is_the_same_as_once(tmp_path):
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    once = load_file(file)
+    assert "lm_head.weight" not in once
+    save_file({**once, "lm_head.weight": once["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"})
+    assert fingerprint(type(model).from_pretrained(tmp_path)) == fingerprint(model)
+
+
+def test_buffers_count_where_they_are_saved():
+    def make(**buffers):
+        model = nn.Linear(2, 2)
+        nn.init.ones_(model.weight)
+        nn.init.ones_(model.bias)
+        for name, value in buffers.items():
+            model.register_buffer(name, value, persistent=name == "kept")
+        return fingerprint(model)
+
+    assert make(left_out=torch.ones(1)) == make()
+    assert make(kept=torch.ones(1)) != make(kept=torch.zeros(1)) != make()
+
+
+WRITES = {
+    "in place": lambda p: p.add_(1),
+    "through a view": lambda p: p[0].mul_(2),
+    "through detach": lambda p: p.detach().zero_(),
+    "a slice": lambda p: p[1:].fill_(3),
+    "init": nn.init.ones_,
+    "new data": lambda p: setattr(p, "data", p.data + 1),
+    "new data twice": lambda p: [setattr(p, "data", p.data + 1) for _ in range(2)],
+    "another shape": lambda p: setattr(p, "data", p.data.reshape(8, 16)),
+    "another dtype": lambda p: setattr(p, "data", p.data.view(torch.int32).view(torch.float32).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_what_is_remembered_is_not_given_out_once_a_tensor_was_written_to(write):
+    model = sequential()
+    before = fingerprint(model, cached=True)
+    with torch.no_grad():
+        WRITES[write](model[0].weight)
+    after = fingerprint(model, cached=True)
+    assert after.differences(before) == ["0.weight"]
+    assert after == fingerprint(model)
+
+
+def test_tensors_that_were_not_written_to_are_hashed_once(monkeypatch):
+    model, hashed = sequential(), []
+    real = fingerprint_module._of_piece
+    monkeypatch.setattr(fingerprint_module, "_of_piece", lambda piece: hashed.append(piece) or real(piece))
+    before = fingerprint(model)
+    inject(model, LoRAConfig(r=2))
+    for _ in range(3):
+        assert fingerprint(model, cached=True) == before
+    assert len(hashed) == len(before.tensors)
+    with torch.no_grad():
+        model[2].weight.add_(0)
+    assert fingerprint(model, cached=True) == before
+    assert len(hashed) == len(before.tensors) + 1
+    assert fingerprint(copy.deepcopy(model), cached=True) == before
+    assert len(hashed) == 2 * len(before.tensors) + 1, "a copy is another tensor"
+
+
+def test_a_proof_hashes_afresh_and_sees_what_torch_does_not_count():
+    model = sequential()
+    before = fingerprint(model)
+    model[0].weight.data[0, 0] += 1
+    assert fingerprint(model, cached=True) == before, "torch counts no write through .data: why no proof may use it"
+    assert fingerprint(model).differences(before) == ["0.weight"]
+    assert fingerprint(model, cached=True).differences(before) == ["0.weight"], "and what was found is remembered"
+
+
+def test_what_is_remembered_keeps_nothing_alive():
+    model = sequential()
+    fingerprint(model)
+    watched = weakref.ref(model[0].weight)
+    held = StorageWeakRef(model[0].weight.untyped_storage())
+    del model
+    gc.collect()
+    assert watched() is None
+    assert held.expired()
 
 
 def test_a_head_that_is_trained_in_full_is_no_part_of_w0():

@@ -60,16 +60,6 @@ def refused(directory, match, model=None, **options):
     assert_same(model, before)
 
 
-def test_an_adapter_without_a_fingerprint_loads_with_a_notice(tmp_path, caplog):
-    of_peft(tmp_path / "theirs")
-    ours = build()
-    load_adapter(ours, tmp_path / "theirs")
-    assert f"{tmp_path / 'theirs' / WEIGHTS} has no fingerprint of the base" in caplog.text
-    caplog.clear()
-    load_adapter(build(), save_adapter(ours, tmp_path / "ours"))
-    assert not caplog.text
-
-
 # ---- tied embeddings
 
 

@@ -240,3 +240,49 @@ def test_the_order_of_adapted_layers_does_not_matter():
         merge(move(model))
         outputs.append(output(model, torch.arange(1, 6)[None]))
     assert all(torch.equal(out, outputs[0]) for out in outputs)
+
+
+@pytest.mark.parametrize("target", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("own", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_merge_into_another_dtype_rounds_the_exact_sum_once(own, target):
+    torch.manual_seed(0)
+    model = sequential().to(own)
+    model.register_buffer("kept", torch.ones(1, dtype=own))
+    model.register_buffer("left", torch.ones(1, dtype=own), persistent=False)
+    inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["4"]))
+    move(model, 0.01)
+    sums = {"0.weight": model[0].weight.double() + 2 * model[0].lora_B.double() @ model[0].lora_A.double()}
+    sums |= {"4.weight": model[4].lora_copy.weight.double(), "2.weight": model[2].weight.double()}
+    report = merge(model, dtype=target)
+    state = model.state_dict()
+    assert {tensor.dtype for tensor in state.values()} == {target}
+    assert model.left.dtype == own, "no file holds it"
+    for key, wanted in sums.items():
+        if target == torch.float32:
+            torch.testing.assert_close(state[key].double(), wanted.detach(), rtol=2e-7, atol=1e-8)
+        else:
+            unit = torch.finfo(target).eps / 2
+            torch.testing.assert_close(state[key].double(), wanted.detach(), rtol=1.001 * unit, atol=1e-7)
+    assert (report.kept["0"] > 0.9999) == (target == torch.float32)
+
+
+def test_ties_survive_a_change_of_dtype():
+    model = llama(tie_word_embeddings=True)
+    inject(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    merge(move(model), dtype=torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_what_float16_cannot_hold_is_refused_before_anything_changes():
+    model = sequential()
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        model[2].weight[0, 0] = 1e5
+    before = snapshot(model)
+    with pytest.raises(MergeError, match=r"'2\.weight' is larger than float16 can hold"):
+        merge(model, dtype=torch.float16)
+    with pytest.raises(MergeError, match="not int8"):
+        merge(model, dtype=torch.int8)
+    assert_same(model, before)
+    merge(model, dtype=torch.bfloat16)

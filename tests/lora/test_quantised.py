@@ -314,3 +314,15 @@ def test_loftq_needs_each_weight_in_its_shape():
         inject(base("nf4"), LoRAConfig(r=4, init="loftq"), data={**weights, "up.weight": weights["head.weight"]})
     with pytest.raises(LoRAError, match="or its state dict, got list"):
         inject(base("nf4"), LoRAConfig(r=4, init="loftq"), data=[1])
+
+
+@each_scheme
+def test_a_dequantising_merge_leaves_no_quantised_layer_adapted_or_not(scheme_name):
+    model, x = base(scheme_name), inputs()
+    inject(model, LoRAConfig(r=4, target_modules=["square"]))
+    expected = shake(model)(x)
+    report = merge(model, dequantize=True, dtype=torch.float32)
+    assert sorted(report.dequantised) == sorted(QUANTISED)
+    assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in model.parameters())
+    close = 0.03 if scheme_name == "int8" else 1e-4
+    assert (model(x) - expected).norm() < close * expected.norm()

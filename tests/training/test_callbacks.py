@@ -1,5 +1,6 @@
 """The guards catch what they are there for."""
 
+import csv
 import json
 
 import pytest
@@ -135,3 +136,44 @@ def test_export_at_end_writes_the_best_checkpoint(tmp_path, make_module, make_da
     batch = {k: v for k, v in next(iter(data.val_dataloader())).items() if k != "labels"}
     peft = PeftModel.from_pretrained(huggingface(module.backbone.name_or_path, num_labels=2), folder / "adapter").eval()
     torch.testing.assert_close(peft(**batch).logits, module.eval().backbone(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+def test_an_exports_figures_reach_the_log_and_what_was_trained_last_stays(tmp_path, make_module):
+    from lightning.pytorch.loggers import CSVLogger
+
+    module = make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"]))
+    ended = {}
+
+    class Remember(Callback):
+        def on_train_end(self, trainer, pl_module):
+            ended.update({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+    export = ExportAtEnd(dtype="bfloat16", output_dir=str(tmp_path / "out"))
+    callbacks = [FreezeBase(show_table=False), Remember(), export]
+    logger = CSVLogger(tmp_path, name="log")
+    trainer_of(tmp_path, logger=logger, callbacks=callbacks, max_epochs=2).fit(module, loader(), loader(8))
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    with (tmp_path / "log" / "version_0" / "metrics.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row.get("export/max_rel_diff"))
+    for name in ("max_rel_diff", "max_abs_diff", "tolerance", "adapter_bytes", "merged_bytes"):
+        assert float(row[f"export/{name}"]) == pytest.approx(report[name])
+    assert float(row["export/kept_least"]) == pytest.approx(min(report["kept"].values()))
+    assert report["dtype"] == "bfloat16"
+    assert all(torch.equal(ended[k], v) for k, v in module.state_dict().items())
+
+
+def test_a_fit_with_an_export_hashes_w0_once_for_each_of_its_proofs(tmp_path, make_module, monkeypatch):
+    """At the start, at the end of training, before the merge, and on loading the adapter; not for records of it."""
+    from lora_lightning import RunReport
+    from lora_lightning.lora import fingerprint as module_of
+
+    passes, real = [], module_of._digest
+
+    def count(tensor, pool):
+        passes.extend([1] if tensor.shape == (16, 16) else [])
+        return real(tensor, pool)
+
+    monkeypatch.setattr(module_of, "_digest", count)
+    callbacks = [FreezeBase(show_table=False), RunReport(), ExportAtEnd()]
+    trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(Vision(), LoRAConfig(r=2)), loader())
+    assert len(passes) == 4

@@ -1,16 +1,35 @@
 """What is exported is what was trained, or nothing is left behind."""
 
+import copy
+import gc
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import warnings
+import weakref
 
 import pytest
+import timm
 import torch
-from safetensors.torch import load_file
+import torchvision
+import transformers
+from safetensors.torch import load_file, load_model
+from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, load_adapter
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.training import export as export_module
-from lora_lightning.training.export import export
+from lora_lightning.training import merged as merged_module
+from lora_lightning.training import proof
+from lora_lightning.training.export import bytes_needed, export
+from lora_lightning.training.staging import human_size
+from lora_lightning.training.summary import report_rows
+from lora_lightning.training.trainer import record_export
+from tests.factories import llama
 from tests.training.test_module import Vision
 
 
@@ -72,14 +91,14 @@ def test_exporting_twice_gives_the_same_bytes(moved, tmp_path):
 def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(moved, tmp_path, monkeypatch):
     export(moved, tmp_path / "out", batch=BATCH)
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    real = export_module.merge
+    real = proof.merge
 
-    def off(model):
-        report = real(model)
+    def off(model, **kwargs):
+        report = real(model, **kwargs)
         model.body[0].weight[0, 0] += 0.01
         return report
 
-    monkeypatch.setattr(export_module, "merge", off)
+    monkeypatch.setattr(proof, "merge", off)
     with pytest.raises(MergeError, match="the merged model differs from the adapted one by"):
         export(moved, tmp_path / "out", batch=BATCH)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
@@ -131,3 +150,320 @@ def test_half_precision_is_held_to_its_own_rule(make_module, tmp_path):
     assert 1e-5 < report.tolerance < 0.2
     assert all(0 < kept < 1 for kept in report.kept.values())
     assert load_file(tmp_path / "out" / "merged" / "model.safetensors")["body.0.weight"].dtype == torch.bfloat16
+
+
+def shaken(module, size=0.1):
+    """With its adapter away from zero."""
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for tensor in adapter_tensors(module.backbone).values():
+            tensor.add_(torch.randn_like(tensor) * size)
+    return module.eval()
+
+
+OPEN_ELSEWHERE = """
+import sys
+sys.modules["lora_lightning"] = None  # importing it would raise
+import torch, transformers
+folder, auto, out = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder).eval()
+tokens = transformers.AutoTokenizer.from_pretrained(folder)(["the film is lovely", "dull"], padding=True,
+                                                            return_tensors="pt")
+torch.save({"logits": model(**tokens).logits.detach(), "tokens": dict(tokens)}, out)
+"""
+
+
+def test_a_merged_transformer_opens_elsewhere_in_shards_with_tokenizer_head_and_labels(make_module, tiny, tmp_path):
+    module = shaken(make_module(lora=LoRAConfig(r=4, modules_to_save=["classifier"])))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    report = export(
+        module, tmp_path / "out", tokenizer=tokenizer, label_names=["fresh", "rotten"], max_shard_size="20KB"
+    )
+    merged, out = tmp_path / "out" / "merged", tmp_path / "found.pt"
+    shards = sorted(merged.glob("model-*.safetensors"))
+    assert len(shards) == report.merged_files > 2
+    assert report.merged_bytes == sum(file.stat().st_size for file in shards)
+    assert (merged / "model.safetensors.index.json").is_file()
+    assert (merged / "chat_template.jinja").read_text() == tokenizer.chat_template
+    command = [sys.executable, "-c", OPEN_ELSEWHERE, merged, "AutoModelForSequenceClassification", out]
+    subprocess.run(command, check=True)
+    found = torch.load(out)
+    with torch.no_grad():
+        expected = module.backbone(**found["tokens"]).logits
+    assert float((found["logits"] - expected).abs().max() / expected.abs().max()) < 1e-5
+    config = transformers.AutoConfig.from_pretrained(merged)
+    assert config.id2label == {0: "fresh", 1: "rotten"}
+    assert module.backbone.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}, "the trained model is left as it is"
+    assert report.probe == "drawn from the model's config"
+
+
+def test_a_language_model_keeps_its_ties_and_how_it_generates(make_module, tmp_path):
+    backbone = llama(tie_word_embeddings=True)
+    backbone.generation_config.update(do_sample=True, top_k=7)
+    backbone.config._name_or_path = ""
+    module = shaken(make_module(backbone, LoRAConfig(r=2)), 0.3)
+    report = export(module, tmp_path / "out")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").eval()
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again.generation_config.top_k == 7
+    x = torch.arange(1, 9)[None]
+    torch.testing.assert_close(again(x).logits, module.backbone(x).logits, rtol=1e-5, atol=1e-6)
+    assert report.compared["the merged model read back"].outputs == 5, "logits, and keys and values of two layers"
+
+
+def vit_of_timm():
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, num_classes=3)
+
+
+def vit_of_torchvision():
+    return torchvision.models.VisionTransformer(32, 16, 2, 2, 32, 64, num_classes=3)
+
+
+def resnet_of_torchvision():
+    return torchvision.models.resnet18(num_classes=3)
+
+
+LINEAR, CONVOLUTIONS = LoRAConfig(r=2), LoRAConfig(r=2, target_modules=["conv1", "conv2"])
+
+
+@pytest.mark.parametrize(
+    ("make", "lora"),
+    [(vit_of_timm, LINEAR), (vit_of_torchvision, LINEAR), (resnet_of_torchvision, CONVOLUTIONS)],
+    ids=["timm vit", "torchvision vit", "torchvision resnet"],
+)
+def test_timm_and_torchvision_models_become_tensors_under_their_own_keys(make, lora, make_module, tmp_path):
+    module = shaken(make_module(make().to(memory_format=torch.channels_last), lora), 0.05)
+    report = export(module, tmp_path / "out", label_names=["a", "b", "c"])
+    tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    plain = make().eval()
+    assert tensors.keys() == plain.state_dict().keys()
+    plain.load_state_dict(tensors)
+    x = torch.randn(2, 3, *(2 * [32]))
+    with torch.no_grad():
+        torch.testing.assert_close(plain(x), module.backbone(x), rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "out" / "merged" / "label_names.json").read_text()) == ["a", "b", "c"]
+    assert report.max_rel_diff <= 1e-5
+
+
+class Tied(nn.Module):
+    """Two names for one weight, a view into another's memory, a transposed weight, and an empty buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.out = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9, bias=False)
+        self.out.weight = self.embed.weight
+        self.body.weight = nn.Parameter(torch.randn(6, 6).t())
+        self.register_buffer("whole", torch.randn(4, 6))
+        self.register_buffer("part", self.whole[1:3])
+        self.register_buffer("none", torch.zeros(0))
+
+    def forward(self, ids):
+        return self.out(self.body(self.embed(ids)) + self.part.sum(0) + self.whole.mean())
+
+
+def test_a_plain_module_with_ties_views_and_strides_reads_back_as_it_was(make_module, tmp_path):
+    module = shaken(make_module(Tied(), LoRAConfig(r=2, target_modules=["body"])))
+    ids = torch.arange(9)
+    export(module, tmp_path / "out", batch={"ids": ids})
+    file = tmp_path / "out" / "merged" / "model.safetensors"
+    assert load_file(file).keys() == {"embed.weight", "body.weight", "body.bias", "whole", "none"}
+    plain = Tied().eval()
+    with torch.no_grad():
+        plain.embed.weight.zero_()
+    assert load_model(plain, file) == (set(), [])
+    assert plain.out.weight is plain.embed.weight
+    torch.testing.assert_close(plain(ids), module.backbone(ids), rtol=1e-5, atol=1e-6)
+
+
+def test_float32_takes_the_whole_update_of_a_half_precision_base(make_module, tmp_path):
+    module = shaken(make_module(Vision().to(torch.bfloat16), LoRAConfig(r=2, modules_to_save=["head"])), 0.01)
+    batch = {"x": BATCH["x"].bfloat16()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = export(module, tmp_path / "out", batch=batch, dtype="float32")
+    tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float32}
+    layer = module.backbone.body[0]
+    wanted = layer.weight.double() + 2 * layer.lora_B.double() @ layer.lora_A.double()
+    torch.testing.assert_close(tensors["body.0.weight"].double(), wanted, rtol=1e-6, atol=1e-9)
+    assert torch.equal(tensors["head.weight"], module.backbone.head.lora_copy.weight), "not by way of bfloat16"
+    assert report.dtype == "float32"
+    assert min(report.kept.values()) > 0.999
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 1e-3), ("float16", 1e-4)])
+def test_what_rounding_erased_is_told_with_the_way_out(dtype, size, make_module, tmp_path):
+    module = shaken(make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"])), size)
+    with pytest.warns(UserWarning, match=f"rounding to {dtype} kept less than 90%") as said:
+        report = export(module, tmp_path / "out", batch=BATCH, dtype=dtype)
+    assert len(said) == 1
+    text = str(said[0].message)
+    assert all(part in text for part in ("in 2 of 2 layers, least in body.", "--dtype float32", "use the adapter"))
+    tensors, low = load_file(tmp_path / "out" / "merged" / "model.safetensors"), getattr(torch, dtype)
+    assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {low}
+    for name, share in report.kept.items():
+        layer = module.backbone.get_submodule(name)
+        update = 2 * layer.lora_B.double() @ layer.lora_A.double()
+        wanted = layer.weight.double() + update
+        stored, unit = tensors[f"{name}.weight"].double(), torch.finfo(low).eps / 2
+        torch.testing.assert_close(stored, wanted.detach(), rtol=1.01 * unit, atol=1e-7)
+        lost = float(((stored - wanted).norm() / update.norm()).detach())
+        assert share == pytest.approx(max(0.0, 1 - lost), abs=1e-3)
+    assert layer.weight.dtype == torch.float32, "the trained model stays as it is"
+
+
+def test_a_quantised_base_becomes_plain_and_is_said(make_module, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from tests.lora.test_quantised import QUANTISED, base, inputs
+
+    backbone = base("nf4")
+    module = shaken(make_module(backbone, LoRAConfig(r=2, target_modules=["up", "square"], modules_to_save=["head"])))
+    report = export(module, tmp_path / "out", batch={"x": inputs()})
+    assert sorted(report.dequantised) == sorted(QUANTISED), "one of them without an adapter"
+    assert report.rule == "for 4-bit products in float32"
+    tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
+    assert tensors["down.weight"].shape == (64, 128)
+    assert bytes_needed(module.backbone, ["merged"], None) > sum(t.nbytes for t in tensors.values())
+
+
+def test_the_space_asked_for_is_what_the_files_take(moved, tmp_path):
+    for dtype, to in (("auto", None), ("float16", torch.float16)):
+        report = export(moved, tmp_path / dtype, batch=BATCH, dtype=dtype)
+        weights = bytes_needed(moved.backbone, ["merged"], to) - bytes_needed(moved.backbone, ["adapter"], to)
+        assert 0 <= report.merged_bytes - weights < 2000, "but for the file's header"
+
+
+def test_no_space_leaves_no_trace(moved, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_lightning.training.merged.save_file", full)
+    with pytest.raises(LoRAError, match="no space was left for"):
+        export(moved, tmp_path / "out", batch=BATCH)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_there_is_never_more_than_one_other_copy_of_w0(make_module, tmp_path, monkeypatch):
+    class Watched(nn.Linear):
+        alive = 0
+
+        def __init__(self):
+            super().__init__(64, 64)
+            count(self)
+
+        def __deepcopy__(self, memo):
+            twin = copy.copy(self)
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            if twin.weight is not self.weight:
+                count(twin)
+            return twin
+
+    peak = []
+
+    def count(layer):
+        Watched.alive += 1
+        peak.append(Watched.alive)
+        weakref.finalize(layer, lambda: setattr(Watched, "alive", Watched.alive - 1))
+
+    module = shaken(make_module(nn.Sequential(Watched(), nn.Linear(64, 2)), LoRAConfig(r=2, target_modules=["0"])))
+    export(module, tmp_path / "adapter", batch={"input": torch.randn(2, 64)}, formats=["adapter"])
+    assert max(peak) == 1, "the adapter is read back onto the same W0"
+    export(module, tmp_path / "out", batch={"input": torch.randn(2, 64)})
+    assert max(peak) == 2
+
+
+def test_the_merged_transformer_is_let_go_before_its_files_are_read(make_module, tmp_path, monkeypatch):
+    real, alive = proof.reader, []
+
+    def watched(plain, folder):
+        gone, read = weakref.ref(plain), real(plain, folder)
+        return lambda: alive.append((gc.collect(), gone())[1]) or read()
+
+    monkeypatch.setattr(proof, "reader", watched)
+    export(make_module(), tmp_path / "out")
+    assert alive == [None]
+
+
+def test_a_tensor_that_the_file_lacks_fails_the_proof(moved, tmp_path, monkeypatch):
+    real = merged_module.save_file
+    monkeypatch.setattr(
+        merged_module,
+        "save_file",
+        lambda tensors, *args: real({k: tensors[k] for k in tensors if k != "head.bias"}, *args),
+    )
+    with pytest.raises(MergeError, match="the merged model read back differs"):
+        export(moved, tmp_path / "out", batch=BATCH)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_serving_is_handed_to_the_adapters_writer(moved, tmp_path, monkeypatch):
+    real, given = export_module.save_adapter, []
+    monkeypatch.setattr(
+        export_module, "save_adapter", lambda m, d, **kw: given.append(kw.pop("serving", None)) or real(m, d, **kw)
+    )
+    export(moved, tmp_path / "a", batch=BATCH, serving="vllm")
+    export(moved, tmp_path / "b", batch=BATCH)
+    assert given == ["vllm", None]
+
+
+def test_an_unknown_dtype_names_the_known(moved, tmp_path):
+    with pytest.raises(LoRAError, match=r"dtype must be auto, float32, bfloat16, float16, got 'float23'; did you mean"):
+        export(moved, tmp_path / "out", batch=BATCH, dtype="float23")
+
+
+def test_a_killed_export_leaves_nothing_that_looks_like_one(moved, tmp_path, monkeypatch):
+    real = proof.write_merged
+
+    def killed(*args, **kwargs):
+        real(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(proof, "write_merged", killed)
+        try:
+            export(moved, tmp_path / "out", batch=BATCH)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.")
+    assert (left / "merged" / "model.safetensors").is_file()
+    assert not list(tmp_path.rglob("export_report.json"))
+    export(moved, tmp_path / "out", batch=BATCH)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_transformers_refuses_to_save_is_one_error(make_module, tmp_path):
+    backbone = llama()
+    backbone.generation_config.top_k = 7  # without do_sample
+    with pytest.raises(MergeError, match=r"transformers does not save the merged model: (?s:.*)top_k"):
+        export(make_module(backbone, LoRAConfig(r=2)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_older_exports_other_format_is_forgotten_where_it_was_replaced(moved, tmp_path):
+    first = record_export(tmp_path, export(moved, tmp_path / "out", batch=BATCH))
+    assert first["adapter_dir"] == str(tmp_path / "out" / "adapter")
+    beside = record_export(tmp_path, export(moved, tmp_path / "other", batch=BATCH, formats=["merged"]))
+    assert beside["adapter_dir"] == first["adapter_dir"], "it still stands"
+    assert beside["merged_dir"] == str(tmp_path / "other" / "merged")
+    replaced = record_export(tmp_path, export(moved, tmp_path / "out", batch=BATCH, formats=["merged"]))
+    assert replaced["adapter_dir"] is None
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+def test_the_closing_table_says_what_a_person_asks_of_an_export(make_module, moved, tmp_path):
+    with pytest.warns(UserWarning, match="rounding to bfloat16"):
+        result = export(
+            shaken(make_module(Vision(), LoRAConfig(r=2)), 1e-3), tmp_path / "out", dtype="bfloat16", batch=BATCH
+        )
+    rows = dict(report_rows(record_export(tmp_path, result)))
+    assert rows["W0 before, after"].endswith("unchanged")
+    assert rows["merged against adapted"].endswith("relative (allowed 1e-01, 16 units of bfloat16's precision)")
+    assert rows["merged weights"] == f"bfloat16, {human_size(result.merged_bytes)}"
+    assert re.fullmatch(r"at least \d+\.\d% \(\d of 2 layers below 90%\)", rows["update kept by rounding"])
+    only = dict(report_rows(record_export(tmp_path, export(moved, tmp_path / "a", batch=BATCH, formats=["adapter"]))))
+    assert only["adapter read back"] == "0.0e+00 relative (allowed 1e-05 in float32)"

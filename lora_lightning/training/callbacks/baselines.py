@@ -15,7 +15,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.sequence_classification import mean_features
 from lora_lightning.training import run
-from lora_lightning.training.export import is_transformers
+from lora_lightning.training.merged import is_transformers
 from lora_lightning.training.module import LoRAModule
 
 

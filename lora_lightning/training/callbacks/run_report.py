@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.training import run
+from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.summary import show_report
 
@@ -41,7 +42,8 @@ class RunReport(Callback):
         if folder is None or not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
             return
         report, w0 = pl_module.report, pl_module.w0_fingerprint()
-        after = fingerprint(pl_module.backbone)
+        guards = [c.after for c in trainer.callbacks if isinstance(c, FreezeBase) and c.after]  # type: ignore[attr-defined]
+        after = guards[0] if guards else fingerprint(pl_module.backbone)
         values: dict[str, Any] = {
             "run_dir": str(folder),
             "trainable": report.trainable,

@@ -1,0 +1,69 @@
+"""The dtype of a model's own tensors: what it is, and the change to another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.quantised import scheme
+
+
+def float_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the model's own first plain floating-point parameter, float32 where it has none."""
+    return next((t.dtype for module, name, t in _floats(model) if name in module._parameters), torch.float32)
+
+
+def widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring W0, in place, to a dtype that holds both its own values and those of `dtype`: nothing is rounded."""
+    for module, name, tensor in _floats(model):
+        _put(module, name, tensor.to(torch.promote_types(tensor.dtype, dtype)))
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Round all that is saved to `dtype`, in place. Ties stay; buffers that no file holds are left as they are."""
+    for module, name, tensor in _floats(model):
+        _put(module, name, tensor.to(dtype))
+
+
+def refuse_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise where `dtype` cannot hold a model's weights.
+
+    Raises:
+        MergeError: it is no floating-point dtype of at least 16 bits, or float16 and a value is beyond it.
+    """
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise MergeError(f"a merged model is float32, bfloat16 or float16 (or float64), not {short(dtype)}")
+    for module, name, tensor in _floats(model) if dtype == torch.float16 else ():
+        if torch.isinf(tensor.to(dtype)).any() and not torch.isinf(tensor).any():
+            where = next(path for path, other in model.named_modules() if other is module)
+            key = f"{where}.{name}".lstrip(".")
+            raise MergeError(f"'{key}' is larger than float16 can hold: merge into float32 or bfloat16")
+
+
+def short(dtype: torch.dtype) -> str:
+    """`bfloat16`, for a person."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _floats(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """The plain floating-point tensors of the backbone that its state dict has, where they are held."""
+    ours = {id(t) for _, module in grafted_modules(model) for t in module.lora_tensors().values()}
+    for module in model.modules():
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for name, tensor in (*module._parameters.items(), *kept.items()):
+            if tensor is None or id(tensor) in ours or (name == "weight" and scheme(module)):
+                continue
+            if tensor.is_floating_point():
+                yield module, name, tensor
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    own = module._parameters.get(name)
+    if own is None:
+        module._buffers[name] = value
+    elif own.dtype != value.dtype:
+        own.data = value  # the parameter stays the one that other modules share

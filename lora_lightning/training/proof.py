@@ -1,0 +1,146 @@
+"""The proof of an export: what was written gives the outputs of what was trained, in numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.casting import float_dtype, short
+from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.formats import load_adapter
+from lora_lightning.lora.inject import remove
+from lora_lightning.lora.merge import merge
+from lora_lightning.training.compare import Difference, difference, outputs, tolerance
+from lora_lightning.training.merged import reader, write_merged
+from lora_lightning.training.probe import Probe
+
+KEPT = 0.9
+"""Below this share of an update kept by rounding, a person is told."""
+
+
+@dataclass
+class ExportReport:
+    """What was written and how near it is to what was trained."""
+
+    output_dir: str
+    formats: list[str] = field(default_factory=list)
+    max_abs_diff: float = 0.0
+    """Largest |exported - adapted| over the probe batch's outputs, of all that was written, read back from disk."""
+    max_rel_diff: float = 0.0
+    """The same over the largest |adapted| of each output."""
+    tolerance: float = 0.0
+    rule: str = ""
+    """What `tolerance` follows from."""
+    probe: str = ""
+    """Where the batch is from that the outputs are compared on."""
+    compared: dict[str, Difference] = field(default_factory=dict)
+    """Each comparison with the adapted model, by what was compared."""
+    dtype: str | None = None
+    """Of the merged model."""
+    w0_before: str = ""
+    """SHA-256 of W0 as recorded when training started."""
+    w0_after: str = ""
+    """SHA-256 of W0 just before the merge."""
+    w0_unchanged: bool = False
+    adapter_dir: str | None = None
+    merged_dir: str | None = None
+    adapter_bytes: int = 0
+    merged_bytes: int = 0
+    merged_files: int = 0
+    """Into how many weight files the merged model was split."""
+    trainable: int = 0
+    total: int = 0
+    label_names: list[str] | None = None
+    """What the numbers of the classes mean, where the data says it."""
+    kept: dict[str, float] = field(default_factory=dict)
+    """By module, the share of the update that rounding to the merged model's dtype kept."""
+    untied: list[str] = field(default_factory=list)
+    """Modules whose weight was tied to another's and is their own in the merged model."""
+    dequantised: list[str] = field(default_factory=list)
+    """Modules that were quantised and are plain in the merged model."""
+
+    @property
+    def kept_least(self) -> float:
+        """The smallest of `kept`."""
+        return min(self.kept.values(), default=1.0)
+
+    @property
+    def kept_low(self) -> int:
+        """In how many layers rounding erased more than a tenth of the update."""
+        return sum(share < KEPT for share in self.kept.values())
+
+    def metrics(self) -> dict[str, float]:
+        """For a run's loggers."""
+        names = ("max_abs_diff", "max_rel_diff", "tolerance", "adapter_bytes", "merged_bytes", "kept_least")
+        return {f"export/{name}": float(getattr(self, name)) for name in names}
+
+
+class Proof:
+    """The adapted model's outputs for the probe, and the comparison of others with them."""
+
+    def __init__(self, backbone: nn.Module, probe: Probe, report: ExportReport, dtype: torch.dtype | None) -> None:
+        self.backbone, self.report, self.dtype, self.inputs = backbone, report, dtype, probe.inputs
+        self.adapted = outputs(backbone, probe.inputs)
+        report.probe = probe.source
+        report.tolerance, report.rule = tolerance(backbone, dtype)
+
+    def of_adapter(self, folder: Path) -> None:
+        """Load the adapter onto the same W0, which the two models share."""
+        own = {id(tensor) for tensor in adapter_tensors(self.backbone).values()}
+        shared = (t for t in (*self.backbone.parameters(), *self.backbone.buffers()) if id(t) not in own)
+        again = remove(copy.deepcopy(self.backbone, {id(tensor): tensor for tensor in shared}))
+        load_adapter(again, folder)
+        self._compare("the adapter read back", again.eval(), self.inputs)
+
+    def of_merged(self, folder: Path, **options: Any) -> None:
+        """Merge a copy, write it, let it go, and read what was written."""
+        plain = copy.deepcopy(self.backbone)
+        merged = merge(plain, dequantize=True, dtype=self.dtype)
+        self.report.kept, self.report.untied = merged.kept, merged.untied
+        self.report.dequantised, self.report.dtype = merged.dequantised, short(float_dtype(plain))
+        inputs = self._cast(self.inputs)
+        self._compare("the merged model", plain, inputs)
+        write_merged(plain, folder, **options)
+        read = reader(plain, folder)
+        del plain
+        self._compare("the merged model read back", read(), inputs)
+
+    def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Floating-point inputs as a model of another dtype takes them."""
+        if self.dtype is None:
+            return dict(inputs)
+        return {
+            k: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+        }
+
+    def _compare(self, what: str, other: nn.Module, inputs: Mapping[str, Any]) -> None:
+        report, found = self.report, difference(self.adapted, outputs(other, inputs), what)
+        if not found.max_rel_diff <= report.tolerance:  # also refuses NaN
+            raise MergeError(
+                f"{what} differs from the adapted one by {found.max_rel_diff:.2e} relative, above"
+                f" {report.tolerance:.0e} ({report.rule}): nothing was exported; keep the adapter, or export or load"
+                f" the backbone in float32"
+            )
+        report.compared[what] = found
+        report.max_abs_diff = max(report.max_abs_diff, found.max_abs_diff)
+        report.max_rel_diff = max(report.max_rel_diff, found.max_rel_diff)
+
+
+def rounding_told(report: ExportReport) -> str | None:
+    """What to tell where rounding erased more than a tenth of some layers' updates, the worst of them named."""
+    if not report.kept_low:
+        return None
+    low = sorted((share, name) for name, share in report.kept.items())
+    worst = ", ".join(f"{name} ({share:.0%})" for share, name in low[: min(3, report.kept_low)])
+    return (
+        f"rounding to {report.dtype} kept less than {KEPT:.0%} of the update in {report.kept_low} of"
+        f" {len(report.kept)} layers, least in {worst}: export the merged model with --dtype float32, or use the"
+        f" adapter, which lost nothing"
+    )

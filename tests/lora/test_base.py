@@ -1,0 +1,138 @@
+"""An adapter belongs to the base that it was made on: law 7, over bases that look alike."""
+
+import json
+import warnings
+
+import peft
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.record import PROVENANCE
+from tests.factories import distance, llama, move, output, sequential
+
+TOKENS = torch.arange(1, 7)[None]
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A llama's weights and an adapter's directory."""
+    torch.manual_seed(1)
+    model = llama().eval()
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    inject(model, LoRAConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    save_adapter(move(model), tmp_path)
+    return weights, tmp_path, output(model, TOKENS)
+
+
+def base(weights, **changes):
+    model = llama(**changes).eval()
+    model.load_state_dict({**model.state_dict(), **weights})
+    return model
+
+
+def test_another_base_of_equal_shapes_is_refused_and_stays_as_it_was(made):
+    weights, directory, _ = made
+    model = base(weights)
+    with torch.no_grad():  # as another seed would: all but norms, which start at one
+        for name in reversed([n for n, p in model.named_parameters() if p.dim() == 2]):
+            model.get_parameter(name).add_(1e-3)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    count, matrices = len(weights), [name for name, tensor in weights.items() if tensor.dim() == 2]
+    listed = f"{len(matrices)} of {count} tensors differ, first {', '.join(matrices[:4])} and {len(matrices) - 4} more"
+    assert matrices != sorted(matrices), "the model's own order is not the alphabet's"
+    with pytest.raises(AdapterError, match=listed):
+        load_adapter(model, directory)
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_one_bit_of_one_tensor_makes_another_base(made):
+    weights, directory, _ = made
+    model = base(weights)
+    model.model.layers[1].mlp.up_proj.weight.data.view(torch.int32)[0, 0] ^= 1
+    with pytest.raises(AdapterError, match=rf"1 of {len(weights)} tensors differ, first model\.layers\.1\.mlp\.up_p"):
+        load_adapter(model, directory)
+
+
+def test_a_deeper_base_is_another_base(made):
+    weights, directory, _ = made
+    with pytest.raises(AdapterError, match=r"9 of \d+ tensors differ, first model\.layers\.2\.self_attn\.q_proj"):
+        load_adapter(base(weights, num_hidden_layers=3), directory)
+
+
+def test_the_same_base_loads_without_a_word(made):
+    weights, directory, expected = made
+    model = base(weights)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(model, directory)
+    assert torch.equal(output(model, TOKENS), expected)
+
+
+def test_another_base_loads_aloud_where_it_was_asked_for(made):
+    weights, directory, _ = made
+    model = base(weights)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    with pytest.warns(UserWarning, match=r"allow_other_base: .*another base.*first lm_head\.weight.*not those that"):
+        load_adapter(model, directory, allow_other_base=True)
+    assert model.model.layers[0].self_attn.q_proj.lora_A.abs().sum() > 0
+
+
+def test_a_head_that_the_adapter_brings_is_no_other_base(tmp_path):
+    for name in ("4", "first"):
+        make = sequential if name == "4" else tied_twice
+        model = make()
+        weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=[name]))
+        save_adapter(move(model), tmp_path / name)
+        other = make()
+        nn.init.normal_(next(p for n, p in other.named_parameters() if n.startswith(name)))
+        other.load_state_dict({k: v for k, v in weights.items() if not k.startswith((name, "second"))}, strict=False)
+        load_adapter(other, tmp_path / name)
+        x = torch.randn(3, 8)
+        assert torch.equal(other(x), model(x))
+
+
+def tied_twice():
+    """A head in two places."""
+    model = nn.Sequential()
+    model.add_module("0", nn.Linear(8, 8))
+    model.add_module("first", nn.Linear(8, 8))
+    model.add_module("second", model.first)
+    return model
+
+
+def test_an_adapter_of_peft_loads_with_a_notice(tmp_path):
+    model = llama().eval()
+    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = base(weights)
+    with pytest.warns(UserWarning, match="notes no fingerprint of its base") as said:
+        load_adapter(ours, tmp_path)
+    assert len(said) == 1
+    assert said[0].filename == __file__, "the notice points at the caller"
+    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-5
+
+
+def test_a_fingerprint_of_the_first_format_is_answered_as_such(made):
+    weights, directory, expected = made
+    file = directory / "adapter_model.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        metadata = dict(opened.metadata())
+    record = json.loads(metadata[PROVENANCE])
+    del record["base"]["format"]
+    record["adapter"] = record["base"]["digest"] = "0" * 64
+    save_file(load_file(file), file, {**metadata, PROVENANCE: json.dumps(record)})
+    with pytest.raises(AdapterError, match=r"format 1, this version .* takes format 2.*allow_other_base=True"):
+        load_adapter(base(weights), directory)
+    model = base(weights)
+    with pytest.warns(UserWarning, match="cannot be told"):
+        load_adapter(model, directory, allow_other_base=True)
+    assert torch.equal(output(model, TOKENS), expected)
