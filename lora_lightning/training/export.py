@@ -22,11 +22,13 @@ from lora_lightning.lora.quantised import scheme
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training.merged import is_transformers, processing_of
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.onnx import refuse_missing
 from lora_lightning.training.probe import draw, from_batch
 from lora_lightning.training.proof import ExportReport, Proof, rounding_told
 from lora_lightning.training.staging import staged
 
-FORMATS = ("adapter", "merged")
+FORMATS = ("adapter", "merged", "onnx")
+DEFAULT_FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 BESIDE = 32_000_000
@@ -38,7 +40,7 @@ def export(
     output_dir: str | Path,
     *,
     batch: Mapping[str, Any] | None = None,
-    formats: Iterable[str] = FORMATS,
+    formats: Iterable[str] = DEFAULT_FORMATS,
     tokenizer: Any = None,
     label_names: list[str] | None = None,
     dtype: DType = "auto",
@@ -52,8 +54,8 @@ def export(
 
     Args:
         batch: a probe, as the DataModule gives it; otherwise one is drawn from what the backbone's config says.
-        formats: of `adapter` (a PEFT directory) and `merged` (a transformers directory, or a safetensors file with
-            the backbone's own keys).
+        formats: of `adapter` (a PEFT directory), `merged` (a transformers directory, or a safetensors file with
+            the backbone's own keys) and `onnx` (of the merged model; needs the extra of that name).
         tokenizer: saved beside the adapter and the merged model; the backbone's own by default.
         label_names: written into the report and into the merged model's config, or beside it.
         dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
@@ -82,12 +84,19 @@ def export(
             report.adapter_bytes, _ = _weights(folder / "adapter")
             proof.of_adapter(folder / "adapter")
             report.adapter_dir = str(target / "adapter")
-        if "merged" in wanted:
+        if "merged" in wanted or "onnx" in wanted:
             proof.of_merged(
-                folder / "merged", processing=processing, label_names=label_names, max_shard_size=max_shard_size
+                folder / "merged" if "merged" in wanted else None,
+                folder / "onnx" / "model.onnx" if "onnx" in wanted else None,
+                processing=processing,
+                label_names=label_names,
+                max_shard_size=max_shard_size,
             )
+        if "merged" in wanted:
             report.merged_bytes, report.merged_files = _weights(folder / "merged")
             report.merged_dir = str(target / "merged")
+        if report.onnx is not None:
+            report.onnx_dir, report.onnx_bytes = str(target / "onnx"), report.onnx.size
         write_bytes(folder / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
     if told := rounding_told(report):
         warnings.warn(told, stacklevel=2)
@@ -98,6 +107,8 @@ def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype
     """About what an export takes on the disk: each tensor once, quantised layers as the plain ones they become."""
     adapter = {id(t): t.numel() * t.element_size() for t in adapter_tensors(backbone).values()}
     needed = BESIDE + 2 * sum(adapter.values())  # PEFT's form may be of twice the rank
+    if "onnx" in formats:
+        needed += sum(4 * tensor.numel() for tensor in backbone.parameters())
     if "merged" in formats:
         floats, sizes = float_dtype(backbone), {}
         for module in backbone.modules():
@@ -124,6 +135,8 @@ def _checked_formats(formats: Iterable[str]) -> list[str]:
             )
     if not wanted:
         raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
+    if "onnx" in wanted:
+        refuse_missing()
     return wanted
 
 

@@ -32,7 +32,7 @@ ONE_FILE = 1_500_000_000
 class OnnxReport:
     """What was written and how near it is."""
 
-    path: str
+    file: str
     size: int
     """Bytes, weights beside it included."""
     inputs: dict[str, list[str | int]]
@@ -83,7 +83,7 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Any], path: str | Path) -
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     axes = {one.name: list(one.shape) for one in shapes}
-    return OnnxReport(path=str(path), size=size, inputs=axes, outputs=called.names, max_rel_diff=worst)
+    return OnnxReport(file=path.name, size=size, inputs=axes, outputs=called.names, max_rel_diff=worst)
 
 
 def refuse_missing() -> None:

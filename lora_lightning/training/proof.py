@@ -19,6 +19,7 @@ from lora_lightning.lora.inject import remove
 from lora_lightning.lora.merge import merge
 from lora_lightning.training.compare import Difference, difference, outputs, tolerance
 from lora_lightning.training.merged import reader, write_merged
+from lora_lightning.training.onnx import OnnxReport, export_onnx
 from lora_lightning.training.probe import Probe
 
 KEPT = 0.9
@@ -55,6 +56,10 @@ class ExportReport:
     merged_bytes: int = 0
     merged_files: int = 0
     """Into how many weight files the merged model was split."""
+    onnx_dir: str | None = None
+    onnx_bytes: int = 0
+    onnx: OnnxReport | None = None
+    """The ONNX model's axes, and how near onnxruntime is to PyTorch, by its own tolerance."""
     trainable: int = 0
     total: int = 0
     label_names: list[str] | None = None
@@ -99,14 +104,18 @@ class Proof:
         load_adapter(again, folder)
         self._compare("the adapter read back", again.eval(), self.inputs)
 
-    def of_merged(self, folder: Path, **options: Any) -> None:
-        """Merge a copy, write it, let it go, and read what was written."""
+    def of_merged(self, folder: Path | None, onnx: Path | None = None, **options: Any) -> None:
+        """Merge a copy, write it in what forms are wanted, let it go, and read what was written."""
         plain = copy.deepcopy(self.backbone)
         merged = merge(plain, dequantize=True, dtype=self.dtype)
         self.report.kept, self.report.untied = merged.kept, merged.untied
         self.report.dequantised, self.report.dtype = merged.dequantised, short(float_dtype(plain))
         inputs = self._cast(self.inputs)
         self._compare("the merged model", plain, inputs)
+        if onnx is not None:
+            self.report.onnx = export_onnx(plain, inputs, onnx)
+        if folder is None:
+            return
         write_merged(plain, folder, **options)
         read = reader(plain, folder)
         del plain

@@ -82,7 +82,12 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     rows += _export_rows(v)
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
-    for key, name in (("adapter_dir", "adapter (PEFT)"), ("merged_dir", "merged model"), ("checkpoint", "checkpoint")):
+    for key, name in (
+        ("adapter_dir", "adapter (PEFT)"),
+        ("merged_dir", "merged model"),
+        ("onnx_dir", "ONNX model"),
+        ("checkpoint", "checkpoint"),
+    ):
         if v.get(key):
             rows.append((name, str(v[key])))
     return [row for row in rows if row[1]]
@@ -109,6 +114,9 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     if v.get("merged_dir") and v.get("export_kept_least", 1.0) < 0.9995:
         low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
+    if v.get("onnx_dir"):
+        allowed = f"{v['onnx_tolerance']:.0e} in onnxruntime"
+        rows.append(("ONNX against merged", f"{v['onnx_max_rel_diff']:.1e} relative (allowed {allowed})"))
     if v.get("merged_dir") and v.get("export_dequantised"):
         rows.append(("dequantised", f"{v['export_dequantised']} layers, plain in the merged model"))
     return rows

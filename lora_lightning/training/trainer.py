@@ -58,7 +58,7 @@ class LoRATrainer(Trainer):
             ckpt_path: a checkpoint, a run folder, or `best` or `last` of the newest run with this config's name.
             output_dir: where to write; `export/` in the run folder by default. An older export there is replaced
                 once the new one has stood its proof.
-            formats: some of `adapter`, `merged`, with commas between.
+            formats: some of `adapter`, `merged`, `onnx`, with commas between.
             dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
             max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
             serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
@@ -111,6 +111,8 @@ def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
     values |= {f"export_{name}": getattr(result, name) for name in own}
     values |= {"export_dequantised": len(result.dequantised), "export_layers": len(result.kept)}
     values |= {"export_files": result.merged_files}
+    if result.onnx is not None:
+        values |= {"onnx_max_rel_diff": result.onnx.max_rel_diff, "onnx_tolerance": result.onnx.tolerance}
     values |= {"share": result.trainable / result.total, "run_dir": str(folder)}
     known = run.update_report(folder, {key: value for key, value in values.items() if value is not None})
     # What an export of one format put in another's place is no more.

@@ -467,3 +467,27 @@ def test_the_closing_table_says_what_a_person_asks_of_an_export(make_module, mov
     assert re.fullmatch(r"at least \d+\.\d% \(\d of 2 layers below 90%\)", rows["update kept by rounding"])
     only = dict(report_rows(record_export(tmp_path, export(moved, tmp_path / "a", batch=BATCH, formats=["adapter"]))))
     assert only["adapter read back"] == "0.0e+00 relative (allowed 1e-05 in float32)"
+
+
+def test_onnx_is_of_the_merged_model_and_stands_its_own_proof(moved, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    report = export(moved, tmp_path / "out", batch=BATCH, formats=["onnx"])
+    file = tmp_path / "out" / "onnx" / "model.onnx"
+    assert not (tmp_path / "out" / "merged").exists()
+    assert report.onnx.max_rel_diff <= report.onnx.tolerance
+    assert report.onnx_bytes == file.stat().st_size
+    x = torch.randn(3, 6)
+    (got,) = onnxruntime.InferenceSession(str(file)).run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), moved.backbone(x), rtol=1e-4, atol=1e-5)
+    said = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    assert said["onnx"]["inputs"] == {"x": ["batch", 6]}
+    rows = dict(report_rows(record_export(tmp_path, report)))
+    assert "in onnxruntime" in rows["ONNX against merged"]
+    assert rows["ONNX model"] == str(tmp_path / "out" / "onnx")
+
+
+def test_vllms_form_is_exported_and_proven(moved, tmp_path):
+    """The command's `--serving vllm` reaches the adapter: one r and one alpha, no patterns."""
+    with pytest.raises(LoRAError, match="head"):
+        export(moved, tmp_path / "out", batch=BATCH, formats=["adapter"], serving="vllm")
+    assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ class ExportAtEnd(Callback):
     """What `lora-lightning export` does, at the end of fit; its figures go to the run's loggers too.
 
     Args:
-        formats: some of `adapter`, `merged`.
+        formats: some of `adapter`, `merged`, `onnx`.
         output_dir: where to write; `export/` in the run folder by default.
         dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
         max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
