@@ -71,7 +71,7 @@ ZOO = {
     "dora": (net, run_net, [{"r": 2, "use_dora": True}, {"r": 3}]),
     "heads": (net, run_net, [{"r": 2, "modules_to_save": ["head"]}, {"modules_to_save": ["norm"], "dropout": 0.1}]),
     "biases": (net, run_net, [{"r": 2, "bias": "all"}, {"bias": "lora_only", "target_modules": ["square"]}]),
-    "lora_bias": (net, run_net, [{"r": 2, "lora_bias": True}, {"r": 1}]),
+    "lora_bias": (net, run_net, [{"r": 2, "lora_bias": True, "exclude_modules": ["down"]}, {"r": 1}]),
     "starts": (net, run_net, [{"r": 2, "init": "pissa"}, {"r": 4, "init": "orthogonal"}, {"r": 3, "init": "olora"}]),
     "tokens": (
         Tied,

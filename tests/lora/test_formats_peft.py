@@ -247,6 +247,7 @@ def test_every_field_of_pefts_is_known_and_others_are_announced(tmp_path):
     assert set(peft.LoraConfig.__dataclass_fields__) <= {*HARMLESS, *CHECKS, *WITHOUT_COUNTERPART}
     with warnings.catch_warnings():
         warnings.simplefilter("error", AdapterWarning)
+        warnings.filterwarnings("ignore", "this adapter notes no fingerprint of its base")
         edit(tmp_path, **dict.fromkeys(HARMLESS - {"peft_type", "init_lora_weights"}, 1))
         load_adapter(build(), tmp_path)
     edit(tmp_path, sparkle=0.5, nothing=None)
