@@ -17,6 +17,8 @@ from lora_lightning.lora.fastpath import HOSTS, open_hosts
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     Grafted,
+    LoRAConv1D,
+    LoRALinear,
     SavedCopy,
     TokenRows,
     TrainedBias,
@@ -25,6 +27,7 @@ from lora_lightning.lora.layers import (
     ungraft,
 )
 from lora_lightning.lora.layers.norm import FrozenStatistics
+from lora_lightning.lora.layers.siblings import introduce
 from lora_lightning.lora.layers.tokens import attach_rows, detach_rows
 from lora_lightning.lora.quantised import allow_packing, hold_packing
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
@@ -119,6 +122,7 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     modules = list(model.modules())
     for module in modules:
+        introduce(module, (LoRALinear, LoRAConv1D))
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in inside_saved:
             graft(module, FrozenStatistics)
     open_hosts(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])

@@ -13,10 +13,18 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora import quick
-from lora_lightning.lora.quick import Dropout, Frozen, plain_arithmetic, quick_linear
+from lora_lightning.lora.drops import Dropout, dropped_of_256
+from lora_lightning.lora.drops import kept as kept_elements
+from lora_lightning.lora.quick import Down, Frozen, plain_arithmetic, quick_linear
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(autouse=True, params=["rows of r", "rows of n"])
+def order_in_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both orders of what is of rank's size, whatever CPU this is."""
+    monkeypatch.setattr(quick, "_LONG_ROWS", request.param == "rows of n")
 
 
 def formula(x: Tensor, frozen: Frozen, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -56,6 +64,17 @@ class Readers(nn.Module):
         return self.o(mixed)
 
 
+class Three(nn.Module):
+    """Query, key and value of one input."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, out) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.k(x) + self.v(x)
+
+
 def adapted(model: nn.Module, dtype: torch.dtype = torch.float64, **options: object) -> nn.Module:
     torch.manual_seed(1)
     model = model.to(dtype)
@@ -91,7 +110,7 @@ def assert_alike(ours: list[Tensor], wanted: list[Tensor], tolerance: float) -> 
 @pytest.mark.parametrize("rows", [(), (3,), (2, 3)])
 def test_output_and_gradients_are_the_formulas(transposed: bool, bias: bool, rows: tuple[int, ...]) -> None:
     x, frozen, A, B = operands(transposed=transposed, bias=bias, rows=rows)
-    ours, wanted = quick_linear(x, frozen, A, B, 0.7), formula(x, frozen, A, B, 0.7)
+    ours, wanted = quick_linear(x, frozen, Down(1, A, 0.7), B), formula(x, frozen, A, B, 0.7)
     torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
     g = torch.randn_like(wanted)
     for a, b in zip(torch.autograd.grad(ours, (x, A, B), g), torch.autograd.grad(wanted, (x, A, B), g), strict=True):
@@ -105,12 +124,13 @@ def test_gradcheck_once_and_twice_alone_and_shared(dropout: float) -> None:
 
     def alone(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         torch.manual_seed(5)
-        return quick_linear(x, frozen, A, B, 0.7, dropout=dropout)
+        return quick_linear(x, frozen, Down(1, A, 0.7), B, dropout=dropout)
 
     def shared(x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         torch.manual_seed(5)
-        first = quick_linear(x, frozen, A, B, 0.7, layer=1, dropout=dropout)
-        return first * quick_linear(x, frozen, C, B, 0.3, layer=2, dropout=dropout)
+        one, two = Down(1, A, 0.7), Down(2, C, 0.3)
+        first = quick_linear(x, frozen, one, B, siblings=lambda: [two], dropout=dropout)
+        return first * quick_linear(x, frozen, two, B, dropout=dropout)
 
     for call, inputs in ((alone, (x, A, B)), (shared, (x, A, B, C))):
         assert torch.autograd.gradcheck(call, inputs)
@@ -134,8 +154,8 @@ def test_layers_on_one_input_are_the_plain_form_in_any_order(dtype: torch.dtype,
 def test_the_plain_form_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the comparisons here would compare a thing with itself."""
     model, calls = adapted(Readers()), []
-    product = quick._product
-    monkeypatch.setattr(quick, "_product", lambda *args: calls.append(1) or product(*args))
+    product = quick._base
+    monkeypatch.setattr(quick, "_base", lambda *args: calls.append(1) or product(*args))
     everything(model, torch.randn(2, 12).double())
     assert len(calls) == 4
     with plain_arithmetic():
@@ -274,6 +294,60 @@ def test_inference_mode_sees_changes_in_place_too() -> None:
             torch.testing.assert_close(ours, model.v(x), rtol=4e-2, atol=4e-2)
 
 
+def test_siblings_that_do_not_read_the_same_are_alone() -> None:
+    """A chain of equal widths: each computes z of the others in vain, and no number is another's."""
+
+    class Chain(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.v(self.k(self.q(x)))
+
+    model, x = adapted(Chain(12, 12)), torch.randn(3, 12).double()
+    ours = everything(model, x)
+    with plain_arithmetic():
+        assert_alike(ours, everything(model, x), 1e-12)
+
+
+def test_a_sibling_changed_between_the_calls_counts_as_it_is() -> None:
+    model, x = adapted(Three(12, 12)), torch.randn(3, 12).double()
+    model.q(x)
+    with torch.no_grad():
+        model.v.lora_A.mul_(2.0)
+    ours = model.v(x)
+    with plain_arithmetic():
+        torch.testing.assert_close(ours, model.v(x), rtol=1e-12, atol=1e-12)
+
+
+def test_checkpointing_of_one_sibling_alone() -> None:
+    """k recomputes without q: it must not have leaned on it."""
+
+    class Partly(Three):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + checkpoint(self.k, x, use_reentrant=False) + checkpoint(self.v, x, use_reentrant=True)
+
+    model, x = adapted(Partly(12, 12), dropout=0.3).train(), torch.randn(3, 12).double()
+    everything(model, x)
+    torch.manual_seed(3)
+    first = everything(model, x)
+    torch.manual_seed(3)
+    assert_alike(everything(model, x), first, 0.0)
+
+
+def test_copies_and_pickles_compute_alike() -> None:
+    import io
+
+    model, x = adapted(Three(12, 12)), torch.randn(3, 12).double()
+    wanted = everything(model, x)
+    twin = copy.deepcopy(model)
+    assert_alike(everything(twin, x), wanted, 0.0)
+    assert twin.q.lora_siblings.layers == (twin.q, twin.k, twin.v)
+    alone = copy.deepcopy(model.q)
+    assert alone.lora_siblings.layers == ()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert_alike(everything(torch.load(file, weights_only=False), x), wanted, 1e-12)
+
+
 def test_losses_that_go_backward_one_after_the_other() -> None:
     """Plain layers on a leaf allow it without retain_graph; the joined ones must too."""
     model = adapted(Readers())
@@ -353,16 +427,14 @@ def kept(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_the_input_once_and_rank_sized_numbers(dropout: float, dtype: torch.dtype) -> None:
-    model = adapted(nn.ModuleDict({n: nn.Linear(64, 64) for n in "qkv"}), dtype, dropout=dropout).train()
-    model.forward = lambda x: sum(model[n](x) for n in "qkv")  # type: ignore[method-assign]
+    model = adapted(Three(64, 64), dtype, dropout=dropout).train()
     x = torch.randn(50, 64, dtype=dtype, requires_grad=True)
     n, r, count = 50, 3, 3
     assert kept(model, x) == n * r * count * x.element_size()
 
 
 def test_autocast_keeps_one_cast_of_the_input() -> None:
-    model = adapted(nn.ModuleDict({n: nn.Linear(64, 64) for n in "qkv"}), torch.float32)
-    model.forward = lambda x: sum(model[n](x) for n in "qkv")  # type: ignore[method-assign]
+    model = adapted(Three(64, 64), torch.float32)
     x = torch.randn(50, 64, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         found = kept(model, x)
@@ -391,12 +463,12 @@ def test_the_graph_is_let_go() -> None:
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_drops_what_it_says_and_keeps_the_expectation(p: float) -> None:
     torch.manual_seed(0)
-    dropped = quick.dropped_of_256(p)
+    dropped = dropped_of_256(p)
     x, rates, sums = torch.ones(400, 500), [], []
     for seed in range(4):
         drop = Dropout(dropped, seed)
-        out = quick.masked(x, drop.keep(x))
-        assert torch.equal(out, quick.masked(x, drop.keep(x)))  # the same mask in backward
+        out = kept_elements(x, drop.keep(x))
+        assert torch.equal(out, kept_elements(x, drop.keep(x)))  # the same mask in backward
         rates.append(float((out == 0).double().mean()))
         sums.append(float(out.double().mean()) * drop.scale)
     exact = dropped / 256
@@ -410,7 +482,7 @@ def test_dropout_drops_what_it_says_and_keeps_the_expectation(p: float) -> None:
 def test_dropout_is_the_formula_with_its_mask() -> None:
     x, frozen, A, B = operands(rows=(40,))
     torch.manual_seed(7)
-    out = quick_linear(x, frozen, A, B, 0.7, dropout=0.25)
+    out = quick_linear(x, frozen, Down(1, A, 0.7), B, dropout=0.25)
     grads = torch.autograd.grad(out.square().sum(), (x, A, B))
     torch.manual_seed(7)
     drop = Dropout(64, int(torch.randint(2**62, (), dtype=torch.int64)))
@@ -422,15 +494,16 @@ def test_dropout_is_the_formula_with_its_mask() -> None:
 
 
 def test_layers_on_one_input_share_one_mask_and_others_do_not() -> None:
-    model = adapted(nn.ModuleDict({n: nn.Linear(256, 4) for n in "qk"}), dropout=0.5).train()
-    for name in "qk":
-        model[name].lora_A.data = torch.eye(3, 256, dtype=torch.float64)
-        model[name].lora_B.data = torch.eye(4, 3, dtype=torch.float64)
-        model[name].weight.data.zero_()
-        model[name].bias.data.zero_()
+    model = adapted(Three(256, 4), dropout=0.5).train()
+    for name in "qkv":
+        layer = model.get_submodule(name)
+        layer.lora_A.data = torch.eye(3, 256, dtype=torch.float64)
+        layer.lora_B.data = torch.eye(4, 3, dtype=torch.float64)
+        layer.weight.data.zero_()
+        layer.bias.data.zero_()
     x = torch.ones(64, 256, dtype=torch.float64, requires_grad=True)
-    assert torch.equal(model["q"](x), model["k"](x))
-    assert not torch.equal(model["q"](x), model["k"](x * 1.0))
+    assert torch.equal(model.q(x), model.k(x))
+    assert not torch.equal(model.q(x), model.k(x * 1.0))
 
 
 def test_the_seed_decides_the_mask() -> None:

@@ -101,7 +101,7 @@ class AdaptedLayer(WithOptions):
     def drop_factors(self) -> None:
         """Remove all that `add_factors` added, or got to add before it failed."""
         for store in (self._parameters, self._buffers, self._modules, self.__dict__):
-            for name in ("lora_settings", "lora_dropout", "lora_enabled", *AdaptedLayer.lora_names):
+            for name in ("lora_settings", "lora_dropout", "lora_enabled", "lora_siblings", *AdaptedLayer.lora_names):
                 store.pop(name, None)
 
     def draw_factors(self) -> None:

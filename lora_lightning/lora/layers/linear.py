@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.dora import sum_of_deltas, updated_row_norms
+from lora_lightning.lora.drops import dropped_of_256
 from lora_lightning.lora.functional import block_rows, lora_update, sliced_update, unblock_rows
 from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.graft import own_class
 from lora_lightning.lora.layers.options import LayerSettings
-from lora_lightning.lora.quick import Frozen, can_go_quick, dropped_of_256, quick_linear
+from lora_lightning.lora.layers.siblings import Siblings
+from lora_lightning.lora.quick import Down, Frozen, can_go_quick, quick_linear
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """By its name: this part of the code does not import transformers."""
@@ -69,8 +71,8 @@ class _Projection(AdaptedLayer):
         x = args[0] if args else next(iter(kwargs.values()))
         if self.lora_enabled and self._goes_quick(x):
             base = Frozen(self._parameters["weight"], self._parameters["bias"], self.weight_is_transposed)  # type: ignore[arg-type]
-            s, p = self.lora_settings.scale, self._dropout_now()
-            return quick_linear(x, base, self.lora_A, self.lora_B, s, layer=id(self), dropout=p)
+            p = self._dropout_now()
+            return quick_linear(x, base, self._down(), self.lora_B, siblings=lambda: self._ready_siblings(p), dropout=p)
         out: Tensor = super().forward(*args, **kwargs)
         return self.lora_combine(out, self.lora_output(x)) if self.lora_enabled else out
 
@@ -86,6 +88,23 @@ class _Projection(AdaptedLayer):
         if p and not 0 < dropped_of_256(p) < 256:
             return False
         return can_go_quick(x, weight, bias, self.lora_A, self.lora_B)
+
+    def _down(self) -> Down:
+        return Down(id(self), self.lora_A, self.lora_settings.scale)
+
+    def _ready_siblings(self, dropout: float) -> list[Down]:
+        """Those that would take the same x as this layer does now."""
+        found: Siblings | None = self.__dict__.get("lora_siblings")
+        others = [] if found is None else found.of(self)
+        return [
+            other._down()
+            for other in others
+            if isinstance(other, _Projection)
+            and other.lora_enabled
+            and other.is_plain_product()
+            and other._dropout_now() == dropout
+            and other.lora_A.device == self.lora_A.device
+        ]
 
     def is_plain_product(self) -> bool:
         """Whether the update is `s B A x` and nothing else."""
