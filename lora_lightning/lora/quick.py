@@ -55,6 +55,8 @@ class Reading:
 
     dtype: torch.dtype
     drop: Dropout | None
+    opened: _Open
+    """Where it was open to siblings: on a GPU, backward runs in another thread."""
     dx: Tensor | None = None
     """(n, k): the sum of g W0 over the layers whose backward has run."""
     backward: int = -1
@@ -74,8 +76,8 @@ class Reading:
 
 
 @dataclass
-class _Open(threading.local):
-    """The reading that siblings may join; they are called one after the other.
+class _Open:
+    """The reading that siblings may join, one in each thread; they are called one after the other.
 
     Kept apart from `Reading`, which the graph holds: `x` and `zs` hold the graph.
     """
@@ -92,7 +94,7 @@ class _Open(threading.local):
 
     def close(self) -> None:
         """Let go of the graph."""
-        self.reading = self.source = self.x = None
+        self.reading = self.source = self.state = self.x = None
         self.zs = {}
 
     def joined(self, x: Tensor, down: Down, state: Any) -> Tensor | None:
@@ -104,25 +106,29 @@ class _Open(threading.local):
         return z if same else None
 
 
-_open = _Open()
-_switch = threading.local()
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.open = _Open()
+        self.plain = False
+
+
+_thread = _Thread()
 
 
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
     """Within the block every layer computes by torch's own operations, for comparison."""
-    before = getattr(_switch, "off", False)
-    _switch.off = True
+    before, _thread.plain = _thread.plain, True
     try:
         yield
     finally:
-        _switch.off = before
+        _thread.plain = before
 
 
 def can_go_quick(x: Any, *tensors: Tensor | None) -> bool:
     """Whether this is a plain call: ordinary strided tensors, under none of torch's transforms or tracers."""
     return (
-        not getattr(_switch, "off", False)
+        not _thread.plain
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
@@ -157,17 +163,22 @@ def quick_linear(
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     version = 0 if x.is_inference() else x._version
     state = (version, x.requires_grad, torch.is_grad_enabled(), dtype, dropped_of_256(dropout), hooks and hooks[0])
-    z = _open.joined(x, down, state)
+    opened = _thread.open
+    z = opened.joined(x, down, state)
     if z is not None:
-        assert _open.reading is not None
-        x = x if _open.x is None else _open.x
-        return _Next.apply(x, z, *frozen, B, _open.reading)  # type: ignore[no-any-return,no-untyped-call]
-    reading, cast = Reading(dtype, drawn(dropout)), x.to(dtype)
+        assert opened.reading is not None
+        reading, x = opened.reading, x if opened.x is None else opened.x
+        if not opened.zs:
+            opened.close()
+        return _Next.apply(x, z, *frozen, B, reading)  # type: ignore[no-any-return,no-untyped-call]
+    opened.close()
+    reading, cast = Reading(dtype, drawn(dropout), opened), x.to(dtype)
     downs = [down, *(() if x.is_inference() else siblings())]
     out, *zs = _First.apply(cast, *frozen, B, reading, [d.scale for d in downs], *(d.A for d in downs))  # type: ignore[no-untyped-call]
-    _open.reading, _open.source, _open.state = reading, weakref.ref(x), state
-    _open.x = None if cast is x else cast
-    _open.zs = {d.layer: (d, d.A._version, z) for d, z in zip(downs[1:], zs, strict=True)}
+    if zs:
+        opened.reading, opened.source, opened.state = reading, weakref.ref(x), state
+        opened.x = None if cast is x else cast
+        opened.zs = {d.layer: (d, d.A._version, z) for d, z in zip(downs[1:], zs, strict=True)}
     return out  # type: ignore[no-any-return]
 
 
@@ -218,10 +229,10 @@ class _First(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Runs after every sibling that took its z."""
-        if _open.reading is ctx.reading:
-            _open.close()
         reading, needs_a, g, dzs = ctx.reading, ctx.needs_input_grad[7:], grads[0], list(grads)
         needs_x, needs_b = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        if reading.opened.reading is reading:
+            reading.opened.close()
         own: tuple[Any, ...] = ctx.saved_tensors if g is not None else (reading.x, None, None, None, *ctx.As)
         (x, z, weight, B, *As), reading.x = own, None
         if x is None:

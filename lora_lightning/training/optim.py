@@ -50,7 +50,7 @@ def make_optimizer(
     made = optimizer(parameter_groups(model))
     for group in made.param_groups:
         if group.get("name") == "B":
-            group["lr"] *= b_lr_ratio
+            group["lr"] = group["lr"] * b_lr_ratio  # a new one, for a tensor may be every group's
     return made
 
 

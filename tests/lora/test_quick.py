@@ -460,6 +460,38 @@ def test_the_graph_is_let_go() -> None:
     assert seen() is None
 
 
+def test_what_was_computed_for_nothing_is_let_go_with_the_output() -> None:
+    model, x = adapted(Three(12, 12)), torch.randn(3, 12).double().requires_grad_()
+    middle = x * 2
+    seen = weakref.ref(middle)
+    out = model(middle)
+    del middle, out
+    gc.collect()
+    assert seen() is None
+
+
+def test_wrappers_that_hang_tensors_where_parameters_were() -> None:
+    """FSDP1 does so in forward, and DataParallel in its replicas."""
+    model, x = adapted(Three(12, 12)), torch.randn(3, 12).double()
+    wanted = model(x)
+    replica = copy.deepcopy(model)
+    for layer in replica.children():
+        for name, value in list(layer._parameters.items()):
+            if value is not None:
+                del layer._parameters[name]
+                layer.__dict__[name] = value.detach().clone().requires_grad_(name.startswith("lora_"))
+    torch.testing.assert_close(replica(x), wanted, rtol=1e-12, atol=1e-12)
+    one = copy.deepcopy(model)
+    one.k._parameters.pop("lora_A")
+    assert [down.layer for down in one.q._ready_siblings(0.0)] == [id(one.v)]
+
+
+def test_dtypes_that_torch_does_not_multiply_are_not_multiplied() -> None:
+    model = adapted(Three(12, 12), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(torch.randn(3, 12))
+
+
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_dropout_drops_what_it_says_and_keeps_the_expectation(p: float) -> None:
     torch.manual_seed(0)

@@ -80,6 +80,14 @@ def test_lora_plus_steps_as_pefts_does():
     assert rates == {"matrices": 1e-3, "B": 16e-3}
 
 
+def test_a_rate_that_is_a_tensor_is_changed_for_b_alone():
+    model = small()
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))
+    made = make_optimizer(model, lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(1e-3)), b_lr_ratio=16)
+    rates = {group["name"]: float(group["lr"]) for group in made.param_groups}
+    assert rates == pytest.approx({"matrices": 1e-3, "B": 16e-3})
+
+
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_ratio_that_is_none_is_refused(ratio):
     with pytest.raises(LoRAError, match="b_lr_ratio"):

@@ -30,6 +30,12 @@ def _computes_plainly(cls: type) -> bool:
     return plain and not any(name in vars(base) for base in cls.__mro__ for name in ("weight", "bias"))
 
 
+def _of_one_dtype(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch would multiply these, alike or made alike by autocast."""
+    mixed = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
+    return x.dtype == weight.dtype or mixed
+
+
 class _Projection(AdaptedLayer):
     """`h = x W0^T + b + s (x A^T) B^T`: A is (r, in), B is (out, r). A subclass's own forward is kept.
 
@@ -79,15 +85,18 @@ class _Projection(AdaptedLayer):
     def _goes_quick(self, x: Any) -> bool:
         """Whether `quick_linear` computes this call: torch's own arithmetic in the base, W0 frozen, no options."""
         cls: Any = type(self)
-        if torch.compiler.is_compiling() or not _computes_plainly(cls) or not self.is_plain_product():
+        if torch.compiler.is_compiling() or not _computes_plainly(cls):
             return False
-        own = self._parameters
-        weight, bias, p = own["weight"], own["bias"], self._dropout_now()
-        if weight is None or weight.requires_grad or (bias is not None and bias.requires_grad):
+        own, p = self._parameters, self._dropout_now()
+        weight, bias = own.get("weight"), own.get("bias")
+        # Some wrappers, such as FSDP1 and DataParallel, hang plain tensors where the parameters were.
+        if weight is None or not {"bias", "lora_A", "lora_B"} <= own.keys() or not self.is_plain_product():
+            return False
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
             return False
         if p and not 0 < dropped_of_256(p) < 256:
             return False
-        return can_go_quick(x, weight, bias, self.lora_A, self.lora_B)
+        return can_go_quick(x, weight, bias, self.lora_A, self.lora_B) and _of_one_dtype(x, weight)
 
     def _down(self) -> Down:
         return Down(id(self), self.lora_A, self.lora_settings.scale)
@@ -101,15 +110,17 @@ class _Projection(AdaptedLayer):
             for other in others
             if isinstance(other, _Projection)
             and other.lora_enabled
+            and type(A := other._parameters.get("lora_A")) is nn.Parameter
+            and type(A.data) is Tensor
+            and A.device == self.lora_A.device
             and other.is_plain_product()
             and other._dropout_now() == dropout
-            and other.lora_A.device == self.lora_A.device
         ]
 
     def is_plain_product(self) -> bool:
         """Whether the update is `s B A x` and nothing else."""
         s, own = self.lora_settings, self._parameters
-        options = own["lora_B_bias"], own["lora_magnitude_vector"], self._buffers["lora_A0"], s.slices
+        options = own.get("lora_B_bias"), own.get("lora_magnitude_vector"), self._buffers.get("lora_A0"), s.slices
         return all(option is None for option in options)
 
     def _dropout_now(self) -> float:
