@@ -16,11 +16,9 @@ Shapes: n rows, k inputs, m outputs, rank r; x is (..., k), W0 (m, k) or its tra
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lightning.lora.drops import Dropout, add_kept_, drawn, dropped_of_256, kept
+from lora_lightning.lora.drops import add_kept_, drawn, dropped_of_256, kept
+from lora_lightning.lora.reading import Down, Reading, thread
 
 
 class Frozen(NamedTuple):
@@ -39,96 +38,20 @@ class Frozen(NamedTuple):
     transposed: bool = False
 
 
-class Down(NamedTuple):
-    """A layer's way down to its rank."""
-
-    layer: int
-    """Tells the layers that read one x apart, such as by their `id`."""
-    A: Tensor
-    scale: float
-    """s."""
-
-
-@dataclass
-class Reading:
-    """What the layers that read one tensor have in common: the dtype of their products, dropout, and dX."""
-
-    dtype: torch.dtype
-    drop: Dropout | None
-    opened: _Open
-    """Where it was open to siblings: on a GPU, backward runs in another thread."""
-    dx: Tensor | None = None
-    """(n, k): the sum of g W0 over the layers whose backward has run."""
-    backward: int = -1
-    """The backward pass that `dx` belongs to."""
-    x: Tensor | None = None
-    """What was read, from a sibling's backward to the first's: its own may be freed by a pass that went before."""
-
-    def add(self, g: Tensor, weight: Tensor) -> None:
-        """One layer's share of dX: g (n, m) times W0 (m, k)."""
-        self.dx = torch.mm(g, weight) if (dx := self.taken()) is None else dx.addmm_(g, weight)
-        self.backward = torch._C._current_graph_task_id()
-
-    def taken(self) -> Tensor | None:
-        """What was added in this backward pass; one that ended before it came to the first layer is forgotten."""
-        dx, self.dx = self.dx, None
-        return dx if self.backward == torch._C._current_graph_task_id() else None
-
-
-@dataclass
-class _Open:
-    """The reading that siblings may join, one in each thread; they are called one after the other.
-
-    Kept apart from `Reading`, which the graph holds: `x` and `zs` hold the graph.
-    """
-
-    reading: Reading | None = None
-    source: weakref.ref[Tensor] | None = None
-    """The tensor that the layers were called with."""
-    state: Any = None
-    """Its version, and all else that must be the same for who joins."""
-    x: Tensor | None = None
-    """`source`, cast where autocast says so."""
-    zs: dict[int, tuple[Down, int, Tensor]] = field(default_factory=dict)
-    """By layer: its A and s, A's version then, and z."""
-
-    def close(self) -> None:
-        """Let go of the graph."""
-        self.reading = self.source = self.state = self.x = None
-        self.zs = {}
-
-    def joined(self, x: Tensor, down: Down, state: Any) -> Tensor | None:
-        """z of a layer that reads the same as the first did, once."""
-        if self.source is None or self.source() is not x or self.state != state or x.is_inference():
-            return None
-        was, version, z = self.zs.pop(down.layer, (None, 0, None))
-        same = was is not None and was.A is down.A and was.scale == down.scale and version == down.A._version
-        return z if same else None
-
-
-class _Thread(threading.local):
-    def __init__(self) -> None:
-        self.open = _Open()
-        self.plain = False
-
-
-_thread = _Thread()
-
-
 @contextmanager
 def plain_arithmetic() -> Iterator[None]:
     """Within the block every layer computes by torch's own operations, for comparison."""
-    before, _thread.plain = _thread.plain, True
+    before, thread.plain = thread.plain, True
     try:
         yield
     finally:
-        _thread.plain = before
+        thread.plain = before
 
 
 def can_go_quick(x: Any, *tensors: Tensor | None) -> bool:
     """Whether this is a plain call: ordinary strided tensors, under none of torch's transforms or tracers."""
     return (
-        not _thread.plain
+        not thread.plain
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
@@ -163,7 +86,7 @@ def quick_linear(
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     version = 0 if x.is_inference() else x._version
     state = (version, x.requires_grad, torch.is_grad_enabled(), dtype, dropped_of_256(dropout), hooks and hooks[0])
-    opened = _thread.open
+    opened = thread.open
     z = opened.joined(x, down, state)
     if z is not None:
         assert opened.reading is not None

@@ -15,7 +15,8 @@ from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora import quick
 from lora_lightning.lora.drops import Dropout, dropped_of_256
 from lora_lightning.lora.drops import kept as kept_elements
-from lora_lightning.lora.quick import Down, Frozen, plain_arithmetic, quick_linear
+from lora_lightning.lora.quick import Frozen, plain_arithmetic, quick_linear
+from lora_lightning.lora.reading import Down
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)

@@ -16,7 +16,8 @@ from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.graft import own_class
 from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.siblings import Siblings
-from lora_lightning.lora.quick import Down, Frozen, can_go_quick, quick_linear
+from lora_lightning.lora.quick import Frozen, can_go_quick, quick_linear
+from lora_lightning.lora.reading import Down
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """By its name: this part of the code does not import transformers."""
