@@ -37,8 +37,8 @@ format: .venv/dev ## Put the code into the one format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: .venv/dev ## Measure time and memory of a step beside PEFT, loralib and the frozen backbone
-	$(BIN)/python -m benchmarks.step
+bench: .venv/dev ## Measure time and memory of a step beside PEFT and loralib (ARGS=--quick: minutes)
+	$(BIN)/python -m benchmarks.step $(ARGS)
 
 clean: ## Remove the environment and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lightning.lora.drops import add_kept_, drawn, dropped_of_256, kept
+from lora_lightning.lora.drops import Dropout, add_kept_, drawn, kept
 from lora_lightning.lora.reading import Down, Reading, thread
 
 
@@ -55,6 +55,7 @@ def can_go_quick(x: Any, *tensors: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta)
         and x.dim() > 0
         and x.is_floating_point()
         and not (x.is_inference() and torch.is_grad_enabled())
@@ -62,6 +63,7 @@ def can_go_quick(x: Any, *tensors: Tensor | None) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
+        and not torch._C._len_torch_dispatch_stack()  # selective checkpointing among others, which keeps what we change
     )
 
 
@@ -82,11 +84,7 @@ def quick_linear(
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
-    # Who is checkpointed, or goes without gradients, does not join who is not: recomputed, it would be alone.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    version = 0 if x.is_inference() else x._version
-    state = (version, x.requires_grad, torch.is_grad_enabled(), dtype, dropped_of_256(dropout), hooks and hooks[0])
-    opened = thread.open
+    opened, state = thread.open, _state(x, dtype, dropout)
     z = opened.joined(x, down, state)
     if z is not None:
         assert opened.reading is not None
@@ -96,7 +94,7 @@ def quick_linear(
         return _Next.apply(x, z, *frozen, B, reading)  # type: ignore[no-any-return,no-untyped-call]
     opened.close()
     reading, cast = Reading(dtype, drawn(dropout), opened), x.to(dtype)
-    downs = [down, *(() if x.is_inference() else siblings())]
+    downs = [down, *(siblings() if state else ())]
     out, *zs = _First.apply(cast, *frozen, B, reading, [d.scale for d in downs], *(d.A for d in downs))  # type: ignore[no-untyped-call]
     if zs:
         opened.reading, opened.source, opened.state = reading, weakref.ref(x), state
@@ -105,15 +103,31 @@ def quick_linear(
     return out  # type: ignore[no-any-return]
 
 
+def _state(x: Tensor, dtype: torch.dtype, dropout: float) -> tuple[Any, ...] | None:
+    """What must be the same for a sibling that joins; None where it must not.
+
+    Without a graph through x, x may be a buffer that is filled anew. Who is checkpointed does not join who is not:
+    recomputed, it would be alone, and under dropout would draw another mask than it did.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    is_recomputed = hooks is not None or torch._C._current_graph_task_id() != -1
+    if not torch.is_grad_enabled() or x.grad_fn is None or (dropout and is_recomputed):
+        return None
+    return x._version, dtype, dropout, hooks and hooks[0]
+
+
 def _base(x: Tensor, frozen: Frozen, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What the base layer gives, as it computes it, and W0 in the dtype of the products."""
     weight, bias = frozen.weight.to(dtype), None if frozen.bias is None else frozen.bias.to(dtype)
     if not frozen.transposed:
         out = F.linear(x, weight, bias)
-        return out if out.is_contiguous() else out.contiguous(), weight
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-    return out.view(*x.shape[:-1], weight.shape[1]), weight
+        out = out if out.is_contiguous() else out.contiguous()
+    else:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        out = out.view(*x.shape[:-1], weight.shape[1])
+    # The same memory, but no view in torch's books: those may not be written into when a function returns them.
+    return torch.empty(0, dtype=out.dtype, device=out.device).set_(out), weight  # type: ignore[call-overload]
 
 
 def _add_up(out: Tensor, z: Tensor, B: Tensor) -> None:
@@ -156,8 +170,8 @@ class _First(torch.autograd.Function):
         needs_x, needs_b = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         if reading.opened.reading is reading:
             reading.opened.close()
-        own: tuple[Any, ...] = ctx.saved_tensors if g is not None else (reading.x, None, None, None, *ctx.As)
-        (x, z, weight, B, *As), reading.x = own, None
+        now = reading.now()
+        x, z, weight, B, *As = ctx.saved_tensors if g is not None else (now.x, None, None, None, *ctx.As)
         if x is None:
             return (None,) * (7 + len(As))
         dB: Tensor | None = None
@@ -171,8 +185,9 @@ class _First(torch.autograd.Function):
                 dB = torch.mm(z, g).t().to(B.dtype) if needs_b else None
                 dzs[0] = _down(B.to(g.dtype).t(), g) if needs_x or needs_a[0] else None
                 if needs_x:
-                    reading.add(g, weight.t() if ctx.transposed else weight)
-            dx, dAs = _finish(reading, x, dzs, As, ctx.scales, needs_x, needs_a)
+                    now.add(g, weight.t() if ctx.transposed else weight)
+            dx, dAs = _finish(now.dx, reading.drop, x, dzs, As, ctx.scales, needs_x, needs_a)
+            now.dx = now.x = None
         return dx, None, None, None, dB, None, None, *dAs
 
 
@@ -200,8 +215,8 @@ class _Next(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         """dX goes into the reading, but where the gradient itself is to be differentiated."""
-        (x, z, weight, B), reading = ctx.saved_tensors, ctx.reading
-        reading.x, weight = x, weight.t() if ctx.transposed else weight
+        (x, z, weight, B), now = ctx.saved_tensors, ctx.reading.now()
+        now.x, weight = x, weight.t() if ctx.transposed else weight
         needs_x, needs_z, needs_b = (ctx.needs_input_grad[i] for i in (0, 1, 5))
         g = grads[0].contiguous().view(-1, grads[0].shape[-1])
         dx = None
@@ -211,7 +226,7 @@ class _Next(torch.autograd.Function):
             if torch.is_grad_enabled():
                 dx = torch.mm(g, weight).view(x.shape)
             elif needs_x:
-                reading.add(g, weight)
+                now.add(g, weight)
         return dx, dz, None, None, None, dB, None
 
 
@@ -243,7 +258,8 @@ def _scaled(As: Sequence[Tensor], scales: list[float], dtype: torch.dtype) -> Te
 
 
 def _finish(
-    reading: Reading,
+    dx: Tensor | None,
+    drop: Dropout | None,
     x: Tensor,
     dzs: list[Tensor | None],
     As: list[Tensor],
@@ -252,12 +268,12 @@ def _finish(
     needs_a: Sequence[bool],
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dX and every dA, from the gradients of the z's; a sibling that took no part has None."""
-    dx, there = reading.taken(), [i for i, dz in enumerate(dzs) if dz is not None]
+    there = [i for i, dz in enumerate(dzs) if dz is not None]
     dAs: list[Tensor | None] = [None] * len(As)
     if not there:
         return (None if dx is None else dx.view(x.shape)), dAs
     dz = _stacked([d for d in dzs if d is not None])
-    rows, drop = x.reshape(-1, x.shape[-1]), reading.drop
+    rows = x.reshape(-1, x.shape[-1])
     keep = None if drop is None else drop.keep(rows)
     if any(needs_a[i] for i in there):
         whole = torch.mm(dz, rows if keep is None else kept(rows, keep))

@@ -31,22 +31,31 @@ class Reading:
     drop: Dropout | None
     opened: Open
     """Where it was open to siblings: on a GPU, backward runs in another thread."""
+    passes: dict[int, Pass] = field(default_factory=dict)
+    """By the number of the backward pass: one may run inside another, or in another thread beside it."""
+
+    def now(self) -> Pass:
+        """Of the backward pass that this is called in; forgotten when that ends."""
+        number = torch._C._current_graph_task_id()
+        if number not in self.passes:
+            self.passes[number] = Pass()
+            forget: Any = lambda: self.passes.pop(number, None)  # noqa: E731
+            torch.autograd.Variable._execution_engine.queue_callback(forget)  # type: ignore[attr-defined]
+        return self.passes[number]
+
+
+@dataclass
+class Pass:
+    """What one backward pass has brought to the first layer so far."""
+
     dx: Tensor | None = None
     """(n, k): the sum of g W0 over the layers whose backward has run."""
-    backward: int = -1
-    """The backward pass that `dx` belongs to."""
     x: Tensor | None = None
-    """What was read, from a sibling's backward to the first's: its own may be freed by a pass that went before."""
+    """What was read, from a sibling: the first's own may be freed by a pass that went before."""
 
     def add(self, g: Tensor, weight: Tensor) -> None:
         """One layer's share of dX: g (n, m) times W0 (m, k)."""
-        self.dx = torch.mm(g, weight) if (dx := self.taken()) is None else dx.addmm_(g, weight)
-        self.backward = torch._C._current_graph_task_id()
-
-    def taken(self) -> Tensor | None:
-        """What was added in this backward pass; one that ended before it came to the first layer is forgotten."""
-        dx, self.dx = self.dx, None
-        return dx if self.backward == torch._C._current_graph_task_id() else None
+        self.dx = torch.mm(g, weight) if self.dx is None else self.dx.addmm_(g, weight)
 
 
 @dataclass
@@ -73,7 +82,7 @@ class Open:
 
     def joined(self, x: Tensor, down: Down, state: Any) -> Tensor | None:
         """z of a layer that reads the same as the first did, once."""
-        if self.source is None or self.source() is not x or self.state != state or x.is_inference():
+        if state is None or self.source is None or self.source() is not x or self.state != state:
             return None
         was, version, z = self.zs.pop(down.layer, (None, 0, None))
         same = was is not None and was.A is down.A and was.scale == down.scale and version == down.A._version

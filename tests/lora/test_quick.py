@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -90,7 +91,7 @@ def everything(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The output, dX and the gradient of every trained parameter."""
     model.zero_grad()
     x = x.detach().clone().requires_grad_()
-    out = model(x)
+    out = model(x * 1.0)  # siblings share what a graph leads to
     (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum().backward()
     grads = [p.grad for p in model.parameters() if p.requires_grad]
     assert x.grad is not None
@@ -129,7 +130,7 @@ def test_gradcheck_once_and_twice_alone_and_shared(dropout: float) -> None:
 
     def shared(x: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
         torch.manual_seed(5)
-        one, two = Down(1, A, 0.7), Down(2, C, 0.3)
+        x, one, two = x * 1.0, Down(1, A, 0.7), Down(2, C, 0.3)
         first = quick_linear(x, frozen, one, B, siblings=lambda: [two], dropout=dropout)
         return first * quick_linear(x, frozen, two, B, dropout=dropout)
 
@@ -185,14 +186,36 @@ def test_bfloat16_base_trains_float32_factors() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_activation_checkpointing_gives_the_same(reentrant: bool, dropout: float) -> None:
-    model, x = adapted(Readers(), dropout=dropout).train(), torch.randn(2, 5, 12).double()
-    torch.manual_seed(3)
-    wanted = everything(model, x)
-    forward = model.forward
-    model.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)  # type: ignore[method-assign]
-    torch.manual_seed(3)
-    assert_alike(everything(model, x), wanted, 0.0)
+@pytest.mark.parametrize("apart", [False, True])
+def test_activation_checkpointing_gives_the_gradients_of_what_it_computed(
+    reentrant: bool, dropout: float, apart: bool
+) -> None:
+    """The whole of it recomputed, or each layer by itself; under dropout with the masks of the first time."""
+    model, x = adapted(Three(6, 4), dropout=dropout).train(), torch.randn(3, 6).double().requires_grad_()
+
+    def called(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        x = x * 1.0
+        if not apart:
+            return checkpoint(lambda x: model.q(x) * model.k(x) + model.v(x * 1.0), x, use_reentrant=reentrant)
+        q, k, v = (checkpoint(layer, x, use_reentrant=reentrant) for layer in (model.q, model.k, model.v))
+        return q * k + v
+
+    weights = [x, model.q.lora_A, model.k.lora_A, model.k.lora_B, model.v.lora_A]
+    g = torch.randn(3, 4, dtype=torch.float64)
+    model.zero_grad()
+    called(x).backward(g)
+    grads = [weight.grad for weight in weights]
+    for weight, grad in zip(weights, grads, strict=True):
+        direction, before = torch.randn_like(weight), weight.detach().clone()
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight.copy_(before + sign * 1e-6 * direction)
+            values.append(float((called(x) * g).sum().detach()))
+        with torch.no_grad():
+            weight.copy_(before)
+        assert abs((values[0] - values[1]) / 2e-6 - float((grad * direction).sum())) < 1e-6
 
 
 def test_compile_gives_the_same_without_a_graph_break() -> None:
@@ -429,14 +452,14 @@ def kept(model: nn.Module, x: Tensor) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_the_input_once_and_rank_sized_numbers(dropout: float, dtype: torch.dtype) -> None:
     model = adapted(Three(64, 64), dtype, dropout=dropout).train()
-    x = torch.randn(50, 64, dtype=dtype, requires_grad=True)
+    x = torch.randn(50, 64, dtype=dtype, requires_grad=True) * 1.0
     n, r, count = 50, 3, 3
     assert kept(model, x) == n * r * count * x.element_size()
 
 
 def test_autocast_keeps_one_cast_of_the_input() -> None:
     model = adapted(Three(64, 64), torch.float32)
-    x = torch.randn(50, 64, requires_grad=True)
+    x = torch.randn(50, 64, requires_grad=True) * 1.0
     with torch.autocast("cpu", torch.bfloat16):
         found = kept(model, x)
     assert found == 2 * (50 * 64 + 3 * 64 * 64 + 3 * 50 * 3)  # x, the three casts of W0 as without an adapter, the z's
@@ -459,6 +482,105 @@ def test_the_graph_is_let_go() -> None:
         model(x)
     gc.collect()
     assert seen() is None
+
+
+@pytest.mark.parametrize("shape", [(4, 12), (2, 3, 12)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_may_be_written_into(shape: tuple[int, ...], bias: bool) -> None:
+    """ReLU in place, `out[..., :2] += 1`: as on a plain layer."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(12, 12, bias=bias), nn.Linear(12, 12, bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.q(x).relu_(), self.k(x)
+            k[..., :2] += 1
+            k.view(-1)[:3].mul_(2)
+            return q + k
+
+    model, x = adapted(InPlace()), torch.randn(shape).double()
+    ours = everything(model, x)
+    with plain_arithmetic():
+        assert_alike(ours, everything(model, x), 1e-12)
+
+
+def test_an_optimizer_that_steps_within_backward_changes_no_gradient() -> None:
+    def run(plainly: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = adapted(Three(12, 12))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: (p.data.add_(p.grad, alpha=-0.1), None)[1])
+        x = torch.linspace(-1, 1, 36, dtype=torch.float64).view(3, 12).requires_grad_()
+        h = x * 1.0
+        with plain_arithmetic() if plainly else contextlib.nullcontext():
+            (model.q(h) + model.k(h) * model.v(h)).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    torch.testing.assert_close(run(plainly=False), run(plainly=True), rtol=1e-12, atol=1e-12)
+
+
+def test_a_backward_pass_within_another_takes_nothing_from_it() -> None:
+    def run(plainly: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = adapted(Three(12, 12))
+        x = torch.linspace(-1, 1, 36, dtype=torch.float64).view(3, 12).requires_grad_()
+        h = x * 1.0
+        with plain_arithmetic() if plainly else contextlib.nullcontext():
+            q, k, v = model.q(h), model.k(h), model.v(h)
+            side = q.sum()
+            k.register_hook(lambda g: (torch.autograd.grad(side, x, retain_graph=True), None)[1])
+            (q * k * v).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    torch.testing.assert_close(run(plainly=False), run(plainly=True), rtol=1e-12, atol=1e-12)
+
+
+def test_passes_beside_each_other_on_one_graph() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, x = adapted(Three(12, 12)), torch.randn(3, 12).double().requires_grad_()
+    h = x * 1.0
+    out = (model.q(h) * model.k(h) * model.v(h)).sum()
+    (wanted,) = torch.autograd.grad(out, x, retain_graph=True)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: torch.autograd.grad(out, x, retain_graph=True)[0], range(100)):
+            torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_buffer_that_is_filled_anew_is_read_anew() -> None:
+    """What torch does not count as a change."""
+    model, x = adapted(Three(12, 12), torch.float32), torch.randn(3, 12)
+    for context in (contextlib.nullcontext(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            model.q(x)
+            x.data.mul_(3.0)
+            ours = model.k(x)
+            with plain_arithmetic():
+                torch.testing.assert_close(ours, model.k(x), rtol=4e-2, atol=4e-2)
+
+
+def test_selective_checkpointing_meta_and_nested_go_the_plain_way() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    model, x = adapted(Three(12, 12)), torch.randn(2, 3, 12).double()
+    wanted = everything(model, x)
+    forward = model.forward
+    contexts = lambda: create_selective_checkpoint_contexts(  # noqa: E731
+        lambda ctx, op, *args, **kwargs: (
+            CheckpointPolicy.MUST_SAVE
+            if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+    )
+    model.forward = lambda x: checkpoint(forward, x, use_reentrant=False, context_fn=contexts)  # type: ignore[method-assign]
+    assert_alike(everything(model, x), wanted, 1e-12)
+    model.forward = forward  # type: ignore[method-assign]
+    assert copy.deepcopy(model).to("meta")(torch.empty(3, 12, dtype=torch.float64, device="meta")).shape == (3, 12)
 
 
 def test_what_was_computed_for_nothing_is_let_go_with_the_output() -> None:
@@ -534,7 +656,7 @@ def test_layers_on_one_input_share_one_mask_and_others_do_not() -> None:
         layer.lora_B.data = torch.eye(4, 3, dtype=torch.float64)
         layer.weight.data.zero_()
         layer.bias.data.zero_()
-    x = torch.ones(64, 256, dtype=torch.float64, requires_grad=True)
+    x = torch.ones(64, 256, dtype=torch.float64, requires_grad=True) * 1.0
     assert torch.equal(model.q(x), model.k(x))
     assert not torch.equal(model.q(x), model.k(x * 1.0))
 
