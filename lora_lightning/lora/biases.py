@@ -10,11 +10,13 @@ from lora_lightning.lora.layers import TrainedBias, graft
 from lora_lightning.lora.targets import Selection
 
 
-def biases_to_train(model: nn.Module, config: LoRAConfig, selection: Selection) -> list[nn.Module]:
+def biases_to_train(
+    model: nn.Module, config: LoRAConfig, selection: Selection, *, required: bool = True
+) -> list[nn.Module]:
     """The modules whose parameter `bias` trains, in the model's order; those in `modules_to_save` train theirs anyway.
 
     Raises:
-        TargetError: biases are asked for and there are none.
+        TargetError: biases are asked for and there are none, where they are `required`.
     """
     if config.bias == "none":
         return []
@@ -24,7 +26,7 @@ def biases_to_train(model: nn.Module, config: LoRAConfig, selection: Selection) 
     else:
         candidates = list(dict.fromkeys(target.module for target in selection.targets))
     biased = [module for module in candidates if has_bias(module)]
-    if not biased:
+    if not biased and required:
         whose = "no module" if config.bias == "all" else "none of the selected modules"
         raise TargetError(f"bias '{config.bias}': {whose} has a bias to train: use bias 'none'")
     return biased

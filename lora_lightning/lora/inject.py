@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lora_lightning.lora.biases import biases_to_train, train_biases
 from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
@@ -74,7 +75,7 @@ def inject(
         check_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
-    biased = biases_to_train(model, config, selection)
+    biased = biases_to_train(model, config, selection, required=not any_rank)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
@@ -123,7 +124,11 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
     modules = list(model.modules())
     for module in modules:
         introduce(module, (LoRALinear, LoRAConv1D))
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module not in inside_saved:
+        if (
+            isinstance(module, _BatchNorm | _InstanceNorm)
+            and module.running_mean is not None
+            and module not in inside_saved
+        ):
             graft(module, FrozenStatistics)
     open_hosts(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows

@@ -162,3 +162,19 @@ def test_all_trains_the_biases_that_peft_trains():
     trained = {name for name, p in theirs.named_parameters() if p.requires_grad and "lora_" not in name}
     plain = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in trained}
     assert plain == {f"{name}.bias" for name, _ in trained_biases(model)}
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_pefts_adapter_that_asks_for_biases_of_a_model_without_any_loads(tmp_path, bias):
+    """Every Llama saved with that setting; where a user asks for it, it stays an error."""
+
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
+    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = peft.LoraConfig(r=2, target_modules=["0"], bias=bias, init_lora_weights=False)
+    theirs = peft.get_peft_model(model, config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
+    ours.load_state_dict(plain)
+    load_adapter(ours, tmp_path)
+    x = torch.randn(3, 8).double()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)

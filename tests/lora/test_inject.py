@@ -450,3 +450,13 @@ def test_reentrant_free_checkpointing_gives_every_adapter_its_gradient():
     torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False).sum().backward()
     got = [p.grad for p in model.parameters() if p.requires_grad]
     assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+def test_instance_norms_statistics_are_part_of_w0():
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.InstanceNorm1d(3, track_running_stats=True)).train()
+    model(torch.randn(4, 3, 9) + 1)
+    before = model[1].running_mean.clone()
+    expected = model.eval()(torch.ones(4, 3, 9))
+    inject(model.train(), LoRAConfig(r=1, target_modules=["0"]))
+    assert torch.equal(model(torch.ones(4, 3, 9)), expected)
+    assert torch.equal(model[1].running_mean, before)

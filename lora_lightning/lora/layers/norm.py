@@ -1,4 +1,4 @@
-"""Batch normalisation of a frozen backbone: its running statistics are part of W0."""
+"""Batch and instance normalisation of a frozen backbone: running statistics are part of W0."""
 
 from __future__ import annotations
 
