@@ -369,7 +369,7 @@ def test_copies_and_pickles_compute_alike() -> None:
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
-    assert_alike(everything(torch.load(file, weights_only=False), x), wanted, 1e-12)
+    assert_alike(everything(torch.load(file, weights_only=False), x), wanted, 0.0)
 
 
 def test_losses_that_go_backward_one_after_the_other() -> None:

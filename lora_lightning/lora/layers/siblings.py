@@ -38,9 +38,6 @@ class Siblings:
         made.layers = tuple(deepcopy(layer, memo) for layer in self.layers)
         return made
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Siblings, ()
-
 
 def introduce(parent: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
     """Let the adapted layers of these kinds right under `parent` know those of their own input width."""
