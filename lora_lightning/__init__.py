@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
     from lora_lightning.lora.bank import AdapterBank as AdapterBank
     from lora_lightning.lora.config import LoRAConfig as LoRAConfig
+    from lora_lightning.lora.errors import AdapterWarning as AdapterWarning
     from lora_lightning.lora.errors import LoRAError as LoRAError
     from lora_lightning.lora.formats import load_adapter as load_adapter
     from lora_lightning.lora.formats import save_adapter as save_adapter
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "AdapterBank": "lora_lightning.lora.bank",
     "LoRAConfig": "lora_lightning.lora.config",
+    "AdapterWarning": "lora_lightning.lora.errors",
     "LoRAError": "lora_lightning.lora.errors",
     "inject": "lora_lightning.lora.inject",
     "remove": "lora_lightning.lora.inject",
