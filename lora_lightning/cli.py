@@ -50,8 +50,6 @@ def _own_first(sections: str) -> str:
 UNION = re.compile(r"(Parser key \"[^\"]*\": ).*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
 LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a (?:typing\.)?Literal\[(.*)\]\. Got value: (.*)")
 
-LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a typing\.(Literal\[.*\])\. Got value: (.*)")
-
 
 def _plainly(text: str) -> str:
     """A value that fits none of several types, said without the types' Python names."""

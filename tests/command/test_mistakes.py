@@ -56,7 +56,7 @@ MISTAKES = {
     "best before any fit": (["export", "--config", "{config}", "--ckpt_path", "best"], "no checkpoint or run folder"),
     "a format that is not there": (
         ["export", "--ckpt_path", "{run}", "--formats", "merge"],
-        "--formats takes some of adapter,merged, got 'merge'",
+        "unknown export format 'merge'; did you mean 'merged'",
     ),
     "a dtype that is not there": (
         ["export", "--ckpt_path", "{run}", "--dtype", "bf16"],
