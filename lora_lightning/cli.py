@@ -200,6 +200,22 @@ class LoRACLI(LightningCLI):
         elif "://" not in str(path) and path not in ("hpc", "registry"):
             config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
 
+    def instantiate_classes(self) -> None:
+        """What a class of ours says of its arguments, without jsonargparse's account of the types that it tried.
+
+        Raises:
+            LoRAError: an object refuses its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, LoRAError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that are on by default, and a log in the run folder."""
         config = self._get(self.config_init, "trainer")

@@ -88,14 +88,17 @@ def _helper(called: ast.expr, function: Function, owner: type) -> tuple[Function
 def _only_asked(call: ast.Call, helper: Function, bound: int, owner: type) -> set[ast.AST]:
     """Those arguments of the call of whose values the helper, by its own source, makes nothing."""
     tree = parsed(helper)
-    body = tree.body[0] if tree else None
-    if not isinstance(body, ast.FunctionDef) or any(isinstance(value, ast.Starred) for value in call.args):
+    definition = tree.body[0] if tree else None
+    if tree is None or not isinstance(definition, ast.FunctionDef):
         return set()
-    positional = [one.arg for one in (*body.args.posonlyargs, *body.args.args)][bound:]
+    if any(isinstance(value, ast.Starred) for value in call.args):
+        return set()
+    parameters = definition.args
+    positional = [one.arg for one in (*parameters.posonlyargs, *parameters.args)][bound:]
+    named = {*positional, *(one.arg for one in parameters.kwonlyargs)}
     given = dict(zip(positional, call.args, strict=False))
-    named = {*positional, *(one.arg for one in body.args.kwonlyargs)}
     given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg in named}
-    # A weight handed on to a further function counts as used: `weight` names no parameter's attribute there.
-    asked = looks(tree, helper, owner) if tree else set()
-    used = {node.id for node in ast.walk(body) if isinstance(node, ast.Name) and node not in asked}
+    # What the helper hands on to a helper of its own counts as used: one source is read, and not all that it leads to.
+    asked = looks(tree, helper, owner)
+    used = {node.id for node in ast.walk(definition) if isinstance(node, ast.Name) and node not in asked}
     return {value for name, value in given.items() if name not in used}

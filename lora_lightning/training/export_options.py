@@ -31,9 +31,7 @@ def checked_options(
         LoRAError: an option has a value that means nothing, or none beside the others.
     """
     wanted, to_dtype = checked_formats(formats), _checked_dtype(dtype)
-    if isinstance(max_shard_size, int) and max_shard_size > 0:
-        pass
-    elif max_shard_size is not None and not (isinstance(max_shard_size, str) and SIZE.fullmatch(max_shard_size)):
+    if max_shard_size is not None and not _is_size(max_shard_size):
         raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
     if serving not in (None, "vllm"):
         raise LoRAError(f"serving must be 'vllm' or left out, got {serving!r}{did_you_mean(str(serving), ['vllm'])}")
@@ -69,6 +67,10 @@ def _checked_dtype(dtype: str) -> torch.dtype | None:
             f"dtype must be {', '.join(get_args(DType))}, got '{dtype}'{did_you_mean(str(dtype), get_args(DType))}"
         )
     return None if dtype == "auto" else getattr(torch, dtype)  # type: ignore[no-any-return]
+
+
+def _is_size(size: int | str) -> bool:
+    return size > 0 if isinstance(size, int) else SIZE.fullmatch(str(size)) is not None
 
 
 def checked_target(target: Path) -> Path:

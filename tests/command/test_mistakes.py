@@ -58,6 +58,14 @@ MISTAKES = {
         ["export", "--ckpt_path", "{run}", "--formats", "merge"],
         "unknown export format 'merge'; did you mean 'merged'",
     ),
+    "a format for the end of a fit that is not there": (
+        ["fit", "--config", "{config}", "--trainer.callbacks+=ExportAtEnd", "--trainer.callbacks.formats", "merge"],
+        "error: unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged, onnx)",
+    ),
+    "a server without an adapter": (
+        ["export", "--ckpt_path", "{run}", "--formats", "merged", "--serving", "vllm"],
+        "is a form of the adapter, got the formats merged: add adapter to them",
+    ),
     "a dtype that is not there": (
         ["export", "--ckpt_path", "{run}", "--dtype", "bf16"],
         "expected auto, float32, bfloat16, float16, got bf16; did you mean 'bfloat16'",
