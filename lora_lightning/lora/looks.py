@@ -25,13 +25,16 @@ TELLERS = {"print", "debug", "info", "warning", "error"}
 """What comes of the values goes to a person, as under `assert` and `raise`."""
 
 
-def looks(tree: ast.AST, function: Function, owner: type) -> set[ast.AST]:
-    """Expressions in the source of `function`, of the class `owner`, whose values go into nothing that is computed."""
+def looks(tree: ast.AST, function: Function, owner: type | None = None) -> set[ast.AST]:
+    """Expressions in the source of `function` whose values go into nothing that is computed.
+
+    With `owner`, the function's class, the helpers that it hands a weight to are judged by their source too.
+    """
     found: set[ast.AST] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr in QUESTIONS:
             found.add(node.value)
-        elif isinstance(node, ast.Compare):
+        elif isinstance(node, ast.Compare) and all(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
             found.update((node.left, *node.comparators))
         elif isinstance(node, ast.Assert | ast.Raise):
             found.update(ast.walk(node))
@@ -53,16 +56,17 @@ def arguments(call: ast.Call) -> list[ast.expr]:
     return [*call.args, *(keyword.value for keyword in call.keywords)]
 
 
-def _asked_by(call: ast.Call, function: Function, owner: type) -> set[ast.AST]:
+def _asked_by(call: ast.Call, function: Function, owner: type | None) -> set[ast.AST]:
     name = _last_name(call.func)
     if name in TELLERS:
         return {node for value in arguments(call) for node in ast.walk(value)}
     if name in ASKERS:
         return set(arguments(call))
-    if not any(isinstance(value, ast.Attribute) and value.attr == "weight" for value in arguments(call)):
-        return set()  # reading a helper's source takes long
+    takes_weight = any(isinstance(value, ast.Attribute) and value.attr == "weight" for value in arguments(call))
+    if owner is None or not takes_weight:  # reading a helper's source takes long
+        return set()
     helper, bound = _helper(call.func, function, owner)
-    return set() if helper is None else _only_asked(call, helper, bound, owner)
+    return set() if helper is None else _only_asked(call, helper, bound)
 
 
 def _last_name(node: ast.expr) -> str:
@@ -85,7 +89,7 @@ def _helper(called: ast.expr, function: Function, owner: type) -> tuple[Function
     return (found if plain else None), bound
 
 
-def _only_asked(call: ast.Call, helper: Function, bound: int, owner: type) -> set[ast.AST]:
+def _only_asked(call: ast.Call, helper: Function, bound: int) -> set[ast.AST]:
     """Those arguments of the call of whose values the helper, by its own source, makes nothing."""
     tree = parsed(helper)
     definition = tree.body[0] if tree else None
@@ -98,7 +102,6 @@ def _only_asked(call: ast.Call, helper: Function, bound: int, owner: type) -> se
     named = {*positional, *(one.arg for one in parameters.kwonlyargs)}
     given = dict(zip(positional, call.args, strict=False))
     given |= {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg in named}
-    # What the helper hands on to a helper of its own counts as used: one source is read, and not all that it leads to.
-    asked = looks(tree, helper, owner)
+    asked = looks(tree, helper)  # what it hands on to a helper of its own counts as used
     used = {node.id for node in ast.walk(definition) if isinstance(node, ast.Name) and node not in asked}
     return {value for name, value in given.items() if name not in used}

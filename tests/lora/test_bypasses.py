@@ -153,6 +153,14 @@ def handed_on(x, weight):
     return product(x, weight)
 
 
+def masked(x, weight):
+    return x * (weight > 0)[0]
+
+
+def down(x, weight):
+    return x if weight is None else down(x @ weight, weight.weight)
+
+
 class Looker(nn.Module):
     """Has a child, and methods to help its forward."""
 
@@ -227,6 +235,14 @@ def handed_on_too(self, x):
     return self.a(x) + handed_on(x, self.a.weight)
 
 
+def masked_too(self, x):
+    return self.a(x) + masked(x, self.a.weight)
+
+
+def recursive_too(self, x):
+    return self.a(x) + down(x, self.a.weight)
+
+
 def linear_too(self, x):
     return self.a(x) + nn.functional.linear(x, self.a.weight)
 
@@ -241,7 +257,7 @@ def local_too(self, x):
 
 
 LOOKS = [as_type, as_to, zeros, new, finite, told, claimed, helped, helped_by_name, helped_by_method, helped_by_static]
-USES = [product_too, in_place_too, handed_on_too, linear_too, unpacked_too, local_too]
+USES = [masked_too, recursive_too, product_too, in_place_too, handed_on_too, linear_too, unpacked_too, local_too]
 
 
 def looker(forward):
