@@ -50,8 +50,6 @@ def _own_first(sections: str) -> str:
 UNION = re.compile(r"(Parser key \"[^\"]*\": ).*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
 LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a (?:typing\.)?Literal\[(.*)\]\. Got value: (.*)")
 
-LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a typing\.(Literal\[.*\])\. Got value: (.*)")
-
 
 def _plainly(text: str) -> str:
     """A value that fits none of several types, said without the types' Python names."""
@@ -201,6 +199,22 @@ class LoRACLI(LightningCLI):
             config.ckpt_path = str(run.find_checkpoint(Path(config.runs_dir) / config.name, path))
         elif "://" not in str(path) and path not in ("hpc", "registry"):
             config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
+
+    def instantiate_classes(self) -> None:
+        """What a class of ours says of its arguments, without jsonargparse's account of the types that it tried.
+
+        Raises:
+            LoRAError: an object refuses its arguments.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, LoRAError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None:
+                raise
+            raise cause from None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that are on by default, and a log in the run folder."""

@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import CodeType
-from typing import Any
 
 from torch import nn
 
 from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.layers.attention import host_refusal
+from lora_lightning.lora.looks import Function, arguments, looks, parsed
 
-Function = Callable[..., Any]
 _KNOWN: dict[type[nn.Module], frozenset[str]] = {}
-
-# What may be asked of a weight without its values.
-_QUESTIONS = {"dtype", "device", "shape", "size", "numel", "ndim", "dim", "is_cuda", "requires_grad", "element_size"}
 
 
 def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
@@ -52,15 +47,18 @@ def weights_passed_on(parent: type[nn.Module]) -> frozenset[str]:
     """Names of children `c` for whose adapter the class's forward would not care.
 
     It uses `self.c.weight` as an argument or operand, or it reads `self.c.weight` in another way and never calls
-    `self.c`.
+    `self.c`. To look at its type, its shape or whether it is finite is neither.
     """
     if parent not in _KNOWN:
         functions = _run_by_forward(parent)
-        trees = [tree for function in functions if "weight" in _names(function) and (tree := _parsed(function))]
-        used = {child for tree in trees for child in _used(tree)}
-        read = {child for tree in trees for child in _read(tree)} - used
+        readers = [
+            (function, tree) for function in functions if "weight" in _names(function) and (tree := parsed(function))
+        ]
+        trees = [(tree, looks(tree, function, parent)) for function, tree in readers]
+        used = {child for tree, asked in trees for child in _used(tree, asked)}
+        read = {child for tree, asked in trees for child in _read(tree, asked)} - used
         if read:
-            read -= {child for function in functions if (tree := _parsed(function)) for child in _called(tree)}
+            read -= {child for function in functions if (tree := parsed(function)) for child in _called(tree)}
         _KNOWN[parent] = frozenset(used | read)
     return _KNOWN[parent]
 
@@ -100,13 +98,6 @@ def _names(function: Function) -> set[str]:
     return names
 
 
-def _parsed(function: Function) -> ast.AST | None:
-    try:
-        return ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-
-
 def _child(node: ast.AST) -> str | None:
     """`c` where the node says `self.c`."""
     is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
@@ -119,33 +110,21 @@ def _child_of_weight(node: ast.AST) -> str | None:
     return _child(node.value) if is_weight else None  # type: ignore[attr-defined]
 
 
-def _used(tree: ast.AST) -> Iterator[str]:
-    """What a call takes or an operator works on; asking for a type is no use of the values."""
+def _used(tree: ast.AST, asked: set[ast.AST]) -> Iterator[str]:
+    """What a call takes or an operator works on."""
     for node in ast.walk(tree):
         values: list[ast.expr] = []
-        if isinstance(node, ast.Call) and not _asks_type(node):
-            values = [*node.args, *(keyword.value for keyword in node.keywords)]
+        if isinstance(node, ast.Call):
+            values = arguments(node)
         elif isinstance(node, ast.BinOp):
             values = [node.left, node.right]
-        yield from (child for value in values if (child := _child_of_weight(value)))
+        yield from (child for value in values if value not in asked and (child := _child_of_weight(value)))
 
 
-def _read(tree: ast.AST) -> Iterator[str]:
-    """What is read in any way but a question after its type or shape."""
-    questions: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in _QUESTIONS:
-            questions.add(node.value)
-        elif isinstance(node, ast.Compare):
-            questions.update((node.left, *node.comparators))
-        elif isinstance(node, ast.Call) and _asks_type(node):
-            questions.update(node.args)
-    yield from (child for node in ast.walk(tree) if node not in questions and (child := _child_of_weight(node)))
+def _read(tree: ast.AST, asked: set[ast.AST]) -> Iterator[str]:
+    """What is read in any way but a look at it."""
+    yield from (child for node in ast.walk(tree) if node not in asked and (child := _child_of_weight(node)))
 
 
 def _called(tree: ast.AST) -> Iterator[str]:
     yield from (child for node in ast.walk(tree) if isinstance(node, ast.Call) and (child := _child(node.func)))
-
-
-def _asks_type(node: ast.Call) -> bool:
-    return isinstance(node.func, ast.Name) and node.func.id == "isinstance"

@@ -8,18 +8,19 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.casting import float_dtype
-from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
+from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.formats import save_adapter
 from lora_lightning.lora.quantised import scheme
 from lora_lightning.lora.storage import write_bytes
+from lora_lightning.training.export_options import DEFAULT_FORMATS, REPORT, DType, checked_options, checked_target
 from lora_lightning.training.merged import is_transformers, processing_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing
@@ -27,10 +28,6 @@ from lora_lightning.training.probe import draw, from_batch
 from lora_lightning.training.proof import ExportReport, Proof, rounding_told
 from lora_lightning.training.staging import staged
 
-FORMATS = ("adapter", "merged", "onnx")
-DEFAULT_FORMATS = ("adapter", "merged")
-REPORT = "export_report.json"
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 BESIDE = 32_000_000
 """Bytes for what is written beside weights: tokenizers are up to this large."""
 
@@ -40,7 +37,7 @@ def export(
     output_dir: str | Path,
     *,
     batch: Mapping[str, Any] | None = None,
-    formats: Iterable[str] = DEFAULT_FORMATS,
+    formats: str | Iterable[str] = DEFAULT_FORMATS,
     tokenizer: Any = None,
     label_names: list[str] | None = None,
     dtype: DType = "auto",
@@ -55,7 +52,8 @@ def export(
     Args:
         batch: a probe, as the DataModule gives it; otherwise one is drawn from what the backbone's config says.
         formats: of `adapter` (a PEFT directory), `merged` (a transformers directory, or a safetensors file with
-            the backbone's own keys) and `onnx` (of the merged model; needs the extra of that name).
+            the backbone's own keys) and `onnx` (of the merged model; needs the extra of that name); in a list, or
+            with commas between.
         tokenizer: saved beside the adapter and the merged model; the backbone's own by default.
         label_names: written into the report and into the merged model's config, or beside it.
         dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
@@ -63,11 +61,13 @@ def export(
         serving: write the adapter in the form that this server takes.
 
     Raises:
-        LoRAError: an unknown format or dtype, a folder in the way that is no export, no probe, too little space.
+        LoRAError: an option that means nothing, a folder in the way that is no export, no probe, too little space.
         MergeError: W0 moved in training, or the exported model's outputs differ by more than the tolerance.
     """
-    wanted, to_dtype = _checked_formats(formats), _checked_dtype(dtype)
-    target = _checked_target(Path(output_dir))
+    wanted, to_dtype = checked_options(formats, dtype, max_shard_size, serving)
+    if "onnx" in wanted:
+        refuse_missing()
+    target = checked_target(Path(output_dir))
     report = ExportReport(str(target), wanted, label_names=label_names)
     report.trainable, report.total = module.report.trainable, module.report.total
     with _in_eval(module.backbone) as backbone, staged(target, bytes_needed(backbone, wanted, to_dtype)) as folder:
@@ -124,36 +124,6 @@ def _plain_bytes(module: nn.Module, name: str, tensor: Tensor, to: torch.dtype |
         return module.in_features * module.out_features * (to or floats).itemsize
     own = tensor.dtype
     return tensor.numel() * ((to or own) if own.is_floating_point else own).itemsize
-
-
-def _checked_formats(formats: Iterable[str]) -> list[str]:
-    wanted = list(dict.fromkeys(formats))
-    for name in wanted:
-        if name not in FORMATS:
-            raise LoRAError(
-                f"unknown export format '{name}'{did_you_mean(name, FORMATS)} (known: {', '.join(FORMATS)})"
-            )
-    if not wanted:
-        raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
-    if "onnx" in wanted:
-        refuse_missing()
-    return wanted
-
-
-def _checked_dtype(dtype: str) -> torch.dtype | None:
-    if dtype not in get_args(DType):
-        raise LoRAError(
-            f"dtype must be {', '.join(get_args(DType))}, got '{dtype}'{did_you_mean(dtype, get_args(DType))}"
-        )
-    return None if dtype == "auto" else getattr(torch, dtype)  # type: ignore[no-any-return]
-
-
-def _checked_target(target: Path) -> Path:
-    if target.is_file():
-        raise LoRAError(f"'{target}' is a file: name a folder")
-    if target.exists() and any(target.iterdir()) and not (target / REPORT).is_file():
-        raise LoRAError(f"'{target}' holds files that are not an export: name an empty or new folder")
-    return target
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
@@ -55,9 +56,9 @@ def draw(backbone: nn.Module, example: Any = None) -> Probe:
         LoRAError: neither says what the model takes, with what to give.
     """
     example = getattr(backbone, "example_input_array", None) if example is None else example
-    if example is not None:
-        return Probe(_named(backbone, example), "example_input_array")
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
+    if example is not None:
+        return Probe(move_data_to_device(_named(backbone, example), device), "example_input_array")
     reasons = []
     for drawn in _candidates(backbone):
         try:

@@ -10,9 +10,10 @@ from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-def
 from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 
-from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training import run
-from lora_lightning.training.export import FORMATS, DType, export
+from lora_lightning.training.export import export
+from lora_lightning.training.export_options import FORMATS, DType, checked_options
+from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
@@ -53,8 +54,8 @@ class LoRATrainer(Trainer):
 
         Args:
             model: the module that the run's config describes.
-            datamodule: gives the probe batch, the tokenizer and the labels' names. Without one, the probe is
-                drawn from what the backbone's config says.
+            datamodule: gives the probe batch, the tokenizer and the labels' names. Without one, or without batches,
+                the probe is the module's example_input_array, or drawn from what the backbone's config says.
             ckpt_path: a checkpoint, a run folder, or `best` or `last` of the newest run with this config's name.
             output_dir: where to write; `export/` in the run folder by default. An older export there is replaced
                 once the new one has stood its proof.
@@ -63,10 +64,7 @@ class LoRATrainer(Trainer):
             max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
             serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
         """
-        wanted = [f.strip() for f in formats.split(",")] if isinstance(formats, str) else list(formats)
-        unknown = [f for f in wanted if f not in FORMATS]
-        if unknown:
-            raise LoRAError(f"--formats takes some of {','.join(FORMATS)}, got '{unknown[0]}'")
+        wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
         model.on_load_checkpoint(content)
@@ -85,21 +83,15 @@ class LoRATrainer(Trainer):
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
         return result
 
-    def _probe(self, model: LoRAModule, datamodule: LightningDataModule) -> dict[str, Any]:
+    def _probe(self, model: LoRAModule, datamodule: LightningDataModule) -> dict[str, Any] | None:
         datamodule.prepare_data()
         datamodule.setup("fit")
-        return probe_batch(datamodule.val_dataloader() or datamodule.train_dataloader(), model.device)
+        return first_batch(loaders_of(datamodule), model)
 
 
 def of_the_data(datamodule: Any) -> dict[str, Any]:
     """What an export takes over from a DataModule that has it."""
     return {name: getattr(datamodule, name, None) for name in ("tokenizer", "label_names")}
-
-
-def probe_batch(loaders: Any, device: torch.device) -> dict[str, Any]:
-    """The first batch of a loader, or of the first of several."""
-    batch = dict(next(iter(loaders[0] if isinstance(loaders, list) else loaders)))
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:

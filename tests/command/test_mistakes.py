@@ -56,7 +56,15 @@ MISTAKES = {
     "best before any fit": (["export", "--config", "{config}", "--ckpt_path", "best"], "no checkpoint or run folder"),
     "a format that is not there": (
         ["export", "--ckpt_path", "{run}", "--formats", "merge"],
-        "--formats takes some of adapter,merged, got 'merge'",
+        "unknown export format 'merge'; did you mean 'merged'",
+    ),
+    "a format for the end of a fit that is not there": (
+        ["fit", "--config", "{config}", "--trainer.callbacks+=ExportAtEnd", "--trainer.callbacks.formats", "merge"],
+        "error: unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged, onnx)",
+    ),
+    "a server without an adapter": (
+        ["export", "--ckpt_path", "{run}", "--formats", "merged", "--serving", "vllm"],
+        "is a form of the adapter, got the formats merged: add adapter to them",
     ),
     "a dtype that is not there": (
         ["export", "--ckpt_path", "{run}", "--dtype", "bf16"],

@@ -136,6 +136,165 @@ def test_every_way_of_reading_a_weight_is_seen():
     inject(model, config(target_modules=["called", "asked", "elsewhere"]))
 
 
+def cast_like(x, weight, *, shape=None):
+    assert weight.isfinite().all(), f"not finite: {weight}"
+    return x.to(weight.dtype, copy=weight.shape == shape)
+
+
+def product(x, weight):
+    return x @ weight
+
+
+def in_place(out, weight):
+    out.add_(weight[0])
+
+
+def handed_on(x, weight):
+    return product(x, weight)
+
+
+def masked(x, weight):
+    return x * (weight > 0)[0]
+
+
+def down(x, weight):
+    return x if weight is None else down(x @ weight, weight.weight)
+
+
+class Looker(nn.Module):
+    """Has a child, and methods to help its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def method(self, x, weight):
+        return x.type_as(weight)
+
+    @staticmethod
+    def static(weight, x):
+        return weight.new_zeros(4) + x
+
+
+def as_type(self, x):
+    return self.a(x.type_as(self.a.weight))
+
+
+def as_to(self, x):
+    return self.a(x.to(self.a.weight))
+
+
+def zeros(self, x):
+    return self.a(x) + torch.zeros_like(self.a.weight)[0]
+
+
+def new(self, x):
+    return self.a(x) + self.a.weight.new_zeros(4)
+
+
+def finite(self, x):
+    return self.a(x) if torch.isfinite(self.a.weight).all() else x
+
+
+def told(self, x):
+    print(self.a.weight.norm(), self.a.weight)
+    return self.a(x)
+
+
+def claimed(self, x):
+    assert torch.nan_to_num(self.a.weight).any(), self.a.weight
+    return self.a(x)
+
+
+def helped(self, x):
+    return self.a(cast_like(x, self.a.weight))
+
+
+def helped_by_name(self, x):
+    return self.a(cast_like(weight=self.a.weight, x=x, shape=None))
+
+
+def helped_by_method(self, x):
+    return self.a(self.method(x, self.a.weight))
+
+
+def helped_by_static(self, x):
+    return self.a(self.static(self.a.weight, x))
+
+
+def product_too(self, x):
+    return self.a(x) + product(x, self.a.weight)
+
+
+def in_place_too(self, x):
+    in_place(x, self.a.weight)
+    return self.a(x)
+
+
+def handed_on_too(self, x):
+    return self.a(x) + handed_on(x, self.a.weight)
+
+
+def masked_too(self, x):
+    return self.a(x) + masked(x, self.a.weight)
+
+
+def recursive_too(self, x):
+    return self.a(x) + down(x, self.a.weight)
+
+
+def linear_too(self, x):
+    return self.a(x) + nn.functional.linear(x, self.a.weight)
+
+
+def unpacked_too(self, x):
+    return self.a(x) + cast_like(*(x,), self.a.weight)
+
+
+def local_too(self, x):
+    cast_like = product
+    return self.a(x) + cast_like(x, self.a.weight)
+
+
+LOOKS = [as_type, as_to, zeros, new, finite, told, claimed, helped, helped_by_name, helped_by_method, helped_by_static]
+USES = [masked_too, recursive_too, product_too, in_place_too, handed_on_too, linear_too, unpacked_too, local_too]
+
+
+def looker(forward):
+    return nn.Sequential(type("Looks", (Looker,), {"forward": forward, "__module__": __name__})())
+
+
+@pytest.mark.parametrize("forward", LOOKS)
+@torch.no_grad()
+def test_a_layer_that_is_called_and_only_looked_at_is_adapted_and_its_adapter_counts(forward):
+    model, x = looker(forward), torch.randn(2, 4)
+    plain = model(x)
+    inject(model, config(target_modules=["a"]))
+    adapted = stir(model)(x)
+    layer = model[0].a
+    wanted = plain + layer.lora_settings.scale * x @ layer.lora_A.T @ layer.lora_B.T
+    assert relative(adapted, wanted) < 1e-5
+    assert relative(adapted, plain) > 1e-3
+
+
+@pytest.mark.parametrize("forward", USES)
+def test_a_weight_that_goes_into_what_is_computed_is_refused_though_the_layer_is_called(forward):
+    with pytest.raises(TargetError, match=r"cannot adapt '0\.a': Looks reads its weight"):
+        inject(looker(forward), config(target_modules=["a"]))
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_what_torchs_encoder_lets_one_assign_can_be_assigned_after_injection(nested):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    inject(model, config(target_modules=["linear1"]))
+    model.use_nested_tensor = nested
+    model.layers[0].activation_relu_or_gelu = 2
+    remove(model)
+    assert model.use_nested_tensor is nested
+    assert model.layers[0].activation_relu_or_gelu == 2
+
+
 def test_layers_to_transform_holds_for_parameters_too():
     chosen = config(target_modules=[], target_parameters=["in_proj_weight"], layers_to_transform=[1])
     assert [row.module for row in inject(encoder(), chosen).modules] == ["layers.1.self_attn.in_proj_weight"]

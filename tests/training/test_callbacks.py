@@ -6,10 +6,12 @@ import json
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
 from lora_lightning.training.callbacks.freeze import W0MovedError, check_gradients, check_optimizers
+from lora_lightning.training.export import export
 from tests.training.test_module import Vision, loader, trainer_of
 
 
@@ -138,6 +140,56 @@ def test_export_at_end_writes_the_best_checkpoint(tmp_path, make_module, make_da
     torch.testing.assert_close(peft(**batch).logits, module.eval().backbone(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
+MEANINGLESS = {
+    "unknown export format 'adaptor'; did you mean 'adapter'": {"formats": ["adaptor"]},
+    "unknown export format 'merge'; did you mean 'merged'": {"formats": "adapter,merge"},
+    "no export format given: name some of adapter, merged, onnx": {"formats": []},
+    "dtype must be auto, float32, bfloat16, float16, got 'fp8'": {"dtype": "fp8"},
+    "serving must be 'vllm' or left out, got 'tgi'": {"serving": "tgi"},
+    "max_shard_size must be bytes or a size such as 5GB, got '5 pieces'": {"max_shard_size": "5 pieces"},
+    "max_shard_size must be bytes or a size such as 5GB, got 0": {"max_shard_size": 0},
+    "a form of the adapter, got the formats merged: add adapter": {"formats": ["merged"], "serving": "vllm"},
+}
+
+
+@pytest.mark.parametrize("said", MEANINGLESS)
+def test_an_export_that_means_nothing_is_refused_before_any_fit_and_by_export_alike(said, tmp_path, make_module):
+    with pytest.raises(LoRAError, match=said):
+        ExportAtEnd(**MEANINGLESS[said])
+    with pytest.raises(LoRAError, match=said):
+        export(
+            make_module(Vision(), LoRAConfig(r=2)), tmp_path / "out", batch={"x": torch.ones(1, 6)}, **MEANINGLESS[said]
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_formats_may_have_commas_between_everywhere(tmp_path, make_module):
+    assert ExportAtEnd(formats="adapter, merged").options["formats"] == ["adapter", "merged"]
+    batch = {"x": torch.ones(1, 6)}
+    report = export(make_module(Vision(), LoRAConfig(r=2)), tmp_path / "out", batch=batch, formats="merged,adapter")
+    assert report.formats == ["merged", "adapter"]
+
+
+def test_an_export_that_cannot_be_is_told_before_the_first_step(tmp_path, make_module, monkeypatch):
+    class Steps(Callback):
+        def on_train_batch_start(self, *args):
+            raise AssertionError("it trained")
+
+    def refused(said, lora=LoRAConfig(r=2), **options):  # noqa: B008
+        callbacks = [FreezeBase(show_table=False), Steps(), ExportAtEnd(**options)]
+        with pytest.raises(LoRAError, match=said):
+            trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(Vision(), lora), loader())
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    refused("holds files that are not an export", output_dir=str(tmp_path / "mine"))
+    refused("vLLM takes A and B of linear layers alone", LoRAConfig(r=2, use_dora=True), serving="vllm")
+    monkeypatch.setattr("lora_lightning.training.onnx.PACKAGES", ("a_package_that_is_not_there",))
+    refused("ONNX needs a_package_that_is_not_there", formats=["onnx"])
+    with pytest.raises(LoRAError, match="ExportAtEnd exports a LoRAModule, got BoringModel"):
+        trainer_of(tmp_path, callbacks=[ExportAtEnd()]).fit(BoringModel())
+
+
 def test_an_exports_figures_reach_the_log_and_what_was_trained_last_stays(tmp_path, make_module):
     from lightning.pytorch.loggers import CSVLogger
 
@@ -148,8 +200,8 @@ def test_an_exports_figures_reach_the_log_and_what_was_trained_last_stays(tmp_pa
         def on_train_end(self, trainer, pl_module):
             ended.update({k: v.clone() for k, v in pl_module.state_dict().items()})
 
-    export = ExportAtEnd(dtype="bfloat16", output_dir=str(tmp_path / "out"))
-    callbacks = [FreezeBase(show_table=False), Remember(), export]
+    at_end = ExportAtEnd(dtype="bfloat16", output_dir=str(tmp_path / "out"))
+    callbacks = [FreezeBase(show_table=False), Remember(), at_end]
     logger = CSVLogger(tmp_path, name="log")
     trainer_of(tmp_path, logger=logger, callbacks=callbacks, max_epochs=2).fit(module, loader(), loader(8))
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())

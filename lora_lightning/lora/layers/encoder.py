@@ -20,6 +20,10 @@ class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):
         """0 while adapters are on: by torch's own rule the kernel is then not taken, whatever else is true."""
         return 0 if self.lora_enabled else self._own_activation()
 
+    @activation_relu_or_gelu.setter
+    def activation_relu_or_gelu(self, value: int) -> None:
+        self.__dict__["activation_relu_or_gelu"] = value
+
     def _own_activation(self) -> int:
         return int(self.__dict__["activation_relu_or_gelu"])
 
@@ -68,6 +72,10 @@ class EncoderHost(Grafted, nn.TransformerEncoder):
         """False while gradients are recorded: attention has no backward for nested tensors outside of the kernel."""
         own = bool(self.__dict__["use_nested_tensor"])
         return own and (not self.lora_enabled or self._can_nest())
+
+    @use_nested_tensor.setter
+    def use_nested_tensor(self, value: bool) -> None:
+        self.__dict__["use_nested_tensor"] = value
 
     def _can_nest(self) -> bool:
         return kernel.possible(next(self.parameters()).device) and not torch.is_autocast_enabled()
