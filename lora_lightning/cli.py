@@ -221,9 +221,11 @@ class LoRACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default in (FreezeBase, RunReport, PredictionWriter):
+        for default in (FreezeBase, PredictionWriter):
             if not any(isinstance(callback, default) for callback in callbacks):
                 callbacks.insert(0, default())
+        if not any(isinstance(callback, RunReport) for callback in callbacks):
+            callbacks.append(RunReport())  # its table closes a fit, after whatever the others add to it
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):

@@ -102,7 +102,7 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     """How near the exported files are to what was trained."""
     rows = []
     if "export_max_rel_diff" in v:
-        merged = "merged" in v.get("export_formats", ["merged"])
+        merged = {"merged", "onnx"} & set(v.get("export_formats", ["merged"]))
         rule = str(v.get("export_rule", ""))
         limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
         what = "merged against adapted" if merged else "adapter read back"

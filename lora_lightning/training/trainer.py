@@ -95,19 +95,15 @@ def of_the_data(datamodule: Any) -> dict[str, Any]:
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
-    """Put an export's figures into the run's report, over those of an earlier one, and return the whole of it."""
-    same = [f"{kind}_{what}" for kind in result.formats for what in ("dir", "bytes")]
+    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it."""
+    same = [f"{kind}_{what}" for kind in FORMATS for what in ("dir", "bytes")]
     same += ["w0_before", "w0_after", "w0_unchanged", "trainable", "total"]
     values: dict[str, Any] = {name: getattr(result, name) for name in same}
     own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "kept_least", "kept_low")
     values |= {f"export_{name}": getattr(result, name) for name in own}
     values |= {"export_dequantised": len(result.dequantised), "export_layers": len(result.kept)}
     values |= {"export_files": result.merged_files}
-    if result.onnx is not None:
-        values |= {"onnx_max_rel_diff": result.onnx.max_rel_diff, "onnx_tolerance": result.onnx.tolerance}
+    onnx = result.onnx
+    values |= {"onnx_max_rel_diff": onnx and onnx.max_rel_diff, "onnx_tolerance": onnx and onnx.tolerance}
     values |= {"share": result.trainable / result.total, "run_dir": str(folder)}
-    known = run.update_report(folder, {key: value for key, value in values.items() if value is not None})
-    # What an export of one format put in another's place is no more.
-    replaced = {kind: str(Path(result.output_dir) / kind) for kind in FORMATS if kind not in result.formats}
-    gone = {f"{kind}_dir": None for kind, path in replaced.items() if known.get(f"{kind}_dir") == path}
-    return run.update_report(folder, gone) if gone else known
+    return run.update_report(folder, values)
