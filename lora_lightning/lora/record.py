@@ -46,7 +46,7 @@ def write_record(
     """The metadata of a file that holds `tensors`."""
     record = {
         "version": version("lora_lightning"),
-        "base": json.loads(fingerprint(model, cached=True).to_json()),
+        "base": json.loads(fingerprint(model).to_json()),
         "adapter": of_tensors(tensors).digest,
         "settings": {p.name: [*p.loads_as, p.scale] for p in packed},
         "dropouts": dropouts,
