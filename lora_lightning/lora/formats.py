@@ -77,7 +77,7 @@ def save_adapter(
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, packed)
     directory = Path(directory)
-    write_tensors(directory / WEIGHTS, tensors, write_record(model, packed, tensors, other_dropouts(packed)))
+    write_tensors(directory / WEIGHTS, tensors, write_record(model, packed, tensors, other_dropouts(packed), config))
     write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     return directory
 
@@ -134,6 +134,8 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     record = read_record(metadata)
     if record and not record.holds(tensors):
         raise AdapterError(f"{file} was changed since it was saved: export or download it again")
+    if record:
+        record.refuse_changed(peft, directory / CONFIG)
     refuse_not_finite(tensors)
     return peft, tensors, record
 

@@ -440,6 +440,39 @@ def test_settings_that_were_changed_under_our_own_record_are_refused(tmp_path, s
     refused(tmp_path, "was changed since it was saved")
 
 
+CHANGED = {
+    "a token's number": {"trainable_token_indices": {"bert.embeddings.word_embeddings": [1, 7]}},
+    "the dropout": {"lora_dropout": 0.9},
+    "a field that was not there": {"layers_to_transform": [0]},
+    "a field that is not there any more": {"lora_dropout": None},
+    "a flag": {"fan_in_fan_out": True},
+    "the start": {"init_lora_weights": "pissa"},
+    "a tie": {"ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_config_of_ours_that_says_another_thing_is_refused_by_the_field(tmp_path, change):
+    options = {"dropout": 0.1, "trainable_token_indices": {"word_embeddings": [1, 5]}}
+    save_adapter(trained(target_modules=["query"], **options), tmp_path)
+    edit_config(tmp_path, **CHANGED[change])
+    (field,) = CHANGED[change]
+    refused(tmp_path, rf"was changed since it was saved, in {field}=.*base_model_name_or_path.* may be changed")
+
+
+def test_a_config_of_ours_may_be_edited_where_it_changes_nothing_of_the_update(tmp_path):
+    model = trained(target_modules=["query"], alpha=4)
+    save_adapter(model, tmp_path)
+    edit_config(tmp_path, base_model_name_or_path="other/name", revision="main", inference_mode=False)
+    edit_config(tmp_path, task_type="SEQ_CLS", auto_mapping=None, lora_alpha=4.0, exclude_modules=None, lora_bias=None)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["use_dora"]
+    (tmp_path / CONFIG).write_text(json.dumps(dict(reversed(config.items()))))
+    other = BERT.build()
+    load_adapter(other, tmp_path)
+    assert torch.equal(BERT.run(other), BERT.run(model))
+
+
 @pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "one byte less", "binary"])
 def test_files_that_are_missing_or_torn_are_refused(tmp_path, file, damage):
