@@ -17,12 +17,13 @@ from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers, inject, remove
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.misfits import refuse_misfits, refuse_not_finite
-from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
-from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
+from lora_lightning.lora.packing import PREFIX, our_tensors, packed_layers, peft_tensors
+from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, read_config, token_ids
 from lora_lightning.lora.peft_copies import without_base_copies
 from lora_lightning.lora.peft_keys import as_written, read_weights
 from lora_lightning.lora.peft_limits import warn_of_peft_limits
 from lora_lightning.lora.peft_ties import with_ties
+from lora_lightning.lora.peft_wrappers import is_peft_copy
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
 from lora_lightning.lora.record import Record, check_base, read_record, write_record
 from lora_lightning.lora.report import InjectionReport
@@ -144,7 +145,9 @@ def of_model(
     peft: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors under the names that `model` has for its modules, ties told."""
-    named = {key: tensor for key, tensor in as_written(tensors, model).items() if not is_peft_copy(key)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    written = as_written(tensors, model).items()
+    named = {key: tensor for key, tensor in written if not is_peft_copy(key.removeprefix(PREFIX), modules)}
     return with_ties(peft, named, model), named
 
 

@@ -221,17 +221,6 @@ def start_in_file(peft: dict[str, Any]) -> str:
     return "gaussian"
 
 
-def is_trained_bias(name: str, peft: dict[str, Any]) -> bool:
-    """A bias that `bias` trained, and not one of a module that is saved in full."""
-    wanted = {"all": (".bias",), "lora_only": (".base_layer.bias",)}.get(str(peft.get("bias")), ())
-    return name.endswith(wanted) and holder(name, peft.get("modules_to_save") or []) is None
-
-
-def is_peft_copy(key: str) -> bool:
-    """PEFT's `bias: all` writes the biases inside a wrapped module a second time, under names of its own."""
-    return ".original_module." in key or ".modules_to_save." in key
-
-
 def token_ids(peft: dict[str, Any], name: str) -> list[int]:
     """The token numbers of an embedding's rows, in the file's order.
 

@@ -1,5 +1,6 @@
 """Names that are the dotted end of others: a setting of one must not reach the other."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -61,3 +62,68 @@ def test_an_end_of_several_names_in_modules_to_save_is_refused():
     model = nn.ModuleDict({"a": Nested(), "b": nn.Linear(2, 2)})
     with pytest.raises(TargetError, match=r"'x' is the end of several names: write in full 'a\.inner\.x', 'a\.x'"):
         inject(model, LoRAConfig(r=2, target_modules=["b"], modules_to_save=["x"]))
+
+
+class Named(nn.Module):
+    """Modules that are called as PEFT's wrappers are, or nearly so."""
+
+    def __init__(self):
+        super().__init__()
+        kind = {"in_features": 4, "out_features": 4}
+        self.base_layer = nn.Sequential(nn.Linear(**kind), nn.Linear(**kind))
+        self.base_layer_2, self.original_module = nn.Linear(**kind), nn.Module()
+        self.original_module.q, self.modules_to_save = nn.Linear(**kind), nn.ModuleDict({"q": nn.Linear(**kind)})
+        self.enc = nn.ModuleDict({"base_layers": nn.ModuleList([nn.Linear(**kind)]), "base_layer": nn.Linear(**kind)})
+        self.encs, self.mha = nn.ModuleList([nn.Linear(**kind)]), nn.Module()
+        self.mha.base_layer = nn.MultiheadAttention(4, 1, batch_first=True)
+        self.table = nn.ModuleDict({"base_layer": nn.Embedding(5, 4)})
+
+    def forward(self, ids):
+        x = self.table["base_layer"](ids)
+        for layer in (*self.base_layer, self.base_layer_2, self.original_module.q, self.modules_to_save["q"]):
+            x = x + layer(x)
+        x = x + self.encs[0](self.enc["base_layers"][0](x)) + self.enc["base_layer"](x)
+        return x + self.mha.base_layer(x, x, x, need_weights=False)[0]
+
+
+def named():
+    torch.manual_seed(0)
+    return Named().double().eval()
+
+
+NAMED = ["base_layer.0", "base_layer_2", "enc.base_layers.0", "enc.base_layer", "table.base_layer"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"target_modules": [name]} for name in [*NAMED, "mha.base_layer", "original_module.q", "modules_to_save.q"]),
+        {"target_modules": NAMED, "bias": "lora_only"},
+        {"target_modules": ["base_layer.0"], "bias": "all"},
+        {"target_modules": ["encs.0"], "bias": "lora_only", "modules_to_save": ["enc.base_layer"]},
+        {"target_modules": ["encs.0"], "trainable_token_indices": {"table.base_layer": [1, 3]}},
+        {"target_modules": ["encs.0"], "target_parameters": ["enc.base_layer.weight"]},
+    ],
+    ids=str,
+)
+def test_modules_that_are_named_as_pefts_wrappers_are_load_as_they_were_saved(options, tmp_path):
+    model, ids = named(), torch.tensor([[0, 3, 1], [2, 4, 1]])
+    inject(model, LoRAConfig(r=2, **options))
+    save_adapter(shake(model), tmp_path)
+    again = named()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again.eval()(ids), model.eval()(ids))
+    assert not torch.equal(model(ids), named()(ids))
+
+
+@pytest.mark.parametrize("targets", [["base_layer_2"], ["enc.base_layers.0", "encs.0"], ["original_module.q"]], ids=str)
+def test_a_directory_of_pefts_for_such_modules_loads_as_what_it_says(targets, tmp_path):
+    ids = torch.tensor([[0, 3, 1], [2, 4, 1]])
+    theirs = peft.get_peft_model(
+        named(), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, bias="lora_only")
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = named()
+    with pytest.warns(UserWarning, match="no fingerprint"):
+        load_adapter(ours, tmp_path)
+    assert torch.allclose(ours(ids), theirs(ids), rtol=1e-12, atol=1e-12)
