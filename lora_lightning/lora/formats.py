@@ -28,7 +28,7 @@ from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config
 from lora_lightning.lora.record import Record, check_base, read_record, write_record
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.serving import for_vllm, vllm_targets
-from lora_lightning.lora.storage import write_bytes, write_tensors
+from lora_lightning.lora.storage import tensor_bytes, write_together
 from lora_lightning.lora.unpacking import check_targets, contents, our_config
 
 
@@ -54,9 +54,11 @@ def save_adapter(
             slices and subtracted starts are folded into A and B, and what it cannot serve is refused.
 
     Raises:
-        AdapterError: the model has no adapter, or its values are not finite, or vLLM cannot serve it.
+        AdapterError: the model has no adapter, or its values are not finite or on the meta device, or vLLM cannot
+            serve it, or the directory cannot be written, which is then as it was.
     """
-    model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper that renames every key
+    model = uncompiled(model)
+    refuse_meta(model, "has no values to save")
     packed = packed_layers(model)
     if not all(p.peft_name for p in packed):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
@@ -77,9 +79,11 @@ def save_adapter(
     config["task_type"] = task_type
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, packed)
+        config.pop("exclude_modules", None)
     directory = Path(directory)
-    write_tensors(directory / WEIGHTS, tensors, write_record(model, packed, tensors, other_dropouts(packed), config))
-    write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    record = write_record(model, packed, tensors, other_dropouts(packed), config)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_together(directory, {WEIGHTS: tensor_bytes(tensors, record), CONFIG: text.encode()})
     return directory
 
 
@@ -105,7 +109,7 @@ def load_adapter(
             made on another W0 and `allow_other_base` is False. The model is then as before.
         LoRAError: the model is adapted already.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), uncompiled(model)
     peft, tensors, record = read_directory(directory)
     refuse_meta(model)
     check_base(record, model, allow_other_base=allow_other_base, replaced=peft.get("modules_to_save") or ())
@@ -196,10 +200,15 @@ def _untied_where_unequal(model: nn.Module, own: dict[str, Tensor], tensors: Map
     return own
 
 
-def refuse_meta(model: nn.Module) -> None:
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model in `torch.compile(model)`, a wrapper that renames every key; any other model is itself."""
+    return model._modules.get("_orig_mod") or model
+
+
+def refuse_meta(model: nn.Module, why: str = "would drop what is loaded") -> None:
     """Raise an AdapterError for a model whose tensors have no values yet."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise AdapterError("the model is on the meta device and would drop what is loaded: give it its weights first")
+        raise AdapterError(f"the model is on the meta device and {why}: give it its weights first")
 
 
 def _first_factors(model: nn.Module) -> dict[str, Tensor]:
