@@ -132,12 +132,7 @@ def check_base(
         replaced: modules that the adapter brings whole.
     """
     if record is None:
-        warnings.warn(
-            "this adapter notes no fingerprint of its base, as PEFT's do not: whether it belongs to this one was not"
-            " checked",
-            AdapterWarning,
-            stacklevel=3,
-        )
+        warn_of_no_fingerprint(4)
     else:
         refuse_other_base(record.base, fingerprint(model), allow_other_base=allow_other_base, replaced=replaced)
 
@@ -157,9 +152,24 @@ def refuse_other_base(
         way_out = "pass allow_other_base=True (--model.allow_other_base true on the command line) to do without"
         raise AdapterError(f"{told}. Load the base that it was made on, or {way_out}")
     if told:
-        warnings.warn(
-            f"allow_other_base: {told}. Its outputs are not those that were trained", AdapterWarning, stacklevel=3
-        )
+        warn_of_other_base(told, 5)
+
+
+def warn_of_no_fingerprint(stacklevel: int) -> None:
+    """What is said of an adapter that notes nothing of its base."""
+    warnings.warn(
+        "this adapter notes no fingerprint of its base, as those of PEFT and loralib do not: whether it belongs to"
+        " this one was not checked",
+        AdapterWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def warn_of_other_base(told: str, stacklevel: int) -> None:
+    """What is said of an adapter that is loaded on another base than its own, as it was asked for."""
+    warnings.warn(
+        f"allow_other_base: {told}. Its outputs are not those that were trained", AdapterWarning, stacklevel=stacklevel
+    )
 
 
 def unknown_format(made_on: Fingerprint) -> str | None:
