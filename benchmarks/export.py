@@ -65,7 +65,6 @@ def measure_fingerprint(gib: float, repeats: int) -> dict[str, float]:
         "fingerprint, core s per GiB": statistics.median(work) / gib,
         "one core's SHA-256, s per GiB": statistics.median(plain) / gib,
         "fingerprint over one core's SHA-256": statistics.median(a / b for a, b in zip(own, plain, strict=True)),
-        "fingerprint again, cached, s": timed(lambda: fingerprint(model, cached=True)),
     }
 
 

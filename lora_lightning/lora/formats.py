@@ -17,17 +17,18 @@ from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers, inject, remove
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.misfits import refuse_misfits, refuse_not_finite
-from lora_lightning.lora.packing import our_tensors, packed_layers, peft_tensors
-from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, is_peft_copy, read_config, token_ids
+from lora_lightning.lora.packing import PREFIX, our_tensors, packed_layers, peft_tensors
+from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, read_config, token_ids
 from lora_lightning.lora.peft_copies import without_base_copies
 from lora_lightning.lora.peft_keys import as_written, read_weights
 from lora_lightning.lora.peft_limits import warn_of_peft_limits
 from lora_lightning.lora.peft_ties import with_ties
+from lora_lightning.lora.peft_wrappers import is_peft_copy
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
 from lora_lightning.lora.record import Record, check_base, read_record, write_record
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.serving import for_vllm, vllm_targets
-from lora_lightning.lora.storage import write_bytes, write_tensors
+from lora_lightning.lora.storage import tensor_bytes, write_together
 from lora_lightning.lora.unpacking import check_targets, contents, our_config
 
 
@@ -53,9 +54,11 @@ def save_adapter(
             slices and subtracted starts are folded into A and B, and what it cannot serve is refused.
 
     Raises:
-        AdapterError: the model has no adapter, or its values are not finite, or vLLM cannot serve it.
+        AdapterError: the model has no adapter, or its values are not finite or on the meta device, or vLLM cannot
+            serve it, or the directory cannot be written, which is then as it was.
     """
-    model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper that renames every key
+    model = uncompiled(model)
+    refuse_meta(model, "has no values to save")
     packed = packed_layers(model)
     if not all(p.peft_name for p in packed):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
@@ -76,9 +79,11 @@ def save_adapter(
     config["task_type"] = task_type
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, packed)
+        config.pop("exclude_modules", None)
     directory = Path(directory)
-    write_tensors(directory / WEIGHTS, tensors, write_record(model, packed, tensors, other_dropouts(packed)))
-    write_bytes(directory / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    record = write_record(model, packed, tensors, other_dropouts(packed), config)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_together(directory, {WEIGHTS: tensor_bytes(tensors, record), CONFIG: text.encode()})
     return directory
 
 
@@ -104,7 +109,7 @@ def load_adapter(
             made on another W0 and `allow_other_base` is False. The model is then as before.
         LoRAError: the model is adapted already.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), uncompiled(model)
     peft, tensors, record = read_directory(directory)
     refuse_meta(model)
     check_base(record, model, allow_other_base=allow_other_base, replaced=peft.get("modules_to_save") or ())
@@ -134,6 +139,8 @@ def read_directory(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor], 
     record = read_record(metadata)
     if record and not record.holds(tensors):
         raise AdapterError(f"{file} was changed since it was saved: export or download it again")
+    if record:
+        record.refuse_changed(peft, directory / CONFIG)
     refuse_not_finite(tensors)
     return peft, tensors, record
 
@@ -142,7 +149,9 @@ def of_model(
     peft: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and tensors under the names that `model` has for its modules, ties told."""
-    named = {key: tensor for key, tensor in as_written(tensors, model).items() if not is_peft_copy(key)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    written = as_written(tensors, model).items()
+    named = {key: tensor for key, tensor in written if not is_peft_copy(key.removeprefix(PREFIX), modules)}
     return with_ties(peft, named, model), named
 
 
@@ -191,10 +200,15 @@ def _untied_where_unequal(model: nn.Module, own: dict[str, Tensor], tensors: Map
     return own
 
 
-def refuse_meta(model: nn.Module) -> None:
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model in `torch.compile(model)`, a wrapper that renames every key; any other model is itself."""
+    return model._modules.get("_orig_mod") or model
+
+
+def refuse_meta(model: nn.Module, why: str = "would drop what is loaded") -> None:
     """Raise an AdapterError for a model whose tensors have no values yet."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise AdapterError("the model is on the meta device and would drop what is loaded: give it its weights first")
+        raise AdapterError(f"the model is on the meta device and {why}: give it its weights first")
 
 
 def _first_factors(model: nn.Module) -> dict[str, Tensor]:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.config import Bias, LoRAConfig
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, did_you_mean, some
-from lora_lightning.lora.formats import load_tensors, plain_again_on_error, refuse_meta
+from lora_lightning.lora.formats import load_tensors, plain_again_on_error, refuse_meta, uncompiled
 from lora_lightning.lora.inject import inject
 from lora_lightning.lora.layers import LoRAConv1D, kind_of
 from lora_lightning.lora.loralib_layers import Factors, conv_factors, embedding_factors, linear_factors
+from lora_lightning.lora.misfits import refuse_not_finite
+from lora_lightning.lora.record import warn_of_no_fingerprint, warn_of_other_base
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.storage import read_pickled, read_tensors
 
@@ -49,12 +51,15 @@ def load_loralib(
         enable_lora: of `MergedLinear`, such as `[True, False, True]` for query and value of a fused projection; for
             several kinds by module name or dotted end of it. Not needed where every part is adapted.
         modules_to_save: modules that were trained in full beside A and B and are in the file, such as a head.
-        allow_other_base: load A and B though weights of the base in the file are not this model's.
+        allow_other_base: load A and B, with a warning, though weights of the base in the file are not this model's.
+            A file that holds less than the whole base is loaded with a notice.
 
     Raises:
-        AdapterError: the file is torn or holds more than tensors; keys are missing, left over or wrongly shaped; r
-            contradicts the shapes; W0 in the file is another, or merged. The model is then as before.
+        AdapterError: the file is torn, or holds more than tensors or numbers that are not finite; keys are missing,
+            left over or wrongly shaped; r contradicts the shapes; W0 in the file is another, or merged. The model is
+            then as before.
     """
+    model = uncompiled(model)
     refuse_meta(model)
     tensors = _read(Path(path), model)
     parts = _factors(tensors, model, r, enable_lora)
@@ -81,6 +86,7 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
             tensors = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
     if not any(key.endswith("lora_A") for key in tensors):
         raise AdapterError(f"{path} has no key that ends in lora_A: it is no loralib checkpoint")
+    refuse_not_finite(tensors)
     return tensors
 
 
@@ -168,7 +174,9 @@ def _check_rest(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     biases = [key for key in moved if key.rpartition(".")[2] == "bias" and key in parameters]
     others = [key for key in moved if key not in biases]
-    if others and not allow_other_base:
+    if others and allow_other_base:
+        warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}", 4)
+    elif others:
         merged = [key for key in others if _is_merged(key, rest[key], own[key], parts, alpha / r)]
         why = (
             "loralib folds the update into W0 in eval() mode and this was saved so: W0 + (alpha / r) B A"
@@ -180,6 +188,8 @@ def _check_rest(
             f"{len(others)} weights in the checkpoint are not this model's: {some(others, 10)}; {why}."
             f" Pass allow_other_base=True to put A and B on this model's own weights"
         )
+    if not own.keys() - rest.keys() <= {key for key in own if any(_within(key, name) for name in saved)}:
+        warn_of_no_fingerprint(4)
     if not biases:
         return "none"
     return "lora_only" if all(key.rpartition(".")[0] in parts for key in biases) else "all"

@@ -23,6 +23,7 @@ from lora_lightning.lora.layers import AdaptedLayer
 from lora_lightning.lora.packing import PREFIX, our_tensors
 from lora_lightning.lora.peft_config import token_ids
 from lora_lightning.lora.peft_copies import without_base_copies
+from lora_lightning.lora.peft_wrappers import unwrapped
 from lora_lightning.lora.record import Record
 from lora_lightning.lora.unpacking import check_targets, contents, our_config
 
@@ -82,10 +83,10 @@ def _less_base_copies(
     tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Module, read: Read, *, allow_other_base: bool
 ) -> dict[str, Tensor]:
     """`without_base_copies`, with each tensor of W0 that it compares put in for the moment."""
-    names = set(model.state_dict())
+    names, modules = set(model.state_dict()), dict(model.named_modules(remove_duplicate=False))
     kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        module, _, own = (name := key.removeprefix(PREFIX).replace(".base_layer.", ".")).rpartition(".")
+        module, _, own = (name := unwrapped(key.removeprefix(PREFIX), modules)[0]).rpartition(".")
         W0 = read(name) if name in names and own in model.get_submodule(module)._parameters else None
         if W0 is None:
             kept[key] = tensor

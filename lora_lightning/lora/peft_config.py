@@ -83,8 +83,16 @@ def read_config(path: Path) -> dict[str, Any]:
     for name, (check, expected) in CHECKS.items():
         left_out = config.get(name) is None and (name not in config or name not in NUMBERS)
         if not left_out and not check(config[name]):
-            raise AdapterError(f"{path}: {name} must be {expected}, got {shown(config[name])}")
+            why = _why_no_regex(config[name]) if name in WITH_REGEXES else ""
+            raise AdapterError(f"{path}: {name} must be {expected}, got {shown(config[name])}{why}")
     return config
+
+
+def _why_no_regex(value: Any) -> str:
+    """The reason for which one of a field's regular expressions is refused."""
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
+    refused = ((pattern, refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
+    return next((f": {shown(pattern)} {reason}" for pattern, reason in refused if reason), "")
 
 
 def shown(value: Any) -> str:
@@ -148,6 +156,7 @@ def _is_tokens(value: Any) -> bool:
     return all(isinstance(numbers, list) and all(_is_int(n) for n in numbers) for numbers in lists)
 
 
+WITH_REGEXES = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
 NUMBERS = ("r", "lora_alpha")
 """Fields that PEFT never leaves at null."""
 
@@ -195,7 +204,13 @@ def peft_selects(pattern: str | list[str], name: str) -> bool:
     """A string is a regular expression on the full name, a list's entries are dotted ends of it."""
     if isinstance(pattern, str):
         return re.fullmatch(pattern, name) is not None
-    return any(name == entry or name.endswith(f".{entry}") for entry in pattern)
+    return not set(pattern).isdisjoint(dotted_ends(name))
+
+
+def dotted_ends(name: str) -> list[str]:
+    """`a.b.c`, `b.c` and `c` of `a.b.c`."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
 
 
 def holder(key: str, listed: list[str]) -> str | None:
@@ -219,17 +234,6 @@ def start_in_file(peft: dict[str, Any]) -> str:
             f" that cannot be computed again: save it in PEFT with path_initial_model_for_weight_conversion first"
         )
     return "gaussian"
-
-
-def is_trained_bias(name: str, peft: dict[str, Any]) -> bool:
-    """A bias that `bias` trained, and not one of a module that is saved in full."""
-    wanted = {"all": (".bias",), "lora_only": (".base_layer.bias",)}.get(str(peft.get("bias")), ())
-    return name.endswith(wanted) and holder(name, peft.get("modules_to_save") or []) is None
-
-
-def is_peft_copy(key: str) -> bool:
-    """PEFT's `bias: all` writes the biases inside a wrapped module a second time, under names of its own."""
-    return ".original_module." in key or ".modules_to_save." in key
 
 
 def token_ids(peft: dict[str, Any], name: str) -> list[int]:

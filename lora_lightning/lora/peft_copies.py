@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.heads import HF_MODEL, is_a
 from lora_lightning.lora.packing import PREFIX
-from lora_lightning.lora.peft_config import holder, is_trained_bias
-
-BASE_END = ".base_layer.weight"
+from lora_lightning.lora.peft_config import holder
+from lora_lightning.lora.peft_wrappers import is_trained_bias, unwrapped
 
 
 def without_base_copies(
@@ -27,17 +26,18 @@ def without_base_copies(
     """
     own, listed = model.state_dict(), peft.get("modules_to_save") or []
     head = model.get_output_embeddings() if is_a(model, HF_MODEL) else None  # type: ignore[operator]
-    tables = {name for name, module in model.named_modules() if isinstance(module, nn.Embedding) or module is head}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    tables = {name for name, module in modules.items() if isinstance(module, nn.Embedding) or module is head}
     kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         full = key.removeprefix(PREFIX)
-        name = full.replace(".base_layer.", ".")
+        name, wrappers = unwrapped(full, modules)
         here = own.get(name)
-        if here is None or holder(name, listed) or is_trained_bias(full, peft):
+        if here is None or holder(name, listed) or is_trained_bias(full, peft, modules):
             kept[key] = tensor
         elif here.shape == tensor.shape and torch.equal(tensor.to(here.dtype), here.cpu()):
             continue
-        elif not (full.endswith(BASE_END) or name.removesuffix(".weight") in tables):
+        elif not (name.endswith(".weight") and (wrappers or name.removesuffix(".weight") in tables)):
             kept[key] = tensor
         elif not allow_other_base:
             raise AdapterError(

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, ConfigError, some
 from lora_lightning.lora.fingerprint import FORMAT, Fingerprint, fingerprint, of_tensors
 from lora_lightning.lora.packing import Packed
+from lora_lightning.lora.peft_config import HARMLESS, shown
 from lora_lightning.lora.slices import check_spec
 
 PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
@@ -34,22 +36,52 @@ class Record:
     """Dropouts that differ from the most common one, for which PEFT's config has no place."""
     slices: dict[str, Any]
     """The chosen parts of fused layers, written out in full."""
+    config: dict[str, str] | None = None
+    """Digests of what PEFT's config said beside it, by field; None in records of older versions."""
 
     def holds(self, tensors: Mapping[str, Tensor]) -> bool:
         """Whether the file's tensors are as they were saved, as far as a digest of that format can tell."""
         return self.base.format != FORMAT or self.adapter == of_tensors(tensors).digest
 
+    def refuse_changed(self, config: Mapping[str, Any], path: Path) -> None:
+        """Raise an AdapterError where the config at `path` means another thing than it did when it was saved."""
+        here = config_digests(config)
+        before = here if self.config is None else self.config
+        if changed := sorted(name for name in {*here, *before} if here.get(name) != before.get(name)):
+            said = some([f"{name[:40]}={shown(config.get(name))}" for name in changed])
+            raise AdapterError(
+                f"{path} was changed since it was saved, in {said}: put back what it said, or export or download it"
+                f" again; {some(sorted(FREE), 8)} may be changed"
+            )
+
+
+FREE = HARMLESS - {"ensure_weight_tying"}
+"""Fields of PEFT's config that may be edited: they change nothing of what is loaded."""
+
+
+def config_digests(config: Mapping[str, Any]) -> dict[str, str]:
+    """The first 16 hexadecimal digits of each field's SHA-256. What is null, false or empty is as if left out; 3 is
+    3.0."""
+    said = {n: v for n, v in config.items() if n not in FREE and not (v is None or v is False or v in ([], {}, ""))}
+    plain = {name: json.loads(json.dumps(value), parse_int=float) for name, value in said.items()}
+    return {name: _sha256(json.dumps(value, sort_keys=True))[:16] for name, value in plain.items()}
+
 
 def write_record(
-    model: nn.Module, packed: list[Packed], tensors: Mapping[str, Tensor], dropouts: dict[str, float]
+    model: nn.Module,
+    packed: list[Packed],
+    tensors: Mapping[str, Tensor],
+    dropouts: dict[str, float],
+    config: Mapping[str, Any],
 ) -> dict[str, str]:
-    """The metadata of a file that holds `tensors`."""
+    """The metadata of a file that holds `tensors` and lies beside `config`."""
     record = {
         "version": version("lora_lightning"),
-        "base": json.loads(fingerprint(model, cached=True).to_json()),
+        "base": json.loads(fingerprint(model).to_json()),
         "adapter": of_tensors(tensors).digest,
         "settings": {p.name: [*p.loads_as, p.scale] for p in packed},
         "dropouts": dropouts,
+        "config": config_digests(config),
         "slices": {p.name: s.to_spec() for p in packed if (s := p.layer.lora_settings.slices) and p.one_alpha is None},
     }
     text = json.dumps(record, sort_keys=True)
@@ -80,6 +112,7 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
             settings={name: (int(r), float(a), float(s)) for name, (r, a, s) in record["settings"].items()},
             dropouts={name: float(p) for name, p in record.get("dropouts", {}).items()},
             slices=slices,
+            config={name: str(d) for name, d in record["config"].items()} if "config" in record else None,
         )
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"the adapter's record of its base cannot be read ({str(error)[:200]})") from error
@@ -99,12 +132,7 @@ def check_base(
         replaced: modules that the adapter brings whole.
     """
     if record is None:
-        warnings.warn(
-            "this adapter notes no fingerprint of its base, as PEFT's do not: whether it belongs to this one was not"
-            " checked",
-            AdapterWarning,
-            stacklevel=3,
-        )
+        warn_of_no_fingerprint(4)
     else:
         refuse_other_base(record.base, fingerprint(model), allow_other_base=allow_other_base, replaced=replaced)
 
@@ -124,9 +152,24 @@ def refuse_other_base(
         way_out = "pass allow_other_base=True (--model.allow_other_base true on the command line) to do without"
         raise AdapterError(f"{told}. Load the base that it was made on, or {way_out}")
     if told:
-        warnings.warn(
-            f"allow_other_base: {told}. Its outputs are not those that were trained", AdapterWarning, stacklevel=3
-        )
+        warn_of_other_base(told, 5)
+
+
+def warn_of_no_fingerprint(stacklevel: int) -> None:
+    """What is said of an adapter that notes nothing of its base."""
+    warnings.warn(
+        "this adapter notes no fingerprint of its base, as those of PEFT and loralib do not: whether it belongs to"
+        " this one was not checked",
+        AdapterWarning,
+        stacklevel=stacklevel,
+    )
+
+
+def warn_of_other_base(told: str, stacklevel: int) -> None:
+    """What is said of an adapter that is loaded on another base than its own, as it was asked for."""
+    warnings.warn(
+        f"allow_other_base: {told}. Its outputs are not those that were trained", AdapterWarning, stacklevel=stacklevel
+    )
 
 
 def unknown_format(made_on: Fingerprint) -> str | None:

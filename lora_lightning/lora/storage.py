@@ -6,6 +6,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors.torch
@@ -19,18 +20,53 @@ from lora_lightning.lora.errors import AdapterError
 def write_bytes(path: Path, data: bytes) -> None:
     """Write aside, sync, move into place: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _write_all({path: data})
+
+
+def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Files that belong together: none is moved into place before all are written.
+
+    Raises:
+        AdapterError: they cannot be written. The directory is then as it was.
+    """
+    new = not directory.exists()
     try:
-        with aside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in (directory / name for name in files):
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a directory")
+        _write_all({directory / name: data for name, data in files.items()})
+    except OSError as error:
+        if new:
+            with suppress(OSError):
+                directory.rmdir()
+        raise AdapterError(
+            f"'{directory}' cannot be written ({error}): expected a directory, old or new, on a disk with"
+            f" {sum(map(len, files.values()))} bytes to spare; what was there is as it was"
+        ) from error
+
+
+def _write_all(files: Mapping[Path, bytes]) -> None:
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
+    try:
+        for path, aside in asides.items():
+            with aside.open("wb") as file:
+                file.write(files[path])
+                file.flush()
+                os.fsync(file.fileno())
+        for path, aside in asides.items():
+            aside.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        for aside in asides.values():
+            aside.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write `tensor_bytes`."""
+    write_bytes(path, tensor_bytes(tensors, metadata))
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     """A safetensors file, byte for byte the same for the same content.
 
     safetensors writes metadata in the random order of a hash map; the header is put in order here.
@@ -42,7 +78,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    write_bytes(path, len(text).to_bytes(8, "little") + text + data[8 + length :])
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

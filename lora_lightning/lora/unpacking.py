@@ -18,7 +18,6 @@ from lora_lightning.lora.peft_config import (
     CONFIG,
     WEIGHTS,
     holder,
-    is_trained_bias,
     peft_adapts,
     peft_selects,
     start_in_file,
@@ -26,6 +25,7 @@ from lora_lightning.lora.peft_config import (
 )
 from lora_lightning.lora.peft_keys import prefix_hint
 from lora_lightning.lora.peft_patterns import check_rank, trained_alphas
+from lora_lightning.lora.peft_wrappers import is_trained_bias, unwrapped
 from lora_lightning.lora.record import Record
 
 A_ENDS = (".lora_A.weight", ".lora_embedding_A")
@@ -66,7 +66,7 @@ def contents(tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Modu
             _note_adapter(path, tensor, peft, modules, found)
         elif end == TOKENS_END:
             found.tokens.append(path)
-        elif not end and not is_trained_bias(name, peft):
+        elif not end and not is_trained_bias(name, peft, modules):
             rest.append(name)
     unknown = [name for name in (*found.modules, *found.tokens) if name not in modules]
     if unknown:
@@ -81,7 +81,7 @@ def _note_adapter(
     path: str, A: Tensor, peft: dict[str, Any], modules: Mapping[str, nn.Module], found: Contents
 ) -> None:
     """PEFT wraps a module once more for each adapted parameter, and an attention's `out_proj` inside its wrapper."""
-    plain, depth = f".{path}".replace(".base_layer", "").removeprefix("."), f".{path}".count(".base_layer")
+    plain, depth = unwrapped(path, modules)
     rank = A.shape[0] if A.dim() else 0
     holder, parent = modules.get(plain), modules.get(plain.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) or holder is None:

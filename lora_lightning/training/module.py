@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -140,17 +141,27 @@ class LoRAModule(LightningModule):
         for _, saved in saved_copies(self.backbone):
             saved.lora_copy.train()
 
+    def setup(self, stage: str) -> None:
+        """What was found of W0 before this fit says nothing of what it starts from."""
+        self._w0 = None
+
     def w0_fingerprint(self) -> Fingerprint:
-        """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change."""
+        """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change in a fit."""
         if self._w0 is None:
-            self._w0 = fingerprint(self.backbone, cached=True)
+            self._w0 = fingerprint(self.backbone)
         return self._w0
+
+    def _in_fit(self) -> bool:
+        """Where W0 is as it was at the start, or the fit ends in an error."""
+        state = None if self._trainer is None else self._trainer.state
+        return state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's tensors and plain settings; leave W0 out."""
         frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
-        checkpoint[CHECKPOINT_KEY] = {"config": self.lora.to_dict(), "base": self.w0_fingerprint().to_json()}
+        base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
+        checkpoint[CHECKPOINT_KEY] = {"config": self.lora.to_dict(), "base": base.to_json()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
@@ -164,7 +175,8 @@ class LoRAModule(LightningModule):
                     f" {here.get(name)!r}: use the run's own config.yaml, or start a new fit"
                 )
         made_on = Fingerprint.from_json(checkpoint[CHECKPOINT_KEY]["base"])
-        refuse_other_base(made_on, self.w0_fingerprint(), allow_other_base=self.allow_other_base)
+        self._w0 = fingerprint(self.backbone)
+        refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, forgiving the frozen keys that a checkpoint leaves out and nothing else.

@@ -25,7 +25,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, remove, save_adapter
 from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.inject import adapted_layers, token_rows
 from tests.factories import assert_same, move, snapshot
 from tests.lora.accidents import Accident
 
@@ -87,6 +87,23 @@ def write_pefts(folder: Path) -> None:
     move(model).save_pretrained(folder)
 
 
+def settings_of(model: nn.Module) -> dict:
+    """Rank, alpha, dropout and all else of each layer, and the tokens whose rows train."""
+    layers: dict = {name: layer.lora_settings for name, layer in adapted_layers(model)}
+    return layers | {name: rows.lora_token_ids.tolist() for name, rows in token_rows(model)}
+
+
+ABOUT = {"task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version"}
+ABOUT |= {"auto_mapping", "runtime_config", "megatron_core", "qalora_group_size"}
+ABOUT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+"""What PEFT's config says of an adapter's origin and next use, and not of its update."""
+
+
+def meaning(config: bytes) -> dict:
+    """What the config says of the update; of these fields, null, false and nothing are one."""
+    return {k: v for k, v in json.loads(config).items() if k not in ABOUT and v not in (None, "", [], {}, False)}
+
+
 class Origin:
     """A good directory, the model that it is for, and what the model then computes."""
 
@@ -98,6 +115,7 @@ class Origin:
         load_adapter(self.model, folder)
         with torch.no_grad():
             self.output = self.model(IDS)
+        self.settings = settings_of(self.model)
         self.plain()
         self.before = snapshot(self.model)
         with torch.no_grad():
@@ -127,7 +145,8 @@ class Origin:
             assert all(torch.isfinite(tensor).all() for tensor in adapter_tensors(model).values()), "not finite"
             self.scales = {name: layer.lora_settings.scale for name, layer in adapted_layers(model)}
             with torch.no_grad():
-                return "same" if torch.equal(model(IDS), self.output) else "other"
+                same = torch.equal(model(IDS), self.output) and settings_of(model) == self.settings
+                return "same" if same else "other"
         finally:
             self.plain()
 
@@ -142,6 +161,8 @@ class Origin:
         if result == "other":
             assert not self.ours, "a file of ours that was changed loaded as something else"
             (self.check_values if file == WEIGHTS else self.check_scales)(bad)
+        if result == "same" and self.ours and file == CONFIG:
+            assert meaning(bad) == meaning(self.good[file]), "a config of ours that means another thing loaded"
         return result
 
     def check_values(self, bad: bytes) -> None:

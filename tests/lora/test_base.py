@@ -59,6 +59,22 @@ def test_one_bit_of_one_tensor_makes_another_base(made):
         load_adapter(model, directory)
 
 
+@pytest.mark.parametrize("write", ["data", "numpy"])
+def test_a_second_save_notes_the_base_that_it_was_made_on_however_that_was_written(made, write):
+    weights, directory, _ = made
+    model, other = base(weights), {**weights, "lm_head.weight": weights["lm_head.weight"] + 1}
+    inject(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(move(model), directory)
+    if write == "data":
+        model.lm_head.weight.data.copy_(other["lm_head.weight"])
+    else:
+        model.lm_head.weight.detach().numpy()[:] = other["lm_head.weight"]
+    save_adapter(model, directory)
+    with pytest.raises(AdapterError, match=r"another base.* 1 of \d+ tensors differ, first lm_head\.weight"):
+        load_adapter(base(weights), directory)
+    load_adapter(base(other), directory)
+
+
 def test_a_deeper_base_is_another_base(made):
     weights, directory, _ = made
     with pytest.raises(AdapterError, match=r"9 of \d+ tensors differ, first model\.layers\.2\.self_attn\.q_proj"):

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import copy
-import gc
 import hashlib
-import weakref
 
 import pytest
 import torch
@@ -11,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora_lightning import LoRAConfig, inject, merge, remove
-from lora_lightning.lora import fingerprint as fingerprint_module
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
 from tests.factories import Own, llama, move, sequential
 
@@ -140,63 +136,23 @@ def test_buffers_count_where_they_are_saved():
 
 WRITES = {
     "in place": lambda p: p.add_(1),
+    "through data": lambda p: p.data.add_(1),
+    "through numpy": lambda p: p.detach().numpy().fill(2),
     "through a view": lambda p: p[0].mul_(2),
     "through detach": lambda p: p.detach().zero_(),
-    "a slice": lambda p: p[1:].fill_(3),
-    "init": nn.init.ones_,
     "new data": lambda p: setattr(p, "data", p.data + 1),
-    "new data twice": lambda p: [setattr(p, "data", p.data + 1) for _ in range(2)],
     "another shape": lambda p: setattr(p, "data", p.data.reshape(8, 16)),
     "another dtype": lambda p: setattr(p, "data", p.data.view(torch.int32).view(torch.float32).bfloat16()),
 }
 
 
 @pytest.mark.parametrize("write", WRITES)
-def test_what_is_remembered_is_not_given_out_once_a_tensor_was_written_to(write):
+def test_a_write_of_any_kind_is_seen(write):
     model = sequential()
-    before = fingerprint(model, cached=True)
+    before = fingerprint(model)
     with torch.no_grad():
         WRITES[write](model[0].weight)
-    after = fingerprint(model, cached=True)
-    assert after.differences(before) == ["0.weight"]
-    assert after == fingerprint(model)
-
-
-def test_tensors_that_were_not_written_to_are_hashed_once(monkeypatch):
-    model, hashed = sequential(), []
-    real = fingerprint_module._of_piece
-    monkeypatch.setattr(fingerprint_module, "_of_piece", lambda piece: hashed.append(piece) or real(piece))
-    before = fingerprint(model)
-    inject(model, LoRAConfig(r=2))
-    for _ in range(3):
-        assert fingerprint(model, cached=True) == before
-    assert len(hashed) == len(before.tensors)
-    with torch.no_grad():
-        model[2].weight.add_(0)
-    assert fingerprint(model, cached=True) == before
-    assert len(hashed) == len(before.tensors) + 1
-    assert fingerprint(copy.deepcopy(model), cached=True) == before
-    assert len(hashed) == 2 * len(before.tensors) + 1, "a copy is another tensor"
-
-
-def test_a_proof_hashes_afresh_and_sees_what_torch_does_not_count():
-    model = sequential()
-    before = fingerprint(model)
-    model[0].weight.data[0, 0] += 1
-    assert fingerprint(model, cached=True) == before, "torch counts no write through .data: why no proof may use it"
     assert fingerprint(model).differences(before) == ["0.weight"]
-    assert fingerprint(model, cached=True).differences(before) == ["0.weight"], "and what was found is remembered"
-
-
-def test_what_is_remembered_keeps_nothing_alive():
-    model = sequential()
-    fingerprint(model)
-    watched = weakref.ref(model[0].weight)
-    held = StorageWeakRef(model[0].weight.untyped_storage())
-    del model
-    gc.collect()
-    assert watched() is None
-    assert held.expired()
 
 
 def test_a_head_that_is_trained_in_full_is_no_part_of_w0():

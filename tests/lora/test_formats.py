@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import re
 import shutil
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora import storage
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats import load_tensors
@@ -440,6 +443,55 @@ def test_settings_that_were_changed_under_our_own_record_are_refused(tmp_path, s
     refused(tmp_path, "was changed since it was saved")
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "alpha_pattern"])
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (r"(\w+\.)*lin", "could take for ever to match: it has repeats inside repeats"),
+        ("a(", r"is not a regular expression \(missing \)"),
+        ("q" * 100_001, "has 100001 characters, more than 100000"),
+    ],
+    ids=["slow", "torn", "long"],
+)
+def test_a_regular_expression_is_refused_with_the_reason(tmp_path, field, pattern, reason):
+    save_adapter(trained(**RICH), tmp_path)
+    edit_config(tmp_path, **{field: {"fine": 3, pattern: 3} if field == "alpha_pattern" else pattern})
+    refused(tmp_path, f"{field} must be .* regular expression.* {reason}")
+
+
+CHANGED = {
+    "a token's number": {"trainable_token_indices": {"bert.embeddings.word_embeddings": [1, 7]}},
+    "the dropout": {"lora_dropout": 0.9},
+    "a field that was not there": {"layers_to_transform": [0]},
+    "a field that is not there any more": {"lora_dropout": None},
+    "a flag": {"fan_in_fan_out": True},
+    "the start": {"init_lora_weights": "pissa"},
+    "a tie": {"ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_config_of_ours_that_says_another_thing_is_refused_by_the_field(tmp_path, change):
+    options = {"dropout": 0.1, "trainable_token_indices": {"word_embeddings": [1, 5]}}
+    save_adapter(trained(target_modules=["query"], **options), tmp_path)
+    edit_config(tmp_path, **CHANGED[change])
+    (field,) = CHANGED[change]
+    refused(tmp_path, rf"was changed since it was saved, in {field}=.*base_model_name_or_path.* may be changed")
+
+
+def test_a_config_of_ours_may_be_edited_where_it_changes_nothing_of_the_update(tmp_path):
+    model = trained(target_modules=["query"], alpha=4)
+    save_adapter(model, tmp_path)
+    edit_config(tmp_path, base_model_name_or_path="other/name", revision="main", inference_mode=False)
+    edit_config(tmp_path, task_type="SEQ_CLS", auto_mapping=None, lora_alpha=4.0, exclude_modules=None, lora_bias=None)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["use_dora"]
+    (tmp_path / CONFIG).write_text(json.dumps(dict(reversed(config.items()))))
+    other = BERT.build()
+    load_adapter(other, tmp_path)
+    assert torch.equal(BERT.run(other), BERT.run(model))
+
+
 @pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
 @pytest.mark.parametrize("damage", ["missing", "empty", "half", "one byte less", "binary"])
 def test_files_that_are_missing_or_torn_are_refused(tmp_path, file, damage):
@@ -521,6 +573,64 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="has no name: wrap it"):
         save_adapter(layer, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+class FullDisk:
+    """Room for so many files, then none."""
+
+    def __init__(self, files):
+        self.left, self.sync = files, os.fsync
+
+    def __call__(self, number):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.sync(number)
+
+
+@pytest.mark.parametrize("files", [0, 1])
+def test_a_save_that_finds_no_room_leaves_the_old_adapter_whole(tmp_path, monkeypatch, files):
+    save_adapter(trained(alpha=3), tmp_path / "old")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    for directory in ("old", "new"):
+        monkeypatch.setattr(storage.os, "fsync", FullDisk(files))
+        with pytest.raises(AdapterError, match=rf"{directory}' cannot be written .*No space left.* is as it was"):
+            save_adapter(trained(alpha=5), tmp_path / directory)
+        monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG])
+def test_a_save_with_something_in_the_way_is_one_clear_error(tmp_path, name):
+    (tmp_path / "in" / name / "the way").mkdir(parents=True)
+    with pytest.raises(AdapterError, match=r"in' cannot be written .*is a directory"):
+        save_adapter(trained(), tmp_path / "in")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == [name]
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(AdapterError, match=r"file' cannot be written .*expected a directory"):
+        save_adapter(trained(), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_compiled_model_saves_and_loads_as_the_one_inside(tmp_path):
+    family = FAMILIES["sequential"]
+    model, other = trained(family), family.build()
+    save_adapter(torch.compile(model, backend="eager"), tmp_path)
+    compiled = torch.compile(other, backend="eager")
+    base = family.run(compiled)  # a graph of the plain model is there
+    load_adapter(compiled, tmp_path)
+    assert torch.equal(family.run(other), family.run(model))
+    assert distance(family.run(compiled), family.run(model)) < 1e-6 < distance(base, family.run(model))
+
+
+def test_a_model_on_the_meta_device_is_not_saved(tmp_path):
+    with torch.device("meta"):
+        model = sequential()
+    inject(model, LoRAConfig(r=2))
+    with pytest.raises(AdapterError, match="meta device and has no values to save: give it its weights"):
+        save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_load_tensors_loads_all_or_nothing():

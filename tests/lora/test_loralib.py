@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import loralib
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lightning import load_adapter, load_loralib, merge, save_adapter
-from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.inject import trained_biases
 from tests.factories import assert_same, distance, snapshot
 
@@ -213,6 +214,54 @@ REFUSALS = {
     "PEFT's": (lambda s: s.update({"out.lora_A.weight": torch.ones(2)}), {}, "is PEFT's, not loralib's"),
     "a norm": (lambda s: s.update({"norm.lora_A": torch.ones(2, 2), "norm.lora_B": torch.ones(2, 2)}), {}, "no kind"),
 }
+
+
+@pytest.mark.parametrize("key", ["out.lora_A", "qkv.lora_B", "head.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_their_key(tmp_path, key, value):
+    state = theirs().state_dict()
+    state[key][0, 0] = value
+    torch.save(state, tmp_path / "lora.pt")
+    model = plain()
+    before = snapshot(model)
+    with pytest.raises(AdapterError, match=f"not finite, in '{key}'"):
+        load(tmp_path / "lora.pt", model, modules_to_save=["head"])
+    assert_same(model, before)
+
+
+def told(action):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        action()
+    notices = [warning for warning in said if issubclass(warning.category, AdapterWarning)]
+    assert all(warning.filename == __file__ for warning in notices), "a notice points at the caller"
+    return [str(warning.message) for warning in notices]
+
+
+def test_what_could_not_be_checked_of_the_base_is_said_as_load_adapter_says_it(tmp_path):
+    model, options = theirs(), {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True]}
+    (notice,) = told(lambda: load_loralib(plain(), write(tmp_path, model), **options))
+    assert notice.startswith("this adapter notes no fingerprint of its base")
+    part = model.state_dict()
+    del part["norm.weight"]
+    torch.save(part, tmp_path / "part.pt")
+    assert told(lambda: load_loralib(plain(), tmp_path / "part.pt", **options)) == [notice]
+    assert told(lambda: load_loralib(plain(), write(tmp_path, model, whole=True), **options)) == []
+
+
+def test_another_base_loads_aloud_where_it_was_asked_for(tmp_path):
+    path, other = write(tmp_path, theirs(), whole=True), plain()
+    with torch.no_grad():
+        other.norm.weight.add_(1)
+    options = {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True], "allow_other_base": True}
+    (notice,) = told(lambda: load_loralib(other, path, **options))
+    assert notice.startswith("allow_other_base: 1 weights in the checkpoint are not this model's: norm.weight. Its out")
+
+
+def test_a_compiled_model_loads_as_the_one_inside(tmp_path):
+    model, other = theirs(), plain()
+    load(write(tmp_path, model), torch.compile(other, backend="eager"))
+    assert distance(other(IDS), model(IDS)) < 1e-12
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -215,7 +215,7 @@ def test_an_exports_figures_reach_the_log_and_what_was_trained_last_stays(tmp_pa
 
 
 def test_a_fit_with_an_export_hashes_w0_once_for_each_of_its_proofs(tmp_path, make_module, monkeypatch):
-    """At the start, at the end of training, before the merge, and on loading the adapter; not for records of it."""
+    """At the start, at the end of training, before the merge, on saving and on loading the adapter."""
     from lora_lightning import RunReport
     from lora_lightning.lora import fingerprint as module_of
 
@@ -228,4 +228,4 @@ def test_a_fit_with_an_export_hashes_w0_once_for_each_of_its_proofs(tmp_path, ma
     monkeypatch.setattr(module_of, "_digest", count)
     callbacks = [FreezeBase(show_table=False), RunReport(), ExportAtEnd()]
     trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(Vision(), LoRAConfig(r=2)), loader())
-    assert len(passes) == 4
+    assert len(passes) == 5

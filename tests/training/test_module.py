@@ -268,3 +268,29 @@ def test_task_must_fit_the_backbone(tmp_path):
     module = LoRAModule(Vision(), SequenceClassification(3), LoRAConfig(r=2))
     with pytest.raises(LoRAError, match="give its head 3 outputs"):
         trainer_of(tmp_path, enable_checkpointing=False).fit(module, loader())
+
+
+@pytest.mark.parametrize("write", ["data", "numpy"])
+def test_a_checkpoint_goes_with_the_w0_that_it_meets_however_that_was_written(tmp_path, make_module, write):
+    module = make_module(Vision(), LoRAConfig(r=2))
+    trainer = trainer_of(tmp_path, enable_checkpointing=False)
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    weight = module.backbone.head.weight
+    if write == "data":
+        weight.data.add_(1)
+    else:
+        weight.detach().numpy()[0] = 7
+    with pytest.raises(AdapterError, match=r"another base.*first head\.weight"):
+        module.on_load_checkpoint(load_checkpoint(tmp_path / "first.ckpt"))
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    module.on_load_checkpoint(load_checkpoint(tmp_path / "second.ckpt"))
+
+
+def test_a_second_fit_on_a_w0_that_was_written_to_starts_from_that(tmp_path, make_module):
+    module = make_module(Vision(), LoRAConfig(r=2))
+    for _ in range(2):
+        guard = FreezeBase(show_table=False)
+        trainer_of(tmp_path, enable_checkpointing=False, callbacks=[guard]).fit(module, loader())
+        assert guard.before == guard.after == fingerprint(module.backbone)
+        module.backbone.head.weight.data.add_(1)
