@@ -22,6 +22,7 @@ from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, read_config, token_
 from lora_lightning.lora.peft_copies import without_base_copies
 from lora_lightning.lora.peft_keys import as_written, read_weights
 from lora_lightning.lora.peft_limits import warn_of_peft_limits
+from lora_lightning.lora.peft_task import task_for_peft
 from lora_lightning.lora.peft_ties import with_ties
 from lora_lightning.lora.peft_wrappers import is_peft_copy
 from lora_lightning.lora.peft_write import other_dropouts, own_name, peft_config_of
@@ -49,7 +50,8 @@ def save_adapter(
     Args:
         base_model_name_or_path: what PEFT's `Auto` classes should load as the backbone; a transformers
             model's own name is taken when left out.
-        task_type: PEFT's name of the task, such as `SEQ_CLS`.
+        task_type: PEFT's name of the task, such as `SEQ_CLS`; left out, with a warning, where PEFT would then look
+            for a trained head that this adapter does not bring.
         serving: `vllm` writes one rank and one alpha for all modules, which is what vLLM applies: patterns, rslora,
             slices and subtracted starts are folded into A and B, and what it cannot serve is refused.
 
@@ -76,7 +78,7 @@ def save_adapter(
         warn_of_peft_limits(model, packed)
     config = peft_config_of(model, packed)
     config["base_model_name_or_path"] = base_model_name_or_path or own_name(model)
-    config["task_type"] = task_type
+    config["task_type"] = task_for_peft(model, task_type)
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, packed)
         config.pop("exclude_modules", None)

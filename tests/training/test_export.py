@@ -444,15 +444,16 @@ def test_what_transformers_refuses_to_save_is_one_error(make_module, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_older_exports_other_format_is_forgotten_where_it_was_replaced(moved, tmp_path):
+def test_a_runs_report_is_of_its_latest_export_alone(moved, tmp_path):
     first = record_export(tmp_path, export(moved, tmp_path / "out", batch=BATCH))
     assert first["adapter_dir"] == str(tmp_path / "out" / "adapter")
-    beside = record_export(tmp_path, export(moved, tmp_path / "other", batch=BATCH, formats=["merged"]))
-    assert beside["adapter_dir"] == first["adapter_dir"], "it still stands"
-    assert beside["merged_dir"] == str(tmp_path / "other" / "merged")
-    replaced = record_export(tmp_path, export(moved, tmp_path / "out", batch=BATCH, formats=["merged"]))
-    assert replaced["adapter_dir"] is None
-    assert not (tmp_path / "out" / "adapter").exists()
+    later = record_export(tmp_path, export(moved, tmp_path / "other", batch=BATCH, formats=["merged"]))
+    assert later["merged_dir"] == str(tmp_path / "other" / "merged")
+    assert later["adapter_dir"] is None
+    assert (tmp_path / "out" / "adapter").exists()
+    rows = dict(report_rows(later))
+    assert "adapter (PEFT)" not in rows
+    assert rows["merged weights"].startswith("float32")
 
 
 def test_the_closing_table_says_what_a_person_asks_of_an_export(make_module, moved, tmp_path):
