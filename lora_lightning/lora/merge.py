@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.blocks import blocks
-from lora_lightning.lora.casting import cast, float_dtype, refuse_dtype, widen
+from lora_lightning.lora.adapter import joined
+from lora_lightning.lora.blocks import Place, blocks
+from lora_lightning.lora.casting import cast, float_dtype, refuse_dtype, refuse_overflow, refuse_wide, widen
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import (
     adapted_layers,
@@ -20,7 +21,7 @@ from lora_lightning.lora.inject import (
     token_rows,
     trained_biases,
 )
-from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TrainedBias, ungraft
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias, ungraft
 from lora_lightning.lora.quantised import make_plain, plain_weight, scheme
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
@@ -53,18 +54,21 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
 
     Raises:
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantised layer and `dequantize`
-            is False; a dtype that cannot hold the sum; a bias to add where the layer has none. The model is then
-            as it was.
+            is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
+            device. The model is then as it was.
     """
     layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
     if not layers and not saved and not tokens:
         raise MergeError("nothing to merge: this model has no adapters")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise MergeError(
+            "the model is on the meta device, where W0 has no values: give it its weights first, or merge its files"
+            " with `lora-lightning merge`"
+        )
     if dtype is not None:
-        refuse_dtype(model, dtype)
+        refuse_dtype(dtype)
     refuse(model, dequantize=dequantize)
-    for path, layer in layers:
-        if scheme(layer) is None:
-            _refuse_narrow(layer.lora_name(path), layer, dtype)
+    refuse_narrow(model, dtype)
     if dtype is not None:
         widen(model, dtype)
     report = MergeReport()
@@ -77,7 +81,7 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
     plain_dtype = float_dtype(model)
     for path, layer in layers:
         name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
-        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None, dtype)
+        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None, dtype, label=name)
         fold_bias(layer)
         layer.detach()
         if quantised:
@@ -136,18 +140,66 @@ def refuse_codes(name: str, layer: AdaptedLayer) -> None:
             )
 
 
-def _refuse_narrow(name: str, layer: AdaptedLayer, dtype: torch.dtype | None) -> None:
-    """float16 ends at 65504."""
-    refuse_codes(name, layer)
-    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    if not any((dtype or weight.dtype) == torch.float16 for weight in parameters.values()):
-        return
-    if not all(torch.isfinite((parameters[own] + d).half()).all() for own, d in layer.weight_deltas().items()):
-        raise MergeError(f"W0 + s B A of '{name}' is larger than float16 can hold: merge into float32 or bfloat16")
+def refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Raise where what a merge writes would become infinite in `dtype`, or in the dtype of what it takes the place of.
+
+    Of sums only float16's are computed for it, which ends at 65504; `merged_weights` sees the others.
+
+    Raises:
+        MergeError: with the name of the first.
+    """
+    plain_dtype = float_dtype(model)
+    for name, module in model.named_modules():
+        for own, trained, place in _brought(module):
+            refuse_overflow(f"'{joined(name, own)}'", trained, dtype or place.dtype)
+        if scheme(module) is not None and (dtype or plain_dtype) == torch.float16:
+            refuse_overflow(f"'{name}', dequantised,", plain_weight(module), torch.float16)
+    for path, layer in adapted_layers(model):
+        _refuse_narrow(layer.lora_name(path), layer, dtype, plain_dtype)
+    if dtype is not None:
+        refuse_wide(model, dtype)
+
+
+def _refuse_narrow(name: str, layer: AdaptedLayer, dtype: torch.dtype | None, plain_dtype: torch.dtype) -> None:
+    quantised = scheme(layer) is not None
+    if not quantised:
+        refuse_codes(name, layer)
+    weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
+    target = {own: dtype or (plain_dtype if quantised else weight.dtype) for own, weight in weights.items()}
+    for own, _, before, delta in _sums(layer) if torch.float16 in target.values() else ():
+        refuse_overflow(f"W0 + s B A of '{name}'", before + delta, target[own])
+    update, bias = layer.update_bias(), layer._parameters.get("bias")
+    if update is not None and bias is not None:
+        base = layer.lora_trained_bias if isinstance(layer, TrainedBias) else bias
+        refuse_overflow(f"the bias of '{name}' with lora_bias", base + update, dtype or bias.dtype)
+
+
+def _brought(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What a module was trained to hold: the name of the tensor that it takes the place of, its values, that tensor."""
+    if isinstance(module, TrainedBias):
+        yield "bias", module.lora_trained_bias, module._parameters["bias"]  # type: ignore[misc]
+    if isinstance(module, TokenRows):
+        yield "weight", module.lora_tokens, module.weight
+    if isinstance(module, SavedCopy):
+        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+        for name, trained in (*module.lora_copy.named_parameters(), *module.lora_copy.named_buffers()):
+            yield name, trained, own[name]
+
+
+def _sums(layer: AdaptedLayer) -> Iterator[tuple[str, Place, Tensor, Tensor]]:
+    """By name and place in the weight, W0 and `s B A` in the wide dtype: a large layer comes part after part."""
+    for part, place in blocks(layer):
+        parameters = part.adapted_parameters(part.lora_owner, part.lora_settings)
+        for name, delta in part.weight_deltas().items():
+            yield name, place, (part.base_weight() if scheme(part) else parameters[name]).to(delta.dtype), delta
 
 
 def merged_weights(
-    layer: AdaptedLayer, dtype: torch.dtype | None = None, rounded_to: torch.dtype | None = None
+    layer: AdaptedLayer,
+    dtype: torch.dtype | None = None,
+    rounded_to: torch.dtype | None = None,
+    *,
+    label: str = "a layer",
 ) -> tuple[dict[str, Tensor], float]:
     """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept.
 
@@ -155,23 +207,25 @@ def merged_weights(
 
     Args:
         rounded_to: what the results will be rounded to later, for that share.
+        label: the layer's name, for the error.
+
+    Raises:
+        MergeError: rounding would make a number infinite.
     """
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
     whole = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    for part, place in blocks(layer):
-        parameters = part.adapted_parameters(part.lora_owner, part.lora_settings)
-        for name, delta in part.weight_deltas().items():
-            before = (part.base_weight() if scheme(part) else parameters[name]).to(delta.dtype)
-            after = before + delta
-            if name not in merged:
-                merged[name] = after.new_empty(
-                    whole[name].shape if place else after.shape, dtype=dtype or whole[name].dtype
-                )
-            merged[name][place] = after.to(merged[name].dtype)
-            stored = merged[name][place].to(rounded_to or merged[name].dtype).to(delta.dtype)
-            wanted += float(torch.linalg.vector_norm(delta)) ** 2
-            lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
+    for name, place, before, delta in _sums(layer):
+        after = before + delta
+        if name not in merged:
+            shape = whole[name].shape if place else after.shape
+            merged[name] = after.new_empty(shape, dtype=dtype or whole[name].dtype)
+        rounded = rounded_to or merged[name].dtype
+        refuse_overflow(f"W0 + s B A of '{label}'", after, rounded)
+        merged[name][place] = after.to(merged[name].dtype)
+        stored = merged[name][place].to(rounded).to(delta.dtype)
+        wanted += float(torch.linalg.vector_norm(delta)) ** 2
+        lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
@@ -186,9 +240,14 @@ def _put(module: nn.Module, merged: dict[str, Tensor], ties: Container[int]) -> 
             own.copy_(weight)
 
 
-def fold_bias(layer: AdaptedLayer) -> None:
-    """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied."""
+def fold_bias(layer: AdaptedLayer, label: str = "a layer") -> None:
+    """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied.
+
+    Raises:
+        MergeError: rounding would make a number infinite.
+    """
     update, own = layer.update_bias(), layer._parameters.get("bias")
     if update is not None and own is not None:
-        merged = (own.to(update.dtype) + update).to(own.dtype)
-        layer._parameters["bias"] = nn.Parameter(merged, requires_grad=own.requires_grad)
+        merged = own.to(update.dtype) + update
+        refuse_overflow(f"the bias of '{label}' with lora_bias", merged, own.dtype)
+        layer._parameters["bias"] = nn.Parameter(merged.to(own.dtype), requires_grad=own.requires_grad)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.casting import refuse_overflow
 from lora_lightning.lora.changes import Changes, part_as_merged
 from lora_lightning.lora.checkpoint import DTYPES, NAMES, Checkpoint, Header, as_bytes, write_file
 from lora_lightning.lora.errors import AdapterError, LoRAError, some
@@ -170,6 +171,7 @@ class StreamedMerge:
         for key, entry in entries.items():
             data = self._tensor(key)
             if data.dtype != torch.uint8 or entry.dtype == "U8":
+                refuse_overflow(f"'{key}'", data, DTYPES[entry.dtype])
                 data = as_bytes(data.to(DTYPES[entry.dtype]))
             yield key, data
 
