@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import joined
-from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.quantised import scheme
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""What a person asks for; `auto` leaves each tensor its own."""
+
+
+def checked_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, None for `auto`.
+
+    Raises:
+        LoRAError: it is none of `DType`.
+    """
+    known = get_args(DType)
+    if name not in known:
+        raise LoRAError(f"dtype must be {', '.join(known)}, got '{name}'{did_you_mean(str(name), known)}")
+    return None if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:

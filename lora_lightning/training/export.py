@@ -19,13 +19,13 @@ from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.formats import save_adapter
 from lora_lightning.lora.quantised import scheme
+from lora_lightning.lora.staging import staged
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training.merged import is_transformers, processing_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing
 from lora_lightning.training.probe import draw, from_batch
 from lora_lightning.training.proof import ExportReport, Proof, rounding_told
-from lora_lightning.training.staging import staged
 
 FORMATS = ("adapter", "merged", "onnx")
 DEFAULT_FORMATS = ("adapter", "merged")
