@@ -129,13 +129,16 @@ def test_an_alpha_in_doubt_is_asked_for_and_taken(tmp_path):
 
 
 def test_a_setting_that_is_unknown_here_is_said_once(tmp_path):
-    save_adapter(classifier(tmp_path), tmp_path / "adapter")
+    plain = tf.BertForSequenceClassification(tf.BertConfig(**BERT)).eval()
+    plain.save_pretrained(tmp_path / "base")
+    peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["query"])).save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_something_new": True}))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert sum("use_something_new" in str(one.message) for one in said) == 1
+    assert sum("notes no fingerprint" in str(one.message) for one in said) == 1
 
 
 def test_rounding_that_took_much_of_an_update_is_told(tmp_path):

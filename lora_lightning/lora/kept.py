@@ -26,6 +26,6 @@ def rounding_told(kept: Mapping[str, float], dtype: str) -> str | None:
     worst = sorted((share, name) for name, share in kept.items())[: min(3, low)]
     return (
         f"rounding to {dtype} kept less than {KEPT:.0%} of the update in {low} of {len(kept)} layers, least in"
-        f" {', '.join(f'{name} ({share:.0%})' for share, name in worst)}: export the merged model with --dtype float32,"
+        f" {', '.join(f'{name} ({share:.0%})' for share, name in worst)}: write the merged model with --dtype float32,"
         f" or use the adapter, which lost nothing"
     )

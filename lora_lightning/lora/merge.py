@@ -25,6 +25,9 @@ from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, Train
 from lora_lightning.lora.quantised import make_plain, plain_weight, scheme
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
+LARGE = 1e9
+"""Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""
+
 
 @dataclass(frozen=True)
 class MergeReport:
@@ -143,7 +146,7 @@ def refuse_codes(name: str, layer: AdaptedLayer) -> None:
 def refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
     """Raise where what a merge writes would become infinite in `dtype`, or in the dtype of what it takes the place of.
 
-    Of sums only float16's are computed for it, which ends at 65504; `merged_weights` sees the others.
+    Sums are computed for it where they may come near: for float16, which ends at 65504, or of a large A or B.
 
     Raises:
         MergeError: with the name of the first.
@@ -166,12 +169,19 @@ def _refuse_narrow(name: str, layer: AdaptedLayer, dtype: torch.dtype | None, pl
         refuse_codes(name, layer)
     weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
     target = {own: dtype or (plain_dtype if quantised else weight.dtype) for own, weight in weights.items()}
-    for own, _, before, delta in _sums(layer) if torch.float16 in target.values() else ():
+    large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
+    for own, _, before, delta in _sums(layer) if large or torch.float16 in target.values() else ():
+        _refuse_infinite(name, delta)
         refuse_overflow(f"W0 + s B A of '{name}'", before + delta, target[own])
     update, bias = layer.update_bias(), layer._parameters.get("bias")
     if update is not None and bias is not None:
         base = layer.lora_trained_bias if isinstance(layer, TrainedBias) else bias
         refuse_overflow(f"the bias of '{name}' with lora_bias", base + update, dtype or bias.dtype)
+
+
+def _refuse_infinite(name: str, delta: Tensor) -> None:
+    if not torch.isfinite(delta).all():
+        raise MergeError(f"s B A of '{name}' is not finite: training diverged; merge an earlier checkpoint")
 
 
 def _brought(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -210,7 +220,7 @@ def merged_weights(
         label: the layer's name, for the error.
 
     Raises:
-        MergeError: rounding would make a number infinite.
+        MergeError: the update is not finite, or rounding would make a number infinite.
     """
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
@@ -224,7 +234,10 @@ def merged_weights(
         refuse_overflow(f"W0 + s B A of '{label}'", after, rounded)
         merged[name][place] = after.to(merged[name].dtype)
         stored = merged[name][place].to(rounded).to(delta.dtype)
-        wanted += float(torch.linalg.vector_norm(delta)) ** 2
+        norm = float(torch.linalg.vector_norm(delta))
+        if not math.isfinite(norm):  # or its square is beyond float32
+            _refuse_infinite(label, delta)
+        wanted += norm**2
         lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 

@@ -353,3 +353,19 @@ def test_a_model_without_values_is_not_merged():
     inject(model, LoRAConfig(r=2, target_modules=["0"]))
     with pytest.raises(MergeError, match=r"on the meta device.*give it its weights first"):
         merge(model)
+
+
+@pytest.mark.parametrize(("number", "said"), [(1.5e19, "larger than bfloat16"), (1e20, "s B A of '0' is not finite")])
+def test_an_update_beyond_the_wide_dtypes_is_refused_before_anything_changes(number, said):
+    """What rounds to bfloat16 ends at 3.396e38, float32 at 3.403e38."""
+    model = sequential()
+    inject(model, LoRAConfig(r=1, target_modules=["0", "2"]))
+    top = 3.4e38 / 2 / 1.5e19
+    with torch.no_grad():
+        model[2].lora_A.fill_(top if number < 1e20 else number)
+        model[2].lora_B[0] = number
+        model[0].lora_B.fill_(0.1)
+    before = snapshot(model)
+    with pytest.raises(MergeError, match=said.replace("'0'", "'2'")):
+        merge(model, dtype=torch.bfloat16)
+    assert_same(model, before)
