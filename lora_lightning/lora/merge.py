@@ -60,18 +60,8 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
             is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
             device. The model is then as it was.
     """
+    _refuse_before(model, dequantize=dequantize, dtype=dtype)
     layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
-    if not layers and not saved and not tokens:
-        raise MergeError("nothing to merge: this model has no adapters")
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise MergeError(
-            "the model is on the meta device, where W0 has no values: give it its weights first, or merge its files"
-            " with `lora-lightning merge`"
-        )
-    if dtype is not None:
-        refuse_dtype(dtype)
-    refuse(model, dequantize=dequantize)
-    refuse_narrow(model, dtype)
     if dtype is not None:
         widen(model, dtype)
     report = MergeReport()
@@ -85,7 +75,7 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
     for path, layer in layers:
         name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
         merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None, dtype, label=name)
-        fold_bias(layer)
+        fold_bias(layer, name)
         layer.detach()
         if quantised:
             report.dequantised.append(name)
@@ -108,6 +98,21 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
     if dtype:
         cast(model, dtype)
     return report
+
+
+def _refuse_before(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> None:
+    """All that can be refused before the first write, so that the model stays as it was."""
+    if not adapted_layers(model) and not saved_copies(model) and not token_rows(model):
+        raise MergeError("nothing to merge: this model has no adapters")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise MergeError(
+            "the model is on the meta device, where W0 has no values: give it its weights first, or merge its files"
+            " with `lora-lightning merge`"
+        )
+    if dtype is not None:
+        refuse_dtype(dtype)
+    refuse(model, dequantize=dequantize)
+    refuse_narrow(model, dtype)
 
 
 def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
