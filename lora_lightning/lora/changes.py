@@ -13,7 +13,8 @@ from lora_lightning.lora.casting import refuse_overflow
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer, TokenRows, TrainedBias, ungraft
-from lora_lightning.lora.merge import fold_bias, merged_weights, refuse, refuse_codes
+from lora_lightning.lora.merge import fold_bias, merged_weights
+from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.onmeta import Read, present, start_from_present
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
