@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lora_lightning.backbones import huggingface as huggingface
     from lora_lightning.cli import LoRACLI as LoRACLI
     from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
+    from lora_lightning.disk_merge import merge_on_disk as merge_on_disk
     from lora_lightning.lora.bank import AdapterBank as AdapterBank
     from lora_lightning.lora.config import LoRAConfig as LoRAConfig
     from lora_lightning.lora.errors import AdapterWarning as AdapterWarning
@@ -45,6 +46,7 @@ _WHERE = {
     "save_adapter": "lora_lightning.lora.formats",
     "load_adapter": "lora_lightning.lora.formats",
     "load_loralib": "lora_lightning.lora.loralib",
+    "merge_on_disk": "lora_lightning.disk_merge",
     "huggingface": "lora_lightning.backbones",
     "SequenceClassification": "lora_lightning.tasks.sequence_classification",
     "TextClassificationData": "lora_lightning.data.text_classification",

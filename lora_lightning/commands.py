@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from lora_lightning.lora.casting import DType
 from lora_lightning.lora.stream import StreamReport
-
-KEPT_WARNING = 0.9
-"""Below this share of an update that rounding kept, say so."""
 
 
 def merge(
     base_model: str,
     adapter: str,
     output_dir: str,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: DType = "auto",
     allow_other_base: bool = False,
+    alphas: dict[str, float] | None = None,
 ) -> None:
     """Write a Hugging Face model with an adapter merged in, shard by shard, without loading the model.
 
@@ -28,13 +27,16 @@ def merge(
     Args:
         base_model: directory of the base in the hub's layout, or `package:NAME/path` inside an installed package.
         adapter: directory of the adapter, as PEFT and this package write it.
-        output_dir: a new or empty directory for the merged model.
+        output_dir: a new or empty directory for the merged model, or that of an earlier merge, which is replaced.
         dtype: of the written weights; `auto` keeps each tensor's own. The sum is taken in float32 or wider.
         allow_other_base: merge also where the adapter's fingerprint is of another base.
+        alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
     """
-    from lora_lightning.merge_on_disk import merge_on_disk
+    from lora_lightning.disk_merge import merge_on_disk
 
-    report = merge_on_disk(base_model, adapter, output_dir, dtype=dtype, allow_other_base=allow_other_base)
+    report = merge_on_disk(
+        base_model, adapter, output_dir, dtype=dtype, allow_other_base=allow_other_base, alphas=alphas
+    )
     Console().print(merge_table(report, output_dir))
 
 
@@ -54,6 +56,4 @@ def merge_table(report: StreamReport, output_dir: str) -> Table:
     if report.kept:
         name, share = min(report.kept.items(), key=lambda item: item[1])
         table.add_row("update kept after rounding", f"{share:.1%} at least ({name})")
-        if share < KEPT_WARNING:
-            table.add_row("[bold]note[/bold]", "rounding took much of the update: --dtype float32, or keep the adapter")
     return table

@@ -34,9 +34,7 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
     Raises:
         LoRAError: tensors are fused on loading by a rule that cannot be turned around.
     """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     state: dict[str, Any] = model.state_dict()
     prefix = model.base_model_prefix
@@ -56,11 +54,15 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
 
 def name_of(model: PreTrainedModel, key: str) -> str:
     """The tensor of the model that a key of a file is loaded as."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings, converters = _rules(model)
     state: dict[str, Any] = model.state_dict()
     return rename_source_key(key, renamings, converters, model.base_model_prefix, state)[0]
+
+
+def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """transformers' own, those that rename and those that fuse."""
+    rules = get_model_conversion_mapping(model)
+    return [r for r in rules if isinstance(r, WeightRenaming)], [r for r in rules if isinstance(r, WeightConverter)]
 
 
 def _fused(

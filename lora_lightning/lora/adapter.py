@@ -17,7 +17,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     state = model.state_dict(keep_vars=True)
     wanted = [f"{name}." for name in _copy_prefixes(model)]
-    factors = {_join(name, own) for name, module in grafted_modules(model) for own in module.lora_tensors()}
+    factors = {joined(name, own) for name, module in grafted_modules(model) for own in module.lora_tensors()}
     if hidden := sorted(factors - state.keys()):
         raise AdapterError(f"'{hidden[0]}' is not in the model's state_dict: a wrapper inside renames its keys")
     return {k: v for k, v in state.items() if k in factors or any(k.startswith(prefix) for prefix in wanted)}
@@ -49,8 +49,9 @@ def _adapter_keys(model: nn.Module) -> set[str]:
 
 
 def _copy_prefixes(model: nn.Module) -> list[str]:
-    return [_join(name, "lora_copy") for name, _ in saved_copies(model)]
+    return [joined(name, "lora_copy") for name, _ in saved_copies(model)]
 
 
-def _join(*parts: str) -> str:
+def joined(*parts: str) -> str:
+    """A name in a model from its parts, of which the model's own is empty."""
     return ".".join(part for part in parts if part)

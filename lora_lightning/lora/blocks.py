@@ -46,6 +46,14 @@ def blocks(layer: AdaptedLayer, elements: int = BLOCK) -> Iterator[tuple[Adapted
         yield _part(layer, name, weight[place], rows), place
 
 
+def sums(layer: AdaptedLayer) -> Iterator[tuple[str, Place, Tensor, Tensor]]:
+    """By name and place in the weight, W0 and `s B A` in the wide dtype: a large layer comes part after part."""
+    for part, place in blocks(layer):
+        parameters = part.adapted_parameters(part.lora_owner, part.lora_settings)
+        for name, delta in part.weight_deltas().items():
+            yield name, place, (part.base_weight() if scheme(part) else parameters[name]).to(delta.dtype), delta
+
+
 def _part(layer: AdaptedLayer, name: str, weight: Tensor, rows: slice) -> AdaptedLayer:
     """The layer over `weight`, which is its `rows`."""
     part = copy.copy(layer)

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.adapter import joined
+from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.quantised import scheme
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+"""What a person asks for; `auto` leaves each tensor its own."""
+
+
+def checked_dtype(name: str) -> torch.dtype | None:
+    """The dtype of that name, None for `auto`.
+
+    Raises:
+        LoRAError: it is none of `DType`.
+    """
+    known = get_args(DType)
+    if name not in known:
+        raise LoRAError(f"dtype must be {', '.join(known)}, got '{name}'{did_you_mean(str(name), known)}")
+    return None if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
 
 
 def float_dtype(model: nn.Module) -> torch.dtype:
@@ -29,19 +46,35 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         _put(module, name, tensor.to(dtype))
 
 
-def refuse_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Raise where `dtype` cannot hold a model's weights.
-
-    Raises:
-        MergeError: it is no floating-point dtype of at least 16 bits, or float16 and a value is beyond it.
-    """
+def refuse_dtype(dtype: torch.dtype) -> None:
+    """Raise a MergeError for what is no floating-point dtype of at least 16 bits."""
     if not dtype.is_floating_point or dtype.itemsize < 2:
         raise MergeError(f"a merged model is float32, bfloat16 or float16 (or float64), not {short(dtype)}")
-    for module, name, tensor in _floats(model) if dtype == torch.float16 else ():
-        if torch.isinf(tensor.to(dtype)).any() and not torch.isinf(tensor).any():
-            where = next(path for path, other in model.named_modules() if other is module)
-            key = f"{where}.{name}".lstrip(".")
-            raise MergeError(f"'{key}' is larger than float16 can hold: merge into float32 or bfloat16")
+
+
+def refuse_wide(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raise a MergeError where a tensor of the model has a number beyond the range of `dtype`."""
+    paths = {module: path for path, module in model.named_modules()}
+    for module, name, tensor in _floats(model):
+        refuse_overflow(f"'{joined(paths[module], name)}'", tensor, dtype)
+
+
+def refuse_overflow(what: str, wide: Tensor, dtype: torch.dtype) -> None:
+    """Raise where rounding to `dtype` would make a number infinite, as float16 does beyond 65504.
+
+    Raises:
+        MergeError: a number of `wide` is finite and beyond `dtype`'s range.
+    """
+    if not (wide.is_floating_point() and dtype.is_floating_point) or not wide.numel():
+        return
+    if torch.finfo(wide.dtype).max <= torch.finfo(dtype).max:
+        return
+    ends = torch.stack(torch.aminmax(wide.detach()))
+    if torch.isfinite(ends.to(dtype)).all():
+        return  # the rule, without a second tensor of that size
+    if (torch.isinf(wide.to(dtype)) & torch.isfinite(wide)).any():
+        way_out = {torch.float16: "float32 or bfloat16", torch.float32: "float64"}.get(dtype, "float32")
+        raise MergeError(f"{what} is larger than {short(dtype)} can hold: merge into {way_out}")
 
 
 def short(dtype: torch.dtype) -> str:

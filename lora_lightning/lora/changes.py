@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.adapter import joined
+from lora_lightning.lora.casting import refuse_overflow
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer, TokenRows, TrainedBias, ungraft
-from lora_lightning.lora.merge import fold_bias, merged_weights, refuse, refuse_codes
+from lora_lightning.lora.merge import fold_bias, merged_weights
+from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.onmeta import Read, present, start_from_present
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
@@ -55,9 +58,9 @@ class Changes:
 
     def _add_layer(self, path: str, layer: AdaptedLayer) -> None:
         owner = layer.lora_name(path).rpartition(".")[0] if layer.lora_owner is not layer else path
-        places = {n: _joined(owner, n) for n in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
+        places = {n: joined(owner, n) for n in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
         if layer.lora_B_bias is not None or (layer.lora_owner is layer and isinstance(layer, TrainedBias)):
-            places["bias"] = _joined(path, "bias")
+            places["bias"] = joined(path, "bias")
         for own, name in places.items():
             self.makers[name] = lambda: self._layer(path, layer, places)
             self.parts.setdefault(name, (id(layer), own))
@@ -73,21 +76,22 @@ class Changes:
             refuse_codes(label, layer)
             start_from_present(layer)
             if isinstance(layer, TrainedBias):
+                refuse_overflow(f"'{joined(path, 'bias')}'", layer.lora_trained_bias, tensors["bias"].dtype)
                 _keep_bias(layer)
-            merged, self.kept[label] = merged_weights(layer, self.dtype)
+            merged, self.kept[label] = merged_weights(layer, self.dtype, label=label)
             if "bias" in places:
-                fold_bias(layer)
+                fold_bias(layer, label)
                 bias = layer._parameters["bias"]
                 assert bias is not None
                 merged["bias"] = bias.detach()
-        if not all(tensor.dtype != torch.float16 or torch.isfinite(tensor).all() for tensor in merged.values()):
-            raise MergeError(f"W0 + s B A of '{label}' is larger than float16 can hold: merge into float32 or bfloat16")
         return {places[own]: tensor for own, tensor in merged.items()}
 
     @torch.no_grad()
     def _bias(self, name: str, module: TrainedBias) -> dict[str, Tensor]:
-        key = _joined(name, "bias")
-        with present(module, {"bias": self._wide(self._must_read(key))}):
+        key = joined(name, "bias")
+        before = self._wide(self._must_read(key))
+        refuse_overflow(f"'{key}'", module.lora_trained_bias, before.dtype)
+        with present(module, {"bias": before}):
             _keep_bias(module)
             bias = module._parameters["bias"]
             assert bias is not None
@@ -95,8 +99,9 @@ class Changes:
 
     @torch.no_grad()
     def _rows(self, name: str, module: TokenRows) -> dict[str, Tensor]:
-        key = _joined(name, "weight")
+        key = joined(name, "weight")
         weight = self._wide(self._must_read(key))
+        refuse_overflow(f"'{key}'", module.lora_tokens, weight.dtype)
         with present(module, {"weight": weight}):
             module.keep_rows()
         return {key: weight}
@@ -134,7 +139,3 @@ def part_as_merged(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]
     if untied:
         untie_config(plain)
     return untied
-
-
-def _joined(name: str, own: str) -> str:
-    return f"{name}.{own}".removeprefix(".")

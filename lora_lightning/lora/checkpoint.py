@@ -64,7 +64,8 @@ class Checkpoint:
     """The tensors of a directory: `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
     Raises:
-        LoRAError: there are none, a shard is missing or torn, or the index names tensors that no shard has.
+        LoRAError: there are none, a shard is missing or torn, the index names tensors that no shard has, or two shards
+            hold a tensor of one name.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -77,15 +78,22 @@ class Checkpoint:
         names = [SINGLE] if self.index is None else sorted(set(self.index["weight_map"].values()))
         for name in names:
             found, self.metadata[name] = _read_header(directory / name)
+            self._refuse_twice(name, found)
             self.files[name] = list(found)
             self.stored |= found
         lost = sorted(set(self.index["weight_map"]) - self.stored.keys()) if self.index else []
         if lost:
             raise LoRAError(f"{directory / INDEX} names tensors that no file holds ({some(lost)}): download it again")
 
-    def size(self, file: str) -> int:
-        """Bytes of all tensors of a file."""
-        return sum(self.stored[key].size for key in self.files[file])
+    def _refuse_twice(self, file: str, found: Mapping[str, Stored]) -> None:
+        """Which of two tensors of one name is meant cannot be told: transformers takes the last, an index names one."""
+        for key in found:
+            if key in self.stored:
+                named = f"; {INDEX} names {self.index['weight_map'].get(key, 'neither')}" if self.index else ""
+                raise LoRAError(
+                    f"'{key}' is in two files of {self.directory}, {self.stored[key].file} and {file}{named}: download"
+                    f" it again, or load the model and save it anew"
+                )
 
     def read_bytes(self, key: str) -> Tensor:
         """The tensor's bytes as they lie, (bytes,)."""

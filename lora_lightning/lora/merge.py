@@ -9,18 +9,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.blocks import blocks
-from lora_lightning.lora.casting import cast, float_dtype, refuse_dtype, widen
-from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.blocks import sums
+from lora_lightning.lora.casting import cast, float_dtype, refuse_overflow, widen
 from lora_lightning.lora.inject import (
     adapted_layers,
     close,
-    grafted_modules,
     saved_copies,
     token_rows,
     trained_biases,
 )
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TrainedBias, ungraft
+from lora_lightning.lora.merge_refusals import refuse_before, refuse_infinite
 from lora_lightning.lora.quantised import make_plain, plain_weight, scheme
 from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
@@ -53,18 +52,11 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
 
     Raises:
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantised layer and `dequantize`
-            is False; a dtype that cannot hold the sum; a bias to add where the layer has none. The model is then
-            as it was.
+            is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
+            device. The model is then as it was.
     """
+    refuse_before(model, dequantize=dequantize, dtype=dtype)
     layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
-    if not layers and not saved and not tokens:
-        raise MergeError("nothing to merge: this model has no adapters")
-    if dtype is not None:
-        refuse_dtype(model, dtype)
-    refuse(model, dequantize=dequantize)
-    for path, layer in layers:
-        if scheme(layer) is None:
-            _refuse_narrow(layer.lora_name(path), layer, dtype)
     if dtype is not None:
         widen(model, dtype)
     report = MergeReport()
@@ -77,8 +69,8 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
     plain_dtype = float_dtype(model)
     for path, layer in layers:
         name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
-        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None, dtype)
-        fold_bias(layer)
+        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None, dtype, label=name)
+        fold_bias(layer, name)
         layer.detach()
         if quantised:
             report.dequantised.append(name)
@@ -103,51 +95,12 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
     return report
 
 
-def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
-    """Raise a MergeError for an adapter that is not finite, or that W0 has no place for; W0 itself is not read."""
-    for name, module in grafted_modules(model):
-        for own, tensor in module.lora_tensors().items():
-            if not torch.isfinite(tensor).all():
-                what = "A or B" if own in ("lora_A", "lora_B") else own
-                raise MergeError(f"{what} of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-    for name, saved in saved_copies(model):
-        if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
-            raise MergeError(f"the copy of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-    for path, layer in adapted_layers(model):
-        name = layer.lora_name(path)
-        if layer.lora_B_bias is not None and layer._parameters.get("bias") is None:
-            raise MergeError(
-                f"lora_bias of '{name}' has no bias to be added to, and a new key would not load into the original"
-                f" model: keep the adapter unmerged"
-            )
-        if scheme(layer) is not None and not dequantize:
-            raise MergeError(
-                f"'{name}' is quantised ({scheme(layer)}), and rounding to its grid would lose most of the update:"
-                f" merge(model, dequantize=True) makes plain layers, or merge into the base loaded unquantised"
-            )
-
-
-def refuse_codes(name: str, layer: AdaptedLayer) -> None:
-    """Integer codes, and floating-point numbers of a byte, cannot take an update."""
-    for weight in layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values():
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            raise MergeError(
-                f"'{name}' holds its weight as {weight.dtype}: load the backbone unquantised and merge there"
-            )
-
-
-def _refuse_narrow(name: str, layer: AdaptedLayer, dtype: torch.dtype | None) -> None:
-    """float16 ends at 65504."""
-    refuse_codes(name, layer)
-    parameters = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    if not any((dtype or weight.dtype) == torch.float16 for weight in parameters.values()):
-        return
-    if not all(torch.isfinite((parameters[own] + d).half()).all() for own, d in layer.weight_deltas().items()):
-        raise MergeError(f"W0 + s B A of '{name}' is larger than float16 can hold: merge into float32 or bfloat16")
-
-
 def merged_weights(
-    layer: AdaptedLayer, dtype: torch.dtype | None = None, rounded_to: torch.dtype | None = None
+    layer: AdaptedLayer,
+    dtype: torch.dtype | None = None,
+    rounded_to: torch.dtype | None = None,
+    *,
+    label: str = "a layer",
 ) -> tuple[dict[str, Tensor], float]:
     """`W0 + s B A` for each of the layer's weights, in `dtype` or its own, and the share that rounding kept.
 
@@ -155,23 +108,28 @@ def merged_weights(
 
     Args:
         rounded_to: what the results will be rounded to later, for that share.
+        label: the layer's name, for the error.
+
+    Raises:
+        MergeError: the update is not finite, or rounding would make a number infinite.
     """
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
     whole = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    for part, place in blocks(layer):
-        parameters = part.adapted_parameters(part.lora_owner, part.lora_settings)
-        for name, delta in part.weight_deltas().items():
-            before = (part.base_weight() if scheme(part) else parameters[name]).to(delta.dtype)
-            after = before + delta
-            if name not in merged:
-                merged[name] = after.new_empty(
-                    whole[name].shape if place else after.shape, dtype=dtype or whole[name].dtype
-                )
-            merged[name][place] = after.to(merged[name].dtype)
-            stored = merged[name][place].to(rounded_to or merged[name].dtype).to(delta.dtype)
-            wanted += float(torch.linalg.vector_norm(delta)) ** 2
-            lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
+    for name, place, before, delta in sums(layer):
+        after = before + delta
+        if name not in merged:
+            shape = whole[name].shape if place else after.shape
+            merged[name] = after.new_empty(shape, dtype=dtype or whole[name].dtype)
+        rounded = rounded_to or merged[name].dtype
+        refuse_overflow(f"W0 + s B A of '{label}'", after, rounded)
+        merged[name][place] = after.to(merged[name].dtype)
+        stored = merged[name][place].to(rounded).to(delta.dtype)
+        norm = float(torch.linalg.vector_norm(delta))
+        if not math.isfinite(norm):  # or its square is beyond float32
+            refuse_infinite(label, delta)
+        wanted += norm**2
+        lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
@@ -186,9 +144,14 @@ def _put(module: nn.Module, merged: dict[str, Tensor], ties: Container[int]) -> 
             own.copy_(weight)
 
 
-def fold_bias(layer: AdaptedLayer) -> None:
-    """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied."""
+def fold_bias(layer: AdaptedLayer, label: str = "a layer") -> None:
+    """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied.
+
+    Raises:
+        MergeError: rounding would make a number infinite.
+    """
     update, own = layer.update_bias(), layer._parameters.get("bias")
     if update is not None and own is not None:
-        merged = (own.to(update.dtype) + update).to(own.dtype)
-        layer._parameters["bias"] = nn.Parameter(merged, requires_grad=own.requires_grad)
+        merged = own.to(update.dtype) + update
+        refuse_overflow(f"the bias of '{label}' with lora_bias", merged, own.dtype)
+        layer._parameters["bias"] = nn.Parameter(merged.to(own.dtype), requires_grad=own.requires_grad)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +32,52 @@ Read = Callable[[str], Tensor | None]
 """W0's tensor of a name in the model, None where the files have none."""
 
 
-def load_on_meta(model: nn.Module, directory: Path, read: Read, *, allow_other_base: bool = False) -> Record | None:
-    """Like `load_adapter`, for a `model` on the meta device; returns the adapter's record of its base, unchecked.
+@dataclass(frozen=True, kw_only=True)
+class AdapterFiles:
+    """What an adapter's directory holds, read once."""
+
+    directory: Path
+    peft: dict[str, Any]
+    """PEFT's config."""
+    tensors: dict[str, Tensor]
+    """As they lie in the file."""
+    record: Record | None
+
+    @classmethod
+    def read(cls, directory: Path) -> AdapterFiles:
+        """As `load_adapter` reads it, old pickles included.
+
+        Raises:
+            AdapterError: a file is missing, torn or was changed since it was saved.
+        """
+        peft, tensors, record = read_directory(directory)
+        return cls(directory=directory, peft=peft, tensors=tensors, record=record)
+
+
+def load_on_meta(
+    model: nn.Module,
+    files: AdapterFiles,
+    read: Read,
+    *,
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+) -> None:
+    """Like `load_adapter`, for a `model` on the meta device; the fingerprint of W0 is the caller's to check.
 
     Raises:
-        AdapterError: as `load_adapter`, but for the fingerprint of W0, which the caller has to check.
+        AdapterError: as `load_adapter`.
     """
-    peft, tensors, record = read_directory(directory)
-    peft, tensors = of_model(peft, tensors, model)
+    peft, tensors = of_model(files.peft, files.tensors, model)
     tensors = _less_base_copies(tensors, peft, model, read, allow_other_base=allow_other_base)
     found = contents(tensors, peft, model)
     check_targets(peft, found, model)
     try:
-        inject(model, our_config(peft, found, record, model, {}), start=False, any_rank=True)
+        inject(model, our_config(peft, found, files.record, model, alphas or {}), start=False, any_rank=True)
     except (ConfigError, TargetError) as error:
-        raise AdapterError(f"the adapter in {directory} does not fit this model: {error}") from error
+        raise AdapterError(f"the adapter in {files.directory} does not fit this model: {error}") from error
     _make_adapter_real(model)
     first = {f"{n}.{o}": t for n, m in adapted_layers(model) for o, t in m.lora_tensors().items() if o in _FIRST}
     load_tensors(model, {**first, **our_tensors(model, tensors, lambda name: token_ids(peft, name))})
-    return record
 
 
 _FIRST = ("lora_A0", "lora_B0")

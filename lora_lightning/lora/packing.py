@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.adapter import adapter_tensors, joined
 from lora_lightning.lora.inject import adapted_layers, token_rows, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
 from lora_lightning.lora.layers.parameter import CHILD
@@ -183,9 +183,9 @@ def bias_keys(model: nn.Module, packed: list[Packed]) -> dict[str, str]:
             owner = p.path.rpartition(".")[0]
             inside[owner] = inside.get(owner, owner) + ".base_layer"
         elif isinstance(p.layer, LoRAMultiheadAttention):
-            inside.setdefault(_joined(p.path, "out_proj"), _joined(p.path, "base_layer.out_proj.base_layer"))
+            inside.setdefault(joined(p.path, "out_proj"), joined(p.path, "base_layer.out_proj.base_layer"))
     return {
-        _joined(name, "lora_trained_bias"): _joined(inside.get(name, name).removeprefix("."), "bias")
+        joined(name, "lora_trained_bias"): joined(inside.get(name, name).removeprefix("."), "bias")
         for name, _ in trained_biases(model)
     }
 
@@ -219,7 +219,7 @@ def our_tensors(
     for p in packed:
         ours |= p.unpack(file)
     for name, _ in token_rows(model):
-        ours[_joined(name, "lora_tokens")] = in_order(file[token_key(name)], token_ids(name))
+        ours[joined(name, "lora_tokens")] = in_order(file[token_key(name)], token_ids(name))
     ours |= {key: file[theirs] for key, theirs in bias_keys(model, packed).items()}
     ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}
     return ours
@@ -238,7 +238,3 @@ def token_key(name: str) -> str:
 def in_order(rows: Tensor, token_ids: list[int]) -> Tensor:
     """Rows in the order of rising token numbers, as ours lie."""
     return rows[torch.tensor(sorted(range(len(token_ids)), key=token_ids.__getitem__))]
-
-
-def _joined(name: str, own: str) -> str:
-    return f"{name}.{own}".removeprefix(".")

@@ -75,5 +75,5 @@ def _in_doubt(
     return (
         f"alpha_pattern: {entries} match '{first}'{evidence}; PEFT trained with the one that was written first and"
         f" saves them in another order, so the file does not say which alpha counts: pass"
-        f" alphas={{'{first}': ...}} to load_adapter; in doubt: {some(unanswered, 10)}"
+        f" alphas={{'{first}': ...}}; in doubt: {some(unanswered, 10)}"
     )

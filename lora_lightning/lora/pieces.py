@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.checkpoint import Checkpoint
-from lora_lightning.lora.errors import AdapterError, LoRAError, some
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError, some
 from lora_lightning.lora.fingerprint import of_tensors
 from lora_lightning.lora.ties import shared_parameters
 
@@ -109,11 +110,21 @@ class Base:
                 )
 
 
+def warn_of_other_base(told: str) -> None:
+    """Say that another base was allowed, and in what it differs."""
+    warnings.warn(
+        f"allow_other_base: {told}. Its outputs are not those that were trained", AdapterWarning, stacklevel=2
+    )
+
+
 class BaseCheck:
     """Compares W0, as it is read, with the digests that an adapter carries."""
 
-    def __init__(self, expected: Mapping[str, str], base: Base, buffers: Collection[str]) -> None:
+    def __init__(
+        self, expected: Mapping[str, str], base: Base, buffers: Collection[str], *, allow_other_base: bool = False
+    ) -> None:
         self.expected, self.base, self.buffers = expected, base, buffers
+        self.allow_other_base, self.is_the_base = allow_other_base, True
         self.different: list[str] = []
         self.seen: dict[str, bool] = {}
         self.dtype: torch.dtype | None = None
@@ -132,17 +143,25 @@ class BaseCheck:
     def refuse(self, *, whole: bool) -> None:
         """Raise where something differed; once the `whole` was seen, also where something is not there at all.
 
+        Where another base is allowed it warns instead, once the whole was seen.
+
         Raises:
             AdapterError: with the names that differ.
         """
         different = list(self.different)
         if whole:
             different += [n for n in self.expected if n not in self.seen and n not in self.buffers]
-        if different:
-            raise AdapterError(
-                f"the adapter was made on another base: {len(different)} of {len(self.expected)} tensors differ, first"
-                f" {some(different)}. Name the base that it was made on, or allow another: allow_other_base"
-            )
+        if not different:
+            return
+        self.is_the_base = False
+        told = (
+            f"the adapter was made on another base: {len(different)} of {len(self.expected)} tensors differ, first"
+            f" {some(different)}"
+        )
+        if not self.allow_other_base:
+            raise AdapterError(f"{told}. Name the base that it was made on, or allow another: allow_other_base")
+        if whole:
+            warn_of_other_base(told)
 
     def _is(self, tensor: Tensor, digests: set[str]) -> bool:
         """Whether the tensor, in its own dtype or as the adapter's base was loaded in another, has these digests."""

@@ -5,19 +5,20 @@ Of W0 at most one module's tensors are in memory. What the adapter does not chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.casting import refuse_overflow
 from lora_lightning.lora.changes import Changes, part_as_merged
 from lora_lightning.lora.checkpoint import DTYPES, NAMES, Checkpoint, Header, as_bytes, write_file
 from lora_lightning.lora.errors import AdapterError, LoRAError, some
-from lora_lightning.lora.onmeta import load_on_meta
-from lora_lightning.lora.pieces import Base, BaseCheck, Group
-from lora_lightning.lora.record import unknown_format
+from lora_lightning.lora.onmeta import AdapterFiles, load_on_meta
+from lora_lightning.lora.pieces import Base, BaseCheck, Group, warn_of_other_base
+from lora_lightning.lora.record import Record, check_base, unknown_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class StreamReport:
     size: int
     """Bytes of all tensors."""
     base_checked: bool
-    """False where the adapter has no fingerprint of its base, or another base was allowed."""
+    """False where the adapter has no fingerprint of its base, or this is another one, which was allowed."""
     files: dict[str, list[str]] = field(default_factory=dict)
     """The keys of each file."""
 
@@ -49,6 +50,7 @@ class StreamedMerge:
         make: gives the plain model on the meta device, anew each time.
         groups: how the files' tensors make up the model's.
         dtype: of the floating-point tensors that are written; None keeps each tensor's own.
+        alphas: as in `load_adapter`.
 
     Raises:
         AdapterError: the adapter does not fit the model.
@@ -61,24 +63,35 @@ class StreamedMerge:
         make: Callable[[], nn.Module],
         checkpoint: Checkpoint,
         groups: list[Group],
-        adapter: Path,
+        adapter: AdapterFiles,
         *,
         dtype: torch.dtype | None = None,
         allow_other_base: bool = False,
+        alphas: Mapping[str, float] | None = None,
     ) -> None:
         self.checkpoint, self.dtype = checkpoint, dtype
         self.plain, model = make(), make()
         self.base = Base(checkpoint, groups, self.plain)
         for one in (self.plain, model):
             self.base.part_unequal(one)
-        record = load_on_meta(model, adapter, self.base, allow_other_base=allow_other_base)
-        if record is not None and not allow_other_base and (unknown := unknown_format(record.base)):
-            raise AdapterError(f"{unknown}; allow_other_base does without")
+        load_on_meta(model, adapter, self.base, allow_other_base=allow_other_base, alphas=alphas)
+        self.check = self._check_of(adapter.record, allow_other_base=allow_other_base)
         self.changes = Changes.of(model, self.base, dtype)
-        buffers = {name for name, _ in self.plain.named_buffers()}
-        self.check = None if record is None or allow_other_base else BaseCheck(record.base.tensors, self.base, buffers)
         self.untied = part_as_merged(self.plain, self.changes.parts)
         self._plan()
+
+    def _check_of(self, record: Record | None, *, allow_other_base: bool) -> BaseCheck | None:
+        """What compares the base with the adapter's record of it; None, with a notice, where that cannot be done."""
+        if record is None:
+            check_base(None, self.plain, allow_other_base=allow_other_base)
+            return None
+        if unknown := unknown_format(record.base):
+            if not allow_other_base:
+                raise AdapterError(f"{unknown}; allow_other_base does without")
+            warn_of_other_base(unknown)
+            return None
+        buffers = {name for name, _ in self.plain.named_buffers()}
+        return BaseCheck(record.base.tensors, self.base, buffers, allow_other_base=allow_other_base)
 
     def _plan(self) -> None:
         """Which key goes where, and which tensors change."""
@@ -140,7 +153,7 @@ class StreamedMerge:
             copied=sum(map(len, self.files.values())) - changed,
             changed=changed,
             size=self.size,
-            base_checked=self.check is not None,
+            base_checked=self.check is not None and self.check.is_the_base,
             files={file: list(entries) for file, entries in self.files.items()},
         )
 
@@ -170,6 +183,7 @@ class StreamedMerge:
         for key, entry in entries.items():
             data = self._tensor(key)
             if data.dtype != torch.uint8 or entry.dtype == "U8":
+                refuse_overflow(f"'{key}'", data, DTYPES[entry.dtype])
                 data = as_bytes(data.to(DTYPES[entry.dtype]))
             yield key, data
 

@@ -19,6 +19,7 @@ from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.formats import save_adapter
 from lora_lightning.lora.quantised import scheme
+from lora_lightning.lora.staging import staged
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training.export_options import DEFAULT_FORMATS, REPORT, DType, checked_options, checked_target
 from lora_lightning.training.merged import is_transformers, processing_of
@@ -26,7 +27,6 @@ from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing
 from lora_lightning.training.probe import draw, from_batch
 from lora_lightning.training.proof import ExportReport, Proof, rounding_told
-from lora_lightning.training.staging import staged
 
 BESIDE = 32_000_000
 """Bytes for what is written beside weights: tokenizers are up to this large."""

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
-import math
-import os
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +16,8 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError, MergeError
 from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.staging import aside_of
+from lora_lightning.training.compare import difference
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
@@ -63,14 +62,10 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Any], path: str | Path) -
     tensors = {name: _twice(value) for name, value in inputs.items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
     path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        with _for_export(model) as plain, torch.no_grad():
-            called = _Called(plain, list(tensors), fixed)
-            _export(called, tensors, aside / path.name)
-            worst = max(_difference(called, batch, aside / path.name) for batch in (tensors, _other(tensors)))
+    with aside_of(path) as aside, _for_export(model) as plain, torch.no_grad():
+        called = _Called(plain, list(tensors), fixed)
+        _export(called, tensors, aside / path.name)
+        worst = max(_difference(called, batch, aside / path.name) for batch in (tensors, _other(tensors)))
         if not worst <= TOLERANCE:  # also refuses NaN
             raise MergeError(
                 f"onnxruntime differs from PyTorch by {worst:.2e} relative, above {TOLERANCE:.0e}: nothing was written"
@@ -80,8 +75,6 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Any], path: str | Path) -
         size = sum(file.stat().st_size for file in files)
         for file in files:
             file.replace(path.with_name(file.name))
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     axes = {one.name: list(one.shape) for one in shapes}
     return OnnxReport(file=path.name, size=size, inputs=axes, outputs=called.names, max_rel_diff=worst)
 
@@ -158,17 +151,9 @@ def _export(called: _Called, tensors: dict[str, Tensor], file: Path) -> None:
 
 def _difference(called: _Called, tensors: dict[str, Tensor], file: Path) -> float:
     """Largest difference of any output, relative to that output's largest entry in PyTorch."""
-    wanted = called(*tensors.values())
+    wanted = [tensor.cpu() for tensor in called(*tensors.values())]
     got = _session(file).run(None, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
-    worst = 0.0
-    for ours, theirs in zip(wanted, got, strict=True):
-        want, have = ours.double().cpu(), torch.from_numpy(theirs).double()
-        if want.shape != have.shape:
-            raise MergeError(f"onnxruntime gives shape {tuple(have.shape)}, PyTorch {tuple(want.shape)}")
-        scale = max(float(want.abs().max()), torch.finfo(torch.float32).tiny) if want.numel() else 1.0
-        difference = float((want - have).abs().max()) / scale if want.numel() else 0.0
-        worst = max(worst, float("inf") if math.isnan(difference) else difference)
-    return worst
+    return difference(wanted, [torch.from_numpy(one) for one in got], "the ONNX model").max_rel_diff
 
 
 def _session(file: Path) -> Any:

@@ -16,14 +16,13 @@ from lora_lightning.lora.casting import float_dtype, short
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats import load_adapter
 from lora_lightning.lora.inject import remove
+from lora_lightning.lora.kept import count_low
+from lora_lightning.lora.kept import rounding_told as told
 from lora_lightning.lora.merge import merge
 from lora_lightning.training.compare import Difference, difference, outputs, tolerance
 from lora_lightning.training.merged import reader, write_merged
 from lora_lightning.training.onnx import OnnxReport, export_onnx
 from lora_lightning.training.probe import Probe
-
-KEPT = 0.9
-"""Below this share of an update kept by rounding, a person is told."""
 
 
 @dataclass
@@ -79,7 +78,7 @@ class ExportReport:
     @property
     def kept_low(self) -> int:
         """In how many layers rounding erased more than a tenth of the update."""
-        return sum(share < KEPT for share in self.kept.values())
+        return count_low(self.kept)
 
     def metrics(self) -> dict[str, float]:
         """For a run's loggers."""
@@ -143,13 +142,5 @@ class Proof:
 
 
 def rounding_told(report: ExportReport) -> str | None:
-    """What to tell where rounding erased more than a tenth of some layers' updates, the worst of them named."""
-    if not report.kept_low:
-        return None
-    low = sorted((share, name) for name, share in report.kept.items())
-    worst = ", ".join(f"{name} ({share:.0%})" for share, name in low[: min(3, report.kept_low)])
-    return (
-        f"rounding to {report.dtype} kept less than {KEPT:.0%} of the update in {report.kept_low} of"
-        f" {len(report.kept)} layers, least in {worst}: export the merged model with --dtype float32, or use the"
-        f" adapter, which lost nothing"
-    )
+    """What to tell of the layers of which rounding erased more than a tenth of the update."""
+    return told(report.kept, str(report.dtype))

@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lora_lightning.lora.kept import KEPT
 from lora_lightning.lora.report import InjectionReport
-from lora_lightning.training.proof import KEPT
-from lora_lightning.training.staging import human_size
+from lora_lightning.lora.staging import human_size
 
 
 def injection_table(report: InjectionReport) -> Table:

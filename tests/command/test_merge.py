@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 import transformers
 
 from lora_lightning import LoRAConfig, huggingface, inject, save_adapter
 from lora_lightning.__main__ import main
+from lora_lightning.lora.errors import AdapterWarning
 from tests.command.process import run
 from tests.lora.laws import relative, stir
 
@@ -87,9 +89,25 @@ def test_another_base_is_refused_and_allowed_aloud(tiny, adapter, tmp_path, monk
     assert code == 2
     assert "made on another base" in said
     assert "bert.encoder.layer.1.output.dense.weight" in said
-    code, said = called(monkeypatch, capsys, *args, "--allow_other_base", "true")
+    with pytest.warns(AdapterWarning, match=r"another base: 1 of .* first bert\.encoder\.layer\.1\.output"):
+        code, said = called(monkeypatch, capsys, *args, "--allow_other_base", "true")
     assert code == 0
     assert "not checked" in said
+
+
+def test_an_alpha_in_doubt_is_answered_on_the_command_line(tiny, tmp_path, monkeypatch, capsys):
+    model = peft.get_peft_model(
+        transformers.AutoModel.from_pretrained(tiny.bert),
+        peft.LoraConfig(r=2, target_modules=["query"], alpha_pattern={"layer.0.attention.self.query": 3, "query": 5}),
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    args = ["merge", "--base_model", tiny.bert, "--adapter", "adapter", "--output_dir", "out"]
+    code, said = called(monkeypatch, capsys, *args)
+    assert code == 2
+    assert "alphas={'encoder.layer.0.attention.self.query': ...}" in said
+    with pytest.warns(AdapterWarning, match="notes no fingerprint"):
+        code, said = called(monkeypatch, capsys, *args, "--alphas", '{"encoder.layer.0.attention.self.query": 3}')
+    assert code == 0, said
 
 
 def test_help_says_what_merge_does(monkeypatch, capsys):

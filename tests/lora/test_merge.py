@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import copy
 import itertools
 
@@ -286,3 +287,85 @@ def test_what_float16_cannot_hold_is_refused_before_anything_changes():
         merge(model, dtype=torch.int8)
     assert_same(model, before)
     merge(model, dtype=torch.bfloat16)
+
+
+BEYOND = {
+    "a module saved in full": ({"modules_to_save": ["head"]}, "head.lora_copy.weight", r"'head\.weight'"),
+    "a trained bias": ({"bias": "lora_only"}, "lin.lora_trained_bias", r"'lin\.bias'"),
+    "a bias of B": ({"lora_bias": True}, "lin.lora_B_bias", "the bias of 'lin' with lora_bias"),
+    "a token's row": ({"trainable_token_indices": {"emb": [1]}}, "emb.lora_tokens", r"'emb\.weight'"),
+    "an update": ({}, "lin.lora_B", "W0 . s B A of 'lin'"),
+}
+
+
+def with_number(options, own, where, number=2e5):
+    """A model of one kind of everything, one trained number of which is large."""
+    torch.manual_seed(0)
+    parts = {"emb": nn.Embedding(10, 8), "lin": nn.Linear(8, 8), "head": nn.Linear(8, 4)}
+    model = nn.Sequential(collections.OrderedDict(parts)).to(own)
+    inject(model, LoRAConfig(target_modules=["lin"], r=2, **options))
+    with torch.no_grad():
+        model.lin.lora_A.fill_(1.0)
+        model.get_parameter(where).view(-1)[0] = number
+    return model
+
+
+@pytest.mark.parametrize(("own", "dtype"), [(torch.float16, None), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize("what", BEYOND)
+def test_no_trained_number_becomes_infinite_and_the_model_stays_as_it_was(what, own, dtype):
+    options, where, said = BEYOND[what]
+    model = with_number(options, own, where)
+    before = snapshot(model)
+    with pytest.raises(MergeError, match=f"{said} is larger than float16 can hold"):
+        merge(model, dtype=dtype)
+    assert_same(model, before)
+    merge(model, dtype=torch.bfloat16)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_an_infinity_that_was_there_hides_no_number_that_becomes_one():
+    model = sequential()
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        model[2].weight[0, 0], model[2].weight[0, 1] = float("-inf"), 1e5
+    with pytest.raises(MergeError, match=r"'2\.weight' is larger than float16 can hold"):
+        merge(model, dtype=torch.float16)
+    with torch.no_grad():
+        model[2].weight[0, 1] = 1.0
+    merge(model, dtype=torch.float16)
+    assert model[2].weight[0, 0] == float("-inf")
+
+
+def test_bfloat16_has_an_end_too():
+    model = sequential()
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.finfo(torch.float32).max
+    before = snapshot(model)
+    with pytest.raises(MergeError, match=r"'2\.weight' is larger than bfloat16 can hold: merge into float32"):
+        merge(model, dtype=torch.bfloat16)
+    assert_same(model, before)
+
+
+def test_a_model_without_values_is_not_merged():
+    with torch.device("meta"):
+        model = sequential()
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))
+    with pytest.raises(MergeError, match=r"on the meta device.*give it its weights first"):
+        merge(model)
+
+
+@pytest.mark.parametrize(("number", "said"), [(1.5e19, "larger than bfloat16"), (1e20, "s B A of '0' is not finite")])
+def test_an_update_beyond_the_wide_dtypes_is_refused_before_anything_changes(number, said):
+    """What rounds to bfloat16 ends at 3.396e38, float32 at 3.403e38."""
+    model = sequential()
+    inject(model, LoRAConfig(r=1, target_modules=["0", "2"]))
+    top = 3.4e38 / 2 / 1.5e19
+    with torch.no_grad():
+        model[2].lora_A.fill_(top if number < 1e20 else number)
+        model[2].lora_B[0] = number
+        model[0].lora_B.fill_(0.1)
+    before = snapshot(model)
+    with pytest.raises(MergeError, match=said.replace("'0'", "'2'")):
+        merge(model, dtype=torch.bfloat16)
+    assert_same(model, before)

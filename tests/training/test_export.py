@@ -22,11 +22,11 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, load_adapter
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.staging import human_size
 from lora_lightning.training import export as export_module
 from lora_lightning.training import merged as merged_module
 from lora_lightning.training import proof
 from lora_lightning.training.export import bytes_needed, export
-from lora_lightning.training.staging import human_size
 from lora_lightning.training.summary import report_rows
 from lora_lightning.training.trainer import record_export
 from tests.factories import llama

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -142,3 +143,28 @@ def test_without_the_extra_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(LoRAError, match=r'pip install "lora_lightning\[onnx\]"'):
         export_onnx(Plain(), {"x": torch.randn(4, 6)}, tmp_path / "model.onnx")
+
+
+class Masked(Plain):
+    """An output that is minus infinity where nothing may be chosen."""
+
+    def forward(self, x):
+        h = self.second(torch.relu(self.first(x)))
+        return h.masked_fill(torch.tensor([False, True, False]), float("-inf"))
+
+
+def test_equal_infinities_are_equal_and_others_are_not(runtime, tmp_path, monkeypatch):
+    model = merged(Masked)
+    assert export_onnx(model, {"x": torch.randn(4, 6)}, tmp_path / "model.onnx").max_rel_diff <= 1e-5
+    run, called = exporting._session, exporting._Called(model, ["x"], {})
+
+    class Finite:
+        def __init__(self, file):
+            self.session = run(file)
+
+        def run(self, *args):
+            return [np.where(np.isinf(one), 0.0, one).astype("float32") for one in self.session.run(*args)]
+
+    monkeypatch.setattr(exporting, "_session", Finite)
+    with torch.no_grad():
+        assert exporting._difference(called, {"x": torch.randn(4, 6)}, tmp_path / "model.onnx") == float("inf")

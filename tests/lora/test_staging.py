@@ -12,8 +12,8 @@ import pytest
 from safetensors import SafetensorError
 
 from lora_lightning import LoRAError
-from lora_lightning.training import staging
-from lora_lightning.training.staging import human_size, staged
+from lora_lightning.lora import staging
+from lora_lightning.lora.staging import human_size, staged
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -65,7 +65,7 @@ def test_a_move_that_fails_puts_the_older_back(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lora_lightning.training import staging
+from lora_lightning.lora import staging
 target, when = Path(sys.argv[1]), sys.argv[2]
 if when == "between the moves":
     real = Path.replace
@@ -130,7 +130,7 @@ def test_too_little_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
 )
 def test_a_disk_that_fills_up_is_one_clear_error(tmp_path, error):
     fill(tmp_path / "out", "one")
-    with pytest.raises(LoRAError, match=r"no space was left for '.*out' \(1\.5 MB are needed, .*nothing was exported"):
+    with pytest.raises(LoRAError, match=r"no space was left for '.*out' \(1\.5 MB are needed, .*nothing was written"):
         fill(tmp_path / "out", "two", 1_500_000, error)
     assert names(tmp_path) == ["out"]
     assert (tmp_path / "out" / "deep" / "file.txt").read_text() == "one"

@@ -39,20 +39,33 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
         raise LoRAError(
             f"'{target}' is a mount point, which cannot be replaced: name a folder in it ('{target}/export')"
         )
-    clear_leftovers(target)
-    check_space(target, needed)
-    aside = _beside(target, "new")
-    try:
-        aside.mkdir(parents=True)
+    with aside_of(target, needed) as aside:
         yield aside
         _sync(aside)
         _move(aside, target)
+
+
+@contextlib.contextmanager
+def aside_of(target: Path, needed: int = 0) -> Iterator[Path]:
+    """A folder beside `target` for what the block itself moves into place; it is gone afterwards.
+
+    Raises:
+        LoRAError: as for `staged`.
+    """
+    target = target.absolute()
+    clear_leftovers(target)
+    check_space(target, needed)
+    aside = _beside(target, "new")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
     except Exception as error:
         if is_no_space(error):
             free = human_size(_free(target)[0])
             raise LoRAError(
                 f"no space was left for '{target}' ({human_size(needed)} are needed, {free} are free now): nothing was"
-                " exported; free some, or name another --output_dir"
+                " written; free some, or name another --output_dir"
             ) from error
         raise
     finally:

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_lightning.conversions import groups_of, name_of
+from lora_lightning.lora.casting import DType, checked_dtype, short
 from lora_lightning.lora.checkpoint import DTYPES, INDEX, Checkpoint
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import AdapterWarning, LoRAError
+from lora_lightning.lora.kept import rounding_told
+from lora_lightning.lora.onmeta import AdapterFiles
 from lora_lightning.lora.packing import PREFIX
 from lora_lightning.lora.peft_config import CONFIG as ADAPTER_CONFIG
-from lora_lightning.lora.peft_config import WEIGHTS as ADAPTER_WEIGHTS
-from lora_lightning.lora.peft_config import read_config
-from lora_lightning.lora.storage import read_tensors, write_bytes
+from lora_lightning.lora.peft_keys import as_written
+from lora_lightning.lora.staging import staged
+from lora_lightning.lora.storage import write_bytes
 from lora_lightning.lora.stream import StreamedMerge, StreamReport
+from lora_lightning.merge_output import REPORT, refuse_target, write_report
 from lora_lightning.paths import resolve
 
 CONFIG = "config.json"
@@ -47,62 +52,61 @@ def merge_on_disk(
     adapter_dir: str | Path,
     output_dir: str | Path,
     *,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: DType = "auto",
     allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
 ) -> StreamReport:
     """Write the base with `W0 + s B A` in it, shard by shard, for models that are larger than memory.
 
-    The output has the base's files and names: a directory that `AutoModel...from_pretrained` opens. Tensors that the
-    adapter leaves alone are the base's to the bit. All is written beside `output_dir` and moved there in one step.
+    The output has the base's files and names, and a report: a directory that `AutoModel...from_pretrained` opens.
+    Tensors that the adapter leaves alone are the base's to the bit. All is written beside `output_dir` and moved there
+    in one step. An adapter without a fingerprint of W0, as PEFT writes it, is merged with a notice.
 
     Args:
         base_dir: a directory in the hub's layout, `config.json` and safetensors; `package:NAME/path` for one inside
             an installed package.
         adapter_dir: a PEFT directory; `package:NAME/path` too.
-        output_dir: a new or empty directory.
+        output_dir: a new or empty directory, or one that this wrote before, which is replaced.
         dtype: of what is written; `auto` keeps each tensor's own. The sum is taken in float32 or wider in any case.
-        allow_other_base: merge also where the fingerprint of W0 in the adapter is not that of the base.
+        allow_other_base: merge, with a warning, also where the fingerprint of W0 in the adapter is not the base's.
+        alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt, as in `load_adapter`.
 
     Raises:
         AdapterError: the adapter is torn, does not fit the base, or was made on another one.
-        MergeError: the update cannot be folded into W0.
+        MergeError: the update cannot be folded into W0; a number is beyond the range of what is written.
         LoRAError: the base cannot be read or is quantised; something is in the way; the disk is too small.
     """
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
-    if target.is_file() or (target.exists() and any(target.iterdir())):
-        raise LoRAError(f"'{target}' is not empty: name an empty or new folder")
-    merge, written = _planned(base, adapter, _dtype(dtype), allow_other_base=allow_other_base)
-    aside = target.absolute().with_name(f".{target.name}.{os.getpid()}.part")
-    shutil.rmtree(aside, ignore_errors=True)
+    to_dtype = checked_dtype(dtype)
+    refuse_target(target, {"base": base, "adapter": adapter})
+    merge, written = _planned(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
     try:
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        _refuse_small_disk(aside.parent, merge.size)
-        aside.mkdir()
-        with _progress(merge.size) as advance:
-            report = merge.write(aside, advance)
-        _write_side_files(base, aside, merge, report, written)
-        aside.replace(target)  # in one step; an empty folder gives way
+        # headers, tokenizer and config beside the tensors
+        with staged(target, merge.size + merge.size // 100 + 2**24) as folder:
+            with _progress(merge.size) as advance:
+                report = merge.write(folder, advance)
+            _write_side_files(base, folder, merge, report, written)
+            write_report(folder, report)
     except OSError as error:
-        raise LoRAError(f"'{target}' cannot be written ({error}); nothing is left of it") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
+    if told := rounding_told(report.kept, short(to_dtype or _main_dtype(merge.checkpoint))):
+        warnings.warn(told, AdapterWarning, stacklevel=2)
     return report
 
 
-def _dtype(name: str) -> torch.dtype | None:
-    known = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in known:
-        raise LoRAError(f"dtype must be one of {', '.join(known)}, got '{name}'")
-    return known[name]
-
-
 def _planned(
-    base: Path, adapter: Path, dtype: torch.dtype | None, *, allow_other_base: bool
+    base: Path,
+    adapter: Path,
+    dtype: torch.dtype | None,
+    *,
+    allow_other_base: bool,
+    alphas: Mapping[str, float] | None,
 ) -> tuple[StreamedMerge, dict[str, Any]]:
     """The merge, and what its config says that the base's does not."""
     checkpoint = Checkpoint(base)
     config = _config(base)
-    cls, heads = _model_class(config, read_config(adapter / ADAPTER_CONFIG).get("task_type")), {}
+    files = AdapterFiles.read(adapter)
+    cls, heads = _model_class(config, files.peft.get("task_type")), {}
     own = _main_dtype(checkpoint)
 
     def make() -> PreTrainedModel:
@@ -110,19 +114,25 @@ def _planned(
             # A copy, since a merge that unties two matrices notes it there.
             return cls._from_config(copy.deepcopy(config), dtype=own)  # type: ignore[no-any-return,no-untyped-call]
 
-    labels = _labels(make(), adapter)
+    labels = _labels(make(), files.tensors)
     if labels is not None:
         config.num_labels = labels
         heads = {name: getattr(config, name) for name in ("id2label", "label2id")}
     merge = StreamedMerge(
-        make, checkpoint, groups_of(make(), checkpoint), adapter, dtype=dtype, allow_other_base=allow_other_base
+        make,
+        checkpoint,
+        groups_of(make(), checkpoint),
+        files,
+        dtype=dtype,
+        allow_other_base=allow_other_base,
+        alphas=alphas,
     )
     for key in merge.new:
         if name_of(make(), key) != key:
             raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
     written = {**heads, "architectures": [cls.__name__]}
     if dtype is not None:
-        written["dtype"] = str(dtype).removeprefix("torch.")
+        written["dtype"] = short(dtype)
     return merge, written
 
 
@@ -169,23 +179,16 @@ def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedM
     return own if own is not None and own in fitting else fitting[0]  # type: ignore[no-any-return]
 
 
-def _labels(model: PreTrainedModel, adapter: Path) -> int | None:
+def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
     """The number of classes where the adapter brings a head of another size than the config's."""
     state, number = model.state_dict(), model.config.num_labels
-    tensors, _ = read_tensors(adapter / ADAPTER_WEIGHTS)
-    for key, tensor in tensors.items():
+    for key, tensor in as_written(tensors, model).items():
         own = state.get(key.removeprefix(PREFIX))
         if own is None or own.shape == tensor.shape or not own.dim() or own.shape[1:] != tensor.shape[1:]:
             continue
         if own.shape[0] == number:
             return int(tensor.shape[0])
     return None
-
-
-def _refuse_small_disk(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size * 1.01 + 2**24:  # headers, tokenizer and config beside the tensors
-        raise LoRAError(f"the merged model takes {size / 1e9:.2f} GB and '{folder}' has {free / 1e9:.2f} GB free")
 
 
 class _progress:
@@ -211,8 +214,9 @@ def _write_side_files(
     for path in sorted(base.rglob("*")):
         inner = path.relative_to(base)
         hidden = any(part.startswith(".") for part in inner.parts)
-        ours = path.name.endswith(OTHER_WEIGHTS) or str(inner) in (CONFIG, ADAPTER_CONFIG)
-        if path.is_file() and not hidden and not ours:
+        ours = path.name.endswith(OTHER_WEIGHTS) or str(inner) in (CONFIG, ADAPTER_CONFIG, REPORT)
+        merged = any((base / part / REPORT).is_file() for part in list(inner.parents)[:-1])
+        if path.is_file() and not hidden and not ours and not merged:
             (folder / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inner)
     text = (base / CONFIG).read_text(encoding="utf-8")
