@@ -152,7 +152,7 @@ class AdapterBank:
         for name in names:
             if name is not None:
                 self._get(name)
-        batch = Batch(list(names), repeats)
+        batch = Batch(list(names), repeats, self.model)
         with self._beside([name for name in names if name is not None]) as sources:
             self._within = "rows"
             try:
