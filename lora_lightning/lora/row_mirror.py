@@ -40,13 +40,14 @@ def guesses(args: tuple[Any, ...], kwargs: dict[str, Any], counts: Collection[in
 def run_mirrored(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], guess: Guess) -> bool:
     """Run `module` on its rows and the same backwards; whether it picks entries by their values. Inputs are copied."""
     with ExitStack() as stack:
-        for inner in module.modules():
+        for inner in (m for m in module.modules() if declared_first(m) is not None):
             stack.callback(inner.register_forward_pre_hook(_refuse_elsewhere(guess), with_kwargs=True).remove)
         devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
         stack.enter_context(torch.random.fork_rng(devices=list(devices)))
         with _Mirror(guess):
             args, kwargs = copy.deepcopy((args, kwargs))
-        with _Picks() as watch:
+        watch = _Picks()
+        with watch:
             module(*args, **kwargs)
     return watch.found
 
@@ -90,11 +91,11 @@ class _Mirror(TorchFunctionMode):  # type: ignore[no-untyped-call]
         return memo[key]
 
 
-class _Picks(TorchDispatchMode):
+class _Picks(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes whether entries are picked by their values."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
