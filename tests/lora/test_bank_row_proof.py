@@ -4,7 +4,18 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration, XLNetConfig, XLNetModel
+from transformers import (
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from lora_lightning import AdapterBank, LoRAError
 from lora_lightning.lora.row_proof import layouts
@@ -200,3 +211,33 @@ def test_what_reads_the_same_backwards():
     assert layouts(torch.arange(8), 2, [0]) == {}
     assert layouts(torch.ones(8), 2, [0]) == {0: [False, True]}  # two answers are none
     assert layouts(rows, 2, [0]) == {0: [False]}
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS = {
+    "a head on one position": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**SIZES, intermediate_size=24, pad_token_id=1, max_position_embeddings=20)
+    ),
+    "rows and positions in one": lambda: OPTForCausalLM(
+        OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=20)
+    ),
+    "windows": lambda: SwinForImageClassification(
+        SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers_need_no_more_than_their_inputs(name):
+    """With a mask, whose truth the model asks, and as many positions as rows."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
+    x = torch.randint(3, 40, (3, 3)) if name != "windows" else torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    masked = {} if name == "windows" else {"attention_mask": True}
+
+    def run(model, x):
+        more = {key: torch.ones_like(x) for key in masked}
+        return model(x, **more).logits
+
+    assert differs(bank_of(model, linear), ["c", "a", None], x, run) < 1e-12
