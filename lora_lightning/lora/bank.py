@@ -158,9 +158,9 @@ class AdapterBank:
     def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
         """Within the block row i of each batch is computed by the adapter `names[i]`, or by the base alone for None.
 
-        In eval mode and without gradients; the base computes once for all rows. Rows are the first dimension of what
-        a layer sees (torch's own attention and Transformer layers: where `batch_first` says), or that and the second
-        one flattened.
+        In eval mode and without gradients; the base computes once for all rows. Rows are the first dimension of the
+        model's inputs; where they are in what a layer sees is proven by one more forward, of the plain model on the
+        batch and its mirror image, for each new set of shapes (`row_proof.py`).
 
         Args:
             names: one for each row of the batch.
