@@ -15,7 +15,8 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats import load_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import LoRAParameter, SavedCopy
-from lora_lightning.lora.shelf import COPY, Held
+from lora_lightning.lora.layers.saved import COPY
+from lora_lightning.lora.shelf import Held
 
 
 def config_of(mixed: Mapping[str, Mixed], saved: list[str]) -> LoRAConfig:
@@ -70,5 +71,5 @@ def fill(model: nn.Module, mixed: Mapping[str, Mixed], saved: Mapping[str, dict[
         for (A, B), (own_a, own_b) in zip(mixed[path].pairs, blocks(layer), strict=True):
             own_a.copy_(A)
             own_b.copy_(B)
-    copies = {f"{path}.lora_copy.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
+    copies = {f"{path}.{COPY}.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
     load_tensors(model, {**adapter_tensors(model), **copies})

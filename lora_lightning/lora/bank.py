@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -63,25 +64,50 @@ class AdapterBank:
         self._look()
         return self._active
 
-    def load(self, name: str, directory: str | Path, *, allow_other_base: bool = False) -> InjectionReport:
+    def load(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        allow_other_base: bool = False,
+        alphas: Mapping[str, float] | None = None,
+    ) -> InjectionReport:
         """Read a PEFT directory as `load_adapter` does, on the plain base, and hold it. What is active stays so.
+
+        Args:
+            allow_other_base, alphas: as for `load_adapter`.
 
         Raises:
             AdapterError: as `load_adapter`; the name is taken. The bank is then as before.
         """
         self._new(name)
-        with self._plain():
-            report = load_adapter(self.model, directory, allow_other_base=allow_other_base)
+        with self._plain("load"):
+            report = load_adapter(self.model, directory, allow_other_base=allow_other_base, alphas=alphas)
             self._held[name] = take_out(self.model, self.device)
         return report
 
-    def save(self, name: str, directory: str | Path) -> Path:
-        """Write a held adapter as `save_adapter` does. What is active stays so."""
+    def save(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        base_model_name_or_path: str | None = None,
+        task_type: str | None = None,
+        serving: Literal["vllm"] | None = None,
+    ) -> Path:
+        """Write a held adapter as `save_adapter` does, with the same settings. What is active stays so."""
         self._get(name)
-        with self._plain():
+        with self._plain("save"):
+            check(self.model, self._held[name])
             put_in(self.model, self._held[name])
             try:
-                return save_adapter(self.model, directory)
+                return save_adapter(
+                    self.model,
+                    directory,
+                    base_model_name_or_path=base_model_name_or_path,
+                    task_type=task_type,
+                    serving=serving,
+                )
             finally:
                 self._held[name] = take_out(self.model, self.device)
 
@@ -132,9 +158,9 @@ class AdapterBank:
     def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
         """Within the block row i of each batch is computed by the adapter `names[i]`, or by the base alone for None.
 
-        In eval mode and without gradients; the base computes once for all rows. Rows are the first dimension of what
-        a layer sees (torch's own attention and Transformer layers: where `batch_first` says), or that and the second
-        one flattened.
+        In eval mode and without gradients; the base computes once for all rows. Rows are the first dimension of the
+        model's inputs; where they are in what a layer sees is proven by one more forward, of the plain model on the
+        batch and its mirror image, for each new set of shapes (`row_proof.py`).
 
         Args:
             names: one for each row of the batch.
@@ -152,8 +178,8 @@ class AdapterBank:
         for name in names:
             if name is not None:
                 self._get(name)
-        batch = Batch(list(names), repeats)
-        with self._beside([name for name in names if name is not None]) as sources:
+        batch = Batch(list(names), repeats, self.model)
+        with self._beside("rows", [name for name in names if name is not None]) as sources:
             self._within = "rows"
             try:
                 with grafted_rows(self.model, sources, batch):
@@ -193,7 +219,7 @@ class AdapterBank:
         self._new(name)
         check_weights(weights, self.names)
         recipe = Recipe(method=method, rank=rank, density=density, seed=seed)
-        with self._beside(weights) as sources:
+        with self._beside("combine", weights) as sources:
             mixed = mix(sources, weights, recipe)
             saved = saved_tensors(sources, mixed)
             inject(self.model, config_of(mixed, list(saved)), start=False, any_rank=True)
@@ -217,9 +243,9 @@ class AdapterBank:
     # What is in the model.
 
     @contextmanager
-    def _plain(self) -> Iterator[None]:
-        """Within the block the model is plain; what was active is put back."""
-        self._free("this")
+    def _plain(self, what: str) -> Iterator[None]:
+        """Within the block the model is plain; what was active is put back. `what` names the call."""
+        self._free(what)
         before = self.active
         self._switch(None)
         try:
@@ -228,9 +254,9 @@ class AdapterBank:
             self._switch(before)
 
     @contextmanager
-    def _beside(self, names: Iterable[str]) -> Iterator[dict[str, Held]]:
+    def _beside(self, what: str, names: Iterable[str]) -> Iterator[dict[str, Held]]:
         """Within the block the model is plain, and these adapters are on its device beside it."""
-        with self._plain():
+        with self._plain(what):
             sources = {name: self._held[name] for name in names}
             for held in sources.values():
                 bring(held)
@@ -244,13 +270,25 @@ class AdapterBank:
         self._look()
         if name == self._active:
             return
-        if self._active is not None:
-            self._held[self._active] = take_out(self.model, self.device)
-            self._active = None
         if name is not None:
-            check(self.model, self._held[name])
+            check(self.model, self._held[name])  # before anything is taken out
+        before, self._active = self._active, None
+        if before is not None:
+            self._held[before] = take_out(self.model, self.device)
+        if name is not None:
+            self._put_in(name, before)
+
+    def _put_in(self, name: str, before: str | None) -> None:
+        """Put `name` into the plain model; where that fails, what was active is put back."""
+        try:
             put_in(self.model, self._held[name])
-            self._active = name
+        except BaseException:
+            send(self._held[name], self.device)
+            if before is not None:
+                put_in(self.model, self._held[before])
+                self._active = before
+            raise
+        self._active = name
 
     def _look(self) -> None:
         """Whether the model is as the bank left it: its base untouched, its adapter the active one."""

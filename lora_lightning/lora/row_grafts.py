@@ -45,10 +45,17 @@ def grafted_rows(model: nn.Module, sources: Mapping[str, Held], batch: Batch) ->
     with ExitStack() as stack:
         stack.callback(_close, model)
         _graft_all(model, batch, adapted, saved)
-        hook = model.register_forward_pre_hook(batch.see, with_kwargs=True)
-        stack.callback(hook.remove)
+        _hook(stack, model, batch, {*adapted, *saved})
         stack.enter_context(torch.no_grad())
         yield
+
+
+def _hook(stack: ExitStack, model: nn.Module, batch: Batch, touched: set[nn.Module]) -> None:
+    """Tell the batch of every call that leads to a layer with rows: `generate` calls an encoder by itself."""
+    for module in model.modules():
+        if touched.intersection(module.modules()):
+            stack.callback(module.register_forward_pre_hook(batch.enter, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(batch.leave, always_call=True).remove)
 
 
 def _beside(sources: Mapping[str, Held]) -> tuple[Layers, Layers]:
@@ -68,10 +75,9 @@ def _graft_all(model: nn.Module, batch: Batch, adapted: Layers, saved: Layers) -
     touched = [*adapted, *saved]
     hosts: dict[nn.Module, nn.Module] = {m.out_proj: m for m in names if isinstance(m, nn.MultiheadAttention)}
     attentions = [m for m in touched if m in hosts.values()] + [hosts[m] for m in touched if m in hosts]
-    length_first = _length_first(model)
     for module in dict.fromkeys(attentions):
         graft(module, AttentionRows)
-        module.__dict__["lora_rows"] = LayerRows(names[module], batch, adapted.get(module, {}), dim=1)
+        module.__dict__["lora_rows"] = LayerRows(names[module], batch, adapted.get(module, {}))
     for found, attribute in ((adapted, "lora_rows"), (saved, "lora_saved_rows")):
         for module, layers in found.items():
             if isinstance(module, AttentionRows):
@@ -79,16 +85,8 @@ def _graft_all(model: nn.Module, batch: Batch, adapted: Layers, saved: Layers) -
             graft(module, SavedRows if found is saved else rows_kind(module))
             host = hosts.get(module)
             assert host is None or isinstance(host, AttentionRows)
-            dim = int(module in length_first and host is None)
-            module.__dict__[attribute] = LayerRows(names[module], batch, layers, dim=dim, host=host)
+            module.__dict__[attribute] = LayerRows(names[module], batch, layers, host=host)
     open_encoders(list(names), touched, EncoderRows)
-
-
-def _length_first(model: nn.Module) -> set[nn.Module]:
-    """The modules inside torch's own Transformer layers without batch_first, which see (length, rows, width)."""
-    layers = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-    found = [m for m in model.modules() if isinstance(m, layers) and not m.self_attn.batch_first]
-    return {inner for layer in found for inner in layer.modules()}
 
 
 def _close(model: nn.Module) -> None:

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter
+from lora_lightning.lora.layers.graft import own_class
 from lora_lightning.lora.layers.parameter import CHILD
+from lora_lightning.lora.layers.saved import COPY
 from lora_lightning.lora.quantised import hold_packing
 
 STORES = ("_parameters", "_buffers", "_modules")
-COPY = "lora_copy"
 
 
 @dataclass
@@ -126,7 +127,7 @@ class Held:
 
 def see(model: nn.Module) -> Held:
     """The adapter that `model` has, as it is in place; no shares where there is none."""
-    return Held([_share(path, module) for path, module in grafted_modules(model) if not _inside(path)])
+    return Held([_share(path, module) for path, module in grafted_modules(model) if not is_inside(path)])
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
@@ -157,18 +158,26 @@ def send(held: Held, device: torch.device | None) -> None:
 
 
 def put_in(model: nn.Module, held: Held) -> None:
-    """Put the adapter into the plain `model`, on the device of each module that it touches."""
+    """Put the adapter into the plain `model`, on the device of each module that it touches.
+
+    Where that fails, as where the device has no room, the model is plain.
+    """
     hold_packing(model)
-    bring(held)
-    for share in held.shares:
-        share.put_in(share.module)
+    try:
+        bring(held)
+        for share in held.shares:
+            share.put_in(share.module)
+    except BaseException:
+        for share in held.shares:
+            share.take_out()
+        raise
 
 
 def check(model: nn.Module, held: Held) -> None:
-    """Raise an AdapterError where a module that the adapter belongs to is no longer in the model."""
+    """Raise an AdapterError where a module that the adapter belongs to is no longer in the model, adapted or plain."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for share in held.shares:
-        if modules.get(share.path) is not share.module or type(share.module) is not share.plain:
+        if modules.get(share.path) is not share.module or own_class(type(share.module)) is not share.plain:
             raise AdapterError(
                 f"'{share.path}' is not the module that the adapter belongs to: it was replaced since; make a new bank"
             )
@@ -185,8 +194,8 @@ def _share(path: str, module: Grafted) -> Share:
 
 
 def _ours(entries: dict[str, Any]) -> dict[str, Any]:
-    """Whatever a graft adds starts so, but for the embedding that a tied head follows."""
-    return {name: value for name, value in entries.items() if name.startswith("lora_") or name == "_rows"}
+    """Whatever a graft adds starts so."""
+    return {name: value for name, value in entries.items() if name.startswith("lora_")}
 
 
 def _store(module: nn.Module, store: str) -> dict[str, Any]:
@@ -194,7 +203,7 @@ def _store(module: nn.Module, store: str) -> dict[str, Any]:
     return entries
 
 
-def _inside(path: str) -> bool:
+def is_inside(path: str) -> bool:
     """Whether this is a part of the adapter itself, which goes with the module that holds it."""
     return any(part == COPY or part.startswith(CHILD) for part in path.split("."))
 

@@ -1,14 +1,18 @@
 """Several adapters on one base: held beside the layers, one in the model at a time."""
 
 import copy
+import inspect
+import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import AdapterBank, LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.shelf import Share
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, adapters, alone, base, config, run_net, shake, storages, trained
 from tests.lora.options_support import net
@@ -228,6 +232,131 @@ def test_a_replaced_module_is_refused_by_name(tmp_path):
     bank.model.up = nn.Linear(12, 20).double()
     with pytest.raises(AdapterError, match=r"W0 moved since the bank was made, first 'up\.weight'"):
         bank.activate("a")
+
+
+@pytest.mark.parametrize("active", ["a", None])
+def test_an_activate_that_fails_changes_nothing(active, tmp_path, monkeypatch):
+    """A module replaced by another whose tensors are the same, and a device without room for the second layer."""
+    bank = filled("linear", tmp_path)
+    bank.activate(active)
+    out, before = run_net(bank.model), snapshot(bank.model)
+    moves, move = [], Share.move
+
+    def no_room(share, device):
+        moves.append(share)
+        if len(moves) == 2:
+            raise torch.OutOfMemoryError("no room")
+        move(share, device)
+
+    monkeypatch.setattr(Share, "move", no_room)
+    with pytest.raises(torch.OutOfMemoryError):
+        bank.activate("b")
+    monkeypatch.undo()
+    assert bank.active == active
+    assert_same(bank.model, before)
+    assert torch.equal(run_net(bank.model), out)
+    bank.activate("b")
+    bank.activate(None)
+    plain = bank.model.up
+    bank.model.up = copy.copy(plain)
+    bank.model.up.__dict__["_parameters"] = plain._parameters
+    with pytest.raises(AdapterError, match="'up' is not the module that the adapter belongs to"):
+        bank.activate("a")
+    assert bank.active is None
+
+
+class Rowed(nn.Linear):
+    """A layer with an attribute of its own that reads like one of ours."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self._rows = 3
+
+
+def test_an_attribute_of_ones_own_stays():
+    model = nn.Sequential(Rowed(4, 4), nn.Linear(4, 2))
+    bank = AdapterBank(trained(model, {"r": 2, "target_modules": ["0"]}, seed=0), first="a")
+    for name in (None, "a", None):
+        bank.activate(name)
+        assert model[0]._rows == 3
+
+
+class Watched(nn.Module):
+    """A frozen part whose name holds `lora_`, and statistics."""
+
+    def __init__(self):
+        super().__init__()
+        self.flora_net, self.lin, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.register_buffer("passing", torch.ones(2), persistent=False)
+
+    def forward(self, x):
+        return self.norm(self.lin(self.flora_net(x)))
+
+
+@pytest.mark.parametrize(
+    ("move", "named"),
+    [
+        (lambda m: m.flora_net.weight.add_(1), r"flora_net\.weight"),
+        (lambda m: m.norm.running_mean.add_(1), r"norm\.running_mean"),
+        (lambda m: setattr(m.norm, "running_var", torch.full((4,), 2.0)), r"norm\.running_var"),
+        (lambda m: setattr(m.flora_net, "weight", nn.Parameter(m.flora_net.weight.clone())), r"flora_net\.weight"),
+        (lambda m: m.norm.train()(torch.randn(3, 4)), r"norm\.num_batches_tracked"),
+    ],
+    ids=range(5),
+)
+def test_whatever_moved_of_the_base_is_named(move, named):
+    """Also by a forward in train mode, while no adapter freezes the statistics."""
+    bank = AdapterBank(trained(Watched(), {"r": 2, "target_modules": ["lin"]}, seed=0), first="a")
+    bank.activate(None)
+    with torch.no_grad():
+        move(bank.model)
+    with pytest.raises(AdapterError, match=f"W0 moved since the bank was made, first '{named}'"):
+        bank.activate("a")
+
+
+def test_what_is_not_the_base_may_move():
+    bank = AdapterBank(trained(Watched(), {"r": 2, "target_modules": ["lin"]}, seed=0), first="a")
+    bank.model.train()(torch.randn(3, 4)).sum().backward()  # an adapter keeps the statistics
+    bank.model.passing.add_(1)
+    bank.activate(None)
+    bank.model.double()
+    bank.activate("a")
+    assert bank.active == "a"
+
+
+def test_save_and_load_take_what_the_functions_take(tmp_path):
+    bank = filled("linear", tmp_path)
+    bank.activate("a")
+    settings = {"base_model_name_or_path": "hub/name", "task_type": "SEQ_CLS", "serving": "vllm"}
+    wanted = save_adapter(bank.model, tmp_path / "function", **settings)
+    bank.activate(None)
+    saved = bank.save("a", tmp_path / "bank", **settings)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (saved / file).read_bytes() == (wanted / file).read_bytes()
+    for ours, theirs in ((AdapterBank.save, save_adapter), (AdapterBank.load, load_adapter)):
+        taken, given = (set(inspect.signature(f).parameters) for f in (theirs, ours))
+        assert taken - {"model"} == given - {"self", "name"}
+    bank.model.eval()
+    with bank.rows(["a"]), pytest.raises(LoRAError, match=r"save: not within `with bank.rows"):
+        bank.save("a", tmp_path / "within")
+
+
+def test_alphas_settle_what_a_directory_leaves_open(tmp_path):
+    """PEFT's file does not say which of two entries was in force: the error's way out works on a bank too."""
+    bank = filled("linear", tmp_path)
+    file = tmp_path / "a" / "adapter_config.json"
+    module = bank._held["a"].shares[0].path
+    record = json.loads(file.read_text())
+    record["alpha_pattern"] = {module: 2.0, f"^{module}": 4.0}
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open" / "adapter_config.json").write_text(json.dumps(record))
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "open" / "adapter_model.safetensors")
+    with pytest.warns(AdapterWarning, match="no fingerprint"), pytest.raises(AdapterError, match="alphas="):
+        bank.load("open", tmp_path / "open")
+    with pytest.warns(AdapterWarning, match="no fingerprint"):
+        report = bank.load("open", tmp_path / "open", alphas={module: 4.0})
+    assert next(m.alpha for m in report.modules if m.module == module) == 4.0
 
 
 def test_remove_forgets(tmp_path):

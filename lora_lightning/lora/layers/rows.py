@@ -31,10 +31,14 @@ class _Rows(Grafted):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The plain layer's, and the rows' updates. A factor of DoRA needs the rows' outputs as well."""
         out: Tensor = super().forward(*args, **kwargs)
-        _refuse_training(self, self.lora_rows)
+        rows = self.lora_rows
+        _refuse_training(self, rows)
         x = args[0] if args else next(iter(kwargs.values()))
-        _refuse_unbatched(self.lora_rows, self, x)
-        dim, found = self.lora_rows.dim, self.lora_rows.entries(x)
+        if rows.batch.proving is not None:
+            if rows.host is None:
+                rows.batch.tell(rows.name, x, _dims(self, x))
+            return out
+        dim, found = rows.entries(x)
         for entries, layer in found:
             if layer.lora_magnitude_vector is not None:
                 update = _update(layer, x.index_select(dim, entries), out.dtype)
@@ -78,7 +82,11 @@ class SavedRows(Grafted):
                 f"rows: '{rows.name}', saved in full, takes or gives more than one tensor: activate one adapter at"
                 f" a time"
             )
-        return put_by_group(out.clone(), args[0], rows.entries(args[0]), rows.dim)
+        if rows.batch.proving is not None:
+            rows.batch.tell(rows.name, args[0], range(args[0].dim()), out)
+            return out
+        dim, found = rows.entries(args[0])
+        return put_by_group(out.clone(), args[0], found, dim)
 
 
 class AttentionRows(AttentionHost):
@@ -93,15 +101,30 @@ class AttentionRows(AttentionHost):
         rows = self.lora_rows
         _refuse_training(self, rows)
         outs = dict(zip("qkv", super().project(query, key, value), strict=True))
-        self.__dict__["lora_count"] = count = rows.batch.count_of(rows.name, query, 1)
+        if rows.batch.proving is not None:
+            rows.batch.tell(rows.name, query, [1])
+            return outs["q"], outs["k"], outs["v"]
+        self.__dict__["lora_count"] = count = self._count(query)
         for part, x in zip("qkv", (query, key, value), strict=True):
             groups: list[Group] = []
-            for entries, layer in rows.entries(x, count):
+            for entries, layer in rows.grouped(x, 1, count, inner=False):
                 if part in (own := layer._pairs()):
                     A, B = own[part]
                     groups.append((entries, _product(A, B, layer.lora_settings.scale)))
             outs[part] = add_by_group(outs[part], x, groups, dim=1)
         return outs["q"], outs["k"], outs["v"]
+
+    def _count(self, query: Tensor) -> int:
+        """How many rows query (length, rows, width) has."""
+        rows = self.lora_rows
+        if rows.batch.is_one:
+            return 1
+        _, count = rows.batch.layout(rows.name, query)
+        if query.shape[1] != count:
+            raise LoRAError(
+                f"rows: '{rows.name}' attends in {query.shape[1]} parts of {count} rows: activate one adapter at a time"
+            )
+        return count
 
 
 class EncoderRows(EncoderHost):
@@ -149,12 +172,8 @@ def _refuse_training(module: nn.Module, rows: LayerRows) -> None:
         raise LoRAError(f"rows: '{rows.name}' is in train mode, and rows are for eval: call model.eval()")
 
 
-def _refuse_unbatched(rows: LayerRows, module: nn.Module, x: Tensor) -> None:
-    """A convolution without a batch; positions, which are one vector for all rows."""
-    expected = module.weight.dim() if isinstance(module, CONVS) else 2  # type: ignore[operator]
-    is_list_of_ids = isinstance(module, nn.Embedding) and not rows.batch.lengths
-    if x.dim() < expected and not is_list_of_ids:
-        raise LoRAError(
-            f"rows: '{rows.name}' sees {tuple(x.shape)}, which has no dimension for the rows: activate one adapter at a"
-            f" time"
-        )
+def _dims(module: nn.Module, x: Tensor) -> range:
+    """The dimensions of x that may hold the rows: not the one that the layer's weight is multiplied along."""
+    if isinstance(module, CONVS):
+        return range(x.dim() == module.weight.dim())
+    return range(x.dim() - (not isinstance(module, nn.Embedding)))

@@ -13,6 +13,9 @@ from torch.func import functional_call
 from lora_lightning.lora.functional import wide_dtype
 from lora_lightning.lora.layers.graft import Grafted, ungraft
 
+COPY = "lora_copy"
+"""The name of the copy, a child of the module."""
+
 
 class SavedCopy(Grafted):
     """Runs a trained copy of itself; its own tensors keep their names and never move.
@@ -79,7 +82,7 @@ class SavedCopy(Grafted):
 
     def drop_copy(self) -> None:
         """Forget the trained copy."""
-        self._modules.pop("lora_copy", None)
+        self._modules.pop(COPY, None)
         self.__dict__.pop("lora_enabled", None)
 
 
@@ -87,8 +90,8 @@ class SavedSequence(SavedCopy):
     """The same for `nn.Sequential`, a list of its children: of the trained copy's while that runs, else of its own."""
 
     def _shown(self) -> list[nn.Module]:
-        shown = self.lora_copy if self.lora_enabled and "lora_copy" in self._modules else self
-        return [child for name, child in shown._modules.items() if name != "lora_copy" and child is not None]
+        shown = self.lora_copy if self.lora_enabled and COPY in self._modules else self
+        return [child for name, child in shown._modules.items() if name != COPY and child is not None]
 
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._shown())
@@ -108,4 +111,4 @@ def saved_kind(module: nn.Module) -> type[SavedCopy]:
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    return [(name, tensor) for name, tensor in named if not name.startswith("lora_copy.")]
+    return [(name, tensor) for name, tensor in named if not name.startswith(f"{COPY}.")]

@@ -78,15 +78,15 @@ class TokenRows(Grafted, nn.Embedding):
 class TokenFollower(Grafted):
     """A module tied to such an embedding, which follows its rows."""
 
-    _rows: tuple[TokenRows]
+    lora_followed: tuple[TokenRows]
 
     def follow(self, rows: TokenRows) -> None:
         """Take the rows of `rows`, which shares this module's weight."""
-        self._rows = (rows,)  # in a tuple, so that the embedding does not become a child of this module
+        self.lora_followed = (rows,)  # in a tuple, so that the embedding does not become a child of this module
 
     def drop_rows(self) -> None:
         """Forget the embedding."""
-        for name in ("_rows", "lora_enabled"):
+        for name in ("lora_followed", "lora_enabled"):
             self.__dict__.pop(name, None)
 
 
@@ -98,7 +98,7 @@ class TokenHead(TokenFollower, nn.Linear):
         out: Tensor = super().forward(input, *args, **kwargs)
         if not self.lora_enabled:
             return out
-        rows = self._rows[0]
+        rows = self.lora_followed[0]
         update = F.linear(input, rows.token_deltas().to(input.dtype))
         return out.index_add(-1, rows.lora_token_ids, update.to(out.dtype))
 
@@ -109,7 +109,7 @@ class TokenTwin(TokenFollower, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Whole numbers (...) to (..., width)."""
         out = super().forward(input)
-        return self._rows[0].put_in(out, input) if self.lora_enabled else out
+        return self.lora_followed[0].put_in(out, input) if self.lora_enabled else out
 
 
 def token_refusal(module: nn.Module, token_ids: list[int]) -> str | None:
