@@ -16,13 +16,38 @@ import platform
 import random
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks.step import RESULTS, model_of, timed
+from benchmarks.measure import RESULTS
 from lora_lightning import AdapterBank, LoRAConfig, inject, save_adapter
+
+
+class Block(nn.Module):
+    """The linear layers of a transformer block, without attention."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.output = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down, self.norm = nn.Linear(width, 4 * width), nn.Linear(4 * width, width), nn.LayerNorm(width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.output(torch.tanh(self.query(x)) * self.key(x) + self.value(x))
+        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+
+def model_of(width: int, blocks: int) -> nn.Module:
+    return nn.Sequential(*(Block(width) for _ in range(blocks))).requires_grad_(False)
+
+
+def timed(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
 
 LINEARS = ["query", "key", "value", "output", "up", "down"]
 NAMES = [f"p{i}" for i in range(7)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
@@ -76,7 +75,7 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
             report.dequantised.append(name)
             make_plain(owner, merged["weight"])
         else:
-            _put(owner, merged, ties)
+            _put(owner, merged)
     for _, embedding in tokens:
         embedding.keep_rows()
     for _, module in saved:
@@ -133,15 +132,10 @@ def merged_weights(
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
-def _put(module: nn.Module, merged: dict[str, Tensor], ties: Container[int]) -> None:
-    """Write the weights in place, or as parameters of their own where they are shared with another module."""
+def _put(module: nn.Module, merged: dict[str, Tensor]) -> None:
+    """The weights as parameters in memory of their own: W0's may be another module's or another model's too."""
     for name, weight in merged.items():
-        own = module._parameters[name]
-        assert own is not None
-        if id(own) in ties:
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        else:
-            own.copy_(weight)
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
 
 
 def fold_bias(layer: AdaptedLayer, label: str = "a layer") -> None:

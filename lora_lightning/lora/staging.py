@@ -67,6 +67,11 @@ def aside_of(target: Path, needed: int = 0) -> Iterator[Path]:
                 f"no space was left for '{target}' ({human_size(needed)} are needed, {free} are free now): nothing was"
                 " written; free some, or name another --output_dir"
             ) from error
+        if isinstance(error, PermissionError):
+            raise LoRAError(
+                f"'{target}' cannot be written ({error.strerror or error}): nothing was; name a folder that may be"
+                " written, --output_dir"
+            ) from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.casting import float_dtype
+from lora_lightning.lora.casting import DType, float_dtype
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.formats import save_adapter
 from lora_lightning.lora.quantised import scheme
 from lora_lightning.lora.staging import staged
 from lora_lightning.lora.storage import write_bytes
-from lora_lightning.training.export_options import DEFAULT_FORMATS, REPORT, DType, checked_options, checked_target
+from lora_lightning.training.export_options import DEFAULT_FORMATS, REPORT, checked_options, checked_target
 from lora_lightning.training.merged import is_transformers, processing_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing

@@ -5,23 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 
+from lora_lightning.lora.casting import DType, checked_dtype
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 FORMATS = ("adapter", "merged", "onnx")
 DEFAULT_FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"
-DType = Literal["auto", "float32", "bfloat16", "float16"]
 SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 """As huggingface_hub's `parse_size_to_int` reads it."""
 
 
 def checked_options(
     formats: str | Iterable[str],
-    dtype: str = "auto",
+    dtype: DType = "auto",
     max_shard_size: int | str | None = None,
     serving: str | None = None,
 ) -> tuple[list[str], torch.dtype | None]:
@@ -30,7 +29,7 @@ def checked_options(
     Raises:
         LoRAError: an option has a value that means nothing, or none beside the others.
     """
-    wanted, to_dtype = checked_formats(formats), _checked_dtype(dtype)
+    wanted, to_dtype = checked_formats(formats), checked_dtype(dtype)
     if max_shard_size is not None and not _is_size(max_shard_size):
         raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
     if serving not in (None, "vllm"):
@@ -59,14 +58,6 @@ def checked_formats(formats: str | Iterable[str]) -> list[str]:
     if not wanted:
         raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
     return wanted
-
-
-def _checked_dtype(dtype: str) -> torch.dtype | None:
-    if dtype not in get_args(DType):
-        raise LoRAError(
-            f"dtype must be {', '.join(get_args(DType))}, got '{dtype}'{did_you_mean(str(dtype), get_args(DType))}"
-        )
-    return None if dtype == "auto" else getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def _is_size(size: int | str) -> bool:

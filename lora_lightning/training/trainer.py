@@ -10,9 +10,10 @@ from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-def
 from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 
+from lora_lightning.lora.casting import DType
 from lora_lightning.training import run
 from lora_lightning.training.export import export
-from lora_lightning.training.export_options import FORMATS, DType, checked_options
+from lora_lightning.training.export_options import FORMATS, checked_options
 from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.proof import ExportReport

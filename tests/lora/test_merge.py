@@ -369,3 +369,21 @@ def test_an_update_beyond_the_wide_dtypes_is_refused_before_anything_changes(num
     with pytest.raises(MergeError, match=said.replace("'0'", "'2'")):
         merge(model, dtype=torch.bfloat16)
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("view", [lambda w: w, lambda w: w.t()])
+@pytest.mark.parametrize("targets", [["0"], ["0", "2"]])
+def test_weights_that_share_memory_as_two_parameters_are_merged_apart(view, targets):
+    """`b.weight.data = a.weight.data`, an old way to tie; and a second model that was given the same tensors."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    model[2].weight.data = view(model[0].weight.data)
+    other = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
+    other.load_state_dict(model.state_dict(), assign=True)
+    x = torch.randn(3, 8).double()
+    untouched = other(x)
+    inject(model, LoRAConfig(r=2, target_modules=targets))
+    move(model)
+    expected = model(x)
+    merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
+    assert torch.equal(other(x), untouched)

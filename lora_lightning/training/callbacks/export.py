@@ -12,12 +12,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
 from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.casting import DType
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.packing import packed_layers
 from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.training import run
 from lora_lightning.training.export import export
-from lora_lightning.training.export_options import DEFAULT_FORMATS, DType, checked_options, checked_target
+from lora_lightning.training.export_options import DEFAULT_FORMATS, checked_options, checked_target
 from lora_lightning.training.first_batch import first_batch
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing
