@@ -137,8 +137,14 @@ def test_a_disk_that_fills_up_is_one_clear_error(tmp_path, error):
 
 
 def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
-    with pytest.raises(PermissionError):
+    with pytest.raises(OSError, match="broken"):
+        fill(tmp_path / "out", "one", error=OSError(errno.EIO, "broken"))
+
+
+def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path):
+    with pytest.raises(LoRAError, match=r"out' cannot be written \(no\): nothing was; name a folder"):
         fill(tmp_path / "out", "one", error=PermissionError(errno.EACCES, "no"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mount_point_is_refused(monkeypatch, tmp_path):
