@@ -125,8 +125,13 @@ def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:
     path = directory / INDEX
     if (directory / SINGLE).is_file():  # what transformers looks for first
         return None
+    if not directory.is_dir():
+        raise LoRAError(f"no folder '{directory}': a model of the hub has to be downloaded first (hf download NAME)")
     if not path.is_file():
-        raise LoRAError(f"'{directory}' holds neither {SINGLE} nor {INDEX}: name a model's directory in that layout")
+        raise LoRAError(
+            f"'{directory}' holds neither {SINGLE} nor {INDEX}: name a model's directory in that layout; an older one"
+            f" takes it by from_pretrained and save_pretrained"
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = index["weight_map"].values()

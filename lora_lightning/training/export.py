@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ def export(
     label_names: list[str] | None = None,
     dtype: DType = "auto",
     max_shard_size: int | str | None = None,
-    serving: str | None = None,
+    serving: Literal["vllm"] | None = None,
 ) -> ExportReport:
     """Write the adapter, the merged model, or both, and compare the outputs of each with the adapted model's.
 
@@ -76,9 +76,8 @@ def export(
         proof = Proof(backbone, probe, report, to_dtype)
         processing = [tokenizer] if tokenizer is not None else processing_of(backbone)
         if "adapter" in wanted:
-            kwargs: dict[str, Any] = {"serving": serving} if serving else {}
             task_type = module.task.peft_task_type if is_transformers(backbone) else None
-            save_adapter(backbone, folder / "adapter", task_type=task_type, **kwargs)
+            save_adapter(backbone, folder / "adapter", task_type=task_type, serving=serving)
             for part in processing:
                 part.save_pretrained(folder / "adapter")
             report.adapter_bytes, _ = _weights(folder / "adapter")
