@@ -16,7 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.commands import COMMANDS
-from lora_lightning.data.text_classification import TextClassificationData
+from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
 from lora_lightning.training.callbacks import FreezeBase, PredictionWriter, RunReport
@@ -116,10 +116,9 @@ class SaveRunConfig(SaveConfigCallback):
             shared = self.config.clone()
             for own in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
                 shared.pop(own, None)
-            data = shared.get("data")
-            if isinstance(trainer.datamodule, TextClassificationData):  # type: ignore[attr-defined]
-                # So that new texts can be predicted without the training file, which they are read off.
-                data.init_args.label_names = trainer.datamodule.label_names  # type: ignore[attr-defined]
+            if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
+                for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
+                    shared.data.init_args[name] = value
             self.parser.save(shared, str(folder / run.CONFIG), skip_none=False, skip_validation=True, overwrite=True)
         self.already_saved = True
 
@@ -170,6 +169,8 @@ class LoRACLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.pad_token_id", "model.backbone.init_args.pad_token_id", apply_on="instantiate")
         parser.link_arguments("data.label_names", "model.backbone.init_args.label_names", apply_on="instantiate")
+        parser.link_arguments("data.label_names", "model.task.init_args.label_names", apply_on="instantiate")
+        parser.link_arguments("data.tokenizer", "model.task.init_args.tokenizer", apply_on="instantiate")
         # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
         parser.set_defaults({"model.lora.alpha": None})
         # The injection table says what trains; Lightning's own summary would say it again, in one row.

@@ -45,6 +45,11 @@ def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str
     return used
 
 
+def with_row_numbers(table: datasets.Dataset) -> datasets.Dataset:
+    """The table with each row's number in the column `ROW`."""
+    return table if ROW in table.column_names else table.add_column(ROW, list(range(1, len(table) + 1)))
+
+
 def check_order(given: list[str], feature: Any) -> None:
     """Raise where given names are the set's own in another order: that would rename the classes."""
     if isinstance(feature, datasets.ClassLabel) and sorted(given) == sorted(feature.names) and given != feature.names:

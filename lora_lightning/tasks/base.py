@@ -23,8 +23,9 @@ class StepOutput:
     """Mean over `weight` units, a scalar."""
     weight: int
     """How many examples (or tokens) the mean is over: what the batch counts for in an average."""
-    predictions: Tensor
-    targets: Tensor
+    predictions: Tensor | None = None
+    """What the task's metrics are updated with, beside `targets`; None where the loss is all, or `update` its own."""
+    targets: Tensor | None = None
 
 
 class Task(nn.Module, ABC):
@@ -36,8 +37,9 @@ class Task(nn.Module, ABC):
     peft_task_type: str | None = None
     """What PEFT calls this task, written to exported adapters."""
 
-    def __init__(self, metrics: MetricCollection) -> None:
+    def __init__(self, metrics: MetricCollection | None = None) -> None:
         super().__init__()
+        metrics = MetricCollection({}) if metrics is None else metrics
         # One set per stage: a validation in mid-epoch must not reset what training has gathered.
         self.metrics = nn.ModuleDict({f"{s}_": metrics.clone(prefix=f"{s}/") for s in ("train", "val", "test")})
         self.losses = nn.ModuleDict({f"{s}_": MeanMetric() for s in ("train", "val", "test")})
@@ -56,7 +58,8 @@ class Task(nn.Module, ABC):
         assert isinstance(loss, MeanMetric)
         assert isinstance(metrics, MetricCollection)
         loss.update(out.loss.detach().float(), out.weight)
-        metrics.update(out.predictions.detach(), out.targets)
+        if out.predictions is not None:
+            metrics.update(out.predictions.detach(), out.targets)
         return {f"{stage}/loss": loss, **dict(metrics.items(keep_base=False))}
 
 

@@ -1,0 +1,211 @@
+"""What every DataModule over a table has: reading, checking, splitting, encoding once, and loaders in a known order."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+from lora_lightning.data.rows import ROW, with_row_numbers
+from lora_lightning.data.sampler import EpochSampler
+from lora_lightning.data.splits import SplitConfig, split_rows
+from lora_lightning.data.tables import check_columns, read_tables
+from lora_lightning.lora.errors import LoRAError
+
+
+class TableData(LightningDataModule, ABC):
+    """Rows of files or of a Hugging Face set to batches. A subclass says what a row must hold and how it is encoded.
+
+    In order: `read`, `check` and `filter` of each split, the splits that are missing, `encode` of each split once.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        name: which configuration of a hub set.
+        split: how to split off validation and test where the set has none.
+        batch_size: examples per batch and process in training.
+        eval_batch_size: the same in evaluation; `batch_size` by default.
+        length_grouped: put examples of like length into one batch, which pads less.
+        num_workers: processes that prepare batches.
+        num_proc: processes that encode the rows, once, before training; none beside this one by default.
+        seed: of the order in training.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        name: str | None = None,
+        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        length_grouped: bool = True,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for what, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
+            if number < 1:
+                raise LoRAError(f"{what} must be at least 1, got {number}")
+        self.path, self.name, self.split, self.seed = path, name, split, seed
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.length_grouped, self.num_workers, self.num_proc = length_grouped, num_workers, num_proc
+        self._tables: dict[str, datasets.Dataset] | None = None
+        self._encoded: dict[str, datasets.Dataset] = {}
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        """Tables by split, as they stand in the files."""
+        return read_tables(self.path, self.name)
+
+    @abstractmethod
+    def columns(self, split: str) -> Sequence[str | None]:
+        """Columns that a table must have; None stands for one that is not used. Targets are not asked of `predict`."""
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise where a value of a row is not what it should be; `bad_cell` writes the message."""
+
+    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """The rows that are used. Rows of `predict` are all used."""
+        return table
+
+    @abstractmethod
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Rows as they are collated into batches."""
+
+    @property
+    @abstractmethod
+    def collate(self) -> Callable[[list[Any]], Any]:
+        """Encoded rows to a batch: a mapping of names to tensors."""
+
+    def lengths(self, table: datasets.Dataset) -> list[int] | None:
+        """Of each encoded row, to group by; None where rows have no length."""
+        return [len(ids) for ids in table["input_ids"]] if "input_ids" in table.column_names else None
+
+    def read_off_train(self) -> dict[str, Any]:
+        """Arguments that training rows decided, such as label names: kept, so that `predict` needs no training file."""
+        return {}
+
+    @property
+    def tables(self) -> dict[str, datasets.Dataset]:
+        """Checked and filtered rows by split, read on first use. The column `ROW` is each row's number in its file."""
+        if self._tables is None:
+            tables = {split: with_row_numbers(table) for split, table in self.read().items()}
+            for split, table in tables.items():
+                check_columns(table, self.columns(split), split)
+                self.check(table, split)
+            self._tables = self._with_splits({split: self.filter(table, split) for split, table in tables.items()})
+        return self._tables
+
+    def prepare_data(self) -> None:
+        """Read once in one process, so that the others find everything cached."""
+        _ = self.tables
+
+    def setup(self, stage: str | None = None) -> None:
+        """Encode each split once."""
+        for split, table in self.tables.items():
+            if split not in self._encoded:
+                self._encoded[split] = self.encode(table, split)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        table = self.encoded("train")
+        return self._loader(table, self.batch_size, shuffle=True, lengths=self.lengths(table))
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is anything to validate on."""
+        return "validation" in self.tables
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"
+        if fitting and not self.has_validation:
+            return []
+        return self._loader(self.encoded("validation"), self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader(self.encoded("test"), self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        split = "predict" if "predict" in self._encoded else "test"
+        return self._loader(self.encoded(split), self.eval_batch_size)
+
+    def every(self, split: str) -> DataLoader[Any]:
+        """All rows of a split, longest first, in this process alone: for features and not for training."""
+        table = self.encoded(split)
+        lengths = self.lengths(table)
+        if lengths is not None:
+            table = table.select(sorted(range(len(table)), key=lengths.__getitem__, reverse=True))
+        return DataLoader(table, batch_size=self.eval_batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
+
+    def encoded(self, split: str) -> datasets.Dataset:
+        """A split's rows as they are collated.
+
+        Raises:
+            LoRAError: the set has no such split.
+        """
+        if split not in self._encoded:
+            raise LoRAError(f"the set has no {split} split: name its file in data.path, or give data.split a share")
+        return self._encoded[split]
+
+    def encode_by(
+        self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
+    ) -> datasets.Dataset:
+        """`table.map` in batches, cached by the rows and the options, with a progress bar.
+
+        Args:
+            function: of plain values: datasets pickles what it closes over, which must not be the whole model.
+            options: its keyword arguments.
+        """
+        described = {"remove_columns": table.column_names, "desc": f"encode {split}"}
+        return table.map(function, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)
+
+    def _loader(
+        self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
+    ) -> DataLoader[Any]:
+        world = (
+            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        )
+        lengths = lengths if self.length_grouped else None
+        sampler = EpochSampler(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
+        return DataLoader(
+            table,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+        """Split off what the set does not bring: both from train, or the one that is missing."""
+        shares = {
+            "validation": 0.0 if "validation" in tables else self.split.validation,
+            "test": 0.0 if "test" in tables else self.split.test,
+        }
+        if not any(shares.values()) or "train" not in tables:
+            return tables
+        check_columns(tables["train"], [self.split.group_by], "train")
+        groups = tables["train"][self.split.group_by] if self.split.group_by else range(len(tables["train"]))
+        config = SplitConfig(**shares, group_by=self.split.group_by, seed=self.split.seed)
+        rows = split_rows(list(groups), config)
+        return tables | {split: tables["train"].select(numbers) for split, numbers in rows.items()}
+
+
+def bad_cell(split: str, row: int, column: str, expected: str, got: object) -> LoRAError:
+    """The error for one value of one row, counted from 1 as in its file."""
+    return LoRAError(f"the {split} set, row {row}, column '{column}': expected {expected}, got {got!r}")
+
+
+def check_texts(table: datasets.Dataset, split: str, columns: Sequence[str | None], skip: Sequence[bool] = ()) -> None:
+    """Raise where one of these columns does not hold a text.
+
+    Args:
+        skip: rows that are dropped anyway.
+    """
+    for column in filter(None, columns):
+        for i, value in enumerate(table[column]):
+            if not isinstance(value, str) and not (skip and skip[i]):
+                raise bad_cell(split, table[ROW][i], column, "text", value)

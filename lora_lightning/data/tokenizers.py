@@ -1,0 +1,23 @@
+"""A tokenizer by one line of YAML."""
+
+from __future__ import annotations
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.paths import resolve
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """By a hub name, a directory or `package:NAME/path`; one without a padding token pads with its end of text.
+
+    Raises:
+        LoRAError: there is none.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise LoRAError(f"no tokenizer '{name}': {str(error).strip().splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
