@@ -12,36 +12,20 @@ trains. The idea is that of "Cut Your Losses" (arXiv 2411.09009) and liger-kerne
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.functional import wide_dtype
+from lora_lightning.tasks.token_loss import LinearCrossEntropy, Terms, cross_entropy_of_logits, refuse_labels
 
 FLOOR = 2**25
 """Bytes of logits that a chunk may always have: fewer rows than that holds make the products slow."""
-
-
-class LinearCrossEntropy(NamedTuple):
-    """What a batch's tokens cost, and how many were guessed."""
-
-    loss: Tensor
-    """The sum over trained rows, a scalar in float32 or wider."""
-    count: int  # type: ignore[assignment]  # a tuple's own `count` is not missed
-    """How many rows are trained on."""
-    correct: Tensor
-    """Of them, how many have their largest logit at the label; a scalar of whole numbers."""
-
-
-class Terms(NamedTuple):
-    """What turns `W h + b` into logits and logits into a loss."""
-
-    label_smoothing: float = 0.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
 
 
 def linear_cross_entropy(
@@ -83,6 +67,33 @@ def linear_cross_entropy(
     return LinearCrossEntropy(loss, len(rows), correct)
 
 
+def module_cross_entropy(
+    head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms
+) -> LinearCrossEntropy:
+    """The same for a head that is more than one product, such as an adapted one: backward makes its logits again.
+
+    Args:
+        head: (1, n, d) to (1, n, V).
+        hidden: (n, d).
+        labels: (n,), of which none is left out.
+        vocabulary: V, for the size of the chunks.
+        terms: what becomes of the head's logits.
+    """
+
+    def of(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        out = cross_entropy_of_logits(head(h.unsqueeze(0)).squeeze(0), y, terms)
+        return out.loss, out.correct
+
+    size = rows_at_once(hidden, vocabulary)
+    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    if torch.is_grad_enabled():
+        parts = [checkpoint(of, h, y, use_reentrant=False) for h, y in chunks]
+    else:
+        parts = [of(h, y) for h, y in chunks]
+    losses, hits = zip(*parts, strict=True)
+    return LinearCrossEntropy(torch.stack(losses).sum(), len(labels), torch.stack(hits).sum())
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph would end at the number of trained rows in any case
 def _loss_and_correct(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms
@@ -110,7 +121,8 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, by_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        own = [None if g is None else g * by_loss.to(g.dtype) for g in ctx.saved_tensors]
+        # In float32: a loss scaler's factor is beyond float16, and bfloat16's rounding of it would go into every entry.
+        own = [None if g is None else (g.to(by_loss.dtype) * by_loss).to(g.dtype) for g in ctx.saved_tensors]
         return (*own, None, None)
 
 
@@ -128,7 +140,7 @@ def chunked(
     for start in range(0, len(hidden), size):
         part = slice(start, start + size)
         h = hidden[part]
-        logits = torch.nn.functional.linear(h, weight, bias).to(wide)
+        logits = F.linear(h, weight, bias).to(wide)
         losses, hits = loss_of_logits_(logits, labels[part], terms, gradient=any(wanted))
         loss += losses.sum()
         correct += hits.sum()
@@ -200,17 +212,4 @@ def _refuse_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
         raise LoRAError(
             "expected hidden (n, d), weight (V, d), labels (n,) and bias (V,) or none, got hidden"
             f" {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}{b}"
-        )
-
-
-def refuse_labels(trained: Tensor, vocabulary: int, ignore_index: int) -> None:
-    """Raise a LoRAError where one of these labels is none of the head's entries."""
-    if not len(trained):
-        return
-    low, high = torch.stack(trained.aminmax()).tolist()
-    if low < 0 or high >= vocabulary:
-        wrong = low if low < 0 else high
-        raise LoRAError(
-            f"label {wrong} is outside of the head's {vocabulary} entries: labels are 0 to {vocabulary - 1}, or"
-            f" {ignore_index} where nothing is trained on"
         )
