@@ -5,9 +5,10 @@ For trained rows i with logits `z_i = cap tanh(scale (W h_i + b) / cap)` and smo
     loss = sum_i [ log sum_v exp z_iv - (1 - e) z_iy - e mean_v z_iv ],
     d loss / d z_iv = softmax(z_i)_v - (1 - e) [v = y_i] - e / V.
 
-Rows are taken in chunks: the gradient is there as soon as the loss is, so it is multiplied by W at once and the chunk's
-logits are gone before the next's. Kept for backward: a gradient the size of h, and one the size of W only where W
-trains. The idea is that of "Cut Your Losses" (arXiv 2411.09009) and liger-kernel (arXiv 2410.10989).
+and scale and bound add the factors of their own slopes. Rows are taken in chunks: the gradient is there as soon as the
+loss is, so it is multiplied by W at once, and the chunk's logits are gone before the next's. Kept for backward: a
+gradient the size of h, and one the size of W only where W trains. The idea is that of "Cut Your Losses" (arXiv
+2411.09009) and liger-kernel (arXiv 2410.10989), whose kernel is taken where it can be (`liger.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.functional import wide_dtype
-from lora_lightning.tasks.token_loss import LinearCrossEntropy, Terms, cross_entropy_of_logits, refuse_labels
+from lora_lightning.tasks.liger import can_go_liger, liger_cross_entropy
+from lora_lightning.tasks.token_loss import LinearCrossEntropy, Terms, refuse_labels
 
 FLOOR = 2**25
 """Bytes of logits that a chunk may always have: fewer rows than that holds make the products slow."""
@@ -62,47 +63,22 @@ def linear_cross_entropy(
     refuse_labels(trained, len(weight), ignore_index)
     chosen, weight, bias = _of_one_dtype(hidden[rows], weight, bias)
     terms = Terms(label_smoothing, softcap, logit_scale)
-    with torch.autocast(hidden.device.type, enabled=False):
-        loss, correct = _loss_and_correct(chosen, weight, bias, trained, terms)
+    loss, correct = _loss_and_correct(chosen, weight, bias, trained, terms)
     return LinearCrossEntropy(loss, len(rows), correct)
-
-
-def module_cross_entropy(
-    head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms
-) -> LinearCrossEntropy:
-    """The same for a head that is more than one product, such as an adapted one: backward makes its logits again.
-
-    Args:
-        head: (1, n, d) to (1, n, V).
-        hidden: (n, d).
-        labels: (n,), of which none is left out.
-        vocabulary: V, for the size of the chunks.
-        terms: what becomes of the head's logits.
-    """
-
-    def of(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        out = cross_entropy_of_logits(head(h.unsqueeze(0)).squeeze(0), y, terms)
-        return out.loss, out.correct
-
-    size = rows_at_once(hidden, vocabulary)
-    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-    if torch.is_grad_enabled():
-        parts = [checkpoint(of, h, y, use_reentrant=False) for h, y in chunks]
-    else:
-        parts = [of(h, y) for h, y in chunks]
-    losses, hits = zip(*parts, strict=True)
-    return LinearCrossEntropy(torch.stack(losses).sum(), len(labels), torch.stack(hits).sum())
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph would end at the number of trained rows in any case
 def _loss_and_correct(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
-        loss, correct = _GradientInForward.apply(hidden, weight, bias, labels, terms)  # type: ignore[no-untyped-call]
+    with torch.autocast(hidden.device.type, enabled=False):
+        if can_go_liger(hidden, weight, bias, terms):
+            return liger_cross_entropy(hidden, weight, bias, labels, terms)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+            loss, correct = _GradientInForward.apply(hidden, weight, bias, labels, terms)  # type: ignore[no-untyped-call]
+            return loss, correct
+        loss, correct, *_ = chunked(hidden, weight, bias, labels, terms, (False, False, False))
         return loss, correct
-    loss, correct, *_ = chunked(hidden, weight, bias, labels, terms, (False, False, False))
-    return loss, correct
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -144,13 +120,15 @@ def chunked(
         losses, hits = loss_of_logits_(logits, labels[part], terms, gradient=any(wanted))
         loss += losses.sum()
         correct += hits.sum()
-        by_logits = logits.to(h.dtype)  # what was the logits is their gradient now
-        if by_hidden is not None:
-            torch.mm(by_logits, weight, out=by_hidden[part])
-        if by_weight is not None:
-            by_weight += by_logits.t() @ h
+        # What was the logits is their gradient now.
         if by_bias is not None:
             by_bias += logits.sum(0)
+        if any(wanted[:2]):
+            logits = logits.to(h.dtype)
+        if by_hidden is not None:
+            torch.mm(logits, weight, out=by_hidden[part])
+        if by_weight is not None:
+            by_weight += logits.t() @ h
     dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     gradients = [
         None if g is None else g.to(dtype) for g, dtype in zip((by_hidden, by_weight, by_bias), dtypes, strict=True)

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import logits_of
+from lora_lightning.tasks.head_in_chunks import module_cross_entropy
 from lora_lightning.tasks.head_probe import one_position, terms_of
-from lora_lightning.tasks.linear_cross_entropy import linear_cross_entropy, module_cross_entropy
+from lora_lightning.tasks.linear_cross_entropy import linear_cross_entropy
 from lora_lightning.tasks.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
 _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
