@@ -129,6 +129,7 @@ def chunked(
             torch.mm(logits, weight, out=by_hidden[part])
         if by_weight is not None:
             by_weight += logits.t() @ h
+        del logits  # before the next are made
     dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
     gradients = [
         None if g is None else g.to(dtype) for g, dtype in zip((by_hidden, by_weight, by_bias), dtypes, strict=True)
@@ -158,7 +159,9 @@ def loss_of_logits_(logits: Tensor, labels: Tensor, terms: Terms, *, gradient: b
     total = logits.exp_().sum(-1, keepdim=True)
     losses += total.log().squeeze(1)
     if gradient:
-        logits.div_(total).sub_(smoothing / logits.shape[1])
+        logits.div_(total)
+        if smoothing:
+            logits.sub_(smoothing / logits.shape[1])
         logits.scatter_add_(1, at_label, torch.full_like(top, smoothing - 1))
         if slope is not None:
             logits.mul_(slope)
