@@ -36,17 +36,25 @@ class HeadCall(NamedTuple):
 
 @contextmanager
 def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCall]]:
-    """Within the block the head is handed the last position alone, enlarged if `loud`. Gives its calls."""
-    handed: list[Tensor] = []
+    """Within the block the head is handed the last position alone, enlarged if `loud`. Gives its calls.
+
+    A call with anything but one tensor (b, t, d) is let be, and is not among them.
+    """
+    handed: list[Tensor | None] = []
     calls: list[HeadCall] = []
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) != 1 or args[0].dim() != 3:
+            handed.append(None)
+            return args
         handed.append(args[0])
         last = args[0][:, -1:].contiguous()
-        return (last * _loudness(module, last) if loud else last, *args[1:])
+        return (last * _loudness(module, last) if loud else last,)
 
     def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        calls.append(HeadCall(handed[-1], out.detach().clone() if loud else out.detach()))  # some change it in place
+        hidden = handed.pop()
+        if hidden is not None:
+            calls.append(HeadCall(hidden, out.detach().clone() if loud else out.detach()))  # some change it in place
 
     handles = head.register_forward_pre_hook(before), head.register_forward_hook(after)
     try:
@@ -68,7 +76,7 @@ def terms_of(backbone: PreTrainedModel, head: nn.Module, inputs: Mapping[str, An
         one_position(head, loud=True) as calls,
     ):
         logits = logits_of(backbone(**inputs))
-    if len(calls) != 1 or calls[0].hidden.dim() != 3 or logits.shape != calls[0].logits.shape:
+    if len(calls) != 1 or logits.shape != calls[0].logits.shape:
         return None
     raw = calls[0].logits
     if not bool(torch.isfinite(raw).all() and torch.isfinite(logits).all()):

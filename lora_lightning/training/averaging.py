@@ -31,14 +31,14 @@ from lora_lightning.lora.functional import wide_dtype
 class UnitMean:
     """The mean over the units of one optimizer step.
 
-    To be called in this order: `weigh`, `begin` at a window's first batch, `add`; after the last backward `finish`.
+    Every batch's loss goes through `weigh`; once the last one's backward is done, `finish` is called. Losses that were
+    not weighed, as those of a subclass's own `training_step`, stay what Lightning makes of them.
     """
 
     def __init__(self) -> None:
         self.mean: Tensor | None = None
-        """Of the last step, over all its units."""
+        """Of the last step, over all its units; None where nothing was weighed."""
         self._share: float | None = None
-        self._last: tuple[Tensor, int] | None = None
         self._parts: list[tuple[Tensor, int]] = []
 
     def weigh(self, trainer: Trainer, loss: Tensor, units: int, batch_idx: int) -> Tensor:
@@ -47,10 +47,11 @@ class UnitMean:
         Raises:
             LoRAError: no units, and a loss that would spoil the other batches' gradients.
         """
-        self._last = (loss.detach(), units)
+        starts = batch_idx % trainer.accumulate_grad_batches == 0  # where Lightning sets gradients to zero
+        self._parts = [*(() if starts else self._parts), (loss.detach(), units)]
         if not _has_parts(trainer):
             return loss
-        if self._share is None or batch_idx % trainer.accumulate_grad_batches == 0:
+        if starts or self._share is None:
             self._share = _share(trainer, loss.device, units)
         if not units and not torch.isfinite(loss):
             raise LoRAError(
@@ -59,21 +60,15 @@ class UnitMean:
             )
         return loss * (units / self._share)
 
-    def begin(self) -> None:
-        """Forget the window before: gradients are zero."""
-        self._parts = []
-
-    def add(self) -> None:
-        """Count in the batch that was weighed last: its gradients are being added."""
-        assert self._last is not None
-        self._parts.append(self._last)
-
     def finish(self, trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> None:
         """Turn the window's accumulated gradients into those of the mean over all units.
 
         Raises:
             LoRAError: there are no units in any process.
         """
+        self.mean = None
+        if not self._parts:
+            return
         loss, units = self._over_processes(trainer)
         if not units:
             raise LoRAError(

@@ -106,12 +106,6 @@ class LoRAModule(LightningModule):
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight)
         return out
 
-    def on_before_zero_grad(self, optimizer: Optimizer) -> None:
-        self._mean.begin()
-
-    def on_before_backward(self, loss: Tensor) -> None:
-        self._mean.add()
-
     def optimizer_step(
         self,
         epoch: int,
@@ -123,7 +117,7 @@ class LoRAModule(LightningModule):
 
         def closure() -> Any:
             assert optimizer_closure is not None
-            result = optimizer_closure()
+            result = optimizer_closure()  # forward and backward of the step's last batch
             self._mean.finish(self.trainer, optimizer)
             return result
 
@@ -131,8 +125,8 @@ class LoRAModule(LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the loss that this step lowers."""
-        assert self._mean.mean is not None
-        self.log("train/loss_step", self._mean.mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
+        if self._mean.mean is not None:
+            self.log("train/loss_step", self._mean.mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over exactly what trains (law 10), and the schedule with the trainer's number of steps."""

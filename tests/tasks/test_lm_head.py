@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.tasks import linear_cross_entropy, lm_head
 from lora_lightning.tasks.lm_head import aligned_loss, shifted_loss
+from tests.distributed import one_process
 
 SIZES = {
     "vocab_size": 61,
@@ -193,6 +195,24 @@ def test_a_model_that_does_something_of_its_own_to_its_logits_computes_them_all_
         assert_same(model)
 
 
+class Flat(transformers.LlamaForCausalLM):
+    """Hands its head rows, not sequences."""
+
+    def forward(self, **kwargs):
+        hidden = self.model(**kwargs).last_hidden_state
+        return {"logits": self.lm_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])}
+
+
+def test_a_head_that_is_handed_anything_else_is_let_be():
+    model = adapted("llama")
+    expected = shifted_loss(model, *batch()).loss
+    model = adapted("llama")
+    model.__class__ = Flat
+    with pytest.warns(UserWarning, match="Flat computes the logits of all tokens at once"):
+        ours = shifted_loss(model, *batch()).loss
+    assert float(ours.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
 def test_a_module_of_ones_own_computes_its_logits():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(61, 8), nn.Linear(8, 61)).double()
@@ -232,6 +252,14 @@ def test_a_model_compiled_as_a_whole_computes_its_logits():
     model.compile(backend="eager")
     with pytest.warns(UserWarning, match="compiled as a whole, head and all; compile its layers or its body instead"):
         assert_same(model)
+
+
+def test_a_sharded_model_computes_its_logits():
+    model, whole = adapted("llama"), adapted("llama")
+    with one_process() as mesh, pytest.warns(UserWarning, match="its head's weights are sharded"):
+        ours = shifted_loss(fully_shard(model, mesh=mesh), *batch())
+    expected = shifted_loss(whole, *batch())
+    assert float(ours.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-12)
 
 
 def test_a_compiled_body_is_used():

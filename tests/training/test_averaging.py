@@ -8,11 +8,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
-from torch.utils.data import DataLoader
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils.data import DataLoader, default_collate
 
-from lora_lightning import LoRAError
+from lora_lightning import LoRAError, LoRAModule
 from lora_lightning.training.averaging import UnitMean, _multiply_gradients
 from tests.command.process import REPOSITORY
+from tests.distributed import one_process
 from tests.training.ragged import CLIP, ROWS, fit, module, rows
 
 ACCUMULATED = [1, 3, 4]
@@ -124,17 +126,24 @@ def test_an_empty_batch_with_a_loss_that_is_not_finite_is_refused():
         UnitMean().weigh(fitted["trainer"], torch.tensor(float("nan")), 0, 0)
 
 
-def test_sharded_gradients_are_multiplied_where_they_lie():
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
+def test_a_training_step_of_ones_own_is_lightnings(monkeypatch):
+    def own(self, batch, batch_idx):
+        out = self.task.step(self.backbone, batch)
+        return out.loss * out.weight
 
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
+    monkeypatch.setattr(LoRAModule, "training_step", own)
+    look = Look()
+    fit(2, look, accumulate_grad_batches=3, max_steps=1)
+    model, batch = module(), rows(ROWS, seed=1)[:6]
+    (sum(own(model, default_collate(batch[i : i + 2]), 0) for i in (0, 2, 4)) / 3).backward()
+    for key, p in model.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(look.gradients[key], p.grad, rtol=1e-12, atol=1e-16)
+
+
+def test_sharded_gradients_are_multiplied_where_they_lie():
+    with one_process() as mesh:
         parameter = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
         parameter.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
         _multiply_gradients(torch.optim.SGD([parameter], lr=1.0), 2.5)
         assert torch.equal(parameter.grad.full_tensor(), torch.full((4, 3), 2.5))
-    finally:
-        distributed.destroy_process_group()
