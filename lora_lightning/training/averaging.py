@@ -86,18 +86,17 @@ class UnitMean:
         units = sum(n for _, n in self._parts)
         if not _has_parts(trainer):
             return self._parts[-1][0], units
-        # What a batch of no units calls its loss counts for nothing.
-        loss = torch.stack(
-            [
-                loss.to(wide_dtype(loss)) * n if n else loss.new_zeros((), dtype=wide_dtype(loss))
-                for loss, n in self._parts
-            ]
-        )
+        loss = torch.stack([_summed(loss, n) for loss, n in self._parts]).sum()
         if trainer.world_size == 1:
-            return loss.sum(), units
+            return loss, units
         count = trainer.strategy.reduce(torch.tensor(units, device=loss.device), reduce_op="sum")
-        total: Tensor = trainer.strategy.reduce(loss.sum(), reduce_op="sum")
+        total: Tensor = trainer.strategy.reduce(loss, reduce_op="sum")
         return total, int(count)
+
+
+def _summed(loss: Tensor, units: int) -> Tensor:
+    """A batch's loss summed over its units; of none it counts for nothing, whatever the task calls it."""
+    return loss.to(wide_dtype(loss)) * units if units else torch.zeros_like(loss, dtype=wide_dtype(loss))
 
 
 def _multiply_gradients(optimizer: Optimizer | LightningOptimizer, factor: float) -> None:
