@@ -20,7 +20,7 @@ class StepOutput:
     """What one batch gives."""
 
     loss: Tensor
-    """Mean over `weight` units, a scalar."""
+    """Mean over `weight` units, a scalar. Of no units it is 0, with a gradient of zeros."""
     weight: int
     """How many examples (or tokens) the mean is over: what the batch counts for in an average."""
     predictions: Tensor | None = None
@@ -57,7 +57,8 @@ class Task(nn.Module, ABC):
         loss, metrics = self.losses[f"{stage}_"], self.metrics[f"{stage}_"]
         assert isinstance(loss, MeanMetric)
         assert isinstance(metrics, MetricCollection)
-        loss.update(out.loss.detach().float(), out.weight)
+        if out.weight:  # the mean over nothing may be anything
+            loss.update(out.loss.detach(), out.weight)
         if out.predictions is not None:
             metrics.update(out.predictions.detach(), out.targets)
         return {f"{stage}/loss": loss, **dict(metrics.items(keep_base=False))}

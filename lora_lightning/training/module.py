@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lora_lightning.lora.adapter import frozen_keys
@@ -19,7 +21,8 @@ from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
 from lora_lightning.lora.record import refuse_other_base
-from lora_lightning.tasks.base import Stage, Task
+from lora_lightning.tasks.base import Stage, StepOutput, Task
+from lora_lightning.training.averaging import UnitMean
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.start import MEASURED, start_from_batches
 
@@ -70,6 +73,7 @@ class LoRAModule(LightningModule):
         self.report = inject(backbone, lora, start=lora.init not in MEASURED)
         self._warn_of_a_frozen_new_head()
         self._w0: Fingerprint | None = None
+        self._mean = UnitMean()
 
     def _warn_of_a_frozen_new_head(self) -> None:
         """A head without pretrained values that does not train stays random."""
@@ -84,7 +88,8 @@ class LoRAModule(LightningModule):
         return self.backbone(*args, **kwargs)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        return self._step("train", batch)
+        out = self._step("train", batch)
+        return self._mean.weigh(self.trainer, out.loss, out.weight, batch_idx)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._step("val", batch)
@@ -95,13 +100,33 @@ class LoRAModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         return self.task.predict(self.backbone, batch)
 
-    def _step(self, stage: Stage, batch: Mapping[str, Any]) -> Tensor:
+    def _step(self, stage: Stage, batch: Mapping[str, Any]) -> StepOutput:
         out = self.task.step(self.backbone, batch)
         metrics = self.task.update(stage, out)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight)
-        if stage == "train":
-            self.log("train/loss_step", out.loss, on_step=True, on_epoch=False, prog_bar=True, batch_size=out.weight)
-        return out.loss
+        return out
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Law 9: before anything else reads the gradients they become those of the mean over all units."""
+
+        def closure() -> Any:
+            assert optimizer_closure is not None
+            result = optimizer_closure()  # forward and backward of the step's last batch
+            self._mean.finish(self.trainer, optimizer)
+            return result
+
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the loss that this step lowers."""
+        if self._mean.mean is not None:
+            self.log("train/loss_step", self._mean.mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over exactly what trains (law 10), and the schedule with the trainer's number of steps."""

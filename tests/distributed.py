@@ -1,0 +1,17 @@
+"""A process group of one, for what only sharded tensors show."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@contextmanager
+def one_process() -> Iterator[DeviceMesh]:
+    """The mesh of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        distributed.destroy_process_group()

@@ -1,0 +1,262 @@
+"""Linear and cross-entropy in one: the plain way's loss and gradients, in less memory."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lora_lightning import LoRAError
+from lora_lightning.tasks import liger
+from lora_lightning.tasks import linear_cross_entropy as module
+from lora_lightning.tasks.linear_cross_entropy import linear_cross_entropy
+
+OPTIONS = [
+    {},
+    {"label_smoothing": 0.1},
+    {"softcap": 2.0},
+    {"logit_scale": 0.3},
+    {"label_smoothing": 0.2, "softcap": 1.5, "logit_scale": 2.5},
+    {"ignore_index": 7},
+]
+
+
+def data(n=37, d=8, vocabulary=50, ignored=0.3, ignore_index=-100, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n, d, dtype=dtype), torch.randn(vocabulary, d, dtype=dtype)
+    labels = torch.randint(vocabulary, (n,))
+    labels[: n // 3] = (hidden @ weight.t())[: n // 3].argmax(-1)  # some are right
+    labels[torch.rand(n) < ignored] = ignore_index
+    return hidden, weight, torch.randn(vocabulary, dtype=dtype), labels
+
+
+def plain(hidden, weight, labels, *, bias=None, label_smoothing=0.0, ignore_index=-100, softcap=None, logit_scale=1.0):
+    z = F.linear(hidden, weight, bias).to(torch.promote_types(hidden.dtype, torch.float32)) * logit_scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    loss = F.cross_entropy(z, labels, reduction="sum", ignore_index=ignore_index, label_smoothing=label_smoothing)
+    return loss, (z.argmax(-1) == labels).sum()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_loss_gradients_and_hits_are_the_plain_ways(options, with_bias, rows, monkeypatch):
+    monkeypatch.setattr(module, "rows_at_once", lambda hidden, vocabulary: rows)
+    hidden, weight, bias, labels = data(ignore_index=options.get("ignore_index", -100))
+    leaves = [t.requires_grad_(True) for t in ([hidden, weight, bias] if with_bias else [hidden, weight])]
+    given = {"bias": bias if with_bias else None, **options}
+    ours = linear_cross_entropy(hidden, weight, labels, **given)
+    loss, correct = plain(hidden, weight, labels, **given)
+    assert float((ours.loss - loss).abs() / loss) < 1e-12
+    assert (ours.count, int(ours.correct)) == (int((labels != given.get("ignore_index", -100)).sum()), int(correct))
+    assert int(correct) > 0
+    both = (torch.autograd.grad(1.7 * value, leaves) for value in (ours.loss, loss))
+    for got, expected in zip(*both, strict=True):
+        assert float((got - expected).abs().max()) < 1e-12 * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("trains", ["hidden", "weight", "bias"])
+def test_what_needs_no_gradient_gets_none(trains):
+    hidden, weight, bias, labels = data()
+    leaf = {"hidden": hidden, "weight": weight, "bias": bias}[trains].requires_grad_(True)
+    linear_cross_entropy(hidden, weight, labels, bias=bias).loss.backward()
+    expected = torch.autograd.grad(plain(hidden, weight, labels, bias=bias)[0], leaf)[0]
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-12, atol=1e-14)
+    assert [t.grad is not None for t in (hidden, weight, bias)].count(True) == 1
+
+
+def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
+    hidden, weight, bias, labels = data()
+    wanted = []
+    chunked = module.chunked
+    monkeypatch.setattr(module, "chunked", lambda *args: wanted.append(args[-1]) or chunked(*args))
+    with torch.no_grad():
+        value = linear_cross_entropy(hidden.requires_grad_(True), weight, labels, bias=bias).loss
+    assert not value.requires_grad
+    linear_cross_entropy(hidden, weight, labels, bias=bias)
+    assert wanted == [(False, False, False), (True, False, False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_it_is_no_further_from_the_truth_than_the_plain_way(dtype):
+    hidden, weight, _, labels = data(n=64, d=32, vocabulary=3000)
+    low, weight = hidden.to(dtype).requires_grad_(True), (0.2 * weight).to(dtype)
+    wide = low.detach().double().requires_grad_(True)
+    plain(wide, weight.double(), labels)[0].backward()
+    errors = []
+    for loss in (plain(low, weight, labels)[0], linear_cross_entropy(low, weight, labels).loss):
+        assert loss.dtype == torch.float32
+        (got,) = torch.autograd.grad(loss / 3, low)
+        errors.append(float((got.double() * 3 - wide.grad).norm()))
+    assert errors[1] <= 1.2 * errors[0]
+
+
+def test_a_loss_scalers_factor_does_not_overflow_float16():
+    hidden, weight, _, labels = data(n=8, dtype=torch.float32)
+    low = (0.01 * hidden).half().requires_grad_(True)
+    scaled = linear_cross_entropy(low, (1e-3 * weight).half(), labels).loss * 2.0**17
+    (got,) = torch.autograd.grad(scaled, low)
+    assert torch.isfinite(got).all()
+    assert float(got.abs().max()) > 100
+
+
+def test_under_autocast_it_is_the_plain_way_under_autocast():
+    hidden, weight, bias, labels = data(dtype=torch.float32)
+    hidden.requires_grad_(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, _ = plain(hidden, weight, labels, bias=bias)
+        ours = linear_cross_entropy(hidden, weight, labels, bias=bias).loss
+    assert ours.dtype == torch.float32
+    assert float(ours.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+    (got,), (expected,) = torch.autograd.grad(ours, hidden), torch.autograd.grad(loss, hidden)
+    assert float((got - expected).norm()) < 5e-3 * float(expected.norm())
+
+
+def test_nothing_to_train_on_costs_nothing_and_gives_gradients_of_zero():
+    hidden, weight, bias, labels = data(ignored=1.1)
+    leaves = [t.requires_grad_(True) for t in (hidden, weight, bias)]
+    out = linear_cross_entropy(hidden, weight, labels, bias=bias)
+    assert (float(out.loss.detach()), out.count, int(out.correct)) == (0.0, 0, 0)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in torch.autograd.grad(out.loss, leaves))
+
+
+def test_it_is_differentiable_once_and_says_so():
+    hidden, weight, _, labels = data()
+    loss = linear_cross_entropy(hidden.requires_grad_(True), weight, labels).loss
+    first = torch.autograd.grad(loss**2, hidden, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+def test_backward_may_be_called_again():
+    hidden, weight, _, labels = data()
+    loss = linear_cross_entropy(hidden.requires_grad_(True), weight, labels).loss
+    (first,), (again,) = torch.autograd.grad(loss, hidden, retain_graph=True), torch.autograd.grad(3 * loss, hidden)
+    torch.testing.assert_close(again, 3 * first, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_it_works_within_a_checkpoint(reentrant):
+    hidden, weight, _, labels = data()
+    hidden.requires_grad_(True)
+    loss = checkpoint(lambda h: linear_cross_entropy(h * 2, weight, labels).loss, hidden, use_reentrant=reentrant)
+    loss.backward()
+    expected = torch.autograd.grad(plain(hidden * 2, weight, labels)[0], hidden)[0]
+    torch.testing.assert_close(hidden.grad, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_it_may_stand_in_a_compiled_function():
+    hidden, weight, _, labels = data()
+    hidden.requires_grad_(True)
+
+    @torch.compile(backend="eager")
+    def compiled(h):
+        return linear_cross_entropy(torch.sin(h), weight, labels, softcap=3.0).loss * 2
+
+    loss = compiled(hidden)
+    expected = 2 * plain(torch.sin(hidden), weight, labels, softcap=3.0)[0]
+    assert float((loss - expected).abs().detach()) < 1e-11
+    (got,), (wanted,) = torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-13)
+
+
+def test_chunks_weigh_what_the_hidden_states_do_or_the_floor():
+    hidden = torch.empty(4096, 4096, dtype=torch.bfloat16, device="meta")
+    assert module.rows_at_once(hidden, 128_000) == 4096 * 4096 * 4 // (128_000 * 8)
+    assert module.rows_at_once(hidden[:1], 32_000) == module.FLOOR // (32_000 * 8)
+    assert module.rows_at_once(hidden[:1], 10**9) == 1
+
+
+def test_shapes_that_do_not_go_together_are_refused():
+    hidden, weight, bias, labels = data()
+    for wrong in ({"hidden": hidden[None]}, {"weight": weight[:, 1:]}, {"labels": labels[1:]}, {"bias": bias[1:]}):
+        given = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias} | wrong
+        with pytest.raises(LoRAError, match=r"expected hidden \(n, d\), weight \(V, d\), labels \(n,\) and bias"):
+            linear_cross_entropy(**given)
+
+
+class StandIn(nn.Module):
+    """liger-kernel's class by its published signature and meaning; the kernel itself needs a GPU."""
+
+    def __init__(
+        self,
+        ce_weight=None,
+        ignore_index=-100,
+        lse_square_scale=0.0,
+        label_smoothing=0.0,
+        reduction="mean",
+        softcap=None,
+        return_z_loss=False,
+        accum_dtype=None,
+        use_token_scaling=False,
+        return_token_accuracy=False,
+    ):
+        super().__init__()
+        assert reduction == "sum"
+        self.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
+        self.return_token_accuracy = return_token_accuracy
+
+    def forward(self, lin_weight, _input, target, bias=None):
+        loss, correct = plain(_input, lin_weight, target, bias=bias, **self.options)
+        StandIn.called = True
+        accuracy = correct.float() / len(target) if self.return_token_accuracy else None
+        return SimpleNamespace(loss=loss, z_loss=None, token_accuracy=accuracy)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """As if liger-kernel were installed and a CPU would do for it."""
+    name = "liger_kernel.transformers.fused_linear_cross_entropy"
+    made = ModuleType(name)
+    made.LigerFusedLinearCrossEntropyLoss = StandIn
+    for parent in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
+    monkeypatch.setitem(sys.modules, name, made)
+    monkeypatch.setattr(liger, "DEVICES", ("cpu",))
+    StandIn.called = False
+    liger._kernel.cache_clear()
+    yield
+    liger._kernel.cache_clear()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_ligers_kernel_is_asked_for_the_same(stand_in, options):
+    hidden, weight, _, labels = data(dtype=torch.float32, ignore_index=options.get("ignore_index", -100))
+    hidden.requires_grad_(True)
+    ours = linear_cross_entropy(hidden, weight, labels, **options)
+    assert StandIn.called
+    loss, correct = plain(hidden, weight, labels, **options)
+    assert float(ours.loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
+    assert (ours.count, int(ours.correct)) == (int((labels != options.get("ignore_index", -100)).sum()), int(correct))
+    (got,), (expected,) = torch.autograd.grad(ours.loss, hidden), torch.autograd.grad(loss, hidden)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ligers_kernel_is_left_out_where_it_does_not_fit(stand_in):
+    hidden, weight, bias, labels = data(dtype=torch.float32)
+    linear_cross_entropy(hidden, weight.requires_grad_(True), labels)
+    weight.requires_grad_(False)
+    linear_cross_entropy(hidden.double(), weight.double(), labels)
+    linear_cross_entropy(hidden, weight, labels, bias=bias, logit_scale=0.5)
+    linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
+    assert not StandIn.called
+    linear_cross_entropy(hidden, weight, labels, bias=bias)
+    assert StandIn.called
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_ligers_kernel_on_a_gpu_is_the_plain_way():
+    pytest.importorskip("liger_kernel")
+    hidden, weight, _, labels = (t.cuda() for t in data(n=300, d=64, vocabulary=5000, dtype=torch.float32))
+    hidden.requires_grad_(True)
+    ours, (loss, correct) = (
+        linear_cross_entropy(hidden, weight, labels, softcap=30.0),
+        plain(hidden, weight, labels, softcap=30.0),
+    )
+    assert float(ours.loss) == pytest.approx(float(loss), rel=1e-3)
+    assert int(ours.correct) == int(correct)
+    (got,), (expected,) = torch.autograd.grad(ours.loss, hidden), torch.autograd.grad(loss, hidden)
+    assert float((got - expected).norm()) < 1e-2 * float(expected.norm())

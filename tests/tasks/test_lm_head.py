@@ -1,0 +1,367 @@
+"""The loss through the head alone is that of the model's own logits, over families of models."""
+
+import copy
+import warnings
+from contextlib import contextmanager
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
+
+from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning.tasks import linear_cross_entropy, lm_head
+from lora_lightning.tasks.lm_head import aligned_loss, shifted_loss
+from tests.distributed import one_process
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+}
+LEFT_OUT = object()
+FAMILIES = {
+    "llama": {},
+    "qwen2": {"tie_word_embeddings": True},
+    "mistral": {},
+    "gemma2": {"final_logit_softcapping": 5.0, "initializer_range": 1.0},
+    "gemma3_text": {"final_logit_softcapping": None},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 7.0},
+    "phi": {},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 24, "word_embed_proj_dim": 12},
+    "falcon": {"head_dim": LEFT_OUT},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "mamba": {"state_size": 4, "pad_token_id": 0},
+    "falcon_h1": {"lm_head_multiplier": 0.4, "mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8},
+    "mixtral": {"num_local_experts": 2, "experts_implementation": "eager"},
+}
+QUIET = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def causal(family, dtype=torch.float64, **more):
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in {**SIZES, **QUIET, **FAMILIES[family], **more}.items() if v is not LEFT_OUT}
+    model = transformers.AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).to(dtype).eval()
+    with torch.no_grad():  # so that bounds and biases matter
+        for name, p in model.named_parameters():
+            if p.dim() == 1:
+                p.add_(0.1 * torch.randn_like(p))
+            elif "embed" in name or "lm_head" in name or "wte" in name:
+                p.mul_(3)
+    return model.requires_grad_(False)
+
+
+def batch(rows=3, length=9, vocabulary=61):
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocabulary, (rows, length), generator=g)
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    labels = torch.where((mask == 1) & (torch.rand(ids.shape, generator=g) < 0.7), ids, -100)
+    return {"input_ids": ids, "attention_mask": mask}, labels
+
+
+def plain(model, inputs, labels, smoothing=0.0):
+    """From all logits, by torch alone."""
+    logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+    logits, y = logits.to(torch.promote_types(logits.dtype, torch.float32)), labels[:, 1:].flatten()
+    loss = F.cross_entropy(logits, y, reduction="sum", label_smoothing=smoothing)
+    return loss, int((y != -100).sum()), int(((logits.argmax(-1) == y) & (y != -100)).sum())
+
+
+def gradients(model, loss):
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+
+
+def assert_same(model, *, smoothing=0.0, tolerance=1e-10):
+    inputs, labels = batch()
+    ours = shifted_loss(model, inputs, labels, label_smoothing=smoothing)
+    loss, count, correct = plain(model, inputs, labels, smoothing)
+    assert (ours.count, int(ours.correct)) == (count, correct)
+    assert float(ours.loss) == pytest.approx(float(loss), rel=tolerance)
+    expected, got = gradients(model, loss), gradients(model, ours.loss)
+    for key, value in expected.items():
+        assert float((got[key] - value).abs().max()) <= tolerance * float(value.abs().max()) + 1e-300, key
+    assert any(float(value.abs().max()) > 0 for value in expected.values())
+
+
+def adapted(family, *, vocabulary=61, **config):
+    model = causal(family, vocab_size=vocabulary)
+    options = {"r": 2, "target_modules": "all-linear", **config}
+    inject(model, LoRAConfig(**options))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_through_the_head_is_that_of_the_models_own_logits(family, smoothing):
+    model = adapted(family)
+    with not_said():
+        # Mamba's own logits are float32 whatever its weights are.
+        assert_same(model, smoothing=smoothing, tolerance=1e-6 if family == "mamba" else 1e-10)
+
+
+@contextmanager
+def not_said():
+    """Within the block no model may say that it computes all its logits."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*computes the logits of all tokens")
+        yield
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=["adapted", "dora", "copied"],
+)
+def test_a_head_that_trains_gets_its_own_gradients_in_chunks(config, monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "FLOOR", 4 * 900 * 8)
+    model = adapted("llama", vocabulary=900, **config)
+    with not_said(), largest_result() as largest:
+        shifted_loss(model, *batch()).loss.backward()
+    assert largest[0] < batch()[0]["input_ids"].numel() * 900, "no tensor held the logits of all tokens"
+    assert any("lm_head.lora" in key for key, p in model.named_parameters() if p.requires_grad)
+    assert_same(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi"])
+def test_a_weight_that_trains_in_full_gets_its_gradient_tied_or_not(family):
+    model = causal(family).requires_grad_(True)
+    assert_same(model)
+
+
+@contextmanager
+def largest_result():
+    """The most entries of any tensor that an operation within the block gives."""
+    largest = [0]
+
+    class Note(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(t, torch.Tensor):
+                    largest[0] = max(largest[0], t.untyped_storage().nbytes() // t.itemsize)
+            return out
+
+    with Note():
+        yield largest
+
+
+def test_the_logits_of_all_tokens_are_never_there(monkeypatch):
+    monkeypatch.setattr(linear_cross_entropy, "FLOOR", 4 * 900 * 8)
+    model, (inputs, labels) = adapted("llama", vocabulary=900), batch(rows=6, length=20)
+    inputs["attention_mask"][:] = 1
+    shifted_loss(model, inputs, labels)
+    with largest_result() as largest:
+        shifted_loss(model, inputs, inputs["input_ids"]).loss.backward()
+    assert largest[0] < 6 * 20 * 900 / 6
+
+
+class Cubed(transformers.LlamaForCausalLM):
+    """Does to its logits what no config says."""
+
+    def forward(self, **kwargs):
+        out = super().forward(**kwargs)
+        out.logits = out.logits + 0.01 * out.logits**3
+        return out
+
+
+def test_a_model_that_does_something_of_its_own_to_its_logits_computes_them_all_and_says_so_once():
+    model = adapted("llama")
+    model.__class__ = Cubed
+    with pytest.warns(UserWarning, match="Cubed computes the logits of all tokens at once, .* does more to its logits"):
+        assert_same(model)
+    with not_said():
+        assert_same(model)
+
+
+class Flat(transformers.LlamaForCausalLM):
+    """Hands its head rows, not sequences."""
+
+    def forward(self, **kwargs):
+        hidden = self.model(**kwargs).last_hidden_state
+        return {"logits": self.lm_head(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])}
+
+
+def test_a_head_that_is_handed_anything_else_is_let_be():
+    model = adapted("llama")
+    expected = shifted_loss(model, *batch()).loss
+    model = adapted("llama")
+    model.__class__ = Flat
+    with pytest.warns(UserWarning, match="Flat computes the logits of all tokens at once"):
+        ours = shifted_loss(model, *batch()).loss
+    assert float(ours.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+def test_a_module_of_ones_own_computes_its_logits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(61, 8), nn.Linear(8, 61)).double()
+    inputs, labels = batch()
+    with not_said():
+        ours = shifted_loss(Named(model), {"input_ids": inputs["input_ids"]}, labels)
+    logits = model(inputs["input_ids"])[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    assert float(ours.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+
+
+class Named(nn.Module):
+    """Takes its input by name."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, input_ids):
+        return self.net(input_ids)
+
+
+def test_hooks_on_a_head_see_every_logit():
+    model, seen = adapted("llama"), []
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    with pytest.warns(UserWarning, match="its head has hooks, which are to see every logit"):
+        assert_same(model)
+    assert seen == [(3, 9, 61)] * 2
+    handle.remove()
+    assert_same(model)
+    assert len(seen) == 2
+    assert lm_head._FOUND[model] is not None
+
+
+def test_a_model_compiled_as_a_whole_computes_its_logits():
+    model = adapted("llama")
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match="compiled as a whole, head and all; compile its layers or its body instead"):
+        assert_same(model)
+
+
+def test_a_sharded_model_computes_its_logits():
+    model, whole = adapted("llama"), adapted("llama")
+    with one_process() as mesh, pytest.warns(UserWarning, match="its head's weights are sharded"):
+        ours = shifted_loss(fully_shard(model, mesh=mesh), *batch())
+    expected = shifted_loss(whole, *batch())
+    assert float(ours.loss.detach()) == pytest.approx(float(expected.loss.detach()), rel=1e-12)
+
+
+def test_a_compiled_body_is_used():
+    model = adapted("llama")
+    model.model.compile(backend="eager")
+    with not_said():
+        assert_same(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_bfloat16_it_is_the_plain_way_to_rounding(family, autocast):
+    model = causal(family, torch.float32 if autocast else torch.bfloat16)
+    inject(model, LoRAConfig(r=2))
+    inputs, labels = batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), not_said():
+        ours = shifted_loss(model, inputs, labels)
+        loss, count, correct = plain(model, inputs, labels)
+    assert ours.loss.dtype == torch.float32
+    assert ours.count == count
+    assert abs(int(ours.correct) - correct) <= (family == "gemma2"), "what is bound in bfloat16 is often equal"
+    assert float(ours.loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-2)
+    expected, got = gradients(model, loss), gradients(model, ours.loss)
+    for key, value in expected.items():
+        assert float((got[key] - value).norm()) <= 0.05 * float(value.norm()), key
+
+
+def test_it_works_under_activation_checkpointing():
+    model = adapted("llama")
+    expected = gradients(model, shifted_loss(model, *batch()).loss)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    got = gradients(model, shifted_loss(model, *batch()).loss)
+    assert all(torch.allclose(got[key], value, rtol=1e-12) for key, value in expected.items())
+
+
+def test_to_find_out_draws_no_random_numbers_and_is_done_once_for_each_model():
+    model = adapted("llama", target_modules=["q_proj", "lm_head"], dropout=0.3).train()
+    torch.manual_seed(5)
+    first = shifted_loss(model, *batch()).loss
+    torch.manual_seed(5)
+    assert torch.equal(first, shifted_loss(model, *batch()).loss)
+    twin = copy.deepcopy(model)
+    assert twin not in lm_head._FOUND
+    torch.manual_seed(5)
+    assert torch.equal(first, shifted_loss(twin, *batch()).loss)
+
+
+def test_a_bounded_head_with_dropout_draws_the_same_mask_again_in_backward():
+    model = adapted("gemma2", target_modules=["lm_head"], dropout=0.5).train()
+    total = {}
+    for eps in (-1e-5, 1e-5):
+        with torch.no_grad():
+            model.lm_head.lora_B[3, 1] += eps
+            torch.manual_seed(1)
+            total[eps] = float(shifted_loss(model, *batch()).loss)
+            model.lm_head.lora_B[3, 1] -= eps
+    torch.manual_seed(1)
+    shifted_loss(model, *batch()).loss.backward()
+    assert float(model.lm_head.lora_B.grad[3, 1]) == pytest.approx((total[1e-5] - total[-1e-5]) / 2e-5, rel=1e-6)
+
+
+def test_sequence_to_sequence_is_aligned():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    config = AutoConfig.for_model("t5", vocab_size=61, **sizes, tie_word_embeddings=True)
+    model = transformers.T5ForConditionalGeneration(config).double().eval()
+    inputs, labels = batch()
+    with not_said():
+        ours = aligned_loss(model, {**inputs, "decoder_input_ids": inputs["input_ids"]}, labels)
+    logits = model(**inputs, decoder_input_ids=inputs["input_ids"]).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert float(ours.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-10)
+    assert ours.count == int((labels != -100).sum())
+
+
+def test_a_batch_that_trains_on_nothing_is_refused_in_training_and_counts_for_nothing_in_evaluation():
+    model, (inputs, labels) = adapted("llama"), batch()
+    nothing = torch.full_like(labels, -100)
+    nothing[:, 0] = 5
+    with pytest.raises(LoRAError, match="nothing is trained on in this batch: all 27 labels are -100"):
+        shifted_loss(model, inputs, nothing)
+    with torch.no_grad():
+        out = shifted_loss(model, inputs, nothing)
+    assert (float(out.loss), out.count, int(out.correct)) == (0.0, 0, 0)
+
+
+@pytest.mark.parametrize("make", [lambda: adapted("llama"), lambda: Named(nn.Embedding(61, 61))])
+def test_labels_that_do_not_fit_are_refused(make):
+    ids = batch()[0]["input_ids"]
+    with pytest.raises(LoRAError, match=r"labels \(3, 8\) need one row of .* each, got \(3, 9, "):
+        shifted_loss(make(), {"input_ids": ids}, ids[:, 1:])
+    with pytest.raises(LoRAError, match=r"label 61 is outside of the head's 61 entries: labels are 0 to 60, or -100"):
+        shifted_loss(make(), {"input_ids": ids}, torch.full_like(ids, 61))
+    with pytest.raises(LoRAError, match="label -1 is outside"):
+        shifted_loss(make(), {"input_ids": ids}, torch.full_like(ids, -1))
+
+
+def test_a_bound_and_a_scale_are_those_of_the_config():
+    for family in ("gemma2", "cohere", "granite", "falcon_h1", "llama"):
+        model = causal(family)
+        shifted_loss(model, *batch())
+        found = lm_head._FOUND[model]
+        expected = {"cohere": (None, 0.3), "granite": (None, 1 / 7), "falcon_h1": (None, 0.4), "gemma2": (5.0, 1.0)}
+        assert (found.softcap, found.logit_scale) == expected.get(family, (None, 1.0))

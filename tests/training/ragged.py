@@ -1,0 +1,118 @@
+"""Fits on sequences of unlike length, alone and in two processes. Run as `python -m tests.training.ragged FOLDER`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lora_lightning import LoRAConfig, LoRAModule
+from lora_lightning.data.sampler import EpochSampler
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.tasks.base import StepOutput, Task
+
+VOCABULARY, LENGTH, ROWS = 11, 9, 68
+"""ROWS: per process and micro-batch of 2, 17 micro-batches: the last window of 3 or 4 is short."""
+CLIP = 0.05
+"""A norm that the gradients are above, so that clipping shows."""
+
+
+class Tokens(Task):
+    """The mean over tokens whose label is not -100."""
+
+    def __init__(self) -> None:
+        accuracy = MulticlassAccuracy(VOCABULARY, average="micro", ignore_index=-100)
+        super().__init__(MetricCollection({"accuracy": accuracy}))
+
+    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
+        logits, labels = backbone(batch["ids"]).flatten(0, 1), batch["labels"].flatten()
+        count = int((labels != -100).sum())
+        loss = nn.functional.cross_entropy(logits, labels, reduction="sum") / max(count, 1)
+        return StepOutput(loss, count, logits, labels)
+
+    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+
+def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
+    """Sequences with 0 to LENGTH trained tokens, so that some micro-batches have none."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(VOCABULARY, (count, LENGTH), generator=g)
+    lengths = torch.randint(0, LENGTH + 1, (count, 1), generator=g)
+    lengths[torch.rand(count, 1, generator=g) < 0.4] = 0
+    lengths[::4] = lengths[::4].clamp(min=2)  # of the four rows of two processes, one at least
+    labels = torch.where(torch.arange(LENGTH) < lengths, (ids * 3 + 1) % VOCABULARY, -100)
+    return [{"ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
+
+
+def module() -> LoRAModule:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, VOCABULARY)).double()
+    return LoRAModule(net, Tokens(), LoRAConfig(r=3, alpha=6), optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
+
+
+class Ragged(LightningDataModule):
+    """In the rows' own order; 13 are validated on, which two processes cannot share evenly."""
+
+    def __init__(self, batch_size: int) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self) -> Any:
+        return self.loader(rows(ROWS, seed=1))
+
+    def val_dataloader(self) -> Any:
+        return self.loader(rows(13, seed=2))
+
+    def loader(self, data: Any) -> Any:
+        places = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        sampler = EpochSampler(data, batch_size=self.batch_size, shuffle=False, **places)
+        return DataLoader(data, batch_size=self.batch_size, sampler=sampler)
+
+
+class Record(Callback):
+    """What rank 0 has at the end: the adapter, the logged loss of each optimizer step, and the metrics."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file, self.losses, self.out = file, [], {}
+
+    def on_before_zero_grad(self, trainer: Trainer, *_: Any) -> None:
+        self.note(trainer)
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        self.note(trainer)
+
+    def note(self, trainer: Trainer) -> None:
+        if "train/loss_step" in trainer.callback_metrics:
+            self.losses.append(float(trainer.callback_metrics["train/loss_step"]))
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LoRAModule) -> None:
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith("_step")}
+        adapter = {k: v.detach().clone() for k, v in adapter_tensors(pl_module.backbone).items()}
+        self.out = {"adapter": adapter, "losses": self.losses, "metrics": metrics, "steps": trainer.global_step}
+        if self.file is not None and trainer.is_global_zero:
+            torch.save(self.out, self.file)
+
+
+def fit(batch: int, *callbacks: Callback, file: Path | None = None, data: Any = None, **options: Any) -> dict[str, Any]:
+    """Train for 20 optimizer steps or more, and tell as `Record` does."""
+    record = Record(file)
+    options = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "gradient_clip_val": CLIP} | options
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
+    trainer = Trainer(**options, **quiet, enable_model_summary=False, callbacks=[record, *callbacks])
+    trainer.fit(module(), Ragged(batch) if data is None else data)
+    return record.out
+
+
+if __name__ == "__main__":
+    for accumulate in (1, 3, 4):
+        two = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": accumulate}
+        fit(2, file=Path(sys.argv[1]) / f"{accumulate}.pt", **two)
