@@ -1,9 +1,9 @@
 """Products with the frozen W0 by torch or by oneDNN: whichever is clearly quicker here, by measurement.
 
 torch's float32 product on a CPU is MKL's, which on AMD takes up to twice as long as oneDNN's; its bfloat16 one is
-oneDNN's own with the bias in a pass beside it. So the choice is measured at the first product of each kind in a process:
-in float32 whether torch is slow on this CPU at all, then for each shape of W0 and number of rows. In bfloat16 both give
-the same bits.
+oneDNN's own with the bias in a pass beside it. So the choice is measured at the first product of each kind in a
+process: in float32 whether torch is slow on this CPU at all, then for each shape of W0 and number of rows. In bfloat16
+both give the same bits.
 
 W0 is multiplied as it lies: it is never packed or copied, so nothing has to be kept up with it. Weights packed by
 oneDNN beforehand were 0 to 4% quicker at 2,048 rows, for a second copy of W0 and, for `g W0` in backward, a third.
@@ -69,10 +69,13 @@ def frozen_product(
 
 
 def choices() -> dict[str, str]:
-    """What was chosen in this process so far, in words: by kind of product, what computes it."""
+    """What was chosen in this process so far, in words: by kind of product (rows, k, m), what computes it.
+
+    W0 is read by columns in the backward pass of a linear layer.
+    """
     return {
         f"{str(kind.dtype).removeprefix('torch.')} {kind.rows} x {kind.k} x {kind.m}"
-        f"{'' if kind.by_rows else ', backward'}, {kind.threads} threads": way
+        f"{', bias' if kind.has_bias else ''}{'' if kind.by_rows else ', W0 by columns'}, {kind.threads} threads": way
         for kind, way in sorted(_chosen.items(), key=str)
     }
 
@@ -94,8 +97,8 @@ def _way(rows: Tensor, matrix: Tensor, bias: Tensor | None, prepare: Prepare) ->
     n, by_rows = rows.numel() // rows.shape[-1], matrix.stride(1) == 1
     if prepare == "on":
         return "oneDNN" if by_rows or n < TURNED else "oneDNN, W0 turned"
-    power, threads = 1 << (n - 1).bit_length(), torch.get_num_threads()
-    kind = Kind(rows.dtype, *matrix.shape, by_rows, bias is not None, power, threads)
+    power, threads, (m, k) = 1 << (n - 1).bit_length(), torch.get_num_threads(), matrix.shape
+    kind = Kind(rows.dtype, m, k, by_rows, bias is not None, power, threads)
     if kind not in _chosen:
         is_quick = kind.dtype == torch.float32 and not _torch_is_slow(threads)
         _chosen[kind] = "torch" if is_quick else _measured(matrix, bias, power, SOMEWHAT)
@@ -180,7 +183,7 @@ def _can(rows: Tensor, matrix: Tensor) -> bool:
 
 def _is_strict() -> bool:
     """Whether float32 is float32: a user may allow oneDNN bfloat16 inside, and torch's own product then takes it."""
-    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")
+    return torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
 
 
 @functools.cache

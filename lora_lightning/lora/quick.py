@@ -4,7 +4,8 @@
   computes x A^T of all in one product, and in backward, after all the others, the gradients of all A's in one, and one
   dX into which each has added its own product.
 - The update is added into the base's own output, with no temporary of the layer's width.
-- Kept for backward: x, once however many read it, or what computes it anew (`replay.py`), and z = s x A^T. A and B are cast to x's dtype, never x to theirs.
+- Kept for backward: x, once however many read it, or what computes it anew (`replay.py`), and z = s x A^T. A and B are
+  cast to x's dtype, never x to theirs.
 - Dropout comes from random bytes (`drops.py`), drawn again in backward from a seed; siblings share its mask too.
 - What needs no gradient gets none: no dX for an input without one, no dA for a frozen A.
 

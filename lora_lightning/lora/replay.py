@@ -6,9 +6,10 @@ the operation again. That needs no knowledge of the architecture, only of a few 
 
 - Only the node is held, which the graph holds anyway: nothing lives longer than without.
 - An h that was changed in the meantime raises in torch's own words, as it would in the operation's backward.
-- The first time that a layer meets an operation and a shape, what it would compute is compared with x, bit for bit; what
-  is not the same is kept as ever.
-- Under hooks on saved tensors (activation checkpointing, offloading) all is kept as ever: they see to memory themselves.
+- The first time that a layer meets an operation and a shape, what it would compute is compared with x, bit for bit;
+  what is not the same is kept as ever.
+- Under hooks on saved tensors (activation checkpointing, offloading) all is kept as ever: they see to memory
+  themselves.
 
 ReLU, tanh and torch's fused attention need none of it: they keep their output, which is x, and one storage counts once.
 """
@@ -145,9 +146,7 @@ def _layer_norm(node: Any, replays: Replays) -> Replay | None:
         return None
 
     def run() -> Tensor:
-        return F.layer_norm(
-            node._saved_input, node._saved_normalized_shape, node._saved_weight, node._saved_bias, eps
-        )
+        return F.layer_norm(node._saved_input, node._saved_normalized_shape, node._saved_weight, node._saved_bias, eps)
 
     return Replay(("layer_norm", eps), run)
 
@@ -183,7 +182,7 @@ def _cast(node: Any, replays: Replays) -> Replay | None:
 
 
 def _view(node: Any, replays: Replays) -> Replay | None:
-    source, shape = replays.find(*node.next_functions[0]), node._input_metadata[0].shape
+    source, shape = replays.find(*node.next_functions[0]), tuple(node._input_metadata[0].shape)
     return source and Replay(("view", shape, source.recipe), lambda: source.run().view(shape))
 
 

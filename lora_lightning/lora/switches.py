@@ -32,8 +32,8 @@ def prepare_weights(model: nn.Module, prepare: Prepare = "auto") -> None:
 def recompute_inputs(model: nn.Module, recompute: bool = True) -> None:
     """Choose whether an adapted layer keeps its input for backward, or computes it anew from what made it.
 
-    Only where that is cheap, and what it is made from is kept anyway: a norm, an activation, a product of two. Gradients
-    stay the same, bit for bit; see `replay.py`.
+    Only where that is cheap, and what it is made from is kept anyway: a norm, an activation, a product of two.
+    Gradients stay the same, bit for bit; see `replay.py`.
     """
     replays = Replays(model) if recompute else None
     for module in model.modules():
