@@ -34,8 +34,8 @@ SOMEWHAT = 1.05
 """The same for one shape, where it is so or gives the same bits as torch, as in bfloat16."""
 SMALL = 2**24
 """Multiplications below which a product takes a fraction of a millisecond, and torch's own is taken."""
-ROWS = 128
-"""Rows that are measured with; the time of more is reckoned from it."""
+ROWS = {torch.float32: 128, torch.bfloat16: 512}
+"""Rows at most that are measured with; the time of more is reckoned from it."""
 ROUNDS = 5
 TURNED = 1024
 """Rows from which turning W0 costs little beside the product, for `on`."""
@@ -100,8 +100,8 @@ def _way(rows: Tensor, matrix: Tensor, bias: Tensor | None, prepare: Prepare) ->
     power, threads, (m, k) = 1 << (n - 1).bit_length(), torch.get_num_threads(), matrix.shape
     kind = Kind(rows.dtype, m, k, by_rows, bias is not None, power, threads)
     if kind not in _chosen:
-        is_quick = kind.dtype == torch.float32 and not _torch_is_slow(threads)
-        _chosen[kind] = "torch" if is_quick else _measured(matrix, bias, power, SOMEWHAT)
+        may_gain = _torch_is_slow(threads) if kind.dtype == torch.float32 else kind.has_bias
+        _chosen[kind] = _measured(matrix, bias, power, SOMEWHAT) if may_gain else "torch"
     return _chosen[kind]
 
 
@@ -109,12 +109,12 @@ def _way(rows: Tensor, matrix: Tensor, bias: Tensor | None, prepare: Prepare) ->
 def _torch_is_slow(threads: int) -> bool:
     """Whether torch's float32 product is slow on this CPU: ten milliseconds for a look that saves others."""
     matrix = torch.ones(512, 512, dtype=torch.float32, device="cpu")
-    return _measured(matrix, None, ROWS, CLEARLY) != "torch"
+    return _measured(matrix, None, ROWS[torch.float32], CLEARLY) != "torch"
 
 
 def _measured(matrix: Tensor, bias: Tensor | None, n: int, times_quicker: float) -> Way:
     """The quickest way for n rows; torch's unless another is so many times quicker."""
-    few = min(n, ROWS)
+    few = min(n, ROWS[matrix.dtype])
     random = torch.Generator().manual_seed(0)
     rows = torch.randn(few, matrix.shape[1], generator=random, device="cpu", dtype=torch.float32).to(matrix.dtype)
     turned = matrix.contiguous()
