@@ -161,7 +161,8 @@ def curves(options: argparse.Namespace) -> dict[str, list[tuple[int, float, floa
 
     def point(curve: str, at: int, r: int, tokens: int, chosen: tuple[str, ...]) -> None:
         torch.manual_seed(0)
-        models = adapted(make(), chosen, 0.0, r=r, only=("frozen", "ours", "peft"))
+        only = ("frozen", "ours", "peft")
+        models = adapted(make(), chosen, 0.0, r=r, only=only, prepare=options.prepare)
         rows = steps(models, torch.randn(max(1, tokens // 64), min(64, tokens), width).requires_grad_(), options)
         points[curve].append((at, rows["ours"]["time"], rows["peft"]["time"]))
         print(f"    {curve} = {at}: ours {rows['ours']['time']:.3f}, PEFT {rows['peft']['time']:.3f}", flush=True)

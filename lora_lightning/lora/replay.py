@@ -6,8 +6,8 @@ the operation again. That needs no knowledge of the architecture, only of a few 
 
 - Only the node is held, which the graph holds anyway: nothing lives longer than without.
 - An h that was changed in the meantime raises in torch's own words, as it would in the operation's backward.
-- The first time that a layer meets an operation and a shape, what it would compute is compared with x, bit for bit;
-  what is not the same is kept as ever.
+- The first time that a layer meets an operation, what it would compute is compared with x, bit for bit; what is not the
+  same is kept as ever.
 - Under hooks on saved tensors (activation checkpointing, offloading) all is kept as ever: they see to memory
   themselves.
 
@@ -43,12 +43,12 @@ class Replays:
     def of(self, x: Tensor, layer: int) -> Callable[[], Tensor] | None:
         """What computes x anew; None where it has to be kept."""
         is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-        if x.grad_fn is None or x._version or is_hooked or not torch.is_grad_enabled():
+        if x.grad_fn is None or x._version or is_hooked or not (torch.is_grad_enabled() and x.is_contiguous()):
             return None
         replay = self.find(x.grad_fn, x.output_nr)
         if replay is None:
             return None
-        key = (layer, replay.recipe, x.shape, x.stride(), x.dtype, x.device, torch.get_num_threads())
+        key = (layer, replay.recipe, x.shape[-1], x.dtype, x.device, torch.get_num_threads())
         if key not in self.proven:
             self.proven[key] = _same_bits(x, anew(replay.run))
         return replay.run if self.proven[key] else None
@@ -183,7 +183,7 @@ def _cast(node: Any, replays: Replays) -> Replay | None:
 
 def _view(node: Any, replays: Replays) -> Replay | None:
     source, shape = replays.find(*node.next_functions[0]), tuple(node._input_metadata[0].shape)
-    return source and Replay(("view", shape, source.recipe), lambda: source.run().view(shape))
+    return source and Replay(("view", source.recipe), lambda: source.run().view(shape))
 
 
 RULES: dict[str, Callable[[Any, Replays], Replay | None]] = {

@@ -188,7 +188,7 @@ OTHERS: dict[str, Callable[[Own, Tensor], Tensor]] = {
     "changed in place": lambda own, x: F.gelu(x).mul_(2.0),
     "changed past autograd": lambda own, x: changed(F.gelu(x)),
     "an unknown function": lambda own, x: F.mish(x),
-    "turned": lambda own, x: F.gelu(x).transpose(0, 1),
+    "turned": lambda own, x: F.gelu(x.transpose(0, 1)),
 }
 
 
