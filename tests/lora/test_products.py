@@ -251,3 +251,19 @@ def test_measuring_draws_nothing_from_torchs_generator() -> None:
 def test_another_word_is_refused() -> None:
     with pytest.raises(LoRAError, match="one of auto, off, on, got 'fast'"):
         prepare_weights(adapted(), "fast")  # type: ignore[arg-type]
+
+
+def test_under_ddp_the_gradients_are_the_same() -> None:
+    import torch.distributed as dist
+
+    model, x = adapted(), torch.randn(40, WIDTH)
+    prepare_weights(model, "on")
+    wanted = everything(model, x)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(everything(nn.parallel.DistributedDataParallel(model), x), wanted, strict=True)
+        )
+    finally:
+        dist.destroy_process_group()
