@@ -129,15 +129,12 @@ def _base(x: Tensor, frozen: Frozen, dtype: torch.dtype) -> tuple[Tensor, Tensor
     """What the base layer gives, as it computes it, and W0 in the dtype of the products."""
     weight, bias = frozen.weight.to(dtype), None if frozen.bias is None else frozen.bias.to(dtype)
     out = frozen_product(x, weight.t() if frozen.transposed else weight, bias, prepare=frozen.prepare)
-    if out is not None:
-        pass
-    elif not frozen.transposed:
-        out = F.linear(x, weight, bias)
-        out = out if out.is_contiguous() else out.contiguous()
-    else:
+    if out is None and frozen.transposed:
         rows = x.reshape(-1, x.shape[-1])
         out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         out = out.view(*x.shape[:-1], weight.shape[1])
+    elif out is None:
+        out = F.linear(x, weight, bias).contiguous()
     # The same memory, but no view in torch's books: those may not be written into when a function returns them.
     return torch.empty(0, dtype=out.dtype, device=out.device).set_(out), weight  # type: ignore[call-overload]
 

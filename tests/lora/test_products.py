@@ -171,6 +171,28 @@ def test_small_products_and_what_onednn_cannot_are_torchs(monkeypatch: pytest.Mo
     assert frozen_product(x, W, prepare="on") is None
 
 
+def test_rows_and_weights_may_lie_in_memory_in_any_way() -> None:
+    x, W, b = torch.randn(2 * WIDTH, 2 * WIDTH), torch.randn(64, 2 * WIDTH), torch.randn(32)
+    rows = [
+        x[:70, :WIDTH],
+        x[::3, ::2],
+        x.t()[:70, :WIDTH],
+        x[:1, :WIDTH].expand(70, WIDTH),
+        x[:60, :WIDTH].view(4, 15, -1),
+    ]
+    weights = [W[:32, :WIDTH], W.t().contiguous().t()[:32, :WIDTH], torch.randn(WIDTH, 32).t(), torch.randn(32, WIDTH)]
+    for one in rows:
+        for weight in weights:
+            found = frozen_product(one, weight, b, prepare="on")
+            assert found is not None
+            assert found.is_contiguous()
+            assert far([found], [one.double() @ weight.double().t() + b]) < 5e-6
+            onto = torch.randn(found.shape)
+            added = frozen_product(one, weight, prepare="on", onto=onto)
+            assert added is not None
+            assert far([added], [one.double() @ weight.double().t() + onto]) < 5e-6
+
+
 def test_w0_is_multiplied_as_it_is_now() -> None:
     """Nothing of it is kept: a change in place, through `.data` too, shows at once."""
     model, x = adapted(), torch.randn(1100, WIDTH)
