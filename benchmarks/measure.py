@@ -6,8 +6,10 @@ import os
 import platform
 import random
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,22 +49,37 @@ def _settle() -> None:
         torch.cuda.synchronize()
 
 
-def kept_bytes(model: nn.Module, call: Callable[[], object]) -> int:
-    """Bytes that one forward keeps for backward beyond the parameters, each storage once."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-    held: list[torch.Tensor] = []  # so that no address is used twice
+def kept_bytes(model: nn.Module, call: Callable[[], torch.Tensor]) -> int:
+    """Bytes that one forward keeps for backward beyond what was there: all that it allocated and did not give back.
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        held.append(tensor)
-        return tensor
+    Counted at the allocator, so whatever holds them: nodes of the graph, functions of one's own, or anything else. What
+    is held is the graph alone; the output is let go, unless the graph keeps it too.
+    """
+    call()  # caches that a first call fills
+    if next(model.parameters()).is_cuda:
+        before = torch.cuda.memory_allocated()
+        held = call().grad_fn
+        kept = torch.cuda.memory_allocated() - before
+    else:
+        with _quiet(), torch.autograd.profiler.profile(profile_memory=True, use_kineto=False) as profile:
+            held = call().grad_fn
+        kept = sum(event.self_cpu_memory_usage for event in profile.function_events)
+    assert held is not None
+    return kept
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(kept.values())
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Past some builds of torch's profiler, which write of each start to the standard error."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def machine() -> dict[str, object]:

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.products import Prepare
+from lora_lightning.lora.switches import prepare_weights, recompute_inputs
+
 BERT_LAYERS = ("query", "key", "value", "dense")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALPHA = 16
@@ -65,6 +68,18 @@ def ours(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.
     from lora_lightning import LoRAConfig, inject
 
     inject(base, LoRAConfig(r=r, alpha=ALPHA, dropout=dropout, target_modules=list(names)))
+    return base
+
+
+def recomputed(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
+    """Ours with an input computed anew in backward where that is cheap."""
+    recompute_inputs(ours(base, names, dropout, r))
+    return base
+
+
+def prepared(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
+    """Ours with oneDNN's products with W0, whatever was measured."""
+    prepare_weights(ours(base, names, dropout, r), "on")
     return base
 
 
@@ -176,9 +191,15 @@ def adapted(
     r: int = 8,
     only: tuple[str, ...] = (),
     compiled: bool = False,
+    prepare: Prepare = "auto",
 ) -> dict[str, nn.Module]:
-    """One copy of the backbone for each way, in the mode that trains the adapters and not the base's own dropout."""
+    """One copy of the backbone for each way, in the mode that trains the adapters and not the base's own dropout.
+
+    Args:
+        prepare: what computes ours' products with W0.
+    """
     ways: dict[str, Callable[..., nn.Module | None]] = {"frozen": frozen, "ours": ours, "plain form": plain}
+    ways |= {"ours, recomputed inputs": recomputed, "ours, prepared": prepared}
     ways |= {"peft": peft, "loralib": loralib, "unsloth's algorithm": unsloth}
     if compiled:
         ways["plain form, compiled"] = compiled_plain
@@ -188,6 +209,8 @@ def adapted(
         if model is None:
             continue
         model.eval()
+        if way in ("ours", "ours, recomputed inputs", "plain form"):
+            prepare_weights(model, prepare)
         for name, module in model.named_modules():
             if "lora_dropout" in name or type(module).__module__.startswith("loralib"):
                 module.train()  # loralib's own way to take a merged update out again

@@ -4,7 +4,8 @@
   computes x A^T of all in one product, and in backward, after all the others, the gradients of all A's in one, and one
   dX into which each has added its own product.
 - The update is added into the base's own output, with no temporary of the layer's width.
-- Kept for backward: x, once however many read it, and z = s x A^T. A and B are cast to x's dtype, never x to theirs.
+- Kept for backward: x, once however many read it, or what computes it anew (`replay.py`), and z = s x A^T. A and B are
+  cast to x's dtype, never x to theirs.
 - Dropout comes from random bytes (`drops.py`), drawn again in backward from a seed; siblings share its mask too.
 - What needs no gradient gets none: no dX for an input without one, no dA for a frozen A.
 
@@ -27,7 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_lightning.lora.drops import Dropout, add_kept_, drawn, kept
+from lora_lightning.lora.products import Prepare, frozen_product
 from lora_lightning.lora.reading import Down, Reading, thread
+from lora_lightning.lora.replay import Replays, Source
 
 
 class Frozen(NamedTuple):
@@ -36,6 +39,8 @@ class Frozen(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     transposed: bool = False
+    prepare: Prepare = "auto"
+    """What computes the products with W0, see `products.py`."""
 
 
 @contextmanager
@@ -75,11 +80,13 @@ def quick_linear(
     *,
     siblings: Callable[[], Sequence[Down]] = tuple,
     dropout: float = 0.0,
+    replays: Replays | None = None,
 ) -> Tensor:
     """`x W0^T + b + s (x A^T) B^T`, (..., m), with dropout on the adapter's input. W0 and b get no gradient.
 
     Args:
         siblings: gives the layers that may be called with the same x next, with the same dropout.
+        replays: computes x anew in backward where that is cheap, in place of keeping it.
     """
     device = x.device.type
     mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
@@ -94,6 +101,8 @@ def quick_linear(
         return _Next.apply(x, z, *frozen, B, reading)  # type: ignore[no-any-return,no-untyped-call]
     opened.close()
     reading, cast = Reading(dtype, drawn(dropout), opened), x.to(dtype)
+    if replays is not None and (again := replays.of(cast, down.layer)) is not None:
+        reading.source = Source.of(cast, again)
     downs = [down, *(siblings() if state else ())]
     out, *zs = _First.apply(cast, *frozen, B, reading, [d.scale for d in downs], *(d.A for d in downs))  # type: ignore[no-untyped-call]
     if zs:
@@ -119,13 +128,13 @@ def _state(x: Tensor, dtype: torch.dtype, dropout: float) -> tuple[Any, ...] | N
 def _base(x: Tensor, frozen: Frozen, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """What the base layer gives, as it computes it, and W0 in the dtype of the products."""
     weight, bias = frozen.weight.to(dtype), None if frozen.bias is None else frozen.bias.to(dtype)
-    if not frozen.transposed:
-        out = F.linear(x, weight, bias)
-        out = out if out.is_contiguous() else out.contiguous()
-    else:
+    out = frozen_product(x, weight.t() if frozen.transposed else weight, bias, prepare=frozen.prepare)
+    if out is None and frozen.transposed:
         rows = x.reshape(-1, x.shape[-1])
         out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
         out = out.view(*x.shape[:-1], weight.shape[1])
+    elif out is None:
+        out = F.linear(x, weight, bias).contiguous()
     # The same memory, but no view in torch's books: those may not be written into when a function returns them.
     return torch.empty(0, dtype=out.dtype, device=out.device).set_(out), weight  # type: ignore[call-overload]
 
@@ -145,50 +154,54 @@ class _First(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         transposed: bool,
+        prepare: Prepare,
         B: Tensor,
         reading: Reading,
         scales: list[float],
         *As: Tensor,
     ) -> tuple[Tensor, ...]:
         """The output (..., m) and the siblings' z."""
-        out, cast = _base(x, Frozen(weight, bias, transposed), reading.dtype)
+        out, cast = _base(x, Frozen(weight, bias, transposed, prepare), reading.dtype)
         rows = x.reshape(-1, x.shape[-1])
         if reading.drop is not None:
             rows = kept(rows, reading.drop.keep(rows))
         ctx.scales = scales if reading.drop is None else [s * reading.drop.scale for s in scales]
         zs = torch.split(_down(_scaled(As, ctx.scales, reading.dtype), rows), [A.shape[0] for A in As])
         _add_up(out, zs[0], B)
-        ctx.save_for_backward(x, zs[0], cast, B, *As)
-        ctx.transposed, ctx.reading, ctx.As = transposed, reading, As
+        ctx.save_for_backward(x if reading.source is None else None, zs[0], cast, B, *As)
+        ctx.transposed, ctx.prepare, ctx.reading, ctx.As = transposed, prepare, reading, As
+        ctx.device = x.device.type
         ctx.set_materialize_grads(False)
         return out, *zs[1:]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         """Runs after every sibling that took its z."""
-        reading, needs_a, g, dzs = ctx.reading, ctx.needs_input_grad[7:], grads[0], list(grads)
-        needs_x, needs_b = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
+        reading, needs_a, g, dzs = ctx.reading, ctx.needs_input_grad[8:], grads[0], list(grads)
+        needs_x, needs_b = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
         if reading.opened.reading is reading:
             reading.opened.close()
         now = reading.now()
+        if all(grad is None for grad in grads):
+            return (None,) * (8 + len(ctx.As))
         x, z, weight, B, *As = ctx.saved_tensors if g is not None else (now.x, None, None, None, *ctx.As)
-        if x is None:
-            return (None,) * (7 + len(As))
         dB: Tensor | None = None
         dx: Tensor | None
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(ctx.device, enabled=False):
+            if reading.source is not None:
+                x = reading.source.x()
             if torch.is_grad_enabled():
                 dx, dB, dAs = _differentiable(ctx, x, weight, B, As, grads)
-                return dx, None, None, None, dB, None, None, *dAs
+                return dx, None, None, None, None, dB, None, None, *dAs
             if g is not None:
                 g = g.contiguous().view(-1, g.shape[-1])
                 dB = torch.mm(z, g).t().to(B.dtype) if needs_b else None
                 dzs[0] = _down(B.to(g.dtype).t(), g) if needs_x or needs_a[0] else None
                 if needs_x:
-                    now.add(g, weight.t() if ctx.transposed else weight)
+                    now.add(g, weight.t() if ctx.transposed else weight, ctx.prepare)
             dx, dAs = _finish(now.dx, reading.drop, x, dzs, As, ctx.scales, needs_x, needs_a)
             now.dx = now.x = None
-        return dx, None, None, None, dB, None, None, *dAs
+        return dx, None, None, None, None, dB, None, None, *dAs
 
 
 class _Next(torch.autograd.Function):
@@ -202,14 +215,15 @@ class _Next(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         transposed: bool,
+        prepare: Prepare,
         B: Tensor,
         reading: Reading,
     ) -> Tensor:
         """(..., m)."""
-        out, cast = _base(x, Frozen(weight, bias, transposed), reading.dtype)
+        out, cast = _base(x, Frozen(weight, bias, transposed, prepare), reading.dtype)
         _add_up(out, z, B)
-        ctx.save_for_backward(x, z, cast, B)
-        ctx.transposed, ctx.reading = transposed, reading
+        ctx.save_for_backward(x if reading.source is None else None, z, cast, B)
+        ctx.transposed, ctx.prepare, ctx.reading = transposed, prepare, reading
         return out
 
     @staticmethod
@@ -217,17 +231,17 @@ class _Next(torch.autograd.Function):
         """dX goes into the reading, but where the gradient itself is to be differentiated."""
         (x, z, weight, B), now = ctx.saved_tensors, ctx.reading.now()
         now.x, weight = x, weight.t() if ctx.transposed else weight
-        needs_x, needs_z, needs_b = (ctx.needs_input_grad[i] for i in (0, 1, 5))
+        needs_x, needs_z, needs_b = (ctx.needs_input_grad[i] for i in (0, 1, 6))
         g = grads[0].contiguous().view(-1, grads[0].shape[-1])
         dx = None
         with torch.autocast(g.device.type, enabled=False):
             dz = _down(B.to(g.dtype).t(), g) if needs_z else None
             dB = torch.mm(z, g).t().to(B.dtype) if needs_b else None
             if torch.is_grad_enabled():
-                dx = torch.mm(g, weight).view(x.shape)
+                dx = torch.mm(g, weight).view(*grads[0].shape[:-1], -1)
             elif needs_x:
-                now.add(g, weight)
-        return dx, dz, None, None, None, dB, None
+                now.add(g, weight, ctx.prepare)
+        return dx, dz, None, None, None, None, dB, None
 
 
 def _down(A: Tensor, rows: Tensor) -> Tensor:

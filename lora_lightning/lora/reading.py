@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lora_lightning.lora.drops import Dropout
+from lora_lightning.lora.products import Prepare, frozen_product
+from lora_lightning.lora.replay import Source
 
 
 class Down(NamedTuple):
@@ -31,6 +33,8 @@ class Reading:
     drop: Dropout | None
     opened: Open
     """Where it was open to siblings: on a GPU, backward runs in another thread."""
+    source: Source | None = None
+    """What computes x anew where it is not kept."""
     passes: dict[int, Pass] = field(default_factory=dict)
     """By the number of the backward pass: one may run inside another, or in another thread beside it."""
 
@@ -53,9 +57,12 @@ class Pass:
     x: Tensor | None = None
     """What was read, from a sibling: the first's own may be freed by a pass that went before."""
 
-    def add(self, g: Tensor, weight: Tensor) -> None:
+    def add(self, g: Tensor, weight: Tensor, prepare: Prepare) -> None:
         """One layer's share of dX: g (n, m) times W0 (m, k)."""
-        self.dx = torch.mm(g, weight) if self.dx is None else self.dx.addmm_(g, weight)
+        product = frozen_product(g, weight.t(), prepare=prepare, onto=self.dx)
+        if product is None:
+            product = torch.mm(g, weight) if self.dx is None else self.dx.addmm_(g, weight)
+        self.dx = product
 
 
 @dataclass

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from lora_lightning.lora.products import choices
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModule:
@@ -52,6 +54,11 @@ class InjectionReport:
     def share(self) -> float:
         """trainable / total, between 0 and 1."""
         return self.trainable / self.total if self.total else 0.0
+
+    @property
+    def products(self) -> dict[str, str]:
+        """What computes products with W0 on this CPU, as measured in this process up to now, by kind of product."""
+        return choices()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and loggers."""

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from lora_lightning.lora import products, switches
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
+from lora_lightning.lora.products import Prepare
 from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean
@@ -47,6 +49,12 @@ class LoRAModule(LightningModule):
             the adapter trains (its own dropout is on); `train` turns the backbone's dropout on. Batch
             statistics belong to W0 and do not move in either.
         allow_other_base: resume or test a checkpoint on another W0 than it was trained on.
+        prepare_weights: whether oneDNN computes the products with W0 on a CPU: `auto` where it is measured to be
+            clearly quicker than torch's own (outputs then equal the backbone's to rounding), `off` never, `on`
+            wherever it can. The run's report says what was chosen.
+        recompute_inputs: compute an adapted layer's input anew in backward, in place of keeping it, where a norm or
+            an activation made it from what is kept anyway: the same gradients, a third less memory for activations,
+            a few percent more time.
     """
 
     def __init__(
@@ -60,6 +68,8 @@ class LoRAModule(LightningModule):
         b_lr_ratio: float = 1.0,
         backbone_mode: Literal["eval", "train"] = "eval",
         allow_other_base: bool = False,
+        prepare_weights: Prepare = "auto",
+        recompute_inputs: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -71,6 +81,8 @@ class LoRAModule(LightningModule):
         self.allow_other_base = allow_other_base
         # A start that is measured on data waits for them; a checkpoint brings its own.
         self.report = inject(backbone, lora, start=lora.init not in MEASURED)
+        switches.prepare_weights(backbone, prepare_weights)
+        switches.recompute_inputs(backbone, recompute_inputs)
         self._warn_of_a_frozen_new_head()
         self._w0: Fingerprint | None = None
         self._mean = UnitMean()
@@ -186,7 +198,8 @@ class LoRAModule(LightningModule):
         frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
-        checkpoint[CHECKPOINT_KEY] = {"config": self.lora.to_dict(), "base": base.to_json()}
+        own = {"config": self.lora.to_dict(), "base": base.to_json(), "products": products.saved_choices()}
+        checkpoint[CHECKPOINT_KEY] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
@@ -202,6 +215,7 @@ class LoRAModule(LightningModule):
         made_on = Fingerprint.from_json(checkpoint[CHECKPOINT_KEY]["base"])
         self._w0 = fingerprint(self.backbone)
         refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
+        products.take_choices(checkpoint[CHECKPOINT_KEY].get("products", {}))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, forgiving the frozen keys that a checkpoint leaves out and nothing else.

@@ -82,6 +82,8 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     rows += _export_rows(v)
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
+    if v.get("products_with_w0"):
+        rows.append(("products with W0", f"by oneDNN, measured to be quicker, in {len(v['products_with_w0'])} shapes"))
     for key, name in (
         ("adapter_dir", "adapter (PEFT)"),
         ("merged_dir", "merged model"),

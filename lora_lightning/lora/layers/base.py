@@ -13,6 +13,9 @@ from lora_lightning.lora.init import STARTS, start_
 from lora_lightning.lora.layers.graft import graft, ungraft
 from lora_lightning.lora.layers.options import LayerSettings, WithOptions
 
+_STATE = ("lora_settings", "lora_dropout", "lora_enabled", "lora_siblings", "lora_prepare", "lora_replays")
+"""What a layer has besides tensors."""
+
 
 class AdaptedLayer(WithOptions):
     """Base of the adapted layers: factors A and B beside a frozen weight.
@@ -101,7 +104,7 @@ class AdaptedLayer(WithOptions):
     def drop_factors(self) -> None:
         """Remove all that `add_factors` added, or got to add before it failed."""
         for store in (self._parameters, self._buffers, self._modules, self.__dict__):
-            for name in ("lora_settings", "lora_dropout", "lora_enabled", "lora_siblings", *AdaptedLayer.lora_names):
+            for name in (*_STATE, *AdaptedLayer.lora_names):
                 store.pop(name, None)
 
     def draw_factors(self) -> None:

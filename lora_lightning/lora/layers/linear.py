@@ -16,8 +16,10 @@ from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.graft import own_class
 from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.siblings import Siblings
+from lora_lightning.lora.products import Prepare
 from lora_lightning.lora.quick import Frozen, can_go_quick, quick_linear
 from lora_lightning.lora.reading import Down
+from lora_lightning.lora.replay import Replays
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """By its name: this part of the code does not import transformers."""
@@ -49,6 +51,9 @@ class _Projection(AdaptedLayer):
     weight_is_transposed = False
     has_lora_bias = True
     has_starts = True
+    lora_prepare: Prepare = "auto"
+    lora_replays: Replays | None = None
+    """Both: see `switches.py`."""
 
     @classmethod
     def _shape(cls, module: nn.Module) -> tuple[int, int]:
@@ -77,9 +82,16 @@ class _Projection(AdaptedLayer):
         """(..., in) to (..., out). The input comes first, or by whatever name the base layer gives it."""
         x = args[0] if args else next(iter(kwargs.values()))
         if self.lora_enabled and self._goes_quick(x):
-            base = Frozen(self._parameters["weight"], self._parameters["bias"], self.weight_is_transposed)  # type: ignore[arg-type]
+            base = Frozen(
+                self._parameters["weight"],  # type: ignore[arg-type]
+                self._parameters["bias"],
+                self.weight_is_transposed,
+                self.lora_prepare,
+            )
             p = self._dropout_now()
-            return quick_linear(x, base, self._down(), self.lora_B, siblings=lambda: self._ready_siblings(p), dropout=p)
+            siblings = lambda: self._ready_siblings(p)  # noqa: E731
+            replays = self.lora_replays
+            return quick_linear(x, base, self._down(), self.lora_B, siblings=siblings, dropout=p, replays=replays)
         out: Tensor = super().forward(*args, **kwargs)
         return self.lora_combine(out, self.lora_output(x)) if self.lora_enabled else out
 

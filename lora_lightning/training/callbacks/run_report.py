@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
 from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.products import choices
 from lora_lightning.training import run
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.module import LoRAModule
@@ -58,6 +59,8 @@ class RunReport(Callback):
             "precision": str(trainer.precision),
             "full_checkpoint_bytes": _bytes(pl_module.backbone),
         }
+        if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
+            values["products_with_w0"] = quicker
         values |= _metrics(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
