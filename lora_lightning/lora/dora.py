@@ -32,8 +32,10 @@ def updated_row_norms(weight: Tensor, factors: list[tuple[Tensor, Tensor, float]
     norms = []
     for start in range(0, weight.shape[0], rows):
         part = slice(start, start + rows)
-        delta = sum_of_deltas([(A, B[part], scale) for A, B, scale in factors], dtype)
-        norms.append(channel_norms(weight[part].to(dtype) + delta))
+        moved = weight[part].to(dtype)
+        if factors:
+            moved = moved + sum_of_deltas([(A, B[part], scale) for A, B, scale in factors], dtype)
+        norms.append(channel_norms(moved))
     return torch.cat(norms)
 
 

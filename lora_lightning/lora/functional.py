@@ -36,6 +36,14 @@ def lora_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor
     return (B.to(dtype) @ A.to(dtype)) * scale
 
 
+def moved_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """`B A - B0 A0` as one product of rank 2r: `[B, B - B0] [A - A0; A0]`, exactly 0 at the start.
+
+    Returns (2r, k) and (m, 2r).
+    """
+    return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
+
+
 # Parts of a fused projection: A is (p r, k), the taken parts' one after the other; B is (their rows, r).
 
 

@@ -220,6 +220,7 @@ def _adapt(target: Target, *, start: bool) -> AdaptedModule:
         dropout=target.settings.dropout,
         parameters=sum(t.numel() for t in layer.lora_tensors().values() if t.requires_grad),
         why=target.why,
+        arithmetic=layer.arithmetic(),
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,6 +27,8 @@ class AdaptedModule:
     """Trainable parameters of this module: A, B, DoRA's magnitudes, B's bias."""
     why: str
     """The entry of the config that selected it."""
+    arithmetic: str
+    """`quick`, or `plain: ` and why: by which arithmetic the layer computes an ordinary call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,26 +73,46 @@ class InjectionReport:
         groups: dict[tuple[Any, ...], list[AdaptedModule]] = {}
         for row in self.modules:
             name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.module)
-            groups.setdefault((name, row.kind, row.r, row.alpha, row.dropout), []).append(row)
+            groups.setdefault((name, row.kind, row.r, row.alpha, row.dropout, row.arithmetic), []).append(row)
         for (name, *_), rows in groups.items():
             yield name, len(rows), rows[0], sum(row.parameters for row in rows)
 
     def lines(self) -> list[tuple[str, ...]]:
-        """The grouped table: name, number, kind, r, alpha, dropout, parameters."""
+        """The grouped table, in the order of `HEADER`."""
         table: list[tuple[str, ...]] = [
-            (name, f"{count}", row.kind, f"{row.r}", f"{row.alpha:g}", f"{row.dropout:g}", f"{parameters:,}")
+            (name, f"{count}", row.kind, f"{row.r}", f"{row.alpha:g}", f"{row.dropout:g}", _way(row), f"{parameters:,}")
             for name, count, row, parameters in self.groups()
         ]
-        table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
-        table += [(name, "1", "rows in full", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
+        table += [(name, "1", "in full", "", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        table += [(name, "1", "rows in full", "", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
         if self.biases:
-            table.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
+            table.append(("biases", "", "in full", "", "", "", "", f"{self.biases:,}"))
         return table
 
-    HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")
+    def shown(self) -> list[tuple[str, ...]]:
+        """`HEADER` and `lines` without the columns that say the same nothing in every row, which cost names room."""
+        table, usual = self.lines(), {"dropout": "0", "way": "quick"}
+        told = [
+            any(line[i] not in ("", usual[name]) for line in table) if name in usual else True
+            for i, name in enumerate(self.HEADER)
+        ]
+        return [tuple(itertools.compress(row, told)) for row in (self.HEADER, *table)]
+
+    def plain_line(self) -> str:
+        """What goes the plain way and why, in one line; empty where nothing does."""
+        reasons = Counter(row.arithmetic.partition(": ")[2] for row in self.modules if row.arithmetic != "quick")
+        why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
+        return f"plain arithmetic in {reasons.total()} of {len(self.modules)} layers: {why}" if reasons else ""
+
+    HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "way", "parameters")
 
     def __str__(self) -> str:
-        rows = [self.HEADER, *self.lines()]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.HEADER))]
-        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-        return f"{text}\ntrainable {self.trainable:,} of {self.total:,} ({self.share:.2%})"
+        rows = self.shown()
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.append(f"trainable {self.trainable:,} of {self.total:,} ({self.share:.2%})")
+        return "\n".join([*lines, *filter(None, [self.plain_line()])])
+
+
+def _way(row: AdaptedModule) -> str:
+    return row.arithmetic.partition(":")[0]

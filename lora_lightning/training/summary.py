@@ -18,15 +18,20 @@ from lora_lightning.lora.staging import human_size
 def injection_table(report: InjectionReport) -> Table:
     """The grouped injection table, blocks folded into one row each."""
     table = Table(title="What trains", title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
-    lines = report.lines()
-    # A column that says the same nothing in every row costs the names their room.
-    shown = [i for i in range(len(report.HEADER)) if i != 5 or any(line[5] not in ("", "0") for line in lines)]
-    for i in shown:
-        table.add_column(report.HEADER[i], justify="left" if i in (0, 2) else "right", overflow="fold")
+    header, *lines = report.shown()
+    for name in header:
+        table.add_column(name, justify="left" if name in ("module", "kind", "way") else "right", overflow="fold")
     for line in lines:
-        table.add_row(*(line[i] for i in shown))
+        table.add_row(*line)
     table.caption = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
     return table
+
+
+def show_injection(report: InjectionReport, console: Console) -> None:
+    """The first screen of a run: the injection table, and a line on what goes the plain way."""
+    console.print(injection_table(report))
+    if report.plain_line():
+        console.print(report.plain_line())
 
 
 def show_report(values: dict[str, Any], console: Console, save_svg: Path | None = None) -> None:

@@ -13,7 +13,9 @@ from lora_lightning.lora.init import STARTS, start_
 from lora_lightning.lora.layers.graft import graft, ungraft
 from lora_lightning.lora.layers.options import LayerSettings, WithOptions
 
-_STATE = ("lora_settings", "lora_dropout", "lora_enabled", "lora_siblings", "lora_prepare", "lora_replays")
+_STATE = (
+    "lora_settings", "lora_dropout", "lora_enabled", "lora_siblings", "lora_prepare", "lora_replays", "lora_norms",
+)
 """What a layer has besides tensors."""
 
 
@@ -24,7 +26,6 @@ class AdaptedLayer(WithOptions):
     float32 adapters.
     """
 
-    kind: ClassVar[str]
     linear_like: ClassVar[bool] = False
     """Whether `all-linear` takes this kind."""
     lora_names = ("lora_A", "lora_B", *WithOptions.lora_names)
@@ -128,6 +129,10 @@ class AdaptedLayer(WithOptions):
     def lora_input(self, x: Tensor) -> Tensor:
         """What A sees: x, with LoRA's own dropout in training."""
         return x if self.lora_dropout is None else self.lora_dropout(x)
+
+    def _dropout_now(self) -> float:
+        """The probability with which this call drops."""
+        return self.lora_dropout.p if self.lora_dropout is not None and self.lora_dropout.training else 0.0
 
     def weight_deltas(self) -> dict[str, Tensor]:
         """The updates that a merge adds, by the same names as `adapted_parameters`."""

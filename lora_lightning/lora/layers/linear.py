@@ -10,19 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.dora import sum_of_deltas, updated_row_norms
-from lora_lightning.lora.drops import dropped_of_256
-from lora_lightning.lora.functional import block_rows, lora_update, sliced_update, unblock_rows
+from lora_lightning.lora.functional import block_rows, lora_update, moved_factors, sliced_update, unblock_rows
 from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.graft import own_class
 from lora_lightning.lora.layers.options import LayerSettings
+from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, of_one_dtype, why_not_ordinary
 from lora_lightning.lora.layers.siblings import Siblings
 from lora_lightning.lora.products import Prepare
 from lora_lightning.lora.quick import Frozen, can_go_quick, quick_linear
+from lora_lightning.lora.quick_bias import with_bias_gradient
 from lora_lightning.lora.reading import Down
 from lora_lightning.lora.replay import Replays
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """By its name: this part of the code does not import transformers."""
+
+_NEEDED = {"bias", "lora_A", "lora_B", "lora_B_bias", "lora_magnitude_vector"}
+"""Names under which a layer holds a parameter, or None."""
+
+MOST_IN_PARTS = 16
+"""Ranks of all chosen parts together. Above, what the quick form multiplies with zeros costs what it gains."""
 
 
 @functools.cache
@@ -30,13 +37,7 @@ def _computes_plainly(cls: type) -> bool:
     """Whether the base layer's forward is torch's or transformers' own, and reads its weights as they lie there."""
     own = own_class(cls)
     plain = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" == CONV1D
-    return plain and not any(name in vars(base) for base in cls.__mro__ for name in ("weight", "bias"))
-
-
-def _of_one_dtype(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch would multiply these, alike or made alike by autocast."""
-    mixed = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype)
-    return x.dtype == weight.dtype or mixed
+    return plain and has_weights_of_its_own(cls)
 
 
 class _Projection(AdaptedLayer):
@@ -82,62 +83,80 @@ class _Projection(AdaptedLayer):
         """(..., in) to (..., out). The input comes first, or by whatever name the base layer gives it."""
         x = args[0] if args else next(iter(kwargs.values()))
         if self.lora_enabled and self._goes_quick(x):
-            base = Frozen(
-                self._parameters["weight"],  # type: ignore[arg-type]
-                self._parameters["bias"],
-                self.weight_is_transposed,
-                self.lora_prepare,
-            )
-            p = self._dropout_now()
-            siblings = lambda: self._ready_siblings(p)  # noqa: E731
-            replays = self.lora_replays
-            return quick_linear(x, base, self._down(), self.lora_B, siblings=siblings, dropout=p, replays=replays)
+            return self._quick(x)
         out: Tensor = super().forward(*args, **kwargs)
         return self.lora_combine(out, self.lora_output(x)) if self.lora_enabled else out
 
+    def _quick(self, x: Tensor) -> Tensor:
+        """`lora_combine(x W0^T + b, lora_output(x))` by `quick_linear`, into which every option of a layer goes."""
+        bias, of_b = self._biases()
+        constant = None if bias is None else bias.detach()
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        p, base = self._dropout_now(), Frozen(weight, constant, self.weight_is_transposed, self.lora_prepare)
+        A, B = self._thin_factors()
+        siblings = (lambda: self._ready_siblings(p)) if A is self.lora_A else tuple
+        down = Down(id(self), A, self.lora_settings.scale)
+        out = quick_linear(x, base, down, B, siblings=siblings, dropout=p, replays=self.lora_replays)
+        out = self.lora_rescale_(out, constant)
+        if bias is not None and bias.requires_grad:
+            out = with_bias_gradient(out, bias)
+        return out if of_b is None else out.add_(of_b.to(out.dtype))
+
+    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """b, the trained one where there is one, with s b_B in it; apart where the base has no bias."""
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if self.lora_B_bias is None:
+            return bias, None
+        of_b = self.lora_B_bias * self.lora_settings.scale
+        return (None, of_b) if bias is None else (bias + of_b, None)
+
+    def _thin_factors(self) -> tuple[Tensor, Tensor]:
+        """(A, B) whose product is the update: A itself but where a start is subtracted."""
+        A, B, slices = self.lora_A, self.lora_B, self.lora_settings.slices
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            A, B = moved_factors(A, B, self.lora_A0, self.lora_B0)  # type: ignore[assignment]
+        return A, B if slices is None else block_rows(B, slices)
+
     def _goes_quick(self, x: Any) -> bool:
-        """Whether `quick_linear` computes this call: torch's own arithmetic in the base, W0 frozen, no options."""
+        """Whether `quick_linear` computes this call: torch's own arithmetic in the base, and W0 frozen."""
         cls: Any = type(self)
         if torch.compiler.is_compiling() or not _computes_plainly(cls):
             return False
-        own, p = self._parameters, self._dropout_now()
-        weight, bias = own.get("weight"), own.get("bias")
+        own = self._parameters
+        weight = own.get("weight")
+        if self._has_wide_parts():
+            return False
         # Some wrappers, such as FSDP1 and DataParallel, hang plain tensors where the parameters were.
-        if weight is None or not {"bias", "lora_A", "lora_B"} <= own.keys() or not self.is_plain_product():
+        if weight is None or weight.requires_grad or not own.keys() >= _NEEDED:
             return False
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if not drops_by_bytes(self._dropout_now()):
             return False
-        if p and not 0 < dropped_of_256(p) < 256:
-            return False
-        return can_go_quick(x, weight, bias, self.lora_A, self.lora_B) and _of_one_dtype(x, weight)
+        return can_go_quick(x, *own.values(), *self._buffers.values()) and of_one_dtype(x, weight)
 
-    def _down(self) -> Down:
-        return Down(id(self), self.lora_A, self.lora_settings.scale)
+    def why_plain(self) -> str | None:
+        cls: Any = type(self)
+        why = why_not_ordinary(self, of_its_own=not _computes_plainly(cls))
+        return f"slices of rank above {MOST_IN_PARTS} together" if why is None and self._has_wide_parts() else why
+
+    def _has_wide_parts(self) -> bool:
+        s = self.lora_settings
+        return s.slices is not None and s.r * len(s.slices.taken) > MOST_IN_PARTS
 
     def _ready_siblings(self, dropout: float) -> list[Down]:
         """Those that would take the same x as this layer does now."""
         found: Siblings | None = self.__dict__.get("lora_siblings")
         others = [] if found is None else found.of(self)
         return [
-            other._down()
+            Down(id(other), other.lora_A, other.lora_settings.scale)
             for other in others
             if isinstance(other, _Projection)
             and other.lora_enabled
             and type(A := other._parameters.get("lora_A")) is nn.Parameter
             and type(A.data) is Tensor
             and A.device == self.lora_A.device
-            and other.is_plain_product()
+            and other._buffers.get("lora_A0") is None  # else its way down is not A alone
             and other._dropout_now() == dropout
         ]
-
-    def is_plain_product(self) -> bool:
-        """Whether the update is `s B A x` and nothing else."""
-        s, own = self.lora_settings, self._parameters
-        options = own.get("lora_B_bias"), own.get("lora_magnitude_vector"), self._buffers.get("lora_A0"), s.slices
-        return all(option is None for option in options)
-
-    def _dropout_now(self) -> float:
-        return self.lora_dropout.p if self.lora_dropout is not None and self.lora_dropout.training else 0.0
 
     def lora_output(self, x: Tensor) -> Tensor:
         """`s (B A - B0 A0) x + s b_B`; the two products are alike, so that they cancel exactly at the start."""
@@ -167,8 +186,14 @@ class _Projection(AdaptedLayer):
     def base_matrix(self) -> Tensor:
         return self.base_weight().mT if self.weight_is_transposed else self.base_weight()
 
-    def updated_norms(self) -> Tensor:
+    def _dense_norms(self) -> Tensor:
         return updated_row_norms(self.base_matrix(), self._factors(), self._lora_dtype())
+
+    def _base_norms(self) -> Tensor:
+        return updated_row_norms(self.base_matrix(), [], self._lora_dtype())
+
+    def _row_factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (self.base_matrix(), *self._thin_factors())
 
     def _factors(self) -> list[tuple[Tensor, Tensor, float]]:
         scale = self.lora_settings.scale

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from lora_lightning.lora import starts
 from lora_lightning.lora.dora import channel_norms, dora_factor, dora_update, rescale
 from lora_lightning.lora.layers.graft import Grafted
+from lora_lightning.lora.norms import BaseNorms, thin_row_norms
 from lora_lightning.lora.quantised import plain_weight
+from lora_lightning.lora.quick import can_go_quick
+from lora_lightning.lora.rescale import rescale_
 from lora_lightning.lora.slices import Slices
 
 
@@ -36,6 +39,7 @@ class LayerSettings:
 class WithOptions(Grafted):
     """The optional parts of an adapted layer; a part that is not asked for is None."""
 
+    kind: ClassVar[str]
     dora_dim: ClassVar[int | None] = None
     """The dimension of the weight whose slices DoRA rescales; None where the kind has no DoRA form."""
     dora_output_dim: ClassVar[int] = -1
@@ -97,6 +101,7 @@ class WithOptions(Grafted):
         self._reset_options()
 
     def _reset_options(self) -> None:
+        self.__dict__.pop("lora_norms", None)
         if self.lora_A0 is not None and self.lora_B0 is not None:
             self.lora_A0.copy_(self.lora_A)
             self.lora_B0.copy_(self.lora_B)
@@ -109,11 +114,21 @@ class WithOptions(Grafted):
         """The layer's output from the base's `out` and the adapter's `update`, both before any factor of DoRA."""
         if self.lora_magnitude_vector is None:
             return out + update
-        shape = (-1, *[1] * (-1 - self.dora_output_dim))
         bias = self._parameters.get("bias")
         if bias is not None:
-            bias = self.bias.view(shape)  # type: ignore[operator,assignment]  # the trained one where there is one
-        return rescale(out, update, self.dora_factor().view(shape), bias)
+            bias = self._along_output(self.bias)  # type: ignore[assignment,arg-type]  # the trained one where there is one
+        return rescale(out, update, self._along_output(self.dora_factor()), bias)
+
+    def lora_rescale_(self, out: Tensor, bias: Tensor | None) -> Tensor:
+        """The same from the sum of both, into which `bias` (out,) has gone: the quick form, which may write into it."""
+        if self.lora_magnitude_vector is None:
+            return out
+        bias = None if bias is None else self._along_output(bias)
+        return rescale_(out, self._along_output(self.dora_factor()), bias)
+
+    def _along_output(self, channels: Tensor) -> Tensor:
+        """Numbers of the channels, in a shape that broadcasts against the output."""
+        return channels.view(-1, *[1] * (-1 - self.dora_output_dim))
 
     def base_weight(self) -> Tensor:
         """W0 as numbers, in its own dtype; dequantised where the base is quantised."""
@@ -140,11 +155,54 @@ class WithOptions(Grafted):
 
     def updated_norms(self) -> Tensor:
         """`||W0 + s B A||` per channel of `dora_dim`, without a gradient."""
-        assert self.dora_dim is not None
         # Not in autocast's half precision, whose rounding would make the factor of a fresh adapter other than 1.
         with torch.no_grad(), _no_autocast(self.lora_A):
-            delta = self.delta_weight()
-            return channel_norms(self.base_weight().to(delta.dtype) + delta, self.dora_dim)
+            thin = self._thin_norms()
+            return self._dense_norms() if thin is None else thin
+
+    def _dense_norms(self) -> Tensor:
+        """From the whole of `W0 + s B A`."""
+        assert self.dora_dim is not None
+        delta = self.delta_weight()
+        return channel_norms(self.base_weight().to(delta.dtype) + delta, self.dora_dim)
+
+    def _base_norms(self) -> Tensor:
+        """`||W0||` as `_dense_norms` computes it where the update is zero."""
+        assert self.dora_dim is not None
+        return channel_norms(self.base_weight().to(self._lora_dtype()), self.dora_dim)
+
+    def _thin_norms(self) -> Tensor | None:
+        """By `thin_row_norms`, where that applies: not on a GPU, which would have to wait for a question it asks."""
+        if torch.compiler.is_compiling():
+            return None
+        weight, factors = self._parameters.get("weight"), self._row_factors()
+        if weight is None or factors is None or weight.device.type != "cpu" or weight.is_inference():
+            return None
+        if not (weight.is_floating_point() and can_go_quick(self.lora_A, weight, self.lora_B)):
+            return None
+        dtype = self._lora_dtype()
+        kept: BaseNorms = self.__dict__.setdefault("lora_norms", BaseNorms())
+        norms = kept.of(weight, dtype)
+        if norms is None:
+            norms = kept.keep(weight, dtype, self._base_norms())
+        return thin_row_norms(norms, *factors, self.lora_settings.scale)
+
+    def _row_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """W0 (m, k) with DoRA's channels as its rows, and A (r, k), B (m, r); None where the kind has no such form."""
+        return None
+
+    def _lora_dtype(self) -> torch.dtype:
+        """The dtype in which updates are added to W0."""
+        raise NotImplementedError
+
+    def arithmetic(self) -> str:
+        """By which arithmetic the layer computes an ordinary call: `quick`, or `plain: ` and why."""
+        why = self.why_plain()
+        return "quick" if why is None else f"plain: {why}"
+
+    def why_plain(self) -> str | None:
+        """What keeps the layer from the quick arithmetic; None where it takes it."""
+        return f"no quick form of {self.kind}"
 
     def dora_factor(self) -> Tensor:
         """DoRA's factor for each channel, 1 at the start."""

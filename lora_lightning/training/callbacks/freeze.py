@@ -14,7 +14,7 @@ from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.summary import injection_table
+from lora_lightning.training.summary import show_injection
 
 
 class W0MovedError(LoRAError):
@@ -46,7 +46,7 @@ class FreezeBase(Callback):
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
-            Console().print(injection_table(report))
+            show_injection(report, Console())
         counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": module.lora.to_dict(), "w0": self.before.digest, **counts})
