@@ -11,7 +11,9 @@ from lora_lightning.training.run import load_checkpoint
 from tests.command.process import REPOSITORY, run
 
 CONFIGS = REPOSITORY / "configs"
-OVERLAYS = sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.yaml") if p.name != "demo.yaml")
+OVERLAYS = ["debug.yaml"]
+for folder in ("logger", "precision", "strategy"):
+    OVERLAYS += sorted(str(p.relative_to(CONFIGS)) for p in (CONFIGS / folder).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

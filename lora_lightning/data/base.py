@@ -13,8 +13,11 @@ from torch.utils.data import DataLoader
 from lora_lightning.data.rows import ROW, with_row_numbers
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.data.splits import SplitConfig, split_rows
-from lora_lightning.data.tables import check_columns, read_tables
+from lora_lightning.data.tables import check_columns, read_tables, source_of
 from lora_lightning.lora.errors import LoRAError
+
+MOST_SHOWN = 80
+"""Characters of a faulty value that an error shows."""
 
 
 class TableData(LightningDataModule, ABC):
@@ -66,7 +69,7 @@ class TableData(LightningDataModule, ABC):
         """Columns that a table must have; None stands for one that is not used. Targets are not asked of `predict`."""
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise where a value of a row is not what it should be; `bad_cell` writes the message."""
+        """Raise where a value of a row is not what it should be; `bad_cell` makes the error."""
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """The rows that are used. Rows of `predict` are all used."""
@@ -140,6 +143,29 @@ class TableData(LightningDataModule, ABC):
             table = table.select(sorted(range(len(table)), key=lengths.__getitem__, reverse=True))
         return DataLoader(table, batch_size=self.eval_batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
 
+    def place(self, split: str) -> str:
+        """A split as an error names it, with its file."""
+        return f"{source_of(self.path, split)}, the {split} set"
+
+    def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
+        """The error for one value of one row, counted from 1 as in its file. `hint` follows what came."""
+        shown = repr(got)
+        shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
+        return LoRAError(f"{self.place(split)}, row {row}, column '{column}': expected {expected}, got {shown}{hint}")
+
+    def check_texts(
+        self, table: datasets.Dataset, split: str, columns: Sequence[str | None], skip: Sequence[bool] = ()
+    ) -> None:
+        """Raise where one of these columns does not hold a text.
+
+        Args:
+            skip: rows that are dropped anyway.
+        """
+        for column in filter(None, columns):
+            for i, value in enumerate(table[column]):
+                if not isinstance(value, str) and not (skip and skip[i]):
+                    raise self.bad_cell(split, table[ROW][i], column, "text", value)
+
     def encoded(self, split: str) -> datasets.Dataset:
         """A split's rows as they are collated.
 
@@ -192,20 +218,3 @@ class TableData(LightningDataModule, ABC):
         config = SplitConfig(**shares, group_by=self.split.group_by, seed=self.split.seed)
         rows = split_rows(list(groups), config)
         return tables | {split: tables["train"].select(numbers) for split, numbers in rows.items()}
-
-
-def bad_cell(split: str, row: int, column: str, expected: str, got: object) -> LoRAError:
-    """The error for one value of one row, counted from 1 as in its file."""
-    return LoRAError(f"the {split} set, row {row}, column '{column}': expected {expected}, got {got!r}")
-
-
-def check_texts(table: datasets.Dataset, split: str, columns: Sequence[str | None], skip: Sequence[bool] = ()) -> None:
-    """Raise where one of these columns does not hold a text.
-
-    Args:
-        skip: rows that are dropped anyway.
-    """
-    for column in filter(None, columns):
-        for i, value in enumerate(table[column]):
-            if not isinstance(value, str) and not (skip and skip[i]):
-                raise bad_cell(split, table[ROW][i], column, "text", value)

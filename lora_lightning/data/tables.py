@@ -39,6 +39,18 @@ def read_tables(path: str | dict[str, str], name: str | None = None) -> dict[str
     return _from_hub(path, name)
 
 
+def source_of(path: str | dict[str, str], split: str) -> str:
+    """Where a split's rows come from, as a person would name it: its file, or the set."""
+    if isinstance(path, dict):
+        files = {_split_name(name): file for name, file in path.items()}
+        return Path(files.get(split, files.get("train", ""))).name or "the set"
+    found = Path(resolve(path))
+    if found.is_dir():
+        files = {NAMES.get(f.name.split(".")[0], f.name.split(".")[0]): f.name for f in found.iterdir() if f.is_file()}
+        return files.get(split, files.get("train", found.name))
+    return found.name if found.is_file() else path
+
+
 def check_columns(table: datasets.Dataset, columns: Sequence[str | None], split: str) -> None:
     """Raise where a named column is not there."""
     for column in columns:

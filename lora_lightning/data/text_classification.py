@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lora_lightning.data.base import TableData, bad_cell, check_texts
 from lora_lightning.data.rows import ROW, check_order, encode_rows, without_hidden_labels
 from lora_lightning.data.splits import SplitConfig
-from lora_lightning.data.tokenizers import load_tokenizer
+from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 
-class TextClassificationData(TableData):
+class TextClassificationData(TextData):
     """Files or a Hugging Face set to batches of token ids, attention masks and label numbers.
 
     Args:
@@ -65,15 +63,22 @@ class TextClassificationData(TableData):
         seed: int = 0,
     ) -> None:
         super().__init__(
-            path, name, split, batch_size, eval_batch_size, length_grouped, num_workers, num_proc=num_proc, seed=seed
+            path,
+            tokenizer,
+            max_length,
+            name=name,
+            split=split,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            length_grouped=length_grouped,
+            num_workers=num_workers,
+            num_proc=num_proc,
+            seed=seed,
         )
-        self.tokenizer_name = tokenizer
         self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
         self.given_label_names = label_names
         self.drop_labels, self.drop_duplicates, self.min_words = set(drop_labels or ()), drop_duplicates, min_words
-        self.max_length = max_length
         self._label_names: list[str] | None = None
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def read(self) -> dict[str, datasets.Dataset]:
         tables = super().read()
@@ -91,10 +96,10 @@ class TextClassificationData(TableData):
         """Raise at a value of a row that is not dropped anyway."""
         labels = table[self.label_column] if split != "predict" else []
         dropped = [str(label) in self.drop_labels for label in labels]
-        check_texts(table, split, [self.text_column, self.text_pair_column], dropped)
+        self.check_texts(table, split, [self.text_column, self.text_pair_column], dropped)
         for row, label in zip(table[ROW], labels, strict=False):
             if label is None:
-                raise bad_cell(split, row, self.label_column, "a label", label)
+                raise self.bad_cell(split, row, self.label_column, "a label", label)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if split == "predict":
@@ -141,23 +146,6 @@ class TextClassificationData(TableData):
         """How many labels there are."""
         return len(self.label_names)
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loaded on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return self._tokenizer
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The number that fills short texts up."""
-        number = self.tokenizer.pad_token_id
-        return None if number is None else int(number)
-
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return DataCollatorWithPadding(self.tokenizer)
-
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always saying the label that is most common in train."""
         train = list(self.encoded("train")["labels"])
@@ -188,8 +176,7 @@ class TextClassificationData(TableData):
             numbers = {str(i): i for i in range(self.num_classes)}
         for row, label in enumerate(values):
             if str(label) not in numbers:
-                raise LoRAError(
-                    f"the {split} set, row {table[ROW][row]}, column '{self.label_column}': the label {label!r} is not"
-                    f" one of {', '.join(self.label_names[:10])}{did_you_mean(str(label), self.label_names)}"
-                )
+                near = did_you_mean(str(label), self.label_names)
+                expected = f"one of the labels {', '.join(self.label_names[:10])}"
+                raise self.bad_cell(split, table[ROW][row], self.label_column, expected, label, near)
         return numbers

@@ -52,6 +52,15 @@ class Task(nn.Module, ABC):
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """What `lora-lightning predict` writes for one batch; targets are not needed."""
 
+    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
+        """What validation and test do with a batch; a task that generates does it here."""
+        return self.step(backbone, batch)
+
+    def reset(self, stage: Stage) -> None:
+        """Start counting anew: what an earlier loop left must not be in this one's figures."""
+        for kept in (self.losses[f"{stage}_"], self.metrics[f"{stage}_"]):
+            kept.reset()  # type: ignore[operator]
+
     def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
         """Count a batch in and return the stage's metrics to log, the loss weighted by units and not by batches."""
         loss, metrics = self.losses[f"{stage}_"], self.metrics[f"{stage}_"]

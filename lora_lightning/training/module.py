@@ -113,7 +113,7 @@ class LoRAModule(LightningModule):
         return self.task.predict(self.backbone, batch)
 
     def _step(self, stage: Stage, batch: Mapping[str, Any]) -> StepOutput:
-        out = self.task.step(self.backbone, batch)
+        out = (self.task.step if stage == "train" else self.task.evaluate)(self.backbone, batch)
         metrics = self.task.update(stage, out)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight)
         return out
@@ -168,6 +168,15 @@ class LoRAModule(LightningModule):
         if self.lora.init in MEASURED and self.trainer.ckpt_path is None:
             start_from_batches(self.backbone, self.task, self.lora.init, self.trainer)
             self.set_modes()
+
+    def on_train_epoch_start(self) -> None:
+        self.task.reset("train")
+
+    def on_validation_epoch_start(self) -> None:
+        self.task.reset("val")
+
+    def on_test_epoch_start(self) -> None:
+        self.task.reset("test")
 
     def set_modes(self) -> None:
         """Put the backbone into its stated mode and the adapter into training."""

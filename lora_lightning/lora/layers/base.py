@@ -14,7 +14,13 @@ from lora_lightning.lora.layers.graft import graft, ungraft
 from lora_lightning.lora.layers.options import LayerSettings, WithOptions
 
 _STATE = (
-    "lora_settings", "lora_dropout", "lora_enabled", "lora_siblings", "lora_prepare", "lora_replays", "lora_norms",
+    "lora_settings",
+    "lora_dropout",
+    "lora_enabled",
+    "lora_siblings",
+    "lora_prepare",
+    "lora_replays",
+    "lora_norms",
 )
 """What a layer has besides tensors."""
 
