@@ -1,8 +1,8 @@
 """Recipes in `configs/`, parsed as the command parses them, and run for a step on something tiny.
 
-A recipe is a stack of files, of which the later win: `("glue/base.yaml", "glue/tasks/sst2.yaml")`. What it would download
-is replaced by an overlay of one's own: a model of the same architecture whose config is tiny and whose weights are
-random (`tiny_model`), and a file of a few rows with the same columns.
+A recipe is a stack of files, of which the later win: `("glue/base.yaml", "glue/tasks/sst2.yaml")`. What it would
+download is replaced by an overlay of one's own: a model of the same architecture whose config is tiny and whose weights
+are random (`tiny_model`), and a file of a few rows with the same columns.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def run_a_step(
     Args:
         files: the recipe.
         folder: where the overlay is written.
-        model: a directory by `tiny_model`, which takes the place of a `huggingface` backbone and of the data's tokenizer.
+        model: a directory by `tiny_model`, in the place of a `huggingface` backbone and of the data's tokenizer.
         backbone: arguments of the backbone that are replaced, for any other.
         data: arguments of the DataModule that are replaced, such as `path`.
         args: more of the command's own, which win over all files.
