@@ -167,7 +167,11 @@ def _without(text):
         (lambda d: write(d / "s.csv", ROWS), {"label_column": "lable"}, "no column 'lable'; did you mean 'label'"),
         (lambda d: write(d / "s.jsonl", _without(None)), {}, "row 3, column 'text': expected text, got None"),
         (lambda d: write(d / "s.csv", ROWS), {"drop_labels": ["2"]}, "no row is labelled '2'"),
-        (lambda d: write(d / "s.jsonl", ROWS), {"label_names": ["0", "one"]}, "row 2, column 'label': expected one of the labels 0, one, got '?1"),
+        (
+            lambda d: write(d / "s.jsonl", ROWS),
+            {"label_names": ["0", "one"]},
+            "row 2, column 'label': expected one of the labels 0, one, got '?1",
+        ),
         (lambda d: write(d / "s.csv", ROWS), {"min_words": 99}, "no row of the train set is left"),
         (lambda d: write(d / "s.csv", ROWS).rename(d / "s.txt"), {}, "no set|expected one of"),
         (lambda d: d / "reviews.csv", {}, "no file"),
