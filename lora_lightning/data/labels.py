@@ -11,7 +11,6 @@ import datasets
 
 from lora_lightning.data.base import TableData
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SPLITS
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 MOST_NAMED = 10
@@ -127,14 +126,13 @@ def check_order(names: list[str], feature: Any) -> None:
 
 
 def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """Splits that a run can use: hub sets hide the labels of a split by -1, and bring splits of other names."""
+    """Splits with labels, and for prediction those whose labels a hub set hides by -1, unless others are for that."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
-        if split not in (*SPLITS, "predict"):
-            continue
         hidden = split != "train" and label_column in table.column_names and set(table[label_column]) == {-1}
         if not hidden:
             used[split] = table
         elif "predict" not in tables:
-            used["predict"] = table
+            _, _, name = split.partition("_")
+            used[f"predict_{name}" if name else "predict"] = table
     return used

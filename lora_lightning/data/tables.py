@@ -8,22 +8,21 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.splits import SPLITS
+from lora_lightning.data.splits import split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
-NAMES = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
 def read_tables(path: str | dict[str, str], name: str | None = None) -> dict[str, datasets.Dataset]:
     """Tables by split.
 
     Args:
-        path: one file; files by split (`train`, `validation`, `test`, `predict`); a directory made by
-            `save_to_disk` or holding one file per split; or a set's name on the hub. `package:NAME/path` is a
-            file inside an installed package.
+        path: one file; files by split (`train`, `validation`, `test`, `predict`, and further sets such as
+            `validation_mismatched`); a directory made by `save_to_disk` or holding one file per split; or a set's
+            name on the hub. `package:NAME/path` is a file inside an installed package.
         name: which configuration of a hub set.
 
     Raises:
@@ -46,8 +45,8 @@ def source_of(path: str | dict[str, str], split: str) -> str:
         return Path(files.get(split, files.get("train", ""))).name or "the set"
     found = Path(resolve(path))
     if found.is_dir():
-        files = {NAMES.get(f.name.split(".")[0], f.name.split(".")[0]): f.name for f in found.iterdir() if f.is_file()}
-        return files.get(split, files.get("train", found.name))
+        names = {by_split: file.name for by_split, file in _files_by_split(found).items()}
+        return names.get(split, names.get("train", found.name))
     return found.name if found.is_file() else path
 
 
@@ -62,10 +61,26 @@ def check_columns(table: datasets.Dataset, columns: Sequence[str | None], split:
 
 
 def _split_name(split: str) -> str:
-    known = {*SPLITS, "predict", *NAMES}
-    if split not in known:
-        raise LoRAError(f"unknown split '{split}': expected train, validation, test or predict")
-    return NAMES.get(split, split)
+    name = split_name(split)
+    if name is None:
+        raise LoRAError(
+            f"unknown split '{split}': expected train, validation, test or predict, of the last three also several, as"
+            " validation_NAME"
+        )
+    return name
+
+
+def _kind(path: Path) -> str:
+    """A file's suffix less that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
+    return suffixes[-1] if suffixes else ""
+
+
+def _files_by_split(folder: Path) -> dict[str, Path]:
+    """The files in a folder that are called as a split is."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) in READERS]
+    named = {split: file for file in files if (split := split_name(file.name.split(".")[0]))}
+    return dict(sorted(named.items()))
 
 
 def _read_file(file: str) -> datasets.Dataset:
@@ -73,8 +88,7 @@ def _read_file(file: str) -> datasets.Dataset:
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise LoRAError(f"no file {file}{near}")
-    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
-    kind = suffixes[-1].lower() if suffixes else ""
+    kind = _kind(path)
     if kind not in READERS:
         raise LoRAError(f"{file}: expected one of {', '.join(READERS)}, got '{kind or path.name}'")
     if path.stat().st_size == 0:
@@ -93,8 +107,7 @@ def _read_file(file: str) -> datasets.Dataset:
 def _read_directory(path: Path) -> dict[str, datasets.Dataset]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _by_split(datasets.load_from_disk(str(path)))
-    files = {NAMES.get(f.name.split(".")[0], f.name.split(".")[0]): f for f in sorted(path.iterdir()) if f.is_file()}
-    files = {split: file for split, file in files.items() if split in SPLITS or split == "predict"}
+    files = _files_by_split(path)
     if "train" not in files:
         raise LoRAError(
             f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
@@ -113,4 +126,5 @@ def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:
 def _by_split(loaded: datasets.Dataset | datasets.DatasetDict) -> dict[str, datasets.Dataset]:
     if isinstance(loaded, datasets.Dataset):
         return {"train": loaded}
-    return {NAMES.get(str(split), str(split)): table for split, table in loaded.items()}
+    named = {split_name(str(split)): table for split, table in loaded.items()}
+    return {split: table for split, table in named.items() if split}

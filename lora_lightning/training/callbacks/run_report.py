@@ -81,7 +81,9 @@ class RunReport(Callback):
 
 def _metrics(trainer: Trainer, stage: str) -> dict[str, float]:
     found = trainer.callback_metrics.items()
-    return {name.replace("/", "_"): float(value) for name, value in found if name.startswith(f"{stage}/")}
+    return {
+        name.replace("/", "_"): float(value) for name, value in found if name.startswith((f"{stage}/", f"{stage}_"))
+    }
 
 
 def _bytes(model: Any) -> int:
