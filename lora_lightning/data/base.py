@@ -99,7 +99,7 @@ class TableData(LightningDataModule, ABC):
         if self._tables is None:
             tables = {split: with_row_numbers(table) for split, table in self.read().items()}
             for split, table in tables.items():
-                check_columns(table, self.columns(split), split)
+                check_columns(table, self.columns(split), self.place(split))
                 self.check(table, split)
             named = first_in_place(list(tables))
             self._called = {new: old for old, new in named.items()}
@@ -231,7 +231,7 @@ class TableData(LightningDataModule, ABC):
         }
         if not any(shares.values()) or "train" not in tables:
             return tables
-        check_columns(tables["train"], [self.split.group_by], "train")
+        check_columns(tables["train"], [self.split.group_by], self.place("train"))
         groups = tables["train"][self.split.group_by] if self.split.group_by else range(len(tables["train"]))
         config = SplitConfig(**shares, group_by=self.split.group_by, seed=self.split.seed)
         rows = split_rows(list(groups), config)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 
+from lora_lightning.data.faults import fault_in
 from lora_lightning.data.splits import split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
 READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+NO_ROWS = "corresponds to no data"
+"""In what datasets says of a file without rows."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 
 
@@ -50,12 +52,12 @@ def source_of(path: str | dict[str, str], split: str) -> str:
     return found.name if found.is_file() else path
 
 
-def check_columns(table: datasets.Dataset, columns: Sequence[str | None], split: str) -> None:
-    """Raise where a named column is not there."""
+def check_columns(table: datasets.Dataset, columns: Sequence[str | None], where: str) -> None:
+    """Raise where a named column is not there; `where` is the set as an error names it."""
     for column in columns:
         if column is not None and column not in table.column_names:
             raise LoRAError(
-                f"the {split} set has no column '{column}'{did_you_mean(column, table.column_names)}"
+                f"{where}, has no column '{column}'{did_you_mean(column, table.column_names)}"
                 f" (columns: {', '.join(table.column_names)})"
             )
 
@@ -93,12 +95,17 @@ def _read_file(file: str) -> datasets.Dataset:
         raise LoRAError(f"{file}: expected one of {', '.join(READERS)}, got '{kind or path.name}'")
     if path.stat().st_size == 0:
         raise LoRAError(f"{file} is empty")
-    options: dict[str, Any] = {"delimiter": "\t"} if kind == ".tsv" else {}
+    options = {"delimiter": "\t"} if kind == ".tsv" else {}
     try:
         table = datasets.load_dataset(READERS[kind], data_files={"train": file}, **options)["train"]
+        if READERS[kind] == "json":
+            table.data.table.validate(full=True)  # its reader takes bytes that are no text, and they fail when used
     except Exception as error:  # datasets wraps each reader's own errors in its own
         cause = error.__cause__ or error
-        raise LoRAError(f"{file} cannot be read as {READERS[kind]}: {str(cause).strip().splitlines()[0]}") from error
+        cause = cause.__cause__ or cause
+        if NO_ROWS in str(cause):
+            raise LoRAError(f"{file} holds no rows") from error
+        raise LoRAError(f"{file}, {fault_in(file, READERS[kind], cause, **options)}") from error
     if not len(table):
         raise LoRAError(f"{file} holds no rows")
     return table
