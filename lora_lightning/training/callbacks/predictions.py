@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
-from torch import Tensor
 
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training import run
@@ -42,13 +41,16 @@ class PredictionWriter(BasePredictionWriter):
         Console().print(f"{len(every)} predictions in {folder / FILE}", soft_wrap=True)
 
 
-def rows(batches: Sequence[dict[str, Tensor]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
+def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
     """One mapping per example, from each batch's tensors and the rows that they belong to."""
     for batch, numbers in zip(batches, indices, strict=True):
         for i, number in enumerate(numbers):
             row: dict[str, Any] = {"row": number}
             for key, values in batch.items():
                 row[key] = values[i].tolist()
-            if names and isinstance(row.get("prediction"), int):
-                row["label"] = names[row["prediction"]]
+            said = row.get("prediction")
+            if names and isinstance(said, int):
+                row["label"] = names[said]
+            elif names and isinstance(said, list) and all(isinstance(number, int) for number in said):
+                row["labels"] = [names[number] for number in said]
             yield row
