@@ -55,6 +55,10 @@ class Task(nn.Module, ABC):
         Targets are not needed.
         """
 
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The backbone's arguments by name, out of a batch: all but the targets."""
+        return inputs_of(batch, "labels")
+
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """What validation and test do with a batch; a task that generates does it here."""
         return self.step(backbone, batch)
