@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.answers import special_ids
-from lora_lightning.data.chat_template import ChatTemplate, TrainOn, encode_conversations, give_template
+from lora_lightning.data.answers import runs, special_ids
+from lora_lightning.data.chat_template import ChatTemplate, TemplateError, TrainOn, encode_conversations, give_template
 from lora_lightning.data.conversations import (
     BadRow,
     Message,
@@ -21,15 +23,20 @@ from lora_lightning.data.conversations import (
     tools_of,
 )
 from lora_lightning.data.dialogues import is_dialogues, read_dialogues
-from lora_lightning.data.prompts import Prompt
+from lora_lightning.data.packing import CausalCollator, pack_table
+from lora_lightning.data.prompts import GivesPrompts, Prompt
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.tables import check_columns
 from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.token_loss import IGNORED
+
+FEW = 50
+"""Rows that show how answers end."""
 
 
-class ChatData(TextData):
+class ChatData(TextData, GivesPrompts):
     """Files or a Hugging Face set of conversations to batches of token ids and labels, by the model's own template.
 
     A row is a list of `messages` (OpenAI's role, content and tool_calls, or ShareGPT's from and value), or a prompt
@@ -47,7 +54,8 @@ class ChatData(TextData):
         system: a system message for conversations without one.
         chat_template: a Jinja template or a file of one, in place of the tokenizer's own.
         template_options: variables that the template reads, such as `{enable_thinking: false}`.
-        max_length: tokens per conversation at most; what is over is cut off its end.
+        max_length: tokens per conversation and row at most; what is over is cut off a conversation's end.
+        packing: put several conversations into one row; they do not see each other.
         name: which configuration of a hub set.
         split: how to split off validation and test where the set has none.
         batch_size: conversations per batch and process in training.
@@ -71,6 +79,7 @@ class ChatData(TextData):
         chat_template: str | None = None,
         template_options: dict[str, Any] | None = None,
         max_length: int = 2048,
+        packing: bool = False,
         name: str | None = None,
         split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 8,
@@ -94,6 +103,7 @@ class ChatData(TextData):
             seed=seed,
         )
         self.given_columns, self.train_on, self.system = checked_columns(columns), train_on, system
+        self.packing = packing
         self.chat_template, self.template_options = chat_template, dict(template_options or {})
         self._layouts: dict[str, dict[str, str]] = {}
 
@@ -139,7 +149,13 @@ class ChatData(TextData):
                 raise self.bad_cell(split, row[ROW], layout[bad.part], bad.expected, bad.got, bad.hint) from None
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Token ids and labels of the conversations that have something left to train on; others are said aloud."""
+        conversations = self.conversations(table, split)
+        if self.packing and split != "predict":
+            return pack_table(conversations, self.max_length, split)
+        return conversations
+
+    def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Token ids and labels of each conversation that has something left to train on; others are said aloud."""
         layout = self.layout(split)
         encoded = self.encode_by(
             encode_conversations,
@@ -185,7 +201,25 @@ class ChatData(TextData):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return DataCollatorForSeq2Seq(self.tokenizer)
+        return CausalCollator(self.pad_token_id or 0)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """A row for each conversation, never packed."""
+        if not self.packing or "predict" in self.tables:
+            return super().predict_dataloader()
+        self.encoded("test")  # says where there is none
+        return self._loader(self.conversations(self.tables["test"], "test"), self.eval_batch_size)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends answers in the first rows, and the tokenizer's own end."""
+        controls, found, layout = special_ids(self.tokenizer), set(), self.layout("train")
+        for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
+            messages = conversation_of(row, layout, self.system)
+            with contextlib.suppress(TemplateError):  # such as one whose answers are not found, where all is trained on
+                ids, labels = self.template.encode(messages, tools_of(row, layout), "answers")
+                found |= {ids[end - 1] for _, end in runs([label != IGNORED for label in labels])} & controls
+        return sorted({*found, *super().stop_token_ids})
 
     def prompts(self, count: int) -> list[Prompt]:
         """Held-out conversations up to their last answer, from all over the validation set (test, train without one).
