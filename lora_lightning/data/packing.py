@@ -13,13 +13,15 @@ from itertools import chain
 from typing import Any
 
 import datasets
+import pyarrow.compute
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.token_loss import IGNORED
 
-Rows = Mapping[str, Sequence[Sequence[int]]]
+Rows = Mapping[str, Sequence[Any]]
 """A batch of rows as `datasets` hands it over: columns of lists of whole numbers."""
 
 AT_ONCE = 10_000
@@ -65,40 +67,55 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
     return sorted(sorted(row) for row in rows)
 
 
-def cut(rows: Rows, max_length: int) -> dict[str, list[list[int]]]:
-    """Rows longer than `max_length` in pieces, in order; every column is cut alike."""
-    return {
-        name: [list(row[i : i + max_length]) for row in column for i in range(0, len(row), max_length)]
+def cut(rows: Rows, *, max_length: int) -> dict[str, list[Any]]:
+    """Rows longer than `max_length` in pieces, in order. For `table.map(batched=True)`.
+
+    Columns of lists are cut alike, and those of single values say the same of each piece. The first label of each piece
+    is -100.
+    """
+    starts = [range(0, len(ids), max_length) for ids in rows["input_ids"]]
+    pieces = {
+        name: [
+            list(value[i : i + max_length]) if isinstance(value, list) else value
+            for value, row in zip(column, starts, strict=True)
+            for i in row
+        ]
         for name, column in rows.items()
     }
+    pieces["labels"] = [[IGNORED, *labels[1:]] for labels in pieces["labels"]]
+    return pieces
 
 
 def pack_rows(rows: Rows, *, max_length: int) -> dict[str, list[list[int]]]:
     """Rows `input_ids` and `labels`, cut and packed; `position_ids` are added. For `table.map(batched=True)`."""
-    pieces = cut({name: rows[name] for name in ("input_ids", "labels")}, max_length)
+    pieces = cut({name: rows[name] for name in ("input_ids", "labels")}, max_length=max_length)
     lengths = [len(ids) for ids in pieces["input_ids"]]
-    pieces["labels"] = [[IGNORED, *labels[1:]] for labels in pieces["labels"]]
     pieces["position_ids"] = [list(range(length)) for length in lengths]
     together = pack(lengths, max_length)
     return {name: [list(chain(*(column[i] for i in row))) for row in together] for name, column in pieces.items()}
 
 
 def pack_table(table: datasets.Dataset, max_length: int, split: str) -> datasets.Dataset:
-    """A table of `input_ids` and `labels` as packed rows, cached like every `map`; the same with any `num_proc`."""
+    """A table of `input_ids` and `labels` as packed rows, cached like every `map`; says how full they are."""
+    # By one process: which documents are packed together, and so which rows there are, is not to hang on how many.
     options: dict[str, Any] = {"remove_columns": table.column_names, "fn_kwargs": {"max_length": max_length}}
-    return table.map(pack_rows, batched=True, batch_size=AT_ONCE, desc=f"pack {split}", **options)
+    packed = table.map(pack_rows, batched=True, batch_size=AT_ONCE, desc=f"pack {split}", **options)
+    empty = 1 - sum(lengths_of(packed)) / (max_length * len(packed))
+    rank_zero_info(f"{split}: {len(table):,} documents in {len(packed):,} rows of {max_length:,}, {empty:.1%} empty")
+    return packed
 
 
-def fill(table: datasets.Dataset, max_length: int) -> float:
-    """Share of packed rows' places that hold a token."""
-    return sum(len(ids) for ids in table["input_ids"]) / (max_length * len(table))
+def lengths_of(table: datasets.Dataset) -> list[int]:
+    """Tokens in each row, without reading them."""
+    batches = table.select_columns("input_ids").with_format("arrow").iter(AT_ONCE)
+    return [n for batch in batches for n in pyarrow.compute.list_value_length(batch["input_ids"]).to_pylist()]
 
 
 class CausalCollator:
     """Rows to a batch (b, t) of `input_ids`, `labels` and `attention_mask`, or `position_ids` where rows are packed.
 
     Short rows are filled up on the right. In a packed row the filling is a document of its own, of which nothing is
-    trained on.
+    trained on. Single whole numbers, such as each row's `document`, become a tensor (b,).
 
     Args:
         pad_token_id: what is filled up with; any number will do, as nothing sees it.
@@ -108,13 +125,14 @@ class CausalCollator:
     def __init__(self, pad_token_id: int, multiple_of: int = 1) -> None:
         self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
 
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         longest = max(len(row["input_ids"]) for row in rows)
         longest += -longest % self.multiple_of
         batch = {
             "input_ids": _filled([row["input_ids"] for row in rows], longest, self.pad_token_id),
             "labels": _filled([row["labels"] for row in rows], longest, IGNORED),
         }
+        batch |= {n: torch.tensor([row[n] for row in rows]) for n, value in rows[0].items() if isinstance(value, int)}
         if "position_ids" in rows[0]:
             filling = [range(longest - len(row["position_ids"])) for row in rows]
             whole = [[*row["position_ids"], *more] for row, more in zip(rows, filling, strict=True)]

@@ -80,13 +80,15 @@ class CausalLM(Task):
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Of each row: the mean loss over its tokens but the first, their number, and the perplexity.
 
-        A row of no such tokens has a loss and a perplexity that are not numbers.
+        A row of no such tokens has a loss and a perplexity that are not numbers. `document`, where the batch has it,
+        goes with them.
         """
         inputs, labels = inputs_and_labels(backbone, batch)
         parts = shifted_losses(backbone, inputs, labels)
         tokens = torch.tensor([part.count for part in parts], device=labels.device)
         loss = torch.stack([part.loss for part in parts]).to(labels.device) / tokens
-        return {"loss": loss, "tokens": tokens, "perplexity": loss.exp()}
+        which = {"document": batch["document"]} if "document" in batch else {}
+        return {**which, "loss": loss, "tokens": tokens, "perplexity": loss.exp()}
 
 
 def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
@@ -95,7 +97,7 @@ def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[di
     Raises:
         LoRAError: there are no labels; or the rows are packed and the backbone mixes documents.
     """
-    inputs = inputs_of(batch, "labels")
+    inputs = inputs_of(batch, "labels", "document")
     if not isinstance(batch.get("labels"), Tensor):
         raise LoRAError(
             f"the batch has no 'labels', only {', '.join(inputs)}: for a language model they are the input_ids"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.data.packing import CausalCollator, cut, fill, pack, pack_rows, pack_table
+from lora_lightning.data.packing import CausalCollator, cut, lengths_of, pack, pack_rows, pack_table
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.tasks.causal_lm import CausalLM
 from tests.tiny_lm import VOCABULARY, make_model
@@ -32,8 +32,7 @@ def as_rows(columns):
 
 def unpacked(columns):
     """Each piece in a row of its own."""
-    pieces = cut(columns, LENGTH)
-    return {**pieces, "labels": [[-100, *labels[1:]] for labels in pieces["labels"]]}
+    return cut(columns, max_length=LENGTH)
 
 
 def pieces_of(packed):
@@ -87,6 +86,15 @@ def test_a_document_that_does_not_fit_is_an_error(length):
         pack([3, length], 20)
 
 
+def test_long_documents_are_cut_and_the_first_of_each_piece_is_not_trained_on():
+    rows = {"input_ids": [[3, 4, 5, 6, 7], [8]], "labels": [[3, 4, 5, 6, 7], [8]], "document": [1, 2]}
+    assert cut(rows, max_length=2) == {
+        "input_ids": [[3, 4], [5, 6], [7], [8]],
+        "labels": [[-100, 4], [-100, 6], [-100], [-100]],
+        "document": [1, 1, 1, 2],
+    }
+
+
 def test_no_token_is_lost_and_no_label_moved():
     columns = documents(80)
     packed = pack_rows(columns, max_length=LENGTH)
@@ -103,7 +111,7 @@ def test_a_table_is_packed_the_same_each_time():
     first, again = (pack_table(table, LENGTH, "train") for _ in range(2))
     assert first.column_names == ["input_ids", "labels", "position_ids"]
     assert first.to_dict() == again.to_dict() == pack_rows(table.to_dict(), max_length=LENGTH)
-    assert fill(first, LENGTH) == sum(map(len, table["input_ids"])) / (LENGTH * len(first))
+    assert lengths_of(first) == [len(ids) for ids in first["input_ids"]]
 
 
 def adapted(kind, **config):

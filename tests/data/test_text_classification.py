@@ -169,7 +169,7 @@ def _without(text):
         (lambda d: write(d / "s.csv", ROWS), {"drop_labels": ["2"]}, "no row is labelled '2'"),
         (lambda d: write(d / "s.jsonl", ROWS), {"label_names": ["0", "one"]}, "the label '?1'? is not one of 0, one"),
         (lambda d: write(d / "s.csv", ROWS), {"min_words": 99}, "no row of the train set is left"),
-        (lambda d: write(d / "s.csv", ROWS).rename(d / "s.txt"), {}, "no set|expected one of"),
+        (lambda d: write(d / "s.csv", ROWS).rename(d / "s.doc"), {}, "no set|expected one of"),
         (lambda d: d / "reviews.csv", {}, "no file"),
         (lambda d: (d / "e.csv").touch() or d / "e.csv", {}, "is empty"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,13 +43,18 @@ class PredictionWriter(BasePredictionWriter):
         Console().print(f"{len(every)} predictions in {folder / FILE}", soft_wrap=True)
 
 
+def _plain(value: Any) -> Any:
+    """Without what JSON has no word for: not a number is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def rows(batches: Sequence[dict[str, Tensor]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
     """One mapping per example, from each batch's tensors and the rows that they belong to."""
     for batch, numbers in zip(batches, indices, strict=True):
         for i, number in enumerate(numbers):
             row: dict[str, Any] = {"row": number}
             for key, values in batch.items():
-                row[key] = values[i].tolist()
+                row[key] = _plain(values[i].tolist())
             if names and isinstance(row.get("prediction"), int):
                 row["label"] = names[row["prediction"]]
             yield row
