@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lora_lightning.gguf import directory_and_file
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """By a hub name, a directory or `package:NAME/path`; one without a padding token pads with its end of text.
+    """By a hub name, a directory, a GGUF file or `package:NAME/path`; one without a padding token pads with its end.
 
     Raises:
         LoRAError: there is none.
     """
+    found, gguf = directory_and_file(resolve(name))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve(name))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(found, **gguf)
     except (OSError, ValueError) as error:
         raise LoRAError(f"no tokenizer '{name}': {str(error).strip().splitlines()[0]}") from error
     if tokenizer.pad_token is None:
