@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import datasets
 
-from lora_lightning.data.splits import SPLITS
+from lora_lightning.data.faults import fault_in
+from lora_lightning.data.splits import split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
@@ -23,8 +24,9 @@ READERS = {
 }
 TextBy = Literal["line", "paragraph", "document"]
 """What a row of a .txt is: a line, what stands between blank lines, or the whole file."""
+NO_ROWS = "corresponds to no data"
+"""In what datasets says of a file without rows."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
-NAMES = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
 def read_tables(
@@ -33,9 +35,9 @@ def read_tables(
     """Tables by split.
 
     Args:
-        path: one file; files by split (`train`, `validation`, `test`, `predict`); a directory made by
-            `save_to_disk` or holding one file per split; or a set's name on the hub. `package:NAME/path` is a
-            file inside an installed package.
+        path: one file; files by split (`train`, `validation`, `test`, `predict`, and further sets such as
+            `validation_mismatched`); a directory made by `save_to_disk` or holding one file per split; or a set's
+            name on the hub. `package:NAME/path` is a file inside an installed package.
         name: which configuration of a hub set.
         text_by: what a row of a .txt is; its one column is `text`.
 
@@ -59,35 +61,56 @@ def source_of(path: str | dict[str, str], split: str) -> str:
         return Path(files.get(split, files.get("train", ""))).name or "the set"
     found = Path(resolve(path))
     if found.is_dir():
-        files = {NAMES.get(f.name.split(".")[0], f.name.split(".")[0]): f.name for f in found.iterdir() if f.is_file()}
-        return files.get(split, files.get("train", found.name))
+        names = {by_split: file.name for by_split, file in _files_by_split(found).items()}
+        return names.get(split, names.get("train", found.name))
     return found.name if found.is_file() else path
 
 
-def check_columns(table: datasets.Dataset, columns: Sequence[str | None], split: str) -> None:
-    """Raise where a named column is not there."""
+def check_columns(table: datasets.Dataset, columns: Sequence[str | None], where: str) -> None:
+    """Raise where a named column is not there; `where` is the set as an error names it."""
     for column in columns:
         if column is not None and column not in table.column_names:
             raise LoRAError(
-                f"the {split} set has no column '{column}'{did_you_mean(column, table.column_names)}"
+                f"{where}, has no column '{column}'{did_you_mean(column, table.column_names)}"
                 f" (columns: {', '.join(table.column_names)})"
             )
 
 
 def _split_name(split: str) -> str:
-    known = {*SPLITS, "predict", *NAMES}
-    if split not in known:
-        raise LoRAError(f"unknown split '{split}': expected train, validation, test or predict")
-    return NAMES.get(split, split)
+    name = split_name(split)
+    if name is None:
+        raise LoRAError(
+            f"unknown split '{split}': expected train, validation, test or predict, of the last three also several, as"
+            " validation_NAME"
+        )
+    return name
+
+
+def _kind(path: Path) -> str:
+    """A file's suffix less that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
+    return suffixes[-1] if suffixes else ""
+
+
+def _files_by_split(folder: Path) -> dict[str, Path]:
+    """The files in a folder that are called as a split is."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) in READERS]
+    named = {split: file for file in files if (split := split_name(file.name.split(".")[0]))}
+    return dict(sorted(named.items()))
 
 
 def _read_file(file: str, text_by: TextBy) -> datasets.Dataset:
     kind, options = reader_of(file, text_by)
     try:
         table = datasets.load_dataset(kind, data_files={"train": file}, **options)["train"]
+        if kind == "json":
+            table.data.table.validate(full=True)  # its reader takes bytes that are no text, and they fail when used
     except Exception as error:  # datasets wraps each reader's own errors in its own
         cause = error.__cause__ or error
-        raise LoRAError(f"{file} cannot be read as {kind}: {str(cause).strip().splitlines()[0]}") from error
+        cause = cause.__cause__ or cause
+        if NO_ROWS in str(cause):
+            raise LoRAError(f"{file} holds no rows") from error
+        raise LoRAError(f"{file}, {fault_in(file, kind, cause, options.get("delimiter", ","))}") from error
     if not len(table):
         raise LoRAError(f"{file} holds no rows")
     return table
@@ -103,8 +126,7 @@ def reader_of(file: str, text_by: TextBy = "line") -> tuple[str, dict[str, Any]]
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise LoRAError(f"no file {file}{near}")
-    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
-    kind = suffixes[-1].lower() if suffixes else ""
+    kind = _kind(path)
     if kind not in READERS:
         raise LoRAError(f"{file}: expected one of {', '.join(READERS)}, got '{kind or path.name}'")
     if path.stat().st_size == 0:
@@ -125,8 +147,7 @@ def files_of(path: Path) -> dict[str, Path]:
     Raises:
         LoRAError: none of them is for training.
     """
-    files = {NAMES.get(f.name.split(".")[0], f.name.split(".")[0]): f for f in sorted(path.iterdir()) if f.is_file()}
-    files = {split: file for split, file in files.items() if split in SPLITS or split == "predict"}
+    files = _files_by_split(path)
     if "train" not in files:
         raise LoRAError(
             f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
@@ -145,4 +166,5 @@ def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:
 def _by_split(loaded: datasets.Dataset | datasets.DatasetDict) -> dict[str, datasets.Dataset]:
     if isinstance(loaded, datasets.Dataset):
         return {"train": loaded}
-    return {NAMES.get(str(split), str(split)): table for split, table in loaded.items()}
+    named = {split_name(str(split)): table for split, table in loaded.items()}
+    return {split: table for split, table in named.items() if split}
