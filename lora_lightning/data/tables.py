@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,13 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 NAMES = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
 
-def read_tables(path: str | dict[str, str], name: str | None = None) -> dict[str, datasets.Dataset]:
+Readers = Mapping[str, Callable[[str], datasets.Dataset]]
+"""Ways to read a file, by its suffix."""
+
+
+def read_tables(
+    path: str | dict[str, str], name: str | None = None, readers: Readers | None = None
+) -> dict[str, datasets.Dataset]:
     """Tables by split.
 
     Args:
@@ -25,17 +31,19 @@ def read_tables(path: str | dict[str, str], name: str | None = None) -> dict[str
             `save_to_disk` or holding one file per split; or a set's name on the hub. `package:NAME/path` is a
             file inside an installed package.
         name: which configuration of a hub set.
+        readers: for more kinds of file than those of `READERS`.
 
     Raises:
         LoRAError: a file that is missing, empty, or of a kind that is not read here.
     """
+    own = readers or {}
     if isinstance(path, dict):
-        return {_split_name(split): _read_file(resolve(file)) for split, file in path.items()}
+        return {_split_name(split): _read_file(resolve(file), own) for split, file in path.items()}
     found = Path(resolve(path))
     if found.is_dir():
-        return _read_directory(found)
-    if found.is_file() or found.suffix in READERS or found.suffix in COMPRESSED:
-        return {"train": _read_file(str(found))}
+        return _read_directory(found, own)
+    if found.is_file() or found.suffix in (*READERS, *COMPRESSED, *own):
+        return {"train": _read_file(str(found), own)}
     return _from_hub(path, name)
 
 
@@ -68,17 +76,19 @@ def _split_name(split: str) -> str:
     return NAMES.get(split, split)
 
 
-def _read_file(file: str) -> datasets.Dataset:
+def _read_file(file: str, own: Readers) -> datasets.Dataset:
     path = Path(file)
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise LoRAError(f"no file {file}{near}")
     suffixes = [s for s in path.suffixes if s not in COMPRESSED]
     kind = suffixes[-1].lower() if suffixes else ""
-    if kind not in READERS:
-        raise LoRAError(f"{file}: expected one of {', '.join(READERS)}, got '{kind or path.name}'")
+    if kind not in READERS and kind not in own:
+        raise LoRAError(f"{file}: expected one of {', '.join((*READERS, *own))}, got '{kind or path.name}'")
     if path.stat().st_size == 0:
         raise LoRAError(f"{file} is empty")
+    if kind in own:
+        return own[kind](file)
     options: dict[str, Any] = {"delimiter": "\t"} if kind == ".tsv" else {}
     try:
         table = datasets.load_dataset(READERS[kind], data_files={"train": file}, **options)["train"]
@@ -90,7 +100,7 @@ def _read_file(file: str) -> datasets.Dataset:
     return table
 
 
-def _read_directory(path: Path) -> dict[str, datasets.Dataset]:
+def _read_directory(path: Path, own: Readers) -> dict[str, datasets.Dataset]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _by_split(datasets.load_from_disk(str(path)))
     files = {NAMES.get(f.name.split(".")[0], f.name.split(".")[0]): f for f in sorted(path.iterdir()) if f.is_file()}
@@ -99,7 +109,7 @@ def _read_directory(path: Path) -> dict[str, datasets.Dataset]:
         raise LoRAError(
             f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
         )
-    return {split: _read_file(str(file)) for split, file in files.items()}
+    return {split: _read_file(str(file), own) for split, file in files.items()}
 
 
 def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:

@@ -42,13 +42,13 @@ class PredictionWriter(BasePredictionWriter):
         Console().print(f"{len(every)} predictions in {folder / FILE}", soft_wrap=True)
 
 
-def rows(batches: Sequence[dict[str, Tensor]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
-    """One mapping per example, from each batch's tensors and the rows that they belong to."""
+def rows(batches: Sequence[dict[str, Any]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
+    """One mapping per example, from each batch's tensors or lists and the rows that they belong to."""
     for batch, numbers in zip(batches, indices, strict=True):
         for i, number in enumerate(numbers):
             row: dict[str, Any] = {"row": number}
             for key, values in batch.items():
-                row[key] = values[i].tolist()
+                row[key] = values[i].tolist() if isinstance(values, Tensor) else values[i]
             if names and isinstance(row.get("prediction"), int):
                 row["label"] = names[row["prediction"]]
             yield row
