@@ -38,6 +38,9 @@ class TableData(LightningDataModule, ABC):
         seed: of the order in training.
     """
 
+    train_sampler: type[EpochSampler] = EpochSampler
+    """What says in which order training takes the rows."""
+
     def __init__(
         self,
         path: str | dict[str, str],
@@ -195,7 +198,8 @@ class TableData(LightningDataModule, ABC):
             {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
         )
         lengths = lengths if self.length_grouped else None
-        sampler = EpochSampler(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
+        order = self.train_sampler if shuffle else EpochSampler
+        sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
         return DataLoader(
             table,  # type: ignore[arg-type]
             batch_size=batch_size,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 
@@ -12,7 +12,17 @@ from lora_lightning.data.splits import SPLITS
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
-READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".parquet": "parquet"}
+READERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+TextBy = Literal["line", "paragraph", "document"]
+"""What a row of a .txt is: a line, what stands between blank lines, or the whole file."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
 NAMES = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation", "test": "test"}
 
@@ -22,7 +32,7 @@ Readers = Mapping[str, Callable[[str], datasets.Dataset]]
 
 
 def read_tables(
-    path: str | dict[str, str], name: str | None = None, readers: Readers | None = None
+    path: str | dict[str, str], name: str | None = None, text_by: TextBy = "line", readers: Readers | None = None
 ) -> dict[str, datasets.Dataset]:
     """Tables by split.
 
@@ -31,19 +41,20 @@ def read_tables(
             `save_to_disk` or holding one file per split; or a set's name on the hub. `package:NAME/path` is a
             file inside an installed package.
         name: which configuration of a hub set.
-        readers: for more kinds of file than those of `READERS`.
+        text_by: what a row of a .txt is; its one column is `text`.
+        readers: ways to read files of other suffixes, or of these in another way.
 
     Raises:
         LoRAError: a file that is missing, empty, or of a kind that is not read here.
     """
     own = readers or {}
     if isinstance(path, dict):
-        return {_split_name(split): _read_file(resolve(file), own) for split, file in path.items()}
+        return {_split_name(split): _read_file(resolve(file), text_by, own) for split, file in path.items()}
     found = Path(resolve(path))
     if found.is_dir():
-        return _read_directory(found, own)
+        return _read_directory(found, text_by, own)
     if found.is_file() or found.suffix in (*READERS, *COMPRESSED, *own):
-        return {"train": _read_file(str(found), own)}
+        return {"train": _read_file(str(found), text_by, own)}
     return _from_hub(path, name)
 
 
@@ -76,40 +87,73 @@ def _split_name(split: str) -> str:
     return NAMES.get(split, split)
 
 
-def _read_file(file: str, own: Readers) -> datasets.Dataset:
-    path = Path(file)
-    if not path.is_file():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
-        raise LoRAError(f"no file {file}{near}")
-    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
-    kind = suffixes[-1].lower() if suffixes else ""
-    if kind not in READERS and kind not in own:
-        raise LoRAError(f"{file}: expected one of {', '.join((*READERS, *own))}, got '{kind or path.name}'")
-    if path.stat().st_size == 0:
-        raise LoRAError(f"{file} is empty")
-    if kind in own:
-        return own[kind](file)
-    options: dict[str, Any] = {"delimiter": "\t"} if kind == ".tsv" else {}
+def _read_file(file: str, text_by: TextBy, own: Readers) -> datasets.Dataset:
+    suffix = Path(file).suffix.lower()
+    if suffix in own:
+        check_file(file)
+        return own[suffix](file)
+    kind, options = reader_of(file, text_by, own)
     try:
-        table = datasets.load_dataset(READERS[kind], data_files={"train": file}, **options)["train"]
+        table = datasets.load_dataset(kind, data_files={"train": file}, **options)["train"]
     except Exception as error:  # datasets wraps each reader's own errors in its own
         cause = error.__cause__ or error
-        raise LoRAError(f"{file} cannot be read as {READERS[kind]}: {str(cause).strip().splitlines()[0]}") from error
+        raise LoRAError(f"{file} cannot be read as {kind}: {str(cause).strip().splitlines()[0]}") from error
     if not len(table):
         raise LoRAError(f"{file} holds no rows")
     return table
 
 
-def _read_directory(path: Path, own: Readers) -> dict[str, datasets.Dataset]:
+def check_file(file: str) -> None:
+    """Raise where a file is not there or is empty."""
+    path = Path(file)
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        raise LoRAError(f"no file {file}{near}")
+    if path.stat().st_size == 0:
+        raise LoRAError(f"{file} is empty")
+
+
+def reader_of(file: str, text_by: TextBy = "line", more: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+    """Which of the readers of `datasets` reads a file, and with what options.
+
+    Args:
+        file: which may be compressed.
+        text_by: what a row of a .txt is.
+        more: suffixes that the caller reads in its own way.
+
+    Raises:
+        LoRAError: it is not there, is empty, or of a kind that is not read here.
+    """
+    check_file(file)
+    path = Path(file)
+    suffixes = [s for s in path.suffixes if s not in COMPRESSED]
+    kind = suffixes[-1].lower() if suffixes else ""
+    if kind not in READERS:
+        known = dict.fromkeys((*READERS, *more))
+        raise LoRAError(f"{file}: expected one of {', '.join(known)}, got '{kind or path.name}'")
+    options: dict[str, dict[str, Any]] = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": text_by}}
+    return READERS[kind], options.get(kind, {})
+
+
+def _read_directory(path: Path, text_by: TextBy, own: Readers) -> dict[str, datasets.Dataset]:
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return _by_split(datasets.load_from_disk(str(path)))
+    return {split: _read_file(str(file), text_by, own) for split, file in files_of(path).items()}
+
+
+def files_of(path: Path) -> dict[str, Path]:
+    """A directory's files by split.
+
+    Raises:
+        LoRAError: none of them is for training.
+    """
     files = {NAMES.get(f.name.split(".")[0], f.name.split(".")[0]): f for f in sorted(path.iterdir()) if f.is_file()}
     files = {split: file for split, file in files.items() if split in SPLITS or split == "predict"}
     if "train" not in files:
         raise LoRAError(
             f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
         )
-    return {split: _read_file(str(file), own) for split, file in files.items()}
+    return files
 
 
 def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:

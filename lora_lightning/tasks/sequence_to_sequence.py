@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import inputs_of
+from lora_lightning.tasks.base import inputs_and_labels, inputs_of
 from lora_lightning.tasks.generating import GeneratingTask
 from lora_lightning.tasks.lm_head import aligned_loss
 from lora_lightning.tasks.token_loss import LinearCrossEntropy
@@ -34,18 +34,13 @@ class SequenceToSequence(GeneratingTask):
 
     peft_task_type = "SEQ_2_SEQ_LM"
 
-    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
-        """`batch` holds the encoder's inputs and `labels` (b, t), -100 where nothing is trained on.
-
-        What the decoder is given is the labels shifted by the model itself, unless `decoder_input_ids` are there.
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The encoder's inputs, and what the decoder is given: the labels shifted by the model, unless it is there.
 
         Raises:
-            LoRAError: there are no labels; the model does not shift them; or nothing is trained on.
+            LoRAError: the model does not shift labels.
         """
         inputs = inputs_of(batch, *NOT_INPUTS)
-        if "labels" not in batch:
-            raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs)}")
-        labels: Tensor = batch["labels"]
         if "decoder_input_ids" not in inputs:
             shift = getattr(backbone, "prepare_decoder_input_ids_from_labels", None)
             if shift is None:
@@ -54,8 +49,17 @@ class SequenceToSequence(GeneratingTask):
                     " (prepare_decoder_input_ids_from_labels): take a transformers model for sequence to sequence"
                     " (auto_class: AutoModelForSeq2SeqLM), or put decoder_input_ids into the batch"
                 )
-            inputs["decoder_input_ids"] = shift(labels=labels)
-        return aligned_loss(backbone, inputs, labels, label_smoothing=label_smoothing)
+            inputs["decoder_input_ids"] = shift(labels=batch["labels"])
+        return inputs
+
+    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
+        """`batch` holds the encoder's inputs and `labels` (b, t), -100 where nothing is trained on.
+
+        Raises:
+            LoRAError: there are no labels; the model does not shift them; or nothing is trained on.
+        """
+        _, labels = inputs_and_labels(batch)
+        return aligned_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
 
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         return inputs_of(batch, *NOT_INPUTS, *DECODER)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import inputs_of
+from lora_lightning.tasks.base import inputs_and_labels, inputs_of
 from lora_lightning.tasks.generating import GeneratingTask
 from lora_lightning.tasks.lm_head import shifted_loss
 from lora_lightning.tasks.token_loss import LinearCrossEntropy
@@ -33,17 +33,17 @@ class TextGeneration(GeneratingTask):
 
     peft_task_type = "CAUSAL_LM"
 
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return inputs_of(batch, "labels", "references", *(key for key in batch if key.startswith(PROMPT)))
+
     def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
         """`batch` holds the backbone's keyword arguments and `labels` (b, t), -100 on the prompt and on padding.
 
         Raises:
             LoRAError: there are no labels, or nothing is trained on.
         """
-        prompts = (key for key in batch if key.startswith(PROMPT))
-        inputs = inputs_of(batch, "labels", "references", *prompts)
-        if "labels" not in batch:
-            raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs)}")
-        return shifted_loss(backbone, inputs, batch["labels"], label_smoothing=label_smoothing)
+        _, labels = inputs_and_labels(batch)
+        return shifted_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
 
     def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The prompts, `prompt_input_ids` and `prompt_attention_mask`, padded on the left.

@@ -54,6 +54,9 @@ class TokenClassification(Task):
         if not entities:
             self.monitor = "val/accuracy"
 
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return inputs_of(batch, *NOT_INPUTS)
+
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` holds the backbone's keyword arguments and `labels` (n, t), -100 where there is none.
 
@@ -66,7 +69,7 @@ class TokenClassification(Task):
         if "labels" not in batch:
             raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs_of(batch))}")
         labels = batch["labels"]
-        logits = self._logits(backbone, inputs_of(batch, *NOT_INPUTS), labels.shape)
+        logits = self._logits(backbone, self.inputs(backbone, batch), labels.shape)
         labelled = labels != IGNORED
         count = int(labelled.sum())
         if not count and torch.is_grad_enabled():
@@ -84,7 +87,7 @@ class TokenClassification(Task):
 
         A word that the model did not see, because `max_length` cut it off, has the label None and is in no entity.
         """
-        inputs = inputs_of(batch, *NOT_INPUTS)
+        inputs = self.inputs(backbone, batch)
         if "word_ids" not in batch:
             raise LoRAError(f"the batch has no 'word_ids', which say where each word begins; only {', '.join(inputs)}")
         word_ids = batch["word_ids"]

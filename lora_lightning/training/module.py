@@ -109,7 +109,7 @@ class LoRAModule(LightningModule):
     def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         self._step("test", batch)
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> Mapping[str, Any]:
         return self.task.predict(self.backbone, batch)
 
     def _step(self, stage: Stage, batch: Mapping[str, Any]) -> StepOutput:
