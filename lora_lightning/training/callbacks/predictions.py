@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
+from torch import Tensor
 
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training import run
