@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lora_lightning.data.rows import ROW, with_row_numbers
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.data.splits import SplitConfig, split_rows
-from lora_lightning.data.tables import check_columns, read_tables, source_of
+from lora_lightning.data.tables import Readers, check_columns, read_tables, source_of
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
@@ -40,6 +40,8 @@ class TableData(LightningDataModule, ABC):
 
     train_sampler: type[EpochSampler] = EpochSampler
     """What says in which order training takes the rows."""
+    readers: Readers | None = None
+    """Ways to read files of other suffixes than the usual, or of these in another way."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class TableData(LightningDataModule, ABC):
 
     def read(self) -> dict[str, datasets.Dataset]:
         """Tables by split, as they stand in the files."""
-        return read_tables(self.path, self.name)
+        return read_tables(self.path, self.name, readers=self.readers)
 
     @abstractmethod
     def columns(self, split: str) -> Sequence[str | None]:

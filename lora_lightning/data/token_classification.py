@@ -13,17 +13,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from lora_lightning.data import conll
-from lora_lightning.data.rows import ROW, check_order
+from lora_lightning.data.labels import LabelNames, check_order, numbers_of
+from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import SPLITS, SplitConfig
-from lora_lightning.data.tables import read_tables
 from lora_lightning.data.texts import TextData
 from lora_lightning.data.tokenizers import load_tokenizer
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.spans import OUTSIDE
 from lora_lightning.tasks.token_loss import IGNORED
 
 
-class TokenClassificationData(TextData):
+class TokenClassificationData(LabelNames, TextData):
     """Files or a Hugging Face set to batches of token ids, label numbers and where each word begins.
 
     A word's label goes to its first piece. In a row with a list of words and a list of tags (JSONL, Parquet, a set on
@@ -85,9 +85,10 @@ class TokenClassificationData(TextData):
             num_proc=num_proc,
             seed=seed,
         )
-        self.words_column, self.tags_column, self.tag_field = words_column, tags_column, tag_field
+        self.words_column, self.tags_column = words_column, tags_column
         self.given_label_names, self.label_all_pieces = label_names, label_all_pieces
-        self._label_names: list[str] | None = None
+        reader = partial(conll.read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
+        self.readers = dict.fromkeys(conll.SUFFIXES, reader)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,14 +106,7 @@ class TokenClassificationData(TextData):
         return self._tokenizer
 
     def read(self) -> dict[str, datasets.Dataset]:
-        reader = partial(conll.read_conll, words=self.words_column, tags=self.tags_column, tag_field=self.tag_field)
-        tables = read_tables(self.path, self.name, readers=dict.fromkeys(conll.SUFFIXES, reader))
-        if "train" not in tables and not (self.given_label_names and "predict" in tables):
-            raise LoRAError(
-                f"the set has no train split, only {', '.join(tables)}: labels are read off train; to predict"
-                " without it, give label_names"
-            )
-        return {split: table for split, table in tables.items() if split in (*SPLITS, "predict")}
+        return {split: table for split, table in super().read().items() if split in (*SPLITS, "predict")}
 
     def columns(self, split: str) -> Sequence[str | None]:
         return [self.words_column, None if split == "predict" else self.tags_column]
@@ -134,30 +128,12 @@ class TokenClassificationData(TextData):
             if any(tag is None for tag in tags):
                 raise self.bad_cell(split, row, self.tags_column, "a tag for each word", tags)
 
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the labels, in the order of their numbers."""
-        if self._label_names is None:
-            train = self.tables.get("train")
-            feature = train.features[self.tags_column] if train is not None else None
-            feature = getattr(feature, "feature", None)  # of the list's entries
-            if self.given_label_names:
-                self._label_names = list(self.given_label_names)
-                check_order(self._label_names, feature)
-            elif isinstance(feature, datasets.ClassLabel):
-                self._label_names = list(feature.names)
-            else:
-                seen = {tag for tags in self.tables["train"][self.tags_column] for tag in tags}
-                self._label_names = [str(tag) for tag in sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))]
-        return self._label_names
-
-    def read_off_train(self) -> dict[str, Any]:
-        return {"label_names": self.label_names}
-
-    @property
-    def num_classes(self) -> int:
-        """How many labels there are."""
-        return len(self.label_names)
+    def names_in_train(self) -> list[str]:
+        train = self.tables["train"]
+        if (feature := self._tag_feature(train)) is not None:
+            return list(feature.names)
+        seen = {tag for tags in train[self.tags_column] for tag in tags}
+        return [str(tag) for tag in sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))]
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         numbers = None if split == "predict" else self._numbers(table, split)
@@ -178,23 +154,26 @@ class TokenClassificationData(TextData):
     def collate(self) -> Callable[[list[Any]], Any]:
         return WordCollator(self.tokenizer)
 
+    def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
+        """What the set itself says of its tags."""
+        entry = getattr(table.features[self.tags_column], "feature", None)  # of a list's entries
+        return entry if isinstance(entry, datasets.ClassLabel) else None
+
     def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
         """The number of each tag as it stands in the table, by its text.
 
         Raises:
             LoRAError: a tag of this split is not among them, with its row.
         """
-        numbers = {name: i for i, name in enumerate(self.label_names)}
+        feature = self._tag_feature(table)
+        check_order(self.label_names, feature)
         seen = {tag for tags in table[self.tags_column] for tag in tags}
-        if all(isinstance(tag, int) for tag in seen) and not numbers.keys() >= {str(tag) for tag in seen}:
-            numbers = {str(i): i for i in range(self.num_classes)}
-        unknown = {str(tag) for tag in seen} - numbers.keys()
+        numbers = numbers_of(self.label_names, list(seen), feature)
+        unknown = {tag for tag in seen if str(tag) not in numbers}
         for row, tags in zip(table[ROW], table[self.tags_column], strict=True) if unknown else ():
             for tag in tags:
-                if str(tag) in unknown:
-                    expected = f"one of the labels {', '.join(self.label_names[:10])}"
-                    near = did_you_mean(str(tag), self.label_names)
-                    raise self.bad_cell(split, row, self.tags_column, expected, tag, near)
+                if tag in unknown:
+                    raise self.unknown_label(split, row, self.tags_column, tag, numbers)
         return numbers
 
     def _warn_of_unseen_words(self, table: datasets.Dataset, encoded: datasets.Dataset, split: str) -> None:
