@@ -16,6 +16,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -88,3 +90,24 @@ def make_model(kind: str, folder: Path | None = None, *, width: int = 32) -> Pre
         model.save_pretrained(folder)
         make_tokenizer(folder, ends=kind != "gpt2")
     return model
+
+
+def sentences(rows: int, seed: int = 0) -> list[dict[str, list[str]]]:
+    """Words and IOB2 tags of names, foods and areas; a name may have two words."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(rows):
+        name, food, area = rng.sample(NAMES, rng.randint(1, 2)), rng.choice(FOODS), rng.choice(AREAS)
+        words = [*name, "serves", food, "in", "the", area, "."]
+        tags = [*["B-NAME", "I-NAME"][: len(name)], "O", "B-FOOD", "O", "O", "B-AREA", "O"]
+        made.append({"tokens": words, "ner_tags": tags})
+    return made
+
+
+def make_tagger(folder: Path) -> Path:
+    """A headless BERT with random weights and a tokenizer of whole words."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=32, **sizes)).save_pretrained(folder)
+    make_tokenizer(folder, ends=True)
+    return folder
