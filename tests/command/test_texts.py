@@ -82,7 +82,9 @@ def prompts(folder):
 KINDS = {"tagger": tagger, "pairs": pairs, "prompts": prompts}
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+@pytest.fixture(
+    scope="module", params=["tagger", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pairs", "prompts"))]
+)
 def fitted(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     filled, rows, source = KINDS[request.param](folder)
