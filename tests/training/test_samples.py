@@ -32,7 +32,7 @@ model:
     init_args: {{pretrained_model_name_or_path: {llama}, auto_class: AutoModelForCausalLM}}
   lora: {{r: 16, modules_to_save: [lm_head]}}
   task: {{class_path: lora_lightning.tasks.causal_lm.CausalLM}}
-  optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.02}}}}
+  optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.005}}}}
 data:
   class_path: lora_lightning.data.chat.ChatData
   init_args:
