@@ -196,7 +196,8 @@ class ChatData(TextData, GivesPrompts):
         ends = special_ids(self.tokenizer)
         if self.train_on != "all" and not any(number in ends for row in labels for number in row):
             rank_zero_warn(
-                "no answer ends with a control token, as the chat template closes none: the model will not learn to stop"
+                "no answer ends with a control token: the chat template closes none, and the model will not learn to"
+                " stop"
             )
 
     @property
