@@ -12,7 +12,7 @@ of a transformers model it is said aloud.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -62,16 +62,34 @@ def aligned_loss(
             f"nothing is trained on in this batch: all {labels.numel()} labels are {IGNORED} (or stand first, where"
             " nothing predicts them); drop such examples, or let more of each be kept"
         )
-    head, terms = _head_and_terms(backbone, inputs)
-    if head is not None:
-        with one_position(head) as calls:
-            backbone(**inputs)
-        if len(calls) == 1:
-            terms = terms._replace(label_smoothing=label_smoothing)
-            return _through_head(head, calls[0].hidden, labels, calls[0].logits.shape[-1], terms)
+    before = before_head(backbone, inputs)
+    if before is not None:
+        terms = before.terms._replace(label_smoothing=label_smoothing)
+        return _through_head(before.head, before.hidden, labels, before.vocabulary, terms)
     logits = logits_of(backbone(**inputs))
     rows = _trained("logits", logits, labels)
     return cross_entropy_of_logits(logits[rows], labels.to(logits.device)[rows], Terms(label_smoothing))
+
+
+class BeforeHead(NamedTuple):
+    """What a model's head would make its logits of."""
+
+    head: nn.Module
+    hidden: Tensor
+    """(b, t, d)."""
+    vocabulary: int
+    terms: Terms
+    """What becomes of the head's logits."""
+
+
+def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | None:
+    """Run the model up to its head; None where its logits cannot be had from there."""
+    head, terms = _head_and_terms(backbone, inputs)
+    if head is None:
+        return None
+    with one_position(head) as calls:
+        backbone(**inputs)
+    return BeforeHead(head, calls[0].hidden, calls[0].logits.shape[-1], terms) if len(calls) == 1 else None
 
 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
