@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lora_lightning.data.rows import ROW, with_row_numbers
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.data.splits import SplitConfig, first_in_place, split_rows
-from lora_lightning.data.tables import check_columns, read_tables, source_of
+from lora_lightning.data.tables import Readers, check_columns, read_tables, source_of
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
@@ -37,6 +37,11 @@ class TableData(LightningDataModule, ABC):
         num_proc: processes that encode the rows, once, before training; none beside this one by default.
         seed: of the order in training.
     """
+
+    train_sampler: type[EpochSampler] = EpochSampler
+    """What says in which order training takes the rows."""
+    readers: Readers | None = None
+    """Ways to read files of other suffixes than the usual, or of these in another way."""
 
     def __init__(
         self,
@@ -63,7 +68,7 @@ class TableData(LightningDataModule, ABC):
 
     def read(self) -> dict[str, datasets.Dataset]:
         """Tables by split, as they stand in the files."""
-        return read_tables(self.path, self.name)
+        return read_tables(self.path, self.name, readers=self.readers)
 
     @abstractmethod
     def columns(self, split: str) -> Sequence[str | None]:
@@ -163,7 +168,7 @@ class TableData(LightningDataModule, ABC):
     def place(self, split: str) -> str:
         """A split as an error names it, with its file."""
         split = self._called.get(split, split)
-        return f"{source_of(self.path, split)}, the {split} set"
+        return f"{source_of(self.path, split, self.readers or ())}, the {split} set"
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
         """The error for one value of one row, counted from 1 as in its file. `hint` follows what came."""
@@ -213,7 +218,8 @@ class TableData(LightningDataModule, ABC):
             {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
         )
         lengths = lengths if self.length_grouped else None
-        sampler = EpochSampler(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
+        order = self.train_sampler if shuffle else EpochSampler
+        sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
         return DataLoader(
             table,  # type: ignore[arg-type]
             batch_size=batch_size,

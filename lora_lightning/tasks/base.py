@@ -38,6 +38,8 @@ class Task(nn.Module, ABC):
     monitor_mode: Literal["min", "max"] = "min"
     peft_task_type: str | None = None
     """What PEFT calls this task, written to exported adapters."""
+    takes_tuples: bool = False
+    """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names what the first are."""
 
     def __init__(self, metrics: MetricCollection | None = None) -> None:
         super().__init__()
@@ -56,6 +58,10 @@ class Task(nn.Module, ABC):
 
         Targets are not needed.
         """
+
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The backbone's arguments by name, out of a batch: all but the targets."""
+        return inputs_of(batch, "labels")
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """What validation and test do with a batch; a task that generates does it here."""

@@ -19,7 +19,7 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.peft_config import CONFIG
 from lora_lightning.lora.warm_start import WarmStart, start_from_directory, start_from_state
 from lora_lightning.paths import resolve
-from lora_lightning.tasks.base import Task, inputs_of
+from lora_lightning.tasks.base import Task
 from lora_lightning.training import run
 
 MEASURED = ("eva", "lora_ga")
@@ -65,7 +65,7 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     loaders: Any = trainer.train_dataloader
     batches = [trainer.strategy.batch_to_device(batch, device) for batch in islice(iter(loaders), BATCHES)]
     if init == "eva":
-        start_from_data(backbone, adapted_layers(backbone), init, [inputs_of(b, "labels") for b in batches], None)
+        start_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
         start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: task.step(model, b).loss)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
+from torch import Tensor
 
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training import run
@@ -53,15 +55,22 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
-    """One mapping per example, from each batch's tensors and the rows that they belong to."""
+    """One mapping per example, from each batch's tensors or lists and the rows that they belong to."""
     for batch, numbers in zip(batches, indices, strict=True):
         for i, number in enumerate(numbers):
             row: dict[str, Any] = {"row": number}
-            for key, values in batch.items():
-                row[key] = values[i].tolist()
+            row |= {key: _plain(values[i]) for key, values in batch.items()}
             said = row.get("prediction")
             if names and isinstance(said, int):
                 row["label"] = names[said]
             elif names and isinstance(said, list) and all(isinstance(number, int) for number in said):
                 row["labels"] = [names[number] for number in said]
             yield row
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which has no word for what is not a number: null."""
+    value = value.tolist() if isinstance(value, Tensor) else value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
