@@ -118,6 +118,7 @@ def make_llama(directory: Path, template: str | None = CHATML, *, end: str = "<|
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
+        initializer_range=0.3,  # random features that differ, so that a head learns from them in a few steps
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -23,7 +23,7 @@ MARKER = "\ue000answer\ue000"
 
 
 class AnswerNotFoundError(Exception):
-    """The template rewrites a message so that its answer cannot be told from the rest. Messages count from 1."""
+    """The template rewrites a message so that it cannot be told from the rest. Messages count from 1."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"message {number}")
@@ -59,7 +59,7 @@ def _span(render: Render, messages: Sequence[Message], number: int, text: str) -
 def _by_marker(
     render: Render, messages: Sequence[Message], number: int, text: str, before: str | None
 ) -> tuple[int, int]:
-    """The same by what stands around a marker that takes the answer's place, here and where it ends the conversation."""
+    """The same by what stands around a marker in the answer's place, here and where it ends the conversation."""
     marked = [*messages[:number], {**messages[number], "content": MARKER}, *messages[number + 1 :]]
     head, here, tail = (_tried(render, marked, False) or "").partition(MARKER)
     alone, _, closing = (_tried(render, marked[: number + 1], False) or "").partition(MARKER)

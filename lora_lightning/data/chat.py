@@ -196,14 +196,15 @@ class ChatData(TextData, GivesPrompts):
         ends = special_ids(self.tokenizer)
         if self.train_on != "all" and not any(number in ends for row in labels for number in row):
             rank_zero_warn(
-                "no answer ends with a control token, as the chat template closes none: the model will not learn to stop"
+                "no answer ends with a control token: the chat template closes none, and the model will not learn to"
+                " stop"
             )
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         return CausalCollator(self.pad_token_id or 0)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """A row for each conversation, never packed."""
         if not self.packing or "predict" in self.tables:
             return super().predict_dataloader()

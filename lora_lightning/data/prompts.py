@@ -23,7 +23,10 @@ class Prompt:
 class GivesPrompts(ABC):
     """A DataModule whose rows can be asked of a language model."""
 
-    tokenizer: PreTrainedTokenizerBase
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """What the prompts are tokenised with."""
 
     @abstractmethod
     def prompts(self, count: int) -> list[Prompt]:

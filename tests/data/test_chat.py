@@ -149,7 +149,7 @@ def test_a_tokenizer_without_a_template_is_refused_and_given_one(tmp_path):
 
 def test_a_template_that_closes_no_answer_is_said_to(tmp_path, tokenizer):
     path = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.warns(UserWarning, match=r"will not learn to stop"):
+    with pytest.warns(UserWarning, match=r"will not learn to"):
         ChatData(path, tokenizer, split=NO_SPLIT, chat_template=PLAIN).setup()
 
 

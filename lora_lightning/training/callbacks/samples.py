@@ -146,14 +146,15 @@ def answers(
     """
     tokenizer = data.tokenizer
     assert isinstance(backbone, GenerationMixin)
+    device = next(backbone.parameters()).device
     options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
     ends = {"eos_token_id": stops(backbone, data) or None, "pad_token_id": tokenizer.pad_token_id}
-    config, said = GenerationConfig(**options, **ends), []
+    config, said = GenerationConfig(**options, **ends), []  # type: ignore[no-untyped-call]
     for prompt in tqdm(prompts, desc=f"answers {what}", leave=False):
-        ids = torch.tensor([prompt.input_ids], device=backbone.device)  # type: ignore[attr-defined]
+        ids = torch.tensor([prompt.input_ids], device=device)
         with quiet():  # some models bring settings for sampling, which greedy decoding warns of
             out: Any = backbone.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        said.append(tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True).strip())
+        said.append(str(tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)).strip())
     return said
 
 
