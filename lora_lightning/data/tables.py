@@ -43,7 +43,7 @@ def read_tables(
         LoRAError: a file that is missing, empty, or of a kind that is not read here.
     """
     if isinstance(path, dict):
-        return {_split_name(split): _read_file(resolve(file), text_by) for split, file in path.items()}
+        return {split_name(split): _read_file(resolve(file), text_by) for split, file in path.items()}
     found = Path(resolve(path))
     if found.is_dir():
         return _read_directory(found, text_by)
@@ -55,7 +55,7 @@ def read_tables(
 def source_of(path: str | dict[str, str], split: str) -> str:
     """Where a split's rows come from, as a person would name it: its file, or the set."""
     if isinstance(path, dict):
-        files = {_split_name(name): file for name, file in path.items()}
+        files = {split_name(name): file for name, file in path.items()}
         return Path(files.get(split, files.get("train", ""))).name or "the set"
     found = Path(resolve(path))
     if found.is_dir():
@@ -66,15 +66,24 @@ def source_of(path: str | dict[str, str], split: str) -> str:
 
 def check_columns(table: datasets.Dataset, columns: Sequence[str | None], split: str) -> None:
     """Raise where a named column is not there."""
+    check_names(table.column_names, columns, split)
+
+
+def check_names(names: Sequence[str], columns: Sequence[str | None], split: str) -> None:
+    """The same for the names of a table's columns."""
     for column in columns:
-        if column is not None and column not in table.column_names:
+        if column is not None and column not in names:
             raise LoRAError(
-                f"the {split} set has no column '{column}'{did_you_mean(column, table.column_names)}"
-                f" (columns: {', '.join(table.column_names)})"
+                f"the {split} set has no column '{column}'{did_you_mean(column, names)} (columns: {', '.join(names)})"
             )
 
 
-def _split_name(split: str) -> str:
+def split_name(split: str) -> str:
+    """The name of a split here, from one in use elsewhere.
+
+    Raises:
+        LoRAError: it is none.
+    """
     known = {*SPLITS, "predict", *NAMES}
     if split not in known:
         raise LoRAError(f"unknown split '{split}': expected train, validation, test or predict")
