@@ -16,6 +16,7 @@ from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.streamed import StreamedTextData
 from lora_lightning.data.streaming import AT_ONCE, read_streams
 from lora_lightning.data.tables import TextBy, read_tables
+from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.token_loss import IGNORED
 
@@ -169,12 +170,14 @@ class LanguageModellingData(StreamedTextData):
         into_rows, of_rows = (pack_rows if self.packing else cut_to_train), {"max_length": self.max_length}
         return stream.map(into_rows, batched=True, batch_size=AT_ONCE, remove_columns=[DOCUMENT], fn_kwargs=of_rows)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """Pieces of documents in the order of the file, never packed and never streamed."""
-        split = "predict" if "predict" in self.tables else "test"
-        if split not in self.tables:
-            self.encoded(split)  # says what is missing
-        return self._loader(self._cut(self.documents(self.tables[split], split), split), self.eval_batch_size)
+        names = TextData.sets(self, "predict") or TextData.sets(self, "test")
+        if not names:
+            self.encoded("test")  # says what is missing
+        pieces = [self._cut(self.documents(self.tables[name], name), name) for name in names]
+        loaders = [self._loader(table, self.eval_batch_size) for table in pieces]
+        return loaders if len(loaders) > 1 else loaders[0]
 
 
 def encode_texts(

@@ -9,6 +9,7 @@ import datasets
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.rows import ROW
+from lora_lightning.data.splits import first_in_place
 from lora_lightning.data.streaming import Endless, batches_seen, first_row, numbered, refuse_endless, share_of
 from lora_lightning.data.tables import check_names
 from lora_lightning.data.texts import TextData
@@ -57,12 +58,22 @@ class StreamedTextData(TextData):
     def streams(self) -> dict[str, datasets.IterableDataset]:
         """Encoded rows by split, opened on first use."""
         if self._streams is None:
-            self._streams = {split: self._prepared(stream, split) for split, stream in self.open().items()}
+            opened = self.open()
+            named = first_in_place(list(opened))
+            self._called = {new: old for old, new in named.items()}
+            renamed = {named.get(split, split): stream for split, stream in opened.items()}
+            self._streams = {split: self._prepared(stream, split) for split, stream in renamed.items()}
         return self._streams
+
+    def sets(self, split: str) -> list[str]:
+        if not self.streaming:
+            return super().sets(split)
+        further = [name for name in self.streams if name.startswith(f"{split}_")]
+        return [split, *further] if split in self.streams else []
 
     def _prepared(self, stream: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
         names = list(first_row(stream, self.place(split)))
-        check_names(names, self.columns(split), split)
+        check_names(names, self.columns(split), self.place(split))
         stream = numbered(stream, ROW)
         if split == "train":
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
@@ -89,15 +100,11 @@ class StreamedTextData(TextData):
         rows = Endless(self._share("train"), self.batch_size, batches_seen(self.trainer))
         return self._stream_loader(rows, self.batch_size)
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        if self.streaming and self.has_validation:
-            return self._stream_loader(self._share("validation"), self.eval_batch_size)
-        return super().val_dataloader()
-
-    def test_dataloader(self) -> DataLoader[Any]:
+    def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
         if not self.streaming:
-            return super().test_dataloader()
-        return self._stream_loader(self._share("test"), self.eval_batch_size)
+            return super()._loaders(split)
+        loaders = [self._stream_loader(self._share(s), self.eval_batch_size) for s in self.sets(split) or [split]]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def _share(self, split: str) -> datasets.IterableDataset:
         if split not in self.streams:

@@ -7,7 +7,7 @@ order, or take files in turn where there are files for all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from datasets.distributed import split_dataset_by_node
 from lightning.pytorch import Trainer
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lora_lightning.data.tables import NAMES, TextBy, files_of, reader_of, split_name
+from lora_lightning.data.splits import split_name
+from lora_lightning.data.tables import TextBy, files_of, known_split, reader_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
 
@@ -34,12 +35,12 @@ def read_streams(
         LoRAError: a file that is missing, empty, or of a kind that is not read here.
     """
     if isinstance(path, dict):
-        return {split_name(split): _of_file(resolve(file), text_by) for split, file in path.items()}
+        return {known_split(split): _of_file(resolve(file), text_by) for split, file in path.items()}
     found = Path(resolve(path))
     if (found / "dataset_dict.json").is_file() or (found / "state.json").is_file():
         saved = datasets.load_from_disk(str(found))
         tables = {"train": saved} if isinstance(saved, datasets.Dataset) else saved
-        return {NAMES.get(str(split), str(split)): table.to_iterable_dataset() for split, table in tables.items()}
+        return _by_split({split: table.to_iterable_dataset() for split, table in tables.items()})
     if found.is_dir():
         return {split: _of_file(str(file), text_by) for split, file in files_of(found).items()}
     if found.is_file() or found.suffix:
@@ -58,7 +59,12 @@ def _from_hub(path: str, name: str | None) -> dict[str, datasets.IterableDataset
     except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoRAError(f"no set '{path}': neither a file nor a directory nor found on the hub ({reason})") from error
-    return {NAMES.get(str(split), str(split)): stream for split, stream in loaded.items()}
+    return _by_split(loaded)
+
+
+def _by_split(streams: Mapping[Any, datasets.IterableDataset]) -> dict[str, datasets.IterableDataset]:
+    named = {split_name(str(split)): stream for split, stream in streams.items()}
+    return {split: stream for split, stream in named.items() if split}
 
 
 def numbered(stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
