@@ -168,7 +168,7 @@ class TableData(LightningDataModule, ABC):
     def place(self, split: str) -> str:
         """A split as an error names it, with its file."""
         split = self._called.get(split, split)
-        return f"{source_of(self.path, split, self.readers)}, the {split} set"
+        return f"{source_of(self.path, split, self.readers or ())}, the {split} set"
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
         """The error for one value of one row, counted from 1 as in its file. `hint` follows what came."""

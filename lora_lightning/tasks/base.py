@@ -38,6 +38,8 @@ class Task(nn.Module, ABC):
     monitor_mode: Literal["min", "max"] = "min"
     peft_task_type: str | None = None
     """What PEFT calls this task, written to exported adapters."""
+    takes_tuples: bool = False
+    """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names what the first are."""
 
     def __init__(self, metrics: MetricCollection | None = None) -> None:
         super().__init__()
