@@ -52,7 +52,7 @@ def read_tables(
     """
     own = readers or {}
     if isinstance(path, dict):
-        return {_split_name(split): _read_file(resolve(file), text_by, own) for split, file in path.items()}
+        return {known_split(split): _read_file(resolve(file), text_by, own) for split, file in path.items()}
     found = Path(resolve(path))
     if found.is_dir():
         return _read_directory(found, text_by, own)
@@ -64,7 +64,7 @@ def read_tables(
 def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
     """Where a split's rows come from, as a person would name it: its file, or the set."""
     if isinstance(path, dict):
-        files = {_split_name(name): file for name, file in path.items()}
+        files = {known_split(name): file for name, file in path.items()}
         return Path(files.get(split, files.get("train", ""))).name or "the set"
     found = Path(resolve(path))
     if found.is_dir():
@@ -75,15 +75,24 @@ def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()
 
 def check_columns(table: datasets.Dataset, columns: Sequence[str | None], where: str) -> None:
     """Raise where a named column is not there; `where` is the set as an error names it."""
+    check_names(table.column_names, columns, where)
+
+
+def check_names(names: Sequence[str], columns: Sequence[str | None], where: str) -> None:
+    """The same for the names of a table's columns."""
     for column in columns:
-        if column is not None and column not in table.column_names:
+        if column is not None and column not in names:
             raise LoRAError(
-                f"{where}, has no column '{column}'{did_you_mean(column, table.column_names)}"
-                f" (columns: {', '.join(table.column_names)})"
+                f"{where}, has no column '{column}'{did_you_mean(column, names)} (columns: {', '.join(names)})"
             )
 
 
-def _split_name(split: str) -> str:
+def known_split(split: str) -> str:
+    """`split_name` of a split that a config names.
+
+    Raises:
+        LoRAError: it is none.
+    """
     name = split_name(split)
     if name is None:
         raise LoRAError(
