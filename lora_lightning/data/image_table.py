@@ -66,7 +66,7 @@ class ImageTable(TableData):
         self.preprocessing_name, self.image_size, self.crop_share = preprocessing, image_size, crop_share
         self.augment = augment or Augmentation(crop_scale=None, flip=0.0)
         self.image_root, self.max_train_rows, self.verify = image_root, max_train_rows, verify
-        self.one_file_each = False  # whether rows are files of a folder, which name themselves
+        self.files: dict[str, list[str]] = {}  # by split, where each row is a file of a folder, and names itself
         self._arrays: list[Any] = []
         self._roots: dict[str, Path] = {}
         self._preprocessing: Preprocessing | None = None
@@ -101,7 +101,21 @@ class ImageTable(TableData):
         """The same as a transformers image processor, which an export saves."""
         return self.preprocessing.processor()
 
-    def undecoded(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    def read(self) -> dict[str, datasets.Dataset]:
+        return self._undecoded(self.read_images())
+
+    def read_images(self) -> dict[str, datasets.Dataset]:
+        """Tables by split, as `read` gives them, with images in whatever form."""
+        return super().read()
+
+    def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
+        """Where each row is a file, the error names it in place of its row."""
+        if not self.files:
+            return super().bad_cell(split, row, column, expected, got, hint)
+        file = self.files.get(split, self.files.get("train", []))[row - 1]
+        return LoRAError(f"{file}: expected {expected}, got {got!r}{hint}")
+
+    def _undecoded(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """The tables with their images as paths and bytes: `datasets` would decode each row that is looked at."""
         for split, table in tables.items():
             for column in self.image_columns:
@@ -129,7 +143,7 @@ class ImageTable(TableData):
                 if column not in table.column_names:
                     continue
                 decode = self.verify == "decode"
-                if not decode and isinstance(table.features[column], datasets.Image) and not self.one_file_each:
+                if not decode and isinstance(table.features[column], datasets.Image) and not self.files:
                     continue  # their bytes would all be read for it
                 cells = self.cells(table, split, column)
                 numbers = range(len(table))
@@ -145,7 +159,7 @@ class ImageTable(TableData):
             root=Path(resolve(self.image_root)) if self.image_root else self._root(split),
             arrays=self._arrays,
             rows=list(table[ROW]),
-            place=None if self.one_file_each else self.place(split),
+            place=None if self.files else self.place(split),
         )
 
     def _root(self, split: str) -> Path:
