@@ -9,6 +9,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -100,7 +101,7 @@ def _wrong_option(option: str, args: Sequence[str]) -> str | None:
 
 
 def _classes_with(option: str, args: Sequence[str]) -> Iterator[str]:
-    files = [value for flag, value in zip(args, args[1:], strict=False) if flag in ("-c", "--config")]
+    files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
     files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
     for file in map(Path, files):
         if file.is_file():

@@ -55,7 +55,7 @@ def test_messages_that_are_about_something_else_are_let_be():
         (
             "lora_lightning.SequenceClassification",
             "lora_lightning.SequenceClasification",
-            "error: Parser key \"model.task\": there is no 'lora_lightning.SequenceClasification'; did you mean 'lora_lig",
+            "error: Parser key \"model.task\": there is no 'lora_lightning.SequenceClasification'; did you mean 'lora",
         ),
         (
             "tokenizer:",
