@@ -1,0 +1,84 @@
+"""A backbone that lets documents of one row see each other is refused, and one that keeps them apart is not."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import LoRAError
+from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.packed import as_packed, flash_lengths, refuse_mixing
+from tests.tiny_lm import VOCABULARY, make_model
+
+IDS = torch.arange(3, len(VOCABULARY))[None]
+POSITIONS = torch.tensor([[*range(8), *range(5), *range(IDS.shape[1] - 13)]])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma", "mistral", "phi", "gpt_neox", "falcon"])
+def test_a_model_that_keeps_documents_apart_is_taken(kind, attention):
+    model = make_model(kind, attn_implementation=attention)
+    refuse_mixing(model, IDS)
+    refuse_mixing(model.double(), IDS)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_sliding_windows_are_kept_apart_too(kind):
+    refuse_mixing(make_model(kind, sliding_window=4), IDS)
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_mixes_them_is_refused(kind, dtype):
+    model = make_model(kind, dtype=dtype)
+    batch = {"input_ids": IDS, "position_ids": POSITIONS, "labels": IDS}
+    with pytest.raises(LoRAError, match=f"{type(model).__name__} cannot be given packed rows.*set data.init_args.pack"):
+        CausalLM().step(model, batch)
+
+
+class WithoutPositions(nn.Module):
+    """Absolute positions of its own, and a mean over what came before."""
+
+    def __init__(self, *, masks: bool):
+        super().__init__()
+        self.masks = masks
+        self.embed, self.head = nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY))
+        self.places = nn.Embedding(64, 8)
+
+    def forward(self, input_ids, position_ids=None):
+        t = input_ids.shape[1]
+        visible = torch.ones(t, t).tril().expand(len(input_ids), t, t)
+        if position_ids is not None and self.masks:
+            document = (position_ids == 0).cumsum(-1)
+            visible = visible * (document[:, None] == document[:, :, None])
+        mixed = visible / visible.sum(-1, keepdim=True) @ self.embed(input_ids)
+        return self.head(mixed + self.places(torch.arange(t)))
+
+
+def test_positions_that_are_not_looked_at_are_found_out():
+    with pytest.raises(LoRAError, match="change with the one before it"):
+        refuse_mixing(WithoutPositions(masks=False), IDS)
+    with pytest.raises(LoRAError, match="are not those it has alone"):
+        refuse_mixing(WithoutPositions(masks=True), IDS)
+
+
+def test_a_forward_that_takes_no_positions_is_refused():
+    model = nn.Sequential(nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY)))
+    with pytest.raises(LoRAError, match=r"Sequential cannot be given packed rows.*unexpected keyword"):
+        as_packed(model, {"input_ids": IDS, "position_ids": POSITIONS})
+
+
+def test_the_trial_leaves_the_models_modes_and_the_random_numbers_alone():
+    model = make_model("gpt2").train()
+    model.transformer.h[0].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    refuse_mixing(model, IDS)
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_flash_attention_is_given_the_bounds_of_documents_over_all_rows():
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    found = flash_lengths(positions)
+    assert found["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 10]
+    assert found["cu_seq_lens_k"].dtype == torch.int32
+    assert found["max_length_q"] == found["max_length_k"] == 4
