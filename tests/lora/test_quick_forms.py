@@ -419,6 +419,16 @@ def test_rescaling_in_place_is_the_plain_formula(with_bias: bool, shape: tuple[i
         torch.testing.assert_close(a, b)
 
 
+def test_the_output_for_one_image_is_no_view_either() -> None:
+    """Else torch would forbid what it allows after a convolution of its own: to write into it behind a checkpoint."""
+    model, found = CASES["conv"].model(), []
+    for forward in (model, lambda x: checkpoint(model, x, use_reentrant=True)):
+        x = CASES["conv"].x()[0].requires_grad_()
+        forward(x * 1.0).relu_().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
 # What siblings owe each other in second derivatives.
 
 
