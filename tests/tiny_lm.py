@@ -7,6 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -41,7 +42,18 @@ def make_model(kind: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, 
     sizes = {k: v for k, v in {**SIZES, **OWN.get(kind, {}), **config}.items() if v is not LEFT_OUT}
     attention = {k: sizes.pop(k) for k in ("attn_implementation",) if k in sizes}
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), **attention).to(dtype).eval()
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), **attention).to(dtype).eval()
+    if dtype == torch.float64:
+        _norms_in_double(model)
+    return model
+
+
+def _norms_in_double(model: Any) -> None:
+    """transformers' RMS norms go through float32 whatever their input is: they would round two equal ways apart."""
+    for norm in (m for m in model.modules() if type(m).__name__.endswith("RMSNorm")):
+        eps = getattr(norm, "variance_epsilon", None) or norm.eps
+        offset = 1.0 if type(norm).__name__.startswith("Gemma") else 0.0
+        norm.forward = lambda x, w=norm.weight, eps=eps, o=offset: F.rms_norm(x, x.shape[-1:], w + o, eps)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -204,7 +204,7 @@ class ChatData(TextData, GivesPrompts):
     def collate(self) -> Callable[[list[Any]], Any]:
         return CausalCollator(self.pad_token_id or 0)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """A row for each conversation, never packed."""
         if not self.packing or "predict" in self.tables:
             return super().predict_dataloader()

@@ -7,13 +7,12 @@ from typing import Any
 
 import datasets
 
-from lora_lightning.data.rows import ROW, check_order, encode_rows, without_hidden_labels
-from lora_lightning.data.splits import SplitConfig
-from lora_lightning.data.texts import TextData
+from lora_lightning.data.labels import OneLabel
+from lora_lightning.data.text_pairs import TextPairData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 
-class TextClassificationData(TextData):
+class TextClassificationData(OneLabel, TextPairData):
     """Files or a Hugging Face set to batches of token ids, attention masks and label numbers.
 
     Args:
@@ -28,14 +27,7 @@ class TextClassificationData(TextData):
         drop_duplicates: keep the first of rows with the same text.
         min_words: leave out shorter texts.
         max_length: tokens per example at most; what is over is cut.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
-        batch_size: examples per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put texts of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, an empty text or label, a label that training never saw.
@@ -53,53 +45,26 @@ class TextClassificationData(TextData):
         drop_duplicates: bool = False,
         min_words: int = 0,
         max_length: int = 128,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
-        self.text_column, self.text_pair_column, self.label_column = text_column, text_pair_column, label_column
-        self.given_label_names = label_names
+        super().__init__(path, tokenizer, text_column, text_pair_column, max_length, **table)
+        self.label_column, self.given_label_names = label_column, label_names
         self.drop_labels, self.drop_duplicates, self.min_words = set(drop_labels or ()), drop_duplicates, min_words
-        self._label_names: list[str] | None = None
 
-    def read(self) -> dict[str, datasets.Dataset]:
-        tables = super().read()
-        if "train" not in tables and not (self.given_label_names and "predict" in tables):
-            raise LoRAError(
-                f"the set has no train split, only {', '.join(tables)}: labels are read off train; to predict"
-                " without it, give label_names"
-            )
-        return without_hidden_labels(tables, self.label_column)
+    @property
+    def target_columns(self) -> Sequence[str]:
+        return [self.label_column]
 
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.text_column, self.text_pair_column, None if split == "predict" else self.label_column]
+    def targets(self, table: datasets.Dataset, split: str) -> list[int]:
+        return self.label_numbers(table, split)
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise at a value of a row that is not dropped anyway."""
         labels = table[self.label_column] if split != "predict" else []
         dropped = [str(label) in self.drop_labels for label in labels]
         self.check_texts(table, split, [self.text_column, self.text_pair_column], dropped)
-        for row, label in zip(table[ROW], labels, strict=False):
-            if label is None:
-                raise self.bad_cell(split, row, self.label_column, "a label", label)
+        if split != "predict":
+            self.check_labels(table, split)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if split == "predict":
@@ -122,61 +87,3 @@ class TextClassificationData(TextData):
         if not rows:
             raise LoRAError(f"no row of the {split} set is left after drop_labels, drop_duplicates and min_words")
         return table if len(rows) == len(table) else table.select(rows)
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the labels, in the order of their numbers."""
-        if self._label_names is None:
-            train = self.tables.get("train")
-            feature = train.features[self.label_column] if train is not None else None
-            if self.given_label_names:
-                self._label_names = list(self.given_label_names)
-                check_order(self._label_names, feature)
-            elif isinstance(feature, datasets.ClassLabel):
-                self._label_names = list(feature.names)
-            else:
-                self._label_names = [str(v) for v in sorted(set(self.tables["train"][self.label_column]))]
-        return self._label_names
-
-    def read_off_train(self) -> dict[str, Any]:
-        return {"label_names": self.label_names}
-
-    @property
-    def num_classes(self) -> int:
-        """How many labels there are."""
-        return len(self.label_names)
-
-    def majority_share(self, split: str) -> float:
-        """Accuracy on `split` of always saying the label that is most common in train."""
-        train = list(self.encoded("train")["labels"])
-        most_common = max(set(train), key=train.count)
-        labels = list(self.encoded(split)["labels"])
-        return labels.count(most_common) / len(labels)
-
-    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        return self.encode_by(
-            encode_rows,
-            table,
-            split,
-            tokenizer=self.tokenizer,
-            columns=(self.text_column, self.text_pair_column, self.label_column),
-            numbers=None if split == "predict" else self._numbers(table, split),
-            max_length=self.max_length,
-        )
-
-    def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
-        """The number of each label as it stands in the table, by its text.
-
-        Raises:
-            LoRAError: a label of this split is not among them, with its row.
-        """
-        numbers = {name: i for i, name in enumerate(self.label_names)}
-        values = table[self.label_column]
-        if all(isinstance(value, int) for value in values) and not numbers.keys() >= {str(v) for v in values}:
-            numbers = {str(i): i for i in range(self.num_classes)}
-        for row, label in enumerate(values):
-            if str(label) not in numbers:
-                near = did_you_mean(str(label), self.label_names)
-                expected = f"one of the labels {', '.join(self.label_names[:10])}"
-                raise self.bad_cell(split, table[ROW][row], self.label_column, expected, label, near)
-        return numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
 
-Stage = Literal["train", "val", "test"]
+Stage = str
+"""`train`, `val` or `test`, or a further set of one of the last two, such as `val_mismatched`."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Task(nn.Module, ABC):
     monitor_mode: Literal["min", "max"] = "min"
     peft_task_type: str | None = None
     """What PEFT calls this task, written to exported adapters."""
+    takes_tuples: bool = False
+    """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names what the first are."""
 
     def __init__(self, metrics: MetricCollection | None = None) -> None:
         super().__init__()
@@ -49,12 +53,33 @@ class Task(nn.Module, ABC):
         """Loss, predictions and targets of one batch."""
 
     @abstractmethod
-    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """What `lora-lightning predict` writes for one batch; targets are not needed."""
+    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What `lora-lightning predict` writes for one batch: by name a tensor's rows, or a list, of one per example.
+
+        Targets are not needed.
+        """
+
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The backbone's arguments by name, out of a batch: all but the targets."""
+        return inputs_of(batch, "labels")
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """What validation and test do with a batch; a task that generates does it here."""
         return self.step(backbone, batch)
+
+    def add_stage(self, stage: Stage) -> None:
+        """Count the figures of a further set apart."""
+        first = f"{stage.partition('_')[0]}_"
+        metrics = self.metrics[first]
+        assert isinstance(metrics, MetricCollection)
+        self.metrics[f"{stage}_"] = metrics.clone(prefix=f"{stage}/")
+        self.losses[f"{stage}_"] = copy.deepcopy(self.losses[first])
+        self.reset(stage)
+
+    def stages(self, stage: Stage) -> list[Stage]:
+        """`val` or `test` and the further sets of it that were added."""
+        names = [key.removesuffix("_") for key in self.losses]
+        return [name for name in names if name == stage or name.startswith(f"{stage}_")]
 
     def reset(self, stage: Stage) -> None:
         """Start counting anew: what an earlier loop left must not be in this one's figures."""
@@ -84,6 +109,18 @@ def inputs_of(batch: Mapping[str, Any], *targets: str) -> dict[str, Any]:
     return {key: value for key, value in batch.items() if key not in targets}
 
 
+def inputs_and_labels(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """The backbone's keyword arguments, and `labels`.
+
+    Raises:
+        LoRAError: the batch has no labels.
+    """
+    inputs = inputs_of(batch, "labels")
+    if "labels" not in batch:
+        raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs)}")
+    return inputs, batch["labels"]
+
+
 def logits_of(output: Any) -> Tensor:
     """Logits from a tensor, a transformers output, a mapping with `logits`, or a tuple that starts with them.
 
@@ -98,3 +135,18 @@ def logits_of(output: Any) -> Tensor:
         return output[0]
     keys = list(output) if isinstance(output, Mapping) else type(output).__name__
     raise LoRAError(f"the backbone must return logits (a tensor, or an output with `logits`), got {keys}")
+
+
+def logits_each(output: Any, count: int, what: str) -> Tensor:
+    """Logits (n, count) in float32, one for each `what`, such as a class.
+
+    Raises:
+        LoRAError: the head has another number of outputs.
+    """
+    logits = logits_of(output)
+    if logits.dim() != 2 or logits.shape[1] != count:
+        raise LoRAError(
+            f"the backbone must return logits (n, {count}), one for each {what}, got {tuple(logits.shape)}: give its"
+            f" head {count} outputs"
+        )
+    return logits.float()

@@ -12,7 +12,7 @@ of a transformers model it is said aloud.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -78,14 +78,10 @@ def _losses(
     backbone: nn.Module, inputs: Mapping[str, Any], parts: Sequence[tuple[slice, Tensor]], label_smoothing: float
 ) -> list[LinearCrossEntropy]:
     """One forward, and the loss of each part of its rows, which are all of them together, with that part's labels."""
-    head, terms = _head_and_terms(backbone, inputs)
-    if head is not None:
-        with one_position(head) as calls:
-            backbone(**inputs)
-        if len(calls) == 1:
-            hidden, vocabulary = calls[0].hidden, calls[0].logits.shape[-1]
-            terms = terms._replace(label_smoothing=label_smoothing)
-            return [_through_head(head, hidden[part], labels, vocabulary, terms) for part, labels in parts]
+    before = before_head(backbone, inputs)
+    if before is not None:
+        terms = before.terms._replace(label_smoothing=label_smoothing)
+        return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
     logits = logits_of(backbone(**inputs))
     return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
 
@@ -93,6 +89,27 @@ def _losses(
 def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
     rows = _trained("logits", logits, labels)
     return cross_entropy_of_logits(logits[rows], labels.to(logits.device)[rows], Terms(label_smoothing))
+
+
+class BeforeHead(NamedTuple):
+    """What a model's head would make its logits of."""
+
+    head: nn.Module
+    hidden: Tensor
+    """(b, t, d)."""
+    vocabulary: int
+    terms: Terms
+    """What becomes of the head's logits."""
+
+
+def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | None:
+    """Run the model up to its head; None where its logits cannot be had from there."""
+    head, terms = _head_and_terms(backbone, inputs)
+    if head is None:
+        return None
+    with one_position(head) as calls:
+        backbone(**inputs)
+    return BeforeHead(head, calls[0].hidden, calls[0].logits.shape[-1], terms) if len(calls) == 1 else None
 
 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:

@@ -2,64 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_of, logits_of
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_each
+from lora_lightning.tasks.classification_metrics import metrics_of
 
 
 class SequenceClassification(Task):
-    """Cross-entropy over `num_classes`; accuracy over examples and macro F1.
+    """Cross-entropy over `num_classes` logits, two for a binary task.
 
     Args:
         num_classes: number of labels. The data's own count by default.
         label_smoothing: share of the target spread over all classes.
+        metrics: some of `accuracy` over examples, `f1` (the mean of the classes' own), `binary_f1` (of class 1 of two,
+            as GLUE asks of MRPC and QQP) and `matthews` (Matthews' correlation, as of CoLA). The first chooses the
+            best checkpoint.
+
+    Raises:
+        LoRAError: fewer than two classes, or an unknown metric.
     """
 
-    monitor = "val/accuracy"
     monitor_mode = "max"
     peft_task_type = "SEQ_CLS"
 
-    def __init__(self, num_classes: int, label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
+    ) -> None:
         if num_classes < 2:
             raise LoRAError(f"classification needs at least 2 classes, got {num_classes}")
-        metrics = {
-            "accuracy": MulticlassAccuracy(num_classes, average="micro"),
-            "f1": MulticlassF1Score(num_classes, average="macro"),
-        }
-        super().__init__(MetricCollection(dict(metrics)))
+        super().__init__(metrics_of(metrics, num_classes))
+        self.monitor = f"val/{metrics[0]}"
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` holds the backbone's keyword arguments and `labels` (n,) in [0, num_classes)."""
-        inputs = inputs_of(batch, "labels")
-        if "labels" not in batch:
-            raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs)}")
-        logits, labels = self._logits(backbone, inputs), batch["labels"]
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
-        return StepOutput(loss=loss, weight=len(labels), predictions=logits.float(), targets=labels)
+        inputs, labels = inputs_and_labels(batch)
+        logits = logits_each(backbone(**inputs), self.num_classes, "class")
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return StepOutput(loss=loss, weight=len(labels), predictions=logits, targets=labels)
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Probabilities (n, num_classes) and the most probable label (n,)."""
-        probabilities = self._logits(backbone, inputs_of(batch, "labels")).float().softmax(-1)
+        output = backbone(**inputs_of(batch, "labels"))
+        probabilities = logits_each(output, self.num_classes, "class").softmax(-1)
         return {"prediction": probabilities.argmax(-1), "probabilities": probabilities}
-
-    def _logits(self, backbone: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        logits = logits_of(backbone(**inputs))
-        if logits.dim() != 2 or logits.shape[1] != self.num_classes:
-            raise LoRAError(
-                f"the backbone must return logits (n, {self.num_classes}), one for each class, got"
-                f" {tuple(logits.shape)}: give its head {self.num_classes} outputs"
-            )
-        return logits
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
+from lora_lightning.training.sets import stage_of
 from lora_lightning.training.start import MEASURED, start_from_batches
 
 CHECKPOINT_KEY = "lora_lightning"
@@ -103,19 +104,27 @@ class LoRAModule(LightningModule):
         out = self._step("train", batch)
         return self._mean.weigh(self.trainer, out.loss, out.weight, batch_idx)
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._step("val", batch)
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._step(self._stage("val", dataloader_idx), batch)
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        self._step("test", batch)
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._step(self._stage("test", dataloader_idx), batch)
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         return self.task.predict(self.backbone, batch)
+
+    def _stage(self, stage: Stage, dataloader_idx: int) -> Stage:
+        """The stage that counts this loader's batches; the first of several is the one that is monitored."""
+        stage = stage_of(self.trainer.datamodule, stage, dataloader_idx)  # type: ignore[attr-defined]
+        if stage not in self.task.stages(stage):
+            self.task.add_stage(stage)
+            self._metric_attributes = None  # Lightning looks up once which metrics there are
+        return stage
 
     def _step(self, stage: Stage, batch: Mapping[str, Any]) -> StepOutput:
         out = (self.task.step if stage == "train" else self.task.evaluate)(self.backbone, batch)
         metrics = self.task.update(stage, out)
-        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight)
+        self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight, add_dataloader_idx=False)
         return out
 
     def optimizer_step(
@@ -173,10 +182,12 @@ class LoRAModule(LightningModule):
         self.task.reset("train")
 
     def on_validation_epoch_start(self) -> None:
-        self.task.reset("val")
+        for stage in self.task.stages("val"):
+            self.task.reset(stage)
 
     def on_test_epoch_start(self) -> None:
-        self.task.reset("test")
+        for stage in self.task.stages("test"):
+            self.task.reset(stage)
 
     def set_modes(self) -> None:
         """Put the backbone into its stated mode and the adapter into training."""

@@ -12,7 +12,7 @@ from torch import nn
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.calibrate import start_from_data
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.tasks.base import Task, inputs_of
+from lora_lightning.tasks.base import Task
 
 MEASURED = ("eva", "lora_ga")
 """Starts that need batches. (`loftq` needs the model before quantisation, which no DataModule has.)"""
@@ -29,7 +29,7 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     loaders: Any = trainer.train_dataloader
     batches = [trainer.strategy.batch_to_device(batch, device) for batch in islice(iter(loaders), BATCHES)]
     if init == "eva":
-        start_from_data(backbone, adapted_layers(backbone), init, [inputs_of(b, "labels") for b in batches], None)
+        start_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
         start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: task.step(model, b).loss)
     with torch.no_grad():

@@ -1,42 +1,18 @@
 """Files become batches; a fault in a file is named by split, row and column."""
 
-import csv
-import json
-
 import datasets
 import pytest
 import torch
 
 from lora_lightning import LoRAError, TextClassificationData
 from lora_lightning.data.splits import SplitConfig
-from tests.tiny import make_bert
+from tests.data.files import ready, write
 
 ROWS = [{"text": f"the film number {i} is {'fine' if i % 2 else 'dull'}", "label": f"{i % 2}"} for i in range(30)]
 
 
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory):
-    return make_bert(tmp_path_factory.mktemp("bert"))
-
-
-def write(path, rows):
-    if path.suffix in (".csv", ".tsv"):
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    return path
-
-
 def data_of(path, bert, **kwargs):
-    data = TextClassificationData(str(path) if not isinstance(path, dict) else path, str(bert), batch_size=4, **kwargs)
-    data.prepare_data()
-    data.setup("fit")
-    return data
+    return ready(TextClassificationData, path, bert, **kwargs)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
@@ -167,7 +143,11 @@ def _without(text):
         (lambda d: write(d / "s.csv", ROWS), {"label_column": "lable"}, "no column 'lable'; did you mean 'label'"),
         (lambda d: write(d / "s.jsonl", _without(None)), {}, "row 3, column 'text': expected text, got None"),
         (lambda d: write(d / "s.csv", ROWS), {"drop_labels": ["2"]}, "no row is labelled '2'"),
-        (lambda d: write(d / "s.jsonl", ROWS), {"label_names": ["0", "one"]}, "the label '?1'? is not one of 0, one"),
+        (
+            lambda d: write(d / "s.jsonl", ROWS),
+            {"label_names": ["0", "one"]},
+            "row 2, column 'label': expected one of the labels 0, one, got '?1",
+        ),
         (lambda d: write(d / "s.csv", ROWS), {"min_words": 99}, "no row of the train set is left"),
         (lambda d: write(d / "s.csv", ROWS).rename(d / "s.doc"), {}, "no set|expected one of"),
         (lambda d: d / "reviews.csv", {}, "no file"),

@@ -55,20 +55,31 @@ def config(folder, llama, path, **data):
     return str(file)
 
 
-@pytest.mark.parametrize(("kind", "packing"), [("txt", True), ("jsonl", False)])
-def test_a_run_from_fit_to_export(tmp_path, llama, kind, packing, capsys):
-    texts = make_texts(120, longest=20)
-    file = config(tmp_path, llama, write(tmp_path, kind, texts), packing=packing)
-    LoRACLI(args=["fit", "--config", file])
-    folder = tmp_path / "runs" / "lm" / "version_0"
-    report = json.loads((folder / "report.json").read_text())
+TEXTS = make_texts(120, longest=20)
+
+
+def fit(tmp_path, llama, kind, packing):
+    """The folder of a run."""
+    LoRACLI(args=["fit", "--config", config(tmp_path, llama, write(tmp_path, kind, TEXTS), packing=packing)])
+    return tmp_path / "runs" / "lm" / "version_0"
+
+
+def test_a_fit_tells_perplexity_before_and_after(tmp_path, llama, capsys):
+    report = json.loads((fit(tmp_path, llama, "txt", True) / "report.json").read_text())
     assert report["val_perplexity"] < 0.6 * report["val_perplexity_before"]
     assert report["val_perplexity"] == pytest.approx(math.exp(report["val_loss"]), rel=1e-5)
     assert 0 <= report["val_token_accuracy"] <= 1
     assert report["w0_unchanged"]
     shown = capsys.readouterr().out
+    assert f"before training: loss {report['val_loss_before']:.4f}" in shown
     assert f"{report['val_perplexity']:.4f} ({report['val_perplexity_before']:.4f} before)" in shown
 
+
+@pytest.mark.slow  # the parser of each command takes seconds
+@pytest.mark.parametrize(("kind", "packing"), [("txt", True), ("jsonl", False)])
+def test_every_command_works_on_the_run(tmp_path, llama, kind, packing):
+    folder = fit(tmp_path, llama, kind, packing)
+    report = json.loads((folder / "report.json").read_text())
     for command in ("validate", "test", "predict", "export"):
         LoRACLI(args=[command, "--ckpt_path", str(folder)])
     assert json.loads((folder / "report.json").read_text())["test_perplexity"] < report["val_perplexity_before"]
@@ -80,7 +91,7 @@ def test_a_run_from_fit_to_export(tmp_path, llama, kind, packing, capsys):
     predicted = [json.loads(line) for line in (folder / "predict" / "predictions.jsonl").read_text().splitlines()]
     assert len(predicted) == 12
     for row in predicted:
-        ids = torch.tensor([[*tokenizer(texts[row["document"] - 1])["input_ids"], tokenizer.eos_token_id]])
+        ids = torch.tensor([[*tokenizer(TEXTS[row["document"] - 1])["input_ids"], tokenizer.eos_token_id]])
         with torch.no_grad():
             loss = float(merged(ids, labels=ids).loss)
         assert row["tokens"] == ids.shape[1] - 1

@@ -82,7 +82,9 @@ class RunReport(Callback):
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     """A stage's figures as the report names them."""
     found = trainer.callback_metrics.items()
-    return {name.replace("/", "_"): float(value) for name, value in found if name.startswith(f"{stage}/")}
+    return {
+        name.replace("/", "_"): float(value) for name, value in found if name.startswith((f"{stage}/", f"{stage}_"))
+    }
 
 
 def _bytes(model: Any) -> int:
