@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lora_lightning.data.pairs import PairData as PairData
     from lora_lightning.data.preference import PreferenceData as PreferenceData
     from lora_lightning.data.prompt_completion import PromptCompletionData as PromptCompletionData
+    from lora_lightning.data.segmentation import SegmentationData as SegmentationData
     from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData as SequenceToSequenceData
     from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
     from lora_lightning.data.text_labels import MultiLabelTextData as MultiLabelTextData
@@ -117,6 +118,7 @@ _WHERE = {
     "PairData": "lora_lightning.data.pairs",
     "DatasetData": "lora_lightning.data.dataset",
     "hub_dataset": "lora_lightning.data.dataset",
+    "SegmentationData": "lora_lightning.data.segmentation",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

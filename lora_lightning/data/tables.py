@@ -9,7 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from lora_lightning.data.faults import fault_in
-from lora_lightning.data.splits import split_name
+from lora_lightning.data.splits import CALLED, split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
@@ -24,6 +24,7 @@ READERS = {
 }
 TextBy = Literal["line", "paragraph", "document"]
 """What a row of a .txt is: a line, what stands between blank lines, or the whole file."""
+NAMES = CALLED
 NO_ROWS = "corresponds to no data"
 """In what datasets says of a file without rows."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
@@ -41,8 +42,8 @@ def read_tables(
     Args:
         path: one file; files by split (`train`, `validation`, `test`, `predict`, and further sets such as
             `validation_mismatched`); a directory made by `save_to_disk` or holding one file per split; or a set's
-            name on the hub. `package:NAME/path` is a file inside an installed package. In the place of a split's file,
-            `SET@PART` is a part of a hub set in the words of `datasets`, such as `org/set@test_sft[:500]`.
+            name on the hub. `package:NAME/path` is a file inside an installed package. In the place of a split's
+            file, `SET@PART` is a part of a hub set in the words of `datasets`, such as `org/set@test_sft[:500]`.
         name: which configuration of a hub set.
         text_by: what a row of a .txt is; its one column is `text`.
         readers: ways to read files of other suffixes, or of these in another way.
@@ -192,7 +193,7 @@ def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
     return files
 
 
-def _read_part(file: str, name: str | None, text_by: TextBy, own: Mapping[str, Reader]) -> datasets.Dataset:
+def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> datasets.Dataset:
     """One split: a file, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
