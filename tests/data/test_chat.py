@@ -190,10 +190,12 @@ def test_with_prompts_evaluation_has_them_and_predict_needs_no_answers(tmp_path,
     assert "Yes.<|im_end|>\n<|im_start|>user\nAnd? And? And? <|im_end|>" in data.tokenizer.decode(
         batch["prompt_input_ids"][1]
     )
+    alone = files | {"predict": write(tmp_path / "alone.jsonl", [{"messages": [user("Hi.")]}])}
+    ChatData(alone, tokenizer, split=NO_SPLIT, with_prompts=True).setup()
     with pytest.raises(
-        LoRAError, match=r"predict.jsonl, the predict set, row 1, .* expected a message of the role assist"
+        LoRAError, match=r"alone.jsonl, the predict set, row 1, .* expected a message of the role assist"
     ):
-        ChatData(files, tokenizer, split=NO_SPLIT).setup()
+        ChatData(alone, tokenizer, split=NO_SPLIT).setup()
 
 
 def test_dialogues_of_yaml_are_pairs_each_once(tmp_path, tokenizer):
