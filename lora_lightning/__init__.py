@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lora_lightning.data.chat import ChatData as ChatData
     from lora_lightning.data.dataset import DatasetData as DatasetData
     from lora_lightning.data.dataset import hub_dataset as hub_dataset
+    from lora_lightning.data.image_texts import ImageTextData as ImageTextData
     from lora_lightning.data.images import ImageData as ImageData
     from lora_lightning.data.language_modelling import LanguageModellingData as LanguageModellingData
     from lora_lightning.data.pairs import PairData as PairData
@@ -119,6 +120,7 @@ _WHERE = {
     "DatasetData": "lora_lightning.data.dataset",
     "hub_dataset": "lora_lightning.data.dataset",
     "SegmentationData": "lora_lightning.data.segmentation",
+    "ImageTextData": "lora_lightning.data.image_texts",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605
