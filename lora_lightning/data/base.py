@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.data.rows import ROW, with_row_numbers
 from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.data.splits import SplitConfig, split_rows
-from lora_lightning.data.tables import check_columns, read_tables, source_of
+from lora_lightning.data.splits import SplitConfig, first_in_place, split_rows
+from lora_lightning.data.tables import Readers, check_columns, read_tables, source_of
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
@@ -40,6 +40,8 @@ class TableData(LightningDataModule, ABC):
 
     train_sampler: type[EpochSampler] = EpochSampler
     """What says in which order training takes the rows."""
+    readers: Readers | None = None
+    """Ways to read files of other suffixes than the usual, or of these in another way."""
 
     def __init__(
         self,
@@ -62,10 +64,11 @@ class TableData(LightningDataModule, ABC):
         self.length_grouped, self.num_workers, self.num_proc = length_grouped, num_workers, num_proc
         self._tables: dict[str, datasets.Dataset] | None = None
         self._encoded: dict[str, datasets.Dataset] = {}
+        self._called: dict[str, str] = {}
 
     def read(self) -> dict[str, datasets.Dataset]:
         """Tables by split, as they stand in the files."""
-        return read_tables(self.path, self.name)
+        return read_tables(self.path, self.name, readers=self.readers)
 
     @abstractmethod
     def columns(self, split: str) -> Sequence[str | None]:
@@ -101,10 +104,22 @@ class TableData(LightningDataModule, ABC):
         if self._tables is None:
             tables = {split: with_row_numbers(table) for split, table in self.read().items()}
             for split, table in tables.items():
-                check_columns(table, self.columns(split), split)
+                check_columns(table, self.columns(split), self.place(split))
                 self.check(table, split)
-            self._tables = self._with_splits({split: self.filter(table, split) for split, table in tables.items()})
+            named = first_in_place(list(tables))
+            self._called = {new: old for old, new in named.items()}
+            used = {named.get(split, split): self.filter(table, split) for split, table in tables.items()}
+            self._tables = self._with_splits(used)
         return self._tables
+
+    def sets(self, split: str) -> list[str]:
+        """All sets of a split, which `split` itself names first: `[validation, validation_mismatched]`.
+
+        Their loaders come in this order. The first one's figures are logged as `val/...` and choose the best
+        checkpoint, those of `validation_mismatched` as `val_mismatched/...`.
+        """
+        further = [name for name in self.tables if name.startswith(f"{split}_")]
+        return [split, *further] if split in self.tables else []
 
     def prepare_data(self) -> None:
         """Read once in one process, so that the others find everything cached."""
@@ -129,14 +144,18 @@ class TableData(LightningDataModule, ABC):
         fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"
         if fitting and not self.has_validation:
             return []
-        return self._loader(self.encoded("validation"), self.eval_batch_size)
+        return self._loaders("validation")
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._loader(self.encoded("test"), self.eval_batch_size)
+    def test_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loaders("test")
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        split = "predict" if "predict" in self._encoded else "test"
-        return self._loader(self.encoded(split), self.eval_batch_size)
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self._loaders("predict" if "predict" in self._encoded else "test")
+
+    def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
+        """Of the split, or of each of its sets where it has several."""
+        loaders = [self._loader(self.encoded(name), self.eval_batch_size) for name in self.sets(split) or [split]]
+        return loaders if len(loaders) > 1 else loaders[0]
 
     def every(self, split: str) -> DataLoader[Any]:
         """All rows of a split, longest first, in this process alone: for features and not for training."""
@@ -148,7 +167,8 @@ class TableData(LightningDataModule, ABC):
 
     def place(self, split: str) -> str:
         """A split as an error names it, with its file."""
-        return f"{source_of(self.path, split)}, the {split} set"
+        split = self._called.get(split, split)
+        return f"{source_of(self.path, split, self.readers or ())}, the {split} set"
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
         """The error for one value of one row, counted from 1 as in its file. `hint` follows what came."""
@@ -217,7 +237,7 @@ class TableData(LightningDataModule, ABC):
         }
         if not any(shares.values()) or "train" not in tables:
             return tables
-        check_columns(tables["train"], [self.split.group_by], "train")
+        check_columns(tables["train"], [self.split.group_by], self.place("train"))
         groups = tables["train"][self.split.group_by] if self.split.group_by else range(len(tables["train"]))
         config = SplitConfig(**shares, group_by=self.split.group_by, seed=self.split.seed)
         rows = split_rows(list(groups), config)

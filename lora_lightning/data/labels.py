@@ -11,7 +11,6 @@ import datasets
 
 from lora_lightning.data.base import TableData
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SPLITS
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 MOST_NAMED = 10
@@ -44,7 +43,10 @@ class LabelNames(TableData):
     def label_names(self) -> list[str]:
         """Names of the labels, in the order of their numbers."""
         if self._label_names is None:
-            self._label_names = list(self.given_label_names or self.names_in_train())
+            names = list(self.given_label_names or self.names_in_train())
+            if len(set(names)) < len(names):
+                raise LoRAError(f"label_names holds a name twice: {names}")
+            self._label_names = names
         return self._label_names
 
     @property
@@ -81,10 +83,16 @@ class OneLabel(LabelNames):
         return [str(value) for value in sorted(set(train[self.label_column]))]
 
     def check_labels(self, table: datasets.Dataset, split: str) -> None:
-        """Raise where a row has no label, or something that is neither a name nor a number."""
+        """Raise where a row has no label, or where it is neither a name nor a number, as the rows before have."""
+        kinds = "a label, a name or a number"
+        first: type | None = None
         for row, label in zip(table[ROW], table[self.label_column], strict=True):
             if not isinstance(label, str | int | float) or (isinstance(label, float) and not math.isfinite(label)):
-                raise self.bad_cell(split, row, self.label_column, "a label, a name or a number", label)
+                raise self.bad_cell(split, row, self.label_column, kinds, label)
+            first = first or type(label)
+            if type(label) is not first:
+                kind = "a name" if first is str else "a number"
+                raise self.bad_cell(split, row, self.label_column, f"{kind}, as in the rows before", label)
 
     def label_numbers(self, table: datasets.Dataset, split: str) -> list[int]:
         """The number of each row's label.
@@ -126,15 +134,18 @@ def check_order(names: list[str], feature: Any) -> None:
         raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {names}")
 
 
+def _hidden(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and value == -1 for value in values)
+
+
 def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """Splits that a run can use: hub sets hide the labels of a split by -1, and bring splits of other names."""
+    """Splits with labels, and for prediction those whose labels a hub set hides by -1, unless others are for that."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
-        if split not in (*SPLITS, "predict"):
-            continue
-        hidden = split != "train" and label_column in table.column_names and set(table[label_column]) == {-1}
+        hidden = split != "train" and label_column in table.column_names and _hidden(table[label_column])
         if not hidden:
             used[split] = table
         elif "predict" not in tables:
-            used["predict"] = table
+            _, _, name = split.partition("_")
+            used[f"predict_{name}" if name else "predict"] = table
     return used

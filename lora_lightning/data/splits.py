@@ -9,6 +9,37 @@ from dataclasses import dataclass
 from lora_lightning.lora.errors import LoRAError
 
 SPLITS = ("train", "validation", "test")
+CALLED = {"train": "train", "val": "validation", "valid": "validation", "dev": "validation"}
+CALLED |= {"validation": "validation", "test": "test", "predict": "predict"}
+"""What splits are called in files and sets."""
+
+
+def split_name(name: str) -> str | None:
+    """The split that is called so, None where it is none.
+
+    `dev_matched` is `validation_matched`, one of several sets to validate on; there are several to test and predict on
+    too, and one to train on.
+    """
+    first, _, rest = name.partition("_")
+    split = CALLED.get(first)
+    if split is None or (rest and split == "train"):
+        return None
+    return f"{split}_{rest}" if rest else split
+
+
+def kind_of(split: str) -> str:
+    """`validation` of `validation_mismatched`: what one of several sets is for."""
+    return split.partition("_")[0]
+
+
+def first_in_place(names: Sequence[str]) -> dict[str, str]:
+    """New names by old: where sets to validate on have names and none is plainly `validation`, the first one is it."""
+    renamed: dict[str, str] = {}
+    for split in ("validation", "test", "predict"):
+        further = [name for name in names if name.startswith(f"{split}_")]
+        if further and split not in names:
+            renamed[further[0]] = split
+    return renamed
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,8 @@ class MultiLabelTextData(LabelNames, TextPairData):
         feature = getattr(self.tables["train"].features[self.label_column], "feature", None)
         if isinstance(feature, datasets.ClassLabel):
             return list(feature.names)
-        return [str(label) for label in sorted({label for row in self._rows(self.tables["train"]) for label in row})]
+        labels = {label for row in self._rows(self.tables["train"]) for label in row}
+        return list(dict.fromkeys(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label)))))
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         super().check(table, split)

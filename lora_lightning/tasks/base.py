@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
 
-Stage = Literal["train", "val", "test"]
+Stage = str
+"""`train`, `val` or `test`, or a further set of one of the last two, such as `val_mismatched`."""
 
 
 @dataclass
@@ -36,6 +38,8 @@ class Task(nn.Module, ABC):
     monitor_mode: Literal["min", "max"] = "min"
     peft_task_type: str | None = None
     """What PEFT calls this task, written to exported adapters."""
+    takes_tuples: bool = False
+    """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names what the first are."""
 
     def __init__(self, metrics: MetricCollection | None = None) -> None:
         super().__init__()
@@ -62,6 +66,20 @@ class Task(nn.Module, ABC):
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """What validation and test do with a batch; a task that generates does it here."""
         return self.step(backbone, batch)
+
+    def add_stage(self, stage: Stage) -> None:
+        """Count the figures of a further set apart."""
+        first = f"{stage.partition('_')[0]}_"
+        metrics = self.metrics[first]
+        assert isinstance(metrics, MetricCollection)
+        self.metrics[f"{stage}_"] = metrics.clone(prefix=f"{stage}/")
+        self.losses[f"{stage}_"] = copy.deepcopy(self.losses[first])
+        self.reset(stage)
+
+    def stages(self, stage: Stage) -> list[Stage]:
+        """`val` or `test` and the further sets of it that were added."""
+        names = [key.removesuffix("_") for key in self.losses]
+        return [name for name in names if name == stage or name.startswith(f"{stage}_")]
 
     def reset(self, stage: Stage) -> None:
         """Start counting anew: what an earlier loop left must not be in this one's figures."""

@@ -11,8 +11,8 @@ of a transformers model it is said aloud.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -48,9 +48,18 @@ def shifted_loss(
     Raises:
         LoRAError: nothing is trained on though gradients are wanted; or labels do not fit.
     """
-    shifted = torch.full_like(labels, IGNORED)
-    shifted[:, :-1] = labels[:, 1:]
-    return aligned_loss(backbone, inputs, shifted, label_smoothing=label_smoothing)
+    return aligned_loss(backbone, inputs, shifted(labels), label_smoothing=label_smoothing)
+
+
+def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> list[LinearCrossEntropy]:
+    """The same for each row by itself, from one forward."""
+    labels = shifted(labels)
+    return _losses(backbone, inputs, [(slice(i, i + 1), labels[i : i + 1]) for i in range(len(labels))], 0.0)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Labels (b, t) to those of the outputs: position t has the label of t + 1, and the last none."""
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
 def aligned_loss(
@@ -62,16 +71,45 @@ def aligned_loss(
             f"nothing is trained on in this batch: all {labels.numel()} labels are {IGNORED} (or stand first, where"
             " nothing predicts them); drop such examples, or let more of each be kept"
         )
-    head, terms = _head_and_terms(backbone, inputs)
-    if head is not None:
-        with one_position(head) as calls:
-            backbone(**inputs)
-        if len(calls) == 1:
-            terms = terms._replace(label_smoothing=label_smoothing)
-            return _through_head(head, calls[0].hidden, labels, calls[0].logits.shape[-1], terms)
+    return _losses(backbone, inputs, [(slice(None), labels)], label_smoothing)[0]
+
+
+def _losses(
+    backbone: nn.Module, inputs: Mapping[str, Any], parts: Sequence[tuple[slice, Tensor]], label_smoothing: float
+) -> list[LinearCrossEntropy]:
+    """One forward, and the loss of each part of its rows, which are all of them together, with that part's labels."""
+    before = before_head(backbone, inputs)
+    if before is not None:
+        terms = before.terms._replace(label_smoothing=label_smoothing)
+        return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
     logits = logits_of(backbone(**inputs))
+    return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
+
+
+def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
     rows = _trained("logits", logits, labels)
     return cross_entropy_of_logits(logits[rows], labels.to(logits.device)[rows], Terms(label_smoothing))
+
+
+class BeforeHead(NamedTuple):
+    """What a model's head would make its logits of."""
+
+    head: nn.Module
+    hidden: Tensor
+    """(b, t, d)."""
+    vocabulary: int
+    terms: Terms
+    """What becomes of the head's logits."""
+
+
+def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | None:
+    """Run the model up to its head; None where its logits cannot be had from there."""
+    head, terms = _head_and_terms(backbone, inputs)
+    if head is None:
+        return None
+    with one_position(head) as calls:
+        backbone(**inputs)
+    return BeforeHead(head, calls[0].hidden, calls[0].logits.shape[-1], terms) if len(calls) == 1 else None
 
 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:

@@ -74,7 +74,7 @@ def export(
     report.trainable, report.total = module.report.trainable, module.report.total
     with _in_eval(module.backbone) as backbone, staged(target, bytes_needed(backbone, wanted, to_dtype)) as folder:
         _check_w0(module, report)
-        given = batch if batch is None else module.task.inputs(backbone, batch)
+        given = None if batch is None else module.task.inputs(backbone, batch)
         probe = from_batch(given) if given is not None else draw(backbone, module.example_input_array)
         proof = Proof(backbone, probe, report, to_dtype)
         own = [tokenizer, image_processor if is_transformers(backbone) else None]

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.base import Task
 
 
 def loaders_of(datamodule: LightningDataModule) -> Iterator[Any]:
@@ -33,6 +34,9 @@ def first_batch(loaders: Iterable[Any], module: LightningModule) -> dict[str, An
         LoRAError: the batch is no mapping by name, with what to give instead.
     """
     batch = next((batch for loader in _flat(loaders) for batch in loader), None)
+    task: Any = getattr(module, "task", None)
+    if isinstance(task, Task) and task.takes_tuples and isinstance(batch, tuple | list):
+        batch = task.inputs(module.backbone, batch)  # type: ignore[arg-type]
     if isinstance(batch, Mapping) and all(isinstance(key, str) for key in batch):
         return {key: move_data_to_device(value, module.device) for key, value in batch.items()}
     if batch is None or _example(module) is not None:

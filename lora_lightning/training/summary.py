@@ -14,6 +14,9 @@ from lora_lightning.lora.kept import KEPT
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.lora.staging import human_size
 
+BEFORE = "_before"
+"""Ends the name of a figure from before training."""
+
 
 def injection_table(report: InjectionReport) -> Table:
     """The grouped injection table, blocks folded into one row each."""
@@ -70,9 +73,9 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(_accuracies(v, "majority class", "majority_accuracy", "majority_test_accuracy"))
     other = {"val_accuracy", "test_accuracy"}
     rows += [
-        (k.replace("_", " ", 1), f"{x:.4f}")
+        (k.replace("_", " ", 1), f"{x:.4f}{_before(v, k, '.4f')}")
         for k, x in v.items()
-        if k.startswith(("val_", "test_")) and k not in other and isinstance(x, float)
+        if k.startswith(("val_", "test_")) and k not in other and not k.endswith(BEFORE) and isinstance(x, float)
     ]
     if "trainable" in v:
         rows.append(
@@ -102,8 +105,15 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _accuracies(v: dict[str, Any], name: str, validation: str, test: str) -> tuple[str, str]:
-    parts = [f"{label} {v[key]:.1%}" for label, key in (("validation", validation), ("test", test)) if key in v]
+    both = (("validation", validation), ("test", test))
+    parts = [f"{label} {v[key]:.1%}{_before(v, key, '.1%')}" for label, key in both if key in v]
     return f"accuracy, {name}", ", ".join(parts)
+
+
+def _before(v: dict[str, Any], key: str, form: str) -> str:
+    """What the same figure was before training, where `MeasureBefore` has measured it."""
+    before = v.get(f"{key}{BEFORE}")
+    return f" ({before:{form}} before)" if isinstance(before, float) else ""
 
 
 def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:

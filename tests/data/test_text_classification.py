@@ -149,7 +149,7 @@ def _without(text):
             "row 2, column 'label': expected one of the labels 0, one, got '?1",
         ),
         (lambda d: write(d / "s.csv", ROWS), {"min_words": 99}, "no row of the train set is left"),
-        (lambda d: write(d / "s.csv", ROWS).rename(d / "s.txt"), {}, "no set|expected one of"),
+        (lambda d: write(d / "s.csv", ROWS).rename(d / "s.doc"), {}, "no set|expected one of"),
         (lambda d: d / "reviews.csv", {}, "no file"),
         (lambda d: (d / "e.csv").touch() or d / "e.csv", {}, "is empty"),
     ],

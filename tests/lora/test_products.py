@@ -142,7 +142,7 @@ def test_what_is_quicker_is_taken_and_said_once_measured(monkeypatch: pytest.Mon
     taken.clear()
     assert all(torch.equal(a, b) for a, b in zip(everything(model, x), ours, strict=True))
     assert len(taken) == 10  # nothing is measured again
-    assert far(ours, everything(copy.deepcopy(model).double(), x.double())) < 5e-6
+    assert far(ours, everything(copy.deepcopy(model).double(), x.double())) < 2e-5
 
 
 def test_small_products_and_what_onednn_cannot_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_w0_is_multiplied_as_it_is_now() -> None:
         with torch.no_grad():
             change(model.q.weight)
             change(model.c.weight)
-        assert far(everything(model, x), everything(copy.deepcopy(model).double(), x.double())) < 5e-6
+        assert far(everything(model, x), everything(copy.deepcopy(model).double(), x.double())) < 2e-5
 
 
 def test_w0_keys_copies_pickles_and_merge_are_as_without() -> None:

@@ -102,13 +102,15 @@ class Record(Callback):
             torch.save(self.out, self.file)
 
 
-def fit(batch: int, *callbacks: Callback, file: Path | None = None, data: Any = None, **options: Any) -> dict[str, Any]:
+def fit(
+    batch: int, *callbacks: Callback, file: Path | None = None, data: Any = None, made: Any = None, **options: Any
+) -> dict[str, Any]:
     """Train for 20 optimizer steps or more, and tell as `Record` does."""
     record = Record(file)
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "gradient_clip_val": CLIP} | options
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
     trainer = Trainer(**options, **quiet, enable_model_summary=False, callbacks=[record, *callbacks])
-    trainer.fit(module(), Ragged(batch) if data is None else data)
+    trainer.fit(made or module(), Ragged(batch) if data is None else data)
     return record.out
 
 

@@ -32,7 +32,7 @@ class RunReport(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember each validation's figures: which of them were best is known at the end."""
         if not trainer.sanity_checking:
-            self._by_step[trainer.global_step] = _metrics(trainer, "val")
+            self._by_step[trainer.global_step] = metrics_of(trainer, "val")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds = time.perf_counter() - self._started
@@ -59,9 +59,11 @@ class RunReport(Callback):
             "precision": str(trainer.precision),
             "full_checkpoint_bytes": _bytes(pl_module.backbone),
         }
+        if pl_module.init_adapter is not None:
+            values["init_adapter"] = pl_module.init_adapter
         if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
             values["products_with_w0"] = quicker
-        values |= _metrics(trainer, "val")
+        values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             values["checkpoint"] = checkpoint.best_model_path
@@ -75,13 +77,16 @@ class RunReport(Callback):
         checkpoint = trainer.ckpt_path
         folder = run.run_of_checkpoint(Path(str(checkpoint))) if checkpoint else run.run_dir(trainer)
         if folder is not None:
-            values = run.update_report(folder, {**_metrics(trainer, "test"), "test_checkpoint": str(checkpoint)})
+            values = run.update_report(folder, {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)})
             show_report(values, Console())
 
 
-def _metrics(trainer: Trainer, stage: str) -> dict[str, float]:
+def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
+    """A stage's figures as the report names them."""
     found = trainer.callback_metrics.items()
-    return {name.replace("/", "_"): float(value) for name, value in found if name.startswith(f"{stage}/")}
+    return {
+        name.replace("/", "_"): float(value) for name, value in found if name.startswith((f"{stage}/", f"{stage}_"))
+    }
 
 
 def _bytes(model: Any) -> int:

@@ -1,0 +1,120 @@
+"""What is wrong with a `class_path`, or with an argument below one, and what was probably meant."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import yaml
+
+import lora_lightning
+from lora_lightning.lora.errors import did_you_mean, near_misses, some
+
+NAMED = re.compile(r"class_path['\"]?[:=]?\s*['\"]([\w.]+)['\"]|dot import path string: ([\w.]+)")
+KEY = re.compile(r"(Parser key \"[^\"]*\": )")
+OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
+
+
+def explained(message: str, args: Sequence[str]) -> str | None:
+    """A parser's message anew where a class path in it leads nowhere, or where a class does not take an argument.
+
+    Args:
+        message: of jsonargparse.
+        args: of the command, whose config files are looked at for the class that an argument was given to.
+    """
+    for found in NAMED.finditer(message):
+        told = wrong_path(found[1] or found[2])
+        if told is not None:
+            key = KEY.search(message)
+            return (key[1] if key else "") + told
+    option = OPTION.search(message)
+    return None if option is None else _wrong_option(option[1], args)
+
+
+def wrong_path(path: str) -> str | None:
+    """Why `path` names nothing, with near misses; None where it names something.
+
+    Modules on the way are imported: they are what the command would import next.
+    """
+    parts = path.split(".")
+    if len(parts) == 1:
+        near = [f"lora_lightning.{name}" for name in near_misses(path, lora_lightning.__all__)]
+        return f"'{path}' is no path to a class, such as module.Class{_meant(near)}"
+    held: Any = None
+    for count, name in enumerate(parts):
+        before = ".".join(parts[:count])
+        if held is not None and (inner := _attribute(held, name)) is not None:
+            held = inner
+            continue
+        whole = f"{before}.{name}" if before else name
+        if held is None or isinstance(held, ModuleType):
+            try:
+                held = importlib.import_module(whole)
+                continue
+            except ModuleNotFoundError as error:
+                if error.name != whole:
+                    return f"'{whole}' cannot be imported: {error}"
+            except Exception as error:  # whatever a file of the user's own raises
+                return f"'{whole}' cannot be imported: {type(error).__name__}: {error}"
+        return _nothing_there(whole, before, name, held)
+    return None
+
+
+def _attribute(held: Any, name: str) -> Any:
+    return getattr(held, name, None)
+
+
+def _nothing_there(whole: str, before: str, name: str, held: Any) -> str:
+    if held is None:
+        beside = [file.stem for file in Path.cwd().glob("*.py")]
+        near = near_misses(name, {*beside, "lora_lightning", *importlib.metadata.packages_distributions()})
+        hint = _meant(near) or f": a file {name}.py of your own is looked for in the folder where the command runs"
+        return f"there is no module '{name}'{hint}"
+    inner = [module.name for module in pkgutil.iter_modules(getattr(held, "__path__", []))]
+    public = [n for n in dir(held) if not n.startswith("_") and callable(_attribute(held, n))]
+    return f"there is no '{whole}'{_meant([f'{before}.{n}' for n in near_misses(name, [*inner, *public])])}"
+
+
+def _meant(names: Sequence[str]) -> str:
+    return "; did you mean " + " or ".join(f"'{name}'" for name in names) + "?" if names else ""
+
+
+def _wrong_option(option: str, args: Sequence[str]) -> str | None:
+    """Which class of the config files was given the option that it does not take."""
+    for path in _classes_with(option, args):
+        module, _, name = path.rpartition(".")
+        if not module or wrong_path(path) is not None:
+            continue
+        taken = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        if option not in taken:
+            return f"{path} takes no '{option}'{did_you_mean(option, taken) or f' (it takes {some(taken, 20)})'}"
+    return None
+
+
+def _classes_with(option: str, args: Sequence[str]) -> Iterator[str]:
+    files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
+    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
+    for file in map(Path, files):
+        if file.is_file():
+            yield from _within(yaml.safe_load(file.read_text(encoding="utf-8")), option)
+
+
+def _within(value: Any, option: str) -> Iterator[str]:
+    if isinstance(value, dict):
+        given = value.get("init_args")
+        if isinstance(given, dict) and option in given and isinstance(value.get("class_path"), str):
+            yield value["class_path"]
+        for inner in value.values():
+            yield from _within(inner, option)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _within(inner, option)

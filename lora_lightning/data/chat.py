@@ -1,0 +1,247 @@
+"""Conversations for instruction tuning, with loss on the answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.data.answers import runs, special_ids
+from lora_lightning.data.chat_template import ChatTemplate, TemplateError, TrainOn, encode_conversations, give_template
+from lora_lightning.data.conversations import (
+    BadRow,
+    Message,
+    checked_columns,
+    conversation_of,
+    last_answer,
+    layout_of,
+    tools_of,
+)
+from lora_lightning.data.dialogues import is_dialogues, read_dialogues
+from lora_lightning.data.packing import CausalCollator, pack_table
+from lora_lightning.data.prompts import GivesPrompts, Prompt, from_all_over, held_out
+from lora_lightning.data.rows import ROW
+from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.tables import check_columns
+from lora_lightning.data.texts import TextData
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.token_loss import IGNORED
+
+FEW = 50
+"""Rows that show how answers end."""
+
+
+class ChatData(TextData, GivesPrompts):
+    """Files or a Hugging Face set of conversations to batches of token ids and labels, by the model's own template.
+
+    A row is a list of `messages` (OpenAI's role, content and tool_calls, or ShareGPT's from and value), or a prompt
+    with its answer (Alpaca, Dolly, question and answer). Labels are the token ids themselves where a token is an
+    answer's, its turn's last one included, and -100 elsewhere.
+
+    Args:
+        path: a file (JSONL, JSON, Parquet, CSV, TSV, also compressed), files by split, a directory, or a set on the
+            hub; `package:NAME/path` is a file inside an installed package. A `.yml` file or a directory of them is
+            read as ChatterBot's corpora are written.
+        tokenizer: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the latter.
+        columns: which columns a row's parts stand in, by part: `messages`, or `prompt` and `answer` with an optional
+            `context`; and `tools` and `system`. By default the names that such sets use.
+        train_on: `answers` all of a conversation's, the `last_answer` alone, or `all` tokens.
+        system: a system message for conversations without one.
+        chat_template: a Jinja template or a file of one, in place of the tokenizer's own.
+        template_options: variables that the template reads, such as `{enable_thinking: false}`.
+        max_length: tokens per conversation and row at most; what is over is cut off a conversation's end.
+        packing: put several conversations into one row; they do not see each other.
+        name: which configuration of a hub set.
+        split: how to split off validation and test where the set has none.
+        batch_size: conversations per batch and process in training.
+        eval_batch_size: the same in evaluation; `batch_size` by default.
+        length_grouped: put conversations of like length into one batch, which pads less.
+        num_workers: processes that prepare batches.
+        num_proc: processes that tokenise, once, before training; none beside this one by default.
+        seed: of the order in training.
+
+    Raises:
+        LoRAError: a missing file or column, a row that is no conversation, a template that does not take one.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        columns: dict[str, str] | None = None,
+        train_on: TrainOn = "answers",
+        system: str | None = None,
+        chat_template: str | None = None,
+        template_options: dict[str, Any] | None = None,
+        max_length: int = 2048,
+        packing: bool = False,
+        name: str | None = None,
+        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        length_grouped: bool = True,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path,
+            tokenizer,
+            max_length,
+            name=name,
+            split=split,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            length_grouped=length_grouped,
+            num_workers=num_workers,
+            num_proc=num_proc,
+            seed=seed,
+        )
+        self.given_columns, self.train_on, self.system = checked_columns(columns), train_on, system
+        self.packing = packing
+        self.chat_template, self.template_options = chat_template, dict(template_options or {})
+        self._layouts: dict[str, dict[str, str]] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loaded on first use, with the chat template that conversations are written by."""
+        fresh = self._tokenizer is None
+        tokenizer = super().tokenizer
+        if fresh:
+            give_template(tokenizer, self.chat_template)
+        return tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How conversations are written."""
+        return ChatTemplate(self.tokenizer, self.template_options)
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        if isinstance(self.path, str) and is_dialogues(self.path):
+            return {"train": read_dialogues(self.path)}
+        return super().read()
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return list((self.given_columns or {}).values())
+
+    def layout(self, split: str) -> dict[str, str]:
+        """Which column of a split stands for which part of a conversation."""
+        if split not in self._layouts:
+            self._layouts[split] = layout_of(self.tables[split].column_names, self.given_columns)
+        return self._layouts[split]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise at a row that is no conversation."""
+        layout = self._layouts[split] = layout_of(table.column_names, self.given_columns)
+        check_columns(table, list(layout.values()), split)
+        for row in table:
+            try:
+                messages = conversation_of(row, layout)
+                tools_of(row, layout)
+                if last_answer(messages) is None:
+                    raise BadRow("messages", "a message of the role assistant", [m["role"] for m in messages])
+            except BadRow as bad:
+                raise self.bad_cell(split, row[ROW], layout[bad.part], bad.expected, bad.got, bad.hint) from None
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        conversations = self.conversations(table, split)
+        if self.packing and split != "predict":
+            return pack_table(conversations, self.max_length, split)
+        return conversations
+
+    def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Token ids and labels of each conversation that has something left to train on; others are said aloud."""
+        layout = self.layout(split)
+        encoded = self.encode_by(
+            encode_conversations,
+            table,
+            split,
+            template=self.template,
+            layout=layout,
+            system=self.system,
+            train_on=self.train_on,
+            max_length=self.max_length,
+        )
+        column = layout.get("messages", layout.get("answer", ""))
+        for row, problem, cell in zip(table[ROW], encoded["problem"], table[column], strict=True):
+            if problem:
+                raise self.bad_cell(split, row, column, problem, cell)
+        return self._trainable(encoded, table[ROW], split).select_columns(["input_ids", "labels"])
+
+    def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> datasets.Dataset:
+        """Without conversations that the cut left no answer of, and those whose answers are empty."""
+        trained, whole = encoded["trained"], encoded["whole"]
+        kept = [number for number, count in enumerate(trained) if count]
+        if len(kept) < len(encoded):
+            first = next(number for number, count in enumerate(trained) if not count)
+            cut = sum(not some and bool(all_) for some, all_ in zip(trained, whole, strict=True))
+            said = (
+                f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
+                f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"
+                f" {self.max_length} tokens"
+            )
+            if not kept:
+                raise LoRAError(f"{said}: raise max_length, or see what the chat template makes of them")
+            rank_zero_warn(f"{said}. They are left out")
+        if split == "train":
+            self._warn_of_open_ends(encoded["labels"])
+        return encoded if len(kept) == len(encoded) else encoded.select(kept)
+
+    def _warn_of_open_ends(self, labels: Any) -> None:
+        ends = special_ids(self.tokenizer)
+        if self.train_on != "all" and not any(number in ends for row in labels for number in row):
+            rank_zero_warn(
+                "no answer ends with a control token: the chat template closes none, and the model will not learn to"
+                " stop"
+            )
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return CausalCollator(self.pad_token_id or 0)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """A row for each conversation, never packed."""
+        if not self.packing or "predict" in self.tables:
+            return super().predict_dataloader()
+        self.encoded("test")  # says where there is none
+        return self._loader(self.conversations(self.tables["test"], "test"), self.eval_batch_size)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends answers in the first rows, and the tokenizer's own end."""
+        controls, found, layout = special_ids(self.tokenizer), set(), self.layout("train")
+        for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
+            messages = conversation_of(row, layout, self.system)
+            with contextlib.suppress(TemplateError):  # such as one whose answers are not found, where all is trained on
+                ids, labels = self.template.encode(messages, tools_of(row, layout), "answers")
+                found |= {ids[end - 1] for _, end in runs([label != IGNORED for label in labels])} & controls
+        return sorted({*found, *super().stop_token_ids})
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Held-out conversations up to their last answer, from all over the validation set (test, train without one).
+
+        Args:
+            count: how many at most.
+        """
+        split, found = held_out(self.tables), []
+        layout = self.layout(split)
+        for row in from_all_over(self.tables[split], count):
+            messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
+            end = last_answer(messages)
+            assert end is not None  # see check
+            ids = self.template.prompt_ids(messages[:end], tools)
+            found.append(Prompt(text=_asked(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
+        return found
+
+
+def _asked(messages: Sequence[Message]) -> str:
+    """What a person reads as the question: one message's text, of several each with its role."""
+    said = [message for message in messages if message["role"] not in ("system", "developer")]
+    if len(said) == 1:
+        return str(said[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in said)

@@ -1,0 +1,254 @@
+"""Any torch `Dataset`, and sets of the Hugging Face hub as such, streamed or not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import datasets
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from lora_lightning.data.sampler import EpochSampler
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.paths import resolve
+
+
+class DatasetData(LightningDataModule):
+    """Datasets given by `class_path` to batches.
+
+    One with a length is shuffled in training by (seed, epoch) and shared among processes, as every DataModule here. A
+    stream (`IterableDataset`) is taken in its own order: each process and worker keeps its own share of it, unless it
+    says that it shares itself out.
+
+    Args:
+        train: examples to train on: a mapping of names to tensors each, or (inputs, target).
+        validation: to validate on, if any.
+        test: to test on, if any.
+        predict: to predict on; `test` by default.
+        batch_size: examples per batch and process in training.
+        eval_batch_size: the same in evaluation; `batch_size` by default.
+        collate_fn: from a list of examples to a batch; torch's own by default, which stacks tensors.
+        num_workers: processes that prepare batches.
+        shuffle: take a new order each epoch; not of streams, which shuffle themselves.
+        stream_shares_itself: a stream gives each process and worker its own part already.
+        pin_memory: put batches where a GPU copies them from quickly.
+        drop_last: leave out the last batch in training where it is smaller.
+        seed: of the order in training.
+
+    Raises:
+        LoRAError: no dataset for what is to be done, or an empty one.
+    """
+
+    def __init__(
+        self,
+        train: Dataset[Any] | None = None,
+        validation: Dataset[Any] | None = None,
+        test: Dataset[Any] | None = None,
+        predict: Dataset[Any] | None = None,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_workers: int = 0,
+        shuffle: bool = True,
+        stream_shares_itself: bool = False,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for what, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
+            if number < 1:
+                raise LoRAError(f"{what} must be at least 1, got {number}")
+        self.sets = {"train": train, "validation": validation, "test": test, "predict": predict or test}
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.collate_fn, self.num_workers, self.shuffle, self.seed = collate_fn, num_workers, shuffle, seed
+        self.stream_shares_itself, self.pin_memory, self.drop_last = stream_shares_itself, pin_memory, drop_last
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is anything to validate on."""
+        return self.sets["validation"] is not None
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train", self.batch_size, training=True)
+
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        fitting = self.trainer is None or str(self.trainer.state.fn) != "validate"
+        return [] if fitting and not self.has_validation else self._loader("validation", self.eval_batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test", self.eval_batch_size)
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict", self.eval_batch_size)
+
+    def _loader(self, split: str, batch_size: int, *, training: bool = False) -> DataLoader[Any]:
+        data: Any = self.sets[split]
+        if data is None:
+            raise LoRAError(f"there is no {split} set: give data.init_args.{split} a class_path")
+        world = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        options: dict[str, Any] = {
+            "batch_size": batch_size,
+            "collate_fn": self.collate_fn,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": self.pin_memory,
+            "drop_last": self.drop_last and training,
+        }
+        if isinstance(data, IterableDataset):
+            options["persistent_workers"] = False  # a worker that is started anew knows which epoch it is
+            stream = data if self.stream_shares_itself else Share(data, *world, even=training)
+            return StreamLoader(stream, self.trainer if training else None, **options)
+        if not len(data):
+            raise LoRAError(f"the {split} set is empty")
+        shuffle = self.shuffle and training
+        sampler = EpochSampler(
+            data, batch_size=batch_size, shuffle=shuffle, seed=self.seed, num_replicas=world[0], rank=world[1]
+        )
+        return DataLoader(data, sampler=sampler, **options)
+
+
+class StreamLoader(DataLoader[Any]):
+    """Tells a stream that shuffles itself which epoch it is; Lightning tells samplers alone."""
+
+    def __init__(self, stream: IterableDataset[Any], trainer: Trainer | None, **options: Any) -> None:
+        super().__init__(stream, **options)
+        self.trainer = trainer
+
+    def __iter__(self) -> Any:
+        if self.trainer is not None and callable(own := getattr(self.dataset, "set_epoch", None)):
+            own(self.trainer.current_epoch)
+        return super().__iter__()
+
+
+class Share(IterableDataset[Any]):
+    """This process's and worker's share of a stream: every n-th example.
+
+    Args:
+        data: the stream, the same in all processes.
+        world_size: how many processes there are.
+        rank: which of them this is.
+        even: leave out the end that does not go around, so that all have as many: in training they wait for each other.
+    """
+
+    def __init__(self, data: IterableDataset[Any], world_size: int = 1, rank: int = 0, *, even: bool = False) -> None:
+        super().__init__()
+        self.data, self.world_size, self.rank, self.even = data, world_size, rank, even
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = None if isinstance(self.data, Stream | datasets.IterableDataset) else get_worker_info()
+        # (datasets' streams give each worker its own part already)
+        workers, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
+        total, place = self.world_size * workers, self.rank * workers + own
+        stream = iter(self.data)
+        while turn := list(islice(stream, total)):
+            if len(turn) < total and self.even and self.world_size > 1:
+                return
+            if place < len(turn):
+                yield turn[place]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Hand it on to a stream that shuffles by it."""
+        if callable(own := getattr(self.data, "set_epoch", None)):
+            own(epoch)
+
+
+def hub_dataset(
+    path: str,
+    split: str = "train",
+    name: str | None = None,
+    columns: dict[str, str] | None = None,
+    transform: Callable[[dict[str, Any]], Any] | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int = 0,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Dataset[Any]:
+    """A set by its name on the Hugging Face hub, or from a directory that `save_to_disk` made, as a torch `Dataset`.
+
+    Args:
+        path: a hub name, a directory, or `package:NAME/path` inside an installed package.
+        split: which part, also a slice of it such as `train[:10%]`.
+        name: which configuration of the set.
+        columns: which columns to keep, and what each is called in an example: `{text: sentence}` takes the column
+            `text` as `sentence`. All, as they are, by default.
+        transform: a function of one example, such as a mapping, to what is collated.
+        streaming: read examples as they are needed and keep nothing on disk; such a set has no length.
+        shuffle_buffer: of a stream: examples among which the next is drawn; 0 leaves its order.
+        seed: of that.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        LoRAError: no such set, split or column.
+    """
+    data = _loaded(path, split, name, streaming, revision)
+    held = list(data.column_names or [])
+    if columns:
+        for column in columns:
+            if held and column not in held:
+                raise LoRAError(
+                    f"'{path}' has no column '{column}'{did_you_mean(column, held)} (it has {', '.join(held)})"
+                )
+        data = data.select_columns(list(columns))
+        data = data.rename_columns({old: new for old, new in columns.items() if old != new})
+    if not streaming:
+        return Rows(data.with_format("torch"), transform)
+    if shuffle_buffer:
+        data = data.shuffle(seed=seed, buffer_size=shuffle_buffer)
+    return Stream(data.with_format("torch"), transform)
+
+
+class Rows(Dataset[Any]):
+    """A Hugging Face set with a length, each row through a function."""
+
+    def __init__(self, data: datasets.Dataset, transform: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        self.data, self.transform = data, transform
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        row = self.data[int(index)]
+        return row if self.transform is None else self.transform(row)
+
+
+class Stream(IterableDataset[Any]):
+    """A Hugging Face stream, each row through a function."""
+
+    def __init__(self, data: Any, transform: Callable[[dict[str, Any]], Any] | None = None) -> None:
+        super().__init__()
+        self.data, self.transform = data, transform
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in self.data:
+            yield row if self.transform is None else self.transform(row)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle anew."""
+        self.data.set_epoch(epoch)
+
+
+def _loaded(path: str, split: str, name: str | None, streaming: bool, revision: str | None) -> Any:
+    found = resolve(path)
+    try:
+        return datasets.load_dataset(found, name, split=split, streaming=streaming, revision=revision)
+    except Exception as error:  # many kinds: no network, no such set, no such split
+        saved = _from_disk(found, split)
+        if saved is not None:
+            return saved.to_iterable_dataset() if streaming else saved
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoRAError(f"no set '{path}' with a split '{split}': {reason}") from error
+
+
+def _from_disk(path: str, split: str) -> Any:
+    try:
+        data = datasets.load_from_disk(path)
+    except (OSError, ValueError):
+        return None
+    if not isinstance(data, Mapping):
+        return data
+    if split not in data:
+        raise LoRAError(f"'{path}' has no split '{split}'{did_you_mean(split, list(data))} (it has {', '.join(data)})")
+    return data[split]

@@ -1,0 +1,230 @@
+"""Plain texts to train a language model on, packed or one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.data.packing import CausalCollator, cut, cut_to_train, lengths_of, pack_rows, pack_table
+from lora_lightning.data.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
+from lora_lightning.data.rows import ROW
+from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.streamed import StreamedTextData
+from lora_lightning.data.streaming import AT_ONCE, read_streams
+from lora_lightning.data.tables import TextBy, read_tables
+from lora_lightning.data.texts import TextData
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.token_loss import IGNORED
+
+DOCUMENT = "document"
+"""The column that says of a row or of a piece of it which row of its file it is, counted from 1."""
+MOST_NAMED = 5
+"""Rows that a warning names."""
+
+
+class LanguageModellingData(StreamedTextData, GivesPrompts):
+    """Texts of files or of a Hugging Face set, one document a row, to batches for `CausalLM`.
+
+    Each document ends with the tokenizer's end of text. One that is longer than `max_length` is cut into pieces, so
+    that no token is lost. Packed, several documents share a row and do not see each other; loss and gradients are those
+    of rows of their own, for less padding. For `predict` each piece is a row of its own.
+
+    Args:
+        path: a file (.txt, CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the
+            hub; `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        text_column: the text; of a .txt it is `text`.
+        text_by: what a document of a .txt is: a `line`, a `paragraph` between blank lines, or the whole `document`.
+        max_length: tokens per row at most.
+        packing: put several documents into one row.
+        end_of_text: end each document with the tokenizer's end-of-text token, so that the model learns to stop.
+        streaming: read the set as it is needed, to `trainer.max_steps`; see `data/streaming.py`. Its own splits are
+            used as they are, and none is split off.
+        shuffle_buffer: documents that a stream is shuffled within, all held in memory.
+        name: which configuration of a hub set.
+        split: how to split off validation and test where the set has none.
+        batch_size: rows per batch and process in training.
+        eval_batch_size: the same in evaluation; `batch_size` by default.
+        length_grouped: put rows of like length into one batch, which pads less.
+        num_workers: processes that prepare batches.
+        num_proc: processes that tokenise, once, before training; none beside this one by default.
+        seed: of the order in training.
+
+    Raises:
+        LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        text_column: str = "text",
+        text_by: TextBy = "line",
+        max_length: int = 1024,
+        packing: bool = True,
+        end_of_text: bool = True,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
+        name: str | None = None,
+        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        length_grouped: bool = True,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path,
+            tokenizer,
+            max_length,
+            streaming,
+            shuffle_buffer,
+            name=name,
+            split=split,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            length_grouped=length_grouped,
+            num_workers=num_workers,
+            num_proc=num_proc,
+            seed=seed,
+        )
+        if max_length < 2:
+            raise LoRAError(f"max_length must be at least 2, one token to tell the next one from, got {max_length}")
+        self.text_column, self.text_by, self.packing, self.end_of_text = text_column, text_by, packing, end_of_text
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        return read_tables(self.path, self.name, self.text_by)
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [self.text_column]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        self.check_texts(table, split, [self.text_column])
+
+    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Without blank texts, as between the paragraphs of a .txt."""
+        if split == "predict":
+            return table
+        rows = [i for i, text in enumerate(table[self.text_column]) if text.strip()]
+        if not rows:
+            raise LoRAError(f"{self.place(split)}: expected texts in column '{self.text_column}', all are blank")
+        return table if len(rows) == len(table) else table.select(rows)
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        documents = self.documents(table, split)
+        if split == "predict":
+            return self._cut(documents, split)
+        documents = self._trained(documents, split)
+        if self.packing:
+            return pack_table(documents, self.max_length, split)
+        return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
+
+    def documents(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Each row's `input_ids` and `labels`, whole, and its number in its file."""
+        return self.encode_by(encode_texts, table, split, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        end = end_of(self.tokenizer, self.tokenizer_name) if self.end_of_text else None
+        return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
+
+    def _trained(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Those with a token to train on: one that stands alone is predicted by nothing."""
+        lengths, numbers = lengths_of(documents), list(documents[DOCUMENT])
+        kept = [i for i, length in enumerate(lengths) if length > 1]
+        left_out = [number for number, length in zip(numbers, lengths, strict=True) if length < 2]
+        if not kept:
+            raise LoRAError(f"{self.place(split)}: no row has two tokens, so there is nothing to train on")
+        if left_out:
+            named = ", ".join(map(str, left_out[:MOST_NAMED])) + (", ..." if len(left_out) > MOST_NAMED else "")
+            rank_zero_warn(
+                f"{self.place(split)}: {len(left_out)} of {len(documents)} rows have a single token, of which nothing"
+                f" can be learnt, and are left out: row {named}"
+            )
+        return documents.select(kept) if left_out else documents
+
+    def _cut(
+        self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
+    ) -> datasets.Dataset:
+        return documents.map(cut, batched=True, fn_kwargs={"max_length": self.max_length}, desc=f"cut {split}")
+
+    def lengths(self, table: datasets.Dataset) -> list[int] | None:
+        return lengths_of(table)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return CausalCollator(self.pad_token_id or 0)
+
+    def open(self) -> dict[str, datasets.IterableDataset]:
+        return read_streams(self.path, self.name, self.text_by)
+
+    def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
+        of_texts = {**self._options(), "place": self.place(split)}
+        stream = stream.map(
+            encode_stream, batched=True, batch_size=AT_ONCE, remove_columns=[*names, ROW], fn_kwargs=of_texts
+        )
+        into_rows, of_rows = (pack_rows if self.packing else cut_to_train), {"max_length": self.max_length}
+        return stream.map(into_rows, batched=True, batch_size=AT_ONCE, remove_columns=[DOCUMENT], fn_kwargs=of_rows)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Pieces of documents in the order of the file, never packed and never streamed."""
+        names = TextData.sets(self, "predict") or TextData.sets(self, "test")
+        if not names:
+            self.encoded("test")  # says what is missing
+        pieces = [self._cut(self.documents(self.tables[name], name), name) for name in names]
+        loaders = [self._loader(table, self.eval_batch_size) for table in pieces]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
+        if self.streaming:
+            streams = self.open()
+            rows = list(streams[held_out(streams)].take(count))
+        else:
+            rows = list(from_all_over(self.tables[held_out(self.tables)], count))
+        return [beginning_of(row[self.text_column], self.tokenizer) for row in rows]
+
+
+def encode_texts(
+    rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str, end: int | None
+) -> dict[str, Any]:
+    """Token ids of whole texts, each with `end` behind it; all but the first are trained on."""
+    ids = tokenizer(rows[column], verbose=False)["input_ids"]  # not told that some are longer than a model's context
+    if end is not None:
+        ids = [text if text[-1:] == [end] else [*text, end] for text in ids]
+    return {"input_ids": ids, "labels": [[IGNORED, *text[1:]] for text in ids], DOCUMENT: rows[ROW]}
+
+
+def encode_stream(
+    rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str, end: int | None, place: str
+) -> dict[str, Any]:
+    """The same for rows that nothing has looked at yet; those that are blank or of a single token are left out.
+
+    Raises:
+        LoRAError: a value is no text.
+    """
+    for number, text in zip(rows[ROW], rows[column], strict=True):
+        if not isinstance(text, str):
+            raise LoRAError(f"{place}, row {number}, column '{column}': expected text, got {text!r:.80}")
+    kept = [i for i, text in enumerate(rows[column]) if text.strip()]
+    encoded = encode_texts(
+        {n: [rows[n][i] for i in kept] for n in (column, ROW)}, tokenizer=tokenizer, column=column, end=end
+    )
+    long_enough = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > 1]
+    return {name: [values[i] for i in long_enough] for name, values in encoded.items()}
+
+
+def end_of(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    """The token that ends a text.
+
+    Raises:
+        LoRAError: the tokenizer has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise LoRAError(f"the tokenizer '{name}' has no end-of-text token: set data.init_args.end_of_text to false")
+    return int(tokenizer.eos_token_id)

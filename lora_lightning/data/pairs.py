@@ -1,0 +1,181 @@
+"""Texts that belong together: a question and its answer, a title and its text, two sentences of one meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from lora_lightning.data.rows import ROW
+from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.texts import TextData
+
+GROUP = "__group__"
+PARTS = ("anchor", "positive", "negative")
+
+
+class PairData(TextData):
+    """Rows of an anchor, its positive and, if there is one, a hard negative, to batches of token ids for each of them.
+
+    Rows that are right for one another are put into one group, so that none is taken for another's negative: those
+    with the same positive, or those that agree in `group_column`.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package. A file to predict on needs the anchor alone.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        anchor_column: what is to find.
+        positive_column: what is to be found.
+        negative_column: what must not be found, for rows to learn from that are hard to tell apart.
+        group_column: rows that agree in it belong together.
+        anchor_prefix: put before each anchor, as E5 has `query: `.
+        positive_prefix: put before each positive and negative, as E5 has `passage: `.
+        max_length: tokens per text at most; what is over is cut.
+        name: which configuration of a hub set.
+        split: how to split off validation and test where the set has none.
+        batch_size: pairs per batch and process in training: the more, the more negatives.
+        eval_batch_size: the same in evaluation, where it changes nothing but the time; `batch_size` by default.
+        length_grouped: put pairs of like length into one batch, which pads less.
+        num_workers: processes that prepare batches.
+        num_proc: processes that tokenise, once, before training; none beside this one by default.
+        seed: of the order in training.
+
+    Raises:
+        LoRAError: a missing file or column, an empty text, a negative that is its own row's positive.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        anchor_column: str = "anchor",
+        positive_column: str = "positive",
+        negative_column: str | None = None,
+        group_column: str | None = None,
+        anchor_prefix: str = "",
+        positive_prefix: str = "",
+        max_length: int = 128,
+        name: str | None = None,
+        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        length_grouped: bool = True,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path,
+            tokenizer,
+            max_length,
+            name=name,
+            split=split,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            length_grouped=length_grouped,
+            num_workers=num_workers,
+            num_proc=num_proc,
+            seed=seed,
+        )
+        self.anchor_column, self.positive_column, self.negative_column = anchor_column, positive_column, negative_column
+        self.group_column = group_column
+        self.anchor_prefix, self.positive_prefix = anchor_prefix, positive_prefix
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        if split == "predict":
+            return [self.anchor_column]
+        return [self.anchor_column, self.positive_column, self.negative_column, self.group_column]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise at a text that is none or is empty, or at a negative that is the positive."""
+        texts = [column for column in list(self.columns(split))[:3] if column is not None]
+        for column in texts:
+            for row, text in zip(table[ROW], table[column], strict=True):
+                if not isinstance(text, str) or not text.strip():
+                    raise self.bad_cell(split, row, column, "a text with words in it", text)
+        if self.negative_column is not None and split != "predict":
+            pairs = zip(table[ROW], table[self.positive_column], table[self.negative_column], strict=True)
+            for row, positive, negative in pairs:
+                if positive == negative:
+                    raise self.bad_cell(split, row, self.negative_column, "another text than the positive", negative)
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        texts = list(self.columns(split))[:3]
+        if split != "predict":
+            named = table[self.group_column] if self.group_column else None
+            negatives = table[self.negative_column] if self.negative_column else None
+            table = table.add_column(GROUP, groups_of(table[self.positive_column], negatives, named))
+        return self.encode_by(
+            encode_texts,
+            table,
+            split,
+            tokenizer=self.tokenizer,
+            columns=texts,
+            prefixes=(self.anchor_prefix, self.positive_prefix, self.positive_prefix),
+            max_length=self.max_length,
+        )
+
+    def lengths(self, table: datasets.Dataset) -> list[int]:
+        """The tokens of a row's texts together."""
+        parts = [table[name] for name in PARTS if name in table.column_names]
+        return [sum(map(len, texts)) for texts in zip(*parts, strict=True)]
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return PartCollator(self.tokenizer)
+
+
+class PartCollator:
+    """Rows to a padded batch of each part, and the groups of the candidates as `labels`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.pad = DataCollatorWithPadding(tokenizer)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """`anchor`, `positive` and `negative`, each the encoder's arguments (n, t), and `labels` (n, 1 or 2)."""
+        batch: dict[str, Any] = {}
+        for name in PARTS:
+            if name in rows[0]:
+                batch[name] = dict(self.pad([{"input_ids": row[name]} for row in rows]))
+        if GROUP in rows[0]:
+            batch["labels"] = torch.tensor([row[GROUP] for row in rows])
+        return batch
+
+
+def encode_texts(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[str | None],
+    prefixes: Sequence[str],
+    max_length: int,
+) -> dict[str, Any]:
+    """Token ids of each part; groups stay."""
+    out: dict[str, Any] = {GROUP: rows[GROUP]} if GROUP in rows else {}
+    for name, column, prefix in zip(PARTS, columns, prefixes, strict=False):
+        if column is not None:
+            texts = [prefix + text for text in rows[column]]
+            out[name] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+    return out
+
+
+def groups_of(
+    positives: Sequence[str], negatives: Sequence[str] | None, named: Sequence[object] | None = None
+) -> list[list[int]]:
+    """The group of each row's positive and negative: one for the same text, or for what agrees in the group column.
+
+    With a group column a negative stands for itself, -1: of which group it is, no column says.
+    """
+    numbers: dict[str, int] = {}
+
+    def number(value: object) -> int:
+        return numbers.setdefault(str(value), len(numbers))
+
+    if named is not None:
+        return [[number(name)] if negatives is None else [number(name), -1] for name in named]
+    if negatives is None:
+        return [[number(text)] for text in positives]
+    return [[number(p), number(n)] for p, n in zip(positives, negatives, strict=True)]

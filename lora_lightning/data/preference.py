@@ -1,0 +1,264 @@
+"""Prompts with two answers each, of which people chose one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.data.rows import ROW
+from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.texts import TextData
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.token_loss import IGNORED
+
+Messages = list[dict[str, Any]]
+ROLES = "messages, a list of {role, content}"
+
+
+class PreferenceData(TextData):
+    """Pairs of answers to batches of token ids in which the chosen answers come first and the rejected after them.
+
+    A row is in one of these forms:
+
+    - texts: a prompt and two answers, tokenised as they stand, each answer ended by the end of text; with `as_chat`
+      they become the user's turn and the assistant's in the tokenizer's chat template.
+    - messages: the prompt's, and those of the answers that follow it.
+    - without a prompt column: two whole conversations as messages, of which all but the last is the prompt, and alike.
+
+    Where a pair is too long, the prompt loses its beginning first, and the answers their ends only if that is not
+    enough. Both answers follow the same prompt.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        prompt_column: what was asked; null where the answers' columns hold it.
+        chosen_column: the answer that was preferred.
+        rejected_column: the other.
+        as_chat: put texts into the tokenizer's chat template.
+        max_length: tokens of prompt and answer at most.
+        max_prompt_length: tokens of a prompt that are kept where a pair is too long; half of `max_length` by default.
+        name: which configuration of a hub set.
+        split: how to split off validation and test where the set has none.
+        batch_size: pairs per batch and process in training.
+        eval_batch_size: the same in evaluation; `batch_size` by default.
+        length_grouped: put pairs of like length into one batch, which pads less.
+        num_workers: processes that prepare batches.
+        num_proc: processes that tokenise, once, before training; none beside this one by default.
+        seed: of the order in training.
+
+    Raises:
+        LoRAError: a missing file or column, an empty answer, a row that mixes texts and messages.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        prompt_column: str | None = "prompt",
+        chosen_column: str = "chosen",
+        rejected_column: str = "rejected",
+        as_chat: bool = False,
+        max_length: int = 1024,
+        max_prompt_length: int | None = None,
+        name: str | None = None,
+        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        length_grouped: bool = True,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path,
+            tokenizer,
+            max_length,
+            name=name,
+            split=split,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            length_grouped=length_grouped,
+            num_workers=num_workers,
+            num_proc=num_proc,
+            seed=seed,
+        )
+        kept = max_length // 2 if max_prompt_length is None else max_prompt_length
+        if not 1 <= kept < max_length:
+            raise LoRAError(f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, got {kept}")
+        self.prompt_column, self.chosen_column, self.rejected_column = prompt_column, chosen_column, rejected_column
+        self.as_chat, self.max_prompt_length = as_chat, kept
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [self.prompt_column, self.chosen_column, self.rejected_column]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise at a row that is neither of texts nor of messages, or has an answer without words."""
+        columns = [column for column in self.columns(split) if column is not None]
+        of_messages = any(isinstance(value, list) for value in table[self.chosen_column])
+        if of_messages and self.as_chat:
+            raise LoRAError(
+                "as_chat is for columns of texts: these hold messages, and are put into the template anyway"
+            )
+        if not of_messages and self.prompt_column is None:
+            raise LoRAError("two texts do not say where their prompt ends: name prompt_column, or give messages")
+        answers = (self.chosen_column, self.rejected_column)
+        for column in columns:
+            least = 2 if self.prompt_column is None else 1
+            for row, value in zip(table[ROW], table[column], strict=True):
+                if of_messages and not _are_messages(value, least if column in answers else 1):
+                    raise self.bad_cell(split, row, column, ROLES if least == 1 else f"two or more {ROLES}", value)
+                if not of_messages and not isinstance(value, str):
+                    raise self.bad_cell(split, row, column, "text", value)
+                if column in answers and not (value[-1]["content"] if of_messages else value).strip():
+                    raise self.bad_cell(split, row, column, "an answer with words in it", value)
+        if of_messages and self.prompt_column is None:
+            for row, chosen, rejected in zip(table[ROW], *(table[column] for column in answers), strict=True):
+                if _plain(chosen[:-1]) != _plain(rejected[:-1]):
+                    said = f"the messages of '{self.chosen_column}' but for the last"
+                    raise self.bad_cell(split, row, self.rejected_column, said, rejected)
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        of_messages = isinstance(table[0][self.chosen_column], list)
+        if (of_messages or self.as_chat) and not self.tokenizer.chat_template:
+            raise LoRAError(
+                f"the tokenizer '{self.tokenizer_name}' has no chat template, which messages are put into: take an"
+                " instruction-tuned model's, or columns of texts without as_chat"
+            )
+        return self.encode_by(
+            encode_pairs,
+            table,
+            split,
+            tokenizer=self.tokenizer,
+            columns=(self.prompt_column, self.chosen_column, self.rejected_column),
+            as_chat=self.as_chat,
+            max_length=self.max_length,
+            max_prompt_length=self.max_prompt_length,
+        )
+
+    def lengths(self, table: datasets.Dataset) -> list[int]:
+        """The longer of a row's two texts."""
+        parts = zip(table["prompt"], table["chosen"], table["rejected"], strict=True)
+        return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in parts]
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return PairCollator(self.pad_token_id or 0)
+
+
+class PairCollator:
+    """Rows of n pairs to 2n padded texts."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Token ids, attention mask and labels, (2n, t) each, the chosen answers first."""
+        answers = [(row["prompt"], row[which]) for which in ("chosen", "rejected") for row in rows]
+        length = max(len(prompt) + len(answer) for prompt, answer in answers)
+        ids = torch.full((len(answers), length), self.pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for i, (prompt, answer) in enumerate(answers):
+            end = len(prompt) + len(answer)
+            ids[i, :end] = torch.tensor(prompt + answer)
+            mask[i, :end] = 1
+            labels[i, len(prompt) : end] = torch.tensor(answer)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def encode_pairs(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[str | None, str, str],
+    as_chat: bool,
+    max_length: int,
+    max_prompt_length: int,
+) -> dict[str, list[list[int]]]:
+    """Token ids of prompts and of both answers."""
+    prompt_column, chosen_column, rejected_column = columns
+    out: dict[str, list[list[int]]] = {"prompt": [], "chosen": [], "rejected": []}
+    for i, (chosen, rejected) in enumerate(zip(rows[chosen_column], rows[rejected_column], strict=True)):
+        prompt = None if prompt_column is None else rows[prompt_column][i]
+        plain = isinstance(chosen, str) and not as_chat
+        if plain:
+            asked, answered = str(prompt), [text + (tokenizer.eos_token or "") for text in (chosen, rejected)]
+        else:
+            asked, answered = _rendered(tokenizer, *_as_messages(prompt, chosen, rejected))
+        first = _ids(tokenizer, asked, special=plain)  # a template writes its own special tokens
+        answers = [_ids(tokenizer, text) for text in answered]
+        cut = fitted(first, answers, max_length, max_prompt_length, tokenizer.bos_token_id)
+        for column, ids in zip(out, cut, strict=True):
+            out[column].append(ids)
+    return out
+
+
+def fitted(
+    prompt: list[int], answers: list[list[int]], max_length: int, max_prompt_length: int, first: int | None = None
+) -> list[list[int]]:
+    """Prompt and answers, cut to go into `max_length` together: the prompt's beginning, then the answers' ends.
+
+    Args:
+        first: a token that stays where a prompt begins with it.
+    """
+    if len(prompt) + max(map(len, answers)) > max_length and len(prompt) > max_prompt_length:
+        keeps_first = prompt[0] == first and max_prompt_length > 1
+        prompt = [*prompt[:1], *prompt[1 - max_prompt_length :]] if keeps_first else prompt[-max_prompt_length:]
+    return [prompt, *(answer[: max_length - len(prompt)] for answer in answers)]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, special: bool = False) -> list[int]:
+    """With `special` the tokens that begin a text, and not those that end it: an answer follows."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    begins = (
+        special and tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+    )
+    return [tokenizer.bos_token_id, *ids] if begins else ids
+
+
+def _as_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Messages, Messages]:
+    if isinstance(chosen, str):
+        user = [{"role": "user", "content": prompt}]
+        return user, *([{"role": "assistant", "content": text}] for text in (chosen, rejected))  # type: ignore[return-value]
+    chosen, rejected = _plain(chosen), _plain(rejected)
+    if prompt is None:
+        return chosen[:-1], chosen[-1:], rejected[-1:]
+    return _plain(prompt), chosen, rejected
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: Messages) -> tuple[str, list[str]]:
+    """The prompt's text up to where the assistant begins, and what each answer adds to it."""
+
+    def text(messages: Messages, begin: bool = False) -> str:
+        out = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=begin)
+        assert isinstance(out, str)
+        return out
+
+    asked, begun = text(prompt), text(prompt, begin=True)
+    whole = [text([*prompt, *answer]) for answer in answers]
+    # Some templates begin the assistant's turn in a way that a finished turn does not have, such as with a thought.
+    shared = os.path.commonprefix([begun, *whole])  # noqa: RUF071  (by characters, as it should be)
+    if not shared.startswith(asked.rstrip()):
+        raise LoRAError(f"the chat template writes a prompt in another way once it is answered: {whole[0][:200]!r}")
+    return shared, [w[len(shared) :] for w in whole]
+
+
+def _plain(messages: Messages) -> Messages:
+    """Without the keys that a table's other rows have."""
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
+
+
+def _are_messages(value: Any, least: int) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) >= least
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
+        )
+    )

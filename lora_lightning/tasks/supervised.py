@@ -1,0 +1,147 @@
+"""The plain task: any module, any loss and any metrics, each named by its class."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.tasks.base import StepOutput, Task
+
+
+class Supervised(Task):
+    """`loss(backbone(inputs), target)`, and torchmetrics of the same two.
+
+    A batch is a mapping of names, of which `target` is the target and the rest are the backbone's arguments, or a tuple
+    (inputs, target). What the backbone returns is taken as it is where it is a tensor, else its entry `output`.
+
+    The loss is a mean over examples, which is how batches of unlike size are averaged. One made with
+    `reduction: sum` is divided by them. One made with `reduction: none` is averaged over all its values, and these are
+    what batches are weighed by: right also where classes have weights or values differ in number.
+
+    Args:
+        loss: called with (outputs, target).
+        metrics: by the name under which each is logged; each is updated with (outputs, target).
+        target: the batch's target.
+        inputs: the batch's entries that the backbone is called with; all but the target by default.
+        output: the entry of the backbone's output that counts, where that is a mapping.
+        prediction: applied to the outputs for `predict`, such as `torch.nn.Softmax`; the outputs themselves by default.
+        monitor: the metric that says which checkpoint is best: `loss`, or a name in `metrics`.
+        monitor_mode: whether the best is the smallest or the largest; the metric's own by default.
+
+    Raises:
+        LoRAError: a batch without its target, an output that is none, shapes that would be broadcast without a word.
+    """
+
+    takes_tuples = True
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        metrics: dict[str, Metric] | None = None,
+        target: str = "labels",
+        inputs: list[str] | None = None,
+        output: str = "logits",
+        prediction: nn.Module | None = None,
+        monitor: str = "loss",
+        monitor_mode: Literal["min", "max"] | None = None,
+    ) -> None:
+        own: dict[str, Any] = dict(metrics or {})
+        if "loss" in own:
+            raise LoRAError("metrics: 'loss' is logged anyway, name this one otherwise")
+        if monitor != "loss" and monitor not in own:
+            known = ["loss", *own]
+            raise LoRAError(f"monitor is one of {', '.join(known)}, got '{monitor}'{did_you_mean(monitor, known)}")
+        # In groups two metrics that happen to hold equal states after the first batch would stay one for good.
+        super().__init__(MetricCollection(own, compute_groups=False))
+        self.loss, self.prediction = loss, prediction
+        self.target, self.input_names, self.output = target, inputs, output
+        self.monitor = f"val/{monitor}"
+        higher = getattr(own.get(monitor), "higher_is_better", None)
+        self.monitor_mode = monitor_mode or ("max" if higher else "min")
+
+    def inputs(self, backbone: nn.Module, batch: Any) -> dict[str, Any]:
+        """The backbone's arguments by name; of a tuple they take the names of its first parameters."""
+        inputs, _ = self._parts(batch)
+        if isinstance(inputs, Mapping):
+            return dict(inputs)
+        values = inputs if isinstance(inputs, tuple | list) else (inputs,)
+        return dict(zip(inspect.signature(backbone.forward).parameters, values, strict=False))
+
+    def step(self, backbone: nn.Module, batch: Any) -> StepOutput:
+        """`batch` maps names to tensors, one of them the target; or it is (inputs, target)."""
+        inputs, target = self._parts(batch)
+        if target is None:
+            raise LoRAError(f"the batch has no target '{self.target}'{_near(self.target, batch)}")
+        outputs = self._outputs(backbone, inputs)
+        target = _fitted(outputs, target)
+        loss, weight = self._mean(self.loss(outputs, target), target)
+        return StepOutput(loss=loss, weight=weight, predictions=outputs, targets=target)
+
+    def predict(self, backbone: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """The outputs (n, ...), through `prediction` where that is given."""
+        outputs = self._outputs(backbone, self._parts(batch)[0])
+        return {"prediction": outputs if self.prediction is None else self.prediction(outputs)}
+
+    def _parts(self, batch: Any) -> tuple[Any, Any]:
+        """What the backbone is called with, and the target or None."""
+        if isinstance(batch, Mapping):
+            names = [name for name in batch if name != self.target] if self.input_names is None else self.input_names
+            for name in names:
+                if name not in batch:
+                    raise LoRAError(f"the batch has no '{name}', which inputs names{_near(name, batch)}")
+            return {name: batch[name] for name in names}, batch.get(self.target)
+        if isinstance(batch, Tensor):
+            return batch, None
+        if not isinstance(batch, Sequence) or not 1 <= len(batch) <= 2:
+            got = f"{type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, Sequence) else "")
+            raise LoRAError(f"a batch must map names to tensors or be (inputs, target), got a {got}")
+        return batch[0], batch[1] if len(batch) == 2 else None
+
+    def _outputs(self, backbone: nn.Module, inputs: Any) -> Tensor:
+        made: Any
+        if isinstance(inputs, Mapping):
+            made = backbone(**inputs)
+        else:
+            made = backbone(*inputs) if isinstance(inputs, tuple | list) else backbone(inputs)
+        if isinstance(made, Mapping):
+            if self.output not in made:
+                raise LoRAError(f"the backbone returns no '{self.output}'{_near(self.output, made)}: name its output")
+            made = made[self.output]
+        if not isinstance(made, Tensor):
+            raise LoRAError(
+                f"the backbone must return a tensor, or a mapping with its output, got {type(made).__name__}"
+            )
+        return made
+
+    def _mean(self, value: Any, target: Tensor) -> tuple[Tensor, int]:
+        if not isinstance(value, Tensor):
+            raise LoRAError(f"{type(self.loss).__name__} must return a tensor, got {type(value).__name__}")
+        if value.dim():
+            return value.sum() / max(value.numel(), 1), value.numel()
+        n = len(target)
+        return (value / max(n, 1) if getattr(self.loss, "reduction", None) == "sum" else value), n
+
+
+def _fitted(outputs: Tensor, given: Any) -> Tensor:
+    """A target of numbers in the outputs' shape and type: (n,) beside (n, 1) would be compared each with all."""
+    target: Tensor = torch.as_tensor(given).to(outputs.device)
+    if not target.is_floating_point():
+        return target
+    if target.shape != outputs.shape:
+        if target.numel() != outputs.numel() or target.squeeze().shape != outputs.squeeze().shape:
+            raise LoRAError(
+                f"a target of numbers must have the outputs' shape {tuple(outputs.shape)}, got {tuple(target.shape)}"
+            )
+        target = target.reshape(outputs.shape)
+    return target.to(outputs)
+
+
+def _near(name: str, held: Any) -> str:
+    names = [str(key) for key in held] if isinstance(held, Mapping) else []
+    return f"{did_you_mean(name, names)} (it has {', '.join(names)})" if names else ""

@@ -1,0 +1,123 @@
+"""One label for each word: named entities, parts of speech, and whatever else stands in a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.base import StepOutput, Task, inputs_of, logits_of
+from lora_lightning.tasks.entity_metrics import EntityF1, EntityPrecision, EntityRecall
+from lora_lightning.tasks.spans import Tagging
+from lora_lightning.tasks.token_loss import IGNORED
+
+NOT_INPUTS = ("labels", "word_ids", "words")
+"""Entries of a batch that are not the backbone's."""
+
+
+class TokenClassification(Task):
+    """Cross-entropy over labelled tokens; accuracy over words, and precision, recall and F1 of whole entities.
+
+    Args:
+        label_names: the labels, in the order of their numbers: IOB2 (`B-PER`, `I-PER`, `O`), IOBES, BILOU, or kinds
+            alone (`PER`, `O`). The data's own by default.
+        entities: whether the labels mark entities. Without it, as for parts of speech, accuracy is all.
+        strict: count well-formed entities alone, as in seqeval's strict mode; by default as in `conlleval`.
+        label_smoothing: share of the target spread over all labels.
+    """
+
+    monitor = "val/f1"
+    monitor_mode = "max"
+    peft_task_type = "TOKEN_CLS"
+
+    def __init__(
+        self, label_names: list[str], entities: bool = True, strict: bool = False, label_smoothing: float = 0.0
+    ) -> None:
+        if len(label_names) < 2:
+            raise LoRAError(f"token classification needs at least 2 labels, got {label_names}")
+        accuracy = MulticlassAccuracy(len(label_names), average="micro", ignore_index=IGNORED)
+        metrics: dict[str, Metric] = {"accuracy": accuracy}
+        if entities:
+            metrics["precision"] = EntityPrecision(label_names, strict=strict)
+            metrics["recall"] = EntityRecall(label_names, strict=strict)
+            metrics["f1"] = EntityF1(label_names, strict=strict)
+        super().__init__(MetricCollection(dict(metrics)))
+        self.label_names = list(label_names)
+        self.tagging = Tagging(label_names, strict=strict) if entities else None
+        self.label_smoothing = label_smoothing
+        if not entities:
+            self.monitor = "val/accuracy"
+
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return inputs_of(batch, *NOT_INPUTS)
+
+    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
+        """`batch` holds the backbone's keyword arguments and `labels` (n, t), -100 where there is none.
+
+        `word_ids` (n, t), where it is there, has each word's number at its first piece and -1 elsewhere: then metrics
+        count words, though all pieces may be labelled. Else they count labelled tokens.
+
+        Raises:
+            LoRAError: no token of a batch to train on has a label.
+        """
+        if "labels" not in batch:
+            raise LoRAError(f"the batch has no 'labels', only {', '.join(inputs_of(batch))}")
+        labels = batch["labels"]
+        logits = self._logits(backbone, self.inputs(backbone, batch), labels.shape)
+        labelled = labels != IGNORED
+        count = int(labelled.sum())
+        if not count and torch.is_grad_enabled():
+            raise LoRAError(
+                f"nothing is trained on in this batch: all {labels.numel()} labels are {IGNORED}; drop such sentences"
+            )
+        total = F.cross_entropy(
+            logits[labelled].float(), labels[labelled], reduction="sum", label_smoothing=self.label_smoothing
+        )
+        words = labels.masked_fill(batch["word_ids"] < 0, IGNORED) if "word_ids" in batch else labels
+        return StepOutput(loss=total / max(count, 1), weight=count, predictions=logits.argmax(-1), targets=words)
+
+    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Of each text its words' `labels`, and its `entities` with kind, first word and the first word after it.
+
+        A word that the model did not see, because `max_length` cut it off, has the label None and is in no entity.
+        """
+        inputs = self.inputs(backbone, batch)
+        if "word_ids" not in batch:
+            raise LoRAError(f"the batch has no 'word_ids', which say where each word begins; only {', '.join(inputs)}")
+        word_ids = batch["word_ids"]
+        best = self._logits(backbone, inputs, word_ids.shape).argmax(-1)
+        words: list[list[str] | None] = list(batch.get("words") or [None] * len(word_ids))
+        rows = [
+            self._row(labels, numbers, own)
+            for labels, numbers, own in zip(best.tolist(), word_ids.tolist(), words, strict=True)
+        ]
+        return {key: [row[key] for row in rows] for key in rows[0]}
+
+    def _row(self, labels: list[int], word_ids: list[int], words: list[str] | None) -> dict[str, Any]:
+        seen = {number: label for number, label in zip(word_ids, labels, strict=True) if number >= 0}
+        count = len(words) if words is not None else 1 + max(seen, default=-1)
+        row: dict[str, Any] = {} if words is None else {"words": words}
+        row["labels"] = [self.label_names[seen[i]] if i in seen else None for i in range(count)]
+        if self.tagging is not None:
+            order = sorted(seen)
+            row["entities"] = [
+                {"kind": span.kind, "start": order[span.start], "end": order[span.end - 1] + 1}
+                | ({} if words is None else {"text": " ".join(words[order[span.start] : order[span.end - 1] + 1])})
+                for span in self.tagging.spans([seen[i] for i in order])
+            ]
+        return row
+
+    def _logits(self, backbone: nn.Module, inputs: dict[str, Any], shape: torch.Size) -> Tensor:
+        logits = logits_of(backbone(**inputs))
+        if logits.dim() != 3 or logits.shape != (*shape, len(self.label_names)):
+            raise LoRAError(
+                f"the backbone must return logits {(*shape, len(self.label_names))}, one for each token and label, got"
+                f" {tuple(logits.shape)}: take a model for token classification with {len(self.label_names)} outputs"
+            )
+        return logits

@@ -1,0 +1,185 @@
+"""Packed training is unpacked training: the same loss and the same gradients, and every token is there."""
+
+import random
+from collections import Counter
+from itertools import pairwise
+
+import datasets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning.data.packing import CausalCollator, cut, lengths_of, pack, pack_rows, pack_table
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.tasks.causal_lm import CausalLM
+from tests.tiny_lm import VOCABULARY, make_model
+
+LENGTH = 16
+COLLATE = CausalCollator(pad_token_id=2)
+
+
+def documents(count, *, longest=40, seed=0):
+    rng = random.Random(seed)
+    ids = [[rng.randrange(3, len(VOCABULARY)) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+    return {"input_ids": ids, "labels": [[-100 if rng.random() < 0.2 else i for i in row] for row in ids]}
+
+
+def as_rows(columns):
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def unpacked(columns):
+    """Each piece in a row of its own."""
+    return cut(columns, max_length=LENGTH)
+
+
+def pieces_of(packed):
+    """The documents of packed rows again, by where positions restart."""
+    for row in as_rows(packed):
+        starts = [i for i, position in enumerate(row["position_ids"]) if position == 0] + [len(row["input_ids"])]
+        for a, b in pairwise(starts):
+            assert row["position_ids"][a:b] == list(range(b - a))
+            yield tuple(row["input_ids"][a:b]), tuple(row["labels"][a:b])
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_every_document_is_in_one_row_and_no_row_is_too_long(lengths):
+    rows = pack(lengths, 20)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= 20 for row in rows)
+    assert rows == pack(lengths, 20)
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60))
+def test_no_two_rows_would_fit_into_one(lengths):
+    used = sorted(sum(lengths[i] for i in row) for row in pack(lengths, 20))
+    assert len(used) == 1 or used[0] + used[1] > 20
+
+
+def best_fit_by_looking_at_every_row(lengths, max_length):
+    rows = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [r for r in rows if max_length - sum(lengths[j] for j in r) >= lengths[i]]
+        row = min(fitting, key=lambda r: max_length - sum(lengths[j] for j in r), default=None)
+        rows.append([i]) if row is None else row.append(i)
+    return rows
+
+
+@given(st.lists(st.integers(1, 20), max_size=60))
+def test_it_is_best_fit_decreasing(lengths):
+    expected = Counter(sum(lengths[i] for i in row) for row in best_fit_by_looking_at_every_row(lengths, 20))
+    assert Counter(sum(lengths[i] for i in row) for row in pack(lengths, 20)) == expected
+
+
+def test_texts_of_every_length_leave_next_to_no_padding():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 900) for _ in range(20_000)]
+    rows = pack(lengths, 2048)
+    assert sum(lengths) / (2048 * len(rows)) > 0.99
+
+
+@pytest.mark.parametrize("length", [0, 21])
+def test_a_document_that_does_not_fit_is_an_error(length):
+    with pytest.raises(LoRAError, match=f"a document of {length} tokens does not go into rows of 20"):
+        pack([3, length], 20)
+
+
+def test_long_documents_are_cut_and_the_first_of_each_piece_is_not_trained_on():
+    rows = {"input_ids": [[3, 4, 5, 6, 7], [8]], "labels": [[3, 4, 5, 6, 7], [8]], "document": [1, 2]}
+    assert cut(rows, max_length=2) == {
+        "input_ids": [[3, 4], [5, 6], [7], [8]],
+        "labels": [[-100, 4], [-100, 6], [-100], [-100]],
+        "document": [1, 1, 1, 2],
+    }
+
+
+def test_no_token_is_lost_and_no_label_moved():
+    columns = documents(80)
+    packed = pack_rows(columns, max_length=LENGTH)
+    expected = zip(*unpacked(columns).values(), strict=True)
+    assert Counter(pieces_of(packed)) == Counter((tuple(ids), tuple(labels)) for ids, labels in expected)
+    assert Counter(i for row in packed["input_ids"] for i in row) == Counter(
+        i for row in columns["input_ids"] for i in row
+    )
+    assert max(map(len, packed["input_ids"])) == LENGTH
+
+
+def test_a_table_is_packed_the_same_each_time():
+    table = datasets.Dataset.from_dict(documents(80))
+    first, again = (pack_table(table, LENGTH, "train") for _ in range(2))
+    assert first.column_names == ["input_ids", "labels", "position_ids"]
+    assert first.to_dict() == again.to_dict() == pack_rows(table.to_dict(), max_length=LENGTH)
+    assert lengths_of(first) == [len(ids) for ids in first["input_ids"]]
+
+
+def adapted(kind, **config):
+    """A model in float64 whose adapters are not zero, so that A and B both have gradients."""
+    model = make_model(kind, dtype=torch.float64, **config)
+    inject(model, LoRAConfig(r=3, alpha=6))
+    torch.manual_seed(1)
+    for tensor in adapter_tensors(model).values():
+        tensor.data = torch.randn_like(tensor.data) * 0.3
+    return model
+
+
+def loss_and_gradients(model, batches):
+    """Of the mean over all tokens, from batches that are each a mean over their own."""
+    model.zero_grad()
+    outs = [CausalLM().step(model, batch) for batch in batches]
+    tokens = sum(out.weight for out in outs)
+    loss = sum(out.loss * out.weight for out in outs) / tokens
+    loss.backward()
+    return loss.detach(), tokens, [tensor.grad.clone() for tensor in adapter_tensors(model).values()]
+
+
+# (eager attention takes its softmax in float32 whatever the model's dtype is)
+@pytest.mark.parametrize(("attention", "tolerance"), [("sdpa", 1e-12), ("eager", 1e-5)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma"])
+def test_packed_training_equals_unpacked(kind, attention, tolerance):
+    model, columns = adapted(kind, attn_implementation=attention), documents(12)
+    packed, plain = as_rows(pack_rows(columns, max_length=LENGTH)), as_rows(unpacked(columns))
+    assert len(packed) < len(plain)
+    one = loss_and_gradients(model, [COLLATE(packed[:4]), COLLATE(packed[4:])])
+    two = loss_and_gradients(model, [COLLATE(plain[i : i + 5]) for i in range(0, len(plain), 5)])
+    assert one[1] == two[1]
+    assert float((one[0] - two[0]).abs()) <= tolerance * float(two[0])
+    for a, b in zip(one[2], two[2], strict=True):
+        assert float((a - b).norm()) <= tolerance * float(b.norm())
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_it_does_with_sliding_windows_too(kind):
+    model, columns = adapted(kind, sliding_window=5), documents(6)
+    packed, plain = as_rows(pack_rows(columns, max_length=LENGTH)), as_rows(unpacked(columns))
+    one, two = (loss_and_gradients(model, [COLLATE(rows)]) for rows in (packed, plain))
+    assert float((one[0] - two[0]).abs()) <= 1e-12 * float(two[0])
+
+
+def test_what_documents_see_of_each_other_would_show():
+    """The same rows with a mask of ones and no restarts give another loss: the law above can fail."""
+    model, columns = adapted("llama"), documents(12)
+    batch = COLLATE(as_rows(pack_rows(columns, max_length=LENGTH)))
+    right = CausalLM().step(model, batch).loss
+    leaking = {k: v for k, v in batch.items() if k != "position_ids"}
+    wrong = CausalLM().step(model, leaking | {"attention_mask": torch.ones_like(batch["input_ids"])}).loss
+    assert abs(float(right.detach()) - float(wrong.detach())) > 1e-3
+
+
+def test_the_filling_of_a_short_row_changes_nothing():
+    model, columns = adapted("llama"), documents(7, longest=9)
+    rows = as_rows(pack_rows(columns, max_length=LENGTH))
+    plain, filled = COLLATE(rows), CausalCollator(pad_token_id=5, multiple_of=8)([*rows, rows[0]])
+    assert filled["input_ids"].shape[1] % 8 == 0
+    filled = {name: tensor[:-1] for name, tensor in filled.items()}
+    one, two = loss_and_gradients(model, [plain]), loss_and_gradients(model, [filled])
+    assert one[1] == two[1]
+    assert float((one[0] - two[0]).abs()) <= 1e-12 * float(two[0])
+
+
+def test_rows_that_are_not_packed_have_a_mask():
+    batch = COLLATE([{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}, {"input_ids": [6], "labels": [-100]}])
+    assert batch["input_ids"].tolist() == [[3, 4, 5], [6, 2, 2]]
+    assert batch["labels"].tolist() == [[-100, 4, 5], [-100, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

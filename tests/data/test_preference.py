@@ -1,0 +1,153 @@
+"""Rows of two answers become batches; what is cut, what counts, and which row is at fault."""
+
+import pytest
+
+from lora_lightning import LoRAError
+from lora_lightning.data.preference import PreferenceData, fitted
+from lora_lightning.data.splits import SplitConfig
+from tests.tiny_pairs import as_messages, make_llama, preferences, write_rows
+
+NO_SPLIT = SplitConfig(validation=0, test=0)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return make_llama(tmp_path_factory.mktemp("llama"))
+
+
+def data_of(folder, llama, rows, **options):
+    options = {"split": NO_SPLIT, "batch_size": 4, "length_grouped": False} | options
+    data = PreferenceData(str(write_rows(folder / "pairs.jsonl", rows)), str(llama), **options)
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def texts(data, split="train"):
+    """Of the first batch, unshuffled: each text, and the part of it that counts."""
+    rows = [data.encoded(split)[i] for i in range(4)]
+    batch, tokenizer = data.collate(rows), data.tokenizer
+    whole = [
+        tokenizer.decode(ids[mask.bool()])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    counted = [tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
+    assert ((batch["labels"] == batch["input_ids"]) | (batch["labels"] == -100)).all()
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    return whole, counted
+
+
+def test_texts_stand_as_they_are_and_answers_end(tmp_path, llama):
+    rows = preferences(6)
+    whole, counted = texts(data_of(tmp_path, llama, rows))
+    answers = [row["chosen"] for row in rows[:4]] + [row["rejected"] for row in rows[:4]]
+    assert counted == [f"{answer} </s>" for answer in answers]
+    assert [w.replace("</s>", "").strip() for w in whole[:4]] == [f"{r['prompt']} {r['chosen']}" for r in rows[:4]]
+    assert [w.replace("</s>", "").strip() for w in whole[4:]] == [f"{r['prompt']} {r['rejected']}" for r in rows[:4]]
+
+
+def test_texts_as_chat_messages_and_whole_conversations_are_one(tmp_path, llama):
+    rows = preferences(6)
+    as_chat = texts(data_of(tmp_path, llama, rows, as_chat=True))
+    messages = [as_messages(row) for row in rows]
+    assert texts(data_of(tmp_path, llama, messages)) == as_chat
+    whole = [{c: row["prompt"] + row[c] for c in ("chosen", "rejected")} | {"prompt": "unused"} for row in messages]
+    assert texts(data_of(tmp_path, llama, whole, prompt_column=None)) == as_chat
+    template = [f"<s> user {r['prompt']} </s> assistant {r['chosen']} </s>" for r in rows[:4]]
+    assert [" ".join(w.replace("</s>", " </s> ").split()) for w in as_chat[0][:4]] == [
+        " ".join(t.split()) for t in template
+    ]
+    assert all("user" not in c and "assistant" not in c for c in as_chat[1])
+
+
+def test_an_answer_that_the_template_begins_otherwise_keeps_what_differs(tmp_path):
+    """As templates do that put an empty thought only where the assistant is about to speak."""
+    template = (
+        "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant idea ' }}{% endif %}"
+    )
+    llama = make_llama(tmp_path / "llama", template=template)
+    whole, counted = texts(data_of(tmp_path, llama, preferences(4), as_chat=True))
+    assert all("idea" not in text for text in whole)
+    assert counted[0].startswith("it is")
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
+    template = "{{ messages | length }} {% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    llama = make_llama(tmp_path / "llama", template=template)
+    with pytest.raises(LoRAError, match="writes a prompt in another way once it is answered"):
+        data_of(tmp_path, llama, preferences(4), as_chat=True)
+
+
+def test_cutting_keeps_answers_and_takes_the_prompts_beginning():
+    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 6, 3) == [[1, 2, 3, 4], [5, 6], [7]]
+    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 5, 3) == [[2, 3, 4], [5, 6], [7]]
+    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 5, 3, first=1) == [[1, 3, 4], [5, 6], [7]]
+    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 5, 1, first=1) == [[4], [5, 6], [7]]
+    assert fitted([1, 2, 3, 4], [[5, 6, 8, 9], [7]], 5, 2) == [[3, 4], [5, 6, 8], [7]]
+    assert fitted([1], [[5, 6, 8, 9], [7]], 4, 2) == [[1], [5, 6, 8], [7]]
+
+
+def test_no_text_is_longer_than_allowed_and_every_answer_is_there(tmp_path, llama):
+    rows = [{"prompt": "what " * 20, "chosen": "it " * n, "rejected": "no " * (9 - n)} for n in range(1, 9)]
+    data = data_of(tmp_path, llama, rows, max_length=12, max_prompt_length=4)
+    batch = data.collate([data.encoded("train")[i] for i in range(8)])
+    assert batch["input_ids"].shape[1] <= 12
+    assert (batch["labels"] != -100).any(1).all()
+    assert max(data.lengths(data.encoded("train"))) == batch["input_ids"].shape[1]
+
+
+def test_messages_may_have_more_keys_in_some_rows(tmp_path, llama):
+    rows = [as_messages(row) for row in preferences(5)]
+    rows[0]["prompt"][0]["name"] = "someone"
+    data_of(tmp_path, llama, rows)
+
+
+ROW = {"prompt": "what is", "chosen": "it is", "rejected": "no"}
+FAULTS = {
+    "an empty answer": (
+        [ROW, {**ROW, "chosen": " "}],
+        {},
+        "pairs.jsonl, the train set, row 2, column 'chosen': expected an answer with words in it",
+    ),
+    "no prompt": ([ROW, {**ROW, "prompt": None}], {}, "row 2, column 'prompt': expected text, got None"),
+    "no answer": ([{**ROW, "rejected": None}, ROW], {}, "row 1, column 'rejected': expected text, got None"),
+    "a missing column": ([{"prompt": "a", "chosen": "b"}], {}, "no column 'rejected'"),
+    "a mistyped column": ([ROW], {"chosen_column": "choosen"}, "no column 'choosen'; did you mean 'chosen'"),
+    "messages without a role": (
+        [as_messages(ROW), {**as_messages(ROW), "chosen": [{"role": None, "content": "it"}]}],
+        {},
+        "row 2, column 'chosen': expected messages, a list of {role, content}",
+    ),
+    "an empty list": (
+        [as_messages(ROW), {**as_messages(ROW), "prompt": []}],
+        {},
+        "row 2, column 'prompt': expected messages",
+    ),
+    "texts without a prompt": ([ROW], {"prompt_column": None}, "two texts do not say where their prompt ends"),
+    "messages as chat": ([as_messages(ROW)], {"as_chat": True}, "as_chat is for columns of texts"),
+    "conversations that part early": (
+        [{c: [{"role": "user", "content": c}, {"role": "assistant", "content": "it"}] for c in ("chosen", "rejected")}],
+        {"prompt_column": None},
+        "row 1, column 'rejected': expected the messages of 'chosen' but for the last",
+    ),
+    "a prompt as long as all": (
+        [ROW],
+        {"max_length": 8, "max_prompt_length": 8},
+        "from 1 to max_length - 1 = 7, got 8",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_by_file_row_and_column(name, tmp_path, llama):
+    rows, options, said = FAULTS[name]
+    with pytest.raises(LoRAError) as raised:
+        data_of(tmp_path, llama, rows, **options)
+    assert said in str(raised.value)
+
+
+def test_messages_need_a_chat_template(tmp_path):
+    llama = make_llama(tmp_path / "llama", template=None)
+    with pytest.raises(LoRAError, match="has no chat template"):
+        data_of(tmp_path, llama, [as_messages(ROW)] * 2)

@@ -1,0 +1,118 @@
+"""The next token's loss and what is counted of it, against arithmetic of its own on the model's logits."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import LoRAError
+from lora_lightning.tasks.causal_lm import CausalLM
+from tests.tiny_lm import VOCABULARY, make_model
+
+
+def batch_of(*lengths, seed=0):
+    """Rows of these lengths, padded on the right."""
+    draw = torch.Generator().manual_seed(seed)
+    mask = torch.stack([torch.arange(max(lengths)) < n for n in lengths]).long()
+    ids = torch.randint(3, len(VOCABULARY), mask.shape, generator=draw) * mask + 2 * (1 - mask)
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def by_hand(model, batch):
+    """Of each row, the losses of its tokens and whether each was guessed."""
+    with torch.no_grad():
+        p = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double().log_softmax(-1)
+    rows = []
+    for log_p, labels in zip(p, batch["labels"], strict=True):
+        told = [(t, int(y)) for t, y in enumerate(labels[1:].tolist()) if y != -100]
+        rows.append([(-float(log_p[t, y]), int(log_p[t].argmax()) == y) for t, y in told])
+    return rows
+
+
+BATCHES = [batch_of(9, 4, 7), batch_of(2, 3, seed=1), batch_of(11, seed=2)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_figures_of_a_stage_weigh_tokens_and_not_batches(kind):
+    model, task = make_model(kind, dtype=torch.float64), CausalLM()
+    for batch in BATCHES:
+        with torch.no_grad():
+            metrics = task.update("val", task.evaluate(model, batch))
+    tokens = [token for batch in BATCHES for row in by_hand(model, batch) for token in row]
+    mean = sum(loss for loss, _ in tokens) / len(tokens)
+    found = {name: float(metric.compute()) for name, metric in metrics.items()}
+    assert found["val/loss"] == pytest.approx(mean, rel=1e-6)
+    assert found["val/perplexity"] == pytest.approx(math.exp(mean), rel=1e-6)
+    assert found["val/token_accuracy"] == pytest.approx(sum(hit for _, hit in tokens) / len(tokens))
+    of_batches = [sum(loss for row in by_hand(model, b) for loss, _ in row) for b in BATCHES]
+    assert found["val/perplexity"] != pytest.approx(sum(map(math.exp, of_batches)) / 3, rel=1e-2)
+
+
+def test_a_batch_weighs_its_trained_tokens():
+    model, task = make_model("llama"), CausalLM()
+    for batch in BATCHES:
+        out = task.step(model, batch)
+        assert out.weight == int((batch["labels"][:, 1:] != -100).sum())
+        assert out.loss.requires_grad
+
+
+def test_a_row_is_predicted_as_if_it_were_alone():
+    model, task = make_model("llama", dtype=torch.float64), CausalLM()
+    found = task.predict(model, BATCHES[0])
+    for i, row in enumerate(by_hand(model, BATCHES[0])):
+        mean = sum(loss for loss, _ in row) / len(row)
+        assert found["tokens"][i] == len(row)
+        assert float(found["loss"][i]) == pytest.approx(mean, rel=1e-9)
+        assert float(found["perplexity"][i]) == pytest.approx(math.exp(mean), rel=1e-9)
+
+
+def test_smoothing_is_for_training_alone():
+    model, task = make_model("llama", dtype=torch.float64), CausalLM(label_smoothing=0.2)
+    with torch.no_grad():
+        smooth, plain = task._step(model, BATCHES[0], 0.2), task.evaluate(model, BATCHES[0])
+    assert float(task.step(model, BATCHES[0]).loss.detach()) == float(smooth.loss)
+    tokens = [loss for row in by_hand(model, BATCHES[0]) for loss, _ in row]
+    assert float(plain.loss) == pytest.approx(sum(tokens) / len(tokens), rel=1e-9)
+    assert float(smooth.loss) > float(plain.loss)
+    assert "train/perplexity" not in task.update("train", smooth)
+    assert "val/perplexity" in task.update("val", plain)
+
+
+class Plain(nn.Module):
+    """No transformers model, and no mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY))
+
+    def forward(self, input_ids):
+        return self.head(self.embed(input_ids))
+
+
+def test_any_module_that_gives_logits_will_do():
+    ids = torch.randint(3, len(VOCABULARY), (2, 6))
+    model = Plain()
+    out = CausalLM().step(model, {"input_ids": ids, "labels": ids})
+    expected = nn.functional.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(out.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
+
+
+def test_nothing_to_train_on_is_an_error_and_nothing_to_evaluate_counts_for_nothing():
+    model, task = make_model("llama"), CausalLM()
+    nothing = batch_of(5) | {"labels": torch.full((1, 5), -100)}
+    with pytest.raises(LoRAError, match="nothing is trained on in this batch"):
+        task.step(model, nothing)
+    with torch.no_grad():
+        task.update("val", task.evaluate(model, BATCHES[0]))
+        before = float(task.update("val", task.evaluate(model, nothing))["val/perplexity"].compute())
+        assert task.evaluate(model, nothing).weight == 0
+    assert math.isfinite(before)
+
+
+def test_a_misfit_is_named():
+    model = make_model("llama")
+    with pytest.raises(LoRAError, match="no 'labels', only input_ids"):
+        CausalLM().step(model, {"input_ids": torch.zeros(1, 4).long()})
+    with pytest.raises(LoRAError, match="label_smoothing must be"):
+        CausalLM(label_smoothing=1.0)

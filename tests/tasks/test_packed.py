@@ -1,0 +1,119 @@
+"""A backbone that lets documents of one row see each other is refused, and one that keeps them apart is not."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lora_lightning import LoRAError
+from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.packed import as_packed, flash_lengths, refuse_mixing
+from tests.tiny_lm import VOCABULARY, make_model
+
+IDS = torch.arange(3, len(VOCABULARY))[None]
+POSITIONS = torch.tensor([[*range(8), *range(5), *range(IDS.shape[1] - 13)]])
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma", "mistral", "phi", "gpt_neox", "falcon"])
+def test_a_model_that_keeps_documents_apart_is_taken(kind, attention):
+    model = make_model(kind, attn_implementation=attention)
+    refuse_mixing(model, IDS)
+    refuse_mixing(model.double(), IDS)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_sliding_windows_are_kept_apart_too(kind):
+    refuse_mixing(make_model(kind, sliding_window=4), IDS)
+
+
+@pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_mixes_them_is_refused(kind, dtype):
+    model = make_model(kind, dtype=dtype)
+    batch = {"input_ids": IDS, "position_ids": POSITIONS, "labels": IDS}
+    with pytest.raises(LoRAError, match=f"{type(model).__name__} cannot be given packed rows.*set data.init_args.pack"):
+        CausalLM().step(model, batch)
+
+
+class WithoutPositions(nn.Module):
+    """Absolute positions of its own, and a mean over what came before."""
+
+    def __init__(self, *, masks: bool):
+        super().__init__()
+        self.masks = masks
+        self.embed, self.head = nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY))
+        self.places = nn.Embedding(64, 8)
+
+    def forward(self, input_ids, position_ids=None):
+        t = input_ids.shape[1]
+        visible = torch.ones(t, t).tril().expand(len(input_ids), t, t)
+        if position_ids is not None and self.masks:
+            document = (position_ids == 0).cumsum(-1)
+            visible = visible * (document[:, None] == document[:, :, None])
+        mixed = visible / visible.sum(-1, keepdim=True) @ self.embed(input_ids)
+        return self.head(mixed + self.places(torch.arange(t)))
+
+
+def test_positions_that_are_not_looked_at_are_found_out():
+    with pytest.raises(LoRAError, match="change with the one before it"):
+        refuse_mixing(WithoutPositions(masks=False), IDS)
+    with pytest.raises(LoRAError, match="are not those it has alone"):
+        refuse_mixing(WithoutPositions(masks=True), IDS)
+
+
+def test_a_forward_that_takes_no_positions_is_refused():
+    model = nn.Sequential(nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY)))
+    with pytest.raises(LoRAError, match=r"Sequential cannot be given packed rows.*unexpected keyword"):
+        as_packed(model, {"input_ids": IDS, "position_ids": POSITIONS})
+
+
+def test_the_trial_leaves_the_models_modes_and_the_random_numbers_alone():
+    model = make_model("gpt2").train()
+    model.transformer.h[0].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    refuse_mixing(model, IDS)
+    assert modes == [m.training for m in model.modules()]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_documents_are_put_into_rows_of_their_own_while_there_is_room():
+    batch = {"input_ids": torch.arange(12).view(2, 6), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1], [*range(6)]])}
+    found = CausalLM().inputs(nn.Identity(), batch | {"labels": batch["input_ids"]})
+    assert found["input_ids"].tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+def test_flash_attention_is_given_the_bounds_of_documents_over_all_rows():
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
+    found = flash_lengths(positions)
+    assert found["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 10]
+    assert found["cu_seq_lens_k"].dtype == torch.int32
+    assert found["max_length_q"] == found["max_length_k"] == 4
+
+
+def by_bounds(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+    """What flash attention does with the bounds that it is given, in plain torch; without bounds, each row is one."""
+    b, _, t, _ = query.shape
+    document = torch.arange(b).repeat_interleave(t)
+    if cu_seq_lens_q is not None:
+        assert int(cu_seq_lens_q.diff().max()) == max_length_q
+        document = torch.arange(len(cu_seq_lens_q) - 1).repeat_interleave(cu_seq_lens_q.diff())
+    document = document.view(b, t)
+    seen = (document[:, :, None] == document[:, None]) & torch.ones(t, t, dtype=torch.bool).tril()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None], scale=scaling)
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma"])
+def test_models_hand_the_bounds_on_to_flash_attention(kind):
+    transformers.AttentionInterface.register("bounds_as_flash", by_bounds)
+    as_flash, sdpa = (make_model(kind, dtype=torch.float64) for _ in range(2))
+    as_flash.config._attn_implementation = "bounds_as_flash"
+    ids = torch.stack([IDS[0], IDS[0].flip(0)])
+    positions = torch.cat([POSITIONS, torch.tensor([[*range(3), *range(ids.shape[1] - 3)]])])
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    one, two = (CausalLM().evaluate(model, batch) for model in (as_flash, sdpa))
+    assert float(one.loss.detach()) == pytest.approx(float(two.loss.detach()), rel=1e-12)

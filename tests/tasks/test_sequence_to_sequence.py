@@ -1,0 +1,217 @@
+"""Losses against transformers' own; texts and token means are the same whatever the batches and their padding."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
+
+from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning.data.prompt_completion import PromptCompletionData
+from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData
+from lora_lightning.data.splits import SplitConfig
+from lora_lightning.tasks.generating import WrittenOutput
+from lora_lightning.tasks.generation import generate_texts, generation_config
+from lora_lightning.tasks.sequence_to_sequence import SequenceToSequence
+from lora_lightning.tasks.text_generation import TextGeneration
+from tests.tiny_text import make_model, make_tokenizer, restaurants, write_rows
+
+KINDS = ["t5", "bart", "gpt2"]
+BEAMS = {"num_beams": 3, "max_new_tokens": 6, "length_penalty": 0.8, "no_repeat_ngram_size": 4}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def data(kind, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(kind)
+    make_tokenizer(folder, ends=kind != "gpt2")
+    rows = restaurants(12)
+    rows[3]["context"] = "name : Zizzi"  # of another length than the others
+    rows[7]["completion"] = "a place ."
+    path = write_rows(folder / "rows.jsonl", rows)
+    options = {"split": SplitConfig(validation=0, test=0), "length_grouped": False}
+    files = {"train": path, "test": path}
+    if kind == "gpt2":
+        made = PromptCompletionData(files, str(folder), "{context} </s>", "{completion}", **options)
+    else:
+        made = SequenceToSequenceData(files, str(folder), "context", "completion", **options)
+    made.prepare_data()
+    made.setup()
+    return made
+
+
+def model_of(kind):
+    """Adapted, with B not zero, so that texts are not those of the backbone."""
+    model = make_model(kind)
+    inject(model, LoRAConfig(r=2))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            nn.init.normal_(parameter)
+    return model.double().eval()
+
+
+def task_of(kind, data, **kwargs):
+    made = TextGeneration if kind == "gpt2" else SequenceToSequence
+    return made(data.tokenizer, **({"generation": BEAMS} | kwargs))
+
+
+def batch_of(data, rows, split="test"):
+    return data.collate([data.encoded(split)[i] for i in rows])
+
+
+def test_loss_is_transformers_own(kind, data):
+    model, batch = model_of(kind), batch_of(data, range(12), "train")
+    out = task_of(kind, data).step(model, batch)
+    trained = (batch["labels"][:, 1:] if kind == "gpt2" else batch["labels"]) != -100
+    assert out.weight == int(trained.sum())
+    # Causal models take their logits to float32 first.
+    assert float(out.loss) == pytest.approx(float(model(**batch).loss), rel=1e-6 if kind == "gpt2" else 1e-12)
+
+
+def test_smoothing_is_for_training_alone(kind, data):
+    model, batch = model_of(kind), batch_of(data, range(4))
+    plain, smooth = task_of(kind, data), task_of(kind, data, label_smoothing=0.1, generate_in_validation=False)
+    smooth.reset("val")
+    train = {key: value for key, value in batch.items() if key != "references" and not key.startswith("prompt")}
+    logits = model(**train).logits[:, :-1] if kind == "gpt2" else model(**train).logits
+    labels = train["labels"][:, 1:] if kind == "gpt2" else train["labels"]
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+    torch.testing.assert_close(smooth.step(model, batch).loss, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(smooth.evaluate(model, batch).loss, plain.step(model, batch).loss)
+
+
+@pytest.mark.parametrize("options", [BEAMS, {"max_new_tokens": 6}], ids=["beams", "greedy"])
+def test_figures_do_not_depend_on_batches_or_padding(kind, data, options):
+    model = model_of(kind)
+    found = {}
+    for size in (1, 3, 8):
+        task = task_of(kind, data, generation=options, metrics=["bleu", "chrf", "rouge1", "exact_match"])
+        task.reset("test")
+        texts = []
+        for rows in torch.arange(8).split(size):
+            out = task.evaluate(model, batch_of(data, rows.tolist()))
+            texts += out.texts
+            logged = task.update("test", out)
+        found[size] = texts, {name: float(metric.compute()) for name, metric in logged.items()}
+    assert set(found[1][1]) == {
+        f"test/{m}" for m in ("loss", "token_accuracy", "bleu", "chrf", "rouge1", "exact_match")
+    }
+    assert any(found[1][0]), "a model that writes nothing would prove nothing"
+    for size in (3, 8):
+        assert found[size][0] == found[1][0]
+        assert found[size][1] == pytest.approx(found[1][1], rel=1e-6)
+
+
+def test_texts_are_those_of_generate_on_one_row_alone(kind, data):
+    model, batch = model_of(kind), batch_of(data, range(6))
+    task = task_of(kind, data, generation={"max_new_tokens": 6, "num_beams": 2})
+    texts = task.predict(model, batch)["prediction"]
+    sources = task.sources(batch)
+    for row in range(6):
+        ids = sources["input_ids"][row][sources["attention_mask"][row].bool()][None]
+        alone = model.generate(input_ids=ids, max_new_tokens=6, num_beams=2, do_sample=False)[0]
+        alone = alone[ids.shape[1] :] if kind == "gpt2" else alone
+        assert texts[row] == data.tokenizer.decode(alone, skip_special_tokens=True).strip()
+
+
+def test_training_and_a_validation_that_does_not_write_log_no_text_metrics(kind, data):
+    model, batch = model_of(kind), batch_of(data, range(4))
+    task = task_of(kind, data, generate_in_validation=False)
+    assert (task.monitor, task.monitor_mode) == ("val/loss", "min")
+    task.reset("val")
+    assert set(task.update("train", task.step(model, batch))) == {"train/loss", "train/token_accuracy"}
+    assert set(task.update("val", task.evaluate(model, batch))) == {"val/loss", "val/token_accuracy"}
+    task.reset("test")
+    assert "test/bleu" in task.update("test", task.evaluate(model, batch))
+
+
+def test_a_first_batch_with_equal_figures_does_not_make_two_metrics_one():
+    task = SequenceToSequence(None, metrics=["rouge1", "rouge2"])
+    for text, reference in (("x", "y"), ("a b", "b a")):
+        out = WrittenOutput(torch.tensor(1.0), 1, correct=torch.tensor(1), texts=[text], references=[[reference]])
+        figures = task.update("test", out)
+    assert [float(figures[f"test/{name}"].compute()) for name in ("rouge1", "rouge2")] == [0.5, 0.0]
+
+
+def test_a_further_set_is_counted_apart(kind, data):
+    model, batch = model_of(kind), batch_of(data, range(3))
+    task = task_of(kind, data)
+    task.add_stage("test_unseen")
+    for stage in task.stages("test"):
+        task.reset(stage)
+    figures = task.update("test_unseen", task.evaluate(model, batch))
+    assert {"test_unseen/loss", "test_unseen/token_accuracy", "test_unseen/bleu"} <= set(figures)
+    assert int(task.metrics["test_"]["exact_match"].count) == 0
+
+
+def test_without_references_a_rows_own_target_is_the_reference(kind, data):
+    batch = batch_of(data, range(3))
+    expected = [data.tables["test"]["completion"][i] for i in range(3)]
+    del batch["references"]
+    out = task_of(kind, data).evaluate(model_of(kind), batch)
+    assert out.references == [[text] for text in expected]
+
+
+def test_ter_is_best_where_it_is_least(data, kind):
+    task = task_of(kind, data, metrics=["ter", "bleu"])
+    assert (task.monitor, task.monitor_mode) == ("val/ter", "min")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"generation": {"num_beam": 3}}, "generation has no option 'num_beam'; did you mean 'num_beams'"),
+        ({"generation": {"num_return_sequences": 2}}, "generation has no option 'num_return_sequences'"),
+        ({"label_smoothing": 1.0}, "label_smoothing must be at least 0 and below 1"),
+        ({"metrics": ["blue"]}, "no 'blue'; did you mean 'bleu'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, said):
+    with pytest.raises(LoRAError, match=said):
+        SequenceToSequence(None, **options)
+
+
+def test_a_model_that_cannot_write_is_refused(data):
+    with pytest.raises(LoRAError, match="Linear has no `generate`"):
+        generate_texts(nn.Linear(1, 1), {}, data.tokenizer, {})
+
+
+def test_a_decoder_needs_to_be_told_where_it_starts():
+    with pytest.raises(LoRAError, match="put decoder_input_ids into the batch"):
+        SequenceToSequence(None).step(nn.Linear(1, 1), {"input_ids": torch.zeros(1, 2), "labels": torch.zeros(1, 2)})
+
+
+def test_a_chat_models_own_sampling_is_switched_off(tmp_path):
+    tokenizer, own = make_tokenizer(tmp_path, ends=False), make_model("gpt2").generation_config
+    own.update(do_sample=True, temperature=0.6, top_p=0.9, eos_token_id=[5])
+    config = generation_config(own, tokenizer, {"num_beams": 2})
+    assert (config.do_sample, config.temperature, config.top_p, config.num_beams) == (False, None, None, 2)
+    assert config.eos_token_id == [5, 1], "the tokenizer's end ends a text too"
+    assert config.max_new_tokens == 64
+    assert own.do_sample, "the model's own config stays"
+    sampled = generation_config(own, tokenizer, {"do_sample": True, "max_new_tokens": 3})
+    assert (sampled.temperature, sampled.max_new_tokens) == (0.6, 3)
+
+
+def test_a_text_may_say_what_its_prompt_says_but_not_twice(tmp_path):
+    """A model that always goes on with the next number, over a prompt that has counted already."""
+    tokenizer = make_tokenizer(tmp_path, ends=False)
+    model = make_model("gpt2").eval()
+
+    def count(input_ids, **kwargs):
+        logits = torch.zeros(*input_ids.shape, model.config.vocab_size)
+        return CausalLMOutput(logits=logits.scatter(-1, (3 + (input_ids - 2) % 4).unsqueeze(-1), 9.0))
+
+    model.forward = count
+    prompt = torch.tensor([[3, 4, 5, 6, 3, 4]])
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    options = {"max_new_tokens": 8, "use_cache": False}
+    free = generate_texts(model, inputs, tokenizer, options)[0].split()
+    assert free == tokenizer.decode([5, 6, 3, 4, 5, 6, 3, 4]).split()
+    once = generate_texts(model, inputs, tokenizer, {**options, "no_repeat_ngram_size": 3})[0].split()
+    assert once[:6] == free[:6], "what the prompt holds may be said"
+    assert once[6] != free[6], "what the text holds may not be said again"

@@ -1,0 +1,172 @@
+"""Answers before and after, by a run of the command over a tiny Llama and a file of conversations."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lora_lightning import LoRAConfig, LoRAModule, huggingface, inject
+from lora_lightning.cli import LoRACLI
+from lora_lightning.data.chat import ChatData
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.inject import adapted_layers, disabled
+from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.training.callbacks.samples import Sample, Samples, answers, evaluating, page_of, stops
+from tests.chats import CHATML, make_llama, write_chats
+
+CONFIG = """
+name: chat
+seed_everything: 7
+trainer:
+  max_epochs: 6
+  accelerator: cpu
+  enable_progress_bar: false
+  callbacks:
+    - class_path: lora_lightning.training.callbacks.samples.Samples
+      init_args: {{count: 3, max_new_tokens: 8}}
+model:
+  backbone:
+    class_path: lora_lightning.huggingface
+    init_args: {{pretrained_model_name_or_path: {llama}, auto_class: AutoModelForCausalLM}}
+  lora: {{r: 16, modules_to_save: [lm_head]}}
+  task: {{class_path: lora_lightning.tasks.causal_lm.CausalLM}}
+  optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.005}}}}
+data:
+  class_path: lora_lightning.data.chat.ChatData
+  init_args:
+    path: {chats}
+    tokenizer: {llama}
+    max_length: 64
+    batch_size: 16
+    packing: {packing}
+"""
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    torch.manual_seed(0)
+    llama, chats = make_llama(folder / "llama"), write_chats(folder / "chats.jsonl", rows=200)
+    config = folder / "run.yaml"
+    config.write_text(CONFIG.format(llama=llama, chats=chats, packing="false"))
+    return SimpleNamespace(folder=folder, llama=str(llama), chats=str(chats), config=str(config))
+
+
+@pytest.fixture(scope="module")
+def fitted(chat):
+    LoRACLI(args=["fit", "--config", chat.config, "--runs_dir", str(chat.folder / "runs")])
+    return chat.folder / "runs" / "chat" / "version_0"
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_chat_run_learns_its_answers_and_writes_them_down(fitted):
+    samples = lines(fitted / "samples.jsonl")
+    assert len(samples) == 6 * 3
+    assert sorted({sample["step"] for sample in samples}) == [10, 20, 30, 40, 50, 60]
+    assert all(sample["before"] != sample["reference"] for sample in samples)
+    assert [sample["after"] for sample in samples[-3:]] == [sample["reference"] for sample in samples[-3:]]
+    assert len({(sample["prompt"], sample["before"]) for sample in samples}) == len({s["prompt"] for s in samples})
+    page = (fitted / "samples.md").read_text()
+    assert page.startswith("After 60 steps:\n\n| prompt |")
+    assert page.count("\n|") == 2 + 3
+
+
+def test_before_is_the_plain_models_own_answer(fitted, chat):
+    """Said by transformers alone, on the prompt as its own chat template writes it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat.llama), AutoTokenizer.from_pretrained(chat.llama)
+    sample = next(s for s in lines(fitted / "samples.jsonl") if not s["prompt"].startswith("user:"))
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": sample["prompt"]}], add_generation_prompt=True, return_tensors="pt"
+    )
+    out = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert said.strip() == sample["before"]
+
+
+def test_test_predict_and_export_follow(fitted, chat, tmp_path):
+    cli = LoRACLI(args=["test", "--ckpt_path", str(fitted)])
+    assert float(cli.trainer.callback_metrics["test/perplexity"]) < 1.5
+    LoRACLI(args=["predict", "--ckpt_path", str(fitted)])
+    predicted = lines(fitted / "predict" / "predictions.jsonl")
+    assert len(predicted) == 20
+    assert all(row["perplexity"] < 3 for row in predicted)
+    LoRACLI(args=["export", "--ckpt_path", str(fitted), "--output_dir", str(tmp_path / "out")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
+    sample = next(s for s in lines(fitted / "samples.jsonl")[-3:] if not s["prompt"].startswith("user:"))
+    asked = [{"role": "user", "content": sample["prompt"]}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
+    out = model.generate(**ids, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == sample["reference"]
+
+
+def test_a_packed_run_learns_the_same(chat, tmp_path):
+    config = tmp_path / "packed.yaml"
+    config.write_text(CONFIG.format(llama=chat.llama, chats=chat.chats, packing="true"))
+    rows = ["--data.init_args.batch_size", "4", "--trainer.max_epochs", "3"]
+    cli = LoRACLI(args=["fit", "--config", str(config), *rows])
+    assert float(cli.trainer.callback_metrics["val/perplexity"]) < 3
+    LoRACLI(args=["predict", "--ckpt_path", "runs/chat"])
+    assert len(lines(tmp_path / "runs/chat/version_0/predict/predictions.jsonl")) == 20
+
+
+def test_generating_leaves_the_model_as_it_was(chat):
+    backbone = huggingface(chat.llama, auto_class="AutoModelForCausalLM")
+    inject(backbone, LoRAConfig(r=4, dropout=0.5))
+    for _, layer in adapted_layers(backbone):
+        torch.nn.init.normal_(layer.lora_B)
+    backbone.train()
+    backbone.model.layers[0].mlp.eval()
+    modes = {name: module.training for name, module in backbone.named_modules()}
+    data = ChatData(chat.chats, chat.llama, max_length=64)
+    data.setup()
+    prompts = data.prompts(2)
+    with evaluating(backbone):
+        after = answers(backbone, data, prompts, 8)
+        with disabled(backbone):
+            before = answers(backbone, data, prompts, 8)
+        assert answers(backbone, data, prompts, 8) == after != before
+    assert {name: module.training for name, module in backbone.named_modules()} == modes
+
+
+def test_an_answer_stops_at_its_turns_end_whatever_the_model_says(chat, tmp_path):
+    """The model's own config knows another end."""
+    make_llama(tmp_path / "other", CHATML, end="</s>")
+    backbone = huggingface(str(tmp_path / "other"), auto_class="AutoModelForCausalLM")
+    for train_on in ("answers", "all"):
+        data = ChatData(chat.chats, str(tmp_path / "other"), max_length=64, train_on=train_on)
+        data.setup()
+        number = data.tokenizer.convert_tokens_to_ids
+        assert stops(backbone, data) == sorted([number("</s>"), number("<|im_end|>")])
+
+
+def test_what_it_cannot_do_is_said_before_the_fit(chat, make_module, make_data):
+    with pytest.raises(LoRAError, match="count must be at least 1"):
+        Samples(count=0)
+    trainer = SimpleNamespace(datamodule=make_data())
+    with pytest.raises(LoRAError, match="a transformers model that generates"):
+        Samples().setup(trainer, make_module(), "fit")
+    backbone = huggingface(chat.llama, auto_class="AutoModelForCausalLM")
+    module = LoRAModule(backbone, CausalLM())
+    with pytest.raises(LoRAError, match="takes its prompts from ChatData"):
+        Samples().setup(trainer, module, "fit")
+
+
+def test_a_page_escapes_what_would_break_its_table():
+    page = page_of([Sample(1, "a|b", "c\nd", "e", "f")])
+    assert page.splitlines()[-1] == "| a\\|b | c<br>d | e | f |"
+
+
+@pytest.mark.slow
+def test_wandb_gets_the_table(chat, tmp_path):
+    logger = ["--trainer.logger", "lora_lightning.WandbLogger", "--trainer.logger.save_dir", str(tmp_path / "runs")]
+    LoRACLI(args=["fit", "--config", chat.config, "--trainer.max_epochs", "1", *logger])
+    (table,) = (tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "prompt", "reference", "before", "after"]
+    assert len(content["data"]) == 3
