@@ -24,7 +24,7 @@ from lora_lightning.data.conversations import (
 )
 from lora_lightning.data.dialogues import is_dialogues, read_dialogues
 from lora_lightning.data.packing import CausalCollator, pack_table
-from lora_lightning.data.prompts import GivesPrompts, Prompt
+from lora_lightning.data.prompts import GivesPrompts, Prompt, from_all_over, held_out
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.tables import check_columns
@@ -228,11 +228,9 @@ class ChatData(TextData, GivesPrompts):
         Args:
             count: how many at most.
         """
-        split = next(name for name in ("validation", "test", "train") if name in self.tables)
-        table, layout = self.tables[split], self.layout(split)
-        step = max(len(table) // count, 1)
-        found = []
-        for row in table.select(range(0, len(table), step)[:count]):
+        split, found = held_out(self.tables), []
+        layout = self.layout(split)
+        for row in from_all_over(self.tables[split], count):
             messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
             end = last_answer(messages)
             assert end is not None  # see check

@@ -13,7 +13,7 @@ from torchmetrics import MetricCollection
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
 from lora_lightning.tasks.lm_head import shifted_loss, shifted_losses
-from lora_lightning.tasks.packed import as_packed, is_packed
+from lora_lightning.tasks.packed import as_packed, is_packed, unpacked
 from lora_lightning.tasks.token_metrics import Perplexity, TokenAccuracy
 
 
@@ -57,6 +57,11 @@ class CausalLM(Task):
             LoRAError: nothing is trained on; or the rows are packed and the backbone mixes documents.
         """
         return self._step(backbone, batch, self.label_smoothing)
+
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a packed batch, documents in rows of their own."""
+        given = inputs_of(batch, "labels", "document")
+        return unpacked(given) if is_packed(given) else given
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
         """Without smoothing."""

@@ -456,6 +456,21 @@ def test_second_derivatives_reach_the_first_sibling_by_z_alone(rows: int) -> Non
         torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_step_between_forward_and_the_backward_of_a_sibling_raises(alone: bool) -> None:
+    """As torch does of what it saved, whether the first sibling's backward ran before or never does."""
+    model = Three(6, 5)
+    inject(model, LoRAConfig(r=2, target_modules=["q", "k", "v"]))
+    middle = torch.randn(3, 6, requires_grad=True) * 1.5
+    first, second = model.q(middle), model.k(middle)
+    if not alone:
+        first.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        model.k.lora_A.mul_(2.0)  # type: ignore[operator,union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.sum().backward()
+
+
 # The norms of DoRA.
 
 

@@ -162,6 +162,7 @@ def test_a_page_escapes_what_would_break_its_table():
     assert page.splitlines()[-1] == "| a\\|b | c<br>d | e | f |"
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_table(chat, tmp_path):
     logger = ["--trainer.logger", "lora_lightning.WandbLogger", "--trainer.logger.save_dir", str(tmp_path / "runs")]
     LoRACLI(args=["fit", "--config", chat.config, "--trainer.max_epochs", "1", *logger])
