@@ -79,14 +79,14 @@ def before_and_after(module, data, epochs):
 
 @pytest.mark.slow
 def test_minilm_finds_days_and_numbers_in_the_news(tmp_path):
-    """Measured: entity F1 0.03 before, 0.97 after one epoch over 480 sentences."""
+    """Measured: entity F1 0.029 before, 0.979 after two epochs over 480 sentences."""
     rows = news(680)
     files = {
         "train": write_rows(tmp_path / "train.jsonl", rows[:480]),
         "val": write_rows(tmp_path / "v.jsonl", rows[480:]),
     }
     lightning.seed_everything(0)
-    data = TokenClassificationData(files, MINILM, batch_size=16)
+    data = TokenClassificationData(files, MINILM, batch_size=16, split=SplitConfig(test=0))
     data.prepare_data()
     assert data.label_names == ["O", "B-DAY", "B-NUMBER", "I-NUMBER"], json.dumps(data.label_names)
     model = huggingface(MINILM, auto_class="AutoModelForTokenClassification", label_names=data.label_names)
@@ -94,7 +94,7 @@ def test_minilm_finds_days_and_numbers_in_the_news(tmp_path):
     module = LoRAModule(
         model, TokenClassification(data.label_names), lora, lambda params: torch.optim.AdamW(params, lr=2e-3)
     )
-    before, after = before_and_after(module, data, epochs=1)
+    before, after = before_and_after(module, data, epochs=2)
     assert before["val/f1"] < 0.2
     assert after["val/f1"] > 0.94
 
