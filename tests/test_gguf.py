@@ -66,5 +66,5 @@ def test_a_gguf_model_is_adapted_merged_and_saved_like_any_other(tmp_path):
 
 def test_names_of_other_things_stay_as_they_are(tmp_path):
     assert directory_and_file("org/model") == ("org/model", {})
-    with pytest.raises(LoRAError, match="no file .*missing.gguf"):
+    with pytest.raises(LoRAError, match=r"no file .*missing.gguf"):
         directory_and_file(str(tmp_path / "missing.gguf"))
