@@ -14,6 +14,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
 from lora_lightning.tasks.lm_head import shifted_loss, shifted_losses
 from lora_lightning.tasks.packed import as_packed, is_packed, unpacked
+from lora_lightning.tasks.positions import refuse_too_long
 from lora_lightning.tasks.token_metrics import Perplexity, TokenAccuracy
 
 
@@ -100,7 +101,8 @@ def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[di
     """What the backbone is called with, and the labels (b, t).
 
     Raises:
-        LoRAError: there are no labels; or the rows are packed and the backbone mixes documents.
+        LoRAError: there are no labels; a row is longer than the backbone's positions; or the rows are packed and the
+            backbone mixes documents.
     """
     inputs = inputs_of(batch, "labels", "document")
     if not isinstance(batch.get("labels"), Tensor):
@@ -108,4 +110,5 @@ def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[di
             f"the batch has no 'labels', only {', '.join(inputs)}: for a language model they are the input_ids"
             " themselves, -100 where nothing is trained on"
         )
+    refuse_too_long(backbone, inputs)
     return (as_packed(backbone, inputs) if is_packed(inputs) else inputs), batch["labels"]
