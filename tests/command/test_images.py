@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -129,3 +131,18 @@ def test_a_start_that_is_measured_on_images_takes_them_by_the_backbones_own_name
     given = config_of(tmp_path / "run.yaml", folder, backbone, lora, image_size=32)
     cli = LoRACLI(args=["fit", *given, "--trainer.fast_dev_run", "1"])
     assert cli.trainer.global_step == 1
+
+
+def test_without_torchvision_one_line_says_what_to_install(tmp_path):
+    config_of(tmp_path / "run.yaml", tmp_path, vit_of(tmp_path / "vit"), {"r": 2})
+    code = (
+        "import sys, lora_lightning.cli; from lora_lightning.__main__ import main;"
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.partition('.')[0] == 'torchvision'];"
+        "sys.modules['torchvision'] = None;"
+        "sys.argv = ['lora-lightning', 'fit', '-c', 'run.yaml']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("lora-lightning: error: ")
+    assert "images need torchvision and pillow: pip install 'lora_lightning[vision]'" in last
