@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from lora_lightning.data.chat import ChatData as ChatData
     from lora_lightning.data.dataset import DatasetData as DatasetData
     from lora_lightning.data.dataset import hub_dataset as hub_dataset
+    from lora_lightning.data.image_texts import ImageTextData as ImageTextData
     from lora_lightning.data.images import ImageData as ImageData
     from lora_lightning.data.language_modelling import LanguageModellingData as LanguageModellingData
     from lora_lightning.data.pairs import PairData as PairData
     from lora_lightning.data.preference import PreferenceData as PreferenceData
     from lora_lightning.data.prompt_completion import PromptCompletionData as PromptCompletionData
+    from lora_lightning.data.segmentation import SegmentationData as SegmentationData
     from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData as SequenceToSequenceData
     from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
     from lora_lightning.data.text_labels import MultiLabelTextData as MultiLabelTextData
@@ -117,6 +119,8 @@ _WHERE = {
     "PairData": "lora_lightning.data.pairs",
     "DatasetData": "lora_lightning.data.dataset",
     "hub_dataset": "lora_lightning.data.dataset",
+    "SegmentationData": "lora_lightning.data.segmentation",
+    "ImageTextData": "lora_lightning.data.image_texts",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

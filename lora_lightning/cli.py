@@ -219,6 +219,14 @@ class LoRACLI(LightningCLI):
                 raise
             raise cause from None
 
+    def _dump_config(self) -> None:
+        """A class without arguments has no `init_args`, where Lightning would note what is linked."""
+        super()._dump_config()
+        model = self.config_dump.get("model") or {}
+        for part in ("backbone", "task"):
+            if isinstance(model.get(part), dict):
+                model[part].setdefault("init_args", {})
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that are on by default, and a log in the run folder."""
         config = self._get(self.config_init, "trainer")

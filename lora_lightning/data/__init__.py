@@ -1,6 +1,7 @@
 """Where examples come from: one DataModule per kind of input."""
 
+from lora_lightning.data.base import TableData
 from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.data.text_classification import TextClassificationData
+from lora_lightning.data.texts import TextData
 
-__all__ = ["EpochSampler", "TextClassificationData"]
+__all__ = ["EpochSampler", "TableData", "TextData"]

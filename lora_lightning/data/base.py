@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import datasets
@@ -104,12 +105,13 @@ class TableData(LightningDataModule, ABC):
         if self._tables is None:
             tables = {split: with_row_numbers(table) for split, table in self.read().items()}
             for split, table in tables.items():
-                check_columns(table, self.columns(split), self.place(split))
-                self.check(table, split)
+                with self._told(split) as kind:
+                    check_columns(table, self.columns(kind), self.place(kind))
+                    self.check(table, kind)
+                    tables[split] = self.filter(table, kind)
             named = first_in_place(list(tables))
             self._called = {new: old for old, new in named.items()}
-            used = {named.get(split, split): self.filter(table, split) for split, table in tables.items()}
-            self._tables = self._with_splits(used)
+            self._tables = self._with_splits({named.get(split, split): table for split, table in tables.items()})
         return self._tables
 
     def sets(self, split: str) -> list[str]:
@@ -129,7 +131,21 @@ class TableData(LightningDataModule, ABC):
         """Encode each split once."""
         for split, table in self.tables.items():
             if split not in self._encoded:
-                self._encoded[split] = self.encode(table, split)
+                with self._told(split) as kind:
+                    self._encoded[split] = self.encode(table, kind)
+
+    @contextmanager
+    def _told(self, split: str) -> Iterator[str]:
+        """What a subclass is told of a set: `predict` of each to predict on, which have no targets.
+
+        Errors name the set itself.
+        """
+        called, kind = self._called, "predict" if split.startswith("predict_") else split
+        self._called = {**called, kind: called.get(split, split)}
+        try:
+            yield kind
+        finally:
+            self._called = called
 
     def train_dataloader(self) -> DataLoader[Any]:
         table = self.encoded("train")

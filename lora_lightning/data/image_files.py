@@ -75,6 +75,40 @@ def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> data
     return datasets.Dataset.from_dict({image: [file for file, _ in rows], label: [name for _, name in rows]})
 
 
+def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: Sequence[str]) -> datasets.Dataset:
+    """One row for each image: its path, and that of the mask of the same name.
+
+    Args:
+        split: images of `predict` need no masks.
+        columns: names of the two columns.
+        names: of the folders of images and of masks.
+
+    Raises:
+        LoRAError: there is no image, or one without a mask, or a mask without an image.
+    """
+    images, masks = (folder / name for name in names)
+    if not images.is_dir() and split == "predict":
+        images = folder
+    found = {_stem(file, images): file for file in image_files(images)}
+    if not found:
+        raise LoRAError(f"{images} holds no image ({', '.join(SUFFIXES)})")
+    if split == "predict":
+        return datasets.Dataset.from_dict({columns[0]: [str(file) for file in found.values()]})
+    if not masks.is_dir():
+        raise LoRAError(f"no folder {masks} beside {images}")
+    own = {_stem(file, masks): file for file in image_files(masks)}
+    for what, first, second in (("images without a mask", found, own), ("masks without an image", own, found)):
+        alone = sorted(str(first[stem]) for stem in first.keys() - second.keys())
+        if alone:
+            raise LoRAError(f"{folder} has {what} of the same name: {some(alone)}")
+    rows = {columns[0]: [str(file) for file in found.values()], columns[1]: [str(own[stem]) for stem in found]}
+    return datasets.Dataset.from_dict(rows)
+
+
+def _stem(file: Path, root: Path) -> str:
+    return str(file.relative_to(root).with_suffix(""))
+
+
 def read_imagefolder(root: Path) -> datasets.DatasetDict:
     """What `datasets` makes of images with a metadata file: a table with the column `image`, undecoded."""
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from lora_lightning.paths import resolve
 
 Verify = Literal["open", "decode", "none"]
 
-SHOWN_FROM = 2000
+SHOWN_FROM = 20_000
 """Images from which on a check shows a progress bar."""
 
 
@@ -66,7 +66,7 @@ class ImageTable(TableData):
         self.preprocessing_name, self.image_size, self.crop_share = preprocessing, image_size, crop_share
         self.augment = augment or Augmentation(crop_scale=None, flip=0.0)
         self.image_root, self.max_train_rows, self.verify = image_root, max_train_rows, verify
-        self.one_file_each = False  # whether rows are files of a folder, which name themselves
+        self.files: dict[str, list[str]] = {}  # by split, where each row is a file of a folder, and names itself
         self._arrays: list[Any] = []
         self._roots: dict[str, Path] = {}
         self._preprocessing: Preprocessing | None = None
@@ -101,17 +101,33 @@ class ImageTable(TableData):
         """The same as a transformers image processor, which an export saves."""
         return self.preprocessing.processor()
 
-    def undecoded(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    def read(self) -> dict[str, datasets.Dataset]:
+        return self._undecoded(self.read_images())
+
+    def read_images(self) -> dict[str, datasets.Dataset]:
+        """Tables by split, as `read` gives them, with images in whatever form."""
+        return super().read()
+
+    def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
+        """Where each row is a file, the error names it in place of its row."""
+        if not self.files:
+            return super().bad_cell(split, row, column, expected, got, hint)
+        file = self.files.get(split, self.files.get("train", []))[row - 1]
+        return LoRAError(f"{file}: expected {expected}, got {got!r}{hint}")
+
+    def _undecoded(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """The tables with their images as paths and bytes: `datasets` would decode each row that is looked at."""
         for split, table in tables.items():
             for column in self.image_columns:
                 if column in table.column_names and is_image(table.features[column]):
-                    tables[split] = table.cast_column(column, datasets.Image(decode=False))
+                    tables[split] = tables[split].cast_column(column, datasets.Image(decode=False))
         return tables
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise where an image's cell is neither a path nor an image."""
         for column in self.image_columns:
+            if column not in table.column_names:  # masks, where there is nothing but to predict
+                continue
             feature = table.features[column]
             if isinstance(feature, datasets.Image) or (self._arrays and getattr(feature, "dtype", "") == "int64"):
                 continue
@@ -125,17 +141,24 @@ class ImageTable(TableData):
         if self.verify == "none" or self._verified:
             return
         for split, table in self.tables.items():
-            for column in self.image_columns:
-                if column not in table.column_names:
-                    continue
-                decode = self.verify == "decode"
-                if not decode and isinstance(table.features[column], datasets.Image) and not self.one_file_each:
-                    continue  # their bytes would all be read for it
-                cells = self.cells(table, split, column)
-                numbers = range(len(table))
-                for i in tqdm(numbers, desc=f"check images, {split}", disable=len(table) < SHOWN_FROM, leave=False):
-                    cells.verify(i, decode=decode)
+            self.verify_rows(table, split)
         self._verified = True
+
+    def verify_rows(self, table: datasets.Dataset, split: str) -> None:
+        """Raise at the first image of a split that does not open, or decode."""
+        decode = self.verify == "decode"
+        for column in self.image_columns:
+            inside = isinstance(table.features.get(column), datasets.Image) and not self.files
+            if column not in table.column_names or (inside and not decode):
+                continue  # images inside a table would all be read for it
+            cells = self.cells(table, split, column)
+            for i in self.shown(range(len(table)), split):
+                cells.verify(i, decode=decode)
+
+    def shown(self, rows: range, split: str) -> Iterable[int]:
+        """The rows, with a progress bar where there are many."""
+        bar: Iterable[int] = tqdm(rows, desc=f"check images, {split}", disable=len(rows) < SHOWN_FROM, leave=False)
+        return bar
 
     def cells(self, table: datasets.Dataset, split: str, column: str) -> Cells:
         """A column of images of a split."""
@@ -145,7 +168,7 @@ class ImageTable(TableData):
             root=Path(resolve(self.image_root)) if self.image_root else self._root(split),
             arrays=self._arrays,
             rows=list(table[ROW]),
-            place=None if self.one_file_each else self.place(split),
+            place=None if self.files else self.place(split),
         )
 
     def _root(self, split: str) -> Path:

@@ -24,14 +24,14 @@ from lora_lightning.data.image_transforms import (
     evaluation_transform,
     training_transform,
 )
-from lora_lightning.data.rows import ROW, check_order, without_hidden_labels
+from lora_lightning.data.labels import OneLabel
 from lora_lightning.data.splits import SPLITS, SplitConfig
 from lora_lightning.data.tables import NAMES, READERS, read_tables
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
 
 
-class ImageData(ImageTable):
+class ImageData(OneLabel, ImageTable):
     """Folders, tables or a Hugging Face set of images to batches of `pixel_values` (n, 3, h, w) and `labels` (n,).
 
     Args:
@@ -116,22 +116,12 @@ class ImageData(ImageTable):
         )
         self.image_column, self.label_column = image_column, label_column
         self.given_label_names, self.reader, self.drop_duplicates = label_names, reader, drop_duplicates
-        self._label_names: list[str] | None = None
 
     @property
     def image_columns(self) -> Sequence[str]:
         return [self.image_column]
 
-    def read(self) -> dict[str, datasets.Dataset]:
-        tables = self.undecoded(self._read())
-        if "train" not in tables and not (self.given_label_names and "predict" in tables):
-            raise LoRAError(
-                f"the set has no train split, only {', '.join(tables)}: labels are read off train; to predict"
-                " without it, give label_names"
-            )
-        return without_hidden_labels(tables, self.label_column)
-
-    def _read(self) -> dict[str, datasets.Dataset]:
+    def read_images(self) -> dict[str, datasets.Dataset]:
         if self.reader is not None:
             return self._from_reader(self.reader)
         by_split = self.path if isinstance(self.path, dict) else None
@@ -141,13 +131,11 @@ class ImageData(ImageTable):
             else _image_folders(Path(resolve(str(self.path))))
         )
         if folders and all(not folder.suffix or folder.is_dir() for folder in folders.values()):
-            self.one_file_each = True
-            return {
-                NAMES.get(split, split): read_class_folders(
-                    folder, NAMES.get(split, split), (self.image_column, self.label_column)
-                )
-                for split, folder in folders.items()
-            }
+            columns = (self.image_column, self.label_column)
+            named = {NAMES.get(split, split): folder for split, folder in folders.items()}
+            tables = {split: read_class_folders(folder, split, columns) for split, folder in named.items()}
+            self.files = {split: list(table[self.image_column]) for split, table in tables.items()}
+            return tables
         if by_split is None and (root := Path(resolve(str(self.path)))).is_dir() and is_imagefolder(root):
             return {NAMES.get(str(split), str(split)): table for split, table in read_imagefolder(root).items()}
         return read_tables(self.path, self.name)
@@ -173,13 +161,8 @@ class ImageData(ImageTable):
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         super().check(table, split)
-        if split == "predict":
-            return
-        rows = list(zip(table[ROW], table[self.label_column], strict=True))
-        # One missing number makes a CSV's whole column one of floats: the missing one is the fault.
-        for row, label in [*(r for r in rows if r[1] is None), *rows]:
-            if not isinstance(label, str | int):
-                raise self.bad_cell(split, row, self.label_column, "a label, a name or a whole number", label)
+        if split != "predict":
+            self.check_labels(table, split)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if not self.drop_duplicates or split == "predict":
@@ -191,29 +174,6 @@ class ImageData(ImageTable):
                 rows.append(i)
             seen.add(digest)
         return table if len(rows) == len(table) else table.select(rows)
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the labels, in the order of their numbers."""
-        if self._label_names is None:
-            train = self.tables.get("train")
-            feature = train.features[self.label_column] if train is not None else None
-            if self.given_label_names:
-                self._label_names = list(self.given_label_names)
-                check_order(self._label_names, feature)
-            elif isinstance(feature, datasets.ClassLabel):
-                self._label_names = list(feature.names)
-            else:
-                self._label_names = [str(v) for v in sorted(set(self.tables["train"][self.label_column]))]
-        return self._label_names
-
-    @property
-    def num_classes(self) -> int:
-        """How many labels there are."""
-        return len(self.label_names)
-
-    def read_off_train(self) -> dict[str, Any]:
-        return {"label_names": self.label_names}
 
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always saying the label that is most common in train."""
@@ -227,32 +187,8 @@ class ImageData(ImageTable):
             evaluation=evaluation_transform(self.preprocessing),
             training=training_transform(self.preprocessing, self.augment),
             seed=self.seed,
-            labels=None if split == "predict" else self._numbers(table, split),
+            labels=None if split == "predict" else self.label_numbers(table, split),
         )
-
-    def _numbers(self, table: datasets.Dataset, split: str) -> list[int]:
-        """The number of each row's label.
-
-        Raises:
-            LoRAError: a label of this split is not among the names, with its row.
-        """
-        numbers = {name: i for i, name in enumerate(self.label_names)}
-        values = table[self.label_column]
-        if all(isinstance(value, int) for value in values) and not numbers.keys() >= {str(v) for v in values}:
-            numbers = {str(i): i for i in range(self.num_classes)}
-        for row, label in enumerate(values):
-            if str(label) not in numbers:
-                near = did_you_mean(str(label), self.label_names)
-                expected = f"one of the labels {', '.join(self.label_names[:10])}"
-                raise self._unknown(table, split, row, expected, label, near)
-        return [numbers[str(value)] for value in values]
-
-    def _unknown(
-        self, table: datasets.Dataset, split: str, row: int, expected: str, label: object, near: str
-    ) -> LoRAError:
-        if self.one_file_each:
-            return LoRAError(f"{table[self.image_column][row]}: expected a folder of {expected}, got '{label}'{near}")
-        return self.bad_cell(split, table[ROW][row], self.label_column, expected, label, near)
 
 
 def _image_folders(root: Path) -> dict[str, Path]:

@@ -10,9 +10,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.packing import CausalCollator, cut, lengths_of, pack_table
+from lora_lightning.data.packing import CausalCollator, cut, cut_to_train, lengths_of, pack_rows, pack_table
+from lora_lightning.data.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.streamed import StreamedTextData
+from lora_lightning.data.streaming import AT_ONCE, read_streams
 from lora_lightning.data.tables import TextBy, read_tables
 from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError
@@ -24,7 +27,7 @@ MOST_NAMED = 5
 """Rows that a warning names."""
 
 
-class LanguageModellingData(TextData):
+class LanguageModellingData(StreamedTextData, GivesPrompts):
     """Texts of files or of a Hugging Face set, one document a row, to batches for `CausalLM`.
 
     Each document ends with the tokenizer's end of text. One that is longer than `max_length` is cut into pieces, so
@@ -40,6 +43,9 @@ class LanguageModellingData(TextData):
         max_length: tokens per row at most.
         packing: put several documents into one row.
         end_of_text: end each document with the tokenizer's end-of-text token, so that the model learns to stop.
+        streaming: read the set as it is needed, to `trainer.max_steps`; see `data/streaming.py`. Its own splits are
+            used as they are, and none is split off.
+        shuffle_buffer: documents that a stream is shuffled within, all held in memory.
         name: which configuration of a hub set.
         split: how to split off validation and test where the set has none.
         batch_size: rows per batch and process in training.
@@ -62,6 +68,8 @@ class LanguageModellingData(TextData):
         max_length: int = 1024,
         packing: bool = True,
         end_of_text: bool = True,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
         name: str | None = None,
         split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 8,
@@ -75,6 +83,8 @@ class LanguageModellingData(TextData):
             path,
             tokenizer,
             max_length,
+            streaming,
+            shuffle_buffer,
             name=name,
             split=split,
             batch_size=batch_size,
@@ -113,18 +123,15 @@ class LanguageModellingData(TextData):
         documents = self._trained(documents, split)
         if self.packing:
             return pack_table(documents, self.max_length, split)
-        return self._cut(documents, split).remove_columns(DOCUMENT)
+        return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
 
     def documents(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Each row's `input_ids` and `labels`, whole, and its number in its file."""
-        return self.encode_by(
-            encode_texts,
-            table,
-            split,
-            tokenizer=self.tokenizer,
-            column=self.text_column,
-            end=end_of(self.tokenizer, self.tokenizer_name) if self.end_of_text else None,
-        )
+        return self.encode_by(encode_texts, table, split, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        end = end_of(self.tokenizer, self.tokenizer_name) if self.end_of_text else None
+        return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
 
     def _trained(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
         """Those with a token to train on: one that stands alone is predicted by nothing."""
@@ -141,7 +148,9 @@ class LanguageModellingData(TextData):
             )
         return documents.select(kept) if left_out else documents
 
-    def _cut(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
+    def _cut(
+        self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
+    ) -> datasets.Dataset:
         return documents.map(cut, batched=True, fn_kwargs={"max_length": self.max_length}, desc=f"cut {split}")
 
     def lengths(self, table: datasets.Dataset) -> list[int] | None:
@@ -151,12 +160,34 @@ class LanguageModellingData(TextData):
     def collate(self) -> Callable[[list[Any]], Any]:
         return CausalCollator(self.pad_token_id or 0)
 
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Pieces of documents in the order of the file, never packed."""
-        split = "predict" if "predict" in self.tables else "test"
-        if split not in self.tables:
-            self.encoded(split)  # says what is missing
-        return self._loader(self._cut(self.documents(self.tables[split], split), split), self.eval_batch_size)
+    def open(self) -> dict[str, datasets.IterableDataset]:
+        return read_streams(self.path, self.name, self.text_by)
+
+    def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
+        of_texts = {**self._options(), "place": self.place(split)}
+        stream = stream.map(
+            encode_stream, batched=True, batch_size=AT_ONCE, remove_columns=[*names, ROW], fn_kwargs=of_texts
+        )
+        into_rows, of_rows = (pack_rows if self.packing else cut_to_train), {"max_length": self.max_length}
+        return stream.map(into_rows, batched=True, batch_size=AT_ONCE, remove_columns=[DOCUMENT], fn_kwargs=of_rows)
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Pieces of documents in the order of the file, never packed and never streamed."""
+        names = TextData.sets(self, "predict") or TextData.sets(self, "test")
+        if not names:
+            self.encoded("test")  # says what is missing
+        pieces = [self._cut(self.documents(self.tables[name], name), name) for name in names]
+        loaders = [self._loader(table, self.eval_batch_size) for table in pieces]
+        return loaders if len(loaders) > 1 else loaders[0]
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
+        if self.streaming:
+            streams = self.open()
+            rows = list(streams[held_out(streams)].take(count))
+        else:
+            rows = list(from_all_over(self.tables[held_out(self.tables)], count))
+        return [beginning_of(row[self.text_column], self.tokenizer) for row in rows]
 
 
 def encode_texts(
@@ -167,6 +198,25 @@ def encode_texts(
     if end is not None:
         ids = [text if text[-1:] == [end] else [*text, end] for text in ids]
     return {"input_ids": ids, "labels": [[IGNORED, *text[1:]] for text in ids], DOCUMENT: rows[ROW]}
+
+
+def encode_stream(
+    rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, column: str, end: int | None, place: str
+) -> dict[str, Any]:
+    """The same for rows that nothing has looked at yet; those that are blank or of a single token are left out.
+
+    Raises:
+        LoRAError: a value is no text.
+    """
+    for number, text in zip(rows[ROW], rows[column], strict=True):
+        if not isinstance(text, str):
+            raise LoRAError(f"{place}, row {number}, column '{column}': expected text, got {text!r:.80}")
+    kept = [i for i, text in enumerate(rows[column]) if text.strip()]
+    encoded = encode_texts(
+        {n: [rows[n][i] for i in kept] for n in (column, ROW)}, tokenizer=tokenizer, column=column, end=end
+    )
+    long_enough = [i for i, ids in enumerate(encoded["input_ids"]) if len(ids) > 1]
+    return {name: [values[i] for i in long_enough] for name, values in encoded.items()}
 
 
 def end_of(tokenizer: PreTrainedTokenizerBase, name: str) -> int:

@@ -9,7 +9,7 @@ attention mask; `tasks/packed.py` says what keeps its documents apart.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import chain
+from itertools import chain, compress
 from typing import Any
 
 import datasets
@@ -86,13 +86,28 @@ def cut(rows: Rows, *, max_length: int) -> dict[str, list[Any]]:
     return pieces
 
 
+def cut_to_train(rows: Rows, *, max_length: int) -> dict[str, list[Any]]:
+    """The same without pieces in which nothing is trained on, such as a last one of a single token."""
+    return _trained(cut(rows, max_length=max_length))
+
+
 def pack_rows(rows: Rows, *, max_length: int) -> dict[str, list[list[int]]]:
-    """Rows `input_ids` and `labels`, cut and packed; `position_ids` are added. For `table.map(batched=True)`."""
+    """Rows `input_ids` and `labels`, cut and packed; `position_ids` are added. For `table.map(batched=True)`.
+
+    A packed row in which nothing is trained on is left out.
+    """
     pieces = cut({name: rows[name] for name in ("input_ids", "labels")}, max_length=max_length)
     lengths = [len(ids) for ids in pieces["input_ids"]]
     pieces["position_ids"] = [list(range(length)) for length in lengths]
     together = pack(lengths, max_length)
-    return {name: [list(chain(*(column[i] for i in row))) for row in together] for name, column in pieces.items()}
+    return _trained(
+        {name: [list(chain(*(column[i] for i in row))) for row in together] for name, column in pieces.items()}
+    )
+
+
+def _trained(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    kept = [any(label != IGNORED for label in labels) for labels in rows["labels"]]
+    return {name: list(compress(column, kept)) for name, column in rows.items()}
 
 
 def pack_table(table: datasets.Dataset, max_length: int, split: str) -> datasets.Dataset:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.splits import SplitConfig, kind_of
 from lora_lightning.data.targets import TargetData, one_target_each, references_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.text_generation import PROMPT
@@ -95,23 +95,23 @@ class PromptCompletionData(TargetData):
         (self.completion_column,) = completion_columns
 
     def columns(self, split: str) -> Sequence[str | None]:
-        return [*self.prompt_columns, None if split == "predict" else self.completion_column]
+        return [*self.prompt_columns, None if kind_of(split) == "predict" else self.completion_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         for column in self.prompt_columns:
             for row, value in zip(table[ROW], table[column], strict=True):
                 if not isinstance(value, str | int | float):
                     raise self.bad_cell(split, row, column, "text or a number", value)
-        if split != "predict":
+        if kind_of(split) != "predict":
             self.check_targets(table, split, self.completion_column)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        return table if split == "predict" else one_target_each(table, self.completion_column)
+        return table if kind_of(split) == "predict" else one_target_each(table, self.completion_column)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if self.tokenizer.eos_token_id is None:
             raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has no end token (eos_token) to end completions by")
-        if split in ("validation", "test"):
+        if kind_of(split) in ("validation", "test"):
             texts = [text.strip() for text in filled(self.completion, table)]
             table = table.add_column(REFERENCES, references_of(filled(self.prompt, table), texts))
         encoded = self.encode_by(
@@ -119,7 +119,7 @@ class PromptCompletionData(TargetData):
             table,
             split,
             tokenizer=self.tokenizer,
-            templates=(self.prompt, None if split == "predict" else self.completion),
+            templates=(self.prompt, None if kind_of(split) == "predict" else self.completion),
             max_length=self.max_length,
             with_prompts=split != "train",
         )

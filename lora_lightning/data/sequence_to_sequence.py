@@ -10,7 +10,7 @@ import datasets
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.splits import SplitConfig, kind_of
 from lora_lightning.data.targets import TargetData, one_target_each, references_of, tokenize_up_to
 from lora_lightning.lora.errors import LoRAError
 
@@ -96,18 +96,18 @@ class SequenceToSequenceData(TargetData):
         return tokenizer
 
     def columns(self, split: str) -> Sequence[str | None]:
-        return [self.source_column, None if split == "predict" else self.target_column]
+        return [self.source_column, None if kind_of(split) == "predict" else self.target_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         self.check_texts(table, split, [self.source_column])
-        if split != "predict":
+        if kind_of(split) != "predict":
             self.check_targets(table, split, self.target_column)
 
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        return table if split == "predict" else one_target_each(table, self.target_column)
+        return table if kind_of(split) == "predict" else one_target_each(table, self.target_column)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        if split in ("validation", "test"):
+        if kind_of(split) in ("validation", "test"):
             references = references_of(table[self.source_column], table[self.target_column])
             table = table.add_column(REFERENCES, references)
         encoded = self.encode_by(
@@ -115,7 +115,7 @@ class SequenceToSequenceData(TargetData):
             table,
             split,
             tokenizer=self.tokenizer,
-            columns=(self.source_column, None if split == "predict" else self.target_column),
+            columns=(self.source_column, None if kind_of(split) == "predict" else self.target_column),
             prefix=self.prefix,
             max_lengths=(self.max_length, self.max_target_length),
         )

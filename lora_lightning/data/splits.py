@@ -27,6 +27,11 @@ def split_name(name: str) -> str | None:
     return f"{split}_{rest}" if rest else split
 
 
+def kind_of(split: str) -> str:
+    """`validation` of `validation_mismatched`: what one of several sets is for."""
+    return split.partition("_")[0]
+
+
 def first_in_place(names: Sequence[str]) -> dict[str, str]:
     """New names by old: where sets to validate on have names and none is plainly `validation`, the first one is it."""
     renamed: dict[str, str] = {}

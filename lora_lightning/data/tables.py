@@ -9,7 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from lora_lightning.data.faults import fault_in
-from lora_lightning.data.splits import split_name
+from lora_lightning.data.splits import CALLED, split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
@@ -24,6 +24,7 @@ READERS = {
 }
 TextBy = Literal["line", "paragraph", "document"]
 """What a row of a .txt is: a line, what stands between blank lines, or the whole file."""
+NAMES = CALLED
 NO_ROWS = "corresponds to no data"
 """In what datasets says of a file without rows."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
@@ -41,7 +42,8 @@ def read_tables(
     Args:
         path: one file; files by split (`train`, `validation`, `test`, `predict`, and further sets such as
             `validation_mismatched`); a directory made by `save_to_disk` or holding one file per split; or a set's
-            name on the hub. `package:NAME/path` is a file inside an installed package.
+            name on the hub. `package:NAME/path` is a file inside an installed package. In the place of a split's
+            file, `SET@PART` is a part of a hub set in the words of `datasets`, such as `org/set@test_sft[:500]`.
         name: which configuration of a hub set.
         text_by: what a row of a .txt is; its one column is `text`.
         readers: ways to read files of other suffixes, or of these in another way.
@@ -51,7 +53,7 @@ def read_tables(
     """
     own = readers or {}
     if isinstance(path, dict):
-        return {_split_name(split): _read_file(resolve(file), text_by, own) for split, file in path.items()}
+        return {known_split(split): _read_part(file, name, text_by, own) for split, file in path.items()}
     found = Path(resolve(path))
     if found.is_dir():
         return _read_directory(found, text_by, own)
@@ -63,7 +65,7 @@ def read_tables(
 def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
     """Where a split's rows come from, as a person would name it: its file, or the set."""
     if isinstance(path, dict):
-        files = {_split_name(name): file for name, file in path.items()}
+        files = {known_split(name): file for name, file in path.items()}
         return Path(files.get(split, files.get("train", ""))).name or "the set"
     found = Path(resolve(path))
     if found.is_dir():
@@ -74,15 +76,24 @@ def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()
 
 def check_columns(table: datasets.Dataset, columns: Sequence[str | None], where: str) -> None:
     """Raise where a named column is not there; `where` is the set as an error names it."""
+    check_names(table.column_names, columns, where)
+
+
+def check_names(names: Sequence[str], columns: Sequence[str | None], where: str) -> None:
+    """The same for the names of a table's columns."""
     for column in columns:
-        if column is not None and column not in table.column_names:
+        if column is not None and column not in names:
             raise LoRAError(
-                f"{where}, has no column '{column}'{did_you_mean(column, table.column_names)}"
-                f" (columns: {', '.join(table.column_names)})"
+                f"{where}, has no column '{column}'{did_you_mean(column, names)} (columns: {', '.join(names)})"
             )
 
 
-def _split_name(split: str) -> str:
+def known_split(split: str) -> str:
+    """`split_name` of a split that a config names.
+
+    Raises:
+        LoRAError: it is none.
+    """
     name = split_name(split)
     if name is None:
         raise LoRAError(
@@ -180,6 +191,18 @@ def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
             f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
         )
     return files
+
+
+def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> datasets.Dataset:
+    """One split: a file, or `SET@PART` of the hub."""
+    on_hub, _, part = file.partition("@")
+    if not part or Path(file).exists():
+        return _read_file(resolve(file), text_by, own)
+    try:
+        return datasets.load_dataset(on_hub, name, split=part)
+    except Exception as error:  # many kinds, as below
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoRAError(f"no part '{part}' of a set '{on_hub}' found on the hub ({reason})") from error
 
 
 def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:

@@ -15,7 +15,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedTokenizer
 from lora_lightning.data import conll
 from lora_lightning.data.labels import LabelNames, check_order, numbers_of
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SPLITS, SplitConfig
+from lora_lightning.data.splits import SplitConfig, kind_of
 from lora_lightning.data.texts import TextData
 from lora_lightning.data.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError
@@ -105,11 +105,8 @@ class TokenClassificationData(LabelNames, TextData):
             self._tokenizer = tokenizer
         return self._tokenizer
 
-    def read(self) -> dict[str, datasets.Dataset]:
-        return {split: table for split, table in super().read().items() if split in (*SPLITS, "predict")}
-
     def columns(self, split: str) -> Sequence[str | None]:
-        return [self.words_column, None if split == "predict" else self.tags_column]
+        return [self.words_column, None if kind_of(split) == "predict" else self.tags_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise where a row does not hold words, and a tag for each."""
@@ -119,7 +116,7 @@ class TokenClassificationData(LabelNames, TextData):
                 raise self.bad_cell(split, row, column, "a list of at least one word", words)
             if wrong := [word for word in words if not isinstance(word, str)]:
                 raise self.bad_cell(split, row, column, "words", wrong[0], f" among them: {words[:4]}")
-        if split == "predict":
+        if kind_of(split) == "predict":
             return
         for row, words, tags in zip(table[ROW], table[column], table[self.tags_column], strict=True):
             if not isinstance(tags, list) or len(tags) != len(words):
@@ -136,7 +133,7 @@ class TokenClassificationData(LabelNames, TextData):
         return [str(tag) for tag in sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))]
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        numbers = None if split == "predict" else self._numbers(table, split)
+        numbers = None if kind_of(split) == "predict" else self._numbers(table, split)
         encoded = self.encode_by(
             encode_words,
             table,

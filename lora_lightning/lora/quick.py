@@ -170,7 +170,7 @@ class _First(torch.autograd.Function):
         _add_up(out, zs[0], B)
         ctx.save_for_backward(x if reading.source is None else None, zs[0], cast, B, *As)
         ctx.transposed, ctx.prepare, ctx.reading, ctx.As = transposed, prepare, reading, As
-        ctx.device = x.device.type
+        ctx.versions, ctx.device = [A._version for A in As[1:]], x.device.type
         ctx.set_materialize_grads(False)
         return out, *zs[1:]
 
@@ -184,7 +184,11 @@ class _First(torch.autograd.Function):
         now = reading.now()
         if all(grad is None for grad in grads):
             return (None,) * (8 + len(ctx.As))
-        x, z, weight, B, *As = ctx.saved_tensors if g is not None else (now.x, None, None, None, *ctx.As)
+        # Without a sibling in this pass, z's gradient is a second derivative, whose graph holds what was saved here.
+        is_whole = g is not None or (now.x is None and reading.source is None)
+        if not is_whole and ctx.versions != [A._version for A in ctx.As[1:]]:
+            raise RuntimeError("lora_A has been modified by an inplace operation since the forward pass that read it")
+        x, z, weight, B, *As = ctx.saved_tensors if is_whole else (now.x, None, None, None, *ctx.As)
         dB: Tensor | None = None
         dx: Tensor | None
         with torch.autocast(ctx.device, enabled=False):
@@ -238,7 +242,7 @@ class _Next(torch.autograd.Function):
             dz = _down(B.to(g.dtype).t(), g) if needs_z else None
             dB = torch.mm(z, g).t().to(B.dtype) if needs_b else None
             if torch.is_grad_enabled():
-                dx = torch.mm(g, weight).view(*grads[0].shape[:-1], -1)
+                dx = torch.mm(g, weight).view(*grads[0].shape[:-1], weight.shape[1])
             elif needs_x:
                 now.add(g, weight, ctx.prepare)
         return dx, dz, None, None, None, None, dB, None

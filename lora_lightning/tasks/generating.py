@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,10 @@ class GeneratingTask(Task):
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
-        super().__init__(generation_metrics(metrics))
-        self.accuracies = nn.ModuleDict({f"{stage}_": TokenAccuracy() for stage in ("train", "val", "test")})
+        # Each is updated by itself, so torchmetrics must not take two for one.
+        written = generation_metrics(metrics)
+        super().__init__(MetricCollection({"token_accuracy": TokenAccuracy(), **written}, compute_groups=False))
+        self.written = tuple(written)
         self.tokenizer, self.label_smoothing = tokenizer, label_smoothing
         self.generation = check_options(generation)
         self.generate_in_validation = generate_in_validation
@@ -101,26 +103,25 @@ class GeneratingTask(Task):
         return {"prediction": generate_texts(backbone, self.sources(batch), self.tokenizer, self.generation)}
 
     def writes(self, stage: Stage) -> bool:
-        """Whether this stage writes texts."""
-        return stage == "test" or (stage == "val" and self.generate_in_validation)
+        """Whether this stage writes texts: `test` or `val`, or a further set of one of them."""
+        kind = stage.partition("_")[0]
+        return kind == "test" or (kind == "val" and self.generate_in_validation)
 
     def reset(self, stage: Stage) -> None:
         """Start counting anew; the stage that begins also says whether `evaluate` writes."""
         super().reset(stage)
         self._stage = stage
-        cast("TokenAccuracy", self.accuracies[f"{stage}_"]).reset()
 
     def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
-        logged = super().update(stage, out)
         assert isinstance(out, WrittenOutput)
-        accuracy = cast("TokenAccuracy", self.accuracies[f"{stage}_"])
+        metrics = self.metrics[f"{stage}_"]
+        assert isinstance(metrics, MetricCollection)
         if out.correct is not None:
-            accuracy.update(out.correct, out.weight)
-        metrics = cast("MetricCollection", self.metrics[f"{stage}_"])
-        if out.texts:
-            metrics.update(out.texts, out.references)
-        written = dict(metrics.items(keep_base=False)) if self.writes(stage) else {}
-        return {f"{stage}/loss": logged[f"{stage}/loss"], f"{stage}/token_accuracy": accuracy, **written}
+            metrics["token_accuracy"].update(out.correct, out.weight)
+        for name in self.written if out.texts else ():
+            metrics[name].update(out.texts, out.references)
+        silent = set() if self.writes(stage) else {f"{stage}/{name}" for name in self.written}
+        return {name: metric for name, metric in super().update(stage, out).items() if name not in silent}
 
     def _counted(self, out: LinearCrossEntropy) -> WrittenOutput:
         return WrittenOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)

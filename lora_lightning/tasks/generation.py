@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    PreTrainedTokenizerBase,
+)
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
@@ -48,7 +53,8 @@ def generate_texts(
         inputs: `input_ids` (b, t) and `attention_mask`. Of a decoder-only model prompts, padded on the left: so the
             last position of each row is what comes before the text.
         options: settings of `GenerationConfig`, which win over the model's own. Without `do_sample: true` the text is
-            the most probable one found, whatever the model's own config says.
+            the most probable one found, whatever the model's own config says. `no_repeat_ngram_size` is about the text
+            alone: it may say what the prompt says, which transformers' own would forbid to a decoder-only model.
 
     Raises:
         LoRAError: the backbone cannot generate.
@@ -60,10 +66,30 @@ def generate_texts(
             " AutoModelForSeq2SeqLM"
         )
     config = generation_config(backbone.generation_config, tokenizer, options)
-    written = backbone.generate(**inputs, generation_config=config)  # type: ignore[operator]
-    if not backbone.config.is_encoder_decoder:  # type: ignore[union-attr]
-        written = written[:, inputs["input_ids"].shape[1] :]
+    after = 0 if backbone.config.is_encoder_decoder else inputs["input_ids"].shape[1]  # type: ignore[union-attr]
+    processors = LogitsProcessorList()
+    if after and config.no_repeat_ngram_size:
+        processors.append(NoRepeatInText(config.no_repeat_ngram_size, after))
+        config.no_repeat_ngram_size = None
+    written = backbone.generate(**inputs, generation_config=config, logits_processor=processors)  # type: ignore[operator]
+    written = written[:, after:]
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+class NoRepeatInText(NoRepeatNGramLogitsProcessor):
+    """No n tokens in a row twice in what is written, as fairseq and the LoRA paper's GPT-2 runs have it.
+
+    Args:
+        size: n.
+        after: how many tokens of prompt there are, which do not count.
+    """
+
+    def __init__(self, size: int, after: int) -> None:
+        super().__init__(size)
+        self.after = after
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return super().__call__(input_ids[:, self.after :], scores)
 
 
 def generation_config(own: Any, tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any]) -> GenerationConfig:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import CHRFScore, SacreBLEUScore, TranslationEditRate
 
@@ -94,7 +94,7 @@ of which less is better; ROUGE; and exact match."""
 LESS_IS_BETTER = frozenset({"ter"})
 
 
-def generation_metrics(names: Sequence[str]) -> MetricCollection:
+def generation_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The metrics of these names.
 
     Raises:
@@ -103,8 +103,7 @@ def generation_metrics(names: Sequence[str]) -> MetricCollection:
     for name in names:
         if name not in METRICS:
             raise LoRAError(f"metrics: no '{name}'{did_you_mean(name, list(METRICS))}; known: {', '.join(METRICS)}")
-    # ROUGE-1 and ROUGE-2 may be equal on the first batch; torchmetrics would then take them for one.
-    return MetricCollection({name: METRICS[name]() for name in names}, compute_groups=False)
+    return {name: METRICS[name]() for name in names}
 
 
 def _need_nltk() -> None:

@@ -11,8 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, logits_of
-from lora_lightning.tasks.classification import checked_count
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, logits_of
 from lora_lightning.tasks.images import PIXELS, image_inputs
 
 IGNORED = 255
@@ -35,14 +34,15 @@ class ImageSegmentation(Task):
     monitor_mode = "max"
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORED) -> None:
-        checked_count(num_classes)
+        if num_classes < 2:
+            raise LoRAError(f"segmentation needs at least 2 classes, got {num_classes}")
         if 0 <= ignore_index < num_classes:
             raise LoRAError(f"ignore_index must not be one of the labels 0 to {num_classes - 1}, got {ignore_index}")
         metrics = {
             "miou": MulticlassJaccardIndex(num_classes, average="macro", ignore_index=ignore_index),
             "pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", ignore_index=ignore_index),
         }
-        super().__init__(MetricCollection(dict(metrics)))
+        super().__init__(MetricCollection(dict(metrics), compute_groups=False))
         self.num_classes, self.ignore_index = num_classes, ignore_index
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,9 +50,7 @@ class ImageSegmentation(Task):
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` holds `pixel_values` (n, 3, h, w) and `labels` (n, h', w'), whole numbers or `ignore_index`."""
-        if "labels" not in batch:
-            raise LoRAError(f"the batch has no 'labels', only {', '.join(batch)}")
-        labels: Tensor = batch["labels"]
+        _, labels = inputs_and_labels(batch)
         if labels.dim() != 3:
             raise LoRAError(f"labels must be masks (n, height, width), got {tuple(labels.shape)}")
         logits = self._logits(backbone, batch, (int(labels.shape[1]), int(labels.shape[2])))

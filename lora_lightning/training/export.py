@@ -22,7 +22,7 @@ from lora_lightning.lora.quantised import scheme
 from lora_lightning.lora.staging import staged
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training.export_options import DEFAULT_FORMATS, REPORT, checked_options, checked_target
-from lora_lightning.training.merged import is_transformers, processing_of
+from lora_lightning.training.merged import is_transformers, processing_of, write_labels
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing
 from lora_lightning.training.probe import draw, from_batch
@@ -39,6 +39,7 @@ def export(
     batch: Mapping[str, Any] | None = None,
     formats: str | Iterable[str] = DEFAULT_FORMATS,
     tokenizer: Any = None,
+    image_processor: Any = None,
     label_names: list[str] | None = None,
     dtype: DType = "auto",
     max_shard_size: int | str | None = None,
@@ -55,7 +56,8 @@ def export(
             the backbone's own keys) and `onnx` (of the merged model; needs the extra of that name); in a list, or
             with commas between.
         tokenizer: saved beside the adapter and the merged model; the backbone's own by default.
-        label_names: written into the report and into the merged model's config, or beside it.
+        image_processor: the same, beside a transformers model.
+        label_names: written into the report, beside the adapter, and into the merged model's config, or beside it.
         dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
         max_shard_size: of a transformers model's weight files, such as `5GB`.
         serving: write the adapter in the form that this server takes.
@@ -75,12 +77,14 @@ def export(
         given = None if batch is None else module.task.inputs(backbone, batch)
         probe = from_batch(given) if given is not None else draw(backbone, module.example_input_array)
         proof = Proof(backbone, probe, report, to_dtype)
-        processing = [tokenizer] if tokenizer is not None else processing_of(backbone)
+        own = [tokenizer, image_processor if is_transformers(backbone) else None]
+        processing = [part for part in own if part is not None] or processing_of(backbone)
         if "adapter" in wanted:
             task_type = module.task.peft_task_type if is_transformers(backbone) else None
             save_adapter(backbone, folder / "adapter", task_type=task_type, serving=serving)
             for part in processing:
                 part.save_pretrained(folder / "adapter")
+            write_labels(label_names, folder / "adapter")
             report.adapter_bytes, _ = _weights(folder / "adapter")
             proof.of_adapter(folder / "adapter")
             report.adapter_dir = str(target / "adapter")

@@ -53,10 +53,15 @@ def write_merged(
             raise MergeError(f"transformers does not save the merged model: {error}") from error
     else:
         save_file(once(plain), folder / WEIGHTS, {"format": "pt"})
-        if label_names:
-            write_bytes(folder / LABELS, (json.dumps(label_names, indent=2, ensure_ascii=False) + "\n").encode())
+        write_labels(label_names, folder)
     for part in processing:
         part.save_pretrained(folder)
+
+
+def write_labels(label_names: list[str] | None, folder: Path) -> None:
+    """What the numbers of the classes mean, where it is known, as a file of its own."""
+    if label_names:
+        write_bytes(folder / LABELS, (json.dumps(label_names, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def once(model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -24,13 +24,10 @@ from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
 from lora_lightning.lora.products import Prepare
 from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
-from lora_lightning.training.averaging import UnitMean
+from lora_lightning.training.averaging import UnitMean, is_padding
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.sets import stage_of
-from lora_lightning.training.start import MEASURED, start_from_batches
-
-CHECKPOINT_KEY = "lora_lightning"
-PREFIX = "backbone."
+from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
 
 
 class LoRAModule(LightningModule):
@@ -49,7 +46,10 @@ class LoRAModule(LightningModule):
         backbone_mode: `eval` keeps the backbone's own dropout off and its batch statistics still while
             the adapter trains (its own dropout is on); `train` turns the backbone's dropout on. Batch
             statistics belong to W0 and do not move in either.
-        allow_other_base: resume or test a checkpoint on another W0 than it was trained on.
+        allow_other_base: resume, test or start from a checkpoint or adapter on another W0 than it was trained on.
+        init_adapter: an earlier run whose adapter this one starts from: a PEFT directory, a run folder or a checkpoint.
+            It is read when a fit starts, not when one goes on. A head of `modules_to_save` that has another shape
+            there, or is not there, keeps its own start; all else must fit.
         prepare_weights: whether oneDNN computes the products with W0 on a CPU: `auto` where it is measured to be
             clearly quicker than torch's own (outputs then equal the backbone's to rounding), `off` never, `on`
             wherever it can. The run's report says what was chosen.
@@ -71,6 +71,7 @@ class LoRAModule(LightningModule):
         allow_other_base: bool = False,
         prepare_weights: Prepare = "auto",
         recompute_inputs: bool = False,
+        init_adapter: str | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -79,7 +80,9 @@ class LoRAModule(LightningModule):
         self.optimizer, self.lr_scheduler, self.lr_interval = optimizer, lr_scheduler, lr_interval
         self.b_lr_ratio = b_lr_ratio
         self.backbone_mode = backbone_mode
-        self.allow_other_base = allow_other_base
+        self.allow_other_base, self.init_adapter = allow_other_base, init_adapter
+        if init_adapter is not None and lora.init in MEASURED:
+            raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
         # A start that is measured on data waits for them; a checkpoint brings its own.
         self.report = inject(backbone, lora, start=lora.init not in MEASURED)
         switches.prepare_weights(backbone, prepare_weights)
@@ -101,6 +104,9 @@ class LoRAModule(LightningModule):
         return self.backbone(*args, **kwargs)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        if is_padding(self.trainer, batch_idx):
+            nothing = self.task.step(self.backbone, batch).loss * 0
+            return self._mean.weigh(self.trainer, nothing, 0, batch_idx)
         out = self._step("train", batch)
         return self._mean.weigh(self.trainer, out.loss, out.weight, batch_idx)
 
@@ -170,6 +176,11 @@ class LoRAModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
 
     def on_fit_start(self) -> None:
+        if self.init_adapter is not None and self.trainer.ckpt_path is None:
+            start = start_from_adapter(
+                self.backbone, self.init_adapter, self.lora, allow_other_base=self.allow_other_base
+            )
+            rank_zero_info(f"init_adapter {self.init_adapter}: {start}")
         self.set_modes()
 
     def on_train_start(self) -> None:

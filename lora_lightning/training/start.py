@@ -1,23 +1,59 @@
-"""Starts that are measured on data, put in when a fit begins: the module is built before its data are there."""
+"""Starts that are put in when a fit begins: measured on its data, or taken over from an earlier run."""
 
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.calibrate import start_from_data
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.fingerprint import Fingerprint
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.peft_config import CONFIG
+from lora_lightning.lora.warm_start import WarmStart, start_from_directory, start_from_state
+from lora_lightning.paths import resolve
 from lora_lightning.tasks.base import Task
+from lora_lightning.training import run
 
 MEASURED = ("eva", "lora_ga")
 """Starts that need batches. (`loftq` needs the model before quantisation, which no DataModule has.)"""
 BATCHES = 8
 """Training batches to measure on; lora_ga's paper (2407.05000) uses as few, eva's (2410.07170) some more."""
+
+
+CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
+"""Of what a checkpoint notes of its adapter, and of its tensors' keys."""
+
+
+def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, allow_other_base: bool) -> WarmStart:
+    """Put the adapter of an earlier run into a freshly injected backbone.
+
+    Args:
+        path: a PEFT directory, an export that holds one, a run folder (its best checkpoint) or a checkpoint.
+        config: what `backbone` was injected with.
+
+    Raises:
+        LoRAError: nothing is there, or it does not fit this model and this config.
+    """
+    folder = Path(resolve(path))
+    for directory in (folder, folder / "adapter"):
+        if (directory / CONFIG).is_file():
+            return start_from_directory(backbone, directory, allow_other_base=allow_other_base)
+    file = run.find_checkpoint(folder)
+    content = run.load_checkpoint(file)
+    if CHECKPOINT_KEY not in content:
+        raise AdapterError(f"'{file}' was not written by lora_lightning: it has no adapter in it")
+    own, state = content[CHECKPOINT_KEY], content["state_dict"]
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    trained, base = LoRAConfig.from_dict(own["config"]), Fingerprint.from_json(own["base"])
+    return start_from_state(backbone, tensors, trained, config, base, allow_other_base=allow_other_base)
 
 
 def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trainer) -> None:
@@ -31,7 +67,13 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     if init == "eva":
         start_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
-        start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: task.step(model, b).loss)
+        start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
     with torch.no_grad():
         for tensor in adapter_tensors(backbone).values():
             tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+
+
+def _summed(task: Task, model: nn.Module, batch: Any) -> Tensor:
+    """The loss over all units of a batch: a batch of many is to weigh more in the gradient than one of few (law 9)."""
+    out = task.step(model, batch)
+    return out.loss * out.weight

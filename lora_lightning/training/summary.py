@@ -69,6 +69,7 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     """The rows of the closing table, for the facts that are known."""
     rows = [_accuracies(v, "LoRA", "val_accuracy", "test_accuracy")]
     rows.append(_accuracies(v, "linear probe", "probe_accuracy", "probe_test_accuracy"))
+    rows.append(_accuracies(v, "raw pixels", "pixels_accuracy", "pixels_test_accuracy"))
     rows.append(_accuracies(v, "majority class", "majority_accuracy", "majority_test_accuracy"))
     other = {"val_accuracy", "test_accuracy"}
     rows += [

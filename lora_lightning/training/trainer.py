@@ -92,7 +92,7 @@ class LoRATrainer(Trainer):
 
 def of_the_data(datamodule: Any) -> dict[str, Any]:
     """What an export takes over from a DataModule that has it."""
-    return {name: getattr(datamodule, name, None) for name in ("tokenizer", "label_names")}
+    return {name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")}
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:

@@ -33,6 +33,9 @@ data:
 """
 
 
+WRITES = "{generation: {max_new_tokens: 8, num_beams: 2}}"
+
+
 def tagger(folder):
     make_tagger(folder / "model")
     rows = sentences(48)
@@ -54,7 +57,7 @@ def pairs(folder):
     return (
         {
             "auto_class": "AutoModelForSeq2SeqLM",
-            "task": "sequence_to_sequence.SequenceToSequence, init_args: {generation: {max_new_tokens: 8, num_beams: 2}}",
+            "task": f"sequence_to_sequence.SequenceToSequence, init_args: {WRITES}",
             "data": "sequence_to_sequence.SequenceToSequenceData",
             "lora": "{r: 4}",
             "columns": "    source_column: context\n    target_column: completion",
@@ -69,7 +72,7 @@ def prompts(folder):
     return (
         {
             "auto_class": "AutoModelForCausalLM",
-            "task": "text_generation.TextGeneration, init_args: {generation: {max_new_tokens: 8, num_beams: 2}}",
+            "task": f"text_generation.TextGeneration, init_args: {WRITES}",
             "data": "prompt_completion.PromptCompletionData",
             "lora": "{r: 4, target_modules: [c_attn], slices: {c_attn: [q, v]}}",
             "columns": '    prompt: "{context} </s>"',

@@ -320,7 +320,7 @@ def test_an_unknown_class_in_validation_names_the_file(folder, tmp_path):
     shutil.copytree(folder, root / "train")
     shutil.copytree(folder, root / "val")
     (root / "val" / "red").rename(root / "val" / "rad")
-    with pytest.raises(LoRAError, match=r"val/rad/00\.png: expected a folder of one of the labels .*'rad'.*mean 'red'"):
+    with pytest.raises(LoRAError, match=r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'"):
         data_of(root)
 
 
@@ -364,7 +364,7 @@ TABLES = {
     "no image": (change("image", "rows.csv"), {}, "row 4, column 'image': .* that opens, got 'rows.csv'"),
     "no path": (change("image", ""), {}, "row 4, column 'image': expected the path of an image, got None"),
     "no label": (change("label", ""), {}, "row 4, column 'label': expected a label, .*, got None"),
-    "label out of range": (change("label", "3"), {"label_names": ["a", "b", "c"]}, "row 4, column 'label'.* c, got 3"),
+    "out of range": (change("label", "3"), {"label_names": ["a", "b", "c"]}, "row 4, column 'label'.* 0 to 2, got 3"),
     "missing column": (lambda f: None, {"label_column": "lable"}, "no column 'lable'; did you mean 'label'"),
     "a column of numbers": (lambda f: None, {"image_column": "number"}, "row 1, column 'number': .* the path of an"),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -416,6 +417,58 @@ def test_rescaling_in_place_is_the_plain_formula(with_bias: bool, shape: tuple[i
         torch.autograd.grad(ours, (h, factor), g), torch.autograd.grad(wanted, (h, factor), g), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_the_output_for_one_image_is_no_view_either() -> None:
+    """Else torch would forbid what it allows after a convolution of its own: to write into it behind a checkpoint."""
+    model, found = CASES["conv"].model(), []
+    for forward in (model, lambda x: checkpoint(model, x, use_reentrant=True)):
+        x = CASES["conv"].x()[0].requires_grad_()
+        forward(x * 1.0).relu_().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[1], found[0])
+
+
+# What siblings owe each other in second derivatives.
+
+
+def of_three(rows: int, *, plain: bool) -> list[Tensor]:
+    """Second derivatives of a loss that is linear in every sibling's output: none of them runs again by itself."""
+    torch.manual_seed(0)
+    model = Three(6, 5).double()
+    inject(model, LoRAConfig(r=2, target_modules=["q", "k", "v"]))
+    with torch.no_grad():
+        for layer in (model.q, model.k, model.v):
+            layer.lora_B.normal_()  # type: ignore[operator,union-attr]
+    x = torch.randn(rows, 6, dtype=torch.float64, requires_grad=True)
+    with plain_arithmetic() if plain else contextlib.nullcontext():
+        middle = x * 1.5
+        outs = [layer(middle) for layer in (model.q, model.k, model.v)]
+        loss = sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outs)
+        trained = [x, *(p for p in model.parameters() if p.requires_grad)]
+        first = torch.autograd.grad(loss, trained, create_graph=True)  # type: ignore[arg-type]
+        return list(torch.autograd.grad(sum(g.square().sum() for g in first), trained))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rows", [3, 0])
+def test_second_derivatives_reach_the_first_sibling_by_z_alone(rows: int) -> None:
+    for ours, wanted in zip(of_three(rows, plain=False), of_three(rows, plain=True), strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_step_between_forward_and_the_backward_of_a_sibling_raises(alone: bool) -> None:
+    """As torch does of what it saved, whether the first sibling's backward ran before or never does."""
+    model = Three(6, 5)
+    inject(model, LoRAConfig(r=2, target_modules=["q", "k", "v"]))
+    middle = torch.randn(3, 6, requires_grad=True) * 1.5
+    first, second = model.q(middle), model.k(middle)
+    if not alone:
+        first.sum().backward(retain_graph=True)
+    with torch.no_grad():
+        model.k.lora_A.mul_(2.0)  # type: ignore[operator,union-attr]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        second.sum().backward()
 
 
 # The norms of DoRA.

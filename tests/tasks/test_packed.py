@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lora_lightning import LoRAError
@@ -76,9 +77,43 @@ def test_the_trial_leaves_the_models_modes_and_the_random_numbers_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_documents_are_put_into_rows_of_their_own_while_there_is_room():
+    batch = {"input_ids": torch.arange(12).view(2, 6), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1], [*range(6)]])}
+    found = CausalLM().inputs(nn.Identity(), batch | {"labels": batch["input_ids"]})
+    assert found["input_ids"].tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
 def test_flash_attention_is_given_the_bounds_of_documents_over_all_rows():
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
     found = flash_lengths(positions)
     assert found["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 10]
     assert found["cu_seq_lens_k"].dtype == torch.int32
     assert found["max_length_q"] == found["max_length_k"] == 4
+
+
+def by_bounds(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
+    """What flash attention does with the bounds that it is given, in plain torch; without bounds, each row is one."""
+    b, _, t, _ = query.shape
+    document = torch.arange(b).repeat_interleave(t)
+    if cu_seq_lens_q is not None:
+        assert int(cu_seq_lens_q.diff().max()) == max_length_q
+        document = torch.arange(len(cu_seq_lens_q) - 1).repeat_interleave(cu_seq_lens_q.diff())
+    document = document.view(b, t)
+    seen = (document[:, :, None] == document[:, None]) & torch.ones(t, t, dtype=torch.bool).tril()
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen[:, None], scale=scaling)
+    return out.transpose(1, 2), None
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma"])
+def test_models_hand_the_bounds_on_to_flash_attention(kind):
+    transformers.AttentionInterface.register("bounds_as_flash", by_bounds)
+    as_flash, sdpa = (make_model(kind, dtype=torch.float64) for _ in range(2))
+    as_flash.config._attn_implementation = "bounds_as_flash"
+    ids = torch.stack([IDS[0], IDS[0].flip(0)])
+    positions = torch.cat([POSITIONS, torch.tensor([[*range(3), *range(ids.shape[1] - 3)]])])
+    batch = {"input_ids": ids, "labels": ids, "position_ids": positions}
+    one, two = (CausalLM().evaluate(model, batch) for model in (as_flash, sdpa))
+    assert float(one.loss.detach()) == pytest.approx(float(two.loss.detach()), rel=1e-12)

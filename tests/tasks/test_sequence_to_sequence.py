@@ -3,11 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.data.prompt_completion import PromptCompletionData
 from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData
 from lora_lightning.data.splits import SplitConfig
+from lora_lightning.tasks.generating import WrittenOutput
 from lora_lightning.tasks.generation import generate_texts, generation_config
 from lora_lightning.tasks.sequence_to_sequence import SequenceToSequence
 from lora_lightning.tasks.text_generation import TextGeneration
@@ -127,6 +129,25 @@ def test_training_and_a_validation_that_does_not_write_log_no_text_metrics(kind,
     assert "test/bleu" in task.update("test", task.evaluate(model, batch))
 
 
+def test_a_first_batch_with_equal_figures_does_not_make_two_metrics_one():
+    task = SequenceToSequence(None, metrics=["rouge1", "rouge2"])
+    for text, reference in (("x", "y"), ("a b", "b a")):
+        out = WrittenOutput(torch.tensor(1.0), 1, correct=torch.tensor(1), texts=[text], references=[[reference]])
+        figures = task.update("test", out)
+    assert [float(figures[f"test/{name}"].compute()) for name in ("rouge1", "rouge2")] == [0.5, 0.0]
+
+
+def test_a_further_set_is_counted_apart(kind, data):
+    model, batch = model_of(kind), batch_of(data, range(3))
+    task = task_of(kind, data)
+    task.add_stage("test_unseen")
+    for stage in task.stages("test"):
+        task.reset(stage)
+    figures = task.update("test_unseen", task.evaluate(model, batch))
+    assert {"test_unseen/loss", "test_unseen/token_accuracy", "test_unseen/bleu"} <= set(figures)
+    assert int(task.metrics["test_"]["exact_match"].count) == 0
+
+
 def test_without_references_a_rows_own_target_is_the_reference(kind, data):
     batch = batch_of(data, range(3))
     expected = [data.tables["test"]["completion"][i] for i in range(3)]
@@ -174,3 +195,23 @@ def test_a_chat_models_own_sampling_is_switched_off(tmp_path):
     assert own.do_sample, "the model's own config stays"
     sampled = generation_config(own, tokenizer, {"do_sample": True, "max_new_tokens": 3})
     assert (sampled.temperature, sampled.max_new_tokens) == (0.6, 3)
+
+
+def test_a_text_may_say_what_its_prompt_says_but_not_twice(tmp_path):
+    """A model that always goes on with the next number, over a prompt that has counted already."""
+    tokenizer = make_tokenizer(tmp_path, ends=False)
+    model = make_model("gpt2").eval()
+
+    def count(input_ids, **kwargs):
+        logits = torch.zeros(*input_ids.shape, model.config.vocab_size)
+        return CausalLMOutput(logits=logits.scatter(-1, (3 + (input_ids - 2) % 4).unsqueeze(-1), 9.0))
+
+    model.forward = count
+    prompt = torch.tensor([[3, 4, 5, 6, 3, 4]])
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    options = {"max_new_tokens": 8, "use_cache": False}
+    free = generate_texts(model, inputs, tokenizer, options)[0].split()
+    assert free == tokenizer.decode([5, 6, 3, 4, 5, 6, 3, 4]).split()
+    once = generate_texts(model, inputs, tokenizer, {**options, "no_repeat_ngram_size": 3})[0].split()
+    assert once[:6] == free[:6], "what the prompt holds may be said"
+    assert once[6] != free[6], "what the text holds may not be said again"

@@ -78,13 +78,21 @@ def test_a_loss_scaler_may_overflow_in_its_first_step(make_module):
         check_gradients(module)
 
 
+class Headless(nn.Module):
+    """Ends in a repeated block."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(2))
+
+
 def test_baselines_say_before_the_fit_what_they_cannot_do(tmp_path, make_module, make_data):
     from lora_lightning import Baselines
 
-    with pytest.raises(LoRAError, match=r"needs TextClassificationData: drop it from trainer\.callbacks"):
+    with pytest.raises(LoRAError, match=r"such as TextClassificationData: drop it from trainer\.callbacks"):
         fit(tmp_path, make_module(Vision(), LoRAConfig(r=2)), Baselines())
-    with pytest.raises(LoRAError, match="takes its features from a transformers backbone"):
-        trainer_of(tmp_path, callbacks=[Baselines()]).fit(make_module(Vision(), LoRAConfig(r=2)), make_data())
+    with pytest.raises(LoRAError, match="Headless has no output head that could be found"):
+        trainer_of(tmp_path, callbacks=[Baselines()]).fit(make_module(Headless(), LoRAConfig(r=2)), make_data())
 
 
 def test_an_optimizer_that_holds_too_much_or_too_little_is_refused(make_module):

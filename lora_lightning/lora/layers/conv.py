@@ -66,7 +66,7 @@ class _Conv(AdaptedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(n, in, size...) to (n, out, size...), or both without n."""
         if self.lora_enabled and not args and not kwargs and self._goes_quick(x):
-            return self._quick(x) if x.dim() == self.lora_A.dim() else self._quick(x.unsqueeze(0)).squeeze(0)
+            return self._quick(x)
         out: Tensor = super().forward(x, *args, **kwargs)
         if not self.lora_enabled:
             return out
@@ -74,7 +74,7 @@ class _Conv(AdaptedLayer):
         return self.lora_combine(out, update)
 
     def _goes_quick(self, x: Tensor) -> bool:
-        """Whether `quick_conv` computes this call: torch's own arithmetic in the base, W0 frozen, x not empty."""
+        """Whether `quick_conv` computes this call: torch's own arithmetic in the base, W0 frozen, some images."""
         cls: Any = type(self)
         if torch.compiler.is_compiling() or not _computes_plainly(cls):
             return False
@@ -82,7 +82,7 @@ class _Conv(AdaptedLayer):
         weight, A = own.get("weight"), own.get("lora_A")
         if weight is None or A is None or weight.requires_grad or not drops_by_bytes(self._dropout_now()):
             return False
-        fits = can_go_quick(x, *own.values()) and A.dim() - 1 <= x.dim() <= A.dim() and x.numel() > 0
+        fits = can_go_quick(x, *own.values()) and x.dim() == A.dim() and x.numel() > 0
         return fits and of_one_dtype(x, weight)
 
     def _quick(self, x: Tensor) -> Tensor:

@@ -1,28 +1,43 @@
-"""What an accuracy has to be compared with: the most common label, and a linear probe on the frozen backbone."""
+"""What an accuracy has to be compared with: the most common label, a linear probe, and for images the raw pixels."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lora_lightning.data.text_classification import TextClassificationData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
-from lora_lightning.tasks.sequence_classification import mean_features
 from lora_lightning.training import run
+from lora_lightning.training.features import features, head_of, pixels
 from lora_lightning.training.merged import is_transformers
 from lora_lightning.training.module import LoRAModule
 
+PIXELS = "pixel_values"
+SPLITS = ("train", "validation", "test")
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """A DataModule with one label for each row, such as those of texts and of images."""
+
+    tables: Mapping[str, Any]
+
+    def every(self, split: str) -> Iterable[Mapping[str, Tensor]]:
+        """All rows of a split in batches, as evaluation sees them."""
+
+    def majority_share(self, split: str) -> float:
+        """Accuracy on `split` of always saying the label that is most common in train."""
+
 
 class Baselines(Callback):
-    """After fit: the majority class, and logistic regression on the frozen backbone's mean-pooled features.
+    """After fit: the majority class, and logistic regression on the frozen backbone's features and on raw pixels.
 
-    Needs scikit-learn (`pip install lora_lightning[demo]`) and a transformers backbone.
+    Features are those of `training.features`. Needs scikit-learn (`pip install lora_lightning[demo]`).
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -33,49 +48,64 @@ class Baselines(Callback):
             import sklearn.linear_model  # noqa: F401
         except ImportError as error:
             raise LoRAError("Baselines needs scikit-learn: pip install 'lora_lightning[demo]'") from error
-        if not isinstance(trainer.datamodule, TextClassificationData):  # type: ignore[attr-defined]
-            raise LoRAError("Baselines needs TextClassificationData: drop it from trainer.callbacks")
-        missing = {"validation", "test"} - set(trainer.datamodule.tables)  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, Labelled):
+            raise LoRAError(
+                "Baselines needs data with one label for each row, such as TextClassificationData: drop it from"
+                " trainer.callbacks"
+            )
+        missing = {"validation", "test"} - set(data.tables)
         if missing:
             raise LoRAError(f"Baselines compares on validation and test, and the set has no {min(missing)} split")
-        if not isinstance(pl_module, LoRAModule) or not is_transformers(pl_module.backbone):
-            raise LoRAError("Baselines takes its features from a transformers backbone: drop it from trainer.callbacks")
+        if not isinstance(pl_module, LoRAModule):
+            raise LoRAError(f"Baselines takes its features from a LoRAModule, got {type(pl_module).__name__}")
+        if not is_transformers(pl_module.backbone):
+            head_of(pl_module.backbone)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compute both on validation and test and put them into the run's report."""
+        """Compute all on validation and test and put them into the run's report."""
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LoRAModule)
-        data: TextClassificationData = trainer.datamodule  # type: ignore[attr-defined]
-        probe = linear_probe(trainer, pl_module, data)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         values = {
-            "probe_accuracy": probe["validation"],
-            "probe_test_accuracy": probe["test"],
             "majority_accuracy": data.majority_share("validation"),
             "majority_test_accuracy": data.majority_share("test"),
         }
+        for kind, accuracy in linear_probes(trainer, pl_module, data).items():
+            values |= {f"{kind}_accuracy": accuracy["validation"], f"{kind}_test_accuracy": accuracy["test"]}
         run.update_report(folder, values)
 
 
-def linear_probe(trainer: Trainer, module: LoRAModule, data: TextClassificationData) -> dict[str, float]:
-    """Accuracy of logistic regression on the frozen backbone's features, by split."""
+def linear_probes(trainer: Trainer, module: LoRAModule, data: Labelled) -> dict[str, dict[str, float]]:
+    """Accuracy of logistic regression by split: `probe` on the frozen backbone's features, `pixels` on images."""
+    module.backbone.eval()
+    with disabled(module.backbone), trainer.precision_plugin.forward_context():
+        found = {split: _vectors(module, data.every(split), split) for split in SPLITS}
+    kinds = [kind for kind in found["train"] if kind != "labels"]
+    return {kind: _regression({s: (part[kind], part["labels"]) for s, part in found.items()}) for kind in kinds}
+
+
+def _vectors(module: LoRAModule, loader: Iterable[Mapping[str, Tensor]], split: str) -> dict[str, Tensor]:
+    """By kind of vector, those of all rows, and their labels."""
+    parts: dict[str, list[Tensor]] = {}
+    for batch in tqdm(loader, desc=f"linear probe, {split}", leave=False):
+        on_device = {key: value.to(module.device) for key, value in batch.items()}
+        vectors = {"probe": features(module.backbone, module.task, on_device).cpu(), "labels": batch["labels"]}
+        if PIXELS in batch:
+            vectors["pixels"] = pixels(batch[PIXELS])
+        for kind, values in vectors.items():
+            parts.setdefault(kind, []).append(values)
+    return {kind: torch.cat(values) for kind, values in parts.items()}
+
+
+def _regression(vectors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Fitted on train, the accuracy on the other splits."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    module.backbone.eval()
-    with disabled(module.backbone), trainer.precision_plugin.forward_context():
-        features = {s: _features(module, data.every(s), s) for s in ("train", "validation", "test")}
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.01))
-    probe.fit(features["train"][0].numpy(), features["train"][1].numpy())
-    return {s: float(probe.score(x.numpy(), y.numpy())) for s, (x, y) in features.items() if s != "train"}
-
-
-def _features(module: LoRAModule, loader: DataLoader[Any], split: str) -> tuple[Tensor, Tensor]:
-    features, labels = [], []
-    for batch in tqdm(loader, desc=f"linear probe, {split}", leave=False):
-        on_device = {key: value.to(module.device) for key, value in batch.items()}
-        features.append(mean_features(module.backbone, on_device).cpu())
-        labels.append(batch["labels"])
-    return torch.cat(features), torch.cat(labels)
+    probe.fit(*(part.numpy() for part in vectors["train"]))
+    return {s: float(probe.score(x.numpy(), y.numpy())) for s, (x, y) in vectors.items() if s != "train"}

@@ -59,6 +59,8 @@ class RunReport(Callback):
             "precision": str(trainer.precision),
             "full_checkpoint_bytes": _bytes(pl_module.backbone),
         }
+        if pl_module.init_adapter is not None:
+            values["init_adapter"] = pl_module.init_adapter
         if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
             values["products_with_w0"] = quicker
         values |= metrics_of(trainer, "val")

@@ -1,0 +1,180 @@
+"""A stream gives the rows of the table, for ever; processes share it; a run that was cut short goes on as if not."""
+
+import functools
+import json
+from collections import Counter
+from itertools import islice, pairwise
+from types import SimpleNamespace
+
+import datasets
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lora_lightning import LoRAConfig, LoRAError, LoRAModule
+from lora_lightning.data.language_modelling import LanguageModellingData
+from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.streaming import Endless, share_of
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.tasks.causal_lm import CausalLM
+from tests.tiny_lm import make_model, make_texts, make_tokenizer
+
+TEXTS = make_texts(60, longest=30)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write(tmp_path / "set.jsonl", TEXTS)
+
+
+def data_of(path, tokenizer, **options):
+    own = {"max_length": 16, "batch_size": 4, "split": SplitConfig(validation=0, test=0), "shuffle_buffer": 10}
+    return LanguageModellingData(path, tokenizer, **{"streaming": True} | own | options)
+
+
+def pieces(rows):
+    """What documents' pieces there are in rows that may be packed."""
+    found = Counter()
+    for row in rows:
+        positions = row.get("position_ids", range(len(row["input_ids"])))
+        starts = [i for i, p in enumerate(positions) if p == 0] + [len(positions)]
+        found.update(tuple(row["input_ids"][a:b]) for a, b in pairwise(starts))
+    return found
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_stream_has_the_rows_of_the_table(path, tokenizer, packing):
+    table = data_of(path, tokenizer, streaming=False, packing=packing)
+    table.setup()
+    stream = data_of(path, tokenizer, packing=packing).streams["train"]
+    assert pieces(stream) == pieces(table.encoded("train"))
+
+
+def test_a_saved_set_is_streamed_too(tmp_path, tokenizer, path):
+    parts = {"train": TEXTS[:50], "validation": TEXTS[50:]}
+    tables = {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in parts.items()}
+    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
+    data = data_of(str(tmp_path / "saved"), tokenizer, packing=False)
+    assert data.has_validation
+    validated = [batch["input_ids"][batch["attention_mask"].bool()] for batch in data.val_dataloader()]
+    assert sum(map(len, validated)) == sum(len(text.split()) + 1 for text in TEXTS[50:])
+
+
+def test_it_goes_on_in_another_order_each_time_and_the_same_for_one_seed(path, tokenizer):
+    one, two, other = (data_of(path, tokenizer, packing=False, seed=seed).streams["train"] for seed in (1, 1, 2))
+    count = sum(1 for _ in one)
+    endless = [[tuple(row["input_ids"]) for row in islice(Endless(s, 1), 2 * count)] for s in (one, two, other)]
+    assert endless[0] == endless[1] != endless[2]
+    first, second = endless[0][:count], endless[0][count:]
+    assert Counter(first) == Counter(second)
+    assert first != second
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_processes_share_the_rows(tmp_path, tokenizer, files):
+    texts = [TEXTS[i::files] for i in range(files)]
+    stream = datasets.load_dataset(
+        "json", streaming=True, data_files=[write(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(texts)]
+    )["train"]
+    data = data_of(str(tmp_path / "0.jsonl"), tokenizer, packing=False)
+    encoded = data.encode_stream(stream.map(lambda row, i: row | {"__row__": i}, with_indices=True), ["text"], "train")
+    shares = [pieces(share_of(encoded, SimpleNamespace(world_size=2, global_rank=rank))) for rank in range(2)]
+    assert shares[0] + shares[1] == pieces(encoded)
+    assert all(shares)
+
+
+def fit(path, tokenizer, folder, steps, ckpt_path=None, **options):
+    model = make_model("llama", dtype=torch.float64)
+    optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
+    module = LoRAModule(model, CausalLM(), LoRAConfig(r=4), optimizer)
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", precision="64-true", accumulate_grad_batches=2, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        callbacks=[ModelCheckpoint(folder, save_last=True)], **options,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    data = data_of(path, tokenizer)
+    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer, adapter_tensors(module.backbone)
+
+
+def rows_seen(data_loader, batches):
+    return [batch["input_ids"].tolist() for batch in islice(data_loader, batches)]
+
+
+def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, tokenizer, tmp_path):
+    whole = rows_seen(data_of(path, tokenizer).train_dataloader(), 30)
+    trainer, _ = fit(path, tokenizer, tmp_path / "a", 5)
+    assert trainer.fit_loop.epoch_loop.batch_progress.total.ready == 10
+    again = data_of(path, tokenizer)
+    again.trainer = SimpleNamespace(
+        max_steps=9, limit_val_batches=0, world_size=1, global_rank=0, fit_loop=trainer.fit_loop
+    )
+    assert rows_seen(again.train_dataloader(), 20) == whole[10:]
+
+
+def test_a_resumed_fit_is_the_uninterrupted_one(path, tokenizer, tmp_path):
+    _, whole = fit(path, tokenizer, tmp_path / "whole", 8)
+    fit(path, tokenizer, tmp_path / "first", 5)
+    trainer, resumed = fit(path, tokenizer, tmp_path / "rest", 8, ckpt_path=tmp_path / "first" / "last.ckpt")
+    assert trainer.global_step == 8
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+def test_a_fit_validates_where_it_is_told_to(tmp_path, tokenizer):
+    write(tmp_path / "train.jsonl", TEXTS)
+    write(tmp_path / "validation.jsonl", TEXTS[:9])
+    trainer, _ = fit(str(tmp_path), tokenizer, tmp_path / "run", 4, val_check_interval=4)
+    assert float(trainer.callback_metrics["val/perplexity"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"steps": -1, "max_epochs": 1}, r"set trainer.max_steps to the number of optimizer steps"),
+        ({"steps": 3}, r"set trainer.val_check_interval to a number of batches, or trainer.limit_val_batches to 0"),
+    ],
+)
+def test_what_waits_for_the_end_of_a_stream_is_refused(tmp_path, tokenizer, options, said):
+    write(tmp_path / "train.jsonl", TEXTS)
+    write(tmp_path / "validation.jsonl", TEXTS[:9])
+    with pytest.raises(LoRAError, match=said):
+        fit(str(tmp_path), tokenizer, tmp_path / "run", **options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "said"),
+    [
+        (TEXTS, {"text_column": "txt"}, r"no column 'txt'; did you mean 'text'"),
+        (["one", "two", None], {}, r"set.jsonl, the train set, row 3, column 'text': expected text, got None"),
+        ([], {}, r"set.jsonl is empty"),
+    ],
+)
+def test_a_fault_is_named(tmp_path, tokenizer, texts, options, said):
+    with pytest.raises(LoRAError, match=said):
+        list(data_of(write(tmp_path / "set.jsonl", texts), tokenizer, **options).streams["train"])
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, tokenizer):
+    (tmp_path / "set.jsonl").write_text("no json\n")
+    with pytest.raises(LoRAError, match=r"set.jsonl, the train set cannot be read"):
+        _ = data_of(str(tmp_path / "set.jsonl"), tokenizer).streams
+
+
+def test_worker_processes_give_the_same_rows_each_time(path, tokenizer):
+    one, two = (rows_seen(data_of(path, tokenizer, num_workers=2).train_dataloader(), 12) for _ in range(2))
+    assert one == two  # (of the two workers the second has no file of its own)

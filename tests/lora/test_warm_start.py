@@ -1,0 +1,236 @@
+"""A run starts at an earlier run's adapter, bit for bit; only a head of another shape keeps its own start."""
+
+import peft
+import pytest
+import torch
+
+from lora_lightning import LoRAConfig, inject, save_adapter
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.errors import AdapterError, AdapterWarning
+from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.warm_start import start_from_directory, start_from_state
+from tests.factories import FAMILIES, assert_same, bert, move, output, snapshot
+from tests.lora.options_support import inputs, net, shake
+
+# What PEFT would read otherwise of these adapters.
+pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")
+
+OPTIONS = {
+    "plain": {},
+    "rslora": {"use_rslora": True, "alpha": 3},
+    "dora": {"use_dora": True},
+    "B's bias": {"lora_bias": True, "target_modules": ["up", "square"]},
+    "biases": {"bias": "all"},
+    "patterns": {"rank_pattern": {"up": 2}, "alpha_pattern": {"down": 7}},
+    "a head": {"modules_to_save": ["head"]},
+}
+
+
+def state_of(model):
+    return {key: tensor.detach().clone() for key, tensor in adapter_tensors(model).items()}
+
+
+def earlier(config, make=net, seed=0):
+    """A trained model, and what its checkpoint holds."""
+    model = make(seed=seed)
+    inject(model, config)
+    return shake(model), config
+
+
+@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_outputs_and_w0_are_the_earlier_runs(options, source, tmp_path):
+    config = LoRAConfig(**{"r": 4, "target_modules": ["up", "down", "square"], **options})
+    first, _ = earlier(config)
+    second = net()
+    inject(second, config)
+    before, w0 = second(inputs()), fingerprint(second)
+    if source == "directory":
+        save_adapter(first, tmp_path)
+        start = start_from_directory(second, tmp_path)
+    else:
+        start = start_from_state(second, state_of(first), config, config, fingerprint(first))
+    assert torch.equal(second(inputs()), first(inputs()))
+    assert not torch.equal(second(inputs()), before)
+    assert fingerprint(second) == w0
+    assert (start.tensors, start.own_start) == (len(adapter_tensors(second)), {})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_starts_from_its_directory(name, tmp_path):
+    family = FAMILIES[name]
+    first, second = family.build(), family.build()
+    for model in (first, second):
+        inject(model, LoRAConfig(r=2))
+    save_adapter(move(first), tmp_path, task_type="SEQ_CLS")
+    start_from_directory(second, tmp_path)
+    assert torch.equal(family.run(second), family.run(first))
+
+
+def test_parts_of_a_fused_projection_and_token_rows_are_taken_over(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    def make():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=30, n_positions=16)).eval()
+
+    config = LoRAConfig(r=2, target_modules="query-value", trainable_token_indices={"wte": [3, 1]})
+    first, second = make(), make()
+    for model in (first, second):
+        inject(model, config)
+    move(first)
+    save_adapter(first, tmp_path / "peft", task_type="CAUSAL_LM")
+    start_from_directory(second, tmp_path / "peft")
+    ids = torch.arange(10)[None]
+    assert torch.equal(output(second, ids), output(first, ids))
+    third = make()
+    inject(third, LoRAConfig(r=2, target_modules="query-value", trainable_token_indices={"wte": [3, 2]}))
+    with pytest.raises(AdapterError, match=r"trains other tokens of 'transformer\.wte'"):
+        start_from_directory(third, tmp_path / "peft")
+    fourth = make()
+    inject(fourth, LoRAConfig(r=2, slices={"c_attn": ["k", "v"]}, target_modules=["c_attn"]))
+    save_adapter(_only_parts(make()), tmp_path / "parts", task_type="CAUSAL_LM")
+    with pytest.raises(AdapterError, match=r"trained on the parts .*'q'.* this run says .*'k'"):
+        start_from_directory(fourth, tmp_path / "parts")
+
+
+def _only_parts(model):
+    inject(model, LoRAConfig(r=2, target_modules="query-value"))
+    return move(model)
+
+
+def heads(labels):
+    torch.manual_seed(0)
+    body = bert().bert.state_dict()
+    model = bert(num_labels=labels).eval()
+    model.bert.load_state_dict(body)
+    return model
+
+
+def hidden(model):
+    return model.bert(torch.arange(1, 7)[None]).last_hidden_state
+
+
+@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+@pytest.mark.parametrize(("labels", "why"), [(2, r"\(3, 16\) in the adapter, \(2, 16\) here"), (3, None)])
+def test_a_head_of_another_shape_keeps_its_own_start_and_a_fitting_one_is_taken_over(labels, why, source, tmp_path):
+    config = LoRAConfig(r=2, modules_to_save=["classifier"])
+    first, second = heads(3), heads(labels)
+    for model in (first, second):
+        inject(model, config)
+    move(first)
+    own = state_of(second)["classifier.lora_copy.weight"]
+    if source == "directory":
+        save_adapter(first, tmp_path)
+        start = start_from_directory(second, tmp_path)
+    else:
+        start = start_from_state(second, state_of(first), config, config, fingerprint(first))
+    assert torch.equal(hidden(second), hidden(first))
+    head = adapter_tensors(second)["classifier.lora_copy.weight"]
+    if why is None:
+        assert torch.equal(head, adapter_tensors(first)["classifier.lora_copy.weight"])
+        assert start.own_start == {}
+    else:
+        assert torch.equal(head, own)
+        assert str(start).endswith(f"'classifier' keeps its own start: {why}".replace("\\", ""))
+    assert start.tensors == len(adapter_tensors(second)) - 2 * (why is not None)
+
+
+def test_a_head_that_the_earlier_run_did_not_have_keeps_its_own_start(tmp_path):
+    first, second = heads(3), heads(3)
+    inject(first, LoRAConfig(r=2, exclude_modules=["pooler.dense"]))
+    inject(second, LoRAConfig(r=2, modules_to_save=["classifier", "pooler"]))
+    save_adapter(move(first), tmp_path, task_type="SEQ_CLS")
+    start = start_from_directory(second, tmp_path)
+    assert start.own_start == dict.fromkeys(["bert.pooler", "classifier"], "the adapter brings none")
+    assert torch.equal(hidden(second), hidden(first))
+
+
+def test_an_adapter_of_peft_is_taken_with_a_notice(tmp_path):
+    theirs = peft.get_peft_model(net(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"]))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    theirs.save_pretrained(tmp_path)
+    model = net()
+    inject(model, LoRAConfig(r=4, alpha=8, target_modules=["up", "down"]))
+    with pytest.warns(AdapterWarning, match="notes no fingerprint of its base"):
+        start_from_directory(model, tmp_path)
+    torch.testing.assert_close(model(inputs()), theirs.eval()(inputs()))
+
+
+CONFIG = {"r": 4, "alpha": 8, "target_modules": ["up", "down"], "modules_to_save": ["head"]}
+MISFITS = [
+    ({"r": 2, "alpha": 4}, r"'up\.lora_A(\.weight)?' has shape|lora_A.*has shape"),
+    ({"alpha": 4}, r"trained with a scale of 2 in 'up', this run's is 1: set lora\.alpha"),
+    ({"use_rslora": True}, r"trained with a scale of 2 in 'up', this run's is 4"),
+    ({"alpha_pattern": {"down": 2}}, r"a scale of 2 in 'down', this run's is 0\.5"),
+    ({"target_modules": ["up", "down", "square"]}, "missing .*square"),
+    ({"target_modules": ["up"]}, "left over .*down"),
+    ({"modules_to_save": None}, "another base|left over .*head"),
+    ({"use_dora": True}, "missing .*magnitude"),
+    ({"bias": "all"}, "missing .*bias"),
+]
+
+
+@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+@pytest.mark.parametrize(("changes", "said"), MISFITS)
+def test_what_does_not_fit_is_refused_and_nothing_is_loaded(changes, said, source, tmp_path):
+    trained = LoRAConfig(**CONFIG)
+    first, _ = earlier(trained)
+    config = LoRAConfig(**{**CONFIG, **changes})
+    model = net()
+    inject(model, config)
+    before = snapshot(model)
+    save_adapter(first, tmp_path)
+
+    def start():
+        if source == "directory":
+            return start_from_directory(model, tmp_path)
+        return start_from_state(model, state_of(first), trained, config, fingerprint(first))
+
+    with pytest.raises(AdapterError, match=said) as caught:
+        start()
+    assert "\n" not in str(caught.value)
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+def test_another_base_is_refused_unless_it_is_allowed(source, tmp_path):
+    config = LoRAConfig(**CONFIG)
+    first, _ = earlier(config)
+    model = net()
+    with torch.no_grad():
+        model.square.weight[0, 0] += 1
+    inject(model, config)
+    save_adapter(first, tmp_path)
+
+    def start(**allow):
+        if source == "directory":
+            return start_from_directory(model, tmp_path, **allow)
+        return start_from_state(model, state_of(first), config, config, fingerprint(first), **allow)
+
+    with pytest.raises(AdapterError, match=r"made on another base.*first square\.weight"):
+        start()
+    with pytest.warns(AdapterWarning, match="allow_other_base"):
+        start(allow_other_base=True)
+    assert torch.equal(adapter_tensors(model)["up.lora_B"], adapter_tensors(first)["up.lora_B"])
+
+
+def test_a_start_that_is_subtracted_is_taken_from_a_checkpoint_and_not_from_a_directory(tmp_path):
+    config = LoRAConfig(r=4, target_modules=["up", "down"], init="pissa")
+    first, _ = earlier(config)
+    second = net()
+    inject(second, config)
+    save_adapter(first, tmp_path)
+    with pytest.raises(AdapterError, match=r"lora\.init subtracts a start, in 'up'"):
+        start_from_directory(second, tmp_path)
+    start_from_state(second, state_of(first), config, config, fingerprint(first))
+    assert torch.equal(second(inputs()), first(inputs()))
+    plain = net()
+    inject(plain, LoRAConfig(r=4, target_modules=["up", "down"]))
+    with pytest.raises(AdapterError, match=r"left over .*lora_A0"):
+        start_from_state(
+            plain, state_of(first), config, LoRAConfig(r=4, target_modules=["up", "down"]), fingerprint(first)
+        )

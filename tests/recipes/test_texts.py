@@ -1,0 +1,46 @@
+"""The recipe for plain texts: parsed, and run for a step on a tiny model of its kind."""
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from lora_lightning.cli import LoRACLI
+from tests.recipes.recipe import CONFIGS, head_of, parse, stacked
+from tests.tiny_lm import make_lm, make_texts
+
+RECIPE = "lm/texts.yaml"
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "initializer_range": 0.02}
+"""Enough for the ranks of the recipe."""
+
+
+def test_it_is_parsed_and_says_what_it_is():
+    config = parse([RECIPE])
+    assert config.model.lora.alpha == 2 * config.model.lora.r
+    assert config.data.init_args.packing
+    assert "Continued pre-training" in head_of(RECIPE)
+    assert "arXiv 2405.09673" in head_of(RECIPE)
+
+
+@pytest.mark.parametrize("model", sorted((CONFIGS / "lm" / "models").glob("*.yaml")), ids=lambda file: file.stem)
+def test_it_takes_another_model(model):
+    config = parse([RECIPE, model])
+    name = yaml.safe_load(model.read_text())["data"]["init_args"]["tokenizer"]
+    assert config.data.init_args.tokenizer == config.model.backbone.init_args.pretrained_model_name_or_path == name
+
+
+def test_a_step_of_it(tmp_path):
+    model = make_lm(tmp_path / "model", "qwen3", num_hidden_layers=1, **WIDE)
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(150)))
+    own = {
+        "trainer": {"accelerator": "cpu", "fast_dev_run": 1, "enable_progress_bar": False, "val_check_interval": 1.0},
+        "model": {"backbone": {"init_args": {"pretrained_model_name_or_path": str(model)}}},
+        "data": {"init_args": {"path": str(file), "tokenizer": str(model), "num_workers": 0}},
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
+    cli = LoRACLI(args=["fit", *stacked([RECIPE, tmp_path / "own.yaml"])])
+    assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
+    assert "position_ids" in cli.datamodule.encoded("train").column_names
+    assert {row.r for row in cli.model.report.modules} == {64}

@@ -1,0 +1,93 @@
+"""`--model.init_adapter`: a fit starts at an earlier run's adapter, and one that is resumed goes on from its own."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora_lightning import FreezeBase, LoRAConfig, LoRAError
+from lora_lightning.cli import LoRACLI
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.training import module as module_file
+from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.start import start_from_adapter
+from tests.training.test_module import trainer_of
+
+
+@pytest.fixture(scope="module")
+def other(tiny, tmp_path_factory):
+    """The same texts with three labels, and the earlier run's config for them."""
+    file = tmp_path_factory.mktemp("other") / "reviews.csv"
+    with Path(tiny.reviews).open(newline="") as read, file.open("w", newline="") as write:
+        rows = list(csv.DictReader(read))
+        writer = csv.DictWriter(write, rows[0].keys())
+        writer.writeheader()
+        for i, row in enumerate(rows):
+            writer.writerow({**row, "label": "unseen" if i % 5 == 0 else row["label"]})
+    return ["fit", "--config", tiny.config, "--data.path", str(file), "--name", "other", "--trainer.max_epochs", "1"]
+
+
+class Start(FreezeBase):
+    """Looks at the adapter before the first batch."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.seen = {key: tensor.detach().clone() for key, tensor in adapter_tensors(pl_module.backbone).items()}
+        batch = next(iter(trainer.train_dataloader))
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        self.hidden = pl_module.backbone.bert(**inputs).last_hidden_state
+        self.inputs = inputs
+
+
+@pytest.mark.parametrize("named", ["run", "checkpoint", "adapter"])
+def test_the_body_is_the_earlier_runs_and_the_head_is_new(named, trained, other, tmp_path, make_module):
+    path = {
+        "run": trained.parent,
+        "checkpoint": trained / "checkpoints" / "best.ckpt",
+        "adapter": tmp_path / "out" / "adapter",
+    }[named]
+    if named == "adapter":
+        LoRACLI(args=["export", "--ckpt_path", str(trained), "--output_dir", str(path.parent)])
+        module = make_module()  # an export is named as a whole too
+        said = start_from_adapter(module.backbone, str(path.parent), module.lora, allow_other_base=False)
+        assert said.own_start == {}
+    start = {"class_path": f"{__name__}.Start", "init_args": {"show_table": False}}
+    cli = LoRACLI(args=[*other, "--model.init_adapter", str(path), "--trainer.callbacks", json.dumps([start])])
+    looked = next(c for c in cli.trainer.callbacks if isinstance(c, Start))
+    earlier = make_module()
+    content = load_checkpoint(trained / "checkpoints" / "best.ckpt")
+    earlier.load_state_dict(content["state_dict"])
+    assert torch.equal(looked.hidden, earlier.backbone.bert(**looked.inputs).last_hidden_state)
+    body = {key: t for key, t in adapter_tensors(earlier.backbone).items() if "classifier" not in key}
+    assert all(torch.equal(looked.seen[key], tensor) for key, tensor in body.items())
+    assert cli.model.w0_fingerprint() == fingerprint(cli.model.backbone) == looked.before
+    report = json.loads((tmp_path / "runs/other/report.json").read_text())
+    assert report["w0_unchanged"]
+    assert report["init_adapter"] == str(path)
+
+
+def test_a_resumed_fit_goes_on_from_its_own_checkpoint(trained, other, tmp_path, monkeypatch):
+    LoRACLI(args=[*other, "--model.init_adapter", str(trained)])
+    monkeypatch.setattr(module_file, "start_from_adapter", lambda *_, **__: pytest.fail("read again"))
+    config = str(tmp_path / "runs/other/version_0/config.yaml")
+    resumed = ["--config", config, "--ckpt_path", "last", "--trainer.max_epochs", "2"]
+    assert LoRACLI(args=["fit", *resumed]).trainer.current_epoch == 2
+    LoRACLI(args=["test", "--config", config, "--ckpt_path", "best"])
+
+
+def test_what_is_no_adapter_is_refused_before_training(tmp_path, make_module, make_data):
+    for path, said in (("nothing", "no checkpoint or run folder 'nothing'"), ("torn.ckpt", "not a whole checkpoint")):
+        (tmp_path / "torn.ckpt").write_bytes(b"PK")
+        with pytest.raises(LoRAError, match=said):
+            trainer_of(tmp_path, enable_checkpointing=False).fit(make_module(init_adapter=path), make_data())
+    torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
+    with pytest.raises(LoRAError, match="has no adapter in it"):
+        trainer_of(tmp_path, enable_checkpointing=False).fit(make_module(init_adapter="plain.ckpt"), make_data())
+
+
+def test_two_starts_are_refused(make_module):
+    with pytest.raises(LoRAError, match=r"init_adapter and lora\.init=eva are two starts"):
+        make_module(lora=LoRAConfig(r=2, init="eva"), init_adapter="runs/mnli")
