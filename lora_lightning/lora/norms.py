@@ -1,7 +1,7 @@
 """Norms of the rows of `W0 + s B A` from what is of rank's size, without the dense update.
 
 `||w + s A^T b||^2 = ||w||^2 + 2 s (A w) b + s^2 b^T (A A^T) b` for each row w of W0 and b of B: W0 is read by one thin
-product and by its own norms, which are cheaper than that and so not kept: no write into W0 can make them stale. B = 0
+product and for its own norms, which are not kept: no write into W0, such as through `.data`, can make them stale. B = 0
 gives those norms to the bit.
 """
 
