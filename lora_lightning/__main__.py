@@ -21,14 +21,14 @@ def main() -> None:
 
     from lora_lightning.cli import LoRACLI, run_command
     from lora_lightning.commands import COMMANDS
-    from lora_lightning.lora.errors import LoRAError
+    from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
     try:
         if sys.argv[1:] and sys.argv[1] in COMMANDS:
             run_command(sys.argv[1], sys.argv[2:])
         else:
             LoRACLI()
-    except (LoRAError, MisconfigurationException) as error:
+    except (LoRAError, MissingPackageError, MisconfigurationException) as error:
         print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 

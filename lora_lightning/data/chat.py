@@ -12,7 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.answers import runs, special_ids
-from lora_lightning.data.chat_template import ChatTemplate, TemplateError, TrainOn, encode_conversations, give_template
+from lora_lightning.data.chat_template import (
+    ChatTemplate,
+    TemplateError,
+    TrainOn,
+    encode_conversations,
+    encode_prompts,
+    give_template,
+)
 from lora_lightning.data.conversations import (
     BadRow,
     Message,
@@ -23,13 +30,15 @@ from lora_lightning.data.conversations import (
     tools_of,
 )
 from lora_lightning.data.dialogues import is_dialogues, read_dialogues
-from lora_lightning.data.packing import CausalCollator, pack_table
-from lora_lightning.data.prompts import GivesPrompts, Prompt
+from lora_lightning.data.packing import CausalCollator, lengths_of, pack_table
+from lora_lightning.data.prompt_completion import REFERENCES, PromptCollator
+from lora_lightning.data.prompts import GivesPrompts, Prompt, from_all_over, held_out
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.splits import SplitConfig, kind_of
 from lora_lightning.data.tables import check_columns
 from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.text_generation import PROMPT
 from lora_lightning.tasks.token_loss import IGNORED
 
 FEW = 50
@@ -56,6 +65,9 @@ class ChatData(TextData, GivesPrompts):
         template_options: variables that the template reads, such as `{enable_thinking: false}`.
         max_length: tokens per conversation and row at most; what is over is cut off a conversation's end.
         packing: put several conversations into one row; they do not see each other.
+        with_prompts: give batches of evaluation and prediction each conversation up to its last answer too, for
+            `TextGeneration` to answer; these are not packed. Rows of `predict` then need no answer of their own, and
+            their prompts are not cut.
         name: which configuration of a hub set.
         split: how to split off validation and test where the set has none.
         batch_size: conversations per batch and process in training.
@@ -80,6 +92,7 @@ class ChatData(TextData, GivesPrompts):
         template_options: dict[str, Any] | None = None,
         max_length: int = 2048,
         packing: bool = False,
+        with_prompts: bool = False,
         name: str | None = None,
         split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 8,
@@ -103,7 +116,7 @@ class ChatData(TextData, GivesPrompts):
             seed=seed,
         )
         self.given_columns, self.train_on, self.system = checked_columns(columns), train_on, system
-        self.packing = packing
+        self.packing, self.with_prompts = packing, with_prompts
         self.chat_template, self.template_options = chat_template, dict(template_options or {})
         self._layouts: dict[str, dict[str, str]] = {}
 
@@ -127,54 +140,76 @@ class ChatData(TextData, GivesPrompts):
         return super().read()
 
     def columns(self, split: str) -> Sequence[str | None]:
-        return list((self.given_columns or {}).values())
+        given = self.given_columns or {}
+        return [column for part, column in given.items() if part != "answer" or not self._only_prompts(split)]
+
+    def _only_prompts(self, split: str) -> bool:
+        return self.with_prompts and kind_of(split) == "predict"
 
     def layout(self, split: str) -> dict[str, str]:
         """Which column of a split stands for which part of a conversation."""
         if split not in self._layouts:
-            self._layouts[split] = layout_of(self.tables[split].column_names, self.given_columns)
+            names, answers = self.tables[split].column_names, not self._only_prompts(split)
+            self._layouts[split] = layout_of(names, self.given_columns, answers=answers)
         return self._layouts[split]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise at a row that is no conversation."""
-        layout = self._layouts[split] = layout_of(table.column_names, self.given_columns)
+        answers = not self._only_prompts(split)
+        layout = layout_of(table.column_names, self.given_columns, answers=answers)
         check_columns(table, list(layout.values()), split)
         for row in table:
             try:
                 messages = conversation_of(row, layout)
                 tools_of(row, layout)
-                if last_answer(messages) is None:
+                if answers and last_answer(messages) is None:
                     raise BadRow("messages", "a message of the role assistant", [m["role"] for m in messages])
             except BadRow as bad:
                 raise self.bad_cell(split, row[ROW], layout[bad.part], bad.expected, bad.got, bad.hint) from None
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        kind = kind_of(split)
+        if self.with_prompts and kind != "train":
+            return self._with_prompts(table, split)
         conversations = self.conversations(table, split)
-        if self.packing and split != "predict":
-            return pack_table(conversations, self.max_length, split)
-        return conversations
+        return (
+            pack_table(conversations, self.max_length, split) if self.packing and kind != "predict" else conversations
+        )
 
     def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and labels of each conversation that has something left to train on; others are said aloud."""
-        layout = self.layout(split)
-        encoded = self.encode_by(
-            encode_conversations,
-            table,
-            split,
-            template=self.template,
-            layout=layout,
-            system=self.system,
-            train_on=self.train_on,
-            max_length=self.max_length,
+        encoded = self._encoded_by(
+            encode_conversations, table, split, train_on=self.train_on, max_length=self.max_length
         )
-        column = layout.get("messages", layout.get("answer", ""))
+        kept = self._trainable(encoded, table[ROW], split)
+        return encoded.select(kept).select_columns(["input_ids", "labels"])
+
+    def _with_prompts(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        answered = kind_of(split) != "predict"
+        prompts = self._encoded_by(encode_prompts, table, split, answered=answered).remove_columns("problem")
+        if not answered:
+            return prompts.remove_columns(REFERENCES)
+        options = {"train_on": self.train_on, "max_length": self.max_length}
+        encoded = self._encoded_by(encode_conversations, table, split, **options)
+        kept = self._trainable(encoded, table[ROW], split)
+        both = [encoded.select_columns(["input_ids", "labels"]), prompts]
+        return datasets.concatenate_datasets(both, axis=1).select(kept)
+
+    def _encoded_by(
+        self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
+    ) -> datasets.Dataset:
+        """`encode_by` a function of conversations, and an error for the first row that the template does not take."""
+        layout = self.layout(split)
+        shared = {"template": self.template, "layout": layout, "system": self.system}
+        encoded = self.encode_by(function, table, split, **shared, **options)
+        column = layout.get("messages", layout.get("answer", layout.get("prompt", "")))
         for row, problem, cell in zip(table[ROW], encoded["problem"], table[column], strict=True):
             if problem:
                 raise self.bad_cell(split, row, column, problem, cell)
-        return self._trainable(encoded, table[ROW], split).select_columns(["input_ids", "labels"])
+        return encoded
 
-    def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> datasets.Dataset:
-        """Without conversations that the cut left no answer of, and those whose answers are empty."""
+    def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
+        """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
         trained, whole = encoded["trained"], encoded["whole"]
         kept = [number for number, count in enumerate(trained) if count]
         if len(kept) < len(encoded):
@@ -190,7 +225,7 @@ class ChatData(TextData, GivesPrompts):
             rank_zero_warn(f"{said}. They are left out")
         if split == "train":
             self._warn_of_open_ends(encoded["labels"])
-        return encoded if len(kept) == len(encoded) else encoded.select(kept)
+        return kept
 
     def _warn_of_open_ends(self, labels: Any) -> None:
         ends = special_ids(self.tokenizer)
@@ -202,11 +237,14 @@ class ChatData(TextData, GivesPrompts):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return CausalCollator(self.pad_token_id or 0)
+        return ChatCollator(self.pad_token_id or 0)
+
+    def lengths(self, table: datasets.Dataset) -> list[int] | None:
+        return lengths_of(table) if "input_ids" in table.column_names else None
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """A row for each conversation, never packed."""
-        if not self.packing or "predict" in self.tables:
+        if not self.packing or self.with_prompts or "predict" in self.tables:
             return super().predict_dataloader()
         self.encoded("test")  # says where there is none
         return self._loader(self.conversations(self.tables["test"], "test"), self.eval_batch_size)
@@ -228,17 +266,25 @@ class ChatData(TextData, GivesPrompts):
         Args:
             count: how many at most.
         """
-        split = next(name for name in ("validation", "test", "train") if name in self.tables)
-        table, layout = self.tables[split], self.layout(split)
-        step = max(len(table) // count, 1)
-        found = []
-        for row in table.select(range(0, len(table), step)[:count]):
+        split, found = held_out(self.tables), []
+        layout = self.layout(split)
+        for row in from_all_over(self.tables[split], count):
             messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
             end = last_answer(messages)
             assert end is not None  # see check
             ids = self.template.prompt_ids(messages[:end], tools)
             found.append(Prompt(text=_asked(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
         return found
+
+
+class ChatCollator:
+    """Rows to a batch: by `PromptCollator` those with prompts to answer, others by `CausalCollator`."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.plain, self.prompts = CausalCollator(pad_token_id), PromptCollator(pad_token_id)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return (self.prompts if f"{PROMPT}input_ids" in rows[0] else self.plain)(rows)
 
 
 def _asked(messages: Sequence[Message]) -> str:

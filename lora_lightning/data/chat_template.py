@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,10 @@ from lora_lightning.data.answers import (
     up_to_turns_end,
 )
 from lora_lightning.data.conversations import Message, conversation_of, last_answer, tools_of
+from lora_lightning.data.prompt_completion import REFERENCES
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
+from lora_lightning.tasks.text_generation import PROMPT
 from lora_lightning.tasks.token_loss import IGNORED
 
 TrainOn = Literal["answers", "last_answer", "all"]
@@ -31,6 +33,11 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 class TemplateError(Exception):
     """What a chat template does not do with a conversation."""
+
+
+def _refused(error: Exception) -> TemplateError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return TemplateError(f"a conversation that the chat template takes ({reason})")
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,16 @@ class ChatTemplate:
         )
 
     def prompt_ids(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
-        """Tokens of a conversation that an answer is to follow."""
-        return list(self.tokenizer(self.text(messages, tools, prompt=True), add_special_tokens=False)["input_ids"])
+        """Tokens of a conversation that an answer is to follow.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        try:
+            text = self.text(messages, tools, prompt=True)
+        except Exception as error:  # a template raises what it likes
+            raise _refused(error) from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[int]]:
         """Token ids up to the last answer's end, and labels: the ids themselves where trained on, else -100.
@@ -67,11 +82,8 @@ class ChatTemplate:
                 f"its answers to be found in what the chat template makes of it, which rewrites message {error.number}"
                 " (train_on: last_answer may do, or a chat_template with {% generation %})"
             ) from error
-        except TemplateError:
-            raise
         except Exception as error:  # a template raises what it likes
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise TemplateError(f"a conversation that the chat template takes ({reason})") from error
+            raise _refused(error) from error
         return ids, [number if mark else IGNORED for number, mark in zip(ids, marks, strict=True)]
 
     def _marked(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[bool]]:
@@ -151,15 +163,12 @@ def encode_conversations(
     are without the cut.
     """
     columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "problem", "trained", "whole")}
-    for values in zip(*rows.values(), strict=True):
-        row = dict(zip(rows, values, strict=True))
-        messages = conversation_of(row, layout, system)
-        end = last_answer(messages)
+    for messages, tools in conversations_of(rows, layout, system):
         ids: list[int] = []
         labels: list[int] = []
-        problem = ""
+        problem, end = "", last_answer(messages)
         try:
-            ids, labels = template.encode(messages[: 0 if end is None else end + 1], tools_of(row, layout), train_on)
+            ids, labels = template.encode(messages[: 0 if end is None else end + 1], tools, train_on)
         except TemplateError as error:
             problem = str(error)
         columns["problem"].append(problem)
@@ -169,6 +178,43 @@ def encode_conversations(
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
     return columns
+
+
+def encode_prompts(
+    rows: Mapping[str, list[Any]],
+    *,
+    template: ChatTemplate,
+    layout: dict[str, str],
+    system: str | None,
+    answered: bool,
+) -> dict[str, list[Any]]:
+    """Of each row the conversation up to its last answer, and that answer as the one reference.
+
+    Args:
+        answered: False where a conversation may end with what is to be answered; then it is the prompt as it is.
+    """
+    columns: dict[str, list[Any]] = {f"{PROMPT}input_ids": [], REFERENCES: [], "problem": []}
+    for messages, tools in conversations_of(rows, layout, system):
+        end, ids, problem = last_answer(messages), [], ""
+        if not answered and messages[-1]["role"] != "assistant":
+            end = None
+        try:
+            ids = template.prompt_ids(messages[:end], tools)
+        except TemplateError as error:
+            problem = str(error)
+        columns[f"{PROMPT}input_ids"].append(ids)
+        columns[REFERENCES].append([] if end is None else [messages[end]["content"]])
+        columns["problem"].append(problem)
+    return columns
+
+
+def conversations_of(
+    rows: Mapping[str, list[Any]], layout: Mapping[str, str], system: str | None
+) -> Iterator[tuple[list[Message], Any]]:
+    """Messages and tools of each row."""
+    for values in zip(*rows.values(), strict=True):
+        row = dict(zip(rows, values, strict=True))
+        yield conversation_of(row, layout, system), tools_of(row, layout)
 
 
 def _trained(labels: Sequence[int]) -> int:

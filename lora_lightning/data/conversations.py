@@ -59,9 +59,9 @@ def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers:
         LoRAError: neither given nor known.
     """
     if given:
-        return dict(given)
+        return {part: name for part, name in given.items() if answers or part != "answer" or name in names}
     for layout in LAYOUTS:
-        wanted = {part: name for part, name in layout.items() if answers or part != "answer"}
+        wanted = {part: name for part, name in layout.items() if answers or part != "answer" or name in names}
         if set(wanted.values()) <= set(names):
             return {**wanted, **{part: part for part in ("tools", "system") if part in names}}
     raise LoRAError(

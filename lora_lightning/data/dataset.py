@@ -43,10 +43,11 @@ class DatasetData(LightningDataModule):
 
     def __init__(
         self,
-        train: Dataset[Any] | None = None,
-        validation: Dataset[Any] | None = None,
-        test: Dataset[Any] | None = None,
-        predict: Dataset[Any] | None = None,
+        # Without what they hold: jsonargparse makes nothing of a class path for Dataset[Any].
+        train: Dataset | None = None,  # type: ignore[type-arg]
+        validation: Dataset | None = None,  # type: ignore[type-arg]
+        test: Dataset | None = None,  # type: ignore[type-arg]
+        predict: Dataset | None = None,  # type: ignore[type-arg]
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -165,7 +166,7 @@ def hub_dataset(
     shuffle_buffer: int = 0,
     seed: int = 0,
     revision: str | None = None,
-) -> Dataset[Any]:
+) -> Dataset:  # type: ignore[type-arg]
     """A set by its name on the Hugging Face hub, or from a directory that `save_to_disk` made, as a torch `Dataset`.
 
     Args:

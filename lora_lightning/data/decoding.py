@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+
+from lora_lightning.lora.errors import MissingPackageError
+
+try:  # here, first of all that handles images
+    import torchvision  # noqa: F401
+    from PIL import Image, ImageOps
+except ImportError as error:
+    raise MissingPackageError("images need torchvision and pillow: pip install 'lora_lightning[vision]'") from error
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Of image files in a folder: those of torchvision's ImageFolder. Others are passed over."""

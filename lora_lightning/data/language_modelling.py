@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.packing import CausalCollator, cut, cut_to_train, lengths_of, pack_rows, pack_table
+from lora_lightning.data.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.streamed import StreamedTextData
@@ -26,7 +27,7 @@ MOST_NAMED = 5
 """Rows that a warning names."""
 
 
-class LanguageModellingData(StreamedTextData):
+class LanguageModellingData(StreamedTextData, GivesPrompts):
     """Texts of files or of a Hugging Face set, one document a row, to batches for `CausalLM`.
 
     Each document ends with the tokenizer's end of text. One that is longer than `max_length` is cut into pieces, so
@@ -178,6 +179,15 @@ class LanguageModellingData(StreamedTextData):
         pieces = [self._cut(self.documents(self.tables[name], name), name) for name in names]
         loaders = [self._loader(table, self.eval_batch_size) for table in pieces]
         return loaders if len(loaders) > 1 else loaders[0]
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
+        if self.streaming:
+            streams = self.open()
+            rows = list(streams[held_out(streams)].take(count))
+        else:
+            rows = list(from_all_over(self.tables[held_out(self.tables)], count))
+        return [beginning_of(row[self.text_column], self.tokenizer) for row in rows]
 
 
 def encode_texts(

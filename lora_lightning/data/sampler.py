@@ -18,7 +18,8 @@ class EpochSampler(DistributedSampler[Any]):
     """Shuffled order, optionally with texts of like length in one batch.
 
     `num_replicas` processes take turns within one order, so together their batches are those of one process
-    with batches `num_replicas` times as large. In training the order is padded to a whole number of turns.
+    with batches `num_replicas` times as large. In training all must have as many batches: where some would be one
+    short, they get one that is `padding`, an example over again that is to count for nothing.
     Being a `DistributedSampler`, Lightning leaves it alone.
 
     Args:
@@ -44,7 +45,7 @@ class EpochSampler(DistributedSampler[Any]):
         super().__init__(data, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         if len(data) < num_replicas:
             raise LoRAError(f"{len(data)} examples are fewer than the {num_replicas} processes: use fewer devices")
-        self.count = len(data)
+        self.count, self.batch_size = len(data), batch_size
         self.block = batch_size * num_replicas
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
 
@@ -64,8 +65,16 @@ class EpochSampler(DistributedSampler[Any]):
             order = self._by_length(order, self.lengths, generator)
         return order.repeat(self.num_replicas)[: self._padded()].tolist()
 
+    def is_padding(self, batch: int) -> bool:
+        """Whether this process's batch of this number in the epoch, from 0, is there only to keep step with others."""
+        last = len(self) - 1
+        return batch * self.batch_size == last and self.rank + last * self.num_replicas >= self.count
+
     def _padded(self) -> int:
-        return self.count + (-self.count % self.num_replicas if self.shuffle else 0)
+        """Examples of all processes, with those over again that give each as many batches."""
+        turns, left = divmod(self.count, self.num_replicas)
+        short = self.shuffle and left > 0 and turns % self.batch_size == 0
+        return self.count + (self.num_replicas - left if short else 0)
 
     def _by_length(self, order: torch.Tensor, lengths: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Sort within windows, then deal out whole batches in random order, the longest first."""

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import first_in_place
-from lora_lightning.data.streaming import Endless, batches_seen, first_row, numbered, refuse_endless, share_of
+from lora_lightning.data.streaming import endless, first_row, numbered, refuse_endless, share_of
 from lora_lightning.data.tables import check_names
 from lora_lightning.data.texts import TextData
 
@@ -97,8 +97,9 @@ class StreamedTextData(TextData):
         if not self.streaming:
             return super().train_dataloader()
         refuse_endless(self.trainer, validates=self.has_validation)
-        rows = Endless(self._share("train"), self.batch_size, batches_seen(self.trainer))
-        return self._stream_loader(rows, self.batch_size)
+        if "train" not in self.streams:
+            self.encoded("train")  # says what is missing
+        return self._stream_loader(endless(self.streams["train"], self.batch_size, self.trainer), self.batch_size)
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
         if not self.streaming:

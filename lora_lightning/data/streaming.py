@@ -73,10 +73,20 @@ def numbered(stream: datasets.IterableDataset, column: str) -> datasets.Iterable
 
 
 def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:
-    """What falls to this process."""
+    """What falls to this process, of a stream that ends."""
     if trainer is None or trainer.world_size == 1:
         return stream
     return split_dataset_by_node(stream, rank=trainer.global_rank, world_size=trainer.world_size)
+
+
+def endless(stream: datasets.IterableDataset, batch_size: int, trainer: Trainer | None) -> Endless:
+    """What falls to this process of one that does not, from where a run that was cut short was."""
+    if trainer is None:
+        return Endless(stream, batch_size)
+    seen, rank, world_size = batches_seen(trainer), trainer.global_rank, trainer.world_size
+    if stream.num_shards % world_size == 0:  # files for all: none is read twice
+        return Endless(share_of(stream, trainer), batch_size, seen)
+    return Endless(stream, batch_size, seen, rank, world_size)
 
 
 def refuse_endless(trainer: Trainer | None, *, validates: bool) -> None:
@@ -92,9 +102,9 @@ def refuse_endless(trainer: Trainer | None, *, validates: bool) -> None:
         )
 
 
-def batches_seen(trainer: Trainer | None) -> int:
+def batches_seen(trainer: Trainer) -> int:
     """How many batches the run that this one goes on from has had."""
-    return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.ready
+    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
 
 
 class Endless(IterableDataset[Any]):
@@ -104,15 +114,21 @@ class Endless(IterableDataset[Any]):
         stream: of rows; shuffled, it has an order for each epoch.
         batch_size: rows of a batch.
         seen: batches to leave out from the start, as those that an interrupted run has had.
+        rank: of `world_size` processes that take turns in one order, over the ends of the stream too.
+        world_size: how many there are.
     """
 
-    def __init__(self, stream: datasets.IterableDataset, batch_size: int, seen: int = 0) -> None:
+    def __init__(
+        self, stream: datasets.IterableDataset, batch_size: int, seen: int = 0, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.stream, self.batch_size, self.seen = stream, batch_size, seen
+        self.rank, self.world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         mine = self.seen if worker is None else len(range(worker.id, self.seen, worker.num_workers))
-        return islice(self._rows(), mine * self.batch_size, None)
+        skipped = mine * self.batch_size * self.world_size
+        return islice(self._rows(), skipped + self.rank, None, self.world_size)
 
     def _rows(self) -> Iterator[Any]:
         for epoch in count():

@@ -30,11 +30,12 @@ def efficientnet_lite0(num_classes: int | None = None) -> nn.Module:
         raise LoRAError(f"{FILE} holds {len(state)} tensors and the model {len(own)}")
     head = [key for key in own if key.startswith("classifier.")]
     new = head if num_classes not in (None, 1000) else []
-    for key, tensor in zip(own, state.values(), strict=True):
+    for key, (name, tensor) in zip(own, state.items(), strict=True):
         if key in new:
             continue
-        if own[key].shape != tensor.shape:
-            raise LoRAError(f"{FILE}: expected {tuple(own[key].shape)} for '{key}', got {tuple(tensor.shape)}")
+        if own[key].shape != tensor.shape or key.rpartition(".")[2] != name.rpartition(".")[2]:
+            expected = f"{tuple(own[key].shape)} for '{key}'"
+            raise LoRAError(f"{FILE}: expected {expected}, got {tuple(tensor.shape)} as '{name}'")
         own[key].copy_(tensor)
     model.new_keys = new  # type: ignore[assignment]
     return model

@@ -26,6 +26,10 @@ class MergeError(LoRAError):
     """The update cannot be folded into W0."""
 
 
+class MissingPackageError(ImportError):
+    """A package that an extra brings is not installed. The message says which extra."""
+
+
 class AdapterWarning(UserWarning):
     """An adapter's files hold what another library will read differently, or say something that is not used here."""
 

@@ -1,13 +1,11 @@
 """Norms of the rows of `W0 + s B A` from what is of rank's size, without the dense update.
 
-`||w + s A^T b||^2 = ||w||^2 + 2 s (A w) b + s^2 b^T (A A^T) b` for each row w of W0 and b of B: one thin product reads
-W0, whose own norms are kept from call to call. B = 0 gives those norms to the bit.
+`||w + s A^T b||^2 = ||w||^2 + 2 s (A w) b + s^2 b^T (A A^T) b` for each row w of W0 and b of B: W0 is read by one thin
+product and for its own norms, which are not kept: no write into W0, such as through `.data`, can make them stale. B = 0
+gives those norms to the bit.
 """
 
 from __future__ import annotations
-
-import weakref
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,33 +14,6 @@ CANCELLED = 1e-2
 """Where a row's square shrinks below this share of W0's, the difference of large numbers has lost too many digits."""
 BLOCK = 2**18
 """Elements of W0 that are cast at once where it is narrower than the norms: they stay in a CPU's cache."""
-
-
-class BaseNorms:
-    """The norms of a frozen weight's rows, kept until the weight is another or was written into."""
-
-    def __init__(self) -> None:
-        self.kept: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy starts empty: it is of another weight."""
-        return BaseNorms, ()
-
-    def of(self, weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """What was kept for this very weight, as it is now."""
-        if self.kept is None:
-            return None
-        source, state, norms = self.kept
-        return norms if source() is weight and state == _state(weight, dtype) else None
-
-    def keep(self, weight: Tensor, dtype: torch.dtype, norms: Tensor) -> Tensor:
-        """Keep and return them."""
-        self.kept = weakref.ref(weight), _state(weight, dtype), norms
-        return norms
-
-
-def _state(weight: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
-    return weight.data_ptr(), weight._version, dtype, weight.device
 
 
 @torch.no_grad()
@@ -64,7 +35,7 @@ def thin_row_norms(norms: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: f
 def _across(weight: Tensor, A: Tensor) -> Tensor:
     """`W0 A^T` (m, r) in the dtype of A."""
     if weight.dtype == A.dtype:
-        return torch.mm(weight, A.t())
+        return torch.mm(A, weight.t()).t()  # many times quicker than the transposed product where W0 is a transpose
     if weight.is_contiguous():
         parts = torch.split(weight, max(1, BLOCK // max(1, weight.shape[1])))
         return torch.cat([torch.mm(part.to(A.dtype), A.t()) for part in parts])

@@ -170,7 +170,7 @@ class _First(torch.autograd.Function):
         _add_up(out, zs[0], B)
         ctx.save_for_backward(x if reading.source is None else None, zs[0], cast, B, *As)
         ctx.transposed, ctx.prepare, ctx.reading, ctx.As = transposed, prepare, reading, As
-        ctx.device = x.device.type
+        ctx.versions, ctx.device = [A._version for A in As[1:]], x.device.type
         ctx.set_materialize_grads(False)
         return out, *zs[1:]
 
@@ -186,6 +186,8 @@ class _First(torch.autograd.Function):
             return (None,) * (8 + len(ctx.As))
         # Without a sibling in this pass, z's gradient is a second derivative, whose graph holds what was saved here.
         is_whole = g is not None or (now.x is None and reading.source is None)
+        if not is_whole and ctx.versions != [A._version for A in ctx.As[1:]]:
+            raise RuntimeError("lora_A has been modified by an inplace operation since the forward pass that read it")
         x, z, weight, B, *As = ctx.saved_tensors if is_whole else (now.x, None, None, None, *ctx.As)
         dB: Tensor | None = None
         dx: Tensor | None

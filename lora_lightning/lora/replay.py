@@ -126,7 +126,7 @@ class _Filled(torch.autograd.Function):
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Also where they are no numbers, and in the same order in memory."""
-    if (a.shape, a.dtype, a.stride()) != (b.shape, b.dtype, b.stride()):
+    if (a.shape, a.dtype, a.stride(), a.device) != (b.shape, b.dtype, b.stride(), b.device):
         return False
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     return torch.equal(a.detach().view(bits), b.view(bits))

@@ -13,7 +13,8 @@ from torchmetrics import MetricCollection
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
 from lora_lightning.tasks.lm_head import shifted_loss, shifted_losses
-from lora_lightning.tasks.packed import as_packed, is_packed
+from lora_lightning.tasks.packed import as_packed, is_packed, unpacked
+from lora_lightning.tasks.positions import refuse_too_long
 from lora_lightning.tasks.token_metrics import Perplexity, TokenAccuracy
 
 
@@ -58,6 +59,11 @@ class CausalLM(Task):
         """
         return self._step(backbone, batch, self.label_smoothing)
 
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a packed batch, documents in rows of their own."""
+        given = inputs_of(batch, "labels", "document")
+        return unpacked(given) if is_packed(given) else given
+
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
         """Without smoothing."""
         return self._step(backbone, batch, 0.0)
@@ -95,7 +101,8 @@ def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[di
     """What the backbone is called with, and the labels (b, t).
 
     Raises:
-        LoRAError: there are no labels; or the rows are packed and the backbone mixes documents.
+        LoRAError: there are no labels; a row is longer than the backbone's positions; or the rows are packed and the
+            backbone mixes documents.
     """
     inputs = inputs_of(batch, "labels", "document")
     if not isinstance(batch.get("labels"), Tensor):
@@ -103,4 +110,5 @@ def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[di
             f"the batch has no 'labels', only {', '.join(inputs)}: for a language model they are the input_ids"
             " themselves, -100 where nothing is trained on"
         )
+    refuse_too_long(backbone, inputs)
     return (as_packed(backbone, inputs) if is_packed(inputs) else inputs), batch["labels"]

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
@@ -61,6 +63,24 @@ def _arguments(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]
     if "flash" in str(backbone.config._attn_implementation):
         own |= flash_lengths(inputs["position_ids"])
     return own
+
+
+def unpacked(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A packed batch's documents in rows of their own, with an `attention_mask`: as many as need no more room.
+
+    For whatever is to see the backbone's inputs in their usual form, such as the proof of an export.
+    """
+    ids, positions = inputs["input_ids"].flatten(), inputs["position_ids"].flatten()
+    starts = (positions == 0).nonzero().squeeze(1).tolist()
+    documents = [ids[a:b] for a, b in pairwise([*starts, len(ids)])]
+    rows, longest = list[Tensor](), 0
+    for document in documents:
+        longest = max(longest, len(document))
+        if rows and (len(rows) + 1) * longest > len(ids):
+            break
+        rows.append(document)
+    mask = [torch.ones_like(row) for row in rows]
+    return {"input_ids": pad_sequence(rows, True), "attention_mask": pad_sequence(mask, True)}
 
 
 def flash_lengths(position_ids: Tensor) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.functional import wide_dtype
 
@@ -92,6 +93,12 @@ class UnitMean:
         count = trainer.strategy.reduce(torch.tensor(units, device=loss.device), reduce_op="sum")
         total: Tensor = trainer.strategy.reduce(loss, reduce_op="sum")
         return total, int(count)
+
+
+def is_padding(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a training batch is there only so that this process has as many as the others."""
+    sampler = getattr(trainer.train_dataloader, "sampler", None)
+    return isinstance(sampler, EpochSampler) and sampler.is_padding(batch_idx)
 
 
 def _summed(loss: Tensor, units: int) -> Tensor:

@@ -32,12 +32,13 @@ def head_of(backbone: nn.Module) -> str:
             f"{type(backbone).__name__} has no output head that could be found, and a probe is fitted on what the head"
             " is given: drop Baselines from trainer.callbacks"
         )
+    head = heads[-1].partition(f".{COPY}")[0]  # of a head that is trained in full, the frozen original
     inside = [
         name
         for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear) and COPY not in name.split(".") and f"{name}.".startswith(f"{heads[-1]}.")
+        if isinstance(module, nn.Linear) and COPY not in name.split(".") and f"{name}.".startswith(f"{head}.")
     ]
-    return inside[-1] if inside else heads[-1]
+    return inside[-1] if inside else head
 
 
 @torch.no_grad()

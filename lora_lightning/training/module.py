@@ -24,7 +24,7 @@ from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
 from lora_lightning.lora.products import Prepare
 from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
-from lora_lightning.training.averaging import UnitMean
+from lora_lightning.training.averaging import UnitMean, is_padding
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.sets import stage_of
 from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
@@ -104,6 +104,9 @@ class LoRAModule(LightningModule):
         return self.backbone(*args, **kwargs)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        if is_padding(self.trainer, batch_idx):
+            nothing = self.task.step(self.backbone, batch).loss * 0
+            return self._mean.weigh(self.trainer, nothing, 0, batch_idx)
         out = self._step("train", batch)
         return self._mean.weigh(self.trainer, out.loss, out.weight, batch_idx)
 

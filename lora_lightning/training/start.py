@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.calibrate import start_from_data
@@ -67,7 +67,13 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     if init == "eva":
         start_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
-        start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: task.step(model, b).loss)
+        start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
     with torch.no_grad():
         for tensor in adapter_tensors(backbone).values():
             tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+
+
+def _summed(task: Task, model: nn.Module, batch: Any) -> Tensor:
+    """The loss over all units of a batch: a batch of many is to weigh more in the gradient than one of few (law 9)."""
+    out = task.step(model, batch)
+    return out.loss * out.weight

@@ -166,6 +166,38 @@ def test_prompts_are_held_out_conversations_up_to_their_last_answer(tmp_path, to
     assert text.endswith("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_with_prompts_evaluation_has_them_and_predict_needs_no_answers(tmp_path, tokenizer):
+    asked = [{"messages": [user("Hi."), assistant("Yes."), user(f"{'And? ' * i}")]} for i in (1, 3)]
+    answered = {"messages": [*asked[0]["messages"], assistant("No.")]}
+    files = {
+        "train": [answered] * 4,
+        "test": [answered, *[{"messages": [user("Hi."), assistant("Yes.")]}]],
+        "predict": asked,
+    }
+    files = {split: write(tmp_path / f"{split}.jsonl", rows) for split, rows in files.items()}
+    data = ChatData(files, tokenizer, split=NO_SPLIT, with_prompts=True, packing=True)
+    data.setup()
+    assert set(next(iter(data.train_dataloader()))) == {"input_ids", "labels", "position_ids"}
+    (batch,) = data.test_dataloader()
+    assert batch["references"] == [["No."], ["Yes."]]
+    assert batch["input_ids"].shape == batch["labels"].shape
+    prompts = data.tokenizer.batch_decode(batch["prompt_input_ids"])
+    assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
+    assert prompts[1].startswith("<pad>")
+    assert (batch["prompt_attention_mask"] == (batch["prompt_input_ids"] != data.pad_token_id)).all()
+    (batch,) = data.predict_dataloader()
+    assert set(batch) == {"prompt_input_ids", "prompt_attention_mask"}
+    assert "Yes.<|im_end|>\n<|im_start|>user\nAnd? And? And? <|im_end|>" in data.tokenizer.decode(
+        batch["prompt_input_ids"][1]
+    )
+    alone = files | {"predict": write(tmp_path / "alone.jsonl", [{"messages": [user("Hi.")]}])}
+    ChatData(alone, tokenizer, split=NO_SPLIT, with_prompts=True).setup()
+    with pytest.raises(
+        LoRAError, match=r"alone.jsonl, the predict set, row 1, .* expected a message of the role assist"
+    ):
+        ChatData(alone, tokenizer, split=NO_SPLIT).setup()
+
+
 def test_dialogues_of_yaml_are_pairs_each_once(tmp_path, tokenizer):
     folder = tmp_path / "corpus"
     folder.mkdir()

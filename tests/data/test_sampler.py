@@ -39,10 +39,24 @@ def test_processes_together_see_the_batches_of_one_with_as_many_times_the_batch(
     lengths = [(5 * i) % 31 for i in range(n)] if grouped else None
     one = order_of(n, 1, batch=4 * replicas, lengths=lengths)
     ranks = [order_of(n, 1, batch=4, replicas=replicas, rank=r, lengths=lengths) for r in range(replicas)]
-    assert len({len(rank) for rank in ranks}) == 1, "a process with fewer steps would hang the others"
+    assert len({-(-len(rank) // 4) for rank in ranks}) == 1, "a process with fewer batches would hang the others"
     for start in range(0, n - n % (4 * replicas), 4 * replicas):
         mine = {i for rank in ranks for i in rank[start // replicas : start // replicas + 4]}
         assert mine == set(one[start : start + 4 * replicas])
+
+
+@given(n=st.integers(4, 100), replicas=st.integers(1, 4), batch=st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_all_examples_count_once_in_training_and_padding_for_nothing(n, replicas, batch):
+    counted, batches = [], set()
+    for rank in range(replicas):
+        sampler = EpochSampler(range(n), batch_size=batch, num_replicas=replicas, rank=rank)
+        order = list(sampler)
+        mine = [order[start : start + batch] for start in range(0, len(order), batch)]
+        counted += [i for number, rows in enumerate(mine) if not sampler.is_padding(number) for i in rows]
+        batches.add(len(mine))
+    assert sorted(counted) == list(range(n))
+    assert len(batches) == 1
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 import torch
-from transformers import BertTokenizer
+from transformers import BertTokenizer, RobertaTokenizer
 
 from lora_lightning import LoRAError
 from lora_lightning.data.splits import SplitConfig
@@ -196,3 +196,15 @@ def test_labels_are_of_words_whatever_the_batch(tmp_path, bert):
     data = data_of(write(tmp_path / "train.jsonl", ROWS), bert)
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch["labels"] != -100, batch["word_ids"] >= 0)
+
+
+def test_byte_level_tokenizers_see_words_as_in_running_text(tmp_path):
+    """RoBERTa's and GPT-2's put a blank before each word, the first one too."""
+    vocabulary = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", "Ġ", "A", "n", "o", "ĠA"])}
+    RobertaTokenizer(vocab=vocabulary, merges=[("Ġ", "A")]).save_pretrained(tmp_path / "roberta")
+    rows = [{"tokens": ["An", "Ao", "on"], "ner_tags": ["B-PER", "I-PER", "O"]}]
+    data = data_of(write(tmp_path / "train.jsonl", rows), str(tmp_path / "roberta"))
+    row = data.encoded("train")[0]
+    tokens = data.tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert tokens == ["<s>", "ĠA", "n", "ĠA", "o", "Ġ", "o", "n", "</s>"]
+    assert row["word_ids"] == [-1, 0, -1, 1, -1, 2, -1, -1, -1]

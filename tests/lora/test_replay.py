@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.lora.replay import Replays
+from lora_lightning.lora.replay import Replays, _same_bits
 from lora_lightning.lora.switches import recompute_inputs
 
 ROWS, WIDTH, R, LAYERS = 96, 32, 2, 2
@@ -372,6 +372,11 @@ def test_copies_and_pickles_compute_anew_too_and_a_layer_alone_keeps() -> None:
 
 def layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if "lora_A" in module._parameters]
+
+
+def test_numbers_on_another_device_are_others() -> None:
+    """What was moved, and would be computed anew where it came from."""
+    assert not _same_bits(torch.ones(2), torch.ones(2, device="meta"))
 
 
 def test_numbers_that_are_none_are_bits_too() -> None:

@@ -103,10 +103,16 @@ def run(command, tiny_models, folder, model, data, *args, more=()):
     return LoRACLI(args=[command, *files(model, data, *more), "--config", str(file), *args])
 
 
+@pytest.fixture(scope="module")
+def parser():
+    """The command's own, made once: that takes longer than to parse."""
+    return ParseOnly(args=["fit", *files(MODELS[0], SETS[0])]).parser
+
+
 @pytest.mark.parametrize("overlay", [(), ("qlora.yaml",)], ids=["16-bit", "qlora"])
 @pytest.mark.parametrize(("model", "data"), list(product(MODELS, SETS)))
-def test_every_combination_is_parsed(model, data, overlay):
-    config = ParseOnly(args=["fit", *files(model, data, *overlay)]).config.fit
+def test_every_combination_is_parsed(model, data, overlay, parser):
+    config = parser.parse_args(["fit", *files(model, data, *overlay)]).fit
     name = config.model.backbone.init_args.pretrained_model_name_or_path
     assert config.data.init_args.tokenizer == name
     assert config.model.lora.alpha == 2 * config.model.lora.r == 32
@@ -139,6 +145,7 @@ def test_a_step_of_each_model_and_of_each_set(model, data, tiny_models, tmp_path
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.slow
 def test_a_fit_on_a_4_bit_base_is_exported(tiny_models, tmp_path):
     pytest.importorskip("bitsandbytes")
     model = "llama-3.1-8b"

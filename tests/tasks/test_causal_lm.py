@@ -116,3 +116,21 @@ def test_a_misfit_is_named():
         CausalLM().step(model, {"input_ids": torch.zeros(1, 4).long()})
     with pytest.raises(LoRAError, match="label_smoothing must be"):
         CausalLM(label_smoothing=1.0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_a_row_longer_than_the_learned_positions_is_an_error(kind):
+    model, ids = make_model(kind), torch.randint(3, len(VOCABULARY), (1, 65))
+    CausalLM().evaluate(model, {"input_ids": ids[:, :64], "labels": ids[:, :64]})
+    with pytest.raises(LoRAError, match=r"a row of 65 tokens is longer than the 64 positions that .*max_length"):
+        CausalLM().evaluate(model, {"input_ids": ids, "labels": ids})
+
+
+def test_rows_that_are_longer_than_their_documents_may_be():
+    model, ids = make_model("gpt2"), torch.randint(3, len(VOCABULARY), (1, 80))
+    CausalLM().evaluate(model, {"input_ids": ids, "labels": ids, "position_ids": torch.arange(40).repeat(1, 2)})
+
+
+def test_rotary_positions_have_no_end():
+    ids = torch.randint(3, len(VOCABULARY), (1, 80))
+    assert math.isfinite(CausalLM().evaluate(make_model("llama"), {"input_ids": ids, "labels": ids}).loss)

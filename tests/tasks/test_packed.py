@@ -77,6 +77,13 @@ def test_the_trial_leaves_the_models_modes_and_the_random_numbers_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_documents_are_put_into_rows_of_their_own_while_there_is_room():
+    batch = {"input_ids": torch.arange(12).view(2, 6), "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1], [*range(6)]])}
+    found = CausalLM().inputs(nn.Identity(), batch | {"labels": batch["input_ids"]})
+    assert found["input_ids"].tolist() == [[0, 1, 2, 3], [4, 5, 0, 0]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
 def test_flash_attention_is_given_the_bounds_of_documents_over_all_rows():
     positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
     found = flash_lengths(positions)

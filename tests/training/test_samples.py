@@ -105,6 +105,15 @@ def test_test_predict_and_export_follow(fitted, chat, tmp_path):
     assert tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == sample["reference"]
 
 
+def test_new_questions_are_answered_by_predict(fitted, tmp_path):
+    asked = [{"messages": [{"role": "user", "content": f"Say {word}."}]} for word in ("sea", "sun", "sky")]
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    task = ["--model.task", "lora_lightning.TextGeneration", "--model.task.init_args.generation.max_new_tokens", "8"]
+    data = ["--data.init_args.path", f"{{predict: {tmp_path / 'new.jsonl'}}}", "--data.init_args.with_prompts", "true"]
+    LoRACLI(args=["predict", "--ckpt_path", str(fitted), *task, *data])
+    assert [row["prediction"] for row in lines(fitted / "predict" / "predictions.jsonl")] == ["sea", "sun", "sky"]
+
+
 def test_a_packed_run_learns_the_same(chat, tmp_path):
     config = tmp_path / "packed.yaml"
     config.write_text(CONFIG.format(llama=chat.llama, chats=chat.chats, packing="true"))
@@ -162,6 +171,7 @@ def test_a_page_escapes_what_would_break_its_table():
     assert page.splitlines()[-1] == "| a\\|b | c<br>d | e | f |"
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_table(chat, tmp_path):
     logger = ["--trainer.logger", "lora_lightning.WandbLogger", "--trainer.logger.save_dir", str(tmp_path / "runs")]
     LoRACLI(args=["fit", "--config", chat.config, "--trainer.max_epochs", "1", *logger])

@@ -20,7 +20,6 @@ _STATE = (
     "lora_siblings",
     "lora_prepare",
     "lora_replays",
-    "lora_norms",
 )
 """What a layer has besides tensors."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_lightning.lora import starts
 from lora_lightning.lora.dora import channel_norms, dora_factor, dora_update, rescale
 from lora_lightning.lora.layers.graft import Grafted
-from lora_lightning.lora.norms import BaseNorms, thin_row_norms
+from lora_lightning.lora.norms import thin_row_norms
 from lora_lightning.lora.quantised import plain_weight
 from lora_lightning.lora.quick import can_go_quick
 from lora_lightning.lora.rescale import rescale_
@@ -101,7 +101,6 @@ class WithOptions(Grafted):
         self._reset_options()
 
     def _reset_options(self) -> None:
-        self.__dict__.pop("lora_norms", None)
         if self.lora_A0 is not None and self.lora_B0 is not None:
             self.lora_A0.copy_(self.lora_A)
             self.lora_B0.copy_(self.lora_B)
@@ -180,12 +179,7 @@ class WithOptions(Grafted):
             return None
         if not (weight.is_floating_point() and can_go_quick(self.lora_A, weight, self.lora_B)):
             return None
-        dtype = self._lora_dtype()
-        kept: BaseNorms = self.__dict__.setdefault("lora_norms", BaseNorms())
-        norms = kept.of(weight, dtype)
-        if norms is None:
-            norms = kept.keep(weight, dtype, self._base_norms())
-        return thin_row_norms(norms, *factors, self.lora_settings.scale)
+        return thin_row_norms(self._base_norms(), *factors, self.lora_settings.scale)
 
     def _row_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
         """W0 (m, k) with DoRA's channels as its rows, and A (r, k), B (m, r); None where the kind has no such form."""

