@@ -9,6 +9,7 @@ import pytest
 
 from lora_lightning.__main__ import main
 from tests.command.process import REPOSITORY, run
+from tests.recipes.recipe import parse
 
 README = (REPOSITORY / "README.md").read_text()
 
@@ -19,6 +20,10 @@ def blocks(language):
 
 def lines(language):
     return [line.split("#")[0].strip() for block in blocks(language) for line in block.splitlines() if line.strip()]
+
+
+RECIPES = [line for line in lines("bash") if re.search(r"-c configs/\w+/", line)]
+"""Commands that stack recipes on models of the hub."""
 
 
 def make(*args):
@@ -59,10 +64,10 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     (tmp_path / "new.csv").write_text("text\na film to remember\nanother one to forget\n")
     for line in lines("bash"):
-        if not line.startswith("lora-lightning"):
+        if not line.startswith("lora-lightning") or line in RECIPES:
             continue
         args = [arg.replace("runs/demo", "runs/debug") for arg in shlex.split(line)[1:]]
-        if "--config" in args and "--help" not in args:
+        if {"--config", "-c"} & {*args} and "--help" not in args:
             args += ["--config", "configs/debug.yaml"]
         if (
             "configs/strategy/ddp.yaml" in args or args[0] == "predict"
@@ -73,6 +78,15 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
         with contextlib.suppress(SystemExit) if "--help" in args else contextlib.nullcontext():
             main()
     assert (tmp_path / "runs/debug/report.json").is_file()
+
+
+@pytest.mark.parametrize("line", RECIPES)
+def test_a_recipe_of_the_readme_is_parsed(line):
+    """Their models and sets lie on the hub; tests/recipes runs them on tiny ones."""
+    command, *args = shlex.split(line)[1:]
+    assert command == "fit"
+    assert set(args[::2]) == {"-c"}
+    assert parse([file.removeprefix("configs/") for file in args[1::2]]).data.class_path
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))

@@ -19,6 +19,10 @@ from lora_lightning.training.module import LoRAModule
 
 PIXELS = "pixel_values"
 SPLITS = ("train", "validation", "test")
+STRENGTHS = (0.01, 0.1, 1.0)
+"""Inverse regularisations C that a probe chooses from."""
+FEW = 10
+"""Rows of a label, below which the strongest regularisation is taken unasked."""
 
 
 @runtime_checkable
@@ -101,11 +105,16 @@ def _vectors(module: LoRAModule, loader: Iterable[Mapping[str, Tensor]], split: 
 
 
 def _regression(vectors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Fitted on train, the accuracy on the other splits."""
+    """Fitted on train, the accuracy on the other splits. How much it is regularised, a fifth of train decides."""
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, ShuffleSplit
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=0.01))
-    probe.fit(*(part.numpy() for part in vectors["train"]))
+    x, y = (part.numpy() for part in vectors["train"])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000, C=STRENGTHS[0]))
+    if vectors["train"][1].bincount().min() >= FEW:
+        held_out = ShuffleSplit(1, test_size=0.2, random_state=0)
+        probe = GridSearchCV(probe, {"logisticregression__C": STRENGTHS}, cv=held_out)
+    probe.fit(x, y)
     return {s: float(probe.score(x.numpy(), y.numpy())) for s, (x, y) in vectors.items() if s != "train"}
