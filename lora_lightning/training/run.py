@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.storage import write_bytes
+from lora_lightning.training.checkpoint_io import DamagedCheckpointError, read_checkpoint
 
 CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json", "export"
 
@@ -92,13 +92,17 @@ def _pick(files: list[Path], which: str) -> Path:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, tensors and plain data only, on the CPU.
 
+    Where it is torn or a bit of it has flipped, the one before it is taken if there is one, and that is said.
+
     Raises:
-        LoRAError: it is missing, torn, or holds anything else.
+        LoRAError: it is missing, damaged, or holds anything else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(Path(path))
     except FileNotFoundError as error:
         raise LoRAError(f"no checkpoint '{path}'") from error
+    except DamagedCheckpointError:
+        raise
     except Exception as error:  # pickle, zip and torch each have their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoRAError(f"'{path}' is not a whole checkpoint ({reason})") from error
