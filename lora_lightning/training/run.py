@@ -58,6 +58,29 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
 
 
+def newest_checkpoint(runs: Path) -> Path | None:
+    """What `last` is of a folder with a run's versions, or None where there is nothing yet."""
+    if not runs.is_dir():
+        return None
+    try:
+        return find_checkpoint(runs, "last")
+    except LoRAError:
+        return None
+
+
+def continued(checkpoint: Path, runs: Path) -> int | None:
+    """The number of the version that a fit from this checkpoint goes on with: it is of `runs`, and the newest there.
+
+    A fit from an older checkpoint, or from another run's, makes a version of its own and leaves that one as it is.
+    """
+    folder = run_of_checkpoint(checkpoint)
+    version = _number(folder.name)
+    if version < 0 or folder.name != f"version_{version}" or folder.parent.resolve() != runs.resolve():
+        return None
+    newest = find_checkpoint(folder, "last")
+    return version if newest.resolve() == checkpoint.resolve() else None
+
+
 def _is_newest(run: Path) -> bool:
     return (run / CHECKPOINTS).is_dir() and _newest_first(run.parent)[0].name == run.name
 

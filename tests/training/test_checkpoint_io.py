@@ -4,7 +4,7 @@ Mutations that were made once, and the test that each of them made fail:
 
 | mutation of `checkpoint_io.py` | test |
 |---|---|
-| write straight to `path` in place of aside | test_a_full_disk_leaves_the_older_checkpoint..., test_killed_while_writing... |
+| write straight to `path`, not aside | test_a_full_disk_leaves_the_older..., test_killed_while_writing... |
 | no `_keep` | test_a_damaged_file_gives_way_to_the_one_before_it_aloud |
 | no comparison of digests in `check_whole` | test_any_flipped_bit_is_found |
 | no `testzip` | test_a_file_of_plain_lightning_is_checked_by_its_own_sums |
@@ -87,7 +87,7 @@ def test_two_damaged_files_are_an_error(file):
     write_checkpoint(content(2.0), file)
     for path in (file, file.with_name(file.name + PREVIOUS)):
         path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(DamagedCheckpointError, match="last.ckpt.previous"):
+    with pytest.raises(DamagedCheckpointError, match=r"last\.ckpt\.previous"):
         read_checkpoint(file)
 
 
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(file, monkeypatch):
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
-    with pytest.raises(LoRAError, match="could not be written .*Read-only file system.*--ckpt_path last"):
+    with pytest.raises(LoRAError, match=r"could not be written .*Read-only file system.*--ckpt_path last"):
         write_checkpoint(content(2.0), file)
     monkeypatch.undo()
     assert float(read_checkpoint(file)["state_dict"]["a"][0]) == 1.0
