@@ -95,7 +95,8 @@ def begin_epoch_anew(trainer: Trainer) -> None:
     epoch; Lightning began one before.
     """
     loop = trainer.fit_loop
-    loop.restarting = False
+    loop._restarting = False  # its own setter says True whenever max_steps is given
+    loop.epoch_loop.restarting = False
     if loop._data_fetcher is not None:
         iter(loop._data_fetcher)
 

@@ -106,6 +106,7 @@ class Resume(Callback):
     def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._found is not None
         states, self._found = self._found["processes"], None
+        trainer.fit_loop._restarting = False  # else Lightning tells no plateau at this epoch's end
         if trainer.world_size == len(states):
             own = states[trainer.global_rank]
             put_figures(module, own["figures"])
