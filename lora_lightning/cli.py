@@ -20,7 +20,14 @@ from lora_lightning.commands import COMMANDS
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase, PredictionWriter, Resume, RunReport
+from lora_lightning.training.callbacks import (
+    Checkpoints,
+    FreezeBase,
+    PredictionWriter,
+    Resume,
+    RunReport,
+    StopOnNonFinite,
+)
 from lora_lightning.training.callbacks.resume import KEY
 from lora_lightning.training.loggers import ContinuedCSVLogger, WandbLogger
 from lora_lightning.training.module import LoRAModule
@@ -247,7 +254,7 @@ class LoRACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default in (FreezeBase, PredictionWriter, Resume):
+        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite):
             if not any(isinstance(callback, default) for callback in callbacks):
                 callbacks.insert(0, default())
         if not any(isinstance(callback, RunReport) for callback in callbacks):

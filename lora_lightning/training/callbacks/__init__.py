@@ -4,6 +4,7 @@ from lora_lightning.training.callbacks.baselines import Baselines
 from lora_lightning.training.callbacks.before import MeasureBefore
 from lora_lightning.training.callbacks.checkpoints import Checkpoints
 from lora_lightning.training.callbacks.export import ExportAtEnd
+from lora_lightning.training.callbacks.finite import StopOnNonFinite
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.callbacks.predictions import PredictionWriter
 from lora_lightning.training.callbacks.resume import Resume
@@ -18,4 +19,5 @@ __all__ = [
     "PredictionWriter",
     "Resume",
     "RunReport",
+    "StopOnNonFinite",
 ]
