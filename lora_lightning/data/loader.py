@@ -19,10 +19,12 @@ class ResumableLoader(DataLoader[Any]):
     asked for its order when the first batch is, also where worker processes fetch ahead.
     """
 
+    _epoch = 0
     _given = 0
     _came_to: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self._epoch = getattr(self.sampler, "epoch", 0)  # the sampler may be told the next one before this is saved
         self._given = self._skipped()
         for batch in super().__iter__():
             self._given += 1  # in front of the batch: once it is trained on, it counts
@@ -30,7 +32,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch, how many of its batches were given, and what its order hangs on."""
-        return {"epoch": getattr(self.sampler, "epoch", 0), "batches": self._given, "order": self._order()}
+        return {"epoch": self._epoch, "batches": self._given, "order": self._order()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there once an iteration over that epoch begins."""

@@ -15,9 +15,9 @@ from tests.command.process import REPOSITORY
 from tests.training.resuming import differing
 
 
-def start(tiny, folder, *args):
+def start(tiny, folder, *args, epochs=4):
     """`lora-lightning fit` on a tiny BERT, with dropout, that saves after every third step."""
-    given = ["fit", "--config", tiny.config, "--trainer.max_epochs", "4", "--model.lora.dropout", "0.2"]
+    given = ["fit", "--config", tiny.config, "--trainer.max_epochs", str(epochs), "--model.lora.dropout", "0.2"]
     given += ["--data.init_args.batch_size", "8", "--save_every", "3", "--trainer.log_every_n_steps", "1", *args]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "lora_lightning", *given]
@@ -48,47 +48,52 @@ def test_nothing_to_go_on_from_is_said_by_last_and_begun_by_auto(tiny, tmp_path,
     assert "--ckpt_path auto, which starts anew" in capsys.readouterr().err
 
 
-def killed_and_started_again(tiny, folder, kills, seed):
-    """Moments are drawn from the time that a whole fit takes once its first checkpoint can be there."""
+def killed_and_started_again(tiny, folder, kills, seed, epochs):
+    """Kill at random moments: every other time from the start on, else once there is a newer checkpoint.
+
+    Returns the steps of the newest checkpoint after each kill.
+    """
     rng = random.Random(seed)
-    survived = 0
-    for _ in range(kills):
-        process = start(tiny, folder, "--ckpt_path", "auto")
-        file = folder / "runs/tiny/version_0/checkpoints/last.ckpt"
+    steps = []
+    file = folder / "runs/tiny/version_0/checkpoints/last.ckpt"
+    for number in range(kills):
         before = file.stat().st_mtime_ns if file.is_file() else None
-        limit = time.monotonic() + 240
-        # Half of them once there is progress, so that a slow machine's kills do not all fall into imports.
-        while rng.random() < 0.5 and process.poll() is None and time.monotonic() < limit:
-            now = file.stat().st_mtime_ns if file.is_file() else None
-            if now != before:
+        process = start(tiny, folder, "--ckpt_path", "auto", epochs=epochs)
+        limit = time.monotonic() + 120
+        while number % 2 and process.poll() is None and time.monotonic() < limit:
+            if file.is_file() and file.stat().st_mtime_ns != before:
                 break
-            time.sleep(0.02)
-        time.sleep(rng.random() * 2.0)
+            time.sleep(0.005)
+        time.sleep(rng.random() * (0.3 if number % 2 else 6))
         process.send_signal(signal.SIGKILL)
-        survived += process.wait() == 0
-        process.stdout.close()
-    code, said = finish(start(tiny, folder, "--ckpt_path", "auto"))
+        process.communicate()
+        steps.append(load_checkpoint(file)["global_step"] if file.is_file() else 0)
+    code, said = finish(start(tiny, folder, "--ckpt_path", "auto", epochs=epochs))
     assert code == 0, said
-    return survived
+    return steps
 
 
-def check(tiny, tmp_path, kills, seed):
+def check(tiny, tmp_path, kills, seed, epochs):
     (tmp_path / "whole").mkdir()
     (tmp_path / "killed").mkdir()
-    code, said = finish(start(tiny, tmp_path / "whole"))
+    code, said = finish(start(tiny, tmp_path / "whole", epochs=epochs))
     assert code == 0, said
-    killed_and_started_again(tiny, tmp_path / "killed", kills, seed)
-    assert differing(end_of(tmp_path / "whole"), end_of(tmp_path / "killed")) == []
+    steps = killed_and_started_again(tiny, tmp_path / "killed", kills, seed, epochs)
+    whole, killed = (end_of(tmp_path / name) for name in ("whole", "killed"))
+    print(f"newest step after each kill: {steps}, of {whole['step']}")
+    assert steps == sorted(steps), "a kill lost what was saved"
+    assert len(set(steps) - {0, whole["step"]}) >= kills // 3, f"too few kills fell into training: {steps}"
+    assert differing(whole, killed) == []
 
 
 @pytest.mark.slow
 def test_three_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path):
-    check(tiny, tmp_path, 3, seed=3)
+    check(tiny, tmp_path, 3, seed=3, epochs=6)
 
 
 @pytest.mark.slow
 def test_twenty_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path):
-    check(tiny, tmp_path, 20, seed=20)
+    check(tiny, tmp_path, 20, seed=20, epochs=60)
 
 
 @pytest.mark.slow
