@@ -179,7 +179,7 @@ def _brought(best: Path, mine: Path) -> bool:
     """Whether the best so far is in this run's folder: moved there with the folder, or copied now by one process."""
     if not best.is_file():
         return mine.is_file()
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:
         mine.parent.mkdir(parents=True, exist_ok=True)
         aside = mine.with_name(f".{mine.name}.{os.getpid()}.part")
         shutil.copyfile(best, aside)

@@ -76,7 +76,8 @@ class FreezeBase(Callback):
         """Law 2 before a file is written: where W0 has moved, the one before it stays."""
         if trainer.state.fn != TrainerFn.FITTING or self.before is None or self.proves_at == "end":
             return
-        scores = [(c.best_model_path, c.best_model_score) for c in trainer.checkpoint_callbacks if _keeps_best(c)]
+        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+        scores = [(c.best_model_path, c.best_model_score) for c in kept]
         best, self._best = self._best, scores
         if self.proves_at == "checkpoint" or best != scores:
             self._prove(pl_module)
@@ -95,10 +96,6 @@ class FreezeBase(Callback):
                 f"W0 moved during fit: {len(moved)} frozen tensors changed, first '{moved[0]}';"
                 " something wrote into the backbone, so merging would not give the trained model"
             )
-
-
-def _keeps_best(callback: Callback) -> bool:
-    return isinstance(callback, ModelCheckpoint) and callback.monitor is not None
 
 
 def freeze(backbone: nn.Module) -> None:
