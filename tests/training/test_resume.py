@@ -13,7 +13,7 @@ Mutations that were made once, and what then fails:
 | `plateaus_due` empty | test_best_resumes_with_the_plateau_that_was_due |
 | `identity` without `seed` | test_another_order_is_refused_in_an_epochs_middle |
 | `last.ckpt` written with the best only | test_last_is_the_newest_state_and_best_the_best |
-| no check of losses, of gradients in `StopOnNonFinite` | test_a_bad_loss..., test_a_bad_gradient... |
+| no check of gradients in `StopOnNonFinite` (they catch a bad loss too) | test_a_bad_gradient... |
 | no `_prove` in `FreezeBase.on_save_checkpoint` | test_no_checkpoint_is_written_over_a_good_one_once_w0_has_moved |
 """
 
