@@ -73,7 +73,7 @@ def lightning_trainer(config: dict[str, Any], batches: int | None, folder: str, 
 
 def ours(batches: int | None, folder: str) -> tuple[Callable[[], object], nn.Module, Any]:
     from lora_lightning import FreezeBase, LoRAConfig, LoRAModule, SequenceClassification, WarmupDecay
-    from lora_lightning.cli import default_checkpoint
+    from lora_lightning.training.callbacks import Checkpoints
 
     data, backbone, config = parts()
     model = config["model"]
@@ -81,7 +81,7 @@ def ours(batches: int | None, folder: str) -> tuple[Callable[[], object], nn.Mod
     schedule = functools.partial(WarmupDecay, **model["lr_scheduler"]["init_args"])
     task = SequenceClassification(data.num_classes)
     module = LoRAModule(backbone, task, LoRAConfig(**model["lora"]), optimizer, schedule)
-    trainer = lightning_trainer(config, batches, folder, [FreezeBase(), default_checkpoint(module)])
+    trainer = lightning_trainer(config, batches, folder, [FreezeBase(), Checkpoints()])
     return lambda: trainer.fit(module, datamodule=data), module.backbone, data
 
 

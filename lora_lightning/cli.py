@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import set_parsing_settings
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -20,7 +21,16 @@ from lora_lightning.commands import COMMANDS
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
-from lora_lightning.training.callbacks import FreezeBase, PredictionWriter, RunReport
+from lora_lightning.training.callbacks import (
+    Checkpoints,
+    FreezeBase,
+    PredictionWriter,
+    Resume,
+    RunReport,
+    StopOnNonFinite,
+)
+from lora_lightning.training.callbacks.resume import KEY
+from lora_lightning.training.loggers import ContinuedCSVLogger, WandbLogger
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.trainer import LoRATrainer
 
@@ -128,6 +138,9 @@ class SaveRunConfig(SaveConfigCallback):
 class LoRACLI(LightningCLI):
     """LightningCLI over `LoRAModule`, `LoRATrainer` and any DataModule."""
 
+    _goes_on: int | None = None
+    """The version of the run that a fit goes on with; None where it makes one of its own."""
+
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         super().__init__(
             model_class=LoRAModule,
@@ -167,6 +180,12 @@ class LoRACLI(LightningCLI):
         """Name the run, and let the data tell the model what it is about."""
         parser.add_argument("--name", type=str, default="lora", help="Name of the run: it goes to runs_dir/name/.")
         parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--save_every",
+            type=PositiveInt | None,
+            default=None,
+            help="Optimizer steps between two last.ckpt; by default an epoch's.",
+        )
         parser.link_arguments("data.num_classes", "model.task.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.pad_token_id", "model.backbone.init_args.pad_token_id", apply_on="instantiate")
@@ -192,16 +211,29 @@ class LoRACLI(LightningCLI):
             self._resolve_checkpoint(self.config[self.config.subcommand])
 
     def _resolve_checkpoint(self, config: Any) -> None:
-        """`best`, `last` or a folder to the file meant, before Lightning sees it."""
+        """`best`, `last`, `auto` or a folder to the file meant, before Lightning sees it."""
         path, command = config.get("ckpt_path"), str(self.config.subcommand)
         if path is None:
             if command in FROM_CHECKPOINT:
                 raise LoRAError(f"{command} needs --ckpt_path: best, last, a run folder or a .ckpt file")
             return
-        if path in ("best", "last"):
-            config.ckpt_path = str(run.find_checkpoint(Path(config.runs_dir) / config.name, path))
+        runs = Path(config.runs_dir) / config.name
+        if path == "auto":
+            if command != "fit":
+                raise LoRAError(f"--ckpt_path auto is for fit, which starts anew where there is none; {command}: best")
+            found = run.newest_checkpoint(runs)
+            config.ckpt_path = None if found is None else str(found)
+        elif path == "last" and command == "fit" and run.newest_checkpoint(runs) is None:
+            raise LoRAError(
+                f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
+                " which starts anew where there is none"
+            )
+        elif path in ("best", "last"):
+            config.ckpt_path = str(run.find_checkpoint(runs, path))
         elif "://" not in str(path) and path not in ("hpc", "registry"):
             config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
+        if command == "fit" and config.ckpt_path and "://" not in str(config.ckpt_path):
+            self._goes_on = run.continued(Path(config.ckpt_path), runs)
 
     def instantiate_classes(self) -> None:
         """What a class of ours says of its arguments, without jsonargparse's account of the types that it tried.
@@ -232,7 +264,7 @@ class LoRACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default in (FreezeBase, PredictionWriter):
+        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite):
             if not any(isinstance(callback, default) for callback in callbacks):
                 callbacks.insert(0, default())
         if not any(isinstance(callback, RunReport) for callback in callbacks):
@@ -240,8 +272,7 @@ class LoRACLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):
-            validated = config.get("limit_val_batches") != 0 and getattr(self.datamodule, "has_validation", True)
-            callbacks.append(default_checkpoint(self.model if validated else None))
+            callbacks.append(Checkpoints(save_every=self.config[self.config.subcommand].save_every))
         if config.get("logger") is False and not config.get("default_root_dir"):
             command = self.config[self.config.subcommand]
             kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
@@ -251,14 +282,29 @@ class LoRACLI(LightningCLI):
         """A CSV log in the run folder in front of what the config asks for; it also names the run's folder."""
         if given is False:
             return False
+        if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
+            resume_wandb(given, self.config.fit.ckpt_path)
         loggers = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
         if any(isinstance(logger, CSVLogger) for logger in loggers):
             return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
         command = self.config[self.config.subcommand]
+        if self._goes_on is not None:
+            return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
             folder = run.run_of_checkpoint(Path(command.ckpt_path))
             return [CSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
+
+
+def resume_wandb(loggers: Any, checkpoint: str) -> None:
+    """Let W&B loggers go on with the runs that the checkpoint was written in, unless they name one."""
+    given = loggers if isinstance(loggers, list) else [loggers]
+    ours = [logger for logger in given if isinstance(logger, WandbLogger)]
+    if not ours or "://" in checkpoint or not Path(checkpoint).is_file():
+        return
+    runs = run.load_checkpoint(checkpoint).get(KEY, {}).get("wandb", [])
+    for logger, version in zip(ours, runs, strict=False):
+        logger.go_on_with(version)
 
 
 def command_parser(name: str) -> Parser:
@@ -277,15 +323,6 @@ def run_command(name: str, args: list[str]) -> None:
 
 def _first_line(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").partition("\n")[0]
-
-
-def default_checkpoint(module: LoRAModule | None) -> ModelCheckpoint:
-    """Lightning's ModelCheckpoint: `best.ckpt` by the task's own metric, and `last.ckpt`.
-
-    Without validation, which `module` None says, the newest is the best.
-    """
-    chosen: dict[str, Any] = {"monitor": module.task.monitor, "mode": module.task.monitor_mode} if module else {}
-    return ModelCheckpoint(filename="best", save_last=True, enable_version_counter=False, **chosen)
 
 
 def with_run_config(args: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import datasets
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from lora_lightning.data.loader import ResumableLoader, own_generator
 from lora_lightning.data.rows import ROW, with_row_numbers
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.data.splits import SplitConfig, first_in_place, split_rows
@@ -236,13 +237,15 @@ class TableData(LightningDataModule, ABC):
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)
-        return DataLoader(
+        loader = ResumableLoader if shuffle else DataLoader
+        return loader(
             table,  # type: ignore[arg-type]
             batch_size=batch_size,
             sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            generator=own_generator(self.seed),
         )
 
     def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:

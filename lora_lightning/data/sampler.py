@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence, Sized
 from typing import Any
 
@@ -47,10 +48,29 @@ class EpochSampler(DistributedSampler[Any]):
             raise LoRAError(f"{len(data)} examples are fewer than the {num_replicas} processes: use fewer devices")
         self.count, self.batch_size = len(data), batch_size
         self.block = batch_size * num_replicas
+        self._skip = (-1, 0)
         self.lengths = None if lengths is None else torch.as_tensor(lengths)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.order()[self.rank :: self.num_replicas])
+        epoch, first = self._skip
+        return iter(self.order()[self.rank :: self.num_replicas][first if epoch == self.epoch else 0 :])
+
+    def skip(self, batches: int) -> None:
+        """Leave out this epoch's first batches; other epochs are whole. The length stays that of a whole epoch."""
+        self._skip = (self.epoch, batches * self.block // self.num_replicas)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that the order of an epoch hangs on, as plain values."""
+        lengths = None if self.lengths is None else zlib.crc32(self.lengths.long().numpy().tobytes())
+        return {
+            "rows": self.count,
+            "batch_size": self.block // self.num_replicas,
+            "processes": self.num_replicas,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "lengths": lengths,
+        }
 
     def __len__(self) -> int:
         return len(range(self.rank, self._padded(), self.num_replicas))

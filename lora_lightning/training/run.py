@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.storage import write_bytes
+from lora_lightning.training.checkpoint_io import DamagedCheckpointError, read_checkpoint
 
 CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json", "export"
 
@@ -58,6 +58,29 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
 
 
+def newest_checkpoint(runs: Path) -> Path | None:
+    """What `last` is of a folder with a run's versions, or None where there is nothing yet."""
+    if not runs.is_dir():
+        return None
+    try:
+        return find_checkpoint(runs, "last")
+    except LoRAError:
+        return None
+
+
+def continued(checkpoint: Path, runs: Path) -> int | None:
+    """The number of the version that a fit from this checkpoint goes on with: it is of `runs`, and the newest there.
+
+    A fit from an older checkpoint, or from another run's, makes a version of its own and leaves that one as it is.
+    """
+    folder = run_of_checkpoint(checkpoint)
+    version = _number(folder.name)
+    if version < 0 or folder.name != f"version_{version}" or folder.parent.resolve() != runs.resolve():
+        return None
+    newest = find_checkpoint(folder, "last")
+    return version if newest.resolve() == checkpoint.resolve() else None
+
+
 def _is_newest(run: Path) -> bool:
     return (run / CHECKPOINTS).is_dir() and _newest_first(run.parent)[0].name == run.name
 
@@ -92,13 +115,17 @@ def _pick(files: list[Path], which: str) -> Path:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, tensors and plain data only, on the CPU.
 
+    Where it is torn or a bit of it has flipped, the one before it is taken if there is one, and that is said.
+
     Raises:
-        LoRAError: it is missing, torn, or holds anything else.
+        LoRAError: it is missing, damaged, or holds anything else.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_checkpoint(Path(path))
     except FileNotFoundError as error:
         raise LoRAError(f"no checkpoint '{path}'") from error
+    except DamagedCheckpointError:
+        raise
     except Exception as error:  # pickle, zip and torch each have their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoRAError(f"'{path}' is not a whole checkpoint ({reason})") from error

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # the Trainer's own type
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 
 from lora_lightning.lora.casting import DType
 from lora_lightning.training import run
+from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.export import export
 from lora_lightning.training.export_options import FORMATS, checked_options
 from lora_lightning.training.first_batch import first_batch, loaders_of
@@ -29,7 +31,7 @@ def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
 
 
 class LoRATrainer(Trainer):
-    """Lightning's Trainer and the `export` command.
+    """Lightning's Trainer and the `export` command; checkpoint files are whole or absent (`checkpoint_io`).
 
     Args:
         precision: Lightning's values, or `auto`: bf16 autocast where the hardware has it, else float32.
@@ -39,6 +41,9 @@ class LoRATrainer(Trainer):
         if precision == "auto":
             precision = best_precision(str(kwargs.get("accelerator", "auto")))
         super().__init__(*args, precision=precision, **kwargs)
+        # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
+        if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
+            self.strategy._checkpoint_io = WholeFiles()
 
     def export(
         self,

@@ -236,4 +236,4 @@ def test_a_fit_with_an_export_hashes_w0_once_for_each_of_its_proofs(tmp_path, ma
     monkeypatch.setattr(module_of, "_digest", count)
     callbacks = [FreezeBase(show_table=False), RunReport(), ExportAtEnd()]
     trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(Vision(), LoRAConfig(r=2)), loader())
-    assert len(passes) == 5
+    assert len(passes) == 6

@@ -1,10 +1,23 @@
-"""What watches a run: W0's guard and report, the export at the end, baselines, the run's report."""
+"""What watches a run: W0's guard and report, checkpoints and exact resume, the export at the end, the run's report."""
 
 from lora_lightning.training.callbacks.baselines import Baselines
 from lora_lightning.training.callbacks.before import MeasureBefore
+from lora_lightning.training.callbacks.checkpoints import Checkpoints
 from lora_lightning.training.callbacks.export import ExportAtEnd
+from lora_lightning.training.callbacks.finite import StopOnNonFinite
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.callbacks.predictions import PredictionWriter
+from lora_lightning.training.callbacks.resume import Resume
 from lora_lightning.training.callbacks.run_report import RunReport
 
-__all__ = ["Baselines", "ExportAtEnd", "FreezeBase", "MeasureBefore", "PredictionWriter", "RunReport"]
+__all__ = [
+    "Baselines",
+    "Checkpoints",
+    "ExportAtEnd",
+    "FreezeBase",
+    "MeasureBefore",
+    "PredictionWriter",
+    "Resume",
+    "RunReport",
+    "StopOnNonFinite",
+]

@@ -24,7 +24,15 @@ class RunReport(Callback):
     def __init__(self) -> None:
         self._started = 0.0
         self._seconds = 0.0
+        self._before = 0.0
         self._by_step: dict[int, dict[str, float]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seconds and figures so far, for a fit that goes on from the checkpoint."""
+        return {"seconds": self._before + time.perf_counter() - self._started, "by_step": dict(self._by_step)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before, self._by_step = float(state_dict["seconds"]), dict(state_dict["by_step"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()
@@ -35,7 +43,7 @@ class RunReport(Callback):
             self._by_step[trainer.global_step] = metrics_of(trainer, "val")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seconds = time.perf_counter() - self._started
+        self._seconds = self._before + time.perf_counter() - self._started
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts, fingerprints, time, and the metric that chose the best checkpoint."""

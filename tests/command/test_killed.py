@@ -1,0 +1,117 @@
+"""Law 8 on a real process: killed at random moments and started again, it ends with the bytes of one that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lora_lightning.training.run import load_checkpoint
+from tests.command.process import REPOSITORY
+from tests.training.resuming import differing
+
+
+def start(tiny, folder, *args, epochs=4):
+    """`lora-lightning fit` on a tiny BERT, with dropout, that saves after every third step."""
+    given = ["fit", "--config", tiny.config, "--trainer.max_epochs", str(epochs), "--model.lora.dropout", "0.2"]
+    given += ["--data.init_args.batch_size", "8", "--save_every", "3", "--trainer.log_every_n_steps", "1", *args]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "lora_lightning", *given]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process):
+    said = process.communicate(timeout=300)[0].decode()
+    return process.returncode, said
+
+
+def end_of(folder):
+    """Adapter and optimizer in `last.ckpt` of the only version there."""
+    assert [p.name for p in (folder / "runs" / "tiny").glob("version_*")] == ["version_0"]
+    content = load_checkpoint(folder / "runs/tiny/version_0/checkpoints/last.ckpt")
+    moments = content["optimizer_states"][0]["state"]
+    flat = {f"{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
+    return {**content["state_dict"], **flat, "step": content["global_step"], "epoch": content["epoch"]}
+
+
+def test_nothing_to_go_on_from_is_said_by_last_and_begun_by_auto(tiny, tmp_path, capsys, monkeypatch):
+    from lora_lightning.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["x", "fit", "--config", tiny.config, "--ckpt_path", "last"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "--ckpt_path auto, which starts anew" in capsys.readouterr().err
+
+
+def killed_and_started_again(tiny, folder, kills, seed, epochs):
+    """Kill at random moments: every other time from the start on, else once there is a newer checkpoint.
+
+    Returns the steps of the newest checkpoint after each kill.
+    """
+    rng = random.Random(seed)
+    steps = []
+    file = folder / "runs/tiny/version_0/checkpoints/last.ckpt"
+    for number in range(kills):
+        before = file.stat().st_mtime_ns if file.is_file() else None
+        process = start(tiny, folder, "--ckpt_path", "auto", epochs=epochs)
+        limit = time.monotonic() + 120
+        while number % 2 and process.poll() is None and time.monotonic() < limit:
+            if file.is_file() and file.stat().st_mtime_ns != before:
+                break
+            time.sleep(0.005)
+        time.sleep(rng.random() * (0.3 if number % 2 else 6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        steps.append(load_checkpoint(file)["global_step"] if file.is_file() else 0)
+    code, said = finish(start(tiny, folder, "--ckpt_path", "auto", epochs=epochs))
+    assert code == 0, said
+    return steps
+
+
+def check(tiny, tmp_path, kills, seed, epochs):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    code, said = finish(start(tiny, tmp_path / "whole", epochs=epochs))
+    assert code == 0, said
+    steps = killed_and_started_again(tiny, tmp_path / "killed", kills, seed, epochs)
+    whole, killed = (end_of(tmp_path / name) for name in ("whole", "killed"))
+    print(f"newest step after each kill: {steps}, of {whole['step']}")
+    assert steps == sorted(steps), "a kill lost what was saved"
+    assert len(set(steps) - {0, whole["step"]}) >= kills // 3, f"too few kills fell into training: {steps}"
+    assert differing(whole, killed) == []
+
+
+@pytest.mark.slow
+def test_three_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path):
+    check(tiny, tmp_path, 3, seed=3, epochs=6)
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path):
+    check(tiny, tmp_path, 20, seed=20, epochs=60)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_asks_to_be_started_again(tiny, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "taken").mkdir()
+    assert finish(start(tiny, tmp_path / "whole"))[0] == 0
+    process = start(tiny, tmp_path / "taken")
+    file = tmp_path / "taken/runs/tiny/version_0/checkpoints/last.ckpt"
+    while not file.is_file() and process.poll() is None:
+        time.sleep(0.01)
+    process.terminate()
+    code, said = finish(process)
+    assert code == 75, said
+    assert "goes on from there" in said
+    code, said = finish(start(tiny, tmp_path / "taken", "--ckpt_path", "last"))
+    assert code == 0, said
+    assert differing(end_of(tmp_path / "whole"), end_of(tmp_path / "taken")) == []
+    texts = [(tmp_path / f"{n}/runs/tiny/version_0/metrics.csv").read_text() for n in ("whole", "taken")]
+    assert texts[0] == texts[1]
+    assert torch.load(file, weights_only=True)["global_step"] > 0

@@ -1,0 +1,166 @@
+"""A checkpoint is whole or absent; a damaged one is found out, and the one before it is used, aloud.
+
+Mutations that were made once, and the test that each of them made fail:
+
+| mutation of `checkpoint_io.py` | test |
+|---|---|
+| write straight to `path`, not aside | test_a_full_disk_leaves_the_older..., test_killed_while_writing... |
+| no `_keep` | test_a_damaged_file_gives_way_to_the_one_before_it_aloud |
+| no comparison of digests in `check_whole` | test_any_flipped_bit_is_found |
+| no `testzip` | test_a_file_of_plain_lightning_is_checked_by_its_own_sums |
+| `(OSError, RuntimeError)` not turned into a LoRAError | test_a_full_disk_leaves_the_older_checkpoint_and_says_so |
+"""
+
+import multiprocessing
+import resource
+import zipfile
+
+import pytest
+import torch
+
+from lora_lightning import LoRAError
+from lora_lightning.training.checkpoint_io import (
+    PREVIOUS,
+    DamagedCheckpointError,
+    WholeFiles,
+    check_whole,
+    read_checkpoint,
+    write_checkpoint,
+)
+
+FORK = multiprocessing.get_context("fork")
+
+
+def content(value: float, size: int = 64):
+    return {"state_dict": {"a": torch.full((size,), value)}, "epoch": 1, "name": "x"}
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    write_checkpoint(content(1.0), path)
+    return path
+
+
+def test_what_is_written_is_a_plain_torch_file_and_a_sound_zip(file):
+    found = torch.load(file, weights_only=True)
+    assert torch.equal(found["state_dict"]["a"], torch.ones(64))
+    assert torch.equal(torch.load(file, weights_only=True, mmap=True)["state_dict"]["a"], torch.ones(64))
+    with zipfile.ZipFile(file) as archive:
+        assert archive.testzip() is None
+        assert archive.comment.startswith(b"lora_lightning sha256 ")
+    assert [p.name for p in file.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_the_same_content_gives_the_same_bytes(file, tmp_path):
+    write_checkpoint(content(1.0), tmp_path / "other" / "last.ckpt")
+    assert (tmp_path / "other" / "last.ckpt").read_bytes() == file.read_bytes()
+
+
+def test_any_flipped_bit_is_found(file):
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 13):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(DamagedCheckpointError, match="not a whole checkpoint"):
+            check_whole(file)
+
+
+def test_a_file_that_is_cut_anywhere_is_found(file):
+    whole = file.read_bytes()
+    for length in [*range(0, len(whole), 37), len(whole) - 1]:
+        file.write_bytes(whole[:length])
+        with pytest.raises(DamagedCheckpointError, match="not a whole checkpoint"):
+            check_whole(file)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:99] + b"!" + b[100:]])
+def test_a_damaged_file_gives_way_to_the_one_before_it_aloud(file, damage):
+    write_checkpoint(content(2.0), file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.warns(UserWarning, match="not a whole checkpoint.*the one before it is used"):
+        assert float(read_checkpoint(file)["state_dict"]["a"][0]) == 1.0
+    with pytest.warns(UserWarning, match="the one before it is used"):
+        assert float(WholeFiles().load_checkpoint(file)["state_dict"]["a"][0]) == 1.0
+
+
+def test_two_damaged_files_are_an_error(file):
+    write_checkpoint(content(2.0), file)
+    for path in (file, file.with_name(file.name + PREVIOUS)):
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DamagedCheckpointError, match=r"last\.ckpt\.previous"):
+        read_checkpoint(file)
+
+
+def test_a_file_of_plain_lightning_is_checked_by_its_own_sums(tmp_path):
+    path = tmp_path / "epoch=1.ckpt"
+    torch.save(content(3.0), path)
+    assert float(read_checkpoint(path)["state_dict"]["a"][0]) == 3.0
+    whole = path.read_bytes()
+    place = whole.index(torch.full((4,), 3.0).numpy().tobytes())
+    path.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
+    assert torch.load(path, weights_only=True)["epoch"] == 1  # torch itself sees nothing
+    with pytest.raises(DamagedCheckpointError, match="fails its checksum"):
+        read_checkpoint(path)
+
+
+def on_a_full_disk(path, said):
+    """In a process of its own: files of more than 100 kB fail here as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        write_checkpoint(content(2.0, 1_000_000), path)
+        said.send("written")
+    except LoRAError as error:
+        said.send(str(error))
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(file):
+    hears, says = FORK.Pipe()
+    FORK.Process(target=on_a_full_disk, args=(file, says)).start()
+    said = hears.recv()
+    assert "could not be written (" in said
+    assert "File too large" in said
+    assert float(read_checkpoint(file)["state_dict"]["a"][0]) == 1.0
+    assert [p.name for p in file.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_error(file, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(LoRAError, match=r"could not be written .*Read-only file system.*--ckpt_path last"):
+        write_checkpoint(content(2.0), file)
+    monkeypatch.undo()
+    assert float(read_checkpoint(file)["state_dict"]["a"][0]) == 1.0
+    with pytest.raises(LoRAError, match="could not be written"):
+        write_checkpoint(content(2.0), file / "below" / "a.ckpt")
+
+
+def write_for_ever(path):
+    for n in range(1, 10**9):
+        write_checkpoint(content(float(n), 200_000), path)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.31])
+def test_killed_while_writing_there_is_a_whole_file_and_litter_goes_with_the_next(tmp_path, seconds):
+    file = tmp_path / "last.ckpt"
+    write_checkpoint(content(0.0, 200_000), file)
+    writer = FORK.Process(target=write_for_ever, args=(file,))
+    writer.start()
+    writer.join(seconds)
+    writer.kill()
+    writer.join()
+    check_whole(file)
+    (tmp_path / ".last.ckpt.123.part").write_bytes(b"left")
+    write_checkpoint(content(5.0), file)
+    check_whole(file.with_name(file.name + PREVIOUS))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
+
+
+def test_the_trainer_writes_so_and_removes_both(trained, tmp_path):
+    assert (trained / "checkpoints" / "best.ckpt").read_bytes()[-86:].startswith(b"lora_lightning sha256 ")
+    path = tmp_path / "a.ckpt"
+    for value in (1.0, 2.0):
+        write_checkpoint(content(value), path)
+    WholeFiles().remove_checkpoint(path)
+    assert not list(tmp_path.iterdir())
