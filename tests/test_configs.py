@@ -63,7 +63,8 @@ def test_a_runs_own_config_runs_again_and_gives_the_same_adapter(trained, tmp_pa
 def test_without_a_logger_nothing_is_written_but_checkpoints_under_runs(tiny, tmp_path):
     LoRACLI(args=["fit", "--config", tiny.config, "--trainer.logger", "false", "--trainer.max_epochs", "1"])
     assert [p.name for p in tmp_path.iterdir()] == ["runs"]
-    assert {p.name for p in (tmp_path / "runs/tiny").rglob("*")} == {"checkpoints", "best.ckpt", "last.ckpt"}
+    left = {"checkpoints", "best.ckpt", "last.ckpt", "last.ckpt.previous"}
+    assert {p.name for p in (tmp_path / "runs/tiny").rglob("*")} == left
     LoRACLI(args=["export", "--config", tiny.config, "--ckpt_path", "best"])
     assert (tmp_path / "runs/tiny/export/merged/config.json").is_file()
 
