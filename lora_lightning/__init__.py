@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora_lightning.data.image_texts import ImageTextData as ImageTextData
     from lora_lightning.data.images import ImageData as ImageData
     from lora_lightning.data.language_modelling import LanguageModellingData as LanguageModellingData
+    from lora_lightning.data.loader import ResumableLoader as ResumableLoader
     from lora_lightning.data.pairs import PairData as PairData
     from lora_lightning.data.preference import PreferenceData as PreferenceData
     from lora_lightning.data.prompt_completion import PromptCompletionData as PromptCompletionData
@@ -54,8 +55,11 @@ if TYPE_CHECKING:
     from lora_lightning.tasks.token_classification import TokenClassification as TokenClassification
     from lora_lightning.training.callbacks.baselines import Baselines as Baselines
     from lora_lightning.training.callbacks.before import MeasureBefore as MeasureBefore
+    from lora_lightning.training.callbacks.checkpoints import Checkpoints as Checkpoints
     from lora_lightning.training.callbacks.export import ExportAtEnd as ExportAtEnd
+    from lora_lightning.training.callbacks.finite import StopOnNonFinite as StopOnNonFinite
     from lora_lightning.training.callbacks.freeze import FreezeBase as FreezeBase
+    from lora_lightning.training.callbacks.resume import Resume as Resume
     from lora_lightning.training.callbacks.run_report import RunReport as RunReport
     from lora_lightning.training.callbacks.samples import Samples as Samples
     from lora_lightning.training.loggers import WandbLogger as WandbLogger
@@ -121,6 +125,10 @@ _WHERE = {
     "hub_dataset": "lora_lightning.data.dataset",
     "SegmentationData": "lora_lightning.data.segmentation",
     "ImageTextData": "lora_lightning.data.image_texts",
+    "Checkpoints": "lora_lightning.training.callbacks.checkpoints",
+    "Resume": "lora_lightning.training.callbacks.resume",
+    "StopOnNonFinite": "lora_lightning.training.callbacks.finite",
+    "ResumableLoader": "lora_lightning.data.loader",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605
