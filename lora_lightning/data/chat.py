@@ -34,7 +34,7 @@ from lora_lightning.data.packing import CausalCollator, lengths_of, pack_table
 from lora_lightning.data.prompt_completion import REFERENCES, PromptCollator
 from lora_lightning.data.prompts import GivesPrompts, Prompt, from_all_over, held_out
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SplitConfig, kind_of
+from lora_lightning.data.splits import kind_of
 from lora_lightning.data.tables import check_columns
 from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError
@@ -68,14 +68,8 @@ class ChatData(TextData, GivesPrompts):
         with_prompts: give batches of evaluation and prediction each conversation up to its last answer too, for
             `TextGeneration` to answer; these are not packed. Rows of `predict` then need no answer of their own, and
             their prompts are not cut.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
         batch_size: conversations per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put conversations of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, a row that is no conversation, a template that does not take one.
@@ -93,28 +87,10 @@ class ChatData(TextData, GivesPrompts):
         max_length: int = 2048,
         packing: bool = False,
         with_prompts: bool = False,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
+        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
         self.given_columns, self.train_on, self.system = checked_columns(columns), train_on, system
         self.packing, self.with_prompts = packing, with_prompts
         self.chat_template, self.template_options = chat_template, dict(template_options or {})

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.token_loss import IGNORED
@@ -44,14 +43,8 @@ class PreferenceData(TextData):
         as_chat: put texts into the tokenizer's chat template.
         max_length: tokens of prompt and answer at most.
         max_prompt_length: tokens of a prompt that are kept where a pair is too long; half of `max_length` by default.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
         batch_size: pairs per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put pairs of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, an empty answer, a row that mixes texts and messages.
@@ -67,28 +60,10 @@ class PreferenceData(TextData):
         as_chat: bool = False,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
+        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
         kept = max_length // 2 if max_prompt_length is None else max_prompt_length
         if not 1 <= kept < max_length:
             raise LoRAError(f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, got {kept}")

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SplitConfig, kind_of
+from lora_lightning.data.splits import kind_of
 from lora_lightning.data.targets import TargetData, one_target_each, references_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.text_generation import PROMPT
@@ -41,14 +41,7 @@ class PromptCompletionData(TargetData):
             tokenizers such as GPT-2's want a blank before the first word.
         max_length: tokens of prompt and completion at most; of what is over, the prompt loses its beginning, then the
             completion its end, with a warning of how many did.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
-        batch_size: examples per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put examples of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, a value that is no text, a prompt without tokens, or a tokenizer without
@@ -62,28 +55,9 @@ class PromptCompletionData(TargetData):
         prompt: str = "{prompt}",
         completion: str = "{completion}",
         max_length: int = 512,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
+        super().__init__(path, tokenizer, max_length, **table)
         if max_length < 2:
             raise LoRAError(f"max_length must be at least 2, a token of the prompt and the end, got {max_length}")
         self.prompt, self.completion = prompt, completion

@@ -10,7 +10,7 @@ import datasets
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from lora_lightning.data.splits import SplitConfig, kind_of
+from lora_lightning.data.splits import kind_of
 from lora_lightning.data.targets import TargetData, one_target_each, references_of, tokenize_up_to
 from lora_lightning.lora.errors import LoRAError
 
@@ -33,14 +33,7 @@ class SequenceToSequenceData(TargetData):
         max_target_length: the same of targets.
         source_lang: of a tokenizer for many languages (mBART, NLLB), the sources' language code.
         target_lang: the targets' language code.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
-        batch_size: examples per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put sources of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, or a value that is no text.
@@ -57,28 +50,9 @@ class SequenceToSequenceData(TargetData):
         max_target_length: int = 128,
         source_lang: str | None = None,
         target_lang: str | None = None,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
+        super().__init__(path, tokenizer, max_length, **table)
         for what, number in (("max_length", max_length), ("max_target_length", max_target_length)):
             if number < 2:
                 raise LoRAError(f"{what} must be at least 2, a token and the end, got {number}")

@@ -15,7 +15,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedTokenizer
 from lora_lightning.data import conll
 from lora_lightning.data.labels import LabelNames, check_order, numbers_of
 from lora_lightning.data.rows import ROW
-from lora_lightning.data.splits import SplitConfig, kind_of
+from lora_lightning.data.splits import kind_of
 from lora_lightning.data.texts import TextData
 from lora_lightning.data.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError
@@ -39,14 +39,7 @@ class TokenClassificationData(LabelNames, TextData):
         label_names: names in the order of their numbers. By default the set's own, else the sorted tags in train.
         label_all_pieces: give a word's label to all of its pieces in training; predictions and metrics take the first.
         max_length: tokens per example at most; what is over is cut, with a warning of how many words that are.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
-        batch_size: examples per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put sentences of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, words and tags of different number, an empty sentence, a tag that training
@@ -63,28 +56,9 @@ class TokenClassificationData(LabelNames, TextData):
         label_names: list[str] | None = None,
         label_all_pieces: bool = False,
         max_length: int = 128,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
+        super().__init__(path, tokenizer, max_length, **table)
         self.words_column, self.tags_column = words_column, tags_column
         self.given_label_names, self.label_all_pieces = label_names, label_all_pieces
         reader = partial(conll.read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
