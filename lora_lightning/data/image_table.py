@@ -165,14 +165,18 @@ class ImageTable(TableData):
         return Cells(
             table=table.select_columns([column]),
             column=column,
-            root=Path(resolve(self.image_root)) if self.image_root else self._root(split),
+            root=self._root(split),
             arrays=self._arrays,
             rows=list(table[ROW]),
             place=None if self.files else self.place(split),
         )
 
     def _root(self, split: str) -> Path:
-        """The folder of a split's table."""
+        """What a split's paths start from: `image_root`, or its table's folder; those read off folders are whole."""
+        if self.files:
+            return Path()
+        if self.image_root:
+            return Path(resolve(self.image_root))
         if isinstance(self.path, dict):
             named = {("validation" if name in ("val", "valid", "dev") else name): f for name, f in self.path.items()}
             file = Path(resolve(named.get(split, named.get("train", next(iter(named.values()))))))

@@ -120,12 +120,21 @@ def numbers_of(names: Sequence[str], values: Sequence[Any], feature: Any = None)
     """The number of each label as a column holds it, by its text.
 
     A column of whole numbers of which none is a name holds the labels' numbers, as one of `ClassLabel` always does.
+    Where the names are numbers themselves, a number is a name: rows of 0 alone are not the first of 1 and 2.
     """
     by_name = {name: i for i, name in enumerate(names)}
-    whole = all(isinstance(value, int) for value in values)
+    whole = all(isinstance(value, int) for value in values) and not all(_is_number(name) for name in names)
     if isinstance(feature, datasets.ClassLabel) or (whole and not any(str(value) in by_name for value in values)):
         return {str(i): i for i in range(len(names))}
     return by_name
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
 
 
 def check_order(names: list[str], feature: Any) -> None:

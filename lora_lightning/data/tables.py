@@ -9,6 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from lora_lightning.data.faults import fault_in
+from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import CALLED, split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
@@ -81,11 +82,10 @@ def check_columns(table: datasets.Dataset, columns: Sequence[str | None], where:
 
 def check_names(names: Sequence[str], columns: Sequence[str | None], where: str) -> None:
     """The same for the names of a table's columns."""
+    own = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
-            raise LoRAError(
-                f"{where}, has no column '{column}'{did_you_mean(column, names)} (columns: {', '.join(names)})"
-            )
+            raise LoRAError(f"{where}, has no column '{column}'{did_you_mean(column, own)} (columns: {', '.join(own)})")
 
 
 def known_split(split: str) -> str:

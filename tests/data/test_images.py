@@ -425,3 +425,13 @@ def test_predicting_needs_no_labels_and_no_folders(folder, tmp_path):
     batches = list(data.predict_dataloader())
     assert [set(batch) for batch in batches] == [{"pixel_values"}]
     assert len(batches[0]["pixel_values"]) == 3
+
+
+@pytest.mark.parametrize("path", ["set", "./set/../set", {"train": "set"}])
+def test_a_folder_is_found_from_where_the_command_runs(folder, monkeypatch, path):
+    monkeypatch.chdir(folder.parent)
+    batch = next(iter(data_of(path).train_dataloader()))
+    assert batch["pixel_values"].shape == (4, 3, 16, 16)
+    (folder / "red" / "broken.png").write_bytes(b"no image")
+    with pytest.raises(BadImageError, match=r"^set/red/broken.png: expected an image that opens"):
+        data_of("set")

@@ -59,6 +59,11 @@ def test_masks_are_those_of_their_images(folder):
     assert int((~known).sum()) == 8 * 8
 
 
+def test_a_folder_is_found_from_where_the_command_runs(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    assert everything(data_of("set"))["labels"].shape == (8, 16, 16)
+
+
 def test_image_and_mask_are_augmented_together(folder):
     data = data_of(folder, augment=Augmentation(crop_scale=0.3, flip=0.5), image_size=[12, 8])
     loader = data.train_dataloader()

@@ -175,3 +175,11 @@ def test_the_majority_share_is_that_of_the_label_most_common_in_train(tmp_path, 
     write(tmp_path / "train.csv", [*ROWS, *[r for r in ROWS if r["label"] == "1"]])
     write(tmp_path / "validation.csv", ROWS[:3])
     assert data_of(tmp_path, bert).majority_share("validation") == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("names", [None, ["1", "2"]])
+def test_where_names_are_numbers_rows_of_another_alone_are_refused(tmp_path, bert, names):
+    train = write(tmp_path / "train.csv", [{"text": f"film {i} x", "label": 1 + i % 2} for i in range(8)])
+    validation = write(tmp_path / "val.csv", [{"text": f"story {i} x", "label": 0} for i in range(4)])
+    with pytest.raises(LoRAError, match=r"^val.csv, the validation set, row 1, column 'label': .* labels 1, 2, got 0$"):
+        data_of({"train": train, "validation": validation}, bert, label_names=names)
