@@ -45,9 +45,10 @@ def write_merged(
     """
     folder.mkdir(parents=True)
     if is_transformers(plain):
-        _name_labels(plain.config, label_names)
+        config: Any = plain.config
+        _name_labels(config, label_names)
         if problem_type is not None:
-            plain.config.problem_type = problem_type
+            config.problem_type = problem_type
         _forget_quantisation(plain)
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         try:
