@@ -133,7 +133,7 @@ class ChatData(TextData, GivesPrompts):
         """Raise at a row that is no conversation."""
         answers = not self._only_prompts(split)
         layout = layout_of(table.column_names, self.given_columns, answers=answers)
-        check_columns(table, list(layout.values()), split)
+        check_columns(table, list(layout.values()), self.place(split))
         for row in table:
             try:
                 messages = conversation_of(row, layout)

@@ -38,6 +38,9 @@ class Task(nn.Module, ABC):
     monitor_mode: Literal["min", "max"] = "min"
     peft_task_type: str | None = None
     """What PEFT calls this task, written to exported adapters."""
+    problem_type: str | None = None
+    """What transformers calls a classifier's task, written to merged models: its pipelines choose softmax by it, a
+    sigmoid for each label, or the number as it is."""
     takes_tuples: bool = False
     """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names what the first are."""
 

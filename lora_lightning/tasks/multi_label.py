@@ -32,6 +32,7 @@ class MultiLabelClassification(Task):
     monitor = "val/micro_f1"
     monitor_mode = "max"
     peft_task_type = "SEQ_CLS"
+    problem_type = "multi_label_classification"
 
     def __init__(self, num_classes: int, threshold: float = 0.5, over_labels: Literal["mean", "sum"] = "mean") -> None:
         if num_classes < 2:

@@ -30,6 +30,7 @@ class SequenceClassification(Task):
 
     monitor_mode = "max"
     peft_task_type = "SEQ_CLS"
+    problem_type = "single_label_classification"
 
     def __init__(
         self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")

@@ -24,6 +24,7 @@ class SequenceRegression(Task):
     monitor = "val/pearson"
     monitor_mode = "max"
     peft_task_type = "SEQ_CLS"
+    problem_type = "regression"
 
     def __init__(self) -> None:
         with warnings.catch_warnings():

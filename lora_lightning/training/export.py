@@ -94,6 +94,7 @@ def export(
                 folder / "onnx" / "model.onnx" if "onnx" in wanted else None,
                 processing=processing,
                 label_names=label_names,
+                problem_type=module.task.problem_type,
                 max_shard_size=max_shard_size,
             )
         if "merged" in wanted:

@@ -32,6 +32,7 @@ def write_merged(
     *,
     processing: list[Any],
     label_names: list[str] | None,
+    problem_type: str | None = None,
     max_shard_size: int | str | None = None,
 ) -> None:
     """A transformers model in its own way; any other as one file of tensors under its own keys.
@@ -39,11 +40,15 @@ def write_merged(
     Args:
         processing: the tokenizer, or what else prepares the model's inputs, to be saved beside it.
         label_names: what the numbers of the classes mean: into a transformers config, else into a file beside.
+        problem_type: what transformers calls the task of a classifier, into its config.
         max_shard_size: of a transformers model's files; transformers' own by default.
     """
     folder.mkdir(parents=True)
     if is_transformers(plain):
-        _name_labels(plain.config, label_names)
+        config: Any = plain.config
+        _name_labels(config, label_names)
+        if problem_type is not None:
+            config.problem_type = problem_type
         _forget_quantisation(plain)
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         try:

@@ -19,7 +19,16 @@ import transformers
 from safetensors.torch import load_file, load_model
 from torch import nn
 
-from lora_lightning import LoRAConfig, LoRAError, load_adapter
+from lora_lightning import (
+    LoRAConfig,
+    LoRAError,
+    LoRAModule,
+    MultiLabelClassification,
+    SequenceClassification,
+    SequenceRegression,
+    huggingface,
+    load_adapter,
+)
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.staging import human_size
@@ -196,6 +205,29 @@ def test_a_merged_transformer_opens_elsewhere_in_shards_with_tokenizer_head_and_
     assert config.id2label == {0: "fresh", 1: "rotten"}
     assert module.backbone.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}, "the trained model is left as it is"
     assert report.probe == "drawn from the model's config"
+
+
+@pytest.mark.parametrize(
+    ("task", "scores"),
+    [
+        (MultiLabelClassification(3), torch.sigmoid),
+        (SequenceRegression(), lambda numbers: numbers),
+        (SequenceClassification(3), lambda numbers: numbers.softmax(-1)),
+    ],
+    ids=["labels", "number", "label"],
+)
+def test_transformers_pipeline_says_what_the_task_predicts(task, scores, tiny, tmp_path):
+    outputs = 1 if isinstance(task, SequenceRegression) else 3
+    backbone = huggingface(tiny.bert, num_labels=outputs)
+    backbone.config.problem_type = "multi_label_classification"  # a trace of what it was trained for before
+    module = shaken(LoRAModule(backbone, task, LoRAConfig(r=4, modules_to_save=["classifier"])))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert)
+    export(module, tmp_path / "out", tokenizer=tokenizer)
+    pipe = transformers.pipeline("text-classification", str(tmp_path / "out" / "merged"), top_k=None, device="cpu")
+    found = {said["label"]: said["score"] for said in pipe(["the film is warm"])[0]}
+    with torch.no_grad():
+        expected = scores(backbone(**tokenizer("the film is warm", return_tensors="pt")).logits[0])
+    assert [found[f"LABEL_{i}"] for i in range(outputs)] == pytest.approx(expected.tolist(), rel=1e-4)
 
 
 def test_a_language_model_keeps_its_ties_and_how_it_generates(make_module, tmp_path):
