@@ -9,8 +9,7 @@ with the first.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 from weakref import WeakSet
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import logits_of
+from lora_lightning.tasks.modes import evaluating
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.02}
 """How far a document's logits in a packed row may be from those alone, as norms: rounding in other shapes.
@@ -105,7 +105,7 @@ def refuse_mixing(backbone: nn.Module, input_ids: Tensor) -> None:
     rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
     positions = torch.arange(LENGTH, device=rows.device).repeat(2, 2)
     try:
-        with _in_evaluation(backbone):
+        with evaluating(backbone):
             packed = logits_of(backbone(**_arguments(backbone, {"input_ids": rows, "position_ids": positions})))
             alone = logits_of(backbone(input_ids=torch.stack([first, second])))
     except TypeError as error:  # an argument that its forward does not have
@@ -128,18 +128,6 @@ def _documents(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(0)
     first, second = torch.randint(len(known), (2, LENGTH), generator=draw).to(known.device)
     return known[first], known[(first + 1) % len(known)], known[second]
-
-
-@contextmanager
-def _in_evaluation(backbone: nn.Module) -> Iterator[None]:
-    """Without dropout, and each module's own mode again afterwards."""
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _dtypes(backbone: nn.Module, logits: Tensor) -> set[torch.dtype]:

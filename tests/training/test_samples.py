@@ -13,7 +13,8 @@ from lora_lightning.data.chat import ChatData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import adapted_layers, disabled
 from lora_lightning.tasks.causal_lm import CausalLM
-from lora_lightning.training.callbacks.samples import Sample, Samples, answers, evaluating, page_of, stops
+from lora_lightning.tasks.modes import evaluating
+from lora_lightning.training.callbacks.samples import Sample, Samples, answers, page_of, stops
 from tests.chats import CHATML, make_llama, write_chats
 
 CONFIG = """

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.tasks.generation import generate_texts
+from lora_lightning.tasks.modes import evaluating
 from lora_lightning.training import run
 from lora_lightning.training.module import LoRAModule
 
@@ -158,18 +157,6 @@ def stops(backbone: nn.Module, data: GivesPrompts) -> list[int]:
     """What ends an answer: the data's own ends of turns, and what the model stops at anyway."""
     own: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
     return sorted({*data.stop_token_ids, *([own] if isinstance(own, int) else own or [])})
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; each module is back in its own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def page_of(samples: list[Sample]) -> str:
