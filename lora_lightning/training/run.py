@@ -77,8 +77,12 @@ def continued(checkpoint: Path, runs: Path) -> int | None:
     version = _number(folder.name)
     if version < 0 or folder.name != f"version_{version}" or folder.parent.resolve() != runs.resolve():
         return None
-    newest = find_checkpoint(folder, "last")
-    return version if newest.resolve() == checkpoint.resolve() else None
+    return version if is_newest_state(checkpoint) else None
+
+
+def is_newest_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the newest of its run, so that a fit from it is the same run going on."""
+    return find_checkpoint(run_of_checkpoint(checkpoint), "last").resolve() == checkpoint.resolve()
 
 
 def _is_newest(run: Path) -> bool:
