@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from lora_lightning import LoRAConfig
+from lora_lightning import LoRAConfig, LoRAError, LoRAModule
 from lora_lightning.cli import LoRACLI
 from lora_lightning.training import checkpoint_io
 from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, RunReport, StopOnNonFinite
@@ -95,6 +95,21 @@ def test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_may_not(tmp_path
 
     with pytest.raises(NotFiniteError, match="the loss of optimizer step 1 is not finite"):
         run(Spoil())
+
+
+def test_an_optimizer_of_everything_stops_the_fit_before_its_first_step(tmp_path, make_module):
+    class Everything(LoRAModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    class Steps(Callback):
+        def on_train_batch_start(self, *args):
+            raise AssertionError("it trained")
+
+    module = make_module(Vision(), LoRAConfig(r=2))
+    module.__class__ = Everything
+    with pytest.raises(LoRAError, match="the optimizer holds 8 frozen parameters, first 'backbone.body.0.weight'"):
+        trainer_of(tmp_path, callbacks=[FreezeBase(False), Steps()], enable_checkpointing=False).fit(module, loader())
 
 
 def test_sigterm_saves_after_the_step_and_ends_with_the_code_that_asks_for_more(tiny, tmp_path):
