@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "lightning.pytorch", "lightning.pytorch.cli", "torchmetrics", "transformers", "datasets", "peft", "pytest")
+HEAVY = (
+    "torch",
+    "lightning.pytorch",
+    "lightning.pytorch.cli",
+    "torchmetrics",
+    "transformers",
+    "datasets",
+    "peft",
+    "pytest",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,11 @@ class Mutation:
 
 GUARDS, CALLBACKS, RESUME = (f"tests/training/test_{name}.py" for name in ("guards", "callbacks", "resume"))
 MODULE, FILES, AVERAGING = (f"tests/training/test_{name}.py" for name in ("module", "checkpoint_io", "averaging"))
-LOGGERS, INJECT, TARGETS = "tests/training/test_logger_resume.py", "tests/lora/test_inject.py", "tests/lora/test_targets.py"
+LOGGERS, INJECT, TARGETS = (
+    "tests/training/test_logger_resume.py",
+    "tests/lora/test_inject.py",
+    "tests/lora/test_targets.py",
+)
 SAMPLER = "tests/data/test_sampler.py"
 FREEZE, FINITE, RESUMES = (f"training/callbacks/{name}.py" for name in ("freeze", "finite", "resume"))
 SAVES, IO, AVERAGES = "training/callbacks/checkpoints.py", "training/checkpoint_io.py", "training/averaging.py"
@@ -249,8 +262,8 @@ MUTATIONS = (
     Mutation(
         "law 9: a step that trains on nothing",
         AVERAGES,
-        "        if not units:\n            raise LoRAError(\n                \"nothing",
-        "        if False:\n            raise LoRAError(\n                \"nothing",
+        '        if not units:\n            raise LoRAError(\n                "nothing',
+        '        if False:\n            raise LoRAError(\n                "nothing',
         (f"{AVERAGING}::test_a_step_that_trains_on_nothing_is_refused",),
     ),
     Mutation(
@@ -424,7 +437,9 @@ def mutate(mutation: Mutation, root: Path) -> None:
     """Make the change in a copy of the tree."""
     file = root / "lora_lightning" / mutation.file
     text = file.read_text(encoding="utf-8")
-    assert text.count(mutation.old) == 1, f"{mutation.guard}: its text is {text.count(mutation.old)} times in {file.name}"
+    assert text.count(mutation.old) == 1, (
+        f"{mutation.guard}: its text is {text.count(mutation.old)} times in {file.name}"
+    )
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
 
 
@@ -476,7 +491,9 @@ def _all_fail(tests: tuple[str, ...], scratch: Path) -> bool:
     options = ["-q", "-W", "ignore", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
     code = pytest.main([*options, *tests], plugins=[Note()])
     assert Path(sys.modules["lora_lightning"].__file__ or "").is_relative_to(Path.cwd()), "another package was tested"
-    by_test = {test: [o for name, o in outcomes.items() if name == test or name.startswith(f"{test}[")] for test in tests}
+    by_test = {
+        test: [o for name, o in outcomes.items() if name == test or name.startswith(f"{test}[")] for test in tests
+    }
     print(by_test)
     return code == 1 and all(found and any(o == ["failed"] for o in found) for found in by_test.values())
 

@@ -7,7 +7,7 @@ the operation again. That needs no knowledge of the architecture, only of a few 
 - Only the node is held, which the graph holds anyway: nothing lives longer than without.
 - An h that was changed in the meantime raises in torch's own words, as it would in the operation's backward.
 - The first time that a layer meets an operation, what it would compute is compared with x, bit for bit; what is not the
-  same is kept as ever. A norm's epsilon, which its node does not keep, is checked each time by the 1 / std that it keeps.
+  same is kept as ever. A norm's epsilon, which its node does not keep, is checked each time by the 1 / std in it.
 - Under hooks on saved tensors (activation checkpointing, offloading) all is kept as ever: they see to memory
   themselves.
 

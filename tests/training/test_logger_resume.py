@@ -48,7 +48,9 @@ def test_wandb_offline_goes_on_with_the_same_run_after_sigterm_and_after_sigkill
 def test_csv_is_one_file_with_each_step_once_and_with_the_numbers_that_wandb_has(logged):
     (file,) = (logged / "runs" / "tiny").glob("version_*/metrics.csv")
     with file.open() as text:
-        rows = {int(row["step"]): float(row["train/loss_step"]) for row in csv.DictReader(text) if row["train/loss_step"]}
+        rows = {
+            int(row["step"]): float(row["train/loss_step"]) for row in csv.DictReader(text) if row["train/loss_step"]
+        }
     assert sorted(rows) == list(range(STEPS))
     for run in runs_in(logged / "runs"):
         for step, loss in run.points("train/loss_step").items():
