@@ -1,8 +1,8 @@
 """Each guard taken away once, and the tests that must then fail: `python -m tests.mutations [WORD ...]` runs it.
 
-A mutation is one text in one file that is replaced by another. It is made in a copy of the tree, in a process of its own
-that is forked from one in which the heavy packages are loaded, so that all of them take minutes and not an hour. A guard
-whose mutation no test catches is a guard that nobody would miss.
+A mutation is one text in one file that is replaced by another. It is made in a copy of the tree, in a process of its
+own that is forked from one in which the heavy packages are loaded, so that all of them take minutes and not an hour.
+A guard whose mutation no test catches is a guard that nobody would miss.
 """
 
 from __future__ import annotations
@@ -17,16 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HEAVY = (
-    "torch",
-    "lightning.pytorch",
-    "lightning.pytorch.cli",
-    "torchmetrics",
-    "transformers",
-    "datasets",
-    "peft",
-    "pytest",
-)
+HEAVY = ("torch", "lightning.pytorch.cli", "torchmetrics", "transformers", "datasets", "peft", "pytest")
 
 
 @dataclass(frozen=True)
@@ -46,12 +37,8 @@ class Mutation:
 
 GUARDS, CALLBACKS, RESUME = (f"tests/training/test_{name}.py" for name in ("guards", "callbacks", "resume"))
 MODULE, FILES, AVERAGING = (f"tests/training/test_{name}.py" for name in ("module", "checkpoint_io", "averaging"))
-LOGGERS, INJECT, TARGETS = (
-    "tests/training/test_logger_resume.py",
-    "tests/lora/test_inject.py",
-    "tests/lora/test_targets.py",
-)
-SAMPLER = "tests/data/test_sampler.py"
+LOGGERS, SAMPLER = "tests/training/test_logger_resume.py", "tests/data/test_sampler.py"
+INJECT, TARGETS = "tests/lora/test_inject.py", "tests/lora/test_targets.py"
 FREEZE, FINITE, RESUMES = (f"training/callbacks/{name}.py" for name in ("freeze", "finite", "resume"))
 SAVES, IO, AVERAGES = "training/callbacks/checkpoints.py", "training/checkpoint_io.py", "training/averaging.py"
 ANY_STATE = f"{RESUME}::test_resumed_from_any_state_is_uninterrupted"
@@ -437,9 +424,7 @@ def mutate(mutation: Mutation, root: Path) -> None:
     """Make the change in a copy of the tree."""
     file = root / "lora_lightning" / mutation.file
     text = file.read_text(encoding="utf-8")
-    assert text.count(mutation.old) == 1, (
-        f"{mutation.guard}: its text is {text.count(mutation.old)} times in {file.name}"
-    )
+    assert text.count(mutation.old) == 1, f"{mutation.guard}: its text is not once in {file.name}"
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
 
 
@@ -461,7 +446,7 @@ def caught(mutation: Mutation) -> tuple[bool, str]:
 
 
 def _run(root: Path, tests: tuple[str, ...], out: Path, scratch: Path) -> None:
-    """In the child: ends the process with 0 where every test of `tests` failed in its own body, and nothing else did."""
+    """In the child: ends the process with 0 where every one of the tests failed, in its own body."""
     code = 1
     try:
         with out.open("w", encoding="utf-8") as file:
@@ -491,11 +476,9 @@ def _all_fail(tests: tuple[str, ...], scratch: Path) -> bool:
     options = ["-q", "-W", "ignore", "--tb=short", "-p", "no:cacheprovider", f"--basetemp={scratch}"]
     code = pytest.main([*options, *tests], plugins=[Note()])
     assert Path(sys.modules["lora_lightning"].__file__ or "").is_relative_to(Path.cwd()), "another package was tested"
-    by_test = {
-        test: [o for name, o in outcomes.items() if name == test or name.startswith(f"{test}[")] for test in tests
-    }
-    print(by_test)
-    return code == 1 and all(found and any(o == ["failed"] for o in found) for found in by_test.values())
+    print(outcomes)
+    failed = [name for name, told in outcomes.items() if told == ["failed"]]
+    return code == 1 and all(any(name == test or name.startswith(f"{test}[") for name in failed) for test in tests)
 
 
 def run(words: list[str]) -> list[str]:

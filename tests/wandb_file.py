@@ -1,9 +1,9 @@
 """Reads what W&B wrote into an offline run's `.wandb` file: no server, no `wandb sync`.
 
 A 7-byte header (`:W&B`, then 2 + 1 bytes of magic and version), then LevelDB's log: blocks of 32,768 bytes, the first
-one counted from the file's start. In a block each piece has a header `<IHB`: the CRC-32 of its kind and its bytes, their
-number, and the kind (1 whole, 2 first, 3 middle, 4 last of a record); what is left over of a block is zeros. A record is
-a `wandb.proto.wandb_internal_pb2.Record`.
+one counted from the file's start. In a block each piece has a header `<IHB`: the CRC-32 of its kind and its bytes,
+their number, and the kind (1 whole, 2 first, 3 middle, 4 last of a record); what is left over of a block is zeros. A
+record is a `wandb.proto.wandb_internal_pb2.Record`.
 """
 
 from __future__ import annotations

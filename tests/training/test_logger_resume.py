@@ -48,13 +48,11 @@ def test_wandb_offline_goes_on_with_the_same_run_after_sigterm_and_after_sigkill
 def test_csv_is_one_file_with_each_step_once_and_with_the_numbers_that_wandb_has(logged):
     (file,) = (logged / "runs" / "tiny").glob("version_*/metrics.csv")
     with file.open() as text:
-        rows = {
-            int(row["step"]): float(row["train/loss_step"]) for row in csv.DictReader(text) if row["train/loss_step"]
-        }
-    assert sorted(rows) == list(range(STEPS))
+        losses = {int(row["step"]): row["train/loss_step"] for row in csv.DictReader(text) if row["train/loss_step"]}
+    assert sorted(losses) == list(range(STEPS))
     for run in runs_in(logged / "runs"):
         for step, loss in run.points("train/loss_step").items():
-            assert loss == pytest.approx(rows[step], rel=1e-6)
+            assert loss == pytest.approx(float(losses[step]), rel=1e-6)
 
 
 def test_tensorboard_is_one_folder_and_hides_what_came_after_the_checkpoint(logged):
@@ -97,17 +95,16 @@ def test_the_reader_joins_pieces_over_blocks_and_finds_damage():
     data = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
     assert len(data) == HEADER
     for record in records:
-        begun = False
-        while record or not begun:
+        left, begun = record, False
+        while left or not begun:
             room = BLOCK - len(data) % BLOCK
             if room < PIECE.size:
                 data += bytes(room)
                 continue
-            part, record = record[: room - PIECE.size], record[room - PIECE.size :]
-            kind = {(0, 0): 1, (0, 1): 2, (1, 1): 3, (1, 0): 4}[begun, bool(record)]
+            part, left = left[: room - PIECE.size], left[room - PIECE.size :]
+            kind = {(0, 0): 1, (0, 1): 2, (1, 1): 3, (1, 0): 4}[begun, bool(left)]
             data += PIECE.pack(zlib.crc32(bytes([kind]) + part), len(part), kind) + part
             begun = True
-    records = [b"a" * 100, bytes(range(256)) * 300, b"c"]
     assert list(payloads(data)) == records
     assert list(payloads(data[:-1])) == records[:2], "torn"
     with pytest.raises(ValueError, match="is damaged"):
