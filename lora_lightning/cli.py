@@ -243,6 +243,12 @@ class LoRACLI(LightningCLI):
         if command == "fit" and config.ckpt_path and "://" not in str(config.ckpt_path):
             self._goes_on = run.continued(Path(config.ckpt_path), runs)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the file here, before it is known to be whole, for settings that win over flags.
+
+        Ours holds none; what it was trained with is compared when it is loaded.
+        """
+
     def instantiate_classes(self) -> None:
         """What a class of ours says of its arguments, without jsonargparse's account of the types that it tried.
 
@@ -306,9 +312,7 @@ class LoRACLI(LightningCLI):
 
 def resume_loggers(loggers: Any, checkpoint: str) -> None:
     """Let loggers go on with the runs that the checkpoint was written in, where it is the newest state of its run."""
-    if not loggers or "://" in checkpoint or not Path(checkpoint).is_file():
-        return
-    if not run.is_newest_state(Path(checkpoint)):
+    if not loggers or "://" in checkpoint or not run.is_newest_state(Path(checkpoint)):
         return
     content = run.load_checkpoint(checkpoint)
     if KEY in content:
