@@ -188,14 +188,14 @@ MUTATIONS = (
         RESUMES,
         "        self._put_back(trainer, pl_module)\n        begin_epoch_anew(trainer)",
         "        self._put_back(trainer, pl_module)",
-        (f"{ANY_STATE}[accumulation]",),
+        (f"{ANY_STATE}[max_steps]",),
     ),
     Mutation(
         "law 8: the steps that were logged",
         "training/callbacks/loops.py",
         'own["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)',
         "del stepped",
-        (f"{ANY_STATE}[no validation]",),
+        (f"{ANY_STATE}[validation in mid-epoch]",),
     ),
     Mutation(
         "law 8: the plateau that was due",
