@@ -120,8 +120,12 @@ class SaveRunConfig(SaveConfigCallback):
     """Each fit's own `config.yaml` in its run folder; other commands leave it alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning writes here, where a checkpoint that does not fit has not been refused yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit that goes on writes over the run's file: only once it is one."""
         folder = run.run_dir(trainer)
-        if stage != "fit" or folder is None or self.already_saved:
+        if folder is None or self.already_saved:
             return
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)

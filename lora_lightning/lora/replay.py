@@ -169,7 +169,7 @@ def _normed(node: Any, eps: float, proving: bool) -> Tensor:
         return out
     if same:
         return out
-    wide = (x.to(kept.dtype) - node._saved_result1) * kept * weight
+    wide: Tensor = (x.to(kept.dtype) - node._saved_result1) * kept * weight
     return (wide if bias is None else wide + bias).to(out.dtype)
 
 

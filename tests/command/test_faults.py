@@ -53,9 +53,9 @@ def damaged_copies(whole):
 
 def test_wherever_a_real_checkpoint_is_cut_or_flipped_the_one_before_it_is_taken_aloud_or_there_is_an_error(again):
     last = again / "checkpoints" / "last.ckpt"
-    whole, before = last.read_bytes(), load_checkpoint(f"{last}{PREVIOUS}")["global_step"]
+    whole, before = last.read_bytes(), load_checkpoint(f"{last}{PREVIOUS}")
+    torch.save(before | {"global_step": 1}, f"{last}{PREVIOUS}")
     alone = again / "alone.ckpt"
-    assert before < load_checkpoint(last)["global_step"]
     for number, content in enumerate(damaged_copies(whole)):
         alone.write_bytes(content)
         with pytest.raises(DamagedCheckpointError, match=r"alone\.ckpt' is not a whole checkpoint"):
@@ -63,7 +63,7 @@ def test_wherever_a_real_checkpoint_is_cut_or_flipped_the_one_before_it_is_taken
         if number % 25 == 0:
             last.write_bytes(content)
             with pytest.warns(UserWarning, match="is not a whole checkpoint.*the one before it is used"):
-                assert load_checkpoint(last)["global_step"] == before
+                assert load_checkpoint(last)["global_step"] == 1
 
 
 @pytest.mark.parametrize("how", ["zero bytes", "torn", "gone"])
@@ -79,7 +79,7 @@ def test_auto_goes_on_from_the_one_before_a_damaged_newest_in_the_same_run(how, 
     assert [p.name for p in again.parent.glob("version_*")] == ["version_0"]
     for file in (last, last.with_name(last.name + PREVIOUS)):
         check_whole(file)
-    assert load_checkpoint(last)["epoch"] == 6
+    assert load_checkpoint(last)["epoch"] == 7
 
 
 def test_what_is_damaged_never_takes_the_place_of_the_whole_one_before_it(again):
@@ -101,6 +101,13 @@ def test_where_no_whole_one_is_left_one_line_says_so_and_nothing_is_written(word
     action = ["test"] if word == "best" else ["fit", "--trainer.max_epochs", "7"]
     said = mistake(monkeypatch, capsys, *action, "--config", tiny.config, "--ckpt_path", word)
     assert "is not a whole checkpoint" in said
+    assert files_in(again.parent) == before
+
+
+def test_a_fit_that_is_refused_leaves_the_runs_own_config_as_it_was(again, tiny, monkeypatch, capsys):
+    before = files_in(again.parent)
+    args = ["--config", tiny.config, "--ckpt_path", "last", "--trainer.max_epochs", "7", "--model.lora.r", "2"]
+    assert "was trained with lora." in mistake(monkeypatch, capsys, "fit", *args)
     assert files_in(again.parent) == before
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +13,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 from lora_lightning.cli import LoRACLI
 from lora_lightning.vision_backbones import timm_model
-from tests.command.process import command
 from tests.pictures import COLOURS, class_folders, picture
 
 
@@ -133,14 +133,16 @@ def test_a_start_that_is_measured_on_images_takes_them_by_the_backbones_own_name
     assert cli.trainer.global_step == 1
 
 
-def test_without_torchvision_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_without_torchvision_one_line_says_what_to_install(tmp_path):
     config_of(tmp_path / "run.yaml", tmp_path, vit_of(tmp_path / "vit"), {"r": 2})
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    with pytest.raises(SystemExit) as stopped:
-        command(monkeypatch, "fit", "-c", "run.yaml")
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
+    code = (
+        "import sys, lora_lightning.cli; from lora_lightning.__main__ import main;"
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.partition('.')[0] == 'torchvision'];"
+        "sys.modules['torchvision'] = None;"
+        "sys.argv = ['lora-lightning', 'fit', '-c', 'run.yaml']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
     assert last.startswith("lora-lightning: error: ")
     assert "images need torchvision and pillow: pip install 'lora_lightning[vision]'" in last

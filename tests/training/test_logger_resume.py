@@ -13,7 +13,7 @@ import torch
 
 from lora_lightning import WandbLogger
 from lora_lightning.cli import resume_loggers
-from lora_lightning.training.loggers import go_on_with, runs_of
+from lora_lightning.training.loggers import ContinuedCSVLogger, go_on_with, runs_of
 from lora_lightning.training.run import load_checkpoint
 from tests.command.process import REPOSITORY
 from tests.training.logged import KILL_AT, STEPS, TERM_AT
@@ -53,6 +53,27 @@ def test_csv_is_one_file_with_each_step_once_and_with_the_numbers_that_wandb_has
     for run in runs_in(logged / "runs"):
         for step, loss in run.points("train/loss_step").items():
             assert loss == pytest.approx(float(losses[step]), rel=1e-6)
+
+
+def test_csv_forgets_what_an_interrupted_fit_wrote_after_its_checkpoint_and_keeps_a_torn_file_going(tmp_path):
+    def log(logger, numbers, steps):
+        for step, number in zip(steps, numbers, strict=True):
+            logger.log_metrics({"loss": number}, step=step)
+        logger.save()
+        return logger
+
+    log(ContinuedCSVLogger(tmp_path, name="run", version=0), [1.0, 2.0, 3.0, 4.0], range(4))
+    file = tmp_path / "run" / "version_0" / "metrics.csv"
+    file.write_text(file.read_text() + "0.5")  # killed in the middle of a row
+    resumed = ContinuedCSVLogger(tmp_path, name="run", version=0)
+    resumed.go_on_from(2)
+    log(resumed, [7.0], [2]).finalize("success")
+    with file.open() as text:
+        assert [(row["step"], row["loss"]) for row in csv.DictReader(text)] == [
+            ("0", "1.0"),
+            ("1", "2.0"),
+            ("2", "7.0"),
+        ]
 
 
 def test_tensorboard_is_one_folder_and_hides_what_came_after_the_checkpoint(logged):

@@ -147,6 +147,13 @@ def test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named
         fit(tiny, tmp_path / "none", ckpt=tmp_path / "none.ckpt", max_epochs=1)
 
 
+def test_rows_after_the_checkpoint_are_forgotten_though_no_step_makes_them_anew(tiny, tmp_path):
+    """A fit that goes on from step 3 of 18 and ends at step 5."""
+    fit(tiny, tmp_path)
+    fit(tiny, tmp_path, ckpt=checkpoints(tmp_path) / "003-batch.ckpt", max_steps=5)
+    assert max(int(row["step"]) for row in rows(tmp_path)) == 4
+
+
 def test_what_a_checkpoint_overrules_is_said(tiny, tmp_path, caplog):
     fit(tiny, tmp_path, max_epochs=1)
     content = load_checkpoint(checkpoints(tmp_path) / "003-batch.ckpt")

@@ -113,7 +113,7 @@ class Resume(Callback):
 
 def next_logged(found: Mapping[str, Any], stepped: int) -> int:
     """The number that the first step after a checkpoint is logged under, from what the checkpoint's loops say."""
-    return stepped + (found["kind"] == "batch" and found["at_step"])
+    return stepped + int(found["kind"] == "batch" and found["at_step"])
 
 
 def gathered(own: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
