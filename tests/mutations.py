@@ -195,14 +195,14 @@ MUTATIONS = (
         "training/callbacks/loops.py",
         'own["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)',
         "del stepped",
-        (f"{ANY_STATE}[validation in mid-epoch]",),
+        (f"{RESUME}::test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due",),
     ),
     Mutation(
         "law 8: the plateau that was due",
         RESUMES,
         "trainer.lr_scheduler_configs[number].scheduler.step(value)",
         "del value",
-        (f"{RESUME}::test_best_resumes_with_the_plateau_that_was_due",),
+        (f"{RESUME}::test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due",),
     ),
     Mutation(
         "law 8: another order of rows in an epoch's middle",

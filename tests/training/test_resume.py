@@ -87,28 +87,34 @@ def test_resumed_in_two_processes_is_uninterrupted(tiny, tmp_path):
             assert torch.equal(one["random"]["torch"], other["random"]["torch"])
 
 
-def test_best_resumes_with_the_plateau_that_was_due(tiny, tmp_path):
-    whole = fit(tiny, tmp_path / "whole", plateau=True)
-    best = checkpoints(tmp_path / "whole") / "best.ckpt"
-    assert load_checkpoint(best)["global_step"] > 0
+class Falls(Callback):
+    """The end of the first epoch is the best."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("falls", -abs(trainer.global_step - 6.0))
+
+
+def best_of_the_first_epoch():
+    return [FreezeBase(show_table=False), Resume(), Falls(), Checkpoints(monitor="falls", mode="max")]
+
+
+@pytest.mark.parametrize("settings", [{"plateau": True}, {"val_check_interval": 2}], ids=["plateau", "mid-epoch"])
+def test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due(tiny, tmp_path, settings):
+    whole = fit(tiny, tmp_path / "whole", callbacks=best_of_the_first_epoch(), **settings)
     shutil.copytree(tmp_path / "whole", tmp_path / "on")
-    resumed = fit(tiny, tmp_path / "on", ckpt=checkpoints(tmp_path / "on") / "best.ckpt", plateau=True)
+    best = checkpoints(tmp_path / "on") / "best.ckpt"
+    assert load_checkpoint(best)["global_step"] == 6
+    resumed = fit(tiny, tmp_path / "on", ckpt=best, callbacks=best_of_the_first_epoch(), **settings)
     assert differing(ended(whole), ended(resumed)) == []
+    assert rows(tmp_path / "on") == rows(tmp_path / "whole")
 
 
 def test_last_is_the_newest_state_and_best_the_best(tiny, tmp_path):
-    class Falls(Callback):
-        """Validation gets worse after the first epoch."""
-
-        def on_validation_epoch_end(self, trainer, pl_module):
-            pl_module.log("falls", float(-trainer.current_epoch))
-
-    given = [FreezeBase(show_table=False), Resume(), Falls(), Checkpoints(monitor="falls", mode="max")]
-    fit(tiny, tmp_path, callbacks=given)
+    fit(tiny, tmp_path, callbacks=best_of_the_first_epoch())
     steps = {n: load_checkpoint(checkpoints(tmp_path) / f"{n}.ckpt")["global_step"] for n in ("best", "last")}
     assert steps == {"best": 6, "last": 18}
     # Into another folder: the best so far is taken along, and a worse one does not replace it.
-    given = [FreezeBase(show_table=False), Resume(), Falls(), Checkpoints(monitor="falls", mode="max")]
+    given = best_of_the_first_epoch()
     more = fit(
         tiny, tmp_path / "more", ckpt=checkpoints(tmp_path) / "last.ckpt", callbacks=given, max_epochs=4, logger=False,
         default_root_dir=tmp_path / "more",
