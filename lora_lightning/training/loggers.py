@@ -73,7 +73,8 @@ def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int)
             logger.go_on_with(str(mine[1]))
         elif isinstance(logger, TensorBoardLogger) and logger._version is None:
             logger._version = mine[1]
-            logger._kwargs.setdefault("purge_step", step)
+            if logger._kwargs.get("purge_step") is None:  # the command's parser notes each of SummaryWriter's defaults
+                logger._kwargs["purge_step"] = step
         elif isinstance(logger, MLFlowLogger) and logger._run_id is None:
             logger._run_id = mine[1]
 
