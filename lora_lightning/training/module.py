@@ -26,6 +26,7 @@ from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean, is_padding
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
+from lora_lightning.training.precision import convert
 from lora_lightning.training.sets import stage_of
 from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
 
@@ -210,8 +211,10 @@ class LoRAModule(LightningModule):
             saved.lora_copy.train()
 
     def setup(self, stage: str) -> None:
-        """What was found of W0 before this fit says nothing of what it starts from."""
+        """Bring W0 to the precision's dtype; what was found of it before says nothing of what it is then."""
         self._w0 = None
+        if self._trainer is not None:
+            convert(self, self._trainer.precision_plugin)
 
     def w0_fingerprint(self) -> Fingerprint:
         """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change in a fit."""
