@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, huggingface, inject
-from lora_lightning.cli import LoRACLI
 from lora_lightning.handed_down import NF4, handed_down
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors
 from lora_lightning.lora.base_dtype import base_dtypes, base_floats, cast_base
@@ -238,21 +237,14 @@ def test_nf4_is_for_a_base_that_was_loaded_so(tmp_path, make_module, make_data):
     assert {p.dtype for _, layer in adapted_layers(model) for p in (layer.lora_A, layer.lora_B)} == {torch.float32}
 
 
-class Stops(LoRACLI):
-    """Builds everything and runs nothing."""
-
-    def _run_subcommand(self, subcommand):
-        pass
-
-
-def test_the_command_hands_the_words_meaning_down_and_forgets_it(tiny):
-    cli = Stops(args=["fit", "--config", tiny.config, "--trainer.precision", "bf16-base"])
-    frozen = {p.dtype for p in cli.model.backbone.parameters() if not p.requires_grad}
-    assert frozen == {torch.bfloat16}  # as loaded: the trainer has cast nothing yet
-    assert cli.config.fit.model.backbone.init_args.dtype is None
-    assert cli.trainer.precision == "bf16-base"
+def test_the_command_hands_the_words_meaning_down_and_forgets_it():
+    nothing = {"dtype": None, "model_kwargs": None}
+    backbone = SimpleNamespace(class_path="lora_lightning.huggingface", init_args=dict(nothing))
+    with handed_down({"trainer.precision": "bf16-base", "model.backbone": backbone}):
+        assert backbone.init_args == {"dtype": "bfloat16", "model_kwargs": None}
+    assert backbone.init_args == nothing
     given = {"dtype": "float16", "model_kwargs": {"a": 1}}
-    backbone = SimpleNamespace(class_path="lora_lightning.huggingface", init_args=dict(given))
+    backbone.init_args = dict(given)
     command = {"trainer.precision": "nf4-base", "model.backbone": backbone}
     with handed_down(command):
         assert backbone.init_args == {"dtype": "float16", "model_kwargs": {"a": 1, "quantization_config": NF4}}
