@@ -30,9 +30,8 @@ from torch import nn
 from benchmarks.measure import RESULTS
 from lora_lightning import FreezeBase, LoRAConfig, LoRAModule, LoRATrainer, SequenceClassification, inject, save_adapter
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors
+from lora_lightning.lora.staging import human_size
 from lora_lightning.training.callbacks import Checkpoints, Resume
-
-FILES = ("adapter", "checkpoint", "w0", "full_checkpoint")
 
 
 def computed(model: nn.Module) -> dict[str, int]:
@@ -107,7 +106,7 @@ def case(name: str, targets: str | list[str]) -> dict[str, Any]:
 
 
 def table(cases: list[dict[str, Any]]) -> str:
-    head = f"{'r=8':<31}{'trains':>12}{'adapter':>12}{'checkpoint':>12}{'W0':>12}{'full':>12}{'full : ours':>13}"
+    head = f"{'r=8':<32}{'trains':>12}{'adapter':>12}{'checkpoint':>12}{'W0':>12}{'full':>12}{'full : ours':>13}"
     lines = [head]
     for found in cases:
         targets = found["targets"] if isinstance(found["targets"], str) else ", ".join(found["targets"])
@@ -118,8 +117,8 @@ def table(cases: list[dict[str, Any]]) -> str:
             name = f"{found['model']}, {targets}" if kind == "written" or "written" not in found else "  computed"
             full = found["computed"]["full_checkpoint"]
             cells = [sizes["adapter"], sizes["checkpoint"], sizes["w0"], sizes.get("full_checkpoint", full)]
-            told = "".join(f"{size / 1e6:>9,.2f} MB" for size in cells)
-            lines.append(f"{name:<31}{found['trainable']:>12,}{told}{full / sizes['checkpoint']:>13,.0f}")
+            told = "".join(f"{human_size(size):>12}" for size in cells)
+            lines.append(f"{name:<32}{found['trainable']:>12,}{told}{full / sizes['checkpoint']:>13,.0f}")
     return "\n".join(lines)
 
 

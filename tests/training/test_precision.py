@@ -1,5 +1,7 @@
 """Precision in one word: what each part's dtype is, and that the laws hold over a narrow W0."""
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,9 @@ from lora_lightning.training.load_dtypes import load_dtypes
 from lora_lightning.training.precision import HalfBase, convert, lightnings_own
 from lora_lightning.training.run import load_checkpoint
 from lora_lightning.training.trainer import LoRATrainer
-from tests.factories import FAMILIES, move, output
+from tests.command.process import REPOSITORY
+from tests.factories import FAMILIES, distance, move, output
+from tests.training.narrow_in_two import BATCH, fit
 from tests.training.test_module import Vision, loader, trainer_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -252,3 +256,17 @@ def test_the_command_hands_the_words_meaning_down_and_forgets_it():
     other = SimpleNamespace(class_path="torch.nn.Identity", init_args={})
     with handed_down({**command, "model.backbone": other}):
         assert other.init_args == {}
+
+
+@pytest.mark.slow
+def test_two_processes_over_a_narrow_base_equal_one_with_twice_the_batch(tmp_path):
+    # In a process of its own: the first backward must not come before the fork.
+    command = [sys.executable, "-m", "tests.training.narrow_in_two", str(tmp_path / "two.pt")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    two, one = torch.load(tmp_path / "two.pt"), fit(2 * BATCH)
+    assert (two["w0"], two["steps"]) == (one["w0"], one["steps"])
+    assert one["steps"] == 6
+    for name, tensor in one["adapter"].items():
+        assert tensor.dtype == two["adapter"][name].dtype == torch.float32
+        assert distance(two["adapter"][name], tensor) < 0.02, name  # bfloat16's products, over two batches or one
