@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
 from lora_lightning.lora.base_dtype import cast_base
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import AdapterError, LoRAError
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.quantised import scheme
 from lora_lightning.training.load_dtypes import load_dtypes
@@ -138,3 +138,24 @@ def convert(module: LightningModule, plugin: Precision) -> None:
             f"{type(plugin).__name__} put layers of its own in the place of adapted ones: quantise the backbone before"
             " it is adapted, or use precision nf4-base"
         )
+
+
+def precision_of(module: LightningModule) -> str | None:
+    """What the module's trainer computes in; None without one."""
+    return None if module._trainer is None else str(module._trainer.precision)
+
+
+@contextmanager
+def explained_by_precision(then: str | None, now: str | None) -> Iterator[None]:
+    """Where an adapter is refused for another W0, say so if it was another precision's.
+
+    Raises:
+        AdapterError: the block did.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        if then == now or not {then, now} & set(get_args(BaseWord)):
+            raise
+        here = "" if now is None else f", and this run is in {now}"
+        raise AdapterError(f"{error}. It was trained in precision {then}{here}") from error
