@@ -23,7 +23,7 @@ def huggingface(
     num_labels: int | None = None,
     label_names: list[str] | None = None,
     pad_token_id: int | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     attn_implementation: str | None = None,
     revision: str | None = None,
     random_weights: bool = False,
@@ -39,7 +39,8 @@ def huggingface(
         label_names: written to the config, in the order of the labels' numbers. The data's own by default.
         pad_token_id: what batches are padded with; GPT-2 and Llama come without one, and classify by the last token
             that is not it. The tokenizer's own by default.
-        dtype: of the frozen weights; the adapters are float32 or wider in any case.
+        dtype: of the frozen weights; the adapters are float32 or wider in any case. Left out it is float32, or in the
+            command what `--trainer.precision` says of W0.
         attn_implementation: transformers' choice of attention: eager, sdpa, flash_attention_2 and more.
         revision: branch, tag or commit on the hub.
         random_weights: build the architecture from its config and load no weights.
@@ -52,6 +53,7 @@ def huggingface(
     if cls is None:
         known = [name for name in dir(transformers) if name.startswith("AutoModel")]
         raise LoRAError(f"transformers has no class '{auto_class}'{did_you_mean(auto_class, known)}")
+    dtype = dtype or "float32"
     name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
     kwargs = dict(model_kwargs or {}) | gguf
     if label_names:
@@ -70,6 +72,8 @@ def huggingface(
         if isinstance(error, LoRAError):
             raise
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
+    except ImportError as error:
+        raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {_reason(error)}") from error
     if "gguf_file" in kwargs:
         forget_gguf(model)
         model.config._name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
@@ -130,7 +134,11 @@ def quiet() -> Iterator[None]:
 
 
 def _not_found(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    reason = _reason(error)
     if Path(name).exists():
         return f"'{name}' is not a transformers model directory: {reason}"
     return f"no model '{name}': neither a directory nor found on the hub ({reason})"
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

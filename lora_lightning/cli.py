@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lora_lightning.class_paths import explained
 from lora_lightning.commands import COMMANDS
 from lora_lightning.data.base import TableData
+from lora_lightning.handed_down import handed_down
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
 from lora_lightning.training.callbacks import (
@@ -260,7 +261,8 @@ class LoRACLI(LightningCLI):
             LoRAError: an object refuses its arguments.
         """
         try:
-            super().instantiate_classes()
+            with handed_down(self.config.get(str(self.subcommand), self.config)):
+                super().instantiate_classes()
         except ValueError as error:
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, LoRAError):

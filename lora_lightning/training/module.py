@@ -26,6 +26,7 @@ from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean, is_padding
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
+from lora_lightning.training.precision import convert, explained_by_precision, precision_of
 from lora_lightning.training.sets import stage_of
 from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
 
@@ -210,8 +211,10 @@ class LoRAModule(LightningModule):
             saved.lora_copy.train()
 
     def setup(self, stage: str) -> None:
-        """What was found of W0 before this fit says nothing of what it starts from."""
+        """Bring W0 to the precision's dtype; what was found of it before says nothing of what it is then."""
         self._w0 = None
+        if self._trainer is not None:
+            convert(self, self._trainer.precision_plugin)
 
     def w0_fingerprint(self) -> Fingerprint:
         """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change in a fit."""
@@ -230,7 +233,7 @@ class LoRAModule(LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
         own = {"config": self.lora.to_dict(), "base": base.to_json(), "products": products.saved_choices()}
-        checkpoint[CHECKPOINT_KEY] = own
+        checkpoint[CHECKPOINT_KEY] = own | {"precision": precision_of(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
@@ -245,7 +248,8 @@ class LoRAModule(LightningModule):
                 )
         made_on = Fingerprint.from_json(checkpoint[CHECKPOINT_KEY]["base"])
         self._w0 = fingerprint(self.backbone)
-        refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
+        with explained_by_precision(checkpoint[CHECKPOINT_KEY].get("precision"), precision_of(self)):
+            refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
         products.take_choices(checkpoint[CHECKPOINT_KEY].get("products", {}))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
+from lora_lightning.lora.casting import float_dtype
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.heads import is_a
 from lora_lightning.training.compare import outputs
@@ -26,6 +27,14 @@ class Probe:
 
     inputs: dict[str, Any]
     source: str
+
+
+def as_weights(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Floating-point inputs in the dtype of half-precision weights: outside of autocast layers take no other."""
+    dtype = float_dtype(backbone)
+    if dtype.itemsize > 2:
+        return dict(inputs)
+    return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()}
 
 
 def from_batch(batch: Mapping[str, Any]) -> Probe:
@@ -62,7 +71,7 @@ def draw(backbone: nn.Module, example: Any = None) -> Probe:
     reasons = []
     for drawn in _candidates(backbone):
         try:
-            batch = {name: draw_one().to(device) for name, draw_one in drawn.items()}
+            batch = as_weights(backbone, {name: draw_one().to(device) for name, draw_one in drawn.items()})
             outputs(backbone, batch)
         except Exception as error:  # a model may refuse what it cannot use in any way that it likes
             reasons.append(f"{', '.join(drawn)}: {' '.join(str(error).split())[:120] or type(error).__name__}")

@@ -22,7 +22,7 @@ from lora_lightning.lora.merge import merge
 from lora_lightning.training.compare import Difference, difference, outputs, tolerance
 from lora_lightning.training.merged import reader, write_merged
 from lora_lightning.training.onnx import OnnxReport, export_onnx
-from lora_lightning.training.probe import Probe
+from lora_lightning.training.probe import Probe, as_weights
 
 
 @dataclass
@@ -90,8 +90,9 @@ class Proof:
     """The adapted model's outputs for the probe, and the comparison of others with them."""
 
     def __init__(self, backbone: nn.Module, probe: Probe, report: ExportReport, dtype: torch.dtype | None) -> None:
-        self.backbone, self.report, self.dtype, self.inputs = backbone, report, dtype, probe.inputs
-        self.adapted = outputs(backbone, probe.inputs)
+        self.backbone, self.report, self.dtype = backbone, report, dtype
+        self.inputs = as_weights(backbone, probe.inputs)
+        self.adapted = outputs(backbone, self.inputs)
         report.probe = probe.source
         report.tolerance, report.rule = tolerance(backbone, dtype)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # the Trainer's own type
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
@@ -18,29 +17,29 @@ from lora_lightning.training.export import export
 from lora_lightning.training.export_options import FORMATS, checked_options
 from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
-
-
-def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
-    """`bf16-mixed` where the hardware multiplies bfloat16 itself; on other CPUs it is slower than float32."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
 
 
 class LoRATrainer(Trainer):
     """Lightning's Trainer and the `export` command; checkpoint files are whole or absent (`checkpoint_io`).
 
     Args:
-        precision: Lightning's values, or `auto`: bf16 autocast where the hardware has it, else float32.
+        precision: `bf16-base` holds W0 in bfloat16 under float32 adapters; `nf4-base` in 4 bit (QLoRA); `float32`;
+            `auto`, bf16 autocast where the hardware has it, else float32; or one of Lightning's values, such as
+            bf16-mixed and 16-mixed.
+
+    Raises:
+        LoRAError: a precision that would round the adapters too, or that the strategy cannot have.
     """
 
-    def __init__(self, *args: Any, precision: Literal["auto"] | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
-        if precision == "auto":
-            precision = best_precision(str(kwargs.get("accelerator", "auto")))
-        super().__init__(*args, precision=precision, **kwargs)
+    def __init__(self, *args: Any, precision: Word | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+        own = lightnings_own(precision, str(kwargs.get("accelerator", "auto")))
+        super().__init__(*args, precision=own, **kwargs)
+        self.precision_asked = precision
+        if precision in ("bf16-base", "nf4-base"):
+            narrow_base(self, precision)
         # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()
@@ -73,6 +72,7 @@ class LoRATrainer(Trainer):
         wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
+        convert(model, self.precision_plugin)
         model.on_load_checkpoint(content)
         model.load_state_dict(content["state_dict"])
         folder = run.run_of_checkpoint(checkpoint)

@@ -10,7 +10,7 @@ from lora_lightning import LoRAConfig, LoRAModule, WarmupDecay, huggingface
 from lora_lightning.data.text_labels import MultiLabelTextData
 from lora_lightning.paths import resolve
 from lora_lightning.tasks.multi_label import MultiLabelClassification
-from lora_lightning.training.trainer import best_precision
+from lora_lightning.training.precision import best_precision
 from tests.data.files import write
 from tests.training.test_module import trainer_of
 

@@ -118,8 +118,7 @@ def test_every_combination_is_parsed(model, data, overlay, parser):
     assert config.model.lora.alpha == 2 * config.model.lora.r == 32
     assert config.model.lora.target_modules == "all-linear"
     assert config.data.init_args.path
-    quantised = config.model.backbone.init_args.model_kwargs
-    assert (quantised or {}).get("quantization_config", {}).get("load_in_4bit", False) == bool(overlay)
+    assert config.trainer.precision == ("nf4-base" if overlay else "bf16-base")
 
 
 @pytest.mark.parametrize("file", sorted(LM.rglob("*.yaml")), ids=lambda file: file.stem)

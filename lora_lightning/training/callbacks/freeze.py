@@ -17,6 +17,7 @@ from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.parts import parts_of
 from lora_lightning.training.summary import show_injection
 
 
@@ -28,7 +29,7 @@ class FreezeBase(Callback):
     """Guards laws 2, 4 and 10 over a fit, prints the injection table, and logs the counts to every logger.
 
     Args:
-        show_table: print the table of adapted modules at the start.
+        show_table: print at the start the table of adapted modules, the dtype of each part and the backbone's mode.
         proves_at: when W0's fingerprint is compared with that of the start, which takes about 0.5 s per GiB of W0:
             at the fit's end only (`end`), also before a checkpoint is written that is the best so far (`best`), or
             before each (`checkpoint`).
@@ -55,6 +56,8 @@ class FreezeBase(Callback):
         report = module.report
         if self.show_table and trainer.is_global_zero:
             show_injection(report, Console())
+            for line in parts_of(module, trainer).lines():
+                Console().print(line, soft_wrap=True, highlight=False)
         counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": module.lora.to_dict(), "w0": self.before.digest, **counts})

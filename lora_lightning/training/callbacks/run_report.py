@@ -17,6 +17,7 @@ from lora_lightning.lora.products import choices
 from lora_lightning.training import run
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.parts import parts_of
 from lora_lightning.training.summary import show_report
 
 
@@ -67,6 +68,7 @@ class RunReport(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
+            "dtypes": parts_of(pl_module, trainer).to_dict(),
             "full_checkpoint_bytes": _bytes(pl_module.backbone),
         }
         if pl_module.init_adapter is not None:

@@ -1,0 +1,60 @@
+"""What the command's precision says of W0, handed to a backbone that can load itself so.
+
+A cast after loading would hold the float32 weights first, and what is to be quantised has to be when it is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.precision import BaseWord
+
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+"""QLoRA's own (arXiv 2305.14314): 4-bit NormalFloat, its constants quantised too."""
+
+HUGGINGFACE = ("lora_lightning.backbones", "huggingface")
+"""By name: transformers is not to be loaded for every command."""
+
+
+@contextmanager
+def handed_down(command: Any) -> Iterator[None]:
+    """Within the block, a `huggingface` backbone in the command's config has what `trainer.precision` means.
+
+    What the config itself says of dtype or quantisation stays. Afterwards the config is as it was: each command works
+    it out anew, and another precision over a run's own config finds nothing of this one.
+
+    Raises:
+        LoRAError: quantisation is asked for and bitsandbytes is not installed.
+    """
+    precision, backbone = command.get("trainer.precision"), command.get("model.backbone")
+    if precision not in get_args(BaseWord) or not _is_huggingface(backbone):
+        yield
+        return
+    args = backbone.init_args
+    before = {name: args.get(name) for name in ("dtype", "model_kwargs")}
+    args["dtype"] = before["dtype"] or "bfloat16"
+    if precision == "nf4-base":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise LoRAError("precision nf4-base needs bitsandbytes: pip install 'lora_lightning[qlora]'")
+        args["model_kwargs"] = {"quantization_config": dict(NF4), **(before["model_kwargs"] or {})}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            args[name] = value
+
+
+def _is_huggingface(backbone: Any) -> bool:
+    module, _, name = str(getattr(backbone, "class_path", None) or "").rpartition(".")
+    made_by = getattr(importlib.import_module(module), name, None) if module else None
+    return (getattr(made_by, "__module__", ""), getattr(made_by, "__name__", "")) == HUGGINGFACE

@@ -1,0 +1,161 @@
+"""Precision in one word: Lightning's, and the two that suit LoRA, in which only W0 is narrow.
+
+`bf16-base`: W0 in bfloat16, A, B and `modules_to_save` in float32, products in bfloat16 by autocast. `nf4-base`: the
+same over a W0 that was quantised when it was loaded (QLoRA, arXiv 2305.14314).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from torch import nn
+
+from lora_lightning.lora.base_dtype import cast_base
+from lora_lightning.lora.errors import AdapterError, LoRAError
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.quantised import scheme
+from lora_lightning.training.load_dtypes import load_dtypes
+
+BaseWord = Literal["bf16-base", "nf4-base"]
+Word = Literal["auto", "float32", BaseWord]
+"""What is ours beside Lightning's values."""
+
+INSTEAD = "use bf16-base: W0 in that precision, A and B in float32"
+REFUSED = {
+    **dict.fromkeys(("bf16-true", "16-true"), f"would round A and B too, to steps too coarse to train in: {INSTEAD}"),
+    **dict.fromkeys(
+        ("transformer-engine", "transformer-engine-float16"),
+        f"would put other layers in place of adapted ones: {INSTEAD}",
+    ),
+}
+MIXED_UP = re.compile("mixed dtype|the same dtype|expected scalar type|Type promoting not supported")
+"""How torch's operations answer where float32 meets bfloat16."""
+
+
+class HalfBase(MixedPrecision):
+    """Rounds what is frozen to bfloat16 when a module is set up, and computes under bfloat16 autocast.
+
+    For `Trainer(plugins=[HalfBase()])`; `LoRATrainer(precision="bf16-base")` and the command's
+    `--trainer.precision bf16-base` do the same.
+
+    Args:
+        word: `nf4-base` also asks that the backbone was loaded in 4 bit.
+        device: the kind of device that the autocast is for; by default the GPU where there is one.
+    """
+
+    def __init__(self, word: BaseWord = "bf16-base", device: str | None = None) -> None:
+        super().__init__("bf16-mixed", device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.precision = word  # type: ignore[assignment]
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        """Cast W0 in place.
+
+        Raises:
+            LoRAError: nothing is quantised where the word says that W0 is.
+        """
+        if self.precision == "nf4-base" and not any(scheme(m) == "bitsandbytes 4-bit" for m in module.modules()):  # type: ignore[comparison-overlap]
+            raise LoRAError(
+                "precision nf4-base is for a backbone that is quantised as it is loaded, and this one is not: name"
+                " lora_lightning.huggingface in the config, give it model_kwargs.quantization_config, put"
+                " bitsandbytes.nn.Linear4bit into your own model, or use bf16-base"
+            )
+        cast_base(module, torch.bfloat16, load_dtypes(module, torch.bfloat16))
+        return module
+
+    def autocast_context_manager(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=torch.bfloat16, cache_enabled=False)
+
+    @contextmanager
+    def forward_context(self) -> Iterator[None]:
+        """Autocast; where the model cannot compute in bfloat16, the way out beside torch's own words."""
+        with self.autocast_context_manager():
+            try:
+                yield
+            except RuntimeError as error:
+                if not MIXED_UP.search(str(error)):
+                    raise
+                reason = str(error).strip().splitlines()[0]
+                raise LoRAError(
+                    f"the backbone brings float32 to weights in bfloat16, which torch refuses here ({reason}): use"
+                    " precision bf16-mixed, which keeps W0 in float32"
+                ) from error
+
+
+def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
+    """`bf16-mixed` where the hardware multiplies bfloat16 itself; on other CPUs it is slower than float32."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def lightnings_own(word: Any, accelerator: str) -> Any:
+    """The value of `precision` that a Lightning Trainer is made with for this word.
+
+    Raises:
+        LoRAError: what Lightning would do then takes the adapter's float32 away.
+    """
+    if word in REFUSED:
+        raise LoRAError(f"precision {word} {REFUSED[word]}")
+    if word == "auto":
+        return best_precision(accelerator)
+    return "32-true" if word == "float32" else "bf16-mixed" if word in get_args(BaseWord) else word
+
+
+def narrow_base(trainer: Trainer, word: BaseWord) -> None:
+    """Put `HalfBase` in the place of the trainer's bfloat16 autocast.
+
+    Raises:
+        LoRAError: the strategy has a way of its own with dtypes.
+    """
+    own = trainer.precision_plugin
+    if type(own) is not MixedPrecision:
+        raise LoRAError(
+            f"precision {word} is for one device, DDP and FSDP2 (ModelParallelStrategy);"
+            f" {type(trainer.strategy).__name__} has a way of its own with dtypes: use bf16-mixed there"
+        )
+    trainer.strategy.precision_plugin = HalfBase(word, own.device)
+
+
+def convert(module: LightningModule, plugin: Precision) -> None:
+    """Let the precision change the module's dtypes before anything looks at W0.
+
+    Lightning does it after a checkpoint was compared with W0, and again then, which changes nothing more.
+
+    Raises:
+        LoRAError: the plugin would put layers of its own in the place of adapted ones.
+    """
+    before = len(grafted_modules(module))
+    plugin.convert_module(module)
+    if len(grafted_modules(module)) < before:
+        raise LoRAError(
+            f"{type(plugin).__name__} put layers of its own in the place of adapted ones: quantise the backbone before"
+            " it is adapted, or use precision nf4-base"
+        )
+
+
+def precision_of(module: LightningModule) -> str | None:
+    """What the module's trainer computes in; None without one."""
+    return None if module._trainer is None else str(module._trainer.precision)
+
+
+@contextmanager
+def explained_by_precision(then: str | None, now: str | None) -> Iterator[None]:
+    """Where an adapter is refused for another W0, say so if it was another precision's.
+
+    Raises:
+        AdapterError: the block did.
+    """
+    try:
+        yield
+    except AdapterError as error:
+        if then == now or not {then, now} & set(get_args(BaseWord)):
+            raise
+        here = "" if now is None else f", and this run is in {now}"
+        raise AdapterError(f"{error}. It was trained in precision {then}{here}") from error
