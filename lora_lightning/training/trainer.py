@@ -13,6 +13,7 @@ from rich.console import Console
 
 from lora_lightning.lora.casting import DType
 from lora_lightning.training import run
+from lora_lightning.training.callbacks.checkpoints import PreemptedError
 from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.export import export
 from lora_lightning.training.export_options import FORMATS, checked_options
@@ -20,6 +21,7 @@ from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
+from lora_lightning.training.together import leave_on_sigterm, together
 
 
 def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
@@ -44,6 +46,16 @@ class LoRATrainer(Trainer):
         # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """In each process: where one fails, all end."""
+        with together(self, unless=(PreemptedError,)):
+            return super()._run(*args, **kwargs)
+
+    def _run_stage(self) -> Any:
+        """After Lightning has set its signal handlers."""
+        leave_on_sigterm(self)
+        return super()._run_stage()
 
     def export(
         self,
