@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import NoReturn
 
 
 def main() -> None:
@@ -31,8 +32,17 @@ def main() -> None:
         else:
             LoRACLI()
     except (LoRAError, MissingPackageError, MisconfigurationException) as error:
-        print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(error)
+    except OSError as error:
+        # On a full disk the loggers, closed after the error that counts, fail as well.
+        if not isinstance(error.__context__, LoRAError):
+            raise
+        _end(error.__context__)
+
+
+def _end(error: BaseException) -> NoReturn:
+    print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 def quieten() -> None:

@@ -15,13 +15,13 @@ from lora_lightning.lora.casting import DType
 from lora_lightning.training import run
 from lora_lightning.training.callbacks.checkpoints import PreemptedError
 from lora_lightning.training.checkpoint_io import WholeFiles
+from lora_lightning.training.ending import ending_together, leave_on_sigterm
 from lora_lightning.training.export import export
 from lora_lightning.training.export_options import FORMATS, checked_options
 from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
-from lora_lightning.training.together import leave_on_sigterm, together
 
 
 def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
@@ -49,7 +49,7 @@ class LoRATrainer(Trainer):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """In each process: where one fails, all end."""
-        with together(self, unless=(PreemptedError,)):
+        with ending_together(self, unless=(PreemptedError,)):
             return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:

@@ -1,5 +1,6 @@
-"""What goes wrong in one process of several, at a known step: a callback that a config names, told by the environment."""
+"""What goes wrong in one process of several, at a known step, as the environment says."""
 
+import dataclasses
 import os
 import resource
 import signal
@@ -10,16 +11,26 @@ from lightning.pytorch import Callback
 
 
 class Fault(Callback):
-    """FAULT is `KIND:RANKS:STEP`, such as `kill:0,1:7`: before the first batch after step 7, in the processes 0 and 1."""
+    """FAULT is `KIND:RANKS:STEP`, such as `kill:0,1:7`: before the first batch after step 7, in the processes 0 and 1.
+
+    Several have a + between them; step -1 is the validation before training.
+    """
 
     def __init__(self):
-        kind, ranks, step = os.environ.get("FAULT", "none::0").split(":")
-        self.kind, self.ranks, self.step = kind, [int(r) for r in ranks.split(",") if r], int(step)
+        self.waiting = [part.split(":") for part in os.environ.get("FAULT", "").split("+") if part]
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_rank in self.ranks and trainer.global_step == self.step:
-            self.ranks = []
-            getattr(self, self.kind)(trainer, pl_module)
+        self.strike(trainer, pl_module, trainer.global_step)
+
+    def on_sanity_check_start(self, trainer, pl_module):
+        self.strike(trainer, pl_module, -1)
+
+    def strike(self, trainer, module, now):
+        for fault in list(self.waiting):
+            kind, ranks, step = fault
+            if str(trainer.global_rank) in ranks.split(",") and now == int(step):
+                self.waiting.remove(fault)
+                getattr(self, kind)(trainer, module)
 
     def kill(self, trainer, module):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -46,9 +57,9 @@ class Fault(Callback):
         module.backbone.get_submodule(name).register_forward_hook(lambda _, __, out: out.detach())
 
     def disk(self, trainer, module):
-        """No file can grow above a few bytes, as on a full disk."""
+        """No checkpoint can be written, as on a full disk."""
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
     def loss(self, trainer, module):
         """Infinite, with gradients that are not."""
@@ -56,7 +67,6 @@ class Fault(Callback):
 
         def spoiled(*args):
             out = step(*args)
-            out.loss = out.loss + float("inf") if hasattr(out, "__dict__") else out._replace(loss=out.loss + torch.inf)
-            return out
+            return dataclasses.replace(out, loss=out.loss + torch.inf)
 
         module.task.step = spoiled

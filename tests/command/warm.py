@@ -32,7 +32,13 @@ def as_torchrun(rank, count, port):
 def as_srun(rank, count, port):
     """What srun sets for `--nodes=1 --ntasks-per-node=COUNT`."""
     tasks = {"SLURM_NTASKS": count, "SLURM_NTASKS_PER_NODE": count, "SLURM_NNODES": 1, "SLURM_NODELIST": "localhost"}
-    own = {"SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_NODEID": 0, "SLURM_JOB_ID": 4242, "SLURM_JOB_NAME": "fit"}
+    own = {
+        "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank,
+        "SLURM_NODEID": 0,
+        "SLURM_JOB_ID": 4242,
+        "SLURM_JOB_NAME": "fit",
+    }
     return {**tasks, **own, "MASTER_PORT": port}
 
 
@@ -54,7 +60,8 @@ def free_port():
 def child(case, rank, port):
     """In a forked process: the command, and its exit code."""
     out = os.open(Path(case["folder"]) / f"{case['name']}.{rank}.txt", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-    os.dup2(out, 1), os.dup2(out, 2)
+    for stream in (1, 2):
+        os.dup2(out, stream)
     os.chdir(case["folder"])
     env = {**LAUNCHERS[case.get("launcher", "torchrun")](rank, case["count"], port), **case.get("env", {})}
     os.environ.update({key: str(value) for key, value in env.items()})
@@ -69,7 +76,8 @@ def child(case, rank, port):
     except BaseException:
         traceback.print_exc()
         code = 1
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     atexit._run_exitfuncs()
     os._exit(code)
 
@@ -93,7 +101,10 @@ def play(case):
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             codes[rank], seconds[rank] = "hangs", LIMIT
-    result = {"codes": [codes[r] for r in range(len(pids))], "seconds": [round(seconds[r], 1) for r in range(len(pids))]}
+    result = {
+        "codes": [codes[r] for r in range(len(pids))],
+        "seconds": [round(seconds[r], 1) for r in range(len(pids))],
+    }
     (Path(case["folder"]) / f"{case['name']}.json").write_text(json.dumps(result))
 
 
@@ -118,7 +129,10 @@ def run_all(cases, folder, timeout=600):
         Path(case["folder"]).mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "tests.command.warm", str(folder / "cases.json")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False)
+    env = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}  # as the command sets it before it loads torch
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert done.returncode == 0, done.stderr
     return {case["name"]: Played(Path(case["folder"]), case["name"], case["count"]) for case in cases}
 

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.training.ending import agreed
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.summary import show_injection
-from lora_lightning.training.together import agreed
 
 
 class W0MovedError(LoRAError):

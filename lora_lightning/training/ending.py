@@ -215,7 +215,7 @@ def _line(error: BaseException) -> str:
 
 
 @contextmanager
-def together(trainer: Trainer, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+def ending_together(trainer: Trainer, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     """What runs inside ends in all processes where it fails in one.
 
     Args:
