@@ -1,4 +1,4 @@
-"""The script for SLURM: it is bash, it starts the command that it should, and asks for another turn on 75 and on no other."""
+"""The script for SLURM is bash, starts the command that it should, and asks for another turn on 75 and on no other."""
 
 import os
 import subprocess
@@ -21,7 +21,9 @@ def test_only_a_fit_that_was_pre_empted_is_queued_again(tmp_path, code, requeued
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "8", "SLURM_JOB_ID": "7"}
     env = {**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", str(SCRIPT), "--config", "x.yaml", "--name", "a b"], env=env, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", str(SCRIPT), "--config", "x.yaml", "--name", "a b"], env=env, timeout=60, check=False
+    )
     assert done.returncode == code
     first, *others = (tmp_path / "said").read_text().splitlines()
     assert first == (

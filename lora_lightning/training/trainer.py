@@ -22,6 +22,7 @@ from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
+from lora_lightning.training.unsupported import refuse_unsupported
 
 
 def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
@@ -30,6 +31,12 @@ def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
+
+
+def in_one_process(accelerator: Any) -> dict[str, Any]:
+    """What an export takes of a Trainer, wherever the run was trained that it exports."""
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    return {**alone, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
 
 
 class LoRATrainer(Trainer):
@@ -43,6 +50,7 @@ class LoRATrainer(Trainer):
         if precision == "auto":
             precision = best_precision(str(kwargs.get("accelerator", "auto")))
         super().__init__(*args, precision=precision, **kwargs)
+        refuse_unsupported(self.strategy)
         # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()

@@ -5,13 +5,18 @@ of the command in two of them. Where a fault falls, `tests/command/faults.py` sa
 """
 
 import csv
+import json
+import re
 
 import pytest
+import torch
 
 from lora_lightning.training.run import load_checkpoint
+from tests.chats import make_llama, write_chats
 from tests.command.process import REPOSITORY
 from tests.command.warm import run_all
 from tests.training.resuming import differing
+from tests.training.test_samples import CONFIG
 
 OVERLAY = REPOSITORY / "configs/strategy/ddp.yaml"
 MIDDLE = 4
@@ -46,6 +51,34 @@ def end_of(folder, name):
     return {**content["state_dict"], **flat, "step": content["global_step"], "rows": rows}
 
 
+def everything_on(tiny):
+    """All callbacks, a plateau and W&B, as srun starts it."""
+    callbacks = [f"lora_lightning.training.callbacks.{n}" for n in ("MeasureBefore", "Baselines", "ExportAtEnd")]
+    plateau = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}
+    given = ["--trainer.callbacks", json.dumps(callbacks), "--model.lr_scheduler", json.dumps(plateau)]
+    return fit(tiny, "everything", "--config", REPOSITORY / "configs/logger/wandb.yaml", *given, launcher="srun")
+
+
+def on_run(command, name, count, *args):
+    """A command on a trained run, which is in the folder that all share; alone by `single.yaml`."""
+    run = f"runs/{name}/version_0"
+    given = [command, "--config", f"{run}/config.yaml", "--ckpt_path", run, *args]
+    given += ["--config", str(REPOSITORY / "configs/strategy/single.yaml")] if count == 1 else []
+    case = {"name": f"{command}-{count}", "args": given, "count": count}
+    keep = {"keep": f"{run}/predict/predictions.jsonl"} if command == "predict" else {}
+    return {**case, **keep, "launcher": "none" if count == 1 else "torchrun"}
+
+
+def answering(folder):
+    """A tiny Llama that answers after each validation."""
+    torch.manual_seed(0)
+    llama, chats = make_llama(folder / "llama"), write_chats(folder / "chats.jsonl", rows=40)
+    config = folder / "chat.yaml"
+    config.write_text(CONFIG.format(llama=llama, chats=chats, packing="false"))
+    given = ["fit", "--config", str(config), "--config", str(OVERLAY), "--trainer.max_epochs", "1"]
+    return {"name": "chat", "args": given}
+
+
 def errors(played):
     return [line for line in played.everything.splitlines() if "error:" in line]
 
@@ -63,6 +96,13 @@ def played(tiny, tmp_path_factory):
         fit(tiny, "disk", fault=f"disk:0:{MIDDLE}"),
         fit(tiny, "gone", fault=f"kill:1:{MIDDLE}"),
         fit(tiny, "stuck", fault=f"stuck:0:{MIDDLE}+error:1:{MIDDLE}"),
+        everything_on(tiny),
+        answering(folder),
+        on_run("test", "whole", 2),
+        on_run("test", "whole", 1),
+        on_run("predict", "whole", 2),
+        on_run("predict", "whole", 1),
+        fit(tiny, "fewer", "--trainer.max_epochs", "4", "--ckpt_path", "runs/whole", count=1, launcher="none"),
     ]
     return {**run_all(cases, folder), "folder": folder}
 
@@ -94,8 +134,6 @@ STOPS = {
 
 @pytest.mark.parametrize("name", STOPS)
 def test_what_goes_wrong_in_one_process_stops_all_with_one_line(played, name):
-    import re
-
     case = played[name]
     assert case.codes == ([2, -9] if name == "gone" else [2, 2]), case
     assert len(errors(case)) == 1, case
@@ -108,3 +146,59 @@ def test_a_process_that_is_stuck_ends_when_another_fails(played):
     case = played["stuck"]
     assert case.codes == [2, 1], case
     assert "a fault of one's own" in case.said[1]
+
+
+def only_folder(folder, name):
+    (run,) = (folder / "runs" / name).glob("version_*")
+    return run
+
+
+def test_a_run_of_two_processes_leaves_what_a_run_of_one_does(played):
+    """Under srun: one folder, one config, one log, one W&B run, one table, one export, each figure in the report."""
+    case, folder = played["everything"], played["folder"]
+    assert case.codes == [0, 0], case
+    run = only_folder(folder, "everything")
+    assert {"config.yaml", "metrics.csv", "report.json", "export", "checkpoints"} <= {p.name for p in run.iterdir()}
+    assert len(list((folder / "runs/wandb").glob("offline-run-*"))) == 1
+    assert case.everything.count("Run runs/everything/version_0") == case.said[0].count("Run runs/everything/version_0")
+    assert case.everything.count("What trains") == case.everything.count("before training:") == 1
+    report = json.loads((run / "report.json").read_text())
+    assert {"val_accuracy_before", "probe_accuracy", "export_max_rel_diff", "val_accuracy"} <= set(report)
+    assert report["w0_unchanged"] is True
+    assert report["export_max_rel_diff"] < 1e-5
+
+
+def test_samples_are_written_once_by_two_processes(played):
+    assert played["chat"].codes == [0, 0], played["chat"]
+    samples = [json.loads(line) for line in (only_folder(played["folder"], "chat") / "samples.jsonl").open()]
+    assert len(samples) == 3
+    assert played["chat"].everything.count("An answer") == 1
+
+
+def test_two_processes_test_and_predict_as_one_does(played):
+    """On a run whose own config names two devices; each row once, in the order of the file."""
+    for name in ("test-2", "test-1", "predict-2", "predict-1"):
+        assert set(played[name].codes) == {0}, played[name]
+    figures, tables = [], []
+    for count in (2, 1):
+        said = played[f"test-{count}"].said[0]
+        figures.append(dict(re.findall(r"(test/\w+)\W+([0-9.]+)", said)))
+        file = played["folder"] / f"predict-{count}.kept"
+        tables.append([json.loads(line) for line in file.open()])
+    assert figures[0].keys() == figures[1].keys() >= {"test/loss", "test/accuracy"}
+    for name, value in figures[0].items():
+        assert float(value) == pytest.approx(float(figures[1][name]), rel=1e-5)
+    assert [row["row"] for row in tables[0]] == list(range(40))
+    for two, one in zip(*tables, strict=True):
+        assert two["prediction"] == one["prediction"]
+        assert two["probabilities"] == pytest.approx(one["probabilities"], abs=1e-5)
+
+
+def test_another_number_of_processes_goes_on_and_says_so(played):
+    case = played["fewer"]
+    assert case.codes == [0], case
+    assert (
+        "the checkpoint was written by 2 processes and is read by 1: the fit goes on, and not bit for bit"
+        in case.said[0]
+    )
+    assert end_of(played["folder"], "fewer")["step"] > 9

@@ -1,8 +1,8 @@
 """The command in several processes, as torchrun or srun start it, forked from a process that has imported all.
 
 An import costs seconds, and these tests start many processes. Run as `python -m tests.command.warm CASES.json`, where
-each case is `{"name", "args", "count", "launcher", "env", "folder"}`; to `folder` come `NAME.RANK.txt`, what a process
-has said, and `NAME.json`, their exit codes and seconds.
+each case is `{"name", "args", "count", "launcher", "env", "folder", "keep"}`; to `folder` come `NAME.RANK.txt`, what a
+process has said, `NAME.json`, their exit codes and seconds, and `NAME.kept`, a copy of the file `keep`.
 """
 
 import atexit
@@ -11,6 +11,7 @@ import functools
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -106,6 +107,8 @@ def play(case):
         "seconds": [round(seconds[r], 1) for r in range(len(pids))],
     }
     (Path(case["folder"]) / f"{case['name']}.json").write_text(json.dumps(result))
+    if "keep" in case:
+        shutil.copyfile(Path(case["folder"]) / case["keep"], Path(case["folder"]) / f"{case['name']}.kept")
 
 
 class Played:

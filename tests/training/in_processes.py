@@ -1,4 +1,4 @@
-"""Fits in processes that Python starts, spawned and forked. Run as `python -m tests.training.in_processes FOLDER`."""
+"""A run's whole way in processes that Python spawns or forks. Run as `python -m tests.training.in_processes FOLDER`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def module(folder: Path) -> LoRAModule:
     """In float64, where another order of a sum is not seen."""
     torch.manual_seed(0)
     lora, optimizer = LoRAConfig(r=4, modules_to_save=["classifier"]), functools.partial(torch.optim.AdamW, lr=0.01)
-    return LoRAModule(huggingface(str(folder / "bert"), num_labels=2).double(), SequenceClassification(2), lora, optimizer)
+    return LoRAModule(
+        huggingface(str(folder / "bert"), num_labels=2).double(), SequenceClassification(2), lora, optimizer
+    )
 
 
 def data(folder: Path, batch: int) -> TextClassificationData:
     """116 rows to train on, and 42 to validate on and to test: of batches of 2, four processes have 6, 6, 5 and 5."""
     files, split = (str(folder / "reviews.csv"), str(folder / "bert")), SplitConfig(validation=0.21, test=0.21)
-    return TextClassificationData(*files, batch_size=batch, eval_batch_size=2, split=split)
+    return TextClassificationData(*files, batch_size=batch, eval_batch_size=2, split=split, length_grouped=False)
 
 
 def trainer(folder: Path, name: str, steps: int = STEPS, **options: Any) -> LoRATrainer:
@@ -52,15 +54,20 @@ def flow(folder: Path, name: str, batch: int, **options: Any) -> None:
         found |= {key: float(value) for key, value in one.callback_metrics.items()}
     predicting = trainer(folder, name, **options)
     predicting.predict(
-        module(folder), datamodule=data(folder, batch), ckpt_path=checkpoint, return_predictions=predicting.num_devices < 2
+        module(folder),
+        datamodule=data(folder, batch),
+        ckpt_path=checkpoint,
+        return_predictions=predicting.num_devices < 2,
     )
-    report = trainer(folder, name).export(module(folder), data(folder, batch), str(checkpoint), str(folder / f"{name}-out"))
+    report = trainer(folder, name).export(
+        module(folder), data(folder, batch), str(checkpoint), str(folder / f"{name}-out")
+    )
     found["export"] = report.max_rel_diff
     (folder / f"{name}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    for way, (count, share) in {"ddp_spawn": (2, 8), "ddp_fork": (4, 4)}.items():
-        flow(place, way, share, strategy=way, devices=count)
+    flow(place, "ddp_spawn", 8, strategy="ddp_spawn", devices=2)
+    flow(place, "ddp_fork", 2, strategy="ddp_fork", devices=4, accumulate_grad_batches=2)
     flow(place, "alone", 16)
