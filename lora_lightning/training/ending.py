@@ -53,6 +53,8 @@ class Failure:
     """The process that says it to the user."""
     node: int
     text: str
+    code: int = CODE
+    """What the others exit with."""
 
 
 class Board:
@@ -126,7 +128,7 @@ class Watch(threading.Thread):
         """Without the main thread, which is stuck."""
         if self.board is not None and self._tells(failure):
             print(f"lora-lightning: error: {failure.text}", file=sys.stderr, flush=True)
-        os._exit(CODE)
+        os._exit(failure.code)
 
     def _tells(self, failure: Failure) -> bool:
         assert self.board is not None
@@ -146,7 +148,7 @@ class Watch(threading.Thread):
             return error
         broken = is_broken(error)
         failure = self._waited() if broken else self.failure
-        own = Failure(self.board.rank, self.node, lost(None, None) if broken else _line(error))
+        own = Failure(self.board.rank, self.node, lost(None, None) if broken else _line(error), _code(error))
         if failure is None:
             failure = own
             with suppress(RuntimeError):
@@ -158,7 +160,7 @@ class Watch(threading.Thread):
         if not self._tells(failure):
             if failure.node != self.node and int(os.environ.get("LOCAL_RANK", "0")) == 0:
                 print(f"lora-lightning: process {failure.told_by}: {failure.text}", file=sys.stderr, flush=True)
-            return StoppedError(CODE)
+            return StoppedError(failure.code)
         return error if failure == own and not broken else LostProcessError(failure.text)
 
     def _waited(self) -> Failure | None:
@@ -208,6 +210,11 @@ def is_broken(error: BaseException) -> bool:
     return isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and BROKEN.search(str(error)) is not None
     )
+
+
+def _code(error: BaseException) -> int:
+    """Where SIGTERM has ended one, it has ended all."""
+    return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else CODE
 
 
 def _line(error: BaseException) -> str:

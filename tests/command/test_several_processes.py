@@ -19,8 +19,8 @@ from tests.training.resuming import differing
 from tests.training.test_samples import CONFIG
 
 OVERLAY = REPOSITORY / "configs/strategy/ddp.yaml"
-MIDDLE = 4
-"""Optimizer steps, in the middle of the second of three epochs of three."""
+EPOCH, MIDDLE = 3, 4
+"""Optimizer steps: at the end of the first of three epochs, and in the middle of the second."""
 
 
 def fit(tiny, name, *args, fault="", count=2, launcher="torchrun", of=None):
@@ -95,16 +95,47 @@ def played(tiny, tmp_path_factory):
         fit(tiny, "gradient", fault="gradient:1:0"),
         fit(tiny, "disk", fault=f"disk:0:{MIDDLE}"),
         fit(tiny, "gone", fault=f"kill:1:{MIDDLE}"),
-        fit(tiny, "stuck", fault=f"stuck:0:{MIDDLE}+error:1:{MIDDLE}"),
         everything_on(tiny),
-        answering(folder),
-        on_run("test", "whole", 2),
-        on_run("test", "whole", 1),
-        on_run("predict", "whole", 2),
-        on_run("predict", "whole", 1),
-        fit(tiny, "fewer", "--trainer.max_epochs", "4", "--ckpt_path", "runs/whole", count=1, launcher="none"),
+        *(on_run(command, "whole", count) for command in ("test", "predict") for count in (2, 1)),
     ]
     return {**run_all(cases, folder), "folder": folder}
+
+
+@pytest.fixture(scope="module")
+def more(tiny, tmp_path_factory):
+    """With a worker in each process; and with four of them."""
+    folder = tmp_path_factory.mktemp("more")
+    worker = ["--data.init_args.num_workers", "1"]
+    cases = [
+        fit(tiny, "whole", *worker),
+        *interrupted(tiny, "ended", f"kill:0,1:{EPOCH}", *worker),
+        *interrupted(tiny, "middle", f"kill:0,1:{MIDDLE}", "--save_every", "1", *worker),
+        fit(tiny, "four", count=4),
+        *interrupted(tiny, "four-killed", f"kill:0,1,2,3:{MIDDLE}", "--save_every", "1", count=4),
+        fit(tiny, "all", fault=f"term:0,1:{MIDDLE}"),
+        fit(tiny, "early", fault="term:1:-1"),
+        fit(tiny, "stuck", fault=f"stuck:0:{MIDDLE}+error:1:{MIDDLE}"),
+        fit(tiny, "loss", fault=f"loss:1:{MIDDLE}"),
+        fit(tiny, "fewer", "--trainer.max_epochs", "4", "--ckpt_path", "runs/whole", count=1, launcher="none"),
+        answering(folder),
+    ]
+    return {**run_all(cases, folder), "folder": folder}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "whole"), [("ended", "whole"), ("middle", "whole"), ("four-killed", "four")])
+def test_killed_at_an_epochs_end_or_in_its_middle_with_workers_or_four_processes(more, name, whole):
+    assert set(more[name].codes) == {-9}, more[name]
+    for done in (whole, f"{name}-again"):
+        assert set(more[done].codes) == {0}, more[done]
+    assert differing(end_of(more["folder"], whole), end_of(more["folder"], name)) == []
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_saves_once_and_before_training_it_ends_all(more):
+    assert more["all"].codes == [75, 0], more["all"]
+    assert more["all"].everything.count("goes on from there") == 1
+    assert more["early"].codes == [143, 143], more["early"]
 
 
 @pytest.mark.parametrize("name", ["killed", "asked"])
@@ -141,9 +172,10 @@ def test_what_goes_wrong_in_one_process_stops_all_with_one_line(played, name):
     assert max(case.seconds) < 60, case
 
 
-def test_a_process_that_is_stuck_ends_when_another_fails(played):
+@pytest.mark.slow
+def test_a_process_that_is_stuck_ends_when_another_fails(more):
     """As in NCCL's collectives, which know nothing of a process that is gone."""
-    case = played["stuck"]
+    case = more["stuck"]
     assert case.codes == [2, 1], case
     assert "a fault of one's own" in case.said[1]
 
@@ -168,11 +200,20 @@ def test_a_run_of_two_processes_leaves_what_a_run_of_one_does(played):
     assert report["export_max_rel_diff"] < 1e-5
 
 
-def test_samples_are_written_once_by_two_processes(played):
-    assert played["chat"].codes == [0, 0], played["chat"]
-    samples = [json.loads(line) for line in (only_folder(played["folder"], "chat") / "samples.jsonl").open()]
+@pytest.mark.slow
+def test_an_infinite_loss_in_one_process_stops_all_though_its_gradients_are_finite(more):
+    assert more["loss"].codes == [2, 2], more["loss"]
+    (line,) = errors(more["loss"])
+    assert "the loss of optimizer step 5 is not finite" in line
+    assert "of the training set, as its file counts them" in line
+
+
+@pytest.mark.slow
+def test_samples_are_written_once_by_two_processes(more):
+    assert more["chat"].codes == [0, 0], more["chat"]
+    samples = [json.loads(line) for line in (only_folder(more["folder"], "chat") / "samples.jsonl").open()]
     assert len(samples) == 3
-    assert played["chat"].everything.count("An answer") == 1
+    assert more["chat"].everything.count("An answer") == 1
 
 
 def test_two_processes_test_and_predict_as_one_does(played):
@@ -194,11 +235,12 @@ def test_two_processes_test_and_predict_as_one_does(played):
         assert two["probabilities"] == pytest.approx(one["probabilities"], abs=1e-5)
 
 
-def test_another_number_of_processes_goes_on_and_says_so(played):
-    case = played["fewer"]
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_and_says_so(more):
+    case = more["fewer"]
     assert case.codes == [0], case
     assert (
         "the checkpoint was written by 2 processes and is read by 1: the fit goes on, and not bit for bit"
         in case.said[0]
     )
-    assert end_of(played["folder"], "fewer")["step"] > 9
+    assert end_of(more["folder"], "fewer")["step"] > 9
