@@ -61,7 +61,8 @@ class Board:
     """What all processes can read and write at any time, whatever their main threads wait for."""
 
     def __init__(self) -> None:
-        self._store: Any = distributed.distributed_c10d._get_default_store().clone()
+        store: Any = distributed.distributed_c10d._get_default_store()
+        self._store = store.clone()  # a connection of this thread's own
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
 
     def claim(self, failure: Failure) -> Failure:
