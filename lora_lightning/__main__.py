@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import warnings
-from typing import NoReturn
 
 
 def main() -> None:
@@ -32,17 +32,33 @@ def main() -> None:
         else:
             LoRACLI()
     except (LoRAError, MissingPackageError, MisconfigurationException) as error:
-        _end(error)
+        print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
-        # On a full disk the loggers, closed after the error that counts, fail as well.
-        if not isinstance(error.__context__, LoRAError):
+        if error.errno not in DISK:
             raise
-        _end(error.__context__)
+        print(f"lora-lightning: error: {of_the_disk(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _end(error: BaseException) -> NoReturn:
-    print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(2)
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+"""A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
+
+
+def of_the_disk(error: OSError) -> str:
+    """One line; that of a checkpoint that could not be written, where a log failed after it for the same reason."""
+    from lora_lightning.lora.errors import LoRAError
+
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, LoRAError):
+            return " ".join(str(before).split())
+        before = before.__context__
+    where = f": '{error.filename}'" if error.filename else ""
+    return (
+        f"{error.strerror}{where}; make room or give another --runs_dir, and go on with --ckpt_path auto: checkpoints"
+        " that were written are whole"
+    )
 
 
 def quieten() -> None:
