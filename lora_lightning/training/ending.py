@@ -64,6 +64,7 @@ class Board:
         store: Any = distributed.distributed_c10d._get_default_store()
         self._store = store.clone()  # a connection of this thread's own
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
+        self._heard, self._lock = False, threading.Lock()
 
     def claim(self, failure: Failure) -> Failure:
         """The first failure counts: this one, or the one that was there."""
@@ -74,8 +75,11 @@ class Board:
         return Failure(**json.loads(self._store.get(FAILED))) if self._store.check([FAILED]) else None
 
     def hear(self) -> None:
-        """Let the others know that this process knows."""
-        self._store.add(HEARD, 1)
+        """Let the others know that this process knows; it is counted once, whichever thread says it first."""
+        with self._lock:
+            if not self._heard:
+                self._heard = True
+                self._store.add(HEARD, 1)
 
     def wait_until_heard(self) -> None:
         """The first process holds the board: it must not be gone before the others have read it."""
