@@ -16,6 +16,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where a DataLoader forks
+    # Where a process is gone, torch's store and gloo would tell of it in forty lines of C++ before our one.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  (a class of one's own in a file beside the config)
     quieten()
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -73,6 +75,8 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
     # The backbone is in eval mode on purpose, see `backbone_mode`.
     warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training.*")
+    # Its successor is unknown to torch 2.10 and older.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated.*")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 

@@ -33,7 +33,7 @@ from lora_lightning.training.callbacks import (
 from lora_lightning.training.callbacks.resume import KEY, next_logged
 from lora_lightning.training.loggers import ContinuedCSVLogger, go_on_with
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.trainer import LoRATrainer
+from lora_lightning.training.trainer import LoRATrainer, in_one_process
 
 # The docstring under each field of LoRAConfig and SplitConfig is its --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -296,6 +296,8 @@ class LoRACLI(LightningCLI):
         if config.get("logger") is False and not config.get("default_root_dir"):
             command = self.config[self.config.subcommand]
             kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
+        if self.config.subcommand == "export":
+            kwargs |= in_one_process(config.get("accelerator"))
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
     def _loggers(self, given: Any) -> list[Logger] | bool:

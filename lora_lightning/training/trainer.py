@@ -12,7 +12,9 @@ from rich.console import Console
 
 from lora_lightning.lora.casting import DType
 from lora_lightning.training import run
+from lora_lightning.training.callbacks.checkpoints import PreemptedError
 from lora_lightning.training.checkpoint_io import WholeFiles
+from lora_lightning.training.ending import ending_together, leave_on_sigterm
 from lora_lightning.training.export import export
 from lora_lightning.training.export_options import FORMATS, checked_options
 from lora_lightning.training.first_batch import first_batch, loaders_of
@@ -20,6 +22,13 @@ from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
+from lora_lightning.training.unsupported import refuse_unsupported
+
+
+def in_one_process(accelerator: Any) -> dict[str, Any]:
+    """What an export takes of a Trainer, wherever the run was trained that it exports."""
+    alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+    return {**alone, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
 
 
 class LoRATrainer(Trainer):
@@ -40,9 +49,20 @@ class LoRATrainer(Trainer):
         self.precision_asked = precision
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)
+        refuse_unsupported(self.strategy)
         # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """In each process: where one fails, all end."""
+        with ending_together(self, unless=(PreemptedError,)):
+            return super()._run(*args, **kwargs)
+
+    def _run_stage(self) -> Any:
+        """After Lightning has set its signal handlers."""
+        leave_on_sigterm(self)
+        return super()._run_stage()
 
     def export(
         self,

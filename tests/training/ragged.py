@@ -1,4 +1,4 @@
-"""Fits on sequences of unlike length, alone and in two processes. Run as `python -m tests.training.ragged FOLDER`."""
+"""Fits on sequences of unlike length, alone, in two and in four processes. `python -m tests.training.ragged FOLDER`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def module() -> LoRAModule:
 
 
 class Ragged(LightningDataModule):
-    """In the rows' own order; 13 are validated on, which two processes cannot share evenly."""
+    """In the rows' own order; 13 are validated on, which two or four processes cannot share evenly."""
 
     def __init__(self, batch_size: int) -> None:
         super().__init__()
@@ -118,3 +118,5 @@ if __name__ == "__main__":
     for accumulate in (1, 3, 4):
         two = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": accumulate}
         fit(2, file=Path(sys.argv[1]) / f"{accumulate}.pt", **two)
+    four = {"strategy": "ddp_fork", "devices": 4, "accumulate_grad_batches": 3}
+    fit(1, file=Path(sys.argv[1]) / "four.pt", **four)

@@ -22,13 +22,13 @@ ACCUMULATED = [1, 3, 4]
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """By the number of accumulated batches, what rank 0 of two processes with batches of 2 had at the end."""
+    """By the number of accumulated batches, what rank 0 of two processes with batches of 2 had; `four` is another."""
     folder = tmp_path_factory.mktemp("ragged")
     # In a process of its own: the first backward must not come before the fork.
     command = [sys.executable, "-m", "tests.training.ragged", str(folder)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    return {n: torch.load(folder / f"{n}.pt") for n in ACCUMULATED}
+    return {n: torch.load(folder / f"{n}.pt") for n in [*ACCUMULATED, "four"]}
 
 
 def assert_alike(ours, whole):
@@ -49,6 +49,10 @@ def whole(n):
 @pytest.mark.parametrize("n", ACCUMULATED)
 def test_two_processes_and_accumulated_batches_equal_the_whole_batch(two_processes, n):
     assert_alike(two_processes[n], whole(n))
+
+
+def test_four_processes_with_three_batches_of_one_row_equal_the_whole_batch(two_processes):
+    assert_alike(two_processes["four"], whole(3))
 
 
 @pytest.mark.parametrize("n", ACCUMULATED[1:])

@@ -14,6 +14,7 @@ from lora_lightning.data.base import TableData
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.ending import agreed
 
 
 class NotFiniteError(LoRAError):
@@ -50,9 +51,17 @@ class StopOnNonFinite(Callback):
             named = []
         norms = torch._foreach_norm([grad for _, grad in named]) if named else []
         looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
-        if not bool(torch.isfinite(looked_at).all()):
-            bad = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
-            raise NotFiniteError(self._told(trainer, pl_module, bad))
+        bad = ~torch.isfinite(looked_at)
+        anywhere = bad.any().float()
+        if trainer.world_size > 1:  # all stop at one step, also where gradients are sharded
+            anywhere = trainer.strategy.reduce(anywhere, reduce_op="max")
+        if not bool(anywhere):
+            return
+        wrong = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
+        told = self._told(trainer, pl_module, wrong)  # in every process, for a forward may need them all
+        by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
+        first = agreed(told if by_loss else None)  # whose loss is bad, knows the rows
+        raise NotFiniteError(first or agreed(told if by_gradient else None) or told)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch = None
@@ -67,7 +76,7 @@ class StopOnNonFinite(Callback):
         if rows := [row for batch in batches for row in rows_of(trainer, batch)]:
             shown = ", ".join(map(str, rows[:32])) + (", ..." if len(rows) > 32 else "")
             told.append(f"rows {shown} of the training set, as its file counts them")
-        layer = first_bad_layer(module, self._batch) if last in batches else None
+        layer = first_bad_layer(module, self._batch) if last in batches or trainer.world_size > 1 else None
         if layer:
             told.append(f"the first layer whose output is not finite is '{layer}'")
         elif bad:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.training.ending import agreed
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.parts import parts_of
 from lora_lightning.training.summary import show_injection
@@ -86,7 +87,7 @@ class FreezeBase(Callback):
             self._prove(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Law 2: W0 has the fingerprint that it started with."""
+        """Law 2: W0 has the fingerprint that it started with, in every process."""
         self._prove(pl_module)
 
     def _prove(self, pl_module: LightningModule) -> None:
@@ -94,11 +95,15 @@ class FreezeBase(Callback):
         self.after = fingerprint(module.backbone)
         assert self.before is not None
         moved = self.before.differences(self.after)
-        if moved:
-            raise W0MovedError(
-                f"W0 moved during fit: {len(moved)} frozen tensors changed, first '{moved[0]}';"
-                " something wrote into the backbone, so merging would not give the trained model"
-            )
+        if told := agreed(_told(moved) if moved else None):
+            raise W0MovedError(told)
+
+
+def _told(moved: Sequence[str]) -> str:
+    return (
+        f"W0 moved during fit: {len(moved)} frozen tensors changed, first '{moved[0]}';"
+        " something wrote into the backbone, so merging would not give the trained model"
+    )
 
 
 def freeze(backbone: nn.Module) -> None:

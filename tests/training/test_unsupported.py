@@ -1,0 +1,21 @@
+"""What is not supported is refused by name, before anything is loaded."""
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
+
+from lora_lightning import LoRAError
+from lora_lightning.training.trainer import LoRATrainer
+from lora_lightning.training.unsupported import INSTEAD, refuse_unsupported
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])
+def test_a_strategy_that_is_not_supported_is_refused_with_what_to_take(kind):
+    made = kind.__new__(kind)  # neither can be made without a GPU or its package
+    with pytest.raises(LoRAError, match=rf"strategy {kind.__name__}: .*configs/strategy/fsdp2\.yaml"):
+        refuse_unsupported(made)
+
+
+def test_a_trainer_asks(monkeypatch):
+    monkeypatch.setitem(INSTEAD, DDPStrategy, "take another")
+    with pytest.raises(LoRAError, match="strategy DDPStrategy: take another"):
+        LoRATrainer(accelerator="cpu", devices=2, strategy="ddp")
