@@ -60,7 +60,9 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
             f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
             f" on the meta device: {some(without)}"
         )
-    made = [(one, value) for group, names in _by_group(base, sources) for one, value in _read(base, group, names, device)]
+    made = [
+        (one, value) for group, names in _by_group(base, sources) for one, value in _read(base, group, names, device)
+    ]
     for one, value in made:
         _put(one, value)
     model.__dict__.pop(ATTRIBUTE, None)
@@ -124,7 +126,9 @@ def _check_shape(name: str, got: tuple[int, ...], one: Empty) -> None:
 def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int, ...]]:
     """Memory for what this process holds of a tensor, and where that begins in the whole."""
     if type(tensor) in (Tensor, nn.Parameter):
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device), (0,) * tensor.dim()
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device), (
+            0,
+        ) * tensor.dim()
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -90,5 +90,3 @@ def _needed(read: Read, name: str) -> Tensor:
     if found is None:
         raise LoRAError(f"'{name}' is on the meta device, and the model's files have no values for it")
     return found
-
-

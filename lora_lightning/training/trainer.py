@@ -73,6 +73,7 @@ class LoRATrainer(Trainer):
         wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
+        model.configure_model()
         model.on_load_checkpoint(content)
         model.load_state_dict(content["state_dict"])
         folder = run.run_of_checkpoint(checkpoint)
