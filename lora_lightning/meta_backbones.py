@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, modeling_utils
 
@@ -26,10 +27,16 @@ from lora_lightning.lora.weight_files import WeightFiles, keep_files
 
 def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:
     """Raise a LoRAError where the weights lie in no file, or cannot be read one by one."""
-    other = ("gguf_file", "quantization_config", "device_map", "tp_plan", "tp_size", "distributed_config", "state_dict")
-    found = (
-        "random_weights" if random_weights else next((name for name in (*other, "key_mapping") if name in kwargs), None)
+    other = (
+        "gguf_file",
+        "quantization_config",
+        "device_map",
+        "tp_plan",
+        "tp_size",
+        "distributed_config",
+        "key_mapping",
     )
+    found = "random_weights" if random_weights else next((name for name in other if name in kwargs), None)
     if found is not None:
         raise LoRAError(f"on_meta reads plain safetensors files and goes with no {found}: leave one of the two out")
 
@@ -43,7 +50,7 @@ def recorded(on_meta: bool) -> Iterator[list[Path]]:
         files.append(Path(file))
         return _Headers(real(file, framework="pt"))
 
-    real = modeling_utils.safe_open
+    real = safe_open
     if not on_meta:
         yield files
         return
@@ -113,13 +120,9 @@ def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:
 def _tie_equal(model: PreTrainedModel, base: Base) -> None:
     """As `PreTrainedModel.tie_weights` does for weights in memory that the files hold under both names."""
     keys: dict[str, str] = model.all_tied_weights_keys
-    both = {
-        target: source
-        for target, source in keys.items()
-        if model.get_parameter(target) is not model.get_parameter(source)
-    }
-    equal = {target for target, source in both.items() if _same(model, base, target, source)}
-    for target in both.keys() - equal:
+    both = [pair for pair in keys.items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
+    equal = {target for target, source in both if _same(model, base, target, source)}
+    for target in {target for target, _ in both} - equal:
         keys.pop(target)
     if equal:
         model.tie_weights(missing_keys=equal, recompute_mapping=False)

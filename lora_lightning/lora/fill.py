@@ -60,9 +60,8 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
             f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
             f" on the meta device: {some(without)}"
         )
-    made = [
-        (one, value) for group, names in _by_group(base, sources) for one, value in _read(base, group, names, device)
-    ]
+    groups = _by_group(base, sources)
+    made = [filled for group, wanted in groups for filled in _read(base, group, wanted, device)]
     for one, value in made:
         _put(one, value)
     model.__dict__.pop(ATTRIBUTE, None)
@@ -126,9 +125,8 @@ def _check_shape(name: str, got: tuple[int, ...], one: Empty) -> None:
 def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int, ...]]:
     """Memory for what this process holds of a tensor, and where that begins in the whole."""
     if type(tensor) in (Tensor, nn.Parameter):
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device), (
-            0,
-        ) * tensor.dim()
+        part = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return part, (0,) * tensor.dim()
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -145,9 +143,8 @@ def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int
         return
     done = 0
     for rows in checkpoint.blocks(key, offset[0], offset[0] + into.shape[0]):
-        for dim in range(1, into.dim()):
-            rows = rows.narrow(dim, offset[dim], into.shape[dim])
-        into[done : done + len(rows)].copy_(rows)
+        columns = tuple(slice(o, o + n) for o, n in zip(offset[1:], into.shape[1:], strict=True))
+        into[done : done + len(rows)].copy_(rows[:, *columns])
         done += len(rows)
 
 
@@ -158,8 +155,10 @@ def _put(one: Empty, value: Tensor) -> None:
         from torch.distributed.tensor import DTensor
 
         assert isinstance(tensor, DTensor)
-        whole = {"shape": tensor.shape, "stride": tensor.stride()}
-        value = DTensor.from_local(value, tensor.device_mesh, tensor.placements, run_check=False, **whole)
+        shape, stride = tensor.shape, tensor.stride()
+        value = DTensor.from_local(
+            value, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
+        )
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=tensor.requires_grad)
     for store, name in one.places:
