@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora_lightning.lora.errors import LoRAError, some
 
-BLOCK = 2**25
+BLOCK = 2**24
 """Bytes that are read at once where not all of a tensor is wanted together."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -2,7 +2,7 @@
 
 A tensor is read in blocks of rows and cast on the way, into memory that is made for what this process holds: all of it,
 or, where `fully_shard` or tensor parallelism has made a DTensor of the parameter, the shard. So beside what the model
-takes in the end there is one block, or, for tensors that files hold in pieces, such as a layer's experts, one tensor.
+takes in the end there are two blocks, or, for tensors that files hold in pieces, such as a layer's experts, one tensor.
 """
 
 from __future__ import annotations
