@@ -157,7 +157,6 @@ def test_what_is_kept_falls_to_the_blocks_inputs():
 @pytest.mark.parametrize("arithmetic", ["quick", "plain", "recomputed inputs"])
 def test_dropout_draws_the_same_mask_again(arithmetic):
     """With one adapted layer for each x, so that no mask is shared: then the flag changes no draw."""
-    model, inputs = adapted("bert")
     torch.manual_seed(0)
     model = tf.BertForSequenceClassification(tf.BertConfig(**SIZES)).eval()
     inject(model, LoRAConfig(r=2, dropout=0.3, target_modules=["query", "intermediate.dense"]))
@@ -167,6 +166,7 @@ def test_dropout_draws_the_same_mask_again(arithmetic):
 
         recompute_inputs(model)
     context = plain_arithmetic if arithmetic == "plain" else contextlib.nullcontext
+    inputs = {"input_ids": IDS}
     with context():
         assert_same_step(step(model, inputs), step(model, inputs, Recomputation(model).on()))
 
@@ -259,11 +259,14 @@ def test_stages_are_looked_into_and_experts_are_not():
 def test_a_fit_with_the_flag_is_the_fit_without_it(tmp_path, make_module, make_data, flag):
     states = []
     for on in (False, True):
-        module = make_module(**{flag: on})
+        module, calls = make_module(**{flag: on}), []
+        module.backbone.bert.encoder.layer[1].attention.register_forward_hook(lambda *_, seen=calls: seen.append(1))
         options = {"max_steps": 3, "limit_val_batches": 1, "logger": False, "enable_checkpointing": False}
         quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
         trainer = Trainer(accelerator="cpu", **options, **quiet)
         trainer.fit(module, make_data())
+        again = 3 if on and flag == "activation_checkpointing" else 0
+        assert len(calls) == 3 + again + 1  # three steps and a batch to validate
         states.append(module.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
