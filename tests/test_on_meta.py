@@ -195,10 +195,10 @@ def test_what_cannot_be_filled_is_refused_by_name(tmp_path, tiny):
         huggingface(tiny.bert, random_weights=True, on_meta=True)
     with pytest.raises(LoRAError, match="goes with no device_map"):
         huggingface(tiny.bert, on_meta=True, model_kwargs={"device_map": "cpu"})
+    short = saved(FAMILIES["bert"][0], tmp_path / "short")
+    text = (short / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    (short / "config.json").write_text(text)
     with pytest.raises(LoRAError, match=r"encoder\.layer\.2"):
-        short = saved(FAMILIES["bert"][0], tmp_path / "short")
-        text = (short / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
-        (short / "config.json").write_text(text)
         huggingface(str(short), on_meta=True)
 
 

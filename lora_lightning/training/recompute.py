@@ -38,8 +38,8 @@ class Recomputation:
         self.blocks = repeated_blocks(backbone)
         if not self.blocks:
             raise LoRAError(
-                f"activation_checkpointing found no blocks in {type(backbone).__name__}: modules of one class, with layers"
-                " in them, side by side in an nn.ModuleList or nn.Sequential; leave it out"
+                f"activation_checkpointing found no blocks in {type(backbone).__name__}: modules of one class, with"
+                " layers in them, side by side in an nn.ModuleList or nn.Sequential; leave it out"
             )
         self._forwards: dict[str, tuple[type, Callable[..., Any]]] = {}
 

@@ -119,7 +119,7 @@ def test_a_file_that_does_not_fit_is_told(file, tmp_path):
     with pytest.raises(LoRAError, match=r"'weight' of shape \(2, 3\) instead of \(4, 3\)"):
         on_meta(lambda: nn.Linear(3, 4), tmp_path / "small.safetensors")
     torch.save({}, tmp_path / "net.bin")
-    with pytest.raises(LoRAError, match="safetensors files, got net.bin"):
+    with pytest.raises(LoRAError, match=r"safetensors files, got net\.bin"):
         on_meta(Net, tmp_path / "net.bin")
 
 
@@ -270,7 +270,7 @@ print(json.dumps(found))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak where Linux keeps it")
 def test_filling_takes_the_model_and_one_block_of_memory(tmp_path):
-    """80 MiB of float32, of which 32 are one tensor, in blocks of 4: as they are, and cast to half of that on the way."""
+    """80 MiB of float32, of which 32 are one tensor, in blocks of 4: as they are, and cast to half on the way."""
     tensors = {"table.weight": torch.ones(8192, 1024)}
     tensors |= {f"layers.{i}.weight": torch.ones(2048, 1024) for i in range(6)}
     save_file(tensors, tmp_path / "big.safetensors")
