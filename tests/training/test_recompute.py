@@ -10,12 +10,14 @@ import torch
 import transformers as tf
 from lightning.pytorch import Trainer
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
 from lora_lightning.lora.quick import plain_arithmetic
 from lora_lightning.training.blocks import repeated_blocks
 from lora_lightning.training.recompute import Recomputation, without_cache
+from tests.distributed import one_process
 from tests.factories import encoder, move, snapshot
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 40}
@@ -207,6 +209,20 @@ def test_under_autocast_it_recomputes_under_autocast():
     plain = step(model, inputs, mixed(without_cache(model)))
     assert plain[0].dtype == torch.bfloat16
     assert_same_step(plain, step(model, inputs, mixed(Recomputation(model).on())))
+
+
+def test_sharded_blocks_are_computed_again_with_their_weights_there():
+    """FSDP2 lets a block's weights go after its forward, and gathers them before backward computes it again."""
+    results = []
+    for context in (without_cache, lambda model: Recomputation(model).on()):
+        with one_process() as mesh:
+            model, inputs = adapted("llama")
+            for layer in model.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            out, grads, state = step(model, inputs, context(model))
+            results.append((out, {name: grad.full_tensor() for name, grad in grads.items()}, state))
+    assert_same_step(*results)
 
 
 def test_no_trace_is_left_and_none_shows_without_gradients(tmp_path):
