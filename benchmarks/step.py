@@ -10,6 +10,7 @@ benchmarks/results/step.json, and with --curves to curves.json and curves.svg.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import tempfile
@@ -116,19 +117,29 @@ def merged_inference(rounds: int, clock: Callable[[], float]) -> dict[str, float
 
 
 def save_and_load(rounds: int, clock: Callable[[], float]) -> dict[str, float]:
-    """224 linears of 576 x 576, r = 8: our files over the reading and writing of the same bytes alone."""
+    """224 linears of 576 x 576, r = 8: ours and PEFT's over the reading and writing of the same bytes alone.
+
+    Ours takes W0's fingerprint in each, for which it reads all of W0; its time alone stands beside.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
     from lora_lightning import load_adapter, save_adapter
+    from lora_lightning.lora.fingerprint import fingerprint
 
     names = [f"p{i}" for i in range(7)]
 
-    def blocks() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.ModuleList(nn.ModuleDict({name: nn.Linear(576, 576) for name in names}) for _ in range(32))
+    base = nn.ModuleList(nn.ModuleDict({name: nn.Linear(576, 576) for name in names}) for _ in range(32))
 
-    model = blocks()
+    def fresh() -> nn.Module:
+        """New modules over the same W0."""
+        return copy.deepcopy(base, {id(p): p for p in base.parameters()})
+
+    model = fresh()
     inject(model, LoRAConfig(r=8, target_modules=names))
+    peft = get_peft_model(fresh(), LoraConfig(r=8, target_modules=names))  # type: ignore[arg-type]
+    stock = {way: [fresh() for _ in range(rounds + 2)] for way in ("load", "PEFT's load")}
     with tempfile.TemporaryDirectory() as folder:
-        target, raw = Path(folder) / "adapter", Path(folder) / "raw"
+        target, theirs, raw = Path(folder) / "adapter", Path(folder) / "peft", Path(folder) / "raw"
         save_adapter(model, target)
         data = (target / "adapter_model.safetensors").read_bytes()
 
@@ -138,16 +149,19 @@ def save_and_load(rounds: int, clock: Callable[[], float]) -> dict[str, float]:
                 file.flush()
                 os.fsync(file.fileno())
 
-        fresh = [blocks() for _ in range(rounds + 2)]
         calls: dict[str, Callable[[], object]] = {
             "save": lambda: save_adapter(model, target),
+            "PEFT's save": lambda: peft.save_pretrained(str(theirs)),
             "write": write,
-            "load": lambda: load_adapter(fresh.pop(), target),
             "read": raw.read_bytes,
+            "load": lambda: load_adapter(stock["load"].pop(), target),
+            "PEFT's load": lambda: PeftModel.from_pretrained(stock["PEFT's load"].pop(), str(theirs)),  # type: ignore[arg-type]
+            "fingerprint of W0": lambda: fingerprint(model),
         }
         write()
+        peft.save_pretrained(str(theirs))
         seconds = paired(calls, rounds, clock)
-    middle = {name: 1000 * sorted(own)[rounds // 2] for name, own in seconds.items()}
+    middle = {name: 1000 * sorted(own)[len(own) // 2] for name, own in seconds.items()}
     return {f"{name}, milliseconds": value for name, value in middle.items()} | {
         "save over write": ratios(seconds, "write")["save"][0],
         "load over read": ratios(seconds, "read")["load"][0],

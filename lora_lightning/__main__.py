@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -31,6 +32,31 @@ def main() -> None:
     except (LoRAError, MissingPackageError, MisconfigurationException) as error:
         print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        print(f"lora-lightning: error: {of_the_disk(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+"""A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
+
+
+def of_the_disk(error: OSError) -> str:
+    """One line; that of a checkpoint that could not be written, where a log failed after it for the same reason."""
+    from lora_lightning.lora.errors import LoRAError
+
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, LoRAError):
+            return " ".join(str(before).split())
+        before = before.__context__
+    where = f": '{error.filename}'" if error.filename else ""
+    return (
+        f"{error.strerror}{where}; make room or give another --runs_dir, and go on with --ckpt_path auto: checkpoints"
+        " that were written are whole"
+    )
 
 
 def quieten() -> None:

@@ -29,8 +29,8 @@ from lora_lightning.training.callbacks import (
     RunReport,
     StopOnNonFinite,
 )
-from lora_lightning.training.callbacks.resume import KEY
-from lora_lightning.training.loggers import ContinuedCSVLogger, WandbLogger
+from lora_lightning.training.callbacks.resume import KEY, next_logged
+from lora_lightning.training.loggers import ContinuedCSVLogger, go_on_with
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.trainer import LoRATrainer
 
@@ -120,8 +120,12 @@ class SaveRunConfig(SaveConfigCallback):
     """Each fit's own `config.yaml` in its run folder; other commands leave it alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning writes here, where a checkpoint that does not fit has not been refused yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit that goes on writes over the run's file: only once it is one."""
         folder = run.run_dir(trainer)
-        if stage != "fit" or folder is None or self.already_saved:
+        if folder is None or self.already_saved:
             return
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +146,7 @@ class LoRACLI(LightningCLI):
     """The version of the run that a fit goes on with; None where it makes one of its own."""
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        self._first = first_word(args)
         super().__init__(
             model_class=LoRAModule,
             datamodule_class=None,  # any, and none where a command can do without
@@ -167,6 +172,13 @@ class LoRACLI(LightningCLI):
         for name, function in COMMANDS.items():
             own = command_parser(name)
             subcommands.add_subcommand(name, own, help=_first_line(function))
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, for the subcommand that is asked for: all five take 1.5 s more, to read the same docstrings."""
+        wanted = self._first
+        if wanted in (subcommand, None) or wanted not in (*self.subcommands(), *COMMANDS, "-h", "--help"):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)  # type: ignore[no-any-return]
+        return self.init_parser(**kwargs)
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the command or for one subcommand."""
@@ -235,6 +247,12 @@ class LoRACLI(LightningCLI):
         if command == "fit" and config.ckpt_path and "://" not in str(config.ckpt_path):
             self._goes_on = run.continued(Path(config.ckpt_path), runs)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the file here, before it is known to be whole, for settings that win over flags.
+
+        Ours holds none; what it was trained with is compared when it is loaded.
+        """
+
     def instantiate_classes(self) -> None:
         """What a class of ours says of its arguments, without jsonargparse's account of the types that it tried.
 
@@ -283,7 +301,7 @@ class LoRACLI(LightningCLI):
         if given is False:
             return False
         if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
-            resume_wandb(given, self.config.fit.ckpt_path)
+            resume_loggers(None if given in (None, True) else given, self.config.fit.ckpt_path)
         loggers = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
         if any(isinstance(logger, CSVLogger) for logger in loggers):
             return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
@@ -296,15 +314,15 @@ class LoRACLI(LightningCLI):
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 
-def resume_wandb(loggers: Any, checkpoint: str) -> None:
-    """Let W&B loggers go on with the runs that the checkpoint was written in, unless they name one."""
-    given = loggers if isinstance(loggers, list) else [loggers]
-    ours = [logger for logger in given if isinstance(logger, WandbLogger)]
-    if not ours or "://" in checkpoint or not Path(checkpoint).is_file():
+def resume_loggers(loggers: Any, checkpoint: str) -> None:
+    """Let loggers go on with the runs that the checkpoint was written in, where it is the newest state of its run."""
+    if not loggers or "://" in checkpoint or not run.is_newest_state(Path(checkpoint)):
         return
-    runs = run.load_checkpoint(checkpoint).get(KEY, {}).get("wandb", [])
-    for logger, version in zip(ours, runs, strict=False):
-        logger.go_on_with(version)
+    content = run.load_checkpoint(checkpoint)
+    if KEY in content:
+        stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+        given = loggers if isinstance(loggers, list) else [loggers]
+        go_on_with(given, content[KEY].get("loggers", []), next_logged(content[KEY], stepped))
 
 
 def command_parser(name: str) -> Parser:
@@ -319,6 +337,12 @@ def run_command(name: str, args: list[str]) -> None:
     """Run a command that needs no config."""
     given = command_parser(name).parse_args(args)
     COMMANDS[name](**given.as_dict())
+
+
+def first_word(args: ArgsType) -> str | None:
+    """Of the command line; None where there is none, or where arguments are given as a dict."""
+    given = sys.argv[1:] if args is None else args
+    return str(given[0]) if isinstance(given, list) and given else None
 
 
 def _first_line(function: Callable[..., Any]) -> str:

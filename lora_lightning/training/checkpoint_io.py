@@ -54,6 +54,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
         _keep(path)
         aside.replace(path)
         _sync(path.parent)
+        _OURS[path] = _mark(path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         raise LoRAError(
@@ -88,8 +89,11 @@ def _digest(file: Any, count: int | None) -> str:
 
 
 def _keep(path: Path) -> None:
-    """Give the file that is about to be replaced a second name, so that at no moment there is none."""
-    if not path.is_file():
+    """Give the file that is about to be replaced a second name, so that at no moment there is none.
+
+    A damaged one is not worth the place of the one before it, from which this fit may have gone on.
+    """
+    if not _is_worth_keeping(path):
         return
     second = path.with_name(f".{path.name}{PREVIOUS}.{os.getpid()}.part")
     try:
@@ -101,6 +105,28 @@ def _keep(path: Path) -> None:
         second.replace(path.with_name(path.name + PREVIOUS))
     finally:
         second.unlink(missing_ok=True)
+
+
+_OURS: dict[Path, tuple[int, int, int]] = {}
+"""Marks of the files that this process wrote: they need not be read to be known as whole."""
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    """By which a file is known as the same."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_worth_keeping(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if _OURS.get(path) == _mark(path):
+        return True
+    try:
+        check_whole(path)
+    except DamagedCheckpointError:
+        return False
+    return True
 
 
 def _sync(folder: Path) -> None:

@@ -6,11 +6,12 @@ import csv
 import io
 import netrc
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -42,6 +43,45 @@ class WandbLogger(LightningWandbLogger):
         if self._id is None:
             self._id = self._wandb_init["id"] = version
             self._wandb_init["resume"] = "allow"
+
+
+def runs_of(loggers: Iterable[Logger]) -> list[list[Any]]:
+    """What a checkpoint notes of the runs that were logged into, so that a fit that goes on finds them: kind, id."""
+    found: list[list[Any]] = []
+    for logger in loggers:
+        if isinstance(logger, LightningWandbLogger | TensorBoardLogger):
+            found.append([_kind(logger), logger.version])
+        elif isinstance(logger, MLFlowLogger):
+            found.append([_kind(logger), logger.run_id])
+    return [[kind, which] for kind, which in found if which is not None]
+
+
+def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int) -> None:
+    """Let each logger log into its own kind's run of the checkpoint, in their order, unless the config names one.
+
+    Args:
+        runs: what `runs_of` gave.
+        step: the number that the next step is logged under; TensorBoard hides what an interrupted fit wrote after it.
+    """
+    left = [list(run) for run in runs]
+    for logger in loggers:
+        mine = next((run for run in left if run[0] == _kind(logger)), None)
+        if mine is None:
+            continue
+        left.remove(mine)
+        if isinstance(logger, WandbLogger):
+            logger.go_on_with(str(mine[1]))
+        elif isinstance(logger, TensorBoardLogger) and logger._version is None:
+            logger._version = mine[1]
+            if logger._kwargs.get("purge_step") is None:  # the command's parser notes each of SummaryWriter's defaults
+                logger._kwargs["purge_step"] = step
+        elif isinstance(logger, MLFlowLogger) and logger._run_id is None:
+            logger._run_id = mine[1]
+
+
+def _kind(logger: Any) -> str:
+    kinds = (LightningWandbLogger, TensorBoardLogger, MLFlowLogger)
+    return next((kind.__name__ for kind in kinds if isinstance(logger, kind)), "")
 
 
 class ContinuedCSVLogger(CSVLogger):

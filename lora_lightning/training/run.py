@@ -8,10 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.storage import write_bytes
-from lora_lightning.training.checkpoint_io import DamagedCheckpointError, read_checkpoint
+from lora_lightning.training.checkpoint_io import PREVIOUS, DamagedCheckpointError, read_checkpoint
 
 CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json", "export"
 
@@ -49,13 +50,21 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
     for run in [path, *_newest_first(path)]:
-        files = sorted((run / CHECKPOINTS).glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+        files = _checkpoints_in(run / CHECKPOINTS)
         if files:
             return _pick(files, which)
-    loose = sorted(path.glob("*.ckpt"), key=lambda file: file.stat().st_mtime)
+    loose = _checkpoints_in(path)
     if loose:
         return _pick(loose, which)
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def _checkpoints_in(folder: Path) -> list[Path]:
+    """Oldest first; also one that is gone, where the one before it is there: reading it says so and takes that."""
+    times = {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
+    for before in folder.glob(f"*.ckpt{PREVIOUS}"):
+        times.setdefault(before.with_name(before.name.removesuffix(PREVIOUS)), before.stat().st_mtime)
+    return sorted(times, key=lambda file: times[file])
 
 
 def newest_checkpoint(runs: Path) -> Path | None:
@@ -77,8 +86,12 @@ def continued(checkpoint: Path, runs: Path) -> int | None:
     version = _number(folder.name)
     if version < 0 or folder.name != f"version_{version}" or folder.parent.resolve() != runs.resolve():
         return None
-    newest = find_checkpoint(folder, "last")
-    return version if newest.resolve() == checkpoint.resolve() else None
+    return version if is_newest_state(checkpoint) else None
+
+
+def is_newest_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the newest of its run, so that a fit from it is the same run going on."""
+    return find_checkpoint(run_of_checkpoint(checkpoint), "last").resolve() == checkpoint.resolve()
 
 
 def _is_newest(run: Path) -> bool:
@@ -134,14 +147,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _known(file: Path) -> dict[str, Any]:
+    """What a report holds; one that cannot be read is put aside, for the fit that it told of is over and worth more."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    aside = file.with_name(f"{file.name}.damaged")
+    file.replace(aside)
+    rank_zero_warn(f"'{file}' is no JSON object and is now '{aside.name}'; the report begins anew")
+    return {}
+
+
 def update_report(run: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Add to the run's `report.json`, and copy it to the folder above, where the newest run's report stands.
 
     Returns all that is known of the run so far.
     """
     file = run / REPORT
-    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    known |= values
+    known = _known(file) | values
     text = (json.dumps(known, indent=2) + "\n").encode()
     write_bytes(file, text)
     if run.name.startswith("version_") and _is_newest(run):

@@ -1,4 +1,4 @@
-"""The installed command as a user's shell runs it."""
+"""The installed command as a user's shell runs it, and in this process, which saves its imports."""
 
 import os
 import subprocess
@@ -7,6 +7,14 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("lora-lightning")
+
+
+def command(monkeypatch, *args):
+    """`lora-lightning ARGS` here; a mistake is a SystemExit."""
+    from lora_lightning.__main__ import main
+
+    monkeypatch.setattr("sys.argv", ["lora-lightning", *map(str, args)])
+    main()
 
 
 def run(*args, cwd, ok=True, timeout=300, **env):

@@ -12,7 +12,7 @@ from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, huggi
 from lora_lightning.__main__ import main
 from lora_lightning.cli import LoRACLI
 from lora_lightning.training.run import load_checkpoint
-from tests.command.process import run
+from tests.command.process import command, run
 from tests.tiny import make_bert
 
 KEYS = {
@@ -21,10 +21,13 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_whole_flow_on_a_tiny_bert(tiny, tmp_path):
+def test_whole_flow_on_a_tiny_bert(tiny, tmp_path, monkeypatch, capsys):
+    """The fit in a shell of its own; what follows reads files alone."""
     run("fit", "--config", tiny.config, cwd=tmp_path)
-    run("test", "--config", tiny.config, "--ckpt_path", "best", cwd=tmp_path)
-    shown = run("export", "--ckpt_path", "runs/tiny", cwd=tmp_path).stdout
+    command(monkeypatch, "test", "--config", tiny.config, "--ckpt_path", "best")
+    capsys.readouterr()
+    command(monkeypatch, "export", "--ckpt_path", "runs/tiny")
+    shown = capsys.readouterr().out
 
     report = json.loads((tmp_path / "runs/tiny/report.json").read_text())
     assert set(report) >= KEYS
@@ -62,13 +65,13 @@ def test_whole_flow_on_a_tiny_bert(tiny, tmp_path):
         assert [merged.config.id2label[int(i)] for i in ours.argmax(1)] == ["fresh", "rotten", "rotten"]
 
 
-def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):
     """Law 9, through the command and the overlay that a user would take."""
     from tests.command.process import REPOSITORY
 
     overlay = REPOSITORY / "configs/strategy/ddp.yaml"
     common = ["--config", tiny.config, "--trainer.max_epochs", "2", "--model.lr_scheduler", "null"]
-    run("fit", *common, "--name", "one", "--data.init_args.batch_size", "16", cwd=tmp_path)
+    command(monkeypatch, "fit", *common, "--name", "one", "--data.init_args.batch_size", "16")
     run("fit", *common, "--name", "two", "--data.init_args.batch_size", "8", "--config", overlay, cwd=tmp_path)
     one, two = (load_checkpoint(tmp_path / f"runs/{n}/version_0/checkpoints/last.ckpt") for n in ("one", "two"))
     assert one["global_step"] == two["global_step"] > 5
@@ -79,14 +82,14 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path):
     assert reports[0]["val_loss"] == pytest.approx(reports[1]["val_loss"], rel=1e-3)
 
 
-def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path):
-    run("validate", "--ckpt_path", trained, cwd=tmp_path)
+def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path, monkeypatch):
+    command(monkeypatch, "validate", "--ckpt_path", trained)
     (tmp_path / "new.csv").write_text("text\nthe film is lovely and warm\na clumsy and empty story\n")
     only = ["--data.path", "{predict: new.csv}", "--ckpt_path", trained]
-    run("predict", *only, cwd=tmp_path)
+    command(monkeypatch, "predict", *only)
     lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
-    run("predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt", cwd=tmp_path)
+    command(monkeypatch, "predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
     lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["row"] for row in rows] == list(range(40))

@@ -10,7 +10,7 @@ import transformers
 from lora_lightning import LoRAConfig, huggingface, inject, save_adapter
 from lora_lightning.__main__ import main
 from lora_lightning.lora.errors import AdapterWarning
-from tests.command.process import run
+from tests.command.process import command
 from tests.lora.laws import relative, stir
 
 IDS = torch.tensor([[2, 5, 9, 3], [2, 7, 8, 3]])
@@ -28,16 +28,17 @@ def adapter(tiny, tmp_path):
 
 def called(monkeypatch, capsys, *args):
     """Exit code and what was said."""
-    monkeypatch.setattr("sys.argv", ["lora-lightning", *map(str, args)])
     try:
-        main()
+        command(monkeypatch, *args)
     except SystemExit as stopped:
         return stopped.code, capsys.readouterr().err
     return 0, capsys.readouterr().out
 
 
-def test_merge_in_a_users_shell(tiny, adapter, tmp_path):
-    said = run("merge", "--base_model", tiny.bert, "--adapter", "adapter", "--output_dir", "out", cwd=tmp_path).stdout
+def test_merge_from_two_directories_to_a_third(tiny, adapter, tmp_path, monkeypatch, capsys):
+    args = ["--base_model", tiny.bert, "--adapter", "adapter", "--output_dir", "out"]
+    code, said = called(monkeypatch, capsys, "merge", *args)
+    assert code == 0, said
     assert "tensors copied to the bit" in said
     assert "classifier.weight" in said
     opened = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModel
 
 from lora_lightning import LoRAConfig, huggingface, load_adapter
-from lora_lightning.__main__ import main
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.training.export import export
+from tests.command.process import command
 from tests.factories import assert_same, snapshot
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import IDS
@@ -82,11 +82,6 @@ def moved(folder, name):
     weight[-1] = torch.nextafter(weight[-1], torch.tensor(torch.inf))  # the smallest step there is
     model.save_pretrained(folder)
     return folder
-
-
-def command(monkeypatch, *args):
-    monkeypatch.setattr("sys.argv", ["lora-lightning", *map(str, args)])
-    main()
 
 
 @pytest.fixture(scope="module")

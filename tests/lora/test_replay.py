@@ -208,6 +208,25 @@ def test_all_else_is_kept_as_ever(name: str) -> None:
     assert same(ours, grads(model, x, call))
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_a_norm_called_with_another_epsilon_once_it_was_proven_gives_its_own_gradients(
+    dtype: torch.dtype, limit: float
+) -> None:
+    epsilons: list[float] = []
+    model, replays = own(lambda o, x: F.layer_norm(x, (WIDTH,), o.norm.weight, o.norm.bias, epsilons[-1]), dtype)
+    x = inputs(dtype)
+    epsilons.append(model.norm.eps)
+    proven = grads(model, x, call)
+    assert set(replays.proven.values()) == {True}
+    epsilons.append(0.5)
+    ours = grads(model, x, call)
+    recompute_inputs(model, False)
+    wanted = grads(model, x, call)
+    for one, other in zip(ours, wanted, strict=True):
+        assert float((one - other).abs().max()) <= limit * float(other.abs().max())
+    assert not same(proven, wanted)
+
+
 def test_under_autocast_the_cast_is_made_again() -> None:
     _, model = pair(bert, torch.float32)
     x = inputs(torch.float32)

@@ -1,14 +1,6 @@
 """A checkpoint is whole or absent; a damaged one is found out, and the one before it is used, aloud.
 
-Mutations that were made once, and the test that each of them made fail:
-
-| mutation of `checkpoint_io.py` | test |
-|---|---|
-| write straight to `path`, not aside | test_a_full_disk_leaves_the_older..., test_killed_while_writing... |
-| no `_keep` | test_a_damaged_file_gives_way_to_the_one_before_it_aloud |
-| no comparison of digests in `check_whole` | test_any_flipped_bit_is_found |
-| no `testzip` | test_a_file_of_plain_lightning_is_checked_by_its_own_sums |
-| `(OSError, RuntimeError)` not turned into a LoRAError | test_a_full_disk_leaves_the_older_checkpoint_and_says_so |
+`tests/mutations.py` takes each part of that away once.
 """
 
 import multiprocessing

@@ -1,20 +1,6 @@
 """Law 8: a fit that goes on from any of its checkpoints ends with the bytes of the one that was not interrupted.
 
-Mutations that were made once, and what then fails:
-
-| mutation | test |
-|---|---|
-| `set_random_state` does nothing | test_resumed_from_any_state_is_uninterrupted |
-| `EpochSampler.skip` does nothing | the same |
-| `load_left_places` does nothing (Lightning asks no loader that a schedule made it build early) | the same |
-| `put_figures` does nothing | the same, by the rows of metrics.csv |
-| `begin_epoch_anew` does nothing | the same, states between epochs |
-| `_batches_that_stepped` left as Lightning saves it | the same, by the rows of metrics.csv |
-| `plateaus_due` empty | test_best_resumes_with_the_plateau_that_was_due |
-| `identity` without `seed` | test_another_order_is_refused_in_an_epochs_middle |
-| `last.ckpt` written with the best only | test_last_is_the_newest_state_and_best_the_best |
-| no check of gradients in `StopOnNonFinite` (they catch a bad loss too) | test_a_bad_gradient... |
-| no `_prove` in `FreezeBase.on_save_checkpoint` | test_no_checkpoint_is_written_over_a_good_one_once_w0_has_moved |
+`tests/mutations.py` takes each part of that away once.
 """
 
 import csv
@@ -101,28 +87,34 @@ def test_resumed_in_two_processes_is_uninterrupted(tiny, tmp_path):
             assert torch.equal(one["random"]["torch"], other["random"]["torch"])
 
 
-def test_best_resumes_with_the_plateau_that_was_due(tiny, tmp_path):
-    whole = fit(tiny, tmp_path / "whole", plateau=True)
-    best = checkpoints(tmp_path / "whole") / "best.ckpt"
-    assert load_checkpoint(best)["global_step"] > 0
+class Falls(Callback):
+    """The end of the first epoch is the best."""
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("falls", -abs(trainer.global_step - 6.0))
+
+
+def best_of_the_first_epoch():
+    return [FreezeBase(show_table=False), Resume(), Falls(), Checkpoints(monitor="falls", mode="max")]
+
+
+@pytest.mark.parametrize("settings", [{"plateau": True}, {"val_check_interval": 2}], ids=["plateau", "mid-epoch"])
+def test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due(tiny, tmp_path, settings):
+    whole = fit(tiny, tmp_path / "whole", callbacks=best_of_the_first_epoch(), **settings)
     shutil.copytree(tmp_path / "whole", tmp_path / "on")
-    resumed = fit(tiny, tmp_path / "on", ckpt=checkpoints(tmp_path / "on") / "best.ckpt", plateau=True)
+    best = checkpoints(tmp_path / "on") / "best.ckpt"
+    assert load_checkpoint(best)["global_step"] == 6
+    resumed = fit(tiny, tmp_path / "on", ckpt=best, callbacks=best_of_the_first_epoch(), **settings)
     assert differing(ended(whole), ended(resumed)) == []
+    assert rows(tmp_path / "on") == rows(tmp_path / "whole")
 
 
 def test_last_is_the_newest_state_and_best_the_best(tiny, tmp_path):
-    class Falls(Callback):
-        """Validation gets worse after the first epoch."""
-
-        def on_validation_epoch_end(self, trainer, pl_module):
-            pl_module.log("falls", float(-trainer.current_epoch))
-
-    given = [FreezeBase(show_table=False), Resume(), Falls(), Checkpoints(monitor="falls", mode="max")]
-    fit(tiny, tmp_path, callbacks=given)
+    fit(tiny, tmp_path, callbacks=best_of_the_first_epoch())
     steps = {n: load_checkpoint(checkpoints(tmp_path) / f"{n}.ckpt")["global_step"] for n in ("best", "last")}
     assert steps == {"best": 6, "last": 18}
     # Into another folder: the best so far is taken along, and a worse one does not replace it.
-    given = [FreezeBase(show_table=False), Resume(), Falls(), Checkpoints(monitor="falls", mode="max")]
+    given = best_of_the_first_epoch()
     more = fit(
         tiny, tmp_path / "more", ckpt=checkpoints(tmp_path) / "last.ckpt", callbacks=given, max_epochs=4, logger=False,
         default_root_dir=tmp_path / "more",
@@ -159,6 +151,13 @@ def test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named
     torch.save(content, tmp_path / "none.ckpt")
     with pytest.warns(UserWarning, match="holds no random states"):
         fit(tiny, tmp_path / "none", ckpt=tmp_path / "none.ckpt", max_epochs=1)
+
+
+def test_rows_after_the_checkpoint_are_forgotten_though_no_step_makes_them_anew(tiny, tmp_path):
+    """A fit that goes on from step 3 of 18 and ends at step 5."""
+    fit(tiny, tmp_path)
+    fit(tiny, tmp_path, ckpt=checkpoints(tmp_path) / "003-batch.ckpt", max_steps=5)
+    assert max(int(row["step"]) for row in rows(tmp_path)) == 4
 
 
 def test_what_a_checkpoint_overrules_is_said(tiny, tmp_path, caplog):

@@ -1,6 +1,7 @@
 """Answers before and after, by a run of the command over a tiny Llama and a file of conversations."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,16 @@ def test_a_chat_run_learns_its_answers_and_writes_them_down(fitted):
     page = (fitted / "samples.md").read_text()
     assert page.startswith("After 60 steps:\n\n| prompt |")
     assert page.count("\n|") == 2 + 3
+
+
+def test_a_fit_that_goes_on_keeps_what_was_answered_before(fitted, chat, tmp_path):
+    shutil.copytree(fitted, tmp_path / "runs" / "chat" / "version_0")
+    before = lines(fitted / "samples.jsonl")
+    LoRACLI(args=["fit", "--config", chat.config, "--trainer.max_epochs", "7", "--ckpt_path", "last"])
+    after = lines(tmp_path / "runs" / "chat" / "version_0" / "samples.jsonl")
+    assert after[: len(before)] == before
+    assert [sample["step"] for sample in after[len(before) :]] == [70] * 3
+    assert {s["prompt"]: s["before"] for s in after} == {s["prompt"]: s["before"] for s in before}
 
 
 def test_before_is_the_plain_models_own_answer(fitted, chat):

@@ -160,6 +160,12 @@ class Checkpoints(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best so far, also where this fit writes to another folder than the one that it resumes."""
         state = dict(state_dict)
+        if state.get("best_model_path") and state.get("monitor") != self.monitor:
+            rank_zero_warn(
+                f"the best so far was by {state['monitor']} and stays in the checkpoint's folder: this fit begins anew"
+                f" with {self.monitor}"
+            )
+            return
         if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
             here, best = Path(self.dirpath), Path(state["best_model_path"])
             mine = here / best.name

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
@@ -20,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.training.callbacks.loops import Place, begin_epoch_anew, canonical, load_left_places, place_of
-from lora_lightning.training.loggers import ContinuedCSVLogger
+from lora_lightning.training.loggers import ContinuedCSVLogger, runs_of
 from lora_lightning.training.random_state import random_state, set_random_state
 
 KEY = "lora_lightning_resume"
@@ -57,7 +56,7 @@ class Resume(Callback):
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
             "ended_early": [trainer.max_epochs, trainer.max_steps] if trainer.should_stop else None,
-            "wandb": [str(one.version) for one in trainer.loggers if isinstance(one, WandbLogger)],
+            "loggers": runs_of(trainer.loggers),
         }
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -83,8 +82,7 @@ class Resume(Callback):
         for told in overruled(self._found["settings"], self._settings):
             rank_zero_info(f"resumed: the checkpoint's {told}")
         self._settings = self._settings | self._found["settings"]
-        steps = trainer.fit_loop.epoch_loop._batches_that_stepped
-        steps += self._found["kind"] == "batch" and self._found["at_step"]
+        steps = next_logged(self._found, trainer.fit_loop.epoch_loop._batches_that_stepped)
         for logger in trainer.loggers:
             if isinstance(logger, ContinuedCSVLogger):
                 logger.go_on_from(steps)
@@ -111,6 +109,11 @@ class Resume(Callback):
             own = states[trainer.global_rank]
             put_figures(module, own["figures"])
             set_random_state(own["random"])
+
+
+def next_logged(found: Mapping[str, Any], stepped: int) -> int:
+    """The number that the first step after a checkpoint is logged under, from what the checkpoint's loops say."""
+    return stepped + int(found["kind"] == "batch" and found["at_step"])
 
 
 def gathered(own: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:

@@ -8,8 +8,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.products import choices
 from lora_lightning.training import run
@@ -74,9 +76,17 @@ class RunReport(Callback):
         values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            values["checkpoint"] = checkpoint.best_model_path
-            values |= self._by_step.get(run.load_checkpoint(checkpoint.best_model_path)["global_step"], {})
+            values |= self._of_best(checkpoint.best_model_path)
         show_report(run.update_report(folder, values), Console())
+
+    def _of_best(self, path: str) -> dict[str, Any]:
+        """Where it lies and what was measured at its step; nothing where somebody has deleted it: the fit is done."""
+        try:
+            step = run.load_checkpoint(path)["global_step"]
+        except LoRAError as error:
+            rank_zero_warn(f"'{path}' is gone or damaged since it was written: {error}")
+            return {}
+        return {"checkpoint": path, **self._by_step.get(step, {})}
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test metrics, into the report of the run that the checkpoint came from."""

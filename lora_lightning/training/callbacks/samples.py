@@ -66,6 +66,13 @@ class Samples(Callback):
         self._before: list[str] | None = None
         self._prompts: list[Prompt] | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """All answers so far: a fit that goes on writes the whole file again."""
+        return {"samples": [asdict(sample) for sample in self.samples]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples = [Sample(**sample) for sample in state_dict["samples"]]
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Say before the fit what it cannot do after it.
 
