@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from lora_lightning.gguf import directory_and_file, forget_gguf
 from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.meta_backbones import finish_on_meta, recorded, refuse_on_meta
 from lora_lightning.paths import resolve
 
 
@@ -27,6 +28,7 @@ def huggingface(
     attn_implementation: str | None = None,
     revision: str | None = None,
     random_weights: bool = False,
+    on_meta: bool = False,
     model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A transformers model, by `AutoModel...from_pretrained`.
@@ -44,10 +46,13 @@ def huggingface(
         attn_implementation: transformers' choice of attention: eager, sdpa, flash_attention_2 and more.
         revision: branch, tag or commit on the hub.
         random_weights: build the architecture from its config and load no weights.
+        on_meta: read the weights when a fit or a test begins, each process its own part alone, and until then have them
+            on the meta device: for models that are sharded because no process can hold them. Safetensors only.
         model_kwargs: more arguments for `from_pretrained`.
 
     Raises:
-        LoRAError: no such class, no such model, or weights that leave part of the backbone without values.
+        LoRAError: no such class, no such model, weights that leave part of the backbone without values; or, with
+            `on_meta`, weights that are quantised, random or no safetensors.
     """
     cls = getattr(transformers, auto_class, None)
     if cls is None:
@@ -65,8 +70,11 @@ def huggingface(
         kwargs["attn_implementation"] = attn_implementation
     if revision:
         kwargs["revision"] = revision
+    if on_meta:
+        refuse_on_meta(kwargs, random_weights=random_weights)
+        kwargs["use_safetensors"] = True
     try:
-        with quiet():
+        with quiet(), recorded(on_meta) as files:
             model = _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         if isinstance(error, LoRAError):
@@ -74,6 +82,8 @@ def huggingface(
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
     except ImportError as error:
         raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {_reason(error)}") from error
+    if on_meta:
+        finish_on_meta(model, files)
     if "gguf_file" in kwargs:
         forget_gguf(model)
         model.config._name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M

@@ -28,11 +28,14 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.pieces import Group, Tensors, alone
 
 
-def groups_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
+def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool = True) -> list[Group]:
     """Which keys of the files are, or make up, which tensors of the model; keys that it has no place for are left out.
 
+    Args:
+        to_write: whether the tensors will be written back too.
+
     Raises:
-        LoRAError: tensors are fused on loading by a rule that cannot be turned around.
+        LoRAError: tensors are fused on loading by a rule that cannot be turned around, and are to be written.
     """
     renamings, converters = _rules(model)
     of_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -48,8 +51,14 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
             groups.append(alone(key, name))
         elif name in state and pattern is not None:
             fused.setdefault(name, (of_pattern[pattern], {}))[1][key] = pattern
-    groups += [_fused(model, checkpoint, name, rule, patterns, renamings) for name, (rule, patterns) in fused.items()]
+    for name, (rule, patterns) in fused.items():
+        groups.append(_fused(model, checkpoint, name, rule, patterns, renamings, to_write=to_write))
     return groups
+
+
+def groups_to_load(model: PreTrainedModel, checkpoint: Checkpoint) -> list[Group]:
+    """`groups_of` that are read only."""
+    return groups_of(model, checkpoint, to_write=False)
 
 
 def name_of(model: PreTrainedModel, key: str) -> str:
@@ -72,6 +81,8 @@ def _fused(
     rule: WeightConverter,
     patterns: dict[str, str],
     renamings: list[WeightRenaming],
+    *,
+    to_write: bool,
 ) -> Group:
     """The tensors that one rule makes of `patterns` (by key, what matched it), the first of which is `name`.
 
@@ -79,11 +90,11 @@ def _fused(
     """
     load = _loader(model, name, rule, patterns)
     plainly = {_bare(apply_renamings(key, renamings), model): key for key in patterns}
-    store = _storer(model, rule, plainly)
+    store = _storer(model, rule, plainly) if to_write else _not_written
     before = {k: torch.empty(checkpoint.stored[k].shape, dtype=_dtype(checkpoint, k), device="meta") for k in patterns}
     try:
         made = load(dict(before))
-        after = store(made)
+        after = store(made) if to_write else before
     except (RuntimeError, KeyError, ValueError, NotImplementedError) as error:
         raise LoRAError(f"the tensors that make up '{name}' cannot be fused or parted again ({error})") from error
     state = model.state_dict()
@@ -91,7 +102,7 @@ def _fused(
     if not same or any(n not in state or state[n].shape != tensor.shape for n, tensor in made.items()):
         raise LoRAError(
             f"'{name}' is stored as {len(patterns)} tensors, first '{next(iter(patterns))}', in a form that cannot be"
-            f" written back: load the model and merge it in memory"
+            f" {'written back: load the model and merge it in memory' if to_write else 'read tensor by tensor'}"
         )
     return Group(stored=tuple(patterns), names=tuple(made), load=load, store=store)
 
@@ -123,6 +134,10 @@ def _storer(model: PreTrainedModel, rule: WeightConverter, keys: dict[str, str])
         return {keys[_bare(name, model)]: tensor for name, tensor in made.items()}
 
     return store
+
+
+def _not_written(tensors: Tensors) -> Tensors:
+    raise AssertionError("these groups are for reading")
 
 
 def _single(made: dict[str, Any]) -> dict[str, Tensor]:

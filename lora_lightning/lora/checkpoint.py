@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lightning.lora.errors import LoRAError, some
+
+BLOCK = 2**24
+"""Bytes that are read at once where not all of a tensor is wanted together."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -63,20 +66,24 @@ class Header:
 class Checkpoint:
     """The tensors of a directory: `model.safetensors`, or `model.safetensors.index.json` and its shards.
 
+    Args:
+        names: the files to read instead, where they have other names.
+
     Raises:
         LoRAError: there are none, a shard is missing or torn, the index names tensors that no shard has, or two shards
             hold a tensor of one name.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, names: Sequence[str] = ()) -> None:
         self.directory = directory
-        self.index = _read_index(directory)
+        self.index = None if names else _read_index(directory)
         self.files: dict[str, list[str]] = {}
         """The keys of each file, in the file's order."""
         self.stored: dict[str, Stored] = {}
         self.metadata: dict[str, dict[str, str]] = {}
-        names = [SINGLE] if self.index is None else sorted(set(self.index["weight_map"].values()))
-        for name in names:
+        if self.index is not None:
+            names = sorted(set(self.index["weight_map"].values()))
+        for name in names or [SINGLE]:
             found, self.metadata[name] = _read_header(directory / name)
             self._refuse_twice(name, found)
             self.files[name] = list(found)
@@ -95,17 +102,18 @@ class Checkpoint:
                     f" it again, or load the model and save it anew"
                 )
 
-    def read_bytes(self, key: str) -> Tensor:
-        """The tensor's bytes as they lie, (bytes,)."""
+    def read_bytes(self, key: str, start: int = 0, size: int | None = None) -> Tensor:
+        """The tensor's bytes as they lie, (bytes,), or `size` of them from the one with the number `start`."""
         at = self.stored[key]
-        buffer = torch.empty(at.size, dtype=torch.uint8)
+        size = at.size - start if size is None else size
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         with (self.directory / at.file).open("rb", buffering=0) as file:
-            file.seek(at.start)
+            file.seek(at.start + start)
             got = 0
             view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-            while got < at.size and (count := file.readinto(view[got:])):  # type: ignore[arg-type]
+            while got < size and (count := file.readinto(view[got:])):  # type: ignore[arg-type]
                 got += count
-        if got < at.size:
+        if got < size:
             raise LoRAError(f"{self.directory / at.file} ends in the middle of '{key}': download it again")
         return buffer
 
@@ -115,10 +123,32 @@ class Checkpoint:
         Raises:
             LoRAError: it is of a dtype that torch cannot compute with.
         """
+        return self.read_bytes(key).view(self.dtype_of(key)).reshape(self.stored[key].shape)
+
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """The same for some rows, (stop - start, ...), of a tensor that has at least one dimension."""
+        at, dtype = self.stored[key], self.dtype_of(key)
+        row = at.size // max(1, at.shape[0])
+        part = self.read_bytes(key, start * row, (stop - start) * row)
+        return part.view(dtype).reshape(stop - start, *at.shape[1:])
+
+    def blocks(self, key: str, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
+        """The same rows one after the other, some `BLOCK` bytes of the file at a time."""
         at = self.stored[key]
-        if at.dtype not in DTYPES:
-            raise LoRAError(f"'{key}' is stored as {at.dtype}, which is quantised: name the unquantised base")
-        return self.read_bytes(key).view(DTYPES[at.dtype]).reshape(at.shape)
+        stop, step = at.shape[0] if stop is None else stop, max(1, BLOCK * at.shape[0] // max(1, at.size))
+        for first in range(start, stop, step):
+            yield self.read_rows(key, first, min(first + step, stop))
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        """torch's dtype of a tensor.
+
+        Raises:
+            LoRAError: torch cannot compute with it.
+        """
+        name = self.stored[key].dtype
+        if name not in DTYPES:
+            raise LoRAError(f"'{key}' is stored as {name}, which is quantised: name the unquantised base")
+        return DTYPES[name]
 
 
 def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:

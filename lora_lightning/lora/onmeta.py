@@ -75,7 +75,7 @@ def load_on_meta(
         inject(model, our_config(peft, found, files.record, model, alphas or {}), start=False, any_rank=True)
     except (ConfigError, TargetError) as error:
         raise AdapterError(f"the adapter in {files.directory} does not fit this model: {error}") from error
-    _make_adapter_real(model)
+    make_adapter_real(model)
     first = {f"{n}.{o}": t for n, m in adapted_layers(model) for o, t in m.lora_tensors().items() if o in _FIRST}
     load_tensors(model, {**first, **our_tensors(model, tensors, lambda name: token_ids(peft, name))})
 
@@ -125,10 +125,12 @@ def _less_base_copies(
 
 
 @torch.no_grad()
-def _make_adapter_real(model: nn.Module) -> None:
-    """Give the adapter's tensors memory of their own; what is tied among them stays tied."""
+def make_adapter_real(model: nn.Module) -> None:
+    """Give the adapter's tensors on the meta device memory of their own; what is tied among them stays tied."""
     real: dict[int, Tensor] = {}
     for key, tensor in adapter_tensors(model).items():
+        if not tensor.is_meta:
+            continue
         module, _, name = key.rpartition(".")
         owner = model.get_submodule(module)
         if id(tensor) not in real:

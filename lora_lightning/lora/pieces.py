@@ -29,6 +29,8 @@ class Group:
     """From the files' tensors to the model's, moving values only. It may empty what it is given."""
     store: Callable[[Tensors], Tensors]
     """The inverse."""
+    is_alone: bool = False
+    """Whether the files hold the one tensor as the model does, so that any part of it can be read by itself."""
 
 
 def alone(key: str, name: str) -> Group:
@@ -38,6 +40,7 @@ def alone(key: str, name: str) -> Group:
         names=(name,),
         load=lambda tensors: {name: tensors[key]},
         store=lambda tensors: {key: tensors[name]},
+        is_alone=True,
     )
 
 

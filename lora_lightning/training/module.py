@@ -19,12 +19,15 @@ from lora_lightning.lora import products, switches
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
+from lora_lightning.lora.fill import fill_from_files
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.inject import adapted_layers, inject, saved_copies
+from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.meta_start import inject_anywhere
 from lora_lightning.lora.products import Prepare
 from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean, is_padding
+from lora_lightning.training.forward import TrainingForward
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.precision import convert, explained_by_precision, precision_of
 from lora_lightning.training.sets import stage_of
@@ -57,6 +60,10 @@ class LoRAModule(LightningModule):
         recompute_inputs: compute an adapted layer's input anew in backward, in place of keeping it, where a norm or
             an activation made it from what is kept anyway: the same gradients, a third less memory for activations,
             a few percent more time.
+        activation_checkpointing: keep the inputs of the backbone's repeated blocks alone, and compute their insides
+            again in backward: a forward more of time for most of the memory that activations take.
+        offload_activations: on a GPU, let activations wait in the CPU's memory.
+        compile: `torch.compile` the backbone in training steps; or its options, such as `{mode: max-autotune}`.
     """
 
     def __init__(
@@ -73,6 +80,9 @@ class LoRAModule(LightningModule):
         prepare_weights: Prepare = "auto",
         recompute_inputs: bool = False,
         init_adapter: str | None = None,
+        activation_checkpointing: bool = False,
+        offload_activations: bool = False,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -85,9 +95,12 @@ class LoRAModule(LightningModule):
         if init_adapter is not None and lora.init in MEASURED:
             raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
         # A start that is measured on data waits for them; a checkpoint brings its own.
-        self.report = inject(backbone, lora, start=lora.init not in MEASURED)
+        self.report = inject_anywhere(backbone, lora, start=lora.init not in MEASURED)
         switches.prepare_weights(backbone, prepare_weights)
         switches.recompute_inputs(backbone, recompute_inputs)
+        self.training_forward = TrainingForward(
+            backbone, checkpointing=activation_checkpointing, offload=offload_activations, compile=compile
+        )
         self._warn_of_a_frozen_new_head()
         self._w0: Fingerprint | None = None
         self._mean = UnitMean()
@@ -100,15 +113,20 @@ class LoRAModule(LightningModule):
         if left:
             rank_zero_warn(f"{', '.join(left)}: new, with random weights, and frozen; to train: lora.modules_to_save")
 
+    def configure_model(self) -> None:
+        """Fill a backbone that was built on the meta device; Lightning calls this for each fit, test and load."""
+        fill_from_files(self.backbone, self.device)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted backbone's own output."""
         return self.backbone(*args, **kwargs)
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        if is_padding(self.trainer, batch_idx):
-            nothing = self.task.step(self.backbone, batch).loss * 0
-            return self._mean.weigh(self.trainer, nothing, 0, batch_idx)
-        out = self._step("train", batch)
+        with self.training_forward.on():
+            if is_padding(self.trainer, batch_idx):
+                nothing = self.task.step(self.backbone, batch).loss * 0
+                return self._mean.weigh(self.trainer, nothing, 0, batch_idx)
+            out = self._step("train", batch)
         return self._mean.weigh(self.trainer, out.loss, out.weight, batch_idx)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

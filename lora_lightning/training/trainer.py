@@ -93,6 +93,7 @@ class LoRATrainer(Trainer):
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
         convert(model, self.precision_plugin)
+        model.configure_model()
         model.on_load_checkpoint(content)
         model.load_state_dict(content["state_dict"])
         folder = run.run_of_checkpoint(checkpoint)

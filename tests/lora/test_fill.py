@@ -1,0 +1,282 @@
+"""W0 from its files: the shard of each process, no more memory than that, and modules of one's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lora_lightning.lora import checkpoint
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.fill import fill_from_files
+from lora_lightning.lora.meta_build import on_meta
+from lora_lightning.lora.meta_start import inject_anywhere
+from tests.distributed import one_process
+
+
+class Net(nn.Module):
+    """Odd sizes, a tie, batch statistics, a buffer that no file holds."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(13, 6)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 6)) for _ in range(2))
+        self.norm = nn.BatchNorm1d(6)
+        self.scale = nn.Parameter(torch.tensor([1.5]))
+        self.one = nn.Parameter(torch.ones(1, 6))
+        self.head = nn.Linear(6, 13, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("angles", torch.arange(6.0), persistent=False)
+
+    def forward(self, ids):
+        x = self.embed(ids) + self.angles * self.one
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(self.norm(x.flatten(0, 1)) * self.scale)
+
+
+class WithNumber(Net):
+    """`fully_shard` takes no number."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+
+def trained_net(make=Net):
+    torch.manual_seed(5)
+    net = make().eval()
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(torch.randn_like(tensor).abs() + 0.1)
+    return net
+
+
+def written(net, path):
+    state = net.state_dict()
+    del state["head.weight"]
+    save_file(state, path)
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    return written(trained_net(), tmp_path / "net.safetensors")
+
+
+def same(got, wanted):
+    for kind in ("named_parameters", "named_buffers"):
+        one, other = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (got, wanted))
+        assert list(one) == list(other)
+        assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+
+
+@pytest.mark.parametrize("block", [1, 50, 2**25])
+def test_a_module_of_ones_own_is_filled_from_its_file(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(checkpoint, "BLOCK", block)
+    wanted = trained_net(WithNumber)
+    got = on_meta(WithNumber, written(wanted, tmp_path / "own.safetensors"))
+    assert all(p.is_meta for p in got.parameters())
+    assert got.head.weight is got.embed.weight
+    assert torch.equal(got.angles, torch.arange(6.0))
+    assert torch.equal(got.norm.running_mean, wanted.norm.running_mean)
+    assert fill_from_files(got) == 13
+    same(got, wanted)
+    assert got.head.weight is got.embed.weight
+
+
+def test_a_cast_on_the_way_is_torchs_own(file):
+    got = on_meta(lambda: Net().to(torch.bfloat16), file)
+    fill_from_files(got)
+    same(got, trained_net().to(torch.bfloat16))
+
+
+def test_a_file_that_does_not_fit_is_told(file, tmp_path):
+    class Other(Net):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(2, 2)
+
+    with pytest.raises(LoRAError, match=r"no 'extra.weight'"):
+        on_meta(Other, file)
+    with pytest.raises(LoRAError, match=r"which the module has not"):
+        on_meta(lambda: nn.Linear(3, 3), file)
+    save_file({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, tmp_path / "small.safetensors")
+    with pytest.raises(LoRAError, match=r"'weight' of shape \(2, 3\) instead of \(4, 3\)"):
+        on_meta(lambda: nn.Linear(3, 4), tmp_path / "small.safetensors")
+    torch.save({}, tmp_path / "net.bin")
+    with pytest.raises(LoRAError, match=r"safetensors files, got net\.bin"):
+        on_meta(Net, tmp_path / "net.bin")
+
+
+@contextmanager
+def rank_of(rank, size):
+    """As if this were one process of several, none of which sends anything."""
+    distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def mesh_of(*shape):
+    """torch takes two equal meshes for one, though this process is now another of its ranks: so each has its names."""
+    rank = distributed.get_rank()
+    return init_device_mesh("cpu", shape, mesh_dim_names=(f"data{rank}", f"tensor{rank}")[: len(shape)])
+
+
+def by_fsdp(model, size):
+    mesh = mesh_of(size)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def by_columns(model, size):
+    mesh = mesh_of(size)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.shape == (6, 10) else None)
+    fully_shard(model, mesh=mesh)
+
+
+CASES = [(by_fsdp, 2), (by_fsdp, 3), (by_columns, 2)]
+
+
+@pytest.mark.parametrize(("shard", "size"), CASES, ids=lambda case: getattr(case, "__name__", str(case)))
+def test_each_process_gets_its_shard_and_reads_no_other(file, monkeypatch, shard, size):
+    lora = LoRAConfig(r=2, exclude_modules=["embed"])
+    for rank in range(size):
+        with rank_of(rank, size):
+            wanted, got = trained_net(), on_meta(Net, file)
+            for model in (wanted, got):
+                torch.manual_seed(6)
+                inject_anywhere(model, lora)
+                shard(model, size)
+            read = []
+            monkeypatch.setattr(checkpoint.Checkpoint, "read_bytes", counting(read))
+            fill_from_files(got)
+            monkeypatch.undo()
+            one, other = dict(got.named_parameters()), dict(wanted.named_parameters())
+            assert list(one) == list(other)
+            assert any(isinstance(p, DTensor) for p in one.values())
+            for name, tensor in other.items():
+                assert one[name].placements == tensor.placements
+                assert torch.equal(one[name].to_local(), tensor.to_local()), (name, rank)
+                assert one[name].requires_grad == tensor.requires_grad
+            if shard is by_fsdp:
+                held = sum(p.to_local().nbytes for n, p in one.items() if "lora" not in n)
+                assert sum(read) == held
+
+
+def test_tensor_parallel_and_sharded_parts_are_those_of_the_file(file):
+    """Rows of rows, and rows of columns: data parallel 2 by tensor parallel 2."""
+    plan, whole = {"0": ColwiseParallel(), "2": RowwiseParallel()}, trained_net().state_dict()
+    for rank in range(4):
+        with rank_of(rank, 4):
+            model, mesh = on_meta(Net, file), mesh_of(2, 2)
+            for layer in model.layers:
+                parallelize_module(layer, mesh[f"tensor{rank}"], plan)
+                fully_shard(layer, mesh=mesh[f"data{rank}"])
+            fill_from_files(model)
+            data, tensor = divmod(rank, 2)
+            for i in range(2):
+                first, second = (whole[f"layers.{i}.{n}.weight"] for n in (0, 2))
+                own = {name: p.to_local() for name, p in model.layers[i].named_parameters()}
+                assert torch.equal(own["0.weight"], first.chunk(2)[tensor].chunk(2)[data])
+                assert torch.equal(own["2.weight"], second.chunk(2, dim=1)[tensor].chunk(2)[data])
+                assert torch.equal(own["2.bias"], whole[f"layers.{i}.2.bias"].chunk(2)[data])
+
+
+def counting(read):
+    own = checkpoint.Checkpoint.read_bytes
+
+    def read_bytes(self, key, start=0, size=None):
+        found = own(self, key, start, size)
+        read.append(found.nbytes)
+        return found
+
+    return read_bytes
+
+
+def test_a_filled_sharded_model_computes_and_learns_as_the_whole(file):
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    results = []
+    with one_process() as mesh:
+        for sharded in (False, True):
+            model = on_meta(Net, file) if sharded else trained_net()
+            torch.manual_seed(6)
+            inject_anywhere(model, LoRAConfig(r=2, use_dora=True))
+            if sharded:
+                for layer in model.layers:
+                    fully_shard(layer, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+                fill_from_files(model)
+            loss = model(ids).square().sum()
+            loss.backward()
+            grads = [p.grad for p in model.parameters() if p.requires_grad]
+            results.append([loss.detach(), *[g.full_tensor() if isinstance(g, DTensor) else g for g in grads]])
+    assert len(results[0]) > 4
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+MEMORY = """
+import json, sys, torch
+from pathlib import Path
+from torch import nn
+from lora_lightning.lora import checkpoint
+from lora_lightning.lora.fill import fill_from_files
+from lora_lightning.lora.meta_build import on_meta
+
+checkpoint.BLOCK = 2**22
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        own = {"device": "meta", "dtype": dtype}
+        self.table = nn.Embedding(8192, 1024, **own)
+        self.layers = nn.ModuleList(nn.Linear(1024, 2048, bias=False, **own) for _ in range(6))
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+found, kept = {}, []
+for name in ("float32", "bfloat16"):
+    dtype = getattr(torch, name)
+    net = on_meta(Net, sys.argv[1])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = peak()
+    fill_from_files(net)
+    kept.append(net)
+    found[name] = [peak() - before, sum(p.nbytes for p in net.parameters())]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak where Linux keeps it")
+def test_filling_takes_the_model_and_one_block_of_memory(tmp_path):
+    """80 MiB of float32, of which 32 are one tensor, in blocks of 4: as they are, and cast to half on the way."""
+    tensors = {"table.weight": torch.ones(8192, 1024)}
+    tensors |= {f"layers.{i}.weight": torch.ones(2048, 1024) for i in range(6)}
+    save_file(tensors, tmp_path / "big.safetensors")
+    args = [sys.executable, "-c", MEMORY, str(tmp_path / "big.safetensors")]
+    done = subprocess.run(args, capture_output=True, text=True, timeout=120, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [size for _, size in found.values()] == [80 * 2**20, 40 * 2**20]
+    for taken, size in found.values():
+        assert 0.9 * size < taken < size + 3 * 2**22

@@ -1,0 +1,228 @@
+"""A backbone built on the meta device and filled at the start of a fit is the one that was loaded the ordinary way."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
+from lora_lightning.lora.fill import fill_from_files
+from lora_lightning.lora.meta_start import inject_anywhere
+from lora_lightning.training.export import export
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
+DECODER = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 16}
+CAUSAL = "AutoModelForCausalLM"
+
+FAMILIES = {
+    "bert": (lambda: tf.BertModel(tf.BertConfig(**SIZES)), "AutoModelForSequenceClassification"),
+    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)), CAUSAL),
+    "llama, tied": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True)), CAUSAL),
+    "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40)), CAUSAL),
+    "t5": (
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40)
+        ),
+        "AutoModelForSeq2SeqLM",
+    ),
+    "vit": (
+        lambda: tf.ViTModel(
+            tf.ViTConfig(
+                **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=8, patch_size=4, num_channels=3
+            )
+        ),
+        "AutoModelForImageClassification",
+    ),
+    "mixtral": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)), CAUSAL),
+    "resnet": (
+        lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[2], layer_type="basic")),
+        "AutoModelForImageClassification",
+    ),
+}
+LORA = {
+    "float32": {"use_dora": True},
+    "bfloat16": {"init": "pissa_niter_4"},
+    "float16": {"init": "kaiming", "bias": "all"},
+}
+OWN = {
+    "bert": {"modules_to_save": ["classifier"]},
+    "vit": {"modules_to_save": ["classifier"]},
+    "llama": {"modules_to_save": ["lm_head"], "bias": "none"},
+    "llama, tied": {"trainable_token_indices": [3, 5], "bias": "none"},
+    "t5": {"bias": "none"},
+    "mixtral": {
+        "target_parameters": ["experts.gate_up_proj"],
+        "use_dora": False,
+        "init": "gaussian",
+        "bias": "none",
+    },
+    "resnet": {"target_modules": ["convolution"], "modules_to_save": ["classifier"], "init": "gaussian"},
+}
+
+
+def saved(make, folder, **kwargs):
+    torch.manual_seed(1)
+    make().save_pretrained(folder, **kwargs)
+    return folder
+
+
+def built(folder, auto_class, lora, *, on_meta, dtype="float32"):
+    """The adapted backbone and torch's random state afterwards."""
+    torch.manual_seed(2)
+    model = huggingface(str(folder), auto_class, dtype=dtype, on_meta=on_meta)
+    inject_anywhere(model, lora)
+    return model, torch.get_rng_state()
+
+
+def assert_same_model(got, wanted):
+    """Every tensor, parameter or buffer, saved or not; ties, modes, and what trains."""
+    for kind in ("named_parameters", "named_buffers"):
+        one, other = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (got, wanted))
+        assert list(one) == list(other)
+        for name, tensor in other.items():
+            assert one[name].dtype == tensor.dtype, name
+            assert torch.equal(one[name], tensor), name
+            assert one[name].requires_grad == tensor.requires_grad, name
+    assert ties(got) == ties(wanted)
+    assert got.training == wanted.training
+    assert got.new_keys == wanted.new_keys
+
+
+def ties(model):
+    names = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return sorted(group for group in names.values() if len(group) > 1)
+
+
+@pytest.mark.parametrize("dtype", list(LORA))
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_a_filled_model_is_the_loaded_one_to_the_bit(tmp_path, name, dtype):
+    make, auto_class = FAMILIES[name]
+    saved(make, tmp_path, max_shard_size="8KB" if dtype == "float32" else "1GB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or dtype != "float32"
+    lora = LoRAConfig(r=2, **{**LORA[dtype], **OWN.get(name, {})})
+    wanted, random = built(tmp_path, auto_class, lora, on_meta=False, dtype=dtype)
+    got, same = built(tmp_path, auto_class, lora, on_meta=True, dtype=dtype)
+    assert torch.equal(random, same)  # so that what is drawn next is the same too
+    trains = [p for p in got.parameters() if p.requires_grad]
+    assert trains
+    assert not any(p.is_meta for p in trains)
+    assert sum(p.is_meta for p in got.parameters()) > 5
+    assert not any(buffer.is_meta for name, buffer in got.named_buffers() if name not in got.state_dict())
+    assert fill_from_files(got) > 5
+    assert_same_model(got, wanted)
+    assert fill_from_files(got) == 0
+
+
+def test_a_fit_and_all_that_follows_is_the_same(tmp_path, tiny, make_data):
+    """Fit, its checkpoint, a test from it, a load of it and an export."""
+    results = {}
+    for on_meta in (False, True):
+        folder = tmp_path / str(on_meta)
+
+        def module(on_meta=on_meta):
+            torch.manual_seed(3)
+            backbone = huggingface(tiny.bert, num_labels=2, on_meta=on_meta)
+            return LoRAModule(backbone, SequenceClassification(2), LoRAConfig(r=2, modules_to_save=["classifier"]))
+
+        def trainer(folder=folder, **kwargs):
+            quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+            return Trainer(default_root_dir=folder, accelerator="cpu", **quiet, **kwargs)
+
+        fitted = module()
+        assert any(p.is_meta for p in fitted.parameters()) == on_meta
+        fit = trainer(max_steps=4, max_epochs=1, limit_val_batches=1)
+        fit.fit(fitted, make_data())
+        file = folder / "a.ckpt"
+        fit.save_checkpoint(file)
+        tested = trainer(limit_test_batches=2).test(module(), make_data(), ckpt_path=file, verbose=False)
+        loaded = module()
+        loaded.configure_model()
+        loaded.on_load_checkpoint(torch.load(file))
+        loaded.load_state_dict(torch.load(file)["state_dict"])
+        report = export(loaded, folder / "export", formats="adapter")
+        results[on_meta] = (fitted.state_dict(), torch.load(file)["state_dict"], tested, report.w0_before)
+    (state, kept, tested, digest), (state2, kept2, tested2, digest2) = results[False], results[True]
+    assert state.keys() == state2.keys()
+    assert all(torch.equal(state[key], state2[key]) for key in state)
+    assert kept.keys() == kept2.keys()
+    assert tested == tested2
+    assert digest == digest2
+
+
+def both_names(folder, first, second, change=0.0):
+    """Write a tensor under a second name too, as older files have it."""
+    tensors = load_file(folder / "model.safetensors")
+    there, lacking = (first, second) if first in tensors else (second, first)
+    tensors[lacking] = tensors[there].clone()
+    tensors[lacking][-1, -1] += change
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_tie_that_files_hold_twice_is_tied_where_both_are_the_same(tmp_path, change):
+    saved(FAMILIES["llama, tied"][0], tmp_path)
+    both_names(tmp_path, "model.embed_tokens.weight", "lm_head.weight", change)
+    wanted, _ = built(tmp_path, CAUSAL, LoRAConfig(r=2), on_meta=False)
+    got, _ = built(tmp_path, CAUSAL, LoRAConfig(r=2), on_meta=True)
+    assert bool(ties(got)) == (change == 0)
+    fill_from_files(got)
+    assert_same_model(got, wanted)
+    assert got.all_tied_weights_keys == wanted.all_tied_weights_keys
+
+
+def test_a_new_head_and_one_of_another_size_are_drawn_as_ever(tmp_path):
+    saved(lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)), tmp_path)
+    models = []
+    for on_meta in (False, True):
+        torch.manual_seed(4)
+        models.append(huggingface(str(tmp_path), num_labels=2, on_meta=on_meta))
+    assert not models[1].classifier.weight.is_meta
+    fill_from_files(models[1])
+    assert_same_model(models[1], models[0])
+    assert models[1].new_keys == ["classifier.bias", "classifier.weight"]
+
+
+def test_what_cannot_be_filled_is_refused_by_name(tmp_path, tiny):
+    with pytest.raises(LoRAError, match="goes with no random_weights"):
+        huggingface(tiny.bert, random_weights=True, on_meta=True)
+    with pytest.raises(LoRAError, match="goes with no device_map"):
+        huggingface(tiny.bert, on_meta=True, model_kwargs={"device_map": "cpu"})
+    short = saved(FAMILIES["bert"][0], tmp_path / "short")
+    text = (short / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
+    (short / "config.json").write_text(text)
+    with pytest.raises(LoRAError, match=r"encoder\.layer\.2"):
+        huggingface(str(short), on_meta=True)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    saved(FAMILIES["bert"][0], tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(LoRAError, match="safetensors"):
+        huggingface(str(tmp_path), on_meta=True)
+
+
+def test_a_file_that_goes_in_between_is_one_clear_error(tmp_path):
+    saved(FAMILIES["bert"][0], tmp_path)
+    model, _ = built(tmp_path, "AutoModel", LoRAConfig(r=2), on_meta=True)
+    before = copy.deepcopy(model.state_dict())
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(LoRAError, match="download it again"):
+        fill_from_files(model)
+    assert [t.is_meta for t in model.state_dict().values()] == [t.is_meta for t in before.values()]
+
+
+def test_a_model_of_unknown_files_says_so():
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    with pytest.raises(LoRAError, match="not known where its weights lie"):
+        fill_from_files(model)

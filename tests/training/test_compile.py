@@ -1,0 +1,208 @@
+"""Compiled in place by one flag: one graph, the same numbers to rounding, and no trace outside training steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+
+import pytest
+import torch
+import transformers as tf
+from lightning.pytorch import Trainer
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
+
+from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning.training.forward import Compilation, parts_to_compile
+from lora_lightning.training.recompute import Recomputation
+from tests.factories import distance, move
+from tests.training.test_recompute import DECODER, IDS, MODELS, SIZES, adapted, step
+
+ONE = {"num_hidden_layers": 1}
+FULL = {"backend": "eager", "fullgraph": True}
+
+
+class Small(nn.Module):
+    """An embedding, three layers that read one tensor, a convolution, a transposed layer, a bare parameter, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(40, 8)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+        self.conv = nn.Conv1d(8, 8, 3, padding=1)
+        self.turned = Conv1D(8, 8)
+        self.experts = nn.Parameter(torch.randn(2, 8, 8))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        x = torch.tanh(self.table(ids))
+        x = torch.softmax(self.q(x) @ self.k(x).mT, -1) @ self.v(x)
+        x = self.turned(self.conv(x.mT).mT.contiguous())
+        return self.head((x @ self.experts.sum(0)).mean(1))
+
+
+KINDS = {
+    "linear": {},
+    "dropout": {"dropout": 0.1},
+    "dora": {"use_dora": True},
+    "all kinds": {"target_modules": ["table", "q", "v", "conv", "turned"], "target_parameters": ["experts"]},
+    "bias, head": {"bias": "all", "modules_to_save": ["head"]},
+    "olora": {"init": "olora", "lora_bias": True},
+    "tokens": {"trainable_token_indices": [1, 3], "use_rslora": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def bert(**lora):
+    torch.manual_seed(0)
+    model = tf.BertForSequenceClassification(tf.BertConfig(**{**SIZES, **ONE})).eval()
+    inject(model, LoRAConfig(r=2, **lora))
+    return move(model, 0.1)
+
+
+def assert_close_step(one, other):
+    assert distance(other[0], one[0]) < 1e-5
+    largest = max(float(grad.abs().max()) for grad in one[1].values())
+    for name, grad in one[1].items():
+        torch.testing.assert_close(other[1][name], grad, rtol=1e-4, atol=1e-5 * largest, msg=name)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_every_kind_of_adapted_layer_is_traced_without_a_break(kind):
+    torch.manual_seed(0)
+    model = Small().eval()
+    lora = {"target_modules": ["q", "k", "v"], **KINDS[kind]}
+    inject(model, LoRAConfig(r=2, **lora))
+    move(model, 0.1)
+    inputs = {"ids": IDS}
+    assert_close_step(step(model, inputs), step(model, inputs, Compilation(model, FULL).on()))
+
+
+def test_a_transformers_model_is_one_graph():
+    model, inputs = bert(), {"input_ids": IDS}
+    assert_close_step(step(model, inputs), step(model, inputs, Compilation(model, FULL).on()))
+
+
+OTHERS = {
+    "roberta": (lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**SIZES)), {"input_ids": IDS}),
+    "distilbert": (
+        lambda: tf.DistilBertForSequenceClassification(
+            tf.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=40)
+        ),
+        {"input_ids": IDS},
+    ),
+    "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)), {"input_ids": IDS}),
+    "mixtral": (
+        lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=2)),
+        {"input_ids": IDS},
+    ),
+    "vit": (
+        lambda: tf.ViTForImageClassification(
+            tf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+        ),
+        MODELS["timm vit"][1] | {"pixel_values": MODELS["timm vit"][1]["x"]},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "timm vit", "timm resnet", "encoder", *OTHERS])
+def test_the_standard_families_are_one_graph(name, monkeypatch):
+    for other, (make, inputs) in OTHERS.items():
+        monkeypatch.setitem(MODELS, other, (make, {k: v for k, v in inputs.items() if k != "x"}))
+    model, inputs = adapted(name)
+    options = {"backend": "aot_eager", "fullgraph": True}
+    assert_close_step(step(model, inputs), step(model, inputs, Compilation(model, options).on()))
+
+
+@pytest.mark.slow
+def test_by_inductor_it_is_the_same_to_rounding():
+    model = bert()
+    assert_close_step(step(model, {"input_ids": IDS}), step(model, {"input_ids": IDS}, Compilation(model, {}).on()))
+
+
+def test_other_lengths_and_batches_compile_once_or_twice_more():
+    torch.manual_seed(0)
+    model = Small().eval()
+    inject(model, LoRAConfig(r=2))
+    counter = CompileCounterWithBackend("eager")
+    compilation = Compilation(model, {"backend": counter, "fullgraph": True})
+    ids = torch.randint(1, 40, (6, 24), generator=torch.Generator().manual_seed(0))
+    for rows, length in [(3, 8), (3, 9), (4, 10), (5, 12), (2, 17), (6, 24)]:
+        inputs = {"ids": ids[:rows, :length]}
+        assert_close_step(step(model, inputs), step(model, inputs, compilation.on()))
+    assert counter.frame_count <= 3  # as it is, then with a length, then with a number of rows that may change
+
+
+def test_a_language_model_keeps_its_head_out():
+    llama, t5 = (MODELS[name][0]() for name in ("llama", "t5"))
+    assert parts_to_compile(llama) == [llama.model]
+    assert parts_to_compile(t5) == [t5.encoder, t5.decoder]
+    bert = MODELS["bert"][0]()
+    assert parts_to_compile(bert) == [bert]
+
+
+def test_no_trace_is_left_outside_a_step():
+    model = bert()
+    keys, compilation = list(model.state_dict()), Compilation(model, {"backend": "eager"})
+    with compilation.on():
+        assert list(model.state_dict()) == keys
+        assert model._compiled_call_impl is not None
+        assert copy.deepcopy(model)._compiled_call_impl is None
+    assert model._compiled_call_impl is None
+    assert [(name, type(m)) for name, m in model.named_modules()] == [
+        (name, type(m)) for name, m in bert().named_modules()
+    ]
+
+
+def test_it_goes_with_activation_checkpointing():
+    model = bert()
+    plain = step(model, {"input_ids": IDS})
+    recomputation, compilation = Recomputation(model), Compilation(model, FULL)
+
+    def both():
+        stack = contextlib.ExitStack()
+        stack.enter_context(recomputation.on())
+        stack.enter_context(compilation.on())
+        return stack
+
+    assert_close_step(plain, step(model, {"input_ids": IDS}, both()))
+    counter = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    step(model, {"input_ids": IDS}, both())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counter
+
+
+class Classifier(Small):
+    """Called as a task calls a model of transformers."""
+
+    def forward(self, input_ids, **rest):
+        return super().forward(input_ids)[:, :2]
+
+
+def test_a_fit_is_the_fit_without_it_to_rounding(tmp_path, make_data, make_module):
+    losses = []
+    for compile in (False, {"backend": "eager", "fullgraph": True}):
+        torch.manual_seed(0)
+        module = make_module(Classifier(), LoRAConfig(r=2, modules_to_save=["head"]), compile=compile)
+        options = {"limit_train_batches": 4, "limit_val_batches": 2, "logger": False, "default_root_dir": tmp_path}
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        before = dict(torch._dynamo.utils.counters["stats"])
+        trainer = Trainer(accelerator="cpu", max_epochs=1, **options, **quiet)
+        trainer.fit(module, make_data())
+        losses.append(float(trainer.callback_metrics["val/loss"]))
+        assert (dict(torch._dynamo.utils.counters["stats"]) != before) == bool(compile)
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        assert not any("_orig_mod" in key for key in torch.load(tmp_path / "a.ckpt")["state_dict"])
+    assert abs(losses[0] - losses[1]) < 1e-5
+
+
+def test_an_unknown_option_is_one_clear_error(make_module):
+    with pytest.raises(LoRAError, match="got 'mod'; did you mean 'mode'"):
+        make_module(compile={"mod": "default"})
