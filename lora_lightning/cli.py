@@ -300,7 +300,7 @@ def resume_wandb(loggers: Any, checkpoint: str) -> None:
     """Let W&B loggers go on with the runs that the checkpoint was written in, unless they name one."""
     given = loggers if isinstance(loggers, list) else [loggers]
     ours = [logger for logger in given if isinstance(logger, WandbLogger)]
-    if not ours or "://" in checkpoint or not Path(checkpoint).is_file():
+    if not ours or "://" in checkpoint or not Path(checkpoint).exists():
         return
     runs = run.load_checkpoint(checkpoint).get(KEY, {}).get("wandb", [])
     for logger, version in zip(ours, runs, strict=False):

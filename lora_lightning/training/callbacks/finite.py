@@ -14,6 +14,8 @@ from lora_lightning.data.base import TableData
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.sharding import is_sharded, local
+from lora_lightning.training.strategies import FSDP2Strategy
 
 
 class NotFiniteError(LoRAError):
@@ -48,9 +50,12 @@ class StopOnNonFinite(Callback):
         named = [(n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
-        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
+        norms = torch._foreach_norm([local(grad) for _, grad in named]) if named else []
         looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
-        if not bool(torch.isfinite(looked_at).all()):
+        fine = bool(torch.isfinite(looked_at).all())
+        if isinstance(trainer.strategy, FSDP2Strategy):  # each looks at its own parts, and all stop
+            fine = trainer.strategy.reduce_boolean_decision(fine)
+        if not fine:
             bad = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
             raise NotFiniteError(self._told(trainer, pl_module, bad))
 
@@ -98,6 +103,8 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     """
     backbone, task = getattr(module, "backbone", None), getattr(module, "task", None)
     if not isinstance(backbone, nn.Module) or task is None or batch is None:
+        return None
+    if is_sharded(backbone):  # runs only where all processes run it, and it failed in some
         return None
     found: list[str] = []
 

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.lora.fingerprint import Fingerprint
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.sharded_w0 import fingerprint, moved, of_own_parts
+from lora_lightning.training.sharding import is_sharded, local
 from lora_lightning.training.summary import show_injection
 
 
@@ -40,6 +42,8 @@ class FreezeBase(Callback):
         self._best: object = None
         self.before: Fingerprint | None = None
         self.after: Fingerprint | None = None
+        self._own: Fingerprint | None = None
+        """Of this process's parts of a sharded W0, at the start."""
         self._first_backward_seen = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -51,6 +55,7 @@ class FreezeBase(Callback):
         """Take the fingerprint, say what trains."""
         module = _lora_module(pl_module)
         self.before = module.w0_fingerprint()
+        self._own = of_own_parts(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
@@ -88,12 +93,16 @@ class FreezeBase(Callback):
 
     def _prove(self, pl_module: LightningModule) -> None:
         module = _lora_module(pl_module)
-        self.after = fingerprint(module.backbone)
         assert self.before is not None
-        moved = self.before.differences(self.after)
-        if moved:
+        if self._own is None:
+            self.after = fingerprint(module.backbone)
+            changed = self.before.differences(self.after)
+        else:  # all parts as they were: so is the whole
+            changed = moved(self._own, of_own_parts(module.backbone))
+            self.after = None if changed else self.before
+        if changed:
             raise W0MovedError(
-                f"W0 moved during fit: {len(moved)} frozen tensors changed, first '{moved[0]}';"
+                f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
                 " something wrote into the backbone, so merging would not give the trained model"
             )
 
@@ -134,7 +143,7 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
             f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
             f" forward goes past them. {', '.join(without[:6])}: exclude these modules"
         )
-    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(p.grad).all()]
+    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
     if finite and infinite:
         raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
 
