@@ -93,11 +93,14 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
     """
     homes: dict[int, set[int]] = {}
     found: dict[str, nn.Parameter] = {}
-    inside = {id(m): i for i, block in enumerate(blocks.values()) for m in block.modules()}
+    blocks_of: dict[int, set[int]] = {}
+    for number, block in enumerate(blocks.values()):
+        for module in block.modules():
+            blocks_of.setdefault(id(module), set()).add(number)
     for path, module in backbone.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             own = homes.setdefault(id(parameter), set())
-            own |= {i for i, b in enumerate(blocks.values()) if id(module) in _ids(b)} if id(module) in inside else {-1}
+            own |= blocks_of.get(id(module), {-1})
             if not parameter.dim() or len(own) > 1:
                 found[f"{path}.{name}" if path else name] = parameter
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
@@ -107,10 +110,6 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
             " lora.target_modules or lora.modules_to_save, or train with --trainer.strategy ddp"
         )
     return found
-
-
-def _ids(module: nn.Module) -> set[int]:
-    return {id(m) for m in module.modules()}
 
 
 def _same_everywhere(module: nn.Module, device: torch.device, done: set[int]) -> None:
@@ -127,13 +126,14 @@ def _same_everywhere(module: nn.Module, device: torch.device, done: set[int]) ->
 
 
 def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
-    if not blocks:
+    if blocks:
+        kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks.values()))
+        rank_zero_info(f"FSDP2: W0 and the adapter lie in {count} parts; gathered one by one: {len(blocks)} x {kinds}")
+    else:
         rank_zero_warn(
             f"FSDP2: no repeated blocks were found in {type(backbone).__name__}, so it is gathered as one, all of W0 at"
             " a time; FSDP2Strategy.blocks names modules to gather one by one"
         )
-    kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks.values()))
-    rank_zero_info(f"FSDP2: W0 and the adapter lie in {count} parts; gathered one by one: {len(blocks)} x {kinds}")
     if whole:
         rank_zero_info(f"FSDP2: every process holds the whole of {some(list(whole))}, scalars or shared by blocks")
     if any(getattr(layer, "lora_replays", None) is not None for _, layer in adapted_layers(backbone)):

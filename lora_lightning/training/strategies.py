@@ -7,7 +7,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -25,6 +24,7 @@ from lora_lightning.training.agree import by_first, gathered, together
 from lora_lightning.training.checkpoint_io import WholeFiles, is_remote, whole_file
 from lora_lightning.training.sharded_state import as_held, trained_state, whole_state
 from lora_lightning.training.sharding import is_sharded, shard
+from lora_lightning.training.start import MEASURED
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -120,6 +120,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             return
         if self.cpu_offload and self.root_device.type == "cpu":
             raise LoRAError("cpu_offload keeps shards off the GPU, and this run is on the CPU: leave it out")
+        if (
+            module.lora.init in MEASURED
+            and module.trainer.state.fn == TrainerFn.FITTING
+            and not module.trainer.ckpt_path
+        ):
+            raise LoRAError(
+                f"lora.init={module.lora.init} is measured on a whole model, and FSDP2 shards it: fit a step in one"
+                " process, and start from its adapter by init_adapter and another lora.init"
+            )
         named = module.named_parameters()
         beside = [name for name, p in named if p.requires_grad and not name.startswith("backbone.")]
         if beside:
@@ -217,7 +226,11 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def _count_batches(self) -> None:
         every = gathered(self._batches())
-        if any(count == float("inf") or (not count and any(loader)) for loader in zip(*every, strict=True) for count in loader):
+        if any(
+            count == float("inf") or (not count and any(loader))
+            for loader in zip(*every, strict=True)
+            for count in loader
+        ):
             raise LoRAError(
                 "FSDP2 needs to know how many batches each process evaluates, at least one: take a set that is not"
                 " streamed, or fewer devices, or --trainer.limit_val_batches 0"

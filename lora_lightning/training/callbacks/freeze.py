@@ -11,11 +11,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint
+from lora_lightning.training.agree import gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.sharded_w0 import fingerprint, moved, of_own_parts
 from lora_lightning.training.sharding import is_sharded, local
@@ -137,7 +139,7 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
         LoRAError: with the list.
     """
     trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    without = [name for name, p in trains if p.grad is None]
+    without = [name for name, p in trains if p.grad is None] or _without_in_parts(trains)
     if without:
         raise LoRAError(
             f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
@@ -146,6 +148,16 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
     infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
     if finite and infinite:
         raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
+
+
+def _without_in_parts(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
+    """FSDP2 gives zeros to what no process's backward reached; of a fresh adapter A has them too, for B is zero."""
+    own = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
+    if not own:
+        return []
+    zero = {name for name, p in own if p.grad is not None and not local(p.grad).any()}
+    everywhere = set.intersection(*gathered(zero))
+    return [] if len(everywhere) == len(own) else sorted(everywhere)  # a batch of no units gives zeros to all
 
 
 def _lora_module(module: LightningModule) -> LoRAModule:
