@@ -180,6 +180,8 @@ class LoRAModule(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the backbone where the strategy does so; Lightning calls this before each of its loops."""
+        if self._trainer is None:  # a checkpoint is loaded without one
+            return
         refuse_other_parallelism(self)
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy) and not is_sharded(self.backbone):

@@ -326,10 +326,6 @@ class FSDP2Strategy(ModelParallelStrategy):
             }
             plain.load_state_dict({"state": moved, "param_groups": state["param_groups"]})
 
-    def remove_checkpoint(self, filepath: _PATH) -> None:
-        if self.is_global_zero:
-            self.checkpoint_io.remove_checkpoint(filepath)
-
 
 def refuse_other_parallelism(module: LightningModule) -> None:
     """Lightning's own strategy leaves the sharding to the module, and one that is not sharded adds up no gradients.

@@ -179,8 +179,8 @@ def life(folder: Path, processes: int) -> None:
             many = {"devices": processes}
             new = functools.partial(FSDP2Strategy, save_distributed_checkpoint=form == "folder")
             first = fit(folder / form, strategy=new(), **many)
-            found[f"{form} figures"] = figures(first, at(folder / form, 9))
             found[f"{form} whole"] = ended(first)
+            found[f"{form} figures"] = figures(first, at(folder / form, 9))
             for step in (9, 14):  # in an epoch's middle and at an end
                 again = fit(folder / f"{form} {step}", ckpt=at(folder / form, step), strategy=new(), **many)
                 found[f"{form} from {step}"] = ended(again)

@@ -171,6 +171,8 @@ def stepped(model: nn.Module, case: Case) -> dict[str, Tensor]:
     for step in range(2):
         torch.manual_seed(step)
         out = model(case[2])
+        if step:  # as towers and preferences do, before one backward
+            out = out + model(case[2].flip(-1))
         found[f"out {step}"] = out.detach()
         (out.float().square().mean() if out.dtype == torch.bfloat16 else out.square().mean()).backward()
     model.eval()

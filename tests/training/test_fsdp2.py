@@ -104,7 +104,7 @@ def lived(tmp_path_factory):
     """What two processes found, in a folder that holds their runs; it began with a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("life")
     sharded.fit(folder / "alone")
-    shutil.copyfile(sharded.at(folder / "alone", 9), folder / "one.ckpt")
+    shutil.copyfile(sharded.at(folder / "alone", 14), folder / "one.ckpt")  # at an epoch's end
     script("sharded", "life", folder, 2)
     return folder, torch.load(folder / "found.pt", weights_only=False)
 
@@ -124,7 +124,7 @@ def test_both_forms_hold_the_same_and_a_fit_goes_on_from_the_other(lived):
 
 def test_a_file_is_that_of_a_single_process_and_holds_no_weight_of_the_base(lived):
     folder, _ = lived
-    many, one = load_checkpoint(sharded.at(folder / "file", 9)), load_checkpoint(folder / "one.ckpt")
+    many, one = load_checkpoint(sharded.at(folder / "file", 14)), load_checkpoint(folder / "one.ckpt")
     assert many.keys() == one.keys()
     assert list(many["state_dict"]) == list(one["state_dict"])
     assert {k: v.shape for k, v in many["state_dict"].items()} == {k: v.shape for k, v in one["state_dict"].items()}
@@ -161,10 +161,9 @@ def test_no_process_ever_gathered_a_weight_of_the_base(lived):
 @pytest.mark.parametrize("form", FORMS)
 def test_one_process_goes_on_and_evaluates_from_either_form(lived, form, tmp_path):
     folder, found = lived
-    checkpoint = sharded.at(folder / form, 9)
-    trainer = sharded.fit(tmp_path / "on", ckpt=checkpoint)
+    trainer = sharded.fit(tmp_path / "on", ckpt=sharded.at(folder / form, 14))
     assert trainer.global_step == found[f"{form} whole"]["step"]
-    alone = sharded.figures(trainer, checkpoint)
+    alone = sharded.figures(trainer, sharded.at(folder / form, 9))
     many = found[f"{form} figures"]
     torch.testing.assert_close(many.pop("predicted"), alone.pop("predicted"), rtol=1e-5, atol=1e-6)
     assert many == pytest.approx(alone, rel=1e-5)
