@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.agree import gathered, processes, rank, together
+from lora_lightning.training.checkpoint_index import Reader
 from lora_lightning.training.damage import DamagedCheckpointError
 
 MANIFEST, REST, STATE, OPTIMIZER = "manifest.json", "rest.pt", "state_dict", "optimizer"
@@ -78,8 +78,10 @@ def _split(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     """What is sharded, by key, and all else in its own place."""
     parts = {f"{STATE}/{k}": v for k, v in checkpoint[STATE].items() if isinstance(v, DTensor)}
     rest = {**checkpoint, STATE: {k: v for k, v in checkpoint[STATE].items() if not isinstance(v, DTensor)}}
+    if "optimizer_states" not in checkpoint:  # weights only
+        return parts, rest
     rest["optimizer_states"] = []
-    for number, optimizer in enumerate(checkpoint.get("optimizer_states", [])):
+    for number, optimizer in enumerate(checkpoint["optimizer_states"]):
         states: dict[Any, dict[str, Any]] = {}
         for i, state in optimizer["state"].items():
             sharded = {name: v for name, v in state.items() if isinstance(v, DTensor)}
@@ -189,7 +191,7 @@ def shapes(path: Path, prefix: str) -> dict[str, Tensor]:
     start = f"{prefix}/"
     return {
         key.removeprefix(start): torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")
-        for key, entry in _Reader(path).read_metadata().state_dict_metadata.items()
+        for key, entry in Reader(path).read_metadata().state_dict_metadata.items()
         if key.startswith(start) and isinstance(entry, TensorStorageMetadata)
     }
 
@@ -205,7 +207,7 @@ def read_parts(path: Path, prefix: str, like: Mapping[str, Any]) -> dict[str, An
             found[key] = torch.empty_like(shape, device="cpu")
     if found:
         parts = {f"{prefix}/{key}": value for key, value in found.items()}
-        state_dict_loader.load(parts, storage_reader=_Reader(path), no_dist=True)
+        state_dict_loader.load(parts, storage_reader=Reader(path), no_dist=True)
     return found
 
 
@@ -217,37 +219,3 @@ def add_parts(path: Path, number: int, values: dict[Any, dict[str, Any]], held: 
     for key, value in read_parts(path, prefix, known).items():
         i, _, name = key.partition("/")
         values[by_text[i]][name] = value
-
-
-ALLOWED = {"Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties"}
-ALLOWED |= {"MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING", "_StorageInfo", "Size"}
-
-
-class _Unpickler(pickle.Unpickler):
-    """Of what a folder's index is made of, and of nothing else: a folder may come from anyone."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype | torch.layout)
-        of_torch = module == "torch" or module.startswith("torch.distributed.checkpoint.")
-        if is_dtype or (of_torch and name in ALLOWED):
-            return super().find_class(module, name)
-        if (module, name) in {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")}:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint's index")
-
-
-class _Reader(FileSystemReader):
-    """torch's, that runs no code out of a folder."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        folder = Path(self.path)
-        try:
-            with (folder / ".metadata").open("rb") as file:
-                found = _Unpickler(file).load()
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-            raise DamagedCheckpointError(f"'{folder}' is not a whole checkpoint ({error})") from error
-        if not isinstance(found, Metadata):
-            raise DamagedCheckpointError(f"'{folder}' is not a whole checkpoint: its index is none")
-        found.storage_meta = found.storage_meta or StorageMeta()
-        found.storage_meta.load_id = self.load_id
-        return found

@@ -11,6 +11,7 @@ sharded then; and no process measures products for itself, so that all round ali
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -72,6 +73,7 @@ def shard(
     root = fully_shard(backbone, reshard_after_forward=False, **options)
     # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
     root.set_reduce_scatter_unused_params(True)
+    gather_before(root, "generate")
     switches.prepare_weights(backbone, "off")
     switches.recompute_inputs(backbone, False)
 
@@ -123,6 +125,20 @@ def _same_everywhere(module: nn.Module, device: torch.device, done: set[int]) ->
             data = tensor.data.contiguous()
             distributed.broadcast(data.reshape(-1).view(torch.uint8), src=0)
             tensor.data.copy_(data)
+
+
+def gather_before(root: Any, method: str) -> None:
+    """Let a method of the backbone find gathered what lies outside of the blocks: it may call parts of the model."""
+    own = getattr(root, method, None)
+    if not callable(own):
+        return
+
+    @functools.wraps(own)
+    def gathered(*args: Any, **kwargs: Any) -> Any:
+        root.unshard()
+        return own(*args, **kwargs)
+
+    setattr(root, method, gathered)
 
 
 def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:

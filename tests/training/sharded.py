@@ -14,8 +14,9 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lora_lightning import LoRAConfig, LoRAError, LoRAModule
+from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
 from lora_lightning.data.loader import ResumableLoader
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.training.agree import gathered
@@ -77,6 +78,27 @@ def equality(folder: Path, processes: int) -> None:
     for accumulate in (1, 3):
         many = {"strategy": FSDP2Strategy(), "devices": processes, "accumulate_grad_batches": accumulate}
         ragged.fit(2, file=folder / f"{accumulate}.pt", made=module(), **many)
+    many = {"strategy": FSDP2Strategy(), "devices": processes}
+    ragged.fit(0, file=folder / "lm.pt", data=Sentences(2), made=language_model(), **many)
+
+
+def language_model() -> LoRAModule:
+    """Whose loss is taken from the trained copy of its head, beside the model's own call."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).double()
+    lora = LoRAConfig(r=3, modules_to_save=["lm_head"])
+    return LoRAModule(llama, CausalLM(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
+
+
+class Sentences(ragged.Ragged):
+    """Of unlike length, each with something to train on."""
+
+    def loader(self, data: Any) -> Any:
+        rows = [{"input_ids": row["ids"], "labels": row["labels"].clone()} for row in data]
+        for row in rows:
+            row["labels"][1:3] = row["input_ids"][1:3]
+        return super().loader(rows)
 
 
 class Shuffled(ragged.Ragged):

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.lora.adapter import base_tensors
@@ -233,6 +234,20 @@ def refusals() -> dict[str, str]:
     return said
 
 
+def generation() -> bool:
+    """Whether texts of unlike length come out as from the whole model, which runs its encoder by itself."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    inject(model, LoRAConfig(r=2, target_modules=["q", "v"]))
+    rank = distributed.get_rank()
+    given = {"input_ids": IDS + 3 * rank, "max_new_tokens": 3 + 4 * rank, "do_sample": False}
+    want = model.generate(**given)
+    shard(model, init_device_mesh("cpu", (distributed.get_world_size(),)), torch.device("cpu"))
+    model._get_fsdp_state()._lazy_init()
+    return all(torch.equal(model.generate(**given), want) for _ in range(2))
+
+
 def run(file: Path, processes: int) -> None:
     distributed.init_process_group("gloo", rank=int(__import__("os").environ["LOCAL_RANK"]), world_size=processes)
     found: dict[str, Any] = {}
@@ -245,6 +260,7 @@ def run(file: Path, processes: int) -> None:
             traceback.print_exc()
             found[name] = [f"{type(error).__name__}: {error}"]
     found["refusals"] = refusals()
+    found["generation"] = generation()
     every: list[Any] = [None] * processes
     distributed.all_gather_object(every, found)
     if distributed.get_rank() == 0:
