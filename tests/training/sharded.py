@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
 from lora_lightning.data.loader import ResumableLoader
@@ -78,17 +78,17 @@ def equality(folder: Path, processes: int) -> None:
     for accumulate in (1, 3):
         many = {"strategy": FSDP2Strategy(), "devices": processes, "accumulate_grad_batches": accumulate}
         ragged.fit(2, file=folder / f"{accumulate}.pt", made=module(), **many)
-    many = {"strategy": FSDP2Strategy(), "devices": processes}
+    many = {"strategy": FSDP2Strategy(), "devices": processes, "max_steps": 20}
     ragged.fit(0, file=folder / "lm.pt", data=Sentences(2), made=language_model(), **many)
 
 
 def language_model() -> LoRAModule:
     """Whose loss is taken from the trained copy of its head, beside the model's own call."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2, "vocab_size": VOCABULARY}
-    llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1)).double()
+    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": ragged.LENGTH}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).double()  # Llama's norms are in float32
     lora = LoRAConfig(r=3, modules_to_save=["lm_head"])
-    return LoRAModule(llama, CausalLM(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
+    return LoRAModule(gpt2, CausalLM(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
 
 
 class Sentences(ragged.Ragged):
@@ -194,6 +194,7 @@ def stopped(folder: Path, what: str, strategy: FSDP2Strategy, processes: int) ->
 
 def life(folder: Path, processes: int) -> None:
     """All that happens to a run, in both forms of checkpoints; process 0 writes down what was found."""
+    equality(folder, processes)
     found: dict[str, Any] = {"gathered": []}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DTensor, "full_tensor", noting(DTensor.full_tensor, found["gathered"]))

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning.lora import switches
 from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.fingerprint import fingerprint as of_one
 from lora_lightning.training import sharded_w0
@@ -40,6 +41,14 @@ class Attention(nn.Module):
         a = (self.q(y) @ self.k(y).mT).softmax(-1) @ self.v(y)
         x = x + self.o(a)
         return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class PostNorm(Attention):
+    """Whose siblings read what the block before has normed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+        return self.norm(x + self.o(a))
 
 
 class Stack(nn.Module):
@@ -119,6 +128,12 @@ CASES: dict[str, Case] = {
         IDS,
         torch.float32,
     ),
+    "inputs computed anew": (
+        lambda: Stack(lambda: PostNorm(8)),
+        {"r": 2, "target_modules": ["q", "k", "v"]},
+        IDS,
+        torch.float32,
+    ),
     "checkpointed": (lambda: Stack(lambda: Attention(8), checkpointed=True), ALL | {"r": 3}, IDS, torch.float32),
     "tied": (
         lambda: Stack(lambda: Attention(8), tied=True),
@@ -160,6 +175,7 @@ def made(case: Case) -> nn.Module:
     torch.manual_seed(3)
     model = build().to(dtype)
     inject(model, LoRAConfig(**config))
+    switches.recompute_inputs(model, case is CASES["inputs computed anew"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_magnitude" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
