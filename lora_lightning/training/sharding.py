@@ -120,11 +120,9 @@ def _same_everywhere(module: nn.Module, device: torch.device, done: set[int]) ->
         if isinstance(tensor, DTensor) or tensor.is_meta or id(tensor) in done:
             continue
         done.add(id(tensor))
-        tensor.data = tensor.data.to(device)
+        tensor.data = tensor.data.to(device).contiguous()  # FSDP2 takes no other
         if processes() > 1 and tensor.numel():
-            data = tensor.data.contiguous()
-            distributed.broadcast(data.reshape(-1).view(torch.uint8), src=0)
-            tensor.data.copy_(data)
+            distributed.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
 
 
 def gather_before(root: Any, method: str) -> None:

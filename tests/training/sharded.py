@@ -20,7 +20,7 @@ from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
 from lora_lightning.data.loader import ResumableLoader
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.training.agree import gathered
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, StopOnNonFinite
+from lora_lightning.training.callbacks import Checkpoints, ExportAtEnd, FreezeBase, Resume, RunReport, StopOnNonFinite
 from lora_lightning.training.loggers import ContinuedCSVLogger
 from lora_lightning.training.strategies import FSDP2Strategy
 from lora_lightning.training.trainer import LoRATrainer
@@ -213,11 +213,29 @@ def life(folder: Path, processes: int) -> None:
         found["file from folder"] = ended(
             fit(folder / "crossed", ckpt=at(folder / "folder", 9), strategy=FSDP2Strategy(), **many)
         )
+    fit(
+        folder / "bf16",
+        ExportAtEnd(),
+        RunReport(),
+        strategy=FSDP2Strategy(),
+        precision="bf16-mixed",
+        max_steps=2,
+        **many,
+    )
     for what in ("w0", "loss"):
         found[f"stopped by {what}"] = stopped(folder / what, what, new(), processes)
     found["misfits"] = misfits(folder, at(folder / "folder", 9), at(folder / "file", 9), processes)
     if first.is_global_zero:
         torch.save(found, folder / "found.pt")
+
+
+def onward(folder: Path, processes: int) -> None:
+    """More processes go on from what two have written."""
+    for form in ("file", "folder"):
+        end = fit(folder / f"{form} more", ckpt=at(folder / form, 14), strategy=FSDP2Strategy(), devices=processes)
+        found = ended(end)
+        if end.is_global_zero:
+            torch.save(found, folder / f"{form} more.pt")
 
 
 def noting(call: Any, seen: list[Any]) -> Any:

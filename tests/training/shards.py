@@ -1,6 +1,6 @@
 """Models that lie in parts beside the same in one piece, bit for bit. Run as `python -m tests.training.shards N FILE`.
 
-All processes see the same batch, so the mean of their gradients is each one's own: 2 and 4 halve exactly.
+All processes see the same batch, so the mean of their gradients is each one's own, of two to the bit.
 """
 
 from __future__ import annotations
@@ -175,7 +175,6 @@ def made(case: Case) -> nn.Module:
     torch.manual_seed(3)
     model = build().to(dtype)
     inject(model, LoRAConfig(**config))
-    switches.recompute_inputs(model, case is CASES["inputs computed anew"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name or "lora_magnitude" in name:
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -204,6 +203,13 @@ def stepped(model: nn.Module, case: Case) -> dict[str, Tensor]:
     return found
 
 
+def alike(want: Tensor, got: Tensor, *, is_exact: bool) -> bool:
+    """To the bit, but for gradients of more than two processes: three times a number may round."""
+    if is_exact or distributed.get_world_size() == 2:
+        return torch.equal(want, got)
+    return torch.allclose(want, got, rtol=0, atol=1e-6 * float(want.abs().max()))
+
+
 def differing(case: Case) -> list[str]:
     """What is not the same to the bit, of outputs, gradients and fingerprints; and what the shards say of W0."""
     alone, model = made(case), made(case)
@@ -211,9 +217,10 @@ def differing(case: Case) -> list[str]:
     if distributed.get_rank():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data + 1  # rank 0's are taken
+    switches.recompute_inputs(model, case is CASES["inputs computed anew"])
     shard(model, init_device_mesh("cpu", (distributed.get_world_size(),)), torch.device("cpu"))
     got = stepped(model, case)
-    wrong = [name for name in want if not torch.equal(want[name], got[name])]
+    wrong = [name for name in want if not alike(want[name], got[name], is_exact=name.startswith(("out", "eval")))]
     fresh = of_one(made(case))
     if isinstance(case[0](), Pictures):
         fresh = of_one(alone)  # batch statistics have moved

@@ -185,6 +185,14 @@ def test_two_processes_go_on_from_one(lived):
     assert differing(found["file of one process"], found["folder of one process"]) == []
 
 
+def test_a_fit_under_autocast_reports_and_leaves_the_export_to_the_command(lived):
+    folder = lived[0] / "bf16" / "run" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["steps"] == 2
+    assert report["w0_unchanged"]
+    assert not (folder / "export").exists()
+
+
 def test_a_write_into_one_processs_part_of_the_base_stops_all(lived):
     _, found = lived
     for said in found["stopped by w0"]:
@@ -214,6 +222,14 @@ def test_checkpoints_that_do_not_fit_are_refused_in_all_processes(lived):
     for name, text in told.items():
         assert len(found["misfits"][name]) == 2
         assert all(text in said for said in found["misfits"][name]), (name, found["misfits"][name])
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_from_two(lived):
+    script("sharded", "onward", lived[0], 4)
+    file, folder = (torch.load(lived[0] / f"{form} more.pt") for form in FORMS)
+    assert file["step"] == 21
+    assert differing(file, folder) == []
 
 
 # Folders on disk.
