@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -54,9 +56,10 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         own = together(lambda: {f.name: _entry(f) for f in aside.glob(f"__{rank()}_*")})
         every = {name: entry for part in gathered(own) for name, entry in part.items()}
         together(lambda: _finish(aside, path, rest, every) if rank() == 0 else None)
-    except Exception as error:
-        if isinstance(error, LoRAError) and not isinstance(error.__cause__, OSError):
-            raise
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
+        if rank() == 0:
+            with suppress(OSError):
+                remove(aside)
         raise LoRAError(unwritten(path, (str(error).strip() or type(error).__name__).splitlines()[-1])) from error
 
 
@@ -207,7 +210,10 @@ def read_parts(path: Path, prefix: str, like: Mapping[str, Any]) -> dict[str, An
             found[key] = torch.empty_like(shape, device="cpu")
     if found:
         parts = {f"{prefix}/{key}": value for key, value in found.items()}
-        state_dict_loader.load(parts, storage_reader=Reader(path), no_dist=True)
+        try:
+            state_dict_loader.load(parts, storage_reader=Reader(path), no_dist=True)
+        except CheckpointException as error:
+            raise DamagedCheckpointError(f"'{path}' cannot be read ({str(error).splitlines()[-1]})") from error
     return found
 
 

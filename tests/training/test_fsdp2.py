@@ -8,6 +8,8 @@ Mutations that were made once, and what then fails:
 | no broadcast of process 0's values | the same, all cases |
 | `moved` looks at one process's parts only | the same, by the write into one part |
 | no `gather_before` of `generate` | test_texts_of_unlike_length... |
+| what lies outside of the blocks stays gathered after a validation | all that rest on `lived`, by law 10's check |
+| a process with a batch less does not run on | the same: it hangs, and is ended after the time limit |
 """
 
 import functools
@@ -19,10 +21,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.training.checkpoint_folder import MANIFEST, REST
+from lora_lightning.training.checkpoint_folder import MANIFEST, REST, write
 from lora_lightning.training.checkpoint_io import WholeFiles, read_checkpoint
 from lora_lightning.training.damage import DamagedCheckpointError
 from lora_lightning.training.groups import named_blocks, repeated_blocks
@@ -30,6 +33,7 @@ from lora_lightning.training.run import find_checkpoint, load_checkpoint
 from lora_lightning.training.strategies import FSDP2Strategy
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
+from tests.distributed import one_process
 from tests.processes import REPOSITORY
 from tests.training import ragged, sharded, shards
 from tests.training.resuming import differing
@@ -272,6 +276,23 @@ def test_a_damaged_folder_gives_way_to_the_one_before_it_aloud(parts, how):
     damage(parts / REST, "torn")
     with pytest.raises(DamagedCheckpointError, match=r"'rest\.pt' has changed"):
         load_checkpoint(parts)
+
+
+def test_a_full_disk_leaves_the_older_folder_and_says_so(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "last.ckpt"
+    with one_process() as mesh:
+        for step in (1, 2):
+            tensor = distribute_tensor(torch.full((3, 2), float(step)), mesh, [Shard(0)])
+            write({"state_dict": {"a": tensor, "b": torch.ones(1)}, "global_step": step}, path)
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(LoRAError, match=r"could not be written \(.*No space left on device\): make room there"):
+            write({"state_dict": {"a": tensor}, "global_step": 3}, path)
+    monkeypatch.undo()
+    assert torch.equal(read_checkpoint(path)["state_dict"]["a"], torch.full((3, 2), 2.0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
 
 
 def test_a_folder_is_found_like_a_file_also_in_the_moment_between_two_moves(parts):
