@@ -72,12 +72,21 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 def of_tensors(tensors: Mapping[str, Tensor]) -> Fingerprint:
     """The same for tensors by name, as read from a file."""
+    return of_digests(digests(tensors))
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each tensor's own digest, in hexadecimal digits."""
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 2)) as pool:  # hashlib lets go of the GIL
         waiting = {name: _digest(tensor, pool) for name, tensor in tensors.items()}
-        found = {
+        return {
             name: _sha256(header, *(piece.result() for piece in pieces)).hex()
             for name, (header, pieces) in waiting.items()
         }
+
+
+def of_digests(found: Mapping[str, str]) -> Fingerprint:
+    """The whole's, of tensors whose own digests are known, in the model's order."""
     whole = "".join(f"{name}={found[name]}\n" for name in sorted(found))
     return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in found.items()})
 

@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent, and that say so of themselves.
+"""Checkpoint files that are whole or absent, and that say so of themselves; folders are in `checkpoint_folder.py`.
 
 A file is what `torch.save` writes, a zip, and in the place where a zip keeps its comment the SHA-256 of all bytes in
 front of it. `torch.load` and `zipfile` read it as any other. It is written aside, synced and moved; what stood there
@@ -23,16 +23,14 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training import checkpoint_folder as folders
+from lora_lightning.training.checkpoint_folder import PREVIOUS, move_aside, remove, sync, unwritten
+from lora_lightning.training.damage import DamagedCheckpointError
 
-PREVIOUS = ".previous"
 MARK = b"lora_lightning sha256 "
 SEAL = len(MARK) + 64
 """Bytes of the comment: the mark and a hexadecimal digest."""
 PIECE = 1 << 20
-
-
-class DamagedCheckpointError(LoRAError):
-    """A file that is not what was written: torn, or with a bit flipped."""
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -53,14 +51,11 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         _keep(path)
         aside.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
         _OURS[path] = _mark(path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
-        raise LoRAError(
-            f"the checkpoint '{path}' could not be written ({_first_line(cause)}): make room there or give another"
-            " --runs_dir, and go on with --ckpt_path last; older checkpoints are as they were"
-        ) from error
+        raise LoRAError(unwritten(path, _first_line(cause))) from error
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -93,6 +88,8 @@ def _keep(path: Path) -> None:
 
     A damaged one is not worth the place of the one before it, from which this fit may have gone on.
     """
+    if path.is_dir():  # of processes that each wrote their part
+        move_aside(path)
     if not _is_worth_keeping(path):
         return
     second = path.with_name(f".{path.name}{PREVIOUS}.{os.getpid()}.part")
@@ -102,7 +99,10 @@ def _keep(path: Path) -> None:
             second.hardlink_to(path)
         except OSError:  # a file system without links
             shutil.copyfile(path, second)
-        second.replace(path.with_name(path.name + PREVIOUS))
+        before = path.with_name(path.name + PREVIOUS)
+        if before.is_dir():
+            remove(before)
+        second.replace(before)
     finally:
         second.unlink(missing_ok=True)
 
@@ -129,22 +129,15 @@ def _is_worth_keeping(path: Path) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Make the move itself last; not every system opens folders."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def check_whole(path: Path) -> None:
     """Raise unless the file is what was written. One without a digest, by plain Lightning, is asked for its own sums.
 
     Raises:
         DamagedCheckpointError: with what is wrong.
     """
+    if path.is_dir():
+        folders.check(path)
+        return
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -177,7 +170,7 @@ def whole_file(path: Path, check: Callable[[Path], None] = check_whole) -> Path:
     try:
         check(path)
     except (FileNotFoundError, DamagedCheckpointError) as error:
-        if not before.is_file():
+        if not before.exists():
             raise
         check(before)
         rank_zero_warn(f"{error}; the one before it is used: '{before}'")
@@ -192,7 +185,10 @@ def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any 
         FileNotFoundError: there is none.
         DamagedCheckpointError: there is no whole one.
     """
-    return torch.load(whole_file(path), map_location=map_location, weights_only=weights_only)
+    found = whole_file(path)
+    if found.is_dir():
+        return folders.read(found, weights_only=weights_only, map_location=map_location)
+    return torch.load(found, map_location=map_location, weights_only=weights_only)
 
 
 def _first_line(error: BaseException) -> str:
@@ -221,7 +217,7 @@ class WholeFiles(TorchCheckpointIO):
     def remove_checkpoint(self, path: _PATH) -> None:
         super().remove_checkpoint(path)
         if not is_remote(path):
-            Path(f"{path}{PREVIOUS}").unlink(missing_ok=True)
+            remove(Path(f"{path}{PREVIOUS}"))
 
 
 def is_remote(path: _PATH) -> bool:

@@ -20,7 +20,7 @@ from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.fill import fill_from_files
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.lora.fingerprint import Fingerprint
 from lora_lightning.lora.inject import adapted_layers, saved_copies
 from lora_lightning.lora.meta_start import inject_anywhere
 from lora_lightning.lora.products import Prepare
@@ -31,7 +31,10 @@ from lora_lightning.training.forward import TrainingForward
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.precision import convert, explained_by_precision, precision_of
 from lora_lightning.training.sets import stage_of
+from lora_lightning.training.sharded_w0 import fingerprint
+from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
+from lora_lightning.training.strategies import FSDP2Strategy, refuse_other_parallelism
 
 
 class LoRAModule(LightningModule):
@@ -113,10 +116,6 @@ class LoRAModule(LightningModule):
         if left:
             rank_zero_warn(f"{', '.join(left)}: new, with random weights, and frozen; to train: lora.modules_to_save")
 
-    def configure_model(self) -> None:
-        """Fill a backbone that was built on the meta device; Lightning calls this for each fit, test and load."""
-        fill_from_files(self.backbone, self.device)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted backbone's own output."""
         return self.backbone(*args, **kwargs)
@@ -194,12 +193,33 @@ class LoRAModule(LightningModule):
             entry |= {"monitor": getattr(scheduler, "monitor", None) or fits, "interval": "epoch"}
         return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
 
-    def on_fit_start(self) -> None:
+    def configure_model(self) -> None:
+        """Shard the backbone where the strategy does so, and fill one that was built on the meta device.
+
+        Lightning calls this before each of its loops, and where a checkpoint is loaded without a trainer.
+        """
+        if self._trainer is not None:
+            self._shard()
+        fill_from_files(self.backbone, self.device)
+
+    def _shard(self) -> None:
+        refuse_other_parallelism(self)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, FSDP2Strategy) and not is_sharded(self.backbone):
+            if self.trainer.state.fn == TrainerFn.FITTING:
+                self._start_from_adapter()
+            strategy.shard_module(self)
+
+    def _start_from_adapter(self) -> None:
         if self.init_adapter is not None and self.trainer.ckpt_path is None:
             start = start_from_adapter(
                 self.backbone, self.init_adapter, self.lora, allow_other_base=self.allow_other_base
             )
             rank_zero_info(f"init_adapter {self.init_adapter}: {start}")
+
+    def on_fit_start(self) -> None:
+        if not is_sharded(self.backbone):
+            self._start_from_adapter()
         self.set_modes()
 
     def on_train_start(self) -> None:
@@ -277,10 +297,15 @@ class LoRAModule(LightningModule):
             AdapterError: keys missing, left over or wrongly shaped, with the list.
         """
         if strict:
-            self._refuse_misfits(state_dict)
+            self.refuse_misfits(state_dict)
         return super().load_state_dict(state_dict, strict=False, assign=assign)
 
-    def _refuse_misfits(self, state_dict: Mapping[str, Any]) -> None:
+    def refuse_misfits(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise unless these are the adapter's keys and shapes.
+
+        Raises:
+            AdapterError: with what is missing, left over or wrongly shaped.
+        """
         own = super().state_dict()
         frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
         problems = [f"missing '{k}'" for k in own if k not in state_dict and k not in frozen]

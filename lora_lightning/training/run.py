@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.storage import write_bytes
-from lora_lightning.training.checkpoint_io import PREVIOUS, DamagedCheckpointError, read_checkpoint
+from lora_lightning.training.checkpoint_folder import PREVIOUS, is_folder_checkpoint
+from lora_lightning.training.checkpoint_io import read_checkpoint
+from lora_lightning.training.damage import DamagedCheckpointError
 
 CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json", "export"
 
@@ -34,7 +36,7 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
 
 
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
-    """A checkpoint from the path of a file, of a run, or of the folder with a run's versions.
+    """A checkpoint, a file or a folder in parts, from its path, that of a run, or of the folder with a run's versions.
 
     Args:
         path: `.../best.ckpt`, `runs/demo/version_3` or `runs/demo` (its newest version that has checkpoints).
@@ -44,26 +46,30 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         LoRAError: nothing is there, with what is.
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() or is_folder_checkpoint(path) or (path.suffix == ".ckpt" and _before(path).exists()):
         return path
     if not path.is_dir():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
     for run in [path, *_newest_first(path)]:
-        files = _checkpoints_in(run / CHECKPOINTS)
+        files = _checkpoints(run / CHECKPOINTS)
         if files:
             return _pick(files, which)
-    loose = _checkpoints_in(path)
+    loose = _checkpoints(path)
     if loose:
         return _pick(loose, which)
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
 
 
-def _checkpoints_in(folder: Path) -> list[Path]:
-    """Oldest first; also one that is gone, where the one before it is there: reading it says so and takes that."""
-    times = {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
-    for before in folder.glob(f"*.ckpt{PREVIOUS}"):
-        times.setdefault(before.with_name(before.name.removesuffix(PREVIOUS)), before.stat().st_mtime)
+def _before(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + PREVIOUS)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those in a folder, oldest first; one that was being replaced by a killed process is there as the one before."""
+    when = {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
+    before = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
+    times = before | when
     return sorted(times, key=lambda file: times[file])
 
 
@@ -120,7 +126,7 @@ def _pick(files: list[Path], which: str) -> Path:
     for key, state in callbacks.items():
         if key.startswith("ModelCheckpoint") and state.get("best_model_path"):
             best = files[0].parent / Path(state["best_model_path"]).name
-            if best.is_file():
+            if best.exists():
                 return best
     return files[-1]
 

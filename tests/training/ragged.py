@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -78,6 +79,11 @@ class Ragged(LightningDataModule):
         return DataLoader(data, batch_size=self.batch_size, sampler=sampler)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """One that lies in parts, gathered."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Record(Callback):
     """What rank 0 has at the end: the adapter, the logged loss of each optimizer step, and the metrics."""
 
@@ -96,7 +102,7 @@ class Record(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LoRAModule) -> None:
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if not k.endswith("_step")}
-        adapter = {k: v.detach().clone() for k, v in adapter_tensors(pl_module.backbone).items()}
+        adapter = {k: whole(v).detach().clone() for k, v in adapter_tensors(pl_module.backbone).items()}
         self.out = {"adapter": adapter, "losses": self.losses, "metrics": metrics, "steps": trainer.global_step}
         if self.file is not None and trainer.is_global_zero:
             torch.save(self.out, self.file)

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,6 +17,7 @@ from lora_lightning.training import run
 from lora_lightning.training.features import features, head_of, pixels
 from lora_lightning.training.merged import is_transformers
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.sharding import is_sharded
 
 PIXELS = "pixel_values"
 SPLITS = ("train", "validation", "test")
@@ -72,6 +74,11 @@ class Baselines(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LoRAModule)
+        if is_sharded(pl_module.backbone):
+            rank_zero_warn(
+                "Baselines fitted no probe: W0 lies in parts, and one process computes it; run it on one device"
+            )
+            return
         data = trainer.datamodule  # type: ignore[attr-defined]
         values = {
             "majority_accuracy": data.majority_share("validation"),

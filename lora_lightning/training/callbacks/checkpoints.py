@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.callbacks.loops import place_of
+from lora_lightning.training.checkpoint_folder import remove
 from lora_lightning.training.checkpoint_io import is_remote
 
 REQUEUE = 75
@@ -178,16 +179,21 @@ class Checkpoints(ModelCheckpoint):
 
 
 def _same(one: Path, other: Path) -> bool:
-    return other.is_file() and os.path.realpath(one) == os.path.realpath(other)
+    return other.exists() and os.path.realpath(one) == os.path.realpath(other)
 
 
 def _brought(best: Path, mine: Path) -> bool:
     """Whether the best so far is in this run's folder: moved there with the folder, or copied now by one process."""
-    if not best.is_file():
-        return mine.is_file()
+    if not best.exists():
+        return mine.exists()
     if getattr(rank_zero_only, "rank", 0) == 0:
         mine.parent.mkdir(parents=True, exist_ok=True)
         aside = mine.with_name(f".{mine.name}.{os.getpid()}.part")
-        shutil.copyfile(best, aside)
+        if best.is_dir():  # in parts
+            remove(aside)
+            remove(mine)
+            shutil.copytree(best, aside)
+        else:
+            shutil.copyfile(best, aside)
         aside.replace(mine)
     return True

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lora_lightning.lora.adapter import adapter_tensors
@@ -22,6 +23,7 @@ from lora_lightning.training.export_options import DEFAULT_FORMATS, checked_opti
 from lora_lightning.training.first_batch import first_batch
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing
+from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.summary import show_report
 from lora_lightning.training.trainer import of_the_data, record_export
 
@@ -84,6 +86,9 @@ class ExportAtEnd(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, LoRAModule)  # see setup
+        if is_sharded(pl_module.backbone):
+            rank_zero_warn(f"nothing was exported: W0 lies in parts; run lora-lightning export --ckpt_path {folder}")
+            return
         batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], pl_module)
         own = of_the_data(trainer.datamodule)  # type: ignore[attr-defined]
         with _best(trainer, pl_module):

@@ -15,6 +15,7 @@ from lora_lightning.data.rows import ROW
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.ending import agreed
+from lora_lightning.training.sharding import is_sharded, local
 
 
 class NotFiniteError(LoRAError):
@@ -49,7 +50,7 @@ class StopOnNonFinite(Callback):
         named = [(n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
-        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
+        norms = torch._foreach_norm([local(grad) for _, grad in named]) if named else []
         looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
         bad = ~torch.isfinite(looked_at)
         anywhere = bad.any().float()
@@ -107,6 +108,8 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     """
     backbone, task = getattr(module, "backbone", None), getattr(module, "task", None)
     if not isinstance(backbone, nn.Module) or task is None or batch is None:
+        return None
+    if is_sharded(backbone):  # runs only where all processes run it, and it failed in some
         return None
     found: list[str] = []
 

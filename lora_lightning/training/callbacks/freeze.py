@@ -11,14 +11,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.lora.fingerprint import Fingerprint
+from lora_lightning.training.agree import gathered
 from lora_lightning.training.ending import agreed
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.parts import parts_of
+from lora_lightning.training.sharded_w0 import fingerprint, moved, of_own_parts
+from lora_lightning.training.sharding import is_sharded, local
 from lora_lightning.training.summary import show_injection
 
 
@@ -42,6 +46,8 @@ class FreezeBase(Callback):
         self._best: object = None
         self.before: Fingerprint | None = None
         self.after: Fingerprint | None = None
+        self._own: Fingerprint | None = None
+        """Of this process's parts of a sharded W0, at the start."""
         self._first_backward_seen = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -53,6 +59,7 @@ class FreezeBase(Callback):
         """Take the fingerprint, say what trains."""
         module = _lora_module(pl_module)
         self.before = module.w0_fingerprint()
+        self._own = of_own_parts(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
@@ -92,16 +99,20 @@ class FreezeBase(Callback):
 
     def _prove(self, pl_module: LightningModule) -> None:
         module = _lora_module(pl_module)
-        self.after = fingerprint(module.backbone)
         assert self.before is not None
-        moved = self.before.differences(self.after)
-        if told := agreed(_told(moved) if moved else None):
+        if self._own is None:
+            self.after = fingerprint(module.backbone)
+            changed = self.before.differences(self.after)
+        else:  # all parts as they were: so is the whole
+            changed = moved(self._own, of_own_parts(module.backbone))
+            self.after = None if changed else self.before
+        if told := agreed(_told(changed) if changed else None):
             raise W0MovedError(told)
 
 
-def _told(moved: Sequence[str]) -> str:
+def _told(changed: Sequence[str]) -> str:
     return (
-        f"W0 moved during fit: {len(moved)} frozen tensors changed, first '{moved[0]}';"
+        f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
         " something wrote into the backbone, so merging would not give the trained model"
     )
 
@@ -136,15 +147,25 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
         LoRAError: with the list.
     """
     trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    without = [name for name, p in trains if p.grad is None]
+    without = [name for name, p in trains if p.grad is None] or _without_in_parts(trains)
     if without:
         raise LoRAError(
             f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
             f" forward goes past them. {', '.join(without[:6])}: exclude these modules"
         )
-    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(p.grad).all()]
+    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
     if finite and infinite:
         raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
+
+
+def _without_in_parts(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
+    """FSDP2 gives zeros to what no process's backward reached; of a fresh adapter A has them too, for B is zero."""
+    own = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
+    if not own:
+        return []
+    zero = {name for name, p in own if p.grad is not None and not local(p.grad).any()}
+    everywhere = set.intersection(*gathered(zero))
+    return [] if len(everywhere) == len(own) else sorted(everywhere)  # a batch of no units gives zeros to all
 
 
 def _lora_module(module: LightningModule) -> LoRAModule:

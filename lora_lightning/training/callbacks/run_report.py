@@ -18,6 +18,7 @@ from lora_lightning.training import run
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.parts import parts_of
+from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.summary import show_report
 
 
@@ -55,15 +56,17 @@ class RunReport(Callback):
             return
         report, w0 = pl_module.report, pl_module.w0_fingerprint()
         guards = [c.after for c in trainer.callbacks if isinstance(c, FreezeBase) and c.after]  # type: ignore[attr-defined]
-        after = guards[0] if guards else fingerprint(pl_module.backbone)
+        # By one process of many, parts cannot be gathered: without the guard nothing is known of them.
+        unknown = not guards and is_sharded(pl_module.backbone)
+        after = None if unknown else guards[0] if guards else fingerprint(pl_module.backbone)
         values: dict[str, Any] = {
             "run_dir": str(folder),
             "trainable": report.trainable,
             "total": report.total,
             "share": report.share,
             "w0_before": w0.digest,
-            "w0_after": after.digest,
-            "w0_unchanged": w0.digest == after.digest,
+            "w0_after": after and after.digest,
+            "w0_unchanged": after and w0.digest == after.digest,
             "train_seconds": round(self._seconds, 1),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,

@@ -1,0 +1,71 @@
+"""Law 2 where W0 lies in parts: the fingerprint that one process would find, and the proof that no part has moved.
+
+For the fingerprint each tensor is gathered by one process, the next by the next, which hash at the same time; none ever
+holds more than one. Whether W0 has moved needs no gathering: each process compares its own parts with what they were.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from lora_lightning.lora.adapter import base_tensors
+from lora_lightning.lora.fingerprint import Fingerprint, digests, of_digests, of_tensors
+from lora_lightning.lora.fingerprint import fingerprint as of_one_process
+from lora_lightning.training.agree import gathered, processes, rank
+from lora_lightning.training.sharding import is_sharded, local
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
+    if not is_sharded(model):
+        return of_one_process(model)
+    tensors, found = base_tensors(model), dict[str, str]()
+    waiting: dict[str, Future[dict[str, str]]] = {}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for number, (name, tensor) in enumerate(tensors.items()):
+            to = number % processes()
+            for earlier in waiting.values() if to == rank() else ():
+                earlier.result()  # which lets go of the tensor before the next one comes
+            whole = gathered_by(tensor, to)
+            if whole is not None:
+                waiting[name] = pool.submit(digests, {name: whole})
+        for one in waiting.values():
+            found |= one.result()
+    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+    return of_digests({name: every[name] for name in tensors})
+
+
+def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
+    """The whole tensor in one process, and None in the others; all must call it.
+
+    FSDP2 lays rows in chunks, of which the last may be short or empty.
+    """
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor) or processes() == 1:
+        return local(tensor) if to == rank() else None
+    assert tensor.placements == (Shard(0),), tensor.placements
+    count = processes()
+    row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
+    size = -(-tensor.shape[0] // count) * row
+    own = torch.zeros(size, dtype=torch.uint8, device=tensor.device)
+    mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
+    own[: mine.numel()] = mine
+    whole = torch.empty(count * size if to == rank() else 0, dtype=torch.uint8, device=tensor.device)
+    distributed.gather(own, list(torch.split(whole, size)) if to == rank() and size else None, dst=to)
+    if to != rank():
+        return None
+    return whole[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)
+
+
+def of_own_parts(model: nn.Module) -> Fingerprint:
+    """Of what this process holds of W0."""
+    return of_tensors({name: local(tensor) for name, tensor in base_tensors(model).items()})
+
+
+def moved(before: Fingerprint, after: Fingerprint) -> list[str]:
+    """Names of tensors of which any process's part differs, in all processes."""
+    return list(dict.fromkeys(name for part in gathered(before.differences(after)) for name in part))

@@ -1,0 +1,292 @@
+"""Fits under FSDP2. Run in several processes as `python -m tests.training.sharded WHAT FOLDER PROCESSES`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
+from lora_lightning.data.loader import ResumableLoader
+from lora_lightning.data.sampler import EpochSampler
+from lora_lightning.training.agree import gathered
+from lora_lightning.training.callbacks import Checkpoints, ExportAtEnd, FreezeBase, Resume, RunReport, StopOnNonFinite
+from lora_lightning.training.loggers import ContinuedCSVLogger
+from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.trainer import LoRATrainer
+from tests.processes import in_processes
+from tests.training import ragged
+from tests.training.ragged import VOCABULARY, Tokens
+
+
+class Block(nn.Module):
+    """A norm and two linear layers around it, odd in size: no number of processes divides its rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 13), nn.Linear(13, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return y
+
+
+class Told(Tokens):
+    """That also says what it predicts."""
+
+    def predict(self, backbone: nn.Module, batch: Any) -> dict[str, torch.Tensor]:
+        return {"logits": backbone(batch["ids"])}
+
+
+class Net(nn.Module):
+    """Token by token; the head is tied to the embedding."""
+
+    def __init__(self, width: int = 17, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits: torch.Tensor = self.head(self.norm(x)) * self.scale
+        return logits
+
+
+def module(dtype: torch.dtype = torch.float64, **config: Any) -> LoRAModule:
+    torch.manual_seed(0)
+    lora = LoRAConfig(**{"r": 3, "alpha": 6, "target_modules": ["up", "down"]} | config)
+    return LoRAModule(Net().to(dtype), Told(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
+
+
+def equality(folder: Path, processes: int) -> None:
+    """The fits of `ragged`, sharded."""
+    for accumulate in (1, 3):
+        many = {"strategy": FSDP2Strategy(), "devices": processes, "accumulate_grad_batches": accumulate}
+        ragged.fit(2, file=folder / f"{accumulate}.pt", made=module(), **many)
+    many = {"strategy": FSDP2Strategy(), "devices": processes, "max_steps": 20}
+    ragged.fit(0, file=folder / "lm.pt", data=Sentences(2), made=language_model(), **many)
+
+
+def language_model() -> LoRAModule:
+    """Whose loss is taken from the trained copy of its head, beside the model's own call."""
+    torch.manual_seed(0)
+    sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": ragged.LENGTH}
+    gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).double()  # Llama's norms are in float32
+    lora = LoRAConfig(r=3, modules_to_save=["lm_head"])
+    return LoRAModule(gpt2, CausalLM(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
+
+
+class Sentences(ragged.Ragged):
+    """Of unlike length, each with something to train on."""
+
+    def loader(self, data: Any) -> Any:
+        rows = [{"input_ids": row["ids"], "labels": row["labels"].clone()} for row in data]
+        for row in rows:
+            row["labels"][1:3] = row["input_ids"][1:3]
+        return super().loader(rows)
+
+
+class Shuffled(ragged.Ragged):
+    """In a new order each epoch; the four rows of a step are the same however many processes share them."""
+
+    def __init__(self, at_once: int = 4) -> None:
+        super().__init__(at_once)
+
+    def train_dataloader(self) -> Any:
+        count = self.trainer.world_size
+        size, data = self.batch_size // count, ragged.rows(26, seed=1)
+        places = {"num_replicas": count, "rank": self.trainer.global_rank, "shuffle": True, "seed": 5}
+        return ResumableLoader(data, batch_size=size, sampler=EpochSampler(data, batch_size=size, **places))
+
+    def test_dataloader(self) -> Any:
+        return self.loader(ragged.rows(13, seed=3))
+
+    def predict_dataloader(self) -> Any:
+        return self.loader(ragged.rows(13, seed=3))
+
+
+class Keep(Checkpoints):
+    """Keeps a copy of each `last.ckpt`, by its step."""
+
+    def _save_newest(self, trainer: Trainer) -> None:
+        before = self._newest
+        super()._save_newest(trainer)
+        if self._newest != before and trainer.is_global_zero:
+            last = Path(self.last_model_path)
+            copy = last.with_name(f"{self._newest[0]:03}.ckpt")
+            shutil.copytree(last, copy) if last.is_dir() else shutil.copyfile(last, copy)
+        trainer.strategy.barrier()
+
+
+def fit(folder: Path, *callbacks: Any, ckpt: Path | None = None, **options: Any) -> Trainer:
+    """Three epochs of seven steps, with dropout and shuffling, saved after every step."""
+    seed_everything(11, verbose=False)
+    if ckpt is not None:
+        torch.rand(7)  # another number of draws in front of a resumed fit
+    made = module(torch.float32, dropout=0.2, modules_to_save=["norm"])
+    trainer = trainer_of(
+        FreezeBase(show_table=False), Resume(), StopOnNonFinite(), *callbacks, folder=folder, **options
+    )
+    trainer.fit(made, Shuffled(), ckpt_path=None if ckpt is None else str(ckpt))
+    return trainer
+
+
+def trainer_of(*callbacks: Any, folder: Path, **options: Any) -> LoRATrainer:
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1, "accelerator": "cpu"}
+    logger = ContinuedCSVLogger(folder, name="run", version=0)
+    kept = [] if any(isinstance(one, Checkpoints) for one in callbacks) else [Keep(save_every=1)]
+    given = {"max_epochs": 3, "gradient_clip_val": 1.0, "num_sanity_val_steps": 1} | options
+    return LoRATrainer(callbacks=[*callbacks, *kept], logger=logger, **quiet, **given)
+
+
+def ended(trainer: Trainer) -> dict[str, Any]:
+    """Weights and optimizer at a fit's end, gathered."""
+    named = trainer.lightning_module.named_parameters()
+    weights = {name: ragged.whole(p).detach().clone() for name, p in named if p.requires_grad}
+    states = trainer.optimizers[0].state_dict()["state"]
+    moments = {f"{i}.{key}": ragged.whole(v).clone() for i, state in states.items() for key, v in state.items()}
+    return {**weights, **moments, "step": trainer.global_step}
+
+
+def at(folder: Path, step: int) -> Path:
+    return folder / "run" / "version_0" / "checkpoints" / f"{step:03}.ckpt"
+
+
+class Nudge(Callback):
+    """Writes into process 1's part of W0, or puts what is not finite into its loss, after the fourth step."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if self.what == "w0" and trainer.global_step == 4 and trainer.global_rank == 1:
+            weight = pl_module.backbone.layers[1].up.weight
+            weight.to_local().view(-1)[0] += 1e-3
+
+    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
+        if self.what == "loss" and trainer.global_step == 4 and trainer.global_rank == 1:
+            loss.data.fill_(float("nan"))
+
+
+def stopped(folder: Path, what: str, strategy: FSDP2Strategy, processes: int) -> list[str]:
+    """What each process raised."""
+    try:
+        fit(folder, Nudge(what), strategy=strategy, devices=processes)
+    except LoRAError as error:
+        return gathered(f"{type(error).__name__}: {error}")
+    return gathered("nothing")
+
+
+def life(folder: Path, processes: int) -> None:
+    """All that happens to a run, in both forms of checkpoints; process 0 writes down what was found."""
+    equality(folder, processes)
+    found: dict[str, Any] = {"gathered": []}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", noting(DTensor.full_tensor, found["gathered"]))
+        for form in ("file", "folder"):
+            many = {"devices": processes}
+            new = functools.partial(FSDP2Strategy, save_distributed_checkpoint=form == "folder")
+            first = fit(folder / form, strategy=new(), **many)
+            found[f"{form} whole"] = ended(first)
+            found[f"{form} figures"] = figures(first, at(folder / form, 9))
+            for step in (9, 14):  # in an epoch's middle and at an end
+                again = fit(folder / f"{form} {step}", ckpt=at(folder / form, step), strategy=new(), **many)
+                found[f"{form} from {step}"] = ended(again)
+            found[f"{form} of one process"] = ended(
+                fit(folder / f"{form} one", ckpt=folder / "one.ckpt", strategy=new(), **many)
+            )
+        found["file from folder"] = ended(
+            fit(folder / "crossed", ckpt=at(folder / "folder", 9), strategy=FSDP2Strategy(), **many)
+        )
+    fit(
+        folder / "bf16",
+        ExportAtEnd(),
+        RunReport(),
+        strategy=FSDP2Strategy(),
+        precision="bf16-mixed",
+        max_steps=2,
+        **many,
+    )
+    for what in ("w0", "loss"):
+        found[f"stopped by {what}"] = stopped(folder / what, what, new(), processes)
+    found["misfits"] = misfits(folder, at(folder / "folder", 9), at(folder / "file", 9), processes)
+    if first.is_global_zero:
+        torch.save(found, folder / "found.pt")
+
+
+def onward(folder: Path, processes: int) -> None:
+    """More processes go on from what two have written."""
+    for form in ("file", "folder"):
+        end = fit(folder / f"{form} more", ckpt=at(folder / form, 14), strategy=FSDP2Strategy(), devices=processes)
+        found = ended(end)
+        if end.is_global_zero:
+            torch.save(found, folder / f"{form} more.pt")
+
+
+def noting(call: Any, seen: list[Any]) -> Any:
+    @functools.wraps(call)
+    def noted(tensor: DTensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(tuple(tensor.shape))
+        return call(tensor, *args, **kwargs)
+
+    return noted
+
+
+def figures(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+    """Metrics of a test and a validation from a checkpoint, and the predictions of all processes, by row."""
+    given: Any = {"datamodule": Shuffled(), "ckpt_path": str(checkpoint)}
+    tested = trainer.test(trainer.lightning_module, verbose=False, **given)[0]
+    validated = trainer.validate(trainer.lightning_module, verbose=False, **given)[0]
+    predicted = trainer.predict(trainer.lightning_module, **given)
+    mine = [torch.cat([batch["logits"] for batch in predicted])]  # type: ignore[union-attr,index]
+    parts = [part[0] for part in gathered(mine)]
+    rows = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
+    for rank, part in enumerate(parts):
+        rows[rank :: len(parts)] = part
+    return {**tested, **validated, "predicted": rows}
+
+
+def misfits(folder: Path, parts: Path, file: Path, processes: int) -> dict[str, list[str]]:
+    """What is said of checkpoints of another adapter, of another base, and of keys that do not fit."""
+    said = {}
+
+    def of(name: str, made: LoRAModule, checkpoint: Path) -> None:
+        trainer = trainer_of(folder=folder / "misfit", strategy=FSDP2Strategy(), devices=processes)
+        try:
+            trainer.test(made, Shuffled(), ckpt_path=str(checkpoint), verbose=False)
+        except LoRAError as error:
+            said[name] = gathered(str(error))
+
+    config: dict[str, Any] = {"dropout": 0.2, "modules_to_save": ["norm"]}
+    of("another rank", module(torch.float32, **config | {"r": 2}), parts)
+    other = module(torch.float32, **config)
+    with torch.no_grad():
+        other.backbone.layers[2].down.bias[0] += 1  # type: ignore[index,union-attr]
+    of("another base", other, file)
+    for form, path in (("file", file), ("folder", parts)):
+        for what, change in (("shapes", {"r": 2}), ("keys", {"target_modules": ["up"]})):
+            made = module(torch.float32, **config | change)
+            made.lora = other.lora  # says what the checkpoint says, and is not so
+            of(f"{what} in the {form}", made, path)
+    return said
+
+
+if __name__ == "__main__":
+    what, where, number = sys.argv[1:]
+    limit = float(os.environ.get("LIMIT", "240"))
+    sys.exit(max(map(abs, in_processes(int(number), globals()[what], Path(where), int(number), timeout=limit))))

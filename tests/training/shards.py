@@ -1,0 +1,298 @@
+"""Models that lie in parts beside the same in one piece, bit for bit. Run as `python -m tests.training.shards N FILE`.
+
+All processes see the same batch, so the mean of their gradients is each one's own, of two to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+from transformers import T5Config, T5ForConditionalGeneration
+
+from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning.lora import switches
+from lora_lightning.lora.adapter import base_tensors
+from lora_lightning.lora.fingerprint import fingerprint as of_one
+from lora_lightning.training import sharded_w0
+from lora_lightning.training.sharding import shard
+from tests.processes import in_processes
+
+
+class Attention(nn.Module):
+    """Four siblings over one input, and an odd width between."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(d)
+        self.q, self.k, self.v, self.o = (nn.Linear(d, d) for _ in range(4))
+        self.up, self.down = nn.Linear(d, 13), nn.Linear(13, d)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        a = (self.q(y) @ self.k(y).mT).softmax(-1) @ self.v(y)
+        x = x + self.o(a)
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class PostNorm(Attention):
+    """Whose siblings read what the block before has normed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = (self.q(x) @ self.k(x).mT).softmax(-1) @ self.v(x)
+        return self.norm(x + self.o(a))
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding and a head."""
+
+    def __init__(self, block: Callable[[], nn.Module], *, checkpointed: bool = False, tied: bool = False) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = (
+            nn.Embedding(11, 8),
+            nn.ModuleList(block() for _ in range(3)),
+            nn.Linear(8, 11),
+        )
+        self.temperature, self.checkpointed = nn.Parameter(torch.tensor(0.7)), checkpointed
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
+        return self.head(x) * self.temperature
+
+
+class Shared(nn.Module):
+    """A block whose table is all blocks' own."""
+
+    def __init__(self, table: nn.Parameter) -> None:
+        super().__init__()
+        self.table, self.net = table, nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x + self.table)
+
+
+class Pictures(nn.Module):
+    """Convolutions and batch statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3)
+        self.stages = nn.Sequential(
+            *(nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()) for _ in range(3))
+        )
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+def encoder() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0)
+
+
+IDS, IMAGES = torch.arange(10).view(2, 5) % 11, torch.linspace(-1, 1, 2 * 3 * 36).view(2, 3, 6, 6)
+ALL = {"target_modules": "all-linear"}
+Case = tuple[Callable[[], nn.Module], dict[str, Any], Tensor, torch.dtype]
+
+
+def table() -> nn.Module:
+    shared = nn.Parameter(torch.randn(8))
+    return Stack(lambda: Shared(shared))
+
+
+CASES: dict[str, Case] = {
+    "siblings": (lambda: Stack(lambda: Attention(8)), ALL | {"r": 3, "dropout": 0.2}, IDS, torch.float32),
+    "rank one": (lambda: Stack(lambda: Attention(8)), ALL | {"r": 1}, IDS, torch.float64),
+    "bf16 base": (
+        lambda: Stack(lambda: Attention(8)),
+        ALL | {"r": 3, "modules_to_save": ["head"]},
+        IDS,
+        torch.bfloat16,
+    ),
+    "DoRA": (lambda: Stack(lambda: Attention(8)), ALL | {"r": 3, "use_dora": True}, IDS, torch.float32),
+    "bias and a moved start": (
+        lambda: Stack(lambda: Attention(8)),
+        ALL | {"r": 3, "bias": "lora_only", "init": "pissa"},
+        IDS,
+        torch.float32,
+    ),
+    "inputs computed anew": (
+        lambda: Stack(lambda: PostNorm(8)),
+        {"r": 2, "target_modules": ["q", "k", "v"]},
+        IDS,
+        torch.float32,
+    ),
+    "checkpointed": (lambda: Stack(lambda: Attention(8), checkpointed=True), ALL | {"r": 3}, IDS, torch.float32),
+    "tied": (
+        lambda: Stack(lambda: Attention(8), tied=True),
+        ALL | {"r": 3, "exclude_modules": ["head"]},
+        IDS,
+        torch.float32,
+    ),
+    "embedding and head": (
+        lambda: Stack(lambda: Attention(8)),
+        {"r": 3, "target_modules": ["embed", "q"], "modules_to_save": ["head"]},
+        IDS,
+        torch.float32,
+    ),
+    "attention of torch": (
+        lambda: Stack(encoder),
+        {"r": 2, "target_modules": ["self_attn", "linear1"]},
+        IDS,
+        torch.float32,
+    ),
+    "one table for all blocks": (table, ALL | {"r": 3}, IDS, torch.float32),
+    "convolutions": (
+        Pictures,
+        {"r": 2, "target_modules": ["stem", "stages.0.0", "stages.2.0"], "modules_to_save": ["head"]},
+        IMAGES,
+        torch.float32,
+    ),
+    "no blocks": (
+        lambda: nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3)),
+        ALL | {"r": 2},
+        IDS,
+        torch.float32,
+    ),
+}
+
+
+def made(case: Case) -> nn.Module:
+    """Injected, with a B that is not zero."""
+    build, config, _, dtype = case
+    torch.manual_seed(3)
+    model = build().to(dtype)
+    inject(model, LoRAConfig(**config))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_magnitude" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def stepped(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """The outputs of two steps, in training and in evaluation, and the gradients of both steps together."""
+    found = {}
+    for step in range(2):
+        torch.manual_seed(step)
+        out = model(case[2])
+        if step:  # as towers and preferences do, before one backward
+            out = out + model(case[2].flip(-1))
+        found[f"out {step}"] = out.detach()
+        (out.float().square().mean() if out.dtype == torch.bfloat16 else out.square().mean()).backward()
+    model.eval()
+    with torch.no_grad():
+        found["eval"] = model(case[2])
+    model.reshard() if hasattr(model, "reshard") else None
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            grad = parameter.grad
+            assert grad is not None, name
+            found[name] = grad.full_tensor() if isinstance(grad, DTensor) else grad
+    return found
+
+
+def alike(want: Tensor, got: Tensor, *, is_exact: bool) -> bool:
+    """To the bit, but for gradients of more than two processes: three times a number may round."""
+    if is_exact or distributed.get_world_size() == 2:
+        return torch.equal(want, got)
+    return torch.allclose(want, got, rtol=0, atol=1e-6 * float(want.abs().max()))
+
+
+def differing(case: Case) -> list[str]:
+    """What is not the same to the bit, of outputs, gradients and fingerprints; and what the shards say of W0."""
+    alone, model = made(case), made(case)
+    want = stepped(alone, case)
+    if distributed.get_rank():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data + 1  # rank 0's are taken
+    switches.recompute_inputs(model, case is CASES["inputs computed anew"])
+    shard(model, init_device_mesh("cpu", (distributed.get_world_size(),)), torch.device("cpu"))
+    got = stepped(model, case)
+    wrong = [name for name in want if not alike(want[name], got[name], is_exact=name.startswith(("out", "eval")))]
+    fresh = of_one(made(case))
+    if isinstance(case[0](), Pictures):
+        fresh = of_one(alone)  # batch statistics have moved
+    if sharded_w0.fingerprint(model) != fresh:
+        wrong.append("fingerprint")
+    before = sharded_w0.of_own_parts(model)
+    name, tensor = next((n, t) for n, t in base_tensors(model).items() if isinstance(t, DTensor) and t.shape[0] > 4)
+    if distributed.get_rank() == 1:
+        tensor.to_local().view(-1)[0] += 1
+    if name not in sharded_w0.moved(before, sharded_w0.of_own_parts(model)):
+        wrong.append("a write into one part was not seen by all")
+    return wrong
+
+
+def refusals() -> dict[str, str]:
+    """What is said of models that cannot be sharded."""
+    said = {}
+
+    def of(name: str, model: nn.Module, **options: Any) -> None:
+        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+        try:
+            shard(model, mesh, torch.device("cpu"), **options)
+        except LoRAError as error:
+            said[name] = str(error)
+
+    twice = Stack(lambda: Attention(8))
+    twice.blocks[1].q = twice.blocks[0].q
+    inject(twice, LoRAConfig(r=2, target_modules=["q"]))
+    of("a trained layer in two blocks", twice)
+    scalar = Stack(lambda: Attention(8)).requires_grad_(False)
+    scalar.temperature.requires_grad_(True)
+    of("a trained scalar", scalar)
+    of("no such module", Stack(lambda: Attention(8)), blocks=["block.*"])
+    return said
+
+
+def generation() -> bool:
+    """Whether texts of unlike length come out as from the whole model, which runs its encoder by itself."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 2, "num_heads": 2, "vocab_size": 20}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    inject(model, LoRAConfig(r=2, target_modules=["q", "v"]))
+    rank = distributed.get_rank()
+    given = {"input_ids": IDS + 3 * rank, "max_new_tokens": 3 + 4 * rank, "do_sample": False}
+    want = model.generate(**given)
+    shard(model, init_device_mesh("cpu", (distributed.get_world_size(),)), torch.device("cpu"))
+    model._get_fsdp_state()._lazy_init()
+    return all(torch.equal(model.generate(**given), want) for _ in range(2))
+
+
+def run(file: Path, processes: int) -> None:
+    distributed.init_process_group("gloo", rank=int(__import__("os").environ["LOCAL_RANK"]), world_size=processes)
+    found: dict[str, Any] = {}
+    for name, case in CASES.items():
+        try:
+            found[name] = differing(case)
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            found[name] = [f"{type(error).__name__}: {error}"]
+    found["refusals"] = refusals()
+    found["generation"] = generation()
+    every: list[Any] = [None] * processes
+    distributed.all_gather_object(every, found)
+    if distributed.get_rank() == 0:
+        file.write_text(json.dumps(every))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    number, where = int(sys.argv[1]), Path(sys.argv[2])
+    sys.exit(
+        max(map(abs, in_processes(number, run, where, number, timeout=float(sys.argv[3]) if sys.argv[3:] else 240)))
+    )

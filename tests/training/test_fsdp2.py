@@ -1,0 +1,386 @@
+"""FSDP2: laws 2, 7, 8 and 9 where W0 and the adapter lie in parts.
+
+Mutations that were made once, and what then fails:
+
+| mutation | test |
+|---|---|
+| `recompute_inputs` left on | test_a_sharded_model_is_the_model..., "inputs computed anew" |
+| no broadcast of process 0's values | the same, all cases |
+| `moved` looks at one process's parts only | the same, by the write into one part |
+| no `gather_before` of `generate` | test_texts_of_unlike_length... |
+| what lies outside of the blocks stays gathered after a validation | all that rest on `lived`, by law 10's check |
+| a process with a batch less does not run on | the same: it hangs, and is ended after the time limit |
+"""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from lora_lightning import LoRAError
+from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.training.checkpoint_folder import MANIFEST, REST, write
+from lora_lightning.training.checkpoint_io import WholeFiles, read_checkpoint
+from lora_lightning.training.damage import DamagedCheckpointError
+from lora_lightning.training.groups import groups_of, named_blocks
+from lora_lightning.training.run import find_checkpoint, load_checkpoint
+from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.trainer import LoRATrainer
+from tests.command.process import run
+from tests.distributed import one_process
+from tests.processes import REPOSITORY
+from tests.training import ragged, sharded, shards
+from tests.training.resuming import differing
+
+FORMS = ["file", "folder"]
+
+
+def script(name, *args, timeout=300):
+    command = [sys.executable, "-m", f"tests.training.{name}", *map(str, args)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+# Bit for bit.
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory):
+    file = tmp_path_factory.mktemp("shards") / "found.json"
+    script("shards", 2, file)
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("case", shards.CASES)
+def test_a_sharded_model_is_the_model_in_outputs_gradients_and_fingerprint(beside, case):
+    assert [found[case] for found in beside] == [[], []]
+
+
+def test_texts_of_unlike_length_are_written_by_all_processes_together(beside):
+    assert [found["generation"] for found in beside] == [True, True]
+
+
+def test_what_cannot_be_sharded_is_refused_by_name(beside):
+    said = beside[1]["refusals"]
+    assert "blocks.0.q.lora_A, blocks.0.q.lora_B" in said["a trained layer in two blocks"]
+    assert "temperature" in said["a trained scalar"]
+    assert "'block.*' fits no module with parameters; did you mean 'blocks.2'" in said["no such module"]
+
+
+@pytest.mark.slow
+def test_four_processes_of_which_some_have_no_row(tmp_path):
+    script("shards", 4, tmp_path / "found.json")
+    for found in json.loads((tmp_path / "found.json").read_text()):
+        assert {case: found[case] for case in shards.CASES} == {case: [] for case in shards.CASES}
+
+
+# A run's life.
+
+
+@pytest.fixture(scope="module")
+def lived(tmp_path_factory):
+    """What two processes found, in a folder that holds their runs; it began with a checkpoint of one process."""
+    folder = tmp_path_factory.mktemp("life")
+    sharded.fit(folder / "alone")
+    shutil.copyfile(sharded.at(folder / "alone", 14), folder / "one.ckpt")  # at an epoch's end
+    script("sharded", "life", folder, 2)
+    return folder, torch.load(folder / "found.pt", weights_only=False)
+
+
+# Law 9.
+
+
+@functools.cache
+def whole(n):
+    return ragged.fit(n, made=sharded.module())
+
+
+def assert_equal_to_one(folder, processes):
+    lm = ragged.fit(0, data=sharded.Sentences(2 * processes), made=sharded.language_model(), max_steps=20)
+    ones = {accumulate: whole(2 * processes * accumulate) for accumulate in (1, 3)} | {"lm": lm}
+    for name, one in ones.items():
+        ours = torch.load(folder / f"{name}.pt")
+        assert ours["steps"] == one["steps"] >= 12
+        for key, value in one["adapter"].items():
+            assert float((ours["adapter"][key] - value).abs().max() / value.abs().max()) < 1e-9, key
+        assert ours["losses"] == pytest.approx(one["losses"], rel=1e-9)
+        assert ours["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
+
+
+def test_two_processes_equal_one_over_accumulated_and_ragged_batches(lived):
+    assert_equal_to_one(lived[0], 2)
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(tmp_path):
+    script("sharded", "equality", tmp_path, 4)
+    assert_equal_to_one(tmp_path, 4)
+
+
+# Law 8, and what checkpoints hold.
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("step", [9, 14])
+def test_a_resumed_sharded_fit_is_the_uninterrupted_one(lived, form, step):
+    _, found = lived
+    assert differing(found[f"{form} whole"], found[f"{form} from {step}"]) == []
+
+
+def test_both_forms_hold_the_same_and_a_fit_goes_on_from_the_other(lived):
+    _, found = lived
+    assert differing(found["file whole"], found["folder whole"]) == []
+    assert differing(found["file whole"], found["file from folder"]) == []
+
+
+def test_a_file_is_that_of_a_single_process_and_holds_no_weight_of_the_base(lived):
+    folder, _ = lived
+    many, one = load_checkpoint(sharded.at(folder / "file", 14)), load_checkpoint(folder / "one.ckpt")
+    assert many.keys() == one.keys()
+    assert list(many["state_dict"]) == list(one["state_dict"])
+    assert {k: v.shape for k, v in many["state_dict"].items()} == {k: v.shape for k, v in one["state_dict"].items()}
+    assert many["lora_lightning"]["base"] == one["lora_lightning"]["base"]
+    (ours,), (theirs,) = many["optimizer_states"], one["optimizer_states"]
+    assert ours["param_groups"] == theirs["param_groups"]
+    shapes = [{i: {k: v.shape for k, v in own.items()} for i, own in s["state"].items()} for s in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    made = sharded.module(torch.float32, modules_to_save=["norm"])
+    assert {k.removeprefix("backbone.") for k in many["state_dict"]} == adapter_tensors(made.backbone).keys()
+
+
+def test_a_folder_read_by_one_process_is_the_file(lived):
+    folder, _ = lived
+    parts, file = (load_checkpoint(sharded.at(folder / form, 9)) for form in ("folder", "file"))
+    assert differing(parts["state_dict"], file["state_dict"]) == []
+    ours, theirs = parts["optimizer_states"][0], file["optimizer_states"][0]
+    assert ours["param_groups"] == theirs["param_groups"]
+    for i, own in theirs["state"].items():
+        assert differing(ours["state"][i], own) == []
+    names = {f.name.removesuffix("_0.distcp") for f in sharded.at(folder / "folder", 9).iterdir()}
+    assert names == {"__0", "__1", ".metadata", MANIFEST, REST}
+    sizes = [sum(f.stat().st_size for f in p.rglob("*")) for p in (sharded.at(folder / "folder", 9),)]
+    assert sizes[0] < 4 * sharded.at(folder / "file", 9).stat().st_size
+
+
+def test_no_process_ever_gathered_a_weight_of_the_base(lived):
+    _, found = lived
+    made = sharded.module(torch.float32, modules_to_save=["norm"])
+    own = {tuple(t.shape) for t in adapter_tensors(made.backbone).values()}
+    assert {tuple(shape) for shape in found["gathered"]} <= own
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_one_process_goes_on_and_evaluates_from_either_form(lived, form, tmp_path):
+    folder, found = lived
+    trainer = sharded.fit(tmp_path / "on", ckpt=sharded.at(folder / form, 14))
+    assert trainer.global_step == found[f"{form} whole"]["step"]
+    alone = sharded.figures(trainer, sharded.at(folder / form, 9))
+    many = found[f"{form} figures"]
+    torch.testing.assert_close(many.pop("predicted"), alone.pop("predicted"), rtol=1e-5, atol=1e-5)
+    assert many == pytest.approx(alone, rel=1e-5)
+    assert {"test/loss", "val/loss", "test/accuracy"} <= many.keys()
+
+
+def test_two_processes_go_on_from_one(lived):
+    _, found = lived
+    for form in FORMS:
+        assert found[f"{form} of one process"]["step"] == found["file whole"]["step"]
+    assert differing(found["file of one process"], found["folder of one process"]) == []
+
+
+def test_a_fit_under_autocast_reports_and_leaves_the_export_to_the_command(lived):
+    folder = lived[0] / "bf16" / "run" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["steps"] == 2
+    assert report["w0_unchanged"]
+    assert not (folder / "export").exists()
+
+
+def test_a_write_into_one_processs_part_of_the_base_stops_all(lived):
+    _, found = lived
+    for said in found["stopped by w0"]:
+        assert said.startswith(
+            "W0MovedError: W0 moved during fit: 1 frozen tensors changed, first 'layers.1.up.weight'"
+        )
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(lived):
+    _, found = lived
+    for said in found["stopped by loss"]:
+        assert said.startswith("NotFiniteError: the ")
+    assert "the loss of optimizer step 5 is not finite" in found["stopped by loss"][1]
+
+
+def test_checkpoints_that_do_not_fit_are_refused_in_all_processes(lived):
+    _, found = lived
+    told = {
+        "another rank": "the checkpoint was trained with lora.r=3, this run says 2",
+        "another base": "layers.2.down.bias",
+        "shapes in the file": "lora_A' has shape (3, 17), expected (2, 17)",
+        "shapes in the folder": "lora_A' has shape (3, 17), expected (2, 17)",
+        "keys in the file": "left over 'backbone.layers.0.down.lora_A'",
+        "keys in the folder": "left over 'backbone.layers.0.down.lora_A'",
+    }
+    assert found["misfits"].keys() == told.keys()
+    for name, text in told.items():
+        assert len(found["misfits"][name]) == 2
+        assert all(text in said for said in found["misfits"][name]), (name, found["misfits"][name])
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_from_two(lived):
+    script("sharded", "onward", lived[0], 4)
+    file, folder = (torch.load(lived[0] / f"{form} more.pt") for form in FORMS)
+    assert file["step"] == 21
+    assert differing(file, folder) == []
+
+
+# Folders on disk.
+
+
+@pytest.fixture
+def parts(lived, tmp_path):
+    """A folder and the one before it."""
+    folder, _ = lived
+    for step, name in ((9, "last.ckpt"), (8, "last.ckpt.previous")):
+        shutil.copytree(sharded.at(folder / "folder", step), tmp_path / "checkpoints" / name)
+    return tmp_path / "checkpoints" / "last.ckpt"
+
+
+def damage(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 4
+    file.write_bytes(data if how == "flipped" else data[: len(data) // 2])
+    if how == "missing":
+        file.unlink()
+
+
+@pytest.mark.parametrize("how", ["flipped", "torn", "missing"])
+def test_a_damaged_folder_gives_way_to_the_one_before_it_aloud(parts, how):
+    names = sorted(p.name for p in parts.iterdir())
+    for name in names:
+        kept = (parts / name).read_bytes()
+        damage(parts / name, how)
+        with pytest.warns(UserWarning, match="the one before it is used"):
+            assert load_checkpoint(parts)["global_step"] == 8, name
+        (parts / name).write_bytes(kept)
+    assert load_checkpoint(parts)["global_step"] == 9
+    shutil.rmtree(parts.with_name("last.ckpt.previous"))
+    damage(parts / REST, "torn")
+    with pytest.raises(DamagedCheckpointError, match=r"'rest\.pt' has changed"):
+        load_checkpoint(parts)
+
+
+def test_a_full_disk_leaves_the_older_folder_and_says_so(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    path = tmp_path / "last.ckpt"
+    with one_process() as mesh:
+        for step in (1, 2):
+            tensor = distribute_tensor(torch.full((3, 2), float(step)), mesh, [Shard(0)])
+            write({"state_dict": {"a": tensor, "b": torch.ones(1)}, "global_step": step}, path)
+        monkeypatch.setattr("os.fsync", full)
+        with pytest.raises(LoRAError, match=r"could not be written \(.*No space left on device\): make room there"):
+            write({"state_dict": {"a": tensor}, "global_step": 3}, path)
+    monkeypatch.undo()
+    assert torch.equal(read_checkpoint(path)["state_dict"]["a"], torch.full((3, 2), 2.0))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
+
+
+def test_a_folder_is_found_like_a_file_also_in_the_moment_between_two_moves(parts):
+    assert find_checkpoint(parts) == find_checkpoint(parts.parent.parent, "last") == parts
+    shutil.rmtree(parts)
+    assert find_checkpoint(parts) == find_checkpoint(parts.parent.parent, "last") == parts
+    with pytest.warns(UserWarning, match="the one before it is used"):
+        assert read_checkpoint(parts)["global_step"] == 8
+
+
+def test_a_folders_index_runs_no_code(parts):
+    import hashlib
+    import pickle
+
+    class Evil:
+        def __reduce__(self):
+            return print, ("gotcha",)
+
+    (parts / ".metadata").write_bytes(pickle.dumps(Evil()))
+    manifest = json.loads((parts / MANIFEST).read_text())
+    data = (parts / ".metadata").read_bytes()
+    manifest["files"][".metadata"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (parts / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(LoRAError, match=r"builtins\.print does not belong into a checkpoint's index"):
+        load_checkpoint(parts)
+
+
+# What is found, and what is said.
+
+
+def test_blocks_are_found_without_knowing_the_architecture():
+    timm, torchvision = pytest.importorskip("timm"), pytest.importorskip("torchvision")
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2Model, MixtralConfig, MixtralModel
+
+    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8))
+    gpt2 = GPT2Model(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=9))
+    experts = {"num_local_experts": 3, "vocab_size": 9, "num_attention_heads": 2, "num_key_value_heads": 2}
+    mixtral = MixtralModel(MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, **experts))
+    with torch.device("meta"):
+        vit, resnet = timm.create_model("vit_tiny_patch16_224"), torchvision.models.resnet18()
+        swin = torchvision.models.swin_t()
+    assert list(groups_of(bert)) == [f"encoder.layer.{i}" for i in range(3)]
+    assert list(groups_of(gpt2)) == ["h.0", "h.1"]
+    assert list(groups_of(mixtral)) == ["layers.0", "layers.1"]
+    assert list(groups_of(vit)) == [f"blocks.{i}" for i in range(12)]
+    assert list(groups_of(resnet)) == [f"layer{i}.{j}" for i in range(1, 5) for j in range(2)]
+    assert [name.count(".") for name in groups_of(swin)].count(2) == 12
+    assert list(groups_of(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)))) == []
+    assert list(named_blocks(bert, ["encoder.layer.*.attention", "pooler"])) == [
+        *(f"encoder.layer.{i}.attention" for i in range(3)),
+        "pooler",
+    ]
+
+
+def test_layers_are_not_split_within_themselves():
+    with pytest.raises(LoRAError, match="tensor_parallel_size=2: no layer is split within itself here; leave it at 1"):
+        FSDP2Strategy(tensor_parallel_size=2)
+
+
+def test_a_word_is_enough_for_the_defaults():
+    trainer = LoRATrainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False)
+    assert isinstance(trainer.strategy, FSDP2Strategy)
+    assert isinstance(trainer.strategy.checkpoint_io, WholeFiles)
+
+
+def test_lightnings_own_strategy_is_refused_for_it_would_add_up_no_gradients():
+    made = sharded.module()
+    made.trainer = LoRATrainer(strategy=ModelParallelStrategy(1, 1), accelerator="cpu", devices=1, logger=False)
+    with pytest.raises(LoRAError, match=r"name lora_lightning\.FSDP2Strategy"):
+        made.configure_model()
+
+
+# The command.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", ["fsdp2.yaml", "fsdp2-folder.yaml"])
+def test_the_command_fits_tests_predicts_and_exports(tiny, tmp_path, overlay):
+    both = ["--config", tiny.config, "--config", REPOSITORY / "configs" / "strategy" / overlay]
+    run("fit", *both, "--trainer.max_epochs", "2", cwd=tmp_path)
+    run("test", "--ckpt_path", "runs/tiny", cwd=tmp_path)
+    run("predict", "--ckpt_path", "runs/tiny", "--trainer.devices", "1", cwd=tmp_path)
+    run("export", "--ckpt_path", "runs/tiny", cwd=tmp_path)
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    assert report["w0_unchanged"]
+    assert report["export_max_rel_diff"] < 1e-5
+    assert {"test_accuracy", "val_accuracy"} <= report.keys()
+    assert (folder / "export" / "adapter" / "adapter_config.json").is_file()
+    assert next(folder.rglob("predictions.jsonl")).read_text().count("\n") > 10
