@@ -1,0 +1,116 @@
+"""W0 of each adapted layer, as matrices that go with its pairs: from a model in memory, or from files, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.analysis.factors import Factors
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.layers import LoRAConv1D
+from lora_lightning.lora.layers.conv import CONVS
+from lora_lightning.lora.layers.linear import CONV1D
+from lora_lightning.lora.mixing import Pair
+from lora_lightning.lora.quantised import plain_weight
+from lora_lightning.lora.starts import from_weight, start_from_weight
+
+Read = Callable[[nn.Module, str, str], Tensor | None]
+"""A module's parameter by its own name and its full name; None where there are no values."""
+
+
+class Weights:
+    """W0 by the names of adapted layers.
+
+    Args:
+        model: the plain model or the adapted one; on the meta device where `read` brings the values.
+    """
+
+    def __init__(self, model: nn.Module, read: Read | None = None) -> None:
+        self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.read = read or _in_memory
+
+    def of(self, layer: Factors) -> list[Tensor] | None:
+        """The matrices (m, k), one for each pair of the layer; None where the files have no values for it.
+
+        Raises:
+            AdapterError: the model has no such layer, or it has another shape.
+        """
+        owner, own = self._place(layer)
+        weight = self.read(self.modules[owner], own, f"{owner}.{own}".removeprefix("."))
+        if weight is None:
+            return None
+        found = _matrices(self.modules[owner], layer, weight.detach())
+        shapes = {tuple(matrix.shape) for matrix in found}
+        if len(found) != len(layer.pairs) or shapes != {layer.shape}:
+            raise AdapterError(
+                f"'{layer.name}': the base holds {len(found)} of shape {sorted(shapes)[0]}, and the adapter changes"
+                f" {len(layer.pairs)} of {layer.shape}: name the base that it was made on"
+            )
+        return found
+
+    def _place(self, layer: Factors) -> tuple[str, str]:
+        """The module that holds W0, and what the parameter is called there."""
+        if layer.kind == "Parameter":
+            owner, _, own = layer.name.rpartition(".")
+        else:
+            owner, own = layer.name, "in_proj_weight" if layer.kind == "MultiheadAttention" else "weight"
+        module = self.modules.get(owner)
+        if module is None or module._parameters.get(own) is None:
+            raise AdapterError(f"the base has no '{layer.name}', which the adapter changes: name the base of its own")
+        return owner, own
+
+
+def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
+    return plain_weight(module) if own == "weight" else module._parameters[own]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' linear layer that holds its transpose, adapted or plain."""
+    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
+    return isinstance(module, LoRAConv1D) or CONV1D in names
+
+
+def _matrices(module: nn.Module, layer: Factors, weight: Tensor) -> list[Tensor]:
+    """`weight` as (m, k), whatever way it lies in its module."""
+    if layer.kind == "Parameter":
+        turned = bool(getattr(module, "is_transposed", False)) and weight.dim() == 3
+        return list((weight.mT if turned else weight).unbind() if weight.dim() == 3 else [weight])
+    if isinstance(module, nn.Embedding) or is_conv1d(module):
+        return [weight.mT]
+    if isinstance(module, CONVS):
+        return [_grouped(weight, module.groups) if module.groups > 1 else weight.flatten(1)]
+    return [weight]
+
+
+def _grouped(weight: Tensor, groups: int) -> Tensor:
+    """W0 of a convolution with groups as one that sees all channels, with zeros at those of other groups."""
+    out, channels, *kernel = weight.shape
+    wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
+    own = torch.arange(groups)
+    wide[own, :, own] = weight.unflatten(0, (groups, -1))
+    return wide.flatten(2, 3).flatten(0, 1).flatten(1)
+
+
+def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
+    """The layers with the start that PEFT took out of W0, where the file's factors count on one: `s (B A - B0 A0)`.
+
+    Raises:
+        AdapterError: there is such a start and no W0 to compute it from.
+    """
+    if not from_weight(init):
+        return layers
+    return [replace(layer, pairs=[_less_start(layer, init, weights)]) for layer in layers]
+
+
+def _less_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
+    W0 = None if weights is None else weights.of(layer)
+    if W0 is None or len(layer.pairs) != 1:
+        raise AdapterError(
+            f"the adapter counts on the start '{init}', which follows from W0: name its base with --base_model"
+        )
+    A0, B0 = start_from_weight(init, W0[0], layer.r, layer.scale)
+    A, B = layer.pairs[0]
+    return torch.cat([A, A0.to(A.dtype)]), torch.cat([B, -B0.to(B.dtype)], dim=1)
