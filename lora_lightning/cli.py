@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.class_paths import explained
-from lora_lightning.commands import COMMANDS
+from lora_lightning.commands import COMMANDS, POSITIONAL
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training import run
@@ -311,7 +311,10 @@ def command_parser(name: str) -> Parser:
     """The parser of a command that needs no config."""
     function = COMMANDS[name]
     parser = Parser(prog=f"lora-lightning {name}", description=_first_line(function), allow_abbrev=False)
-    parser.add_function_arguments(function)
+    positional = POSITIONAL.get(name)
+    if positional is not None:
+        parser.add_argument(positional, nargs="+", type=str, help="Adapters: directories, run folders or checkpoints.")
+    parser.add_function_arguments(function, skip={positional} if positional else None)
     return parser
 
 

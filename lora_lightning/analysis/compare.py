@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lora_lightning.analysis.factors import Adapter, Factors
+from lora_lightning.analysis.places import places
 from lora_lightning.lora.mixing import Pair
 from lora_lightning.lora.spectrum import accumulated, chance, directions, similarity, spectrum
 
@@ -41,9 +42,11 @@ class PairSimilarity:
     """Layers that only one has, or that have another shape in the other."""
 
 
-def between_adapters(first: Adapter, second: Adapter, advance: Callable[[int], None] = lambda _: None) -> PairSimilarity:
+def between_adapters(
+    first: Adapter, second: Adapter, advance: Callable[[int], None] = lambda _: None
+) -> PairSimilarity:
     """phi for every layer that both have, on all sides."""
-    others = {layer.name: layer for layer in second.factors}
+    others, at = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
     found, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
     for layer in first.factors:
         other = others.get(layer.name)
@@ -51,16 +54,15 @@ def between_adapters(first: Adapter, second: Adapter, advance: Callable[[int], N
         if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
             left_out.append(layer.name)
             continue
-        found += [_of_layers(layer, other, side) for side in SIDES]
+        found += [_of_layers(layer, other, side, at[layer.name].group) for side in SIDES]
     return PairSimilarity(labels=(first.label, second.label), layers=found, left_out=left_out)
 
 
-def _of_layers(layer: Factors, other: Factors, side: Side) -> LayerSimilarity:
-    words = [part for part in layer.name.split(".") if not part.isdigit()]
+def _of_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:
     m, k = layer.shape
     return LayerSimilarity(
         name=layer.name,
-        group=words[-1] if words else layer.name,
+        group=group,
         side=side,
         phi=_phi([sided(p, side) for p in layer.pairs], [sided(p, side) for p in other.pairs]).tolist(),
         chance=chance(1, 1, (k if side in ("A", "update_in") else m) * len(layer.pairs)),
@@ -82,7 +84,8 @@ def _phi(ones: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]])
     """Directions of different entries of a stack have nothing in common; all are ordered by their values together."""
     if len(ones) == 1:
         return similarity(ones[0][0], others[0][0])
-    squares = torch.block_diag(*((U.mT @ V).square() for (U, _), (V, _) in zip(ones, others, strict=True)))
+    blocks = [(U.mT @ V).square() for (U, _), (V, _) in zip(ones, others, strict=True)]
+    squares: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     rows = torch.cat([S for _, S in ones]).argsort(descending=True)
     columns = torch.cat([S for _, S in others]).argsort(descending=True)
     return accumulated(squares[rows][:, columns])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +103,9 @@ class Adapter:
     """All of the file's, by PEFT's own keys."""
 
 
-def read_factors(files: AdapterFiles, alphas: Mapping[str, float] | None = None) -> tuple[list[Factors], dict[str, Tensor]]:
+def read_factors(
+    files: AdapterFiles, alphas: Mapping[str, float] | None = None
+) -> tuple[list[Factors], dict[str, Tensor]]:
     """Every layer's factors in the order of the file's names, and all tensors by PEFT's own keys.
 
     Args:
@@ -161,7 +162,9 @@ def _name_wrapped(layer: _Found, path: str, tensors: Mapping[str, Tensor], files
     if f"{PREFIX}{path}{OUT}.lora_A.weight" in tensors:
         layer.kind = "MultiheadAttention"
         if 3 * layer.A.shape[1] != layer.B.shape[0]:
-            raise AdapterError(f"'{path}' is an attention with kdim or vdim, whose three weights are not told apart here")
+            raise AdapterError(
+                f"'{path}' is an attention with kdim or vdim, whose three weights are not told apart here"
+            )
         return
     plain = path
     while plain.endswith(f".{WRAPPER}"):
@@ -228,7 +231,7 @@ def matrix_pair(A: Tensor, B: Tensor) -> Pair:
     A, B = A.flatten(1), B.flatten(1)
     groups = A.shape[0] // B.shape[1]
     if groups > 1:
-        B = torch.block_diag(*B.chunk(groups))
+        B = torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
     return A, B
 
 

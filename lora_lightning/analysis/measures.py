@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lora_lightning.analysis.factors import Adapter, Factors
+from lora_lightning.analysis.places import Place, places
 from lora_lightning.analysis.weights import Weights
-from lora_lightning.lora.patterns import block_number
 from lora_lightning.lora.spectrum import (
     Spectrum,
     drawn_norm,
@@ -57,8 +57,8 @@ class LayerMeasures:
     name: str
     kind: str
     group: str
-    """Layers that do the same in each block: the last part of the name that is no number."""
-    block: int | None
+    """Layers that do the same in each block, see `places`."""
+    block: str
     r: int
     scale: float
     shape: tuple[int, int]
@@ -114,17 +114,16 @@ def common_rank(layer: Factors, share: float) -> int:
     return layer.groups * max(1, smallest_rank(together.sqrt(), share))
 
 
-def measured(layer: Factors, weights: Weights | None) -> LayerMeasures:
+def measured(layer: Factors, weights: Weights | None, place: Place) -> LayerMeasures:
     """All measures of one layer; those beside W0 where there is one."""
     spectra = spectra_of(layer)
     S = torch.cat([s.S for s in spectra]).sort(descending=True).values
     matrices = None if weights is None else weights.of(layer)
-    words = [part for part in layer.name.split(".") if not part.isdigit()]
     return LayerMeasures(
         name=layer.name,
         kind=layer.kind,
-        group=words[-1] if words else layer.name,
-        block=block_number(layer.name),
+        group=place.group,
+        block=place.block,
         r=layer.r,
         scale=layer.scale,
         shape=layer.shape,
@@ -136,7 +135,7 @@ def measured(layer: Factors, weights: Weights | None) -> LayerMeasures:
         stable_rank=stable_rank(S),
         singular_values=S.tolist(),
         energy=energy(S).tolist(),
-        ranks={_percent(share): common_rank(layer, share) for share in SHARES},
+        ranks={percent(share): common_rank(layer, share) for share in SHARES},
         base=None if matrices is None else _against(layer, spectra, matrices),
     )
 
@@ -163,7 +162,8 @@ def _root(norms: Iterable[float]) -> float:
     return math.sqrt(sum(norm**2 for norm in norms))
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """0.95 as `95%`, which names it in what is written."""
     return f"{share:.0%}"
 
 
@@ -171,9 +171,9 @@ def measured_adapter(
     adapter: Adapter, weights: Weights | None, advance: Callable[[int], None] = lambda _: None
 ) -> AdapterMeasures:
     """All layers of an adapter."""
-    layers = []
+    layers, at = [], places(layer.name for layer in adapter.factors)
     for layer in adapter.factors:
-        layers.append(measured(layer, weights))
+        layers.append(measured(layer, weights, at[layer.name]))
         advance(1)
     whole = _root(layer.norm for layer in layers)
     groups = dict.fromkeys(layer.group for layer in layers)
@@ -186,7 +186,7 @@ def measured_adapter(
         shares={group: square / whole**2 if whole else 0.0 for group, square in squares.items()},
         parameters=sum(layer.parameters for layer in layers),
         parameters_at={
-            _percent(share): sum(f.cost(m.ranks[_percent(share)]) for f, m in zip(adapter.factors, layers, strict=True))
+            percent(share): sum(f.cost(m.ranks[percent(share)]) for f, m in zip(adapter.factors, layers, strict=True))
             for share in SHARES
         },
         notes=["DoRA: told is s B A, before magnitudes rescale W0 + s B A"] if any(m.dora for m in layers) else [],

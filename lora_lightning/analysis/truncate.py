@@ -98,7 +98,11 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
             sum(layer.cost(ranks[layer.name]) for layer in adapter.factors),
         ),
     )
-    files = {WEIGHTS: tensor_bytes(tensors, metadata), CONFIG: _json(config), MARK: _json({"share": share, "ranks": ranks})}
+    files = {
+        WEIGHTS: tensor_bytes(tensors, metadata),
+        CONFIG: _json(config),
+        MARK: _json({"share": share, "ranks": ranks}),
+    }
     write_together(directory, files)
     return told
 

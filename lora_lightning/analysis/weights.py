@@ -1,4 +1,4 @@
-"""W0 of each adapted layer, as matrices that go with its pairs: from a model in memory, or from files, one at a time."""
+"""W0 of each adapted layer, as matrices that go with its pairs: from a model in memory, or from files one by one."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ class Weights:
             )
         return found
 
+    def check(self, layers: list[Factors]) -> None:
+        """Raise an AdapterError where the model lacks one of the layers."""
+        for layer in layers:
+            self._place(layer)
+
     def _place(self, layer: Factors) -> tuple[str, str]:
         """The module that holds W0, and what the parameter is called there."""
         if layer.kind == "Parameter":
@@ -90,7 +95,7 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
     out, channels, *kernel = weight.shape
     wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
     own = torch.arange(groups)
-    wide[own, :, own] = weight.unflatten(0, (groups, -1))
+    wide[own, :, own] = torch.unflatten(weight, 0, (groups, -1))
     return wide.flatten(2, 3).flatten(0, 1).flatten(1)
 
 

@@ -1,7 +1,7 @@
 """What an update `s B A` is made of, by linear algebra on its factors: B A, of W0's size, is never formed.
 
-With B = Q_B R_B and A^T = Q_A R_A (QR) and the SVD `R_B R_A^T = u S v^T` of a matrix r by r, the update's singular value
-decomposition is `(Q_B u) (s S) (Q_A v)^T`. All in float64, on the CPU.
+With B = Q_B R_B and A^T = Q_A R_A (QR) and the SVD `R_B R_A^T = u S v^T` of a matrix r by r, the update's singular
+value decomposition is `(Q_B u) (s S) (Q_A v)^T`. All in float64, on the CPU.
 
 Measures are those of section 7 of the paper (Hu et al. 2021, arXiv 2106.09685). Shapes: A (r, k), B (m, r), W0 (m, k).
 """
@@ -60,7 +60,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 def _numerical_rank(S: Tensor, side: int) -> int:
     """How many singular values are more than what rounding in float64 leaves of zero."""
-    return int((S > S[0] * EPS * side).sum()) if len(S) else 0
+    return int((S[0] * EPS * side < S).sum()) if len(S) else 0
 
 
 # Of singular values S (q,).

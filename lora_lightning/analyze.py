@@ -1,0 +1,248 @@
+"""`lora-lightning analyze`: adapters in; tables, figures and numbers out, and a smaller adapter where it is asked for."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+from lora_lightning.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
+from lora_lightning.analysis import drawing, plots, tables
+from lora_lightning.analysis.compare import (
+    GroupSimilarity,
+    LayerSimilarity,
+    PairSimilarity,
+    between_adapters,
+    between_layers,
+)
+from lora_lightning.analysis.factors import Adapter
+from lora_lightning.analysis.measures import AdapterMeasures, measured_adapter
+from lora_lightning.analysis.page import page
+from lora_lightning.analysis.truncate import Truncation, check_share, refuse_occupied, truncate
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.regexes import refusal
+from lora_lightning.lora.storage import write_bytes
+from lora_lightning.truncation_cost import cost_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS, PAGE, TRUNCATED = "analysis.json", "index.html", "truncated"
+MOST_PAIRS = 6
+"""Pairs of adapters that are drawn; the numbers are of all."""
+SHOWN = 7
+"""Layers in a figure of phi, unless they are named."""
+
+
+@dataclass(kw_only=True)
+class Analysis:
+    """All that was found."""
+
+    adapters: list[AdapterMeasures]
+    pairs: list[PairSimilarity] = field(default_factory=list)
+    groups: dict[str, list[GroupSimilarity]] = field(default_factory=dict)
+    """By adapter, phi between its layers."""
+    truncation: Truncation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to do, checked before anything is opened."""
+
+    adapters: Sequence[str]
+    output_dir: Path
+    wanted: Wanted = field(default_factory=Wanted)
+    truncate: float | None = None
+    directions: int = 4
+    layers: str | None = None
+    plots: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise LoRAError("analyze needs an adapter's directory, a run or a checkpoint")
+        if self.directions < 1:
+            raise LoRAError(f"directions must be at least 1, got {self.directions}")
+        if self.layers is not None and (reason := refusal(self.layers)):
+            raise LoRAError(f"layers: {self.layers!r} {reason}")
+        if self.truncate is not None:
+            check_share(self.truncate)
+            if len(self.adapters) > 1:
+                raise LoRAError(f"truncate takes one adapter, got {len(self.adapters)}: name the one to be cut")
+            refuse_occupied(self.output_dir / TRUNCATED)
+        if self.output_dir.is_file():
+            raise LoRAError(f"'{self.output_dir}' is a file: name a folder")
+        known = not self.output_dir.is_dir() or (self.output_dir / RESULTS).is_file()
+        if not known and any(path.name != TRUNCATED for path in self.output_dir.iterdir()):
+            raise LoRAError(f"'{self.output_dir}' holds other files: name a new folder with --output_dir")
+        if self.plots:
+            drawing.refuse_missing()
+
+
+def analyze(request: Request) -> Analysis:
+    """Open, measure, compare, cut, and write it all into the output folder.
+
+    Raises:
+        LoRAError: an adapter cannot be opened or does not belong to its base; a request that means nothing.
+    """
+    labels = labels_of(list(request.adapters))
+    sources = [open_source(p, label, request.wanted) for p, label in zip(request.adapters, labels, strict=True)]
+    found = Analysis(adapters=[])
+    with _progress(sources) as advance:
+        for source in sources:
+            measures = measured_adapter(source.adapter, source.weights, advance)
+            measures.notes.extend(source.notes)
+            found.adapters.append(measures)
+            found.groups[source.adapter.label] = _within(source.adapter, measures, request.directions)
+        for first, second in combinations(sources, 2):
+            found.pairs.append(between_adapters(first.adapter, second.adapter, advance))
+    if found.pairs and not any(pair.layers for pair in found.pairs):
+        raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
+    if request.truncate is not None:
+        found.truncation = _truncated(sources[0], request)
+    write(found, request)
+    return found
+
+
+def _within(adapter: Adapter, measures: AdapterMeasures, k: int) -> list[GroupSimilarity]:
+    """phi between the layers of each group, those that hold most of the update first."""
+    found = []
+    for group in sorted(measures.shares, key=lambda group: -measures.shares[group]):
+        own = {layer.name for layer in measures.layers if layer.group == group}
+        similar = between_layers([layer for layer in adapter.factors if layer.name in own], group, k)
+        found += [similar] if similar is not None else []
+    return found
+
+
+def _truncated(source: Source, request: Request) -> Truncation:
+    assert request.truncate is not None
+    directory = request.output_dir / TRUNCATED
+    told = truncate(source.adapter, request.truncate, directory)
+    told.cost.update(cost_of(source, directory, allow_other_base=request.wanted.allow_other_base))
+    return told
+
+
+def write(found: Analysis, request: Request) -> None:
+    """The numbers, the page and the figures."""
+    folder = request.output_dir
+    drawn = _figures(found, request) if request.plots else {}
+    values = {**asdict(found), "base_model": request.wanted.base_model}
+    write_bytes(folder / RESULTS, (json.dumps(finite(values), indent=1) + "\n").encode())
+    shown = {}
+    with drawing.styled() if drawn else _nothing():
+        for name, (title, caption, figure) in drawn.items():
+            files = drawing.files_of(figure)
+            for ending, data in files.items():
+                write_bytes(folder / f"{name}.{ending}", data)
+            shown[title] = (caption, files["svg"])
+    write_bytes(folder / PAGE, page(screens(found), [tables.by_layer(a) for a in found.adapters], shown))
+
+
+def screens(found: Analysis) -> list[tables.Rows]:
+    """The tables that a person sees first."""
+    rows = [tables.by_group(adapter) for adapter in found.adapters] + [tables.of_pair(pair) for pair in found.pairs]
+    return rows + ([tables.of_truncation(found.truncation)] if found.truncation is not None else [])
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _figures(found: Analysis, request: Request) -> dict[str, tuple[str, str, Figure]]:
+    """By file name, title, caption and figure."""
+    drawn: dict[str, tuple[str, str, Figure]] = {}
+    with drawing.styled():
+        if all(layer.base for adapter in found.adapters for layer in adapter.layers):
+            figure = plots.by_layer(found.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
+        else:
+            figure = plots.by_layer(found.adapters, lambda m: m.norm, "||sBA||")
+        drawn["norms"] = (
+            "Which layers hold the update",
+            "Frobenius norms of s B A, beside W0's where that is known.",
+            figure,
+        )
+        caption = "The share of ||s B A||_F^2 in the top k directions. Thin: a layer. Thick: the median of a group."
+        drawn["energy"] = "How many directions hold it", caption, plots.energies(found.adapters)
+        for number, adapter in enumerate(found.adapters):
+            end = f"-{number + 1}" if len(found.adapters) > 1 else ""
+            title = f"The rank that would do, {adapter.label}"
+            drawn[f"ranks{end}"] = title, "The smallest rank that holds 95% of the energy.", plots.ranks(adapter)
+            if groups := found.groups[adapter.label]:
+                caption = f"phi(k, k) of A's first k directions; of random subspaces it is {groups[0].chance:.2g}."
+                title = f"Directions that layers share, {adapter.label}"
+                drawn[f"layers{end}"] = title, caption, plots.between(adapter.label, groups)
+        _draw_amplification(found, drawn)
+        _draw_pairs(found, request, drawn)
+    return drawn
+
+
+def _draw_amplification(found: Analysis, drawn: dict[str, tuple[str, str, Figure]]) -> None:
+    adapters = [adapter for adapter in found.adapters if any(layer.base for layer in adapter.layers)]
+    if adapters:
+        caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
+        figure = plots.by_layer(
+            adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor", log=True
+        )
+        drawn["amplification"] = "How much larger it is than W0 there", caption, figure
+
+
+def _draw_pairs(found: Analysis, request: Request, drawn: dict[str, tuple[str, str, Figure]]) -> None:
+    for number, pair in enumerate(found.pairs[:MOST_PAIRS]):
+        for side, name in (("A", "A"), ("update_out", "BA's outputs")):
+            own = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
+            if not own:
+                continue
+            end = f"-{number + 1}" if len(found.pairs) > 1 else ""
+            title = f"Directions of {name} that {pair.labels[0]} and {pair.labels[1]} share"
+            caption = (
+                "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
+            )
+            drawn[f"phi-{side}{end}"] = title, caption, plots.overlaps(pair, _chosen(own, found, request))
+
+
+def _chosen(own: list[LayerSimilarity], found: Analysis, request: Request) -> list[LayerSimilarity]:
+    """Those that are named; else of each group the layer with the largest update, the strongest groups first.
+
+    Raises:
+        LoRAError: `layers` matches none.
+    """
+    if request.layers is not None:
+        named = [layer for layer in own if re.fullmatch(request.layers, layer.name)]
+        if not named:
+            raise LoRAError(f"layers: no adapted layer matches '{request.layers}', such as '{own[0].name}'")
+        return named[: plots.MOST_PANELS - 1]
+    norms = {layer.name: layer.norm for layer in found.adapters[0].layers}
+    best: dict[str, LayerSimilarity] = {}
+    for layer in sorted(own, key=lambda layer: -norms.get(layer.name, 0.0)):
+        best.setdefault(layer.group, layer)
+    return list(best.values())[:SHOWN]
+
+
+@contextmanager
+def _progress(sources: list[Source]) -> Iterator[Any]:
+    """A bar over layers, on a terminal, gone when it is done."""
+    layers = [len(source.adapter.factors) for source in sources]
+    total = sum(layers) + sum(layers[i] for i, _ in combinations(range(len(layers)), 2))
+    with Progress(transient=True) as bar:
+        task = bar.add_task("analysing", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+__all__ = ["AUTO", "Analysis", "Request", "Wanted", "analyze", "screens"]
