@@ -1,4 +1,4 @@
-"""`lora-lightning analyze`: adapters in; tables, figures and numbers out, and a smaller adapter where it is asked for."""
+"""`lora-lightning analyze`: adapters in; tables, figures and numbers out, and a smaller adapter where one is wanted."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def _draw_amplification(found: Analysis, drawn: dict[str, tuple[str, str, Figure
     if adapters:
         caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
         figure = plots.by_layer(
-            adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor", log=True
+            adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor"
         )
         drawn["amplification"] = "How much larger it is than W0 there", caption, figure
 

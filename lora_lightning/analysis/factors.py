@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, some
+from lora_lightning.lora.matrices import matrix_pair, stack_pairs
 from lora_lightning.lora.mixing import Pair
 from lora_lightning.lora.onmeta import AdapterFiles
 from lora_lightning.lora.packing import PREFIX
@@ -224,18 +224,3 @@ def _factors(layer: _Found, scale: float, *, dora: bool) -> Factors:
         groups=groups,
         dora=dora,
     )
-
-
-def matrix_pair(A: Tensor, B: Tensor) -> Pair:
-    """A and B as matrices. Of a convolution with groups, B gets zeros where a group does not see another's rank."""
-    A, B = A.flatten(1), B.flatten(1)
-    groups = A.shape[0] // B.shape[1]
-    if groups > 1:
-        B = torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
-    return A, B
-
-
-def stack_pairs(A: Tensor, B: Tensor, count: int) -> list[Pair]:
-    """The pairs of a stack's entries: rows of A lie together, columns of B are `rank * count + entry`."""
-    columns = torch.unflatten(B, 1, (-1, count)).unbind(2)
-    return list(zip(A.chunk(count), columns, strict=True))

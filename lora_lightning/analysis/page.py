@@ -21,10 +21,10 @@ figcaption { color: var(--soft); font-size: 13px; max-width: 46rem; }
 details summary { cursor: pointer; margin: 1rem 0 .4rem; font-weight: 600; }
 """
 
-INTRO = """An adapted layer computes h = W0 x + s B A x. Told here is what the update s B A is made of, by the measures of
-section 7 of the paper (Hu et al. 2021, arXiv 2106.09685): how many directions hold its energy, ||s B A||_F squared; how
-much larger it is than W0 in those directions (amplification); and which directions two adapters share (phi, from 0 to
-1)."""
+INTRO = """An adapted layer computes h = W0 x + s B A x. Told here is what the update s B A is made of, by the measures
+of section 7 of the paper (Hu et al. 2021, arXiv 2106.09685): how many directions hold its energy, ||s B A||_F squared;
+how much larger it is than W0 in those directions (amplification); and which directions two adapters share (phi, from 0
+to 1)."""
 
 
 def page(tables: Sequence[Rows], long: Sequence[Rows], figures: Mapping[str, tuple[str, bytes]]) -> bytes:

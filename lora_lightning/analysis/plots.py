@@ -22,9 +22,7 @@ MOST_PANELS = 12
 MAP = "viridis"
 
 
-def by_layer(
-    adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures], float], label: str, *, log: bool = False
-) -> Figure:
+def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures], float], label: str) -> Figure:
     """A panel for each group of layers, a bar for each block and adapter."""
     groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))[:MOST_PANELS]
     columns = min(3, len(groups))
@@ -40,8 +38,6 @@ def by_layer(
             axis.bar(at, list(found.values()), width, color=COLOURS[number % len(COLOURS)], label=adapter.label)
         axis.set_title(group)
         axis.set_xticks(*ticks(blocks if any(blocks) else [""] * len(blocks)))
-        if log:
-            axis.set_yscale("log")
     _hide(axes[len(groups) :])
     for axis in axes[max(0, len(groups) - columns) : len(groups)]:
         axis.set_xlabel("block")
@@ -147,15 +143,18 @@ def _side(side: str) -> str:
 
 
 def between(label: str, groups: Sequence[GroupSimilarity]) -> Figure:
-    """phi(k, k) of A between the layers of each group."""
+    """phi(k, k) of A between the layers of each group; of a layer with itself it is 1, which is left grey."""
     groups = groups[:MOST_PANELS]
+    tables = [torch.tensor(group.phi).fill_diagonal_(math.nan) for group in groups]
+    top = max(2 * groups[0].chance, *(float(table.nan_to_num(0.0).max()) for table in tables))
     columns = min(3, len(groups))
     rows = -(-len(groups) // columns)
     drawn = figure(PAGE, 0.55 + 1.95 * rows)
     axes = drawn.subplots(rows, columns, squeeze=False).flatten().tolist()
     image: Any = None
-    for axis, group in zip(axes, groups, strict=False):
-        image = axis.imshow(torch.tensor(group.phi), cmap=MAP, vmin=0, vmax=1, origin="lower")
+    for axis, group, table in zip(axes, groups, tables, strict=False):
+        image = axis.imshow(table, cmap=MAP, vmin=0, vmax=min(1.0, top), origin="lower")
+        axis.set_facecolor("#bbbbbb")
         blocks = [".".join(part for part in name.split(".") if part.isdigit()) for name in group.names]
         axis.set_title(f"{group.group}, k = {group.directions}")
         axis.set_xticks(*ticks(blocks, 8))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
-from lora_lightning.analysis.factors import Factors, matrix_pair, natural, stack_pairs
+from lora_lightning.analysis.factors import Factors, natural
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.layers.parameter import CHILD
-from lora_lightning.lora.mixing import Pair
+from lora_lightning.lora.matrices import less_start, matrix_pair, stack_pairs
 from lora_lightning.lora.patterns import by_pattern
 
 END = ".lora_A"
@@ -43,7 +42,7 @@ def _layer(path: str, state: Mapping[str, Tensor], config: LoRAConfig) -> Factor
     if is_stack:
         pairs = stack_pairs(A, B, A.shape[0] // r)
     else:
-        pairs = [_less_start(matrix_pair(A, B), state.get(f"{path}.lora_A0"), state.get(f"{path}.lora_B0"))]
+        pairs = [less_start(matrix_pair(A, B), state.get(f"{path}.lora_A0"), state.get(f"{path}.lora_B0"))]
     return Factors(
         name=name,
         kind="Parameter" if last.startswith(CHILD) else "Linear" if A.dim() == 2 else f"Conv{A.dim() - 2}d",
@@ -53,9 +52,3 @@ def _layer(path: str, state: Mapping[str, Tensor], config: LoRAConfig) -> Factor
         groups=A.shape[0] // B.shape[1] if A.dim() > 2 else 1,
         dora=config.use_dora,
     )
-
-
-def _less_start(pair: Pair, A0: Tensor | None, B0: Tensor | None) -> Pair:
-    """`B A - B0 A0` as one product, where a start is subtracted."""
-    A, B = pair
-    return pair if A0 is None or B0 is None else (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))

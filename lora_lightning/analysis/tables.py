@@ -11,8 +11,7 @@ from lora_lightning.analysis.compare import SIDES, LayerSimilarity, PairSimilari
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.truncate import Truncation
 
-MOST_ROWS = 12
-"""Groups of layers up to which a table has a row for each layer's group; the page has them all."""
+NAMES = {"A": "A", "B": "B", "update_in": "BA in", "update_out": "BA out"}
 
 
 @dataclass(frozen=True)
@@ -27,23 +26,15 @@ class Rows:
 
 def by_group(adapter: AdapterMeasures) -> Rows:
     """A row for each group of layers: medians, and ranks from the least to the most."""
-    header = ["layers", "n", "r", "of the update", "||sBA||", "stable rank", *(f"k at {percent(s)}" for s in SHARES)]
     has_base = any(layer.base for layer in adapter.layers)
-    if has_base:
-        header[5:5] = ["/ ||W0||"]
-        header.append("amplification")
+    norm = "||sBA|| /||W0||" if has_base else "||sBA||"
+    header = ["layers", "n", "r", "of the update", norm, "stable rank", *(f"k at {percent(s)}" for s in SHARES)]
+    header += ["ampli- fication"] if has_base else []
     rows = []
     for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
         own = [layer for layer in adapter.layers if layer.group == group]
-        row = [
-            group,
-            str(len(own)),
-            span(layer.r for layer in own),
-            f"{share:.1%}",
-            _middle(layer.norm for layer in own),
-        ]
-        if has_base:
-            row.append(_middle(layer.base.relative for layer in own if layer.base))
+        norms = [layer.base.relative for layer in own if layer.base] if has_base else [layer.norm for layer in own]
+        row = [group, str(len(own)), span(layer.r for layer in own), f"{share:.1%}", _middle(norms)]
         row += [_middle(layer.stable_rank for layer in own)]
         row += [span(layer.ranks[percent(s)] for layer in own) for s in SHARES]
         if has_base:
@@ -86,7 +77,7 @@ def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
 def of_pair(pair: PairSimilarity) -> Rows:
     """A row for each group of layers: the share of directions in common, on each side."""
     groups = list(dict.fromkeys(layer.group for layer in pair.layers))
-    header = ["layers", "n", *(f"{side} phi({at})" for side in SIDES for at in ("1,1", "r,r")), "chance"]
+    header = ["layers", "n", *(f"{NAMES[side]} phi({at})" for side in SIDES for at in ("1,1", "r,r")), "chance"]
     rows = []
     for group in groups:
         own = [layer for layer in pair.layers if layer.group == group]

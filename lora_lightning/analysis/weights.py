@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.analysis.factors import Factors
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.layers import LoRAConv1D
-from lora_lightning.lora.layers.conv import CONVS
-from lora_lightning.lora.layers.linear import CONV1D
+from lora_lightning.lora.matrices import less_start, weight_matrices
 from lora_lightning.lora.mixing import Pair
 from lora_lightning.lora.quantised import plain_weight
 from lora_lightning.lora.starts import from_weight, start_from_weight
@@ -42,7 +39,7 @@ class Weights:
         weight = self.read(self.modules[owner], own, f"{owner}.{own}".removeprefix("."))
         if weight is None:
             return None
-        found = _matrices(self.modules[owner], layer, weight.detach())
+        found = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
         shapes = {tuple(matrix.shape) for matrix in found}
         if len(found) != len(layer.pairs) or shapes != {layer.shape}:
             raise AdapterError(
@@ -72,33 +69,6 @@ def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
     return plain_weight(module) if own == "weight" else module._parameters[own]
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' linear layer that holds its transpose, adapted or plain."""
-    names = {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
-    return isinstance(module, LoRAConv1D) or CONV1D in names
-
-
-def _matrices(module: nn.Module, layer: Factors, weight: Tensor) -> list[Tensor]:
-    """`weight` as (m, k), whatever way it lies in its module."""
-    if layer.kind == "Parameter":
-        turned = bool(getattr(module, "is_transposed", False)) and weight.dim() == 3
-        return list((weight.mT if turned else weight).unbind() if weight.dim() == 3 else [weight])
-    if isinstance(module, nn.Embedding) or is_conv1d(module):
-        return [weight.mT]
-    if isinstance(module, CONVS):
-        return [_grouped(weight, module.groups) if module.groups > 1 else weight.flatten(1)]
-    return [weight]
-
-
-def _grouped(weight: Tensor, groups: int) -> Tensor:
-    """W0 of a convolution with groups as one that sees all channels, with zeros at those of other groups."""
-    out, channels, *kernel = weight.shape
-    wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
-    own = torch.arange(groups)
-    wide[own, :, own] = torch.unflatten(weight, 0, (groups, -1))
-    return wide.flatten(2, 3).flatten(0, 1).flatten(1)
-
-
 def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
     """The layers with the start that PEFT took out of W0, where the file's factors count on one: `s (B A - B0 A0)`.
 
@@ -118,4 +88,4 @@ def _less_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
         )
     A0, B0 = start_from_weight(init, W0[0], layer.r, layer.scale)
     A, B = layer.pairs[0]
-    return torch.cat([A, A0.to(A.dtype)]), torch.cat([B, -B0.to(B.dtype)], dim=1)
+    return less_start((A, B), A0.to(A.dtype), B0.to(B.dtype))
