@@ -103,8 +103,8 @@ def rows_table(rows: Rows) -> Table:
     """One of the analysis's tables for the screen."""
     table = Table(title=rows.title, title_justify="left", caption=rows.below or None, caption_justify="left", box=None)
     for number, name in enumerate(rows.header):
-        widths = {} if number else {"min_width": min(22, max(len(row[0]) for row in rows.rows))}
-        table.add_column(name, justify="right" if number else "left", overflow="fold", **widths)
+        width = None if number else min(22, max(len(row[0]) for row in rows.rows))
+        table.add_column(name, justify="right" if number else "left", overflow="fold", min_width=width)
     for row in rows.rows:
         table.add_row(*row)
     return table

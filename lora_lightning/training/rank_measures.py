@@ -52,22 +52,20 @@ def whole_layer(layer: AdaptedLayer) -> AdaptedLayer:
     twin.__dict__.update(vars(layer))
     for store in ("_parameters", "_buffers"):
         held = vars(layer)[store]
-        twin.__dict__[store] = {
-            name: whole(t.detach()) if name in own and t is not None else t for name, t in held.items()
-        }
+        twin.__dict__[store] = {n: t if t is None or n not in own else whole(t.detach()) for n, t in held.items()}
     return twin
 
 
 def whole_base(layer: AdaptedLayer) -> list[Tensor]:
     """W0's matrices, gathered."""
-    return [whole(matrix) for matrix in base_matrices(layer)]
+    return base_matrices(layer, whole)
 
 
 def base_norm(matrices: Sequence[Tensor]) -> float:
     """`||W0||_F`, added up in float32 or wider."""
-    return _root(
-        [float(torch.linalg.vector_norm(m, dtype=torch.promote_types(m.dtype, torch.float32))) for m in matrices]
-    )
+    wide = [torch.promote_types(matrix.dtype, torch.float32) for matrix in matrices]
+    norms = [torch.linalg.vector_norm(m, dtype=dtype) for m, dtype in zip(matrices, wide, strict=True)]
+    return _root([float(norm) for norm in norms])
 
 
 @torch.no_grad()
