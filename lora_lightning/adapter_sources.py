@@ -55,8 +55,10 @@ class Wanted:
 
 
 def labels_of(paths: list[str]) -> list[str]:
-    """A short name for each: the end of its path, as long as it takes to tell them apart."""
+    """A short name for each: what tells its path from the others', from the end on, as long as it takes."""
     parts = [Path(path).absolute().parts for path in paths]
+    while len(set(parts)) > 1 and len({own[-1:] for own in parts}) == 1 and all(len(own) > 2 for own in parts):
+        parts = [own[:-1] for own in parts]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(own[-count:]) for own in parts]
         if len(set(labels)) == len(set(parts)):

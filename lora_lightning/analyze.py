@@ -134,7 +134,7 @@ def write(found: Analysis, request: Request) -> None:
     folder = request.output_dir
     drawn = _figures(found, request) if request.plots else {}
     values = {**asdict(found), "base_model": request.wanted.base_model}
-    write_bytes(folder / RESULTS, (json.dumps(finite(values), indent=1) + "\n").encode())
+    write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
     shown = {}
     with drawing.styled() if drawn else _nothing():
         for name, (title, caption, figure) in drawn.items():
@@ -142,22 +142,26 @@ def write(found: Analysis, request: Request) -> None:
             for ending, data in files.items():
                 write_bytes(folder / f"{name}.{ending}", data)
             shown[title] = (caption, files["svg"])
-    write_bytes(folder / PAGE, page(screens(found), [tables.by_layer(a) for a in found.adapters], shown))
+    long = [*map(tables.of_pair, found.pairs), *map(tables.by_layer, found.adapters)]
+    write_bytes(folder / PAGE, page(screens(found), long, shown))
 
 
 def screens(found: Analysis) -> list[tables.Rows]:
     """The tables that a person sees first."""
-    rows = [tables.by_group(adapter) for adapter in found.adapters] + [tables.of_pair(pair) for pair in found.pairs]
+    rows = [tables.by_group(adapter) for adapter in found.adapters]
+    rows += [tables.of_pair(pair, ("A", "B")) for pair in found.pairs]
     return rows + ([tables.of_truncation(found.truncation)] if found.truncation is not None else [])
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
+    """With nine digits; JSON has no NaN, for which null stands."""
     if isinstance(value, Mapping):
         return {key: finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
 def _figures(found: Analysis, request: Request) -> dict[str, tuple[str, str, Figure]]:

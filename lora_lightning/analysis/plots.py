@@ -78,7 +78,14 @@ def _curves(axis: Any, curves: list[list[float]], colour: str, label: str) -> No
         axis.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.4, alpha=0.35)
     longest = max(map(len, curves))
     filled = torch.tensor([curve + [1.0] * (longest - len(curve)) for curve in curves])
-    axis.plot(range(1, longest + 1), filled.median(0).values, color=colour, linewidth=1.6, marker=".", label=label)
+    axis.plot(
+        range(1, longest + 1),
+        filled.median(0).values,
+        color=colour,
+        linewidth=1.6,
+        label=label,
+        marker="." if longest <= 16 else "",
+    )
 
 
 def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:

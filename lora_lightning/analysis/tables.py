@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lora_lightning.analysis.compare import SIDES, LayerSimilarity, PairSimilarity
+from lora_lightning.analysis.compare import SIDES, LayerSimilarity, PairSimilarity, Side
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.truncate import Truncation
 
@@ -74,18 +74,19 @@ def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
     return row
 
 
-def of_pair(pair: PairSimilarity) -> Rows:
+def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Rows:
     """A row for each group of layers: the share of directions in common, on each side."""
     groups = list(dict.fromkeys(layer.group for layer in pair.layers))
-    header = ["layers", "n", *(f"{NAMES[side]} phi({at})" for side in SIDES for at in ("1,1", "r,r")), "chance"]
+    header = ["layers", "n", *(f"{NAMES[side]} phi({at})" for side in sides for at in ("1,1", "r,r")), "chance (1,1)"]
     rows = []
     for group in groups:
         own = [layer for layer in pair.layers if layer.group == group]
         row = [group, str(len(own) // len(SIDES))]
-        for side in SIDES:
+        for side in sides:
             of_side = [layer for layer in own if layer.side == side and layer.phi and layer.phi[0]]
-            row += [_middle(layer.phi[0][0] for layer in of_side), _middle(map(_last, of_side))]
-        rows.append([*row, number(median(layer.chance for layer in own))])
+            row += [_middle((layer.phi[0][0] for layer in of_side), ".2f"), _middle(map(_last, of_side), ".2f")]
+        chances = {layer.chance for layer in own if layer.side in sides}
+        rows.append([*row, "-".join(f"{chance:.1g}" for chance in sorted({min(chances), max(chances)}))])
     out = f"{len(pair.left_out)} layers are not in both, or of other shapes" if pair.left_out else ""
     return Rows(f"directions that {pair.labels[0]} and {pair.labels[1]} share (medians)", header, rows, out)
 
@@ -128,6 +129,6 @@ def span(values: Iterable[int]) -> str:
     return str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}"
 
 
-def _middle(values: Iterable[float]) -> str:
+def _middle(values: Iterable[float], form: str = ".3g") -> str:
     found: Sequence[float] = [value for value in values if not math.isnan(value)]
-    return number(median(found)) if found else "-"
+    return f"{median(found):{form}}" if found else "-"

@@ -119,8 +119,8 @@ def chance(i: int, j: int, n: int) -> float:
 @torch.no_grad()
 def projected(U: Tensor, W0: Tensor, V: Tensor, dtype: torch.dtype = torch.float64) -> float:
     """`||U^T W0 V||_F`: how much of W0 lies in the directions of an update. On W0's device, in `dtype`."""
-    product = W0.detach().to(dtype) @ V.to(W0.device, dtype)
-    return float(torch.linalg.matrix_norm(U.to(W0.device, dtype).mT @ product))
+    product = U.to(W0.device, dtype).mT @ W0.detach().to(dtype)
+    return float(torch.linalg.matrix_norm(product @ V.to(W0.device, dtype)))
 
 
 @torch.no_grad()
