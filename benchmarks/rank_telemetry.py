@@ -2,9 +2,9 @@
 
     python -m benchmarks.rank_telemetry [--repeats 7]
 
-Milliseconds of processor time, on one thread, for 224 adapted linear layers: W0's norms, taken once a fit; a look; a look
-with the amplification factor. Beside them a forward and backward of 2,048 tokens through the same layers. A figure is the
-median; 16 layers are measured and scaled to 224. Written to benchmarks/results/rank_telemetry.json.
+Milliseconds of processor time, on one thread, for 224 adapted linear layers: W0's norms, taken once a fit; a look; a
+look with the amplification factor. Beside them a forward and backward of 2,048 tokens through the same layers. A figure
+is the median; 16 layers are measured and scaled to 224. Written to benchmarks/results/rank_telemetry.json.
 """
 
 from __future__ import annotations

@@ -77,15 +77,9 @@ def _curves(axis: Any, curves: list[list[float]], colour: str, label: str) -> No
     for curve in curves:
         axis.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.4, alpha=0.35)
     longest = max(map(len, curves))
-    filled = torch.tensor([curve + [1.0] * (longest - len(curve)) for curve in curves])
-    axis.plot(
-        range(1, longest + 1),
-        filled.median(0).values,
-        color=colour,
-        linewidth=1.6,
-        label=label,
-        marker="." if longest <= 16 else "",
-    )
+    filled = torch.tensor([curve + [1.0] * (longest - len(curve)) for curve in curves]).median(0).values
+    marker = "." if longest <= 16 else ""
+    axis.plot(range(1, longest + 1), filled, color=colour, linewidth=1.6, label=label, marker=marker)
 
 
 def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:

@@ -77,8 +77,9 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     tensors, errors, lost, whole = dict(adapter.tensors), dict[str, float](), 0.0, 0.0
     for layer in adapter.factors:
         cut, (missing, wanted) = _cut(layer, ranks[layer.name])
-        own = {key: adapter.tensors[key] for key in layer.keys}
-        tensors |= {key: cut[i].to(own[key].dtype).contiguous() for i, key in enumerate(layer.keys)}
+        A, B = (adapter.tensors[key] for key in layer.keys)
+        cut_A, cut_B = cut[0].reshape(-1, *A.shape[1:]), cut[1].reshape(B.shape[0], -1, *B.shape[2:])
+        tensors |= dict(zip(layer.keys, (cut_A.to(A.dtype), cut_B.to(B.dtype)), strict=True))
         errors[layer.name] = math.sqrt(missing / wanted) if wanted else 0.0
         lost, whole = lost + missing * layer.scale**2, whole + wanted * layer.scale**2
     tensors |= _fillers(adapter, ranks)
@@ -122,12 +123,17 @@ def _cut(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
     pairs = []
     for A, B in layer.parts:
         pair, (lost, whole) = truncated(A.double(), B.double(), rank // layer.groups)
-        pairs.append(padded(pair, rank // layer.groups))
+        pairs.append(padded(_untouched(pair, A, B), rank // layer.groups))
         missing, wanted = missing + lost, wanted + whole
     rows, columns = torch.cat([A for A, _ in pairs]), [B for _, B in pairs]
     if layer.kind == "Parameter" and len(pairs) > 1:
         return (rows, torch.stack(columns, dim=2).flatten(1)), (missing, wanted)
     return (rows, torch.cat(columns)), (missing, wanted)
+
+
+def _untouched(pair: Pair, A: Tensor, B: Tensor) -> Pair:
+    """Inputs and outputs that the update leaves alone stay so: rounding would let a group of channels see another's."""
+    return pair[0].masked_fill((A == 0).all(0), 0.0), pair[1].masked_fill((B == 0).all(1, keepdim=True), 0.0)
 
 
 def _alphas(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, float]:
