@@ -139,7 +139,10 @@ def _check(record: Record | None, base: Base, plain: nn.Module, *, allow_other_b
     """None where it was allowed to be another base, or cannot be told."""
     if record is None or allow_other_base:
         return None
-    return BaseCheck(record.base.tensors, base, {name for name, _ in plain.named_buffers()})
+    own, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
+    # Of a model with a head that it did not train, where the base's own class is without one.
+    expected = {n if n in own else n.removeprefix(prefix): digest for n, digest in record.base.tensors.items()}
+    return BaseCheck(expected, base, {name for name, _ in plain.named_buffers()})
 
 
 def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:

@@ -11,7 +11,7 @@ from lora_lightning.analysis.factors import Factors
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.matrices import less_start, weight_matrices
 from lora_lightning.lora.mixing import Pair
-from lora_lightning.lora.quantised import plain_weight
+from lora_lightning.lora.quantised import plain_weight, scheme
 from lora_lightning.lora.starts import from_weight, start_from_weight
 
 Read = Callable[[nn.Module, str, str], Tensor | None]
@@ -27,6 +27,8 @@ class Weights:
 
     def __init__(self, model: nn.Module, read: Read | None = None) -> None:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.prefix = str(getattr(model, "base_model_prefix", ""))
+        """transformers' name of the part without a head, which an adapter's names may have or lack."""
         self.read = read or _in_memory
 
     def of(self, layer: Factors) -> list[Tensor] | None:
@@ -59,14 +61,16 @@ class Weights:
             owner, _, own = layer.name.rpartition(".")
         else:
             owner, own = layer.name, "in_proj_weight" if layer.kind == "MultiheadAttention" else "weight"
-        module = self.modules.get(owner)
-        if module is None or module._parameters.get(own) is None:
-            raise AdapterError(f"the base has no '{layer.name}', which the adapter changes: name the base of its own")
-        return owner, own
+        for name in (owner, owner.removeprefix(f"{self.prefix}."), f"{self.prefix}.{owner}"):
+            module = self.modules.get(name)
+            if module is not None and module._parameters.get(own) is not None:
+                return name, own
+        raise AdapterError(f"the base has no '{layer.name}', which the adapter changes: name the base of its own")
 
 
 def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
-    return plain_weight(module) if own == "weight" else module._parameters[own]
+    quantised = own == "weight" and scheme(module) is not None
+    return plain_weight(module) if quantised else module._parameters[own]  # `.weight` may be one that is adapted
 
 
 def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
