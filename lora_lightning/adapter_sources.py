@@ -26,6 +26,7 @@ from lora_lightning.lora.record import Record
 from lora_lightning.opened_run import OpenedRun, open_run
 from lora_lightning.paths import resolve
 from lora_lightning.training import run
+from lora_lightning.training.merged import is_transformers
 from lora_lightning.training.start import CHECKPOINT_KEY, PREFIX
 
 AUTO, NONE = "auto", "none"
@@ -166,10 +167,12 @@ def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
 
 def _opened(opened: OpenedRun, checkpoint: Path, label: str) -> Source:
     """A run's adapter in PEFT's form, which is what is analysed and truncated."""
+    backbone, task = opened.module.backbone, opened.module.task
+    task_type = task.peft_task_type if is_transformers(backbone) else None
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", AdapterWarning)  # of what PEFT would read otherwise; PEFT reads nothing here
-        save_adapter(opened.module.backbone, folder)
+        save_adapter(backbone, folder, task_type=task_type)
         files = AdapterFiles.read(Path(folder))
     factors, tensors = read_factors(files)
     adapter = Adapter(label=label, source=str(checkpoint), factors=factors, files=files, tensors=tensors)
-    return Source(adapter, Weights(opened.module.backbone), run=opened)
+    return Source(adapter, Weights(backbone), run=opened)

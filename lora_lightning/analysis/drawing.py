@@ -63,6 +63,8 @@ def figure(width: float, height: float) -> Figure:
 
 def files_of(drawn: Figure) -> dict[str, bytes]:
     """PNG and SVG by their endings; the same figure gives the same bytes."""
+    drawn.draw_without_rendering()
+    drawn.set_layout_engine("none")  # the places are found: once for both
     files = {}
     for ending, options in (
         ("png", {"dpi": DPI, "metadata": {"Software": None}}),
