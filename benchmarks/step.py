@@ -188,7 +188,9 @@ def plot(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
         axis.plot(at, own, marker="o", label="lora_lightning")
         axis.plot(at, theirs, marker="s", label="PEFT")
         axis.axhline(1.0, color="grey", linewidth=1)
-        if name != "adapted kinds of layer":
+        if name == "adapted kinds of layer":
+            axis.set_xticks(at)
+        else:
             axis.set_xscale("log", base=2)
         axis.set_xlabel(name)
     axes[0].set_ylabel("step time over the frozen step")

@@ -12,6 +12,7 @@ import torch
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
 from lora_lightning.cli import LoRACLI
 from lora_lightning.data.splits import SplitConfig
+from lora_lightning.lora import quick
 from tests.factories import FAMILIES, Family
 from tests.lora.coverage import COVERED
 from tests.tiny import config_text, make_bert, make_reviews
@@ -29,6 +30,12 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _quick_for_few_rows_too(monkeypatch):
+    """The small inputs of tests stand for large ones."""
+    monkeypatch.setattr(quick, "FEW_ROWS", 0)
 
 
 @pytest.fixture(params=list(FAMILIES))

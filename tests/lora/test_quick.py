@@ -687,3 +687,18 @@ def test_threads_do_not_mix(threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for a, b in zip(pool.map(grad, inputs), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_on_a_cpu_few_rows_take_torchs_own_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of our own gain by the row; what else the quick form does, it does for few rows too."""
+    monkeypatch.setattr(quick, "FEW_ROWS", 128)
+
+    def goes_quick(rows: int, device: str = "cpu", **options: float) -> bool:
+        layer = nn.Sequential(nn.Linear(6, 5, device=device))
+        inject(layer, LoRAConfig(r=2, **options), start=False)
+        return layer[0]._goes_quick(torch.empty(rows, 6, device=device))
+
+    assert not goes_quick(127)
+    assert goes_quick(128)
+    assert goes_quick(1, dropout=0.1)
+    assert goes_quick(1, use_dora=True)

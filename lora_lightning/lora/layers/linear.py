@@ -17,7 +17,7 @@ from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, of_one_dtype, why_not_ordinary
 from lora_lightning.lora.layers.siblings import Siblings
 from lora_lightning.lora.products import Prepare
-from lora_lightning.lora.quick import Frozen, can_go_quick, quick_linear
+from lora_lightning.lora.quick import Frozen, can_go_quick, has_few_rows, quick_linear
 from lora_lightning.lora.quick_bias import with_bias_gradient
 from lora_lightning.lora.reading import Down
 from lora_lightning.lora.replay import Replays
@@ -129,9 +129,15 @@ class _Projection(AdaptedLayer):
         # Some wrappers, such as FSDP1 and DataParallel, hang plain tensors where the parameters were.
         if weight is None or weight.requires_grad or not own.keys() >= _NEEDED:
             return False
-        if not drops_by_bytes(self._dropout_now()):
+        p = self._dropout_now()
+        if not drops_by_bytes(p) or (self._gains_by_rows(p) and has_few_rows(x)):
             return False
         return can_go_quick(x, *own.values(), *self._buffers.values()) and of_one_dtype(x, weight)
+
+    def _gains_by_rows(self, dropout: float) -> bool:
+        """Whether the quick form of this layer is only quicker, and does nothing else that the plain one does not."""
+        asks = self.lora_replays is not None or self.lora_prepare == "on" or self.lora_settings.use_dora
+        return not dropout and not asks
 
     def why_plain(self) -> str | None:
         cls: Any = type(self)
