@@ -23,6 +23,7 @@ from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankT
 from lora_lightning.training.rank_measures import RankMeasures, base_norm, measures_of, summary, whole_base, whole_layer
 from tests.distributed import one_process
 from tests.lora.laws import stir
+from tests.lora.test_quantised import SCHEMES, Net
 from tests.training.resuming import EveryState, fit
 
 
@@ -175,3 +176,40 @@ def test_mistakes_are_named(make_module):
 
     with pytest.raises(LoRAError, match="looks at a LoRAModule"):
         RankTelemetry().setup(Trainer(logger=False, accelerator="cpu"), BoringModel(), "fit")
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_a_quantised_base_is_seen_as_what_it_stands_for(scheme):
+    torch.manual_seed(0)
+    model = SCHEMES[scheme](Net())
+    inject(model, LoRAConfig(r=4, target_modules=["square"]))
+    stir(model)
+    ((_, layer),) = adapted_layers(model)
+    W0 = layer.base_weight().double()
+    (matrix,) = whole_base(layer)
+    assert torch.equal(matrix.double(), W0)
+    found = measures_of(update_pairs(layer), layer.lora_settings.scale, base_norm([matrix]), [matrix])
+    update = layer.lora_settings.scale * (layer.lora_B.double() @ layer.lora_A.double()).detach()
+    U, _, Vh = torch.linalg.svd(update)
+    assert math.isclose(found.relative, float(update.norm() / W0.norm()), rel_tol=1e-6)
+    inside = float((U[:, :4].T @ W0 @ Vh[:4].T).norm())
+    assert math.isclose(found.amplification, float(update.norm()) / inside, rel_tol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_file(tiny, tmp_path):
+    """As many rows as one process, each the update that both hold."""
+    trainer = watched(
+        tiny,
+        tmp_path,
+        RankTelemetry(every_n_steps=2),
+        devices=2,
+        strategy="ddp_fork",
+        data={"batch_size": 10},
+        max_epochs=1,
+    )
+    rows = rows_of(tmp_path / "run" / "version_0")
+    layers = [name for name, _ in adapted_layers(trainer.lightning_module.backbone)]
+    assert [(int(row["step"]), row["layer"]) for row in rows] == [(step, name) for step in (2, 4, 6) for name in layers]
+    with (tmp_path / "run" / "version_0" / "metrics.csv").open() as file:
+        assert sum(bool(row["rank/k90"]) for row in csv.DictReader(file)) == 3
