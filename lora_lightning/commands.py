@@ -89,7 +89,7 @@ def analyze(
         )
     )
     for rows in analysis.screens(found):
-        Console().print(rows_table(rows))
+        Console().print(rows_table(rows), rows.below, sep="\n")
     Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
 
 
@@ -101,7 +101,7 @@ POSITIONAL = {"analyze": "adapters"}
 
 def rows_table(rows: Rows) -> Table:
     """One of the analysis's tables for the screen."""
-    table = Table(title=rows.title, title_justify="left", caption=rows.below or None, caption_justify="left", box=None)
+    table = Table(title=rows.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for number, name in enumerate(rows.header):
         width = None if number else min(22, max(len(row[0]) for row in rows.rows))
         table.add_column(name, justify="right" if number else "left", overflow="fold", min_width=width)

@@ -81,3 +81,12 @@ def ticks(labels: list[str], most: int = 12) -> tuple[list[int], list[str]]:
     step = -(-len(labels) // most) or 1
     at = list(range(0, len(labels), step))
     return at, [labels[i] for i in at]
+
+
+def rank_ticks(count: int, most: int = 5) -> tuple[list[int], list[str]]:
+    """1 and round numbers up to `count`, for an axis of directions; places count from 0."""
+    step = 1
+    while count > most * step:
+        step *= 2
+    numbers = sorted({1, *range(step, count + 1, step)})
+    return [number - 1 for number in numbers], [str(number) for number in numbers]

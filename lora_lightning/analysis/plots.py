@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lightning.analysis.compare import GroupSimilarity, LayerSimilarity, PairSimilarity
-from lora_lightning.analysis.drawing import COLOURS, figure, ticks
+from lora_lightning.analysis.drawing import COLOURS, figure, rank_ticks, ticks
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.lora.spectrum import similarity
 
@@ -118,8 +118,8 @@ def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
     for number, (axis, (title, phi)) in enumerate(zip(axes, panels, strict=False)):
         image = axis.imshow(phi, cmap=MAP, vmin=0, vmax=1, origin="lower", aspect="auto")
         axis.set_title(_wrapped(title), fontsize=6.5)
-        axis.set_xticks(*ticks([str(j + 1) for j in range(phi.shape[1])], 5))
-        axis.set_yticks(*ticks([str(i + 1) for i in range(phi.shape[0])], 5))
+        axis.set_xticks(*rank_ticks(phi.shape[1]))
+        axis.set_yticks(*rank_ticks(phi.shape[0]))
         axis.set_xlabel(f"j ({pair.labels[1]})")
         axis.set_ylabel(f"i ({pair.labels[0]})" if number % columns == 0 else "")
         axis.spines[:].set_visible(False)

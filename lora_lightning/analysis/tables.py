@@ -11,6 +11,11 @@ from lora_lightning.analysis.compare import SIDES, LayerSimilarity, PairSimilari
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.truncate import Truncation
 
+LEGEND = (
+    "share: of ||s B A||_F squared over all layers; norm: ||s B A||_F {norm}; stable: stable rank (medians);"
+    " 90%, 95%, 99%: smallest ranks that hold so much of the energy"
+)
+AMPLIFICATION = "; ampl.: ||s B A||_F over ||U^T W0 V||_F (median)"
 NAMES = {"A": "A", "B": "B", "update_in": "BA in", "update_out": "BA out"}
 
 
@@ -27,9 +32,8 @@ class Rows:
 def by_group(adapter: AdapterMeasures) -> Rows:
     """A row for each group of layers: medians, and ranks from the least to the most."""
     has_base = any(layer.base for layer in adapter.layers)
-    norm = "||sBA|| /||W0||" if has_base else "||sBA||"
-    header = ["layers", "n", "r", "of the update", norm, "stable rank", *(f"k at {percent(s)}" for s in SHARES)]
-    header += ["ampli- fication"] if has_base else []
+    header = ["layers", "n", "r", "share", "norm", "stable", *(percent(s) for s in SHARES)]
+    header += ["ampl."] if has_base else []
     rows = []
     for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
         own = [layer for layer in adapter.layers if layer.group == group]
@@ -40,7 +44,9 @@ def by_group(adapter: AdapterMeasures) -> Rows:
         if has_base:
             row.append(_middle(layer.base.amplification for layer in own if layer.base))
         rows.append(row)
-    return Rows(f"{adapter.label}: {len(adapter.layers)} adapted layers", header, rows, _below(adapter))
+    legend = LEGEND.format(norm="over ||W0||_F" if has_base else "of a layer")
+    below = f"{legend}{AMPLIFICATION if has_base else ''}\n{_below(adapter)}"
+    return Rows(f"{adapter.label}: {len(adapter.layers)} adapted layers", header, rows, below)
 
 
 def _below(adapter: AdapterMeasures) -> str:
@@ -77,7 +83,7 @@ def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
 def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Rows:
     """A row for each group of layers: the share of directions in common, on each side."""
     groups = list(dict.fromkeys(layer.group for layer in pair.layers))
-    header = ["layers", "n", *(f"{NAMES[side]} phi({at})" for side in sides for at in ("1,1", "r,r")), "chance (1,1)"]
+    header = ["layers", "n", *(f"{NAMES[side]} {at}" for side in sides for at in ("1,1", "r,r")), "chance"]
     rows = []
     for group in groups:
         own = [layer for layer in pair.layers if layer.group == group]
@@ -87,8 +93,10 @@ def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Rows:
             row += [_middle((layer.phi[0][0] for layer in of_side), ".2f"), _middle(map(_last, of_side), ".2f")]
         chances = {layer.chance for layer in own if layer.side in sides}
         rows.append([*row, "-".join(f"{chance:.1g}" for chance in sorted({min(chances), max(chances)}))])
-    out = f"{len(pair.left_out)} layers are not in both, or of other shapes" if pair.left_out else ""
-    return Rows(f"directions that {pair.labels[0]} and {pair.labels[1]} share (medians)", header, rows, out)
+    below = "phi(1, 1) and phi(r, r) of A's right and B's left singular vectors (medians); chance: of phi(1, 1)"
+    if pair.left_out:
+        below += f"; {len(pair.left_out)} layers are not in both, or of other shapes"
+    return Rows(f"directions that {pair.labels[0]} and {pair.labels[1]} share", header, rows, below)
 
 
 def _last(layer: LayerSimilarity) -> float:
