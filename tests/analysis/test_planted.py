@@ -135,7 +135,7 @@ def trained(tmp_path_factory):
             optimizer=lambda params: torch.optim.Adam(params, lr=0.02),
         )
         trainer = LoRATrainer(
-            max_epochs=200,
+            max_epochs=90,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -143,7 +143,7 @@ def trained(tmp_path_factory):
             accelerator="cpu",
             default_root_dir=folder,
         )
-        trainer.fit(module, DataLoader(data, batch_size=256))
+        trainer.fit(module, DataLoader(data, batch_size=128))
         found.append(save_adapter(module.backbone, folder / f"seed{seed}"))
     return found, x, target
 
