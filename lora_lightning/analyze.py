@@ -133,7 +133,9 @@ def write(found: Analysis, request: Request) -> None:
     """The numbers, the page and the figures."""
     folder = request.output_dir
     drawn = _figures(found, request) if request.plots else {}
-    values = {**asdict(found), "base_model": request.wanted.base_model}
+    pictures = [f"{name}.{ending}" for name in drawn for ending in drawing.ENDINGS]
+    values = {**asdict(found), "base_model": request.wanted.base_model, "pictures": pictures}
+    clear_pictures(folder)
     write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
     shown = {}
     with drawing.styled() if drawn else _nothing():
@@ -144,6 +146,17 @@ def write(found: Analysis, request: Request) -> None:
             shown[title] = (caption, files["svg"])
     long = [*map(tables.of_pair, found.pairs), *map(tables.by_layer, found.adapters)]
     write_bytes(folder / PAGE, page(screens(found), long, shown))
+
+
+def clear_pictures(folder: Path) -> None:
+    """Take away those of an earlier analysis, of which there may have been more."""
+    try:
+        named = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["pictures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in named if isinstance(named, list) else []:
+        if isinstance(name, str) and name == Path(name).name and name.endswith(drawing.ENDINGS):
+            (folder / name).unlink(missing_ok=True)
 
 
 def screens(found: Analysis) -> list[tables.Rows]:

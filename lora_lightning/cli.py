@@ -100,6 +100,9 @@ class Parser(LightningArgumentParser):
         if len(usage.splitlines()) > 5:
             prog = self.prog.replace(" [options]", "")
             wants = "--ckpt_path RUN [-c CONFIG ...]" if prog.endswith(FROM_CHECKPOINT) else "-c CONFIG [-c CONFIG ...]"
+            if positional := POSITIONAL.get(prog.rpartition(" ")[2]):
+                one = positional.upper().removesuffix("S")
+                wants = f"{one} [{one} ...]"
             usage = f"usage: {prog} {wants} [options]"
         return f"{usage}\n\n{KNOWN.sub(_shorter, _own_first(rest))}"
 

@@ -30,6 +30,7 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "lora_lightning",
 }
 DPI = 200
+ENDINGS = ("png", "svg")
 
 
 def refuse_missing() -> None:

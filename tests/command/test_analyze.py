@@ -75,6 +75,9 @@ def test_two_adapters_are_compared_without_their_models(trained, tmp_path, monke
     for layer in found["pairs"][0]["layers"]:
         assert all(abs(layer["phi"][i][i] - 1) < 1e-6 for i in range(len(layer["phi"])))
     assert (tmp_path / "out" / "phi-A.png").is_file()
+    fewer = called(monkeypatch, capsys, "analyze", copy, *args[3:], "--plots", "false")
+    assert fewer[0] == 0
+    assert not list((tmp_path / "out").glob("*.png")), "of the earlier analysis, which is replaced"
     code, said = called(monkeypatch, capsys, *args, "--layers", "nothing")
     assert code == 2
     assert "no adapted layer matches" in said
