@@ -86,9 +86,9 @@ def open_source(path: str, label: str, wanted: Wanted) -> Source:
 
 def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
     files = AdapterFiles.read(directory)
-    factors, tensors = read_factors(files, wanted.alphas)
     base, note = _base_of(files, wanted)
     weights = None if base is None else weights_in(base, files, allow_other_base=wanted.allow_other_base)
+    factors, tensors = read_factors(files, wanted.alphas, None if weights is None else weights.modules)
     if weights is not None and wanted.base_model == AUTO:
         try:
             weights.check(factors)
@@ -173,6 +173,7 @@ def _opened(opened: OpenedRun, checkpoint: Path, label: str) -> Source:
         warnings.simplefilter("ignore", AdapterWarning)  # of what PEFT would read otherwise; PEFT reads nothing here
         save_adapter(backbone, folder, task_type=task_type)
         files = AdapterFiles.read(Path(folder))
-    factors, tensors = read_factors(files)
+    weights = Weights(backbone)
+    factors, tensors = read_factors(files, modules=weights.modules)
     adapter = Adapter(label=label, source=str(checkpoint), factors=factors, files=files, tensors=tensors)
-    return Source(adapter, Weights(backbone), run=opened)
+    return Source(adapter, weights, run=opened)

@@ -1,7 +1,7 @@
 """The factors of every adapted layer, read from an adapter's files by PEFT's keys, without its model.
 
-What only a model could tell: of several adapted parameters of one module, which is which (taken in the order of the
-config), and the three weights of an attention with `kdim` or `vdim`, which is refused.
+What only a model could tell is refused: of several adapted parameters of one module, which is which (but for the
+stacks of transformers' experts), and the three weights of an attention with `kdim` or `vdim`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lora_lightning.lora.peft_wrappers import WRAPPER
 from lora_lightning.lora.unpacking import A_ENDS
 
 OUT = f".{WRAPPER}.out_proj"
+REGISTERED = ("gate_up_proj", "down_proj")
+"""The order in which transformers' experts register their stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +106,13 @@ class Adapter:
 
 
 def read_factors(
-    files: AdapterFiles, alphas: Mapping[str, float] | None = None
+    files: AdapterFiles, alphas: Mapping[str, float] | None = None, modules: Mapping[str, nn.Module] | None = None
 ) -> tuple[list[Factors], dict[str, Tensor]]:
     """Every layer's factors in the order of the file's names, and all tensors by PEFT's own keys.
 
     Args:
         alphas: as in `load_adapter`.
+        modules: of the plain model, where it is at hand: they say in which order parameters were registered.
 
     Raises:
         AdapterError: keys that are not PEFT's, an A without a B, shapes or ranks that do not go together, no layer.
@@ -117,7 +120,7 @@ def read_factors(
     tensors = as_written(files.tensors, nn.Module())
     if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
         raise AdapterError(f"{files.directory}: adapter keys must start with '{PREFIX}', got {some(strangers)}")
-    found = [_found(key, tensors, files) for key in tensors if key.endswith(A_ENDS)]
+    found = [_found(key, tensors, files, modules or {}) for key in tensors if key.endswith(A_ENDS)]
     if files.record:
         # A projection that only fills PEFT's form is not in the record.
         found = [layer for layer in found if layer.name in files.record.settings]
@@ -134,7 +137,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _found(key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles) -> _Found:
+def _found(key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]) -> _Found:
     end = next(end for end in A_ENDS if key_a.endswith(end))
     key_b = key_a.removesuffix(end) + end.replace("_A", "_B")
     path, A, B = key_a.removeprefix(PREFIX).removesuffix(end), tensors[key_a], tensors.get(key_b)
@@ -149,11 +152,17 @@ def _found(key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles) -> _F
     elif A.dim() > 2:
         layer.kind = f"Conv{A.dim() - 2}d"
     else:
-        _name_wrapped(layer, path, tensors, files)
+        _name_wrapped(layer, path, tensors, files, modules)
     return layer
 
 
-def _name_wrapped(layer: _Found, path: str, tensors: Mapping[str, Tensor], files: AdapterFiles) -> None:
+def _name_wrapped(
+    layer: _Found,
+    path: str,
+    tensors: Mapping[str, Tensor],
+    files: AdapterFiles,
+    modules: Mapping[str, nn.Module],
+) -> None:
     """PEFT's wrappers out of the name: those of an attention and of bare parameters."""
     if path.endswith(OUT):
         layer.peft_name = path.removesuffix(OUT)
@@ -170,8 +179,8 @@ def _name_wrapped(layer: _Found, path: str, tensors: Mapping[str, Tensor], files
     while plain.endswith(f".{WRAPPER}"):
         plain = plain.removesuffix(f".{WRAPPER}")
     depth = (len(path) - len(plain)) // len(f".{WRAPPER}")
-    leaves = [entry.rpartition(".")[2] for entry in files.peft.get("target_parameters") or []]
-    own = [leaf for leaf in dict.fromkeys(leaves) if _adapts(files, f"{plain}.{leaf}")]
+    leaves = {entry.rpartition(".")[2] for entry in files.peft.get("target_parameters") or []}
+    own = _in_order(plain, [leaf for leaf in leaves if _adapts(files, f"{plain}.{leaf}")], modules)
     if depth >= len(own):
         layer.name = layer.peft_name = plain
         return
@@ -179,6 +188,18 @@ def _name_wrapped(layer: _Found, path: str, tensors: Mapping[str, Tensor], files
     layer.peft_name = layer.name
     layer.rank = _entry_rank(layer, files)
     layer.count = layer.A.shape[0] // layer.rank
+
+
+def _in_order(plain: str, leaves: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Adapted parameters of one module as they were registered, by which PEFT wraps them; its config has any order."""
+    holder = modules.get(plain)
+    known = REGISTERED if holder is None else tuple(holder._parameters)
+    if len(leaves) > 1 and not {*leaves} <= {*known}:
+        raise AdapterError(
+            f"'{plain}' has {len(leaves)} adapted parameters, {', '.join(sorted(leaves))}, whose tensors only its model"
+            f" tells apart: name its base with --base_model"
+        )
+    return sorted(leaves, key=known.index) if len(leaves) > 1 else leaves
 
 
 def _adapts(files: AdapterFiles, name: str) -> bool:

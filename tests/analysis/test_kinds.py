@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -216,6 +217,35 @@ def test_a_checkpoints_state_gives_the_same(kind, tmp_path):
 def test_a_checkpoint_in_parts_asks_for_its_model():
     with pytest.raises(AdapterError, match="adapted in parts"):
         factors_in_state(adapter_tensors(made("parts")), LoRAConfig(r=4, alpha=3.0))
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_stacks_are_told_apart_whatever_order_the_config_has(turn, tmp_path):
+    """PEFT writes target_parameters in the order of a set, another each time."""
+    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=[], target_parameters=STACKS)
+    theirs = peft.get_peft_model(Holder(Experts()), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "target_parameters": STACKS[::turn]}))
+    shapes = {layer.name: layer.shape for layer in opened(tmp_path / "adapter").factors}
+    assert shapes == {"blocks.0.gate_up_proj": (10, 8), "blocks.0.down_proj": (8, 10)}
+
+
+def test_parameters_of_unknown_order_ask_for_the_model(tmp_path):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.right, self.left = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(5, 3))
+
+    model = Holder(Two())
+    inject(model, LoRAConfig(r=2, target_modules=[], target_parameters=["right", "left"]))
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=r"left, right, whose tensors only its model tells apart.*--base_model"):
+        opened(tmp_path / "adapter")
+    files = AdapterFiles.read(tmp_path / "adapter")
+    layers, _ = read_factors(files, modules=dict(Holder(Two()).named_modules()))
+    assert {layer.name: layer.shape for layer in layers} == {"blocks.0.right": (6, 4), "blocks.0.left": (5, 3)}
 
 
 def test_an_attention_of_three_weights_is_refused_by_name(tmp_path):
