@@ -17,7 +17,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.class_paths import explained
-from lora_lightning.commands import COMMANDS
+from lora_lightning.commands import COMMANDS, POSITIONAL
 from lora_lightning.data.base import TableData
 from lora_lightning.handed_down import handed_down
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -101,6 +101,9 @@ class Parser(LightningArgumentParser):
         if len(usage.splitlines()) > 5:
             prog = self.prog.replace(" [options]", "")
             wants = "--ckpt_path RUN [-c CONFIG ...]" if prog.endswith(FROM_CHECKPOINT) else "-c CONFIG [-c CONFIG ...]"
+            if positional := POSITIONAL.get(prog.rpartition(" ")[2]):
+                one = positional.upper().removesuffix("S")
+                wants = f"{one} [{one} ...]"
             usage = f"usage: {prog} {wants} [options]"
         return f"{usage}\n\n{KNOWN.sub(_shorter, _own_first(rest))}"
 
@@ -333,7 +336,10 @@ def command_parser(name: str) -> Parser:
     """The parser of a command that needs no config."""
     function = COMMANDS[name]
     parser = Parser(prog=f"lora-lightning {name}", description=_first_line(function), allow_abbrev=False)
-    parser.add_function_arguments(function)
+    positional = POSITIONAL.get(name)
+    if positional is not None:
+        parser.add_argument(positional, nargs="+", type=str, help="Adapters: directories, run folders or checkpoints.")
+    parser.add_function_arguments(function, skip={positional} if positional else None)
     return parser
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from lora_lightning.lora.casting import DType
 from lora_lightning.lora.stream import StreamReport
+
+if TYPE_CHECKING:
+    from lora_lightning.analysis.tables import Rows
 
 
 def merge(
@@ -40,7 +43,71 @@ def merge(
     Console().print(merge_table(report, output_dir))
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge}
+def analyze(
+    adapters: list[str],
+    output_dir: str = "analysis",
+    base_model: str = "auto",
+    truncate: float | None = None,
+    layers: str | None = None,
+    directions: int = 4,
+    plots: bool = True,
+    allow_other_base: bool = False,
+    alphas: dict[str, float] | None = None,
+) -> None:
+    """How much of its rank an adapter uses, and which directions several share: the paper's section 7.
+
+    Written are analysis.json, index.html and each figure as PNG and SVG. Adapters are directories as PEFT and this
+    package write them, run folders, or checkpoints.
+
+    Args:
+        adapters: one or more.
+        output_dir: a new or empty folder, or that of an earlier analysis.
+        base_model: directory of W0 in the hub's layout, for what is told beside W0; `auto` takes what the adapter or
+            the run names, where it is at hand, and `none` does without.
+        truncate: a share of the energy, such as 0.95: write the adapter of the smallest ranks that keep it in each
+            layer to output_dir/truncated, and measure what it costs.
+        layers: a regular expression on full names: the layers in the figures of shared directions.
+        directions: how many are compared between the layers of one adapter.
+        plots: draw the figures; needs matplotlib.
+        allow_other_base: also where the adapter's fingerprint is of another base.
+        alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
+    """
+    from pathlib import Path
+
+    from lora_lightning import analyze as analysis
+
+    wanted = analysis.Wanted(base_model=base_model, allow_other_base=allow_other_base, alphas=alphas)
+    found = analysis.analyze(
+        analysis.Request(
+            adapters=adapters,
+            output_dir=Path(output_dir),
+            wanted=wanted,
+            truncate=truncate,
+            directions=directions,
+            layers=layers,
+            plots=plots,
+        )
+    )
+    for rows in analysis.screens(found):
+        Console().print(rows_table(rows), rows.below, sep="\n")
+    Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge, "analyze": analyze}
+
+POSITIONAL = {"analyze": "adapters"}
+"""The argument that is given without its name, once or more."""
+
+
+def rows_table(rows: Rows) -> Table:
+    """One of the analysis's tables for the screen."""
+    table = Table(title=rows.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for number, name in enumerate(rows.header):
+        width = None if number else min(22, max(len(row[0]) for row in rows.rows))
+        table.add_column(name, justify="right" if number else "left", overflow="fold", min_width=width)
+    for row in rows.rows:
+        table.add_row(*row)
+    return table
 
 
 def merge_table(report: StreamReport, output_dir: str) -> Table:

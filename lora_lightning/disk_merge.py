@@ -2,49 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
 
+from lora_lightning.base_files import CONFIG, BaseFiles, main_dtype
 from lora_lightning.conversions import groups_of, name_of
 from lora_lightning.lora.casting import DType, checked_dtype, short
-from lora_lightning.lora.checkpoint import DTYPES, INDEX, Checkpoint
+from lora_lightning.lora.checkpoint import INDEX
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.kept import rounding_told
 from lora_lightning.lora.onmeta import AdapterFiles
-from lora_lightning.lora.packing import PREFIX
 from lora_lightning.lora.peft_config import CONFIG as ADAPTER_CONFIG
-from lora_lightning.lora.peft_keys import as_written
 from lora_lightning.lora.staging import staged
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.lora.stream import StreamedMerge, StreamReport
 from lora_lightning.merge_output import REPORT, refuse_target, write_report
 from lora_lightning.paths import resolve
 
-CONFIG = "config.json"
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 """Ends of files that hold W0 in other forms, which a merged directory must not have beside it."""
-
-# PEFT's names of tasks.
-TASKS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 
 
 def merge_on_disk(
@@ -89,7 +72,7 @@ def merge_on_disk(
             write_report(folder, report)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
-    if told := rounding_told(report.kept, short(to_dtype or _main_dtype(merge.checkpoint))):
+    if told := rounding_told(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
         warnings.warn(told, AdapterWarning, stacklevel=2)
     return report
 
@@ -103,25 +86,13 @@ def _planned(
     alphas: Mapping[str, float] | None,
 ) -> tuple[StreamedMerge, dict[str, Any]]:
     """The merge, and what its config says that the base's does not."""
-    checkpoint = Checkpoint(base)
-    config = _config(base)
+    plain = BaseFiles(base)  # whatever is wrong with the base is said before an adapter is looked at
     files = AdapterFiles.read(adapter)
-    cls, heads = _model_class(config, files.peft.get("task_type")), {}
-    own = _main_dtype(checkpoint)
-
-    def make() -> PreTrainedModel:
-        with torch.device("meta"):
-            # A copy, since a merge that unties two matrices notes it there.
-            return cls._from_config(copy.deepcopy(config), dtype=own)  # type: ignore[no-any-return,no-untyped-call]
-
-    labels = _labels(make(), files.tensors)
-    if labels is not None:
-        config.num_labels = labels
-        heads = {name: getattr(config, name) for name in ("id2label", "label2id")}
+    make, heads = plain.maker(files)
     merge = StreamedMerge(
         make,
-        checkpoint,
-        groups_of(make(), checkpoint),
+        plain.checkpoint,
+        groups_of(make(), plain.checkpoint),
         files,
         dtype=dtype,
         allow_other_base=allow_other_base,
@@ -130,65 +101,10 @@ def _planned(
     for key in merge.new:
         if name_of(make(), key) != key:
             raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
-    written = {**heads, "architectures": [cls.__name__]}
+    written = {**heads, "architectures": [type(merge.plain).__name__]}
     if dtype is not None:
         written["dtype"] = short(dtype)
     return merge, written
-
-
-def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating-point dtype that most of the base's bytes have: that of a head that it lacks."""
-    sizes = Counter[str]()
-    for stored in checkpoint.stored.values():
-        sizes[stored.dtype] += stored.size if stored.dtype in ("F64", "F32", "BF16", "F16") else 0
-    name, size = sizes.most_common(1)[0] if sizes else ("F32", 0)
-    return DTYPES[name] if size else torch.float32
-
-
-def _config(base: Path) -> PretrainedConfig:
-    if not (base / CONFIG).is_file():
-        raise LoRAError(f"no file {base / CONFIG}: name the directory of a Hugging Face model")
-    try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise LoRAError(f"{base / CONFIG} is no config of a transformers model ({error})") from error
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
-        raise LoRAError(
-            f"'{base}' is quantised ({method}), and rounding to its grid would lose most of the update: name the"
-            f" unquantised base"
-        )
-    return config  # type: ignore[no-any-return]
-
-
-def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedModel]:
-    """The class that the adapter's task asks for, else the base's own."""
-    named = next(iter(config.architectures or []), "")
-    own: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
-    if task is None or str(task) not in TASKS:
-        if own is None:
-            what = f"'{named}', which transformers does not have" if named else "no architecture"
-            raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
-        return own
-    mapping = getattr(transformers, TASKS[str(task)])._model_mapping
-    if type(config) not in mapping:
-        raise LoRAError(f"the adapter's task is {task}, and transformers has no such {config.model_type} model")
-    found = mapping[type(config)]
-    fitting = found if isinstance(found, tuple | list) else (found,)
-    return own if own is not None and own in fitting else fitting[0]  # type: ignore[no-any-return]
-
-
-def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
-    """The number of classes where the adapter brings a head of another size than the config's."""
-    state, number = model.state_dict(), model.config.num_labels
-    for key, tensor in as_written(tensors, model).items():
-        own = state.get(key.removeprefix(PREFIX))
-        if own is None or own.shape == tensor.shape or not own.dim() or own.shape[1:] != tensor.shape[1:]:
-            continue
-        if own.shape[0] == number:
-            return int(tensor.shape[0])
-    return None
 
 
 class _progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -24,17 +25,13 @@ def peft_config_of(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
     parameters = [p.peft_name for p in packed if isinstance(p.layer, LoRAParameter)]
     ranks = {p.peft_name: p.rank for p in packed}
     alphas = {p.peft_name: p.alpha(rslora=rslora) for p in packed}
-    r, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 16)
     return {
         "peft_type": "LORA",
-        "r": r,
-        "lora_alpha": _number(alpha),
+        **ranks_and_alphas(ranks, alphas),
         "lora_dropout": common_dropout(packed),
         **_selection([name for name in ranks if name not in parameters], model),
         "target_parameters": parameters or None,
         "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in token_rows(model)} or None,
-        "rank_pattern": {f"^{re.escape(n)}$": rank for n, rank in ranks.items() if rank != r},
-        "alpha_pattern": {f"^{re.escape(n)}$": _number(a) for n, a in alphas.items() if a != alpha},
         "modules_to_save": [name for name, _ in saved_copies(model)] or None,
         "use_rslora": rslora,
         "init_lora_weights": True,
@@ -44,6 +41,17 @@ def peft_config_of(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
         "use_dora": any(s.use_dora for s in settings),
         "lora_bias": any(s.lora_bias for s in settings),
         "inference_mode": True,
+    }
+
+
+def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Those of the first module as the config's own, and a pattern for each module that has others."""
+    r, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 16)
+    return {
+        "r": r,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {f"^{re.escape(n)}$": rank for n, rank in ranks.items() if rank != r},
+        "alpha_pattern": {f"^{re.escape(n)}$": _number(a) for n, a in alphas.items() if a != alpha},
     }
 
 

@@ -75,14 +75,41 @@ def write_record(
     config: Mapping[str, Any],
 ) -> dict[str, str]:
     """The metadata of a file that holds `tensors` and lies beside `config`."""
+    slices = {p.name: s.to_spec() for p in packed if (s := p.layer.lora_settings.slices) and p.one_alpha is None}
+    settings = {p.name: (*p.loads_as, p.scale) for p in packed}
+    return _metadata(fingerprint(model), tensors, settings, dropouts, config, slices)
+
+
+def rewritten(
+    record: Record,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, tuple[int, float, float]],
+    config: Mapping[str, Any],
+) -> dict[str, str]:
+    """The metadata of a file made from another's, for the same base: without parts, which are in A and B as they lie.
+
+    Args:
+        settings: as in `Record`.
+    """
+    return _metadata(record.base, tensors, settings, record.dropouts, config, {})
+
+
+def _metadata(
+    base: Fingerprint,
+    tensors: Mapping[str, Tensor],
+    settings: Mapping[str, tuple[int, float, float]],
+    dropouts: Mapping[str, float],
+    config: Mapping[str, Any],
+    slices: Mapping[str, Any],
+) -> dict[str, str]:
     record = {
         "version": version("lora_lightning"),
-        "base": json.loads(fingerprint(model).to_json()),
+        "base": json.loads(base.to_json()),
         "adapter": of_tensors(tensors).digest,
-        "settings": {p.name: [*p.loads_as, p.scale] for p in packed},
+        "settings": {name: list(own) for name, own in settings.items()},
         "dropouts": dropouts,
         "config": config_digests(config),
-        "slices": {p.name: s.to_spec() for p in packed if (s := p.layer.lora_settings.slices) and p.one_alpha is None},
+        "slices": slices,
     }
     text = json.dumps(record, sort_keys=True)
     return {"format": "pt", PROVENANCE: text, CHECKSUM: _sha256(text)}

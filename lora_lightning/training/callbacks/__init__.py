@@ -7,6 +7,7 @@ from lora_lightning.training.callbacks.export import ExportAtEnd
 from lora_lightning.training.callbacks.finite import StopOnNonFinite
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.callbacks.predictions import PredictionWriter
+from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry
 from lora_lightning.training.callbacks.resume import Resume
 from lora_lightning.training.callbacks.run_report import RunReport
 
@@ -17,6 +18,7 @@ __all__ = [
     "FreezeBase",
     "MeasureBefore",
     "PredictionWriter",
+    "RankTelemetry",
     "Resume",
     "RunReport",
     "StopOnNonFinite",

@@ -1,0 +1,193 @@
+"""What is told of each layer, and of an adapter as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_lightning.analysis.factors import Adapter, Factors
+from lora_lightning.analysis.places import Place, places
+from lora_lightning.analysis.weights import Weights
+from lora_lightning.lora.spectrum import (
+    Spectrum,
+    drawn_norm,
+    energy,
+    frobenius,
+    own_norm,
+    projected,
+    random_norm,
+    smallest_rank,
+    spectrum,
+    stable_rank,
+)
+
+SHARES = (0.9, 0.95, 0.99)
+"""Of the energy, for which the smallest ranks are told."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgainstBase:
+    """The update beside W0: the paper's section 7.3 and Table 7."""
+
+    w0_norm: float
+    """`||W0||_F`."""
+    relative: float
+    """`||s B A||_F / ||W0||_F`."""
+    in_update: float
+    """`||U^T W0 V||_F` in the update's own directions."""
+    in_w0: float
+    """The same in as many top directions of W0 itself: the most that it can be."""
+    in_random: float
+    """The same in random directions, drawn once."""
+    by_chance: float
+    """Its root mean square over all draws."""
+    amplification: float
+    """`||s B A||_F / ||U^T W0 V||_F`: how much larger the update is than W0 in its directions. nan of a zero update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMeasures:
+    """One layer's update."""
+
+    name: str
+    kind: str
+    group: str
+    """Layers that do the same in each block, see `places`."""
+    block: str
+    r: int
+    scale: float
+    shape: tuple[int, int]
+    entries: int
+    """Matrices of a stack."""
+    dora: bool
+    parameters: int
+    norm: float
+    """`||s B A||_F`."""
+    largest: float
+    """`||s B A||_2`."""
+    stable_rank: float
+    singular_values: list[float]
+    """Of all entries of a stack together."""
+    energy: list[float]
+    """The share in the first 1, 2, ... directions."""
+    ranks: dict[str, int]
+    """By share of the energy, the smallest rank that holds it; of a stack's entries, the one for all of them."""
+    base: AgainstBase | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMeasures:
+    """An adapter."""
+
+    label: str
+    source: str
+    layers: list[LayerMeasures]
+    norm: float
+    """Of all updates together."""
+    shares: dict[str, float]
+    """By group, its share of `norm` squared."""
+    parameters: int
+    parameters_at: dict[str, int]
+    """By share of the energy in every layer, parameters of A and B at the smallest ranks."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be told, and why."""
+
+
+def spectra_of(layer: Factors) -> list[Spectrum]:
+    """One for each entry."""
+    return [spectrum(A, B, layer.scale) for A, B in layer.pairs]
+
+
+def common_rank(layer: Factors, share: float) -> int:
+    """The smallest rank, as the layer's kind counts it, that holds `share` of its energy; at least 1.
+
+    Parts that keep a rank each keep the same one, so their energies are added up direction by direction.
+    """
+    values = [spectrum(A, B).S.square() for A, B in layer.parts]
+    width = max(len(squares) for squares in values)
+    together = torch.stack([F.pad(squares, (0, width - len(squares))) for squares in values]).sum(0)
+    return layer.groups * max(1, smallest_rank(together.sqrt(), share))
+
+
+def measured(layer: Factors, weights: Weights | None, place: Place) -> LayerMeasures:
+    """All measures of one layer; those beside W0 where there is one."""
+    spectra = spectra_of(layer)
+    S = torch.cat([s.S for s in spectra]).sort(descending=True).values
+    matrices = None if weights is None else weights.of(layer)
+    return LayerMeasures(
+        name=layer.name,
+        kind=layer.kind,
+        group=place.group,
+        block=place.block,
+        r=layer.r,
+        scale=layer.scale,
+        shape=layer.shape,
+        entries=len(layer.pairs),
+        dora=layer.dora,
+        parameters=layer.parameters,
+        norm=frobenius(S),
+        largest=float(S[0]) if len(S) else 0.0,
+        stable_rank=stable_rank(S),
+        singular_values=S.tolist(),
+        energy=energy(S).tolist(),
+        ranks={percent(share): common_rank(layer, share) for share in SHARES},
+        base=None if matrices is None else _against(layer, spectra, matrices),
+    )
+
+
+def _against(layer: Factors, spectra: list[Spectrum], matrices: list[Tensor]) -> AgainstBase:
+    """A stack's entries are the blocks of one matrix: squares add up."""
+    norm = _root(frobenius(s.S) for s in spectra)
+    w0_norm = _root(float(torch.linalg.matrix_norm(W0.double())) for W0 in matrices)
+    inside = _root(projected(s.U, W0, s.V) for s, W0 in zip(spectra, matrices, strict=True))
+    ranks = [min(len(s.S) or layer.r, *W0.shape) for s, W0 in zip(spectra, matrices, strict=True)]
+    pairs = list(zip(matrices, ranks, strict=True))
+    return AgainstBase(
+        w0_norm=w0_norm,
+        relative=norm / w0_norm if w0_norm else math.nan,
+        in_update=inside,
+        in_w0=_root(own_norm(W0, r) for W0, r in pairs),
+        in_random=_root(drawn_norm(W0, r) for W0, r in pairs),
+        by_chance=_root(random_norm(float(torch.linalg.matrix_norm(W0.double())), r, layer.shape) for W0, r in pairs),
+        amplification=norm / inside if inside else math.nan,
+    )
+
+
+def _root(norms: Iterable[float]) -> float:
+    return math.sqrt(sum(norm**2 for norm in norms))
+
+
+def percent(share: float) -> str:
+    """0.95 as `95%`, which names it in what is written."""
+    return f"{share:.0%}"
+
+
+def measured_adapter(
+    adapter: Adapter, weights: Weights | None, advance: Callable[[int], None] = lambda _: None
+) -> AdapterMeasures:
+    """All layers of an adapter."""
+    layers, at = [], places(layer.name for layer in adapter.factors)
+    for layer in adapter.factors:
+        layers.append(measured(layer, weights, at[layer.name]))
+        advance(1)
+    whole = _root(layer.norm for layer in layers)
+    groups = dict.fromkeys(layer.group for layer in layers)
+    squares = {g: sum(layer.norm**2 for layer in layers if layer.group == g) for g in groups}
+    return AdapterMeasures(
+        label=adapter.label,
+        source=adapter.source,
+        layers=layers,
+        norm=whole,
+        shares={group: square / whole**2 if whole else 0.0 for group, square in squares.items()},
+        parameters=sum(layer.parameters for layer in layers),
+        parameters_at={
+            percent(share): sum(f.cost(m.ranks[percent(share)]) for f, m in zip(adapter.factors, layers, strict=True))
+            for share in SHARES
+        },
+        notes=["DoRA: told is s B A, before magnitudes rescale W0 + s B A"] if any(m.dora for m in layers) else [],
+    )

@@ -1,0 +1,188 @@
+"""The figures: which layers hold the update, its energy, the ranks that would do, and who shares which directions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lora_lightning.analysis.compare import GroupSimilarity, LayerSimilarity, PairSimilarity
+from lora_lightning.analysis.drawing import COLOURS, figure, rank_ticks, ticks
+from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
+from lora_lightning.lora.spectrum import similarity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PAGE = 6.8
+"""Inches of a page's text."""
+MOST_PANELS = 12
+MAP = "viridis"
+
+
+def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures], float], label: str) -> Figure:
+    """A panel for each group of layers, a bar for each block and adapter."""
+    groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))[:MOST_PANELS]
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    drawn = figure(PAGE, 0.5 + 1.25 * rows)
+    axes = drawn.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
+    for axis, group in zip(axes, groups, strict=False):
+        blocks = list(dict.fromkeys(layer.block for a in adapters for layer in a.layers if layer.group == group))
+        width = 0.8 / len(adapters)
+        for number, adapter in enumerate(adapters):
+            found = {layer.block: value(layer) for layer in adapter.layers if layer.group == group}
+            at = [blocks.index(block) + (number - (len(adapters) - 1) / 2) * width for block in found]
+            axis.bar(at, list(found.values()), width, color=COLOURS[number % len(COLOURS)], label=adapter.label)
+        axis.set_title(group)
+        axis.set_xticks(*ticks(blocks if any(blocks) else [""] * len(blocks)))
+    _hide(axes[len(groups) :])
+    for axis in axes[max(0, len(groups) - columns) : len(groups)]:
+        axis.set_xlabel("block")
+    drawn.supylabel(label, fontsize=8)
+    _legend(drawn, axes[0], len(adapters))
+    return drawn
+
+
+def energies(adapters: Sequence[AdapterMeasures]) -> Figure:
+    """The share of `||s B A||_F^2` in the top k directions: a thin line for each layer, a thick one for each group."""
+    columns = min(3, len(adapters))
+    rows = -(-len(adapters) // columns)
+    drawn = figure(PAGE if columns > 1 else 4.6, 0.4 + 2.3 * rows)
+    axes = drawn.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
+    groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))
+    colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
+    for axis, adapter in zip(axes, adapters, strict=False):
+        for group in groups:
+            curves = [layer.energy for layer in adapter.layers if layer.group == group and layer.energy]
+            _curves(axis, curves, colours[group], group)
+        for share in SHARES:
+            axis.axhline(share, color="#999999", linewidth=0.5, linestyle=":", zorder=0)
+        axis.set_title(adapter.label)
+        axis.set_xlabel("top directions k")
+        axis.set_ylim(0, 1.02)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    _hide(axes[len(adapters) :])
+    axes[0].set_ylabel("share of the energy")
+    if len(groups) <= len(COLOURS):
+        axes[len(adapters) - 1].legend(loc="lower right", frameon=False, handlelength=1.2)
+    return drawn
+
+
+def _curves(axis: Any, curves: list[list[float]], colour: str, label: str) -> None:
+    if not curves:
+        return
+    for curve in curves:
+        axis.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.4, alpha=0.35)
+    longest = max(map(len, curves))
+    filled = torch.tensor([curve + [1.0] * (longest - len(curve)) for curve in curves]).median(0).values
+    marker = "." if longest <= 16 else ""
+    axis.plot(range(1, longest + 1), filled, color=colour, linewidth=1.6, label=label, marker=marker)
+
+
+def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:
+    """The smallest rank that holds `share` of the energy: a row for each group of layers, a column for each block."""
+    groups = list(dict.fromkeys(layer.group for layer in adapter.layers))
+    blocks = list(dict.fromkeys(layer.block for layer in adapter.layers))
+    table = torch.full((len(groups), len(blocks)), math.nan)
+    for layer in adapter.layers:
+        table[groups.index(layer.group), blocks.index(layer.block)] = layer.ranks[percent(share)]
+    drawn = figure(PAGE, 0.9 + 0.24 * len(groups))
+    axis = drawn.subplots()
+    top = max(layer.r for layer in adapter.layers)
+    image = axis.imshow(table, cmap=MAP, vmin=0, vmax=top, aspect="auto")
+    for row, column in (~table.isnan()).nonzero().tolist() if len(blocks) <= 32 else []:
+        value = float(table[row, column])
+        shade = "white" if value < 0.6 * top else "black"
+        axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=6, color=shade)
+    axis.set_yticks(range(len(groups)), groups)
+    axis.set_xticks(*ticks([block or "-" for block in blocks], 24))
+    axis.set_xlabel("block")
+    axis.set_title(f"{adapter.label}: smallest rank that holds {percent(share)} of the energy")
+    axis.spines[:].set_visible(False)
+    drawn.colorbar(image, ax=axis, shrink=0.9, label="rank")
+    return drawn
+
+
+def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
+    """The paper's Figures 3 and 4: phi(i, j) for some layers, and for two random subspaces at the end."""
+    columns = min(4, len(shown) + 1)
+    rows = -(-(len(shown) + 1) // columns)
+    drawn = figure(PAGE, 0.55 + 1.75 * rows)
+    axes = drawn.subplots(rows, columns, squeeze=False).flatten().tolist()
+    panels = [(layer.name, torch.tensor(layer.phi)) for layer in shown]
+    panels.append(("random directions", _random_like(shown[0])))
+    image: Any = None
+    for number, (axis, (title, phi)) in enumerate(zip(axes, panels, strict=False)):
+        image = axis.imshow(phi, cmap=MAP, vmin=0, vmax=1, origin="lower", aspect="auto")
+        axis.set_title(_wrapped(title), fontsize=6.5)
+        axis.set_xticks(*rank_ticks(phi.shape[1]))
+        axis.set_yticks(*rank_ticks(phi.shape[0]))
+        axis.set_xlabel(f"j ({pair.labels[1]})")
+        axis.set_ylabel(f"i ({pair.labels[0]})" if number % columns == 0 else "")
+        axis.spines[:].set_visible(False)
+    _hide(axes[len(panels) :])
+    drawn.colorbar(image, ax=axes, shrink=0.8, label=r"$\phi(i, j)$")
+    drawn.suptitle(f"directions of {_side(shown[0].side)} that {pair.labels[0]} and {pair.labels[1]} share", fontsize=8)
+    return drawn
+
+
+def _random_like(layer: LayerSimilarity) -> torch.Tensor:
+    """phi of two random frames in as many dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    n = round(1 / layer.chance)
+    shape = (len(layer.phi), len(layer.phi[0]))
+    frames = [torch.randn(n, q, generator=generator, dtype=torch.float64) for q in shape]
+    U, V = (torch.linalg.qr(frame)[0] for frame in frames)
+    return similarity(U, V)
+
+
+def _side(side: str) -> str:
+    return {"A": "A", "B": "B", "update_in": "BA's inputs", "update_out": "BA's outputs"}[side]
+
+
+def between(label: str, groups: Sequence[GroupSimilarity]) -> Figure:
+    """phi(k, k) of A between the layers of each group; of a layer with itself it is 1, which is left grey."""
+    groups = groups[:MOST_PANELS]
+    tables = [torch.tensor(group.phi).fill_diagonal_(math.nan) for group in groups]
+    top = max(2 * groups[0].chance, *(float(table.nan_to_num(0.0).max()) for table in tables))
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    drawn = figure(PAGE, 0.55 + 1.95 * rows)
+    axes = drawn.subplots(rows, columns, squeeze=False).flatten().tolist()
+    image: Any = None
+    for axis, group, table in zip(axes, groups, tables, strict=False):
+        image = axis.imshow(table, cmap=MAP, vmin=0, vmax=min(1.0, top), origin="lower")
+        axis.set_facecolor("#bbbbbb")
+        blocks = [".".join(part for part in name.split(".") if part.isdigit()) for name in group.names]
+        axis.set_title(f"{group.group}, k = {group.directions}")
+        axis.set_xticks(*ticks(blocks, 8))
+        axis.set_yticks(*ticks(blocks, 8))
+        axis.spines[:].set_visible(False)
+    _hide(axes[len(groups) :])
+    drawn.colorbar(image, ax=axes, shrink=0.8, label=r"$\phi(k, k)$ of A")
+    drawn.suptitle(f"{label}: directions that layers share", fontsize=8)
+    return drawn
+
+
+def _wrapped(title: str, width: int = 26) -> str:
+    """A dotted name on as many lines as it takes."""
+    lines = [""]
+    for part in title.split("."):
+        if lines[-1] and len(lines[-1]) + len(part) >= width:
+            lines.append("")
+        lines[-1] += f"{part}."
+    return "\n".join(lines)[:-1]
+
+
+def _hide(axes: Sequence[Any]) -> None:
+    for axis in axes:
+        axis.set_visible(False)
+
+
+def _legend(drawn: Any, axis: Any, count: int) -> None:
+    if count > 1:
+        handles, labels = axis.get_legend_handles_labels()
+        drawn.legend(handles, labels, loc="outside upper right", ncols=min(count, 4), frameon=False)

@@ -1,0 +1,142 @@
+"""The analysis as tables: rows of text, for the screen and for the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from lora_lightning.analysis.compare import SIDES, LayerSimilarity, PairSimilarity, Side
+from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
+from lora_lightning.analysis.truncate import Truncation
+
+LEGEND = (
+    "share: of ||s B A||_F squared over all layers; norm: ||s B A||_F {norm}; stable: stable rank (medians);"
+    " 90%, 95%, 99%: smallest ranks that hold so much of the energy"
+)
+AMPLIFICATION = "; ampl.: ||s B A||_F over ||U^T W0 V||_F (median)"
+NAMES = {"A": "A", "B": "B", "update_in": "BA in", "update_out": "BA out"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table; the first column is text, the others are figures."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    below: str = ""
+
+
+def by_group(adapter: AdapterMeasures) -> Rows:
+    """A row for each group of layers: medians, and ranks from the least to the most."""
+    has_base = any(layer.base for layer in adapter.layers)
+    header = ["layers", "n", "r", "share", "norm", "stable", *(percent(s) for s in SHARES)]
+    header += ["ampl."] if has_base else []
+    rows = []
+    for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
+        own = [layer for layer in adapter.layers if layer.group == group]
+        norms = [layer.base.relative for layer in own if layer.base] if has_base else [layer.norm for layer in own]
+        row = [group, str(len(own)), span(layer.r for layer in own), f"{share:.1%}", _middle(norms)]
+        row += [_middle(layer.stable_rank for layer in own)]
+        row += [span(layer.ranks[percent(s)] for layer in own) for s in SHARES]
+        if has_base:
+            row.append(_middle(layer.base.amplification for layer in own if layer.base))
+        rows.append(row)
+    legend = LEGEND.format(norm="over ||W0||_F" if has_base else "of a layer")
+    below = f"{legend}{AMPLIFICATION if has_base else ''}\n{_below(adapter)}"
+    return Rows(f"{adapter.label}: {len(adapter.layers)} adapted layers", header, rows, below)
+
+
+def _below(adapter: AdapterMeasures) -> str:
+    """What the whole adapter would be at the smaller ranks, and which layers hold most of it."""
+    sizes = ", ".join(f"{count:,} at {share}" for share, count in adapter.parameters_at.items())
+    largest = sorted(adapter.layers, key=lambda layer: -layer.norm)[:3]
+    held = ", ".join(f"{layer.name} ({layer.norm**2 / adapter.norm**2:.1%})" for layer in largest if adapter.norm)
+    lines = [f"A and B have {adapter.parameters:,} numbers; smallest ranks would take {sizes} of the energy"]
+    return "\n".join([*lines, *([f"most of the update: {held}"] if held else []), *adapter.notes])
+
+
+def by_layer(adapter: AdapterMeasures) -> Rows:
+    """A row for each layer."""
+    header = ["layer", "kind", "r", "s", "||sBA||", "||sBA||_2", "stable rank", *(f"k at {percent(s)}" for s in SHARES)]
+    has_base = any(layer.base for layer in adapter.layers)
+    if has_base:
+        header += ["||W0||", "/ ||W0||", "U'W0V", "W0's own", "random", "amplification"]
+    return Rows(f"{adapter.label}, layer by layer", header, [_layer_row(m, has_base) for m in adapter.layers])
+
+
+def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
+    entries = f" x {m.entries}" if m.entries > 1 else ""
+    row = [m.name, f"{m.kind}{entries}", str(m.r), f"{m.scale:g}", number(m.norm), number(m.largest)]
+    row += [number(m.stable_rank), *(str(m.ranks[percent(s)]) for s in SHARES)]
+    if has_base and m.base is None:
+        row += [""] * 6
+    elif m.base is not None:
+        b = m.base
+        own = (b.w0_norm, b.relative, b.in_update, b.in_w0, b.in_random, b.amplification)
+        row += [number(value) for value in own]
+    return row
+
+
+def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Rows:
+    """A row for each group of layers: the share of directions in common, on each side."""
+    groups = list(dict.fromkeys(layer.group for layer in pair.layers))
+    header = ["layers", "n", *(f"{NAMES[side]} {at}" for side in sides for at in ("1,1", "r,r")), "chance"]
+    rows = []
+    for group in groups:
+        own = [layer for layer in pair.layers if layer.group == group]
+        row = [group, str(len(own) // len(SIDES))]
+        for side in sides:
+            of_side = [layer for layer in own if layer.side == side and layer.phi and layer.phi[0]]
+            row += [_middle((layer.phi[0][0] for layer in of_side), ".2f"), _middle(map(_last, of_side), ".2f")]
+        chances = {layer.chance for layer in own if layer.side in sides}
+        rows.append([*row, "-".join(f"{chance:.1g}" for chance in sorted({min(chances), max(chances)}))])
+    below = "phi(1, 1) and phi(r, r) of A's right and B's left singular vectors (medians); chance: of phi(1, 1)"
+    if pair.left_out:
+        below += f"; {len(pair.left_out)} layers are not in both, or of other shapes"
+    return Rows(f"directions that {pair.labels[0]} and {pair.labels[1]} share", header, rows, below)
+
+
+def _last(layer: LayerSimilarity) -> float:
+    """phi of as many directions as both have."""
+    q = min(len(layer.phi), len(layer.phi[0]))
+    return layer.phi[q - 1][q - 1]
+
+
+def of_truncation(told: Truncation) -> Rows:
+    """What was cut and what it costs."""
+    before, after = told.parameters
+    rows = [
+        ["energy kept in each layer", f"{told.share:.4g} at least"],
+        ["ranks", f"{span(r for r, _ in told.ranks.values())} to {span(r for _, r in told.ranks.values())}"],
+        ["numbers in A and B", f"{before:,} to {after:,} ({after / before:.1%})"],
+        ["missing of the update", f"{told.error:.3g} of its norm"],
+    ]
+    if "validation" in told.cost:
+        found = told.cost["validation"]
+        rows += [[name, f"{x:.5g} to {found['after'][name]:.5g}"] for name, x in found["before"].items()]
+    if "probe" in told.cost:
+        probe = told.cost["probe"]
+        rows.append(["outputs move by", f"{probe['truncation_moves']:.3g}, relatively, on a probe"])
+        rows.append(["as the whole adapter moves them by", f"{probe['adapter_moves']:.3g}"])
+    if "not_measured" in told.cost:
+        rows.append(["cost", f"not measured: {told.cost['not_measured']}"])
+    return Rows(f"truncated: {told.directory}", ["what", "figure"], rows)
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+def span(values: Iterable[int]) -> str:
+    """From the least to the most."""
+    found = sorted(values)
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}"
+
+
+def _middle(values: Iterable[float], form: str = ".3g") -> str:
+    found: Sequence[float] = [value for value in values if not math.isnan(value)]
+    return f"{median(found):{form}}" if found else "-"

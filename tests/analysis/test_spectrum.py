@@ -1,0 +1,109 @@
+"""Spectra from factors against dense singular value decompositions, and against the paper's numbers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lora_lightning.lora import spectrum as sp
+
+SHAPES = [(30, 20, 4), (20, 30, 4), (6, 40, 9), (40, 5, 8), (1, 7, 3), (64, 64, 1)]
+
+
+def drawn(m, k, r, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((r, k)), rng.standard_normal((m, r))
+
+
+@pytest.mark.parametrize(("m", "k", "r"), SHAPES)
+@pytest.mark.parametrize("scale", [2.0, -0.5])
+def test_spectrum_is_that_of_the_dense_update(m, k, r, scale):
+    A, B = drawn(m, k, r)
+    dense = scale * B @ A
+    want = np.linalg.svd(dense, compute_uv=False)[: min(m, k, r)]
+    found = sp.spectrum(torch.tensor(A), torch.tensor(B), scale)
+    np.testing.assert_allclose(found.S, want, atol=1e-10 * want[0])
+    np.testing.assert_allclose((found.U * found.S) @ found.V.mT, dense, atol=1e-10 * want[0])
+    for frame in (found.U, found.V):
+        torch.testing.assert_close(frame.mT @ frame, torch.eye(len(found.S)).double(), atol=1e-12, rtol=0)
+    assert math.isclose(sp.frobenius(found.S), np.linalg.norm(dense), rel_tol=1e-12)
+    assert math.isclose(sp.stable_rank(found.S), (np.linalg.norm(dense) / want[0]) ** 2, rel_tol=1e-10)
+    np.testing.assert_allclose(sp.energy(found.S), np.cumsum(want**2) / np.sum(want**2), atol=1e-12)
+
+
+def test_rank_that_is_not_used_leaves_no_direction():
+    A, B = drawn(30, 20, 3)
+    mix = np.random.default_rng(1).standard_normal((16, 3))
+    found = sp.spectrum(torch.tensor(mix @ A), torch.tensor(B @ np.linalg.pinv(mix)))
+    assert len(found.S) == 3
+    np.testing.assert_allclose(found.S, np.linalg.svd(B @ A, compute_uv=False)[:3], rtol=1e-10)
+
+
+def test_a_zero_update_has_no_rank():
+    found = sp.spectrum(torch.randn(4, 9), torch.zeros(7, 4))
+    assert found.S.shape == (0,)
+    assert found.U.shape == (7, 0)
+    assert (sp.stable_rank(found.S), sp.smallest_rank(found.S, 0.9), sp.frobenius(found.S)) == (0.0, 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "rank"),
+    [([3.0, 1.0], 0.9, 1), ([3.0, 1.0], 0.91, 2), ([1, 1, 1, 1], 0.75, 3), ([1, 1, 1, 1], 1.0, 4), ([5.0], 0.1, 1)],
+)
+def test_smallest_rank_that_holds_a_share(values, share, rank):
+    assert sp.smallest_rank(torch.tensor(values, dtype=torch.float64), share) == rank
+
+
+def test_similarity_is_the_papers_formula():
+    rng = np.random.default_rng(2)
+    A1, A2 = rng.standard_normal((5, 40)), rng.standard_normal((9, 40))
+    A2[:2] = 10 * A1[:2]  # the larger one holds a part of the smaller one
+    V1, V2 = (np.linalg.svd(A)[2].T for A in (A1, A2))
+    phi = sp.similarity(sp.directions(torch.tensor(A1).mT)[0], sp.directions(torch.tensor(A2).mT)[0])
+    for i in range(1, 6):
+        for j in range(1, 10):
+            want = np.linalg.norm(V1[:, :i].T @ V2[:, :j]) ** 2 / min(i, j)
+            assert math.isclose(float(phi[i - 1, j - 1]), want, abs_tol=1e-10)
+
+
+def test_similarity_of_random_subspaces_is_chance():
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(300):
+        U, V = (torch.linalg.qr(torch.randn(60, q, generator=generator, dtype=torch.float64))[0] for q in (3, 8))
+        total += float(sp.similarity(U, V)[2, 7])
+    assert math.isclose(total / 300, sp.chance(3, 8, 60), rel_tol=0.05)
+    assert sp.chance(3, 8, 60) == 8 / 60
+
+
+def test_amplification_of_table_7():
+    """arXiv 2106.09685, Table 7: layer 48, W_q of GPT-3, ||W_q|| = 61.95."""
+    assert math.isclose(6.91 / 0.32, 21.5, rel_tol=0.016)  # the paper's factor, from what it prints
+    assert round(sp.random_norm(61.95, 4, (12288, 12288)), 2) == 0.02
+    assert math.isclose(sp.random_norm(61.95, 64, (12288, 12288)), 0.33, rel_tol=0.03)
+
+
+def test_projections_against_dense_ones():
+    rng = np.random.default_rng(3)
+    W0, (A, B) = rng.standard_normal((50, 40)), drawn(50, 40, 6)
+    found = sp.spectrum(torch.tensor(A), torch.tensor(B))
+    U, _, Vh = np.linalg.svd(B @ A)
+    want = np.linalg.norm(U[:, :6].T @ W0 @ Vh[:6].T)
+    assert math.isclose(sp.projected(found.U, torch.tensor(W0), found.V), want, rel_tol=1e-12)
+    own = np.linalg.norm(np.linalg.svd(W0, compute_uv=False)[:6])
+    assert math.isclose(sp.own_norm(torch.tensor(W0), 6), own, rel_tol=1e-12)
+    draws = [sp.drawn_norm(torch.tensor(W0), 6, seed) ** 2 for seed in range(300)]
+    assert math.isclose(math.sqrt(np.mean(draws)), sp.random_norm(np.linalg.norm(W0), 6, (50, 40)), rel_tol=0.03)
+
+
+def test_top_directions_of_a_large_w0_by_iteration(monkeypatch):
+    torch.manual_seed(4)
+    W0 = torch.randn(90, 70)
+    exact = sp.own_norm(W0, 4)
+    monkeypatch.setattr(sp, "EXACT_SIDE", 10)
+    before = torch.get_rng_state()
+    assert 0.99 * exact < sp.own_norm(W0, 4) <= exact * (1 + 1e-9)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,137 @@
+"""`lora-lightning analyze` as a user calls it: on runs, checkpoints and directories, with pictures and a page."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import re
+import shutil
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+
+from lora_lightning import huggingface, load_adapter
+from lora_lightning.analysis.drawing import files_of
+from lora_lightning.cli import run_command
+from tests.command.test_merge import called
+
+PICTURES = ["norms", "energy", "ranks", "layers", "amplification"]
+
+
+@pytest.fixture(scope="module")
+def analyzed(trained, tmp_path_factory):
+    """The tiny run, cut."""
+    out, said = tmp_path_factory.mktemp("analyzed") / "out", io.StringIO()
+    with redirect_stdout(said):
+        run_command("analyze", [str(trained), "--output_dir", str(out), "--truncate", "0.8"])
+    return out, said.getvalue()
+
+
+def test_a_run_is_analysed_cut_and_measured_on_its_validation_set(tiny, trained, analyzed):
+    out, said = analyzed
+    found = json.loads((out / "analysis.json").read_text())
+    (adapter,) = found["adapters"]
+    assert len(adapter["layers"]) == 13
+    assert all(layer["base"]["amplification"] > 0 for layer in adapter["layers"])
+    cost = found["truncation"]["cost"]["validation"]
+    logged = json.loads((trained / "report.json").read_text())
+    assert abs(cost["before"]["val/accuracy"] - logged["val_accuracy"]) < 1e-6
+    assert cost["after"].keys() == cost["before"].keys()
+    assert cost["after"]["val/accuracy"] > 0.6
+    assert "val/accuracy" in said
+    ranks = found["truncation"]["ranks"].values()
+    assert all(1 <= after <= before for before, after in ranks)
+    assert any(after < before for before, after in ranks)
+    model = huggingface(tiny.bert, num_labels=2)
+    load_adapter(model, out / "truncated")
+    assert model(torch.tensor([[2, 5, 9, 3]])).logits.shape == (1, 2)
+
+
+def test_pictures_and_page_are_there_and_the_page_needs_no_network(analyzed):
+    out, _ = analyzed
+    for name in PICTURES:
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (out / f"{name}.svg").read_text()
+    page = (out / "index.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    assert page.count("data:image/svg+xml") == len(PICTURES)
+    assert "amplification" in page
+    (layer, *_) = json.loads((out / "analysis.json").read_text())["adapters"][0]["layers"]
+    assert layer["name"] in page
+    assert f"{layer['norm']:.3g}" in page
+
+
+def test_two_adapters_are_compared_without_their_models(trained, tmp_path, monkeypatch, capsys):
+    """A checkpoint beside a run: the same one, so that all is shared; with no base at all."""
+    copy = tmp_path / "copy.ckpt"
+    shutil.copyfile(next((trained / "checkpoints").glob("best*.ckpt")), copy)
+    args = ["analyze", trained, copy, "--output_dir", tmp_path / "out", "--base_model", "none"]
+    code, said = called(monkeypatch, capsys, *args)
+    assert code == 0, said
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert {layer["base"] for adapter in found["adapters"] for layer in adapter["layers"]} == {None}
+    for layer in found["pairs"][0]["layers"]:
+        assert all(abs(layer["phi"][i][i] - 1) < 1e-6 for i in range(len(layer["phi"])))
+    assert (tmp_path / "out" / "phi-A.png").is_file()
+    fewer = called(monkeypatch, capsys, "analyze", copy, *args[3:], "--plots", "false")
+    assert fewer[0] == 0
+    assert not list((tmp_path / "out").glob("*.png")), "of the earlier analysis, which is replaced"
+    code, said = called(monkeypatch, capsys, *args, "--layers", "nothing")
+    assert code == 2
+    assert "no adapted layer matches" in said
+
+
+def test_a_directory_is_measured_on_a_probe(tiny, trained, analyzed, tmp_path, monkeypatch, capsys):
+    """What the first cut wrote, cut again."""
+    out, _ = analyzed
+    args = ["--output_dir", tmp_path / "again", "--base_model", tiny.bert, "--truncate", "0.5", "--plots", "false"]
+    code, said = called(monkeypatch, capsys, "analyze", out / "truncated", *args)
+    assert code == 0, said
+    probe = json.loads((tmp_path / "again" / "analysis.json").read_text())["truncation"]["cost"]["probe"]
+    assert 0 < probe["truncation_moves"] < probe["adapter_moves"]
+    assert not list((tmp_path / "again").glob("*.png"))
+
+
+def test_without_matplotlib_one_line_says_what_to_do(trained, tmp_path, monkeypatch, capsys):
+    real = builtins.__import__
+
+    def refusing(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refusing)
+    code, said = called(monkeypatch, capsys, "analyze", trained, "--output_dir", tmp_path / "out")
+    assert code == 2
+    assert said.count("\n") == 1
+    assert "pip install 'lora_lightning[plots]'" in said
+    assert "--plots false" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
+    for args, match in [
+        ([], "adapters"),
+        ([tmp_path / "nowhere"], "no adapter's directory"),
+        ([trained, "--truncate", "2"], "above 0 and at most 1"),
+        ([trained, "--base_model", tmp_path], "leave --base_model out"),
+        ([trained, "--truncat", "0.9"], "--truncat"),
+    ]:
+        code, said = called(monkeypatch, capsys, "analyze", *args, *(["--output_dir", tmp_path / "o"] if args else []))
+        assert code == 2, said
+        assert match in said
+        assert len(said.strip().splitlines()) == 1
+
+
+def test_the_same_figure_gives_the_same_bytes():
+    from lora_lightning.analysis.drawing import figure, styled
+
+    def drawn():
+        with styled():
+            made = figure(2, 1)
+            made.subplots().plot([1, 2, 3])
+            return files_of(made)
+
+    assert drawn() == drawn()
