@@ -27,7 +27,9 @@ from lora_lightning.training.callbacks import (
     PredictionWriter,
     Resume,
     RunReport,
+    StepFigures,
     StopOnNonFinite,
+    Throughput,
 )
 from lora_lightning.training.callbacks.resume import KEY
 from lora_lightning.training.loggers import ContinuedCSVLogger, WandbLogger
@@ -264,7 +266,7 @@ class LoRACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite):
+        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):
             if not any(isinstance(callback, default) for callback in callbacks):
                 callbacks.insert(0, default())
         if not any(isinstance(callback, RunReport) for callback in callbacks):

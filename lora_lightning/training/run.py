@@ -1,4 +1,4 @@
-"""Run folders: `runs/<name>/<version>/` with config.yaml, checkpoints/, metrics.csv, report.json and the export."""
+"""Run folders: `runs/<name>/<version>/` with config.yaml, checkpoints/, metrics.csv, the reports and the export."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training.checkpoint_io import DamagedCheckpointError, read_checkpoint
 
-CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json", "export"
+CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
 
 
 def run_dir(trainer: Trainer) -> Path | None:

@@ -98,6 +98,7 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         ("merged_dir", "merged model"),
         ("onnx_dir", "ONNX model"),
         ("checkpoint", "checkpoint"),
+        ("page", "page of the run"),
     ):
         if v.get(key):
             rows.append((name, str(v[key])))

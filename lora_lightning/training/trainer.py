@@ -18,6 +18,7 @@ from lora_lightning.training.export import export
 from lora_lightning.training.export_options import FORMATS, checked_options
 from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.page import write_page
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
 
@@ -112,4 +113,6 @@ def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
     onnx = result.onnx
     values |= {"onnx_max_rel_diff": onnx and onnx.max_rel_diff, "onnx_tolerance": onnx and onnx.tolerance}
     values |= {"share": result.trainable / result.total, "run_dir": str(folder)}
-    return run.update_report(folder, values)
+    known = run.update_report(folder, values)
+    write_page(folder)
+    return known

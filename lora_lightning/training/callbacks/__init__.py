@@ -9,6 +9,8 @@ from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.callbacks.predictions import PredictionWriter
 from lora_lightning.training.callbacks.resume import Resume
 from lora_lightning.training.callbacks.run_report import RunReport
+from lora_lightning.training.callbacks.step_figures import StepFigures
+from lora_lightning.training.callbacks.throughput import Throughput
 
 __all__ = [
     "Baselines",
@@ -19,5 +21,7 @@ __all__ = [
     "PredictionWriter",
     "Resume",
     "RunReport",
+    "StepFigures",
     "StopOnNonFinite",
+    "Throughput",
 ]

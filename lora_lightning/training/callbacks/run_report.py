@@ -1,4 +1,4 @@
-"""The run's own `report.json`, filled as the run goes on."""
+"""The run's own `report.json`, filled as the run goes on, and `report.html`, which shows it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
+from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.products import choices
 from lora_lightning.training import run
+from lora_lightning.training.about import adapted_rows, backbone_name
 from lora_lightning.training.callbacks.freeze import FreezeBase
+from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.page import write_page
 from lora_lightning.training.summary import show_report
 
 
 class RunReport(Callback):
-    """Writes what a fit and a test found into `report.json` in the run folder."""
+    """Writes what a fit and a test found into `report.json` in the run folder, and the page `report.html`."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -55,6 +59,8 @@ class RunReport(Callback):
         after = guards[0] if guards else fingerprint(pl_module.backbone)
         values: dict[str, Any] = {
             "run_dir": str(folder),
+            **subject(pl_module),
+            **cost(trainer, pl_module),
             "trainable": report.trainable,
             "total": report.total,
             "share": report.share,
@@ -74,9 +80,11 @@ class RunReport(Callback):
         values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            values["checkpoint"] = checkpoint.best_model_path
+            values |= {"checkpoint": checkpoint.best_model_path, "monitor": checkpoint.monitor}
             values |= self._by_step.get(run.load_checkpoint(checkpoint.best_model_path)["global_step"], {})
-        show_report(run.update_report(folder, values), Console())
+        for logger in trainer.loggers:
+            logger.save()  # the page is drawn from the log
+        show_report(self._written(folder, values), Console())
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test metrics, into the report of the run that the checkpoint came from."""
@@ -85,8 +93,13 @@ class RunReport(Callback):
         checkpoint = trainer.ckpt_path
         folder = run.run_of_checkpoint(Path(str(checkpoint))) if checkpoint else run.run_dir(trainer)
         if folder is not None:
-            values = run.update_report(folder, {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)})
-            show_report(values, Console())
+            values = {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)}
+            show_report(self._written(folder, values), Console())
+
+    def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+        known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
+        write_page(folder)
+        return known
 
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
@@ -95,6 +108,29 @@ def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     return {
         name.replace("/", "_"): float(value) for name, value in found if name.startswith((f"{stage}/", f"{stage}_"))
     }
+
+
+def subject(module: LoRAModule) -> dict[str, Any]:
+    """What was adapted, and how."""
+    tensors = adapter_tensors(module.backbone).values()
+    return {
+        "backbone": backbone_name(module.backbone),
+        "task": type(module.task).__name__,
+        "lora": module.lora.to_dict(),
+        "adapted": adapted_rows(module.report),
+        "adapter_tensor_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+    }
+
+
+def cost(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
+    """How fast the fit went on the whole, and what it took of which device."""
+    values: dict[str, Any] = {"device": module.device.type, "processes": trainer.world_size}
+    for meter in (c for c in trainer.callbacks if isinstance(c, Throughput)):  # type: ignore[attr-defined]
+        if meter.seconds:
+            values["samples_per_second"] = meter.samples / meter.seconds
+            values["tokens_per_second"] = meter.tokens / meter.seconds
+        values["peak_mib"] = meter.peak_mib
+    return values
 
 
 def _bytes(model: Any) -> int:
