@@ -81,7 +81,8 @@ class RunReport(Callback):
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
             values |= {"checkpoint": checkpoint.best_model_path, "monitor": checkpoint.monitor}
-            values |= self._by_step.get(run.load_checkpoint(checkpoint.best_model_path)["global_step"], {})
+            best = run.load_checkpoint(checkpoint.best_model_path)["global_step"]
+            values |= self._by_step.get(best, {}) | {"best_step": best - 1}  # as loggers count, from 0
         for logger in trainer.loggers:
             logger.save()  # the page is drawn from the log
         show_report(self._written(folder, values), Console())

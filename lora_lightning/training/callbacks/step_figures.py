@@ -59,7 +59,7 @@ def norm_of(tensors: Iterable[Tensor]) -> Tensor:
     kinds = groupby(sorted(tensors, key=_kind), key=_kind)
     norms = [torch.nn.utils.get_total_norm(list(same)) for _, same in kinds]
     whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return torch.stack([norm.float() for norm in whole]).norm()
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in whole]))
 
 
 def _kind(tensor: Tensor) -> str:

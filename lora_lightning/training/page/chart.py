@@ -40,8 +40,8 @@ class Axis:
         return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
-def figure(chart: Chart) -> Markup:
-    """The chart with its title and its legend."""
+def figure(chart: Chart, best_step: int | None = None) -> Markup:
+    """The chart with its title and legend, and a line at the step of the best checkpoint where that was measured."""
     x, y = axes_of(chart.series)
     many = len(chart.series) > 1
     colours = [colour_of(one, i) for i, one in enumerate(chart.series)]
@@ -50,6 +50,7 @@ def figure(chart: Chart) -> Markup:
     picture = tag(
         "svg",
         tag("g", *_grid(x, y), class_="grid"),
+        *_best(chart, best_step, x),
         *lines,
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -72,7 +73,7 @@ def axes_of(series: tuple[Series, ...]) -> tuple[Axis, Axis]:
     first, last = min(steps), max(steps)
     across = (first, last) if last > first else (first - 1, last + 1)
     return (
-        Axis(*map(float, across), LEFT + 4, WIDTH - RIGHT - 4),
+        Axis(float(across[0]), float(across[1]), LEFT + 4, WIDTH - RIGHT - 4),
         Axis(bottom, high + room, HEIGHT - BOTTOM, TOP),
     )
 
@@ -117,14 +118,22 @@ def thinned(points: tuple[tuple[int, float], ...]) -> list[tuple[int, float]]:
 
 def _grid(x: Axis, y: Axis) -> list[Markup]:
     found = []
-    for value in y.ticks(4):
+    for value in y.ticks(5):
         at = f"{y.at(value):.2f}"
         found.append(tag("path", d=f"M{LEFT} {at} H{WIDTH - RIGHT}"))
         found.append(tag("text", short(value), x=LEFT - 6, y=at, dy="0.32em", text_anchor="end"))
-    for step in x.ticks(5, whole=True):
-        at = f"{x.at(step):.2f}"
-        found.append(tag("text", short(step), x=at, y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
+    for i, step in enumerate(x.ticks(6, whole=True)):
+        told = f"step {step:g}" if i == 0 else short(step)
+        found.append(tag("text", told, x=f"{x.at(step):.2f}", y=HEIGHT - BOTTOM + 16, text_anchor="middle"))
     return found
+
+
+def _best(chart: Chart, step: int | None, x: Axis) -> list[Markup]:
+    measured = any(one.name.startswith("val") for one in chart.series)
+    if step is None or not measured or not x.low <= step <= x.high:
+        return []
+    tip = tag("title", f"the best checkpoint, at step {step}")
+    return [tag("path", tip, d=f"M{x.at(step):.2f} {TOP} V{HEIGHT - BOTTOM}", class_="best")]
 
 
 def _entry(series: Series, colour: str, many: bool) -> Markup:

@@ -24,14 +24,14 @@ def write_page(folder: Path) -> Path:
 
 
 def page_of(folder: Path) -> str:
-    """The page as text, from `report.json`, `metrics.csv`, `samples.jsonl` and `config.yaml`, as far as they are there."""
+    """The page as text, from `report.json`, `metrics.csv`, `samples.jsonl` and `config.yaml`, where they are there."""
     facts = json.loads(_text(folder / run.REPORT) or "{}")
     numbered = folder.name.startswith("version_")
     name, version = (folder.parent.name, folder.name) if numbered else (folder.name, "")
     body = joined(
         parts.head(facts, name, version),
         parts.cards(facts),
-        parts.curves(read_metrics(folder / METRICS)),
+        parts.curves(facts, read_metrics(folder / METRICS)),
         parts.adapted(facts),
         parts.answers(_lines(folder / SAMPLES)),
         parts.facts(facts),

@@ -43,6 +43,8 @@ def badges(v: Facts) -> Iterable[Markup]:
         good = v["export_max_rel_diff"] <= v["export_tolerance"]
         told = f"export {'equals' if good else 'differs from'} the adapted model: {v['export_max_rel_diff']:.1e}"
         yield tag("li", told, class_="good" if good else "bad")
+    if v.get("best_step") is not None and v.get("monitor"):
+        yield tag("li", f"best {v['monitor']} at step {v['best_step']}", class_="soft")
 
 
 def cards(v: Facts) -> Markup:
@@ -54,7 +56,9 @@ def cards(v: Facts) -> Markup:
         beside = v.get("full_checkpoint_bytes")
         found.append(("adapter", human_size(size), f"beside {human_size(beside)}" if beside else ""))
     if "train_seconds" in v:
-        found.append(("time of fit", duration(v["train_seconds"]), f"{v.get('steps', 0):,} steps, {v.get('precision')}"))
+        found.append(
+            ("time of fit", duration(v["train_seconds"]), f"{v.get('steps', 0):,} steps, {v.get('precision')}")
+        )
     if v.get("tokens_per_second"):
         found.append(("tokens per second", short(v["tokens_per_second"]), f"{short(v['samples_per_second'])} samples"))
     elif v.get("samples_per_second"):
@@ -90,12 +94,14 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
-def curves(series: list[Series]) -> Markup:
+def curves(v: Facts, series: list[Series]) -> Markup:
     """All charts, or a word on why there are none."""
     charts = charts_of(series)
     if not charts:
         return section("Curves", tag("p", "Nothing was logged to metrics.csv.", class_="soft"))
-    return section("Curves", tag("div", *map(figure, charts), class_="charts"), numbers(series))
+    return section(
+        "Curves", tag("div", *(figure(chart, v.get("best_step")) for chart in charts), class_="charts"), numbers(series)
+    )
 
 
 def numbers(series: list[Series]) -> Markup:

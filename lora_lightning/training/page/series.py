@@ -102,7 +102,7 @@ def label_of(name: str) -> str:
     """What a line is called beside the others of its chart."""
     stage, slash, rest = name.partition("/")
     if name.endswith("/loss_step"):
-        return f"{stage}, each step"
+        return f"{stage}, one step"
     return stage if slash and stage.partition("_")[0] in ("train", "val", "test") else rest or name
 
 

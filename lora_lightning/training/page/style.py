@@ -4,8 +4,8 @@
 # contrast of 3 to 1 or more with the ground that they are drawn on.
 STYLE = """
 :root { color-scheme: light dark; --ground: #fafaf8; --card: #ffffff; --ink: #1c1d1f; --soft: #5c6066; --edge: #e3e3de;
-  --good: #0b6e4f; --bad: #b3261e; --c-train: #0067b1; --c-val: #c4500c; --c-test: #00795a; --c0: #0067b1; --c1: #c4500c;
-  --c2: #00795a; --c3: #a8458a; --c4: #7a6000; }
+  --good: #0b6e4f; --bad: #b3261e; --c-train: #0067b1; --c-val: #c4500c; --c-test: #00795a; --c0: #0067b1;
+  --c1: #c4500c; --c2: #00795a; --c3: #a8458a; --c4: #7a6000; }
 @media (prefers-color-scheme: dark) {
   :root { --ground: #131416; --card: #1c1e21; --ink: #ecece8; --soft: #a3a7ad; --edge: #313439; --good: #5cc9a0;
     --bad: #ff8a80; --c-train: #6db8f0; --c-val: #f0905a; --c-test: #4fc9a2; --c0: #6db8f0; --c1: #f0905a;
@@ -23,14 +23,15 @@ p { margin: 0 0 8px; max-width: 78ch; overflow-wrap: anywhere; }
 .badges { display: flex; flex-wrap: wrap; gap: 8px; margin: 14px 0 0; padding: 0; list-style: none; }
 .badges li { border: 1px solid currentColor; border-radius: 999px; padding: 2px 12px; font-size: 13.5px; }
 .good { color: var(--good); } .bad { color: var(--bad); }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(155px, 1fr)); gap: 12px; margin: 22px 0 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin: 22px 0 0; }
 .card { background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 12px 14px; margin: 0; }
 .card dt { color: var(--soft); font-size: 13px; }
 .card dd { margin: 2px 0 0; font-size: 22px; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
 .card dd + dd { font-size: 13px; font-weight: 400; color: var(--soft); }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); gap: 14px; }
-.chart { margin: 0; background: var(--card); border: 1px solid var(--edge); border-radius: 10px; padding: 12px 12px 8px; }
+.chart { margin: 0; background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
+  padding: 12px 12px 8px; }
 figcaption { font-weight: 600; margin: 0 0 4px 4px; overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }
 .grid path { stroke: var(--edge); stroke-width: 1; fill: none; }
@@ -50,18 +51,22 @@ svg { display: block; width: 100%; height: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 7px 14px; border-top: 1px solid var(--edge); vertical-align: top; }
 thead th { border-top: 0; color: var(--soft); font-weight: 500; font-size: 13px; white-space: nowrap; }
-tbody tr:first-child > * { border-top: 0; } thead + tbody tr:first-child > * { border-top: 1px solid var(--edge); }
+tbody tr:first-child > * { border-top: 0; }
+thead + tbody tr:first-child > * { border-top: 1px solid var(--edge); }
 tbody th { font-weight: 500; }
-.facts th { width: 1%; min-width: 120px; padding-right: 20px; } .facts td { overflow-wrap: anywhere; }
+.facts th { width: 1%; min-width: 120px; padding-right: 28px; white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 180px; }
 .name { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
+td.name { overflow-wrap: anywhere; min-width: 150px; }
+.best { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 3 3; }
 details { margin-top: 14px; } summary { cursor: pointer; font-weight: 600; }
 details > * + * { margin-top: 10px; }
 pre { margin: 10px 0 0; padding: 14px; background: var(--card); border: 1px solid var(--edge); border-radius: 10px;
   overflow-x: auto; font: 13px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 footer { margin-top: 40px; color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
 @media (max-width: 560px) { main { padding: 20px 14px 36px; } h1 { font-size: 23px; }
-  .cards { grid-template-columns: 1fr 1fr; gap: 10px; } .card dd { font-size: 19px; } th, td { padding: 7px 10px; } }
+  .cards { grid-template-columns: 1fr 1fr; gap: 10px; } .card dd { font-size: 19px; } th, td { padding: 7px 10px; }
+  .facts th { white-space: normal; padding-right: 12px; } }
 @media print { .chart, .card { break-inside: avoid; } }
 """
