@@ -30,11 +30,13 @@ from lora_lightning.training.callbacks import (
     StepFigures,
     StopOnNonFinite,
     Throughput,
+    Tracking,
 )
 from lora_lightning.training.callbacks.resume import KEY
 from lora_lightning.training.loggers import ContinuedCSVLogger, WandbLogger
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.trainer import LoRATrainer
+from lora_lightning.training.wandb_run import go_on_with_run_of, log_config
 
 # The docstring under each field of LoRAConfig and SplitConfig is its --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -134,6 +136,7 @@ class SaveRunConfig(SaveConfigCallback):
                 for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
                     shared.data.init_args[name] = value
             self.parser.save(shared, str(folder / run.CONFIG), skip_none=False, skip_validation=True, overwrite=True)
+            log_config(trainer.loggers, folder / run.CONFIG)
         self.already_saved = True
 
 
@@ -271,6 +274,8 @@ class LoRACLI(LightningCLI):
                 callbacks.insert(0, default())
         if not any(isinstance(callback, RunReport) for callback in callbacks):
             callbacks.append(RunReport())  # its table closes a fit, after whatever the others add to it
+        if not any(isinstance(callback, Tracking) for callback in callbacks):
+            callbacks.append(Tracking())
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):
@@ -293,6 +298,7 @@ class LoRACLI(LightningCLI):
         if self._goes_on is not None:
             return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
+            go_on_with_run_of(loggers, command.ckpt_path)
             folder = run.run_of_checkpoint(Path(command.ckpt_path))
             return [CSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.storage import write_bytes
 
 
@@ -24,14 +25,23 @@ class WandbLogger(LightningWandbLogger):
     Args:
         offline: keep the run on disk, for `wandb sync`. Left out: offline where there is no key.
         save_dir: where W&B's own folder goes; made where it is missing.
+
+    Raises:
+        LoRAError: `offline: false`, and no key: W&B would ask for one.
     """
 
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
+        if offline is False and os.environ.get("WANDB_MODE") is None and not has_wandb_key():
+            raise LoRAError(
+                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out, and the run stays on"
+                " this disk until `wandb sync`"
+            )
         if offline is None:
             offline = os.environ.get("WANDB_MODE") != "disabled" and not has_wandb_key()
             if offline:
                 rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
         Path(save_dir).mkdir(parents=True, exist_ok=True)
+        kwargs.setdefault("settings", {"quiet": True})  # it repeats all figures on the screen, and a hint in ten lines
         super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
 
     def go_on_with(self, version: str) -> None:
@@ -106,7 +116,7 @@ def has_wandb_key() -> bool:
     """Whether W&B can log in without asking: by environment or by netrc, unless WANDB_MODE says offline."""
     if os.environ.get("WANDB_MODE", "") in ("offline", "disabled"):
         return False
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     try:

@@ -21,6 +21,7 @@ from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.page import write_page
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
+from lora_lightning.training.wandb_run import log_export
 
 
 def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
@@ -88,6 +89,7 @@ class LoRATrainer(Trainer):
         }
         result = export(model, target, batch=batch, **options, **of_the_data(datamodule))
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
+        log_export(self.loggers, folder, target)
         return result
 
     def _probe(self, model: LoRAModule, datamodule: LightningDataModule) -> dict[str, Any] | None:

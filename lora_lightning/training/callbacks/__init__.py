@@ -11,6 +11,7 @@ from lora_lightning.training.callbacks.resume import Resume
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.callbacks.step_figures import StepFigures
 from lora_lightning.training.callbacks.throughput import Throughput
+from lora_lightning.training.callbacks.tracking import Tracking
 
 __all__ = [
     "Baselines",
@@ -24,4 +25,5 @@ __all__ = [
     "StepFigures",
     "StopOnNonFinite",
     "Throughput",
+    "Tracking",
 ]

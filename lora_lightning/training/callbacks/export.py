@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from rich.console import Console
 
@@ -86,7 +87,7 @@ class ExportAtEnd(Callback):
         assert isinstance(pl_module, LoRAModule)  # see setup
         batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], pl_module)
         own = of_the_data(trainer.datamodule)  # type: ignore[attr-defined]
-        with _best(trainer, pl_module):
+        with best_in(trainer, pl_module):
             result = export(pl_module, self._target(folder), batch=batch, **self.options, **own)
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
         for logger in trainer.loggers:
@@ -95,14 +96,17 @@ class ExportAtEnd(Callback):
 
 
 @contextmanager
-def _best(trainer: Trainer, module: LoRAModule) -> Iterator[None]:
-    """The best checkpoint's adapter in the module, then again the one that training ended with."""
+def best_in(trainer: Trainer, module: LoRAModule) -> Iterator[bool]:
+    """The best checkpoint's adapter in the module, then again the one that training ended with.
+
+    Yields whether the two are the same.
+    """
     ended = {key: tensor.detach().clone() for key, tensor in adapter_tensors(module.backbone).items()}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     try:
         if best:
             module.load_state_dict(run.load_checkpoint(best)["state_dict"])
-        yield
+        yield all(torch.equal(ended[key], tensor) for key, tensor in adapter_tensors(module.backbone).items())
     finally:
         for key, tensor in adapter_tensors(module.backbone).items():
             tensor.data.copy_(ended[key])

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.adapter import adapter_bytes
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.products import choices
 from lora_lightning.training import run
@@ -113,13 +113,12 @@ def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
 
 def subject(module: LoRAModule) -> dict[str, Any]:
     """What was adapted, and how."""
-    tensors = adapter_tensors(module.backbone).values()
     return {
         "backbone": backbone_name(module.backbone),
         "task": type(module.task).__name__,
         "lora": module.lora.to_dict(),
         "adapted": adapted_rows(module.report),
-        "adapter_tensor_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "adapter_tensor_bytes": adapter_bytes(module.backbone),
     }
 
 

@@ -54,7 +54,8 @@ thead th { border-top: 0; color: var(--soft); font-weight: 500; font-size: 13px;
 tbody tr:first-child > * { border-top: 0; }
 thead + tbody tr:first-child > * { border-top: 1px solid var(--edge); }
 tbody th { font-weight: 500; }
-.facts th { width: 1%; min-width: 120px; padding-right: 28px; white-space: nowrap; } .facts td { overflow-wrap: anywhere; }
+.facts th { width: 1%; min-width: 120px; padding-right: 28px; white-space: nowrap; }
+.facts td { overflow-wrap: anywhere; }
 .number { text-align: right; white-space: nowrap; }
 td.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 180px; }
 .name { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; font-size: 13px; }
