@@ -3,20 +3,19 @@
 import csv
 import json
 import os
-import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import wandb
 import yaml
 from wandb.proto.wandb_internal_pb2 import Record
 
 from lora_lightning.cli import LoRACLI
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.loggers import WandbLogger
-from tests.wandb_file import payloads, runs_in
-
-MEASURED = ("throughput/", "memory/")
+from tests.wandb_file import Tracked, payloads, runs_in
 
 
 def manifests(folder: Path) -> dict[str, list[str]]:
@@ -46,6 +45,15 @@ def metrics(folder: Path) -> dict[str, dict[int, float]]:
     return found
 
 
+def finished(folder: Path) -> list[Tracked]:
+    """The runs once W&B's own process has written their ends."""
+    wandb.finish()
+    until = time.monotonic() + 20
+    while any(run.exit_code is None for run in runs_in(folder)) and time.monotonic() < until:
+        time.sleep(0.1)
+    return runs_in(folder)
+
+
 @pytest.fixture(scope="module")
 def tracked(tiny, tmp_path_factory):
     """A fit with an export, a test of it and an export again, all logged to W&B offline."""
@@ -56,9 +64,9 @@ def tracked(tiny, tmp_path_factory):
     often += ["lora_lightning.ExportAtEnd", "--trainer.gradient_clip_val", "0.001"]
     LoRACLI(args=["fit", "--config", tiny.config, "--runs_dir", str(runs), *often, *logger])
     folder = runs / "tiny" / "version_0"
-    fit = runs_in(runs)
+    fit = finished(runs)
     LoRACLI(args=["test", "--ckpt_path", str(folder)])
-    return SimpleNamespace(runs=runs, folder=folder, fit=fit, all=runs_in(runs), files=manifests(runs))
+    return SimpleNamespace(runs=runs, folder=folder, fit=fit, all=finished(runs), files=manifests(runs))
 
 
 def test_one_run_holds_config_counts_history_and_summary(tracked):
@@ -71,7 +79,7 @@ def test_one_run_holds_config_counts_history_and_summary(tracked):
         assert config[f"params/{name}"] == run.summary[f"params/{name}"] == report[name]
     assert config["params/frozen"] == run.summary["params/frozen"] == report["total"] - report["trainable"]
     assert config["params/adapter_bytes"] == run.summary["params/adapter_bytes"] == 4 * report["trainable"]
-    assert report["adapter_bytes"] == pytest.approx(config["params/adapter_bytes"], rel=0.5), "the file, with its header"
+    assert 0 < report["adapter_bytes"] - config["params/adapter_bytes"] < 10_000, "the file has a header"
     assert run.summary["report"]["val_accuracy"] == report["val_accuracy"]
     assert run.summary["report"]["w0_unchanged"] is True
     assert run.summary["report"]["export_max_rel_diff"] == report["export_max_rel_diff"]

@@ -129,7 +129,7 @@ def cost(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
         if meter.seconds:
             values["samples_per_second"] = meter.samples / meter.seconds
             values["tokens_per_second"] = meter.tokens / meter.seconds
-        values["peak_mib"] = meter.peak_mib
+        values |= {"samples_seen": round(meter.samples), "tokens_seen": round(meter.tokens), "peak_mib": meter.peak_mib}
     return values
 
 
