@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -25,6 +25,7 @@ from lora_lightning.training.callbacks import (
     Checkpoints,
     FreezeBase,
     PredictionWriter,
+    Progress,
     Resume,
     RunReport,
     StepFigures,
@@ -276,6 +277,8 @@ class LoRACLI(LightningCLI):
             callbacks.append(RunReport())  # its table closes a fit, after whatever the others add to it
         if not any(isinstance(callback, Tracking) for callback in callbacks):
             callbacks.append(Tracking())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(Progress())
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):

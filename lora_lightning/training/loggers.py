@@ -33,7 +33,7 @@ class WandbLogger(LightningWandbLogger):
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
         if offline is False and os.environ.get("WANDB_MODE") is None and not has_wandb_key():
             raise LoRAError(
-                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out, and the run stays on"
+            # It would end with all figures over again, and say three times that it is offline, as we did.
                 " this disk until `wandb sync`"
             )
         if offline is None:
@@ -41,8 +41,12 @@ class WandbLogger(LightningWandbLogger):
             if offline:
                 rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
         Path(save_dir).mkdir(parents=True, exist_ok=True)
-        kwargs.setdefault("settings", {"quiet": True})  # it repeats all figures on the screen, and a hint in ten lines
+        if kwargs.get("settings") is None:
+            # It would end with all figures over again, and tell three times that it is offline, which was said.
+            kwargs["settings"] = {"quiet": True, "show_info": not offline}
         super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
+        if self._wandb_init.get("anonymous") is None:
+            del self._wandb_init["anonymous"]  # W&B warns of the word, whatever its value
 
     def go_on_with(self, version: str) -> None:
         """Log into the run of this id, unless the config names one itself.

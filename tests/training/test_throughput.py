@@ -23,7 +23,7 @@ OVERLAY = """
 trainer:
   devices: 2
   strategy: {{class_path: lightning.pytorch.strategies.DDPStrategy}}
-  max_epochs: 2
+  max_epochs: 1
   log_every_n_steps: 2
   accumulate_grad_batches: 2
   logger:
@@ -35,7 +35,7 @@ data:
 
 
 def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make_data, tmp_path):
-    """Batches of 7 over 120 rows leave the processes unequal shares, which are evened out by a row that must not count."""
+    """Batches of 7 over 120 rows leave the processes unequal shares, evened out by rows that must not count."""
     (tmp_path / "two.yaml").write_text(OVERLAY.format(runs=tmp_path / "runs"))
     keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "OMP_NUM_THREADS": "1"}
     done = run("fit", "-c", tiny.config, "-c", "two.yaml", cwd=tmp_path, timeout=400, **keyless)
@@ -49,8 +49,8 @@ def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make
     texts = data.tables["train"]["text"]
     ids = AutoTokenizer.from_pretrained(tiny.bert)(list(texts), truncation=True, max_length=9)["input_ids"]
     assert report["processes"] == 2
-    assert report["samples_seen"] == 2 * len(texts)
-    assert report["tokens_seen"] == 2 * sum(map(len, ids))
+    assert report["samples_seen"] == len(texts)
+    assert report["tokens_seen"] == sum(map(len, ids))
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     for name in ("throughput/tokens_per_second", "grad_norm/B", "lr", "val/accuracy"):

@@ -7,6 +7,7 @@ from lora_lightning.training.callbacks.export import ExportAtEnd
 from lora_lightning.training.callbacks.finite import StopOnNonFinite
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.callbacks.predictions import PredictionWriter
+from lora_lightning.training.callbacks.progress import Progress
 from lora_lightning.training.callbacks.resume import Resume
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.callbacks.step_figures import StepFigures
@@ -20,6 +21,7 @@ __all__ = [
     "FreezeBase",
     "MeasureBefore",
     "PredictionWriter",
+    "Progress",
     "Resume",
     "RunReport",
     "StepFigures",

@@ -18,6 +18,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.packing import packed_layers
 from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.training import run
+from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.export import export
 from lora_lightning.training.export_options import DEFAULT_FORMATS, checked_options, checked_target
 from lora_lightning.training.first_batch import first_batch
@@ -89,7 +90,8 @@ class ExportAtEnd(Callback):
         own = of_the_data(trainer.datamodule)  # type: ignore[attr-defined]
         with best_in(trainer, pl_module):
             result = export(pl_module, self._target(folder), batch=batch, **self.options, **own)
-        show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
+        closes = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # with all of it
+        show_report(record_export(folder, result), Console(quiet=closes), save_svg=folder / "report.svg")
         for logger in trainer.loggers:
             logger.log_metrics(result.metrics(), step=trainer.global_step)
             logger.save()

@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
+from lora_lightning.training.about import first_lines
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.summary import show_injection
+from lora_lightning.training.summary import show_injection, show_run
 
 
 class W0MovedError(LoRAError):
@@ -53,6 +54,8 @@ class FreezeBase(Callback):
         self.before = module.w0_fingerprint()
         self._first_backward_seen = False
         report = module.report
+        if self.show_table and trainer.is_global_zero:
+            show_run(first_lines(trainer, module.backbone, report), Console())
         if self.show_table and trainer.is_global_zero:
             show_injection(report, Console())
         counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}

@@ -37,8 +37,8 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
     targets = _targets(batch, names)
     for row, example, target in zip(told, shown or [None] * size, targets or [None] * size, strict=False):
         row.pop("row")  # in this batch; the set's own number is not known here
-        row |= {"input": example} if shown else {}
-        row |= {"target": target} if targets else {}
+        row.update({"input": example} if shown else {})
+        row.update({"target": target} if targets else {})
     columns = [name for name in ("input", "target") if name in told[0]]
     columns += [name for name in told[0] if name not in columns]
     return columns, [[_cell(row.get(name)) for name in columns] for row in told]
