@@ -33,7 +33,7 @@ class WandbLogger(LightningWandbLogger):
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
         if offline is False and os.environ.get("WANDB_MODE") is None and not has_wandb_key():
             raise LoRAError(
-            # It would end with all figures over again, and say three times that it is offline, as we did.
+                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out, and the run stays on"
                 " this disk until `wandb sync`"
             )
         if offline is None:
@@ -42,8 +42,8 @@ class WandbLogger(LightningWandbLogger):
                 rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         if kwargs.get("settings") is None:
-            # It would end with all figures over again, and tell three times that it is offline, which was said.
-            kwargs["settings"] = {"quiet": True, "show_info": not offline}
+            # It would end with all figures over again, and tell five times that it is offline, which was said.
+            kwargs["settings"] = {"quiet": True, "silent": offline}
         super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
         if self._wandb_init.get("anonymous") is None:
             del self._wandb_init["anonymous"]  # W&B warns of the word, whatever its value

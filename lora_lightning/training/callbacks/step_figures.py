@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.lora.inject import adapted_layers
@@ -58,8 +59,9 @@ def norm_of(tensors: Iterable[Tensor]) -> Tensor:
     """
     kinds = groupby(sorted(tensors, key=_kind), key=_kind)
     norms = [torch.nn.utils.get_total_norm(list(same)) for _, same in kinds]
-    whole = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
-    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in whole]))
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total: Tensor = torch.stack([norm.float() for norm in whole]).norm()
+    return total
 
 
 def _kind(tensor: Tensor) -> str:

@@ -44,8 +44,9 @@ class Tracking(Callback):
         if not self.predictions or not loggers or not isinstance(pl_module, LoRAModule):
             return
         found = prediction_table(trainer, pl_module, self.predictions)
-        for logger in loggers if found else []:
-            logger.log_table("predictions", columns=found[0], data=found[1], step=trainer.global_step)
+        if found is not None:
+            for logger in loggers:
+                logger.log_table("predictions", columns=found[0], data=found[1], step=trainer.global_step)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The report's values, and what the run made."""
