@@ -30,7 +30,8 @@ WARNINGS = {
 
 RECORDS = {
     "lightning.pytorch.utilities.rank_zero": (
-        "litlogger",  # an advertisement
+        "litlogger",  # advertisements
+        "litmodels",
         "GPU available: ",  # the first screen names the device; Lightning warns where a GPU is left idle
         "TPU available: ",
         "Using bfloat16 Automatic Mixed Precision",  # the first screen names the precision

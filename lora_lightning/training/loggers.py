@@ -33,8 +33,8 @@ class WandbLogger(LightningWandbLogger):
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
         if offline is False and os.environ.get("WANDB_MODE") is None and not has_wandb_key():
             raise LoRAError(
-                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out, and the run stays on"
-                " this disk until `wandb sync`"
+                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out: the run then"
+                " stays on this disk until `wandb sync`"
             )
         if offline is None:
             offline = os.environ.get("WANDB_MODE") != "disabled" and not has_wandb_key()
