@@ -42,8 +42,7 @@ class WandbLogger(LightningWandbLogger):
                 rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
         Path(save_dir).mkdir(parents=True, exist_ok=True)
         if kwargs.get("settings") is None:
-            # It would end with all figures over again, and tell five times that it is offline, which was said.
-            kwargs["settings"] = {"quiet": True, "silent": offline}
+            kwargs["settings"] = {"quiet": True}  # it would end with all figures over again
         super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
         if self._wandb_init.get("anonymous") is None:
             del self._wandb_init["anonymous"]  # W&B warns of the word, whatever its value

@@ -17,7 +17,7 @@ from lora_lightning.training.callbacks import StepFigures, Throughput, throughpu
 from lora_lightning.training.callbacks.step_figures import norm_of
 from tests.command.process import run
 from tests.training.test_module import Vision, loader, trainer_of
-from tests.wandb_file import runs_in
+from tests.training.test_tracking import finished
 
 OVERLAY = """
 trainer:
@@ -40,7 +40,7 @@ def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make
     keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "OMP_NUM_THREADS": "1"}
     done = run("fit", "-c", tiny.config, "-c", "two.yaml", cwd=tmp_path, timeout=400, **keyless)
     assert len(re.findall("W&B: no key found", done.stdout + done.stderr)) == 1
-    (tracked,) = runs_in(tmp_path / "runs")
+    (tracked,) = finished(tmp_path / "runs")
     assert (tracked.exit_code, tracked.project) == (0, "two")
     folder = tmp_path / "runs" / "tiny" / "version_0"
     report = json.loads((folder / "report.json").read_text())
@@ -55,7 +55,7 @@ def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make
         rows = list(csv.DictReader(file))
     for name in ("throughput/tokens_per_second", "grad_norm/B", "lr", "val/accuracy"):
         logged = {int(row["step"]): float(row[name]) for row in rows if row[name]}
-        assert len(logged) >= 2
+        assert logged
         assert tracked.points(name) == pytest.approx(logged)
 
 

@@ -58,7 +58,9 @@ def finished(folder: Path) -> list[Tracked]:
 def tracked(tiny, tmp_path_factory):
     """A fit with an export, a test of it and an export again, all logged to W&B offline."""
     runs = tmp_path_factory.mktemp("tracked")
-    os.environ.pop("WANDB_API_KEY", None)
+    wandb.finish()  # an earlier test's: it would be gone on with
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        os.environ.pop(name, None)
     logger = ["--trainer.logger", "lora_lightning.WandbLogger", "--trainer.logger.save_dir", str(runs)]
     often = ["--trainer.max_epochs", "2", "--trainer.log_every_n_steps", "4", "--trainer.callbacks"]
     often += ["lora_lightning.ExportAtEnd", "--trainer.gradient_clip_val", "0.001"]
