@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import sys
-import warnings
+
+from lora_lightning.noise import quieten
 
 
 def main() -> None:
@@ -59,25 +59,6 @@ def of_the_disk(error: OSError) -> str:
         f"{error.strerror}{where}; make room or give another --runs_dir, and go on with --ckpt_path auto: checkpoints"
         " that were written are whole"
     )
-
-
-def quieten() -> None:
-    """Keep notices off the screen that a user can do nothing about, each for its reason."""
-    # An advertisement and a hint to use more workers: texts of this size are faster without.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning calls a torch API that warns about itself.
-    warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\).*")
-    # The log of a repeated `test` replaces the last one's, as it should.
-    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty.*")
-    # The command itself puts the run's config in front of the arguments.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within.*")
-    # A test or a resumed fit writes to a folder of its own, where the best of another does not count.
-    warnings.filterwarnings("ignore", message="The dirpath has changed from .*")
-    # The backbone is in eval mode on purpose, see `backbone_mode`.
-    warnings.filterwarnings("ignore", message="Found .* module\\(s\\) in eval mode at the start of training.*")
-    # Its successor is unknown to torch 2.10 and older.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated.*")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 
 
 if __name__ == "__main__":

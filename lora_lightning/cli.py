@@ -12,7 +12,7 @@ from typing import Any
 from jsonargparse import set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -26,14 +26,19 @@ from lora_lightning.training.callbacks import (
     Checkpoints,
     FreezeBase,
     PredictionWriter,
+    Progress,
     Resume,
     RunReport,
+    StepFigures,
     StopOnNonFinite,
+    Throughput,
+    Tracking,
 )
 from lora_lightning.training.callbacks.resume import KEY, next_logged
 from lora_lightning.training.loggers import ContinuedCSVLogger, go_on_with
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
+from lora_lightning.training.wandb_run import go_on_with_run_of, log_config
 
 # The docstring under each field of LoRAConfig and SplitConfig is its --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -140,6 +145,7 @@ class SaveRunConfig(SaveConfigCallback):
                 for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
                     shared.data.init_args[name] = value
             self.parser.save(shared, str(folder / run.CONFIG), skip_none=False, skip_validation=True, overwrite=True)
+            log_config(trainer.loggers, folder / run.CONFIG)
         self.already_saved = True
 
 
@@ -287,11 +293,15 @@ class LoRACLI(LightningCLI):
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite):
+        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):
             if not any(isinstance(callback, default) for callback in callbacks):
                 callbacks.insert(0, default())
         if not any(isinstance(callback, RunReport) for callback in callbacks):
             callbacks.append(RunReport())  # its table closes a fit, after whatever the others add to it
+        if not any(isinstance(callback, Tracking) for callback in callbacks):
+            callbacks.append(Tracking())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(Progress())
         if config.get("enable_checkpointing") is not False and not any(
             isinstance(callback, ModelCheckpoint) for callback in callbacks
         ):
@@ -316,6 +326,7 @@ class LoRACLI(LightningCLI):
         if self._goes_on is not None:
             return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
+            go_on_with_run_of(loggers, command.ckpt_path)
             folder = run.run_of_checkpoint(Path(command.ckpt_path))
             return [CSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]

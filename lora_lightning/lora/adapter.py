@@ -23,6 +23,11 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in state.items() if k in factors or any(k.startswith(prefix) for prefix in wanted)}
 
 
+def adapter_bytes(model: nn.Module) -> int:
+    """What the adapter's tensors take; its file is a few kilobytes larger."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in adapter_tensors(model).values())
+
+
 def frozen_keys(model: nn.Module) -> set[str]:
     """Keys of `model.state_dict()` that are the backbone's own: all but the adapter's."""
     return set(model.state_dict(keep_vars=True)) - _adapter_keys(model)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.counting import examples_in
 
 Stage = str
 """`train`, `val` or `test`, or a further set of one of the last two, such as `val_mismatched`."""
@@ -65,6 +66,10 @@ class Task(nn.Module, ABC):
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The backbone's arguments by name, out of a batch: all but the targets."""
         return inputs_of(batch, "labels")
+
+    def examples(self, batch: Any) -> int:
+        """How many examples a batch holds."""
+        return examples_in(batch)
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """What validation and test do with a batch; a task that generates does it here."""

@@ -79,6 +79,10 @@ class PreferenceTuning(Task):
             targets=pairs.rejected_reward,
         )
 
+    def examples(self, batch: Any) -> int:
+        """Pairs."""
+        return super().examples(batch) // 2
+
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Rewards (n,) of both answers, and whether the first is preferred (n,)."""
         pairs = self._pairs(backbone, batch)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.storage import write_bytes
 
 
@@ -25,15 +26,27 @@ class WandbLogger(LightningWandbLogger):
     Args:
         offline: keep the run on disk, for `wandb sync`. Left out: offline where there is no key.
         save_dir: where W&B's own folder goes; made where it is missing.
+
+    Raises:
+        LoRAError: `offline: false`, and no key: W&B would ask for one.
     """
 
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
+        if offline is False and os.environ.get("WANDB_MODE") is None and not has_wandb_key():
+            raise LoRAError(
+                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out: the run then"
+                " stays on this disk until `wandb sync`"
+            )
         if offline is None:
             offline = os.environ.get("WANDB_MODE") != "disabled" and not has_wandb_key()
             if offline:
                 rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
         Path(save_dir).mkdir(parents=True, exist_ok=True)
+        if kwargs.get("settings") is None:
+            kwargs["settings"] = {"quiet": True}  # it would end with all figures over again
         super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
+        if self._wandb_init.get("anonymous") is None:
+            del self._wandb_init["anonymous"]  # W&B warns of the word, whatever its value
 
     def go_on_with(self, version: str) -> None:
         """Log into the run of this id, unless the config names one itself.
@@ -146,7 +159,7 @@ def has_wandb_key() -> bool:
     """Whether W&B can log in without asking: by environment or by netrc, unless WANDB_MODE says offline."""
     if os.environ.get("WANDB_MODE", "") in ("offline", "disabled"):
         return False
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     try:

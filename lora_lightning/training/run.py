@@ -1,4 +1,4 @@
-"""Run folders: `runs/<name>/<version>/` with config.yaml, checkpoints/, metrics.csv, report.json and the export."""
+"""Run folders: `runs/<name>/<version>/` with config.yaml, checkpoints/, metrics.csv, the reports and the export."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lora_lightning.training.checkpoint_folder import PREVIOUS, is_folder_checkp
 from lora_lightning.training.checkpoint_io import read_checkpoint
 from lora_lightning.training.damage import DamagedCheckpointError
 
-CONFIG, CHECKPOINTS, REPORT, EXPORT = "config.yaml", "checkpoints", "report.json", "export"
+CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
 
 
 def run_dir(trainer: Trainer) -> Path | None:

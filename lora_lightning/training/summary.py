@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,44 @@ BEFORE = "_before"
 """Ends the name of a figure from before training."""
 
 
+ROWS = 7
+"""Of the injection table on the first screen, which with what stands around it is to have at most 15 lines."""
+
+
 def injection_table(report: InjectionReport) -> Table:
-    """The grouped injection table, blocks folded into one row each."""
-    table = Table(title="What trains", title_justify="left", caption_justify="left", box=None, padding=(0, 1, 0, 0))
+    """The grouped injection table, blocks folded into one row each, and what is too much into a last one."""
+    table = Table(caption_justify="left", box=None, padding=(0, 1, 0, 0))
     header, *lines = report.shown()
     for name in header:
-        table.add_column(name, justify="left" if name in ("module", "kind", "way") else "right", overflow="fold")
-    for line in lines:
+        table.add_column(name, justify="left" if name in ("module", "kind", "way") else "right", overflow="ellipsis")
+    for line in lines if len(lines) <= ROWS else folded(header, lines):
         table.add_row(*line)
     table.caption = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
     return table
 
 
+def folded(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """The first rows, and one for the others: how many modules and parameters they are."""
+    first, rest = lines[: ROWS - 1], lines[ROWS - 1 :]
+    sums = {name: sum(int(line[header.index(name)].replace(",", "") or 0) for line in rest) for name in TOTALS}
+    told = {"module": f"... {len(rest)} more rows, all in the run's page", **{k: f"{n:,}" for k, n in sums.items()}}
+    return [*first, tuple(told.get(name, "") for name in header)]
+
+
+TOTALS = ("count", "parameters")
+
+
+def show_run(lines: Iterable[str], console: Console) -> None:
+    """The first lines of a run's first screen: what is adapted, on what, and where results go."""
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
 def show_injection(report: InjectionReport, console: Console) -> None:
-    """The first screen of a run: the injection table, and a line on what goes the plain way."""
+    """The rest of it: the injection table, and a line on what goes the plain way."""
     console.print(injection_table(report))
     if report.plain_line():
-        console.print(report.plain_line())
+        console.print(report.plain_line(), soft_wrap=True)
 
 
 def show_report(values: dict[str, Any], console: Console, save_svg: Path | None = None) -> None:
@@ -98,6 +120,7 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         ("merged_dir", "merged model"),
         ("onnx_dir", "ONNX model"),
         ("checkpoint", "checkpoint"),
+        ("page", "page of the run"),
     ):
         if v.get(key):
             rows.append((name, str(v[key])))

@@ -19,10 +19,12 @@ from lora_lightning.training.export import export
 from lora_lightning.training.export_options import FORMATS, checked_options
 from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.page import write_page
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
 from lora_lightning.training.unsupported import refuse_unsupported
+from lora_lightning.training.wandb_run import log_export
 
 
 def in_one_process(accelerator: Any) -> dict[str, Any]:
@@ -108,6 +110,7 @@ class LoRATrainer(Trainer):
         }
         result = export(model, target, batch=batch, **options, **of_the_data(datamodule))
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
+        log_export(self.loggers, folder, target)
         return result
 
     def _probe(self, model: LoRAModule, datamodule: LightningDataModule) -> dict[str, Any] | None:
@@ -133,4 +136,6 @@ def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
     onnx = result.onnx
     values |= {"onnx_max_rel_diff": onnx and onnx.max_rel_diff, "onnx_tolerance": onnx and onnx.tolerance}
     values |= {"share": result.trainable / result.total, "run_dir": str(folder)}
-    return run.update_report(folder, values)
+    known = run.update_report(folder, values)
+    write_page(folder)
+    return known

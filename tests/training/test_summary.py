@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import io
+import logging
+import re
+import warnings
+from types import SimpleNamespace
 
+import pytest
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.training.summary import show_injection
+from lora_lightning.noise import RECORDS, quieten
+from lora_lightning.training.about import first_lines, short_count
+from lora_lightning.training.callbacks import Progress
+from lora_lightning.training.summary import show_injection, show_run
 
 
 def shown(model: nn.Module, **options: object) -> str:
-    report = inject(model, LoRAConfig(r=2, target_modules=".+", **options))  # type: ignore[arg-type]
+    report = inject(model, LoRAConfig(r=2, **{"target_modules": ".+", **options}))  # type: ignore[arg-type]
     console = Console(file=io.StringIO(), width=80, record=True)
     show_injection(report, console)
     return console.export_text()
@@ -28,3 +39,91 @@ def test_the_first_screen_does_not_speak_of_it_where_all_goes_quick() -> None:
     text = shown(nn.ModuleDict({"tokens": nn.Embedding(9, 4), "head": nn.Linear(4, 4)}), use_dora=False)
     assert "plain" not in text
     assert "way" not in text.splitlines()[1].split()
+
+
+def blocks(kinds: int, layers: int = 3) -> nn.Module:
+    """As many rows of the grouped table as there are kinds."""
+    names = [f"projection_{i}" for i in range(kinds)]
+    return nn.ModuleList(nn.ModuleDict({n: nn.Linear(4, 4 + i) for i, n in enumerate(names)}) for _ in range(layers))
+
+
+@pytest.mark.parametrize("kinds", [1, 7, 8, 40])
+def test_the_first_screen_has_at_most_15_lines_whatever_the_model(kinds: int) -> None:
+    """Two lines stand before it, and two on dtypes and modes may follow."""
+    text = shown(blocks(kinds), target_modules=r".+\.projection_\d+")
+    lines = text.rstrip("\n").splitlines()
+    assert 2 + len(lines) + 2 <= 15
+    total = sum(3 * (4 * 2 + 2 * (4 + i)) for i in range(kinds))
+    assert lines[-1].split()[0] == f"{total:,}"
+    rows = [line.split() for line in lines[1:-1]]
+    assert sum(int(row[-1].replace(",", "")) for row in rows) == total, "nothing is left out of the sums"
+    if kinds > 7:
+        assert f"... {kinds - 6} more rows" in text
+        assert f" {3 * (kinds - 6)} " in lines[-2]
+
+
+def test_the_first_lines_name_backbone_size_device_precision_and_place(tmp_path, make_module) -> None:
+    module = make_module()
+    trainer = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path, name="a [run]"), barebones=False)
+    first, second = first_lines(trainer, module.backbone, module.report)
+    assert re.fullmatch(r"BertForSequenceClassification \(\w+/bert\), 20\.2K frozen parameters", first)
+    assert second == f"on cpu in 32-true; results go to {tmp_path}/a [run]/version_0"
+    console = Console(file=io.StringIO(), width=40, record=True)
+    show_run([first, second], console)
+    assert console.export_text() == f"{first}\n{second}\n", "brackets are no markup, and paths can be copied"
+
+
+@pytest.mark.parametrize(
+    ("number", "said"), [(0, "0"), (999, "999"), (1500, "1.5K"), (22_713_986, "22.7M"), (999_999, "1M"), (7e9, "7B")]
+)
+def test_sizes_are_said_as_people_say_them(number: int, said: str) -> None:
+    assert short_count(int(number)) == said
+
+
+def test_the_bar_has_the_loss_and_one_rate(make_module) -> None:
+    figures = {"v_num": 3, "train/loss_step": 0.123456, "samples/s": 12.5, "tokens/s": 1234.5, "mine": 2.0}
+    bar, trainer = Progress(), SimpleNamespace(progress_bar_metrics=figures, loggers=[])
+    assert bar.get_metrics(trainer, make_module()) == {
+        "loss": "0.1235",
+        "tokens/s": "1,234",
+        "mine": "2",
+    }
+    del figures["tokens/s"]
+    assert bar.get_metrics(trainer, make_module()) == {"loss": "0.1235", "samples/s": "12.5", "mine": "2"}
+
+
+def test_what_can_be_acted_on_is_not_filtered(caplog) -> None:
+    """In a process's loggers and warnings as `quieten` leaves them."""
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = {name: list(logging.getLogger(name).filters) for name in RECORDS}
+    with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
+        warnings.simplefilter("always")
+        try:
+            quieten()
+            for text in ("GPU available: False, used: False", "Tip: litlogger", "`Trainer.fit` stopped: `max_epochs`"):
+                rank_zero.info(text)
+            logging.getLogger("torchao").warning("Failed to load /x/_C.so: no")
+            logging.getLogger("torchao").warning("Skipping import of cpp extensions")
+            warnings.warn("The 'train_dataloader' does not have many workers which may be a bottleneck", stacklevel=1)
+            warnings.warn("GPU available but not used", stacklevel=1)
+            warnings.warn("The number of training batches (6) is smaller than the logging interval", stacklevel=1)
+        finally:
+            for name, filters in before.items():
+                logging.getLogger(name).filters[:] = filters
+    assert [r.getMessage() for r in caplog.records] == [
+        "`Trainer.fit` stopped: `max_epochs`",
+        "Skipping import of cpp extensions",
+    ]
+    assert [str(w.message)[:22] for w in warned] == ["GPU available but not ", "The number of training"]
+
+
+def test_each_filter_names_a_message_that_the_installed_packages_have() -> None:
+    """A filter that nothing meets any more should go. (Those of DDP and of bf16 are met in other runs.)"""
+    from lightning.fabric.utilities import distributed, seed
+    from lightning.pytorch.trainer import setup
+
+    assert "Seed set to" in inspect.getsource(seed)
+    assert "All distributed processes registered" in inspect.getsource(distributed)
+    assert "Initializing distributed: " in inspect.getsource(distributed)
+    assert "GPU available: " in inspect.getsource(setup)
+    assert "TPU available: " in inspect.getsource(setup)

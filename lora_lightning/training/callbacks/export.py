@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
@@ -18,6 +19,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.packing import packed_layers
 from lora_lightning.lora.serving import for_vllm, vllm_targets
 from lora_lightning.training import run
+from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.export import export
 from lora_lightning.training.export_options import DEFAULT_FORMATS, checked_options, checked_target
 from lora_lightning.training.first_batch import first_batch
@@ -91,23 +93,27 @@ class ExportAtEnd(Callback):
             return
         batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], pl_module)
         own = of_the_data(trainer.datamodule)  # type: ignore[attr-defined]
-        with _best(trainer, pl_module):
+        with best_in(trainer, pl_module):
             result = export(pl_module, self._target(folder), batch=batch, **self.options, **own)
-        show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
+        closes = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # with all of it
+        show_report(record_export(folder, result), Console(quiet=closes), save_svg=folder / "report.svg")
         for logger in trainer.loggers:
             logger.log_metrics(result.metrics(), step=trainer.global_step)
             logger.save()
 
 
 @contextmanager
-def _best(trainer: Trainer, module: LoRAModule) -> Iterator[None]:
-    """The best checkpoint's adapter in the module, then again the one that training ended with."""
+def best_in(trainer: Trainer, module: LoRAModule) -> Iterator[bool]:
+    """The best checkpoint's adapter in the module, then again the one that training ended with.
+
+    Yields whether the two are the same.
+    """
     ended = {key: tensor.detach().clone() for key, tensor in adapter_tensors(module.backbone).items()}
     best = getattr(trainer.checkpoint_callback, "best_model_path", "")
     try:
         if best:
             module.load_state_dict(run.load_checkpoint(best)["state_dict"])
-        yield
+        yield all(torch.equal(ended[key], tensor) for key, tensor in adapter_tensors(module.backbone).items())
     finally:
         for key, tensor in adapter_tensors(module.backbone).items():
             tensor.data.copy_(ended[key])

@@ -17,13 +17,14 @@ from torch.optim import Optimizer
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint
+from lora_lightning.training.about import first_lines
 from lora_lightning.training.agree import gathered
 from lora_lightning.training.ending import agreed
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.parts import parts_of
 from lora_lightning.training.sharded_w0 import fingerprint, moved, of_own_parts
 from lora_lightning.training.sharding import is_sharded, local
-from lora_lightning.training.summary import show_injection
+from lora_lightning.training.summary import show_injection, show_run
 
 
 class W0MovedError(LoRAError):
@@ -62,6 +63,8 @@ class FreezeBase(Callback):
         self._own = of_own_parts(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
         report = module.report
+        if self.show_table and trainer.is_global_zero:
+            show_run(first_lines(trainer, module.backbone, report), Console())
         if self.show_table and trainer.is_global_zero:
             show_injection(report, Console())
             for line in parts_of(module, trainer).lines():

@@ -1,4 +1,4 @@
-"""The run's own `report.json`, filled as the run goes on."""
+"""The run's own `report.json`, filled as the run goes on, and `report.html`, which shows it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
+from lora_lightning.lora.adapter import adapter_bytes
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.lora.products import choices
 from lora_lightning.training import run
+from lora_lightning.training.about import adapted_rows, backbone_name
 from lora_lightning.training.callbacks.freeze import FreezeBase
+from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.page import write_page
 from lora_lightning.training.parts import parts_of
 from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.summary import show_report
 
 
 class RunReport(Callback):
-    """Writes what a fit and a test found into `report.json` in the run folder."""
+    """Writes what a fit and a test found into `report.json` in the run folder, and the page `report.html`."""
 
     def __init__(self) -> None:
         self._started = 0.0
@@ -61,6 +65,8 @@ class RunReport(Callback):
         after = None if unknown else guards[0] if guards else fingerprint(pl_module.backbone)
         values: dict[str, Any] = {
             "run_dir": str(folder),
+            **subject(pl_module),
+            **cost(trainer, pl_module),
             "trainable": report.trainable,
             "total": report.total,
             "share": report.share,
@@ -81,8 +87,10 @@ class RunReport(Callback):
         values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
-            values |= self._of_best(checkpoint.best_model_path)
-        show_report(run.update_report(folder, values), Console())
+            values |= {"monitor": checkpoint.monitor} | self._of_best(checkpoint.best_model_path)
+        for logger in trainer.loggers:
+            logger.save()  # the page is drawn from the log
+        show_report(self._written(folder, values), Console())
 
     def _of_best(self, path: str) -> dict[str, Any]:
         """Where it lies and what was measured at its step; nothing where somebody has deleted it: the fit is done."""
@@ -91,7 +99,7 @@ class RunReport(Callback):
         except LoRAError as error:
             rank_zero_warn(f"'{path}' is gone or damaged since it was written: {error}")
             return {}
-        return {"checkpoint": path, **self._by_step.get(step, {})}
+        return {"checkpoint": path, **self._by_step.get(step, {}), "best_step": step - 1}  # as loggers count, from 0
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test metrics, into the report of the run that the checkpoint came from."""
@@ -100,8 +108,13 @@ class RunReport(Callback):
         checkpoint = trainer.ckpt_path
         folder = run.run_of_checkpoint(Path(str(checkpoint))) if checkpoint else run.run_dir(trainer)
         if folder is not None:
-            values = run.update_report(folder, {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)})
-            show_report(values, Console())
+            values = {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)}
+            show_report(self._written(folder, values), Console())
+
+    def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+        known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
+        write_page(folder)
+        return known
 
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
@@ -110,6 +123,28 @@ def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     return {
         name.replace("/", "_"): float(value) for name, value in found if name.startswith((f"{stage}/", f"{stage}_"))
     }
+
+
+def subject(module: LoRAModule) -> dict[str, Any]:
+    """What was adapted, and how."""
+    return {
+        "backbone": backbone_name(module.backbone),
+        "task": type(module.task).__name__,
+        "lora": module.lora.to_dict(),
+        "adapted": adapted_rows(module.report),
+        "adapter_tensor_bytes": adapter_bytes(module.backbone),
+    }
+
+
+def cost(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
+    """How fast the fit went on the whole, and what it took of which device."""
+    values: dict[str, Any] = {"device": module.device.type, "processes": trainer.world_size}
+    for meter in (c for c in trainer.callbacks if isinstance(c, Throughput)):  # type: ignore[attr-defined]
+        if meter.seconds:
+            values["samples_per_second"] = meter.samples / meter.seconds
+            values["tokens_per_second"] = meter.tokens / meter.seconds
+        values |= {"samples_seen": round(meter.samples), "tokens_seen": round(meter.tokens), "peak_mib": meter.peak_mib}
+    return values
 
 
 def _bytes(model: Any) -> int:

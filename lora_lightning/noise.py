@@ -1,0 +1,66 @@
+"""What other packages say on the screen that a user can do nothing about, each with the reason why it is kept off.
+
+What can be acted on stays: a batch that is larger than the log's interval, a GPU that is there and not used, and all of
+our own.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+WARNINGS = {
+    # An advertisement and a hint to use more workers: texts of this size are faster without.
+    ".*does not have many workers.*",
+    # Lightning calls a torch API that warns about itself.
+    ".*isinstance\\(treespec, LeafSpec\\).*",
+    # The log of a repeated `test` replaces the last one's, as it should.
+    "Experiment logs directory .* exists and is not empty.*",
+    # The command itself puts the run's config in front of the arguments.
+    "LightningCLI's args parameter is intended to run from within.*",
+    # A test or a resumed fit writes to a folder of its own, where the best of another does not count.
+    "The dirpath has changed from .*",
+    # The backbone is in eval mode on purpose, see `backbone_mode`.
+    "Found .* module\\(s\\) in eval mode at the start of training.*",
+    # Its successor is unknown to torch 2.10 and older.
+    "`broadcast_buffers` is deprecated.*",
+}
+"""Messages given to `warnings`, as patterns from their beginning."""
+
+RECORDS = {
+    "lightning.pytorch.utilities.rank_zero": (
+        "litlogger",  # advertisements
+        "litmodels",
+        "GPU available: ",  # the first screen names the device; Lightning warns where a GPU is left idle
+        "TPU available: ",
+        "Using bfloat16 Automatic Mixed Precision",  # the first screen names the precision
+        "Using 16bit Automatic Mixed Precision",
+        "Loading `train_dataloader` to estimate number of stepping batches",  # how a schedule learns its length
+        "Loaded model weights from the checkpoint",  # the second of two lines on one file
+        "All distributed processes registered",  # a box of four lines; the first screen counts the processes
+    ),
+    "lightning.fabric.utilities.distributed": ("Initializing distributed: ",),  # a line from each process
+    "lightning.fabric.utilities.seed": ("Seed set to",),  # it stands in the run's config.yaml
+    "torchao": ("Failed to load ",),  # kernels for GPUs, which are not there; it is quiet where they are
+    "torch.utils._pytree": ("is an Enum subclass and is now natively supported",),  # torchao calls an older torch API
+}
+"""Parts of records given to loggers, by the logger's name."""
+
+
+def quieten() -> None:
+    """Keep all of that off the screen."""
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, parts in RECORDS.items():
+        logging.getLogger(name).addFilter(_without(parts))
+
+
+def _without(parts: tuple[str, ...]) -> logging.Filter:
+    known = re.compile("|".join(map(re.escape, parts)))
+
+    class Without(logging.Filter):
+        def filter(self, record: logging.LogRecord) -> bool:
+            return known.search(record.getMessage()) is None
+
+    return Without()

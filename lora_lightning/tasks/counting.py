@@ -1,0 +1,43 @@
+"""How many examples and tokens a batch holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+IDS, MASK = "input_ids", "attention_mask"
+
+
+def examples_in(batch: Any) -> int:
+    """Rows of the batch's first tensor; a packed row counts as one."""
+    first = next(_tensors(batch), None)
+    return 0 if first is None else len(first) if first.dim() else 1
+
+
+def tokens_in(batch: Any) -> Tensor | int | None:
+    """Tokens that the backbone reads: ones of the attention mask, or all ids where rows come without one.
+
+    A tensor where they have to be counted on the device, None where the batch is no text. Encoder-decoders' labels are
+    not counted.
+    """
+    if not isinstance(batch, Mapping):
+        parts = [tokens_in(part) for part in batch] if isinstance(batch, list | tuple) else []
+    else:
+        parts = [tokens_in(part) for part in batch.values() if isinstance(part, Mapping | list | tuple)]
+        for name, ids in batch.items():
+            if isinstance(ids, Tensor) and name.endswith(IDS):
+                mask = batch.get(f"{name.removesuffix(IDS)}{MASK}")
+                parts.append(mask.sum() if isinstance(mask, Tensor) else ids.numel())
+    known = [part for part in parts if part is not None]
+    return sum(known) if known else None
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        yield from (t for part in batch.values() for t in _tensors(part))
+    elif isinstance(batch, list | tuple):
+        yield from (t for part in batch for t in _tensors(part))

@@ -1,0 +1,143 @@
+"""How fast a fit goes, and how much memory it takes at most."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lora_lightning.tasks.counting import examples_in, tokens_in
+from lora_lightning.training.averaging import is_padding
+
+MIB = 2**20
+
+
+class Throughput(Callback):
+    """Examples and tokens per second of all processes together, and the peak of memory, every `log_every_n_steps`.
+
+    The time is that of training and of waiting for its batches since the last line of the log: validations, and what
+    is done between epochs, are left out. Tokens are those of `attention_mask`, without padding. Logged are
+    `throughput/samples_per_second`, `throughput/tokens_per_second` and, in MiB and of the process that takes most,
+    `memory/cuda_peak_mib` or `memory/process_peak_mib` (all that the process has had at once, the model included).
+    The progress bar shows the newest figure, at first after 1, 2, 4, ... steps.
+    """
+
+    def __init__(self) -> None:
+        self.samples = self.tokens = 0.0
+        """Of the fit so far, as of the last line of the log."""
+        self.seconds = 0.0
+        self.peak_mib = 0.0
+        self._begin()
+        self._running_since: float | None = None
+
+    def _begin(self) -> None:
+        self._samples, self._seconds = 0, 0.0
+        self._tokens: Tensor | int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"samples": self.samples, "tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name in ("samples", "tokens", "seconds"):
+            setattr(self, name, float(state_dict[name]))
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.samples = self.tokens = self.seconds = self.peak_mib = 0.0
+        self._begin()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the batch, unless it is there only so that this process has as many as the others."""
+        if self._running_since is None:
+            self._running_since = time.perf_counter()
+        if is_padding(trainer, batch_idx):
+            return
+        examples = getattr(getattr(pl_module, "task", None), "examples", examples_in)
+        self._samples += examples(batch)
+        tokens = tokens_in(batch)
+        if tokens is not None:
+            self._tokens = tokens + (0 if self._tokens is None else self._tokens)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.fit_loop._should_accumulate():
+            return
+        step, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logged = bool(every) and step % every == 0
+        if logged or (step & (step - 1) == 0 and step < every):
+            self._tell(trainer, pl_module, logged)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._pause()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What came after the log's last line counts in the fit's totals."""
+        self._pause()
+        self._add_up(*self._counted(trainer, pl_module))
+        self.peak_mib = _most(peak_mib(pl_module.device), trainer, pl_module.device)
+
+    def _pause(self) -> None:
+        """The clock goes on with the next batch."""
+        if self._running_since is not None:
+            self._seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def _tell(self, trainer: Trainer, module: LightningModule, logged: bool) -> None:
+        samples, tokens, seconds = self._counted(trainer, module)
+        rates = {"samples": samples / seconds} | ({"tokens": tokens / seconds} if tokens else {})
+        module.log_dict({f"{name}/s": x for name, x in rates.items()}, prog_bar=True, logger=False, batch_size=1)
+        if logged:
+            figures = {f"throughput/{name}_per_second": x for name, x in rates.items()}
+            kind = "cuda" if module.device.type == "cuda" else "process"
+            figures[f"memory/{kind}_peak_mib"] = _most(peak_mib(module.device), trainer, module.device)
+            module.log_dict(figures, batch_size=1)
+            self._add_up(samples, tokens, seconds)
+
+    def _counted(self, trainer: Trainer, module: LightningModule) -> tuple[float, float, float]:
+        """Samples and tokens over all processes, and seconds, since the log's last line."""
+        counted = torch.zeros(2, dtype=torch.float64 if module.device.type != "mps" else None, device=module.device)
+        counted[0] = self._samples
+        if self._tokens is not None:
+            counted[1] = self._tokens
+        if trainer.world_size > 1:
+            counted = trainer.strategy.reduce(counted, reduce_op="sum") * _readers(trainer) / trainer.world_size
+        samples, tokens = counted.tolist()  # waits for the device, so the clock is right
+        if self._running_since is not None:
+            now = time.perf_counter()
+            self._seconds, self._running_since = self._seconds + now - self._running_since, now
+        return samples, tokens, self._seconds
+
+    def _add_up(self, samples: float, tokens: float, seconds: float) -> None:
+        self.samples, self.tokens, self.seconds = self.samples + samples, self.tokens + tokens, self.seconds + seconds
+        self._begin()
+
+
+def _readers(trainer: Trainer) -> int:
+    """Processes that read batches of their own: those of one tensor-parallel group read the same."""
+    own = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+    return int(own.get("num_replicas", trainer.world_size))
+
+
+def _most(mine: float, trainer: Trainer, device: torch.device) -> float:
+    if trainer.world_size == 1:
+        return mine
+    return float(trainer.strategy.reduce(torch.tensor(mine, device=device), reduce_op="max"))
+
+
+def peak_mib(device: torch.device) -> float:
+    """What was allocated at most on a CUDA device, else what this process has had in memory at most, in MiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / MIB if sys.platform == "darwin" else peak * 1024 / MIB  # Linux counts in KiB

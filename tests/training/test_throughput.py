@@ -1,0 +1,154 @@
+"""What is counted is what was trained on, once, and what is timed is training."""
+
+import csv
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from lora_lightning import LoRAConfig
+from lora_lightning.tasks.counting import examples_in, tokens_in
+from lora_lightning.training.callbacks import StepFigures, Throughput, throughput
+from lora_lightning.training.callbacks.step_figures import norm_of
+from tests.command.process import run
+from tests.training.test_module import Vision, loader, trainer_of
+from tests.training.test_tracking import finished
+
+OVERLAY = """
+trainer:
+  devices: 2
+  strategy: {{class_path: lightning.pytorch.strategies.DDPStrategy}}
+  max_epochs: 1
+  log_every_n_steps: 2
+  accumulate_grad_batches: 2
+  logger:
+    - class_path: lora_lightning.WandbLogger
+      init_args: {{project: two, save_dir: {runs}}}
+data:
+  init_args: {{batch_size: 7, max_length: 9}}
+"""
+
+
+def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make_data, tmp_path):
+    """Batches of 7 over 120 rows leave the processes unequal shares, evened out by rows that must not count."""
+    (tmp_path / "two.yaml").write_text(OVERLAY.format(runs=tmp_path / "runs"))
+    keyless = {"WANDB_API_KEY": "", "NETRC": str(tmp_path / "none"), "OMP_NUM_THREADS": "1"}
+    done = run("fit", "-c", tiny.config, "-c", "two.yaml", cwd=tmp_path, timeout=400, **keyless)
+    assert len(re.findall("W&B: no key found", done.stdout + done.stderr)) == 1
+    (tracked,) = finished(tmp_path / "runs")
+    assert (tracked.exit_code, tracked.project) == (0, "two")
+    folder = tmp_path / "runs" / "tiny" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    data = make_data()
+    data.setup("fit")
+    texts = data.tables["train"]["text"]
+    ids = AutoTokenizer.from_pretrained(tiny.bert)(list(texts), truncation=True, max_length=9)["input_ids"]
+    assert report["processes"] == 2
+    assert report["samples_seen"] == len(texts)
+    assert report["tokens_seen"] == sum(map(len, ids))
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("throughput/tokens_per_second", "grad_norm/B", "lr", "val/accuracy"):
+        logged = {int(row["step"]): float(row[name]) for row in rows if row[name]}
+        assert logged
+        assert tracked.points(name) == pytest.approx(logged)
+
+
+class Clock(Callback):
+    """Time that passes only in validations, 300 s each, and in steps, 2 s each."""
+
+    now = 0.0
+
+    def on_validation_epoch_start(self, trainer, pl_module):
+        self.now += 300
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.now += 2
+
+
+class Bar(Callback):
+    def __init__(self):
+        self.shown = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.shown[trainer.global_step] = {k for k in trainer.progress_bar_metrics if k.endswith("/s")}
+
+
+def test_time_is_that_of_training_alone(tmp_path, make_module, monkeypatch):
+    meter, bar, clock = Throughput(), Bar(), Clock()
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    settings = {"callbacks": [meter, clock, bar], "logger": True, "log_every_n_steps": 2, "max_epochs": 2}
+    trainer_of(tmp_path, **settings).fit(make_module(Vision(), LoRAConfig(r=2)), loader(), loader(8))
+    sizes = 2 * [len(batch["labels"]) for batch in loader()]
+    assert meter.seconds == 2 * len(sizes), "no validation is in it"
+    assert (meter.samples, meter.tokens) == (sum(sizes), 0)
+    assert meter.peak_mib > 100
+    assert bar.shown[1] == {"samples/s"}, "shown from the first step on, and tokens only where there are any"
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row["throughput/samples_per_second"]]
+    rates = {int(row["step"]): float(row["throughput/samples_per_second"]) for row in rows}
+    assert rates == {i: pytest.approx(sum(sizes[i - 1 : i + 1]) / 4) for i in range(1, len(sizes), 2)}
+
+
+def test_step_figures_are_the_gradients_and_rates_of_the_step(tmp_path, make_module):
+    """Beside sums over the parameters by name, in float64."""
+    wanted = {}
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            grads = {n: p.grad.double() for n, p in pl_module.named_parameters() if p.grad is not None}
+            for part, end in (("A", "lora_A"), ("B", "lora_B"), ("all", "")):
+                total = sum(float(g.square().sum()) for n, g in grads.items() if n.endswith(end))
+                wanted[trainer.global_step, f"grad_norm/{part}"] = total**0.5
+            for group in optimizer.param_groups:
+                wanted[trainer.global_step, f"lr/{group['name']}"] = group["lr"]
+
+    module = make_module(Vision(), LoRAConfig(r=2), b_lr_ratio=16.0)
+    trainer_of(tmp_path, callbacks=[Look(), StepFigures()], logger=True, log_every_n_steps=1).fit(module, loader())
+    with next(tmp_path.rglob("metrics.csv")).open() as file:
+        rows = [row for row in csv.DictReader(file) if row.get("lr")]
+    assert len(rows) == len(loader())
+    for row in rows:
+        step = int(row["step"])
+        for part in ("A", "B", "all"):
+            assert float(row[f"grad_norm/{part}"]) == pytest.approx(wanted[step, f"grad_norm/{part}"], rel=1e-5)
+        assert float(row["lr"]) == pytest.approx(wanted[step, "lr/matrices"])
+        assert float(row["lr/B"]) == pytest.approx(16 * float(row["lr"]))
+        assert "lr/vectors" not in row, "has the first group's rate"
+
+
+def test_a_norm_of_nothing_much_and_of_several_dtypes():
+    parts = [torch.ones(3), torch.full((2, 2), 2.0, dtype=torch.float64), torch.zeros(0)]
+    assert float(norm_of(parts)) == pytest.approx((3 + 16) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("batch", "examples", "tokens"),
+    [
+        ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}, 2, 3),
+        ({"input_ids": torch.ones(2, 3), "position_ids": torch.ones(2, 3)}, 2, 6),
+        (
+            {
+                "a": {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)},
+                "b": {"input_ids": torch.ones(2, 1)},
+            },
+            2,
+            8,
+        ),
+        ({"pixel_values": torch.ones(4, 3, 2, 2), "labels": torch.ones(4)}, 4, None),
+        ((torch.ones(5, 2), torch.ones(5)), 5, None),
+        ({"prompt_input_ids": torch.ones(2, 3), "prompt_attention_mask": torch.ones(2, 3)}, 2, 6),
+        ({"scale": torch.tensor(1.0)}, 1, None),
+        ({}, 0, None),
+        ("text", 0, None),
+    ],
+)
+def test_batches_of_all_kinds_are_counted(batch, examples, tokens):
+    found = tokens_in(batch)
+    assert examples_in(batch) == examples
+    assert (int(found) if isinstance(found, Tensor | int) else found) == tokens
