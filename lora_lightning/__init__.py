@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lora_lightning.lora.config import LoRAConfig as LoRAConfig
     from lora_lightning.lora.errors import AdapterWarning as AdapterWarning
     from lora_lightning.lora.errors import LoRAError as LoRAError
+    from lora_lightning.lora.fill import fill_from_files as fill_from_files
     from lora_lightning.lora.formats import load_adapter as load_adapter
     from lora_lightning.lora.formats import save_adapter as save_adapter
     from lora_lightning.lora.inject import disabled as disabled
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from lora_lightning.lora.inject import remove as remove
     from lora_lightning.lora.loralib import load_loralib as load_loralib
     from lora_lightning.lora.merge import merge as merge
+    from lora_lightning.lora.meta_build import on_meta as on_meta
     from lora_lightning.lora.switches import prepare_weights as prepare_weights
     from lora_lightning.lora.switches import recompute_inputs as recompute_inputs
     from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
@@ -59,12 +61,19 @@ if TYPE_CHECKING:
     from lora_lightning.training.callbacks.export import ExportAtEnd as ExportAtEnd
     from lora_lightning.training.callbacks.finite import StopOnNonFinite as StopOnNonFinite
     from lora_lightning.training.callbacks.freeze import FreezeBase as FreezeBase
+    from lora_lightning.training.callbacks.progress import Progress as Progress
+    from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry as RankTelemetry
     from lora_lightning.training.callbacks.resume import Resume as Resume
     from lora_lightning.training.callbacks.run_report import RunReport as RunReport
     from lora_lightning.training.callbacks.samples import Samples as Samples
+    from lora_lightning.training.callbacks.step_figures import StepFigures as StepFigures
+    from lora_lightning.training.callbacks.throughput import Throughput as Throughput
+    from lora_lightning.training.callbacks.tracking import Tracking as Tracking
     from lora_lightning.training.loggers import WandbLogger as WandbLogger
     from lora_lightning.training.module import LoRAModule as LoRAModule
     from lora_lightning.training.optim import WarmupDecay as WarmupDecay
+    from lora_lightning.training.precision import HalfBase as HalfBase
+    from lora_lightning.training.strategies import FSDP2Strategy as FSDP2Strategy
     from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
     from lora_lightning.vision_backbones import timm_model as timm_model
     from lora_lightning.vision_backbones import torchvision_model as torchvision_model
@@ -129,6 +138,15 @@ _WHERE = {
     "Resume": "lora_lightning.training.callbacks.resume",
     "StopOnNonFinite": "lora_lightning.training.callbacks.finite",
     "ResumableLoader": "lora_lightning.data.loader",
+    "FSDP2Strategy": "lora_lightning.training.strategies",
+    "HalfBase": "lora_lightning.training.precision",
+    "RankTelemetry": "lora_lightning.training.callbacks.rank_telemetry",
+    "Throughput": "lora_lightning.training.callbacks.throughput",
+    "StepFigures": "lora_lightning.training.callbacks.step_figures",
+    "Tracking": "lora_lightning.training.callbacks.tracking",
+    "Progress": "lora_lightning.training.callbacks.progress",
+    "on_meta": "lora_lightning.lora.meta_build",
+    "fill_from_files": "lora_lightning.lora.fill",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

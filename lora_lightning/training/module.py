@@ -207,8 +207,18 @@ class LoRAModule(LightningModule):
         strategy = self.trainer.strategy
         if isinstance(strategy, FSDP2Strategy) and not is_sharded(self.backbone):
             if self.trainer.state.fn == TrainerFn.FITTING:
+                self._refuse_start_on_meta()
                 self._start_from_adapter()
             strategy.shard_module(self)
+
+    def _refuse_start_on_meta(self) -> None:
+        """An adapter is taken before W0 is sharded, and W0 is there only after."""
+        starts = self.init_adapter is not None and self.trainer.ckpt_path is None
+        if starts and any(p.is_meta for p in self.backbone.parameters()):
+            raise LoRAError(
+                "init_adapter compares its W0 with this one's before it is sharded, and on_meta fills it after: leave"
+                " on_meta out for this fit"
+            )
 
     def _start_from_adapter(self) -> None:
         if self.init_adapter is not None and self.trainer.ckpt_path is None:
