@@ -23,6 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 hypothesis.settings.register_profile("lora", deadline=None, derandomize=True, max_examples=30, database=None)
 hypothesis.settings.load_profile("lora")
 
+quick.FEW_ROWS = 0  # the small inputs of tests stand for large ones
+
 # By dtype, how far two ways of computing one output may be apart, relative to its largest entry.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -30,12 +32,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def _quick_for_few_rows_too(monkeypatch):
-    """The small inputs of tests stand for large ones."""
-    monkeypatch.setattr(quick, "FEW_ROWS", 0)
 
 
 @pytest.fixture(params=list(FAMILIES))

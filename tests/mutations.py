@@ -48,9 +48,9 @@ MUTATIONS = (
     Mutation(
         "law 2: W0 at the end of a fit",
         FREEZE,
-        '''        """Law 2: W0 has the fingerprint that it started with."""
+        '''        """Law 2: W0 has the fingerprint that it started with, in every process."""
         self._prove(pl_module)''',
-        '''        """Law 2: W0 has the fingerprint that it started with."""''',
+        '''        """Law 2: W0 has the fingerprint that it started with, in every process."""''',
         (f"{CALLBACKS}::test_a_moved_w0_stops_the_fit", f"{CALLBACKS}::test_moved_batch_statistics_stop_the_fit"),
     ),
     Mutation(
@@ -63,9 +63,9 @@ MUTATIONS = (
     Mutation(
         "law 2: W0 at the start is that of this fit",
         "training/module.py",
-        '''        """What was found of W0 before this fit says nothing of what it starts from."""
-        self._w0 = None''',
-        '''        """What was found of W0 before this fit says nothing of what it starts from."""''',
+        """        self._w0 = None
+        if self._trainer is not None:""",
+        """        if self._trainer is not None:""",
         (f"{MODULE}::test_a_second_fit_on_a_w0_that_was_written_to_starts_from_that",),
     ),
     Mutation(
@@ -305,7 +305,7 @@ MUTATIONS = (
     Mutation(
         "files: the move is synced",
         IO,
-        "        _sync(path.parent)\n",
+        "        sync(path.parent)\n",
         "",
         (f"{GUARDS}::test_a_file_is_synced_before_it_is_moved_and_the_move_after_it",),
     ),
@@ -399,8 +399,8 @@ MUTATIONS = (
     Mutation(
         "on by default",
         "cli.py",
-        "        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite):",
-        "        for default in (FreezeBase, PredictionWriter, Resume):",
+        "        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):",
+        "        for default in (FreezeBase, PredictionWriter, Resume, StepFigures, Throughput):",
         (f"{GUARDS}::test_every_guard_is_on_by_default_in_the_command",),
     ),
     Mutation(

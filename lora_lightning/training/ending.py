@@ -8,6 +8,7 @@ where that does not come out of its collective by itself.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -57,10 +58,15 @@ class Failure:
     """What the others exit with."""
 
 
+_RUNS = itertools.count()
+"""A fit after one that failed, in the same processes, has a board of its own; all of them count alike."""
+
+
 class Board:
     """What all processes can read and write at any time, whatever their main threads wait for."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: int) -> None:
+        self._failed_key, self._heard_key = f"{FAILED}/{run}", f"{HEARD}/{run}"
         store: Any = distributed.distributed_c10d._get_default_store()
         self._store = store.clone()  # a connection of this thread's own
         self.rank, self.count = distributed.get_rank(), distributed.get_world_size()
@@ -68,23 +74,25 @@ class Board:
 
     def claim(self, failure: Failure) -> Failure:
         """The first failure counts: this one, or the one that was there."""
-        text = self._store.compare_set(FAILED, "", json.dumps(asdict(failure)))
+        text = self._store.compare_set(self._failed_key, "", json.dumps(asdict(failure)))
         return Failure(**json.loads(text))
 
     def read(self) -> Failure | None:
-        return Failure(**json.loads(self._store.get(FAILED))) if self._store.check([FAILED]) else None
+        if not self._store.check([self._failed_key]):
+            return None
+        return Failure(**json.loads(self._store.get(self._failed_key)))
 
     def hear(self) -> None:
         """Let the others know that this process knows; it is counted once, whichever thread says it first."""
         with self._lock:
             if not self._heard:
                 self._heard = True
-                self._store.add(HEARD, 1)
+                self._store.add(self._heard_key, 1)
 
     def wait_until_heard(self) -> None:
         """The first process holds the board: it must not be gone before the others have read it."""
         limit = time.monotonic() + CLAIM
-        while time.monotonic() < limit and self._store.add(HEARD, 0) < self.count:
+        while time.monotonic() < limit and self._store.add(self._heard_key, 0) < self.count:
             time.sleep(0.05)
 
 
@@ -93,7 +101,7 @@ class Watch(threading.Thread):
 
     def __init__(self, children: Sequence[subprocess.Popen[bytes]], node: int) -> None:
         super().__init__(daemon=True, name="lora-lightning-watch")
-        self.children, self.node = children, node
+        self.children, self.node, self.number = children, node, next(_RUNS)
         self.board: Board | None = None
         self.failure: Failure | None = None
         self._over = threading.Event()
@@ -115,7 +123,7 @@ class Watch(threading.Thread):
         if self.board is None:
             if not distributed.is_initialized() or distributed.get_world_size() == 1:
                 return None
-            self.board = Board()
+            self.board = Board(self.number)
         failure = self.board.read() or self._of_children(self.board)
         if failure is not None:
             self.board.hear()
@@ -148,7 +156,7 @@ class Watch(threading.Thread):
             if not distributed.is_initialized() or distributed.get_world_size() == 1:
                 return error
             with suppress(RuntimeError, ValueError):
-                self.board = Board()
+                self.board = Board(self.number)
         if self.board is None:
             return error
         broken = is_broken(error)
