@@ -11,6 +11,7 @@ from lora_lightning.cli import LoRACLI
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training import run
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.precision import convert
 
 
 class _Opening(LoRACLI):
@@ -62,6 +63,8 @@ def open_run(checkpoint: Path) -> OpenedRun:
     cli = _Opening(args=["export", "--config", str(config), "--ckpt_path", str(checkpoint), *ALONE])
     module = cli.model
     assert isinstance(module, LoRAModule)
+    convert(module, cli.trainer.precision_plugin)  # W0 as the fit had it, whose fingerprint the checkpoint holds
+    module.configure_model()
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
     module.eval()

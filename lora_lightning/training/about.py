@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.lora.layers.graft import Grafted
 from lora_lightning.lora.report import InjectionReport
@@ -18,6 +19,8 @@ from lora_lightning.training import run
 def backbone_name(backbone: nn.Module) -> str:
     """The backbone's class, and where its weights come from if it says so: a hub name, or a path's last two parts."""
     kind = type(backbone)
+    if issubclass(kind, FSDPModule):  # `fully_shard` puts a class of its own over the module's
+        kind = kind.__bases__[1]
     while issubclass(kind, Grafted):
         kind = kind.grafted_from[1]
     name = kind.__name__

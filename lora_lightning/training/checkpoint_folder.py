@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
         together(lambda: _begin(aside) if rank() == 0 else None)
         parts, rest = _split(checkpoint)
         writer = FileSystemWriter(aside, sync_files=True)
-        state_dict_saver.save(parts, storage_writer=writer, no_dist=processes() == 1)
+        with _alone_is_meant():
+            state_dict_saver.save(parts, storage_writer=writer, no_dist=processes() == 1)
         own = together(lambda: {f.name: _entry(f) for f in aside.glob(f"__{rank()}_*")})
         every = {name: entry for part in gathered(own) for name, entry in part.items()}
         together(lambda: _finish(aside, path, rest, every) if rank() == 0 else None)
@@ -140,6 +142,14 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def _alone_is_meant() -> Iterator[None]:
+    """torch warns that a process reads or writes without the others, which `no_dist` has just told it to do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+        yield
+
+
 def _entry(file: Path) -> dict[str, Any]:
     sha = hashlib.sha256()
     with file.open("rb") as opened:
@@ -211,7 +221,8 @@ def read_parts(path: Path, prefix: str, like: Mapping[str, Any]) -> dict[str, An
     if found:
         parts = {f"{prefix}/{key}": value for key, value in found.items()}
         try:
-            state_dict_loader.load(parts, storage_reader=Reader(path), no_dist=True)
+            with _alone_is_meant():
+                state_dict_loader.load(parts, storage_reader=Reader(path), no_dist=True)
         except CheckpointException as error:
             raise DamagedCheckpointError(f"'{path}' cannot be read ({str(error).splitlines()[-1]})") from error
     return found

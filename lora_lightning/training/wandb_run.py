@@ -97,7 +97,7 @@ def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
     from lora_lightning.training.callbacks.resume import KEY  # callbacks import the trainer, which imports this file
 
     ours = [logger for logger in wandb_loggers(loggers) if hasattr(logger, "go_on_with")]
-    if not ours or not Path(checkpoint).is_file():
+    if not ours or not Path(checkpoint).exists():
         return
     found = run.load_checkpoint(checkpoint).get(KEY, {})
     runs = [which for kind, which in found.get("loggers", []) if kind == "WandbLogger"] or found.get("wandb", [])

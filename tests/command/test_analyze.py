@@ -14,7 +14,9 @@ import torch
 
 from lora_lightning import huggingface, load_adapter
 from lora_lightning.analysis.drawing import files_of
-from lora_lightning.cli import run_command
+from lora_lightning.cli import LoRACLI, run_command
+from lora_lightning.opened_run import open_run
+from lora_lightning.training.run import find_checkpoint
 from tests.command.test_merge import called
 
 PICTURES = ["norms", "energy", "ranks", "layers", "amplification"]
@@ -135,3 +137,13 @@ def test_the_same_figure_gives_the_same_bytes():
             return files_of(made)
 
     assert drawn() == drawn()
+
+
+def test_a_run_is_opened_with_its_base_filled_and_in_the_precision_of_its_fit(tiny, tmp_path):
+    fit = ["fit", "--config", tiny.config, "--runs_dir", str(tmp_path), "--trainer.max_steps", "1"]
+    meta = ["--model.backbone.init_args.on_meta", "true", "--trainer.precision", "bf16-base"]
+    LoRACLI(args=[*fit, *meta, "--trainer.num_sanity_val_steps", "0"])
+    opened = open_run(find_checkpoint(tmp_path / "tiny", "last")).module.backbone
+    assert not any(p.is_meta for p in opened.parameters())
+    assert opened.bert.encoder.layer[0].output.dense.weight.dtype == torch.bfloat16
+    assert opened.bert.encoder.layer[0].output.dense.lora_A.dtype == torch.float32

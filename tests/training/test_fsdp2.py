@@ -17,6 +17,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,13 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.training.about import backbone_name
 from lora_lightning.training.checkpoint_folder import MANIFEST, REST, write
 from lora_lightning.training.checkpoint_io import WholeFiles, read_checkpoint
 from lora_lightning.training.damage import DamagedCheckpointError
 from lora_lightning.training.groups import groups_of, named_blocks
 from lora_lightning.training.run import find_checkpoint, load_checkpoint
+from lora_lightning.training.sharding import shard
 from lora_lightning.training.strategies import FSDP2Strategy
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
@@ -274,6 +277,22 @@ def test_a_damaged_folder_gives_way_to_the_one_before_it_aloud(parts, how):
     damage(parts / REST, "torn")
     with pytest.raises(DamagedCheckpointError, match=r"'rest\.pt' has changed"):
         load_checkpoint(parts)
+
+
+def test_one_process_writes_and_reads_a_folder_without_a_warning(tmp_path):
+    with one_process() as mesh, warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tensor = distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)])
+        write({"state_dict": {"a": tensor}, "global_step": 1}, tmp_path / "last.ckpt")
+        assert torch.equal(read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"], torch.ones(3, 2))
+
+
+def test_a_report_names_the_backbones_own_class_also_where_it_is_sharded():
+    made = sharded.module()
+    with one_process() as mesh:
+        shard(made.backbone, mesh, torch.device("cpu"))
+    assert type(made.backbone).__name__ == "FSDPNet"
+    assert backbone_name(made.backbone) == "Net"
 
 
 def test_a_full_disk_leaves_the_older_folder_and_says_so(tmp_path, monkeypatch):
