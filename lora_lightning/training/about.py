@@ -19,10 +19,8 @@ from lora_lightning.training import run
 def backbone_name(backbone: nn.Module) -> str:
     """The backbone's class, and where its weights come from if it says so: a hub name, or a path's last two parts."""
     kind = type(backbone)
-    if issubclass(kind, FSDPModule):  # `fully_shard` puts a class of its own over the module's
-        kind = kind.__bases__[1]
-    while issubclass(kind, Grafted):
-        kind = kind.grafted_from[1]
+    while issubclass(kind, Grafted) or FSDPModule in kind.__bases__:
+        kind = kind.grafted_from[1] if issubclass(kind, Grafted) else kind.__bases__[1]  # fully_shard puts itself first
     name = kind.__name__
     config = getattr(backbone, "config", None)
     source = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)

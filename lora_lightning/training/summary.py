@@ -114,7 +114,9 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
     if v.get("products_with_w0"):
-        rows.append(("products with W0", f"by oneDNN, measured to be quicker, in {len(v['products_with_w0'])} shapes"))
+        shapes = len(v["products_with_w0"])
+        told = f"by oneDNN, measured to be quicker, in {shapes} shape{'s' * (shapes != 1)}"
+        rows.append(("products with W0", told))
     for key, name in (
         ("adapter_dir", "adapter (PEFT)"),
         ("merged_dir", "merged model"),

@@ -16,14 +16,14 @@ from lora_lightning.training.callbacks.checkpoints import PreemptedError
 from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.ending import ending_together, leave_on_sigterm
 from lora_lightning.training.export import export
-from lora_lightning.training.export_options import FORMATS, checked_options
+from lora_lightning.training.export_options import checked_options
+from lora_lightning.training.export_record import of_the_data, record_export
 from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.page import write_page
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
-from lora_lightning.training.unsupported import refuse_unsupported
+from lora_lightning.training.unsupported import refuse_unsupported, refuse_unsupported_name
 from lora_lightning.training.wandb_run import log_export
 
 
@@ -42,10 +42,12 @@ class LoRATrainer(Trainer):
             bf16-mixed and 16-mixed.
 
     Raises:
-        LoRAError: a precision that would round the adapters too, or that the strategy cannot have.
+        LoRAError: a precision that would round the adapters too, or that the strategy cannot have; a strategy that is
+            not supported.
     """
 
     def __init__(self, *args: Any, precision: Word | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+        refuse_unsupported_name(kwargs.get("strategy"))
         own = lightnings_own(precision, str(kwargs.get("accelerator", "auto")))
         super().__init__(*args, precision=own, **kwargs)
         self.precision_asked = precision
@@ -117,25 +119,3 @@ class LoRATrainer(Trainer):
         datamodule.prepare_data()
         datamodule.setup("fit")
         return first_batch(loaders_of(datamodule), model)
-
-
-def of_the_data(datamodule: Any) -> dict[str, Any]:
-    """What an export takes over from a DataModule that has it."""
-    return {name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")}
-
-
-def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
-    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it."""
-    same = [f"{kind}_{what}" for kind in FORMATS for what in ("dir", "bytes")]
-    same += ["w0_before", "w0_after", "w0_unchanged", "trainable", "total"]
-    values: dict[str, Any] = {name: getattr(result, name) for name in same}
-    own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "kept_least", "kept_low")
-    values |= {f"export_{name}": getattr(result, name) for name in own}
-    values |= {"export_dequantised": len(result.dequantised), "export_layers": len(result.kept)}
-    values |= {"export_files": result.merged_files}
-    onnx = result.onnx
-    values |= {"onnx_max_rel_diff": onnx and onnx.max_rel_diff, "onnx_tolerance": onnx and onnx.tolerance}
-    values |= {"share": result.trainable / result.total, "run_dir": str(folder)}
-    known = run.update_report(folder, values)
-    write_page(folder)
-    return known

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy
+from typing import Any
 
-from lora_lightning.lora.errors import LoRAError
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 INSTEAD: dict[type[Strategy], str] = {
     FSDPStrategy: "FSDP1 is deprecated by torch, and its checkpoints gather all of W0: configs/strategy/fsdp2.yaml"
@@ -24,3 +26,29 @@ def refuse_unsupported(strategy: Strategy) -> None:
     for kind, why in INSTEAD.items():
         if isinstance(strategy, kind):
             raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
+
+
+def refuse_unsupported_name(strategy: Any) -> None:
+    """Before Lightning makes it, which for these asks for a GPU or a package that would not help.
+
+    Raises:
+        LoRAError: it is the name of one of these, or of none at all.
+    """
+    if not isinstance(strategy, str) or strategy.lower() == "auto":
+        return
+    known = StrategyRegistry.available_strategies()
+    if strategy.lower() not in known:
+        names = ["auto", *(name for name in known if not issubclass(_class_of(name), tuple(INSTEAD)))]
+        raise LoRAError(
+            f"no strategy '{strategy}'{did_you_mean(strategy.lower(), names)} (known: {', '.join(names)}; the overlays"
+            " in configs/strategy/ name classes with their options)"
+        )
+    for kind, why in INSTEAD.items():
+        if issubclass(_class_of(strategy.lower()), kind):
+            raise LoRAError(f"strategy {strategy}: {why}")
+
+
+def _class_of(name: str) -> type:
+    """What a name in Lightning's registry stands for."""
+    found: type = StrategyRegistry[name]["strategy"]
+    return found

@@ -36,8 +36,8 @@ from lora_lightning.training import export as export_module
 from lora_lightning.training import merged as merged_module
 from lora_lightning.training import proof
 from lora_lightning.training.export import bytes_needed, export
+from lora_lightning.training.export_record import record_export
 from lora_lightning.training.summary import report_rows
-from lora_lightning.training.trainer import record_export
 from tests.factories import llama
 from tests.training.test_module import Vision
 

@@ -17,5 +17,19 @@ def test_a_strategy_that_is_not_supported_is_refused_with_what_to_take(kind):
 
 def test_a_trainer_asks(monkeypatch):
     monkeypatch.setitem(INSTEAD, DDPStrategy, "take another")
-    with pytest.raises(LoRAError, match="strategy DDPStrategy: take another"):
+    with pytest.raises(LoRAError, match="strategy ddp: take another"):
         LoRATrainer(accelerator="cpu", devices=2, strategy="ddp")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("fsdp3", r"no strategy 'fsdp3'; did you mean 'fsdp2'.*known: auto, .*ddp"),
+        ("deepspeed", r"strategy deepspeed: .*configs/strategy/ddp\.yaml"),
+        ("deepspeed_stage_3", r"strategy deepspeed_stage_3: .*configs/strategy/fsdp2\.yaml"),
+        ("fsdp", r"strategy fsdp: .*configs/strategy/fsdp2\.yaml"),
+    ],
+)
+def test_a_name_is_refused_before_lightning_asks_for_a_gpu_or_a_package(name, said):
+    with pytest.raises(LoRAError, match=said):
+        LoRATrainer(accelerator="cpu", devices=1, strategy=name)

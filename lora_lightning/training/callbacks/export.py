@@ -22,12 +22,12 @@ from lora_lightning.training import run
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.export import export
 from lora_lightning.training.export_options import DEFAULT_FORMATS, checked_options, checked_target
+from lora_lightning.training.export_record import of_the_data, record_export
 from lora_lightning.training.first_batch import first_batch
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.onnx import refuse_missing
 from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.summary import show_report
-from lora_lightning.training.trainer import of_the_data, record_export
 
 
 class ExportAtEnd(Callback):

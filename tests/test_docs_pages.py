@@ -1,0 +1,83 @@
+"""Every page of docs/: its YAML and its commands are parsed with each class and argument checked, its Python compiles.
+
+The pages' longer Python is run by tests of its own (`test_docs_big_models`, `test_your_own`, `lora/test_bank_docs`).
+"""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from lora_lightning.cli import command_parser
+from lora_lightning.commands import COMMANDS
+from tests.command.process import REPOSITORY
+from tests.recipes.recipe import parse
+
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((REPOSITORY / "docs").glob("*.md"))}
+BASE = "demo.yaml"
+"""What `run.yaml` and `mine.yaml` stand for."""
+
+
+def blocks(language):
+    found = (
+        (page, block)
+        for page, text in PAGES.items()
+        for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
+    )
+    return [pytest.param(block, id=f"{page}-{number}") for number, (page, block) in enumerate(found)]
+
+
+def commands():
+    """Lines that call the command in a block, fenced or indented, with their continuations."""
+    joined = {page: re.sub(r"\s*\\\n\s*", " ", text) for page, text in PAGES.items()}
+    lines = (
+        (page, line.split(" #")[0].split("    # ")[0].strip())
+        for page, text in joined.items()
+        for line in text.splitlines()
+    )
+    called = r"^(lora-lightning|torchrun .* -m lora_lightning) (?=[a-z])"
+    found = [(page, re.split(called, line)[-1]) for page, line in lines if re.match(called, line)]
+    return [pytest.param(line, id=f"{page}-{number}") for number, (page, line) in enumerate(found)]
+
+
+def overlays(args):
+    """The files under `configs/` and the other arguments."""
+    files, rest = [], []
+    words = iter(args)
+    for word in words:
+        if word in ("-c", "--config"):
+            file = next(words)
+            files.append(file.removeprefix("configs/") if file.startswith("configs/") else BASE)
+        else:
+            rest.append(word)
+    return files, rest
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_a_page_is_parsed(line):
+    name, *args = shlex.split(line)
+    if name in COMMANDS:
+        assert command_parser(name).parse_args(args)
+        return
+    files, rest = overlays(args)
+    ours = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    if name == "fit":
+        assert parse(files or [BASE], *rest).data.class_path
+    else:  # its parser is that of fit with options of its own
+        assert name in {"test", "validate", "predict", "export"}
+        assert ours
+
+
+@pytest.mark.parametrize("block", blocks("yaml"))
+def test_the_yaml_of_a_page_is_parsed(block, tmp_path):
+    content = yaml.safe_load(block)
+    if not set(content) <= {"trainer", "model"}:
+        return  # of data with its task: test_docs_tasks and test_your_own read them
+    (tmp_path / "page.yaml").write_text(block)
+    assert parse([BASE, tmp_path / "page.yaml"]).data.class_path
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_the_python_of_a_page_compiles(block):
+    compile(block, "a page", "exec")
