@@ -1,5 +1,6 @@
 """The installed command as a user's shell runs it, and in this process, which saves its imports."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -30,3 +31,12 @@ def run(*args, cwd, ok=True, timeout=300, **env):
     )
     assert (done.returncode == 0) == ok, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def logged_rows(file):
+    """What a log says of the training itself, by row: without what a clock and the memory said beside it."""
+    with file.open() as opened:
+        rows = list(csv.DictReader(opened))
+    measured = ("throughput/", "memory/")
+    kept = [{name: value for name, value in row.items() if not name.startswith(measured)} for row in rows]
+    return [row for row in kept if any(value for name, value in row.items() if name not in ("step", "epoch"))]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_lightning.training.run import load_checkpoint
-from tests.command.process import REPOSITORY
+from tests.command.process import REPOSITORY, logged_rows
 from tests.training.resuming import differing
 
 
@@ -112,6 +112,6 @@ def test_sigterm_saves_and_asks_to_be_started_again(tiny, tmp_path):
     code, said = finish(start(tiny, tmp_path / "taken", "--ckpt_path", "last"))
     assert code == 0, said
     assert differing(end_of(tmp_path / "whole"), end_of(tmp_path / "taken")) == []
-    texts = [(tmp_path / f"{n}/runs/tiny/version_0/metrics.csv").read_text() for n in ("whole", "taken")]
-    assert texts[0] == texts[1]
+    logs = [logged_rows(tmp_path / f"{n}/runs/tiny/version_0/metrics.csv") for n in ("whole", "taken")]
+    assert logs[0] == logs[1]
     assert torch.load(file, weights_only=True)["global_step"] > 0

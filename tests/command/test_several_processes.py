@@ -4,7 +4,6 @@ The processes are forked from one that has imported all, with the environment th
 of the command in two of them. Where a fault falls, `tests/command/faults.py` says.
 """
 
-import csv
 import json
 import re
 
@@ -13,7 +12,7 @@ import torch
 
 from lora_lightning.training.run import load_checkpoint
 from tests.chats import make_llama, write_chats
-from tests.command.process import REPOSITORY
+from tests.command.process import REPOSITORY, logged_rows
 from tests.command.warm import run_all
 from tests.training.resuming import differing
 from tests.training.test_samples import CONFIG
@@ -46,8 +45,7 @@ def end_of(folder, name):
     content = load_checkpoint(run / "checkpoints" / "last.ckpt")
     moments = content["optimizer_states"][0]["state"]
     flat = {f"{i}.{key}": value for i, state in moments.items() for key, value in state.items()}
-    with (run / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = logged_rows(run / "metrics.csv")
     return {**content["state_dict"], **flat, "step": content["global_step"], "rows": rows}
 
 
@@ -193,7 +191,7 @@ def test_a_run_of_two_processes_leaves_what_a_run_of_one_does(played):
     assert {"config.yaml", "metrics.csv", "report.json", "export", "checkpoints"} <= {p.name for p in run.iterdir()}
     assert len(list((folder / "runs/wandb").glob("offline-run-*"))) == 1
     assert case.everything.count("Run runs/everything/version_0") == case.said[0].count("Run runs/everything/version_0")
-    assert case.everything.count("What trains") == case.everything.count("before training:") == 1
+    assert case.everything.count("dtypes: W0") == case.everything.count("before training:") == 1
     report = json.loads((run / "report.json").read_text())
     assert {"val_accuracy_before", "probe_accuracy", "export_max_rel_diff", "val_accuracy"} <= set(report)
     assert report["w0_unchanged"] is True
