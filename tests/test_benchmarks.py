@@ -57,6 +57,7 @@ def test_the_models_are_those_that_they_are_called():
     assert sum(p.numel() for p in llama_7b().parameters()) == 6_738_415_616
 
 
+@pytest.mark.slow
 def test_all_ways_of_the_memory_benchmark_do_the_same_work():
     options = argparse.Namespace(quick=True, rows=1, tokens=64, steps=2)
     found = {way: memory.one(way, options) for way in memory.WAYS}
