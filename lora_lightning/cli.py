@@ -35,7 +35,7 @@ from lora_lightning.training.callbacks import (
     Tracking,
 )
 from lora_lightning.training.callbacks.resume import KEY, next_logged
-from lora_lightning.training.loggers import ContinuedCSVLogger, go_on_with
+from lora_lightning.training.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
 from lora_lightning.training.wandb_run import go_on_with_run_of, log_config
@@ -328,7 +328,7 @@ class LoRACLI(LightningCLI):
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
             go_on_with_run_of(loggers, command.ckpt_path)
             folder = run.run_of_checkpoint(Path(command.ckpt_path))
-            return [CSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
+            return [RepeatedCSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 

@@ -31,6 +31,11 @@ def gathered(own: Any) -> list[Any]:
     return found
 
 
+def agreed(problem: str | None) -> str | None:
+    """The first problem that any process has, in all of them; each must call it."""
+    return next((told for told in gathered(problem) if told is not None), None)
+
+
 def together(run: Callable[[], T]) -> T:
     """This process's result, once all have one.
 
@@ -42,7 +47,7 @@ def together(run: Callable[[], T]) -> T:
         value = run()
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
-    told = next((said for said in gathered(None if error is None else _said(error)) if said), None)
+    told = agreed(None if error is None else _said(error))
     if error is not None:
         raise error
     if told is not None:

@@ -184,15 +184,6 @@ class Watch(threading.Thread):
         return self.failure
 
 
-def agreed(problem: str | None) -> str | None:
-    """The first problem that any process has, in all of them; each must call it."""
-    if not distributed.is_initialized() or distributed.get_world_size() == 1:
-        return problem
-    problems: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(problems, problem)
-    return next((told for told in problems if told is not None), None)
-
-
 def leave_on_sigterm(trainer: Trainer) -> None:
     """Where there is nothing to save, SIGTERM to one of several processes ends all.
 

@@ -126,6 +126,33 @@ class ContinuedCSVLogger(CSVLogger):
             self.experiment.keep_before(None)  # type: ignore[attr-defined]
 
 
+class RepeatedCSVLogger(CSVLogger):
+    """Lightning's CSVLogger, which leaves an earlier log alone until there is a row to put in its place.
+
+    Lightning deletes it before a checkpoint is looked at: a refused `test` would take the last one's figures along.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _RepeatedWriter(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+
+class _RepeatedWriter(ExperimentWriter):
+    _is_fresh = False
+
+    def _check_log_dir_exists(self) -> None:
+        """It may, and nothing in it is deleted yet."""
+
+    def save(self) -> None:
+        if self.metrics and not self._is_fresh:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+            self._is_fresh = True
+        super().save()
+
+
 class _ContinuedWriter(ExperimentWriter):
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)

@@ -14,7 +14,7 @@ from lora_lightning.data.base import TableData
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.ending import agreed
+from lora_lightning.training.agree import agreed
 from lora_lightning.training.sharding import is_sharded, local
 
 

@@ -18,8 +18,7 @@ from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint
 from lora_lightning.training.about import first_lines
-from lora_lightning.training.agree import gathered
-from lora_lightning.training.ending import agreed
+from lora_lightning.training.agree import agreed, gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.parts import parts_of
 from lora_lightning.training.sharded_w0 import fingerprint, moved, of_own_parts
@@ -65,7 +64,6 @@ class FreezeBase(Callback):
         report = module.report
         if self.show_table and trainer.is_global_zero:
             show_run(first_lines(trainer, module.backbone, report), Console())
-        if self.show_table and trainer.is_global_zero:
             show_injection(report, Console())
             for line in parts_of(module, trainer).lines():
                 Console().print(line, soft_wrap=True, highlight=False)

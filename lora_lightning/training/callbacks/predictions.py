@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training import run
+from lora_lightning.training.agree import gathered
 from lora_lightning.training.sets import set_name
 
 FILE = "predictions.jsonl"
@@ -41,10 +41,7 @@ class PredictionWriter(BasePredictionWriter):
     def _write(self, trainer: Trainer, batches: Sequence[Any], indices: Sequence[list[int]], name: str) -> None:
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
         mine = list(rows(batches, indices, names))
-        parts: list[list[dict[str, Any]]] = [mine]
-        if torch.distributed.is_initialized():
-            parts = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(parts, mine)
+        parts: list[list[dict[str, Any]]] = gathered(mine)
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return

@@ -18,6 +18,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
+from lora_lightning.training.agree import gathered
 from lora_lightning.training.callbacks.loops import Place, begin_epoch_anew, canonical, load_left_places, place_of
 from lora_lightning.training.loggers import ContinuedCSVLogger, runs_of
 from lora_lightning.training.random_state import random_state, set_random_state
@@ -51,7 +52,7 @@ class Resume(Callback):
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
-            "processes": gathered(own, trainer),
+            "processes": gathered(own),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
@@ -114,15 +115,6 @@ class Resume(Callback):
 def next_logged(found: Mapping[str, Any], stepped: int) -> int:
     """The number that the first step after a checkpoint is logged under, from what the checkpoint's loops say."""
     return stepped + int(found["kind"] == "batch" and found["at_step"])
-
-
-def gathered(own: dict[str, Any], trainer: Trainer) -> list[dict[str, Any]]:
-    """Every process's own, in the order of their ranks."""
-    if trainer.world_size == 1:
-        return [own]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, own)
-    return states
 
 
 def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
