@@ -34,6 +34,13 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _wandb_services_are_not_handed_on():
+    """Processes that a later test, or its fixtures, start would take over the service of this test's run."""
+    yield
+    os.environ.pop("WANDB_SERVICE", None)
+
+
 @pytest.fixture(params=list(FAMILIES))
 def family(request) -> Family:
     """Each small model in turn."""
