@@ -9,19 +9,22 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 import lora_lightning
+from lora_lightning.config_files import classes_given, place_of, value_of
 from lora_lightning.lora.errors import did_you_mean, near_misses, some
 
-NAMED = re.compile(r"class_path['\"]?[:=]?\s*['\"]([\w.]+)['\"]|dot import path string: ([\w.]+)")
-KEY = re.compile(r"(Parser key \"[^\"]*\": )")
+NAMED = re.compile(
+    r"class_path['\"]?[:=]?\s*['\"]([\w.]+)['\"]|dot import path string: ([\w.]+)"
+    r"|[Gg](?:ot|iven) value: ((?:[a-z_]\w*\.)+[A-Z]\w*|[A-Z]\w+)$"
+)
+KEY = re.compile(r"Parser key \"([^\"]*)\": ")
 OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
+BY_NAME = ("callbacks", "loggers", "strategies", "plugins.precision", "profilers")
+"""Parts of lightning.pytorch whose classes go by their short names too."""
 
 
 def explained(message: str, args: Sequence[str]) -> str | None:
@@ -32,12 +35,27 @@ def explained(message: str, args: Sequence[str]) -> str | None:
         args: of the command, whose config files are looked at for the class that an argument was given to.
     """
     for found in NAMED.finditer(message):
-        told = wrong_path(found[1] or found[2])
+        told = wrong_path(found[1] or found[2] or found[3])
         if told is not None:
             key = KEY.search(message)
-            return (key[1] if key else "") + told
+            return (_before(key[1], found[1] or found[2] or found[3], args) if key else "") + told
     option = OPTION.search(message)
     return None if option is None else _wrong_option(option[1], args)
+
+
+def _before(key: str, path: str, args: Sequence[str]) -> str:
+    """Where a class path was given, in front of what is wrong with it."""
+    place = place_of(f"{key}.class_path", args, path) or place_of(key, args, path)
+    return f"{place}: {key}: " if place else f"{key}: "
+
+
+def short_names() -> dict[str, str]:
+    """Lightning's own callbacks, loggers and so on, which a config may name without their modules."""
+    found = {}
+    for part in BY_NAME:
+        module = importlib.import_module(f"lightning.pytorch.{part}")
+        found.update({name: f"lightning.pytorch.{part}.{name}" for name in getattr(module, "__all__", [])})
+    return found
 
 
 def wrong_path(path: str) -> str | None:
@@ -47,7 +65,10 @@ def wrong_path(path: str) -> str | None:
     """
     parts = path.split(".")
     if len(parts) == 1:
-        near = [f"lora_lightning.{name}" for name in near_misses(path, lora_lightning.__all__)]
+        known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
+        if path in known:
+            return None
+        near = [known[name] for name in near_misses(path, known)]
         return f"'{path}' is no path to a class, such as module.Class{_meant(near)}"
     held: Any = None
     for count, name in enumerate(parts):
@@ -89,32 +110,27 @@ def _meant(names: Sequence[str]) -> str:
 
 
 def _wrong_option(option: str, args: Sequence[str]) -> str | None:
-    """Which class of the config files was given the option that it does not take."""
-    for path in _classes_with(option, args):
-        module, _, name = path.rpartition(".")
-        if not module or wrong_path(path) is not None:
+    """Which class of the config files or flags was given the option that it does not take."""
+    for key, path in _classes_with(option, args):
+        full = short_names().get(path, path) if "." not in path else path
+        module, _, name = full.rpartition(".")
+        if not module or wrong_path(full) is not None:
             continue
         taken = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
         if option not in taken:
-            return f"{path} takes no '{option}'{did_you_mean(option, taken) or f' (it takes {some(taken, 20)})'}"
+            place = place_of(key, args)
+            start = f"{place}: " if place else ""
+            return f"{start}{path} takes no '{option}'{did_you_mean(option, taken) or f' (it takes {some(taken, 20)})'}"
     return None
 
 
-def _classes_with(option: str, args: Sequence[str]) -> Iterator[str]:
-    files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
-    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    for file in map(Path, files):
-        if file.is_file():
-            yield from _within(yaml.safe_load(file.read_text(encoding="utf-8")), option)
-
-
-def _within(value: Any, option: str) -> Iterator[str]:
-    if isinstance(value, dict):
-        given = value.get("init_args")
-        if isinstance(given, dict) and option in given and isinstance(value.get("class_path"), str):
-            yield value["class_path"]
-        for inner in value.values():
-            yield from _within(inner, option)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _within(inner, option)
+def _classes_with(option: str, args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and class path of each place where the option is given, flags first."""
+    for arg in args:
+        flag = arg.partition("=")[0].removeprefix("--")
+        if arg.startswith("--") and flag.endswith(f".{option}"):
+            key = flag.removesuffix(f".{option}").removesuffix(".init_args")
+            path = value_of(f"{key}.class_path", args) or value_of(key, args)
+            if path:
+                yield flag, path
+    yield from classes_given(option, args)

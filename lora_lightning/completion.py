@@ -1,0 +1,25 @@
+"""`lora-lightning completion bash|zsh`: the script that completes commands, options and their values."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lora_lightning.lora.errors import MissingPackageError
+
+
+def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
+    """Print the script that lets a shell complete commands, options and their values.
+
+    Try it with `eval "$(lora-lightning completion bash)"`. It takes seconds to make; written to a file once, it is loaded at once: for bash to
+    ~/.local/share/bash-completion/completions/lora-lightning, for zsh to _lora-lightning in a folder of fpath.
+
+    Args:
+        shell: the shell that will read it.
+    """
+    try:
+        import shtab  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("completion needs shtab: pip install shtab") from error
+    from lora_lightning.cli import parser_of_all
+
+    print(parser_of_all().get_completion_script(f"shtab-{shell}"))

@@ -1,0 +1,72 @@
+"""The command's parsers: a mistake is answered with one line, and a command without a config needs no Lightning."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import sys
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from lora_lightning.command_list import COMMANDS, ENTRIES, POSITIONAL
+from lora_lightning.help_screens import ShowHelp, whole
+from lora_lightning.mistakes import told
+
+GIVEN: ContextVar[Sequence[str] | None] = ContextVar("GIVEN", default=None)
+"""The arguments of the command that runs; left out, those of the process."""
+
+
+class OneLine(ArgumentParser):
+    """Answers a mistake with one line instead of a screen of usage."""
+
+    needed: Sequence[str] = ()
+    """What has to be given, for the usage line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
+        wanted = kwargs.pop("add_help", True)
+        super().__init__(*args, add_help=False, **kwargs)
+        if wanted:
+            self.add_argument("-h", "--help", action=ShowHelp)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """All options, each with all that is told of it."""
+        return whole(self, str(super().format_help(*args, **kwargs)))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and what to do, and exit with 2; a class's own parser leaves that to the command's."""
+        if not self.exit_on_error:
+            raise argparse.ArgumentError(None, message) from ex
+        given = GIVEN.get()
+        args = sys.argv[1:] if given is None else given
+        known = [option for action in self._actions for option in action.option_strings]
+        command = getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2]
+        print(f"lora-lightning: error: {told(message, args, known, command)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def command_parser(name: str) -> OneLine:
+    """The parser of a command that needs no config."""
+    function = COMMANDS[name]
+    described = (inspect.getdoc(function) or "").partition("\n")[0]
+    parser = OneLine(prog=f"lora-lightning {name}", description=described)
+    several = name in POSITIONAL and str(function.__annotations__[POSITIONAL[name]]).startswith("list")
+    if several:
+        parser.add_argument(POSITIONAL[name], nargs="+", type=str, help=ENTRIES[name].help)
+    skip: set[str | int] | None = {POSITIONAL[name]} if several else None
+    parser.add_function_arguments(function, skip=skip, as_positional=name in POSITIONAL and not several)
+    parser.needed = [action.dest for action in parser._actions if action.required]
+    return parser
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """Run a command that needs no config."""
+    token = GIVEN.set(args)
+    try:
+        given = command_parser(name).parse_args(args)
+    finally:
+        GIVEN.reset(token)
+    COMMANDS[name](**given.as_dict())
