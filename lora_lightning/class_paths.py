@@ -23,8 +23,13 @@ NAMED = re.compile(
 )
 KEY = re.compile(r"Parser key \"([^\"]*)\": ")
 OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
-BY_NAME = ("callbacks", "loggers", "strategies", "plugins.precision", "profilers")
-"""Parts of lightning.pytorch whose classes go by their short names too."""
+MODEL = ": a model of the hub or of a folder is class_path lora_lightning.huggingface with its name as init_args\
+.pretrained_model_name_or_path"
+BY_NAME = (
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "strategies", "plugins.precision", "profilers")),
+    *("torch.optim", "torch.optim.lr_scheduler"),
+)
+"""Where classes are that go by their short names too."""
 
 
 def explained(message: str, args: Sequence[str]) -> str | None:
@@ -38,6 +43,8 @@ def explained(message: str, args: Sequence[str]) -> str | None:
         told = wrong_path(found[1] or found[2] or found[3])
         if told is not None:
             key = KEY.search(message)
+            if key and key[1].endswith("model.backbone") and "." not in told.split("'")[1]:
+                told += MODEL
             return (_before(key[1], found[1] or found[2] or found[3], args) if key else "") + told
     option = OPTION.search(message)
     return None if option is None else _wrong_option(option[1], args)
@@ -50,11 +57,11 @@ def _before(key: str, path: str, args: Sequence[str]) -> str:
 
 
 def short_names() -> dict[str, str]:
-    """Lightning's own callbacks, loggers and so on, which a config may name without their modules."""
+    """Lightning's callbacks and loggers, torch's optimizers and so on: a config may name them without their modules."""
     found = {}
     for part in BY_NAME:
-        module = importlib.import_module(f"lightning.pytorch.{part}")
-        found.update({name: f"lightning.pytorch.{part}.{name}" for name in getattr(module, "__all__", [])})
+        names = getattr(importlib.import_module(part), "__all__", [])
+        found.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
     return found
 
 
@@ -68,7 +75,7 @@ def wrong_path(path: str) -> str | None:
         known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
         if path in known:
             return None
-        near = [known[name] for name in near_misses(path, known)]
+        near = [known[name] for name in near_misses(path, known, 2)]
         return f"'{path}' is no path to a class, such as module.Class{_meant(near)}"
     held: Any = None
     for count, name in enumerate(parts):
@@ -116,12 +123,22 @@ def _wrong_option(option: str, args: Sequence[str]) -> str | None:
         module, _, name = full.rpartition(".")
         if not module or wrong_path(full) is not None:
             continue
-        taken = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        taken = _taken(getattr(importlib.import_module(module), name))
         if option not in taken:
             place = place_of(key, args)
             start = f"{place}: " if place else ""
             return f"{start}{path} takes no '{option}'{did_you_mean(option, taken) or f' (it takes {some(taken, 20)})'}"
     return None
+
+
+def _taken(made_by: Any) -> list[str]:
+    """Names of the arguments; those that go on to a base class as `**kwargs` are of that class."""
+    of = inspect.signature(made_by).parameters
+    taken = [name for name, one in of.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if inspect.isclass(made_by) and len(taken) < len(of):
+        bases = made_by.__mro__[1:-1]
+        taken += [n for base in bases[:1] for n in _taken(base) if n not in taken]
+    return taken
 
 
 def _classes_with(option: str, args: Sequence[str]) -> Iterator[tuple[str, str]]:

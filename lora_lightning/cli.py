@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lora_lightning.command_list import COMMANDS, ENTRIES
-from lora_lightning.config_files import check
+from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
+from lora_lightning.config_files import check, place_of
 from lora_lightning.data.base import TableData
 from lora_lightning.handed_down import handed_down
-from lora_lightning.help_screens import FROM_CHECKPOINT
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.outcome import RUN_CONFIG
 from lora_lightning.parser import GIVEN, OneLine, command_parser, run_command
@@ -174,6 +173,7 @@ class LoRACLI(LightningCLI):
             check(full)
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
+        refuse_no_keys(self.config.get(str(command)), GIVEN.get() or ())
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
@@ -310,6 +310,21 @@ def with_run_config(args: list[str]) -> list[str]:
         raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
     RUN_CONFIG.set(str(file))
     return [args[0], "--config", str(file), *args[1:]]
+
+
+def refuse_no_keys(config: Any, args: Sequence[str]) -> None:
+    """jsonargparse takes anything for a group of keys, and fails where it makes the class.
+
+    Raises:
+        LoRAError: trainer, model or model.lora is a list or a text.
+    """
+    for key in ("trainer", "model", "model.lora"):
+        value = None if config is None else config.get(key)
+        if isinstance(value, str | list | int | float):
+            place = place_of(key, args)
+            raise LoRAError(
+                f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {value!r}"
+            )
 
 
 class _Made(Exception):

@@ -45,6 +45,9 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
 }
 
+FROM_CHECKPOINT = ("validate", "test", "predict", "export")
+"""Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
+
 ENTRIES: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 

@@ -10,8 +10,8 @@ from lora_lightning.lora.errors import MissingPackageError
 def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
     """Print the script that lets a shell complete commands, options and their values.
 
-    Try it with `eval "$(lora-lightning completion bash)"`. It takes seconds to make; written to a file once, it is loaded at once: for bash to
-    ~/.local/share/bash-completion/completions/lora-lightning, for zsh to _lora-lightning in a folder of fpath.
+    `eval "$(lora-lightning completion bash)"` tries it. Made in seconds and kept in a file, it is loaded at once: for
+    bash ~/.local/share/bash-completion/completions/lora-lightning, for zsh _lora-lightning in a folder of fpath.
 
     Args:
         shell: the shell that will read it.

@@ -136,7 +136,8 @@ def _meant(file: Path) -> str:
         found = [path for path in beside if path.is_file()] or [path.parent for path in beside]
     else:
         files = [path for path in _entries(file.parent) if path.suffix in {*ENDINGS, ".json"}]
-        found = [file.parent / name for name in near_misses(file.name, [path.name for path in files], 2)]
+        same = [path for path in files if path.stem == file.stem]
+        found = same or [file.parent / name for name in near_misses(file.name, [path.name for path in files], 2)]
         below = Path("configs").rglob(file.name) if file.name == str(file) else ()
         found = sorted(below)[:2] or found
     if not found:

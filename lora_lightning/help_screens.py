@@ -10,11 +10,8 @@ from argparse import SUPPRESS, Action
 from collections.abc import Iterator
 from typing import Any
 
-from lora_lightning.command_list import ENTRIES
+from lora_lightning.command_list import ENTRIES, FROM_CHECKPOINT
 from lora_lightning.lora.errors import did_you_mean
-
-FROM_CHECKPOINT = ("validate", "test", "predict", "export")
-"""Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
 
 TRAINER = {
     "max_epochs": "epochs to train (1000 where max_steps is left out too)",

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lora_lightning.class_paths import KEY, explained
+from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
 from lora_lightning.config_files import named, place_of, whole_key
 from lora_lightning.lora.errors import did_you_mean
 
@@ -18,6 +19,17 @@ NO_FUNCTION = re.compile(r"Parser key \"([^\"]*)\": .*Import path (\S+) does not
 IN_A_FILE = re.compile(r"Subcommand '(\w+)' does not accept option '([^']+)'|^Key '([^']+)' is not expected")
 REQUIRED = re.compile(r"the following arguments are required: (.*)")
 UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
+INNER = re.compile(
+    r".*(?:Problem with given class_path '[^']+'|expects a function or a callable class): "
+    r"((?:Parser key|Option|unrecognized arguments|Key ).*)"
+)
+"""What a class's own parser says, within what is said of the types that were tried."""
+AROUND = re.compile(
+    r"(?: - Expected an? <class 'NoneType'>| - Not a valid subclass|\. Got value: Namespace\("
+    r"| Given value type: <class '(?:dict|list|jsonargparse)).*"
+)
+"""What comes after that."""
+A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
 TYPES = {
     "int": "a whole number",
     "positiveint": "a whole number above 0",
@@ -80,6 +92,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         command: its name.
     """
     text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+    if found := INNER.fullmatch(text):
+        text = AROUND.sub("", found[1])
     keys = {option.removeprefix("--") for option in known if option.startswith("--")}
     if found := REQUIRED.fullmatch(text):
         return _required(found[1].split(", "), args, command)
@@ -91,13 +105,17 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return _unfit(found[1], found[2], found[3], args)
     if "from_pretrained does not correspond" in text:
         key = KEY.search(text)
-        return f"{key[1] if key else ''}write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
+        start = f"{key[1]}: " if key else ""
+        return f"{start}write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
     if found := NO_FUNCTION.search(text):
         return _no_function(found[1], found[2], found[3])
+    unfit = UNION.search(text) or LITERAL.search(text)
+    if unfit and not A_CLASS.fullmatch(unfit[3]) and "<class '" in unfit[2]:
+        return _unfit(unfit[1], unfit[2], unfit[3], args)
     if (said := explained(text, args)) is not None:
         return said
-    if found := UNION.search(text) or LITERAL.search(text):
-        return _unfit(found[1], found[2], found[3], args)
+    if unfit:
+        return _unfit(unfit[1], unfit[2], unfit[3], args)
     if found := NESTED.search(text):
         return f"{found[1]}: expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
     return re.sub(r'^Parser key "([^"]*)": ', r"\1: ", text)
@@ -105,10 +123,13 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
 
 def _required(names: Sequence[str], args: Sequence[str], command: str) -> str:
     if not any("." in name for name in names):
-        wanted = [name if name.startswith("-") else f"--{name}" for name in names]
-        return f"{command or 'the command'} needs {_listed(wanted)}: see lora-lightning {command} --help"
+        wanted = [name.upper() if name == POSITIONAL.get(command) else f"--{name}" for name in names]
+        return f"{command} needs {_listed(wanted)}: see lora-lightning {command} --help"
+    command = args[0] if args else command
     keys = [name.removeprefix(f"{command}.") for name in names]
     files = named(args)
+    if not files and command in FROM_CHECKPOINT:
+        return f"{command} needs a trained run: lora-lightning {command} --ckpt_path RUN, such as runs/demo, or a .ckpt"
     if not files:
         return f"{command} needs a config: lora-lightning {command} -c CONFIG, such as configs/demo.yaml"
     where = f"{_listed(files)} {'says' if len(files) == 1 else 'say'}"
@@ -126,6 +147,9 @@ def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
             return f"'{first}' stands alone: a config is given as -c {first}"
         return f"'{first}' stands alone: an option is given as --name value, and a text with spaces in quotes"
     name = first.partition("=")[0].lstrip("-")
+    whole = whole_key(name, None, args)
+    if whole != name:  # of a class within the config
+        return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
     return f"unknown option --{name}{_instead(name, keys, '--')}"
 
 

@@ -66,7 +66,7 @@ KNOWN = (
     (
         r"(?s)requested gpu: (\[.*?\]).*machine only has: (\[.*?\])",
         lambda found: (
-            f"--trainer.devices asks for the GPUs {found[1]}, and this machine has {found[2]}: give as many as there are"
+            f"--trainer.devices asks for the GPUs {found[1]}, and there are {found[2]}: give as many as there are"
         ),
     ),
     (

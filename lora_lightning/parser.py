@@ -42,8 +42,10 @@ class OneLine(ArgumentParser):
             raise argparse.ArgumentError(None, message) from ex
         given = GIVEN.get()
         args = sys.argv[1:] if given is None else given
-        known = [option for action in self._actions for option in action.option_strings]
-        command = getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2]
+        command = str(getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2])
+        inner = self._subcommands_action._name_parser_map if self._subcommands_action else {}
+        asked = inner.get(args[0], self) if args else self  # files are read by the parser of all commands
+        known = [option for action in asked._actions for option in action.option_strings]
         print(f"lora-lightning: error: {told(message, args, known, command)}", file=sys.stderr)
         sys.exit(2)
 
