@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
+from lora_lightning.class_paths import wrong_path
 from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
 from lora_lightning.config_files import check, place_of
 from lora_lightning.data.base import TableData
@@ -174,6 +175,7 @@ class LoRACLI(LightningCLI):
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         refuse_no_keys(self.config.get(str(command)), GIVEN.get() or ())
+        refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
@@ -325,6 +327,16 @@ def refuse_no_keys(config: Any, args: Sequence[str]) -> None:
             raise LoRAError(
                 f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {value!r}"
             )
+
+
+def refuse_no_class(strategy: Any) -> None:
+    """A strategy may be a name as well as a class path, so that jsonargparse lets a mistyped path be.
+
+    Raises:
+        LoRAError: it has the form of a path, and leads nowhere.
+    """
+    if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
+        raise LoRAError(f"trainer.strategy: {wrong}")
 
 
 class _Made(Exception):

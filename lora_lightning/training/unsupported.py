@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 
-from lora_lightning.class_paths import wrong_path
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 INSTEAD: dict[type[Strategy], str] = {
@@ -40,8 +39,6 @@ def refuse_unsupported_name(strategy: Any) -> None:
         return
     known = StrategyRegistry.available_strategies()
     if strategy.lower() not in known:
-        if "." in strategy and (wrong := wrong_path(strategy)):
-            raise LoRAError(f"trainer.strategy: {wrong}")
         names = ["auto", *(name for name in known if not issubclass(_class_of(name), tuple(INSTEAD)))]
         usual = [name for name in names if not re.search("find_unused|notebook|xla|tpu", name)]
         raise LoRAError(
