@@ -61,7 +61,7 @@ def doctor(runs_dir: str = "runs", fit: bool = True, json: bool = False) -> None
     if json:
         print(json_format.dumps({"ok": not failed, "findings": [asdict(finding) for finding in found]}, indent=2))
     else:
-        print(f"\n{f'does not work: {", ".join(failed)}' if failed else 'all that every run needs works'}")
+        print("\n" + (f"does not work: {', '.join(failed)}" if failed else "all that every run needs works"))
     if failed:
         sys.exit(1)
 
@@ -180,7 +180,7 @@ def tried() -> Finding:
     return Finding(
         "trial",
         "tiny fit",
-        f"{figures.steps} steps on {figures.device}: loss {figures.before:.2f} to {figures.after:.2f}; exported, and the"
-        f" merged model is within {figures.apart:.0e} of the adapted one ({figures.seconds:.1f} s)",
+        f"{figures.steps} steps on {figures.device}: loss {figures.before:.2f} to {figures.after:.2f}; exported, and"
+        f" the merged model is within {figures.apart:.0e} of the adapted one ({figures.seconds:.1f} s)",
         ok=figures.after < figures.before,
     )

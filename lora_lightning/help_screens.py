@@ -57,7 +57,7 @@ class ShowHelp(argparse._HelpAction):
     """`--help`, `--help all` and `--help GROUP`."""
 
     def __init__(self, option_strings: list[str], dest: str = SUPPRESS, default: str = SUPPRESS, **_: Any) -> None:
-        super().__init__(option_strings, dest, default, help="this screen; with a word: all, or a group's name")
+        super().__init__(option_strings, dest, default, help="this screen")
         self.nargs, self.metavar = "?", "all"
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
@@ -222,7 +222,16 @@ KNOWN = re.compile(r",\s+known\s+subclasses:([^()]*)(?=\)\n)")
 def whole(parser: Any, text: str) -> str:
     """jsonargparse's own screen, the command's options first, without the names of every nn.Module that is loaded."""
     _, _, rest = text.partition("\n\n")
-    return f"{usage(parser)}\n\n{KNOWN.sub(_shorter, _own_first(rest))}"
+    sections = _own_first(rest) if _has_groups(parser) else _of_a_function(rest, str(parser.description))
+    return f"{usage(parser)}\n\n{KNOWN.sub(_shorter, sections)}"
+
+
+def _of_a_function(sections: str, description: str) -> str:
+    """jsonargparse gives a function's options the function's own line as their title; `--help` goes last."""
+    described, *parts = sections.rstrip().split("\n\n")
+    last = [part.partition("\n")[2] for part in parts if part.startswith("options:\n")]
+    kept = [part.replace(f"{description}:\n", "options:\n", 1) for part in parts if not part.startswith("options:\n")]
+    return "\n\n".join([described, *kept]) + "\n" + "\n".join(last) + "\n"
 
 
 def _shorter(listed: re.Match[str]) -> str:

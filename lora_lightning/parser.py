@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -68,7 +69,16 @@ def run_command(name: str, args: list[str]) -> None:
     """Run a command that needs no config."""
     token = GIVEN.set(args)
     try:
-        given = command_parser(name).parse_args(args)
+        given = command_parser(name).parse_args(_with_values(args, COMMANDS[name].__annotations__))
     finally:
         GIVEN.reset(token)
     COMMANDS[name](**given.as_dict())
+
+
+def _with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """`--json` as `--json true`, where a switch stands alone."""
+    switches = {f"--{name}" for name, kind in types.items() if kind in ("bool", bool)}
+    found = []
+    for arg, follower in pairwise([*args, "--"]):
+        found += [arg, "true"] if arg in switches and follower.startswith("-") else [arg]
+    return found
