@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 
 from lora_lightning.front_page import answered, reordered
@@ -55,14 +56,17 @@ def run(args: list[str]) -> None:
 
 
 def _nobody_reads() -> bool:
-    """Whether it is the screen's pipe that is broken, as after `| head`; it is then put away, for Python writes once
-    more when it ends."""
+    """Whether the screen's pipe is broken, as after `| head`; it is then put away: Python writes to it as it ends."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        screen = sys.stdout.fileno()
+        poll = select.poll()
+    except (OSError, ValueError, AttributeError):  # no file, or a system without it
+        return False
+    poll.register(screen, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), screen)
+    return True
 
 
 if __name__ == "__main__":

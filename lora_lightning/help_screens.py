@@ -172,11 +172,11 @@ def _row(action: Action, command: str) -> str | None:
     if _hidden(action):
         return None
     name = action.dest.removeprefix("trainer.")
-    told = TRAINER[name] if action.dest.startswith("trainer.") else RUN.get(name) or _sentence(action.help or "")
+    told = TRAINER[name] if action.dest.startswith("trainer.") else RUN.get(name) or sentence(action.help or "")
     if name == "ckpt_path" and command == "fit":
         told = FIT_PATH
     if action.dest in ("data", "model.task"):
-        told = _classes(action.dest)
+        told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
     flags = ", ".join(option for option in action.option_strings if not option.endswith("+"))
     lines = textwrap.wrap(f"{told}{_default(action)}", _width() - 36, break_on_hyphens=False)
     if action.dest not in ("data", "model.task"):
@@ -190,7 +190,7 @@ def _width() -> int:
     return min(max(shutil.get_terminal_size().columns, 72), 120)
 
 
-def _sentence(text: str) -> str:
+def sentence(text: str) -> str:
     """The first of a docstring, without the markup."""
     first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
     return first.replace("``", "").replace("`", "")
@@ -205,13 +205,14 @@ def _default(action: Action) -> str:
     return f" ({str(value).lower() if isinstance(value, bool) else value})"
 
 
-def _classes(key: str) -> str:
+def classes_of(key: str) -> list[str]:
+    """Our own for `data` or `model.task`, by name."""
     import lora_lightning
 
-    where = "lora_lightning.data." if key == "data" else "lora_lightning.tasks."
-    names = sorted(name for name, module in lora_lightning._WHERE.items() if module.startswith(where))
-    names = [name for name in names if key != "data" or name.endswith("Data")]
-    return f"class_path and init_args: {', '.join(names)}, or your own"
+    where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
+    return sorted(
+        name for name, module in lora_lightning._WHERE.items() if module.startswith(where) and name.endswith(ending)
+    )
 
 
 # ---- everything
@@ -230,7 +231,8 @@ def _of_a_function(sections: str, description: str) -> str:
     """jsonargparse gives a function's options the function's own line as their title; `--help` goes last."""
     described, *parts = sections.rstrip().split("\n\n")
     last = [part.partition("\n")[2] for part in parts if part.startswith("options:\n")]
-    kept = [part.replace(f"{description}:\n", "options:\n", 1) for part in parts if not part.startswith("options:\n")]
+    kept = [part for part in parts if not part.startswith("options:\n")]
+    kept = [re.sub(rf"^{re.escape(description.rstrip('.'))}[.:]*\n", "options:\n", part) for part in kept]
     return "\n\n".join([described, *kept]) + "\n" + "\n".join(last) + "\n"
 
 
