@@ -43,7 +43,7 @@ def explained(message: str, args: Sequence[str]) -> str | None:
         told = wrong_path(found[1] or found[2] or found[3])
         if told is not None:
             key = KEY.search(message)
-            if key and key[1].endswith("model.backbone") and "." not in told.split("'")[1]:
+            if key and key[1].endswith("model.backbone") and "is no path to a class" in told:
                 told += MODEL
             return (_before(key[1], found[1] or found[2] or found[3], args) if key else "") + told
     option = OPTION.search(message)
@@ -104,7 +104,8 @@ def _attribute(held: Any, name: str) -> Any:
 def _nothing_there(whole: str, before: str, name: str, held: Any) -> str:
     if held is None:
         beside = [file.stem for file in Path.cwd().glob("*.py")]
-        near = near_misses(name, {*beside, "lora_lightning", *importlib.metadata.packages_distributions()})
+        installed = {"lora_lightning", *importlib.metadata.packages_distributions()}
+        near = near_misses(name, beside, 1) or near_misses(name, installed, 1)
         hint = _meant(near) or f": a file {name}.py of your own is looked for in the folder where the command runs"
         return f"there is no module '{name}'{hint}"
     inner = [module.name for module in pkgutil.iter_modules(getattr(held, "__path__", []))]

@@ -206,6 +206,8 @@ class LoRACLI(LightningCLI):
                 f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
                 " which starts anew where there is none"
             )
+        elif path in ("best", "last") and not runs.is_dir():
+            raise LoRAError(f"no run under '{runs}' yet{run.beside(runs)}: fit first, or name a run with --ckpt_path")
         elif path in ("best", "last"):
             config.ckpt_path = str(run.find_checkpoint(runs, path))
         elif "://" not in str(path) and path not in ("hpc", "registry"):

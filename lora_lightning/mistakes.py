@@ -30,6 +30,7 @@ AROUND = re.compile(
 )
 """What comes after that."""
 A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
+NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
 TYPES = {
     "int": "a whole number",
     "positiveint": "a whole number above 0",
@@ -110,12 +111,14 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
     if found := NO_FUNCTION.search(text):
         return _no_function(found[1], found[2], found[3])
     unfit = UNION.search(text) or LITERAL.search(text)
-    if unfit and not A_CLASS.fullmatch(unfit[3]) and "<class '" in unfit[2]:
+    if unfit and not A_CLASS.fullmatch(unfit[3]) and "<class '" in unfit[2] and unfit[3][0] not in "[{":
         return _unfit(unfit[1], unfit[2], unfit[3], args)
     if (said := explained(text, args)) is not None:
         return said
     if unfit:
         return _unfit(unfit[1], unfit[2], unfit[3], args)
+    if found := NO_VALUE.fullmatch(text):
+        return f"{found[1]} needs a value: {found[1]} {found[1].lstrip('-').rpartition('.')[2].upper()}"
     if found := NESTED.search(text):
         return f"{found[1]}: expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
     return re.sub(r'^Parser key "([^"]*)": ', r"\1: ", text)

@@ -54,7 +54,7 @@ KNOWN = (
         r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)",
         lambda found: (
             f"no accelerator '{found[1]}'{did_you_mean(found[1], ['gpu', *found[2].split(', ')])}"
-            f" (there are gpu, {found[2]})"
+            f" (there are {', '.join(sorted(['gpu', *found[2].split(', ')]))})"
         ),
     ),
     (
@@ -109,10 +109,10 @@ def told(error: BaseException) -> tuple[int, str]:
     """Exit code and line."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by Ctrl-C"
-    known = _known(error)
-    if known is not None:
+    ours = isinstance(error, LoRAError | MissingPackageError) or not _raised_by_the_user(error)
+    if ours and (known := _known(error)) is not None:
         return MISTAKE, known
-    if isinstance(error, OSError) and error.errno in DISK:
+    if ours and isinstance(error, OSError) and error.errno in DISK:
         return MISTAKE, of_the_disk(error)
     said = " ".join(str(error).split())
     kind = type(error).__name__
@@ -150,11 +150,27 @@ def of_the_disk(error: OSError) -> str:
         if isinstance(before, LoRAError):
             return " ".join(str(before).split())
         before = before.__context__
-    where = f": '{error.filename}'" if error.filename else ""
+    file = f"'{_from_here(Path(error.filename))}'" if isinstance(error.filename, str) else "a file"
+    if error.errno == errno.ENOTDIR:
+        return f"{file} cannot be a folder, for a part of its path is a file: give another --runs_dir"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{file} cannot be written or read ({error.strerror}): change its rights, or give another --runs_dir"
+    if error.errno == errno.ENOENT:
+        return f"there is no {file}"
     return (
-        f"{error.strerror}{where}; make room or give another --runs_dir, and go on with --ckpt_path auto: checkpoints"
+        f"{error.strerror}: {file}; make room or give another --runs_dir, and go on with --ckpt_path auto: checkpoints"
         " that were written are whole"
     )
+
+
+def _from_here(file: Path) -> Path:
+    return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
+
+
+def _raised_by_the_user(error: BaseException) -> bool:
+    """Whether code of the user's own has raised it: then its type, message and place are what they need."""
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and _of_the_user(frames[-1])
 
 
 def place(error: BaseException) -> str:
