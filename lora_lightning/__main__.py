@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import os
+import select
 import sys
 
-from lora_lightning.noise import quieten
+from lora_lightning.front_page import answered, reordered
+from lora_lightning.outcome import CLOSED, DEBUG, ended
 
 
 def main() -> None:
-    """Run the command; a user's mistake ends in one line and exit code 2."""
+    """Run the command; whatever goes wrong ends in one line and an exit code, which `outcome` lists."""
     # OpenMP's barriers spin: with another program on the second core a step takes ten times as long. Read by the
     # runtime when torch is loaded, so set before that.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,46 +20,53 @@ def main() -> None:
     # Where a process is gone, torch's store and gloo would tell of it in forty lines of C++ before our one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  (a class of one's own in a file beside the config)
-    quieten()
-    from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-    from lora_lightning.cli import LoRACLI, run_command
-    from lora_lightning.commands import COMMANDS
-    from lora_lightning.lora.errors import LoRAError, MissingPackageError
-
+    if "--debug" in sys.argv:
+        sys.argv.remove("--debug")
+        os.environ[DEBUG] = "1"
     try:
-        if sys.argv[1:] and sys.argv[1] in COMMANDS:
-            run_command(sys.argv[1], sys.argv[2:])
-        else:
-            LoRACLI()
-    except (LoRAError, MissingPackageError, MisconfigurationException) as error:
-        print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in DISK:
-            raise
-        print(f"lora-lightning: error: {of_the_disk(error)}", file=sys.stderr)
-        sys.exit(2)
+        run(reordered(sys.argv[1:]))
+        sys.stdout.flush()
+    except SystemExit as stopped:
+        # Lightning ends a run that Ctrl-C has stopped with 1.
+        if isinstance(stopped.__context__, KeyboardInterrupt):
+            sys.exit(ended(stopped.__context__))
+        raise
+    except BaseException as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            sys.exit(CLOSED)
+        sys.exit(ended(error))
 
 
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
-"""A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
+def run(args: list[str]) -> None:
+    """One command."""
+    if answered(args):
+        return
+    from lora_lightning.command_list import COMMANDS
+    from lora_lightning.noise import quieten
+
+    quieten()
+    if args[0] in COMMANDS:
+        from lora_lightning.parser import run_command
+
+        run_command(args[0], args[1:])
+    else:
+        from lora_lightning.cli import LoRACLI
+
+        LoRACLI(args=None if args == sys.argv[1:] else args)
 
 
-def of_the_disk(error: OSError) -> str:
-    """One line; that of a checkpoint that could not be written, where a log failed after it for the same reason."""
-    from lora_lightning.lora.errors import LoRAError
-
-    before: BaseException | None = error
-    while before is not None:
-        if isinstance(before, LoRAError):
-            return " ".join(str(before).split())
-        before = before.__context__
-    where = f": '{error.filename}'" if error.filename else ""
-    return (
-        f"{error.strerror}{where}; make room or give another --runs_dir, and go on with --ckpt_path auto: checkpoints"
-        " that were written are whole"
-    )
+def _nobody_reads() -> bool:
+    """Whether the screen's pipe is broken, as after `| head`; it is then put away: Python writes to it as it ends."""
+    try:
+        screen = sys.stdout.fileno()
+        poll = select.poll()
+    except (OSError, ValueError, AttributeError):  # no file, or a system without it
+        return False
+    poll.register(screen, select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), screen)
+    return True
 
 
 if __name__ == "__main__":

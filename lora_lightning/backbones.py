@@ -147,6 +147,9 @@ def _not_found(name: str, error: Exception) -> str:
     reason = _reason(error)
     if Path(name).exists():
         return f"'{name}' is not a transformers model directory: {reason}"
+    if name.startswith((".", "/", "~")):
+        beside = [path.name for path in Path(name).parent.glob("*") if path.is_dir()]
+        return f"no model '{name}': there is no such folder{did_you_mean(Path(name).name, beside)}"
     return f"no model '{name}': neither a directory nor found on the hub ({reason})"
 
 

@@ -9,19 +9,27 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import yaml
-
 import lora_lightning
+from lora_lightning.config_files import classes_given, place_of, value_of
 from lora_lightning.lora.errors import did_you_mean, near_misses, some
 
-NAMED = re.compile(r"class_path['\"]?[:=]?\s*['\"]([\w.]+)['\"]|dot import path string: ([\w.]+)")
-KEY = re.compile(r"(Parser key \"[^\"]*\": )")
+NAMED = re.compile(
+    r"class_path['\"]?[:=]?\s*['\"]([\w.]+)['\"]|dot import path string: ([\w.]+)"
+    r"|[Gg](?:ot|iven) value: ((?:[a-z_]\w*\.)+[A-Z]\w*|[A-Z]\w+)$"
+)
+KEY = re.compile(r"Parser key \"([^\"]*)\": ")
 OPTION = re.compile(r"Option '([\w.]+)' is not accepted")
+MODEL = ": a model of the hub or of a folder is class_path lora_lightning.huggingface with its name as init_args\
+.pretrained_model_name_or_path"
+BY_NAME = (
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "strategies", "plugins.precision", "profilers")),
+    *("torch.optim", "torch.optim.lr_scheduler"),
+)
+"""Where classes are that go by their short names too."""
 
 
 def explained(message: str, args: Sequence[str]) -> str | None:
@@ -32,12 +40,29 @@ def explained(message: str, args: Sequence[str]) -> str | None:
         args: of the command, whose config files are looked at for the class that an argument was given to.
     """
     for found in NAMED.finditer(message):
-        told = wrong_path(found[1] or found[2])
+        told = wrong_path(found[1] or found[2] or found[3])
         if told is not None:
             key = KEY.search(message)
-            return (key[1] if key else "") + told
+            if key and key[1].endswith("model.backbone") and "is no path to a class" in told:
+                told += MODEL
+            return (_before(key[1], found[1] or found[2] or found[3], args) if key else "") + told
     option = OPTION.search(message)
     return None if option is None else _wrong_option(option[1], args)
+
+
+def _before(key: str, path: str, args: Sequence[str]) -> str:
+    """Where a class path was given, in front of what is wrong with it."""
+    place = place_of(f"{key}.class_path", args, path) or place_of(key, args, path)
+    return f"{place}: {key}: " if place else f"{key}: "
+
+
+def short_names() -> dict[str, str]:
+    """Lightning's callbacks and loggers, torch's optimizers and so on: a config may name them without their modules."""
+    found = {}
+    for part in BY_NAME:
+        names = getattr(importlib.import_module(part), "__all__", [])
+        found.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
+    return found
 
 
 def wrong_path(path: str) -> str | None:
@@ -47,7 +72,10 @@ def wrong_path(path: str) -> str | None:
     """
     parts = path.split(".")
     if len(parts) == 1:
-        near = [f"lora_lightning.{name}" for name in near_misses(path, lora_lightning.__all__)]
+        known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
+        if path in known:
+            return None
+        near = [known[name] for name in near_misses(path, known, 2)]
         return f"'{path}' is no path to a class, such as module.Class{_meant(near)}"
     held: Any = None
     for count, name in enumerate(parts):
@@ -76,7 +104,8 @@ def _attribute(held: Any, name: str) -> Any:
 def _nothing_there(whole: str, before: str, name: str, held: Any) -> str:
     if held is None:
         beside = [file.stem for file in Path.cwd().glob("*.py")]
-        near = near_misses(name, {*beside, "lora_lightning", *importlib.metadata.packages_distributions()})
+        installed = {"lora_lightning", *importlib.metadata.packages_distributions()}
+        near = near_misses(name, beside, 1) or near_misses(name, installed, 1)
         hint = _meant(near) or f": a file {name}.py of your own is looked for in the folder where the command runs"
         return f"there is no module '{name}'{hint}"
     inner = [module.name for module in pkgutil.iter_modules(getattr(held, "__path__", []))]
@@ -89,32 +118,37 @@ def _meant(names: Sequence[str]) -> str:
 
 
 def _wrong_option(option: str, args: Sequence[str]) -> str | None:
-    """Which class of the config files was given the option that it does not take."""
-    for path in _classes_with(option, args):
-        module, _, name = path.rpartition(".")
-        if not module or wrong_path(path) is not None:
+    """Which class of the config files or flags was given the option that it does not take."""
+    for key, path in _classes_with(option, args):
+        full = short_names().get(path, path) if "." not in path else path
+        module, _, name = full.rpartition(".")
+        if not module or wrong_path(full) is not None:
             continue
-        taken = list(inspect.signature(getattr(importlib.import_module(module), name)).parameters)
+        taken = _taken(getattr(importlib.import_module(module), name))
         if option not in taken:
-            return f"{path} takes no '{option}'{did_you_mean(option, taken) or f' (it takes {some(taken, 20)})'}"
+            place = place_of(key, args)
+            start = f"{place}: " if place else ""
+            return f"{start}{path} takes no '{option}'{did_you_mean(option, taken) or f' (it takes {some(taken, 20)})'}"
     return None
 
 
-def _classes_with(option: str, args: Sequence[str]) -> Iterator[str]:
-    files = [value for flag, value in pairwise(args) if flag in ("-c", "--config")]
-    files += [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    for file in map(Path, files):
-        if file.is_file():
-            yield from _within(yaml.safe_load(file.read_text(encoding="utf-8")), option)
+def _taken(made_by: Any) -> list[str]:
+    """Names of the arguments; those that go on to a base class as `**kwargs` are of that class."""
+    of = inspect.signature(made_by).parameters
+    taken = [name for name, one in of.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    if inspect.isclass(made_by) and len(taken) < len(of):
+        bases = made_by.__mro__[1:-1]
+        taken += [n for base in bases[:1] for n in _taken(base) if n not in taken]
+    return taken
 
 
-def _within(value: Any, option: str) -> Iterator[str]:
-    if isinstance(value, dict):
-        given = value.get("init_args")
-        if isinstance(given, dict) and option in given and isinstance(value.get("class_path"), str):
-            yield value["class_path"]
-        for inner in value.values():
-            yield from _within(inner, option)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _within(inner, option)
+def _classes_with(option: str, args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and class path of each place where the option is given, flags first."""
+    for arg in args:
+        flag = arg.partition("=")[0].removeprefix("--")
+        if arg.startswith("--") and flag.endswith(f".{option}"):
+            key = flag.removesuffix(f".{option}").removesuffix(".init_args")
+            path = value_of(f"{key}.class_path", args) or value_of(key, args)
+            if path:
+                yield flag, path
+    yield from classes_given(option, args)

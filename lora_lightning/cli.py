@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +14,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lora_lightning.class_paths import explained
-from lora_lightning.commands import COMMANDS, POSITIONAL
+from lora_lightning.class_paths import wrong_path
+from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
+from lora_lightning.config_files import check, place_of
 from lora_lightning.data.base import TableData
+from lora_lightning.docstrings import read_once
 from lora_lightning.handed_down import handed_down
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.outcome import RUN_CONFIG
+from lora_lightning.parser import GIVEN, OneLine, command_parser, run_command
 from lora_lightning.training import run
 from lora_lightning.training.callbacks import (
     Checkpoints,
@@ -43,45 +45,9 @@ from lora_lightning.training.wandb_run import go_on_with_run_of, log_config
 # The docstring under each field of LoRAConfig and SplitConfig is its --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-FROM_CHECKPOINT = ("validate", "test", "predict", "export")
-"""Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
 
-KNOWN = re.compile(r",\s+known\s+subclasses:[^()]*(?=\)\n)")
-
-
-def _shorter(listed: re.Match[str]) -> str:
-    """A list of known subclasses that a person can take in, or nothing."""
-    return listed.group() if listed.group().count(",") <= 30 else ""
-
-
-def _own_first(sections: str) -> str:
-    """A command's own options in front of those that it shares with all others, which fill ten screens."""
-    parts = sections.split("\n\n")
-    starts = [part.partition("\n")[0] for part in parts]
-    if "Linked arguments:" in starts[:-1] and "options:" in starts:
-        _, _, own = parts.pop().partition("\n")
-        parts.insert(starts.index("options:"), f"options of this command:\n{own.rstrip()}")
-    return "\n\n".join(parts).rstrip() + "\n"
-
-
-UNION = re.compile(r"(Parser key \"[^\"]*\": ).*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
-LITERAL = re.compile(r"(Parser key \"[^\"]*\": )Expected a (?:typing\.)?Literal\[(.*)\]\. Got value: (.*)")
-
-
-def _plainly(text: str) -> str:
-    """A value that fits none of several types, said without the types' Python names."""
-    found = UNION.fullmatch(text) or LITERAL.fullmatch(text)
-    if found is None:
-        return text
-    key, types, given = found.groups()
-    choices = list(dict.fromkeys(re.findall(r"'([^']+)'", re.sub(r"<class '\w+'>", "", types))))
-    classes = [name.lower() for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
-    expected = f" expected {', '.join([*choices, *classes])}" if choices or classes else ""
-    return f"{key}{expected.strip()}, got {given}{did_you_mean(given, choices)}"
-
-
-class Parser(LightningArgumentParser):
-    """Answers a mistake with one line instead of a screen of usage."""
+class Parser(OneLine, LightningArgumentParser):
+    """LightningCLI's, in our manners."""
 
     _linked_targets: set[str] | None = None
 
@@ -99,30 +65,6 @@ class Parser(LightningArgumentParser):
         if self._linked_targets is not None:
             kwargs["linked_targets"] = self._linked_targets
         return super()._add_signature_arguments(*args, **kwargs)  # type: ignore[no-any-return,misc]
-
-    def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """Without a usage of a hundred flags and without the names of every nn.Module that is loaded."""
-        usage, _, rest = str(super().format_help(*args, **kwargs)).partition("\n\n")
-        if len(usage.splitlines()) > 5:
-            prog = self.prog.replace(" [options]", "")
-            wants = "--ckpt_path RUN [-c CONFIG ...]" if prog.endswith(FROM_CHECKPOINT) else "-c CONFIG [-c CONFIG ...]"
-            if positional := POSITIONAL.get(prog.rpartition(" ")[2]):
-                one = positional.upper().removesuffix("S")
-                wants = f"{one} [{one} ...]"
-            usage = f"usage: {prog} {wants} [options]"
-        return f"{usage}\n\n{KNOWN.sub(_shorter, _own_first(rest))}"
-
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        """Print the message, a near miss where there is one, and exit with 2."""
-        told = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-        text = explained(told, sys.argv[1:]) or _plainly(told)
-        known = [option for action in self._actions for option in action.option_strings]
-        wrong = next((arg.split("=")[0] for arg in sys.argv[1:] if arg.startswith("--") and arg in text), "")
-        hint = did_you_mean(wrong, known) if wrong and wrong not in known else ""
-        if "from_pretrained does not correspond" in text:
-            hint = ": write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
-        print(f"lora-lightning: error: {text}{hint} (see --help)", file=sys.stderr)
-        sys.exit(2)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -164,10 +106,18 @@ class LoRACLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             seed_everything_default=42,
             auto_configure_optimizers=False,
-            parser_kwargs={"description": "LoRA fine-tuning on PyTorch Lightning. First: fit --config FILE."},
+            parser_kwargs={
+                "prog": "lora-lightning",
+                "description": "LoRA fine-tuning on PyTorch Lightning. First: fit --config FILE.",
+            },
             args=args,
             **kwargs,
         )
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, in half of the time."""
+        with read_once():
+            super().setup_parser(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -179,9 +129,10 @@ class LoRACLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         subcommands = parser._subcommands_action
         assert subcommands is not None
-        for name, function in COMMANDS.items():
-            own = command_parser(name)
-            subcommands.add_subcommand(name, own, help=_first_line(function))
+        for name in COMMANDS:
+            wanted = self._first in (name, None)
+            own = command_parser(name) if wanted else OneLine(prog=f"lora-lightning {name}")
+            subcommands.add_subcommand(name, own, help=ENTRIES[name].line)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, for the subcommand that is asked for: all five take 1.5 s more, to read the same docstrings."""
@@ -193,7 +144,6 @@ class LoRACLI(LightningCLI):
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the command or for one subcommand."""
         kwargs.pop("dump_header", None)
-        kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
         parser = Parser(**kwargs)
         parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
         return parser
@@ -222,11 +172,17 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without --config, a command on a trained run takes the config that the run was made with."""
         given = sys.argv[1:] if args is None else args
+        RUN_CONFIG.set(None)
         if isinstance(given, list):
             full = with_run_config([str(arg) for arg in given])
             args = full if args is not None or full != given else None
-        super().parse_arguments(parser, args)
+            GIVEN.set(full)
+            check(full)
+        with read_once():
+            super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
+        refuse_no_keys(self.config.get(str(command)), GIVEN.get() or ())
+        refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
@@ -250,6 +206,8 @@ class LoRACLI(LightningCLI):
                 f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
                 " which starts anew where there is none"
             )
+        elif path in ("best", "last") and not runs.is_dir():
+            raise LoRAError(f"no run under '{runs}' yet{run.beside(runs)}: fit first, or name a run with --ckpt_path")
         elif path in ("best", "last"):
             config.ckpt_path = str(run.find_checkpoint(runs, path))
         elif "://" not in str(path) and path not in ("hpc", "registry"):
@@ -270,7 +228,7 @@ class LoRACLI(LightningCLI):
             LoRAError: an object refuses its arguments.
         """
         try:
-            with handed_down(self.config.get(str(self.subcommand), self.config)):
+            with handed_down(self.config.get(str(self.subcommand), self.config)), read_once():
                 super().instantiate_classes()
         except ValueError as error:
             cause: BaseException | None = error
@@ -343,31 +301,10 @@ def resume_loggers(loggers: Any, checkpoint: str) -> None:
         go_on_with(given, content[KEY].get("loggers", []), next_logged(content[KEY], stepped))
 
 
-def command_parser(name: str) -> Parser:
-    """The parser of a command that needs no config."""
-    function = COMMANDS[name]
-    parser = Parser(prog=f"lora-lightning {name}", description=_first_line(function), allow_abbrev=False)
-    positional = POSITIONAL.get(name)
-    if positional is not None:
-        parser.add_argument(positional, nargs="+", type=str, help="Adapters: directories, run folders or checkpoints.")
-    parser.add_function_arguments(function, skip={positional} if positional else None)
-    return parser
-
-
-def run_command(name: str, args: list[str]) -> None:
-    """Run a command that needs no config."""
-    given = command_parser(name).parse_args(args)
-    COMMANDS[name](**given.as_dict())
-
-
 def first_word(args: ArgsType) -> str | None:
     """Of the command line; None where there is none, or where arguments are given as a dict."""
     given = sys.argv[1:] if args is None else args
     return str(given[0]) if isinstance(given, list) and given else None
-
-
-def _first_line(function: Callable[..., Any]) -> str:
-    return (inspect.getdoc(function) or "").partition("\n")[0]
 
 
 def with_run_config(args: list[str]) -> list[str]:
@@ -382,4 +319,51 @@ def with_run_config(args: list[str]) -> list[str]:
     file = run.run_of_checkpoint(run.find_checkpoint(given)) / run.CONFIG
     if not file.is_file():
         raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
+    RUN_CONFIG.set(str(file))
     return [args[0], "--config", str(file), *args[1:]]
+
+
+def refuse_no_keys(config: Any, args: Sequence[str]) -> None:
+    """jsonargparse takes anything for a group of keys, and fails where it makes the class.
+
+    Raises:
+        LoRAError: trainer, model or model.lora is a list or a text.
+    """
+    for key in ("trainer", "model", "model.lora"):
+        value = None if config is None else config.get(key)
+        if isinstance(value, str | list | int | float):
+            place = place_of(key, args)
+            raise LoRAError(
+                f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {value!r}"
+            )
+
+
+def refuse_no_class(strategy: Any) -> None:
+    """A strategy may be a name as well as a class path, so that jsonargparse lets a mistyped path be.
+
+    Raises:
+        LoRAError: it has the form of a path, and leads nowhere.
+    """
+    if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
+        raise LoRAError(f"trainer.strategy: {wrong}")
+
+
+class _Made(Exception):
+    """Carries a parser out of LightningCLI, which makes one and uses it in one go."""
+
+
+class _MakesParser(LoRACLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        raise _Made(parser)
+
+
+def parser_of_all() -> LightningArgumentParser:
+    """The command's parser with every command whole, as a completion script needs it."""
+    try:
+        _MakesParser(args=[])
+    except _Made as made:
+        return made.args[0]  # type: ignore[no-any-return]
+    raise AssertionError("LightningCLI parses what it is given")
+
+
+__all__ = ["LoRACLI", "Parser", "SaveRunConfig", "command_parser", "run_command"]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from lora_lightning.command_list import COMMANDS, POSITIONAL
 from lora_lightning.lora.casting import DType
 from lora_lightning.lora.stream import StreamReport
 
@@ -93,12 +93,6 @@ def analyze(
     Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge, "analyze": analyze}
-
-POSITIONAL = {"analyze": "adapters"}
-"""The argument that is given without its name, once or more."""
-
-
 def rows_table(rows: Rows) -> Table:
     """One of the analysis's tables for the screen."""
     table = Table(title=rows.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -124,3 +118,6 @@ def merge_table(report: StreamReport, output_dir: str) -> Table:
         name, share = min(report.kept.items(), key=lambda item: item[1])
         table.add_row("update kept after rounding", f"{share:.1%} at least ({name})")
     return table
+
+
+__all__ = ["COMMANDS", "POSITIONAL", "analyze", "merge"]

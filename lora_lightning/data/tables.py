@@ -85,7 +85,10 @@ def check_names(names: Sequence[str], columns: Sequence[str | None], where: str)
     own = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
-            raise LoRAError(f"{where}, has no column '{column}'{did_you_mean(column, own)} (columns: {', '.join(own)})")
+            raise LoRAError(
+                f"{where}, has no column '{column}'{did_you_mean(column, own) or ': name another'}"
+                f" (columns: {', '.join(own)})"
+            )
 
 
 def known_split(split: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 
 BLOCK = 2**24
 """Bytes that are read at once where not all of a tensor is wanted together."""
@@ -156,7 +156,10 @@ def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:
     if (directory / SINGLE).is_file():  # what transformers looks for first
         return None
     if not directory.is_dir():
-        raise LoRAError(f"no folder '{directory}': a model of the hub has to be downloaded first (hf download NAME)")
+        beside = [path.name for path in Path(directory).parent.glob("*") if path.is_dir()]
+        near = did_you_mean(Path(directory).name, beside)
+        hub = ": a model of the hub has to be downloaded first (hf download NAME)"
+        raise LoRAError(f"no folder '{directory}'{near or hub}")
     if not path.is_file():
         raise LoRAError(
             f"'{directory}' holds neither {SINGLE} nor {INDEX}: name a model's directory in that layout; an older one"

@@ -288,7 +288,7 @@ class LoRAModule(LightningModule):
         if CHECKPOINT_KEY not in checkpoint:
             raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
         trained, here = checkpoint[CHECKPOINT_KEY]["config"], self.lora.to_dict()
-        for name in trained.keys() | here.keys():
+        for name in dict.fromkeys([*here, *trained]):
             if trained.get(name) != here.get(name) and name not in {"dropout", "dropout_pattern"}:
                 raise AdapterError(
                     f"the checkpoint was trained with lora.{name}={trained.get(name)!r}, this run says"

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, near_misses
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training.checkpoint_folder import PREVIOUS, is_folder_checkpoint
 from lora_lightning.training.checkpoint_io import read_checkpoint
@@ -49,7 +49,7 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     if path.is_file() or is_folder_checkpoint(path) or (path.suffix == ".ckpt" and _before(path).exists()):
         return path
     if not path.is_dir():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        near = beside(path)
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
     for run in [path, *_newest_first(path)]:
         files = _checkpoints(run / CHECKPOINTS)
@@ -59,6 +59,14 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     if loose:
         return _pick(loose, which)
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def beside(path: Path) -> str:
+    """Folders and files of about this name in the same place."""
+    if not path.parent.is_dir():
+        return ""
+    near = near_misses(path.name, [entry.name for entry in path.parent.glob("*")], 2)
+    return "; did you mean " + " or ".join(f"'{path.parent / name}'" for name in near) + "?" if near else ""
 
 
 def _before(checkpoint: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
@@ -39,9 +40,10 @@ def refuse_unsupported_name(strategy: Any) -> None:
     known = StrategyRegistry.available_strategies()
     if strategy.lower() not in known:
         names = ["auto", *(name for name in known if not issubclass(_class_of(name), tuple(INSTEAD)))]
+        usual = [name for name in names if not re.search("find_unused|notebook|xla|tpu", name)]
         raise LoRAError(
-            f"no strategy '{strategy}'{did_you_mean(strategy.lower(), names)} (known: {', '.join(names)}; the overlays"
-            " in configs/strategy/ name classes with their options)"
+            f"no strategy '{strategy}'{did_you_mean(strategy.lower(), names)} (there are {', '.join(usual)}, and the"
+            " overlays in configs/strategy/)"
         )
     for kind, why in INSTEAD.items():
         if issubclass(_class_of(strategy.lower()), kind):

@@ -1,0 +1,225 @@
+"""Config files before they are parsed: what is wrong in one is said with its file and line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import yaml
+
+from lora_lightning.lora.errors import LoRAError, near_misses
+
+ENDINGS = {".yaml", ".yml"}
+
+PLAINLY = (
+    (r"found character '?\\?t?'? ?that cannot start any token", "a tab cannot indent YAML: put spaces in its place"),
+    (r"found unexpected end of stream", "a quote or bracket that was opened is not closed before the file ends"),
+    (r"mapping values are not allowed", "a second ': ' in one line: put the value into quotes, or begin a new line"),
+    (r"could not find expected ':'", "a key without ': ' after it"),
+    (
+        r"did not find expected key|expected <block end>|did not find expected '-' indicator",
+        "this line does not stand under those above it: indent it as its neighbours are",
+    ),
+    (
+        r"did not find expected ',' or|expected ',' or",
+        "a list or map in brackets lacks a comma or its closing bracket",
+    ),
+    (
+        r"found undefined alias",
+        "an alias (*name) without its anchor (&name): put a text with * in front into quotes",
+    ),
+    (r"expected a single document", "a second document begins here (---): keep one in a file"),
+)
+"""What YAML's own messages mean."""
+
+
+def named(args: Sequence[str]) -> list[str]:
+    """The values of `-c` and `--config`, in their order: later ones win."""
+    found = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
+    return [value for value in found if value]
+
+
+def _is_flag(arg: str) -> bool:
+    return arg in ("-c", "--config") or arg.startswith("--config=")
+
+
+def check(args: Sequence[str]) -> None:
+    """Each config file of a command line.
+
+    Raises:
+        LoRAError: one is missing, no UTF-8, no YAML, empty, says a key twice, or is no map of keys.
+    """
+    for value in named(args):
+        if "\n" not in value and "{" not in value and "://" not in value:
+            check_file(Path(value))
+
+
+def check_file(file: Path) -> None:
+    """As `check`, of one file."""
+    if file.is_dir():
+        inside = sorted(path.name for path in file.iterdir() if path.suffix in ENDINGS)
+        held = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
+        raise LoRAError(f"--config {file} is a folder{held}; name a file")
+    if not file.is_file():
+        raise LoRAError(f"no config file {file}{_meant(file)}")
+    if file.suffix not in ENDINGS:
+        return
+    root = tree(file)
+    if root is None:
+        raise LoRAError(f"{file} is empty: a config holds keys with values, such as those of configs/demo.yaml")
+    if not isinstance(root, yaml.MappingNode):
+        got = "a list" if isinstance(root, yaml.SequenceNode) else f"the text '{root.value[:40]}'"
+        raise LoRAError(f"{file} must hold keys with values, such as 'name: demo', got {got}")
+    for node in _mappings(root):
+        _refuse_twice(file, node)
+
+
+def text_of(file: Path) -> str:
+    """A file's text.
+
+    Raises:
+        LoRAError: it is no UTF-8.
+    """
+    content = file.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise LoRAError(f"{file}, line {line}: not UTF-8: save the file as UTF-8 in your editor") from error
+
+
+def tree(file: Path) -> yaml.Node | None:
+    """A file's YAML with its lines; None where it is empty.
+
+    Raises:
+        LoRAError: it is no UTF-8 or no YAML.
+    """
+    try:
+        return yaml.compose(text_of(file), Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        told = f"{error.context or ''} {error.problem or ''}".strip()
+        plain = next((said for pattern, said in PLAINLY if re.search(pattern, told)), told)
+        opened = plain.startswith("a quote") and error.context_mark
+        mark = error.context_mark if opened else error.problem_mark or error.context_mark
+        where = f", line {mark.line + 1}" if mark else ""
+        raise LoRAError(f"{file}{where}: {plain}") from error
+    except yaml.YAMLError as error:
+        raise LoRAError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+    children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+    for child in children:
+        for inner in child if isinstance(child, tuple) else (child,):
+            yield from _mappings(inner)
+
+
+def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
+    """YAML's readers keep the last and say nothing."""
+    seen: dict[str, int] = {}
+    for key, _ in node.value:
+        line, name = key.start_mark.line + 1, str(key.value)
+        if name in seen and name != "<<":
+            raise LoRAError(f"{file}, line {line}: '{name}' is there twice, first in line {seen[name]}: keep one")
+        seen[name] = line
+
+
+def _meant(file: Path) -> str:
+    """Files of about this name in that folder, or of this name further down."""
+    if not file.parent.is_dir():
+        near = near_misses(file.parent.name, [p.name for p in _entries(file.parent.parent) if p.is_dir()], 1)
+        beside = [file.parent.parent / name / file.name for name in near]
+        found = [path for path in beside if path.is_file()] or [path.parent for path in beside]
+    else:
+        files = [path for path in _entries(file.parent) if path.suffix in {*ENDINGS, ".json"}]
+        same = [path for path in files if path.stem == file.stem]
+        found = same or [file.parent / name for name in near_misses(file.name, [path.name for path in files], 2)]
+        below = Path("configs").rglob(file.name) if file.name == str(file) else ()
+        found = sorted(below)[:2] or found
+    if not found:
+        return f": looked for in {'this folder' if str(file.parent) == '.' else file.parent}"
+    return "; did you mean " + " or ".join(f"'{path}'" for path in found) + "?"
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def place_of(key: str, args: Sequence[str], value: str | None = None) -> str | None:
+    """`FILE, line N` of the last config file that says a dotted key; None where none does, or a flag says it.
+
+    Args:
+        key: such as `model.lora.r`; keys of a list's maps are counted as the list's.
+        args: of the command.
+        value: the text that stands there, where a list may have several.
+    """
+    if any(arg.partition("=")[0].rstrip("+") == f"--{key}" for arg in args):
+        return None
+    for file, root in _trees(args):
+        for path, name, node in _leaves(root, ""):
+            if path == key and value in (None, node.value):
+                return f"{file}, line {name.start_mark.line + 1}"
+    return None
+
+
+def whole_key(last: str, value: str | None, args: Sequence[str]) -> str:
+    """The dotted path of a key of which a parser's message gives the end: of a flag, or of a config file.
+
+    Args:
+        last: the end, such as `batch_size`.
+        value: what was given there, where the message says so.
+        args: of the command.
+    """
+    flags = [arg.partition("=")[0].removeprefix("--").rstrip("+") for arg in args if arg.startswith("--")]
+    paths = [(path, node.value) for _, root in _trees(args) for path, _, node in _leaves(root, "")]
+    for path, given in [*((flag, value) for flag in reversed(flags)), *paths]:
+        if f".{path}".endswith(f".{last}") and value in (None, given):
+            return path
+    return last
+
+
+def value_of(key: str, args: Sequence[str]) -> str | None:
+    """The text that a flag, or else the last config file, gives for a dotted key."""
+    for arg, follower in pairwise([*args, ""]):
+        if arg.partition("=")[0] == f"--{key}":
+            return arg.partition("=")[2] or follower
+    for _, root in _trees(args):
+        for path, _, node in _leaves(root, ""):
+            if path == key and isinstance(node, yaml.ScalarNode):
+                return str(node.value)
+    return None
+
+
+def classes_given(option: str, args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Key and class path of each place in the config files that gives a class an argument of this name."""
+    for _, root in _trees(args):
+        for path, _, node in _leaves(root, ""):
+            said = {key.value: value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+            inside = said.get("init_args")
+            if isinstance(inside, yaml.MappingNode) and option in (key.value for key, _ in inside.value):
+                yield f"{path}.init_args.{option}", str(said["class_path"].value) if "class_path" in said else ""
+
+
+def _trees(args: Sequence[str]) -> Iterator[tuple[Path, yaml.Node | None]]:
+    """The config files that can be read, the last first."""
+    for file in reversed(list(map(Path, named(args)))):
+        if file.suffix in ENDINGS and file.is_file():
+            yield file, tree(file)
+
+
+def _leaves(node: yaml.Node | None, path: str) -> Iterator[tuple[str, yaml.Node, yaml.Node]]:
+    """Dotted path, key and value of all that a file says, outer ones first."""
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            inner = f"{path}.{key.value}" if path else str(key.value)
+            yield inner, key, value
+            yield from _leaves(value, inner)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            if path and isinstance(value, yaml.MappingNode):
+                yield path, value, value
+            yield from _leaves(value, path)

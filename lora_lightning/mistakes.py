@@ -1,0 +1,211 @@
+"""What a parser says of a mistake, said plainly: where it stands, what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from lora_lightning.class_paths import KEY, explained
+from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
+from lora_lightning.config_files import named, place_of, whole_key
+from lora_lightning.lora.errors import did_you_mean
+
+UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
+LITERAL = re.compile(r"Parser key \"([^\"]*)\": Expected a (?:typing\.)?(Literal\[.*\])\. Got value: (.*)")
+PLAIN = re.compile(r"Parser key \"([^\"]*)\": Expected an? (<class '[\w.]+'>)\. Got value: (.*)")
+NESTED = re.compile(r"Parser key \"([^\"]*)\": Unable to load config '(.*?)' - ")
+NO_FUNCTION = re.compile(r"Parser key \"([^\"]*)\": .*Import path (\S+) does not correspond to a subclass of (\w+)")
+IN_A_FILE = re.compile(r"Subcommand '(\w+)' does not accept option '([^']+)'|^Key '([^']+)' is not expected")
+REQUIRED = re.compile(r"the following arguments are required: (.*)")
+UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
+INNER = re.compile(
+    r".*(?:Problem with given class_path '[^']+'|expects a function or a callable class): "
+    r"((?:Parser key|Option|unrecognized arguments|Key ).*)"
+)
+"""What a class's own parser says, within what is said of the types that were tried."""
+AROUND = re.compile(
+    r"(?: - Expected an? <class 'NoneType'>| - Not a valid subclass|\. Got value: Namespace\("
+    r"| Given value type: <class '(?:dict|list|jsonargparse)).*"
+)
+"""What comes after that."""
+A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
+NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
+TYPES = {
+    "int": "a whole number",
+    "positiveint": "a whole number above 0",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list": "a list such as [a, b]",
+    "dict": "keys with values such as {a: 1}",
+    "path": "a path",
+}
+
+ELSEWHERE = {
+    "lora_alpha": "model.lora.alpha",
+    "lora_dropout": "model.lora.dropout",
+    "lora_r": "model.lora.r",
+    "lora_rank": "model.lora.r",
+    "rank": "model.lora.r",
+    "init_lora_weights": "model.lora.init",
+    "lora_target_modules": "model.lora.target_modules",
+    "epochs": "trainer.max_epochs",
+    "num_train_epochs": "trainer.max_epochs",
+    "num_epochs": "trainer.max_epochs",
+    "gpus": "trainer.devices",
+    "max_grad_norm": "trainer.gradient_clip_val",
+    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
+    "bf16": "trainer.precision bf16-base (or bf16-mixed)",
+    "fp16": "trainer.precision 16-mixed",
+    "lr": "model.optimizer.init_args.lr",
+    "learning_rate": "model.optimizer.init_args.lr",
+    "weight_decay": "model.optimizer.init_args.weight_decay",
+    "batch_size": "data.init_args.batch_size",
+    "per_device_train_batch_size": "data.init_args.batch_size",
+    "train_file": "data.init_args.path",
+    "model_name_or_path": "model.backbone.init_args.pretrained_model_name_or_path",
+    "output_dir": "runs_dir",
+    "run_name": "name",
+    "seed": "seed_everything",
+    "resume_from_checkpoint": "ckpt_path",
+    "gradient_checkpointing": "model.activation_checkpointing",
+}
+"""What other tools call it, and what it is called here."""
+
+NOT_NEEDED = {
+    "task_type": "the class of model.task says what the task is",
+    "peft_type": "LoRA is the only one here",
+    "inference_mode": "test, predict and export never train",
+    "fan_in_fan_out": "a layer's class says how its weight lies",
+    "base_model_name_or_path": "it is model.backbone.init_args.pretrained_model_name_or_path",
+}
+"""Fields of PEFT's configs that have nothing to say here."""
+
+
+def told(message: str, args: Sequence[str], known: Iterable[str], command: str = "") -> str:
+    """A parser's message as one line that says what to do.
+
+    Args:
+        message: of jsonargparse.
+        args: of the command.
+        known: option strings of the parser that complains.
+        command: its name.
+    """
+    text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
+    if found := INNER.fullmatch(text):
+        text = AROUND.sub("", found[1])
+    keys = {option.removeprefix("--") for option in known if option.startswith("--")}
+    if found := REQUIRED.fullmatch(text):
+        return _required(found[1].split(", "), args, command)
+    if found := UNKNOWN.fullmatch(text):
+        return _unknown_flag(found[1], keys, args)
+    if found := IN_A_FILE.search(text):
+        return _unknown_key(found[2] or found[3], keys, args)
+    if found := PLAIN.search(text):
+        return _unfit(found[1], found[2], found[3], args)
+    if "from_pretrained does not correspond" in text:
+        key = KEY.search(text)
+        start = f"{key[1]}: " if key else ""
+        return f"{start}write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
+    if found := NO_FUNCTION.search(text):
+        return _no_function(found[1], found[2], found[3])
+    unfit = UNION.search(text) or LITERAL.search(text)
+    if unfit and not A_CLASS.fullmatch(unfit[3]) and "<class '" in unfit[2] and unfit[3][0] not in "[{":
+        return _unfit(unfit[1], unfit[2], unfit[3], args)
+    if (said := explained(text, args)) is not None:
+        return said
+    if unfit:
+        return _unfit(unfit[1], unfit[2], unfit[3], args)
+    if found := NO_VALUE.fullmatch(text):
+        return f"{found[1]} needs a value: {found[1]} {found[1].lstrip('-').rpartition('.')[2].upper()}"
+    if found := NESTED.search(text):
+        return f"{found[1]}: expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
+    return re.sub(r'^Parser key "([^"]*)": ', r"\1: ", text)
+
+
+def _required(names: Sequence[str], args: Sequence[str], command: str) -> str:
+    if not any("." in name for name in names):
+        wanted = [name.upper() if name == POSITIONAL.get(command) else f"--{name}" for name in names]
+        return f"{command} needs {_listed(wanted)}: see lora-lightning {command} --help"
+    command = args[0] if args else command
+    keys = [name.removeprefix(f"{command}.") for name in names]
+    files = named(args)
+    if not files and command in FROM_CHECKPOINT:
+        return f"{command} needs a trained run: lora-lightning {command} --ckpt_path RUN, such as runs/demo, or a .ckpt"
+    if not files:
+        return f"{command} needs a config: lora-lightning {command} -c CONFIG, such as configs/demo.yaml"
+    where = f"{_listed(files)} {'says' if len(files) == 1 else 'say'}"
+    return f"{where} nothing of {_listed(keys)}: add it, as configs/demo.yaml does, or put the run's config before it"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
+    first = given.split(maxsplit=1)[0]
+    if not first.startswith("-"):
+        if Path(first).suffix in (".yaml", ".yml"):
+            return f"'{first}' stands alone: a config is given as -c {first}"
+        return f"'{first}' stands alone: an option is given as --name value, and a text with spaces in quotes"
+    name = first.partition("=")[0].lstrip("-")
+    whole = whole_key(name, None, args)
+    if whole != name:  # of a class within the config
+        return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
+    return f"unknown option --{name}{_instead(name, keys, '--')}"
+
+
+def _unknown_key(key: str, keys: Iterable[str], args: Sequence[str]) -> str:
+    place = place_of(key, args)
+    return f"{f'{place}: ' if place else ''}unknown key {key}{_instead(key, keys, '')}"
+
+
+def _instead(name: str, keys: Iterable[str], dashes: str) -> str:
+    """What to write for a name that means nothing: what it is called here, or what is near."""
+    last = name.rpartition(".")[2]
+    if last in NOT_NEEDED:
+        return f": leave it out, {NOT_NEEDED[last]}"
+    if last in ELSEWHERE:
+        return f": here it is {dashes}{ELSEWHERE[last]}"
+    group = name.rpartition(".")[0]
+    beside = [key for key in keys if key.rpartition(".")[0] == group]
+    same = [key for key in keys if key.rpartition(".")[2] == last]
+    found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, keys, dashes)
+    if found:
+        return found
+    outer = _near(name.partition(".")[0], {key.partition(".")[0] for key in keys}, dashes) if "." in name else ""
+    return outer or ": --help tells what there is"
+
+
+def _near(name: str, keys: Iterable[str], dashes: str) -> str:
+    """Names beside each other are compared by their last part, so that what they share does not count."""
+    ends = {key.rpartition(".")[2]: key for key in keys}
+    close = did_you_mean(name.rpartition(".")[2], ends)
+    return re.sub(r"'(\w+)'", lambda end: f"'{dashes}{ends[end[1]]}'", close)
+
+
+def _unfit(key: str, types: str, given: str, args: Sequence[str]) -> str:
+    """A value that fits none of the types that a key takes, said without the types' Python names."""
+    given = given.strip("'\"")
+    key = whole_key(key, given, args)
+    choices = list(dict.fromkeys(re.findall(r"'([^']+)'", re.sub(r"<class '[\w.]+'>", "", types))))
+    classes = [name.lower() for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
+    classes += [kind for kind in ("list", "dict") if f"{kind}[" in types and kind not in classes]
+    if key.endswith("precision"):
+        choices = [choice for choice in choices if choice in PRECISIONS]
+    expected = " or ".join(filter(None, [", ".join(choices), *(TYPES.get(name, "") for name in classes)]))
+    place = place_of(key, args)
+    said = f"{f'{place}: ' if place else ''}{key}: expected {expected or 'another value'}, got '{given}'"
+    return said + did_you_mean(given, choices)
+
+
+PRECISIONS = ("auto", "float32", "bf16-base", "nf4-base", "bf16-mixed", "16-mixed", "64-true")
+"""Those that can train an adapter: Lightning's others round it too, or need a package that is not for adapters."""
+
+
+def _no_function(key: str, path: str, kind: str) -> str:
+    return (
+        f"{key}: '{path}' is no subclass of {kind} and no function that says with '-> {kind}' that it returns one: name"
+        f" a class, or annotate the function"
+    )
