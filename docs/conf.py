@@ -12,7 +12,7 @@ extensions = ["myst_parser", "sphinx_copybutton", "repository_links", "mathml", 
 
 exclude_patterns = ["_ext", "_static"]
 nitpicky = True
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 
 # The web address of the tree, such as https://github.com/OWNER/NAME/blob/main: links to files of the repository lead
