@@ -1,4 +1,4 @@
-"""How `make docs` builds the pages of this folder into a site. No network: no inventories, no fonts, no scripts of others."""
+"""How `make docs` builds the pages of this folder into a site; neither that nor the site needs a network."""
 
 import sys
 from pathlib import Path

@@ -22,7 +22,7 @@ def run_python(page):
         exec(compile(block, page, "exec"), names)
 
 
-@pytest.mark.parametrize("page", ["idea.md", "backbones.md", "moving.md"])
+@pytest.mark.parametrize("page", ["idea.md", "backbones.md", "moving.md", "python.md"])
 def test_the_python_of_a_page_runs(page, tmp_path):
     assert len(blocks(page, "python")) >= 2
     run_python(page)

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what the source says: each heading is one of its messages, with `…` for what is put in."""
+"""docs/troubleshooting.md quotes what the source says: each heading is a message, with `…` for what is put in."""
 
 import ast
 import re

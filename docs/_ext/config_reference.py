@@ -126,5 +126,6 @@ class Config(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    """Make the directive known."""
     app.add_directive("config", Config)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -53,6 +53,7 @@ def _leads_out(node: nodes.Node) -> bool:
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
+    """Make the transform and its two settings known."""
     app.add_config_value("repository_address", "", "env", [str])
     app.add_config_value("repository_root", "", "env", [str])
     app.add_transform(RepositoryLinks)
