@@ -6,6 +6,7 @@ The pages' longer Python is run by tests of its own (`test_docs_run`, `test_docs
 
 import re
 import shlex
+import tomllib
 
 import pytest
 import yaml
@@ -90,3 +91,35 @@ def test_the_yaml_of_a_page_is_parsed(page, block, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("page", "block"), blocks("python"))
 def test_the_python_of_a_page_compiles(page, block):
     compile(block, page, "exec")
+
+
+def named(pattern):
+    """What the pages and the README name, by page."""
+    pages = {**PAGES, "README.md": (REPOSITORY / "README.md").read_text(encoding="utf-8")}
+    return {(page, found) for page, text in pages.items() for found in re.findall(pattern, text)}
+
+
+def test_every_target_of_make_that_a_page_names_is_there():
+    there = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.M)
+    found = named(r"(?m)(?:^|`)make ([a-z-]+)")
+    assert len(found) > 3
+    assert [(page, target) for page, target in found if target not in there] == []
+
+
+def test_every_module_that_a_page_runs_is_there():
+    found = named(r"python -m ((?:benchmarks|tests)\.\w+)")
+    assert len(found) > 5
+    assert [name for _, name in found if not (REPOSITORY / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def test_every_extra_that_a_page_names_is_there():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = named(r"lora_lightning\[([\w,-]+)\]")
+    assert len(found) > 3
+    assert [name for _, names in found for name in names.split(",") if name not in extras] == []
+
+
+def test_every_file_that_a_page_names_is_there():
+    found = named(r"`((?:configs|tests|benchmarks|requirements|docs)/[\w./-]+)`")
+    assert len(found) > 20
+    assert [name for name in found if not (REPOSITORY / name[1]).exists()] == []

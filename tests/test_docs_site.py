@@ -21,7 +21,7 @@ DOCS = REPOSITORY / "docs"
 def build(source: Path, out: Path) -> subprocess.CompletedProcess:
     """`make docs` for these pages."""
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-c", DOCS, "-b", "html", source, out]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
 
 
 @pytest.fixture(scope="module")
