@@ -12,6 +12,7 @@ extensions = ["myst_parser", "sphinx_copybutton", "repository_links", "mathml", 
 
 exclude_patterns = ["_ext", "_static"]
 nitpicky = True
+smartquotes = False  # quotes stand as they are written: they are copied into configs
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 

@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import torch
 import yaml
 
 from tests.command.process import REPOSITORY, command
@@ -26,6 +27,22 @@ def run_python(page):
 def test_the_python_of_a_page_runs(page, tmp_path):
     assert len(blocks(page, "python")) >= 2
     run_python(page)
+
+
+def test_the_loralib_lines_of_formats_run(tmp_path):
+    """On a GPT-2 of random weights and a file of loralib's keys and shapes for query and value."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from lora_lightning import load_loralib
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=24, n_head=2, vocab_size=40, n_positions=16))
+    at = "transformer.h.{}.attn.c_attn.lora_{}"
+    factors = {at.format(i, "A"): torch.randn(8, 24) for i in range(2)}
+    torch.save(factors | {at.format(i, "B"): torch.randn(48, 4) for i in range(2)}, "gpt2_lora.pt")
+    (code,) = blocks("formats.md", "python")
+    plain = model(torch.arange(5)[None]).logits
+    exec(compile(code, "formats.md", "exec"), {"model": model, "load_loralib": load_loralib})
+    assert not torch.equal(model(torch.arange(5)[None]).logits, plain)
 
 
 WHOLE = [

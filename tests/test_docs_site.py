@@ -4,9 +4,12 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, Optional
 
 import pytest
+import torch
 
 import lora_lightning
 from tests import chromium
@@ -71,6 +74,34 @@ def test_the_reference_has_every_class_that_a_config_may_name():
     }
     """Of Python, or the command's own."""
     assert set(lora_lightning.__all__) - named == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (int, "int"),
+        (list[str], "list[str]"),
+        (int | list[str] | None, "int or list[str] or null"),
+        (Optional[Literal["min", "max"]], "min or max or null"),  # noqa: UP045  (as jsonargparse gives it)
+        (Callable[[torch.nn.Module], torch.optim.Optimizer], "Optimizer by class_path"),
+    ],
+)
+def test_a_type_is_written_as_a_person_writes_it(kind, said, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    import config_reference
+
+    assert config_reference.plain_type(kind) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "null"), (True, "true"), (0.5, "0.5"), ("", "''"), (("a", "b"), "[a, b]"), ({"a": None}, "{a: null}")],
+)
+def test_a_default_is_written_as_yaml_writes_it(value, said, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    import config_reference
+
+    assert config_reference.plain_value(value) == said
 
 
 FAULTS = {

@@ -4,21 +4,25 @@
     lora_lightning.LoRAConfig
     ```
 
-gives the docstring and each argument with its type, its default and its text: the same that `--help` shows.
+gives the docstring and each argument with its type, its default and its text: the same that `--help` shows. The option
+`:without:` leaves out keys that begin so, which have a section of their own.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, get_args
 
+import yaml
 from docstring_parser import parse as parse_docstring
 from docutils import nodes
+from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
 from jsonargparse import ArgumentParser, set_parsing_settings
 from sphinx.application import Sphinx
@@ -59,9 +63,10 @@ def arguments_of(item: Callable[..., Any]) -> Iterator[Argument]:
 
 def plain_type(kind: Any) -> str:
     """A type as a person writes it: `list[str]`, `str or null`, one of the words."""
-    text = kind.__name__ if inspect.isclass(kind) and not hasattr(kind, "__args__") else str(kind)
+    text = kind.__name__ if inspect.isclass(kind) and not get_args(kind) else str(kind)
     text = re.sub(r"\bOptional\[(.*)\]$", r"\1 | None", re.sub(r"\b[a-z_]+\.(?=[\w.]*[A-Za-z])", "", text))
     text = re.sub(r"^Union\[(.*)\]$", lambda found: " | ".join(_split(found.group(1))), text)
+    text = re.sub(r"Callable\[\[\w+\], (?:Union\[)?(\w+)[^|]*\]+", r"\1 by class_path", text)
     words = re.sub(r"Literal\[([^]]*)\]", lambda found: found.group(1).replace("'", "").replace(", ", " | "), text)
     return words.replace("NoneType", "null").replace("None", "null").replace(" | ", " or ")
 
@@ -80,8 +85,11 @@ def _split(text: str) -> list[str]:
 
 def plain_value(value: Any) -> str:
     """A default as YAML writes it."""
-    words = {None: "null", True: "true", False: "false", "": '""'}
-    return words[value] if isinstance(value, bool | str | None) and value in words else str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    if not isinstance(value, dict | list | str | int | float | None):
+        return str(value)
+    return str(yaml.safe_dump(value, default_flow_style=True, width=math.inf)).removesuffix("...\n").strip()
 
 
 def _sentence(text: str | None) -> str:
@@ -93,6 +101,7 @@ class Config(SphinxDirective):
     """Sections for the classes and functions that are named, one on a line."""
 
     has_content = True
+    option_spec: ClassVar[dict[str, Any]] = {"without": directives.unchanged}
 
     def run(self) -> list[nodes.Node]:
         return [node for path in self.content for node in self._one(path)]
@@ -106,7 +115,9 @@ class Config(SphinxDirective):
         about = "\n\n".join(filter(None, [docstring.short_description, docstring.long_description]))
         section += self._parsed(about)
         listed = nodes.definition_list(classes=["config"])
-        listed += [self._entry(name, argument) for argument in arguments_of(item)]
+        without = tuple(self.options.get("without", "").split())
+        kept = [argument for argument in arguments_of(item) if not (without and argument.key.startswith(without))]
+        listed += [self._entry(name, argument) for argument in kept]
         if len(listed):
             section += listed
         return [section]
@@ -114,8 +125,11 @@ class Config(SphinxDirective):
     def _entry(self, name: str, argument: Argument) -> nodes.definition_list_item:
         term = nodes.term("", "", nodes.literal("", argument.key), ids=[nodes.make_id(f"{name}-{argument.key}")])
         term += [nodes.Text(" "), nodes.inline("", argument.type, classes=["kind"])]
-        words = "needed" if argument.default == "needed" else f"default {argument.default}"
-        term += [nodes.Text(" "), nodes.inline("", words, classes=["default"])]
+        needed = argument.default == "needed"
+        default = nodes.inline("", "needed" if needed else "default ", classes=["default"])
+        if not needed:
+            default += nodes.literal("", argument.default)
+        term += [nodes.Text(" "), default]
         definition = nodes.definition("", *self._parsed(argument.text))
         return nodes.definition_list_item("", term, definition)
 
