@@ -1,10 +1,12 @@
 """Every page of docs/: its YAML and its commands are parsed with each class and argument checked, its Python compiles.
 
-The pages' longer Python is run by tests of its own (`test_docs_big_models`, `test_your_own`, `lora/test_bank_docs`).
+The pages' longer Python is run by tests of its own (`test_docs_run`, `test_docs_big_models`, `test_your_own`,
+`lora/test_bank_docs`).
 """
 
 import re
 import shlex
+import tomllib
 
 import pytest
 import yaml
@@ -25,7 +27,7 @@ def blocks(language):
         for page, text in PAGES.items()
         for block in re.findall(rf"^```{language}\n(.*?)^```", text, re.S | re.M)
     )
-    return [pytest.param(block, id=f"{page}-{number}") for number, (page, block) in enumerate(found)]
+    return [pytest.param(page, block, id=f"{page}-{number}") for number, (page, block) in enumerate(found)]
 
 
 def commands():
@@ -69,15 +71,55 @@ def test_a_command_of_a_page_is_parsed(line):
         assert ours
 
 
-@pytest.mark.parametrize("block", blocks("yaml"))
-def test_the_yaml_of_a_page_is_parsed(block, tmp_path):
+def files_of(page):
+    """The Python files that a page has one write: blocks with a file's name in their first line."""
+    return dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGES[page], re.S | re.M))
+
+
+@pytest.mark.parametrize(("page", "block"), blocks("yaml"))
+def test_the_yaml_of_a_page_is_parsed(page, block, tmp_path, monkeypatch):
     content = yaml.safe_load(block)
     if not set(content) <= {"trainer", "model"}:
-        return  # of data with its task: test_docs_tasks and test_your_own read them
+        return  # of data with its task: test_docs_tasks, test_docs_run and test_your_own read them
+    for name, code in files_of(page).items():
+        (tmp_path / name).write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "page.yaml").write_text(block)
     assert parse([BASE, tmp_path / "page.yaml"]).data.class_path
 
 
-@pytest.mark.parametrize("block", blocks("python"))
-def test_the_python_of_a_page_compiles(block):
-    compile(block, "a page", "exec")
+@pytest.mark.parametrize(("page", "block"), blocks("python"))
+def test_the_python_of_a_page_compiles(page, block):
+    compile(block, page, "exec")
+
+
+def named(pattern):
+    """What the pages and the README name, by page."""
+    pages = {**PAGES, "README.md": (REPOSITORY / "README.md").read_text(encoding="utf-8")}
+    return {(page, found) for page, text in pages.items() for found in re.findall(pattern, text)}
+
+
+def test_every_target_of_make_that_a_page_names_is_there():
+    there = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.M)
+    found = named(r"(?m)(?:^|`)make ([a-z-]+)")
+    assert len(found) > 3
+    assert [(page, target) for page, target in found if target not in there] == []
+
+
+def test_every_module_that_a_page_runs_is_there():
+    found = named(r"python -m ((?:benchmarks|tests)\.\w+)")
+    assert len(found) > 5
+    assert [name for _, name in found if not (REPOSITORY / f"{name.replace('.', '/')}.py").is_file()] == []
+
+
+def test_every_extra_that_a_page_names_is_there():
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    found = named(r"lora_lightning\[([\w,-]+)\]")
+    assert len(found) > 3
+    assert [name for _, names in found for name in names.split(",") if name not in extras] == []
+
+
+def test_every_file_that_a_page_names_is_there():
+    found = named(r"`((?:configs|tests|benchmarks|requirements|docs)/[\w./-]+)`")
+    assert len(found) > 20
+    assert [name for name in found if not (REPOSITORY / name[1]).exists()] == []

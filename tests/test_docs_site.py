@@ -1,0 +1,138 @@
+"""The pages as a site: built with no warning and without a network, strict about links, no wider than a phone."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, Optional
+
+import pytest
+import torch
+
+import lora_lightning
+from tests import chromium
+from tests.command.process import REPOSITORY
+
+pytest.importorskip("furo")  # the extra [docs]
+pytest.importorskip("myst_parser")
+
+DOCS = REPOSITORY / "docs"
+
+
+def build(source: Path, out: Path) -> subprocess.CompletedProcess:
+    """`make docs` for these pages."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-c", DOCS, "-b", "html", source, out]
+    return subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    out = tmp_path_factory.mktemp("site")
+    done = build(DOCS, out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_every_page_is_there(site):
+    for page in DOCS.glob("*.md"):
+        assert (site / f"{page.stem}.html").is_file(), page
+
+
+def test_the_site_needs_no_network(site):
+    for page in site.glob("*.html"):
+        fetched = re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(https?:[^\"]*)", page.read_text())
+        assert fetched == [], page.name
+
+
+def test_the_equation_is_mathml(site):
+    assert re.search(r"<math[^>]*display=\"block\".*<mfrac>", (site / "idea.html").read_text(), re.S)
+
+
+def test_links_out_of_the_docs_lead_to_files_of_the_repository(site):
+    links = re.findall(r'href="([^":#]*/configs/[^"]*)"', (site / "tasks.html").read_text())
+    assert len(links) > 5
+    assert all((site / link).resolve().exists() for link in links)
+
+
+def test_the_reference_has_every_field_with_its_docstring(site):
+    text = (site / "reference.html").read_text()
+    for field in dataclasses.fields(lora_lightning.LoRAConfig):
+        assert f'id="loraconfig-{field.name.replace("_", "-")}"' in text, field.name
+    assert "Rank of the update: A is (r, in), B is (out, r)." in text
+    for key in ("huggingface-on-meta", "textclassificationdata-split-group-by", "checkpoints-save-every"):
+        assert f'id="{key}"' in text
+
+
+def test_the_reference_has_every_class_that_a_config_may_name():
+    named = set(re.findall(r"^lora_lightning\.(\w+)$", (DOCS / "reference.md").read_text(), re.M))
+    elsewhere = {
+        *("inject", "remove", "disabled", "merge", "merge_on_disk", "AdapterBank", "AdapterWarning", "LoRAError"),
+        *("load_adapter", "load_loralib", "save_adapter", "fill_from_files", "on_meta"),
+        *("prepare_weights", "recompute_inputs", "LoRACLI", "LoRATrainer", "ResumableLoader"),
+    }
+    """Of Python, or the command's own."""
+    assert set(lora_lightning.__all__) - named == elsewhere
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (int, "int"),
+        (list[str], "list[str]"),
+        (int | list[str] | None, "int or list[str] or null"),
+        (Optional[Literal["min", "max"]], "min or max or null"),  # noqa: UP045  (as jsonargparse gives it)
+        (Callable[[torch.nn.Module], torch.optim.Optimizer], "Optimizer by class_path"),
+    ],
+)
+def test_a_type_is_written_as_a_person_writes_it(kind, said, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    import config_reference
+
+    assert config_reference.plain_type(kind) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(None, "null"), (True, "true"), (0.5, "0.5"), ("", "''"), (("a", "b"), "[a, b]"), ({"a": None}, "{a: null}")],
+)
+def test_a_default_is_written_as_yaml_writes_it(value, said, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+    import config_reference
+
+    assert config_reference.plain_value(value) == said
+
+
+FAULTS = {
+    "a page that is not there": ("[x](nowhere.md)", "nowhere"),
+    "a heading that is not there": ("[x](#nowhere)", "nowhere"),
+    "a file that is not in the repository": ("[x](../configs/nowhere.yaml)", "../configs/nowhere.yaml"),
+    "a picture that is not there": ("![x](nowhere.svg)", "nowhere.svg"),
+    "a formula that is none": (r"$\nowhere{x}$", "nowhere"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_a_page_fails_the_build(fault, tmp_path):
+    text, said = FAULTS[fault]
+    (tmp_path / "index.md").write_text(f"# Title\n\n{text}\n")
+    done = build(tmp_path, tmp_path / "out")
+    assert done.returncode != 0
+    assert said in done.stderr
+
+
+def test_a_page_in_no_toctree_fails_the_build(tmp_path):
+    (tmp_path / "index.md").write_text("# Title\n")
+    (tmp_path / "lost.md").write_text("# Lost\n")
+    done = build(tmp_path, tmp_path / "out")
+    assert done.returncode != 0
+    assert "isn't included in any toctree" in done.stderr
+
+
+@pytest.mark.slow  # a browser
+@pytest.mark.parametrize("page", ["index", "quick-start", "idea", "moving", "reference", "troubleshooting", "guards"])
+def test_no_page_is_wider_than_the_screen(page, site):
+    for seen in chromium.looks(site / f"{page}.html", [390, 1280]):
+        assert seen["wide"] <= seen["window"], seen
+        assert len(seen["text"]) > 200
