@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.class_paths import explained
-from lora_lightning.commands import COMMANDS, POSITIONAL
+from lora_lightning.commands import COMMANDS, POSITIONAL, REST
 from lora_lightning.data.base import TableData
 from lora_lightning.handed_down import handed_down
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -123,6 +124,46 @@ class Parser(LightningArgumentParser):
             hint = ": write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
         print(f"lora-lightning: error: {text}{hint} (see --help)", file=sys.stderr)
         sys.exit(2)
+
+
+class PassingOn(Parser):
+    """Takes its own options, and keeps every other flag for the command that it runs."""
+
+    passed_as = ""
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """An option of its own takes the words up to the next flag; a list takes all that it is given, in any place."""
+        own, others = self._divided(list(sys.argv[1:] if args is None else args))
+        found = super().parse_args(own, *rest, **kwargs)
+        found[self.passed_as] = others
+        return found
+
+    def _divided(self, words: list[str]) -> tuple[list[str], list[str]]:
+        own: dict[str, list[str]] = {}
+        others: list[str] = []
+        actions = {option: action for action in self._actions for option in action.option_strings}
+        lists = {option for option, action in actions.items() if "list[" in str(getattr(action, "_typehint", ""))}
+        current: list[str] | None = others
+        for word in words:
+            option, equals, value = word.partition("=")
+            if word.startswith("-") and option in actions:
+                current = own.setdefault(option, [])
+                if option not in lists:
+                    current.clear()
+                current += [value] if equals else []
+            elif word.startswith("-"):
+                current = others
+                others.append(word)
+            elif current is None:
+                self.error(f"Unrecognized arguments: {word}")
+            else:
+                current.append(word)
+            one = current is not others and option not in lists and bool(current)
+            current = others if one else current
+        told = []
+        for option, values in own.items():
+            told += [f"{option}={json.dumps(values)}"] if option in lists else [option, *values]
+        return told, others
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -345,12 +386,15 @@ def resume_loggers(loggers: Any, checkpoint: str) -> None:
 
 def command_parser(name: str) -> Parser:
     """The parser of a command that needs no config."""
-    function = COMMANDS[name]
-    parser = Parser(prog=f"lora-lightning {name}", description=_first_line(function), allow_abbrev=False)
-    positional = POSITIONAL.get(name)
+    function, positional = COMMANDS[name], POSITIONAL.get(name)
+    kind = PassingOn if name in REST else Parser
+    parser = kind(prog=f"lora-lightning {name}", description=_first_line(function), allow_abbrev=False)
     if positional is not None:
         parser.add_argument(positional, nargs="+", type=str, help="Adapters: directories, run folders or checkpoints.")
-    parser.add_function_arguments(function, skip={positional} if positional else None)
+    rest = REST.get(name)
+    if isinstance(parser, PassingOn):
+        parser.passed_as = str(rest)
+    parser.add_function_arguments(function, skip={word for word in (positional, rest) if word})
     return parser
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -93,10 +93,68 @@ def analyze(
     Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge, "analyze": analyze}
+def sweep(
+    fit: list[str],
+    grid: list[str] | None = None,
+    range: list[str] | None = None,
+    sampler: Literal["grid", "random", "tpe"] = "grid",
+    trials: int | None = None,
+    pruner: Literal["none", "median", "hyperband"] = "none",
+    metric: str | None = None,
+    mode: Literal["min", "max"] | None = None,
+    jobs: int = 1,
+    seeds: str | None = None,
+    budget: int | None = None,
+    name: str | None = None,
+    runs_dir: str = "runs",
+    plots: bool = True,
+) -> None:
+    """Fit one config with other values of some flags, and rank what comes of it. All other flags are those of fit.
+
+    Args:
+        fit: flags of fit, the same for every trial.
+        grid: `KEY=V1,V2,...` for any flag of fit, as often as wanted; lists in brackets:
+            `"model.lora.target_modules=[query],[query,value],all-linear"`.
+        range: `KEY=LOW..HIGH`, or `KEY=LOW..HIGH:log`, for a sampler to draw from; whole numbers where both ends are.
+        sampler: every combination (grid), or Optuna's random or tpe, which also draw among the values of a grid.
+        trials: how many combinations a sampler tries.
+        pruner: Optuna's median or hyperband gives up a fit whose validations fall behind; none fits all to the end.
+        metric: what ranks, such as val/loss; by default what the config's best checkpoint is chosen by.
+        mode: whether the best is the smallest or the largest.
+        jobs: fits at once; each gets its part of the cores and of the GPUs.
+        seeds: `1,2,3`: fit every combination with each, and rank by the mean.
+        budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
+        name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
+        runs_dir: folder of all runs.
+        plots: draw the figures; needs matplotlib.
+    """
+    from lora_lightning.sweeps.screen import run_on_screen
+
+    run_on_screen(
+        fit=fit,
+        grid=grid or [],
+        ranges=range or [],
+        sampler=sampler,
+        trials=trials,
+        pruner=pruner,
+        metric=metric,
+        goal=mode,
+        jobs=jobs,
+        seeds=seeds,
+        budget=budget,
+        name=name,
+        runs_dir=runs_dir,
+        plots=plots,
+    )
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge, "analyze": analyze, "sweep": sweep}
 
 POSITIONAL = {"analyze": "adapters"}
 """The argument that is given without its name, once or more."""
+
+REST = {"sweep": "fit"}
+"""The argument that takes every flag that is not the command's own."""
 
 
 def rows_table(rows: Rows) -> Table:

@@ -1,0 +1,295 @@
+"""The whole of a sweep: what is asked, checked; its trials, old and new; and what came of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lightning.analysis import drawing
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.sweeps.base import Base, opened
+from lora_lightning.sweeps.budget import rank_for
+from lora_lightning.sweeps.processes import locked
+from lora_lightning.sweeps.ranking import Point, ranked
+from lora_lightning.sweeps.runner import Runner, Say
+from lora_lightning.sweeps.space import MATRICES, RANK, Choices, Swept, plainly, space
+from lora_lightning.sweeps.study import Pruner, Sampler, Study, Values, points, repeated, study_of
+from lora_lightning.sweeps.trial import Trial, named, read_all, save
+from lora_lightning.sweeps.write import write
+
+BASE = "base.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to do, checked before anything is opened."""
+
+    fit: Sequence[str]
+    """Flags of fit, the same for every trial."""
+    grid: Sequence[str] = ()
+    ranges: Sequence[str] = ()
+    sampler: Sampler = "grid"
+    trials: int | None = None
+    pruner: Pruner = "none"
+    metric: str | None = None
+    goal: str | None = None
+    jobs: int = 1
+    seeds: Sequence[int] = ()
+    budget: int | None = None
+    name: str | None = None
+    runs_dir: str = "runs"
+    plots: bool = True
+    swept: list[Swept] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "swept", space(self.grid, self.ranges))
+        if not self.swept:
+            raise LoRAError("a sweep needs something to sweep: --grid model.lora.r=1,2,4,8")
+        keys = [one.key for one in self.swept]
+        if self.budget is not None and RANK in keys:
+            raise LoRAError(f"--budget chooses r for each set of matrices: leave {RANK} out of --grid and --range")
+        if self.budget is not None and not any(isinstance(one, Choices) and one.key == MATRICES for one in self.swept):
+            raise LoRAError(
+                f'--budget compares sets of matrices: give --grid "{MATRICES}=[query],[query,value],all-linear"'
+            )
+        if self.sampler == "grid" and self.trials is not None:
+            raise LoRAError("--trials is for --sampler random or tpe: a grid has as many as it has points")
+        if self.sampler != "grid" and (self.trials is None or self.trials < 1):
+            raise LoRAError(f"--sampler {self.sampler} needs --trials N, at least 1")
+        if self.jobs < 1:
+            raise LoRAError(f"jobs must be at least 1, got {self.jobs}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise LoRAError(f"seeds are to differ, got {', '.join(map(str, self.seeds))}")
+        if self.metric is not None and not self.metric.startswith("val"):
+            raise LoRAError(f"a sweep chooses by validation, so that the test set can still judge; got {self.metric}")
+        if self.plots:
+            drawing.refuse_missing()
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What a sweep came to."""
+
+    folder: Path
+    points: list[Point]
+    keys: list[str]
+    metric: str
+    goal: str
+
+
+class Sweep:
+    """A request over an opened config, with the trials that its folder holds."""
+
+    def __init__(self, request: Request, base: Base) -> None:
+        self.request, self.base = request, base
+        self.folder = Path(request.runs_dir) / (request.name or f"{base.name}-sweep")
+        self.metric, self.goal = _metric(request, base)
+        self.keys = [one.key for one in request.swept]
+        self.about: dict[str, Any] = {
+            "metric": self.metric,
+            "goal": self.goal,
+            "budget": request.budget,
+            "seeds": list(request.seeds),
+        }
+        own = [*self.keys, *([RANK] if request.budget is not None else [])]
+        self.about["config"] = _without(base.config, own, seeds=bool(request.seeds))
+        self.ranks = self._ranks() if request.budget is not None else {}
+        self._check_values()
+
+    @property
+    def shown_keys(self) -> list[str]:
+        """What is swept, and the r that a budget chose."""
+        return [*self.keys, *([RANK] if self.ranks else [])]
+
+    def _check_values(self) -> None:
+        """Let fit's own parser see every value, so that a mistake is told before the first trial."""
+        for one in self.request.swept:
+            values = one.values if isinstance(one, Choices) else (_end(one.low, one), _end(one.high, one))
+            for value in values:
+                self.base.check([*self.request.fit, *_first(self.request.swept), f"--{one.key}={value}"])
+
+    def _ranks(self) -> dict[str, int]:
+        """For each set of matrices the r that meets the budget."""
+        assert self.request.budget is not None
+        sets = next(one for one in self.request.swept if one.key == MATRICES)
+        assert isinstance(sets, Choices)
+        found = {}
+        for value in sets.values:
+            lora = self.base.check([*self.request.fit, f"--{MATRICES}={value}"]).model.lora
+            config = LoRAConfig(**{**lora.as_dict(), "init": "gaussian"})
+            try:
+                found[value] = rank_for(self.base.backbone, config, self.request.budget)
+            except LoRAError as error:
+                raise LoRAError(f"{MATRICES}={value}: {error}") from error
+        return found
+
+    def run(self, say: Say) -> Outcome:
+        """Fit what is not done yet, and write what came of it, also where it is interrupted."""
+        with locked(self.folder) as lock:
+            known = self._known()
+            watched = self.request.pruner != "none"
+            count = len(points(self.request.swept)) if self.request.sampler == "grid" else self.request.trials or 0
+            study = study_of(
+                self.request.swept,
+                known,
+                sampler=self.request.sampler,
+                pruner=self.request.pruner,
+                goal=self.goal,
+                count=count,
+            )
+            runner = Runner(
+                sweep=self.folder,
+                args=self.request.fit,
+                metric=self.metric,
+                goal=self.goal,
+                study=study,
+                jobs=self.request.jobs,
+                watched=watched,
+                lock=lock,
+                say=say,
+                gpus=torch.cuda.device_count(),
+            )
+            try:
+                runner.run(self._trials(known, study))
+            finally:
+                outcome = self._outcome(known)
+                write(self.folder, self.about, outcome.points, outcome.keys, plots=self.request.plots)
+        return outcome
+
+    def count(self) -> int:
+        """Fits that it has when it is done."""
+        one = self.request
+        number = len(points(one.swept)) if one.sampler == "grid" else one.trials or 0
+        return number * max(1, len(one.seeds))
+
+    def _known(self) -> list[Trial]:
+        """Those in the folder, which belongs to one config, metric and set of flags; other values add to it.
+
+        Raises:
+            LoRAError: the folder is of another sweep.
+        """
+        file = self.folder / BASE
+        told = {**self.about, "keys": self.shown_keys}
+        told.pop("seeds")
+        if file.is_file():
+            before = json.loads(file.read_text(encoding="utf-8"))
+            if (other := _difference(before, told)) is not None:
+                raise LoRAError(
+                    f"'{self.folder}' holds a sweep with another {other}: give another --name; other values of the same"
+                    " flags, more trials and more seeds would be added to it"
+                )
+        else:
+            from lora_lightning.lora.storage import write_bytes
+
+            write_bytes(file, (json.dumps(told, indent=2) + "\n").encode())
+        return read_all(self.folder)
+
+    def _trials(self, known: list[Trial], study: Study) -> Iterator[Trial]:
+        """Those to be fitted: what was begun and is not done first, with the same values; then what is new.
+
+        New ones are added to `known`.
+        """
+        seeds: list[int | None] = [*self.request.seeds] or [None]
+        if self.request.sampler == "grid":
+            wanted = repeated([self._whole(values) for values in points(self.request.swept)], seeds)
+        else:
+            wanted = self._proposed(known, study, seeds)
+        for values, seed in wanted:
+            found = next((trial for trial in known if trial.is_of(values, seed)), None)
+            if found is None:
+                found = named(max((trial.number for trial in known), default=-1) + 1, values, seed)
+                known.append(found)
+                save(found, self.folder)
+            if not found.is_done:
+                yield found
+
+    def _proposed(
+        self, known: list[Trial], study: Study, seeds: Sequence[int | None]
+    ) -> Iterator[tuple[Values, int | None]]:
+        assert self.request.trials is not None
+        tried: list[Values] = []
+        for trial in known:
+            tried += [trial.values] if trial.values not in tried else []
+        for number in range(self.request.trials):
+            if number >= len(tried):
+                tried.append(self._whole(study.propose()))
+            for seed in seeds:
+                yield tried[number], seed
+
+    def _whole(self, values: Values) -> Values:
+        """With the r that the budget chose."""
+        return {**values, RANK: str(self.ranks[values[MATRICES]])} if self.ranks else values
+
+    def _outcome(self, known: Sequence[Trial]) -> Outcome:
+        return Outcome(
+            folder=self.folder,
+            points=ranked(known, self.goal),
+            keys=self.shown_keys,
+            metric=self.metric,
+            goal=self.goal,
+        )
+
+
+def prepared(request: Request) -> Sweep:
+    """Open the config and look at everything that can be looked at before the first fit.
+
+    Raises:
+        LoRAError: the request does not fit the config.
+        SystemExit: `fit` refuses a flag; its line is on the screen.
+    """
+    first = [] if request.budget is not None else _first(request.swept)
+    return Sweep(request, opened([*request.fit, *first]))
+
+
+def _first(swept: Sequence[Swept]) -> list[str]:
+    return [f"--{one.key}={one.values[0] if isinstance(one, Choices) else _end(one.low, one)}" for one in swept]
+
+
+def _end(value: float, one: Any) -> str:
+    return str(int(value)) if one.integer else f"{value:.9g}"
+
+
+def _metric(request: Request, base: Base) -> tuple[str, str]:
+    if request.metric in (None, base.metric):
+        return base.metric, request.goal or base.goal
+    assert request.metric is not None
+    if request.goal is None:
+        raise LoRAError(
+            f"--metric {request.metric} is not what the config monitors ({base.metric}): say --mode min or max"
+        )
+    return request.metric, request.goal
+
+
+def _without(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
+    """The config less what is swept."""
+    found: dict[str, Any] = json.loads(json.dumps(config))
+    for key in [*keys, *(["seed_everything"] if seeds else [])]:
+        *above, last = key.split(".")
+        inner: Any = found
+        for part in above:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    return found
+
+
+def _difference(before: Any, now: Any, where: str = "") -> str | None:
+    """The first place in which two differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            found = _difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+            if found is not None:
+                return found
+        return None
+    return None if before == now else f"{where.removeprefix('config.')} ({_short(before)}, now {_short(now)})"
+
+
+def _short(value: Any) -> str:
+    text = plainly(json.dumps(value))
+    return text if len(text) < 60 else f"{text[:57]}..."
