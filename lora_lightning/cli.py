@@ -130,6 +130,8 @@ class PassingOn(Parser):
     """Takes its own options, and keeps every other flag for the command that it runs."""
 
     passed_as = ""
+    lists: frozenset[str] = frozenset()
+    """Options that take several words."""
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """An option of its own takes the words up to the next flag; a list takes all that it is given, in any place."""
@@ -141,28 +143,23 @@ class PassingOn(Parser):
     def _divided(self, words: list[str]) -> tuple[list[str], list[str]]:
         own: dict[str, list[str]] = {}
         others: list[str] = []
-        actions = {option: action for action in self._actions for option in action.option_strings}
-        lists = {option for option, action in actions.items() if "list[" in str(getattr(action, "_typehint", ""))}
-        current: list[str] | None = others
+        current = None
         for word in words:
             option, equals, value = word.partition("=")
-            if word.startswith("-") and option in actions:
-                current = own.setdefault(option, [])
-                if option not in lists:
-                    current.clear()
-                current += [value] if equals else []
-            elif word.startswith("-"):
-                current = others
+            if not word.startswith("-"):
+                (others if current is None else own[current]).append(word)
+            elif option not in self._option_string_actions:
+                current = None
                 others.append(word)
-            elif current is None:
-                self.error(f"Unrecognized arguments: {word}")
             else:
-                current.append(word)
-            one = current is not others and option not in lists and bool(current)
-            current = others if one else current
+                current = option
+                before = own.get(option, []) if option in self.lists else []  # of others the later one wins
+                own[option] = [*before, *([value] if equals else [])]
+            if current is not None and current not in self.lists and own[current]:
+                current = None
         told = []
         for option, values in own.items():
-            told += [f"{option}={json.dumps(values)}"] if option in lists else [option, *values]
+            told += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
         return told, others
 
 
@@ -394,6 +391,8 @@ def command_parser(name: str) -> Parser:
     rest = REST.get(name)
     if isinstance(parser, PassingOn):
         parser.passed_as = str(rest)
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+        parser.lists = frozenset(f"--{own.name}" for own in parameters if own.annotation == list[str] | None)
     parser.add_function_arguments(function, skip={word for word in (positional, rest) if word})
     return parser
 

@@ -20,6 +20,7 @@ from lora_lightning.lora.errors import LoRAError
 LOCK = ".lock"
 PATIENCE = 60.0
 """Seconds that a fit has to write its checkpoint and leave, once it is asked to."""
+FIT = (sys.executable, "-m", "lora_lightning", "fit")
 ERROR = "lora-lightning: error: "
 SET_PDEATHSIG = 1
 """Of Linux's prctl: the signal that a process gets when its parent dies, also by SIGKILL."""
@@ -65,12 +66,12 @@ class Fit:
         return (told or [line for line in lines if line] or [f"exit code {self.process.returncode}"])[-1]
 
 
-def start(args: Sequence[str], log: Path, env: Mapping[str, str], lock: int) -> Fit:
-    """Begin `lora-lightning fit ARGS`, in a process group of its own: the sweep says when it ends, not the terminal."""
+def start(command: Sequence[str], log: Path, env: Mapping[str, str], lock: int) -> Fit:
+    """Begin a fit, in a process group of its own: the sweep says when it ends, not the terminal."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as screen:
         process = subprocess.Popen(
-            [sys.executable, "-m", "lora_lightning", "fit", *args],
+            [*command],
             stdin=subprocess.DEVNULL,
             stdout=screen,
             stderr=subprocess.STDOUT,

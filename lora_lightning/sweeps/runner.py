@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from lora_lightning.sweeps.processes import Fit, shares, start
+from lora_lightning.sweeps.processes import FIT, Fit, shares, start
 from lora_lightning.sweeps.reporting import ReportValidations, reported
 from lora_lightning.sweeps.study import Study
 from lora_lightning.sweeps.trial import LOG, Trial, save
@@ -48,6 +48,7 @@ class Runner:
     watched: bool
     lock: int
     say: Say
+    command: Sequence[str] = FIT
     gpus: int = 0
     wait: float = 0.2
     """Seconds between two looks at the fits."""
@@ -89,7 +90,7 @@ class Runner:
         own += [] if trial.seed is None else [f"--seed_everything={trial.seed}"]
         own += [f"--trainer.callbacks+={CALLBACK}"] if self.watched else []
         own += [f"--runs_dir={self.sweep}", f"--name={trial.name}", "--ckpt_path=auto"]
-        fit = start([*self.args, *own], self.sweep / trial.name / LOG, environment, self.lock)
+        fit = start([*self.command, *self.args, *own], self.sweep / trial.name / LOG, environment, self.lock)
         self._running[slot] = (trial, fit)
         self.say(trial, "begins")
         return True

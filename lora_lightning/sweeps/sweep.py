@@ -13,9 +13,10 @@ import torch
 from lora_lightning.analysis import drawing
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.storage import write_bytes
 from lora_lightning.sweeps.base import Base, opened
 from lora_lightning.sweeps.budget import rank_for
-from lora_lightning.sweeps.processes import locked
+from lora_lightning.sweeps.processes import FIT, locked
 from lora_lightning.sweeps.ranking import Point, ranked
 from lora_lightning.sweeps.runner import Runner, Say
 from lora_lightning.sweeps.space import MATRICES, RANK, Choices, Swept, plainly, space
@@ -86,8 +87,8 @@ class Outcome:
 class Sweep:
     """A request over an opened config, with the trials that its folder holds."""
 
-    def __init__(self, request: Request, base: Base) -> None:
-        self.request, self.base = request, base
+    def __init__(self, request: Request, base: Base, command: Sequence[str] = FIT) -> None:
+        self.request, self.base, self.command = request, base, command
         self.folder = Path(request.runs_dir) / (request.name or f"{base.name}-sweep")
         self.metric, self.goal = _metric(request, base)
         self.keys = [one.key for one in request.swept]
@@ -153,6 +154,7 @@ class Sweep:
                 watched=watched,
                 lock=lock,
                 say=say,
+                command=self.command,
                 gpus=torch.cuda.device_count(),
             )
             try:
@@ -185,8 +187,6 @@ class Sweep:
                     " flags, more trials and more seeds would be added to it"
                 )
         else:
-            from lora_lightning.lora.storage import write_bytes
-
             write_bytes(file, (json.dumps(told, indent=2) + "\n").encode())
         return read_all(self.folder)
 
