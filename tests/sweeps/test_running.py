@@ -6,8 +6,6 @@ import csv
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from statistics import fmean, stdev
 
@@ -15,7 +13,7 @@ import pytest
 
 from lora_lightning import LoRAError
 from lora_lightning.sweeps.processes import locked, shares
-from tests.command.process import REPOSITORY
+from lora_lightning.sweeps.runner import Stopped
 from tests.sweeps.quick import events, placed, plan, run, sweep
 
 LEVELS = {"1": 0.3, "2": 0.7, "4": 0.5}
@@ -145,22 +143,30 @@ def test_tpe_draws_what_did_well_more_often(tmp_path):
 
 
 def killed(tmp_path, number, file):
-    """A sweep in a process of its own, sent a signal in the middle of its second fit; its exit code."""
-    code = f"from tests.sweeps.quick import run; run({str(file)!r})"
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
+    """A sweep in a process of its own, sent a signal in the middle of its second fit; how that ended."""
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            run(file)
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+        except Stopped:
+            code = 143
+        finally:
+            os._exit(code)
     until = time.monotonic() + 120
     state = tmp_path / "runs/quick-sweep/001_r-2/version_0/state.json"
-    while not (state.is_file() and state.read_text() in "34") and time.monotonic() < until:
+    while not (state.is_file() and state.read_text() in ("3", "4")) and time.monotonic() < until:
         time.sleep(0.02)
-    process.send_signal(number)
-    return process.wait(60)
+    os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_sweep_that_is_killed_ends_its_fits_and_goes_on_where_it_was(tmp_path, number):
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_killed_ends_its_fits_and_goes_on_where_it_was(tmp_path, number, ends):
     file = plan(tmp_path, level=LEVELS, validations=10, pause=0.15)
-    assert killed(tmp_path, number, file) != 0
+    assert killed(tmp_path, number, file) == ends
     outcome, said = run(file)  # waits for what the killed one has left
     assert [e["r"] for e in events(tmp_path, "leaves")] == ["2"]
     assert [s[1] for s in said if s[0] == "begins"] == ["2", "4"]
