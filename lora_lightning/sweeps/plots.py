@@ -4,6 +4,7 @@ number of parameters), and the metric against any other flag."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,7 @@ def curve(points: Sequence[Point], key: str, metric: str) -> Figure:
 
 def table6(points: Sequence[Point], metric: str) -> Figure:
     """A line for each set of matrices over r, and the same as a table of colours."""
-    drawn = figure(PAGE, 2.9)
+    drawn = figure(PAGE, 3.1)
     left, right = drawn.subplots(1, 2, width_ratios=[1.1, 1])
     sets, ranks = _sets(points), sorted({_r(point) for point in points})
     for place, name in enumerate(sets):
@@ -117,7 +118,8 @@ def table6(points: Sequence[Point], metric: str) -> Figure:
     _log_ranks(left, points, RANK)
     left.set_xlabel("rank r")
     left.set_ylabel(metric)
-    left.legend(frameon=False, handlelength=1.2)
+    handles, labels = left.get_legend_handles_labels()
+    drawn.legend(handles, labels, loc="outside lower center", ncols=min(len(sets), 3), frameon=False, handlelength=1.2)
     cells = np.full((len(sets), len(ranks)), np.nan)
     for point in points:
         cells[sets.index(point.values[MATRICES]), ranks.index(_r(point))] = _mean(point)
@@ -150,7 +152,8 @@ def matrices(points: Sequence[Point], metric: str) -> Figure:
     means = [_mean(point) for point in ordered]
     spread = [point.deviation or 0.0 for point in ordered]
     repeated = any(spread)
-    axis.bar(range(len(sets)), means, 0.6, color=COLOURS[0], yerr=spread if repeated else None, capsize=2)
+    bars = {"yerr": spread, "error_kw": {"elinewidth": 0.8, "capthick": 0.8, "capsize": 2}} if repeated else {}
+    axis.bar(range(len(sets)), means, 0.6, color=COLOURS[0], **bars)
     low = min(mean - s for mean, s in zip(means, spread, strict=True))
     high = max(mean + s for mean, s in zip(means, spread, strict=True))
     room = (high - low) or abs(high) or 1.0
@@ -226,10 +229,10 @@ def _millions(count: int) -> str:
 
 
 def _folded(text: str, width: int = 16) -> str:
-    """A list of names on as many lines as it takes."""
+    """A list of names on as many lines as it takes, long dotted ones on several."""
     lines = [""]
-    for part in text.split(", "):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
+    for piece in re.findall(r"[^., ]+(?:\.|, )?|[., ]+", text):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
             lines.append("")
-        lines[-1] += f"{part}, "
-    return "\n".join(lines).removesuffix(", ")
+        lines[-1] += piece
+    return "\n".join(line.rstrip() for line in lines)

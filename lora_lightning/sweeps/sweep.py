@@ -109,11 +109,16 @@ class Sweep:
         return [*self.keys, *([RANK] if self.ranks else [])]
 
     def _check_values(self) -> None:
-        """Let fit's own parser see every value, so that a mistake is told before the first trial."""
+        """Let fit's own parser see every value, so that a mistake is told before the first trial.
+
+        Raises:
+            ConfigError: a field of `model.lora` has a value that means nothing.
+        """
         for one in self.request.swept:
             values = one.values if isinstance(one, Choices) else (_end(one.low, one), _end(one.high, one))
             for value in values:
-                self.base.check([*self.request.fit, *_first(self.request.swept), f"--{one.key}={value}"])
+                asked = [*self.request.fit, *_first(self.request.swept), f"--{one.key}={value}"]
+                LoRAConfig(**self.base.check(asked).model.lora.as_dict())  # its own checks, beside its types
 
     def _ranks(self) -> dict[str, int]:
         """For each set of matrices the r that meets the budget."""

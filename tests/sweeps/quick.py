@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+from jsonargparse import Namespace
 from torch import nn
 
 from lora_lightning import LoRAConfig
@@ -20,7 +21,7 @@ class TakesAll:
     """A parser that refuses nothing."""
 
     def parse_args(self, args):
-        return SimpleNamespace(fit=list(args))
+        return SimpleNamespace(fit=SimpleNamespace(model=SimpleNamespace(lora=Namespace())))
 
 
 def plan(folder, **changes):
