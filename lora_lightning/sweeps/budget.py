@@ -7,8 +7,6 @@ of the model's shapes: A and B, and with them all else that trains, such as a ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -62,8 +60,3 @@ def rank_for(backbone: nn.Module, config: LoRAConfig, budget: int) -> int:
             above = middle
     near = {r: found for r in (below, above) if (found := count(r)) is not None}
     return min(near, key=lambda r: (abs(near[r] - budget), r))
-
-
-def with_values(config: LoRAConfig, values: Mapping[str, Any]) -> LoRAConfig:
-    """A config with other fields, by their names."""
-    return dataclasses.replace(config, **values)

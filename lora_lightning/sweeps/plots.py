@@ -152,7 +152,9 @@ def matrices(points: Sequence[Point], metric: str) -> Figure:
     means = [_mean(point) for point in ordered]
     spread = [point.deviation or 0.0 for point in ordered]
     repeated = any(spread)
-    bars = {"yerr": spread, "error_kw": {"elinewidth": 0.8, "capthick": 0.8, "capsize": 2}} if repeated else {}
+    bars: dict[str, Any] = (
+        {"yerr": spread, "error_kw": {"elinewidth": 0.8, "capthick": 0.8, "capsize": 2}} if repeated else {}
+    )
     axis.bar(range(len(sets)), means, 0.6, color=COLOURS[0], **bars)
     low = min(mean - s for mean, s in zip(means, spread, strict=True))
     high = max(mean + s for mean, s in zip(means, spread, strict=True))

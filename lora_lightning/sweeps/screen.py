@@ -13,9 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_lightning.commands import rows_table
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.sweeps.request import Request
 from lora_lightning.sweeps.runner import Say, Stopped
 from lora_lightning.sweeps.space import plainly, short_names
-from lora_lightning.sweeps.sweep import Outcome, Request, Sweep, prepared
+from lora_lightning.sweeps.sweep import Outcome, Sweep, prepared
 from lora_lightning.sweeps.tables import next_command, table
 from lora_lightning.sweeps.trial import LOG, Trial
 from lora_lightning.sweeps.write import PAGE

@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_lightning.analysis import drawing
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.storage import write_bytes
 from lora_lightning.sweeps.base import Base, opened
 from lora_lightning.sweeps.budget import rank_for
+from lora_lightning.sweeps.folder import claim, without
 from lora_lightning.sweeps.processes import FIT, locked
 from lora_lightning.sweeps.ranking import Point, ranked
+from lora_lightning.sweeps.request import Request, bounds, first_values
 from lora_lightning.sweeps.runner import Runner, Say
-from lora_lightning.sweeps.space import MATRICES, RANK, Choices, Swept, plainly, space
-from lora_lightning.sweeps.study import Pruner, Sampler, Study, Values, points, repeated, study_of
+from lora_lightning.sweeps.space import MATRICES, RANK, Choices
+from lora_lightning.sweeps.study import Study, Values, points, repeated, study_of
 from lora_lightning.sweeps.trial import Trial, named, read_all, save
 from lora_lightning.sweeps.write import write
-
-BASE = "base.json"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to do, checked before anything is opened."""
-
-    fit: Sequence[str]
-    """Flags of fit, the same for every trial."""
-    grid: Sequence[str] = ()
-    ranges: Sequence[str] = ()
-    sampler: Sampler = "grid"
-    trials: int | None = None
-    pruner: Pruner = "none"
-    metric: str | None = None
-    goal: str | None = None
-    jobs: int = 1
-    seeds: Sequence[int] = ()
-    budget: int | None = None
-    name: str | None = None
-    runs_dir: str = "runs"
-    plots: bool = True
-    swept: list[Swept] = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "swept", space(self.grid, self.ranges))
-        if not self.swept:
-            raise LoRAError("a sweep needs something to sweep: --grid model.lora.r=1,2,4,8")
-        keys = [one.key for one in self.swept]
-        if self.budget is not None and RANK in keys:
-            raise LoRAError(f"--budget chooses r for each set of matrices: leave {RANK} out of --grid and --range")
-        if self.budget is not None and not any(isinstance(one, Choices) and one.key == MATRICES for one in self.swept):
-            raise LoRAError(
-                f'--budget compares sets of matrices: give --grid "{MATRICES}=[query],[query,value],all-linear"'
-            )
-        if self.sampler == "grid" and self.trials is not None:
-            raise LoRAError("--trials is for --sampler random or tpe: a grid has as many as it has points")
-        if self.sampler != "grid" and (self.trials is None or self.trials < 1):
-            raise LoRAError(f"--sampler {self.sampler} needs --trials N, at least 1")
-        if self.jobs < 1:
-            raise LoRAError(f"jobs must be at least 1, got {self.jobs}")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise LoRAError(f"seeds are to differ, got {', '.join(map(str, self.seeds))}")
-        if self.metric is not None and not self.metric.startswith("val"):
-            raise LoRAError(f"a sweep chooses by validation, so that the test set can still judge; got {self.metric}")
-        if self.plots:
-            drawing.refuse_missing()
 
 
 @dataclass(kw_only=True)
@@ -99,7 +50,7 @@ class Sweep:
             "seeds": list(request.seeds),
         }
         own = [*self.keys, *([RANK] if request.budget is not None else [])]
-        self.about["config"] = _without(base.config, own, seeds=bool(request.seeds))
+        self.about["config"] = without(base.config, own, seeds=bool(request.seeds))
         self.ranks = self._ranks() if request.budget is not None else {}
         self._check_values()
 
@@ -115,9 +66,8 @@ class Sweep:
             ConfigError: a field of `model.lora` has a value that means nothing.
         """
         for one in self.request.swept:
-            values = one.values if isinstance(one, Choices) else (_end(one.low, one), _end(one.high, one))
-            for value in values:
-                asked = [*self.request.fit, *_first(self.request.swept), f"--{one.key}={value}"]
+            for value in bounds(one):
+                asked = [*self.request.fit, *first_values(self.request.swept), f"--{one.key}={value}"]
                 LoRAConfig(**self.base.check(asked).model.lora.as_dict())  # its own checks, beside its types
 
     def _ranks(self) -> dict[str, int]:
@@ -181,25 +131,12 @@ class Sweep:
         Raises:
             LoRAError: the folder is of another sweep.
         """
-        file = self.folder / BASE
-        told = {**self.about, "keys": self.shown_keys}
-        told.pop("seeds")
-        if file.is_file():
-            before = json.loads(file.read_text(encoding="utf-8"))
-            if (other := _difference(before, told)) is not None:
-                raise LoRAError(
-                    f"'{self.folder}' holds a sweep with another {other}: give another --name; other values of the same"
-                    " flags, more trials and more seeds would be added to it"
-                )
-        else:
-            write_bytes(file, (json.dumps(told, indent=2) + "\n").encode())
+        about = {key: value for key, value in self.about.items() if key != "seeds"}
+        claim(self.folder, {**about, "keys": self.shown_keys})
         return read_all(self.folder)
 
     def _trials(self, known: list[Trial], study: Study) -> Iterator[Trial]:
-        """Those to be fitted: what was begun and is not done first, with the same values; then what is new.
-
-        New ones are added to `known`.
-        """
+        """Those to be fitted, in order; of what was begun before, only what is not done. New ones join `known`."""
         seeds: list[int | None] = [*self.request.seeds] or [None]
         if self.request.sampler == "grid":
             wanted = repeated([self._whole(values) for values in points(self.request.swept)], seeds)
@@ -248,16 +185,8 @@ def prepared(request: Request) -> Sweep:
         LoRAError: the request does not fit the config.
         SystemExit: `fit` refuses a flag; its line is on the screen.
     """
-    first = [] if request.budget is not None else _first(request.swept)
+    first = [] if request.budget is not None else first_values(request.swept)
     return Sweep(request, opened([*request.fit, *first]))
-
-
-def _first(swept: Sequence[Swept]) -> list[str]:
-    return [f"--{one.key}={one.values[0] if isinstance(one, Choices) else _end(one.low, one)}" for one in swept]
-
-
-def _end(value: float, one: Any) -> str:
-    return str(int(value)) if one.integer else f"{value:.9g}"
 
 
 def _metric(request: Request, base: Base) -> tuple[str, str]:
@@ -269,32 +198,3 @@ def _metric(request: Request, base: Base) -> tuple[str, str]:
             f"--metric {request.metric} is not what the config monitors ({base.metric}): say --mode min or max"
         )
     return request.metric, request.goal
-
-
-def _without(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
-    """The config less what is swept."""
-    found: dict[str, Any] = json.loads(json.dumps(config))
-    for key in [*keys, *(["seed_everything"] if seeds else [])]:
-        *above, last = key.split(".")
-        inner: Any = found
-        for part in above:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            inner.pop(last, None)
-    return found
-
-
-def _difference(before: Any, now: Any, where: str = "") -> str | None:
-    """The first place in which two differ, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            found = _difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
-            if found is not None:
-                return found
-        return None
-    return None if before == now else f"{where.removeprefix('config.')} ({_short(before)}, now {_short(now)})"
-
-
-def _short(value: Any) -> str:
-    text = plainly(json.dumps(value))
-    return text if len(text) < 60 else f"{text[:57]}..."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from pathlib import Path
 
 from lora_lightning.analysis.tables import Rows
 from lora_lightning.sweeps.ranking import Point
@@ -62,8 +61,3 @@ def csv_of(points: Sequence[Point], keys: Sequence[str], metric: str) -> str:
 
 def _empty(value: object) -> object:
     return "" if value is None else value
-
-
-def relative(path: Path, to: Path) -> str:
-    """A run's folder within the sweep's."""
-    return str(path.relative_to(to)) if path.is_relative_to(to) else str(path)

@@ -12,7 +12,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig
 from lora_lightning.sweeps.base import Base
-from lora_lightning.sweeps.sweep import Request, Sweep
+from lora_lightning.sweeps.request import Request
+from lora_lightning.sweeps.sweep import Sweep
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 

@@ -8,7 +8,8 @@ import yaml
 
 from lora_lightning import LoRAConfig, LoRAError
 from lora_lightning.sweeps.budget import rank_for, trainable
-from lora_lightning.sweeps.sweep import Request, prepared
+from lora_lightning.sweeps.request import Request
+from lora_lightning.sweeps.sweep import prepared
 from tests.factories import bert
 from tests.recipes.recipe import CONFIGS
 

@@ -55,7 +55,7 @@ def test_a_flag_that_fit_refuses_is_told_in_fits_own_line_before_anything_runs(t
 
 
 def started(tiny, folder):
-    args = ["sweep", "-c", tiny.config, "--grid", "model.lora.r=2", "--trainer.max_epochs", "60"]
+    args = ["sweep", "-c", tiny.config, "--grid", "model.lora.r=2", "--trainer.max_epochs", "20"]
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     return subprocess.Popen(
         [sys.executable, "-m", "lora_lightning", *args, "--model.lora.dropout", "0.2", "--plots", "false"],

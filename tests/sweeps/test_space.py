@@ -6,9 +6,9 @@ import pytest
 
 from lora_lightning import LoRAError
 from lora_lightning.cli import command_parser
+from lora_lightning.sweeps.request import Request
 from lora_lightning.sweeps.space import Range, choices, interval, plainly, short_names
 from lora_lightning.sweeps.study import points, study_of
-from lora_lightning.sweeps.sweep import Request
 from lora_lightning.sweeps.trial import named
 
 SETS = "model.lora.target_modules=[query],[query,value],all-linear"
