@@ -18,6 +18,10 @@ class Command(NamedTuple):
     """The argument that is given without its name; more than once where it is a list."""
     help: str = ""
     """Of a list that is given so, what it holds."""
+    rest: str | None = None
+    """The argument that takes every flag that is not the command's own."""
+    main: str | None = None
+    """`module:function` that takes the words after the command's name itself."""
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -26,6 +30,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         "validate": Command("a trained run on its validation set"),
         "test": Command("a trained run on its test set"),
         "predict": Command("a trained run on new rows, into predictions.jsonl"),
+        "sweep": Command(
+            "fits of one config with other values of some flags, ranked", "lora_lightning.commands:sweep", rest="fit"
+        ),
         "export": Command("a trained run as PEFT adapter, merged model or ONNX, each compared with it"),
     },
     "adapters on disk": {
@@ -45,6 +52,14 @@ GROUPS: dict[str, dict[str, Command]] = {
     },
 }
 
+
+def imported(path: str) -> Callable[..., Any]:
+    """What `module:function` names."""
+    module, _, function = path.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
 FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 """Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
 
@@ -58,9 +73,7 @@ class Functions(Mapping[str, Callable[..., Any]]):
         self._paths = {name: entry.function for name, entry in entries.items() if entry.function}
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        module, _, function = self._paths[name].partition(":")
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return found
+        return imported(self._paths[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)

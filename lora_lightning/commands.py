@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from lora_lightning.command_list import COMMANDS, POSITIONAL
+from lora_lightning.command_list import COMMANDS
 from lora_lightning.lora.casting import DType
 from lora_lightning.lora.stream import StreamReport
 
@@ -93,6 +93,61 @@ def analyze(
     Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
 
 
+def sweep(
+    fit: list[str],
+    grid: list[str] | None = None,
+    range: list[str] | None = None,
+    sampler: Literal["grid", "random", "tpe"] = "grid",
+    trials: int | None = None,
+    pruner: Literal["none", "median", "hyperband"] = "none",
+    metric: str | None = None,
+    mode: Literal["min", "max"] | None = None,
+    jobs: int = 1,
+    seeds: str | None = None,
+    budget: int | None = None,
+    name: str | None = None,
+    runs_dir: str = "runs",
+    plots: bool = True,
+) -> None:
+    """Fit one config with other values of some flags, and rank what comes of it. All other flags are those of fit.
+
+    Args:
+        fit: flags of fit, the same for every trial.
+        grid: `KEY=V1,V2,...` for any flag of fit, as often as wanted; lists in brackets:
+            `"model.lora.target_modules=[query],[query,value],all-linear"`.
+        range: `KEY=LOW..HIGH`, or `KEY=LOW..HIGH:log`, for a sampler to draw from; whole numbers where both ends are.
+        sampler: every combination (grid), or Optuna's random or tpe, which also draw among the values of a grid.
+        trials: how many combinations a sampler tries.
+        pruner: Optuna's median or hyperband gives up a fit whose validations fall behind; none fits all to the end.
+        metric: what ranks, such as val/loss; by default what the config's best checkpoint is chosen by.
+        mode: whether the best is the smallest or the largest.
+        jobs: fits at once; each gets its part of the cores and of the GPUs.
+        seeds: `1,2,3`: fit every combination with each, and rank by the mean.
+        budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
+        name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
+        runs_dir: folder of all runs.
+        plots: draw the figures; needs matplotlib.
+    """
+    from lora_lightning.sweeps.screen import run_on_screen
+
+    run_on_screen(
+        fit=fit,
+        grid=grid or [],
+        ranges=range or [],
+        sampler=sampler,
+        trials=trials,
+        pruner=pruner,
+        metric=metric,
+        goal=mode,
+        jobs=jobs,
+        seeds=seeds,
+        budget=budget,
+        name=name,
+        runs_dir=runs_dir,
+        plots=plots,
+    )
+
+
 def rows_table(rows: Rows) -> Table:
     """One of the analysis's tables for the screen."""
     table = Table(title=rows.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -120,4 +175,4 @@ def merge_table(report: StreamReport, output_dir: str) -> Table:
     return table
 
 
-__all__ = ["COMMANDS", "POSITIONAL", "analyze", "merge"]
+__all__ = ["COMMANDS", "analyze", "merge", "sweep"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from lora_lightning.command_list import COMMANDS, ENTRIES, POSITIONAL
+from lora_lightning.command_list import COMMANDS, ENTRIES, Command
 from lora_lightning.help_screens import ShowHelp, whole
 from lora_lightning.mistakes import told
 
@@ -53,16 +54,65 @@ class OneLine(ArgumentParser):
 
 def command_parser(name: str) -> OneLine:
     """The parser of a command that needs no config."""
-    function = COMMANDS[name]
+    function, entry = COMMANDS[name], ENTRIES[name]
     described = (inspect.getdoc(function) or "").partition("\n")[0]
-    parser = OneLine(prog=f"lora-lightning {name}", description=described)
-    several = name in POSITIONAL and str(function.__annotations__[POSITIONAL[name]]).startswith("list")
-    if several:
-        parser.add_argument(POSITIONAL[name], nargs="+", type=str, help=ENTRIES[name].help)
-    skip: set[str | int] | None = {POSITIONAL[name]} if several else None
-    parser.add_function_arguments(function, skip=skip, as_positional=name in POSITIONAL and not several)
+    parser = _kind(entry)(prog=f"lora-lightning {name}", description=described)
+    own = entry.positional
+    parameters = inspect.signature(function).parameters
+    several = own is not None and str(parameters[own].annotation).startswith("list")
+    optional = own is not None and parameters[own].default is not inspect.Parameter.empty
+    if own is not None and (several or optional):
+        parser.add_argument(own, nargs="+" if several else "?", type=str, help=entry.help)
+        skip: set[str | int] | None = {own}
+    else:
+        skip = {entry.rest} if entry.rest else None
+    parser.add_function_arguments(function, skip=skip, as_positional=own is not None and skip is None)
+    if isinstance(parser, PassingOn):
+        parser.passed_as = str(entry.rest)
+        parser.lists = frozenset(f"--{key}" for key, one in parameters.items() if "list[str] | None" in one.annotation)
     parser.needed = [action.dest for action in parser._actions if action.required]
     return parser
+
+
+def _kind(entry: Command) -> type[OneLine]:
+    return PassingOn if entry.rest else OneLine
+
+
+class PassingOn(OneLine):
+    """Takes its own options, and keeps every other flag for the command that it runs."""
+
+    passed_as = ""
+    lists: frozenset[str] = frozenset()
+    """Options that take several words."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """An option of its own takes the words up to the next flag; a list takes all that it is given, in any place."""
+        own, others = self._divided(list(sys.argv[1:] if args is None else args))
+        found = super().parse_args(own, *rest, **kwargs)
+        found[self.passed_as] = others
+        return found
+
+    def _divided(self, words: list[str]) -> tuple[list[str], list[str]]:
+        own: dict[str, list[str]] = {}
+        others: list[str] = []
+        current = None
+        for word in words:
+            option, equals, value = word.partition("=")
+            if not word.startswith("-"):
+                (others if current is None else own[current]).append(word)
+            elif option not in self._option_string_actions:
+                current = None
+                others.append(word)
+            else:
+                current = option
+                before = own.get(option, []) if option in self.lists else []  # of others the later one wins
+                own[option] = [*before, *([value] if equals else [])]
+            if current is not None and current not in self.lists and own[current]:
+                current = None
+        told = []
+        for option, values in own.items():
+            told += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
+        return told, others
 
 
 def run_command(name: str, args: list[str]) -> None:

@@ -21,26 +21,36 @@ figcaption { color: var(--soft); font-size: 13px; max-width: 46rem; }
 details summary { cursor: pointer; margin: 1rem 0 .4rem; font-weight: 600; }
 """
 
+TITLE = "The rank that is used"
 INTRO = """An adapted layer computes h = W0 x + s B A x. Told here is what the update s B A is made of, by the measures
 of section 7 of the paper (Hu et al. 2021, arXiv 2106.09685): how many directions hold its energy, ||s B A||_F squared;
 how much larger it is than W0 in those directions (amplification); and which directions two adapters share (phi, from 0
 to 1)."""
 
 
-def page(tables: Sequence[Rows], long: Sequence[Rows], figures: Mapping[str, tuple[str, bytes]]) -> bytes:
+def page(
+    tables: Sequence[Rows],
+    long: Sequence[Rows],
+    figures: Mapping[str, tuple[str, bytes]],
+    *,
+    title: str = TITLE,
+    intro: str = INTRO,
+) -> bytes:
     """One HTML file.
 
     Args:
         tables: shown at once.
         long: folded away until they are asked for.
         figures: by title, a caption and an SVG.
+        title: of the page.
+        intro: what a reader is to know first.
     """
-    parts = [f"<h1>The rank that is used</h1><p>{INTRO}</p>"]
+    parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(intro)}</p>"]
     parts += [f"<h2>{html.escape(rows.title)}</h2>{_table(rows)}" for rows in tables]
-    parts += [_figure(title, caption, svg) for title, (caption, svg) in figures.items()]
+    parts += [_figure(name, caption, svg) for name, (caption, svg) in figures.items()]
     parts += [f"<details><summary>{html.escape(t.title)}</summary>{_table(t)}</details>" for t in long]
     head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>The rank that is used</title>'
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
     body = "".join(parts)
     text = f'<!doctype html><html lang="en"><head>{head}<style>{CSS}</style></head><body>{body}</body></html>\n'

@@ -41,6 +41,7 @@ class RunReport(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before, self._by_step = float(state_dict["seconds"]), dict(state_dict["by_step"])
+        self._seconds = self._before  # where nothing is left to train, no more come to it
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()

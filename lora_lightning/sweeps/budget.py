@@ -1,0 +1,62 @@
+"""`--budget`: for each set of matrices the rank whose trainable parameters come nearest to a number.
+
+The paper's Table 5 asks so which matrices a given number of parameters is spent on best. Counted is what `inject` makes
+of the model's shapes: A and B, and with them all else that trains, such as a new head, which every set has alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.inject import inject, remove
+
+MOST = 2**16
+"""Ranks that are looked at: no layer is wider."""
+
+
+def trainable(backbone: nn.Module, config: LoRAConfig) -> int:
+    """Parameters that train with this config. The backbone, which may be on the meta device, is as before.
+
+    Raises:
+        TargetError: the config does not fit it.
+    """
+    try:
+        return inject(backbone, config, start=False).trainable
+    finally:
+        remove(backbone)
+
+
+def rank_for(backbone: nn.Module, config: LoRAConfig, budget: int) -> int:
+    """The r with which this config's trainable parameters come nearest to `budget`, the smaller of two that are equal.
+
+    They grow with r, so halving the interval finds the last r below the budget; it or the next is the nearest.
+
+    Raises:
+        LoRAError: no rank of at least 1 comes near: at r = 1 there is more than twice the budget.
+        TargetError: the config does not fit the backbone.
+    """
+
+    def count(r: int) -> int | None:
+        """None of a rank that a layer cannot hold."""
+        try:
+            return trainable(backbone, dataclasses.replace(config, r=r, alpha=None))
+        except TargetError:
+            return None
+
+    first = trainable(backbone, dataclasses.replace(config, r=1, alpha=None))
+    if first > 2 * budget:
+        raise LoRAError(f"a budget of {budget:,} is too small: with r = 1 {first:,} parameters train")
+    below, above = 1, MOST
+    while above - below > 1:
+        middle = (below + above) // 2
+        found = count(middle)
+        if found is not None and found <= budget:
+            below = middle
+        else:
+            above = middle
+    near = {r: found for r in (below, above) if (found := count(r)) is not None}
+    return min(near, key=lambda r: (abs(near[r] - budget), r))

@@ -1,0 +1,147 @@
+"""What is swept: flags of `fit`, each with the values that it takes or the range that it is drawn from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora_lightning.lora.errors import LoRAError
+
+RANK, MATRICES = "model.lora.r", "model.lora.target_modules"
+OWN = {
+    "config": "-c",
+    "name": "--name",
+    "runs_dir": "--runs_dir",
+    "ckpt_path": "nothing: a sweep goes on by itself",
+    "seed_everything": "--seeds",
+}
+"""Flags of fit that a sweep sets itself, and how it is told."""
+OPEN, CLOSE = "[{(", "]})"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """A flag and its values, written as on the command line."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Range:
+    """A flag that is drawn from `low` to `high`, both included; whole numbers where `integer`, evenly in the logarithm
+    where `log`."""
+
+    key: str
+    low: float
+    high: float
+    log: bool = False
+    integer: bool = False
+
+
+Swept = Choices | Range
+
+
+def choices(text: str) -> Choices:
+    """`KEY=V1,V2,...`; a comma within brackets or quotes belongs to its value.
+
+    Raises:
+        LoRAError: it is written otherwise, or names a value twice.
+    """
+    key, values = _key_and_rest(text, "--grid", "model.lora.r=1,2,4,8")
+    found = tuple(split(values))
+    if not all(found):
+        raise LoRAError(f"--grid {text}: expected values with commas between, and one of them is empty")
+    if len(set(found)) < len(found):
+        raise LoRAError(f"--grid {text}: a value is there twice; for repeats give --seeds 1,2,3")
+    return Choices(key, found)
+
+
+def interval(text: str) -> Range:
+    """`KEY=LOW..HIGH`, `KEY=LOW..HIGH:log`; both ends written without a point make whole numbers.
+
+    Raises:
+        LoRAError: it is written otherwise, or the ends make no range.
+    """
+    key, rest = _key_and_rest(text, "--range", "model.optimizer.init_args.lr=1e-4..1e-2:log")
+    ends, _, how = rest.partition(":")
+    low, dots, high = ends.partition("..")
+    numbers = [number(end) for end in (low, high)]
+    if not dots or how not in ("", "log") or None in numbers:
+        raise LoRAError(f"--range {text}: expected KEY=LOW..HIGH or KEY=LOW..HIGH:log, such as {key}=1e-4..1e-2:log")
+    first, last = (value for value in numbers if value is not None)
+    if not first < last or (how == "log" and first <= 0):
+        raise LoRAError(f"--range {text}: expected LOW below HIGH{', both above 0 for log' if how else ''}")
+    return Range(key, first, last, log=how == "log", integer=all(_is_whole(end) for end in (low, high)))
+
+
+def space(grid: Sequence[str], ranges: Sequence[str]) -> list[Swept]:
+    """All that is swept, in the order in which it was given.
+
+    Raises:
+        LoRAError: a flag is named twice, or is one that a sweep sets itself.
+    """
+    found: list[Swept] = [*map(choices, grid), *map(interval, ranges)]
+    keys = [swept.key for swept in found]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise LoRAError(f"'{key}' is swept twice: give all its values in one --grid or --range")
+        if key in OWN:
+            raise LoRAError(f"'{key}' cannot be swept: a sweep sets it itself; say it with {OWN[key]}")
+    return found
+
+
+def split(text: str, at: str = ",") -> list[str]:
+    """The parts between commas that stand outside brackets and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        else:
+            depth += (letter in OPEN) - (letter in CLOSE)
+        if letter == at and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
+
+
+def number(text: str) -> float | None:
+    """A value as a number, None where it is none."""
+    try:
+        found = float(text)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """By key, its last part, with more of it where that alone would name two."""
+    parts = {key: key.split(".") for key in keys}
+    count = 1
+    while True:
+        names = {key: ".".join(own[-count:]) for key, own in parts.items()}
+        if len(set(names.values())) == len(parts) or count >= max(map(len, parts.values())):
+            return names
+        count += 1
+
+
+def plainly(value: str) -> str:
+    """A value for a person: `[query, value]` is query, value."""
+    inner = value[1:-1] if value.startswith("[") and value.endswith("]") and "[" not in value[1:] else value
+    return ", ".join(part.strip("'\"") for part in split(inner)) if inner is not value else value
+
+
+def _key_and_rest(text: str, option: str, example: str) -> tuple[str, str]:
+    key, equals, rest = text.partition("=")
+    key = key.strip().removeprefix("--")
+    if not equals or not key or not rest.strip():
+        raise LoRAError(f"{option} {text}: expected a flag of fit and its values, such as {example}")
+    return key, rest.strip()
+
+
+def _is_whole(text: str) -> bool:
+    return text.strip().lstrip("+-").isdigit()

@@ -1,0 +1,70 @@
+"""Sweeps over `stand_in.py`, which fits nothing, to see what a sweep itself does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from jsonargparse import Namespace
+from torch import nn
+
+from lora_lightning import LoRAConfig
+from lora_lightning.sweeps.base import Base
+from lora_lightning.sweeps.request import Request
+from lora_lightning.sweeps.sweep import Sweep
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+class TakesAll:
+    """A parser that refuses nothing."""
+
+    def parse_args(self, args):
+        return SimpleNamespace(fit=SimpleNamespace(model=SimpleNamespace(lora=Namespace())))
+
+
+def plan(folder, **changes):
+    """The file that stands for the config."""
+    content = {"validations": 1, "pause": 0.0, "level": {}, "events": str(folder / "events.jsonl"), **changes}
+    file = folder / "plan.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def base(**config):
+    return Base(
+        name="quick",
+        config={"model": {"lora": {"alpha": None}}, **config},
+        lora=LoRAConfig(),
+        backbone=nn.Linear(2, 2),
+        metric="val/accuracy",
+        goal="max",
+        parser=TakesAll(),
+    )
+
+
+def sweep(file, *, grid=("model.lora.r=1,2,4",), config=None, **asked):
+    """One over a plan, in the current folder."""
+    request = Request(fit=[str(file)], grid=list(grid), plots=False, **asked)
+    return Sweep(request, base(**(config or {})), command=(sys.executable, str(STAND_IN)))
+
+
+def run(*args, **kwargs):
+    """A sweep to its end: what it came to, and what it said of each trial, in order."""
+    said = []
+    outcome = sweep(*args, **kwargs).run(
+        lambda trial, what: said.append((what, trial.values["model.lora.r"], trial.state))
+    )
+    return outcome, said
+
+
+def events(folder, what=None):
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if what in (None, event["what"])]
+
+
+def placed(outcome):
+    """r of each complete point, the best first."""
+    return [int(point.values["model.lora.r"]) for point in outcome.points if point.state == "complete"]

@@ -1,0 +1,78 @@
+"""`--budget` against arithmetic of its own: A is r by in, B out by r."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from lora_lightning import LoRAConfig, LoRAError
+from lora_lightning.sweeps.budget import rank_for, trainable
+from lora_lightning.sweeps.request import Request
+from lora_lightning.sweeps.sweep import prepared
+from tests.factories import bert
+from tests.recipes.recipe import CONFIGS
+
+HIDDEN, INNER, LAYERS = 16, 32, 2
+SHAPES = {
+    "query": [(HIDDEN, HIDDEN)],
+    "value": [(HIDDEN, HIDDEN)],
+    "intermediate.dense": [(HIDDEN, INNER)],
+    "attention.output.dense": [(HIDDEN, HIDDEN)],
+}
+HEAD = HIDDEN * 3 + 3
+SETS = [["query"], ["query", "value"], ["query", "intermediate.dense"], list(SHAPES)]
+
+
+def by_hand(names, r):
+    """LAYERS times r (in + out) for each matrix, and the head."""
+    return HEAD + LAYERS * sum(r * (rows + columns) for name in names for rows, columns in SHAPES[name])
+
+
+@pytest.mark.parametrize("names", SETS, ids="+".join)
+def test_counts_are_those_by_hand_also_on_the_meta_device(names):
+    config = LoRAConfig(r=3, target_modules=names, modules_to_save=["classifier"])
+    with torch.device("meta"):
+        model = bert()
+    for backbone in (bert(), model):
+        assert trainable(backbone, config) == by_hand(names, 3)
+    assert not any("lora" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("names", SETS, ids="+".join)
+@pytest.mark.parametrize("budget", [400, 1000, 1551, 2000])
+def test_the_rank_is_the_nearest_that_its_layers_can_hold(names, budget):
+    config = LoRAConfig(target_modules=names, modules_to_save=["classifier"])
+    nearest = min(range(1, HIDDEN + 1), key=lambda r: (abs(by_hand(names, r) - budget), r))
+    assert rank_for(bert(), config, budget) == nearest
+
+
+def test_a_budget_that_one_rank_exceeds_twice_is_refused():
+    config = LoRAConfig(target_modules=["query", "value"], modules_to_save=["classifier"])
+    with pytest.raises(LoRAError, match=f"with r = 1 {by_hand(['query', 'value'], 1)} parameters train"):
+        rank_for(bert(), config, 50)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo under a budget, as the command opens it."""
+    sets = [yaml.safe_load(v)["target_modules"] for v in table5()["values"]]
+    values = ",".join(str(own).replace(" ", "").replace("'", "") for own in sets)
+    grid = f"model.lora.target_modules={values}"
+    return prepared(Request(fit=["-c", str(CONFIGS / "demo.yaml")], grid=[grid], budget=300_000, plots=False))
+
+
+def table5():
+    return yaml.safe_load((CONFIGS / "sweeps/matrices.yaml").read_text())["parameters"]["model.lora"]
+
+
+def test_the_demo_is_opened_without_a_weight_and_says_what_it_monitors(demo):
+    assert (demo.metric, demo.goal, demo.folder.name) == ("val/accuracy", "max", "demo-sweep")
+    assert all(p.is_meta for p in demo.base.backbone.parameters())
+
+
+def test_the_ranks_of_the_wandb_file_are_those_that_the_budget_finds(demo):
+    found = [yaml.safe_load(value) for value in table5()["values"]]
+    assert [own["r"] for own in found] == list(demo.ranks.values())
+    # 6 blocks of width 384: query takes 6 * 2 * 384 numbers a rank, the new head 384 * 2 + 2.
+    assert demo.ranks["[query]"] == round((300_000 - 770) / (6 * 2 * 384))

@@ -1,0 +1,87 @@
+"""A sweep of real fits of the tiny model, by the command."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lora_lightning.training.run import load_checkpoint
+from tests.command.process import REPOSITORY, command
+
+
+def test_a_sweep_of_real_fits_ranks_them_and_reports_each_validation_to_a_pruner(tiny, tmp_path, monkeypatch, capsys):
+    """One of the two cannot be fitted: its rank is above the model's width of 32."""
+    grid = ["--grid", "model.lora.r=2,99", "--pruner", "median", "--trainer.max_epochs", "3"]
+    command(monkeypatch, "sweep", "-c", tiny.config, *grid)
+    said = capsys.readouterr().out
+    assert "r=99 is larger than the layer" in said
+    assert "the test set was not read" in said
+    folder = tmp_path / "runs/tiny-sweep"
+    told = json.loads((folder / "sweep.json").read_text())
+    first, second = (point["trials"][0] for point in told["ranking"])
+    assert (first["state"], second["state"]) == ("complete", "failed")
+    with (folder / "000_r-2/version_0/metrics.csv").open() as file:
+        logged = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
+    assert len(logged) == 3
+    assert first["reported"] == pytest.approx(logged)
+    assert first["value"] == pytest.approx(max(logged))
+    report = json.loads((folder / "000_r-2/version_0/report.json").read_text())
+    assert first["trainable"] == report["trainable"]
+    assert f"lora-lightning test --ckpt_path {first['run']}" in said
+    assert (folder / "rank.png").is_file()
+
+
+def test_a_flag_that_fit_refuses_is_told_in_fits_own_line_before_anything_runs(tiny, tmp_path, monkeypatch, capsys):
+    for grid, line in {
+        "model.lora.rank=1,2": "model.lora.rank",
+        "model.lora.r=1,two": "two",
+        "model.lora.dropout=0,1.5": "dropout must be at least 0 and below 1, got 1.5",
+    }.items():
+        with pytest.raises(SystemExit) as stopped:
+            command(monkeypatch, "sweep", "-c", tiny.config, "--grid", grid)
+        assert stopped.value.code == 2
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert told.startswith("lora-lightning: error: ")
+        assert line in told
+    assert not (tmp_path / "runs").exists()
+
+
+def started(tiny, folder):
+    args = ["sweep", "-c", tiny.config, "--grid", "model.lora.r=2", "--trainer.max_epochs", "20"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora_lightning", *args, "--model.lora.dropout", "0.2", "--plots", "false"],
+        cwd=folder,
+        env=env,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_sweeps_fit_goes_on_from_its_own_checkpoint_and_ends_as_one_that_was_not_killed(tiny, tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    assert started(tiny, tmp_path / "whole").wait(400) == 0
+    place = "runs/tiny-sweep/000_r-2/version_0/checkpoints/last.ckpt"
+    process, until = started(tiny, tmp_path / "killed"), time.monotonic() + 200
+    while not (tmp_path / "killed" / place).is_file() and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert started(tiny, tmp_path / "killed").wait(400) == 0
+    versions = (tmp_path / "killed/runs/tiny-sweep/000_r-2").glob("version_*")
+    assert [folder.name for folder in versions] == ["version_0"]
+    log = (tmp_path / "killed/runs/tiny-sweep/000_r-2/log.txt").read_text()
+    assert "SIGTERM: all is saved" in log  # the fit outlived its sweep for a step only
+    ends = [load_checkpoint(tmp_path / run / place) for run in ("whole", "killed")]
+    assert ends[0]["global_step"] == ends[1]["global_step"]
+    for key, tensor in ends[0]["state_dict"].items():
+        assert torch.equal(tensor, ends[1]["state_dict"][key]), key

@@ -1,0 +1,120 @@
+"""A sweep's table, figures and page, from trials that are made up."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from lora_lightning.analysis import drawing
+from lora_lightning.sweeps.plots import figures
+from lora_lightning.sweeps.ranking import ranked
+from lora_lightning.sweeps.space import MATRICES, RANK
+from lora_lightning.sweeps.tables import NOT_TEST, table
+from lora_lightning.sweeps.trial import named
+from lora_lightning.sweeps.write import write
+
+METRIC = "val/accuracy"
+
+
+def trial(number, values, value, *, seed=None, state="complete", trainable=1000):
+    made = named(number, values, seed)
+    made.state, made.value, made.trainable, made.seconds, made.run = state, value, trainable, 90.0, f"runs/{number}"
+    return made
+
+
+def over_ranks(*, seeds=(None,), sets=("[query]", "[query, value]")):
+    """Value 0.5 + r / 1000 for one matrix, 0.1 more for two, a hundredth up or down by seed."""
+    points = [(matrices, r, seed) for matrices in sets for r in (1, 2, 8, 64) for seed in seeds]
+    return [
+        trial(n, {MATRICES: m, RANK: str(r)}, 0.5 + r / 1000 + 0.1 * (m == sets[-1]) + (seed or 0) / 100, seed=seed)
+        for n, (m, r, seed) in enumerate(points)
+    ]
+
+
+def test_equal_points_are_ranked_by_what_they_train_and_the_unfinished_come_last():
+    found = ranked(
+        [
+            trial(0, {RANK: "8"}, 0.9, trainable=800),
+            trial(1, {RANK: "1"}, None, state="failed"),
+            trial(2, {RANK: "2"}, 0.95, state="pruned"),
+            trial(3, {RANK: "4"}, 0.9, trainable=400),
+            trial(4, {RANK: "16"}, None),
+        ],
+        "max",
+    )
+    assert [point.values[RANK] for point in found] == ["4", "8", "16", "2", "1"]
+
+
+def test_a_point_of_which_a_seed_failed_is_not_ranked_beside_whole_ones():
+    found = ranked(
+        [
+            trial(0, {RANK: "1"}, 0.9, seed=1),
+            trial(1, {RANK: "1"}, None, seed=2, state="failed"),
+            trial(2, {RANK: "2"}, 0.5, seed=1),
+            trial(3, {RANK: "2"}, 0.7, seed=2),
+        ],
+        "max",
+    )
+    assert [(point.values[RANK], point.state) for point in found] == [("2", "complete"), ("1", "failed")]
+
+
+def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_not_read():
+    rows = table("sweep", ranked(over_ranks(seeds=(1, 2)), "max"), [MATRICES, RANK], METRIC, "max")
+    assert rows.header == ["", "target_modules", "r", METRIC, "sd", "n", "trainable", "minutes", "folder"]
+    assert rows.rows[0][:6] == ["1", "query, value", "64", "0.6790", "0.0071", "2"]
+    assert NOT_TEST in rows.below
+
+
+def drawn(trials, keys, budget=None):
+    with drawing.styled():
+        return figures(ranked(trials, "max"), keys, METRIC, "max", budget)
+
+
+def test_rank_against_matrices_is_table_6_with_every_mean_written_in_it():
+    (name,), ((_, caption, figure),) = zip(*drawn(over_ranks(), [MATRICES, RANK]).items(), strict=True)
+    assert name == "rank"
+    assert "Table 6" in caption
+    lines, cells = figure.axes
+    assert [line.get_label() for line in lines.containers] == ["query", "query, value"]
+    assert {text.get_text() for text in cells.texts} == {f"{t.value:.3f}" for t in over_ranks()}
+
+
+def test_matrices_at_a_budget_are_table_5_with_bars_between_seeds():
+    trials = [
+        trial(n, {MATRICES: m, RANK: r}, 0.5 + n / 100 + seed / 10, seed=seed, trainable=300_290)
+        for n, (m, r) in enumerate([("[query]", "65"), ("[query, value]", "32")])
+        for seed in (1, 2)
+    ]
+    (_, caption, figure) = drawn(trials, [MATRICES, RANK], budget=300_000)["matrices"]
+    assert "nearest to 300,000 parameters" in caption
+    assert "standard deviation" in caption
+    (axis,) = figure.axes
+    assert [tick.get_text() for tick in axis.get_xticklabels()] == ["query\nr = 65\n300k", "query, value\nr = 32\n300k"]
+    assert [bar.get_height() for bar in axis.patches] == pytest.approx([0.65, 0.66])
+
+
+def test_other_flags_have_a_figure_each_and_of_them_the_best_is_in_the_others():
+    lr = "model.optimizer.init_args.lr"
+    trials = [trial(n, {RANK: r, lr: x}, v) for n, (r, x, v) in enumerate([("1", "1e-4", 0.5), ("1", "1e-2", 0.7)])]
+    found = drawn(trials, [RANK, lr])
+    assert set(found) == {"rank", "lr"}
+    assert "the best is shown" in found["rank"][1]
+    (axis,) = found["lr"][2].axes
+    assert axis.get_xscale() == "log"
+
+
+def test_all_files_are_written_and_figures_of_an_earlier_state_go(tmp_path):
+    about = {"metric": METRIC, "goal": "max", "budget": None, "config": {}}
+    write(tmp_path, about, ranked(over_ranks(), "max"), [MATRICES, RANK], plots=True)
+    assert {p.name for p in tmp_path.iterdir()} == {"index.html", "sweep.json", "sweep.csv", "rank.png", "rank.svg"}
+    assert Image.open(io.BytesIO((tmp_path / "rank.png").read_bytes())).width > 1000
+    page = (tmp_path / "index.html").read_text()
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    assert "0.6640" in page
+    assert json.loads((tmp_path / "sweep.json").read_text())["pictures"] == ["rank.png", "rank.svg"]
+    write(tmp_path, about, ranked(over_ranks(), "max"), [MATRICES, RANK], plots=False)
+    assert {p.name for p in tmp_path.iterdir()} == {"index.html", "sweep.json", "sweep.csv"}

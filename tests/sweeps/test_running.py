@@ -1,0 +1,197 @@
+"""What a sweep does with its fits: ranks, goes on, gives up, divides the machine, and ends what it started."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import time
+from statistics import fmean, stdev
+
+import pytest
+
+from lora_lightning import LoRAError
+from lora_lightning.sweeps.processes import locked, shares
+from lora_lightning.sweeps.runner import Stopped
+from tests.sweeps.quick import events, placed, plan, run, sweep
+
+LEVELS = {"1": 0.3, "2": 0.7, "4": 0.5}
+
+
+def test_points_are_ranked_by_the_metric_and_written(tmp_path):
+    outcome, _ = run(plan(tmp_path, level=LEVELS))
+    assert placed(outcome) == [2, 4, 1]
+    told = json.loads((outcome.folder / "sweep.json").read_text())
+    assert [point["values"]["model.lora.r"] for point in told["ranking"]] == ["2", "4", "1"]
+    assert [point["trainable"] for point in told["ranking"]] == [200, 400, 100]
+    with (outcome.folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model.lora.r"] for row in rows] == ["2", "4", "1"]
+    assert [float(row["val/accuracy"]) for row in rows] == [point["mean"] for point in told["ranking"]]
+
+
+def test_a_loss_is_best_where_it_is_smallest(tmp_path):
+    outcome, _ = run(plan(tmp_path, level=LEVELS), metric="val/loss", goal="min")
+    assert placed(outcome) == [2, 4, 1]
+    assert outcome.points[0].mean < outcome.points[1].mean
+
+
+def test_a_fit_that_fails_is_told_in_its_line_and_the_others_go_on(tmp_path):
+    outcome, said = run(plan(tmp_path, level=LEVELS, fails=["2"]))
+    assert placed(outcome) == [4, 1]
+    ended = [s[1:] for s in said if s[0] == "ends"]
+    assert ended == [("1", "complete"), ("2", "failed"), ("4", "complete")]
+    assert outcome.points[-1].error == "r is too large, as was planned"
+
+
+def test_the_same_command_runs_only_what_failed(tmp_path):
+    run(plan(tmp_path, level=LEVELS, fails=["2"]))
+    outcome, said = run(plan(tmp_path, level=LEVELS))
+    assert [s[1] for s in said] == ["2", "2"]
+    assert placed(outcome) == [2, 4, 1]
+    assert outcome.points[0].error is None
+
+
+def test_other_values_and_more_seeds_add_trials_and_another_config_is_refused(tmp_path):
+    file = plan(tmp_path, level=LEVELS)
+    run(file, config={"trainer": {"max_epochs": 2}})
+    outcome, said = run(file, grid=["model.lora.r=4,8"], config={"trainer": {"max_epochs": 2}})
+    assert {s[1] for s in said} == {"8"}
+    assert sorted(placed(outcome)) == [1, 2, 4, 8]
+    with pytest.raises(LoRAError, match=r"another trainer\.max_epochs \(2, now 3\): give another --name"):
+        run(file, config={"trainer": {"max_epochs": 3}})
+    with pytest.raises(LoRAError, match="another keys"):
+        run(file, grid=["model.lora.r=1", "model.lora.dropout=0.1"], config={"trainer": {"max_epochs": 2}})
+
+
+def test_seeds_give_a_mean_and_a_deviation_by_which_points_are_ranked(tmp_path):
+    outcome, _ = run(plan(tmp_path, level=LEVELS), seeds=[1, 2, 3])
+    assert placed(outcome) == [2, 4, 1]
+    for point in outcome.points:
+        own = [trial.value for trial in point.trials]
+        assert {trial.seed for trial in point.trials} == {1, 2, 3}
+        assert len(set(own)) == 3
+        assert point.mean == pytest.approx(fmean(own))
+        assert point.deviation == pytest.approx(stdev(own))
+    assert [e["seed"] for e in events(tmp_path, "begins")] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_two_jobs_run_at_once_on_half_of_the_cores_each(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    outcome, _ = run(plan(tmp_path, level=LEVELS, pause=0.5), jobs=2)
+    assert placed(outcome) == [2, 4, 1]
+    begun, ended = ({e["r"]: e["at"] for e in events(tmp_path, what)} for what in ("begins", "ends"))
+    assert begun["2"] < ended["1"]
+    assert begun["4"] > min(ended["1"], ended["2"])  # never three
+    assert {e["threads"] for e in events(tmp_path)} == {str(max(1, len(os.sched_getaffinity(0)) // 2))}
+
+
+def test_each_of_several_jobs_has_its_part_of_the_gpus():
+    def gpus(jobs, count, **env):
+        return [share.get("CUDA_VISIBLE_DEVICES") for share in shares(jobs, count, env)]
+
+    assert gpus(1, 4) == [None]
+    assert gpus(2, 4) == ["0,2", "1,3"]
+    assert gpus(3, 2) == ["0", "1", "0"]
+    assert gpus(2, 2, CUDA_VISIBLE_DEVICES="5,7") == ["5", "7"]
+    assert gpus(2, 0) == [None, None]
+
+
+@pytest.mark.parametrize("pruner", ["median", "hyperband"])
+def test_a_pruner_ends_fits_that_fall_behind(tmp_path, pruner):
+    levels = {"1": 0.8, "2": 0.9, "4": 0.01, "8": 0.02, "16": 0.03}
+    file = plan(tmp_path, level=levels, validations=12, pause=0.1)
+    outcome, _ = run(file, grid=["model.lora.r=1,2,4,8,16"], pruner=pruner)
+    by_r = {point.values["model.lora.r"]: point for point in outcome.points}
+    assert [by_r[r].state for r in ("1", "2")] == ["complete"] * 2
+    pruned = [point for point in outcome.points if point.state == "pruned"]
+    assert pruned
+    for point in pruned:
+        (trial,) = point.trials
+        assert 0 < len(trial.reported) < 12
+        assert trial.value == max(trial.reported)
+    assert {e["r"] for e in events(tmp_path, "leaves")} == {point.values["model.lora.r"] for point in pruned}
+    assert events(tmp_path)[0]["callbacks"] == "lora_lightning.sweeps.reporting.ReportValidations"
+    _, said = run(file, grid=["model.lora.r=1,2,4,8,16"], pruner=pruner)
+    assert said == []  # what was pruned stays so
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_sampler_draws_as_many_as_are_asked_within_the_ranges_and_goes_on(tmp_path, sampler):
+    asked = {"ranges": ["model.lora.alpha=1..64:log", "model.lora.dropout=0.0..0.2"], "sampler": sampler}
+    file = plan(tmp_path, level=LEVELS)
+    first, _ = run(file, **asked, trials=4)
+    again, said = run(file, **asked, trials=6)
+    assert len(first.points) == 4
+    assert len([s for s in said if s[0] == "begins"]) == 2
+    for point in again.points:
+        assert point.values["model.lora.r"] in {"1", "2", "4"}
+        assert 1 <= int(point.values["model.lora.alpha"]) <= 64
+        assert 0 <= float(point.values["model.lora.dropout"]) <= 0.2
+    assert len({tuple(point.values.values()) for point in again.points}) == 6
+
+
+def test_tpe_draws_what_did_well_more_often(tmp_path):
+    levels = {"1": 0.9, **dict.fromkeys(("2", "3", "4", "5", "6"), 0.1)}
+    file = plan(tmp_path, level=levels)
+    run(file, grid=["model.lora.r=1,2,3,4,5,6"])
+    asked = {"ranges": ["model.lora.dropout=0.0..0.2"], "sampler": "tpe", "trials": 24, "name": "tpe"}
+    outcome, _ = run(file, grid=["model.lora.r=1,2,3,4,5,6"], **asked)
+    drawn = [point.values["model.lora.r"] for point in outcome.points]
+    assert drawn.count("1") > 24 / 6 * 1.5
+
+
+def killed(tmp_path, number, file):
+    """A sweep in a process of its own, sent a signal in the middle of its second fit; how that ended."""
+    if not (pid := os.fork()):
+        code = 1
+        try:
+            run(file)
+            code = 0
+        except KeyboardInterrupt:
+            code = 130
+        except Stopped:
+            code = 143
+        finally:
+            os._exit(code)
+    until = time.monotonic() + 120
+    state = tmp_path / "runs/quick-sweep/001_r-2/version_0/state.json"
+    while not (state.is_file() and state.read_text() in ("3", "4")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(pid, number)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_sweep_that_is_killed_ends_its_fits_and_goes_on_where_it_was(tmp_path, number, ends):
+    file = plan(tmp_path, level=LEVELS, validations=10, pause=0.15)
+    assert killed(tmp_path, number, file) == ends
+    outcome, said = run(file)  # waits for what the killed one has left
+    assert [e["r"] for e in events(tmp_path, "leaves")] == ["2"]
+    assert [s[1] for s in said if s[0] == "begins"] == ["2", "4"]
+    assert [e["from"] for e in events(tmp_path, "begins") if e["r"] == "2"][1] >= 3
+    assert placed(outcome) == [2, 4, 1]
+
+
+def test_a_fit_whose_end_was_not_noted_is_not_run_again(tmp_path):
+    file = plan(tmp_path, level=LEVELS)
+    outcome, _ = run(file)
+    record = outcome.folder / "001_r-2" / "trial.json"
+    record.write_text(record.read_text().replace('"complete"', '"running"'))
+    again, said = run(file)
+    assert said == [("ends", "2", "complete")]
+    assert len(events(tmp_path, "begins")) == 3
+    assert placed(again) == [2, 4, 1]
+
+
+def test_two_sweeps_do_not_work_in_one_folder(tmp_path):
+    one = sweep(plan(tmp_path))
+    with locked(one.folder), pytest.raises(LoRAError, match="another sweep"):
+        one.run(lambda trial, what: None)
+
+
+def test_a_fit_without_the_metric_is_a_failure_that_says_so(tmp_path):
+    outcome, _ = run(plan(tmp_path), metric="val/f1", goal="max")
+    assert {point.state for point in outcome.points} == {"failed"}
+    assert "ended without val/f1" in outcome.points[0].error

@@ -1,0 +1,83 @@
+"""The W&B sweep files, rendered by W&B's own agent code into command lines, which `fit` takes; no account is needed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from wandb.sdk.launch.sweeps import utils
+
+from tests.command.process import REPOSITORY
+from tests.recipes.recipe import CONFIGS, files_of, parse
+
+FILES = files_of("sweeps")
+
+
+def content(file):
+    return yaml.safe_load((CONFIGS / file).read_text())
+
+
+def combinations(file):
+    """What W&B's server would draw: every combination of values, and both ends of each range."""
+    parameters = content(file)["parameters"]
+    drawn = [own.get("values") or [own["min"], own["max"]] for own in parameters.values()]
+    return [dict(zip(parameters, values, strict=True)) for values in itertools.product(*drawn)]
+
+
+def rendered(file, values):
+    """As `wandb agent` makes a command of what the server sends (`Agent._command_run`)."""
+    told = content(file)
+    words = {**utils.create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})}
+    words |= {"env": ["/usr/bin/env"], "interpreter": [sys.executable], "program": [told["program"]]}
+    command = []
+    for chunk in utils.create_sweep_command(list(told["command"])):
+        own = str(chunk)
+        command += words[own[2:-1]] if own.startswith("${") and own.endswith("}") else [own]
+    return command
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_sweep_file_says_in_its_head_how_it_is_run_with_and_without_an_account(file):
+    text = (CONFIGS / file).read_text()
+    assert text.startswith("# W&B sweep: ")
+    assert f"wandb sweep --project lora_lightning configs/{file}" in text
+    assert "lora-lightning sweep -c configs/demo.yaml" in text
+    assert set(content(file)) - {"early_terminate"} == {"program", "method", "metric", "parameters", "command"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_fit_takes_every_command_line_that_the_agent_makes_of_a_file(file):
+    for values in combinations(file):
+        command = rendered(file, values)
+        assert command[:5] == ["/usr/bin/env", sys.executable, "-m", "lora_lightning", "fit"]
+        configs = [word.removeprefix("--config=configs/") for word in command if word.startswith("--config=")]
+        config = parse(configs, *(word for word in command[5:] if not word.startswith("--config=")))
+        for key, value in values.items():
+            found = config[key]
+            wanted = yaml.safe_load(value) if isinstance(value, str) else value
+            if isinstance(wanted, dict):
+                assert {name: found[name] for name in wanted} == wanted
+                assert found["modules_to_save"] == ["classifier"]  # the section's other fields stay
+            else:
+                assert found == wanted
+        assert config.trainer.logger[0].class_path == "lora_lightning.WandbLogger"
+
+
+def test_a_command_line_of_the_agent_trains(tiny, tmp_path):
+    """With the demo's config replaced by a tiny one, in W&B's offline mode, where the sweep's values reach the run."""
+    command = rendered("sweeps/matrices.yaml", {"model.lora": "{target_modules: [query, value], r: 3}"})
+    command = [word.replace("configs/demo.yaml", tiny.config) for word in command]
+    command = [word.replace("configs/logger", str(CONFIGS / "logger")) for word in command]
+    env = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [*command, "--trainer.max_steps=1"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    config = yaml.safe_load((tmp_path / "runs/tiny/version_0/config.yaml").read_text())
+    assert config["model"]["lora"]["r"] == 3
+    assert config["model"]["lora"]["target_modules"] == ["query", "value"]
+    assert list((tmp_path / "runs/wandb").glob("offline-run-*/*.wandb"))
