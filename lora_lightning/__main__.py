@@ -29,6 +29,10 @@ def main() -> None:
     try:
         if sys.argv[1:] and sys.argv[1] in COMMANDS:
             run_command(sys.argv[1], sys.argv[2:])
+        elif sys.argv[1:2] == ["plan"]:
+            from lora_lightning.plan import main as plan
+
+            plan(sys.argv[2:])
         else:
             LoRACLI()
     except (LoRAError, MissingPackageError, MisconfigurationException) as error:

@@ -53,6 +53,11 @@ class Ledger(TorchDispatchMode):
         for storage in self._known:
             self._storages[storage._cdata] = None
 
+    def peak_since_last(self) -> int:
+        """Bytes at most since this was asked last."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
     @contextmanager
     def answering_ones(self) -> Iterator[None]:
         """Within the block, a stand-in that is asked for its number says 1: an optimizer counts its steps so."""

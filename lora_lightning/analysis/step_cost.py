@@ -27,11 +27,19 @@ class StepCost:
     """Its state, such as AdamW's two moments."""
     kept: int
     """For backward, when forward is through."""
-    peak: int
-    """At most, all of the above in so far as it is there at once, and what is there for a moment only."""
+    in_forward: int
+    """Beside the weights, at most in forward: gradients, optimizer, what is kept, and what is there for a moment."""
+    in_backward: int
+    in_step: int
+    """The same in backward, and in the optimizer's step."""
     forward: int
     """Floating-point operations, a multiplication and an addition being two."""
     backward: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at most."""
+        return self.weights + max(self.in_forward, self.in_backward, self.in_step)
 
     @property
     def flops(self) -> int:
@@ -40,7 +48,7 @@ class StepCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "flops": self.flops}
+        return {**asdict(self), "peak": self.peak, "flops": self.flops}
 
     def deeper(self, other: StepCost, times: int) -> StepCost:
         """This one with `times` the difference to a step that is some blocks shorter added."""
@@ -78,25 +86,27 @@ def step_cost(
         with ledger.answering_ones():
             optimizer.step()
         state = bytes_of(_tensors_in(optimizer.state))
-        before, ledger.flops, ledger.peak = ledger.now, 0, ledger.now
+        before, ledger.flops = ledger.now, 0
+        ledger.peak_since_last()
         with forward_context():
             out = loss()
-        kept, forward = ledger.now - before, ledger.flops
+        kept, forward, in_forward = ledger.now - before, ledger.flops, ledger.peak_since_last()
         optimizer.zero_grad()
         torch.autograd.backward(out)
-        backward = ledger.flops - forward
+        backward, in_backward = ledger.flops - forward, ledger.peak_since_last()
         del out
         with ledger.answering_ones():
             optimizer.step()
-        peak = ledger.peak
-        optimizer.zero_grad()
+        in_step = ledger.peak_since_last()
     weights = bytes_of([*parameters, *buffers])
     return StepCost(
         weights=weights,
         gradients=gradients,
         optimizer=state,
         kept=kept,
-        peak=weights + peak,
+        in_forward=in_forward,
+        in_backward=in_backward,
+        in_step=in_step,
         forward=forward,
         backward=backward,
     )
