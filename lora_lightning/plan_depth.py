@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from lora_lightning.training.blocks import repeated_blocks
 
-FEW = 12
+FEW = 8
 """Blocks up to which a backbone is traced as it is."""
-SHORT = 3
-"""Blocks of the shorter of two: a first, a last and one between."""
+SHORT = 2
+"""Blocks of the shorter of two, a first and a last; the longer has one between."""
 
 
 def depth_of(backbone: nn.Module) -> tuple[str, int] | None:
@@ -24,9 +25,8 @@ def depth_of(backbone: nn.Module) -> tuple[str, int] | None:
     (name,) = parents
     if type(backbone.get_submodule(name)) is not nn.ModuleList:
         return None
-    first, *others = (_looks(block, number) for number, block in enumerate(blocks.values()))
     kinds = set(getattr(getattr(backbone, "config", None), "layer_types", None) or ())
-    return (name, len(blocks)) if len(kinds) < 2 and all(other == first for other in others) else None
+    return (name, len(blocks)) if len(kinds) < 2 and _alike(list(blocks.values())) else None
 
 
 def shortened(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
@@ -38,16 +38,21 @@ def shortened(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
     return short
 
 
-def _looks(block: nn.Module, number: int) -> list[Any]:
-    """All that a block's computation can depend on but for its number."""
-    plain = (bool, int, float, str)
-    found: list[Any] = []
+def _alike(blocks: Sequence[nn.Module]) -> bool:
+    """Whether all agree in what their computation can depend on, but for their own numbers."""
+    looks = [_looks(block) for block in blocks]
+    numbers = {key for key in looks[0] if all(type(v := own.get(key)) is int and v == i for i, own in enumerate(looks))}
+    return all({k: own[k] for k in own.keys() - numbers} == {k: v for k, v in looks[0].items() if k not in numbers} for own in looks)
+
+
+def _looks(block: nn.Module) -> dict[tuple[str, str], Any]:
+    """Classes, plain attributes and tensors' shapes of all modules in a block, by module and name."""
+    found: dict[tuple[str, str], Any] = {}
     for name, module in block.named_modules():
-        own = {k: v for k, v in vars(module).items() if isinstance(v, plain) and not (v == number and k != "training")}
-        numbers = {k for k, v in vars(module).items() if type(v) is int and v == number}
-        stores = (module._parameters, module._buffers)
-        tensors = {k: _of(t) for store in stores for k, t in store.items()}
-        found.append((name, type(module), {k: v for k, v in own.items() if k not in numbers}, tensors))
+        found[name, "class"] = type(module)
+        found |= {(name, k): v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
+        for store in (module._parameters, module._buffers):
+            found |= {(name, k): _of(tensor) for k, tensor in store.items()}
     return found
 
 

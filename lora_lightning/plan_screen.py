@@ -13,10 +13,13 @@ from lora_lightning.training.about import short_count
 def show(plan: Plan, console: Console) -> None:
     """Print it all."""
     console.print(f"{plan.backbone}, {plan.task}: a batch of {plan.batch.told()}", soft_wrap=True)
-    for table in (adapted_table(plan), formula_table(plan), memory_table(plan), work_table(plan)):
-        if table is not None:
+    for made in (adapted_table(plan), formula_table(plan), memory_table(plan), work_table(plan)):
+        if made is not None:
+            table, below = made
             console.print()
             console.print(table)
+            if below:
+                console.print(below, soft_wrap=True)
     for note in plan.notes:
         console.print(f"note: {note}", soft_wrap=True)
 
@@ -28,38 +31,38 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
     return table
 
 
-def adapted_table(plan: Plan) -> Table:
+Shown = tuple[Table, str]
+"""A table, and what stands below it."""
+
+
+def adapted_table(plan: Plan) -> Shown:
     """What trains, and how large it is."""
     header, *rows = plan.report.shown()
     table = _table("What trains", *header)
     for row in rows:
         table.add_row(*row)
-    table.caption_justify = "left"
-    table.caption = (
-        f"trainable {plan.report.trainable:,} of {plan.report.total:,} ({plan.report.share:.3%});"
-        f" adapter file {human_size(plan.adapter_file)}, checkpoint {human_size(plan.checkpoint)},"
-        f" W0 {human_size(plan.w0_file)}"
+    return table, (
+        f"trainable {plan.report.trainable:,} of {plan.report.total:,} ({plan.report.share:.3%}); on disk: adapter"
+        f" {human_size(plan.adapter_file)}, checkpoint {human_size(plan.checkpoint)}, W0 {human_size(plan.w0_file)}"
     )
-    return table
 
 
-def formula_table(plan: Plan) -> Table | None:
+def formula_table(plan: Plan) -> Shown | None:
     """The paper's formula with this run's numbers in it."""
     if not plan.terms:
         return None
     table = _table("|Theta| = 2 L d_model r for each kind of square matrix (arXiv 2106.09685)", "kind", "", "A and B")
     table.columns[1].justify = "left"
     for term in plan.terms:
-        table.add_row(term.name, term.formula, f"{term.factors:,}")
+        table.add_row(term.name.rpartition("*.")[2], term.formula, f"{term.factors:,}")
     square = sum(term.factors for term in plan.terms if term.is_square)
     other = sum(term.factors for term in plan.terms if not term.is_square)
     rest = plan.report.trainable - square - other
     parts = [f"square {square:,}", f"of other shapes {other:,}" * bool(other), f"beside A and B {rest:,}" * bool(rest)]
-    table.caption, table.caption_justify = f"{' + '.join(filter(None, parts))} = {plan.report.trainable:,}", "left"
-    return table
+    return table, f"{' + '.join(filter(None, parts))} = {plan.report.trainable:,}"
 
 
-def memory_table(plan: Plan) -> Table | None:
+def memory_table(plan: Plan) -> Shown | None:
     """Each precision, and each strategy beside it."""
     if not plan.memory:
         return None
@@ -72,12 +75,12 @@ def memory_table(plan: Plan) -> Table | None:
         name = "  blocks recomputed" if row.way.checkpointing else row.way.precision
         sizes = (row.w0, row.adapter, cost.gradients, cost.optimizer, cost.kept, cost.peak, row.ddp, row.fsdp2)
         table.add_row(f"{name} *" if own else name, *map(_mb, sizes), style="bold" if own else None)
-    table.caption_justify = "left"
-    table.caption = "* this config's own; kept: activations for backward; at most: all at once, and moments of a step"
-    return table
+    return table, (
+        "* this config's own. kept: activations for backward; at most: all at once, and what is there for a moment"
+    )
 
 
-def work_table(plan: Plan) -> Table | None:
+def work_table(plan: Plan) -> Shown | None:
     """Operations beside those of full fine-tuning."""
     if plan.full is None:
         return None
@@ -88,7 +91,7 @@ def work_table(plan: Plan) -> Table | None:
         table.add_row(name, *(f"{short_count(size)}FLOP" for size in sizes), f"{_mb(cost.peak)} MB")
     shares = [f"{a / b:.2f}" if b else "" for a, b in ((own.forward, full.forward), (own.backward, full.backward))]
     table.add_row("share", *shares, f"{own.flops / full.flops:.2f}" if full.flops else "", f"{own.peak / full.peak:.2f}")
-    return table
+    return table, ""
 
 
 def _mb(size: int | None) -> str:
