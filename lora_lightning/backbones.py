@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_lightning.gguf import directory_and_file, forget_gguf
+from lora_lightning.lora.bare import builds_bare
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.meta_backbones import finish_on_meta, recorded, refuse_on_meta
 from lora_lightning.paths import resolve
@@ -31,7 +32,7 @@ def huggingface(
     on_meta: bool = False,
     model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A transformers model, by `AutoModel...from_pretrained`.
+    """A transformers model, by `AutoModel...from_pretrained`; within `torch.device("meta")` its architecture alone.
 
     Args:
         pretrained_model_name_or_path: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the
@@ -70,12 +71,14 @@ def huggingface(
         kwargs["attn_implementation"] = attn_implementation
     if revision:
         kwargs["revision"] = revision
+    on_meta = on_meta and not builds_bare()
     if on_meta:
         refuse_on_meta(kwargs, random_weights=random_weights)
         kwargs["use_safetensors"] = True
     try:
         with quiet(), recorded(on_meta) as files:
-            model = _from_config(cls, name, dtype, kwargs) if random_weights else _load(cls, name, dtype, kwargs)
+            bare = random_weights or builds_bare()
+            model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         if isinstance(error, LoRAError):
             raise

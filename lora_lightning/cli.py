@@ -158,16 +158,20 @@ class LoRACLI(LightningCLI):
             default=None,
             help="Optimizer steps between two last.ckpt; by default an epoch's.",
         )
+        self.link_data(parser)
+        # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
+        parser.set_defaults({"model.lora.alpha": None})
+        # The injection table says what trains; Lightning's own summary would say it again, in one row.
+        parser.set_defaults({"trainer.enable_model_summary": False})
+
+    def link_data(self, parser: LightningArgumentParser) -> None:
+        """Labels, padding and tokenizer from the data to the backbone and the task."""
         parser.link_arguments("data.num_classes", "model.task.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
         parser.link_arguments("data.pad_token_id", "model.backbone.init_args.pad_token_id", apply_on="instantiate")
         parser.link_arguments("data.label_names", "model.backbone.init_args.label_names", apply_on="instantiate")
         parser.link_arguments("data.label_names", "model.task.init_args.label_names", apply_on="instantiate")
         parser.link_arguments("data.tokenizer", "model.task.init_args.tokenizer", apply_on="instantiate")
-        # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
-        parser.set_defaults({"model.lora.alpha": None})
-        # The injection table says what trains; Lightning's own summary would say it again, in one row.
-        parser.set_defaults({"trainer.enable_model_summary": False})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without --config, a command on a trained run takes the config that the run was made with."""

@@ -30,6 +30,7 @@ GROUPS: dict[str, dict[str, Command]] = {
         "validate": Command("a trained run on its validation set"),
         "test": Command("a trained run on its test set"),
         "predict": Command("a trained run on new rows, into predictions.jsonl"),
+        "plan": Command("what a config will train and cost, without a weight", main="lora_lightning.plan:main"),
         "sweep": Command(
             "fits of one config with other values of some flags, ranked", "lora_lightning.commands:sweep", rest="fit"
         ),

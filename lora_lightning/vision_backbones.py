@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lightning.lora.bare import builds_bare
 from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 from lora_lightning.lora.storage import read_pickled, read_tensors
 from lora_lightning.paths import resolve
@@ -45,6 +46,8 @@ def timm_model(
         raise LoRAError("timm_model needs timm: pip install 'lora_lightning[vision]'") from error
     check_timm_name(model_name)
     kwargs = {**(model_kwargs or {}), **({} if num_classes is None else {"num_classes": num_classes})}
+    if builds_bare():
+        pretrained, checkpoint_path = False, None
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=pretrained and checkpoint_path is None, **kwargs)
     except Exception as error:  # no weights, no network, arguments that the model does not take
@@ -87,6 +90,8 @@ def torchvision_model(
     if model_name not in (known := models.list_models()):
         raise LoRAError(f"torchvision has no model '{model_name}'{did_you_mean(model_name, known)}")
     kwargs = dict(model_kwargs or {})
+    if builds_bare():
+        weights = checkpoint_path = None
     chosen = None if checkpoint_path is not None else _torchvision_weights(model_name, weights)
     sized = {} if num_classes is None else {"num_classes": num_classes}
     try:

@@ -17,7 +17,7 @@ from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers, inject, remove
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.misfits import refuse_misfits, refuse_not_finite
-from lora_lightning.lora.packing import PREFIX, our_tensors, packed_layers, peft_tensors
+from lora_lightning.lora.packing import PREFIX, Packed, our_tensors, packed_layers, peft_tensors
 from lora_lightning.lora.peft_config import CONFIG, WEIGHTS, read_config, token_ids
 from lora_lightning.lora.peft_copies import without_base_copies
 from lora_lightning.lora.peft_keys import as_written, read_weights
@@ -76,9 +76,7 @@ def save_adapter(
             raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
     if serving is None:
         warn_of_peft_limits(model, packed)
-    config = peft_config_of(model, packed)
-    config["base_model_name_or_path"] = base_model_name_or_path or own_name(model)
-    config["task_type"] = task_for_peft(model, task_type)
+    config = adapter_config(model, packed, base_model_name_or_path, task_type)
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, packed)
         config.pop("exclude_modules", None)
@@ -87,6 +85,16 @@ def save_adapter(
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_together(directory, {WEIGHTS: tensor_bytes(tensors, record), CONFIG: text.encode()})
     return directory
+
+
+def adapter_config(
+    model: nn.Module, packed: list[Packed], base_model_name_or_path: str | None, task_type: str | None
+) -> dict[str, Any]:
+    """PEFT's config of an adapter, in full."""
+    config = peft_config_of(model, packed)
+    config["base_model_name_or_path"] = base_model_name_or_path or own_name(model)
+    config["task_type"] = task_for_peft(model, task_type)
+    return config
 
 
 def load_adapter(

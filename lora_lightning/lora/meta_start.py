@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora import starts
 from lora_lightning.lora.adapter import joined
+from lora_lightning.lora.bare import builds_bare
 from lora_lightning.lora.calibrate import check_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
@@ -29,10 +30,13 @@ Read = Callable[[str], Tensor | None]
 
 
 def inject_anywhere(model: nn.Module, config: LoRAConfig, *, start: bool = True) -> InjectionReport:
-    """`inject`, also into a model that knows where its weights lie and has them on the meta device."""
+    """`inject`, also into a model that knows where its weights lie and has them on the meta device.
+
+    Within `torch.device("meta")` nothing has numbers, and a start that is computed from W0 is left out.
+    """
     files = files_of(model)
     if files is None:
-        return inject(model, config, start=start)
+        return inject(model, config, start=start and not builds_bare())
     if start:
         check_data(config.init, None)
     read = files.reader(model)

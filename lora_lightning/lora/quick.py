@@ -31,6 +31,7 @@ from lora_lightning.lora.drops import Dropout, add_kept_, drawn, kept
 from lora_lightning.lora.products import Prepare, frozen_product
 from lora_lightning.lora.reading import Down, Reading, thread
 from lora_lightning.lora.replay import Replays, Source
+from lora_lightning.lora.traced import is_ordinary, is_unwatched
 
 
 class Frozen(NamedTuple):
@@ -58,17 +59,17 @@ def can_go_quick(x: Any, *tensors: Tensor | None) -> bool:
     return (
         not thread.plain
         and not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
+        and is_ordinary(x)
         and x.layout is torch.strided
         and not (x.is_nested or x.is_meta)
         and x.dim() > 0
         and x.is_floating_point()
         and not (x.is_inference() and torch.is_grad_enabled())
-        and all(t is None or type(t.data) is Tensor for t in tensors)
+        and all(t is None or is_ordinary(t.data) for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
-        and not torch._C._len_torch_dispatch_stack()  # selective checkpointing among others, which keeps what we change
+        and is_unwatched()  # selective checkpointing among others, which keeps what we change
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, ConfigError, some
 from lora_lightning.lora.fingerprint import FORMAT, Fingerprint, fingerprint, of_tensors
 from lora_lightning.lora.packing import Packed
@@ -73,11 +74,21 @@ def write_record(
     tensors: Mapping[str, Tensor],
     dropouts: dict[str, float],
     config: Mapping[str, Any],
+    *,
+    digests: bool = True,
 ) -> dict[str, str]:
-    """The metadata of a file that holds `tensors` and lies beside `config`."""
+    """The metadata of a file that holds `tensors` and lies beside `config`.
+
+    Args:
+        digests: False where there are no numbers, for the metadata's length alone: zeros then stand for W0's and the
+            adapter's digests.
+    """
     slices = {p.name: s.to_spec() for p in packed if (s := p.layer.lora_settings.slices) and p.one_alpha is None}
     settings = {p.name: (*p.loads_as, p.scale) for p in packed}
-    return _metadata(fingerprint(model), tensors, settings, dropouts, config, slices)
+    if not digests:
+        blank = {name: "0" * 16 for name in base_tensors(model)}
+        return _metadata(Fingerprint("0" * 64, blank), "0" * 64, settings, dropouts, config, slices)
+    return _metadata(fingerprint(model), of_tensors(tensors).digest, settings, dropouts, config, slices)
 
 
 def rewritten(
@@ -91,12 +102,12 @@ def rewritten(
     Args:
         settings: as in `Record`.
     """
-    return _metadata(record.base, tensors, settings, record.dropouts, config, {})
+    return _metadata(record.base, of_tensors(tensors).digest, settings, record.dropouts, config, {})
 
 
 def _metadata(
     base: Fingerprint,
-    tensors: Mapping[str, Tensor],
+    adapter: str,
     settings: Mapping[str, tuple[int, float, float]],
     dropouts: Mapping[str, float],
     config: Mapping[str, Any],
@@ -105,7 +116,7 @@ def _metadata(
     record = {
         "version": version("lora_lightning"),
         "base": json.loads(base.to_json()),
-        "adapter": of_tensors(tensors).digest,
+        "adapter": adapter,
         "settings": {name: list(own) for name, own in settings.items()},
         "dropouts": dropouts,
         "config": config_digests(config),

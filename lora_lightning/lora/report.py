@@ -72,7 +72,7 @@ class InjectionReport:
         """Rows alike but for block numbers, as (name with `*`, how many, one of them, parameters of all)."""
         groups: dict[tuple[Any, ...], list[AdaptedModule]] = {}
         for row in self.modules:
-            name = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", row.module)
+            name = without_numbers(row.module)
             groups.setdefault((name, row.kind, row.r, row.alpha, row.dropout, row.arithmetic), []).append(row)
         for (name, *_), rows in groups.items():
             yield name, len(rows), rows[0], sum(row.parameters for row in rows)
@@ -112,6 +112,11 @@ class InjectionReport:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"trainable {self.trainable:,} of {self.total:,} ({self.share:.2%})")
         return "\n".join([*lines, *filter(None, [self.plain_line()])])
+
+
+def without_numbers(name: str) -> str:
+    """A module's name with `*` for each number, as of its block."""
+    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
 
 
 def _way(row: AdaptedModule) -> str:

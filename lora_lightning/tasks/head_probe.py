@@ -96,6 +96,11 @@ def _loudness(head: nn.Module, last: Tensor) -> float:
     return min(LOUD / logit, LARGEST / value) if logit > 0 and value > 0 else 1.0
 
 
+def declared_terms(backbone: PreTrainedModel) -> Terms:
+    """The bound and scale that its config has, unproven."""
+    return _declared(backbone)[0]
+
+
 def _declared(backbone: PreTrainedModel) -> list[Terms]:
     """What transformers' configs call bounds and scales, and neither."""
     config = backbone.config.get_text_config().to_dict()

@@ -22,9 +22,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.traced import is_traced
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.head_in_chunks import module_cross_entropy
-from lora_lightning.tasks.head_probe import one_position, terms_of
+from lora_lightning.tasks.head_probe import declared_terms, one_position, terms_of
 from lora_lightning.tasks.linear_cross_entropy import linear_cross_entropy
 from lora_lightning.tasks.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
@@ -137,7 +138,7 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
         assert isinstance(backbone, PreTrainedModel)
         head = _head(backbone)
         if backbone not in _FOUND:
-            _FOUND[backbone] = terms_of(backbone, head, inputs)
+            _FOUND[backbone] = declared_terms(backbone) if is_traced() else terms_of(backbone, head, inputs)
         terms = _FOUND[backbone]
         if terms is not None:
             return head, terms

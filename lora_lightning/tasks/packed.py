@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.traced import is_traced
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.modes import evaluating
 
@@ -49,7 +50,7 @@ def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         LoRAError: the backbone mixes documents, which is found out once for each backbone.
     """
-    if backbone not in _PROVEN:
+    if backbone not in _PROVEN and not is_traced():
         refuse_mixing(backbone, inputs["input_ids"])
         _PROVEN.add(backbone)
     return _arguments(backbone, inputs)

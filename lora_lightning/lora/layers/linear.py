@@ -21,6 +21,7 @@ from lora_lightning.lora.quick import Frozen, can_go_quick, has_few_rows, quick_
 from lora_lightning.lora.quick_bias import with_bias_gradient
 from lora_lightning.lora.reading import Down
 from lora_lightning.lora.replay import Replays
+from lora_lightning.lora.traced import is_ordinary
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """By its name: this part of the code does not import transformers."""
@@ -157,8 +158,9 @@ class _Projection(AdaptedLayer):
             for other in others
             if isinstance(other, _Projection)
             and other.lora_enabled
-            and type(A := other._parameters.get("lora_A")) is nn.Parameter
-            and type(A.data) is Tensor
+            and isinstance(A := other._parameters.get("lora_A"), nn.Parameter)
+            and is_ordinary(A)
+            and is_ordinary(A.data)
             and A.device == self.lora_A.device
             and other._buffers.get("lora_A0") is None  # else its way down is not A alone
             and other._dropout_now() == dropout

@@ -12,6 +12,7 @@ from lora_lightning.lora.drops import dropped_of_256
 from lora_lightning.lora.layers.bias import TrainedBias
 from lora_lightning.lora.layers.graft import own_class
 from lora_lightning.lora.quantised import scheme
+from lora_lightning.lora.traced import is_ordinary
 
 if TYPE_CHECKING:
     from lora_lightning.lora.layers.base import AdaptedLayer
@@ -46,6 +47,6 @@ def why_not_ordinary(layer: AdaptedLayer, *, of_its_own: bool) -> str | None:
         return f"W0 is quantised, {quantised}"
     if of_its_own or weight is None:
         return f"{own_class(type(layer)).__name__} reads its weight in its own way"
-    if type(weight.data) is not Tensor:
+    if not is_ordinary(weight.data):
         return f"W0 is a {type(weight.data).__name__}"
     return None if drops_by_bytes(p) else f"dropout {p:g} is not within 1/512 and 511/512"

@@ -1,0 +1,242 @@
+"""A step on stand-ins keeps, needs and computes what the same step does with numbers."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from contextlib import nullcontext
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+from benchmarks.measure import kept_bytes
+from lora_lightning import CausalLM, LoRAConfig, inject
+from lora_lightning.analysis.stand_ins import put_stand_ins, stand_in_mode
+from lora_lightning.analysis.step_cost import StepCost, step_cost
+from lora_lightning.lora.inject import adapted_layers, remove
+from lora_lightning.lora.switches import prepare_weights, recompute_inputs
+from lora_lightning.training.forward import TrainingForward
+
+ROWS, LENGTH = 4, 48
+AdamW = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
+
+
+def bert(attention="eager"):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 128}
+    config = tf.BertConfig(vocab_size=100, max_position_embeddings=64, **sizes)
+    return tf.AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
+
+
+def llama(layers=3):
+    sizes = {"hidden_size": 64, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 128}
+    return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=300, num_key_value_heads=2, **sizes))
+
+
+def gpt2():
+    return tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64))
+
+
+class Convolutions(nn.Module):
+    """Two of them, a norm and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.second, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, 5)
+
+    def forward(self, pixels):
+        hidden = self.second(torch.nn.functional.relu(self.norm(self.first(pixels))))
+        return self.head(hidden.mean((2, 3)))
+
+
+IDS = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 99
+MASK = torch.ones_like(IDS).index_fill(1, torch.tensor([LENGTH - 1]), 0)
+
+
+def classified(model):
+    return model(input_ids=IDS, attention_mask=MASK).logits.float().logsumexp(-1).mean()
+
+
+def continued(model):
+    labels = IDS.masked_fill(MASK == 0, -100)
+    return CausalLM().step(model, {"input_ids": IDS, "attention_mask": MASK, "labels": labels}).loss
+
+
+def seen(model):
+    return model(torch.ones(ROWS, 3, 20, 20)).float().logsumexp(-1).mean()
+
+
+LINEAR = {"target_modules": "all-linear"}
+CASES = {
+    "BERT": (bert, LINEAR, classified),
+    "BERT, fused attention": (functools.partial(bert, "sdpa"), LINEAR, classified),
+    "BERT, query and value": (bert, {"target_modules": ["query", "value"]}, classified),
+    "BERT, dropout": (bert, {**LINEAR, "dropout": 0.1}, classified),
+    "BERT, DoRA": (bert, {**LINEAR, "use_dora": True}, classified),
+    "Llama": (llama, LINEAR, continued),
+    "GPT-2, parts": (gpt2, {"target_modules": ["c_attn"], "slices": {"c_attn": ["q", "v"]}}, continued),
+    "convolutions": (Convolutions, {"target_modules": ["first", "second", "head"]}, seen),
+}
+
+
+def adapted(make, options):
+    torch.manual_seed(0)
+    model = make().eval()
+    inject(model, LoRAConfig(r=4, **options))
+    prepare_weights(model, "off")
+    for _, layer in adapted_layers(model):
+        if layer.lora_dropout is not None:
+            layer.lora_dropout.train()
+    return model
+
+
+def without_numbers(model):
+    """A copy on the meta device, with its modes and its ties."""
+    return copy.deepcopy(model).to("meta")
+
+
+def traced(model, loss, *, context=nullcontext, forward=nullcontext) -> StepCost:
+    model, mode = without_numbers(model), stand_in_mode()
+    put_stand_ins(model, mode, torch.device("cpu"))
+
+    def run():
+        with forward(model) if forward is not nullcontext else nullcontext():
+            return loss(model)
+
+    return step_cost(model, run, lambda: AdamW([p for p in model.parameters() if p.requires_grad]), mode, forward_context=context)
+
+
+def autocast():
+    return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+
+
+@pytest.mark.parametrize("context", [nullcontext, autocast], ids=["float32", "bfloat16 autocast"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_on_stand_ins_keeps_what_a_real_one_keeps(case, context):
+    make, options, loss = CASES[case]
+    model = adapted(make, options)
+
+    def call():
+        with context():
+            return loss(model)
+
+    real, planned = kept_bytes(model, call), traced(model, loss, context=context).kept
+    assert abs(planned - real) <= max(256, real * 0.002)  # single numbers, such as a layer's epsilon
+
+
+@pytest.mark.parametrize("case", ["BERT", "Llama"])
+def test_the_peak_of_a_step_is_that_of_torchs_allocator(case):
+    make, options, loss = CASES[case]
+    model = adapted(make, options)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(trained)
+    for _ in range(2):  # the first makes the optimizer's state
+        with torch.profiler.profile(profile_memory=True) as profile:
+            out = loss(model)
+            optimizer.zero_grad()
+            out.backward()
+            del out
+            optimizer.step()
+    planned = traced(model, loss)
+    there = planned.gradients + planned.optimizer
+    real = there + highest(profile)
+    assert planned.peak - planned.weights == pytest.approx(real, rel=0.03)
+
+
+def highest(profile) -> int:
+    """Bytes at most above what was there before, in the order in which torch's allocator was asked."""
+    events = [event for event in profile.events() if event.name == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.time_range.start):
+        now += event.cpu_memory_usage
+        most = max(most, now)
+    return most
+
+
+def test_recomputed_inputs_and_blocks_are_not_kept():
+    model = adapted(bert, LINEAR)
+    plain = traced(model, classified)
+    recompute_inputs(model, True)
+    inputs = traced(model, classified)
+    assert inputs.kept == pytest.approx(kept_bytes(model, lambda: classified(model)), rel=0.002)
+    recompute_inputs(model, False)
+    blocks = traced(model, classified, forward=checkpointed)
+    with checkpointed(model):
+        real = kept_bytes(model, lambda: classified(model))
+    random = torch.get_rng_state().numel()  # which each block keeps, out of the dispatcher's sight
+    assert blocks.kept + 3 * random == pytest.approx(real, rel=0.002)
+    assert blocks.kept < inputs.kept < plain.kept
+    assert blocks.peak < plain.peak
+    assert blocks.flops > plain.flops
+
+
+def checkpointed(model):
+    return TrainingForward(model, checkpointing=True, offload=False, compile=False).on()
+
+
+def test_the_optimizers_state_is_what_it_makes():
+    model = adapted(bert, LINEAR)
+    planned = traced(model, classified)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = AdamW(trained)
+    classified(model).backward()
+    optimizer.step()
+    state = [t for own in optimizer.state.values() for t in own.values()]
+    assert planned.optimizer == sum(t.numel() * t.element_size() for t in state)
+    assert planned.gradients == sum(p.numel() * p.element_size() for p in trained)
+
+
+@pytest.mark.parametrize("case", ["BERT", "BERT, fused attention", "Llama", "GPT-2, parts", "convolutions"])
+def test_operations_are_those_that_torch_counts_of_a_real_step(case):
+    """By torch's own counter on a plain model, where no arithmetic of ours can hide from it."""
+    make, _, loss = CASES[case]
+    torch.manual_seed(0)
+    model = make().eval()
+    planned = traced(model, loss)
+    loss(model)  # what a first batch finds out
+    with FlopCounterMode(display=False, custom_mapping=custom()) as counter:
+        loss(model).backward()
+    assert planned.flops == counter.get_total_flops()
+
+
+def custom():
+    """Fused attention on a CPU, which torch's table leaves out."""
+    cpu = "_scaled_dot_product_flash_attention_for_cpu"
+    return {getattr(torch.ops.aten, cpu): sdpa_flop, getattr(torch.ops.aten, f"{cpu}_backward"): sdpa_backward_flop}
+
+
+def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token():
+    """6 N D of full fine-tuning; LoRA's skips W0's own gradient, 4 N D and the adapters' 6 each (and no dX below)."""
+    tokens, width, deep, r = 32, 64, 5, 4
+    x = torch.ones(tokens, width)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(deep)))
+    weights = deep * width * width
+    full = traced(model, lambda m: m(x).sum())
+    no_dx = 2 * width * width * tokens  # of the first layer's input, which is the batch
+    assert full.flops == 6 * weights * tokens - no_dx
+    inject(model, LoRAConfig(r=r, target_modules="all-linear"))
+    lora = traced(model, lambda m: m(x).sum())
+    factors = deep * 2 * width * r
+    assert lora.forward == 2 * (weights + factors) * tokens
+    assert lora.flops == 4 * weights * tokens - no_dx + 6 * factors * tokens - 2 * width * r * tokens
+    assert remove(model) is model
+
+
+def test_a_deep_model_is_told_from_two_short_ones():
+    from lora_lightning.plan_depth import SHORT, depth_of, shortened
+
+    model = without_numbers(adapted(functools.partial(llama, 11), LINEAR))
+    name, blocks = depth_of(model)
+    assert (name, blocks) == ("model.layers", 11)
+    short, longer = (traced(shortened(model, name, n), continued) for n in (SHORT, SHORT + 1))
+    assert longer.deeper(short, blocks - SHORT - 1) == traced(model, continued)
+
+
+def test_blocks_that_are_not_alike_are_all_run():
+    from lora_lightning.plan_depth import depth_of
+
+    model = without_numbers(adapted(functools.partial(llama, 11), {"target_modules": ["layers.3.mlp.up_proj"]}))
+    assert depth_of(model) is None
