@@ -19,6 +19,9 @@ def main() -> None:
     # Where a process is gone, torch's store and gloo would tell of it in forty lines of C++ before our one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  (a class of one's own in a file beside the config)
+    if sys.argv[1:2] == ["new"]:
+        _new(sys.argv[2:])
+        return
     quieten()
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -38,6 +41,18 @@ def main() -> None:
         if error.errno not in DISK:
             raise
         print(f"lora-lightning: error: {of_the_disk(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _new(args: list[str]) -> None:
+    """Without torch and Lightning, which would take longer to import than the project to make."""
+    from lora_lightning.lora.errors import LoRAError, MissingPackageError
+    from lora_lightning.new import main as make
+
+    try:
+        make(args)
+    except (LoRAError, MissingPackageError, OSError) as error:
+        print(f"lora-lightning: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -46,6 +46,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 """Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
 
+ADAPTERS = "Adapters: directories, run folders or checkpoints."
+
 KNOWN = re.compile(r",\s+known\s+subclasses:[^()]*(?=\)\n)")
 
 
@@ -108,7 +110,7 @@ class Parser(LightningArgumentParser):
             wants = "--ckpt_path RUN [-c CONFIG ...]" if prog.endswith(FROM_CHECKPOINT) else "-c CONFIG [-c CONFIG ...]"
             if positional := POSITIONAL.get(prog.rpartition(" ")[2]):
                 one = positional.upper().removesuffix("S")
-                wants = f"{one} [{one} ...]"
+                wants = f"{one} [{one} ...]" if positional.endswith("s") else one
             usage = f"usage: {prog} {wants} [options]"
         return f"{usage}\n\n{KNOWN.sub(_shorter, _own_first(rest))}"
 
@@ -349,7 +351,8 @@ def command_parser(name: str) -> Parser:
     parser = Parser(prog=f"lora-lightning {name}", description=_first_line(function), allow_abbrev=False)
     positional = POSITIONAL.get(name)
     if positional is not None:
-        parser.add_argument(positional, nargs="+", type=str, help="Adapters: directories, run folders or checkpoints.")
+        nargs, about = ("+", ADAPTERS) if positional.endswith("s") else ("?", "See `lora-lightning new --help`.")
+        parser.add_argument(positional, nargs=nargs, type=str, help=about)
     parser.add_function_arguments(function, skip={positional} if positional else None)
     return parser
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lora_lightning.lora.casting import DType
 from lora_lightning.lora.stream import StreamReport
+from lora_lightning.new import new
 
 if TYPE_CHECKING:
     from lora_lightning.analysis.tables import Rows
@@ -93,10 +94,10 @@ def analyze(
     Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge, "analyze": analyze}
+COMMANDS: dict[str, Callable[..., Any]] = {"merge": merge, "analyze": analyze, "new": new}
 
-POSITIONAL = {"analyze": "adapters"}
-"""The argument that is given without its name, once or more."""
+POSITIONAL = {"analyze": "adapters", "new": "folder"}
+"""The argument that is given without its name: a plural once or more, a singular once."""
 
 
 def rows_table(rows: Rows) -> Table:
