@@ -32,7 +32,7 @@ def new(
     task: str | None = None,
     backbone: str | None = None,
     logger: str | None = None,
-    license: str | None = None,  # noqa: A002  (the word that people type)
+    license: str | None = None,
     author: str | None = None,
     package: str | None = None,
     template: str | None = None,

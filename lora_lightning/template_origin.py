@@ -13,8 +13,8 @@ PACKAGE = "lora_lightning"
 def origin(template: Path) -> dict[str, str]:
     """`_src_path`, a git repository, and `_commit`, a tag or commit of it; empty where nobody knows.
 
-    In this order: the repository and commit that pip installed from; the clone that the package lies in, by its remote's
-    address where the remote has the commit; the repository that the package's own metadata name, at its version's tag.
+    In this order: the repository and commit that pip installed from; the clone that the package lies in, by the address
+    of its remote where that has the commit; the repository that the package's metadata name, at the version's tag.
 
     Args:
         template: the folder that was rendered.
