@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,12 @@ def parser() -> ArgumentParser:
     return made
 
 
+def _with_values(args: list[str]) -> Iterator[str]:
+    """`--defaults` alone is `--defaults=true`, which is all that jsonargparse takes."""
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        yield "--defaults=true" if arg == "--defaults" and following not in ("true", "false") else arg
+
+
 def main(args: list[str]) -> None:
     """Run the command.
 
@@ -261,7 +268,7 @@ def main(args: list[str]) -> None:
     """
     made = parser()
     try:
-        given = made.parse_args(args)
+        given = made.parse_args([*_with_values(args)])
     except ArgumentError as error:
         known = [option for action in made._actions for option in action.option_strings]
         wrong = next((arg.split("=")[0] for arg in args if arg.startswith("--") and arg.split("=")[0] not in known), "")

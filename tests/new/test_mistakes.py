@@ -54,3 +54,12 @@ def test_without_copier_the_extra_is_named(tmp_path, monkeypatch):
     with pytest.raises(MissingPackageError, match=r"pip install 'lora_lightning\[new\]'"):
         new("mine", defaults=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_defaults_stands_alone_or_with_its_value(tmp_path, monkeypatch):
+    for name, flags in (("one", ["--defaults"]), ("two", ["--defaults", "true"]), ("three", ["--defaults=false"])):
+        monkeypatch.setattr("sys.argv", ["lora-lightning", "new", *flags, "--git", "false", name])
+        if flags == ["--defaults"]:
+            monkeypatch.setattr("sys.argv", ["lora-lightning", "new", "--git", "false", name, *flags])
+        main()
+        assert (tmp_path / name / "Makefile").is_file()
