@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 
-from lora_lightning.new import questions
+from lora_lightning.projects.checks import questions
 from tests.command.process import REPOSITORY
 
 TASKS = list(questions()["task"]["choices"].values())

@@ -6,8 +6,8 @@ import copier
 import pytest
 import yaml
 
-from lora_lightning import new as module_of_new
 from lora_lightning.new import new
+from lora_lightning.projects import render
 from tests.command.process import REPOSITORY
 from tests.new.projects import git
 
@@ -93,7 +93,7 @@ def test_a_project_of_the_package_is_that_of_the_repository(versions, tmp_path):
 
 def test_update_finds_the_clone_that_the_package_lies_in(versions, tmp_path, monkeypatch):
     git(versions, "checkout", "--quiet", "v0.1.0")
-    monkeypatch.setattr(module_of_new, "TEMPLATE", versions / "lora_lightning/template")
+    monkeypatch.setattr(render, "TEMPLATE", versions / "lora_lightning/template")
     new("mine", defaults=True)
     answers = yaml.safe_load((tmp_path / "mine/.copier-answers.yml").read_text())
     assert (answers["_src_path"], answers["_commit"]) == (str(versions), "v0.1.0")

@@ -6,7 +6,8 @@ import pytest
 
 from lora_lightning.__main__ import main
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
-from lora_lightning.new import checked_name, new
+from lora_lightning.new import new
+from lora_lightning.projects.checks import checked_name
 
 
 @pytest.mark.parametrize(

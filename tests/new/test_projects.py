@@ -78,9 +78,14 @@ def test_pre_commit_takes_the_projects_config(projects):
     subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", str(config)], check=True)
 
 
+def arguments(files, runs):
+    """Of a quiet run on a CPU."""
+    return [*(word for file in files for word in ("--config", str(file))), *ON_A_CPU, "--runs_dir", str(runs)]
+
+
 def test_its_own_parts_train_on_its_rows_at_once(project, tmp_path):
     files = configs_of(project, "experiment", *offline(project), "own", "debug")
-    LoRACLI(args=["fit", *(word for file in files for word in ("--config", str(file))), *ON_A_CPU, "--runs_dir", str(tmp_path)])
+    LoRACLI(args=["fit", *arguments(files, tmp_path)])
     report = json.loads((tmp_path / "debug" / "report.json").read_text())
     assert report["w0_unchanged"]
     assert 0 < report["params_trainable"] < report["params_trainable"] + report["params_frozen"]
@@ -90,7 +95,7 @@ def test_its_own_parts_train_on_its_rows_at_once(project, tmp_path):
 @pytest.mark.parametrize("own", [False, True])
 def test_it_trains_tests_predicts_and_exports(project, own, tmp_path):
     files = configs_of(project, "experiment", *offline(project), *(["own"] if own else []), "debug")
-    args = [*(word for file in files for word in ("--config", str(file))), *ON_A_CPU, "--runs_dir", str(tmp_path)]
+    args = arguments(files, tmp_path)
     LoRACLI(args=["fit", *args])
     for command in ("test", "predict", "export"):
         LoRACLI(args=[command, *args, "--ckpt_path", "best"])

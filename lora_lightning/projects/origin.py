@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import subprocess
 from pathlib import Path
+
+from lora_lightning.projects.repository import git
 
 PACKAGE = "lora_lightning"
 
@@ -33,15 +34,15 @@ def _installed_from() -> dict[str, str]:
     return {"_src_path": f"git+{said['url']}", "_commit": commit} if commit else {}
 
 
-def _clone(template: Path) -> dict[str, str]:
-    root = _git(template, "rev-parse", "--show-toplevel")
-    described = _git(template, "describe", "--tags", "--always")
+def _clone(folder: Path) -> dict[str, str]:
+    root = git("rev-parse", "--show-toplevel", cwd=folder)
+    described = git("describe", "--tags", "--always", cwd=folder)
     if not root or not described or not (Path(root) / "copier.yml").is_file():
         return {}
-    if not Path(root, "lora_lightning", "template").samefile(template):
+    if not Path(root, "lora_lightning", "template").samefile(folder):
         return {}  # a package that is installed into an environment within somebody else's repository
-    pushed = _git(template, "branch", "--remotes", "--contains", "HEAD")
-    url = _git(template, "remote", "get-url", pushed.split("/")[0].strip()) if pushed else None
+    pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
+    url = git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
     return {"_src_path": url or root, "_commit": described}
 
 
@@ -55,11 +56,3 @@ def _named() -> dict[str, str]:
         if label.lower() in ("repository", "source"):
             return {"_src_path": f"git+{url}", "_commit": f"v{metadata['Version']}"}
     return {}
-
-
-def _git(folder: Path, *args: str) -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
