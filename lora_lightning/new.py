@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def parser() -> ArgumentParser:
 
 def _with_values(args: list[str]) -> Iterator[str]:
     """`--defaults` alone is `--defaults=true`, which is all that jsonargparse takes."""
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in pairwise([*args, ""]):
         yield "--defaults=true" if arg == "--defaults" and following not in ("true", "false") else arg
 
 
