@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from lora_lightning.projects.checks import questions
 from tests.command.process import REPOSITORY
@@ -31,11 +32,11 @@ def environment(folder):
     inside = next(folder.glob("lib/python*/site-packages"))
     installed = [path for path in sys.path if path.endswith("site-packages")]
     (inside / "here.pth").write_text("\n".join([str(REPOSITORY), *installed]) + "\n")
-    for name in ("lora-lightning", "ruff", "mypy"):
+    for name in ("lora-lightning", "mypy"):
         program = folder / "bin" / name
-        module = name.replace("-", "_")
-        program.write_text(f'#!/bin/sh\nexec "{folder}/bin/python" -m {module} "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec "{folder}/bin/python" -m {name.replace("-", "_")} "$@"\n')
         program.chmod(0o755)
+    (folder / "bin" / "ruff").symlink_to(Path(sys.executable).with_name("ruff"))
     (folder / "ready").touch()
 
 
