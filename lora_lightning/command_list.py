@@ -45,6 +45,14 @@ GROUPS: dict[str, dict[str, Command]] = {
             "Adapters: directories, run folders or checkpoints.",
         ),
     },
+    "your own": {
+        "new": Command(
+            "a project from the template, with configs, data, a backbone, a task and tests",
+            "lora_lightning.new:new",
+            "folder",
+            "A new or empty folder, by whose name the project is called.",
+        ),
+    },
     "this machine": {
         "doctor": Command("versions, devices, extras, and whether a tiny fit works", "lora_lightning.doctor:doctor"),
         "completion": Command(

@@ -106,7 +106,9 @@ def traced(model, loss, *, context=nullcontext, forward=nullcontext) -> StepCost
         with forward(model) if forward is not nullcontext else nullcontext():
             return loss(model)
 
-    return step_cost(model, run, lambda: AdamW([p for p in model.parameters() if p.requires_grad]), mode, forward_context=context)
+    return step_cost(
+        model, run, lambda: AdamW([p for p in model.parameters() if p.requires_grad]), mode, forward_context=context
+    )
 
 
 def autocast():

@@ -1,0 +1,58 @@
+"""Where the template of an installed package came from, in the words of `.copier-answers.yml`, for `copier update`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+from lora_lightning.projects.repository import git
+
+PACKAGE = "lora_lightning"
+
+
+def origin(template: Path) -> dict[str, str]:
+    """`_src_path`, a git repository, and `_commit`, a tag or commit of it; empty where nobody knows.
+
+    In this order: the repository and commit that pip installed from; the clone that the package lies in, by the address
+    of its remote where that has the commit; the repository that the package's metadata name, at the version's tag.
+
+    Args:
+        template: the folder that was rendered.
+    """
+    return _installed_from() or _clone(template) or _named()
+
+
+def _installed_from() -> dict[str, str]:
+    """`pip install git+URL` leaves it in direct_url.json."""
+    try:
+        text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    said = json.loads(text) if text else {}
+    commit = said.get("vcs_info", {}).get("commit_id")
+    return {"_src_path": f"git+{said['url']}", "_commit": commit} if commit else {}
+
+
+def _clone(folder: Path) -> dict[str, str]:
+    root = git("rev-parse", "--show-toplevel", cwd=folder)
+    described = git("describe", "--tags", "--always", cwd=folder)
+    if not root or not described or not (Path(root) / "copier.yml").is_file():
+        return {}
+    if not Path(root, "lora_lightning", "template").samefile(folder):
+        return {}  # a package that is installed into an environment within somebody else's repository
+    pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
+    url = git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
+    return {"_src_path": url or root, "_commit": described}
+
+
+def _named() -> dict[str, str]:
+    try:
+        metadata = importlib.metadata.metadata(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    for line in metadata.get_all("Project-URL") or []:
+        label, _, url = line.partition(", ")
+        if label.lower() in ("repository", "source"):
+            return {"_src_path": f"git+{url}", "_commit": f"v{metadata['Version']}"}
+    return {}

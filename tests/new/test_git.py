@@ -1,0 +1,102 @@
+"""A project begins with a commit, and a later template is brought in by `copier update`."""
+
+import shutil
+
+import copier
+import pytest
+import yaml
+
+from lora_lightning.new import new
+from lora_lightning.projects import render
+from tests.command.process import REPOSITORY
+from tests.new.projects import git
+
+
+def test_a_project_begins_with_a_commit_by_its_author(person, tmp_path):
+    new("mine", license="MIT", defaults=True)
+    assert git(tmp_path / "mine", "log", "--format=%an %s") == "Ann Start from the template of lora_lightning"
+    assert git(tmp_path / "mine", "status", "--porcelain") == ""
+    assert "Copyright (c)" in (text := (tmp_path / "mine/LICENSE").read_text())
+    assert "Ann" in text
+
+
+def test_a_project_within_a_repository_belongs_to_it(person, tmp_path):
+    git(tmp_path, "init", "--quiet")
+    new("mine", defaults=True)
+    assert not (tmp_path / "mine/.git").exists()
+
+
+def test_who_has_not_told_git_their_name_commits_themselves(person, tmp_path, monkeypatch, capsys):
+    person.write_text("[user]\nuseConfigOnly = true\n")
+    new("mine", defaults=True)
+    assert (tmp_path / "mine/.git").is_dir()
+    assert "with a first commit" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def versions(person, tmp_path):
+    """This repository as copier sees it, in two versions."""
+    there = tmp_path / "lora_lightning.git"
+    shutil.copytree(REPOSITORY / "lora_lightning/template", there / "lora_lightning/template")
+    shutil.copy(REPOSITORY / "copier.yml", there)
+    git(there, "init", "--quiet")
+    git(there, "add", "--all")
+    git(there, "commit", "--quiet", "--message", "first")
+    git(there, "tag", "v0.1.0")
+    template = there / "lora_lightning/template/project"
+    with (template / "Makefile.jinja").open("a") as file:
+        file.write("\nlater: ## What a later template brings\n\t@echo later\n")
+    (template / "configs/precision/later.yaml.jinja").write_text("# Overlay: later.\nname: {{ package }}\n")
+    rows = there / "lora_lightning/template/parts/rows/chats.jsonl"
+    rows.write_text(rows.read_text().replace("plus", "and"))
+    git(there, "add", "--all")
+    git(there, "commit", "--quiet", "--message", "second")
+    git(there, "tag", "v0.2.0")
+    return there
+
+
+def test_update_brings_what_is_new_and_keeps_what_is_ones_own(versions, tmp_path):
+    new("mine", "chat", template=str(versions), template_ref="v0.1.0", defaults=True)
+    mine = tmp_path / "mine"
+    assert yaml.safe_load((mine / ".copier-answers.yml").read_text())["_commit"] == "v0.1.0"
+    experiment = mine / "configs/experiment.yaml"
+    experiment.write_text(experiment.read_text().replace("r: 8 ", "r: 64"))
+    makefile = mine / "Makefile"
+    makefile.write_text(makefile.read_text().replace("Train the experiment", "Train ours"))
+    (mine / "data/chats.jsonl").write_text('{"messages": []}\n')
+    (mine / "configs/strategy/ddp.yaml").unlink()
+    git(mine, "commit", "--quiet", "--all", "--message", "ours")
+    copier.run_update(mine, defaults=True, overwrite=True, quiet=True)
+    assert "r: 64" in experiment.read_text()
+    assert "Train ours" in makefile.read_text()
+    assert "What a later template brings" in makefile.read_text()
+    assert (mine / "configs/precision/later.yaml").read_text() == "# Overlay: later.\nname: mine\n"
+    assert (mine / "data/chats.jsonl").read_text() == '{"messages": []}\n'
+    assert not (mine / "configs/strategy/ddp.yaml").exists()
+    answers = yaml.safe_load((mine / ".copier-answers.yml").read_text())
+    assert (answers["_commit"], answers["task"], answers["_src_path"]) == ("v0.2.0", "chat", str(versions))
+
+
+def test_a_project_of_the_package_is_that_of_the_repository(versions, tmp_path):
+    new("of_package", "chat", git=False, defaults=True)
+    new("of_repository", "chat", template=str(versions), template_ref="v0.1.0", git=False, defaults=True)
+    one, other = (
+        {
+            str(path.relative_to(tmp_path / name)).replace(name, "NAME"): path.read_text().replace(name, "NAME")
+            for path in (tmp_path / name).rglob("*")
+            if path.is_file() and path.name != ".copier-answers.yml"
+        }
+        for name in ("of_package", "of_repository")
+    )
+    assert one == other
+
+
+def test_update_finds_the_clone_that_the_package_lies_in(versions, tmp_path, monkeypatch):
+    git(versions, "checkout", "--quiet", "v0.1.0")
+    monkeypatch.setattr(render, "TEMPLATE", versions / "lora_lightning/template")
+    new("mine", defaults=True)
+    answers = yaml.safe_load((tmp_path / "mine/.copier-answers.yml").read_text())
+    assert (answers["_src_path"], answers["_commit"]) == (str(versions), "v0.1.0")
+    git(versions, "checkout", "--quiet", "v0.2.0")
+    copier.run_update(tmp_path / "mine", defaults=True, overwrite=True, quiet=True)
+    assert (tmp_path / "mine/configs/precision/later.yaml").is_file()

@@ -1,0 +1,66 @@
+"""Mistakes end in one line, and nothing is written."""
+
+import sys
+
+import pytest
+
+from lora_lightning.__main__ import main
+from lora_lightning.lora.errors import LoRAError, MissingPackageError
+from lora_lightning.new import new
+from lora_lightning.projects.checks import checked_name
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["3d"], "try 'project_3d'"),
+        (["MyProject"], "try 'my_project'"),
+        (["torch"], "would hide the installed package 'torch'"),
+        (["class"], "try 'class_project'"),
+        (["json"], "try 'json_project'"),
+        ([], "new needs a name: lora-lightning new my_project"),
+        (["mine", "--task", "chta"], "did you mean 'chat'?"),
+        (["mine", "--logger", "wandbb"], "did you mean 'wandb'?"),
+        (["mine", "--tsak", "chat"], "did you mean '--task'?"),
+        (["mine", "--package", "nowhere"], "there is no 'nowhere'"),
+        (["mine", "--template", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["lora-lightning", "new", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["my_project", "my-project", "p2", "a_b-c"])
+def test_a_good_name_is_taken(name):
+    assert checked_name(name) == name
+
+
+def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):
+    (tmp_path / "mine").mkdir()
+    new("mine", git=False, defaults=True)  # an empty one is taken
+    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
+    with pytest.raises(LoRAError, match="'mine' is not empty, and nothing was written"):
+        new("mine", "chat", git=False, defaults=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == before
+
+
+def test_without_copier_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "copier", None)
+    with pytest.raises(MissingPackageError, match=r"pip install 'lora_lightning\[new\]'"):
+        new("mine", defaults=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_defaults_stands_alone_or_with_its_value(tmp_path, monkeypatch):
+    for name, flags in (("one", ["--defaults"]), ("two", ["--defaults", "true"]), ("three", ["--defaults=false"])):
+        monkeypatch.setattr("sys.argv", ["lora-lightning", "new", *flags, "--git", "false", name])
+        if flags == ["--defaults"]:
+            monkeypatch.setattr("sys.argv", ["lora-lightning", "new", "--git", "false", name, *flags])
+        main()
+        assert (tmp_path / name / "Makefile").is_file()
