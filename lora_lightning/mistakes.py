@@ -126,7 +126,7 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
 
 def _required(names: Sequence[str], args: Sequence[str], command: str) -> str:
     if not any("." in name for name in names):
-        wanted = [name.upper() if name == POSITIONAL.get(command) else f"--{name}" for name in names]
+        wanted = [name.upper().removesuffix("S") if name == POSITIONAL.get(command) else f"--{name}" for name in names]
         return f"{command} needs {_listed(wanted)}: see lora-lightning {command} --help"
     command = args[0] if args else command
     keys = [name.removeprefix(f"{command}.") for name in names]

@@ -74,6 +74,13 @@ KNOWN = (
         lambda found: "--trainer.devices must be a whole number above 0, a list of devices such as [0, 1], -1 or auto",
     ),
     (
+        r"argument after \*\* must be a mapping, not (\w+)",
+        lambda found: (
+            "a section that holds keys, such as data.split, is set to"
+            f" {'null' if found[1] == 'NoneType' else f'a {found[1]}'}: leave it out for its defaults, or give it keys"
+        ),
+    ),
+    (
         r"(?i)out of memory",
         lambda found: (
             "the device's memory is full: lower the data's batch_size (and raise trainer.accumulate_grad_batches by as"
@@ -109,7 +116,7 @@ def told(error: BaseException) -> tuple[int, str]:
     """Exit code and line."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by Ctrl-C"
-    ours = isinstance(error, LoRAError | MissingPackageError) or not _raised_by_the_user(error)
+    ours = isinstance(error, LoRAError | MissingPackageError) or not raised_by_the_user(error)
     if ours and (known := _known(error)) is not None:
         return MISTAKE, known
     if ours and isinstance(error, OSError) and error.errno in DISK:
@@ -167,7 +174,7 @@ def _from_here(file: Path) -> Path:
     return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
 
 
-def _raised_by_the_user(error: BaseException) -> bool:
+def raised_by_the_user(error: BaseException) -> bool:
     """Whether code of the user's own has raised it: then its type, message and place are what they need."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _of_the_user(frames[-1])
