@@ -13,6 +13,8 @@ import torch
 from lora_lightning.__main__ import main
 from lora_lightning.command_list import ENTRIES
 from tests.command.mistakes import MISTAKES
+from tests.command.process import run
+from tests.tiny import make_bert
 
 START = "lora-lightning: error: "
 
