@@ -18,6 +18,8 @@ class Mistake:
     code: int = 2
     lacks: str = ""
     """A package that is not installed."""
+    late: bool = False
+    """Found only once the fit runs, and a run is there already."""
 
 
 def lora(text: str) -> dict[str, str | bytes]:
@@ -349,6 +351,7 @@ MISTAKES = {
     "another number of labels": Mistake(
         f"{FIT} --model.backbone.init_args.num_labels 5",
         "the backbone must return logits (n, 2), one for each class, got (16, 5): give its head 2 outputs",
+        late=True,
     ),
     "null for a section": Mistake(
         f"{FIT} --data.split null",
@@ -376,6 +379,7 @@ MISTAKES = {
         "'train/loss'? (logged are train/loss_step, samples/s, tokens/s, val/loss, val/accuracy, "
         "val/f1, train/loss, train/accuracy, train/f1)",
         callback("{class_path: EarlyStopping, init_args: {monitor: val/los}}"),
+        late=True,
     ),
     "export before fit": Mistake(
         "export -c run.yaml --ckpt_path best --name second",
