@@ -16,7 +16,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.class_paths import wrong_path
 from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
-from lora_lightning.config_files import check, place_of
+from lora_lightning.config_files import check
+from lora_lightning.config_places import place_of
 from lora_lightning.data.base import TableData
 from lora_lightning.docstrings import read_once
 from lora_lightning.handed_down import handed_down

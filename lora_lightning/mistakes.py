@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_lightning.class_paths import KEY, explained
 from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
-from lora_lightning.config_files import named, place_of, whole_key
+from lora_lightning.config_files import named
+from lora_lightning.config_places import place_of, whole_key
 from lora_lightning.lora.errors import did_you_mean
 
 UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")

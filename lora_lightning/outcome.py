@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType
 
-from lora_lightning.lora.errors import LoRAError, MissingPackageError, did_you_mean
+from lora_lightning.known_errors import meaning
+from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
 DONE, FAILED, MISTAKE, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
 CODES = {
@@ -36,70 +37,6 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 
 RUN_CONFIG: ContextVar[str | None] = ContextVar("RUN_CONFIG", default=None)
 """The config of its run that a command has found by itself."""
-
-KNOWN = (
-    (
-        r"(?s)conditioned on metric `([^`]+)` which is not available.*following: (.*)",
-        lambda found: f"EarlyStopping monitors '{found[1]}', which is not logged{_logged(found[1], found[2])}",
-    ),
-    (
-        r"(?s)could not find the monitored key in the returned metrics: \[(.*?)\]",
-        lambda found: f"ModelCheckpoint monitors what is not logged (logged are {found[1]})",
-    ),
-    (
-        r"(?s)ReduceLROnPlateau conditioned on metric ([^ ]+) which is not available. Available metrics are: \[(.*?)\]",
-        lambda found: f"ReduceLROnPlateau monitors '{found[1]}', which is not logged{_logged(found[1], found[2])}",
-    ),
-    (
-        r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)",
-        lambda found: (
-            f"no accelerator '{found[1]}'{did_you_mean(found[1], ['gpu', *found[2].split(', ')])}"
-            f" (there are {', '.join(sorted(['gpu', *found[2].split(', ')]))})"
-        ),
-    ),
-    (
-        r"No supported gpu backend found",
-        lambda found: (
-            "--trainer.accelerator gpu, and torch sees no GPU here: leave it at auto, or see lora-lightning doctor"
-        ),
-    ),
-    (
-        r"(?s)requested gpu: (\[.*?\]).*machine only has: (\[.*?\])",
-        lambda found: (
-            f"--trainer.devices asks for the GPUs {found[1]}, and there are {found[2]}: give as many as there are"
-        ),
-    ),
-    (
-        r"`devices` selected with `CPUAccelerator`|value is not a valid input using (\w+) accelerator",
-        lambda found: "--trainer.devices must be a whole number above 0, a list of devices such as [0, 1], -1 or auto",
-    ),
-    (
-        r"argument after \*\* must be a mapping, not (\w+)",
-        lambda found: (
-            "a section that holds keys, such as data.split, is set to"
-            f" {'null' if found[1] == 'NoneType' else f'a {found[1]}'}: leave it out for its defaults, or give it keys"
-        ),
-    ),
-    (
-        r"(?i)out of memory",
-        lambda found: (
-            "the device's memory is full: lower the data's batch_size (and raise trainer.accumulate_grad_batches by as"
-            " much), or set model.activation_checkpointing, or precision bf16-base"
-        ),
-    ),
-    (
-        r"(?i)EADDRINUSE|address already in use",
-        lambda found: (
-            "the port of an earlier or another run is still taken: set MASTER_PORT to another one, or leave it unset"
-        ),
-    ),
-)
-"""What Lightning and torch say of mistakes that a user can mend, and what to do."""
-
-
-def _logged(wanted: str, listed: str) -> str:
-    names = re.findall(r"[\w/.@-]+", listed)
-    return f"{did_you_mean(wanted, names)} (logged are {', '.join(names)})"
 
 
 def ended(error: BaseException) -> int:
@@ -131,9 +68,8 @@ def _known(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, LoRAError | MissingPackageError):
         return text + _from_another_folder(text)
-    for pattern, said in KNOWN:
-        if found := re.search(pattern, text):
-            return said(found)
+    if (meant := meaning(text)) is not None:
+        return meant
     names = {kind.__name__ for kind in type(error).__mro__}
     return text if "MisconfigurationException" in names else None
 
