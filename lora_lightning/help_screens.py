@@ -15,42 +15,41 @@ from lora_lightning.help_all import has_groups, usage
 from lora_lightning.lora.errors import did_you_mean
 
 TRAINER = {
-    "max_epochs": "epochs to train (1000 where max_steps is left out too)",
-    "max_steps": "optimizer steps to train; -1: as many as the epochs have",
+    "max_epochs": "epochs to train",
+    "max_steps": "optimizer steps to train; -1: the epochs' own",
     "max_time": "stop after this time, as DD:HH:MM:SS",
-    "accelerator": "cpu, gpu, cuda, mps, tpu or auto",
-    "devices": "how many, a list of their numbers, -1 for all, or auto",
+    "accelerator": "cpu, gpu, mps, tpu, ... or auto",
+    "devices": "how many, [their numbers], -1 for all, or auto",
     "num_nodes": "machines",
-    "strategy": "auto, ddp, fsdp2, ...: configs/strategy/ holds overlays",
-    "precision": "float32, bf16-base, nf4-base, bf16-mixed, 16-mixed or auto",
-    "accumulate_grad_batches": "batches whose gradients make one step",
-    "gradient_clip_val": "largest norm of all gradients together",
-    "val_check_interval": "share of an epoch, or batches, between two validations",
-    "check_val_every_n_epoch": "epochs between two validations",
-    "limit_train_batches": "share or number of an epoch's batches to train on",
-    "limit_val_batches": "the same for validation",
+    "strategy": "auto, ddp, fsdp2; configs/strategy/ has overlays",
+    "precision": "float32, bf16-base, nf4-base, bf16-mixed, auto, ...",
+    "accumulate_grad_batches": "batches to a step",
+    "gradient_clip_val": "largest norm of the gradients",
+    "val_check_interval": "epoch's share or batches between validations",
+    "check_val_every_n_epoch": "epochs between them",
+    "limit_train_batches": "share or number of batches to train on",
     "log_every_n_steps": "steps between two lines of metrics.csv",
-    "fast_dev_run": "one batch of each set, as a trial that leaves no run",
+    "fast_dev_run": "one batch of each set, leaving no run",
     "callbacks": "list of {class_path, init_args}",
-    "logger": "list of {class_path, init_args}, beside metrics.csv; false for none",
-    "deterministic": "refuse operations whose result varies from run to run",
+    "logger": "list of classes beside metrics.csv; false: none",
     "enable_progress_bar": "the bar on the screen",
-    "profiler": "simple or advanced: where the time goes",
 }
 """Of the Trainer's options those that most runs set, each in a line."""
 
 RUN = {
-    "config": "a YAML file; given again, the later one wins; flags win over files",
-    "print_config": "print the whole config as a file that runs, and end",
+    "config": "a YAML file; of several a later one wins",
+    "print_config": "print the whole config as a file, and end",
     "seed_everything": "seed of everything that is drawn",
     "ckpt_path": "where to go on or what to use: last, best, a run folder, a .ckpt file",
-    "weights_only": "false: let a checkpoint of other origin hold objects too",
+    "weights_only": "false: a checkpoint may hold objects too",
     "verbose": "print the metrics",
     "return_predictions": "keep predictions in memory too",
 }
 """What Lightning tells at length."""
 
-FIT_PATH = "go on from auto (the newest there is), last, best, a run folder or a .ckpt"
+COLUMN = 31
+"""Where what is told of an option begins, behind all but the longest."""
+FIT_PATH = "go on from auto (the newest), last, best, a run or .ckpt"
 GROUPS = ("run", "model", "lora", "data", "trainer")
 
 
@@ -109,8 +108,8 @@ def short(parser: Any, everything: str) -> str:
         "trainer": "trainer: Lightning's own",
     }
     for group in GROUPS:
-        rows = [_row(action, command) for action in _actions(parser) if _group_of(action.dest) == group]
-        rows = [row for row in rows if row is not None]
+        own = [action for action in _actions(parser) if _group_of(action.dest) == group and not _hidden(action)]
+        rows = [_row(action, command) for action in own]
         hidden = sum(1 for action in _actions(parser) if _hidden(action))
         lines += [titles[group], *rows]
         if group == "trainer" and hidden:
@@ -121,18 +120,18 @@ def short(parser: Any, everything: str) -> str:
 
 def _head(command: str) -> list[str]:
     """What the command is for, and where the rest is told."""
-    example = "lora-lightning fit -c configs/demo.yaml --model.lora.r 16"
+    example = "For example: fit -c configs/demo.yaml"
     if command in FROM_CHECKPOINT:
-        example = f"lora-lightning {command} --ckpt_path runs/demo"
+        example = f"For example: {command} --ckpt_path runs/demo"
     line = ENTRIES[command].line if command in ENTRIES else ""
     return [
-        f"{line[:1].upper()}{line[1:]}. For example: {example}",
+        f"{line[:1].upper()}{line[1:]}.",
+        example,
         "",
-        f"  {command} --help all             every option with all that is told of it; or of one group:",
-        f"  {command} --help trainer         run, model, lora, data or trainer",
-        f"  {command} --data.help CLASS      the arguments of a class: --model.task.help, --model.backbone.help,",
-        "                              --model.optimizer.help, --trainer.callbacks.help, --trainer.strategy.help",
-        "  docs/command.md             exit codes, completion, what a mistake answers",
+        f"  {command} --help all        every option with all that is told of it, or of a group:",
+        f"  {command} --help trainer    run, model, lora, data or trainer",
+        f"  {command} --data.help CLASS the arguments of a class; so do --model.task.help,",
+        "        --model.backbone.help, --model.optimizer.help, --trainer.callbacks.help ...",
     ]
 
 
@@ -148,22 +147,25 @@ def _hidden(action: Action) -> bool:
     return action.dest.startswith("trainer.") and action.dest.partition(".")[2] not in TRAINER
 
 
-def _row(action: Action, command: str) -> str | None:
-    if _hidden(action):
-        return None
+def _row(action: Action, command: str) -> str:
     name = action.dest.removeprefix("trainer.")
     told = TRAINER[name] if action.dest.startswith("trainer.") else RUN.get(name) or sentence(action.help or "")
     if name == "ckpt_path" and command == "fit":
         told = FIT_PATH
     if action.dest in ("data", "model.task"):
         told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
-    flags = ", ".join(option for option in action.option_strings if not option.endswith("+"))
-    lines = textwrap.wrap(f"{told}{_default(action)}", _width() - 36, break_on_hyphens=False)
-    if action.dest not in ("data", "model.task"):
-        lines = textwrap.wrap(
-            told + _default(action), _width() - 36, max_lines=2, placeholder=f" ...{_default(action)}"
-        )
-    return textwrap.indent("\n".join(lines), " " * 36).replace(" " * 36, f"  {flags:<33} ", 1)
+    flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
+    end = _default(action)
+    few = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
+    return textwrap.fill(
+        told + end,
+        _width(),
+        initial_indent=f"  {flags:<{COLUMN - 3}} ",
+        subsequent_indent=" " * COLUMN,
+        break_on_hyphens=False,
+        break_long_words=False,
+        **few,
+    )
 
 
 def _width() -> int:
@@ -172,7 +174,8 @@ def _width() -> int:
 
 def sentence(text: str) -> str:
     """The first of a docstring, without the markup."""
-    first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
+    text = re.sub(r" \([^()]*arXiv[^()]*\)", "", " ".join(text.split()))
+    first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0]
     return first.replace("``", "").replace("`", "")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import site
 import sys
 import sysconfig
 import traceback
@@ -134,16 +133,9 @@ def _package() -> Path:
 def _of_the_user(code: CodeType) -> bool:
     """Neither this package nor one that is installed, nor Python's own."""
     file = Path(code.co_filename)
-    paths = sysconfig.get_paths()
-    installed = [
-        paths["stdlib"],
-        paths["purelib"],
-        paths["platlib"],
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    ]
-    others = [_package(), *map(Path, installed)]
-    return file.is_file() and not any(other in file.parents for other in others)
+    others = {_package(), Path(sysconfig.get_paths()["stdlib"])}
+    installed = {"site-packages", "dist-packages"} & set(file.parts)
+    return file.is_file() and not installed and others.isdisjoint(file.parents)
 
 
 def _short(code: CodeType) -> str:

@@ -31,13 +31,14 @@ def fails(monkeypatch, capsys):
         def run(_):
             raise error
 
-        monkeypatch.delenv(DEBUG, raising=False)
+        os.environ.pop(DEBUG, None)
         monkeypatch.setattr(entry, "run", run)
         with pytest.raises(SystemExit) as stopped:
             command(monkeypatch, "fit", *args)
         return stopped.value.code, capsys.readouterr().err
 
-    return end
+    yield end
+    os.environ.pop(DEBUG, None)
 
 
 def test_an_exception_keeps_its_type_and_message_and_names_its_place():
@@ -66,7 +67,7 @@ def test_a_mistake_is_2_and_says_nothing_of_a_place(fails):
 
 
 @pytest.mark.parametrize("error", [LoRAError("r must be 1"), ZeroDivisionError("no")])
-def test_debug_adds_the_traceback_and_keeps_line_and_code(error, fails, monkeypatch):
+def test_debug_adds_the_traceback_and_keeps_line_and_code(error, fails):
     code, plain = fails(error)
     assert "Traceback" not in plain
     same, shown = fails(error, "--debug")
@@ -74,7 +75,6 @@ def test_debug_adds_the_traceback_and_keeps_line_and_code(error, fails, monkeypa
     assert "Traceback (most recent call last)" in shown
     assert shown.endswith(plain)
     assert os.environ[DEBUG] == "1", "processes that the command starts show theirs too"
-    monkeypatch.delenv(DEBUG)
 
 
 def test_ctrl_c_is_130_without_a_traceback(fails):
