@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import lora_lightning
-from lora_lightning.config_files import classes_given, place_of, value_of
+from lora_lightning.config_places import classes_given, place_of, value_of
 from lora_lightning.lora.errors import did_you_mean, near_misses, some
 
 NAMED = re.compile(

@@ -16,12 +16,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.class_paths import wrong_path
 from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
-from lora_lightning.config_files import check, place_of
+from lora_lightning.config_files import check
+from lora_lightning.config_places import place_of
 from lora_lightning.data.base import TableData
 from lora_lightning.docstrings import read_once
 from lora_lightning.handed_down import handed_down
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.outcome import RUN_CONFIG
+from lora_lightning.outcome import RUN_CONFIG, raised_by_the_user
 from lora_lightning.parser import GIVEN, OneLine, command_parser, run_command
 from lora_lightning.training import run
 from lora_lightning.training.callbacks import (
@@ -226,21 +227,23 @@ class LoRACLI(LightningCLI):
         """
 
     def instantiate_classes(self) -> None:
-        """What a class of ours says of its arguments, without jsonargparse's account of the types that it tried.
+        """What a class says of its arguments, without jsonargparse's account of the types that it tried.
 
         Raises:
-            LoRAError: an object refuses its arguments.
+            LoRAError: an object of ours refuses its arguments.
+            ValueError: one of the user's own does.
         """
         try:
             with handed_down(self.config.get(str(self.subcommand), self.config)), read_once():
                 super().instantiate_classes()
         except ValueError as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, LoRAError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
+            causes: list[BaseException] = [error]
+            while before := causes[-1].__cause__ or causes[-1].__context__:
+                causes.append(before)
+            said = [one for one in causes if isinstance(one, LoRAError) or raised_by_the_user(one)]
+            if not said:
                 raise
-            raise cause from None
+            raise said[0] from None
 
     def _dump_config(self) -> None:
         """A class without arguments has no `init_args`, where Lightning would note what is linked."""

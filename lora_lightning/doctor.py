@@ -52,7 +52,7 @@ def doctor(runs_dir: str = "runs", fit: bool = True, json: bool = False) -> None
         fit: train a tiny model, export it and compare, in a temporary folder; `false` leaves that out.
         json: print the findings as JSON, one object with a list.
     """
-    found = []
+    found: list[Finding] = []
     for finding in findings(Path(runs_dir), fit=fit):
         if not json:
             show(finding, first=not found or found[-1].group != finding.group)

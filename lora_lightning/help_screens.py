@@ -11,45 +11,45 @@ from collections.abc import Iterator
 from typing import Any
 
 from lora_lightning.command_list import ENTRIES, FROM_CHECKPOINT
+from lora_lightning.help_all import has_groups, usage
 from lora_lightning.lora.errors import did_you_mean
 
 TRAINER = {
-    "max_epochs": "epochs to train (1000 where max_steps is left out too)",
-    "max_steps": "optimizer steps to train; -1: as many as the epochs have",
+    "max_epochs": "epochs to train",
+    "max_steps": "optimizer steps to train; -1: the epochs' own",
     "max_time": "stop after this time, as DD:HH:MM:SS",
-    "accelerator": "cpu, gpu, cuda, mps, tpu or auto",
-    "devices": "how many, a list of their numbers, -1 for all, or auto",
+    "accelerator": "cpu, gpu, mps, tpu, ... or auto",
+    "devices": "how many, [their numbers], -1 for all, or auto",
     "num_nodes": "machines",
-    "strategy": "auto, ddp, fsdp2, ...: configs/strategy/ holds overlays",
-    "precision": "float32, bf16-base, nf4-base, bf16-mixed, 16-mixed or auto",
-    "accumulate_grad_batches": "batches whose gradients make one step",
-    "gradient_clip_val": "largest norm of all gradients together",
-    "val_check_interval": "share of an epoch, or batches, between two validations",
-    "check_val_every_n_epoch": "epochs between two validations",
-    "limit_train_batches": "share or number of an epoch's batches to train on",
-    "limit_val_batches": "the same for validation",
+    "strategy": "auto, ddp, fsdp2; configs/strategy/ has overlays",
+    "precision": "float32, bf16-base, nf4-base, bf16-mixed, auto, ...",
+    "accumulate_grad_batches": "batches to a step",
+    "gradient_clip_val": "largest norm of the gradients",
+    "val_check_interval": "epoch's share or batches between validations",
+    "check_val_every_n_epoch": "epochs between them",
+    "limit_train_batches": "share or number of batches to train on",
     "log_every_n_steps": "steps between two lines of metrics.csv",
-    "fast_dev_run": "one batch of each set, as a trial that leaves no run",
+    "fast_dev_run": "one batch of each set, leaving no run",
     "callbacks": "list of {class_path, init_args}",
-    "logger": "list of {class_path, init_args}, beside metrics.csv; false for none",
-    "deterministic": "refuse operations whose result varies from run to run",
+    "logger": "list of classes beside metrics.csv; false: none",
     "enable_progress_bar": "the bar on the screen",
-    "profiler": "simple or advanced: where the time goes",
 }
 """Of the Trainer's options those that most runs set, each in a line."""
 
 RUN = {
-    "config": "a YAML file; given again, the later one wins; flags win over files",
-    "print_config": "print the whole config as a file that runs, and end",
+    "config": "a YAML file; of several a later one wins",
+    "print_config": "print the whole config as a file, and end",
     "seed_everything": "seed of everything that is drawn",
     "ckpt_path": "where to go on or what to use: last, best, a run folder, a .ckpt file",
-    "weights_only": "false: let a checkpoint of other origin hold objects too",
+    "weights_only": "false: a checkpoint may hold objects too",
     "verbose": "print the metrics",
     "return_predictions": "keep predictions in memory too",
 }
 """What Lightning tells at length."""
 
-FIT_PATH = "go on from auto (the newest there is), last, best, a run folder or a .ckpt"
+COLUMN = 31
+"""Where what is told of an option begins, behind all but the longest."""
+FIT_PATH = "go on from auto (the newest), last, best, a run or .ckpt"
 GROUPS = ("run", "model", "lora", "data", "trainer")
 
 
@@ -72,15 +72,11 @@ def screen(parser: Any, word: str | None = None) -> str:
         return short(parser, everything)
     if word == "all":
         return everything
-    if word not in GROUPS or not _has_groups(parser):
-        words = ["all", *(GROUPS if _has_groups(parser) else ())]
+    if word not in GROUPS or not has_groups(parser):
+        words = ["all", *(GROUPS if has_groups(parser) else ())]
         return f"--help {word}: no such group{did_you_mean(word, words)} ({', '.join(words)})"
     kept = [part for part in everything.split("\n\n") if _group_of(_first_flag(part)) == word]
     return "\n\n".join(kept)
-
-
-def _has_groups(parser: Any) -> bool:
-    return any(action.dest == "model.lora.r" for action in parser._actions)
 
 
 def _first_flag(section: str) -> str:
@@ -100,7 +96,7 @@ def _group_of(key: str) -> str:
 
 def short(parser: Any, everything: str) -> str:
     """A line for each option that most runs set, in groups; of a small command everything."""
-    if not _has_groups(parser):
+    if not has_groups(parser):
         return everything
     command = parser.prog.rpartition(" ")[2]
     lines = [usage(parser), "", *_head(command), ""]
@@ -112,8 +108,8 @@ def short(parser: Any, everything: str) -> str:
         "trainer": "trainer: Lightning's own",
     }
     for group in GROUPS:
-        rows = [_row(action, command) for action in _actions(parser) if _group_of(action.dest) == group]
-        rows = [row for row in rows if row is not None]
+        own = [action for action in _actions(parser) if _group_of(action.dest) == group and not _hidden(action)]
+        rows = [_row(action, command) for action in own]
         hidden = sum(1 for action in _actions(parser) if _hidden(action))
         lines += [titles[group], *rows]
         if group == "trainer" and hidden:
@@ -124,36 +120,19 @@ def short(parser: Any, everything: str) -> str:
 
 def _head(command: str) -> list[str]:
     """What the command is for, and where the rest is told."""
-    example = "lora-lightning fit -c configs/demo.yaml --model.lora.r 16"
+    example = "For example: fit -c configs/demo.yaml"
     if command in FROM_CHECKPOINT:
-        example = f"lora-lightning {command} --ckpt_path runs/demo"
+        example = f"For example: {command} --ckpt_path runs/demo"
     line = ENTRIES[command].line if command in ENTRIES else ""
     return [
-        f"{line[:1].upper()}{line[1:]}. For example: {example}",
+        f"{line[:1].upper()}{line[1:]}.",
+        example,
         "",
-        f"  {command} --help all             every option with all that is told of it; or of one group:",
-        f"  {command} --help trainer         run, model, lora, data or trainer",
-        f"  {command} --data.help CLASS      the arguments of a class: --model.task.help, --model.backbone.help,",
-        "                              --model.optimizer.help, --trainer.callbacks.help, --trainer.strategy.help",
-        "  docs/command.md             exit codes, completion, what a mistake answers",
+        f"  {command} --help all        every option with all that is told of it, or of a group:",
+        f"  {command} --help trainer    run, model, lora, data or trainer",
+        f"  {command} --data.help CLASS the arguments of a class; so do --model.task.help,",
+        "        --model.backbone.help, --model.optimizer.help, --trainer.callbacks.help ...",
     ]
-
-
-def usage(parser: Any) -> str:
-    """Without the hundred flags."""
-    prog = parser.prog.replace(" [options]", "").replace("__main__.py", "lora-lightning")
-    name = prog.rpartition(" ")[2]
-    if _has_groups(parser):
-        wants = "--ckpt_path RUN [-c CONFIG ...]" if name in FROM_CHECKPOINT else "-c CONFIG [-c CONFIG ...]"
-        return f"usage: {prog} {wants} [options]"
-    wanted = []
-    for action in parser._actions:
-        if not action.option_strings:
-            one = action.dest.upper().removesuffix("S")
-            wanted.append(f"{one} [{one} ...]" if action.nargs == "+" else action.dest.upper())
-        elif action.dest in parser.needed:
-            wanted.append(f"{action.option_strings[-1]} {action.dest.upper()}")
-    return " ".join([f"usage: {prog}", *wanted, "[options]"])
 
 
 def _actions(parser: Any) -> Iterator[Action]:
@@ -168,22 +147,25 @@ def _hidden(action: Action) -> bool:
     return action.dest.startswith("trainer.") and action.dest.partition(".")[2] not in TRAINER
 
 
-def _row(action: Action, command: str) -> str | None:
-    if _hidden(action):
-        return None
+def _row(action: Action, command: str) -> str:
     name = action.dest.removeprefix("trainer.")
     told = TRAINER[name] if action.dest.startswith("trainer.") else RUN.get(name) or sentence(action.help or "")
     if name == "ckpt_path" and command == "fit":
         told = FIT_PATH
     if action.dest in ("data", "model.task"):
         told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
-    flags = ", ".join(option for option in action.option_strings if not option.endswith("+"))
-    lines = textwrap.wrap(f"{told}{_default(action)}", _width() - 36, break_on_hyphens=False)
-    if action.dest not in ("data", "model.task"):
-        lines = textwrap.wrap(
-            told + _default(action), _width() - 36, max_lines=2, placeholder=f" ...{_default(action)}"
-        )
-    return textwrap.indent("\n".join(lines), " " * 36).replace(" " * 36, f"  {flags:<33} ", 1)
+    flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
+    end = _default(action)
+    few = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
+    return textwrap.fill(
+        told + end,
+        _width(),
+        initial_indent=f"  {flags:<{COLUMN - 3}} ",
+        subsequent_indent=" " * COLUMN,
+        break_on_hyphens=False,
+        break_long_words=False,
+        **few,
+    )
 
 
 def _width() -> int:
@@ -192,7 +174,8 @@ def _width() -> int:
 
 def sentence(text: str) -> str:
     """The first of a docstring, without the markup."""
-    first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", " ".join(text.split()), maxsplit=1)[0]
+    text = re.sub(r" \([^()]*arXiv[^()]*\)", "", " ".join(text.split()))
+    first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0]
     return first.replace("``", "").replace("`", "")
 
 
@@ -213,44 +196,3 @@ def classes_of(key: str) -> list[str]:
     return sorted(
         name for name, module in lora_lightning._WHERE.items() if module.startswith(where) and name.endswith(ending)
     )
-
-
-# ---- everything
-
-KNOWN = re.compile(r",\s+known\s+subclasses:([^()]*)(?=\)\n)")
-
-
-def whole(parser: Any, text: str) -> str:
-    """jsonargparse's own screen, the command's options first, without the names of every nn.Module that is loaded."""
-    _, _, rest = text.partition("\n\n")
-    sections = _own_first(rest) if _has_groups(parser) else _of_a_function(rest, str(parser.description))
-    return f"{usage(parser)}\n\n{KNOWN.sub(_shorter, sections)}"
-
-
-def _of_a_function(sections: str, description: str) -> str:
-    """jsonargparse gives a function's options the function's own line as their title; `--help` goes last."""
-    described, *parts = sections.rstrip().split("\n\n")
-    last = [part.partition("\n")[2] for part in parts if part.startswith("options:\n")]
-    kept = [part for part in parts if not part.startswith("options:\n")]
-    kept = [re.sub(rf"^{re.escape(description.rstrip('.'))}[.:]*\n", "options:\n", part) for part in kept]
-    return "\n\n".join([described, *kept]) + "\n" + "\n".join(last) + "\n"
-
-
-def _shorter(listed: re.Match[str]) -> str:
-    """A list of known subclasses that a person can take in, without the parts that ours are made of; or nothing."""
-    names = re.sub(r"\s+", "", listed[1]).split(",")
-    public = [name for name in names if not re.match(r"lora_lightning(\.\w+){2,}$|accelerate\.|transformers\.", name)]
-    if len(public) > 30:
-        return ""
-    filled = textwrap.fill(", ".join(public), 54, break_long_words=False)
-    return ", known subclasses:\n" + textwrap.indent(filled, " " * 24)
-
-
-def _own_first(sections: str) -> str:
-    """A command's own options in front of those that it shares with all others, which fill ten screens."""
-    parts = sections.split("\n\n")
-    starts = [part.partition("\n")[0] for part in parts]
-    if "Linked arguments:" in starts[:-1] and "options:" in starts:
-        _, _, own = parts.pop().partition("\n")
-        parts.insert(starts.index("options:"), f"options of this command:\n{own.rstrip()}")
-    return "\n\n".join(parts).rstrip() + "\n"

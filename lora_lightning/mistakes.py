@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lora_lightning.class_paths import KEY, explained
 from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
-from lora_lightning.config_files import named, place_of, whole_key
+from lora_lightning.config_files import named
+from lora_lightning.config_places import place_of, whole_key
 from lora_lightning.lora.errors import did_you_mean
 
 UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
@@ -126,7 +127,7 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
 
 def _required(names: Sequence[str], args: Sequence[str], command: str) -> str:
     if not any("." in name for name in names):
-        wanted = [name.upper() if name == POSITIONAL.get(command) else f"--{name}" for name in names]
+        wanted = [name.upper().removesuffix("S") if name == POSITIONAL.get(command) else f"--{name}" for name in names]
         return f"{command} needs {_listed(wanted)}: see lora-lightning {command} --help"
     command = args[0] if args else command
     keys = [name.removeprefix(f"{command}.") for name in names]

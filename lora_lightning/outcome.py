@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import site
 import sys
 import sysconfig
 import traceback
@@ -13,7 +12,8 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import CodeType
 
-from lora_lightning.lora.errors import LoRAError, MissingPackageError, did_you_mean
+from lora_lightning.known_errors import meaning
+from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
 DONE, FAILED, MISTAKE, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
 CODES = {
@@ -37,63 +37,6 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 RUN_CONFIG: ContextVar[str | None] = ContextVar("RUN_CONFIG", default=None)
 """The config of its run that a command has found by itself."""
 
-KNOWN = (
-    (
-        r"(?s)conditioned on metric `([^`]+)` which is not available.*following: (.*)",
-        lambda found: f"EarlyStopping monitors '{found[1]}', which is not logged{_logged(found[1], found[2])}",
-    ),
-    (
-        r"(?s)could not find the monitored key in the returned metrics: \[(.*?)\]",
-        lambda found: f"ModelCheckpoint monitors what is not logged (logged are {found[1]})",
-    ),
-    (
-        r"(?s)ReduceLROnPlateau conditioned on metric ([^ ]+) which is not available. Available metrics are: \[(.*?)\]",
-        lambda found: f"ReduceLROnPlateau monitors '{found[1]}', which is not logged{_logged(found[1], found[2])}",
-    ),
-    (
-        r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)",
-        lambda found: (
-            f"no accelerator '{found[1]}'{did_you_mean(found[1], ['gpu', *found[2].split(', ')])}"
-            f" (there are {', '.join(sorted(['gpu', *found[2].split(', ')]))})"
-        ),
-    ),
-    (
-        r"No supported gpu backend found",
-        lambda found: (
-            "--trainer.accelerator gpu, and torch sees no GPU here: leave it at auto, or see lora-lightning doctor"
-        ),
-    ),
-    (
-        r"(?s)requested gpu: (\[.*?\]).*machine only has: (\[.*?\])",
-        lambda found: (
-            f"--trainer.devices asks for the GPUs {found[1]}, and there are {found[2]}: give as many as there are"
-        ),
-    ),
-    (
-        r"`devices` selected with `CPUAccelerator`|value is not a valid input using (\w+) accelerator",
-        lambda found: "--trainer.devices must be a whole number above 0, a list of devices such as [0, 1], -1 or auto",
-    ),
-    (
-        r"(?i)out of memory",
-        lambda found: (
-            "the device's memory is full: lower the data's batch_size (and raise trainer.accumulate_grad_batches by as"
-            " much), or set model.activation_checkpointing, or precision bf16-base"
-        ),
-    ),
-    (
-        r"(?i)EADDRINUSE|address already in use",
-        lambda found: (
-            "the port of an earlier or another run is still taken: set MASTER_PORT to another one, or leave it unset"
-        ),
-    ),
-)
-"""What Lightning and torch say of mistakes that a user can mend, and what to do."""
-
-
-def _logged(wanted: str, listed: str) -> str:
-    names = re.findall(r"[\w/.@-]+", listed)
-    return f"{did_you_mean(wanted, names)} (logged are {', '.join(names)})"
-
 
 def ended(error: BaseException) -> int:
     """Say in one line why the command ends, with the traceback where it is asked for; returns the exit code."""
@@ -109,7 +52,7 @@ def told(error: BaseException) -> tuple[int, str]:
     """Exit code and line."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by Ctrl-C"
-    ours = isinstance(error, LoRAError | MissingPackageError) or not _raised_by_the_user(error)
+    ours = isinstance(error, LoRAError | MissingPackageError) or not raised_by_the_user(error)
     if ours and (known := _known(error)) is not None:
         return MISTAKE, known
     if ours and isinstance(error, OSError) and error.errno in DISK:
@@ -124,9 +67,8 @@ def _known(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     if isinstance(error, LoRAError | MissingPackageError):
         return text + _from_another_folder(text)
-    for pattern, said in KNOWN:
-        if found := re.search(pattern, text):
-            return said(found)
+    if (meant := meaning(text)) is not None:
+        return meant
     names = {kind.__name__ for kind in type(error).__mro__}
     return text if "MisconfigurationException" in names else None
 
@@ -167,7 +109,7 @@ def _from_here(file: Path) -> Path:
     return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
 
 
-def _raised_by_the_user(error: BaseException) -> bool:
+def raised_by_the_user(error: BaseException) -> bool:
     """Whether code of the user's own has raised it: then its type, message and place are what they need."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _of_the_user(frames[-1])
@@ -191,16 +133,9 @@ def _package() -> Path:
 def _of_the_user(code: CodeType) -> bool:
     """Neither this package nor one that is installed, nor Python's own."""
     file = Path(code.co_filename)
-    paths = sysconfig.get_paths()
-    installed = [
-        paths["stdlib"],
-        paths["purelib"],
-        paths["platlib"],
-        *site.getsitepackages(),
-        site.getusersitepackages(),
-    ]
-    others = [_package(), *map(Path, installed)]
-    return file.is_file() and not any(other in file.parents for other in others)
+    others = {_package(), Path(sysconfig.get_paths()["stdlib"])}
+    installed = {"site-packages", "dist-packages"} & set(file.parts)
+    return file.is_file() and not installed and others.isdisjoint(file.parents)
 
 
 def _short(code: CodeType) -> str:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from lora_lightning.command_list import COMMANDS, ENTRIES, Command
-from lora_lightning.help_screens import ShowHelp, whole
+from lora_lightning.help_all import whole
+from lora_lightning.help_screens import ShowHelp
 from lora_lightning.mistakes import told
 
 GIVEN: ContextVar[Sequence[str] | None] = ContextVar("GIVEN", default=None)

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.tasks.sequence_classification import SequenceClassification
@@ -82,7 +83,7 @@ def tiny_fit() -> Figures:
             enable_model_summary=False,
         )
         rows = [{"x": row, "labels": label} for row, label in zip(x, labels, strict=True)]
-        trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=16))
+        trainer.fit(module, DataLoader(rows, batch_size=16))  # type: ignore[arg-type]  # a list will do
         device = str(trainer.strategy.root_device)
         module = module.cpu()
         after = _loss(module.backbone, x, labels)

@@ -55,12 +55,12 @@ def test_messages_that_are_about_something_else_are_let_be():
         (
             "lora_lightning.SequenceClassification",
             "lora_lightning.SequenceClasification",
-            "error: Parser key \"model.task\": there is no 'lora_lightning.SequenceClasification'; did you mean 'lora",
+            "wrong.yaml, line 13: model.task: there is no 'lora_lightning.SequenceClasification'; did you mean 'lora",
         ),
         (
             "tokenizer:",
             "tokeniser:",
-            "error: lora_lightning.TextClassificationData takes no 'tokeniser'; did you mean 'tokenizer'?",
+            "wrong.yaml, line 20: lora_lightning.TextClassificationData takes no 'tokeniser'; did you mean 'tokenizer'?",
         ),
     ],
 )

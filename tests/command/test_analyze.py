@@ -115,7 +115,7 @@ def test_without_matplotlib_one_line_says_what_to_do(trained, tmp_path, monkeypa
 
 def test_mistakes_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
     for args, match in [
-        ([], "adapters"),
+        ([], "analyze needs ADAPTER"),
         ([tmp_path / "nowhere"], "no adapter's directory"),
         ([trained, "--truncate", "2"], "above 0 and at most 1"),
         ([trained, "--base_model", tmp_path], "leave --base_model out"),

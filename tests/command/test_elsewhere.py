@@ -36,7 +36,7 @@ def test_it_is_tested_on_one_device_with_an_overlay_and_said_in_one_line_without
         main()
     assert stopped.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert "gpu" in line
+    assert "--trainer.accelerator gpu, and torch sees no GPU here" in line
     cli = LoRACLI(args=["test", *of_many, "--config", str(REPOSITORY / "configs/strategy/single.yaml")])
     assert cli.trainer.world_size == 1
     assert float(cli.trainer.callback_metrics["test/accuracy"]) > 0.75

@@ -1,0 +1,161 @@
+"""What a person reads: the first screen, a command's own, and completion; and what they do not import."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+import lora_lightning
+from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
+from lora_lightning.completion import completion
+from lora_lightning.parser import command_parser
+from tests.command.process import REPOSITORY, command
+
+
+def shown(monkeypatch, capsys, *args):
+    capsys.readouterr()
+    with contextlib.suppress(SystemExit):
+        command(monkeypatch, *args)
+    return capsys.readouterr().out
+
+
+@pytest.fixture(params=[80, 120])
+def columns(request, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(request.param))
+    return request.param
+
+
+def test_the_first_screen_has_a_line_for_each_command_and_fits(monkeypatch, capsys):
+    page = shown(monkeypatch, capsys, "--help")
+    for name, entry in ENTRIES.items():
+        assert f"  {name:<12}{entry.line}\n" in page
+    assert len(page.splitlines()) < 45
+    assert max(map(len, page.splitlines())) <= 110
+
+
+def test_the_first_screen_is_what_help_says_too(monkeypatch, capsys):
+    assert shown(monkeypatch, capsys, "help") == shown(monkeypatch, capsys, "-h")
+    assert shown(monkeypatch, capsys, "help", "doctor") == shown(monkeypatch, capsys, "doctor", "--help")
+
+
+def test_no_arguments_show_the_first_screen_and_are_a_mistake(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch)
+    assert stopped.value.code == 2
+    assert "train what a config describes" in capsys.readouterr().err
+
+
+def test_the_version(monkeypatch, capsys):
+    assert re.fullmatch(r"lora_lightning \d+\.\d+.*\n", shown(monkeypatch, capsys, "--version"))
+
+
+@pytest.mark.parametrize("name", ["fit", *FROM_CHECKPOINT])
+def test_the_screen_of_a_command_fits_what_a_person_reads(name, columns, monkeypatch, capsys):
+    lines = shown(monkeypatch, capsys, name, "--help").splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= max(columns, 110)
+    assert any("--help all" in line for line in lines[:6]), "where all is told stands at the top"
+    assert any(line.startswith("  --model.lora.r ") and line.endswith("(8)") for line in lines)
+
+
+def test_all_that_is_told_of_a_group(monkeypatch, capsys):
+    page = shown(monkeypatch, capsys, "fit", "--help", "lora")
+    assert "--model.lora.rank_pattern" in page
+    assert "longest pattern that matches" in " ".join(page.split())
+    assert "--trainer.max_epochs" not in page
+    trainer = shown(monkeypatch, capsys, "fit", "--help", "trainer")
+    assert "--trainer.benchmark" in trainer
+    for internal in ("AdapterCheckpoints", "StepsTogether", "ContinuedCSVLogger"):
+        assert internal not in "".join(trainer.split())
+    assert "lora_lightning.FSDP2Strategy" in "".join(trainer.split())
+
+
+def test_all_is_everything(monkeypatch, capsys):
+    page = shown(monkeypatch, capsys, "fit", "--help", "all")
+    for option in ("--trainer.benchmark", "--model.lora.slices", "--data.help", "--save_every"):
+        assert option in page
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_each_option_of_a_small_command_is_told_of_with_its_default(name, monkeypatch, capsys):
+    page = " ".join(shown(monkeypatch, capsys, name, "--help").split())
+    for action in command_parser(name)._actions:
+        assert action.help, f"{name} {action.dest} has no docstring"
+        assert (action.option_strings or [action.dest.upper().removesuffix("S")])[-1] in page
+
+
+def heavy(*args):
+    """Of torch, Lightning and transformers, what a command has imported."""
+    code = (
+        "import sys; from lora_lightning.__main__ import main; sys.argv = ['lora-lightning', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["fitt"], ["-c", "run.yaml"]])
+def test_the_first_screen_imports_nothing_heavy(args):
+    assert heavy(*args) == "set()"
+
+
+def test_the_help_of_a_small_command_imports_the_parser_alone():
+    assert heavy("doctor", "--help") == "{'jsonargparse'}"
+
+
+# ---- completion
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    pytest.importorskip("shtab")
+    file = tmp_path_factory.mktemp("completion") / "lora-lightning.bash"
+    with pytest.MonkeyPatch.context() as patch, file.open("w") as out:
+        patch.setattr("sys.stdout", out)
+        completion("bash")
+    return file
+
+
+def completed(script, *words):
+    """What bash offers for the last word."""
+    line = " ".join(f"'{word}'" for word in words)
+    code = (
+        f'source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE="${{COMP_WORDS[*]}}"\n'
+        f"COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9; COMP_KEY=9\n"
+        f'function=$(complete -p lora-lightning | sed "s/.*-F \\([^ ]*\\) .*/\\1/")\n'
+        f"$function lora-lightning '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    )
+    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
+    return done.stdout.split()
+
+
+def test_the_script_is_valid_bash(script):
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.stat().st_size < 200_000
+
+
+def test_bash_completes_commands_options_and_values(script):
+    assert completed(script, "lora-lightning", "fi") == ["fit"]
+    assert set(completed(script, "lora-lightning", "")) >= set(ENTRIES)
+    assert "--model.lora.r" in completed(script, "lora-lightning", "fit", "--model.lora.r")
+    assert completed(script, "lora-lightning", "merge", "--dtype", "b") == ["bfloat16"]
+
+
+def test_zsh_has_a_script_too(capsys):
+    pytest.importorskip("shtab")
+    completion("zsh")
+    assert capsys.readouterr().out.startswith("#compdef lora-lightning")
+
+
+def test_a_command_is_listed_for_each_function():
+    assert set(COMMANDS) == {name for name, entry in ENTRIES.items() if entry.function}
+    for name in COMMANDS:
+        assert callable(COMMANDS[name])
+    assert lora_lightning.__name__ == "lora_lightning"

@@ -1,0 +1,138 @@
+"""How a command ends: exit codes, the place of an exception, and what `--debug` adds."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lora_lightning import __main__ as entry
+from lora_lightning.front_page import front_page
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.outcome import CODES, DEBUG, told
+from tests.command.process import REPOSITORY, command
+
+
+def raised(function):
+    try:
+        function()
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+@pytest.fixture
+def fails(monkeypatch, capsys):
+    """The exit code and the error output of a command that raises this."""
+
+    def end(error, *args):
+        def run(_):
+            raise error
+
+        os.environ.pop(DEBUG, None)
+        monkeypatch.setattr(entry, "run", run)
+        with pytest.raises(SystemExit) as stopped:
+            command(monkeypatch, "fit", *args)
+        return stopped.value.code, capsys.readouterr().err
+
+    yield end
+    os.environ.pop(DEBUG, None)
+
+
+def test_an_exception_keeps_its_type_and_message_and_names_its_place():
+    code, said = told(raised(lambda: 1 / 0))
+    assert code == 1
+    assert said.startswith("ZeroDivisionError: division by zero (")
+    assert "test_outcome.py:" in said
+    assert "<lambda>; --debug shows the traceback)" in said
+
+
+def test_the_place_is_the_users_own_code_and_not_the_library_that_it_called():
+    _, said = told(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))
+    assert "test_outcome.py:" in said
+
+
+def test_a_users_own_exception_is_not_taken_for_a_known_one():
+    def loads():
+        raise RuntimeError("out of memory, says my loader")
+
+    assert told(raised(loads))[1].startswith("RuntimeError: out of memory, says my loader")
+    assert told(raised(lambda: (_ for _ in ()).throw(FileNotFoundError(2, "gone", "x"))))[0] == 1
+
+
+def test_a_mistake_is_2_and_says_nothing_of_a_place(fails):
+    assert fails(LoRAError("r must be 1")) == (2, "lora-lightning: error: r must be 1\n")
+
+
+@pytest.mark.parametrize("error", [LoRAError("r must be 1"), ZeroDivisionError("no")])
+def test_debug_adds_the_traceback_and_keeps_line_and_code(error, fails):
+    code, plain = fails(error)
+    assert "Traceback" not in plain
+    same, shown = fails(error, "--debug")
+    assert same == code
+    assert "Traceback (most recent call last)" in shown
+    assert shown.endswith(plain)
+    assert os.environ[DEBUG] == "1", "processes that the command starts show theirs too"
+
+
+def test_ctrl_c_is_130_without_a_traceback(fails):
+    assert fails(KeyboardInterrupt()) == (130, "lora-lightning: error: stopped by Ctrl-C\n")
+
+
+def test_ctrl_c_that_lightning_answered_with_1_is_130_too(monkeypatch, capsys):
+    def run(_):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
+
+    monkeypatch.setattr(entry, "run", run)
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, "fit")
+    assert stopped.value.code == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_fit(tiny, tmp_path):
+    args = ["fit", "-c", tiny.config, "--trainer.max_epochs", "10000"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "lora_lightning", *args],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as running:
+        limit = time.monotonic() + 120
+        while time.monotonic() < limit and not list(tmp_path.glob("runs/tiny/version_0/checkpoints/*.ckpt")):
+            time.sleep(0.2)
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=60)[1]
+    assert running.returncode == 130, said
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == "lora-lightning: error: stopped by Ctrl-C"
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    shown = subprocess.run(
+        f"{sys.executable} -m lora_lightning --help | true; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout.strip() in ("0", "141")
+    assert shown.stderr == ""
+
+
+def test_the_exit_codes_are_documented():
+    page = (REPOSITORY / "docs" / "command.md").read_text()
+    for code in (*CODES, 141):
+        assert f"| {code} |" in page
+    for code in CODES:
+        assert f"  {code} " in front_page()
