@@ -26,8 +26,9 @@ def git(folder, *args):
     return done.stdout.strip()
 
 
-def environment(folder):
-    """An environment with an interpreter of its own that sees what is installed here, and the repository."""
+def environment(project):
+    """An environment of the project's own, whose interpreter sees what is installed here, and the repository."""
+    folder = project / ".venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     inside = next(folder.glob("lib/python*/site-packages"))
     installed = [path for path in sys.path if path.endswith("site-packages")]
@@ -37,7 +38,7 @@ def environment(folder):
         program.write_text(f'#!/bin/sh\nexec "{folder}/bin/python" -m {name.replace("-", "_")} "$@"\n')
         program.chmod(0o755)
     (folder / "bin" / "ruff").symlink_to(Path(sys.executable).with_name("ruff"))
-    (folder / "ready").touch()
+    (folder / f"{project.name}-ready").touch()
 
 
 def make(folder, *args):

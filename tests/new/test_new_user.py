@@ -20,7 +20,7 @@ from tests.tiny import make_reviews
 def test_a_new_user_gets_from_new_to_an_export_of_their_own_data(task, backbone, rows, person, tmp_path):
     new("mine", task, backbone, defaults=True)
     mine = tmp_path / "mine"
-    environment(mine / ".venv")
+    environment(mine)
     if rows == "mine.csv":
         make_reviews(mine / "data" / rows)
     ours = f"ARGS=--data.path data/{rows} --trainer.max_epochs 1 --trainer.accelerator cpu"
