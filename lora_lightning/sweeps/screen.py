@@ -6,9 +6,11 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lora_lightning.commands import rows_table
@@ -32,7 +34,7 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
     sweep = prepared(Request(seeds=_seeds(seeds), **asked))
     screen = Console(soft_wrap=True)
     for line in _notes(sweep):
-        screen.print(line)
+        screen.print(line, highlight=False, markup=False)
     try:
         with _lines(screen, sweep) as say:
             outcome = sweep.run(say)
@@ -45,8 +47,9 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
 
 def _close(screen: Console, outcome: Outcome) -> None:
     rows = table(str(outcome.folder), outcome.points, outcome.keys, outcome.metric, outcome.goal)
-    Console().print(rows_table(rows))
-    screen.print(rows.below, highlight=False)
+    plain = [[escape(cell) for cell in row] for row in rows.rows]  # `[query]` is no markup of rich's
+    Console().print(rows_table(replace(rows, rows=plain)))
+    screen.print(rows.below, highlight=False, markup=False)
     if outcome.points[0].state != "complete":
         raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{outcome.folder}/*/{LOG}'")
     screen.print(f"then: {next_command(outcome.points)}", highlight=False)
@@ -82,7 +85,7 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[Say]:
             told = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
             told += "" if trial.seed is None else f", seed {trial.seed}"
             if what == "begins":
-                screen.print(f"begins: {told} ({sweep.folder / trial.name / LOG})", highlight=False)
+                screen.print(f"begins: {told} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
                 return
             bar.advance(task)
             screen.print(f"{trial.state}: {told}: {_result(trial, sweep.metric)}", highlight=False, markup=False)

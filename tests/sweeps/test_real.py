@@ -12,7 +12,9 @@ import time
 
 import pytest
 import torch
+import yaml
 
+from lora_lightning.sweeps.base import opened
 from lora_lightning.training.run import load_checkpoint
 from tests.command.process import REPOSITORY, command
 
@@ -52,6 +54,14 @@ def test_a_flag_that_fit_refuses_is_told_in_fits_own_line_before_anything_runs(t
         assert told.startswith("lora-lightning: error: ")
         assert line in told
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_chooses_the_best_checkpoint_also_ranks(tiny, tmp_path):
+    asked = {"class_path": "lora_lightning.Checkpoints", "init_args": {"monitor": "val/loss", "mode": "min"}}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [asked]}}))
+    base = opened(["-c", tiny.config, "-c", str(tmp_path / "own.yaml")])
+    assert (base.metric, base.goal) == ("val/loss", "min")
+    assert all(parameter.is_meta for parameter in base.backbone.parameters())
 
 
 def started(tiny, folder):

@@ -195,3 +195,15 @@ def test_a_fit_without_the_metric_is_a_failure_that_says_so(tmp_path):
     outcome, _ = run(plan(tmp_path), metric="val/f1", goal="max")
     assert {point.state for point in outcome.points} == {"failed"}
     assert "ended without val/f1" in outcome.points[0].error
+
+
+def test_a_metric_that_the_config_does_not_monitor_needs_to_say_which_end_is_best(tmp_path):
+    with pytest.raises(LoRAError, match=r"is not what the config monitors \(val/accuracy\): say --mode min or max"):
+        sweep(plan(tmp_path), metric="val/loss")
+
+
+def test_a_damaged_record_is_named_with_the_way_out(tmp_path):
+    outcome, _ = run(plan(tmp_path, level=LEVELS))
+    (outcome.folder / "000_r-1" / "trial.json").write_text("{")
+    with pytest.raises(LoRAError, match=r"000_r-1/trial\.json' is no record of a trial .*: delete its folder"):
+        run(plan(tmp_path, level=LEVELS))
