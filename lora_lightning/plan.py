@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse.typing import PositiveInt
@@ -15,7 +15,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.cli import LoRACLI, Parser
+from lora_lightning.analysis.process_memory import resident
+from lora_lightning.cli import LoRACLI
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.plan_memory import PRECISIONS, Way
 from lora_lightning.plan_screen import show
@@ -56,6 +57,12 @@ class PlanCLI(LoRACLI):
         parser.add_argument("--batch_size", type=PositiveInt | None, default=None, help="Rows, over the config's.")
         parser.add_argument("--length", type=PositiveInt | None, default=None, help="Tokens, over data.max_length.")
         parser.add_argument(
+            "--precisions",
+            type=list[Literal["float32", "bf16-mixed", "16-mixed", "bf16-base", "nf4-base"]] | None,
+            default=None,
+            help="Overlays to set side by side; all by default, and the config's own in any case.",
+        )
+        parser.add_argument(
             "--processes", type=PositiveInt | None, default=None, help="Of DDP and FSDP2; trainer.devices, or 2."
         )
         parser.add_argument(
@@ -89,6 +96,7 @@ class PlanCLI(LoRACLI):
 
     def instantiate_classes(self) -> None:
         """The module alone, on the meta device."""
+        self.base = resident()
         config = self.config.clone()
         config.data = None
         for name in UNUSED:
@@ -122,7 +130,10 @@ class PlanCLI(LoRACLI):
         if precision not in PRECISIONS:
             raise LoRAError(f"plan knows the precisions {', '.join(PRECISIONS)}, got {precision}")
         on_gpu = accelerator not in ("cpu",) and torch.cuda.is_available()
+        shown = tuple(p for p in PRECISIONS if self.config.precisions is None or p in (*self.config.precisions, precision))
         return Wanted(
+            base=None if on_gpu else self.base,
+            precisions=shown,
             way=Way(precision=precision, checkpointing=module.training_forward.recomputation is not None),
             strategy=_strategy(trainer.strategy),
             processes=self.config.processes or _processes(trainer),
@@ -162,6 +173,3 @@ def main(args: Sequence[str]) -> None:
     show(cli.plan, Console())
     if cli.config.json:
         Path(cli.config.json).write_text(told + "\n")
-
-
-__all__ = ["Parser", "PlanCLI", "main"]

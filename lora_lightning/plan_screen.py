@@ -75,9 +75,13 @@ def memory_table(plan: Plan) -> Shown | None:
         name = "  blocks recomputed" if row.way.checkpointing else row.way.precision
         sizes = (row.w0, row.adapter, cost.gradients, cost.optimizer, cost.kept, cost.peak, row.ddp, row.fsdp2)
         table.add_row(f"{name} *" if own else name, *map(_mb, sizes), style="bold" if own else None)
-    return table, (
-        "* this config's own. kept: activations for backward; at most: all at once, and what is there for a moment"
-    )
+    told = "* this config's own. kept: activations for backward; at most: all at once, and what is there for a moment"
+    if (process := plan.process()) is not None and plan.wanted.base is not None:
+        told += (
+            f"\nthe process on this CPU: about {_mb(process)} MB at most, {_mb(plan.wanted.base)} of them Python and"
+            " libraries (fitted, see docs/plan.md)"
+        )
+    return table, told
 
 
 def work_table(plan: Plan) -> Shown | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from lora_lightning.analysis.formula import Term, terms_of
+from lora_lightning.analysis.process_memory import process_peak
 from lora_lightning.analysis.step_cost import StepCost
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors
 from lora_lightning.lora.adapter_size import adapter_file_bytes
@@ -30,6 +31,8 @@ class Wanted:
     """Over which DDP and FSDP2 are reckoned."""
     device: torch.device
     precisions: tuple[str, ...] = PRECISIONS
+    base: int | None = None
+    """Bytes of a process on a CPU without any model; None on a GPU."""
 
 
 @dataclass(kw_only=True)
@@ -56,6 +59,12 @@ class Plan:
     def own_row(self) -> MemoryRow:
         """The row of the config's own precision and checkpointing."""
         return next(row for row in self.memory if row.way == self.wanted.way)
+
+    def process(self) -> int | None:
+        """Bytes of a process of this run on this CPU, at most; None on a GPU, or where the step is not known."""
+        if self.wanted.base is None or not self.memory:
+            return None
+        return process_peak(self.own_row().cost.peak, self.wanted.base)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -84,6 +93,7 @@ class Plan:
             "formula": [term.to_dict() for term in self.terms],
             "bytes": {"adapter_file": self.adapter_file, "checkpoint": self.checkpoint, "w0_file": self.w0_file},
             "memory": [own.to_dict() for own in self.memory],
+            "process": {"base": self.wanted.base, "peak": self.process()},
             "flops": None
             if row is None or self.full is None
             else {

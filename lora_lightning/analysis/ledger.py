@@ -24,6 +24,8 @@ from torch.utils.flop_counter import flop_registry
 
 aten: Any = torch.ops.aten
 
+WHOLE = (aten.arange, aten.randint, aten.randperm)
+"""What makes whole numbers where no dtype is given."""
 REAL_AT_MOST = 2**24
 """Elements of what is computed for real; larger it is a stand-in."""
 
@@ -40,7 +42,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 
 
 class Ledger(TorchDispatchMode):
-    """Bytes held now and at most, and floating-point operations, of all that runs within.
+    """Bytes held, and floating-point operations, of all that runs within.
 
     Args:
         known: tensors that were there before, which are not counted.
@@ -48,17 +50,19 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.now = self.flops = 0
+        self.curve: list[int] = []
+        """Bytes held after each operation."""
         self._storages: dict[int, Any] = {}
         self._answers = 0
         self._known = [tensor.untyped_storage() for tensor in known]
         for storage in self._known:
             self._storages[storage._cdata] = None
 
-    def peak_since_last(self) -> int:
-        """Bytes at most since this was asked last."""
-        peak, self.peak = self.peak, self.now
-        return peak
+    def curve_since_last(self) -> list[int]:
+        """Bytes held after each operation since this was asked last."""
+        curve, self.curve = [*self.curve, self.now], []
+        return curve
 
     @contextmanager
     def answering_ones(self) -> Iterator[None]:
@@ -83,6 +87,7 @@ class Ledger(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor)
+        self.curve.append(self.now)
         formula = FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
@@ -101,7 +106,6 @@ class Ledger(TorchDispatchMode):
 
         self._storages[key] = weakref.ref(storage, freed)
         self.now += size
-        self.peak = max(self.peak, self.now)
 
 
 def _is_of_the_batch(func: Any, args: Any, kwargs: Any) -> bool:
@@ -110,7 +114,7 @@ def _is_of_the_batch(func: Any, args: Any, kwargs: Any) -> bool:
     if tensors:
         return all(not isinstance(t, FakeTensor) and t.numel() <= REAL_AT_MOST for t in tensors)
     dtype = kwargs.get("dtype")
-    return func._overloadpacket is aten.arange if dtype is None else not dtype.is_floating_point
+    return func._overloadpacket in WHOLE if dtype is None else not dtype.is_floating_point
 
 
 @contextmanager

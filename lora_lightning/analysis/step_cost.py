@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class StepCost:
     """Floating-point operations, a multiplication and an addition being two."""
     backward: int
 
+    curves: tuple[list[int], list[int]] = field(repr=False, compare=False)
+    """Bytes beside the weights after each operation of forward, and of backward."""
+
     @property
     def peak(self) -> int:
         """Bytes at most."""
@@ -48,12 +51,31 @@ class StepCost:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        return {**asdict(self), "peak": self.peak, "flops": self.flops}
+        own = {name: getattr(self, name) for name in NUMBERS}
+        return {**own, "peak": self.peak, "flops": self.flops}
 
     def deeper(self, other: StepCost, times: int) -> StepCost:
-        """This one with `times` the difference to a step that is some blocks shorter added."""
-        mine, theirs = asdict(self), asdict(other)
-        return StepCost(**{name: value + times * (value - theirs[name]) for name, value in mine.items()})
+        """Of a model with `times` more blocks than this one's, each alike, where `other` is of one block less.
+
+        Sums grow by as much with each block. So does what is held at each moment after the last block's forward began
+        and until its backward ends, which is when most is held; the most of all is at another moment in a deep model
+        than in a shallow one, so moments are compared one by one.
+        """
+        found = {n: getattr(self, n) + times * (getattr(self, n) - getattr(other, n)) for n in NUMBERS}
+        forward, backward = zip(self.curves, other.curves, strict=True)
+        found["in_forward"] = _most(*(curve[::-1] for curve in forward), times)
+        found["in_backward"] = _most(*backward, times)
+        return StepCost(**found, curves=self.curves)
+
+
+NUMBERS = tuple(name for name in StepCost.__dataclass_fields__ if name != "curves")
+
+
+def _most(longer: list[int], shorter: list[int], times: int) -> int:
+    """At most, of the moments on the last block's side, counted from it."""
+    of_a_block = len(longer) - len(shorter)
+    there = min(len(shorter), max(1, len(shorter) - of_a_block))
+    return max(a + times * (a - b) for a, b in zip(longer[:there], shorter[:there], strict=True))
 
 
 def step_cost(
@@ -87,28 +109,29 @@ def step_cost(
             optimizer.step()
         state = bytes_of(_tensors_in(optimizer.state))
         before, ledger.flops = ledger.now, 0
-        ledger.peak_since_last()
+        ledger.curve_since_last()
         with forward_context():
             out = loss()
-        kept, forward, in_forward = ledger.now - before, ledger.flops, ledger.peak_since_last()
+        kept, forward, in_forward = ledger.now - before, ledger.flops, ledger.curve_since_last()
         optimizer.zero_grad()
         torch.autograd.backward(out)
-        backward, in_backward = ledger.flops - forward, ledger.peak_since_last()
+        backward, in_backward = ledger.flops - forward, ledger.curve_since_last()
         del out
         with ledger.answering_ones():
             optimizer.step()
-        in_step = ledger.peak_since_last()
+        in_step = max(ledger.curve_since_last())
     weights = bytes_of([*parameters, *buffers])
     return StepCost(
         weights=weights,
         gradients=gradients,
         optimizer=state,
         kept=kept,
-        in_forward=in_forward,
-        in_backward=in_backward,
+        in_forward=max(in_forward),
+        in_backward=max(in_backward),
         in_step=in_step,
         forward=forward,
         backward=backward,
+        curves=(in_forward, in_backward),
     )
 
 

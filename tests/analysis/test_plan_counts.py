@@ -1,0 +1,96 @@
+"""A plan's counts: the paper's, by the paper's formula, and sizes of files to the byte."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers as tf
+
+from lora_lightning import LoRAConfig, inject, save_adapter
+from lora_lightning.analysis.formula import terms_of
+from lora_lightning.lora.adapter_size import adapter_file_bytes
+from tests.factories import FAMILIES
+from tests.lora.test_paper_counts import OF_C_ATTN, QUERY_VALUE, gpt, roberta_base
+
+SIZED = {
+    "all linear": {"target_modules": "all-linear"},
+    "DoRA": {"target_modules": "all-linear", "use_dora": True},
+    "a start that is subtracted": {"target_modules": "all-linear", "init": "pissa"},
+    "ranks of their own": {"target_modules": "all-linear", "rank_pattern": {"query": 2}, "alpha_pattern": {"value": 3}},
+    "heads, biases and dropout": {
+        "target_modules": ["query"],
+        "modules_to_save": ["classifier"],
+        "bias": "lora_only",
+        "dropout": 0.1,
+    },
+}
+
+
+def bert():
+    config = tf.BertConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    return tf.BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("options", SIZED.values(), ids=SIZED)
+def test_the_adapters_file_has_the_size_that_was_planned(options, tmp_path):
+    with torch.device("meta"):
+        bare = bert()
+        planned = inject(bare, LoRAConfig(r=4, **options), start=False)
+        size = adapter_file_bytes(bare, base_model_name_or_path="bert", task_type="SEQ_CLS")
+    model = bert()
+    report = inject(model, LoRAConfig(r=4, **options))
+    save_adapter(model, tmp_path / "adapter", base_model_name_or_path="bert", task_type="SEQ_CLS")
+    assert size == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert (planned.trainable, planned.frozen) == (report.trainable, report.frozen)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_familys_file_has_the_size_that_was_planned(name, tmp_path):
+    family = FAMILIES[name]
+    model = family.make()
+    inject(model, LoRAConfig(r=2, target_modules=family.targets))
+    planned = adapter_file_bytes(model.to("meta"))
+    model = family.make()
+    inject(model, LoRAConfig(r=2, target_modules=family.targets))
+    save_adapter(model, tmp_path / "adapter")
+    assert planned == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("make", "r", "chosen", "terms", "count"),
+    [
+        (roberta_base, 8, QUERY_VALUE, ["2 L d r = 2 x 12 x 768 x 8"] * 2, 294_912),
+        (gpt(1024, 24, 16), 4, OF_C_ATTN, ["2 L d r = 2 x 2 x 24 x 1,024 x 4"], 393_216),
+        (gpt(12288, 96, 96), 1, OF_C_ATTN, ["2 L d r = 2 x 2 x 96 x 12,288 x 1"], 4_718_592),
+    ],
+    ids=["RoBERTa base, 0.3M", "GPT-2 M, 0.35M", "GPT-3 175B, 4.7M"],
+)
+def test_the_papers_formula_with_a_runs_numbers_gives_the_papers_counts(make, r, chosen, terms, count):
+    with torch.device("meta"):
+        model = make()
+    report = inject(model, LoRAConfig(r=r, **chosen), start=False)
+    found = terms_of(model, report)
+    assert [term.formula for term in found] == terms
+    assert all(term.is_square for term in found)
+    assert sum(term.factors for term in found) == report.trainable == count
+
+
+def test_the_formulas_terms_are_what_their_own_numbers_give():
+    with torch.device("meta"):
+        model = bert()
+    report = inject(model, LoRAConfig(r=4, target_modules="all-linear", use_dora=True), start=False)
+    terms = terms_of(model, report)
+    for term in terms:
+        assert term.factors == term.parts * term.count * (term.inputs + term.outputs) * term.r
+    assert {term.is_square for term in terms} == {True, False}
+    assert sum(term.factors + term.more for term in terms) == report.trainable
+
+
+def test_convolutions_are_counted_as_they_are():
+    model = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), torch.nn.Conv2d(8, 8, 3))
+    report = inject(model, LoRAConfig(r=2, target_modules=["0", "1"]))
+    terms = terms_of(model, report)
+    assert not any(term.is_matrix for term in terms)
+    assert sum(term.factors for term in terms) == report.trainable

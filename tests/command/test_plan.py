@@ -1,0 +1,190 @@
+"""`lora-lightning plan` on a config that `fit` takes: what it says is what the fit then has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora_lightning.cli import LoRACLI
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.plan import PlanCLI, main
+
+OWN = ["--precisions", "[]", "--trainer.precision", "32-true"]
+"""One row of memory, for time."""
+
+
+def planned(*arguments: str):
+    return PlanCLI(list(map(str, arguments))).plan
+
+
+def test_counts_and_files_are_those_of_the_fit(tiny, trained):
+    plan = planned("-c", tiny.config, "--length", 12, *OWN)
+    report = json.loads((trained / "report.json").read_text())
+    found = json.dumps(report)
+    assert report["trainable"] == plan.report.trainable
+    assert f'"frozen": {plan.report.frozen}' in found
+    LoRACLI(args=["export", "--config", tiny.config, "--ckpt_path", str(trained), "--formats", "adapter"])
+    (file,) = trained.rglob("adapter_model.safetensors")
+    assert file.stat().st_size == plan.adapter_file
+
+
+@pytest.fixture
+def bare(tiny, tmp_path):
+    """The tiny run's config over a directory that holds config.json alone, and data that are nowhere."""
+    (tmp_path / "bert").mkdir()
+    shutil.copy(Path(tiny.bert) / "config.json", tmp_path / "bert")
+    config = yaml.safe_load(Path(tiny.config).read_text())
+    config["model"]["backbone"]["init_args"]["pretrained_model_name_or_path"] = str(tmp_path / "bert")
+    config["data"]["init_args"] |= {"path": "nowhere.csv", "tokenizer": "nowhere"}
+    file = tmp_path / "bare.yaml"
+    file.write_text(yaml.safe_dump(config))
+    return file
+
+
+def test_config_json_alone_suffices_and_no_data_are_read(bare):
+    plan = planned("-c", bare, "--length", 12, *OWN)
+    assert plan.report.trainable > 0
+    assert plan.own_row().cost.peak > plan.own_row().cost.kept > 0
+    assert plan.full.flops > plan.own_row().cost.flops
+
+
+def test_labels_come_from_the_config_then_a_flag_then_are_assumed_aloud(bare):
+    assumed = planned("-c", bare, *OWN, "--length", 12)
+    assert "2 labels are assumed" in assumed.notes[0]
+    given = planned("-c", bare, *OWN, "--length", 12, "--num_labels", 5)
+    named = planned("-c", bare, *OWN, "--length", 12, "--data.init_args.label_names", "[a, b, c, d, e]")
+    assert given.notes == named.notes == []
+    assert given.report.saved == named.report.saved == {"classifier": 5 * 32 + 5}
+    assert assumed.report.saved == {"classifier": 2 * 32 + 2}
+
+
+def test_flags_of_fit_count_and_batches_are_as_large_as_asked(bare):
+    plan = planned("-c", bare, *OWN, "--length", 12)
+    wider = planned("-c", bare, *OWN, "--length", 24, "--model.lora.r", 8)
+    assert wider.report.trainable - 66 == 2 * (plan.report.trainable - 66)  # but for the classifier
+    assert wider.own_row().cost.kept > 1.9 * plan.own_row().cost.kept
+    assert planned("-c", bare, *OWN, "--length", 12, "--batch_size", 4).batch.rows == 4
+    assert plan.batch.rows == 16  # the config's own
+
+
+def test_every_overlay_is_set_beside_the_others(bare):
+    plan = planned("-c", bare, "--length", 12, "--processes", 4)
+    rows = {(row.way.precision, row.way.checkpointing): row for row in plan.memory}
+    assert len(rows) == 10
+    one, half, nf4 = (rows[name, False] for name in ("float32", "bf16-base", "nf4-base"))
+    assert half.w0 == pytest.approx(one.w0 / 2, rel=0.02)
+    assert nf4.w0 < half.w0
+    assert half.adapter == one.adapter
+    assert nf4.fsdp2 is None
+    for row in plan.memory:
+        assert row.ddp == row.cost.peak + row.cost.gradients
+    assert rows["float32", True].cost.kept < one.cost.kept
+    assert rows["16-mixed", False].cost == rows["bf16-mixed", False].cost
+
+
+def test_json_is_all_that_stands_on_stdout(bare):
+    command = [sys.executable, "-m", "lora_lightning", "plan", "-c", str(bare), "--length", "12", *OWN, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout)
+    assert found["trainable"] == sum(found["saved"].values()) + sum(t["factors"] for t in found["formula"])
+    assert found["flops"]["step"] == found["flops"]["forward"] + found["flops"]["backward"]
+    assert found["process"]["peak"] > found["process"]["base"] > found["memory"][0]["peak"]
+
+
+def test_the_screen_shows_the_formula_with_the_runs_numbers(bare, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "100")
+    main(["-c", str(bare), "--length", "12", "--json", str(tmp_path / "plan.json"), *OWN])
+    shown = capsys.readouterr().out
+    assert "|Theta| = 2 L d_model r" in shown
+    assert "2 L d r = 2 x 2 x 32 x 4" in shown
+    assert "L (k + m) r = 2 x (32 + 64) x 4" in shown
+    assert "FSDP2 of 2" in shown
+    assert json.loads((tmp_path / "plan.json").read_text())["batch"]["rows"] == 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--model.lora.target_modules", "[qurey]"], "did you mean 'query'"),
+        (["--model.backbone.init_args.pretrained_model_name_or_path", "no/such"], "no model 'no/such'"),
+        (["--trainer.precision", "bf16-true"], "bf16-base"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(bare, flags, said):
+    with pytest.raises((LoRAError, ValueError), match=said):
+        planned("-c", bare, "--length", 12, *OWN, *flags)
+
+
+def test_a_step_that_asks_for_numbers_leaves_the_counts(bare, tmp_path):
+    (tmp_path / "asking.py").write_text(
+        "import torch\n\n\nclass Asking(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.query = torch.nn.Linear(8, 8)\n"
+        "        self.classifier = torch.nn.Linear(8, 2)\n\n"
+        "    def forward(self, input_ids, attention_mask):\n"
+        "        out = self.query(torch.ones(len(input_ids), 8))\n"
+        "        return self.classifier(out if out.sum() > 0 else -out)\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        config = yaml.safe_load(bare.read_text())
+        config["model"]["backbone"] = {"class_path": "asking.Asking"}
+        config["model"]["lora"]["target_modules"] = ["query"]
+        bare.write_text(yaml.safe_dump(config))
+        plan = planned("-c", bare, *OWN, "--length", 12)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert plan.report.trainable == 2 * 8 * 4 + 18
+    assert plan.memory == []
+    assert any("cannot be run without numbers" in note for note in plan.notes)
+
+
+@pytest.mark.parametrize("make", ["timm_model", "torchvision_model"])
+def test_image_models_are_built_without_their_weights(make, tmp_path):
+    pytest.importorskip("timm")
+    name = {"timm_model": "resnet18", "torchvision_model": "resnet18"}[make]
+    file = tmp_path / "images.yaml"
+    text = f"""
+model:
+  backbone: {{class_path: lora_lightning.{make}, init_args: {{model_name: {name}}}}}
+  lora: {{r: 4, target_modules: [conv1], modules_to_save: [fc]}}
+  task: {{class_path: lora_lightning.ImageClassification}}
+data:
+  class_path: lora_lightning.ImageData
+  init_args: {{path: nowhere, image_size: 32, batch_size: 2}}
+"""
+    file.write_text(text)
+    plan = planned("-c", file, *OWN, "--num_labels", 7)
+    assert plan.report.saved == {"fc": 7 * 512 + 7}
+    assert plan.batch.image == (3, 32, 32)
+    assert plan.own_row().cost.kept > 0
+
+
+@pytest.mark.slow
+def test_seven_billion_parameters_are_planned_in_a_minute(tmp_path):
+    (tmp_path / "llama").mkdir()
+    shape = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    (tmp_path / "llama" / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 32000, **shape}))
+    file = tmp_path / "llama.yaml"
+    file.write_text(f"""
+model:
+  backbone:
+    class_path: lora_lightning.huggingface
+    init_args: {{pretrained_model_name_or_path: {tmp_path / "llama"}, auto_class: AutoModelForCausalLM}}
+  lora: {{r: 8, target_modules: all-linear}}
+  task: {{class_path: lora_lightning.CausalLM}}
+data:
+  class_path: lora_lightning.LanguageModellingData
+  init_args: {{path: nowhere.txt, tokenizer: nowhere, max_length: 2048, batch_size: 1, packing: false}}
+""")
+    start = time.process_time()
+    plan = planned("-c", file)
+    assert time.process_time() - start < 60
+    assert plan.report.trainable == 19_988_480
+    assert plan.own_row().cost.forward == pytest.approx(2 * 6.6e9 * 2048, rel=0.15)
