@@ -1,0 +1,39 @@
+"""The processes of one tensor-parallel group as one reader: they see the same batches and draw the same numbers."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import DeviceMesh
+from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from lora_lightning.training.random_state import random_state, set_random_state
+
+if TYPE_CHECKING:
+    from lora_lightning.training.module import LoRAModule
+
+
+def join(module: LoRAModule, mesh: DeviceMesh) -> None:
+    """Draw as the group's first process does, and count each batch once in the task's metrics."""
+    share_random_state(mesh)
+    group = mesh["data_parallel"].get_group()
+    for metric in module.task.modules():
+        if isinstance(metric, Metric):
+            # No attribute that holds the group itself: further stages' metrics are deep copies of these.
+            metric.dist_sync_fn = functools.partial(_gathered, group_name=group.group_name)
+
+
+def _gathered(result: Tensor, group: Any = None, *, group_name: str) -> list[Tensor]:
+    """One state of each process that reads batches of its own."""
+    return gather_all_tensors(result, distributed.distributed_c10d._resolve_process_group(group_name))
+
+
+def share_random_state(mesh: DeviceMesh) -> None:
+    """Take over the random states of the group's first process: masks of what is whole must be alike."""
+    own = mesh["tensor_parallel"]
+    held = [random_state()]
+    distributed.broadcast_object_list(held, src=int(own.mesh[0]), group=own.get_group())
+    set_random_state(held[0])
