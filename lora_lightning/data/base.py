@@ -233,7 +233,7 @@ class TableData(LightningDataModule, ABC):
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
     ) -> DataLoader[Any]:
         own = None if self.trainer is None else replica(self.trainer)
-        world = {} if own is None else {"num_replicas": own.count, "rank": own.number}
+        world = {} if own is None else {"num_replicas": own.replicas, "rank": own.number}
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)

@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 class Replica(NamedTuple):
     """A process's place among those that read."""
 
-    count: int
-    """How many readers there are: a group of processes that read the same is one."""
+    replicas: int
+    """How many there are: a group of processes that read the same is one."""
     number: int
     """Which of them this is, from 0."""
     speaks: bool

@@ -75,9 +75,9 @@ def numbered(stream: datasets.IterableDataset, column: str) -> datasets.Iterable
 
 def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:
     """What falls to this process, of a stream that ends."""
-    if trainer is None or replica(trainer).count == 1:
+    if trainer is None or replica(trainer).replicas == 1:
         return stream
-    return split_dataset_by_node(stream, rank=replica(trainer).number, world_size=replica(trainer).count)
+    return split_dataset_by_node(stream, rank=replica(trainer).number, world_size=replica(trainer).replicas)
 
 
 def endless(stream: datasets.IterableDataset, batch_size: int, trainer: Trainer | None) -> Endless:

@@ -1,7 +1,7 @@
 """Where a process's part of a sharded tensor lies in the whole, and the way there and back.
 
-FSDP2 lays rows in chunks over the first dimension of a mesh, of which the last may be short or empty. Tensor parallelism
-splits the whole before that, evenly and along any side, or leaves it whole, over the mesh's second dimension.
+FSDP2 lays rows in chunks over the first dimension of a mesh, of which the last may be short or empty. Before that,
+tensor parallelism splits the whole, evenly and along any side, or leaves it whole, over the mesh's second dimension.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed
@@ -19,16 +18,23 @@ if TYPE_CHECKING:
 def join(module: LoRAModule, mesh: DeviceMesh) -> None:
     """Draw as the group's first process does, and count each batch once in the task's metrics."""
     share_random_state(mesh)
-    group = mesh["data_parallel"].get_group()
+    gather = _GatherIn(mesh["data_parallel"].get_group())
     for metric in module.task.modules():
         if isinstance(metric, Metric):
-            # No attribute that holds the group itself: further stages' metrics are deep copies of these.
-            metric.dist_sync_fn = functools.partial(_gathered, group_name=group.group_name)
+            metric.dist_sync_fn = gather
 
 
-def _gathered(result: Tensor, group: Any = None, *, group_name: str) -> list[Tensor]:
-    """One state of each process that reads batches of its own."""
-    return gather_all_tensors(result, distributed.distributed_c10d._resolve_process_group(group_name))
+class _GatherIn:
+    """One state of each process that reads batches of its own. Copies of a metric, for further sets, share it."""
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+
+    def __call__(self, result: Tensor, group: Any = None) -> list[Tensor]:
+        return gather_all_tensors(result, self.group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _GatherIn:
+        return self
 
 
 def share_random_state(mesh: DeviceMesh) -> None:

@@ -85,11 +85,8 @@ class Copies:
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x
         # What is computed again in backward has a graph of its own, though its source may be the same tensor.
-        state = (
-            x._version,
-            torch._C._current_graph_task_id(),
-            torch._C._autograd._top_saved_tensors_default_hooks(True),
-        )
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        state = (x._version, torch._C._current_graph_task_id(), hooks)
         source = None if self._source is None else self._source()
         if source is not x or self._state != state or self._copy is None:
             self._copy = _Copied.apply(x, self.group)  # type: ignore[no-untyped-call]

@@ -70,15 +70,15 @@ def plan_of(backbone: nn.Module, own: Mapping[str, str] | None) -> Plan:
     named, heads = dict(_own(backbone, own or {})), output_head(backbone)
     found = {name: style for name, style in given.items() if name not in heads} | named
     if other := {name: style for name, style in found.items() if style not in STYLES and style not in WHOLE}:
-        styles = ", ".join(sorted(set(other.values())))
+        kinds = ", ".join(sorted(set(other.values())))
         raise LoRAError(
-            f"tensor parallelism of style {styles} is not supported, which the plan has for {some(list(other))}:"
+            f"tensor parallelism of style {kinds} is not supported, which the plan has for {some(list(other))}:"
             " name these as `replicate` in FSDP2Strategy.tensor_parallel_plan, or leave tensor_parallel_size at 1"
         )
-    styles = {name: STYLES[style] for name, style in found.items() if style in STYLES}
-    if not styles:
+    split = {name: STYLES[style] for name, style in found.items() if style in STYLES}
+    if not split:
         raise LoRAError("tensor parallelism would split nothing: every layer of the plan is `replicate`")
-    return Plan(styles, frozenset(name for name, style in found.items() if style == PER_HEAD))
+    return Plan(split, frozenset(name for name, style in found.items() if style == PER_HEAD))
 
 
 def _of_model(backbone: nn.Module) -> dict[str, str]:

@@ -81,7 +81,7 @@ def _of_layer(name: str, module: nn.Module, style: Style, count: int, holders: C
     size = module.out_features if style.by_output else module.in_features
     if size % count:
         what = "outputs" if style.by_output else "inputs"
-        yield f"the {size} {what} of '{name}' cannot be split evenly over {count} processes: change tensor_parallel_size"
+        yield f"the {size} {what} of '{name}' cannot be split over {count} processes: take another tensor_parallel_size"
 
 
 def _of_options(name: str, module: nn.Module) -> Iterator[str]:

@@ -54,7 +54,7 @@ class Resume(Callback):
             "at_step": place.at_step,
             "validates_next": place.validates_next,
             "processes": gathered(own),
-            "replicas": replica(trainer).count,
+            "replicas": replica(trainer).replicas,
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
@@ -80,7 +80,7 @@ class Resume(Callback):
         if self._found is None:
             return
         trainer._logger_connector._callback_metrics.update(self._found["metrics"])
-        for told in reasons_against(self._found, trainer.world_size, replica(trainer).count):
+        for told in reasons_against(self._found, trainer.world_size, replica(trainer).replicas):
             rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
         for told in overruled(self._found["settings"], self._settings):
             rank_zero_info(f"resumed: the checkpoint's {told}")
@@ -109,7 +109,7 @@ class Resume(Callback):
         states, replicas = self._found["processes"], _replicas(self._found)
         self._found = None
         trainer.fit_loop._restarting = False  # else Lightning tells no plateau at this epoch's end
-        if trainer.world_size == len(states) and replica(trainer).count == replicas:
+        if trainer.world_size == len(states) and replica(trainer).replicas == replicas:
             own = states[trainer.global_rank]
             put_figures(module, own["figures"])
             set_random_state(own["random"])

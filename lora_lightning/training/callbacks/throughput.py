@@ -108,7 +108,7 @@ class Throughput(Callback):
         if self._tokens is not None:
             counted[1] = self._tokens
         if trainer.world_size > 1:
-            counted = trainer.strategy.reduce(counted, reduce_op="sum") * replica(trainer).count / trainer.world_size
+            counted = trainer.strategy.reduce(counted, reduce_op="sum") * replica(trainer).replicas / trainer.world_size
         samples, tokens = counted.tolist()  # waits for the device, so the clock is right
         if self._running_since is not None:
             now = time.perf_counter()
