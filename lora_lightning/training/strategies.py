@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.training.adapter_checkpoints import AdapterCheckpoints
 from lora_lightning.training.checkpoint_io import WholeFiles
-from lora_lightning.training.sharding import is_sharded, shard
+from lora_lightning.training.sharding import as_stored, is_sharded, shard
 from lora_lightning.training.start import MEASURED
 from lora_lightning.training.steps_together import StepsTogether
 from lora_lightning.training.tensor_group import join
@@ -151,8 +151,9 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints):
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        # The first module that runs would be taken for the root, and a step may begin with a part of the backbone.
-        self._root._get_fsdp_state()._lazy_init()
+        with as_stored(self._root):
+            # The first module that runs would be taken for the root, and a step may begin with a part of the backbone.
+            self._root._get_fsdp_state()._lazy_init()
         if self.tensor_parallel_size > 1:
             join(self._module, self.device_mesh)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -161,7 +162,8 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints):
     def model_to_device(self) -> None:
         """Offloaded shards stay where they are."""
         if not self.cpu_offload:
-            super().model_to_device()
+            with as_stored(self._root):
+                super().model_to_device()
             return
         for tensor in (*self._module.parameters(), *self._module.buffers()):
             if not isinstance(tensor, DTensor):

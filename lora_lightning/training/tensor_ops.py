@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
+from lora_lightning.lora.drops import drawn
+from lora_lightning.lora.layers.ordinary import drops_by_bytes
+
 
 class _Copied(torch.autograd.Function):
     @staticmethod
@@ -114,5 +117,8 @@ class PartOfDropout(nn.Dropout):
         if not self.training or not self.p:
             return x
         width = x.shape[-1]
-        noise = x.new_empty(*x.shape[:-1], width * self.count).bernoulli_(1 - self.p)
-        return x * noise.narrow(-1, self.own * width, width).div(1 - self.p)
+        whole = x.new_empty(x.numel() // width, width * self.count)
+        drop = drawn(self.p) if drops_by_bytes(self.p) else None
+        keep = whole.bernoulli_(1 - self.p) if drop is None else drop.keep(whole)
+        scale = 1 / (1 - self.p) if drop is None else drop.scale
+        return x * keep.narrow(-1, self.own * width, width).reshape(x.shape) * scale

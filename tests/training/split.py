@@ -1,0 +1,270 @@
+"""Fits under tensor parallelism. Run in several processes as `python -m tests.training.split WHAT FOLDER PROCESSES`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule, inject
+from lora_lightning.lora.adapter import adapter_tensors, base_tensors
+from lora_lightning.lora.fingerprint import fingerprint as of_one
+from lora_lightning.lora.inject import disabled
+from lora_lightning.training import sharded_w0
+from lora_lightning.training import trainer as lightning_trainer
+from lora_lightning.training.agree import gathered
+from lora_lightning.training.sharding import as_stored, shard
+from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.tensor_parallel import TensorParallel
+from lora_lightning.training.tensor_plan import plan_of
+from lora_lightning.training.tensor_refusals import refuse
+from tests.processes import in_processes
+from tests.training import ragged, sharded
+from tests.training.ragged import VOCABULARY
+from tests.training.sharded import Told
+
+PLAN = {"*.up": "colwise", "*.down": "rowwise"}
+
+
+class Block(nn.Module):
+    """A norm and two layers around it."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return y
+
+
+class Net(nn.Module):
+    """A user's own, which no plan of transformers fits. Its widths are those of no multiple of four processes."""
+
+    def __init__(self, width: int = 10, inner: int = 12) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(Block(width, inner) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+def module(dtype: torch.dtype = torch.float64, **config: Any) -> LoRAModule:
+    torch.manual_seed(0)
+    lora = LoRAConfig(**{"r": 3, "alpha": 6, "target_modules": ["up", "down"], "modules_to_save": ["norm"]} | config)
+    return LoRAModule(Net().to(dtype), Told(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "mistral", "phi3")
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+SIZES |= {"intermediate_size": 24, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": 0}
+
+
+def language_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A tiny one with random weights."""
+    torch.manual_seed(0)
+    made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES))
+    return exact(made.to(dtype)) if dtype == torch.float64 else made.to(dtype)
+
+
+def exact(model: PreTrainedModel) -> PreTrainedModel:
+    """With norms that compute in the dtype of the model, and not in float32."""
+
+    def forward(norm: Any, x: Tensor) -> Tensor:
+        eps = norm.eps if "Gemma" in type(norm).__name__ else norm.variance_epsilon
+        weight = norm.weight + 1 if "Gemma" in type(norm).__name__ else norm.weight
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    for norm in model.modules():
+        if type(norm).__name__.endswith("RMSNorm"):
+            norm.forward = functools.partial(forward, norm)
+    return model
+
+
+def of_family(family: str, dtype: torch.dtype = torch.float64, optimizer: Any = None) -> LoRAModule:
+    lora = LoRAConfig(r=4)
+    chosen = optimizer or (lambda p: torch.optim.AdamW(p, lr=0.02))
+    return LoRAModule(language_model(family, dtype), CausalLM(), lora, optimizer=chosen)
+
+
+# Pieces alone, in float64.
+
+IDS = torch.randint(VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(1))
+Case = tuple[Callable[[], nn.Module], dict[str, Any], dict[str, str] | None]
+CASES: dict[str, Case] = {
+    "plain": (Net, {"r": 3}, PLAN),
+    "rank-stabilised": (Net, {"r": 3, "use_rslora": True}, PLAN),
+    "a bias of B": (Net, {"r": 3, "lora_bias": True}, PLAN),
+    "biases": (Net, {"r": 3, "bias": "lora_only"}, PLAN),
+    "copies": (Net, {"r": 3, "modules_to_save": ["norm", "head"]}, PLAN),
+    "whole on the outside": (Net, {"r": 3}, {"*.up": "colwise_rep", "*.down": "rowwise_rep"}),
+    "one layer of two": (Net, {"r": 3}, {"*.up": "colwise_gather_output"}),
+    "a head and the rest": (Net, {"r": 3, "target_modules": ["head", "up"]}, PLAN),
+    "no adapter in some": (Net, {"r": 3, "target_modules": ["layers.0.up", "layers.1.down"]}, PLAN),
+    "dropout": (Net, {"r": 3, "dropout": 0.3}, PLAN),
+    **{family: (functools.partial(language_model, family), {"r": 3}, None) for family in FAMILIES},
+    "with a head": (functools.partial(language_model, "llama"), {"r": 3}, {"lm_head": "replicate"}),
+}
+
+
+def made(case: Case) -> nn.Module:
+    """Injected, with a B that is not zero."""
+    build, config, _ = case
+    torch.manual_seed(3)
+    model = build().double()
+    inject(model, LoRAConfig(**config))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def stepped(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """Outputs in training and in evaluation, and the gradients of two steps together."""
+    found = {}
+    for step in range(2):
+        torch.manual_seed(step)
+        out = model(ids)
+        out = out if isinstance(out, Tensor) else out.logits
+        found[f"out {step}"] = out.detach()
+        out.square().mean().backward()
+    model.eval()
+    with torch.no_grad():
+        out = model(ids)
+        found["eval"] = out if isinstance(out, Tensor) else out.logits
+    model.reshard() if hasattr(model, "reshard") else None
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            found[name] = ragged.whole(parameter.grad)
+    return found
+
+
+def split(model: nn.Module, own: dict[str, str] | None, groups: int = 1) -> None:
+    count = distributed.get_world_size() // groups
+    mesh = init_device_mesh("cpu", (groups, count), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    plan = plan_of(model, own)
+    refuse(model, plan, count)
+    splitting = TensorParallel(model, plan, mesh["tensor_parallel"])
+    shard(model, mesh["data_parallel"], torch.device("cpu"), split=splitting.split)
+
+
+def far(want: Tensor, got: Tensor) -> float:
+    """The largest difference, of the largest number."""
+    assert want.shape == got.shape, (want.shape, got.shape)
+    return float((want - got).abs().max() / want.abs().max().clamp(min=1e-30))
+
+
+def pieces(case: Case, groups: int) -> dict[str, Any]:
+    """How far outputs and gradients are from one process's, and what the parts say of W0."""
+    alone, model = made(case), made(case)
+    want = stepped(alone, IDS)
+    if distributed.get_rank():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data + 1  # rank 0's are taken
+    split(model, case[2], groups)
+    with as_stored(model):
+        model._get_fsdp_state()._lazy_init()
+    got = stepped(model, IDS)
+    assert got.keys() == want.keys(), got.keys() ^ want.keys()
+    found: dict[str, Any] = {name: far(want[name], got[name]) for name in want}
+    found = {"far": max(found.values()), "farthest": max(found, key=lambda name: found[name])}
+    found["fingerprint"] = sharded_w0.fingerprint(model) == of_one(made(case))
+    before = sharded_w0.of_own_parts(model)
+    name, tensor = next((n, t) for n, t in base_tensors(model).items() if isinstance(t, DTensor) and t.ndim == 2)
+    if distributed.get_rank() == 1:
+        tensor.to_local().view(-1)[0] += 1
+    found["moved"] = name in sharded_w0.moved(before, sharded_w0.of_own_parts(model))
+    return found
+
+
+def fresh(case: Case) -> bool:
+    """Law 1: whether a fresh adapter gives the split model's own outputs, bit for bit."""
+    build, config, own = case
+    torch.manual_seed(3)
+    model = build().double()
+    inject(model, LoRAConfig(**config))
+    split(model, own)
+    model._get_fsdp_state()._lazy_init()
+    outs = []
+    with torch.no_grad():
+        for off in (nullcontext(), disabled(model)):
+            with off:
+                out = model(IDS)
+                outs.append(out if isinstance(out, Tensor) else out.logits)
+    return torch.equal(*outs)
+
+
+def alone(folder: Path, processes: int, groups: int = 1) -> None:
+    """All cases."""
+    rank = int(os.environ["LOCAL_RANK"])
+    distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    found: dict[str, Any] = {name: pieces(case, groups) for name, case in CASES.items()}
+    if groups == 1:
+        found["fresh"] = {name: fresh(CASES[name]) for name in ("a bias of B", "copies", "llama", "phi3")}
+    every = gathered(found)
+    if rank == 0:
+        torch.save(every, folder / "pieces.pt")
+    distributed.destroy_process_group()
+
+
+def alone_in_groups(folder: Path, processes: int) -> None:
+    alone(folder, processes, 2)
+
+
+# Whole fits.
+
+
+def strategy(**options: Any) -> FSDP2Strategy:
+    return FSDP2Strategy(tensor_parallel_size=2, **{"tensor_parallel_plan": PLAN} | options)
+
+
+SGD = functools.partial(torch.optim.SGD, lr=2.0)
+
+
+def fits(batch: int) -> dict[str, Callable[..., dict[str, Any]]]:
+    """By name what trains for 20 steps or more, with options for the trainer."""
+    clipped = {"data": sharded.Sentences(batch), "max_steps": 20}
+    found: dict[str, Any] = {
+        f"accumulate {n}": functools.partial(ragged.fit, batch, made=module(), accumulate_grad_batches=n) for n in (1, 3)
+    }
+    found["dropout"] = functools.partial(ragged.fit, batch, made=module(dropout=0.2))
+    for family in FAMILIES:
+        found[family] = functools.partial(ragged.fit, 0, made=of_family(family), **clipped)
+    single = of_family("llama", torch.float32, SGD)
+    return found | {"llama in float32": functools.partial(ragged.fit, 0, made=single, **clipped)}
+
+
+def equality(folder: Path, processes: int) -> None:
+    """The same fits as one process's, whose batches are as large as those of all readers together."""
+    alike = []
+    for name, fit in fits(4 * 2 // processes).items():
+        plan = PLAN if name.startswith(("acc", "drop")) else None
+        found = fit(file=folder / f"{name}.pt", strategy=strategy(tensor_parallel_plan=plan), devices=processes)
+        every = gathered({key: value for key, value in found["adapter"].items()})
+        alike.append(all(torch.equal(one[key], every[0][key]) for one in every for key in one))
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        torch.save(alike, folder / "alike.pt")
+
+
+if __name__ == "__main__":
+    what, where, number = sys.argv[1:]
+    limit = float(os.environ.get("LIMIT", "240"))
+    sys.exit(max(map(abs, in_processes(int(number), globals()[what], Path(where), int(number), timeout=limit))))
