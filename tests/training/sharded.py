@@ -138,7 +138,11 @@ class Keep(Checkpoints):
 
 
 def fit(
-    folder: Path, *callbacks: Any, ckpt: Path | None = None, made: Callable[[], LoRAModule] | None = None, **options: Any
+    folder: Path,
+    *callbacks: Any,
+    ckpt: Path | None = None,
+    made: Callable[[], LoRAModule] | None = None,
+    **options: Any,
 ) -> Trainer:
     """Three epochs of seven steps, with dropout and shuffling, saved after every step."""
     seed_everything(11, verbose=False)
@@ -189,10 +193,10 @@ class Nudge(Callback):
             loss.data.fill_(float("nan"))
 
 
-def stopped(folder: Path, what: str, strategy: FSDP2Strategy, processes: int) -> list[str]:
+def stopped(folder: Path, what: str, strategy: FSDP2Strategy, processes: int, **options: Any) -> list[str]:
     """What each process raised."""
     try:
-        fit(folder, Nudge(what), strategy=strategy, devices=processes)
+        fit(folder, Nudge(what), strategy=strategy, devices=processes, **options)
     except LoRAError as error:
         return gathered(f"{type(error).__name__}: {error}")
     return gathered("nothing")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule, inject
-from lora_lightning.lora.adapter import adapter_tensors, base_tensors
+from lora_lightning import CausalLM, LoRAConfig, LoRAModule, inject
+from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.fingerprint import fingerprint as of_one
 from lora_lightning.lora.inject import disabled
 from lora_lightning.training import sharded_w0
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.agree import gathered
+from lora_lightning.training.callbacks import PredictionWriter
 from lora_lightning.training.sharding import as_stored, shard
 from lora_lightning.training.strategies import FSDP2Strategy
 from lora_lightning.training.tensor_parallel import TensorParallel
@@ -130,7 +131,7 @@ def made(case: Case) -> nn.Module:
     torch.manual_seed(3)
     model = build().double()
     inject(model, LoRAConfig(**config))
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
     return model
@@ -215,7 +216,8 @@ def fresh(case: Case) -> bool:
 def alone(folder: Path, processes: int, groups: int = 1) -> None:
     """All cases."""
     rank = int(os.environ["LOCAL_RANK"])
-    distributed.init_process_group("gloo", rank=rank, world_size=processes)
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", rank=rank, world_size=processes)
     found: dict[str, Any] = {name: pieces(case, groups) for name, case in CASES.items()}
     if groups == 1:
         found["fresh"] = {name: fresh(CASES[name]) for name in ("a bias of B", "copies", "llama", "phi3")}
@@ -236,32 +238,85 @@ def strategy(**options: Any) -> FSDP2Strategy:
     return FSDP2Strategy(tensor_parallel_size=2, **{"tensor_parallel_plan": PLAN} | options)
 
 
-SGD = functools.partial(torch.optim.SGD, lr=2.0)
+SGD = functools.partial(torch.optim.SGD, lr=0.2)
+"""For float32: AdamW makes steps of the size of lr out of gradients that are rounding."""
+QUICK = ("accumulate 3", "dropout", "qwen3", "llama in float32")
+"""Of the fits."""
 
 
-def fits(batch: int) -> dict[str, Callable[..., dict[str, Any]]]:
-    """By name what trains for 20 steps or more, with options for the trainer."""
-    clipped = {"data": sharded.Sentences(batch), "max_steps": 20}
-    found: dict[str, Any] = {
-        f"accumulate {n}": functools.partial(ragged.fit, batch, made=module(), accumulate_grad_batches=n) for n in (1, 3)
-    }
-    found["dropout"] = functools.partial(ragged.fit, batch, made=module(dropout=0.2))
-    for family in FAMILIES:
-        found[family] = functools.partial(ragged.fit, 0, made=of_family(family), **clipped)
-    single = of_family("llama", torch.float32, SGD)
-    return found | {"llama in float32": functools.partial(ragged.fit, 0, made=single, **clipped)}
+FITS = ("accumulate 1", *QUICK, *(family for family in FAMILIES if family not in QUICK))
 
 
-def equality(folder: Path, processes: int) -> None:
+def fit(name: str, batch: int, **options: Any) -> dict[str, Any]:
+    """Train for 20 steps or more, with the trainer's options."""
+    torch.manual_seed(0)
+    if name.startswith("accumulate"):
+        return ragged.fit(batch, made=module(), accumulate_grad_batches=int(name[-1]), **options)
+    if name == "dropout":
+        return ragged.fit(batch, made=module(dropout=0.2), max_steps=20, **options)
+    of_name = of_family("llama", torch.float32, SGD) if name == "llama in float32" else of_family(name)
+    return ragged.fit(0, made=of_name, data=sharded.Sentences(batch), max_steps=20, **options)
+
+
+def equality(folder: Path, processes: int, names: Sequence[str] = FITS) -> None:
     """The same fits as one process's, whose batches are as large as those of all readers together."""
     alike = []
-    for name, fit in fits(4 * 2 // processes).items():
-        plan = PLAN if name.startswith(("acc", "drop")) else None
-        found = fit(file=folder / f"{name}.pt", strategy=strategy(tensor_parallel_plan=plan), devices=processes)
-        every = gathered({key: value for key, value in found["adapter"].items()})
-        alike.append(all(torch.equal(one[key], every[0][key]) for one in every for key in one))
+    for name in names:
+        split = strategy(tensor_parallel_plan=PLAN if name.startswith(("accumulate", "dropout")) else None)
+        found = fit(name, 8 // processes, file=folder / f"{name}.pt", strategy=split, devices=processes)
+        held = gathered(found["adapter"])
+        alike.append(all(torch.equal(one[key], held[0][key]) for one in held for key in one))
     if int(os.environ["LOCAL_RANK"]) == 0:
         torch.save(alike, folder / "alike.pt")
+
+
+# A run's life.
+
+
+def trained(**config: Any) -> LoRAModule:
+    return module(torch.float32, **{"dropout": 0.2} | config)
+
+
+def life(folder: Path, processes: int) -> None:
+    """All that happens to a run, in both forms of checkpoints; process 0 writes down what was found."""
+    with pytest.MonkeyPatch.context() as patch:
+        # It ends the processes that fail together, and these are to tell what each of them met.
+        patch.setattr(lightning_trainer, "ending_together", lambda *_, **__: nullcontext())
+        _life(folder, functools.partial(sharded.fit, made=trained, devices=processes), processes)
+
+
+def _life(folder: Path, fit: Callable[..., Any], processes: int) -> None:
+    found: dict[str, Any] = {}
+    for form in ("file", "folder"):
+        new = functools.partial(strategy, save_distributed_checkpoint=form == "folder")
+        first = fit(folder / form, PredictionWriter(), strategy=new())
+        found[f"{form} whole"] = sharded.ended(first)
+        found[f"{form} figures"] = figures(first, sharded.at(folder / form, 9))
+        for step in (9, 14) if form == "file" else (9,):  # in an epoch's middle and at an end
+            again = fit(folder / f"{form} {step}", ckpt=sharded.at(folder / form, step), strategy=new())
+            found[f"{form} from {step}"] = sharded.ended(again)
+    one = fit(folder / "of one", ckpt=folder / "one.ckpt", strategy=strategy())
+    found["of one process"] = sharded.ended(one)
+    for what in ("w0", "loss"):
+        found[f"stopped by {what}"] = sharded.stopped(folder / what, what, strategy(), processes, made=trained)
+    if first.is_global_zero:
+        torch.save(found, folder / "found.pt")
+
+
+def figures(trainer: Any, checkpoint: Path) -> dict[str, Any]:
+    """Metrics of a test and a validation from a checkpoint, and this process's predictions."""
+    given: Any = {"datamodule": sharded.Shuffled(), "ckpt_path": str(checkpoint)}
+    module = trainer.lightning_module
+    found = {**trainer.test(module, verbose=False, **given)[0], **trainer.validate(module, verbose=False, **given)[0]}
+    predicted = trainer.predict(module, **given)
+    return {**found, "predicted": torch.cat([batch["logits"] for batch in predicted])}
+
+
+def quick(folder: Path, processes: int) -> None:
+    """All that two processes show soon, after one import."""
+    equality(folder, processes, QUICK)
+    life(folder, processes)
+    alone(folder, processes)
 
 
 if __name__ == "__main__":
