@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -247,13 +248,19 @@ QUICK = ("accumulate 3", "dropout", "qwen3", "llama in float32")
 FITS = ("accumulate 1", *QUICK, *(family for family in FAMILIES if family not in QUICK))
 
 
+class Seeded(Callback):
+    """Draws alike, whatever was drawn while the model was laid out."""
+
+    def on_train_start(self, *_: Any) -> None:
+        torch.manual_seed(5)
+
+
 def fit(name: str, batch: int, **options: Any) -> dict[str, Any]:
     """Train for 20 steps or more, with the trainer's options."""
-    torch.manual_seed(0)
     if name.startswith("accumulate"):
         return ragged.fit(batch, made=module(), accumulate_grad_batches=int(name[-1]), **options)
     if name == "dropout":
-        return ragged.fit(batch, made=module(dropout=0.2), max_steps=20, **options)
+        return ragged.fit(batch, Seeded(), made=module(dropout=0.2), max_steps=20, **options)
     of_name = of_family("llama", torch.float32, SGD) if name == "llama in float32" else of_family(name)
     return ragged.fit(0, made=of_name, data=sharded.Sentences(batch), max_steps=20, **options)
 
