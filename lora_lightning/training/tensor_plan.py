@@ -56,7 +56,8 @@ def plan_of(backbone: nn.Module, own: Mapping[str, str] | None) -> Plan:
     A language model's head stays whole but where it is named in `own`: its loss is taken without all logits in memory.
 
     Args:
-        own: styles by names of modules, `*` for anything; `replicate` leaves a layer whole.
+        own: styles by names of modules (or of parameters that stand for themselves, such as experts), `*` for
+            anything; `replicate` leaves a layer whole.
 
     Raises:
         LoRAError: there is none, a name fits nothing, or a style is not supported here.
@@ -69,10 +70,12 @@ def plan_of(backbone: nn.Module, own: Mapping[str, str] | None) -> Plan:
         )
     named, heads = dict(_own(backbone, own or {})), output_head(backbone)
     found = {name: style for name, style in given.items() if name not in heads} | named
-    if other := {name: style for name, style in found.items() if style not in STYLES and style not in WHOLE}:
-        kinds = ", ".join(sorted(set(other.values())))
+    modules = dict(backbone.named_modules())
+    known = {name: style in WHOLE or (style in STYLES and name in modules) for name, style in found.items()}
+    if other := [name for name, is_known in known.items() if not is_known]:
+        kinds = ", ".join(sorted({found[name] for name in other}))
         raise LoRAError(
-            f"tensor parallelism of style {kinds} is not supported, which the plan has for {some(list(other))}:"
+            f"tensor parallelism of style {kinds} is not supported, which the plan has for {some(other)}:"
             " name these as `replicate` in FSDP2Strategy.tensor_parallel_plan, or leave tensor_parallel_size at 1"
         )
     split = {name: STYLES[style] for name, style in found.items() if style in STYLES}
@@ -101,14 +104,15 @@ def _own(backbone: nn.Module, own: Mapping[str, str]) -> Iterator[tuple[str, str
                 f" {', '.join([*STYLES, 'replicate'])}"
             )
         fits = re.compile(translate(pattern))
-        names = [name for name, _ in backbone.named_modules() if name and fits.fullmatch(name)]
+        names = [name for name in _names(backbone, parameters=style not in STYLES) if fits.fullmatch(name)]
         if not names:
-            near = did_you_mean(pattern, (name for name, _ in backbone.named_modules() if name))
+            near = did_you_mean(pattern, _names(backbone))
             raise LoRAError(f"tensor_parallel_plan: '{pattern}' fits no module{near}")
         yield from ((name, style) for name in names)
 
 
-def _names(backbone: nn.Module) -> Iterator[str]:
-    """Of modules, and of parameters that stand for themselves, such as experts."""
+def _names(backbone: nn.Module, *, parameters: bool = True) -> Iterator[str]:
+    """Of modules, and of parameters, which may stand for themselves, such as experts."""
     yield from (name for name, _ in backbone.named_modules() if name)
-    yield from (name for name, _ in backbone.named_parameters())
+    if parameters:
+        yield from (name for name, _ in backbone.named_parameters())

@@ -16,7 +16,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lora_lightning import CausalLM, LoRAConfig, LoRAModule, inject
 from lora_lightning.lora.adapter import base_tensors
@@ -32,6 +32,7 @@ from lora_lightning.training.tensor_parallel import TensorParallel
 from lora_lightning.training.tensor_plan import plan_of
 from lora_lightning.training.tensor_refusals import refuse
 from tests.processes import in_processes
+from tests.tiny_lm import make_model
 from tests.training import ragged, sharded
 from tests.training.ragged import VOCABULARY
 from tests.training.sharded import Told
@@ -75,15 +76,13 @@ def module(dtype: torch.dtype = torch.float64, **config: Any) -> LoRAModule:
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "mistral", "phi3")
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
-SIZES |= {"intermediate_size": 24, "vocab_size": VOCABULARY, "max_position_embeddings": 32, "pad_token_id": 0}
 
 
 def language_model(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
-    """A tiny one with random weights."""
-    torch.manual_seed(0)
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SIZES))
-    return exact(made.to(dtype)) if dtype == torch.float64 else made.to(dtype)
+    """A tiny one with random weights, of four heads that share two keys."""
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "num_attention_heads": 4, "head_dim": 4}
+    made: PreTrainedModel = make_model(family, **sizes, initializer_range=0.5 if dtype == torch.float64 else 0.02)
+    return exact(made.double()) if dtype == torch.float64 else made.to(dtype)
 
 
 def exact(model: PreTrainedModel) -> PreTrainedModel:

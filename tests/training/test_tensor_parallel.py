@@ -1,15 +1,24 @@
 """Tensor parallelism: laws 1, 2, 7, 8 and 9 where layers are split within themselves."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from lora_lightning import LoRAConfig, LoRAError, LoRAModule, inject
 from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.tensor_plan import plan_of
+from lora_lightning.training.tensor_refusals import refuse, refuse_run
+from tests.chats import make_llama, write_chats
+from tests.command.process import run
 from tests.processes import REPOSITORY
 from tests.training import sharded, split
 from tests.training.resuming import differing
@@ -160,3 +169,148 @@ def test_a_write_into_one_part_of_the_base_and_a_bad_loss_stop_all(lived):
 def test_each_prediction_is_written_once(found):
     lines = (found / "file" / "run" / "version_0" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(range(13))
+
+
+# What is said.
+
+
+def model_of(**config):
+    model = split.language_model("llama", torch.float32)
+    inject(model, LoRAConfig(**{"r": 2} | config))
+    return model
+
+
+def said(model, own=None, count=2):
+    with pytest.raises(LoRAError) as refused:
+        refuse(model, plan_of(model, own), count)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"use_dora": True}, "DoRA's norms of 'model.layers.0.self_attn.q_proj'"),
+        ({"init": "pissa"}, "lora.init=pissa of 'model.layers.0.self_attn.q_proj' keeps its start"),
+        ({"slices": {"q_proj": {"of": ["a", "b"], "take": ["a"]}}}, "the chosen parts of 'model.layers.0.self_attn.q"),
+        (
+            {"modules_to_save": ["model.layers.0.mlp.down_proj"], "target_modules": ["q_proj"]},
+            "'model.layers.0.mlp.down_proj' is a copy of modules_to_save",
+        ),
+        ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens' trains, and is no linear layer"),
+    ],
+)
+def test_options_without_a_split_form_are_refused_by_name(config, words):
+    assert words in said(model_of(**config))
+
+
+def test_norms_of_heads_do_not_train():
+    model = split.language_model("qwen3", torch.float32)
+    name = "model.layers.0.self_attn.q_norm"
+    inject(model, LoRAConfig(r=2, target_modules=["q_proj"], modules_to_save=[name]))
+    assert f"'{name}.lora_copy' trains, and each process calls it with its own heads" in said(model)
+
+
+def test_sizes_that_cannot_be_split_are_refused():
+    model = model_of()
+    assert "num_key_value_heads=2 of LlamaForCausalLM is no multiple of tensor_parallel_size=4" in said(model, count=4)
+    assert "the 16 outputs of 'model.layers.0.self_attn.q_proj' cannot be split over 3" in said(model, count=3)
+    tied = split.language_model("llama", torch.float32)
+    tied.lm_head.weight = tied.model.embed_tokens.weight
+    assert "'lm_head' shares a tensor" in said(tied, {"lm_head": "colwise_rep"})
+
+
+def test_a_plan_is_the_models_with_ones_own_over_it():
+    model = model_of()
+    styles = plan_of(model, None).styles
+    assert len(styles) == 14
+    assert "lm_head" not in styles
+    assert styles["model.layers.1.mlp.up_proj"].by_output
+    assert not styles["model.layers.1.mlp.down_proj"].by_output
+    own = plan_of(model, {"*.mlp.*_proj": "replicate", "lm_head": "colwise_gather_output"}).styles
+    assert own.keys() == {name for name in styles if "self_attn" in name} | {"lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (None, "Net has none: give FSDP2Strategy.tensor_parallel_plan, such as {'*.q_proj': colwise"),
+        ({"*.upp": "colwise"}, "'*.upp' fits no module"),
+        ({"*.up": "columnwise"}, "'columnwise' of '*.up' is no style; did you mean 'colwise'"),
+        ({"*.up": "replicate"}, "tensor parallelism would split nothing"),
+        ({"norm": "colwise"}, "'norm' is LayerNorm, and only linear layers are split"),
+    ],
+)
+def test_a_model_without_a_plan_needs_one_that_fits(own, words):
+    model = split.Net()
+    with pytest.raises(LoRAError, match=re.escape(words)):
+        refuse(model, plan_of(model, own), 2)
+
+
+def test_a_style_of_the_models_plan_that_is_not_supported_is_named():
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 9,
+    }
+    mixtral = MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2))
+    with pytest.raises(LoRAError, match=r"is not supported, which the plan has for model\.layers\.0\.mlp\.experts"):
+        plan_of(mixtral, None)
+    assert len(plan_of(mixtral, {"*.experts*": "replicate"}).styles) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size must be at least 1"),
+        ({"tensor_parallel_plan": split.PLAN}, "give tensor_parallel_size too"),
+    ],
+)
+def test_sizes_that_mean_nothing_are_refused(options, words):
+    with pytest.raises(LoRAError, match=words):
+        FSDP2Strategy(**options)
+
+
+@pytest.mark.parametrize("options", [{"compile": True}, {"cpu_offload": True}, {"task": ContrastiveEmbedding()}])
+def test_a_run_that_asks_for_what_is_not_there_is_refused_by_name(options):
+    offload, task = options.pop("cpu_offload", False), options.pop("task", split.Told())
+    module = LoRAModule(split.Net(), task, LoRAConfig(r=2), **options)
+    with pytest.raises(LoRAError, match=r"tensor parallelism does not go with .*(compile|cpu_offload|candidates)"):
+        refuse_run(module, split.strategy(cpu_offload=offload))
+
+
+# The command.
+
+RUN = """
+name: tp
+seed_everything: 7
+trainer: {{max_epochs: 2, accelerator: cpu, enable_progress_bar: false}}
+model:
+  backbone: {{class_path: lora_lightning.huggingface, init_args: {{pretrained_model_name_or_path: {model},
+    auto_class: AutoModelForCausalLM}}}}
+  lora: {{r: 4, dropout: 0.1}}
+  task: {{class_path: lora_lightning.CausalLM}}
+  optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.01}}}}
+data:
+  class_path: lora_lightning.ChatData
+  init_args: {{path: {chats}, tokenizer: {model}, batch_size: 4, split: {{validation: 0.2, test: 0.2}}}}
+"""
+
+
+@pytest.mark.slow
+def test_the_command_fits_goes_on_tests_predicts_and_exports(tmp_path):
+    model, chats = make_llama(tmp_path / "model"), write_chats(tmp_path / "chats.jsonl", rows=40)
+    (tmp_path / "run.yaml").write_text(RUN.format(model=model, chats=chats))
+    both = ["--config", "run.yaml", "--config", REPOSITORY / "configs" / "strategy" / "fsdp2-tp.yaml"]
+    run("fit", *both, "--trainer.max_epochs", "1", cwd=tmp_path)
+    run("fit", *both, "--ckpt_path", "last", cwd=tmp_path)
+    run("test", "--ckpt_path", "runs/tp", cwd=tmp_path)
+    run("export", "--ckpt_path", "runs/tp", cwd=tmp_path)
+    folder = max((tmp_path / "runs" / "tp").glob("version_*"))
+    report = json.loads((folder / "report.json").read_text())
+    assert report["w0_unchanged"]
+    assert report["export_max_rel_diff"] < 1e-5
+    refused = run("fit", *both, "--model.lora.use_dora", "true", cwd=tmp_path, ok=False)
+    assert "tensor parallelism: DoRA's norms of 'model.layers.0.self_attn.q_proj'" in refused.stderr + refused.stdout
