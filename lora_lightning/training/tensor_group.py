@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed
@@ -15,9 +16,18 @@ if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
 
 
+_LOG = logging.getLogger("torch.distributed.tensor._redistribute")
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    """torch tells how sums over both dimensions of a mesh could be one: those of a few norms."""
+    return not record.getMessage().startswith("While redistributing")
+
+
 def join(module: LoRAModule, mesh: DeviceMesh) -> None:
     """Draw as the group's first process does, and count each batch once in the task's metrics."""
     share_random_state(mesh)
+    _LOG.addFilter(_is_no_advice)
     gather = _GatherIn(mesh["data_parallel"].get_group())
     for metric in module.task.modules():
         if isinstance(metric, Metric):
