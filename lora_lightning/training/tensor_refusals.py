@@ -35,7 +35,6 @@ def refuse_run(module: LoRAModule, strategy: FSDP2Strategy) -> None:
         "model.compile": module.training_forward.compilation is not None,
         f"the candidates of all processes (gather) of {type(task).__name__}": isinstance(task, ContrastiveEmbedding)
         and task.gather,
-        "on_meta": any(p.is_meta for p in module.backbone.parameters()),
     }
     if wrong := [name for name, is_asked in asked.items() if is_asked]:
         raise LoRAError(

@@ -18,14 +18,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from lora_lightning import CausalLM, LoRAConfig, LoRAModule, inject
+from lora_lightning import CausalLM, LoRAConfig, LoRAModule, huggingface, inject
 from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.fingerprint import fingerprint as of_one
 from lora_lightning.lora.inject import disabled
 from lora_lightning.training import sharded_w0
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.agree import gathered
-from lora_lightning.training.callbacks import PredictionWriter
+from lora_lightning.training.callbacks import PredictionWriter, RankTelemetry, RunReport
 from lora_lightning.training.sharding import as_stored, shard
 from lora_lightning.training.strategies import FSDP2Strategy
 from lora_lightning.training.tensor_parallel import TensorParallel
@@ -69,10 +69,11 @@ class Net(nn.Module):
         return logits
 
 
-def module(dtype: torch.dtype = torch.float64, **config: Any) -> LoRAModule:
+def module(dtype: torch.dtype = torch.float64, activation_checkpointing: bool = False, **config: Any) -> LoRAModule:
     torch.manual_seed(0)
+    more = {"activation_checkpointing": activation_checkpointing}
     lora = LoRAConfig(**{"r": 3, "alpha": 6, "target_modules": ["up", "down"], "modules_to_save": ["norm"]} | config)
-    return LoRAModule(Net().to(dtype), Told(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
+    return LoRAModule(Net().to(dtype), Told(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02), **more)
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "mistral", "phi3")
@@ -240,11 +241,11 @@ def strategy(**options: Any) -> FSDP2Strategy:
 
 SGD = functools.partial(torch.optim.SGD, lr=0.2)
 """For float32: AdamW makes steps of the size of lr out of gradients that are rounding."""
-QUICK = ("accumulate 3", "dropout", "qwen3", "llama in float32")
+QUICK = ("accumulate 3", "recomputed", "qwen3", "llama in float32")
 """Of the fits."""
 
 
-FITS = ("accumulate 1", *QUICK, *(family for family in FAMILIES if family not in QUICK))
+FITS = ("accumulate 1", "dropout", *QUICK, *(family for family in FAMILIES if family not in QUICK))
 
 
 class Seeded(Callback):
@@ -258,8 +259,9 @@ def fit(name: str, batch: int, **options: Any) -> dict[str, Any]:
     """Train for 20 steps or more, with the trainer's options."""
     if name.startswith("accumulate"):
         return ragged.fit(batch, made=module(), accumulate_grad_batches=int(name[-1]), **options)
-    if name == "dropout":
-        return ragged.fit(batch, Seeded(), made=module(dropout=0.2), max_steps=20, **options)
+    if name in ("dropout", "recomputed"):
+        made = module(activation_checkpointing=name == "recomputed", dropout=0.2)
+        return ragged.fit(batch, Seeded(), made=made, max_steps=20, **options)
     of_name = of_family("llama", torch.float32, SGD) if name == "llama in float32" else of_family(name)
     return ragged.fit(0, made=of_name, data=sharded.Sentences(batch), max_steps=20, **options)
 
@@ -268,7 +270,7 @@ def equality(folder: Path, processes: int, names: Sequence[str] = FITS) -> None:
     """The same fits as one process's, whose batches are as large as those of all readers together."""
     alike = []
     for name in names:
-        split = strategy(tensor_parallel_plan=PLAN if name.startswith(("accumulate", "dropout")) else None)
+        split = strategy(tensor_parallel_plan=None if "llama" in name or name in FAMILIES else PLAN)
         found = fit(name, 8 // processes, file=folder / f"{name}.pt", strategy=split, devices=processes)
         held = gathered(found["adapter"])
         alike.append(all(torch.equal(one[key], held[0][key]) for one in held for key in one))
@@ -303,6 +305,8 @@ def _life(folder: Path, fit: Callable[..., Any], processes: int) -> None:
             found[f"{form} from {step}"] = sharded.ended(again)
     one = fit(folder / "of one", ckpt=folder / "one.ckpt", strategy=strategy())
     found["of one process"] = sharded.ended(one)
+    callbacks, half = (RankTelemetry(), RunReport()), {"precision": "bf16-mixed", "max_steps": 2}
+    fit(folder / "bf16", *callbacks, strategy=strategy(), **half)
     for what in ("w0", "loss"):
         found[f"stopped by {what}"] = sharded.stopped(folder / what, what, strategy(), processes, made=trained)
     if first.is_global_zero:
@@ -318,9 +322,24 @@ def figures(trainer: Any, checkpoint: Path) -> dict[str, Any]:
     return {**found, "predicted": torch.cat([batch["logits"] for batch in predicted])}
 
 
+def from_files(folder: Path, processes: int) -> None:
+    """A fit on a base that is filled after it was split, and on one that was loaded before: fingerprint and adapter."""
+    found = []
+    for on_meta in (True, False):
+        base = huggingface(str(folder / "base"), auto_class="AutoModelForCausalLM", on_meta=on_meta)
+        torch.manual_seed(0)
+        made = LoRAModule(base, CausalLM(), LoRAConfig(r=4), optimizer=SGD)
+        many = {"strategy": strategy(tensor_parallel_plan=None), "devices": processes, "max_steps": 3}
+        fitted = ragged.fit(0, made=made, data=sharded.Sentences(4), **many)
+        found.append((made.w0_fingerprint().digest, fitted["adapter"]))
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        torch.save(found, folder / "from files.pt")
+
+
 def quick(folder: Path, processes: int) -> None:
     """All that two processes show soon, after one import."""
     equality(folder, processes, QUICK)
+    from_files(folder, processes)
     life(folder, processes)
     alone(folder, processes)
 

@@ -12,6 +12,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, inject
 from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.fingerprint import fingerprint
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.training.run import load_checkpoint
 from lora_lightning.training.strategies import FSDP2Strategy
@@ -20,6 +21,7 @@ from lora_lightning.training.tensor_refusals import refuse, refuse_run
 from tests.chats import make_llama, write_chats
 from tests.command.process import run
 from tests.processes import REPOSITORY
+from tests.tiny_lm import make_model
 from tests.training import sharded, split
 from tests.training.resuming import differing
 
@@ -40,6 +42,7 @@ def found(tmp_path_factory):
 
 
 def begun(folder):
+    make_model("llama", vocab_size=split.VOCABULARY).save_pretrained(folder / "base")
     sharded.fit(folder / "alone", made=split.trained)
     shutil.copyfile(sharded.at(folder / "alone", 14), folder / "one.ckpt")
 
@@ -164,6 +167,20 @@ def test_a_write_into_one_part_of_the_base_and_a_bad_loss_stop_all(lived):
     bad = "NotFiniteError: the loss of optimizer step 5 is not finite"
     assert [said.startswith(moved) for said in lived["stopped by w0"]] == [True, True]
     assert [said.startswith(bad) for said in lived["stopped by loss"]] == [True, True]
+
+
+def test_a_base_is_filled_from_files_after_it_was_split(found):
+    (meta, ours), (loaded, theirs) = torch.load(found / "from files.pt")
+    assert meta == loaded == fingerprint(make_model("llama", vocab_size=split.VOCABULARY)).digest
+    assert differing(ours, theirs) == []
+
+
+def test_a_fit_under_autocast_reports_and_measures_its_ranks(found):
+    folder = found / "bf16" / "run" / "version_0"
+    report = json.loads((folder / "report.json").read_text())
+    assert (report["steps"], report["w0_unchanged"]) == (2, True)
+    rows = (folder / "rank.csv").read_text().splitlines()
+    assert [row.split(",")[1] for row in rows[1:]] == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
 
 
 def test_each_prediction_is_written_once(found):
