@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.loader import ResumableLoader, own_generator
+from lora_lightning.data.replicas import replica
 from lora_lightning.data.rows import ROW, with_row_numbers
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.data.splits import SplitConfig, first_in_place, split_rows
@@ -231,9 +232,8 @@ class TableData(LightningDataModule, ABC):
     def _loader(
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
     ) -> DataLoader[Any]:
-        world = (
-            {} if self.trainer is None else {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
-        )
+        own = None if self.trainer is None else replica(self.trainer)
+        world = {} if own is None else {"num_replicas": own.replicas, "rank": own.number}
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)

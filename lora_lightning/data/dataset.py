@@ -10,6 +10,7 @@ import datasets
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from lora_lightning.data.replicas import replica
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
@@ -89,7 +90,7 @@ class DatasetData(LightningDataModule):
         data: Any = self.sets[split]
         if data is None:
             raise LoRAError(f"there is no {split} set: give data.init_args.{split} a class_path")
-        world = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+        world = (1, 0) if self.trainer is None else replica(self.trainer)[:2]
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "collate_fn": self.collate_fn,

@@ -17,6 +17,7 @@ from datasets.distributed import split_dataset_by_node
 from lightning.pytorch import Trainer
 from torch.utils.data import IterableDataset, get_worker_info
 
+from lora_lightning.data.replicas import replica
 from lora_lightning.data.splits import split_name
 from lora_lightning.data.tables import TextBy, files_of, known_split, reader_of
 from lora_lightning.lora.errors import LoRAError
@@ -74,16 +75,16 @@ def numbered(stream: datasets.IterableDataset, column: str) -> datasets.Iterable
 
 def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:
     """What falls to this process, of a stream that ends."""
-    if trainer is None or trainer.world_size == 1:
+    if trainer is None or replica(trainer).replicas == 1:
         return stream
-    return split_dataset_by_node(stream, rank=trainer.global_rank, world_size=trainer.world_size)
+    return split_dataset_by_node(stream, rank=replica(trainer).number, world_size=replica(trainer).replicas)
 
 
 def endless(stream: datasets.IterableDataset, batch_size: int, trainer: Trainer | None) -> Endless:
     """What falls to this process of one that does not, from where a run that was cut short was."""
     if trainer is None:
         return Endless(stream, batch_size)
-    seen, rank, world_size = batches_seen(trainer), trainer.global_rank, trainer.world_size
+    seen, (world_size, rank, _) = batches_seen(trainer), replica(trainer)
     if stream.num_shards % world_size == 0:  # files for all: none is read twice
         return Endless(share_of(stream, trainer), batch_size, seen)
     return Endless(stream, batch_size, seen, rank, world_size)

@@ -16,6 +16,7 @@ from lora_lightning.training import checkpoint_folder as folders
 from lora_lightning.training.agree import by_first, together
 from lora_lightning.training.checkpoint_io import is_remote, whole_file
 from lora_lightning.training.sharded_state import as_held, trained_state, whole_state
+from lora_lightning.training.sharding import as_stored
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -96,7 +97,9 @@ class AdapterCheckpoints(ModelParallelStrategy):
         own = trained_state(module)
         if self._folder is not None:
             state |= folders.read_parts(self._folder, folders.STATE, {k: own[k] for k in state if k in own})
-        module.load_state_dict({k: as_held(v, own[k]) for k, v in state.items() if k in own}, strict=strict)
+        held = {k: as_held(v, own[k]) for k, v in state.items() if k in own}
+        with as_stored(module.backbone):
+            module.load_state_dict(held, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Put each optimizer's state where its parameters' shards are."""

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.training.agree import rank
+from lora_lightning.training.layout import laid_as
 from lora_lightning.training.start import PREFIX
 
 
@@ -47,6 +48,8 @@ def as_held(value: Any, like: Any) -> Any:
     """
     if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(like, DTensor) or not value.dim():
         return value
-    placements = like.placements if value.shape == like.shape else [Replicate()] * like.device_mesh.ndim
     with torch.no_grad():
+        if value.shape == like.shape:
+            return laid_as(value, like)
+        placements = [Replicate()] * like.device_mesh.ndim
         return distribute_tensor(value.to(like.device), like.device_mesh, placements, src_data_rank=None)

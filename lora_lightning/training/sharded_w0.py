@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
-from torch import Tensor, distributed, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.fingerprint import Fingerprint, digests, of_digests, of_tensors
 from lora_lightning.lora.fingerprint import fingerprint as of_one_process
+from lora_lightning.training import layout
 from lora_lightning.training.agree import gathered, processes, rank
 from lora_lightning.training.sharding import is_sharded, local
 
@@ -40,25 +40,11 @@ def fingerprint(model: nn.Module) -> Fingerprint:
 
 
 def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
-    """The whole tensor in one process, and None in the others; all must call it.
-
-    FSDP2 lays rows in chunks, of which the last may be short or empty.
-    """
+    """The whole tensor in one process, and None in the others; all must call it."""
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor) or processes() == 1:
         return local(tensor) if to == rank() else None
-    assert tensor.placements == (Shard(0),), tensor.placements
-    count = processes()
-    row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
-    size = -(-tensor.shape[0] // count) * row
-    own = torch.zeros(size, dtype=torch.uint8, device=tensor.device)
-    mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
-    own[: mine.numel()] = mine
-    whole = torch.empty(count * size if to == rank() else 0, dtype=torch.uint8, device=tensor.device)
-    distributed.gather(own, list(torch.split(whole, size)) if to == rank() and size else None, dst=to)
-    if to != rank():
-        return None
-    return whole[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)
+    return layout.gathered_by(tensor, to)
 
 
 def of_own_parts(model: nn.Module) -> Fingerprint:

@@ -12,7 +12,8 @@ sharded then; and no process measures products for itself, so that all round ali
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora import switches
 from lora_lightning.lora.errors import LoRAError, some
-from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.inject import adapted_layers, disabled
 from lora_lightning.lora.quantised import scheme
 from lora_lightning.training.agree import processes
 from lora_lightning.training.groups import groups_of, named_blocks
@@ -40,6 +41,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
+    """Within the block FSDP2, which looks parameters up as attributes, finds a bias where a trained copy is shown."""
+    return disabled(backbone)
+
+
 def shard(
     backbone: nn.Module,
     mesh: DeviceMesh,
@@ -48,6 +54,7 @@ def shard(
     blocks: Sequence[str] | None = None,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
+    split: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Shard a backbone over a mesh of one dimension, in place; all start from process 0's values.
 
@@ -55,6 +62,7 @@ def shard(
         blocks: patterns of module names, in place of the blocks that are found; none shards the backbone as one.
         reshard_after_forward: whether blocks are let go between forward and backward.
         cpu_offload: keep the shards in the CPU's memory.
+        split: called with each part of the backbone right before it is sharded, to split its layers within themselves.
 
     Raises:
         LoRAError: something in the backbone cannot be sharded, by name.
@@ -62,14 +70,18 @@ def shard(
     _refuse(backbone)
     chosen = groups_of(backbone) if blocks is None else named_blocks(backbone, blocks)
     whole = parameters_left_whole(backbone, chosen)
-    _say(backbone, chosen, whole, mesh.size())
+    _say(backbone, chosen, whole, processes() if split is not None else mesh.size())
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(whole.values())}
     options["offload_policy"] = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     done: set[int] = set()
     for module in chosen.values():
         _same_everywhere(module, device, done)
+        if split is not None:
+            split(module)
         fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
     _same_everywhere(backbone, device, done)
+    if split is not None:
+        split(backbone)
     root = fully_shard(backbone, reshard_after_forward=False, **options)
     # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
     root.set_reduce_scatter_unused_params(True)

@@ -91,7 +91,9 @@ def test_processes_share_the_rows(tmp_path, tokenizer, files):
     )["train"]
     data = data_of(str(tmp_path / "0.jsonl"), tokenizer, packing=False)
     encoded = data.encode_stream(stream.map(lambda row, i: row | {"__row__": i}, with_indices=True), ["text"], "train")
-    shares = [pieces(share_of(encoded, SimpleNamespace(world_size=2, global_rank=rank))) for rank in range(2)]
+    shares = [
+        pieces(share_of(encoded, SimpleNamespace(strategy=None, world_size=2, global_rank=rank))) for rank in range(2)
+    ]
     assert shares[0] + shares[1] == pieces(encoded)
     assert all(shares)
 
@@ -121,7 +123,7 @@ def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, tokenizer, 
     assert trainer.fit_loop.epoch_loop.batch_progress.total.ready == 10
     again = data_of(path, tokenizer)
     again.trainer = SimpleNamespace(
-        max_steps=9, limit_val_batches=0, world_size=1, global_rank=0, fit_loop=trainer.fit_loop
+        max_steps=9, limit_val_batches=0, strategy=None, world_size=1, global_rank=0, fit_loop=trainer.fit_loop
     )
     assert rows_seen(again.train_dataloader(), 20) == whole[10:]
 

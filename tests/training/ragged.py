@@ -16,6 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning import LoRAConfig, LoRAModule
+from lora_lightning.data.replicas import replica
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.tasks.base import StepOutput, Task
@@ -74,7 +75,8 @@ class Ragged(LightningDataModule):
         return self.loader(rows(13, seed=2))
 
     def loader(self, data: Any) -> Any:
-        places = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+        own = replica(self.trainer)
+        places = {"num_replicas": own.replicas, "rank": own.number}
         sampler = EpochSampler(data, batch_size=self.batch_size, shuffle=False, **places)
         return DataLoader(data, batch_size=self.batch_size, sampler=sampler)
 

@@ -6,6 +6,7 @@ import functools
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
 from lora_lightning.data.loader import ResumableLoader
+from lora_lightning.data.replicas import replica
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.agree import gathered
@@ -110,9 +112,9 @@ class Shuffled(ragged.Ragged):
         super().__init__(at_once)
 
     def train_dataloader(self) -> Any:
-        count = self.trainer.world_size
-        size, data = self.batch_size // count, ragged.rows(26, seed=1)
-        places = {"num_replicas": count, "rank": self.trainer.global_rank, "shuffle": True, "seed": 5}
+        own = replica(self.trainer)
+        size, data = self.batch_size // own.replicas, ragged.rows(26, seed=1)
+        places = {"num_replicas": own.replicas, "rank": own.number, "shuffle": True, "seed": 5}
         return ResumableLoader(data, batch_size=size, sampler=EpochSampler(data, batch_size=size, **places))
 
     def test_dataloader(self) -> Any:
@@ -135,16 +137,22 @@ class Keep(Checkpoints):
         trainer.strategy.barrier()
 
 
-def fit(folder: Path, *callbacks: Any, ckpt: Path | None = None, **options: Any) -> Trainer:
+def fit(
+    folder: Path,
+    *callbacks: Any,
+    ckpt: Path | None = None,
+    made: Callable[[], LoRAModule] | None = None,
+    **options: Any,
+) -> Trainer:
     """Three epochs of seven steps, with dropout and shuffling, saved after every step."""
     seed_everything(11, verbose=False)
     if ckpt is not None:
         torch.rand(7)  # another number of draws in front of a resumed fit
-    made = module(torch.float32, dropout=0.2, modules_to_save=["norm"])
+    trained = module(torch.float32, dropout=0.2, modules_to_save=["norm"]) if made is None else made()
     trainer = trainer_of(
         FreezeBase(show_table=False), Resume(), StopOnNonFinite(), *callbacks, folder=folder, **options
     )
-    trainer.fit(made, Shuffled(), ckpt_path=None if ckpt is None else str(ckpt))
+    trainer.fit(trained, Shuffled(), ckpt_path=None if ckpt is None else str(ckpt))
     return trainer
 
 
@@ -185,10 +193,10 @@ class Nudge(Callback):
             loss.data.fill_(float("nan"))
 
 
-def stopped(folder: Path, what: str, strategy: FSDP2Strategy, processes: int) -> list[str]:
+def stopped(folder: Path, what: str, strategy: FSDP2Strategy, processes: int, **options: Any) -> list[str]:
     """What each process raised."""
     try:
-        fit(folder, Nudge(what), strategy=strategy, devices=processes)
+        fit(folder, Nudge(what), strategy=strategy, devices=processes, **options)
     except LoRAError as error:
         return gathered(f"{type(error).__name__}: {error}")
     return gathered("nothing")
@@ -226,6 +234,7 @@ def _life(folder: Path, processes: int) -> None:
         folder / "bf16",
         ExportAtEnd(),
         RunReport(),
+        made=lambda: module(torch.float32, bias="lora_only"),  # whose copies FSDP2 must not take for the base's own
         strategy=FSDP2Strategy(),
         precision="bf16-mixed",
         max_steps=2,

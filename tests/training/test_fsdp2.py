@@ -364,11 +364,6 @@ def test_blocks_are_found_without_knowing_the_architecture():
     ]
 
 
-def test_layers_are_not_split_within_themselves():
-    with pytest.raises(LoRAError, match="tensor_parallel_size=2: no layer is split within itself here; leave it at 1"):
-        FSDP2Strategy(tensor_parallel_size=2)
-
-
 def test_a_word_is_enough_for_the_defaults():
     trainer = LoRATrainer(strategy="fsdp2", accelerator="cpu", devices=2, logger=False)
     assert isinstance(trainer.strategy, FSDP2Strategy)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
+from lora_lightning.data.replicas import replica
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training import run
 from lora_lightning.training.agree import gathered
@@ -40,7 +41,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def _write(self, trainer: Trainer, batches: Sequence[Any], indices: Sequence[list[int]], name: str) -> None:
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        mine = list(rows(batches, indices, names))
+        mine = list(rows(batches, indices, names)) if replica(trainer).speaks else []
         parts: list[list[dict[str, Any]]] = gathered(mine)
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lora_lightning.data.replicas import replica
 from lora_lightning.tasks.counting import examples_in, tokens_in
 from lora_lightning.training.averaging import is_padding
 
@@ -107,7 +108,7 @@ class Throughput(Callback):
         if self._tokens is not None:
             counted[1] = self._tokens
         if trainer.world_size > 1:
-            counted = trainer.strategy.reduce(counted, reduce_op="sum") * _readers(trainer) / trainer.world_size
+            counted = trainer.strategy.reduce(counted, reduce_op="sum") * replica(trainer).replicas / trainer.world_size
         samples, tokens = counted.tolist()  # waits for the device, so the clock is right
         if self._running_since is not None:
             now = time.perf_counter()
@@ -117,12 +118,6 @@ class Throughput(Callback):
     def _add_up(self, samples: float, tokens: float, seconds: float) -> None:
         self.samples, self.tokens, self.seconds = self.samples + samples, self.tokens + tokens, self.seconds + seconds
         self._begin()
-
-
-def _readers(trainer: Trainer) -> int:
-    """Processes that read batches of their own: those of one tensor-parallel group read the same."""
-    own = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
-    return int(own.get("num_replicas", trainer.world_size))
 
 
 def _most(mine: float, trainer: Trainer, device: torch.device) -> float:
