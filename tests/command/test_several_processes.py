@@ -22,9 +22,9 @@ EPOCH, MIDDLE = 3, 4
 """Optimizer steps: at the end of the first of three epochs, and in the middle of the second."""
 
 
-def fit(tiny, name, *args, fault="", count=2, launcher="torchrun", of=None):
+def fit(tiny, name, *args, fault="", count=2, launcher="torchrun", of=None, overlay=OVERLAY):
     """A case: three epochs of three steps, with dropout, shuffling and accumulation."""
-    given = ["fit", "--config", tiny.config, "--config", OVERLAY, "--name", of or name, "--trainer.devices", count]
+    given = ["fit", "--config", tiny.config, "--config", overlay, "--name", of or name, "--trainer.devices", count]
     given += ["--trainer.max_epochs", 3, "--model.lora.dropout", 0.2, "--data.init_args.batch_size", 16 // count]
     given += ["--trainer.accumulate_grad_batches", 3, "--trainer.log_every_n_steps", 1]
     given += ["--trainer.callbacks", "[tests.command.faults.Fault]", *args]
@@ -32,10 +32,10 @@ def fit(tiny, name, *args, fault="", count=2, launcher="torchrun", of=None):
     return {"name": name, "args": list(map(str, given)), "count": count, "launcher": launcher, "env": env}
 
 
-def interrupted(tiny, name, fault, *args, count=2):
+def interrupted(tiny, name, fault, *args, **options):
     """A case that is interrupted, and the same command started again."""
-    again = fit(tiny, f"{name}-again", *args, "--ckpt_path", "auto", count=count, of=name)
-    return [fit(tiny, name, *args, fault=fault, count=count), again]
+    again = fit(tiny, f"{name}-again", *args, "--ckpt_path", "auto", of=name, **options)
+    return [fit(tiny, name, *args, fault=fault, **options), again]
 
 
 def end_of(folder, name):

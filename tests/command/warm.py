@@ -2,7 +2,7 @@
 
 An import costs seconds, and these tests start many processes. Run as `python -m tests.command.warm CASES.json`, where
 each case is `{"name", "args", "count", "launcher", "env", "folder", "keep"}`; to `folder` come `NAME.RANK.txt`, what a
-process has said, `NAME.json`, their exit codes and seconds, and `NAME.kept`, a copy of the file `keep`.
+process has said, `NAME.json`, their exit codes and seconds, and `NAME.kept`, a copy of the file or folder `keep`.
 """
 
 import atexit
@@ -108,7 +108,8 @@ def play(case):
     }
     (Path(case["folder"]) / f"{case['name']}.json").write_text(json.dumps(result))
     if "keep" in case:
-        shutil.copyfile(Path(case["folder"]) / case["keep"], Path(case["folder"]) / f"{case['name']}.kept")
+        kept, copy = (Path(case["folder"]) / name for name in (case["keep"], f"{case['name']}.kept"))
+        shutil.copytree(kept, copy) if kept.is_dir() else shutil.copyfile(kept, copy)
 
 
 class Played:
