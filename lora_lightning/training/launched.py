@@ -1,7 +1,7 @@
 """Processes that Python spawns or forks (`ddp_spawn`, `ddp-fork.yaml`): how they end is how the fit ends.
 
-Torch tells their parent no more than an exit code, or a traceback as a text, and passes no signal on. Here SIGTERM to the
-parent reaches all of them, and their error, or the code that asks a scheduler to start the fit again, is the parent's.
+Torch tells their parent no more than an exit code, or a traceback as a text, and passes no signal on. Here SIGTERM to
+the parent reaches all of them, and their error, or the code that asks to be started again, is the parent's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.callbacks.checkpoints import PreemptedError
 from lora_lightning.training.ending import CLAIM, CODE, LostProcessError, StoppedError, lost
-
 
 TOLD = (LoRAError, PreemptedError, MisconfigurationException, OSError)
 """What the command says in one line; of anything else torch hands over the traceback."""
