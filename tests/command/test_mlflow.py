@@ -1,4 +1,4 @@
-"""MLflow through the command: the figures of the CSV log, each under its step, in one run that later commands go on with."""
+"""MLflow through the command: the figures of the CSV log, each under its step, in one run that others take up."""
 
 import json
 import math

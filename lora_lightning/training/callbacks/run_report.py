@@ -19,6 +19,7 @@ from lora_lightning.training import run
 from lora_lightning.training.about import adapted_rows, backbone_name
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
+from lora_lightning.training.fsdp1_units import units_of
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.page import write_page
 from lora_lightning.training.parts import parts_of
@@ -149,4 +150,6 @@ def cost(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
 
 def _bytes(model: Any) -> int:
     """What a full checkpoint of the weights would take: the backbone's own tensors."""
+    if (units := units_of(model)) is not None:
+        return units.bytes_of_w0
     return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
