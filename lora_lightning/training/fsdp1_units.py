@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from lora_lightning.lora import switches
@@ -78,7 +78,9 @@ class Units:
     def _add(self, module: nn.Module, wrapped: nn.Module, whole: set[int], options: dict[str, Any]) -> None:
         self._ids.append({id(p) for p in module.parameters()} - whole.union(*self._ids))
         ignored = [p for p in wrapped.parameters() if id(p) in whole]
-        self.units.append(FullyShardedDataParallel(wrapped, ignored_states=ignored, use_orig_params=True, **options))
+        unit = FullyShardedDataParallel(wrapped, ignored_states=ignored, use_orig_params=True, **options)
+        _keep_in_place(unit)
+        self.units.append(unit)
 
     def run(self, run: Callable[[], T]) -> T:
         """A step, in which what lies outside of the blocks is gathered; all processes must take it."""
@@ -124,6 +126,24 @@ class Units:
         yield
 
 
+def _keep_in_place(unit: FullyShardedDataParallel) -> None:
+    """Let a module have what is gathered among its parameters, where and as long as it had the parameter.
+
+    torch takes it out in backward. What a layer computes anew there would not find its weight, or take its bias for
+    one that there never was.
+    """
+    handle: Any = unit._handle
+    if handle is not None:
+        assert callable(handle._setattr_tensor)
+        assert callable(handle._setattr_param)
+        handle._setattr_tensor = handle._setattr_param = _put
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    module.__dict__.pop(name, None)
+    module._parameters[name] = value  # type: ignore[assignment]
+
+
 def _no_inference() -> Any:
     """What is gathered in inference mode could not be let go outside of it."""
     if not torch.is_inference_mode_enabled():
@@ -141,6 +161,12 @@ def units_of(model: nn.Module) -> Units | None:
     """Those that `shard_w0` made of it."""
     found: Units | None = vars(model).get(UNITS)
     return found
+
+
+def whole_in_parts(model: nn.Module, module: nn.Module) -> AbstractContextManager[None]:
+    """W0 of one of its modules, whole within the block where units hold it; all processes must ask for it."""
+    units = units_of(model)
+    return nullcontext() if units is None else units.gathered(module)
 
 
 def shard_w0(

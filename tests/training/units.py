@@ -121,7 +121,7 @@ def _life(folder: Path, processes: int) -> None:
     for step in (9, 14):  # in an epoch's middle and at an end
         again = fit(folder / f"from {step}", ckpt=at(folder / "whole", step), strategy=FSDP1Strategy(), **many)
         found[f"from {step}"] = ended(again)
-    for name in ("one", "fsdp2"):
+    for name in ("one",):
         onward = fit(folder / f"of {name}", ckpt=folder / f"{name}.ckpt", strategy=FSDP1Strategy(), **many)
         found[f"of {name}"] = ended(onward)
     callbacks = [ExportAtEnd(), RunReport(), RankTelemetry(every_n_steps=1, amplification=True)]
