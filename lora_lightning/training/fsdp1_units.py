@@ -53,6 +53,13 @@ class Step(nn.Module):
         return run()
 
 
+def full_bytes(model: nn.Module) -> int:
+    """What a full checkpoint of the weights would take: the backbone's own tensors."""
+    if (units := units_of(model)) is not None:
+        return units.full_bytes
+    return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
+
+
 class Units:
     """The units of one backbone, each with the names of the tensors of W0 that it holds.
 
@@ -62,7 +69,7 @@ class Units:
     """
 
     def __init__(self, backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: set[int], **options: Any) -> None:
-        self.bytes_of_w0 = sum(t.numel() * t.element_size() for t in base_tensors(backbone).values())
+        self.full_bytes = full_bytes(backbone)
         self._names = {name: id(tensor) for name, tensor in base_tensors(backbone).items()}
         self._ids: list[set[int]] = []
         self.units: list[FullyShardedDataParallel] = []
