@@ -17,7 +17,7 @@ from lora_lightning.training.run import load_checkpoint
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
 from tests.processes import REPOSITORY
-from tests.training import sharded, shards
+from tests.training import sharded, units
 from tests.training.resuming import differing
 from tests.training.test_fsdp2 import assert_equal_to_one
 
@@ -38,7 +38,7 @@ def beside(tmp_path_factory):
     return json.loads((folder / "beside.json").read_text())
 
 
-@pytest.mark.parametrize("case", shards.CASES)
+@pytest.mark.parametrize("case", units.CASES)
 def test_a_model_in_units_is_the_model_in_outputs_gradients_names_and_fingerprint(beside, case):
     assert [found[case] for found in beside] == [[], []]
 
@@ -51,7 +51,7 @@ def test_texts_of_unlike_length_are_written_by_all_processes_together(beside):
 def test_four_processes_of_which_some_have_nothing_of_a_block(tmp_path):
     script("beside", tmp_path, 4)
     for found in json.loads((tmp_path / "beside.json").read_text()):
-        assert {case: found[case] for case in shards.CASES} == {case: [] for case in shards.CASES}
+        assert {case: found[case] for case in units.CASES} == {case: [] for case in units.CASES}
 
 
 # A run's life.

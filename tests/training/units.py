@@ -87,10 +87,28 @@ def generation() -> bool:
     return all(torch.equal(model.generate(**given), want) for _ in range(2))
 
 
+def twice() -> nn.Module:
+    """A layer that trains in two blocks."""
+    model = shards.Stack(lambda: shards.Attention(8))
+    model.blocks[1].q = model.blocks[0].q
+    return model
+
+
+MORE: dict[str, shards.Case] = {
+    "a trained layer in two blocks": (
+        twice,
+        {"r": 2, "target_modules": ["q", "v"]},
+        shards.IDS,
+        torch.float32,
+    ),
+}
+CASES = shards.CASES | MORE
+
+
 def beside(folder: Path, processes: int) -> None:
     distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=processes)
     found: dict[str, Any] = {}
-    for name, case in shards.CASES.items():
+    for name, case in CASES.items():
         try:
             found[name] = differing(case)
         except Exception as error:
