@@ -1,4 +1,13 @@
-"""FSDP1: laws 2, 3, 7, 8 and 9 where W0 lies in parts and the adapter is whole in every process."""
+"""FSDP1: laws 2, 3, 7, 8 and 9 where W0 lies in parts and the adapter is whole in every process.
+
+Mutations that were made once, and what then fails:
+
+| mutation | test |
+|---|---|
+| no `_keep_in_place` | test_two_processes_equal_one..., by the language model |
+| NumPy sees what is gathered, and not a copy of it | all that ask for a fingerprint |
+| parameters that blocks share go into one block's unit | "one table for all blocks" |
+"""
 
 import csv
 import json
@@ -45,6 +54,12 @@ def test_a_model_in_units_is_the_model_in_outputs_gradients_names_and_fingerprin
 
 def test_texts_of_unlike_length_are_written_by_all_processes_together(beside):
     assert [found["generation"] for found in beside] == [True, True]
+
+
+def test_a_blocks_weights_are_there_for_its_forward_and_its_backward_only(beside):
+    for found in beside:
+        forward, between, backward, after = found["sizes"]
+        assert forward == backward > 0 == between == after
 
 
 @pytest.mark.slow

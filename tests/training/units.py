@@ -74,6 +74,29 @@ def what_is_held(model: nn.Module, alone: nn.Module) -> list[str]:
     return wrong
 
 
+def lets_go() -> list[int]:
+    """Bytes of a block's weight while the block runs, after it, and while it runs backward."""
+    model, sizes = shards.made(shards.CASES["siblings"]), list[int]()
+    shard_w0(model, CPU)
+    weights: list[torch.Tensor] = []
+
+    def look(*_: Any) -> None:
+        sizes.append(weights[0].untyped_storage().size())
+
+    def keep(norm: Any, args: Any, out: torch.Tensor) -> None:
+        weights.append(norm.weight)
+        look()
+        out.register_hook(look)
+
+    kept = model.blocks[0].norm.register_forward_hook(keep)
+    out = model(shards.IDS)
+    look()
+    out.square().mean().backward()
+    look()
+    kept.remove()
+    return sizes
+
+
 def generation() -> bool:
     """Whether texts of unlike length come out as from the whole model, which runs its encoder by itself."""
     torch.manual_seed(0)
@@ -114,7 +137,7 @@ def beside(folder: Path, processes: int) -> None:
         except Exception as error:
             traceback.print_exc()
             found[name] = [f"{type(error).__name__}: {error}"]
-    found["generation"] = generation()
+    found["generation"], found["sizes"] = generation(), lets_go()
     every: list[Any] = [None] * processes
     distributed.all_gather_object(every, found)
     if distributed.get_rank() == 0:
