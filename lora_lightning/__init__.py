@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from lora_lightning.training.callbacks.step_figures import StepFigures as StepFigures
     from lora_lightning.training.callbacks.throughput import Throughput as Throughput
     from lora_lightning.training.callbacks.tracking import Tracking as Tracking
+    from lora_lightning.training.fsdp1_strategy import FSDP1Strategy as FSDP1Strategy
     from lora_lightning.training.loggers import WandbLogger as WandbLogger
     from lora_lightning.training.module import LoRAModule as LoRAModule
     from lora_lightning.training.optim import WarmupDecay as WarmupDecay
@@ -138,6 +139,7 @@ _WHERE = {
     "Resume": "lora_lightning.training.callbacks.resume",
     "StopOnNonFinite": "lora_lightning.training.callbacks.finite",
     "ResumableLoader": "lora_lightning.data.loader",
+    "FSDP1Strategy": "lora_lightning.training.fsdp1_strategy",
     "FSDP2Strategy": "lora_lightning.training.strategies",
     "HalfBase": "lora_lightning.training.precision",
     "RankTelemetry": "lora_lightning.training.callbacks.rank_telemetry",

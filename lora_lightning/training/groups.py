@@ -1,4 +1,4 @@
-"""Which modules of any backbone FSDP2 gathers together: its repeated blocks, or those that are named."""
+"""Which modules of any backbone FSDP gathers together: its repeated blocks, or those that are named."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def groups_of(model: nn.Module) -> dict[str, nn.Module]:
     return {name: block for name, block in repeated_blocks(model).items() if not isinstance(block, lists)}
 
 
-def named_blocks(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Module]:
+def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Strategy") -> dict[str, nn.Module]:
     """The modules whose names a pattern fits; `*` stands for anything.
 
     Raises:
@@ -27,9 +27,7 @@ def named_blocks(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Modu
     for pattern in patterns:
         fits = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
         if not any(_has_parameters(module) for module in fits.values()):
-            raise LoRAError(
-                f"FSDP2Strategy.blocks: '{pattern}' fits no module with parameters{_near(pattern, modules)}"
-            )
+            raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near(pattern, modules)}")
         found |= {name: module for name, module in fits.items() if _has_parameters(module)}
     return {name: found[name] for name in modules if name in found}
 

@@ -28,6 +28,7 @@ from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean, is_padding
 from lora_lightning.training.forward import TrainingForward
+from lora_lightning.training.fsdp1_strategy import FSDP1Strategy
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.precision import convert, explained_by_precision, precision_of
 from lora_lightning.training.sets import stage_of
@@ -205,7 +206,7 @@ class LoRAModule(LightningModule):
     def _shard(self) -> None:
         refuse_other_parallelism(self)
         strategy = self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy) and not is_sharded(self.backbone):
+        if isinstance(strategy, FSDP2Strategy | FSDP1Strategy) and not is_sharded(self.backbone):
             if self.trainer.state.fn == TrainerFn.FITTING:
                 self._refuse_start_on_meta()
                 self._start_from_adapter()

@@ -16,6 +16,7 @@ from lora_lightning.lora.fingerprint import Fingerprint, digests, of_digests, of
 from lora_lightning.lora.fingerprint import fingerprint as of_one_process
 from lora_lightning.training import layout
 from lora_lightning.training.agree import gathered, processes, rank
+from lora_lightning.training.fsdp1_units import Units, units_of
 from lora_lightning.training.sharding import is_sharded, local
 
 
@@ -23,6 +24,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
     if not is_sharded(model):
         return of_one_process(model)
+    if (units := units_of(model)) is not None:
+        return _of_units(model, units)
     tensors, found = base_tensors(model), dict[str, str]()
     waiting: dict[str, Future[dict[str, str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -37,6 +40,17 @@ def fingerprint(model: nn.Module) -> Fingerprint:
             found |= one.result()
     every = {name: digest for part in gathered(found) for name, digest in part.items()}
     return of_digests({name: every[name] for name in tensors})
+
+
+def _of_units(model: nn.Module, units: Units) -> Fingerprint:
+    """FSDP1 gathers a unit in all processes, which share what there is to hash of it."""
+    found: dict[str, str] = {}
+    for names in units.parts():
+        whole = base_tensors(model)
+        for name in names[rank() :: processes()]:  # a copy: torch lets no storage go that NumPy has seen
+            found |= digests({name: whole[name].detach().clone()})
+    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+    return of_digests({name: every[name] for name in base_tensors(model)})
 
 
 def gathered_by(tensor: Tensor, to: int) -> Tensor | None:

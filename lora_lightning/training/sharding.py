@@ -30,10 +30,13 @@ from lora_lightning.lora.quantised import scheme
 from lora_lightning.training.agree import processes
 from lora_lightning.training.groups import groups_of, named_blocks
 
+UNITS = "_fsdp1_units"
+"""Under which a backbone keeps its units of FSDP1 (`fsdp1_units.py`), beside its modules."""
+
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been here."""
-    return isinstance(model, FSDPModule)
+    """Whether W0 lies in parts, by `shard` or by `shard_w0`."""
+    return isinstance(model, FSDPModule) or UNITS in vars(model)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -67,7 +70,7 @@ def shard(
     Raises:
         LoRAError: something in the backbone cannot be sharded, by name.
     """
-    _refuse(backbone)
+    refuse_quantised(backbone, "FSDP2")
     chosen = groups_of(backbone) if blocks is None else named_blocks(backbone, blocks)
     whole = parameters_left_whole(backbone, chosen)
     _say(backbone, chosen, whole, processes() if split is not None else mesh.size())
@@ -75,11 +78,11 @@ def shard(
     options["offload_policy"] = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     done: set[int] = set()
     for module in chosen.values():
-        _same_everywhere(module, device, done)
+        same_everywhere(module, device, done)
         if split is not None:
             split(module)
         fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
-    _same_everywhere(backbone, device, done)
+    same_everywhere(backbone, device, done)
     if split is not None:
         split(backbone)
     root = fully_shard(backbone, reshard_after_forward=False, **options)
@@ -90,11 +93,16 @@ def shard(
     switches.recompute_inputs(backbone, False)
 
 
-def _refuse(backbone: nn.Module) -> None:
+def refuse_quantised(backbone: nn.Module, by: str) -> None:
+    """Raise where a weight is no plain one.
+
+    Raises:
+        LoRAError: with their names.
+    """
     quantised = [name for name, module in backbone.named_modules() if scheme(module) is not None]
     if quantised:
         raise LoRAError(
-            f"FSDP2 shards plain weights, and {some(quantised)} are quantised: load the backbone in bfloat16, or"
+            f"{by} shards plain weights, and {some(quantised)} are quantised: load the backbone in bfloat16, or"
             " train it with --trainer.strategy ddp"
         )
 
@@ -105,6 +113,18 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
     Raises:
         LoRAError: one of them trains, so that its gradients would not be added up over the processes.
     """
+    found = homeless(backbone, blocks)
+    trained = [name for name, parameter in found.items() if parameter.requires_grad]
+    if trained:
+        raise LoRAError(
+            f"FSDP2 cannot train what has no rows or stands in several blocks: {some(trained)}; exclude it from"
+            " lora.target_modules or lora.modules_to_save, or train with --trainer.strategy ddp"
+        )
+    return found
+
+
+def homeless(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Scalars, and parameters that stand in several blocks, or in one and outside of all."""
     homes: dict[int, set[int]] = {}
     found: dict[str, nn.Parameter] = {}
     blocks_of: dict[int, set[int]] = {}
@@ -117,16 +137,10 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
             own |= blocks_of.get(id(module), {-1})
             if not parameter.dim() or len(own) > 1:
                 found[f"{path}.{name}" if path else name] = parameter
-    trained = [name for name, parameter in found.items() if parameter.requires_grad]
-    if trained:
-        raise LoRAError(
-            f"FSDP2 cannot train what has no rows or stands in several blocks: {some(trained)}; exclude it from"
-            " lora.target_modules or lora.modules_to_save, or train with --trainer.strategy ddp"
-        )
     return found
 
 
-def _same_everywhere(module: nn.Module, device: torch.device, done: set[int]) -> None:
+def same_everywhere(module: nn.Module, device: torch.device, done: set[int]) -> None:
     """Put what was not sharded before on the device, with process 0's values: each process drew its own A."""
     for tensor in (*module.parameters(), *module.buffers()):
         if isinstance(tensor, DTensor) or tensor.is_meta or id(tensor) in done:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.calibrate import start_from_data
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.errors import AdapterError, LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.peft_config import CONFIG
@@ -30,6 +31,20 @@ BATCHES = 8
 
 CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
 """Of what a checkpoint notes of its adapter, and of its tensors' keys."""
+
+
+def refuse_measured(module: Any, by: str) -> None:
+    """Raise where a fit is to start from what is measured on a whole model.
+
+    Raises:
+        LoRAError: with what to do.
+    """
+    starts = module.trainer.state.fn == TrainerFn.FITTING and not module.trainer.ckpt_path
+    if starts and module.lora.init in MEASURED:
+        raise LoRAError(
+            f"lora.init={module.lora.init} is measured on a whole model, and {by} shards it: fit a step in one"
+            " process, and start from its adapter by init_adapter and another lora.init"
+        )
 
 
 def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, allow_other_base: bool) -> WarmStart:

@@ -18,7 +18,7 @@ from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.training.adapter_checkpoints import AdapterCheckpoints
 from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.sharding import as_stored, is_sharded, shard
-from lora_lightning.training.start import MEASURED
+from lora_lightning.training.start import refuse_measured
 from lora_lightning.training.steps_together import StepsTogether
 from lora_lightning.training.tensor_group import join
 from lora_lightning.training.tensor_parallel import TensorParallel
@@ -138,12 +138,7 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints):
     def _refuse(self, module: LoRAModule) -> None:
         if self.cpu_offload and self.root_device.type == "cpu":
             raise LoRAError("cpu_offload keeps shards off the GPU, and this run is on the CPU: leave it out")
-        starts = module.trainer.state.fn == TrainerFn.FITTING and not module.trainer.ckpt_path
-        if starts and module.lora.init in MEASURED:
-            raise LoRAError(
-                f"lora.init={module.lora.init} is measured on a whole model, and FSDP2 shards it: fit a step in one"
-                " process, and start from its adapter by init_adapter and another lora.init"
-            )
+        refuse_measured(module, "FSDP2")
         named = module.named_parameters()
         beside = [name for name, p in named if p.requires_grad and not name.startswith("backbone.")]
         if beside:

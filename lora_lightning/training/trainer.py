@@ -19,6 +19,7 @@ from lora_lightning.training.export import export
 from lora_lightning.training.export_options import checked_options
 from lora_lightning.training.export_record import of_the_data, record_export
 from lora_lightning.training.first_batch import first_batch, loaders_of
+from lora_lightning.training.launched import end_as_they_end
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.proof import ExportReport
@@ -54,6 +55,7 @@ class LoRATrainer(Trainer):
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)
         refuse_unsupported(self.strategy)
+        end_as_they_end(self)
         # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()

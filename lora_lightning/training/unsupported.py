@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 INSTEAD: dict[type[Strategy], str] = {
-    FSDPStrategy: "FSDP1 is deprecated by torch, and its checkpoints gather all of W0: configs/strategy/fsdp2.yaml"
-    " shards W0 likewise and writes the adapter alone",
+    FSDPStrategy: "Lightning's FSDP1 gathers all of W0 into its checkpoints: configs/strategy/fsdp2.yaml, or fsdp1.yaml"
+    " beside it, shards W0 likewise and writes the adapter alone",
     DeepSpeedStrategy: "DeepSpeed steps and saves by itself, past our guards and our checkpoints. ZeRO-2 spares the"
     " optimizer's state of what trains, which for an adapter is small: take configs/strategy/ddp.yaml. What ZeRO-3"
     " does, sharding W0, configs/strategy/fsdp2.yaml does",

@@ -14,12 +14,13 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import nn
 
 from lora_lightning.lora.formats import save_adapter
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.training import run
+from lora_lightning.training.loggers import go_on_with
 
 LARGE = 2 * 10**9
 """Bytes of a file beyond which an artifact holds where it lies in place of a copy."""
@@ -93,13 +94,16 @@ def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
 
 
 def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
-    """Let what is found on a trained run go to the W&B run that it was trained in, unless the config names one."""
+    """Let what is found on a trained run go to the W&B or MLflow run that trained it, unless the config names one."""
     from lora_lightning.training.callbacks.resume import KEY  # callbacks import the trainer, which imports this file
 
-    ours = [logger for logger in wandb_loggers(loggers) if hasattr(logger, "go_on_with")]
-    if not ours or not Path(checkpoint).exists():
+    given = list(loggers)
+    ours = [logger for logger in wandb_loggers(given) if hasattr(logger, "go_on_with")]
+    flows = [logger for logger in given if isinstance(logger, MLFlowLogger)]
+    if not (ours or flows) or not Path(checkpoint).exists():
         return
     found = run.load_checkpoint(checkpoint).get(KEY, {})
+    go_on_with(flows, found.get("loggers", []), 0)
     runs = [which for kind, which in found.get("loggers", []) if kind == "WandbLogger"] or found.get("wandb", [])
     for logger, version in zip(ours, runs, strict=False):
         logger.go_on_with(str(version))

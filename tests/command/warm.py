@@ -1,8 +1,9 @@
 """The command in several processes, as torchrun or srun start it, forked from a process that has imported all.
 
 An import costs seconds, and these tests start many processes. Run as `python -m tests.command.warm CASES.json`, where
-each case is `{"name", "args", "count", "launcher", "env", "folder", "keep"}`; to `folder` come `NAME.RANK.txt`, what a
-process has said, `NAME.json`, their exit codes and seconds, and `NAME.kept`, a copy of the file `keep`.
+each case is `{"name", "args", "count", "launcher", "env", "folder", "keep", "limit"}`. To `folder` come
+`NAME.RANK.txt`, what a process has said, `NAME.json`, their exit codes and seconds, and `NAME.kept`, a copy of what
+`keep` names.
 """
 
 import atexit
@@ -84,7 +85,7 @@ def child(case, rank, port):
 
 
 def play(case):
-    port, began = free_port(), time.monotonic()
+    port, began, limit = free_port(), time.monotonic(), case.get("limit", LIMIT)
     pids = []
     for rank in range(case["count"]):
         pid = os.fork()
@@ -92,7 +93,7 @@ def play(case):
             child(case, rank, port)
         pids.append(pid)
     codes, seconds = {}, {}
-    while len(codes) < len(pids) and time.monotonic() < began + LIMIT:
+    while len(codes) < len(pids) and time.monotonic() < began + limit:
         for rank, pid in enumerate(pids):
             if rank not in codes and (found := os.waitpid(pid, os.WNOHANG))[0]:
                 codes[rank], seconds[rank] = os.waitstatus_to_exitcode(found[1]), time.monotonic() - began
@@ -101,14 +102,15 @@ def play(case):
         if rank not in codes:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            codes[rank], seconds[rank] = "hangs", LIMIT
+            codes[rank], seconds[rank] = "hangs", limit
     result = {
         "codes": [codes[r] for r in range(len(pids))],
         "seconds": [round(seconds[r], 1) for r in range(len(pids))],
     }
     (Path(case["folder"]) / f"{case['name']}.json").write_text(json.dumps(result))
     if "keep" in case:
-        shutil.copyfile(Path(case["folder"]) / case["keep"], Path(case["folder"]) / f"{case['name']}.kept")
+        kept, copy = (Path(case["folder"]) / name for name in (case["keep"], f"{case['name']}.kept"))
+        shutil.copytree(kept, copy) if kept.is_dir() else shutil.copyfile(kept, copy)
 
 
 class Played:

@@ -134,6 +134,12 @@ CASES: dict[str, Case] = {
         IDS,
         torch.float32,
     ),
+    "checkpointed with options": (
+        lambda: Stack(lambda: Attention(8), checkpointed=True),
+        ALL | {"r": 3, "use_dora": True, "bias": "lora_only", "modules_to_save": ["head"]},
+        IDS,
+        torch.float32,
+    ),
     "checkpointed": (lambda: Stack(lambda: Attention(8), checkpointed=True), ALL | {"r": 3}, IDS, torch.float32),
     "tied": (
         lambda: Stack(lambda: Attention(8), tied=True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.matrices import update_pairs
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training import run
+from lora_lightning.training.fsdp1_units import whole_in_parts
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.rank_measures import (
     NAMES,
@@ -84,7 +86,8 @@ class RankTelemetry(Callback):
             return
         assert isinstance(pl_module, LoRAModule)
         for name, layer in adapted_layers(pl_module.backbone):
-            self._norms[name] = base_norm(whole_base(layer))
+            with whole_in_parts(pl_module.backbone, layer):
+                self._norms[name] = base_norm(whole_base(layer))
         file = self._file(trainer)
         if file is not None:
             keep_until(file, trainer.global_step)
@@ -110,13 +113,12 @@ class RankTelemetry(Callback):
         assert isinstance(module, LoRAModule)
         found: dict[str, RankMeasures] = {}
         for name, layer in adapted_layers(module.backbone):
-            matrices = whole_base(layer) if self.amplification else []
-            one = whole_layer(layer)
-            if trainer.is_global_zero:
-                pairs = update_pairs(one)
-                found[layer.lora_name(name)] = measures_of(
-                    pairs, layer.lora_settings.scale, self._norms[name], matrices
-                )
+            with whole_in_parts(module.backbone, layer) if self.amplification else nullcontext():
+                matrices = whole_base(layer) if self.amplification else []
+                one = whole_layer(layer)
+                if trainer.is_global_zero:
+                    pairs, scale = update_pairs(one), layer.lora_settings.scale
+                    found[layer.lora_name(name)] = measures_of(pairs, scale, self._norms[name], matrices)
         if not trainer.is_global_zero:
             return
         self.last = found

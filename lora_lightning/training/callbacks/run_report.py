@@ -19,6 +19,7 @@ from lora_lightning.training import run
 from lora_lightning.training.about import adapted_rows, backbone_name
 from lora_lightning.training.callbacks.freeze import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
+from lora_lightning.training.fsdp1_units import full_bytes
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.page import write_page
 from lora_lightning.training.parts import parts_of
@@ -79,7 +80,7 @@ class RunReport(Callback):
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
             "dtypes": parts_of(pl_module, trainer).to_dict(),
-            "full_checkpoint_bytes": _bytes(pl_module.backbone),
+            "full_checkpoint_bytes": full_bytes(pl_module.backbone),
         }
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
@@ -146,8 +147,3 @@ def cost(trainer: Trainer, module: LoRAModule) -> dict[str, Any]:
             values["tokens_per_second"] = meter.tokens / meter.seconds
         values |= {"samples_seen": round(meter.samples), "tokens_seen": round(meter.tokens), "peak_mib": meter.peak_mib}
     return values
-
-
-def _bytes(model: Any) -> int:
-    """What a full checkpoint of the weights would take: the backbone's own tensors."""
-    return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
