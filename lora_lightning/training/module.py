@@ -28,6 +28,7 @@ from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean, is_padding
 from lora_lightning.training.forward import TrainingForward
+from lora_lightning.training.gradients import SharedStep, clip_together
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.precision import convert, explained_by_precision, precision_of
 from lora_lightning.training.sets import stage_of
@@ -167,6 +168,19 @@ class LoRAModule(LightningModule):
             return result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, also where each process holds a part of the gradients."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, SharedStep):
+            clip_together(strategy, gradient_clip_val or 0, by_value=gradient_clip_algorithm == "value")
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the loss that this step lowers."""

@@ -19,6 +19,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint
 from lora_lightning.training.about import first_lines
 from lora_lightning.training.agree import agreed, gathered
+from lora_lightning.training.gradients import stepped_together
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.parts import parts_of
 from lora_lightning.training.sharded_w0 import fingerprint, moved, of_own_parts
@@ -74,7 +75,7 @@ class FreezeBase(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Law 10: the optimizers hold exactly what trains."""
-        check_optimizers(trainer.optimizers, pl_module)
+        check_optimizers(trainer.optimizers, pl_module, stepped_together(trainer.strategy))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Law 4: after the first backward every adapter has a finite gradient."""
@@ -126,13 +127,19 @@ def freeze(backbone: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+def check_optimizers(
+    optimizers: Sequence[Optimizer], module: nn.Module, together: Sequence[nn.Parameter] | None = None
+) -> None:
     """Raise unless the optimizers hold all parameters that train and no others.
+
+    Args:
+        together: what they step on, where each process's hold parts that are no parameters of the module.
 
     Raises:
         LoRAError: names what is missing or frozen.
     """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    own = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in (own if together is None else together)}
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in held]
     if missing:

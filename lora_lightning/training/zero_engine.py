@@ -1,0 +1,142 @@
+"""DeepSpeed's engine over an adapted model: what of ZeRO is switched on, and what is refused by name.
+
+DeepSpeed keeps float32 sums of what trains, adds gradients up over the processes and steps an ordinary optimizer of
+torch over each process's part. Loss scales, clipping, schedules, precision and files are Lightning's and ours, so all
+that DeepSpeed has of these stays off.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+
+INSTALL = "DeepSpeed is not installed: pip install 'deepspeed>=0.19', or take configs/strategy/ddp.yaml or fsdp2.yaml"
+
+OPTIONS = frozenset(
+    {
+        "allgather_bucket_size",
+        "max_live_parameters",
+        "max_reuse_distance",
+        "overlap_comm",
+        "param_persistence_threshold",
+        "prefetch_bucket_size",
+        "reduce_bucket_size",
+    }
+)
+"""Of DeepSpeed's `zero_optimization`: what changes how much is sent at once, and no result."""
+
+ELEMENTWISE: tuple[type[Optimizer], ...] = (
+    *(AdamW, Adam, SGD, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop),
+)
+"""Optimizers that treat each number by itself, so that it does not matter that DeepSpeed lays them in a row."""
+
+
+def need_deepspeed(device: torch.device) -> None:
+    """Make sure that it can be imported and works on this kind of device.
+
+    Raises:
+        LoRAError: it is not installed, or was imported for another kind of device.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise LoRAError(INSTALL)
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from deepspeed.accelerator import get_accelerator
+
+    kind = get_accelerator().device_name().partition(":")[0]
+    if kind != device.type:
+        raise LoRAError(
+            f"DeepSpeed computes on {kind} here and this run on {device.type}: set DS_ACCELERATOR={device.type} in the"
+            " environment"
+        )
+
+
+def checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What may be set of `zero_optimization`.
+
+    Raises:
+        LoRAError: something else is.
+    """
+    options = dict(options or {})
+    for name in options.keys() - OPTIONS:
+        if name.startswith("offload") or "cpu" in name or "nvme" in name:
+            why = "nothing is offloaded here: the optimizer's state of an adapter is small, and FSDP2Strategy has"
+            raise LoRAError(f"DeepSpeed option {name}: {why} cpu_offload for W0")
+        near = did_you_mean(name, OPTIONS)
+        raise LoRAError(f"DeepSpeed option {name}{near}: it can have {', '.join(sorted(OPTIONS))}")
+    return options
+
+
+def refuse_optimizer(optimizer: Optimizer) -> None:
+    """Raise unless it may step over numbers in a row.
+
+    Raises:
+        LoRAError: it needs whole matrices, or may need them.
+    """
+    if type(optimizer) not in ELEMENTWISE:
+        names = ", ".join(kind.__name__ for kind in ELEMENTWISE)
+        raise LoRAError(
+            f"DeepSpeed lays all parameters in one row, and {type(optimizer).__name__} may need them whole: take one of"
+            f" torch.optim's {names}, or another strategy"
+        )
+
+
+def config_for(stage: int, device: torch.device, trained: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's own config.
+
+    Args:
+        trained: how many numbers train; buffers need not be larger than that.
+    """
+    bucket = max(1 << 10, min(trained + trained % 2, 200_000_000))
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": device.type != "cpu",
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+        "round_robin_gradients": False,
+    }
+    if stage == 2:
+        zero["compute_grad_norm"] = False
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # for its own throughput figures, which are off
+        "gradient_accumulation_steps": 1,  # Lightning counts
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "zero_optimization": zero | dict(options),
+    }
+
+
+def engine_for(module: nn.Module, optimizer: Optimizer, config: dict[str, Any], device: torch.device) -> Any:
+    """The engine, which has put each process's part into the optimizer. All processes must have the same values."""
+    from deepspeed import comm
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    class Engine(DeepSpeedEngine):  # type: ignore[misc]
+        """That does not send all of W0 around, where scalars would fail."""
+
+        def _broadcast_model(self) -> None:
+            """Done by the strategy."""
+
+    comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    made = Engine(
+        args=None,
+        model=module,
+        optimizer=optimizer,
+        model_parameters=[p for p in module.parameters() if p.requires_grad],
+        dist_init_required=False,
+        config=config,
+        config_class=DeepSpeedConfig(config),
+        dont_change_device=True,
+    )
+    return made
