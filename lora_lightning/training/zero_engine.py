@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import ASGD, SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
+from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
@@ -34,9 +34,7 @@ OPTIONS = frozenset(
 )
 """Of DeepSpeed's `zero_optimization`: what changes how much is sent at once, and no result."""
 
-ELEMENTWISE: tuple[type[Optimizer], ...] = (
-    *(AdamW, Adam, SGD, RMSprop, Adagrad, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop),
-)
+ELEMENTWISE: tuple[type[Optimizer], ...] = (*(AdamW, Adam, SGD, RMSprop, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop),)
 """Optimizers that treat each number by itself, so that it does not matter that DeepSpeed lays them in a row."""
 
 
@@ -49,8 +47,11 @@ def need_deepspeed(device: torch.device) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         raise LoRAError(INSTALL)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    from deepspeed import ops
     from deepspeed.accelerator import get_accelerator
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # what it warns of is looked at here
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles what only its inference uses on CPUs
 
     kind = get_accelerator().device_name().partition(":")[0]
     if kind != device.type:
@@ -129,7 +130,7 @@ def engine_for(module: nn.Module, optimizer: Optimizer, config: dict[str, Any], 
             """Done by the strategy."""
 
     comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    made = Engine(
+    return Engine(
         args=None,
         model=module,
         optimizer=optimizer,
@@ -139,4 +140,3 @@ def engine_for(module: nn.Module, optimizer: Optimizer, config: dict[str, Any], 
         config_class=DeepSpeedConfig(config),
         dont_change_device=True,
     )
-    return made

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO for `LoRAModule`: its gradients, optimizer steps and parts, under Lightning's loop and our guards."""
+"""DeepSpeed's ZeRO for `LoRAModule`: its sums, steps and parts, under Lightning's loop and our guards."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 from torch import Tensor, distributed, nn
 from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
@@ -19,149 +19,149 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.agree import processes
 from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.gradients import SharedStep
+from lora_lightning.training.zero_checkpoints import ZeROCheckpoints
 from lora_lightning.training.zero_engine import checked, config_for, engine_for, need_deepspeed, refuse_optimizer
-
-if TYPE_CHECKING:
-    from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.zero_parts import Row, rows_of
 
 
-class ZeROStrategy(DDPStrategy, SharedStep):
-    """What DDP does, with the sum of the gradients and the optimizer's state in parts, one for each process.
+class ZeROStrategy(ZeROCheckpoints, SharedStep):
+    """DDP whose optimizer's state, and whose sums of gradients, lie in parts, one for each process, by DeepSpeed.
 
     Args:
-        stage: 2.
-        zero_optimization: options of DeepSpeed's that change how much is sent at once, and no result.
+        stage: 2, for the optimizer and the gradients.
+        zero_optimization: DeepSpeed's options of that name, of those that change how much is sent at once.
         process_group_backend: torch's; by default what suits the device.
         timeout: of collective calls.
         start_method: how Lightning starts the other processes.
 
     Raises:
-        LoRAError: an option that means nothing here.
+        LoRAError: a stage or an option that is not there.
     """
 
     def __init__(
         self,
-        stage: Literal[2, 3] = 2,
+        stage: Literal[2] = 2,
         zero_optimization: dict[str, Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
-        if stage not in (2, 3):
-            raise LoRAError(f"stage={stage}: ZeRO has stage 2 here, and 3")
-        super().__init__(
-            process_group_backend=process_group_backend, timeout=timeout, start_method=start_method, **kwargs
-        )
+        if stage != 2:
+            raise LoRAError(f"stage={stage}: ZeRO is here in stage 2")
         self.stage, self.options = stage, checked(zero_optimization)
+        own: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
+        super().__init__(start_method=start_method, **own, **kwargs)
         self._checkpoint_io = WholeFiles()
         self._engine: Any = None
-        self._window = ExitStack()
-        self._open = False
-
-    @property
-    def _module(self) -> LoRAModule:
-        module: Any = self.lightning_module
-        return module  # type: ignore[no-any-return]
+        self._window: ExitStack | None = None
+        self._names: dict[int, str] = {}
 
     @property
     def _zero(self) -> Any:
+        """DeepSpeed's wrapper of the optimizer."""
         return self._engine.optimizer
 
-    # Setting up.
+    def rows(self) -> list[Row]:
+        """What each process's optimizer holds."""
+        return rows_of(self._zero, self.stage)
 
     def setup_environment(self) -> None:
+        """Find the other processes.
+
+        Raises:
+            LoRAError: DeepSpeed is not there.
+        """
+        need_deepspeed(self.root_device if self.parallel_devices else torch.device("cpu"))
         super().setup_environment()
-        need_deepspeed(self.root_device)
 
     def configure_ddp(self) -> None:
-        """Nothing is wrapped; the optimizer comes first."""
-        _same_everywhere(self._module)
+        """DDP would wrap the module, and send process 0's values to all, which is what is left of it here."""
+        same_everywhere(self._module)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
+        """Make the optimizer, and let DeepSpeed put this process's part of what trains into it.
+
+        Raises:
+            LoRAError: it cannot step over parts.
+        """
         super().setup_optimizers(trainer)
         if len(self.optimizers) != 1:
-            raise LoRAError(f"DeepSpeed steps one optimizer, and there are {len(self.optimizers)}")
+            raise LoRAError(f"DeepSpeed steps one optimizer, got {len(self.optimizers)}: train with ddp")
         refuse_optimizer(self.optimizers[0])
-        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # DeepSpeed reads no other
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # where DeepSpeed looks for it
+        self._names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         trained = sum(p.numel() for p in self._module.parameters() if p.requires_grad)
         config = config_for(self.stage, self.root_device, trained, self.options)
-        self._names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
-        self._trained = [p for p in self._module.parameters() if p.requires_grad]
         self._engine = engine_for(self._module, self.optimizers[0], config, self.root_device)
 
     def on_train_start(self) -> None:
-        """What was put into the adapter since, as a checkpoint's, is what the optimizer goes on from."""
+        """Step from what was put into the adapter since."""
         self._zero.refresh_fp32_params()
 
     def teardown(self) -> None:
+        """Leave an ordinary module."""
         if self._engine is not None:
             self._engine.destroy()
-            self._engine = None
+            self._engine = self._window = None
         super().teardown()
 
-    # A step.
-
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Gradients stay each process's own until the window's last micro-batch, and are then added up once."""
-        last = not self._module.trainer.fit_loop._should_accumulate()
-        if not self._open:
+        """Gradients stay each process's own through the micro-batches of a step, and are then added up once.
+
+        DeepSpeed would add them up in the order in which they come, which is not all processes' where a batch leaves
+        something out, such as an expert.
+        """
+        if self._window is None:
+            self._window = ExitStack()
             self._window.enter_context(self._engine.coalesce_grad_reduction())
-            self._open = True
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self._module)
         self._engine.backward(closure_loss, scale_wrt_gas=False)
         closure_loss = self.precision_plugin.post_backward(closure_loss, self._module)
-        if last:
-            self._fill()
-            self._open = False
-            self._window.close()
+        if not self._module.trainer.fit_loop._should_accumulate():
+            for parameter in self.stepped():
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            window, self._window = self._window, None
+            window.close()
         return closure_loss
 
-    def _fill(self) -> None:
-        """Zeros for what this process's batches did not reach: all must add up the same tensors in the same order."""
-        for parameter in self._trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """The window's last micro-batch, the guards and the clipping, and DeepSpeed's step."""
         found = self.precision_plugin._wrap_closure(self._module, optimizer, closure)
         self._engine.step()
         return found
 
-    # What each process holds.
-
     def own_gradients(self) -> list[tuple[str, Tensor]]:
-        zero = self._zero
+        """Of the last step's sums, this process's stretches, each of one parameter."""
+        sums = self._zero.averaged_gradients
         return [
             (self._names[id(p)], part)
-            for number, own in enumerate(zero.params_in_partition)
-            for p, part in zip(own, zero.averaged_gradients.get(number) or (), strict=False)
+            for number, own in enumerate(self._zero.params_in_partition)
+            for p, part in zip(own, sums.get(number) or (), strict=False)  # a row's end may be filled up
         ]
 
     def stepped(self) -> list[nn.Parameter]:
+        """All that DeepSpeed has rows of."""
         return [p for group in self._zero.bit16_groups for p in group]
 
     def norm(self, own: Iterable[Tensor]) -> Tensor:
-        squares = torch.stack(
-            [part.float().square().sum() for part in own] or [torch.zeros((), device=self.root_device)]
-        )
-        total = squares.sum()
+        """The 2-norm over all processes."""
+        nothing = torch.zeros((), device=self.root_device)
+        total = torch.stack([nothing, *(part.float().square().sum() for part in own)]).sum()
         if processes() > 1:
             distributed.all_reduce(total)
         return total.sqrt()
 
 
-def _same_everywhere(module: nn.Module) -> None:
-    """All start from process 0's values: each process drew its own A."""
-    if processes() == 1:
-        return
-    with torch.no_grad():
-        for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.numel() and not tensor.is_meta:
-                sent = tensor.detach().contiguous()
-                distributed.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
-                if sent.data_ptr() != tensor.data_ptr():
-                    tensor.copy_(sent)
+def same_everywhere(module: nn.Module) -> None:
+    """Give all processes the first one's values: each has drawn its own A."""
+    for tensor in (*module.parameters(), *module.buffers()) if processes() > 1 else ():
+        if tensor.numel() and not tensor.is_meta:
+            sent = tensor.detach().contiguous()
+            distributed.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
+            if sent.data_ptr() != tensor.data_ptr():
+                tensor.data.copy_(sent)
 
 
-StrategyRegistry.register("zero2", ZeROStrategy, description="DeepSpeed's ZeRO-2", stage=2)
+StrategyRegistry.register("zero2", ZeROStrategy, description="DDP with the optimizer in parts, by DeepSpeed", stage=2)
