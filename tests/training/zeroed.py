@@ -1,0 +1,117 @@
+"""Fits under DeepSpeed. Run in several processes as `python -m tests.training.zeroed WHAT FOLDER PROCESSES STAGE`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
+
+from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
+from lora_lightning.training import trainer as lightning_trainer
+from lora_lightning.training.agree import gathered
+from lora_lightning.training.callbacks import FreezeBase, StepFigures
+from lora_lightning.training.zero_strategy import ZeROStrategy
+from tests.processes import in_processes
+from tests.training import ragged, sharded
+from tests.training.sharded import Shuffled, at, figures, fit
+
+STEPS = 20
+
+
+def module(optimizer: Any = None, **config: Any) -> LoRAModule:
+    """In float32, DeepSpeed's widest."""
+    made = sharded.module(torch.float32, **config)
+    if optimizer is not None:
+        made.optimizer = optimizer
+    return made
+
+
+def equal(folder: Path, name: str, processes: int, strategy: Any, clip: float, accumulate: int) -> None:
+    ragged.fit(
+        2,
+        file=folder / f"{name} {clip} {accumulate}.pt",
+        made=module(),
+        strategy=strategy,
+        devices=processes,
+        accumulate_grad_batches=accumulate,
+        max_steps=STEPS,
+        gradient_clip_val=clip,
+    )
+
+
+def equality(folder: Path, processes: int, stage: int) -> None:
+    """Beside DDP, with and without clipping and accumulation."""
+    for accumulate in (1, 3):
+        for clip in (0, ragged.CLIP):
+            equal(folder, "ddp", processes, "ddp_find_unused_parameters_true", clip, accumulate)
+            equal(folder, "zero", processes, ZeROStrategy(stage=stage), clip, accumulate)
+
+
+def ended(trainer: Trainer) -> dict[str, Any]:
+    """Weights and the optimizer's state at a fit's end, gathered."""
+    weights = dict(trainer.strategy.lightning_module_state_dict())
+    states = trainer.strategy.optimizer_state(trainer.optimizers[0]).get("state", {})
+    return {**weights, **{f"{i}.{key}": v for i, own in states.items() for key, v in own.items()}}
+
+
+class Ended(Callback):
+    """Before the strategy lets go of the parts."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.found = ended(trainer) | {"step": trainer.global_step}
+
+
+def lived(folder: Path, stage: int, **options: Any) -> tuple[Trainer, dict[str, Any]]:
+    end = Ended()
+    return fit(folder, end, strategy=ZeROStrategy(stage=stage), **options), end.found
+
+
+class Nudge(sharded.Nudge):
+    """Whose W0 is whole, or lies in a parameter's `ds_tensor`."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+        if self.what == "w0" and trainer.global_step == 4 and trainer.global_rank == 1:
+            weight = pl_module.backbone.layers[1].up.weight
+            (weight if weight.numel() else weight.ds_tensor).data.view(-1)[0] += 1e-3
+
+
+def stopped(folder: Path, what: str, stage: int, processes: int) -> list[str]:
+    """What each process raised."""
+    try:
+        fit(folder, Nudge(what), strategy=ZeROStrategy(stage=stage), devices=processes)
+    except LoRAError as error:
+        return gathered(f"{type(error).__name__}: {error}")
+    return gathered("nothing")
+
+
+def life(folder: Path, processes: int, stage: int) -> None:
+    """All that happens to a run; process 0 writes down what was found."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lightning_trainer, "ending_together", lambda *_, **__: nullcontext())
+        equality(folder, processes, stage)
+        found: dict[str, Any] = {}
+        many = {"devices": processes}
+        first, found["whole"] = lived(folder / "many", stage, **many)
+        found["figures"] = figures(first, at(folder / "many", 9))
+        for step in (9, 14):  # in an epoch's middle and at an end
+            found[f"from {step}"] = lived(folder / f"from {step}", stage, ckpt=at(folder / "many", step), **many)[1]
+        found["of one process"] = lived(folder / "of one", stage, ckpt=folder / "one.ckpt", **many)[1]
+        for what in ("w0", "loss"):
+            found[f"stopped by {what}"] = stopped(folder / what, what, stage, processes)
+        if first.is_global_zero:
+            torch.save(found, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    what, where, number, stage = sys.argv[1:]
+    limit = float(os.environ.get("LIMIT", "240"))
+    given = (Path(where), int(number), int(stage))
+    sys.exit(max(map(abs, in_processes(int(number), globals()[what], *given, timeout=limit))))
