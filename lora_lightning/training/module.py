@@ -36,6 +36,7 @@ from lora_lightning.training.sharded_w0 import fingerprint
 from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
 from lora_lightning.training.strategies import FSDP2Strategy, refuse_other_parallelism
+from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 
 
 class LoRAModule(LightningModule):
@@ -219,10 +220,11 @@ class LoRAModule(LightningModule):
     def _shard(self) -> None:
         refuse_other_parallelism(self)
         strategy = self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy) and not is_sharded(self.backbone):
+        if isinstance(strategy, FSDP2Strategy | ZeRO3Strategy) and not is_sharded(self.backbone):
             if self.trainer.state.fn == TrainerFn.FITTING:
                 self._refuse_start_on_meta()
                 self._start_from_adapter()
+        if isinstance(strategy, FSDP2Strategy):
             strategy.shard_module(self)
 
     def _refuse_start_on_meta(self) -> None:

@@ -17,6 +17,7 @@ from lora_lightning.lora.fingerprint import Fingerprint, digests, of_digests, of
 from lora_lightning.lora.fingerprint import fingerprint as of_one_process
 from lora_lightning.training.agree import gathered, processes, rank
 from lora_lightning.training.sharding import is_sharded, local
+from lora_lightning.training.zero_whole import zero_part, zero_whole
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -44,6 +45,8 @@ def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
 
     FSDP2 lays rows in chunks, of which the last may be short or empty.
     """
+    if zero_part(tensor) is not None:
+        return zero_whole(tensor, to)
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor) or processes() == 1:
         return local(tensor) if to == rank() else None

@@ -28,16 +28,20 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.quantised import scheme
 from lora_lightning.training.agree import processes
 from lora_lightning.training.groups import groups_of, named_blocks
+from lora_lightning.training.zero_whole import PARTITIONED, zero_part
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has been here."""
-    return isinstance(model, FSDPModule)
+    """Whether W0 lies in parts: `shard` has been here, or DeepSpeed's stage 3."""
+    return isinstance(model, FSDPModule) or model in PARTITIONED
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    part = zero_part(tensor)
+    return tensor if part is None else part
 
 
 def shard(

@@ -117,8 +117,11 @@ def config_for(stage: int, device: torch.device, trained: int, options: Mapping[
     }
 
 
-def engine_for(module: nn.Module, optimizer: Optimizer, config: dict[str, Any], device: torch.device) -> Any:
-    """The engine, which has put each process's part into the optimizer. All processes must have the same values."""
+def engine_for(module: nn.Module, optimizer: Optimizer | None, config: dict[str, Any]) -> Any:
+    """The engine, which has put each process's part into the optimizer. All processes must have the same values.
+
+    Without an optimizer, as in evaluation, it holds the parts of a model in stage 3.
+    """
     from deepspeed import comm
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.engine import DeepSpeedEngine

@@ -43,12 +43,8 @@ class Row:
     """By process."""
 
 
-def rows_of(zero: Any, stage: int) -> list[Row]:
-    """Of DeepSpeed's optimizer of stage 2 or 3."""
-    return _of_stage_3(zero) if stage == 3 else _of_stage_2(zero)
-
-
-def _of_stage_2(zero: Any) -> list[Row]:
+def rows_of_stage_2(zero: Any) -> list[Row]:
+    """Of DeepSpeed's optimizer: stretches of one row."""
     held = zero.single_partition_of_fp32_groups
     return [
         Row(number, held[number], [_stretch(group, r, zero.partition_size[number]) for r in range(processes())])
@@ -66,7 +62,8 @@ def _stretch(group: Sequence[nn.Parameter], of: int, size: int) -> list[Piece]:
     return found
 
 
-def _of_stage_3(zero: Any) -> list[Row]:
+def rows_of_stage_3(zero: Any) -> list[Row]:
+    """Of DeepSpeed's optimizer: rows of stretches."""
     held = zero.fp32_partitioned_groups_flat
     return [
         Row(zero.sub_group_to_group_id[number], held[number], [_shares(group, r) for r in range(processes())])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from contextlib import nullcontext
@@ -12,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import nn
 
-from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
+from lora_lightning import LoRAError, LoRAModule
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.agree import gathered
-from lora_lightning.training.callbacks import FreezeBase, StepFigures
-from lora_lightning.training.zero_strategy import ZeROStrategy
+from lora_lightning.training.zero2_strategy import ZeRO2Strategy
+from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 from tests.processes import in_processes
 from tests.training import ragged, sharded
-from tests.training.sharded import Shuffled, at, figures, fit
+from tests.training.sharded import at, figures, fit
 
 STEPS = 20
+STRATEGIES: dict[int, type[ZeRO2Strategy]] = {2: ZeRO2Strategy, 3: ZeRO3Strategy}
 
 
 def module(optimizer: Any = None, **config: Any) -> LoRAModule:
@@ -52,7 +51,7 @@ def equality(folder: Path, processes: int, stage: int) -> None:
     for accumulate in (1, 3):
         for clip in (0, ragged.CLIP):
             equal(folder, "ddp", processes, "ddp_find_unused_parameters_true", clip, accumulate)
-            equal(folder, "zero", processes, ZeROStrategy(stage=stage), clip, accumulate)
+            equal(folder, "zero", processes, STRATEGIES[stage](), clip, accumulate)
 
 
 def ended(trainer: Trainer) -> dict[str, Any]:
@@ -71,7 +70,7 @@ class Ended(Callback):
 
 def lived(folder: Path, stage: int, **options: Any) -> tuple[Trainer, dict[str, Any]]:
     end = Ended()
-    return fit(folder, end, strategy=ZeROStrategy(stage=stage), **options), end.found
+    return fit(folder, end, strategy=STRATEGIES[stage](), **options), end.found
 
 
 class Nudge(sharded.Nudge):
@@ -86,7 +85,7 @@ class Nudge(sharded.Nudge):
 def stopped(folder: Path, what: str, stage: int, processes: int) -> list[str]:
     """What each process raised."""
     try:
-        fit(folder, Nudge(what), strategy=ZeROStrategy(stage=stage), devices=processes)
+        fit(folder, Nudge(what), strategy=STRATEGIES[stage](), devices=processes)
     except LoRAError as error:
         return gathered(f"{type(error).__name__}: {error}")
     return gathered("nothing")

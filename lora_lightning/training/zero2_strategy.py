@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO for `LoRAModule`: its sums, steps and parts, under Lightning's loop and our guards."""
+"""DeepSpeed's ZeRO-2 for `LoRAModule`: its sums, steps and parts, under Lightning's loop and our guards."""
 
 from __future__ import annotations
 
@@ -21,35 +21,33 @@ from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.gradients import SharedStep
 from lora_lightning.training.zero_checkpoints import ZeROCheckpoints
 from lora_lightning.training.zero_engine import checked, config_for, engine_for, need_deepspeed, refuse_optimizer
-from lora_lightning.training.zero_parts import Row, rows_of
+from lora_lightning.training.zero_parts import Row, rows_of_stage_2
 
 
-class ZeROStrategy(ZeROCheckpoints, SharedStep):
+class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
     """DDP whose optimizer's state, and whose sums of gradients, lie in parts, one for each process, by DeepSpeed.
 
     Args:
-        stage: 2, for the optimizer and the gradients.
         zero_optimization: DeepSpeed's options of that name, of those that change how much is sent at once.
         process_group_backend: torch's; by default what suits the device.
         timeout: of collective calls.
         start_method: how Lightning starts the other processes.
 
     Raises:
-        LoRAError: a stage or an option that is not there.
+        LoRAError: an option that is not there.
     """
+
+    stage = 2
 
     def __init__(
         self,
-        stage: Literal[2] = 2,
         zero_optimization: dict[str, Any] | None = None,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
-        if stage != 2:
-            raise LoRAError(f"stage={stage}: ZeRO is here in stage 2")
-        self.stage, self.options = stage, checked(zero_optimization)
+        self.options = checked(zero_optimization)
         own: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
         super().__init__(start_method=start_method, **own, **kwargs)
         self._checkpoint_io = WholeFiles()
@@ -64,7 +62,7 @@ class ZeROStrategy(ZeROCheckpoints, SharedStep):
 
     def rows(self) -> list[Row]:
         """What each process's optimizer holds."""
-        return rows_of(self._zero, self.stage)
+        return rows_of_stage_2(self._zero)
 
     def setup_environment(self) -> None:
         """Find the other processes.
@@ -77,7 +75,7 @@ class ZeROStrategy(ZeROCheckpoints, SharedStep):
 
     def configure_ddp(self) -> None:
         """DDP would wrap the module, and send process 0's values to all, which is what is left of it here."""
-        same_everywhere(self._module)
+        same_everywhere((*self._module.parameters(), *self._module.buffers()))
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         """Make the optimizer, and let DeepSpeed put this process's part of what trains into it.
@@ -89,11 +87,17 @@ class ZeROStrategy(ZeROCheckpoints, SharedStep):
         if len(self.optimizers) != 1:
             raise LoRAError(f"DeepSpeed steps one optimizer, got {len(self.optimizers)}: train with ddp")
         refuse_optimizer(self.optimizers[0])
-        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))  # where DeepSpeed looks for it
+        self._local_rank()
         self._names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
+        self._engine = engine_for(self._module, self.optimizers[0], self._config())
+
+    def _local_rank(self) -> None:
+        """Where DeepSpeed looks for it."""
+        os.environ.setdefault("LOCAL_RANK", str(self.local_rank))
+
+    def _config(self) -> dict[str, Any]:
         trained = sum(p.numel() for p in self._module.parameters() if p.requires_grad)
-        config = config_for(self.stage, self.root_device, trained, self.options)
-        self._engine = engine_for(self._module, self.optimizers[0], config, self.root_device)
+        return config_for(self.stage, self.root_device, trained, self.options)
 
     def on_train_start(self) -> None:
         """Step from what was put into the adapter since."""
@@ -102,6 +106,8 @@ class ZeROStrategy(ZeROCheckpoints, SharedStep):
     def teardown(self) -> None:
         """Leave an ordinary module."""
         if self._engine is not None:
+            self._engine.module_forward_pre_hook.remove()
+            self._engine.module_forward_post_hook.remove()
             self._engine.destroy()
             self._engine = self._window = None
         super().teardown()
@@ -121,10 +127,14 @@ class ZeROStrategy(ZeROCheckpoints, SharedStep):
         if not self._module.trainer.fit_loop._should_accumulate():
             for parameter in self.stepped():
                 if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                    self._give_zeros(parameter)
             window, self._window = self._window, None
             window.close()
         return closure_loss
+
+    def _give_zeros(self, parameter: nn.Parameter) -> None:
+        """For what this process's batches have not reached."""
+        parameter.grad = torch.zeros_like(parameter)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         """The window's last micro-batch, the guards and the clipping, and DeepSpeed's step."""
@@ -154,9 +164,9 @@ class ZeROStrategy(ZeROCheckpoints, SharedStep):
         return total.sqrt()
 
 
-def same_everywhere(module: nn.Module) -> None:
+def same_everywhere(tensors: Iterable[Tensor]) -> None:
     """Give all processes the first one's values: each has drawn its own A."""
-    for tensor in (*module.parameters(), *module.buffers()) if processes() > 1 else ():
+    for tensor in tensors if processes() > 1 else ():
         if tensor.numel() and not tensor.is_meta:
             sent = tensor.detach().contiguous()
             distributed.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
@@ -164,4 +174,4 @@ def same_everywhere(module: nn.Module) -> None:
                 tensor.data.copy_(sent)
 
 
-StrategyRegistry.register("zero2", ZeROStrategy, description="DDP with the optimizer in parts, by DeepSpeed", stage=2)
+StrategyRegistry.register("zero2", ZeRO2Strategy, description="DDP with the optimizer in parts, by DeepSpeed")
