@@ -139,6 +139,10 @@ class LoRAModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         return self.task.predict(self.backbone, batch)
 
+    def unheard_step(self, batch: Mapping[str, Any], predicts: bool) -> None:
+        """Run the model as an evaluation step does, for the processes that have one more, and count nothing."""
+        (self.task.predict if predicts else self.task.evaluate)(self.backbone, batch)
+
     def _stage(self, stage: Stage, dataloader_idx: int) -> Stage:
         """The stage that counts this loader's batches; the first of several is the one that is monitored."""
         stage = stage_of(self.trainer.datamodule, stage, dataloader_idx)  # type: ignore[attr-defined]
@@ -220,10 +224,10 @@ class LoRAModule(LightningModule):
     def _shard(self) -> None:
         refuse_other_parallelism(self)
         strategy = self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy | ZeRO3Strategy) and not is_sharded(self.backbone):
-            if self.trainer.state.fn == TrainerFn.FITTING:
-                self._refuse_start_on_meta()
-                self._start_from_adapter()
+        cuts = isinstance(strategy, FSDP2Strategy | ZeRO3Strategy) and not is_sharded(self.backbone)
+        if cuts and self.trainer.state.fn == TrainerFn.FITTING:
+            self._refuse_start_on_meta()
+            self._start_from_adapter()
         if isinstance(strategy, FSDP2Strategy):
             strategy.shard_module(self)
 

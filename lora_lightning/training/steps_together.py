@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError, some
-from lora_lightning.training.agree import gathered
-
-if TYPE_CHECKING:
-    from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.evaluates_together import EvaluatesTogether
 
 
-class StepsTogether(ModelParallelStrategy):
-    """Gathers what lies outside of the blocks before each step, and lets evaluation end in all processes at once."""
-
-    _most: Sequence[int] = ()
-    """Batches of each loader of the running evaluation, in the process that has most."""
-
-    @property
-    def _module(self) -> LoRAModule:
-        module: Any = self.lightning_module
-        return module  # type: ignore[no-any-return]
+class StepsTogether(EvaluatesTogether, ModelParallelStrategy):
+    """Gathers what lies outside of the blocks before each step."""
 
     @property
     def _root(self) -> Any:
@@ -53,55 +40,9 @@ class StepsTogether(ModelParallelStrategy):
                 " its blocks; or train with ddp"
             )
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return self._evaluated("validation_step", batch, batch_idx, dataloader_idx)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return self._evaluated("test_step", batch, batch_idx, dataloader_idx)
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return self._evaluated("predict_step", batch, batch_idx, dataloader_idx)
-
-    def _evaluated(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
-        """The step; after a process's last batch it runs the model on, unheard, for those that have one more."""
+    def _called(self, step: str, *args: Any) -> Any:
         self._root.unshard()
-        found = getattr(super(), step)(batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
-        own = self._batches()[dataloader_idx]
-        if batch_idx + 1 == own:
-            task, backbone = self._module.task, self._module.backbone
-            run = task.predict if step == "predict_step" else task.evaluate
-            with self.precision_plugin.forward_context():
-                for _ in range(self._most[dataloader_idx] - int(own)):
-                    run(backbone, batch)
-        return found
-
-    def _batches(self) -> list[int | float]:
-        """How many batches this process has of each loader of the running loop."""
-        trainer = self._module.trainer
-        if trainer.state.fn == TrainerFn.PREDICTING:
-            return trainer.num_predict_batches
-        if trainer.state.fn == TrainerFn.TESTING:
-            return trainer.num_test_batches
-        return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-
-    def on_validation_start(self) -> None:
-        self._count_batches()
-
-    def on_test_start(self) -> None:
-        self._count_batches()
-
-    def on_predict_start(self) -> None:
-        self._count_batches()
-
-    def _count_batches(self) -> None:
-        every = gathered(self._batches())
-        loaders = list(zip(*every, strict=True))
-        if any(float("inf") in counts or (0 in counts and any(counts)) for counts in loaders):
-            raise LoRAError(
-                "FSDP2 needs to know how many batches each process evaluates, at least one: take a set that is not"
-                " streamed, or fewer devices, or --trainer.limit_val_batches 0"
-            )
-        self._most = [int(max(loader)) for loader in loaders]
+        return super()._called(step, *args)
 
     def on_validation_end(self) -> None:
         self._root.reshard()

@@ -47,7 +47,7 @@ class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
-        self.options = checked(zero_optimization)
+        self.options = checked(self.stage, zero_optimization)
         own: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
         super().__init__(start_method=start_method, **own, **kwargs)
         self._checkpoint_io = WholeFiles()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.lora import switches
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.lora.quantised import scheme
+from lora_lightning.training.evaluates_together import EvaluatesTogether
 from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.start import MEASURED
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy, same_everywhere
@@ -20,7 +21,7 @@ from lora_lightning.training.zero_parts import Row, rows_of_stage_3
 from lora_lightning.training.zero_whole import PARTITIONED, zero_part, zero_whole
 
 
-class ZeRO3Strategy(ZeRO2Strategy):
+class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
     """As `ZeRO2Strategy`; of W0 and of the adapter too each process keeps a part, and gathers module by module.
 
     Raises:
@@ -84,19 +85,11 @@ class ZeRO3Strategy(ZeRO2Strategy):
         """The optimizer steps over the parts themselves."""
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As a call of the module, by which DeepSpeed sees what is asked for outside of its submodules' own calls."""
+        """As the other steps."""
         return self._called("training_step", *args, **kwargs)
 
-    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called("validation_step", *args, **kwargs)
-
-    def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called("test_step", *args, **kwargs)
-
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        return self._called("predict_step", *args, **kwargs)
-
     def _called(self, step: str, *args: Any, **kwargs: Any) -> Any:
+        """As a call of the module, by which DeepSpeed sees what is asked for outside of its submodules' own calls."""
         with self.precision_plugin.forward_context():
             return self._forward_redirection(self._module, self._module, step, *args, **kwargs)
 
@@ -132,7 +125,7 @@ class ZeRO3Strategy(ZeRO2Strategy):
         if not is_sharded(self._module.backbone):
             super().load_model_state_dict(checkpoint, strict)
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         trained = [p for p in self._module.parameters() if p.requires_grad]
         with GatheredParameters(trained, modifier_rank=0):

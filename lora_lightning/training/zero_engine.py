@@ -21,18 +21,10 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 INSTALL = "DeepSpeed is not installed: pip install 'deepspeed>=0.19', or take configs/strategy/ddp.yaml or fsdp2.yaml"
 
-OPTIONS = frozenset(
-    {
-        "allgather_bucket_size",
-        "max_live_parameters",
-        "max_reuse_distance",
-        "overlap_comm",
-        "param_persistence_threshold",
-        "prefetch_bucket_size",
-        "reduce_bucket_size",
-    }
-)
-"""Of DeepSpeed's `zero_optimization`: what changes how much is sent at once, and no result."""
+BOTH = {"overlap_comm", "reduce_bucket_size"}
+THIRD = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold", "prefetch_bucket_size")
+OPTIONS: dict[int, set[str]] = {2: BOTH | {"allgather_bucket_size"}, 3: BOTH | {f"stage3_{name}" for name in THIRD}}
+"""By stage, of DeepSpeed's `zero_optimization`: what changes how much is held and sent at once, and no result."""
 
 ELEMENTWISE: tuple[type[Optimizer], ...] = (*(AdamW, Adam, SGD, RMSprop, Adadelta, Adamax, NAdam, RAdam, ASGD, Rprop),)
 """Optimizers that treat each number by itself, so that it does not matter that DeepSpeed lays them in a row."""
@@ -61,19 +53,24 @@ def need_deepspeed(device: torch.device) -> None:
         )
 
 
-def checked(options: Mapping[str, Any] | None) -> dict[str, Any]:
+def checked(stage: int, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """What may be set of `zero_optimization`.
 
     Raises:
         LoRAError: something else is.
     """
     options = dict(options or {})
-    for name in options.keys() - OPTIONS:
-        if name.startswith("offload") or "cpu" in name or "nvme" in name:
-            why = "nothing is offloaded here: the optimizer's state of an adapter is small, and FSDP2Strategy has"
-            raise LoRAError(f"DeepSpeed option {name}: {why} cpu_offload for W0")
-        near = did_you_mean(name, OPTIONS)
-        raise LoRAError(f"DeepSpeed option {name}{near}: it can have {', '.join(sorted(OPTIONS))}")
+    for name in options.keys() - OPTIONS[stage]:
+        if name.startswith(("offload", "cpu_offload")):
+            raise LoRAError(
+                f"zero_optimization.{name}: nothing is offloaded here. The optimizer's state of an adapter is small; W0"
+                " goes to the CPU's memory with lora_lightning.FSDP2Strategy and its cpu_offload"
+            )
+        known = sorted(OPTIONS[stage])
+        raise LoRAError(
+            f"zero_optimization.{name} is none of what may be set in stage {stage}{did_you_mean(name, known)}"
+            f" ({', '.join(known)})"
+        )
     return options
 
 
@@ -103,10 +100,9 @@ def config_for(stage: int, device: torch.device, trained: int, options: Mapping[
         "overlap_comm": device.type != "cpu",
         "reduce_bucket_size": bucket,
         "allgather_bucket_size": bucket,
-        "round_robin_gradients": False,
+        "round_robin_gradients": False,  # `rows_of_stage_2` takes them in order
+        "compute_grad_norm": stage == 3,  # norms are taken here; DeepSpeed can leave it out in stage 2 alone
     }
-    if stage == 2:
-        zero["compute_grad_norm"] = False
     return {
         "train_micro_batch_size_per_gpu": 1,  # for its own throughput figures, which are off
         "gradient_accumulation_steps": 1,  # Lightning counts

@@ -22,10 +22,12 @@ def zero_part(tensor: Tensor) -> Tensor | None:
 
 def zero_whole(tensor: Any, to: int) -> Tensor | None:
     """The whole tensor in one process, and None in the others; all must call it. All parts are equally long."""
-    part = tensor.ds_tensor.data.contiguous()
+    part: Tensor = tensor.ds_tensor.data.contiguous()
     own = part.view(torch.uint8)  # gloo knows no bfloat16
+    size, receives = own.numel(), to == rank()
+    whole = torch.empty(processes() * size if receives else 0, dtype=torch.uint8, device=own.device)
     if processes() == 1:
-        return part[: tensor.ds_numel].view(tensor.ds_shape)
-    whole = torch.empty(processes() * own.numel() if to == rank() else 0, dtype=torch.uint8, device=own.device)
-    distributed.gather(own, list(whole.split(own.numel())) if to == rank() else None, dst=to)
-    return whole.view(part.dtype)[: tensor.ds_numel].view(tensor.ds_shape) if to == rank() else None
+        whole = own
+    else:
+        distributed.gather(own, list(torch.split(whole, size)) if receives else None, dst=to)
+    return whole.view(part.dtype)[: tensor.ds_numel].view(tensor.ds_shape) if receives else None
