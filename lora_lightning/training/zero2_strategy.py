@@ -20,7 +20,15 @@ from lora_lightning.training.agree import processes
 from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.gradients import SharedStep
 from lora_lightning.training.zero_checkpoints import ZeROCheckpoints
-from lora_lightning.training.zero_engine import checked, config_for, engine_for, need_deepspeed, refuse_optimizer
+from lora_lightning.training.zero_engine import (
+    checked,
+    config_for,
+    engine_for,
+    need_deepspeed,
+    prepare_deepspeed,
+    refuse_numbers,
+    refuse_optimizer,
+)
 from lora_lightning.training.zero_parts import Row, rows_of_stage_2
 
 
@@ -34,7 +42,7 @@ class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
         start_method: how Lightning starts the other processes.
 
     Raises:
-        LoRAError: an option that is not there.
+        LoRAError: DeepSpeed is not installed; an option that is not there.
     """
 
     stage = 2
@@ -47,6 +55,7 @@ class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
         start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
         **kwargs: Any,
     ) -> None:
+        need_deepspeed()
         self.options = checked(self.stage, zero_optimization)
         own: dict[str, Any] = {"process_group_backend": process_group_backend, "timeout": timeout}
         super().__init__(start_method=start_method, **own, **kwargs)
@@ -68,10 +77,10 @@ class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
         """Find the other processes.
 
         Raises:
-            LoRAError: DeepSpeed is not there.
+            LoRAError: DeepSpeed is set to another kind of device.
         """
-        need_deepspeed(self.root_device if self.parallel_devices else torch.device("cpu"))
         super().setup_environment()
+        prepare_deepspeed(self.root_device)
 
     def configure_ddp(self) -> None:
         """DDP would wrap the module, and send process 0's values to all, which is what is left of it here."""
@@ -87,8 +96,10 @@ class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
         if len(self.optimizers) != 1:
             raise LoRAError(f"DeepSpeed steps one optimizer, got {len(self.optimizers)}: train with ddp")
         refuse_optimizer(self.optimizers[0])
+        trained = [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+        refuse_numbers(self.precision_plugin, trained)
+        self._names = {id(p): name for name, p in trained}
         self._local_rank()
-        self._names = {id(p): name for name, p in self._module.named_parameters() if p.requires_grad}
         self._engine = engine_for(self._module, self.optimizers[0], self._config())
 
     def _local_rank(self) -> None:

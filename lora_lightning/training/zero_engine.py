@@ -10,14 +10,15 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from torch import nn
 from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop, Rprop
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 
 INSTALL = "DeepSpeed is not installed: pip install 'deepspeed>=0.19', or take configs/strategy/ddp.yaml or fsdp2.yaml"
 
@@ -30,14 +31,22 @@ ELEMENTWISE: tuple[type[Optimizer], ...] = (*(AdamW, Adam, SGD, RMSprop, Adadelt
 """Optimizers that treat each number by itself, so that it does not matter that DeepSpeed lays them in a row."""
 
 
-def need_deepspeed(device: torch.device) -> None:
-    """Make sure that it can be imported and works on this kind of device.
+def need_deepspeed() -> None:
+    """Raise unless it is installed.
 
     Raises:
-        LoRAError: it is not installed, or was imported for another kind of device.
+        LoRAError: with what to install.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise LoRAError(INSTALL)
+
+
+def prepare_deepspeed(device: torch.device) -> None:
+    """Import it for this kind of device.
+
+    Raises:
+        LoRAError: it was imported for another.
+    """
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     from deepspeed import ops
     from deepspeed.accelerator import get_accelerator
@@ -85,6 +94,25 @@ def refuse_optimizer(optimizer: Optimizer) -> None:
         raise LoRAError(
             f"DeepSpeed lays all parameters in one row, and {type(optimizer).__name__} may need them whole: take one of"
             f" torch.optim's {names}, or another strategy"
+        )
+
+
+def refuse_numbers(plugin: Precision, trained: Iterable[tuple[str, nn.Parameter]]) -> None:
+    """Raise unless all that trains is float32 and its gradients are not scaled.
+
+    Raises:
+        LoRAError: with what to take.
+    """
+    if getattr(plugin, "scaler", None) is not None:
+        raise LoRAError(
+            "precision 16-mixed scales losses and skips steps, which DeepSpeed would do in a way of its own: take"
+            " bf16-mixed or bf16-base"
+        )
+    other = [f"{name} ({p.dtype})" for name, p in trained if p.dtype != torch.float32]
+    if other:
+        raise LoRAError(
+            f"DeepSpeed steps over float32 alone, and there is {some(other)}: take precision float32, bf16-mixed or"
+            " bf16-base, or another strategy"
         )
 
 
