@@ -163,16 +163,20 @@ def load_state(optimizer: Optimizer, rows: Sequence[Row], saved: Mapping[str, An
 
 
 def _as_row(row: Row, place: Mapping[int, int], saved: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    every = {one: saved.get(place[one], {}) for one in _in_order(row)}
-    found: dict[str, Any] = {}
+    """A row has all that any of its parameters has, also where none of them reaches this process."""
+    every = {one: (piece.shape, saved.get(place[one], {})) for one, piece in _in_order(row).items()}
+    found = {
+        name: torch.zeros_like(row.held, dtype=value.dtype, requires_grad=False)
+        for shape, own in every.values()
+        for name, value in own.items()
+        if isinstance(value, Tensor) and value.dim() and value.shape == shape
+    }
     for piece in row.pieces[rank()]:
-        for name, value in every[id(piece.parameter)].items():
-            if isinstance(value, Tensor) and value.shape == piece.shape and value.dim():
-                if name not in found:
-                    found[name] = torch.zeros_like(row.held, dtype=value.dtype)
-                stretch = value.reshape(-1)[piece.begin : piece.begin + piece.count]
-                found[name][piece.at : piece.at + piece.count] = stretch
-    return found | _counts(every.values(), set(found))
+        own = every[id(piece.parameter)][1]
+        for name in found.keys() & own.keys():
+            stretch = own[name].reshape(-1)[piece.begin : piece.begin + piece.count]
+            found[name][piece.at : piece.at + piece.count] = stretch
+    return found | _counts((own for _, own in every.values()), set(found))
 
 
 def _counts(every: Iterable[Mapping[str, Any]], rows: set[str]) -> dict[str, Any]:

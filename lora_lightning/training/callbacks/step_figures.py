@@ -31,7 +31,7 @@ class StepFigures(Callback):
         if not trainer._logger_connector.should_update_logs or not trainer.loggers:
             return
         figures = self._rates(optimizer)
-        for name, gradients in _parts(trainer, pl_module, optimizer).items():
+        for name, gradients in parts_of_gradients(trainer, pl_module, optimizer).items():
             figures[f"grad_norm/{name}"] = norm_over(trainer.strategy, gradients)
         pl_module.log_dict(figures, batch_size=1)
 
@@ -46,7 +46,7 @@ class StepFigures(Callback):
         }
 
 
-def _parts(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, list[Tensor]]:
+def parts_of_gradients(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, list[Tensor]]:
     """The gradients of A, of B, and all of them, as far as there are any."""
     strategy = trainer.strategy
     if isinstance(strategy, SharedStep):  # of one that has none, other processes may have some
