@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.lora import switches
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.lora.quantised import scheme
+from lora_lightning.training.agree import processes
 from lora_lightning.training.evaluates_together import EvaluatesTogether
 from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.start import MEASURED
@@ -30,7 +32,7 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
 
     stage = 3
     zero_stage_3 = True
-    """What Lightning and `RankTelemetry` ask."""
+    """What `RankTelemetry` asks."""
 
     def rows(self) -> list[Row]:
         """What each process's optimizer holds."""
@@ -54,8 +56,15 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
             self._engine = engine_for(self._module, None, self._config())
             self.setup_precision_plugin()
         PARTITIONED.add(backbone)
+        generates_together(backbone)
         if trainer.state.fn == TrainerFn.FITTING:
             self._module.w0_fingerprint()  # by all: later one process may ask alone
+
+    def teardown(self) -> None:
+        """The model stays in parts."""
+        if self.lightning_module is not None:
+            self._module.backbone.__dict__.pop("generate", None)
+        super().teardown()
 
     def _refuse(self) -> None:
         module, backbone = self._module, self._module.backbone
@@ -130,6 +139,14 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         trained = [p for p in self._module.parameters() if p.requires_grad]
         with GatheredParameters(trained, modifier_rank=0):
             super().load_model_state_dict(checkpoint, strict)
+
+
+def generates_together(backbone: Any) -> None:
+    """Let all processes run the model until the last has its text: transformers knows so of its own DeepSpeed only."""
+    from transformers import GenerationMixin
+
+    if isinstance(backbone, GenerationMixin) and processes() > 1:
+        backbone.generate = functools.partial(type(backbone).generate, backbone, synced_gpus=True)  # type: ignore[method-assign]
 
 
 StrategyRegistry.register("zero3", ZeRO3Strategy, description="W0 and the adapter in parts, by DeepSpeed")
