@@ -127,7 +127,7 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         state = super().lightning_module_state_dict()
         own = self._module.state_dict(keep_vars=True)
         cut = {key: zero_whole(own[key], 0) for key in state if zero_part(own[key]) is not None}
-        return state | {key: None if value is None else value.cpu() for key, value in cut.items()}
+        return state | {key: None if value is None else value.cpu().clone() for key, value in cut.items()}
 
     def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
         """Where the model lies in parts from an earlier loop, they are put together for it."""
