@@ -157,13 +157,18 @@ def engine_for(module: nn.Module, optimizer: Optimizer | None, config: dict[str,
             """Done by the strategy."""
 
     comm.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    return Engine(
-        args=None,
-        model=module,
-        optimizer=optimizer,
-        model_parameters=[p for p in module.parameters() if p.requires_grad],
-        dist_init_required=False,
-        config=config,
-        config_class=DeepSpeedConfig(config),
-        dont_change_device=True,
-    )
+    torchs_own = nn.functional.linear
+    try:
+        return Engine(
+            args=None,
+            model=module,
+            optimizer=optimizer,
+            model_parameters=[p for p in module.parameters() if p.requires_grad],
+            dist_init_required=False,
+            config=config,
+            config_class=DeepSpeedConfig(config),
+            dont_change_device=True,
+        )
+    finally:
+        # Stage 3 puts its own there, in all of the process, which rounds the bias by itself.
+        nn.functional.linear = torchs_own

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import distributed
+from torch import distributed, nn
 
-from lora_lightning import HalfBase, LoRAConfig, LoRAError, LoRAModule
+from lora_lightning import HalfBase, LoRAConfig, LoRAError, LoRAModule, prepare_weights
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.agree import gathered
 from lora_lightning.training.callbacks.step_figures import norm_over, parts_of_gradients
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy
 from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 from tests.processes import in_processes
-from tests.training import ragged, sharded
+from tests.training import ragged, sharded, shards
 from tests.training.sharded import at, figures, fit
 
 STEPS = 20
@@ -43,6 +43,15 @@ def language_model() -> LoRAModule:
     made = sharded.language_model()
     made.backbone.float()
     return made
+
+
+def siblings() -> LoRAModule:
+    """Of which the first reads the adapters of the next."""
+    torch.manual_seed(0)
+    net = shards.Stack(lambda: shards.Attention(8))
+    net.temperature = nn.Parameter(torch.tensor([0.7]))  # one number is refused in stage 3
+    lora = LoRAConfig(r=3, target_modules="all-linear")
+    return LoRAModule(net, sharded.Told(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
 
 
 def both(stage: int) -> dict[str, Any]:
@@ -119,17 +128,19 @@ def let_go(processes: int, stage: int) -> list[bool]:
 
 
 def narrow(folder: Path, processes: int, stage: int) -> None:
-    """Beside DDP in bfloat16; and a language model."""
+    """Beside DDP: in bfloat16, and a language model."""
     words: dict[str, dict[str, Any]] = {
         "bf16-mixed": {"precision": "bf16-mixed"},
         "bf16-base": {"plugins": [HalfBase("bf16-base", "cpu")]},
+        "lm": {"data": sharded.Sentences(2)},
+        "siblings": {},
     }
-    for word, precision in words.items():
+    for word, given in words.items():
         for name, strategy in both(stage).items():
             many = {"strategy": strategy, "devices": processes, "max_steps": 5, "gradient_clip_val": 0}
-            ragged.fit(2, file=folder / f"{name} {word}.pt", made=module(), **precision, **many)
-    many = {"strategy": STRATEGIES[stage](), "devices": processes, "max_steps": STEPS}
-    ragged.fit(0, file=folder / "lm.pt", data=sharded.Sentences(2), made=language_model(), **many)
+            made = {"lm": language_model, "siblings": siblings}.get(word, module)()
+            prepare_weights(made.backbone, "off")  # as in stage 3: another kernel rounds otherwise
+            ragged.fit(2, file=folder / f"{name} {word}.pt", made=made, **given, **many)
 
 
 def ended(trainer: Trainer) -> dict[str, Any]:
