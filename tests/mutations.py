@@ -270,7 +270,7 @@ MUTATIONS = (
     Mutation(
         "law 10: it is looked at when a fit starts",
         FREEZE,
-        "        check_optimizers(trainer.optimizers, pl_module)\n",
+        "        check_optimizers(trainer.optimizers, pl_module, stepped_together(trainer.strategy))\n",
         "",
         (f"{GUARDS}::test_an_optimizer_of_everything_stops_the_fit_before_its_first_step",),
     ),

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.functional import wide_dtype
+from lora_lightning.training.gradients import gradients_of, multiply
 
 
 class UnitMean:
@@ -80,7 +81,8 @@ class UnitMean:
         if _has_parts(trainer):
             assert self._share is not None
             self.mean = loss / units
-            _multiply_gradients(optimizer, self._share * trainer.accumulate_grad_batches * trainer.world_size / units)
+            factor = self._share * trainer.accumulate_grad_batches * trainer.world_size / units
+            multiply(gradients_of(trainer.strategy, optimizer), factor)
 
     def _over_processes(self, trainer: Trainer) -> tuple[Tensor, int]:
         """The window's loss, summed over its units where there are several parts, and the units."""
@@ -106,14 +108,8 @@ def _summed(loss: Tensor, units: int) -> Tensor:
     return loss.to(wide_dtype(loss)) * units if units else torch.zeros_like(loss, dtype=wide_dtype(loss))
 
 
-def _multiply_gradients(optimizer: Optimizer | LightningOptimizer, factor: float) -> None:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if gradients:
-        torch._foreach_mul_(gradients, factor)
-
-
 def _has_parts(trainer: Trainer) -> bool:
-    """Whether a step's units lie in several batches or processes. DeepSpeed accumulates and steps by itself."""
+    """Whether a step's units lie in several batches or processes. Lightning's own DeepSpeed accumulates by itself."""
     several = trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
     return several and not trainer.strategy.handles_gradient_accumulation
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fill import fill_from_files
-from lora_lightning.training.evaluation_together import EvaluationTogether
+from lora_lightning.training.evaluates_together import EvaluatesTogether
 from lora_lightning.training.fsdp1_units import shard_w0, units_of
 from lora_lightning.training.start import PREFIX, refuse_measured
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
 
 
-class FSDP1Strategy(EvaluationTogether, DDPStrategy):
+class FSDP1Strategy(EvaluatesTogether, DDPStrategy):
     """Lightning's `DDPStrategy` on a backbone whose W0 is sharded by torch's `FullyShardedDataParallel`.
 
     (Lightning's own `FSDPStrategy` works on GPUs only, shards the adapter too, and gathers all of W0 into checkpoints.)

@@ -29,6 +29,7 @@ from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.training.averaging import UnitMean, is_padding
 from lora_lightning.training.forward import TrainingForward
 from lora_lightning.training.fsdp1_strategy import FSDP1Strategy
+from lora_lightning.training.gradients import SharedStep, clip_together
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.precision import convert, explained_by_precision, precision_of
 from lora_lightning.training.sets import stage_of
@@ -36,6 +37,7 @@ from lora_lightning.training.sharded_w0 import fingerprint
 from lora_lightning.training.sharding import is_sharded
 from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
 from lora_lightning.training.strategies import FSDP2Strategy, refuse_other_parallelism
+from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 
 
 class LoRAModule(LightningModule):
@@ -138,6 +140,10 @@ class LoRAModule(LightningModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         return self.task.predict(self.backbone, batch)
 
+    def unheard_step(self, batch: Mapping[str, Any], predicts: bool) -> None:
+        """Run the model as an evaluation step does, for the processes that have one more, and count nothing."""
+        (self.task.predict if predicts else self.task.evaluate)(self.backbone, batch)
+
     def _stage(self, stage: Stage, dataloader_idx: int) -> Stage:
         """The stage that counts this loader's batches; the first of several is the one that is monitored."""
         stage = stage_of(self.trainer.datamodule, stage, dataloader_idx)  # type: ignore[attr-defined]
@@ -168,6 +174,19 @@ class LoRAModule(LightningModule):
             return result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, also where each process holds a part of the gradients."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, SharedStep):
+            clip_together(strategy, gradient_clip_val or 0, by_value=gradient_clip_algorithm == "value")
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the loss that this step lowers."""
@@ -206,10 +225,11 @@ class LoRAModule(LightningModule):
     def _shard(self) -> None:
         refuse_other_parallelism(self)
         strategy = self.trainer.strategy
-        if isinstance(strategy, FSDP2Strategy | FSDP1Strategy) and not is_sharded(self.backbone):
-            if self.trainer.state.fn == TrainerFn.FITTING:
-                self._refuse_start_on_meta()
-                self._start_from_adapter()
+        cuts = isinstance(strategy, FSDP1Strategy | FSDP2Strategy | ZeRO3Strategy) and not is_sharded(self.backbone)
+        if cuts and self.trainer.state.fn == TrainerFn.FITTING:
+            self._refuse_start_on_meta()
+            self._start_from_adapter()
+        if isinstance(strategy, FSDP2Strategy) or (isinstance(strategy, FSDP1Strategy) and cuts):
             strategy.shard_module(self)
 
     def _refuse_start_on_meta(self) -> None:

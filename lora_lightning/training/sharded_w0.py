@@ -18,6 +18,7 @@ from lora_lightning.training import layout
 from lora_lightning.training.agree import gathered, processes, rank
 from lora_lightning.training.fsdp1_units import Units, units_of
 from lora_lightning.training.sharding import is_sharded, local
+from lora_lightning.training.zero_whole import zero_part, zero_whole
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -55,6 +56,8 @@ def _of_units(model: nn.Module, units: Units) -> Fingerprint:
 
 def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
     """The whole tensor in one process, and None in the others; all must call it."""
+    if zero_part(tensor) is not None:
+        return zero_whole(tensor, to)
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor) or processes() == 1:
         return local(tensor) if to == rank() else None

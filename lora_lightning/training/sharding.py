@@ -29,19 +29,23 @@ from lora_lightning.lora.inject import adapted_layers, disabled
 from lora_lightning.lora.quantised import scheme
 from lora_lightning.training.agree import processes
 from lora_lightning.training.groups import groups_of, named_blocks
+from lora_lightning.training.zero_whole import PARTITIONED, zero_part
 
 UNITS = "_fsdp1_units"
 """Under which a backbone keeps its units of FSDP1 (`fsdp1_units.py`), beside its modules."""
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether W0 lies in parts, by `shard` or by `shard_w0`."""
-    return isinstance(model, FSDPModule) or UNITS in vars(model)
+    """Whether W0 lies in parts: by `shard`, by `shard_w0`, or by DeepSpeed's stage 3."""
+    return isinstance(model, FSDPModule) or UNITS in vars(model) or model in PARTITIONED
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    part = zero_part(tensor)
+    return tensor if part is None else part
 
 
 def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:

@@ -10,10 +10,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError, some
-from lora_lightning.training.evaluation_together import EvaluationTogether
+from lora_lightning.training.evaluates_together import EvaluatesTogether
 
 
-class StepsTogether(EvaluationTogether, ModelParallelStrategy):
+class StepsTogether(EvaluatesTogether, ModelParallelStrategy):
     """Gathers what lies outside of the blocks before each step."""
 
     @property
@@ -40,9 +40,9 @@ class StepsTogether(EvaluationTogether, ModelParallelStrategy):
                 " its blocks; or train with ddp"
             )
 
-    def _evaluated(self, *args: Any) -> Any:
+    def _called(self, step: str, *args: Any) -> Any:
         self._root.unshard()
-        return super()._evaluated(*args)
+        return super()._called(step, *args)
 
     def on_validation_end(self) -> None:
         self._root.reshard()

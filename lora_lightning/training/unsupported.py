@@ -12,9 +12,9 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean
 INSTEAD: dict[type[Strategy], str] = {
     FSDPStrategy: "Lightning's FSDP1 gathers all of W0 into its checkpoints: configs/strategy/fsdp2.yaml, or fsdp1.yaml"
     " beside it, shards W0 likewise and writes the adapter alone",
-    DeepSpeedStrategy: "DeepSpeed steps and saves by itself, past our guards and our checkpoints. ZeRO-2 spares the"
-    " optimizer's state of what trains, which for an adapter is small: take configs/strategy/ddp.yaml. What ZeRO-3"
-    " does, sharding W0, configs/strategy/fsdp2.yaml does",
+    DeepSpeedStrategy: "Lightning's way with DeepSpeed steps and saves past our guards and our checkpoints:"
+    " configs/strategy/deepspeed-zero2.yaml and deepspeed-zero3.yaml have ours; without DeepSpeed,"
+    " configs/strategy/ddp.yaml does what ZeRO-2 does and configs/strategy/fsdp2.yaml what ZeRO-3 does",
 }
 
 

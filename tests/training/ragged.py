@@ -20,6 +20,7 @@ from lora_lightning.data.replicas import replica
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.tasks.base import StepOutput, Task
+from lora_lightning.training.zero_whole import zero_part
 
 VOCABULARY, LENGTH, ROWS = 11, 9, 68
 """ROWS: per process and micro-batch of 2, 17 micro-batches: the last window of 3 or 4 is short."""
@@ -83,6 +84,11 @@ class Ragged(LightningDataModule):
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """One that lies in parts, gathered."""
+    if zero_part(tensor) is not None:
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

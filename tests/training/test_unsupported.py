@@ -25,8 +25,8 @@ def test_a_trainer_asks(monkeypatch):
     ("name", "said"),
     [
         ("fsdp3", r"no strategy 'fsdp3'; did you mean 'fsdp2'.*known: auto, .*ddp"),
-        ("deepspeed", r"strategy deepspeed: .*configs/strategy/ddp\.yaml"),
-        ("deepspeed_stage_3", r"strategy deepspeed_stage_3: .*configs/strategy/fsdp2\.yaml"),
+        ("deepspeed", r"strategy deepspeed: .*configs/strategy/deepspeed-zero2\.yaml"),
+        ("deepspeed_stage_3", r"strategy deepspeed_stage_3: .*deepspeed-zero3\.yaml"),
         ("fsdp", r"strategy fsdp: .*configs/strategy/fsdp2\.yaml"),
     ],
 )

@@ -15,7 +15,8 @@ from lora_lightning.data.rows import ROW
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.agree import agreed
-from lora_lightning.training.sharding import is_sharded, local
+from lora_lightning.training.gradients import named_gradients
+from lora_lightning.training.sharding import is_sharded
 
 
 class NotFiniteError(LoRAError):
@@ -47,10 +48,10 @@ class StopOnNonFinite(Callback):
         Raises:
             NotFiniteError: with the step, the batches' rows where they are known, and the first bad layer.
         """
-        named = [(n, p.grad) for n, p in pl_module.named_parameters() if p.grad is not None]
+        named = named_gradients(pl_module)
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
-        norms = torch._foreach_norm([local(grad) for _, grad in named]) if named else []
+        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
         looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
         bad = ~torch.isfinite(looked_at)
         anywhere = bad.any().float()

@@ -19,6 +19,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.fingerprint import Fingerprint
 from lora_lightning.training.about import first_lines
 from lora_lightning.training.agree import agreed, gathered
+from lora_lightning.training.gradients import SharedStep, stepped_together
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.parts import parts_of
 from lora_lightning.training.sharded_w0 import fingerprint, moved, of_own_parts
@@ -74,7 +75,7 @@ class FreezeBase(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Law 10: the optimizers hold exactly what trains."""
-        check_optimizers(trainer.optimizers, pl_module)
+        check_optimizers(trainer.optimizers, pl_module, stepped_together(trainer.strategy))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Law 4: after the first backward every adapter has a finite gradient."""
@@ -82,7 +83,7 @@ class FreezeBase(Callback):
             self._first_backward_seen = True
             # A loss scaler starts too high on purpose, skips the steps that overflow and comes down.
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            check_gradients(pl_module, finite=not scaled)
+            check_gradients(pl_module, finite=not scaled, local_only=isinstance(trainer.strategy, SharedStep))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Law 2 before a file is written: where W0 has moved, the one before it stays."""
@@ -126,13 +127,19 @@ def freeze(backbone: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
+def check_optimizers(
+    optimizers: Sequence[Optimizer], module: nn.Module, together: Sequence[nn.Parameter] | None = None
+) -> None:
     """Raise unless the optimizers hold all parameters that train and no others.
+
+    Args:
+        together: what they step on, where each process's hold parts that are no parameters of the module.
 
     Raises:
         LoRAError: names what is missing or frozen.
     """
-    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    own = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in (own if together is None else together)}
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in held]
     if missing:
@@ -141,14 +148,22 @@ def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None
         raise LoRAError(f"the optimizer holds {len(surplus)} frozen parameters, first '{surplus[0]}'")
 
 
-def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
+def check_gradients(module: nn.Module, *, finite: bool = True, local_only: bool = False) -> None:
     """Raise where a trainable parameter got no gradient or one that is not finite.
+
+    Args:
+        finite: ask for finite ones.
+        local_only: gradients are not added up yet, and what other processes have counts too; all must call this.
 
     Raises:
         LoRAError: with the list.
     """
     trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    without = [name for name, p in trains if p.grad is None] or _without_in_parts(trains)
+    without = [name for name, p in trains if p.grad is None]
+    if local_only:
+        nowhere = set.intersection(*gathered(set(without)))
+        without = [name for name in without if name in nowhere]
+    without = without or _without_in_parts(trains)
     if without:
         raise LoRAError(
             f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"

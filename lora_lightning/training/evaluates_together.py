@@ -1,4 +1,4 @@
-"""Evaluation where W0 lies in parts: whatever one process calls, all call, and as often."""
+"""Evaluation of a model that lies in parts: whatever one process calls, all call, and as often."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
 
 
-class EvaluationTogether(ParallelStrategy):
-    """Lets evaluation end in all processes at once, also where one has fewer batches than another."""
+class EvaluatesTogether(ParallelStrategy):
+    """Lets evaluation end in all processes at once, also where one has more batches than another."""
 
     _most: Sequence[int] = ()
     """Batches of each loader of the running evaluation, in the process that has most."""
@@ -38,15 +38,17 @@ class EvaluationTogether(ParallelStrategy):
 
     def _evaluated(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """The step; after a process's last batch it runs the model on, unheard, for those that have one more."""
-        found = getattr(super(), step)(batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
+        found = self._called(step, batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
         own = self._batches()[dataloader_idx]
         if self._most and batch_idx + 1 == own:
-            task, backbone = self._module.task, self._module.backbone
-            run = task.predict if step == "predict_step" else task.evaluate
-            with self.precision_plugin.forward_context():
-                for _ in range(self._most[dataloader_idx] - int(own)):
-                    run(backbone, batch)
+            for _ in range(self._most[dataloader_idx] - int(own)):
+                self._called("unheard_step", batch, step == "predict_step")
         return found
+
+    def _called(self, step: str, *args: Any) -> Any:
+        """A method of the module, as Lightning calls it."""
+        with self.precision_plugin.forward_context():
+            return getattr(self._module, step)(*args)
 
     def _batches(self) -> list[int | float]:
         """How many batches this process has of each loader of the running loop."""
@@ -73,7 +75,7 @@ class EvaluationTogether(ParallelStrategy):
         loaders = list(zip(*every, strict=True))
         if any(float("inf") in counts or (0 in counts and any(counts)) for counts in loaders):
             raise LoRAError(
-                "FSDP needs to know how many batches each process evaluates, at least one: take a set that is not"
-                " streamed, or fewer devices, or --trainer.limit_val_batches 0"
+                "where W0 lies in parts, it must be known how many batches each process evaluates, at least one: take a"
+                " set that is not streamed, or fewer devices, or --trainer.limit_val_batches 0"
             )
         self._most = [int(max(loader)) for loader in loaders]
