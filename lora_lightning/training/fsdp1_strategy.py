@@ -72,7 +72,7 @@ class FSDP1Strategy(EvaluatesTogether, DDPStrategy):
         """DDP leaves alone what lies in parts."""
         module: Any = self.lightning_module
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad and name.startswith(PREFIX)]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)  # type: ignore[no-untyped-call]
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             module.w0_fingerprint()  # by all: later one process may ask alone
