@@ -61,6 +61,7 @@ bench-demo: .venv/dev ## The whole demo beside the same fit with PEFT, in a Ligh
 
 docs: .venv/docs ## Build the documentation into build/docs/index.html; a broken link is an error
 	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
 
 clean: ## Remove the environment and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
