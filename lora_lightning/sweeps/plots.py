@@ -95,7 +95,7 @@ def curve(points: Sequence[Point], key: str, metric: str) -> Figure:
             axis.annotate(
                 _millions(point.trainable),
                 place,
-                (0, 5),
+                (0, 6),
                 textcoords="offset points",
                 ha="center",
                 fontsize=6,

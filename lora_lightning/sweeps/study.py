@@ -73,7 +73,10 @@ class Optuna:
         self.spaces = {one.key: self._space(one, known) for one in swept}
         direction = "maximize" if goal == "max" else "minimize"
         self.study = self.optuna.create_study(
-            sampler=self._sampler(sampler, count, seed=len(known)), pruner=self._pruner(pruner), direction=direction
+            study_name="sweep",  # hyperband draws brackets by it, and a name of Optuna's own is another each time
+            sampler=self._sampler(sampler, count, seed=len(known)),
+            pruner=self._pruner(pruner),
+            direction=direction,
         )
         self.told: dict[int, int] = {}
         self.live: dict[int, Any] = {}

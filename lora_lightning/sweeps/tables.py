@@ -10,7 +10,7 @@ from lora_lightning.analysis.tables import Rows
 from lora_lightning.sweeps.ranking import Point
 from lora_lightning.sweeps.space import plainly, short_names
 
-NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not read, so that it can still judge"
+NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not used, so that it can still judge"
 
 
 def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, goal: str) -> Rows:

@@ -18,8 +18,8 @@ from lora_lightning.sweeps.tables import csv_of, table
 RESULTS, CSV, PAGE = "sweep.json", "sweep.csv", "index.html"
 TITLE = "A sweep"
 INTRO = """Fits of one config with other values of some flags, ranked by what their best checkpoints reached on the
-validation set. Of many figures the best is a little lucky, more so the more there are: the test set, which no fit of
-the sweep has read, tells what the chosen one is worth."""
+validation set. Of many figures the best is a little lucky, more so the more there are: the test set, on which no fit
+of the sweep was measured, tells what the chosen one is worth."""
 
 
 def write(

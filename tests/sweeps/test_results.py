@@ -62,7 +62,7 @@ def test_a_point_of_which_a_seed_failed_is_not_ranked_beside_whole_ones():
     assert [(point.values[RANK], point.state) for point in found] == [("2", "complete"), ("1", "failed")]
 
 
-def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_not_read():
+def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_not_used():
     rows = table("sweep", ranked(over_ranks(seeds=(1, 2)), "max"), [MATRICES, RANK], METRIC, "max")
     assert rows.header == ["", "target_modules", "r", METRIC, "sd", "n", "trainable", "minutes", "folder"]
     assert rows.rows[0][:6] == ["1", "query, value", "64", "0.6790", "0.0071", "2"]
