@@ -89,7 +89,7 @@ def assert_equal_to_one(folder, names):
             assert split.far(value, ours["adapter"][key]) < tolerance, (name, key)
         assert ours["losses"] == pytest.approx(one["losses"], rel=tolerance)
         assert ours["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
-    assert torch.load(folder / "alike.pt") == [True] * len(names)
+    assert all(torch.load(folder / "alike.pt"))  # what every process of a group holds whole, to the bit
 
 
 def test_two_processes_equal_one(found):
@@ -100,7 +100,9 @@ def test_two_processes_equal_one(found):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_family_in_one_group_and_in_two_equals_one_process(tmp_path, processes):
     script("equality", tmp_path, processes)
-    assert_equal_to_one(tmp_path, split.FITS)
+    # Two groups with batches of their own draw other masks than one process with the batches of both.
+    drops = () if processes == 2 else ("dropout", "recomputed")
+    assert_equal_to_one(tmp_path, [name for name in split.FITS if name not in drops])
 
 
 # Law 8, and what checkpoints hold.
