@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lora_lightning import CausalLM, LoRAConfig, LoRAModule, huggingface, inject
@@ -257,6 +259,15 @@ class Seeded(Callback):
         torch.manual_seed(5)
 
 
+class Drawn(Callback):
+    """A number that was drawn when training began."""
+
+    numbers: Any = None
+
+    def on_train_start(self, *_: Any) -> None:
+        self.numbers = float(torch.rand(()))
+
+
 def fit(name: str, batch: int, **options: Any) -> dict[str, Any]:
     """Train for 20 steps or more, with the trainer's options."""
     if name.startswith("accumulate"):
@@ -337,10 +348,20 @@ def from_files(folder: Path, processes: int) -> None:
         torch.manual_seed(0)
         made = LoRAModule(base, CausalLM(), LoRAConfig(r=4), optimizer=SGD)
         many = {"strategy": strategy(tensor_parallel_plan=None), "devices": processes, "max_steps": 3}
-        fitted = ragged.fit(0, made=made, data=sharded.Sentences(4), **many)
+        rank, drawn = int(os.environ["LOCAL_RANK"]), Drawn()
+        torch.manual_seed(rank)
+        fitted = ragged.fit(0, drawn, made=made, data=sharded.Sentences(4), **many)
         found.append((made.w0_fingerprint().digest, fitted["adapter"]))
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        torch.save(found, folder / "from files.pt")
+        drawn.numbers = gathered(drawn.numbers)
+    counted = made.task.losses["val_"]
+    assert isinstance(counted, MeanMetric)
+    further = copy.deepcopy(counted)  # as of a second set
+    further.reset()
+    further.update(1.0, 3)
+    with further.sync_context(dist_sync_fn=further.dist_sync_fn):
+        units = float(further.weight)
+    if rank == 0:
+        torch.save([*found, {"drawn": drawn.numbers, "units": units}], folder / "from files.pt")
 
 
 def quick(folder: Path, processes: int) -> None:

@@ -1,4 +1,15 @@
-"""Tensor parallelism: laws 1, 2, 7, 8 and 9 where layers are split within themselves."""
+"""Tensor parallelism: laws 1, 2, 7, 8 and 9 where layers are split within themselves.
+
+Mutations that were made once, and what then fails:
+
+| mutation | test |
+|---|---|
+| gradients of A, or of B, are taken for whole | test_a_split_model_is_the_model... |
+| every process adds a rowwise layer's biases | the same |
+| no sum over a colwise layer's input gradients | the same |
+| each process draws its own mask in a rowwise layer | the same, "dropout" |
+| random states are not shared, metrics are counted in all processes | test_a_group_draws_one_number... |
+"""
 
 import json
 import re
@@ -172,9 +183,15 @@ def test_a_write_into_one_part_of_the_base_and_a_bad_loss_stop_all(lived):
 
 
 def test_a_base_is_filled_from_files_after_it_was_split(found):
-    (meta, ours), (loaded, theirs) = torch.load(found / "from files.pt")
+    (meta, ours), (loaded, theirs), _ = torch.load(found / "from files.pt")
     assert meta == loaded == fingerprint(make_model("llama", vocab_size=split.VOCABULARY)).digest
     assert differing(ours, theirs) == []
+
+
+def test_a_group_draws_one_number_and_counts_a_batch_once(found):
+    *_, told = torch.load(found / "from files.pt")
+    assert told["drawn"][0] == told["drawn"][1]
+    assert told["units"] == 3
 
 
 def test_a_fit_under_autocast_reports_and_measures_its_ranks(found):
