@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
@@ -16,6 +17,7 @@ from lightning.pytorch import Callback
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lora_lightning import CausalLM, LoRAConfig, LoRAModule, huggingface, inject
@@ -100,8 +102,10 @@ def exact(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def of_family(family: str, dtype: torch.dtype = torch.float64, optimizer: Any = None) -> LoRAModule:
-    lora = LoRAConfig(r=4)
+def of_family(
+    family: str, dtype: torch.dtype = torch.float64, optimizer: Any = None, heads: Sequence[str] = ()
+) -> LoRAModule:
+    lora = LoRAConfig(r=4, modules_to_save=list(heads))
     chosen = optimizer or (lambda p: torch.optim.AdamW(p, lr=0.02))
     return LoRAModule(language_model(family, dtype), CausalLM(), lora, optimizer=chosen)
 
@@ -245,7 +249,7 @@ QUICK = ("accumulate 3", "recomputed", "qwen3", "llama in float32")
 """Of the fits."""
 
 
-FITS = ("accumulate 1", "dropout", *QUICK, *(family for family in FAMILIES if family not in QUICK))
+FITS = ("accumulate 1", "dropout", "trained head", *QUICK, *(family for family in FAMILIES if family not in QUICK))
 
 
 class Seeded(Callback):
@@ -255,6 +259,15 @@ class Seeded(Callback):
         torch.manual_seed(5)
 
 
+class Drawn(Callback):
+    """A number that was drawn when training began."""
+
+    numbers: Any = None
+
+    def on_train_start(self, *_: Any) -> None:
+        self.numbers = float(torch.rand(()))
+
+
 def fit(name: str, batch: int, **options: Any) -> dict[str, Any]:
     """Train for 20 steps or more, with the trainer's options."""
     if name.startswith("accumulate"):
@@ -262,7 +275,10 @@ def fit(name: str, batch: int, **options: Any) -> dict[str, Any]:
     if name in ("dropout", "recomputed"):
         made = module(activation_checkpointing=name == "recomputed", dropout=0.2)
         return ragged.fit(batch, Seeded(), made=made, max_steps=20, **options)
-    of_name = of_family("llama", torch.float32, SGD) if name == "llama in float32" else of_family(name)
+    if name == "trained head":
+        of_name = of_family("llama", heads=["lm_head"])
+    else:
+        of_name = of_family("llama", torch.float32, SGD) if name == "llama in float32" else of_family(name)
     return ragged.fit(0, made=of_name, data=sharded.Sentences(batch), max_steps=20, **options)
 
 
@@ -270,7 +286,9 @@ def equality(folder: Path, processes: int, names: Sequence[str] = FITS) -> None:
     """The same fits as one process's, whose batches are as large as those of all readers together."""
     alike = []
     for name in names:
-        split = strategy(tensor_parallel_plan=None if "llama" in name or name in FAMILIES else PLAN)
+        split = strategy(
+            tensor_parallel_plan=PLAN if name in ("accumulate 1", "accumulate 3", "dropout", "recomputed") else None
+        )
         found = fit(name, 8 // processes, file=folder / f"{name}.pt", strategy=split, devices=processes)
         held = gathered(found["adapter"])
         alike.append(all(torch.equal(one[key], held[0][key]) for one in held for key in one))
@@ -330,10 +348,20 @@ def from_files(folder: Path, processes: int) -> None:
         torch.manual_seed(0)
         made = LoRAModule(base, CausalLM(), LoRAConfig(r=4), optimizer=SGD)
         many = {"strategy": strategy(tensor_parallel_plan=None), "devices": processes, "max_steps": 3}
-        fitted = ragged.fit(0, made=made, data=sharded.Sentences(4), **many)
+        rank, drawn = int(os.environ["LOCAL_RANK"]), Drawn()
+        torch.manual_seed(rank)
+        fitted = ragged.fit(0, drawn, made=made, data=sharded.Sentences(4), **many)
         found.append((made.w0_fingerprint().digest, fitted["adapter"]))
-    if int(os.environ["LOCAL_RANK"]) == 0:
-        torch.save(found, folder / "from files.pt")
+        drawn.numbers = gathered(drawn.numbers)
+    counted = made.task.losses["val_"]
+    assert isinstance(counted, MeanMetric)
+    further = copy.deepcopy(counted)  # as of a second set
+    further.reset()
+    further.update(1.0, 3)
+    with further.sync_context(dist_sync_fn=further.dist_sync_fn):
+        units = float(further.weight)
+    if rank == 0:
+        torch.save([*found, {"drawn": drawn.numbers, "units": units}], folder / "from files.pt")
 
 
 def quick(folder: Path, processes: int) -> None:

@@ -1,4 +1,15 @@
-"""Tensor parallelism: laws 1, 2, 7, 8 and 9 where layers are split within themselves."""
+"""Tensor parallelism: laws 1, 2, 7, 8 and 9 where layers are split within themselves.
+
+Mutations that were made once, and what then fails:
+
+| mutation | test |
+|---|---|
+| gradients of A, or of B, are taken for whole | test_a_split_model_is_the_model... |
+| every process adds a rowwise layer's biases | the same |
+| no sum over a colwise layer's input gradients | the same |
+| each process draws its own mask in a rowwise layer | the same, "dropout" |
+| random states are not shared, metrics are counted in all processes | test_a_group_draws_one_number... |
+"""
 
 import json
 import re
@@ -89,7 +100,7 @@ def assert_equal_to_one(folder, names):
             assert split.far(value, ours["adapter"][key]) < tolerance, (name, key)
         assert ours["losses"] == pytest.approx(one["losses"], rel=tolerance)
         assert ours["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
-    assert torch.load(folder / "alike.pt") == [True] * len(names)
+    assert all(torch.load(folder / "alike.pt"))  # what every process of a group holds whole, to the bit
 
 
 def test_two_processes_equal_one(found):
@@ -100,7 +111,9 @@ def test_two_processes_equal_one(found):
 @pytest.mark.parametrize("processes", [2, 4])
 def test_every_family_in_one_group_and_in_two_equals_one_process(tmp_path, processes):
     script("equality", tmp_path, processes)
-    assert_equal_to_one(tmp_path, split.FITS)
+    # Two groups with batches of their own draw other masks than one process with the batches of both.
+    drops = () if processes == 2 else ("dropout", "recomputed")
+    assert_equal_to_one(tmp_path, [name for name in split.FITS if name not in drops])
 
 
 # Law 8, and what checkpoints hold.
@@ -170,9 +183,15 @@ def test_a_write_into_one_part_of_the_base_and_a_bad_loss_stop_all(lived):
 
 
 def test_a_base_is_filled_from_files_after_it_was_split(found):
-    (meta, ours), (loaded, theirs) = torch.load(found / "from files.pt")
+    (meta, ours), (loaded, theirs), _ = torch.load(found / "from files.pt")
     assert meta == loaded == fingerprint(make_model("llama", vocab_size=split.VOCABULARY)).digest
     assert differing(ours, theirs) == []
+
+
+def test_a_group_draws_one_number_and_counts_a_batch_once(found):
+    *_, told = torch.load(found / "from files.pt")
+    assert told["drawn"][0] == told["drawn"][1]
+    assert told["units"] == 3
 
 
 def test_a_fit_under_autocast_reports_and_measures_its_ranks(found):
