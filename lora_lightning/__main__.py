@@ -41,11 +41,13 @@ def run(args: list[str]) -> None:
     """One command."""
     if answered(args):
         return
-    from lora_lightning.command_list import COMMANDS
+    from lora_lightning.command_list import COMMANDS, ENTRIES, named
     from lora_lightning.noise import quieten
 
     quieten()
-    if args[0] in COMMANDS:
+    if main_of := ENTRIES[args[0]].main:
+        named(main_of)(args[1:])
+    elif args[0] in COMMANDS:
         from lora_lightning.parser import run_command
 
         run_command(args[0], args[1:])

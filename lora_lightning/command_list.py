@@ -17,7 +17,9 @@ class Command(NamedTuple):
     positional: str | None = None
     """The argument that is given without its name; more than once where it is a list."""
     help: str = ""
-    """Of a list that is given so, what it holds."""
+    """What is given so."""
+    main: str | None = None
+    """`module:function` of a command that parses its arguments itself, which it gets as a list."""
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -51,6 +53,13 @@ FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 ENTRIES: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
+def named(path: str) -> Callable[..., Any]:
+    """The function of a `module:function`."""
+    module, _, function = path.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
 class Functions(Mapping[str, Callable[..., Any]]):
     """The commands that need no config, by name; each is imported where it is asked for."""
 
@@ -58,9 +67,7 @@ class Functions(Mapping[str, Callable[..., Any]]):
         self._paths = {name: entry.function for name, entry in entries.items() if entry.function}
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        module, _, function = self._paths[name].partition(":")
-        found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        return found
+        return named(self._paths[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)

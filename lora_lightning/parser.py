@@ -57,11 +57,15 @@ def command_parser(name: str) -> OneLine:
     function = COMMANDS[name]
     described = (inspect.getdoc(function) or "").partition("\n")[0]
     parser = OneLine(prog=f"lora-lightning {name}", description=described)
-    several = name in POSITIONAL and str(function.__annotations__[POSITIONAL[name]]).startswith("list")
-    if several:
-        parser.add_argument(POSITIONAL[name], nargs="+", type=str, help=ENTRIES[name].help)
-    skip: set[str | int] | None = {POSITIONAL[name]} if several else None
-    parser.add_function_arguments(function, skip=skip, as_positional=name in POSITIONAL and not several)
+    skip: set[str | int] = set()
+    if name in POSITIONAL:
+        word = POSITIONAL[name]
+        several = str(function.__annotations__[word]).startswith("list")
+        optional = inspect.signature(function).parameters[word].default is not inspect.Parameter.empty
+        if several or optional:
+            parser.add_argument(word, nargs="+" if several else "?", type=str, help=ENTRIES[name].help)
+            skip.add(word)
+    parser.add_function_arguments(function, skip=skip, as_positional=name in POSITIONAL and not skip)
     parser.needed = [action.dest for action in parser._actions if action.required]
     return parser
 
