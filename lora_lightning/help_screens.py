@@ -166,7 +166,7 @@ def _row(action: Action, command: str) -> str:
         told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
     flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
     end = _default(action)
-    few = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
+    few: dict[str, Any] = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
     return textwrap.fill(
         told + end,
         _width(),
