@@ -41,12 +41,12 @@ def run(args: list[str]) -> None:
     """One command."""
     if answered(args):
         return
-    from lora_lightning.command_list import COMMANDS, ENTRIES, imported
+    from lora_lightning.command_list import COMMANDS, ENTRIES, named
     from lora_lightning.noise import quieten
 
     quieten()
     if own := ENTRIES[args[0]].main:
-        imported(own)(args[1:])
+        named(own)(args[1:])
     elif args[0] in COMMANDS:
         from lora_lightning.parser import run_command
 

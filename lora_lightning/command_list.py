@@ -62,17 +62,17 @@ GROUPS: dict[str, dict[str, Command]] = {
 }
 
 
-def imported(path: str) -> Callable[..., Any]:
-    """What `module:function` names."""
-    module, _, function = path.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
-
-
 FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 """Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
 
 ENTRIES: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+def named(path: str) -> Callable[..., Any]:
+    """The function of a `module:function`."""
+    module, _, function = path.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
 
 
 class Functions(Mapping[str, Callable[..., Any]]):
@@ -82,7 +82,7 @@ class Functions(Mapping[str, Callable[..., Any]]):
         self._paths = {name: entry.function for name, entry in entries.items() if entry.function}
 
     def __getitem__(self, name: str) -> Callable[..., Any]:
-        return imported(self._paths[name])
+        return named(self._paths[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)

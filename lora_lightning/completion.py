@@ -38,6 +38,8 @@ def plain_parser() -> argparse.ArgumentParser:
         own = commands.add_parser(name, help=ENTRIES[name].line, add_help=False)
         for action in parser._actions:
             _add(own, action)
+    for name in ENTRIES.keys() - whole._subcommands_action._name_parser_map.keys():
+        commands.add_parser(name, help=ENTRIES[name].line, add_help=False)  # it parses its arguments itself
     return plain
 
 

@@ -36,6 +36,12 @@ TRAINER = {
 }
 """Of the Trainer's options those that most runs set, each in a line."""
 
+TO_TRAIN = (
+    *("max_epochs", "max_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val", "val_check_interval"),
+    *("check_val_every_n_epoch", "limit_train_batches", "log_every_n_steps"),
+)
+"""Those of them that say nothing where nothing trains."""
+
 RUN = {
     "config": "a YAML file; of several a later one wins",
     "print_config": "print the whole config as a file, and end",
@@ -108,9 +114,11 @@ def short(parser: Any, everything: str) -> str:
         "trainer": "trainer: Lightning's own",
     }
     for group in GROUPS:
-        own = [action for action in _actions(parser) if _group_of(action.dest) == group and not _hidden(action)]
+        own = [
+            action for action in _actions(parser) if _group_of(action.dest) == group and not _hidden(action, command)
+        ]
         rows = [_row(action, command) for action in own]
-        hidden = sum(1 for action in _actions(parser) if _hidden(action))
+        hidden = sum(1 for action in _actions(parser) if _hidden(action, command))
         lines += [titles[group], *rows]
         if group == "trainer" and hidden:
             lines.append(f"  and {hidden} more: lora-lightning {command} --help trainer")
@@ -143,8 +151,10 @@ def _actions(parser: Any) -> Iterator[Action]:
             yield action
 
 
-def _hidden(action: Action) -> bool:
-    return action.dest.startswith("trainer.") and action.dest.partition(".")[2] not in TRAINER
+def _hidden(action: Action, command: str) -> bool:
+    """Whether it is left to `--help trainer`: most runs leave it alone, or the command does not train."""
+    group, _, name = action.dest.partition(".")
+    return group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN))
 
 
 def _row(action: Action, command: str) -> str:
@@ -156,7 +166,7 @@ def _row(action: Action, command: str) -> str:
         told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
     flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
     end = _default(action)
-    few = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
+    few: dict[str, Any] = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
     return textwrap.fill(
         told + end,
         _width(),

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import lora_lightning
-from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
+from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT, Command
 from lora_lightning.completion import completion
 from lora_lightning.parser import command_parser
 from tests.command.process import REPOSITORY, command
@@ -159,3 +159,16 @@ def test_a_command_is_listed_for_each_function():
     for name in COMMANDS:
         assert callable(COMMANDS[name])
     assert lora_lightning.__name__ == "lora_lightning"
+
+
+TAKEN = []
+
+
+def takes(args):
+    TAKEN.append(args)
+
+
+def test_a_command_may_parse_its_arguments_itself(monkeypatch):
+    monkeypatch.setitem(ENTRIES, "own", Command("of one's own", main="tests.command.test_help:takes"))
+    command(monkeypatch, "own", "--all", "x")
+    assert TAKEN == [["--all", "x"]]
