@@ -1,6 +1,5 @@
 """The README is true: its commands run, its Python runs, its tree is there."""
 
-import contextlib
 import re
 import shlex
 import subprocess
@@ -69,15 +68,18 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
         args = [arg.replace("runs/demo", "runs/debug") for arg in shlex.split(line)[1:]]
         if {"--config", "-c"} & {*args} and "--help" not in args:
             args += ["--config", "configs/debug.yaml"]
-        if (
-            "configs/strategy/ddp.yaml" in args or args[0] == "predict"
-        ):  # of that run: its processes start the command anew
+        if "configs/strategy/ddp.yaml" in args or args[0] == "predict":
+            # predict is of that run: its processes start the command anew
             run(*args, cwd=tmp_path)
             continue
         monkeypatch.setattr("sys.argv", ["lora-lightning", *args])
-        with contextlib.suppress(SystemExit) if "--help" in args else contextlib.nullcontext():
+        try:
             main()
+        except SystemExit as ended:
+            assert not ended.code, (line, ended.code)
     assert (tmp_path / "runs/debug/report.json").is_file()
+    assert (tmp_path / "my_project/configs").is_dir()
+    assert len((tmp_path / "runs/debug-sweep/sweep.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize("line", RECIPES)
