@@ -46,6 +46,8 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 """Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
 
+PLAN = "What a config will train and cost, without its weights or data; takes the flags of fit."
+
 KNOWN = re.compile(r",\s+known\s+subclasses:[^()]*(?=\)\n)")
 
 
@@ -182,6 +184,7 @@ class LoRACLI(LightningCLI):
         for name, function in COMMANDS.items():
             own = command_parser(name)
             subcommands.add_subcommand(name, own, help=_first_line(function))
+        subcommands.add_subcommand("plan", self.init_parser(), help=PLAN)  # run by plan.py, with a parser of its own
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, for the subcommand that is asked for: all five take 1.5 s more, to read the same docstrings."""

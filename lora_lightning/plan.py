@@ -50,7 +50,9 @@ class PlanCLI(LoRACLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Those of `fit`, and the plan's own."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--ckpt_path", type=str | None, default=None, help="An argument of fit, not looked at here.")
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="An argument of fit, not looked at here."
+        )
         parser.add_argument("--weights_only", type=bool | None, default=None, help="As ckpt_path.")
         parser.add_argument("--batch_size", type=PositiveInt | None, default=None, help="Rows, over the config's.")
         parser.add_argument("--length", type=PositiveInt | None, default=None, help="Tokens, over data.max_length.")
@@ -128,7 +130,9 @@ class PlanCLI(LoRACLI):
         if precision not in PRECISIONS:
             raise LoRAError(f"plan knows the precisions {', '.join(PRECISIONS)}, got {precision}")
         on_gpu = accelerator not in ("cpu",) and torch.cuda.is_available()
-        shown = tuple(p for p in PRECISIONS if self.config.precisions is None or p in (*self.config.precisions, precision))
+        shown = tuple(
+            p for p in PRECISIONS if self.config.precisions is None or p in (*self.config.precisions, precision)
+        )
         return Wanted(
             base=None if on_gpu else self.base,
             precisions=shown,

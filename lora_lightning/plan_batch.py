@@ -45,7 +45,10 @@ class BatchSize:
 
     def told(self) -> str:
         """In words."""
-        parts = [f"{self.length} tokens" if self.length else "", f"{self.target_length} of the target" * bool(self.target_length)]
+        parts = [
+            f"{self.length} tokens" if self.length else "",
+            f"{self.target_length} of the target" * bool(self.target_length),
+        ]
         parts.append("x".join(map(str, self.image)) if self.image else "")
         return f"{self.rows} x {', '.join(filter(None, parts))}"
 

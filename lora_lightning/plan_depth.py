@@ -42,7 +42,10 @@ def _alike(blocks: Sequence[nn.Module]) -> bool:
     """Whether all agree in what their computation can depend on, but for their own numbers."""
     looks = [_looks(block) for block in blocks]
     numbers = {key for key in looks[0] if all(type(v := own.get(key)) is int and v == i for i, own in enumerate(looks))}
-    return all({k: own[k] for k in own.keys() - numbers} == {k: v for k, v in looks[0].items() if k not in numbers} for own in looks)
+    return all(
+        {k: own[k] for k in own.keys() - numbers} == {k: v for k, v in looks[0].items() if k not in numbers}
+        for own in looks
+    )
 
 
 def _looks(block: nn.Module) -> dict[tuple[str, str], Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.analysis.stand_ins import bytes_of, put_stand_ins, stand_in_mode
+from lora_lightning.analysis.stand_ins import put_stand_ins, stand_in_mode
 from lora_lightning.analysis.step_cost import StepCost, step_cost
 from lora_lightning.lora import quick, switches
 from lora_lightning.lora.adapter import adapter_tensors

@@ -94,7 +94,9 @@ def work_table(plan: Plan) -> Shown | None:
         sizes = (cost.forward, cost.backward, cost.flops)
         table.add_row(name, *(f"{short_count(size)}FLOP" for size in sizes), f"{_mb(cost.peak)} MB")
     shares = [f"{a / b:.2f}" if b else "" for a, b in ((own.forward, full.forward), (own.backward, full.backward))]
-    table.add_row("share", *shares, f"{own.flops / full.flops:.2f}" if full.flops else "", f"{own.peak / full.peak:.2f}")
+    table.add_row(
+        "share", *shares, f"{own.flops / full.flops:.2f}" if full.flops else "", f"{own.peak / full.peak:.2f}"
+    )
     return table, ""
 
 

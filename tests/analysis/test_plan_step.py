@@ -106,7 +106,9 @@ def traced(model, loss, *, context=nullcontext, forward=nullcontext) -> StepCost
         with forward(model) if forward is not nullcontext else nullcontext():
             return loss(model)
 
-    return step_cost(model, run, lambda: AdamW([p for p in model.parameters() if p.requires_grad]), mode, forward_context=context)
+    return step_cost(
+        model, run, lambda: AdamW([p for p in model.parameters() if p.requires_grad]), mode, forward_context=context
+    )
 
 
 def autocast():
@@ -205,7 +207,10 @@ def test_operations_are_those_that_torch_counts_of_a_real_step(case):
 def fused_on_cpus():
     """Fused attention on a CPU, which torch's table leaves out."""
     cpu = "_scaled_dot_product_flash_attention_for_cpu"
-    return {getattr(torch.ops.aten, cpu): sdpa_flop.__wrapped__, getattr(torch.ops.aten, f"{cpu}_backward"): sdpa_backward_flop.__wrapped__}
+    return {
+        getattr(torch.ops.aten, cpu): sdpa_flop.__wrapped__,
+        getattr(torch.ops.aten, f"{cpu}_backward"): sdpa_backward_flop.__wrapped__,
+    }
 
 
 def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token():
