@@ -77,13 +77,22 @@ def fit(arguments: list[str]) -> None:
 
 
 def child(*command: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", *command], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *command], stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True
+    )
     return done.stdout
 
 
 def one(name: str, precision: str, steps: int) -> dict[str, Any]:
     config = [*MODELS[name], "--trainer.precision", precision]
-    quiet = ["--trainer.limit_val_batches", "0", "--trainer.enable_progress_bar", "false", "--trainer.callbacks", "null"]
+    quiet = [
+        "--trainer.limit_val_batches",
+        "0",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.callbacks",
+        "null",
+    ]
     out = child("benchmarks.plan", "--fit", *config, *quiet, "--trainer.max_steps", str(steps))
     measured = json.loads(out.rpartition("measured ")[2].splitlines()[0])
     rows, length = measured["shape"][0], measured["shape"][-1]

@@ -130,7 +130,9 @@ class PlanCLI(LoRACLI):
         if precision not in PRECISIONS:
             raise LoRAError(f"plan knows the precisions {', '.join(PRECISIONS)}, got {precision}")
         on_gpu = accelerator not in ("cpu",) and torch.cuda.is_available()
-        shown = tuple(p for p in PRECISIONS if self.config.precisions is None or p in (*self.config.precisions, precision))
+        shown = tuple(
+            p for p in PRECISIONS if self.config.precisions is None or p in (*self.config.precisions, precision)
+        )
         return Wanted(
             base=None if on_gpu else self.base,
             precisions=shown,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.analysis.stand_ins import bytes_of, put_stand_ins, stand_in_mode
+from lora_lightning.analysis.stand_ins import put_stand_ins, stand_in_mode
 from lora_lightning.analysis.step_cost import StepCost, step_cost
 from lora_lightning.lora import quick, switches
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.base_dtype import cast_base
+from lora_lightning.lora.heads import HF_MODEL, is_a
 from lora_lightning.lora.inject import remove
 from lora_lightning.plan_depth import SHORT, depth_of, shortened
 from lora_lightning.training.forward import TrainingForward
@@ -156,7 +157,7 @@ def bytes_of_meta(tensors: Any) -> int:
 
 def saved_by_nf4(backbone: nn.Module) -> int:
     """Bytes by which W0 in 4 bit is smaller than in 16: of every linear layer but the head."""
-    head = getattr(backbone, "get_output_embeddings", lambda: None)()
+    head = backbone.get_output_embeddings() if is_a(backbone, HF_MODEL) else None  # type: ignore[operator]
     weights = {id(m.weight): m.weight for m in backbone.modules() if isinstance(m, nn.Linear) and m is not head}
     frozen = [w for w in weights.values() if not w.requires_grad]
     return int(sum(w.numel() * (w.element_size() - NF4_BITS / 8) for w in frozen))

@@ -16,7 +16,9 @@ def show(plan: Plan, console: Console) -> None:
     for made in (adapted_table(plan), formula_table(plan), memory_table(plan), work_table(plan)):
         if made is not None:
             table, below = made
+            title, table.title = table.title, None  # which would be folded to the width of a narrow table
             console.print()
+            console.print(title, style="bold", soft_wrap=True)
             console.print(table)
             if below:
                 console.print(below, soft_wrap=True)

@@ -99,8 +99,10 @@ class Ledger(TorchDispatchMode):
         if key in self._storages:
             return
 
-        def freed(_: Any, ledger: Any = weakref.ref(self)) -> None:
-            own = ledger()
+        here = weakref.ref(self)
+
+        def freed(_: Any) -> None:
+            own = here()
             if own is not None and own._storages.pop(key, None) is not None:
                 own.now -= size
 

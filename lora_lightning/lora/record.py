@@ -86,7 +86,7 @@ def write_record(
     slices = {p.name: s.to_spec() for p in packed if (s := p.layer.lora_settings.slices) and p.one_alpha is None}
     settings = {p.name: (*p.loads_as, p.scale) for p in packed}
     if not digests:
-        blank = {name: "0" * 16 for name in base_tensors(model)}
+        blank = dict.fromkeys(base_tensors(model), "0" * 16)
         return _metadata(Fingerprint("0" * 64, blank), "0" * 64, settings, dropouts, config, slices)
     return _metadata(fingerprint(model), of_tensors(tensors).digest, settings, dropouts, config, slices)
 

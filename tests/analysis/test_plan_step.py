@@ -207,7 +207,10 @@ def test_operations_are_those_that_torch_counts_of_a_real_step(case):
 def fused_on_cpus():
     """Fused attention on a CPU, which torch's table leaves out."""
     cpu = "_scaled_dot_product_flash_attention_for_cpu"
-    return {getattr(torch.ops.aten, cpu): sdpa_flop.__wrapped__, getattr(torch.ops.aten, f"{cpu}_backward"): sdpa_backward_flop.__wrapped__}
+    return {
+        getattr(torch.ops.aten, cpu): sdpa_flop.__wrapped__,
+        getattr(torch.ops.aten, f"{cpu}_backward"): sdpa_backward_flop.__wrapped__,
+    }
 
 
 def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token():
