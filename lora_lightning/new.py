@@ -93,7 +93,10 @@ def _told(target: Path, answers: dict[str, Any], *, committed: bool) -> str:
         ("make fit", f"{answers['task']}{offline}, on made-up rows in data/"),
         ("make export", "a PEFT adapter and a merged model"),
     ]
-    lines = [f"{target} is a project now{git}. README.md there says what to change.", f"  cd {shlex.quote(str(target))}"]
+    lines = [
+        f"{target} is a project now{git}. README.md there says what to change.",
+        f"  cd {shlex.quote(str(target))}",
+    ]
     return "\n".join([*lines, *(f"  {command:<13}{what}" for command, what in steps)])
 
 
