@@ -64,8 +64,8 @@ def new(
     target = Path(folder if folder is not None else _asked_name(asking))
     name = checked_name(target.resolve().name)
     refuse_occupied(target)
-    answers = {"task": task, "backbone": backbone, "logger": logger, "license": license, "author": author}
-    answers = {key: value for key, value in answers.items() if value is not None}
+    said = {"task": task, "backbone": backbone, "logger": logger, "license": license, "author": author}
+    answers = {key: value for key, value in said.items() if value is not None}
     check_choices(answers)
     given = package or os.environ.get(PACKAGE)
     data = {**answers, "project": name, "requirement": requirement(given), "year": str(date.today().year)}

@@ -1,6 +1,9 @@
 """A project begins with a commit, and a later template is brought in by `copier update`."""
 
+import importlib.metadata
+import json
 import shutil
+from types import SimpleNamespace
 
 import copier
 import pytest
@@ -8,6 +11,7 @@ import yaml
 
 from lora_lightning.new import new
 from lora_lightning.projects import render
+from lora_lightning.projects.origin import origin
 from tests.command.process import REPOSITORY
 from tests.new.projects import git
 
@@ -100,3 +104,33 @@ def test_update_finds_the_clone_that_the_package_lies_in(versions, tmp_path, mon
     git(versions, "checkout", "--quiet", "v0.2.0")
     copier.run_update(tmp_path / "mine", defaults=True, overwrite=True, quiet=True)
     assert (tmp_path / "mine/configs/precision/later.yaml").is_file()
+
+
+def told_by_pip(monkeypatch, **said):
+    """As if pip had installed the package from there."""
+    told = SimpleNamespace(read_text=lambda name: json.dumps(said) if name == "direct_url.json" else None)
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: told)
+
+
+def test_a_package_from_a_repository_names_it_with_its_commit(monkeypatch):
+    told_by_pip(monkeypatch, url="https://example.org/l.git", vcs_info={"vcs": "git", "commit_id": "abc123"})
+    assert origin(render.TEMPLATE) == {"_src_path": "git+https://example.org/l.git", "_commit": "abc123"}
+
+
+def test_a_package_from_a_clone_names_it_as_long_as_it_has_not_moved_on(versions, tmp_path, monkeypatch):
+    git(versions, "checkout", "--quiet", "v0.1.0")
+    installed = tmp_path / "site-packages/lora_lightning/template"
+    shutil.copytree(versions / "lora_lightning/template", installed)
+    told_by_pip(monkeypatch, url=versions.as_uri(), dir_info={})
+    assert origin(installed) == {"_src_path": str(versions), "_commit": "v0.1.0"}
+    git(versions, "checkout", "--quiet", "v0.2.0")
+    assert origin(installed) == {}
+
+
+def test_a_clone_whose_remote_has_the_commit_is_named_by_it(versions, tmp_path, monkeypatch):
+    git(tmp_path, "clone", "--quiet", str(versions), "mine")
+    template = tmp_path / "mine/lora_lightning/template"
+    told_by_pip(monkeypatch)
+    assert origin(template) == {"_src_path": str(versions), "_commit": "v0.2.0"}
+    git(tmp_path / "mine", "commit", "--quiet", "--allow-empty", "--message", "unpublished")
+    assert origin(template)["_src_path"] == str(tmp_path / "mine")

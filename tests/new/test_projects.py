@@ -107,7 +107,7 @@ def test_mypy_finds_nothing_in_any_project(projects):
     packages = [project / project.name for project in sorted(projects.iterdir())]
     config = next(projects.iterdir()) / "pyproject.toml"
     said = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", str(config), "--strict", *map(str, packages)],
+        [sys.executable, "-m", "mypy", "--config-file", str(config), *map(str, packages)],
         check=False,
         capture_output=True,
         text=True,
