@@ -95,9 +95,9 @@ class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
         """
         if self._module.lora.init in MEASURED and not trainer.ckpt_path:
             raise LoRAError(
-                f"lora.init={self._module.lora.init} is measured when training starts, and by then DeepSpeed has laid the"
-                " adapter in rows: fit a step in one process, and start from its adapter by init_adapter and another"
-                " lora.init"
+                f"lora.init={self._module.lora.init} is measured when training starts, and by then DeepSpeed has laid"
+                " the adapter in rows: fit a step in one process, and start from its adapter by init_adapter and"
+                " another lora.init"
             )
         super().setup_optimizers(trainer)
         if len(self.optimizers) != 1:
