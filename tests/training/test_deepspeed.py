@@ -1,13 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: laws 2, 8 and 9, and what checkpoints hold, in two processes on the CPU.
-
-Mutations that were made once, and what then fails:
-
-| mutation | test |
-|---|---|
-| the loss is not weighed (`handles_gradient_accumulation`) | test_two_processes_are_ddp... |
-| the optimizer's state is that of process 0 alone | test_a_resumed_fit... |
-| norms are taken over one process's part | test_clipped_gradients... |
-"""
+"""DeepSpeed's ZeRO-2 and ZeRO-3: laws 2, 8 and 9, and what checkpoints hold, in two processes on the CPU."""
 
 import importlib.util
 import json
