@@ -19,6 +19,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.agree import processes
 from lora_lightning.training.checkpoint_io import WholeFiles
 from lora_lightning.training.gradients import SharedStep
+from lora_lightning.training.start import MEASURED
 from lora_lightning.training.zero_checkpoints import ZeROCheckpoints
 from lora_lightning.training.zero_engine import (
     checked,
@@ -90,8 +91,14 @@ class ZeRO2Strategy(ZeROCheckpoints, SharedStep):
         """Make the optimizer, and let DeepSpeed put this process's part of what trains into it.
 
         Raises:
-            LoRAError: it cannot step over parts.
+            LoRAError: it cannot step over parts; a start that would be measured after this.
         """
+        if self._module.lora.init in MEASURED and not trainer.ckpt_path:
+            raise LoRAError(
+                f"lora.init={self._module.lora.init} is measured when training starts, and by then DeepSpeed has laid"
+                " the adapter in rows: fit a step in one process, and start from its adapter by init_adapter and"
+                " another lora.init"
+            )
         super().setup_optimizers(trainer)
         if len(self.optimizers) != 1:
             raise LoRAError(f"DeepSpeed steps one optimizer, got {len(self.optimizers)}: train with ddp")

@@ -16,7 +16,6 @@ from lora_lightning.lora.quantised import scheme
 from lora_lightning.training.agree import processes
 from lora_lightning.training.evaluates_together import EvaluatesTogether
 from lora_lightning.training.sharding import is_sharded
-from lora_lightning.training.start import MEASURED
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy, same_everywhere
 from lora_lightning.training.zero_engine import engine_for
 from lora_lightning.training.zero_parts import Row, rows_of_stage_3
@@ -67,13 +66,7 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         super().teardown()
 
     def _refuse(self) -> None:
-        module, backbone = self._module, self._module.backbone
-        fits = module.trainer.state.fn == TrainerFn.FITTING
-        if fits and not module.trainer.ckpt_path and module.lora.init in MEASURED:
-            raise LoRAError(
-                f"lora.init={module.lora.init} is measured on a whole model, and ZeRO-3 cuts it: fit a step in one"
-                " process, and start from its adapter by init_adapter and another lora.init"
-            )
+        backbone = self._module.backbone
         quantised = [name for name, m in backbone.named_modules() if scheme(m) is not None]
         if quantised:
             raise LoRAError(f"ZeRO-3 cuts plain weights, and {some(quantised)} are quantised: train with ddp or ZeRO-2")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,6 +52,8 @@ def prepare_deepspeed(device: torch.device) -> None:
     from deepspeed import ops
     from deepspeed.accelerator import get_accelerator
 
+    old = r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated"  # and DeepSpeed calls them
+    warnings.filterwarnings("ignore", old, FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # what it warns of is looked at here
     ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles what only its inference uses on CPUs
 

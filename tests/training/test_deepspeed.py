@@ -1,13 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: laws 2, 8 and 9, and what checkpoints hold, in two processes on the CPU.
-
-Mutations that were made once, and what then fails:
-
-| mutation | test |
-|---|---|
-| the loss is not weighed (`handles_gradient_accumulation`) | test_two_processes_are_ddp... |
-| the optimizer's state is that of process 0 alone | test_a_resumed_fit... |
-| norms are taken over one process's part | test_clipped_gradients... |
-"""
+"""DeepSpeed's ZeRO-2 and ZeRO-3: laws 2, 8 and 9, and what checkpoints hold, in two processes on the CPU."""
 
 import importlib.util
 import json
@@ -160,12 +151,6 @@ def test_figures_of_the_steps_are_those_of_whole_gradients(lived):
 def test_what_one_processs_batches_do_not_reach_is_added_up_all_the_same(lived):
     _, found = lived
     assert differing(found["unreached"]["ddp"], found["unreached"]["zero"]) == []
-
-
-@pytest.mark.parametrize("lived", [3], indirect=True)
-def test_stage_3_lets_a_weight_go_between_forward_and_backward(lived):
-    _, found = lived
-    assert found["let go"] == [True] * 3
 
 
 @pytest.mark.slow
@@ -352,5 +337,6 @@ def test_what_stops_one_process_stops_all_and_sigterm_leaves_a_checkpoint(tiny, 
     assert 75 in played["asked"].codes
     assert set(played["again"].codes) == {0}, played["again"].everything
     for name in ("gone", "error", "disk"):
-        assert 0 not in played[name].codes, played[name].everything
+        assert not {0, "hangs"} & set(played[name].codes), played[name].everything
+    for name in ("gone", "disk"):  # the other is a mistake in code, which shows where it was
         assert sum("error:" in line for line in played[name].everything.splitlines()) == 1

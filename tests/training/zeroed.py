@@ -105,28 +105,6 @@ def unreached(processes: int, stage: int) -> dict[str, Any]:
     return found
 
 
-class LetGo(Callback):
-    """Whether the weight that a forward gathered is still in memory when the backward begins."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        self.found: list[bool] = []
-        pl_module.backbone.layers[1].up.register_forward_hook(self.seen)
-
-    def seen(self, layer: Any, *_: Any) -> None:
-        self.reference = layer.weight.untyped_storage()._weak_ref()
-
-    def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: Any) -> None:
-        self.found.append(torch.UntypedStorage._expired(self.reference))
-
-
-def let_go(processes: int, stage: int) -> list[bool]:
-    """Of W0 in bfloat16, of which autocast makes no copies."""
-    seen = LetGo()
-    many: dict[str, Any] = {"strategy": STRATEGIES[stage](), "devices": processes, "max_steps": 3}
-    ragged.fit(2, seen, made=module(), plugins=[HalfBase("bf16-base", "cpu")], **many)
-    return seen.found
-
-
 def narrow(folder: Path, processes: int, stage: int) -> None:
     """Beside DDP: in bfloat16, and a language model."""
     words: dict[str, dict[str, Any]] = {
@@ -188,7 +166,6 @@ def life(folder: Path, processes: int, stage: int) -> None:
         found: dict[str, Any] = {"norms": norms(processes, stage)}
         if stage == 2:  # in stage 3 all processes must run the same modules
             found["unreached"] = unreached(processes, stage)
-        found["let go"] = let_go(processes, stage)
         many = {"devices": processes}
         first, found["whole"] = lived(folder / "many", stage, **many)
         found["figures"] = figures(first, at(folder / "many", 9))
