@@ -89,7 +89,7 @@ class PlanCLI(LoRACLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """As given; there is no run whose config could be meant."""
-        self.config = parser.parse_args(args)
+        self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def _set_seed(self) -> None:
         """Nothing is drawn."""

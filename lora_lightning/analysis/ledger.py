@@ -41,7 +41,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
 """torch's own formulas, a multiplication and an addition as two, and four operations that its table leaves out."""
 
 
-class Ledger(TorchDispatchMode):
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes held, and floating-point operations, of all that runs within.
 
     Args:
@@ -49,7 +49,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.flops = 0
         self.curve: list[int] = []
         """Bytes held after each operation."""

@@ -62,9 +62,9 @@ class StepCost:
         than in a shallow one, so moments are compared one by one.
         """
         found = {n: getattr(self, n) + times * (getattr(self, n) - getattr(other, n)) for n in NUMBERS}
-        forward, backward = zip(self.curves, other.curves, strict=True)
-        found["in_forward"] = _most(*(curve[::-1] for curve in forward), times)
-        found["in_backward"] = _most(*backward, times)
+        (forward, backward), (forward_less, backward_less) = self.curves, other.curves
+        found["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
+        found["in_backward"] = _most(backward, backward_less, times)
         return StepCost(**found, curves=self.curves)
 
 
