@@ -58,6 +58,14 @@ def test_the_three_commands_of_the_readme_are_those_of_make_demo():
     assert [" ".join(shlex.split(line)) for line in demo_lines()] == shown[:3]
 
 
+def code_of(command):
+    try:
+        command()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
 def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
     """On the demo's own model and texts, cut short by the debug overlay; in this process where one is enough."""
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
@@ -73,10 +81,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch):
             run(*args, cwd=tmp_path)
             continue
         monkeypatch.setattr("sys.argv", ["lora-lightning", *args])
-        try:
-            main()
-        except SystemExit as ended:
-            assert not ended.code, (line, ended.code)
+        assert not code_of(main), line
     assert (tmp_path / "runs/debug/report.json").is_file()
     assert (tmp_path / "my_project/configs").is_dir()
     assert len((tmp_path / "runs/debug-sweep/sweep.csv").read_text().splitlines()) == 3
