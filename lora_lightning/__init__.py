@@ -75,9 +75,9 @@ if TYPE_CHECKING:
     from lora_lightning.training.optim import WarmupDecay as WarmupDecay
     from lora_lightning.training.precision import HalfBase as HalfBase
     from lora_lightning.training.strategies import FSDP2Strategy as FSDP2Strategy
+    from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
     from lora_lightning.training.zero2_strategy import ZeRO2Strategy as ZeRO2Strategy
     from lora_lightning.training.zero3_strategy import ZeRO3Strategy as ZeRO3Strategy
-    from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
     from lora_lightning.vision_backbones import timm_model as timm_model
     from lora_lightning.vision_backbones import torchvision_model as torchvision_model
 

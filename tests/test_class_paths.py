@@ -60,7 +60,8 @@ def test_messages_that_are_about_something_else_are_let_be():
         (
             "tokenizer:",
             "tokeniser:",
-            "wrong.yaml, line 20: lora_lightning.TextClassificationData takes no 'tokeniser'; did you mean 'tokenizer'?",
+            "wrong.yaml, line 20: lora_lightning.TextClassificationData takes no 'tokeniser';"
+            " did you mean 'tokenizer'?",
         ),
     ],
 )
