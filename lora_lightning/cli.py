@@ -87,7 +87,7 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
                 for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
                     shared.data.init_args[name] = value
-            self.parser.save(shared, str(folder / run.CONFIG), skip_none=False, skip_validation=True, overwrite=True)
+            self.parser.save(shared, str(folder / run.CONFIG), skip_unset=False, skip_validation=True, overwrite=True)
             log_config(trainer.loggers, folder / run.CONFIG)
         self.already_saved = True
 

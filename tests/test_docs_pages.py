@@ -13,10 +13,13 @@ import yaml
 
 from lora_lightning.cli import command_parser
 from lora_lightning.commands import COMMANDS
+from lora_lightning.plan import PlanCLI
 from tests.command.process import REPOSITORY
-from tests.recipes.recipe import parse
+from tests.recipes.recipe import parse, stacked
 
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted((REPOSITORY / "docs").glob("*.md"))}
+PROJECT = REPOSITORY / "lora_lightning" / "template" / "project"
+"""What new.md speaks of: files and targets of the projects that it makes."""
 BASE = "demo.yaml"
 """What `run.yaml` and `mine.yaml` stand for."""
 
@@ -57,6 +60,12 @@ def overlays(args):
     return files, rest
 
 
+class PlanParsed(PlanCLI):
+    """Stops before anything is built."""
+
+    def instantiate_classes(self) -> None: ...
+
+
 @pytest.mark.parametrize("line", commands())
 def test_a_command_of_a_page_is_parsed(line):
     name, *args = shlex.split(line)
@@ -65,7 +74,9 @@ def test_a_command_of_a_page_is_parsed(line):
         return
     files, rest = overlays(args)
     ours = [word.partition("=")[0] for word in rest if word.startswith("--")]
-    if name == "fit":
+    if name == "plan":
+        assert PlanParsed([*stacked(files or [BASE]), *rest]).config.data.class_path
+    elif name == "fit":
         assert parse(files or [BASE], *rest).data.class_path
     else:  # its parser is that of fit with options of its own
         assert name in {"test", "validate", "predict", "export"}
@@ -104,7 +115,9 @@ def test_every_target_of_make_that_a_page_names_is_there():
     there = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text(encoding="utf-8"), re.M)
     found = named(r"(?m)(?:^|`)make ([a-z-]+)")
     assert len(found) > 3
-    assert [(page, target) for page, target in found if target not in there] == []
+    theirs = re.findall(r"^([a-z-]+):", (PROJECT / "Makefile.jinja").read_text(encoding="utf-8"), re.M)
+    there = {page: [*there, *theirs] if page == "new.md" else there for page, _ in found}
+    assert [(page, target) for page, target in found if target not in there[page]] == []
 
 
 def test_every_module_that_a_page_runs_is_there():
@@ -123,4 +136,7 @@ def test_every_extra_that_a_page_names_is_there():
 def test_every_file_that_a_page_names_is_there():
     found = named(r"`((?:configs|tests|benchmarks|requirements|docs)/[\w./-]+)`")
     assert len(found) > 20
-    assert [name for name in found if not (REPOSITORY / name[1]).exists()] == []
+    assert [name for name in found if name[0] != "new.md" and not (REPOSITORY / name[1]).exists()] == []
+    of_a_project = {path.name.removesuffix(".jinja") for path in PROJECT.rglob("*")}
+    of_a_project |= {"offline.yaml"}  # named by an answer
+    assert [name for page, name in found if page == "new.md" and name.rpartition("/")[2] not in of_a_project] == []

@@ -232,13 +232,16 @@ def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token(
 
 
 def test_a_deep_model_is_told_from_two_short_ones():
+    from lora_lightning.analysis.step_cost import NUMBERS
     from lora_lightning.plan_depth import SHORT, depth_of, shortened
 
     model = without_numbers(adapted(functools.partial(llama, 11), LINEAR))
     name, blocks = depth_of(model)
     assert (name, blocks) == ("model.layers", 11)
     short, longer = (traced(shortened(model, name, n), continued) for n in (SHORT, SHORT + 1))
-    assert longer.deeper(short, blocks - SHORT - 1) == traced(model, continued)
+    told, whole = longer.deeper(short, blocks - SHORT - 1), traced(model, continued)
+    for number in NUMBERS:  # a tensor of the batch, of some bytes, may be let go a moment earlier or later
+        assert getattr(told, number) == pytest.approx(getattr(whole, number), rel=1e-3), number
 
 
 def test_blocks_that_are_not_alike_are_all_run():

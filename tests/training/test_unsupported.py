@@ -24,7 +24,7 @@ def test_a_trainer_asks(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("fsdp3", r"no strategy 'fsdp3'; did you mean 'fsdp2'.*known: auto, .*ddp"),
+        ("fsdp3", r"no strategy 'fsdp3'; did you mean 'fsdp2' or 'fsdp1'.*there are auto, ddp"),
         ("deepspeed", r"strategy deepspeed: .*configs/strategy/deepspeed-zero2\.yaml"),
         ("deepspeed_stage_3", r"strategy deepspeed_stage_3: .*deepspeed-zero3\.yaml"),
         ("fsdp", r"strategy fsdp: .*configs/strategy/fsdp2\.yaml"),
