@@ -39,3 +39,13 @@ def recompute_inputs(model: nn.Module, recompute: bool = True) -> None:
     for module in model.modules():
         if isinstance(module, LoRALinear | LoRAConv1D):
             module.lora_replays = replays
+
+
+def compute_apart(model: nn.Module) -> None:
+    """Let no layer compute what a sibling of the same input needs: each then touches its own parameters alone.
+
+    Results are the same to rounding; the input is read once more for each sibling.
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALinear | LoRAConv1D):
+            module.__dict__.pop("lora_siblings", None)

@@ -43,6 +43,7 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         backbone = self._module.backbone
         switches.prepare_weights(backbone, "off")
         switches.recompute_inputs(backbone, False)
+        switches.compute_apart(backbone)  # DeepSpeed lets a module's parameters go as its own backward ends
         if trainer.state.fn == TrainerFn.FITTING:
             super().setup(trainer)
         else:

@@ -18,6 +18,7 @@ from lora_lightning.lora.drops import Dropout, dropped_of_256
 from lora_lightning.lora.drops import kept as kept_elements
 from lora_lightning.lora.quick import Frozen, plain_arithmetic, quick_linear
 from lora_lightning.lora.reading import Down
+from lora_lightning.lora.switches import compute_apart
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 DTYPES = list(TOLERANCE)
@@ -607,6 +608,17 @@ def test_wrappers_that_hang_tensors_where_parameters_were() -> None:
     one = copy.deepcopy(model)
     one.k._parameters.pop("lora_A")
     assert [down.layer for down in one.q._ready_siblings(0.0)] == [id(one.v)]
+
+
+def test_layers_that_compute_apart_ask_for_no_siblings_factor() -> None:
+    """DeepSpeed's stage 3 lets a module's parameters go as its own backward ends: a sibling's must be done with then."""
+    model, x = adapted(Three(12, 12)), torch.randn(3, 12).double().requires_grad_()
+    wanted = everything(model, x)
+    compute_apart(model)
+    for name in "qkv":
+        layer = model.get_submodule(name)
+        assert layer._ready_siblings(0.0) == []
+    assert_alike(everything(model, x), wanted, 1e-12)
 
 
 def test_dtypes_that_torch_does_not_multiply_are_not_multiplied() -> None:
