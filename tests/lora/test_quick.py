@@ -611,7 +611,7 @@ def test_wrappers_that_hang_tensors_where_parameters_were() -> None:
 
 
 def test_layers_that_compute_apart_ask_for_no_siblings_factor() -> None:
-    """DeepSpeed's stage 3 lets a module's parameters go as its own backward ends: a sibling's must be done with then."""
+    """DeepSpeed's stage 3 lets a module's parameters go as its own backward ends."""
     model, x = adapted(Three(12, 12)), torch.randn(3, 12).double().requires_grad_()
     wanted = everything(model, x)
     compute_apart(model)
