@@ -36,13 +36,13 @@ demo-vision: .venv/demo-vision ## Fine-tune EfficientNet-Lite0 and DINOv2 on sil
 	$(LORA) export --config configs/demo-vision-dinov2.yaml --ckpt_path best
 
 test: .venv/dev ## Run the tests (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
 
 test-all: .venv/dev ## Run all tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 coverage: .venv/dev ## Run the tests and report which lines and branches they reach (no number is chased)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow" --cov --cov-report=term --cov-report=html:build/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" --cov --cov-report=term --cov-report=html:build/coverage
 
 check: .venv/dev ## Lint, check the format and the types
 	$(BIN)/ruff check .

@@ -25,6 +25,8 @@ hypothesis.settings.load_profile("lora")
 
 quick.FEW_ROWS = 0  # the small inputs of tests stand for large ones
 
+RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")
+
 # By dtype, how far two ways of computing one output may be apart, relative to its largest entry.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
@@ -39,6 +41,19 @@ def _wandb_services_are_not_handed_on():
     """Processes that a later test, or its fixtures, start would take over the service of this test's run."""
     yield
     os.environ.pop("WANDB_SERVICE", None)
+
+
+@pytest.fixture(autouse=True)
+def _process_groups_are_not_handed_on():
+    """A strategy of several processes leaves its group and its port to this process, and to those that it starts."""
+    before = {name: os.environ.get(name) for name in RENDEZVOUS}
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
 
 
 @pytest.fixture(params=list(FAMILIES))
