@@ -6,6 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 LORA := $(BIN)/lora-lightning
+# Two cores, two workers. A file's tests stay in one of them: what its fixtures fit is fitted once.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # OpenMP's barriers spin, which starves whatever shares the cores; read when torch is loaded.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -36,13 +38,13 @@ demo-vision: .venv/demo-vision ## Fine-tune EfficientNet-Lite0 and DINOv2 on sil
 	$(LORA) export --config configs/demo-vision-dinov2.yaml --ckpt_path best
 
 test: .venv/dev ## Run the tests (minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/dev ## Run all tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(PYTEST)
 
 coverage: .venv/dev ## Run the tests and report which lines and branches they reach (no number is chased)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" --cov --cov-report=term --cov-report=html:build/coverage
+	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html:build/coverage
 
 check: .venv/dev ## Lint, check the format and the types
 	$(BIN)/ruff check .

@@ -41,6 +41,7 @@ def test_overlay_works_with_fit_test_and_export(overlay, tiny, tmp_path):
         assert list((tmp_path / "runs" / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.slow
 def test_strategy_overlay_works_with_test_and_export(trained, tmp_path):
     overlay = CONFIGS / "strategy" / "ddp.yaml"
     config = ["--config", trained / "config.yaml", "--config", overlay, "--ckpt_path", trained]

@@ -26,8 +26,6 @@ from tests.command.warm import run_all
 from tests.training import ragged, sharded, zeroed
 from tests.training.resuming import differing
 
-pytestmark = pytest.mark.xdist_group("deepspeed")  # one worker: what its fixtures fit is fitted once
-
 THERE = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not THERE, reason="DeepSpeed is not installed")
 

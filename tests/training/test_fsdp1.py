@@ -30,8 +30,6 @@ from tests.training import sharded, units
 from tests.training.resuming import differing
 from tests.training.test_fsdp2 import assert_equal_to_one
 
-pytestmark = pytest.mark.xdist_group("fsdp1")  # one worker: what its fixtures fit is fitted once
-
 
 def script(*args, timeout=300):
     command = [sys.executable, "-m", "tests.training.units", *map(str, args)]

@@ -42,8 +42,6 @@ from tests.processes import REPOSITORY
 from tests.training import ragged, sharded, shards
 from tests.training.resuming import differing
 
-pytestmark = pytest.mark.xdist_group("fsdp2")  # one worker: what its fixtures fit is fitted once
-
 FORMS = ["file", "folder"]
 
 

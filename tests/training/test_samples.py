@@ -126,6 +126,7 @@ def test_new_questions_are_answered_by_predict(fitted, tmp_path):
     assert [row["prediction"] for row in lines(fitted / "predict" / "predictions.jsonl")] == ["sea", "sun", "sky"]
 
 
+@pytest.mark.slow
 def test_a_packed_run_learns_the_same(chat, tmp_path):
     config = tmp_path / "packed.yaml"
     config.write_text(CONFIG.format(llama=chat.llama, chats=chat.chats, packing="true"))

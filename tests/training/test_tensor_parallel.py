@@ -36,8 +36,6 @@ from tests.tiny_lm import make_model
 from tests.training import sharded, split
 from tests.training.resuming import differing
 
-pytestmark = pytest.mark.xdist_group("tensor_parallel")  # one worker: what its fixtures fit is fitted once
-
 
 def script(name, folder, processes, timeout=300):
     command = [sys.executable, "-m", "tests.training.split", name, str(folder), str(processes)]

@@ -34,6 +34,7 @@ data:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make_data, tmp_path):
     """Batches of 7 over 120 rows leave the processes unequal shares, evened out by rows that must not count."""
     (tmp_path / "two.yaml").write_text(OVERLAY.format(runs=tmp_path / "runs"))
