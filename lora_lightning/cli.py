@@ -38,8 +38,10 @@ from lora_lightning.training.callbacks import (
     Tracking,
 )
 from lora_lightning.training.callbacks.resume import KEY, next_logged
+from lora_lightning.training.head_size import refuse_other_size
 from lora_lightning.training.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.monitored import refuse_unlogged
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
 from lora_lightning.training.wandb_run import go_on_with_run_of, log_config
 
@@ -186,7 +188,8 @@ class LoRACLI(LightningCLI):
         with read_once():
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        refuse_no_keys(self.config.get(str(command)), GIVEN.get() or ())
+        if command is not None:
+            refuse_no_keys(self.config[command], GIVEN.get() or ())
         refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
@@ -244,6 +247,14 @@ class LoRACLI(LightningCLI):
             if not said:
                 raise
             raise said[0] from None
+
+    def before_fit(self) -> None:
+        """What would end a fit only once it runs, found while there is no run folder yet."""
+        config = self.config[str(self.subcommand)]
+        refuse_other_count(config, self.datamodule)
+        names = getattr(self.datamodule, "label_names", None) or ()
+        refuse_other_size(self.model.backbone, self.model.task, names)
+        refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
 
     def _dump_config(self) -> None:
         """A class without arguments has no `init_args`, where Lightning would note what is linked."""
@@ -334,14 +345,15 @@ def refuse_no_keys(config: Any, args: Sequence[str]) -> None:
     """jsonargparse takes anything for a group of keys, and fails where it makes the class.
 
     Raises:
-        LoRAError: trainer, model or model.lora is a list or a text.
+        LoRAError: trainer, model or model.lora is a list, a text or null.
     """
     for key in ("trainer", "model", "model.lora"):
-        value = None if config is None else config.get(key)
-        if isinstance(value, str | list | int | float):
+        value = config.get(key)
+        if value is None or isinstance(value, str | list | int | float):
             place = place_of(key, args)
+            got = "null: leave it out for its defaults" if value is None else repr(value)
             raise LoRAError(
-                f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {value!r}"
+                f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {got}"
             )
 
 
@@ -353,6 +365,21 @@ def refuse_no_class(strategy: Any) -> None:
     """
     if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
         raise LoRAError(f"trainer.strategy: {wrong}")
+
+
+def refuse_other_count(config: Any, data: Any) -> None:
+    """What the data say of themselves is handed to the model, and wins over what a config says without a word.
+
+    Raises:
+        LoRAError: another `num_classes` of the task or the backbone than the data have labels.
+    """
+    count = getattr(data, "num_classes", None)
+    for part in ("task", "backbone"):
+        given = config.get(f"model.{part}.init_args.num_classes")
+        if None not in (given, count) and given != count:
+            raise LoRAError(
+                f"model.{part}.init_args.num_classes is {given}, and the data have {count} labels: leave it out"
+            )
 
 
 class _Made(Exception):

@@ -50,6 +50,7 @@ class ImageClassification(Task):
         super().__init__(collection)
         self.monitor = f"val/{metrics[0]}"
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.outputs = num_classes
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return image_inputs(backbone, batch)

@@ -39,7 +39,7 @@ class SequenceClassification(Task):
             raise LoRAError(f"classification needs at least 2 classes, got {num_classes}")
         super().__init__(metrics_of(metrics, num_classes))
         self.monitor = f"val/{metrics[0]}"
-        self.num_classes = num_classes
+        self.num_classes = self.outputs = num_classes
         self.label_smoothing = label_smoothing
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
