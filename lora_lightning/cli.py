@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.class_paths import wrong_path
 from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
-from lora_lightning.config_files import check
+from lora_lightning.config_files import check, named
 from lora_lightning.config_places import place_of
 from lora_lightning.data.base import TableData
 from lora_lightning.docstrings import read_once
@@ -38,7 +38,7 @@ from lora_lightning.training.callbacks import (
     Tracking,
 )
 from lora_lightning.training.callbacks.resume import KEY, next_logged
-from lora_lightning.training.head_size import refuse_other_size
+from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from lora_lightning.training.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
@@ -185,6 +185,9 @@ class LoRACLI(LightningCLI):
             args = full if args is not None or full != given else None
             GIVEN.set(full)
             check(full)
+            for file in map(Path, named(full)):
+                if file.name == run.CONFIG and file.parent != Path():
+                    RUN_CONFIG.set(str(file))
         with read_once():
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
@@ -365,21 +368,6 @@ def refuse_no_class(strategy: Any) -> None:
     """
     if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
         raise LoRAError(f"trainer.strategy: {wrong}")
-
-
-def refuse_other_count(config: Any, data: Any) -> None:
-    """What the data say of themselves is handed to the model, and wins over what a config says without a word.
-
-    Raises:
-        LoRAError: another `num_classes` of the task or the backbone than the data have labels.
-    """
-    count = getattr(data, "num_classes", None)
-    for part in ("task", "backbone"):
-        given = config.get(f"model.{part}.init_args.num_classes")
-        if None not in (given, count) and given != count:
-            raise LoRAError(
-                f"model.{part}.init_args.num_classes is {given}, and the data have {count} labels: leave it out"
-            )
 
 
 class _Made(Exception):

@@ -101,8 +101,11 @@ def tree(file: Path) -> yaml.Node | None:
     Raises:
         LoRAError: it is no UTF-8 or no YAML.
     """
+    text = text_of(file)
+    if file.suffix == ".json":  # which may be indented by tabs, and can have none elsewhere
+        text = text.replace("\t", " ")
     try:
-        return yaml.compose(text_of(file), Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         told = f"{error.context or ''} {error.problem or ''}".strip()
         plain = next((said for pattern, said in PLAINLY if re.search(pattern, told)), told)

@@ -51,6 +51,17 @@ KNOWN: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         ),
     ),
     (
+        r"^Invalid (?:learning rate|\w+ value|beta parameter.*?|momentum|weight decay): .*",
+        lambda found: f"the optimizer says: {found[0]}; see model.optimizer.init_args",
+    ),
+    (
+        r"`val_check_interval` \((\S+)\) must be less than or equal to the number of the training batches \((\d+)\)",
+        lambda found: (
+            f"--trainer.val_check_interval {found[1]} is beyond an epoch's {found[2]} batches: give at most {found[2]},"
+            " or count over epochs by --trainer.check_val_every_n_epoch null"
+        ),
+    ),
+    (
         r"Target (-?\d+) is out of bounds",
         lambda found: (
             f"a batch has the label {found[1]}, for which the model has no output: number the data's labels from 0, or"

@@ -41,7 +41,10 @@ class ImageClassification(Task):
         self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
     ) -> None:
         if num_classes < 2:
-            raise LoRAError(f"classification needs at least 2 classes, got {num_classes}")
+            raise LoRAError(
+                f"classification needs at least 2 classes, got {num_classes}: are the labels in data.label_column, or"
+                " name them all as data.label_names"
+            )
         if not 0 <= label_smoothing < 1:
             raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         collection = metrics_of(metrics, num_classes)
