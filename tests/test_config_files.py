@@ -32,11 +32,12 @@ def test_what_is_wrong(name, text, said, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text"),
     [
+        ("a.yaml", "{}\n"),
         ("a.json", '{\n\t"trainer": {\n\t\t"max_steps": 1\n\t}\n}'),
         ("a.yaml", "ckpt_path: null\nname: x\n"),
         ("a.yaml", "data:\n  init_args:\n    prompt: 'It costs ${price}.'\n"),
     ],
-    ids=["JSON with tabs", "null beside others", "a dollar in a text"],
+    ids=["no keys", "JSON with tabs", "null beside others", "a dollar in a text"],
 )
 def test_what_is_right(name, text, tmp_path):
     file = tmp_path / name

@@ -51,7 +51,7 @@ class LoRAModule(LightningModule):
         optimizer: called with the parameters that train, and with no others, in groups: vectors such as biases
             without weight decay.
         b_lr_ratio: B's learning rate over A's; LoRA+ takes about 16 (arXiv 2402.12354).
-        lr_scheduler: called with the optimizer. `WarmupDecay` is told the number of steps.
+        lr_scheduler: `lora_lightning.WarmupDecay`, which is told the number of steps, or one of torch's.
         lr_interval: whether other schedulers step once per optimizer `step` or once per `epoch`.
         backbone_mode: `eval` keeps the backbone's own dropout off and its batch statistics still while
             the adapter trains (its own dropout is on); `train` turns the backbone's dropout on. Batch

@@ -59,7 +59,8 @@ from torch.utils.data import DataLoader
 
 class Rows(lightning.LightningDataModule):
     def train_dataloader(self):
-        return DataLoader([{"input_ids": torch.tensor([2, 5, 3]), "labels": torch.tensor(n)} for n in (1, 2)])
+        rows = [{"input_ids": torch.tensor([2, 5, 3]), "labels": torch.tensor(n)} for n in (1, 2)]
+        return DataLoader(rows, batch_size=2)
 """
 
 MISTAKES = {
@@ -158,6 +159,12 @@ MISTAKES = {
     ),
     "a run's data from another folder": Mistake(
         "test --ckpt_path runs/tiny --data.path old/reviews.csv",
+        "no file old/reviews.csv (the path stands in runs/tiny/version_0/config.yaml and is taken from "
+        "the folder where the command runs: run it where the fit ran, or give another, such as "
+        "--data.path FILE)",
+    ),
+    "a run's config from another folder": Mistake(
+        "fit -c runs/tiny/version_0/config.yaml --data.path old/reviews.csv",
         "no file old/reviews.csv (the path stands in runs/tiny/version_0/config.yaml and is taken from "
         "the folder where the command runs: run it where the fit ran, or give another, such as "
         "--data.path FILE)",
@@ -441,7 +448,6 @@ MISTAKES = {
     "a learning rate below 0": Mistake(
         f"{FIT} --model.optimizer.lr -1",
         "the optimizer says: Invalid learning rate: -1.0; see model.optimizer.init_args",
-        late=True,
     ),
     "export before fit": Mistake(
         "export -c run.yaml --ckpt_path best --name second",
