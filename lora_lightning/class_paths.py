@@ -40,7 +40,7 @@ def explained(message: str, args: Sequence[str]) -> str | None:
         args: of the command, whose config files are looked at for the class that an argument was given to.
     """
     for found in NAMED.finditer(message):
-        told = wrong_path(found[1] or found[2] or found[3])
+        told = None if found[3] == "None" else wrong_path(found[1] or found[2] or found[3])
         if told is not None:
             key = KEY.search(message)
             if key and key[1].endswith("model.backbone") and "is no path to a class" in told:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.class_paths import wrong_path
 from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
-from lora_lightning.config_files import check
+from lora_lightning.config_files import check, named
 from lora_lightning.config_places import place_of
 from lora_lightning.data.base import TableData
 from lora_lightning.docstrings import read_once
@@ -38,8 +38,10 @@ from lora_lightning.training.callbacks import (
     Tracking,
 )
 from lora_lightning.training.callbacks.resume import KEY, next_logged
+from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from lora_lightning.training.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.monitored import refuse_unlogged
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
 from lora_lightning.training.wandb_run import go_on_with_run_of, log_config
 
@@ -183,10 +185,14 @@ class LoRACLI(LightningCLI):
             args = full if args is not None or full != given else None
             GIVEN.set(full)
             check(full)
+            for file in map(Path, named(full)):
+                if file.name == run.CONFIG and file.parent != Path():
+                    RUN_CONFIG.set(str(file))
         with read_once():
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
-        refuse_no_keys(self.config.get(str(command)), GIVEN.get() or ())
+        if command is not None:
+            refuse_no_keys(self.config[command], GIVEN.get() or ())
         refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
@@ -244,6 +250,14 @@ class LoRACLI(LightningCLI):
             if not said:
                 raise
             raise said[0] from None
+
+    def before_fit(self) -> None:
+        """What would end a fit only once it runs, found while there is no run folder yet."""
+        config = self.config[str(self.subcommand)]
+        refuse_other_count(config, self.datamodule)
+        names = getattr(self.datamodule, "label_names", None) or ()
+        refuse_other_size(self.model.backbone, self.model.task, names)
+        refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
 
     def _dump_config(self) -> None:
         """A class without arguments has no `init_args`, where Lightning would note what is linked."""
@@ -334,14 +348,15 @@ def refuse_no_keys(config: Any, args: Sequence[str]) -> None:
     """jsonargparse takes anything for a group of keys, and fails where it makes the class.
 
     Raises:
-        LoRAError: trainer, model or model.lora is a list or a text.
+        LoRAError: trainer, model or model.lora is a list, a text or null.
     """
     for key in ("trainer", "model", "model.lora"):
-        value = None if config is None else config.get(key)
-        if isinstance(value, str | list | int | float):
+        value = config.get(key)
+        if value is None or isinstance(value, str | list | int | float):
             place = place_of(key, args)
+            got = "null: leave it out for its defaults" if value is None else repr(value)
             raise LoRAError(
-                f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {value!r}"
+                f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {got}"
             )
 
 

@@ -31,8 +31,13 @@ PLAINLY = (
         "an alias (*name) without its anchor (&name): put a text with * in front into quotes",
     ),
     (r"expected a single document", "a second document begins here (---): keep one in a file"),
+    (r"expected '?<document start>", "a config is YAML: 'key: value' in each line"),
 )
 """What YAML's own messages mean."""
+
+
+VARIABLE = re.compile(r"\$\{(?:oc\.\w+|env|hydra|now):[^}]*\}?")
+NULL = "tag:yaml.org,2002:null"
 
 
 def named(args: Sequence[str]) -> list[str]:
@@ -64,8 +69,6 @@ def check_file(file: Path) -> None:
         raise LoRAError(f"--config {file} is a folder{held}; name a file")
     if not file.is_file():
         raise LoRAError(f"no config file {file}{_meant(file)}")
-    if file.suffix not in ENDINGS:
-        return
     root = tree(file)
     if root is None:
         raise LoRAError(f"{file} is empty: a config holds keys with values, such as those of configs/demo.yaml")
@@ -74,6 +77,8 @@ def check_file(file: Path) -> None:
         raise LoRAError(f"{file} must hold keys with values, such as 'name: demo', got {got}")
     for node in _mappings(root):
         _refuse_twice(file, node)
+    _refuse_all_empty(file, root)
+    _refuse_variables(file, root)
 
 
 def text_of(file: Path) -> str:
@@ -96,8 +101,11 @@ def tree(file: Path) -> yaml.Node | None:
     Raises:
         LoRAError: it is no UTF-8 or no YAML.
     """
+    text = text_of(file)
+    if file.suffix == ".json":  # which may be indented by tabs, and can have none elsewhere
+        text = text.replace("\t", " ")
     try:
-        return yaml.compose(text_of(file), Loader=yaml.SafeLoader)
+        return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         told = f"{error.context or ''} {error.problem or ''}".strip()
         plain = next((said for pattern, said in PLAINLY if re.search(pattern, told)), told)
@@ -126,6 +134,32 @@ def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
         if name in seen and name != "<<":
             raise LoRAError(f"{file}, line {line}: '{name}' is there twice, first in line {seen[name]}: keep one")
         seen[name] = line
+
+
+def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
+    """Such as a section all of whose keys are commented out: jsonargparse takes the file for a text."""
+    if root.value and all(value.tag == NULL for _, value in root.value):
+        key, _ = root.value[0]
+        line = key.start_mark.line + 1
+        raise LoRAError(f"{file}, line {line}: '{key.value}' holds nothing: give it keys or a value, or leave it out")
+
+
+def _refuse_variables(file: Path, root: yaml.Node) -> None:
+    """OmegaConf's and Hydra's: here they would be taken as they stand, as the name of a folder, say."""
+    for node in _scalars(root):
+        if found := VARIABLE.search(node.value):
+            raise LoRAError(
+                f"{file}, line {node.start_mark.line + 1}: a config has no variables such as {found[0]}: write the"
+                ' value, or give it as a flag, where a shell fills in "$NAME"'
+            )
+
+
+def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
+    if isinstance(node, yaml.ScalarNode):
+        yield node
+    for inner in _mappings(node):
+        for key, value in inner.value:
+            yield from (one for one in (key, value) if isinstance(one, yaml.ScalarNode))
 
 
 def _meant(file: Path) -> str:

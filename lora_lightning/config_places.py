@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from lora_lightning.config_files import ENDINGS, named, tree
+from lora_lightning.config_files import named, tree
 
 
 def place_of(key: str, args: Sequence[str], value: str | None = None) -> str | None:
@@ -69,7 +69,7 @@ def classes_given(option: str, args: Sequence[str]) -> Iterator[tuple[str, str]]
 def _trees(args: Sequence[str]) -> Iterator[tuple[Path, yaml.Node | None]]:
     """The config files that can be read, the last first."""
     for file in reversed(list(map(Path, named(args)))):
-        if file.suffix in ENDINGS and file.is_file():
+        if file.is_file():
             yield file, tree(file)
 
 

@@ -13,8 +13,8 @@ KNOWN: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         lambda found: f"EarlyStopping monitors '{found[1]}', which is not logged{_logged(found[1], found[2])}",
     ),
     (
-        r"(?s)could not find the monitored key in the returned metrics: \[(.*?)\]",
-        lambda found: f"ModelCheckpoint monitors what is not logged (logged are {found[1]})",
+        r"(?s)monitor='([^']+)'\) could not find the monitored key in the returned metrics: \[(.*?)\]",
+        lambda found: f"ModelCheckpoint monitors '{found[1]}', which is not logged{_logged(found[1], found[2])}",
     ),
     (
         r"(?s)ReduceLROnPlateau conditioned on metric ([^ ]+) which is not available. Available metrics are: \[(.*?)\]",
@@ -48,6 +48,31 @@ KNOWN: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         lambda found: (
             "a section that holds keys, such as data.split, is set to"
             f" {'null' if found[1] == 'NoneType' else f'a {found[1]}'}: leave it out for its defaults, or give it keys"
+        ),
+    ),
+    (
+        r"^Invalid (?:learning rate|\w+ value|beta parameter.*?|momentum|weight decay): .*",
+        lambda found: f"the optimizer says: {found[0]}; see model.optimizer.init_args",
+    ),
+    (
+        r"`val_check_interval` \((\S+)\) must be less than or equal to the number of the training batches \((\d+)\)",
+        lambda found: (
+            f"--trainer.val_check_interval {found[1]} is beyond an epoch's {found[2]} batches: give at most {found[2]},"
+            " or count over epochs by --trainer.check_val_every_n_epoch null"
+        ),
+    ),
+    (
+        r"Target (-?\d+) is out of bounds",
+        lambda found: (
+            f"a batch has the label {found[1]}, for which the model has no output: number the data's labels from 0, or"
+            " raise num_classes and the head's outputs"
+        ),
+    ),
+    (
+        r"device-side assert triggered",
+        lambda found: (
+            "a number was out of its range on the GPU, most often a label beyond num_classes or a token beyond the"
+            " vocabulary: the same command with --trainer.accelerator cpu says which"
         ),
     ),
     (

@@ -11,12 +11,22 @@ from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
 from lora_lightning.config_files import named
 from lora_lightning.config_places import place_of, whole_key
 from lora_lightning.lora.errors import did_you_mean
+from lora_lightning.other_tools import instead_of
 
 UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
 LITERAL = re.compile(r"Parser key \"([^\"]*)\": Expected a (?:typing\.)?(Literal\[.*\])\. Got value: (.*)")
 PLAIN = re.compile(r"Parser key \"([^\"]*)\": Expected an? (<class '[\w.]+'>)\. Got value: (.*)")
 NESTED = re.compile(r"Parser key \"([^\"]*)\": Unable to load config '(.*?)' - ")
 NO_FUNCTION = re.compile(r"Parser key \"([^\"]*)\": .*Import path (\S+) does not correspond to a subclass of (\w+)")
+NO_CLASS = re.compile(
+    r"Parser key \"([^\"]*)\": .*?Not a valid subclass of (\w+)\. Got value: (None|\{.*?\}) Subclass types"
+)
+SEVERAL = re.compile(r"Parser key \"([^\"]*)\": .*?Multiple subclasses with name (\w+)\. .*? ambiguity: (.*?)\. ")
+LACKS = re.compile(
+    r"Parser key \"([^\"]*)\": .*?(?:callable class|class_path '[^']+'): the following arguments are required:"
+    r" ([\w, ]+?)(?: - |$)"
+)
+NO_FUNCTION_AT_ALL = re.compile(r"Parser key \"([^\"]*)\": .*or a subclass spec, but got None")
 IN_A_FILE = re.compile(r"Subcommand '(\w+)' does not accept option '([^']+)'|^Key '([^']+)' is not expected")
 REQUIRED = re.compile(r"the following arguments are required: (.*)")
 UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
@@ -42,46 +52,6 @@ TYPES = {
     "dict": "keys with values such as {a: 1}",
     "path": "a path",
 }
-
-ELSEWHERE = {
-    "lora_alpha": "model.lora.alpha",
-    "lora_dropout": "model.lora.dropout",
-    "lora_r": "model.lora.r",
-    "lora_rank": "model.lora.r",
-    "rank": "model.lora.r",
-    "init_lora_weights": "model.lora.init",
-    "lora_target_modules": "model.lora.target_modules",
-    "epochs": "trainer.max_epochs",
-    "num_train_epochs": "trainer.max_epochs",
-    "num_epochs": "trainer.max_epochs",
-    "gpus": "trainer.devices",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-    "bf16": "trainer.precision bf16-base (or bf16-mixed)",
-    "fp16": "trainer.precision 16-mixed",
-    "lr": "model.optimizer.init_args.lr",
-    "learning_rate": "model.optimizer.init_args.lr",
-    "weight_decay": "model.optimizer.init_args.weight_decay",
-    "batch_size": "data.init_args.batch_size",
-    "per_device_train_batch_size": "data.init_args.batch_size",
-    "train_file": "data.init_args.path",
-    "model_name_or_path": "model.backbone.init_args.pretrained_model_name_or_path",
-    "output_dir": "runs_dir",
-    "run_name": "name",
-    "seed": "seed_everything",
-    "resume_from_checkpoint": "ckpt_path",
-    "gradient_checkpointing": "model.activation_checkpointing",
-}
-"""What other tools call it, and what it is called here."""
-
-NOT_NEEDED = {
-    "task_type": "the class of model.task says what the task is",
-    "peft_type": "LoRA is the only one here",
-    "inference_mode": "test, predict and export never train",
-    "fan_in_fan_out": "a layer's class says how its weight lies",
-    "base_model_name_or_path": "it is model.backbone.init_args.pretrained_model_name_or_path",
-}
-"""Fields of PEFT's configs that have nothing to say here."""
 
 
 def told(message: str, args: Sequence[str], known: Iterable[str], command: str = "") -> str:
@@ -111,11 +81,20 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return f"{start}write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
     if found := NO_FUNCTION.search(text):
         return _no_function(found[1], found[2], found[3])
+    if found := SEVERAL.search(text):
+        return f"{found[1]}: there are several classes {found[2]}: write {' or '.join(found[3].split(', '))} in full"
+    if found := LACKS.search(text):
+        return f"{_placed(found[1], args)}the class needs {_listed(found[2].split(', '))} in its init_args"
     unfit = UNION.search(text) or LITERAL.search(text)
     if unfit and not A_CLASS.fullmatch(unfit[3]) and "<class '" in unfit[2] and unfit[3][0] not in "[{":
         return _unfit(unfit[1], unfit[2], unfit[3], args)
     if (said := explained(text, args)) is not None:
         return said
+    if found := NO_CLASS.search(text):
+        got = "null" if found[3] == "None" else f"{found[3]} without it"
+        return f"{_placed(found[1], args)}expected a {found[2].lower()}, as class_path: and its init_args:, got {got}"
+    if found := NO_FUNCTION_AT_ALL.search(text):
+        return f"{_placed(found[1], args)}expected a class_path and its init_args, got null: leave it out"
     if unfit:
         return _unfit(unfit[1], unfit[2], unfit[3], args)
     if found := NO_VALUE.fullmatch(text):
@@ -164,19 +143,19 @@ def _unknown_key(key: str, keys: Iterable[str], args: Sequence[str]) -> str:
 
 def _instead(name: str, keys: Iterable[str], dashes: str) -> str:
     """What to write for a name that means nothing: what it is called here, or what is near."""
+    keys = [key for key in keys if not key.endswith("+")]
     last = name.rpartition(".")[2]
-    if last in NOT_NEEDED:
-        return f": leave it out, {NOT_NEEDED[last]}"
-    if last in ELSEWHERE:
-        return f": here it is {dashes}{ELSEWHERE[last]}"
-    group = name.rpartition(".")[0]
+    if (other := instead_of(last, keys, dashes)) is not None:
+        return other
+    group, first = name.rpartition(".")[0], name.partition(".")[0]
     beside = [key for key in keys if key.rpartition(".")[0] == group]
     same = [key for key in keys if key.rpartition(".")[2] == last]
-    found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, keys, dashes)
-    if found:
-        return found
-    outer = _near(name.partition(".")[0], {key.partition(".")[0] for key in keys}, dashes) if "." in name else ""
-    return outer or ": --help tells what there is"
+    within = [key for key in keys if key.startswith(f"{first}.")] if group else []
+    found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
+    if found or within:
+        return found or f": --help {first} tells what there is"
+    outer = _near(first, {key.partition(".")[0] for key in keys}, dashes) if group else ""
+    return _near(name, keys, dashes) or outer or ": --help tells what there is"
 
 
 def _near(name: str, keys: Iterable[str], dashes: str) -> str:
@@ -188,7 +167,7 @@ def _near(name: str, keys: Iterable[str], dashes: str) -> str:
 
 def _unfit(key: str, types: str, given: str, args: Sequence[str]) -> str:
     """A value that fits none of the types that a key takes, said without the types' Python names."""
-    given = given.strip("'\"")
+    given = "null" if given == "None" else given.strip("'\"")
     key = whole_key(key, given, args)
     choices = list(dict.fromkeys(re.findall(r"'([^']+)'", re.sub(r"<class '[\w.]+'>", "", types))))
     classes = [name.lower() for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
@@ -196,9 +175,16 @@ def _unfit(key: str, types: str, given: str, args: Sequence[str]) -> str:
     if key.endswith("precision"):
         choices = [choice for choice in choices if choice in PRECISIONS]
     expected = " or ".join(filter(None, [", ".join(choices), *(TYPES.get(name, "") for name in classes)]))
-    place = place_of(key, args)
-    said = f"{f'{place}: ' if place else ''}{key}: expected {expected or 'another value'}, got '{given}'"
+    if not expected and "Callable" in types:
+        expected = "a class_path and its init_args"
+    said = f"{_placed(key, args)}expected {expected or 'another value'}, got '{given}'"
     return said + did_you_mean(given, choices)
+
+
+def _placed(key: str, args: Sequence[str]) -> str:
+    """The key, behind the file and line that say it, in front of what is wrong with it."""
+    place = place_of(key, args)
+    return f"{f'{place}: ' if place else ''}{key}: "
 
 
 PRECISIONS = ("auto", "float32", "bf16-base", "nf4-base", "bf16-mixed", "16-mixed", "64-true")

@@ -35,7 +35,7 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 """A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
 
 RUN_CONFIG: ContextVar[str | None] = ContextVar("RUN_CONFIG", default=None)
-"""The config of its run that a command has found by itself."""
+"""The config of a run that a command has found by itself, or that --config names."""
 
 
 def ended(error: BaseException) -> int:
@@ -76,7 +76,7 @@ def _known(error: BaseException) -> str | None:
 def _from_another_folder(text: str) -> str:
     """Paths of a run's own config are taken from the folder where the command runs, as those of every config."""
     config = RUN_CONFIG.get()
-    found = re.match(r"no (?:file|folder|model|directory) '?([^';:]+?)'?(?:[;:, ]|$)", text)
+    found = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
     if config is None or found is None or Path(found[1]).is_absolute():
         return ""
     return (

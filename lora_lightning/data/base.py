@@ -62,6 +62,8 @@ class TableData(LightningDataModule, ABC):
         for what, number in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size or batch_size)):
             if number < 1:
                 raise LoRAError(f"{what} must be at least 1, got {number}")
+        if num_workers < 0:
+            raise LoRAError(f"num_workers must be at least 0 (none beside this process), got {num_workers}")
         self.path, self.name, self.split, self.seed = path, name, split, seed
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.length_grouped, self.num_workers, self.num_proc = length_grouped, num_workers, num_proc

@@ -85,6 +85,11 @@ def check_names(names: Sequence[str], columns: Sequence[str | None], where: str)
     own = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
+            if len(own) == 1 and (between := next((sign for sign in (";", "\t", "|") if sign in own[0]), None)):
+                raise LoRAError(
+                    f"{where}, has the one column {own[0]!r}: its cells seem to be separated by {between!r}; a .csv is"
+                    " separated by commas, a .tsv by tabs"
+                )
             raise LoRAError(
                 f"{where}, has no column '{column}'{did_you_mean(column, own) or ': name another'}"
                 f" (columns: {', '.join(own)})"

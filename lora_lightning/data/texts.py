@@ -9,6 +9,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lora_lightning.data.base import TableData
 from lora_lightning.data.tokenizers import load_tokenizer
+from lora_lightning.lora.errors import LoRAError
 
 
 class TextData(TableData):
@@ -23,6 +24,8 @@ class TextData(TableData):
 
     def __init__(self, path: str | dict[str, str], tokenizer: str, max_length: int, **table: Any) -> None:
         super().__init__(path, **table)
+        if max_length < 1:
+            raise LoRAError(f"max_length must be at least 1 token, got {max_length}")
         self.tokenizer_name, self.max_length = tokenizer, max_length
         self._tokenizer: PreTrainedTokenizerBase | None = None
 

@@ -42,6 +42,12 @@ class Task(nn.Module, ABC):
     problem_type: str | None = None
     """What transformers calls a classifier's task, written to merged models: its pipelines choose softmax by it, a
     sigmoid for each label, or the number as it is."""
+    outputs: int | None = None
+    """How many the backbone's head must have; None where that is not one number."""
+    output_is: str = "class"
+    """What each of them stands for: a `number` is a target itself, of others the targets hold the place."""
+    ignored: int = -100
+    """The label of what has none."""
     takes_tuples: bool = False
     """Whether a batch may be (inputs, targets) in place of a mapping; `inputs` then names what the first are."""
 
@@ -74,6 +80,28 @@ class Task(nn.Module, ABC):
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """What validation and test do with a batch; a task that generates does it here."""
         return self.step(backbone, batch)
+
+    def logged(self, stage: Stage) -> list[str]:
+        """Names under which figures of a stage can be logged."""
+        metrics = self.metrics[f"{stage}_"]
+        assert isinstance(metrics, MetricCollection)
+        return [f"{stage}/loss", *map(str, metrics.keys(keep_base=False))]
+
+    def check(self, batch: Any) -> None:
+        """Look at a stage's first batch before the loss does, which on a GPU ends the process without saying why.
+
+        Raises:
+            LoRAError: a label that has no output.
+        """
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if self.outputs is None or self.output_is == "number" or not isinstance(labels, Tensor):
+            return
+        none = labels[((labels < 0) | (labels >= self.outputs)) & (labels != self.ignored)]
+        if none.numel():
+            raise LoRAError(
+                f"a batch has the label {none[0].item():g}, and the task {self.outputs}, numbered 0 to"
+                f" {self.outputs - 1}: number the data's labels so, or raise num_classes and the head's outputs"
+            )
 
     def add_stage(self, stage: Stage) -> None:
         """Count the figures of a further set apart."""

@@ -41,7 +41,10 @@ class ImageClassification(Task):
         self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
     ) -> None:
         if num_classes < 2:
-            raise LoRAError(f"classification needs at least 2 classes, got {num_classes}")
+            raise LoRAError(
+                f"classification needs at least 2 classes, got {num_classes}: are the labels in data.label_column, or"
+                " name them all as data.label_names"
+            )
         if not 0 <= label_smoothing < 1:
             raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         collection = metrics_of(metrics, num_classes)
@@ -50,6 +53,7 @@ class ImageClassification(Task):
         super().__init__(collection)
         self.monitor = f"val/{metrics[0]}"
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.outputs = num_classes
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return image_inputs(backbone, batch)

@@ -44,6 +44,7 @@ class ImageSegmentation(Task):
         }
         super().__init__(MetricCollection(dict(metrics), compute_groups=False))
         self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.outputs, self.ignored = num_classes, ignore_index
 
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         return image_inputs(backbone, batch)

@@ -33,6 +33,7 @@ class MultiLabelClassification(Task):
     monitor_mode = "max"
     peft_task_type = "SEQ_CLS"
     problem_type = "multi_label_classification"
+    output_is = "label"
 
     def __init__(self, num_classes: int, threshold: float = 0.5, over_labels: Literal["mean", "sum"] = "mean") -> None:
         if num_classes < 2:
@@ -50,6 +51,7 @@ class MultiLabelClassification(Task):
         }
         super().__init__(MetricCollection(dict(metrics)))
         self.num_classes, self.threshold, self.over_labels = num_classes, threshold, over_labels
+        self.outputs = num_classes
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` holds the backbone's keyword arguments and `labels` (n, num_classes), each 0 or 1."""

@@ -36,10 +36,13 @@ class SequenceClassification(Task):
         self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
     ) -> None:
         if num_classes < 2:
-            raise LoRAError(f"classification needs at least 2 classes, got {num_classes}")
+            raise LoRAError(
+                f"classification needs at least 2 classes, got {num_classes}: are the labels in data.label_column, or"
+                " name them all as data.label_names"
+            )
         super().__init__(metrics_of(metrics, num_classes))
         self.monitor = f"val/{metrics[0]}"
-        self.num_classes = num_classes
+        self.num_classes = self.outputs = num_classes
         self.label_smoothing = label_smoothing
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:

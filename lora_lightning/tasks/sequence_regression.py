@@ -25,6 +25,8 @@ class SequenceRegression(Task):
     monitor_mode = "max"
     peft_task_type = "SEQ_CLS"
     problem_type = "regression"
+    outputs = 1
+    output_is = "number"
 
     def __init__(self) -> None:
         with warnings.catch_warnings():

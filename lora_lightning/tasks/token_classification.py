@@ -35,6 +35,7 @@ class TokenClassification(Task):
     monitor = "val/f1"
     monitor_mode = "max"
     peft_task_type = "TOKEN_CLS"
+    output_is = "label"
 
     def __init__(
         self, label_names: list[str], entities: bool = True, strict: bool = False, label_smoothing: float = 0.0
@@ -48,7 +49,7 @@ class TokenClassification(Task):
             metrics["recall"] = EntityRecall(label_names, strict=strict)
             metrics["f1"] = EntityF1(label_names, strict=strict)
         super().__init__(MetricCollection(dict(metrics)))
-        self.label_names = list(label_names)
+        self.label_names, self.outputs = list(label_names), len(label_names)
         self.tagging = Tagging(label_names, strict=strict) if entities else None
         self.label_smoothing = label_smoothing
         if not entities:

@@ -51,7 +51,7 @@ class LoRAModule(LightningModule):
         optimizer: called with the parameters that train, and with no others, in groups: vectors such as biases
             without weight decay.
         b_lr_ratio: B's learning rate over A's; LoRA+ takes about 16 (arXiv 2402.12354).
-        lr_scheduler: called with the optimizer. `WarmupDecay` is told the number of steps.
+        lr_scheduler: `lora_lightning.WarmupDecay`, which is told the number of steps, or one of torch's.
         lr_interval: whether other schedulers step once per optimizer `step` or once per `epoch`.
         backbone_mode: `eval` keeps the backbone's own dropout off and its batch statistics still while
             the adapter trains (its own dropout is on); `train` turns the backbone's dropout on. Batch
@@ -110,6 +110,7 @@ class LoRAModule(LightningModule):
         self._warn_of_a_frozen_new_head()
         self._w0: Fingerprint | None = None
         self._mean = UnitMean()
+        self._begun: set[Stage] = set()
 
     def _warn_of_a_frozen_new_head(self) -> None:
         """A head without pretrained values that does not train stays random."""
@@ -153,6 +154,9 @@ class LoRAModule(LightningModule):
         return stage
 
     def _step(self, stage: Stage, batch: Mapping[str, Any]) -> StepOutput:
+        if stage not in self._begun:
+            self._begun.add(stage)
+            self.task.check(batch)
         out = (self.task.step if stage == "train" else self.task.evaluate)(self.backbone, batch)
         metrics = self.task.update(stage, out)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight, add_dataloader_idx=False)

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 
 from lora_lightning.lora.casting import DType
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training import run
 from lora_lightning.training.callbacks.checkpoints import PreemptedError
 from lora_lightning.training.checkpoint_io import WholeFiles
@@ -51,6 +52,11 @@ class LoRATrainer(Trainer):
         refuse_unsupported_name(kwargs.get("strategy"))
         own = lightnings_own(precision, str(kwargs.get("accelerator", "auto")))
         super().__init__(*args, precision=own, **kwargs)
+        if self.accumulate_grad_batches < 1:
+            raise LoRAError(
+                f"trainer.accumulate_grad_batches must be at least 1, which adds up nothing, got"
+                f" {self.accumulate_grad_batches}"
+            )
         self.precision_asked = precision
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)

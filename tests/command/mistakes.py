@@ -51,6 +51,18 @@ def plain():
     return nn.Linear(2, 2)
 """
 
+ROWS = """
+import lightning
+import torch
+from torch.utils.data import DataLoader
+
+
+class Rows(lightning.LightningDataModule):
+    def train_dataloader(self):
+        rows = [{"input_ids": torch.tensor([2, 5, 3]), "labels": torch.tensor(n)} for n in (1, 2)]
+        return DataLoader(rows, batch_size=2)
+"""
+
 MISTAKES = {
     # ---- what to run
     "a command's name": Mistake("fitt -c run.yaml", "no command 'fitt'; did you mean 'fit'? (there are COMMANDS)"),
@@ -147,6 +159,12 @@ MISTAKES = {
     ),
     "a run's data from another folder": Mistake(
         "test --ckpt_path runs/tiny --data.path old/reviews.csv",
+        "no file old/reviews.csv (the path stands in runs/tiny/version_0/config.yaml and is taken from "
+        "the folder where the command runs: run it where the fit ran, or give another, such as "
+        "--data.path FILE)",
+    ),
+    "a run's config from another folder": Mistake(
+        "fit -c runs/tiny/version_0/config.yaml --data.path old/reviews.csv",
         "no file old/reviews.csv (the path stands in runs/tiny/version_0/config.yaml and is taken from "
         "the folder where the command runs: run it where the fit ran, or give another, such as "
         "--data.path FILE)",
@@ -351,8 +369,8 @@ MISTAKES = {
     ),
     "another number of labels": Mistake(
         f"{FIT} --model.backbone.init_args.num_labels 5",
-        "the backbone must return logits (n, 2), one for each class, got (16, 5): give its head 2 outputs",
-        late=True,
+        "the backbone's head has 5 outputs (num_labels), and there must be 2, one for each class (fresh, rotten): leave"
+        " num_labels out",
     ),
     "null for a section": Mistake(
         f"{FIT} --data.split null",
@@ -377,10 +395,59 @@ MISTAKES = {
     "a metric that is not logged": Mistake(
         OVER,
         "EarlyStopping monitors 'val/los', which is not logged; did you mean 'val/loss' or 'val/f1' or "
-        "'train/loss'? (logged are train/loss_step, samples/s, tokens/s, val/loss, val/accuracy, "
-        "val/f1, train/loss, train/accuracy, train/f1)",
+        "'train/loss'? (logged are val/loss, val/accuracy, val/f1, train/loss, train/accuracy, train/f1)",
         callback("{class_path: EarlyStopping, init_args: {monitor: val/los}}"),
+    ),
+    "a plateau's metric": Mistake(
+        OVER,
+        "ReduceLROnPlateau monitors 'val_loss', which is not logged; did you mean 'val/loss' or 'train/loss'? (logged"
+        " are val/loss, val/accuracy, val/f1, train/loss, train/accuracy, train/f1)",
+        {
+            "over.yaml": "model:\n  lr_scheduler:\n    class_path: lightning.pytorch.cli.ReduceLROnPlateau\n"
+            "    init_args: {monitor: val_loss}\n"
+        },
+    ),
+    "another number of classes": Mistake(
+        f"{FIT} --model.task.init_args.num_classes 3",
+        "model.task.init_args.num_classes is 3, and the data have 2 labels: leave it out",
+    ),
+    "labels that are not counted from 0": Mistake(
+        f"{FIT} --data my_rows.Rows --model.task.init_args.num_classes 2",
+        "a batch has the label 2, and the task 2, numbered 0 to 1: number the data's labels so, or raise num_classes"
+        " and the head's outputs",
+        {"my_rows.py": ROWS},
         late=True,
+    ),
+    "a file of another separator": Mistake(
+        f"{FIT} --data.path d.csv",
+        "d.csv, the train set, has the one column 'text;label;film': its cells seem to be separated by ';'; a .csv is"
+        " separated by commas, a .tsv by tabs",
+        {"d.csv": "text;label;film\na;x;1\nb;y;2\n"},
+    ),
+    "no tokens at all": Mistake(f"{FIT} --data.max_length 0", "max_length must be at least 1 token, got 0"),
+    "no batch to a step": Mistake(
+        f"{FIT} --trainer.accumulate_grad_batches 0",
+        "trainer.accumulate_grad_batches must be at least 1, which adds up nothing, got 0",
+    ),
+    "a trainer of nothing": Mistake(
+        OVER,
+        "over.yaml, line 2: trainer: expected keys with values such as {r: 8}, got null: leave it out for its defaults",
+        {"over.yaml": "name: x\ntrainer:\n"},
+    ),
+    "arguments without their class": Mistake(
+        "fit -c over.yaml",
+        "over.yaml, line 2: model.task: expected a task, as class_path: and its init_args:, got {'init_args': "
+        "{'num_classes': 2}} without it",
+        {"over.yaml": "model:\n  task:\n    init_args: {num_classes: 2}\n"},
+    ),
+    "one name for two classes": Mistake(
+        f"{FIT} --model.lr_scheduler ReduceLROnPlateau",
+        "model.lr_scheduler: there are several classes ReduceLROnPlateau: write "
+        "torch.optim.lr_scheduler.ReduceLROnPlateau or lightning.pytorch.cli.ReduceLROnPlateau in full",
+    ),
+    "a learning rate below 0": Mistake(
+        f"{FIT} --model.optimizer.lr -1",
+        "the optimizer says: Invalid learning rate: -1.0; see model.optimizer.init_args",
     ),
     "export before fit": Mistake(
         "export -c run.yaml --ckpt_path best --name second",

@@ -1,0 +1,62 @@
+"""A head, or a number of classes, that is another than the data want, found before a fit begins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.tasks.base import Task
+
+
+def refuse_other_count(config: Any, data: Any) -> None:
+    """What the data say of themselves is handed to the model, and wins over what a config says without a word.
+
+    Raises:
+        LoRAError: another `num_classes` of the task or the backbone than the data have labels.
+    """
+    count = getattr(data, "num_classes", None)
+    for part in ("task", "backbone"):
+        given = config.get(f"model.{part}.init_args.num_classes")
+        if None not in (given, count) and given != count:
+            raise LoRAError(
+                f"model.{part}.init_args.num_classes is {given}, and the data have {count} labels: leave it out"
+            )
+
+
+def refuse_other_size(backbone: nn.Module, task: Task, label_names: Sequence[str] = ()) -> None:
+    """Compare the outputs of a transformers model's head with those that the task asks for.
+
+    Of other backbones, and of a head in which no layer's size says it, the first batch tells.
+
+    Args:
+        label_names: those of the data, for the message.
+
+    Raises:
+        LoRAError: there are fewer or more, with both numbers.
+    """
+    if task.outputs is None or not isinstance(backbone, PreTrainedModel):
+        return
+    sizes = _sizes_beside_the_body(backbone)
+    if not sizes or task.outputs in sizes:
+        return
+    named = f" ({some(list(label_names), 5)})" if label_names else ""
+    own = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
+    raise LoRAError(
+        f"the backbone's head has {own} outputs (num_labels), and there must be {task.outputs}, one for each"
+        f" {task.output_is}{named}: {'leave num_labels out' if label_names else f'num_labels: {task.outputs}'}"
+    )
+
+
+def _sizes_beside_the_body(backbone: PreTrainedModel) -> list[int]:
+    """Outputs of the layers of the head, the last at the end; a model that is all body has none."""
+    body = f"{backbone.base_model_prefix}."
+    named = dict(backbone.named_modules())
+    if body.rstrip(".") not in named:
+        return []
+    beside = [module for name, module in named.items() if not f"{name}.".startswith(body)]
+    layers = [module for module in beside if isinstance(module, nn.Linear | nn.Conv2d)]
+    return [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers]

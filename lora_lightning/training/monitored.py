@@ -1,0 +1,66 @@
+"""A metric that something waits for and nothing will log, found before a fit begins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.tasks.base import Task
+from lora_lightning.training.module import LoRAModule
+
+OF_THE_RUN = re.compile(r"epoch|step|train/loss_step|lr(/.+)?|grad_norm/.+|(samples|tokens)/s|(throughput|memory)/.+")
+"""What callbacks that are always there log, and Lightning itself."""
+OF_A_FURTHER_SET = re.compile(r"val_[^/]+/.+")
+"""Sets beside the first are known only once the data are read."""
+
+
+def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = None) -> None:
+    """Compare what callbacks and a schedule monitor with what the task logs.
+
+    Args:
+        plateau: the metric of a ReduceLROnPlateau.
+
+    Raises:
+        LoRAError: a metric that nothing can log. Where code of the user's own may log it, it is a warning.
+    """
+    known = [name for stage in ("val", "train") for name in module.task.logged(stage)]
+    for who, monitor in _monitored(trainer, plateau):
+        if monitor in known or OF_THE_RUN.fullmatch(monitor) or OF_A_FURTHER_SET.fullmatch(monitor):
+            continue
+        near = f"{did_you_mean(monitor, known)} (logged are {', '.join(known)})"
+        if own := _may_log(trainer, module.task):
+            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {own} does{near}")
+        else:
+            raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
+
+
+def _monitored(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str]]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        waits = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
+        waits = waits or (isinstance(callback, EarlyStopping) and callback.strict)
+        if waits and callback.monitor not in (None, "auto"):
+            yield type(callback).__name__, callback.monitor
+    if plateau is not None:
+        yield "ReduceLROnPlateau", plateau
+
+
+def _may_log(trainer: Trainer, task: Task) -> str | None:
+    """Whose metrics are not known from here: a task with figures of its own, or a callback that is not ours."""
+    if not _is_ours(type(task).update.__module__):
+        return type(task).__name__
+    foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
+    return next((type(callback).__name__ for callback in foreign), None)
+
+
+def _is_known(callback: Callback) -> bool:
+    module = type(callback).__module__
+    return _is_ours(module) or module.startswith("lightning.pytorch.")
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "lora_lightning"

@@ -1,0 +1,45 @@
+"""A head of another size than the data want is found without a batch, and no other head is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
+from lora_lightning.training.head_size import refuse_other_size
+from tests import factories
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_both_numbers_are_named(count):
+    with pytest.raises(
+        LoRAError, match=rf"head has 3 outputs \(num_labels\), and there must be {count}, one for each cla"
+    ):
+        refuse_other_size(factories.bert(), SequenceClassification(count))
+
+
+def test_the_labels_are_named_where_the_data_have_names():
+    with pytest.raises(LoRAError, match=r"one for each class \(bad, good\): leave num_labels out"):
+        refuse_other_size(factories.bert(), SequenceClassification(2), ["bad", "good"])
+
+
+def test_a_head_that_fits_is_let_be_also_where_the_config_has_another_number():
+    backbone = factories.bert()
+    backbone.classifier = nn.Linear(backbone.classifier.in_features, 2)  # the config still says 3
+    refuse_other_size(backbone, SequenceClassification(2))
+    inject(backbone, LoRAConfig(r=2, modules_to_save=["classifier"]))
+    refuse_other_size(backbone, SequenceClassification(2))
+
+
+@pytest.mark.parametrize("backbone", [nn.Linear(4, 7), factories.bert().bert], ids=["no transformers", "a body"])
+def test_of_what_has_no_head_to_read_the_first_batch_tells(backbone):
+    refuse_other_size(backbone, SequenceClassification(2))
+
+
+@pytest.mark.parametrize(("labels", "fits"), [([0, 1, -100], True), ([0, 2], False), ([-1, 1], False)])
+def test_a_label_beyond_the_outputs_is_named_before_the_loss(labels, fits):
+    task, batch = SequenceClassification(2), {"labels": torch.tensor(labels)}
+    if fits:
+        task.check(batch)
+    else:
+        with pytest.raises(LoRAError, match=r"a batch has the label (2|-1), and the task 2, numbered 0 to 1"):
+            task.check(batch)
