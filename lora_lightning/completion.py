@@ -22,7 +22,7 @@ def completion(shell: Literal["bash", "zsh", "tcsh"]) -> None:
     try:
         import shtab
     except ImportError as error:
-        raise MissingPackageError("completion needs shtab: pip install shtab") from error
+        raise MissingPackageError("completion needs shtab: pip install 'lora_lightning[completion]'") from error
     print(shtab.complete(plain_parser(), shell))
 
 

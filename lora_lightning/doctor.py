@@ -19,7 +19,7 @@ EXTRAS = {
     "demo": "the linear probe that a classifier is compared with",
     "lm": "models that lie in GGUF files",
     "vision": "images, and backbones of torchvision and timm",
-    "text-metrics": "BLEU and ROUGE of generated texts",
+    "text-metrics": "rougeLsum of generated texts",
     "qlora": "4- and 8-bit bases: --trainer.precision nf4-base",
     "gpu": "a fused head and cross-entropy on CUDA",
     "onnx": "export --formats onnx",

@@ -26,7 +26,7 @@ def directory_and_file(name: str) -> tuple[str, dict[str, str]]:
     if not file.is_file():
         raise LoRAError(f"no file {name}")
     if find_spec("gguf") is None:
-        raise LoRAError(f"{file.name} needs the package that reads GGUF files: pip install gguf")
+        raise LoRAError(f"{file.name} needs the package that reads GGUF files: pip install 'lora_lightning[lm]'")
     return str(file.parent), {"gguf_file": file.name}
 
 

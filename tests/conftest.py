@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from types import SimpleNamespace
 
@@ -22,6 +23,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 hypothesis.settings.register_profile("lora", deadline=None, derandomize=True, max_examples=30, database=None)
 hypothesis.settings.load_profile("lora")
+
+logging.getLogger("lightning.pytorch").propagate = True  # else it depends on what was imported first: for caplog
 
 quick.FEW_ROWS = 0  # the small inputs of tests stand for large ones
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import os
 import subprocess
 import sys
 import sysconfig
@@ -20,9 +21,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = Path(lora_lightning.__file__).parent
 
 
-def run(*command: object, cwd: Path) -> str:
+def run(*command: object, cwd: Path, **variables: str) -> str:
+    """What it prints, in this environment without its own PYTHONPATH, which may name the tree."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     done = subprocess.run(
-        [str(part) for part in command], check=False, cwd=cwd, capture_output=True, text=True, timeout=300
+        [str(part) for part in command],
+        check=False,
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -45,16 +54,21 @@ def built(tmp_path_factory):
 
 
 def test_the_wheel_holds_each_file_of_the_package_and_no_other(built):
+    """By way of the sdist, which it was built from: its bytes are the tree's."""
     of_package = {name for name in built.tracked if name.startswith("lora_lightning/") and (ROOT / name).is_file()}
     with zipfile.ZipFile(built.wheel) as wheel:
         inside = {name for name in wheel.namelist() if ".dist-info/" not in name and not name.endswith("/")}
-    assert inside == of_package
+        assert inside == of_package
+        assert [name for name in sorted(inside) if wheel.read(name) != (ROOT / name).read_bytes()] == []
 
 
-def test_the_sdist_builds_again_and_carries_the_licence(built):
+def test_the_sdist_is_the_tree(built):
+    """With the tests, pages and recipes, and nothing that lay beside them; git's and GitHub's own files stay out."""
     with tarfile.open(built.sdist) as sdist:
-        inside = {name.partition("/")[2] for name in sdist.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "lora_lightning/py.typed"} <= inside
+        inside = {member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()}
+    of_tree = {name for name in built.tracked if (ROOT / name).is_file() and not name.startswith((".git", ".github/"))}
+    made = {name for name in inside if name.startswith("lora_lightning.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert inside - made == of_tree
 
 
 def test_the_wheel_says_what_it_is(built):
@@ -68,15 +82,22 @@ def test_the_wheel_says_what_it_is(built):
     assert {"demo", "lm", "vision", "onnx", "plots", "dev"} <= set(told.get_all("Provides-Extra") or [])
 
 
-def test_the_installed_wheel_runs_without_the_tree(built, tmp_path):
-    """Its dependencies are this environment's own, by a path file; the package itself is the wheel's."""
+@pytest.mark.parametrize("form", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])
+def test_what_is_installed_runs_without_the_tree(built, tmp_path, form):
+    """Its dependencies are this environment's own, by a path file; the package itself is what was built."""
     venv.create(tmp_path / "env", with_pip=False)
     python = tmp_path / "env" / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    (site / "beside.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", site, built.wheel, cwd=tmp_path)
+    here = sysconfig.get_path("purelib")  # where an sdist finds setuptools
+    alone = ("--quiet", "--no-deps", "--no-build-isolation", "--ignore-installed", "--no-index")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", *alone)
+    run(*pip, getattr(built, form), cwd=tmp_path, **({"PYTHONPATH": here} if form == "sdist" else {}))
+    (site / "beside.pth").write_text(here + "\n")
     where = run(python, "-c", "import lora_lightning; print(lora_lightning.__file__)", cwd=tmp_path).strip()
     assert Path(where).parent == site / "lora_lightning"
-    assert "fit" in run(python, "-m", "lora_lightning", "--help", cwd=tmp_path)
+    for command in ([python.with_name("lora-lightning")], [python, "-m", "lora_lightning"]):
+        assert "fit" in run(*command, "--help", cwd=tmp_path)
+    run(python.with_name("lora-lightning"), "new", "mine", "--defaults", cwd=tmp_path)
+    assert {"configs", "mine", "pyproject.toml", ".gitignore"} <= {path.name for path in (tmp_path / "mine").iterdir()}
     code = "import torch, lora_lightning as l; print(l.inject(torch.nn.Linear(4, 4), l.LoRAConfig(r=2)).trainable)"
     assert run(python, "-c", code, cwd=tmp_path).strip() == "16"

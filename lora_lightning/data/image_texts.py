@@ -10,8 +10,12 @@ from typing import Any, Literal
 
 import datasets
 import torch
-from PIL import Image, UnidentifiedImageError
 from transformers import AutoProcessor
+
+import lora_lightning.data.decoding  # noqa: F401  (first, for it says what to install)
+
+# isort: split
+from PIL import Image
 
 from lora_lightning.data.base import TableData
 from lora_lightning.data.pairs import GROUP, groups_of
@@ -174,7 +178,7 @@ class ImageTextData(TableData):
             raise self.bad_cell(split, row, self.image_column, IMAGE_FORMS, cell)
         try:
             return Image.open(source)
-        except (UnidentifiedImageError, OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
             raise self._unreadable(split, row, cell, error) from error
 
     def _unreadable(self, split: str, row: int, cell: Any, error: Exception) -> LoRAError:

@@ -9,9 +9,12 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+
+from lora_lightning.data.decoding import open_image  # first, for it says what to install
+
+# isort: split
 from torchvision import tv_tensors
 
-from lora_lightning.data.decoding import open_image
 from lora_lightning.data.image_files import folders_by_split, read_mask_folders
 from lora_lightning.data.image_rows import PIXELS, Cells, Rows, as_tensor, said
 from lora_lightning.data.image_table import ImageTable, Verify

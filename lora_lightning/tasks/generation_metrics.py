@@ -108,12 +108,12 @@ def generation_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
 def _need_nltk() -> None:
     expected = (
-        "rougeLsum finds sentences with nltk: pip install nltk, then once"
+        "rougeLsum finds sentences with nltk: pip install 'lora_lightning[text-metrics]', then once"
         " python -c \"import nltk; nltk.download('punkt_tab')\""
     )
     if importlib.util.find_spec("nltk") is None:
         raise LoRAError(expected)
-    import nltk  # type: ignore[import-untyped]  # no dependency of ours
+    import nltk  # type: ignore[import-untyped]
 
     try:
         nltk.data.find("tokenizers/punkt_tab")

@@ -21,7 +21,10 @@ from torch.optim import ASGD, SGD, Adadelta, Adam, Adamax, AdamW, NAdam, Optimiz
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 
-INSTALL = "DeepSpeed is not installed: pip install 'deepspeed>=0.19.8', or take configs/strategy/ddp.yaml or fsdp2.yaml"
+INSTALL = (
+    "DeepSpeed is not installed: pip install 'lora_lightning[deepspeed]', or take configs/strategy/ddp.yaml or"
+    " fsdp2.yaml"
+)
 
 BOTH = {"overlap_comm", "reduce_bucket_size"}
 THIRD = ("max_live_parameters", "max_reuse_distance", "param_persistence_threshold", "prefetch_bucket_size")

@@ -99,5 +99,5 @@ def test_every_named_metric_is_made_and_an_unknown_one_is_refused():
 
 def test_a_package_that_is_missing_is_named_with_its_install_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(LoRAError, match="pip install nltk"):
+    with pytest.raises(LoRAError, match=r"pip install 'lora_lightning\[text-metrics\]'"):
         generation_metrics(["rougeLsum"])

@@ -252,7 +252,7 @@ def test_steps_that_differ_within_a_group_are_told(monkeypatch):
 
 def test_without_the_package_a_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(zero_engine.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(LoRAError, match=r"not installed: pip install 'deepspeed>=0\.19\.8', or take .*ddp\.yaml"):
+    with pytest.raises(LoRAError, match=r"pip install 'lora_lightning\[deepspeed\]', or take .*ddp\.yaml"):
         ZeRO2Strategy()
 
 
