@@ -78,7 +78,7 @@ def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()
 def check_columns(
     table: datasets.Dataset, columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise where a named column is not there; `where` is the set as an error names it, `settings` who names columns."""
+    """Raise where a named column is not there; `where` is the set as an error names it, `settings` whose they are."""
     check_names(table.column_names, columns, where, settings)
 
 

@@ -87,9 +87,13 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
     command(monkeypatch, "validate", "--ckpt_path", trained)
     (tmp_path / "new.csv").write_text("text\nthe film is lovely and warm\na clumsy and empty story\n")
     only = ["--data.path", "{predict: new.csv}", "--ckpt_path", trained]
-    command(monkeypatch, "predict", *only)
-    lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config["data"]["init_args"].pop("label_names")  # as in a config before its first fit: they are the run's
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(config))
+    for named in ([], ["--config", tmp_path / "before.yaml"]):
+        command(monkeypatch, "predict", *named, *only)
+        lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
     command(monkeypatch, "predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
     lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
