@@ -83,7 +83,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatc
     assert reports[0]["val_loss"] == pytest.approx(reports[1]["val_loss"], rel=1e-6)
 
 
-def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path, monkeypatch):
+def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path, monkeypatch, recwarn):
     command(monkeypatch, "validate", "--ckpt_path", trained)
     (tmp_path / "new.csv").write_text("text\nthe film is lovely and warm\na clumsy and empty story\n")
     only = ["--data.path", "{predict: new.csv}", "--ckpt_path", trained]
@@ -94,6 +94,7 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
         command(monkeypatch, "predict", *named, *only)
         lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
         assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
+    assert not [w for w in recwarn if "best so far" in str(w.message)]  # without a validation set to choose by
     command(monkeypatch, "predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
     lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

@@ -65,6 +65,7 @@ class Checkpoints(ModelCheckpoint):
         )
         self.save_every, self.exit_code = save_every, exit_code
         self._sent_sigterm = self._leaves = False
+        self._fits = True
         self._newest = (-1, "")
         self._steps = 0
 
@@ -75,6 +76,7 @@ class Checkpoints(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over the task's metric."""
+        self._fits = stage == "fit"
         if self.monitor == "auto":
             task = getattr(pl_module, "task", None)
             validated = trainer.limit_val_batches != 0 and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
@@ -162,10 +164,11 @@ class Checkpoints(ModelCheckpoint):
         """Go on with the best so far, also where this fit writes to another folder than the one that it resumes."""
         state = dict(state_dict)
         if state.get("best_model_path") and state.get("monitor") != self.monitor:
-            rank_zero_warn(
-                f"the best so far was by {state['monitor']} and stays in the checkpoint's folder: this fit begins anew"
-                f" with {self.monitor}"
-            )
+            if self._fits:
+                rank_zero_warn(
+                    f"the best so far was by {state['monitor']} and stays in the checkpoint's folder: this fit begins"
+                    f" anew with {self.monitor}"
+                )
             return
         if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
             here, best = Path(self.dirpath), Path(state["best_model_path"])
