@@ -87,7 +87,9 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
                 for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
                     shared.data.init_args[name] = value
-            self.parser.save(shared, str(folder / run.CONFIG), skip_unset=False, skip_validation=True, overwrite=True)
+            # In one file: for several jsonargparse would enter the folder, where a logger's thread may be writing.
+            text = self.parser.dump(shared, skip_unset=False, skip_validation=True)
+            (folder / run.CONFIG).write_text(text, encoding="utf-8")
             log_config(trainer.loggers, folder / run.CONFIG)
         self.already_saved = True
 
