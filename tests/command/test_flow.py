@@ -95,6 +95,7 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
         lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
         assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
     assert not [w for w in recwarn if "best so far" in str(w.message)]  # without a validation set to choose by
+    assert not [*trained.glob("*/checkpoints")], "a command that trains nothing has copied one"
     command(monkeypatch, "predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
     lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

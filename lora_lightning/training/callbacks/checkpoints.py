@@ -162,13 +162,14 @@ class Checkpoints(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best so far, also where this fit writes to another folder than the one that it resumes."""
+        if not self._fits:
+            return  # a test or a prediction saves nothing, and needs no best in a folder of its own
         state = dict(state_dict)
         if state.get("best_model_path") and state.get("monitor") != self.monitor:
-            if self._fits:
-                rank_zero_warn(
-                    f"the best so far was by {state['monitor']} and stays in the checkpoint's folder: this fit begins"
-                    f" anew with {self.monitor}"
-                )
+            rank_zero_warn(
+                f"the best so far was by {state['monitor']} and stays in the checkpoint's folder: this fit begins anew"
+                f" with {self.monitor}"
+            )
             return
         if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
             here, best = Path(self.dirpath), Path(state["best_model_path"])
