@@ -20,7 +20,7 @@ from lora_lightning.config_files import check, named
 from lora_lightning.config_places import place_of
 from lora_lightning.data.base import TableData
 from lora_lightning.docstrings import read_once
-from lora_lightning.handed_down import handed_down
+from lora_lightning.handed_down import handed_down, labels_of_run
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.outcome import RUN_CONFIG, raised_by_the_user
 from lora_lightning.parser import GIVEN, OneLine, command_parser, run_command
@@ -89,7 +89,9 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
                 for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
                     shared.data.init_args[name] = value
-            self.parser.save(shared, str(folder / run.CONFIG), skip_unset=False, skip_validation=True, overwrite=True)
+            # In one file: for several jsonargparse would enter the folder, where a logger's thread may be writing.
+            text = self.parser.dump(shared, skip_unset=False, skip_validation=True)
+            (folder / run.CONFIG).write_text(text, encoding="utf-8")
             log_config(trainer.loggers, folder / run.CONFIG)
         self.already_saved = True
 
@@ -198,6 +200,8 @@ class LoRACLI(LightningCLI):
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
             self._resolve_checkpoint(self.config[self.config.subcommand])
+            if command != "fit":
+                labels_of_run(self.config[self.config.subcommand])
 
     def _resolve_checkpoint(self, config: Any) -> None:
         """`best`, `last`, `auto` or a folder to the file meant, before Lightning sees it."""

@@ -1,6 +1,7 @@
-"""What the command's precision says of W0, handed to a backbone that can load itself so.
+"""What one part of a command's config says to another, before anything is made of it.
 
-A cast after loading would hold the float32 weights first, and what is to be quantised has to be when it is loaded.
+The precision says of W0 how a backbone can load itself: a cast after loading would hold the float32 weights first, and
+what is to be quantised has to be when it is loaded. A checkpoint's run says what its labels are.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args
 
+import yaml
+
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training import run
 from lora_lightning.training.precision import BaseWord
 
 NF4 = {
@@ -52,6 +57,20 @@ def handed_down(command: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             args[name] = value
+
+
+def labels_of_run(command: Any) -> None:
+    """The label names that the checkpoint's run read off its training rows, where the command's config says none.
+
+    Rows to predict on have none to read, and other rows would number them in another way.
+    """
+    data, checkpoint = command.get("data"), str(command.get("ckpt_path") or "://")
+    file = run.run_of_checkpoint(Path(checkpoint)) / run.CONFIG
+    if data is None or data.get("init_args.label_names", "") is not None or "://" in checkpoint or not file.is_file():
+        return
+    then = yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}
+    if then.get("class_path") == data.class_path:
+        data.init_args.label_names = then["init_args"].get("label_names")
 
 
 def _is_huggingface(backbone: Any) -> bool:

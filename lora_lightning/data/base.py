@@ -110,7 +110,7 @@ class TableData(LightningDataModule, ABC):
             tables = {split: with_row_numbers(table) for split, table in self.read().items()}
             for split, table in tables.items():
                 with self._told(split) as kind:
-                    check_columns(table, self.columns(kind), self.place(kind))
+                    check_columns(table, self.columns(kind), self.place(kind), vars(self))
                     self.check(table, kind)
                     tables[split] = self.filter(table, kind)
             named = first_in_place(list(tables))

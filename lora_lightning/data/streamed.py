@@ -73,7 +73,7 @@ class StreamedTextData(TextData):
 
     def _prepared(self, stream: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
         names = list(first_row(stream, self.place(split)))
-        check_names(names, self.columns(split), self.place(split))
+        check_names(names, self.columns(split), self.place(split), vars(self))
         stream = numbered(stream, ROW)
         if split == "train":
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)

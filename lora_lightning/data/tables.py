@@ -75,12 +75,16 @@ def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()
     return found.name if found.is_file() else path
 
 
-def check_columns(table: datasets.Dataset, columns: Sequence[str | None], where: str) -> None:
-    """Raise where a named column is not there; `where` is the set as an error names it."""
-    check_names(table.column_names, columns, where)
+def check_columns(
+    table: datasets.Dataset, columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Raise where a named column is not there; `where` is the set as an error names it, `settings` whose they are."""
+    check_names(table.column_names, columns, where, settings)
 
 
-def check_names(names: Sequence[str], columns: Sequence[str | None], where: str) -> None:
+def check_names(
+    names: Sequence[str], columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
+) -> None:
     """The same for the names of a table's columns."""
     own = [name for name in names if name != ROW]
     for column in columns:
@@ -90,10 +94,10 @@ def check_names(names: Sequence[str], columns: Sequence[str | None], where: str)
                     f"{where}, has the one column {own[0]!r}: its cells seem to be separated by {between!r}; a .csv is"
                     " separated by commas, a .tsv by tabs"
                 )
-            raise LoRAError(
-                f"{where}, has no column '{column}'{did_you_mean(column, own) or ': name another'}"
-                f" (columns: {', '.join(own)})"
-            )
+            said = [name for name, value in (settings or {}).items() if name.endswith("_column") and value == column]
+            guess, by = did_you_mean(column, own), f" with {said[0]}" if said else ""
+            advice = f"{guess} say so{by}" if guess and by else guess or f": name another{by}"
+            raise LoRAError(f"{where}, has no column '{column}'{advice} (columns: {', '.join(own)})")
 
 
 def known_split(split: str) -> str:

@@ -382,7 +382,7 @@ MISTAKES = {
     ),
     "no labels in the file": Mistake(
         f"{FIT} --data.path plain.csv",
-        "plain.csv, the train set, has no column 'label': name another (columns: text, film)",
+        "plain.csv, the train set, has no column 'label': name another with label_column (columns: text, film)",
         {"plain.csv": "text,film\nfine,1\n"},
     ),
     "a label that training never saw": Mistake(

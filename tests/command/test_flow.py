@@ -83,13 +83,19 @@ def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatc
     assert reports[0]["val_loss"] == pytest.approx(reports[1]["val_loss"], rel=1e-6)
 
 
-def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path, monkeypatch):
+def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(trained, tmp_path, monkeypatch, recwarn):
     command(monkeypatch, "validate", "--ckpt_path", trained)
     (tmp_path / "new.csv").write_text("text\nthe film is lovely and warm\na clumsy and empty story\n")
     only = ["--data.path", "{predict: new.csv}", "--ckpt_path", trained]
-    command(monkeypatch, "predict", *only)
-    lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
-    assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
+    config = yaml.safe_load((trained / "config.yaml").read_text())
+    config["data"]["init_args"].pop("label_names")  # as in a config before its first fit: they are the run's
+    (tmp_path / "before.yaml").write_text(yaml.safe_dump(config))
+    for named in ([], ["--config", tmp_path / "before.yaml"]):
+        command(monkeypatch, "predict", *named, *only)
+        lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
+        assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
+    assert not [w for w in recwarn if "best so far" in str(w.message)]  # without a validation set to choose by
+    assert not [*trained.glob("*/checkpoints")], "a command that trains nothing has copied one"
     command(monkeypatch, "predict", "--ckpt_path", trained / "checkpoints" / "last.ckpt")
     lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

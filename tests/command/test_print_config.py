@@ -1,7 +1,9 @@
 """What `--print_config` prints is a file that runs, and says what the command line said."""
 
 import contextlib
+import os
 import shlex
+from pathlib import Path
 
 import pytest
 import yaml
@@ -47,8 +49,12 @@ def test_it_runs(tiny, printed, monkeypatch, tmp_path):
     command(monkeypatch, "fit", "-c", file, "--name", "again")
     assert (tmp_path / "runs/again/version_0/report.json").is_file()
     saved = tmp_path / "runs/again/version_0/config.yaml"
+    entered, chdir = [], os.chdir
+    monkeypatch.setattr(os, "chdir", lambda folder: (entered.append(Path(folder).name), chdir(folder)))
     command(monkeypatch, "fit", "-c", saved, "--name", "saved")
     assert (tmp_path / "runs/saved/version_0/report.json").is_file()
+    assert set(entered) == {"version_0", tmp_path.name}  # to read the file, and back
+    assert entered.count("version_0") == 1, "the fit left its folder, from which a logger's thread writes"
 
 
 def test_that_of_a_command_line_without_a_file_runs(tiny, printed, monkeypatch, tmp_path):

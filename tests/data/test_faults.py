@@ -72,6 +72,8 @@ CELLS = [
     ("flags", "old", None, "expected 0 or 1, got (nan|None)", KINDS),
 ]  # fmt: skip
 SPLIT = SplitConfig(validation=0.0, test=0.0)
+NAMED_WITH = {"text": "text", "pair": "text_pair", "label": "(label|number)", "labels": "label"}
+"""The argument that says what a column is called, less its `_column`; one of 0 and 1 has none of its own."""
 
 
 def rows_of(subject, n=8):
@@ -146,7 +148,9 @@ def test_a_column_that_is_missing_is_named_with_the_file(name, tmp_path, bert):
                 {f"{key}s" if key == column else key: value for key, value in row.items()} for row in rows_of(subject)
             ]
             message = refused(subject, write(tmp_path / f"{column}{kind}", rows), bert)
-            assert f"{column}{kind}, the train set, has no column '{column}'; did you mean '{column}s'" in message
+            assert f"{column}{kind}, the train set, has no column '{column}'; did you mean '{column}s'?" in message
+            told = rf" say so with {NAMED_WITH[column]}_column" if column in NAMED_WITH else ""
+            assert re.search(rf"'{column}s'\?{told} \(columns: ", message), message
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

@@ -44,7 +44,7 @@ def environment(project):
 def make(folder, *args):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHONPATH"))}
     done = subprocess.run(
-        ["make", *args], cwd=folder, check=False, capture_output=True, text=True, env=clean, timeout=600
+        ["make", *args], cwd=folder, check=False, capture_output=True, text=True, env=clean, timeout=1800
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done.stdout

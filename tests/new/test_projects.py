@@ -1,5 +1,6 @@
 """Every task's project is whole, understood by `fit`, and trains at once on rows of its own."""
 
+import importlib
 import json
 import os
 import re
@@ -89,6 +90,25 @@ def test_its_own_parts_train_on_its_rows_at_once(project, tmp_path):
     report = json.loads((tmp_path / "debug" / "report.json").read_text())
     assert report["w0_unchanged"]
     assert 0 < report["trainable"] < report["total"]
+
+
+OTHERS = {  # rows whose columns have other names than the examples', how these are given, and what is read
+    "text_classification": ([{"said": "a  b"}, {"said": None}], {"text_column": "said"}, {"said": ["a b", None]}),
+    "embedding": ([{"q": "a  b", "positive": "c\nd"}], {"anchor_column": "q"}, {"q": ["a b"], "positive": ["c d"]}),
+    "token_classification": ([{"words": ["``", "a"]}], {"words_column": "words"}, {"words": [['"', "a"]]}),
+    "chat": ([{"question": " a? ", "answer": "b "}], {}, {"question": ["a?"], "answer": ["b"]}),
+}
+
+
+@pytest.mark.parametrize("task", OTHERS)
+def test_its_own_data_puts_rows_in_order_whatever_their_columns_are_called(task, projects, tmp_path, monkeypatch):
+    monkeypatch.chdir(projects / f"for_{task}")
+    monkeypatch.syspath_prepend(".")
+    rows, columns, read = OTHERS[task]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    own = importlib.import_module(f"for_{task}.data").OwnData
+    table = own(str(tmp_path / "mine.jsonl"), tokenizer="data/tokenizer", **columns).read()["train"]
+    assert {name: list(table[name]) for name in read} == read
 
 
 @pytest.mark.slow  # what the project's own tests do, for every task

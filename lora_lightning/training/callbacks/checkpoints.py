@@ -65,6 +65,7 @@ class Checkpoints(ModelCheckpoint):
         )
         self.save_every, self.exit_code = save_every, exit_code
         self._sent_sigterm = self._leaves = False
+        self._fits = True
         self._newest = (-1, "")
         self._steps = 0
 
@@ -75,6 +76,7 @@ class Checkpoints(ModelCheckpoint):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take over the task's metric."""
+        self._fits = stage == "fit"
         if self.monitor == "auto":
             task = getattr(pl_module, "task", None)
             validated = trainer.limit_val_batches != 0 and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
@@ -160,6 +162,8 @@ class Checkpoints(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the best so far, also where this fit writes to another folder than the one that it resumes."""
+        if not self._fits:
+            return  # a test or a prediction saves nothing, and needs no best in a folder of its own
         state = dict(state_dict)
         if state.get("best_model_path") and state.get("monitor") != self.monitor:
             rank_zero_warn(
