@@ -35,7 +35,14 @@ from lora_lightning.training.precision import convert, explained_by_precision, p
 from lora_lightning.training.sets import stage_of
 from lora_lightning.training.sharded_w0 import fingerprint
 from lora_lightning.training.sharding import is_sharded
-from lora_lightning.training.start import CHECKPOINT_KEY, MEASURED, PREFIX, start_from_adapter, start_from_batches
+from lora_lightning.training.start import (
+    CHECKPOINT_KEY,
+    MEASURED,
+    PREFIX,
+    same_subtracted_start,
+    start_from_adapter,
+    start_from_batches,
+)
 from lora_lightning.training.strategies import FSDP2Strategy, refuse_other_parallelism
 from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 
@@ -233,7 +240,7 @@ class LoRAModule(LightningModule):
         if cuts and self.trainer.state.fn == TrainerFn.FITTING:
             self._refuse_start_on_meta()
             self._start_from_adapter()
-        if isinstance(strategy, FSDP2Strategy) or (isinstance(strategy, FSDP1Strategy) and cuts):
+        if isinstance(strategy, FSDP1Strategy | FSDP2Strategy):
             strategy.shard_module(self)
 
     def _refuse_start_on_meta(self) -> None:
@@ -255,6 +262,7 @@ class LoRAModule(LightningModule):
     def on_fit_start(self) -> None:
         if not is_sharded(self.backbone):
             self._start_from_adapter()
+            same_subtracted_start(self.backbone, self.trainer)
         self.set_modes()
 
     def on_train_start(self) -> None:

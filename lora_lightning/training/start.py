@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
@@ -83,9 +83,22 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
         start_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
         start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
-    with torch.no_grad():
-        for tensor in adapter_tensors(backbone).values():
-            tensor.data.copy_(trainer.strategy.broadcast(tensor.data))
+    take_first_ones(adapter_tensors(backbone).values(), trainer)
+
+
+def same_subtracted_start(backbone: nn.Module, trainer: Trainer) -> None:
+    """Where a start is subtracted, all processes subtract rank 0's.
+
+    It may have been drawn, and lies in buffers, of which DDP sends none where `broadcast_buffers` is off.
+    """
+    starts = (tensor for _, layer in adapted_layers(backbone) for tensor in (layer.lora_A0, layer.lora_B0))
+    take_first_ones((tensor for tensor in starts if tensor is not None), trainer)
+
+
+def take_first_ones(tensors: Iterable[Tensor], trainer: Trainer) -> None:
+    """Give all processes rank 0's values."""
+    for tensor in tensors:
+        tensor.data.copy_(trainer.strategy.broadcast(tensor.detach().cpu()))
 
 
 def _summed(task: Task, model: nn.Module, batch: Any) -> Tensor:

@@ -25,7 +25,11 @@ from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.proof import ExportReport
 from lora_lightning.training.summary import show_report
-from lora_lightning.training.unsupported import refuse_unsupported, refuse_unsupported_name
+from lora_lightning.training.unsupported import (
+    refuse_unsupported,
+    refuse_unsupported_callbacks,
+    refuse_unsupported_name,
+)
 from lora_lightning.training.wandb_run import log_export
 
 
@@ -44,8 +48,8 @@ class LoRATrainer(Trainer):
             bf16-mixed and 16-mixed.
 
     Raises:
-        LoRAError: a precision that would round the adapters too, or that the strategy cannot have; a strategy that is
-            not supported.
+        LoRAError: a precision that would round the adapters too, or that the strategy cannot have; a strategy or a
+            callback that is not supported.
     """
 
     def __init__(self, *args: Any, precision: Word | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
@@ -61,6 +65,7 @@ class LoRATrainer(Trainer):
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)
         refuse_unsupported(self.strategy)
+        refuse_unsupported_callbacks(self.callbacks)
         end_as_they_end(self)
         # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):

@@ -1,10 +1,13 @@
-"""Strategies of Lightning with which LoRA is not trained here, each with what to take in its place."""
+"""Strategies and callbacks of Lightning with which LoRA is not trained here, with what to take in their place."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -16,6 +19,25 @@ INSTEAD: dict[type[Strategy], str] = {
     " configs/strategy/deepspeed-zero2.yaml and deepspeed-zero3.yaml have ours; without DeepSpeed,"
     " configs/strategy/ddp.yaml does what ZeRO-2 does and configs/strategy/fsdp2.yaml what ZeRO-3 does",
 }
+
+COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: leave it out"
+CALLBACKS: dict[type[Callback], str] = {
+    StochasticWeightAveraging: COPY,
+    WeightAveraging: COPY,
+    ModelPruning: "it writes zeros into W0, which LoRA leaves as it is: prune the model before, or leave it out",
+}
+
+
+def refuse_unsupported_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Before anything is loaded.
+
+    Raises:
+        LoRAError: one of these is among them.
+    """
+    for callback in callbacks:
+        for kind, why in CALLBACKS.items():
+            if isinstance(callback, kind):
+                raise LoRAError(f"callback {type(callback).__name__}: {why}")
 
 
 def refuse_unsupported(strategy: Strategy) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 
 from lora_lightning.lora import switches
 from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.inject import saved_copies
 from lora_lightning.lora.quantised import scheme
-from lora_lightning.training.agree import processes
+from lora_lightning.training.agree import processes, rank
 from lora_lightning.training.evaluates_together import EvaluatesTogether
-from lora_lightning.training.sharding import is_sharded
+from lora_lightning.training.sharding import is_sharded, local
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy, same_everywhere
 from lora_lightning.training.zero_engine import engine_for
 from lora_lightning.training.zero_parts import Row, rows_of_stage_3
@@ -44,6 +46,7 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         switches.prepare_weights(backbone, "off")
         switches.recompute_inputs(backbone, False)
         switches.compute_apart(backbone)  # DeepSpeed lets a module's parameters go as its own backward ends
+        gather_whole(narrowed_copies(backbone))
         if trainer.state.fn == TrainerFn.FITTING:
             super().setup(trainer)
         else:
@@ -85,7 +88,10 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         same_everywhere(self._module.buffers())
 
     def on_train_start(self) -> None:
-        """The optimizer steps over the parts themselves."""
+        """Step from what was put into the parts since, as by what goes back to the start after a few steps."""
+        for row in self.rows():
+            for piece in row.pieces[rank()]:
+                row.held.data[piece.at : piece.at + piece.count] = local(piece.parameter)[: piece.count]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As the other steps."""
@@ -133,6 +139,23 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         trained = [p for p in self._module.parameters() if p.requires_grad]
         with GatheredParameters(trained, modifier_rank=0):
             super().load_model_state_dict(checkpoint, strict)
+
+
+def narrowed_copies(backbone: nn.Module) -> list[nn.Module]:
+    """Modules whose trained copy is wider than they are: they hand it its values, rounded, and call it with these."""
+    return [
+        saved
+        for _, saved in saved_copies(backbone)
+        if any(p.dtype != saved.get_parameter(name).dtype for name, p in saved.lora_copy.named_parameters())
+    ]
+
+
+def gather_whole(modules: Iterable[nn.Module]) -> None:
+    """Let DeepSpeed gather all that is in a module at the module's own call, and not at those of its parts."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for module in modules:
+        set_z3_leaf_module(module, True)
 
 
 def generates_together(backbone: Any) -> None:

@@ -180,17 +180,18 @@ def at(folder: Path, step: int) -> Path:
 
 
 class Nudge(Callback):
-    """Writes into process 1's part of W0, or puts what is not finite into its loss, after the fourth step."""
+    """Writes into one process's part of W0, or puts what is not finite into its loss, after the fourth step."""
 
     def __init__(self, what: str) -> None:
         self.what = what
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        if self.what.startswith("w0") and trainer.global_step == 4 and trainer.global_rank == 1:
+        # FSDP1 lays all of a block end to end, and the last process has its end.
+        at_end = self.what == "w0 end"
+        writes = trainer.global_rank == (trainer.world_size - 1 if at_end else 1)
+        if self.what.startswith("w0") and trainer.global_step == 4 and writes:
             block = pl_module.backbone.layers[1]
-            # FSDP1 lays all of a block end to end, and process 1 has its end.
-            weight = block.down.weight if self.what == "w0 end" else block.up.weight
-            local(weight).view(-1)[0] += 1e-3
+            local(block.down.weight if at_end else block.up.weight).view(-1)[0] += 1e-3
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         if self.what == "loss" and trainer.global_step == 4 and trainer.global_rank == 1:

@@ -4,13 +4,15 @@ Mutations that were made once, and what then fails:
 
 | mutation | test |
 |---|---|
-| no `_keep_in_place` | test_two_processes_equal_one..., by the language model |
+| no `_keep_in_place` | test_several_processes_equal_one..., by the language model |
 | NumPy sees what is gathered, and not a copy of it | all that ask for a fingerprint |
 | parameters that blocks share go into one block's unit | "one table for all blocks" |
+| no `same_subtracted_start` | test_processes_that_drew_differently... |
 """
 
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -32,8 +34,8 @@ from tests.training.test_fsdp2 import assert_equal_to_one
 
 
 def script(*args, timeout=300):
-    command = [sys.executable, "-m", "tests.training.units", *map(str, args)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False)
+    command, env = [sys.executable, "-m", "tests.training.units", *map(str, args)], os.environ | {"LIMIT": str(timeout)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -72,18 +74,29 @@ def test_four_processes_of_which_some_have_nothing_of_a_block(tmp_path):
 # A run's life.
 
 
-@pytest.fixture(scope="module")
-def lived(tmp_path_factory):
-    """What two processes found, in a folder that holds their runs; some began with a checkpoint of one process."""
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def lived(request, tmp_path_factory):
+    """What two or four processes found, and a folder with their runs; some began with a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("life")
     sharded.fit(folder / "alone")
     shutil.copyfile(sharded.at(folder / "alone", 14), folder / "one.ckpt")  # at an epoch's end
-    script("life", folder, 2)
+    script("life", folder, request.param, timeout=900)
     return folder, torch.load(folder / "found.pt", weights_only=False)
 
 
-def test_two_processes_equal_one_over_accumulated_and_ragged_batches(lived):
-    assert_equal_to_one(lived[0], 2)
+def count_of(found):
+    return len(found["stopped by loss"])
+
+
+def test_several_processes_equal_one_over_accumulated_and_ragged_batches(lived):
+    assert_equal_to_one(lived[0], count_of(lived[1]))
+
+
+def test_processes_that_drew_differently_subtract_one_start(lived):
+    """Under DDP, told to send no buffers."""
+    first, *others = lived[1]["starts"]
+    assert others
+    assert all(differing(first, other) == [] for other in others)
 
 
 @pytest.mark.parametrize("step", [9, 14])
@@ -104,7 +117,7 @@ def test_a_checkpoint_is_that_of_a_single_process_and_holds_no_weight_of_the_bas
     assert {k.removeprefix("backbone.") for k in many["state_dict"]} == adapter_tensors(made.backbone).keys()
 
 
-def test_one_process_goes_on_and_evaluates_and_two_go_on_from_one(lived, tmp_path):
+def test_one_process_goes_on_and_evaluates_and_several_go_on_from_one(lived, tmp_path):
     folder, found = lived
     trainer = sharded.fit(tmp_path / "on", ckpt=sharded.at(folder / "whole", 14))
     assert trainer.global_step == found["whole"]["step"] == found["of one"]["step"]
@@ -128,12 +141,12 @@ def test_a_fit_under_autocast_reports_and_leaves_the_export_to_the_command(lived
 
 def test_a_write_into_one_processs_part_of_the_base_stops_all(lived):
     moved = "W0MovedError: W0 moved during fit: 1 frozen tensors changed, first 'layers.1."
-    assert [said.startswith(moved) for said in lived[1]["stopped by w0 end"]] == [True, True], lived[1]
+    assert all(said.startswith(moved) for said in lived[1]["stopped by w0 end"]), lived[1]
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(lived):
     bad = "NotFiniteError: the loss of optimizer step 5 is not finite"
-    assert [said.startswith(bad) for said in lived[1]["stopped by loss"]] == [True, True]
+    assert all(said.startswith(bad) for said in lived[1]["stopped by loss"])
 
 
 # What is found, and what is said.
@@ -174,11 +187,12 @@ def test_one_process_keeps_w0_whole_and_trains_as_under_ddp(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_fits_tests_predicts_and_exports(tiny, tmp_path):
+def test_the_command_fits_and_tests_in_four_processes_predicts_in_two_and_exports(tiny, tmp_path):
     both = ["--config", tiny.config, "--config", REPOSITORY / "configs/strategy/fsdp1.yaml"]
-    run("fit", *both, "--trainer.max_epochs", "2", cwd=tmp_path)
-    run("test", "--ckpt_path", "runs/tiny", cwd=tmp_path)
-    run("predict", "--ckpt_path", "runs/tiny", cwd=tmp_path)
+    four = ["--trainer.devices", "4"]
+    run("fit", *both, *four, "--trainer.max_epochs", "2", cwd=tmp_path, timeout=900)
+    run("test", "--ckpt_path", "runs/tiny", cwd=tmp_path, timeout=900)
+    run("predict", "--ckpt_path", "runs/tiny", "--trainer.devices", "2", cwd=tmp_path)
     run("export", "--ckpt_path", "runs/tiny", cwd=tmp_path)
     report = json.loads((tmp_path / "runs/tiny/version_0/report.json").read_text())
     assert report["w0_unchanged"]

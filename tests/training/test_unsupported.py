@@ -1,6 +1,7 @@
 """What is not supported is refused by name, before anything is loaded."""
 
 import pytest
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
 from lora_lightning import LoRAError
@@ -33,3 +34,17 @@ def test_a_trainer_asks(monkeypatch):
 def test_a_name_is_refused_before_lightning_asks_for_a_gpu_or_a_package(name, said):
     with pytest.raises(LoRAError, match=said):
         LoRATrainer(accelerator="cpu", devices=1, strategy=name)
+
+
+@pytest.mark.parametrize(
+    ("callback", "said"),
+    [
+        (EMAWeightAveraging(), "callback EMAWeightAveraging: it keeps another copy of all of W0"),
+        (StochasticWeightAveraging(0.1), "callback StochasticWeightAveraging: it keeps another copy of all of W0"),
+        (ModelPruning("l1_unstructured", amount=0.5), "callback ModelPruning: it writes zeros into W0"),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_a_callback_that_copies_or_changes_w0_is_refused(callback, said):
+    with pytest.raises(LoRAError, match=said):
+        LoRATrainer(accelerator="cpu", devices=1, callbacks=[callback], logger=False)

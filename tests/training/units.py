@@ -5,6 +5,7 @@ Run in several processes as `python -m tests.training.units WHAT FOLDER PROCESSE
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -15,20 +16,22 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import distributed, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lora_lightning import ExportAtEnd, FSDP1Strategy, LoRAConfig, RunReport, inject
+from lora_lightning import ExportAtEnd, FSDP1Strategy, LoRAConfig, LoRAModule, RunReport, inject
 from lora_lightning.lora import switches
 from lora_lightning.lora.adapter import adapter_tensors, base_tensors
 from lora_lightning.lora.fingerprint import fingerprint as of_one
 from lora_lightning.training import sharded_w0
 from lora_lightning.training import trainer as lightning_trainer
+from lora_lightning.training.agree import gathered
 from lora_lightning.training.callbacks import RankTelemetry
 from lora_lightning.training.fsdp1_units import shard_w0, units_of
 from tests.processes import in_processes
-from tests.training import shards
-from tests.training.sharded import at, ended, equality, figures, fit, stopped
+from tests.training import ragged, shards
+from tests.training.sharded import Net, Told, at, ended, equality, figures, fit, stopped
 
 CPU = torch.device("cpu")
 
@@ -167,10 +170,20 @@ def _life(folder: Path, processes: int) -> None:
         found[f"of {name}"] = ended(onward)
     callbacks = [ExportAtEnd(), RunReport(), RankTelemetry(every_n_steps=1, amplification=True)]
     fit(folder / "bf16", *callbacks, strategy=FSDP1Strategy(), precision="bf16-mixed", max_steps=2, **many)
+    found["starts"] = starts(processes)
     for what in ("w0 end", "loss"):
         found[f"stopped by {what}"] = stopped(folder / what, what, FSDP1Strategy(), processes)
     if first.is_global_zero:
         torch.save(found, folder / "found.pt")
+
+
+def starts(processes: int) -> list[Any]:
+    """The adapter of each process, which drew its own, after a step under DDP that sends no buffers."""
+    torch.manual_seed(distributed.get_rank())
+    lora = LoRAConfig(r=3, target_modules=["up", "down"], init="pissa_niter_1")
+    made = LoRAModule(Net(), Told(), lora, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    strategy = DDPStrategy(broadcast_buffers=False, find_unused_parameters=True)
+    return gathered(ragged.fit(2, made=made, strategy=strategy, devices=processes, max_steps=1)["adapter"])
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from torch import distributed, nn
 
 from lora_lightning import HalfBase, LoRAConfig, LoRAError, LoRAModule, prepare_weights
@@ -43,6 +44,11 @@ def language_model() -> LoRAModule:
     made = sharded.language_model()
     made.backbone.float()
     return made
+
+
+def copies() -> LoRAModule:
+    """Trained in float32, beside a base that may be narrower."""
+    return module(modules_to_save=["norm", "layers.1.up"], target_modules=["down"])
 
 
 def siblings() -> LoRAModule:
@@ -105,18 +111,30 @@ def unreached(processes: int, stage: int) -> dict[str, Any]:
     return found
 
 
+def searched(folder: Path, processes: int, stage: int) -> dict[str, Any]:
+    """Beside DDP: some steps are taken and taken back before the first."""
+    found = {}
+    for name, strategy in both(stage).items():
+        made, search = module(), LearningRateFinder(num_training_steps=4, attr_name="lr")
+        made.lr = 0.0
+        many = {"strategy": strategy, "devices": processes, "max_steps": 3, "default_root_dir": folder}
+        found[name] = ragged.fit(2, search, made=made, gradient_clip_val=0, **many)["adapter"]
+    return found
+
+
 def narrow(folder: Path, processes: int, stage: int) -> None:
     """Beside DDP: in bfloat16, and a language model."""
     words: dict[str, dict[str, Any]] = {
         "bf16-mixed": {"precision": "bf16-mixed"},
         "bf16-base": {"plugins": [HalfBase("bf16-base", "cpu")]},
+        "bf16-base and copies": {"plugins": [HalfBase("bf16-base", "cpu")]},
         "lm": {"data": sharded.Sentences(2)},
         "siblings": {},
     }
     for word, given in words.items():
         for name, strategy in both(stage).items():
             many = {"strategy": strategy, "devices": processes, "max_steps": 5, "gradient_clip_val": 0}
-            made = {"lm": language_model, "siblings": siblings}.get(word, module)()
+            made = {"lm": language_model, "siblings": siblings, "bf16-base and copies": copies}.get(word, module)()
             prepare_weights(made.backbone, "off")  # as in stage 3: another kernel rounds otherwise
             ragged.fit(2, file=folder / f"{name} {word}.pt", made=made, **given, **many)
 
@@ -164,6 +182,7 @@ def life(folder: Path, processes: int, stage: int) -> None:
         patch.setattr(lightning_trainer, "ending_together", lambda *_, **__: nullcontext())
         equality(folder, processes, stage)
         found: dict[str, Any] = {"norms": norms(processes, stage)}
+        found["searched"] = searched(folder, processes, stage)
         if stage == 2:  # in stage 3 all processes must run the same modules
             found["unreached"] = unreached(processes, stage)
         many = {"devices": processes}
