@@ -8,7 +8,16 @@ sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent)]
 
 project = "lora_lightning"
 author = "the authors of lora_lightning"
-extensions = ["myst_parser", "sphinx_copybutton", "repository_links", "mathml", "config_reference"]
+extensions = [
+    *("sphinx.ext.autodoc", "sphinx.ext.napoleon"),
+    *("myst_parser", "sphinx_copybutton", "repository_links", "mathml", "config_reference"),
+]
+
+# Docstrings write code between single backquotes; a signature's types are told apart from the prose, not linked.
+default_role = "code"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+nitpick_ignore_regex = [("py:.*", ".*")]  # torch, Lightning and the standard library lie in no inventory: no network
 
 exclude_patterns = ["_ext", "_static"]
 nitpicky = True

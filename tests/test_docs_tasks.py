@@ -8,6 +8,7 @@ import yaml
 import lora_lightning
 from tests.chats import CHATML
 from tests.command.process import REPOSITORY
+from tests.recipes.recipe import parse
 from tests.tiny_lm import make_lm
 
 PAGE = (REPOSITORY / "docs" / "tasks.md").read_text()
@@ -47,3 +48,15 @@ def test_rows_of_the_page_become_batches(rows, config, tmp_path, tiny):
     batch = next(iter(module.train_dataloader()))
     assert {"input_ids", "anchor"} & set(batch)
     assert len(list(module.val_dataloader())) > 0
+
+
+@pytest.mark.slow  # the whole parser for each
+@pytest.mark.parametrize(
+    "config", re.findall(r"^```yaml\n(.*?)^```", PAGE, flags=re.S | re.M), ids=re.findall(r"\.(\w+Data)$", PAGE, re.M)
+)
+def test_a_config_of_the_page_is_parsed(config, tmp_path):
+    content = yaml.safe_load(config)
+    bare = {"pretrained_model_name_or_path": "x"} | content["model"].get("backbone", {}).get("init_args", {})
+    content["model"]["backbone"] = {"class_path": "lora_lightning.huggingface", "init_args": bare}
+    (tmp_path / "page.yaml").write_text(yaml.safe_dump(content))
+    assert parse([tmp_path / "page.yaml"]).data.class_path
