@@ -15,13 +15,16 @@ from lora_lightning.tasks.base import Task
 def refuse_other_count(config: Any, data: Any) -> None:
     """What the data say of themselves is handed to the model, and wins over what a config says without a word.
 
+    A class of the user's own may have a default, which stands in the config too: then nobody has asked for it.
+
     Raises:
         LoRAError: another `num_classes` of the task or the backbone than the data have labels.
     """
     count = getattr(data, "num_classes", None)
     for part in ("task", "backbone"):
         given = config.get(f"model.{part}.init_args.num_classes")
-        if None not in (given, count) and given != count:
+        ours = str(config.get(f"model.{part}.class_path")).startswith("lora_lightning.")
+        if ours and None not in (given, count) and given != count:
             raise LoRAError(
                 f"model.{part}.init_args.num_classes is {given}, and the data have {count} labels: leave it out"
             )
