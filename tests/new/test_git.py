@@ -97,6 +97,7 @@ def test_a_project_of_the_package_is_that_of_the_repository(versions, tmp_path):
 
 def test_update_finds_the_clone_that_the_package_lies_in(versions, tmp_path, monkeypatch):
     git(versions, "checkout", "--quiet", "v0.1.0")
+    told_by_pip(monkeypatch)  # else a clone that pip installed this package from would be the one, where it is the same
     monkeypatch.setattr(render, "TEMPLATE", versions / "lora_lightning/template")
     new("mine", defaults=True)
     answers = yaml.safe_load((tmp_path / "mine/.copier-answers.yml").read_text())
