@@ -65,7 +65,7 @@ class LoRATrainer(Trainer):
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)
         refuse_unsupported(self.strategy)
-        refuse_unsupported_callbacks(self.callbacks)
+        refuse_unsupported_callbacks(self.callbacks)  # type: ignore[attr-defined]  # a connector of Lightning sets it
         end_as_they_end(self)
         # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):

@@ -62,5 +62,5 @@ def across(folder: Path, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    limit = float(os.environ.get("LIMIT", "600"))
+    limit = float(os.environ.get("LIMIT", "900"))
     sys.exit(max(map(abs, in_processes(2, across, Path(sys.argv[1]), 2, timeout=limit))))

@@ -70,7 +70,7 @@ def of_fit(folder, name, clip):
 
 def test_two_processes_are_ddp_to_the_bit_and_four_add_up_in_another_order(lived):
     ddp, ours = (of_fit(lived[0], name, 0) for name in ("ddp", "zero"))
-    assert ddp["steps"] == ours["steps"] == zeroed.STEPS
+    assert ddp["steps"] == ours["steps"] >= 12
     if lived[2] > 2:
         assert far(ddp["adapter"], ours["adapter"]) < 2e-6
         return

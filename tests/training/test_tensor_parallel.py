@@ -12,6 +12,7 @@ Mutations that were made once, and what then fails:
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -39,7 +40,8 @@ from tests.training.resuming import differing
 
 def script(name, folder, processes, timeout=300):
     command = [sys.executable, "-m", "tests.training.split", name, str(folder), str(processes)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=timeout, check=False)
+    env = os.environ | {"LIMIT": str(timeout)}
+    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
@@ -141,7 +143,7 @@ def test_a_resumed_fit_is_the_uninterrupted_one_in_both_forms(found):
 @pytest.mark.slow
 def test_a_run_of_two_groups_lives(tmp_path):
     begun(tmp_path)
-    script("life", tmp_path, 4)
+    script("life", tmp_path, 4, timeout=900)
     assert_lived(tmp_path)
 
 
@@ -340,10 +342,10 @@ def test_the_command_fits_goes_on_tests_predicts_and_exports(tmp_path):
     model, chats = make_llama(tmp_path / "model"), write_chats(tmp_path / "chats.jsonl", rows=40)
     (tmp_path / "run.yaml").write_text(RUN.format(model=model, chats=chats))
     both = ["--config", "run.yaml", "--config", REPOSITORY / "configs" / "strategy" / "fsdp2-tp.yaml"]
-    run("fit", *both, "--trainer.max_epochs", "1", cwd=tmp_path)
-    run("fit", *both, "--ckpt_path", "last", cwd=tmp_path)
-    run("test", "--ckpt_path", "runs/tp", cwd=tmp_path)
-    run("export", "--ckpt_path", "runs/tp", cwd=tmp_path)
+    run("fit", *both, "--trainer.max_epochs", "1", cwd=tmp_path, timeout=600)
+    run("fit", *both, "--ckpt_path", "last", cwd=tmp_path, timeout=600)
+    run("test", "--ckpt_path", "runs/tp", cwd=tmp_path, timeout=600)
+    run("export", "--ckpt_path", "runs/tp", cwd=tmp_path, timeout=600)
     folder = max((tmp_path / "runs" / "tp").glob("version_*"))
     report = json.loads((folder / "report.json").read_text())
     assert report["w0_unchanged"]
