@@ -10,7 +10,7 @@ from tests.processes import REPOSITORY
 from tests.training import across, sharded
 from tests.training.across import END, EPOCH, ONE, STRATEGIES
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("across")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
