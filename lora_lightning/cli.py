@@ -259,8 +259,7 @@ class LoRACLI(LightningCLI):
         """What would end a fit only once it runs, found while there is no run folder yet."""
         config = self.config[str(self.subcommand)]
         refuse_other_count(config, self.datamodule)
-        names = getattr(self.datamodule, "label_names", None) or ()
-        refuse_other_size(self.model.backbone, self.model.task, names)
+        refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
         refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
 
     def _dump_config(self) -> None:

@@ -137,8 +137,11 @@ def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
 
 
 def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
-    """Such as a section all of whose keys are commented out: jsonargparse takes the file for a text."""
-    if root.value and all(value.tag == NULL for _, value in root.value):
+    """Such as a section all of whose keys are commented out: jsonargparse takes the file for a text.
+
+    A null that is written is a value: an overlay may take something back by it.
+    """
+    if root.value and all(value.tag == NULL and not value.value for _, value in root.value):
         key, _ = root.value[0]
         line = key.start_mark.line + 1
         raise LoRAError(f"{file}, line {line}: '{key.value}' holds nothing: give it keys or a value, or leave it out")

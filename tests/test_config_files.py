@@ -35,9 +35,10 @@ def test_what_is_wrong(name, text, said, tmp_path, monkeypatch):
         ("a.yaml", "{}\n"),
         ("a.json", '{\n\t"trainer": {\n\t\t"max_steps": 1\n\t}\n}'),
         ("a.yaml", "ckpt_path: null\nname: x\n"),
+        ("a.yaml", "save_every: null\nckpt_path: ~\n"),
         ("a.yaml", "data:\n  init_args:\n    prompt: 'It costs ${price}.'\n"),
     ],
-    ids=["no keys", "JSON with tabs", "null beside others", "a dollar in a text"],
+    ids=["no keys", "JSON with tabs", "null beside others", "written nulls alone", "a dollar in a text"],
 )
 def test_what_is_right(name, text, tmp_path):
     file = tmp_path / name

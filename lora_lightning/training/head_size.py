@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -20,23 +19,25 @@ def refuse_other_count(config: Any, data: Any) -> None:
     Raises:
         LoRAError: another `num_classes` of the task or the backbone than the data have labels.
     """
-    count = getattr(data, "num_classes", None)
     for part in ("task", "backbone"):
         given = config.get(f"model.{part}.init_args.num_classes")
         ours = str(config.get(f"model.{part}.class_path")).startswith("lora_lightning.")
-        if ours and None not in (given, count) and given != count:
+        if not ours or given is None:
+            continue  # nor are the data asked, which may not know before their setup
+        count = getattr(data, "num_classes", None)
+        if count is not None and given != count:
             raise LoRAError(
                 f"model.{part}.init_args.num_classes is {given}, and the data have {count} labels: leave it out"
             )
 
 
-def refuse_other_size(backbone: nn.Module, task: Task, label_names: Sequence[str] = ()) -> None:
+def refuse_other_size(backbone: nn.Module, task: Task, data: Any = None) -> None:
     """Compare the outputs of a transformers model's head with those that the task asks for.
 
     Of other backbones, and of a head in which no layer's size says it, the first batch tells.
 
     Args:
-        label_names: those of the data, for the message.
+        data: whose label names the message lists.
 
     Raises:
         LoRAError: there are fewer or more, with both numbers.
@@ -46,6 +47,7 @@ def refuse_other_size(backbone: nn.Module, task: Task, label_names: Sequence[str
     sizes = _sizes_beside_the_body(backbone)
     if not sizes or task.outputs in sizes:
         return
+    label_names = getattr(data, "label_names", None) or ()
     named = f" ({some(list(label_names), 5)})" if label_names else ""
     own = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
     raise LoRAError(

@@ -1,11 +1,14 @@
 """A head of another size than the data want is found without a batch, and no other head is refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from jsonargparse import Namespace
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
-from lora_lightning.training.head_size import refuse_other_size
+from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from tests import factories
 
 
@@ -19,7 +22,7 @@ def test_both_numbers_are_named(count):
 
 def test_the_labels_are_named_where_the_data_have_names():
     with pytest.raises(LoRAError, match=r"one for each class \(bad, good\): leave num_labels out"):
-        refuse_other_size(factories.bert(), SequenceClassification(2), ["bad", "good"])
+        refuse_other_size(factories.bert(), SequenceClassification(2), SimpleNamespace(label_names=["bad", "good"]))
 
 
 def test_a_head_that_fits_is_let_be_also_where_the_config_has_another_number():
@@ -43,3 +46,20 @@ def test_a_label_beyond_the_outputs_is_named_before_the_loss(labels, fits):
     else:
         with pytest.raises(LoRAError, match=r"a batch has the label (2|-1), and the task 2, numbered 0 to 1"):
             task.check(batch)
+
+
+class Unread:
+    """Data that know of their labels only once they are read."""
+
+    @property
+    def num_classes(self):
+        raise TypeError("nothing is read")
+
+    label_names = num_classes
+
+
+def test_data_are_asked_for_labels_only_where_something_is_compared_with_them():
+    own = Namespace(class_path="mine.Task", init_args=Namespace(num_classes=2))
+    for task in (own, Namespace(class_path="lora_lightning.SequenceRegression")):
+        refuse_other_count(Namespace(model=Namespace(task=task, backbone=own)), Unread())
+    refuse_other_size(factories.bert(), SequenceClassification(3), Unread())
