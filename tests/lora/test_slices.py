@@ -268,7 +268,7 @@ def test_blooms_layout():
 
 
 def test_timms_layout():
-    from timm.layers import Attention
+    from timm.models.vision_transformer import Attention
 
     torch.manual_seed(0)
     plain = nn.ModuleDict({"attn": Attention(16, num_heads=2)})
