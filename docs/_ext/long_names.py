@@ -8,7 +8,7 @@ from typing import Any
 from docutils import nodes
 from sphinx.application import Sphinx
 
-LONG = re.compile(r'<span class="pre">([^<]{20,})</span>')
+LONG = re.compile(r'<span class="pre">([^<]{24,})</span>')
 AFTER = re.compile(r"(?<=[_./=:,(@+])(?=[\w\"'{\[&])|(?<=\w-)(?=\w)")
 
 
