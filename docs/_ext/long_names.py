@@ -1,4 +1,4 @@
-"""Where a long name in code may break: after a separator, as in `test_|a_|name`, `configs/|demo.|yaml`; else nowhere."""
+"""Where long names in code break: after a separator, as in `test_|a_|name`, `configs/|demo.|yaml`; else nowhere."""
 
 from __future__ import annotations
 
