@@ -10,7 +10,7 @@ project = "lora_lightning"
 author = "the authors of lora_lightning"
 extensions = [
     *("sphinx.ext.autodoc", "sphinx.ext.napoleon"),
-    *("myst_parser", "sphinx_copybutton", "repository_links", "mathml", "config_reference"),
+    *("myst_parser", "sphinx_copybutton", "repository_links", "mathml", "config_reference", "long_names"),
 ]
 
 # Docstrings write code between single backquotes; a signature's types are told apart from the prose, not linked.
@@ -21,7 +21,7 @@ nitpick_ignore_regex = [("py:.*", ".*")]  # torch, Lightning and the standard li
 
 exclude_patterns = ["_ext", "_static"]
 nitpicky = True
-smartquotes = False  # quotes stand as they are written: they are copied into configs
+smartquotes_action = "D"  # dashes alone; quotes stand as they are written: they are copied into configs
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
 

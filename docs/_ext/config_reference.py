@@ -57,7 +57,7 @@ def arguments_of(item: Callable[..., Any]) -> Iterator[Argument]:
         if action.dest == "help" or action.dest.endswith(".help") or action.default == "==SUPPRESS==":
             continue
         kind = getattr(action, "_typehint", None) or action.type
-        default = "needed" if action.required else plain_value(action.default)
+        default = "required" if action.required else plain_value(action.default)
         yield Argument(action.dest, plain_type(kind), default, _sentence(action.help))
 
 
@@ -125,9 +125,9 @@ class Config(SphinxDirective):
     def _entry(self, name: str, argument: Argument) -> nodes.definition_list_item:
         term = nodes.term("", "", nodes.literal("", argument.key), ids=[nodes.make_id(f"{name}-{argument.key}")])
         term += [nodes.Text(" "), nodes.inline("", argument.type, classes=["kind"])]
-        needed = argument.default == "needed"
-        default = nodes.inline("", "needed" if needed else "default ", classes=["default"])
-        if not needed:
+        required = argument.default == "required"
+        default = nodes.inline("", "required" if required else "default ", classes=["default"])
+        if not required:
             default += nodes.literal("", argument.default)
         term += [nodes.Text(" "), default]
         definition = nodes.definition("", *self._parsed(argument.text))
