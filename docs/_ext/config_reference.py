@@ -93,7 +93,7 @@ def plain_value(value: Any) -> str:
 
 
 def _sentence(text: str | None) -> str:
-    text = " ".join((text or "").split())
+    text = re.sub(r":[a-z:]+:`~?", "`", " ".join((text or "").split()))  # Lightning's docstrings: a role's text alone
     return text[:1].upper() + text[1:]
 
 
