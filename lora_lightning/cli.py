@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lora_lightning.class_paths import wrong_path
 from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
 from lora_lightning.config_files import check, named
-from lora_lightning.config_places import place_of
+from lora_lightning.config_refusals import refuse_no_class, refuse_no_keys
 from lora_lightning.data.base import TableData
 from lora_lightning.docstrings import read_once
 from lora_lightning.handed_down import handed_down, labels_of_run
@@ -345,32 +344,6 @@ def with_run_config(args: list[str]) -> list[str]:
         raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
     RUN_CONFIG.set(str(file))
     return [args[0], "--config", str(file), *args[1:]]
-
-
-def refuse_no_keys(config: Any, args: Sequence[str]) -> None:
-    """jsonargparse takes anything for a group of keys, and fails where it makes the class.
-
-    Raises:
-        LoRAError: trainer, model or model.lora is a list, a text or null.
-    """
-    for key in ("trainer", "model", "model.lora"):
-        value = config.get(key)
-        if value is None or isinstance(value, str | list | int | float):
-            place = place_of(key, args)
-            got = "null: leave it out for its defaults" if value is None else repr(value)
-            raise LoRAError(
-                f"{f'{place}: ' if place else ''}{key}: expected keys with values such as {{r: 8}}, got {got}"
-            )
-
-
-def refuse_no_class(strategy: Any) -> None:
-    """A strategy may be a name as well as a class path, so that jsonargparse lets a mistyped path be.
-
-    Raises:
-        LoRAError: it has the form of a path, and leads nowhere.
-    """
-    if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
-        raise LoRAError(f"trainer.strategy: {wrong}")
 
 
 class _Made(Exception):

@@ -68,9 +68,9 @@ def labels_of_run(command: Any) -> None:
     file = run.run_of_checkpoint(Path(checkpoint)) / run.CONFIG
     if data is None or data.get("init_args.label_names", "") is not None or "://" in checkpoint or not file.is_file():
         return
-    then = yaml.safe_load(file.read_text(encoding="utf-8")).get("data") or {}
+    then = ((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data")) or {}
     if then.get("class_path") == data.class_path:
-        data.init_args.label_names = then["init_args"].get("label_names")
+        data.init_args.label_names = (then.get("init_args") or {}).get("label_names")
 
 
 def _is_huggingface(backbone: Any) -> bool:

@@ -85,7 +85,11 @@ class Task(nn.Module, ABC):
         """Names under which figures of a stage can be logged."""
         metrics = self.metrics[f"{stage}_"]
         assert isinstance(metrics, MetricCollection)
-        return [f"{stage}/loss", *map(str, metrics.keys(keep_base=False))]
+        return list(dict.fromkeys([f"{stage}/loss", *map(str, metrics.keys(keep_base=False))]))
+
+    def wanted_outputs(self) -> int | None:
+        """`outputs`, where the labels mean what they do here: a step of the user's own may take them in another way."""
+        return self.outputs if type(self).step.__module__.startswith("lora_lightning.") else None
 
     def check(self, batch: Any) -> None:
         """Look at a stage's first batch before the loss does, which on a GPU ends the process without saying why.
@@ -94,13 +98,14 @@ class Task(nn.Module, ABC):
             LoRAError: a label that has no output.
         """
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if self.outputs is None or self.output_is == "number" or not isinstance(labels, Tensor):
+        count = self.wanted_outputs()
+        if count is None or self.output_is == "number" or not isinstance(labels, Tensor):
             return
-        none = labels[((labels < 0) | (labels >= self.outputs)) & (labels != self.ignored)]
+        none = labels[((labels < 0) | (labels >= count)) & (labels != self.ignored)]
         if none.numel():
             raise LoRAError(
-                f"a batch has the label {none[0].item():g}, and the task {self.outputs}, numbered 0 to"
-                f" {self.outputs - 1}: number the data's labels so, or raise num_classes and the head's outputs"
+                f"a batch has the label {none[0].item():g}, and the task {count}, numbered 0 to"
+                f" {count - 1}: number the data's labels so, or raise num_classes and the head's outputs"
             )
 
     def add_stage(self, stage: Stage) -> None:

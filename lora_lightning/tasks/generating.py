@@ -120,8 +120,13 @@ class GeneratingTask(Task):
             metrics["token_accuracy"].update(out.correct, out.weight)
         for name in self.written if out.texts else ():
             metrics[name].update(out.texts, out.references)
+        shown = self.logged(stage)
+        return {name: metric for name, metric in super().update(stage, out).items() if name in shown}
+
+    def logged(self, stage: Stage) -> list[str]:
+        """Without figures of texts that the stage does not write."""
         silent = set() if self.writes(stage) else {f"{stage}/{name}" for name in self.written}
-        return {name: metric for name, metric in super().update(stage, out).items() if name not in silent}
+        return [name for name in super().logged(stage) if name not in silent]
 
     def _counted(self, out: LinearCrossEntropy) -> WrittenOutput:
         return WrittenOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)

@@ -42,17 +42,18 @@ def refuse_other_size(backbone: nn.Module, task: Task, data: Any = None) -> None
     Raises:
         LoRAError: there are fewer or more, with both numbers.
     """
-    if task.outputs is None or not isinstance(backbone, PreTrainedModel):
+    count = task.wanted_outputs()
+    if count is None or not isinstance(backbone, PreTrainedModel):
         return
     sizes = _sizes_beside_the_body(backbone)
-    if not sizes or task.outputs in sizes:
+    if not sizes or count in sizes:
         return
     label_names = getattr(data, "label_names", None) or ()
     named = f" ({some(list(label_names), 5)})" if label_names else ""
     own = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
     raise LoRAError(
-        f"the backbone's head has {own} outputs (num_labels), and there must be {task.outputs}, one for each"
-        f" {task.output_is}{named}: {'leave num_labels out' if label_names else f'num_labels: {task.outputs}'}"
+        f"the backbone's head has {own} outputs (num_labels), and there must be {count}, one for each"
+        f" {task.output_is}{named}: {'leave num_labels out' if label_names else f'num_labels: {count}'}"
     )
 
 

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
 
 OF_THE_RUN = re.compile(r"epoch|step|train/loss_step|lr(/.+)?|grad_norm/.+|(samples|tokens)/s|(throughput|memory)/.+")
@@ -33,7 +32,7 @@ def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = 
         if monitor in known or OF_THE_RUN.fullmatch(monitor) or OF_A_FURTHER_SET.fullmatch(monitor):
             continue
         near = f"{did_you_mean(monitor, known)} (logged are {', '.join(known)})"
-        if own := _may_log(trainer, module.task):
+        if own := _may_log(trainer, module):
             rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {own} does{near}")
         else:
             raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
@@ -49,10 +48,11 @@ def _monitored(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str
         yield "ReduceLROnPlateau", plateau
 
 
-def _may_log(trainer: Trainer, task: Task) -> str | None:
-    """Whose metrics are not known from here: a task with figures of its own, or a callback that is not ours."""
-    if not _is_ours(type(task).update.__module__):
-        return type(task).__name__
+def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:
+    """Whose metrics are not known from here: a module's, a task's with figures of its own, a callback's of others."""
+    for one, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
+        if not _is_ours(where):
+            return type(one).__name__
     foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
     return next((type(callback).__name__ for callback in foreign), None)
 

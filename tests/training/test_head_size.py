@@ -63,3 +63,16 @@ def test_data_are_asked_for_labels_only_where_something_is_compared_with_them():
     for task in (own, Namespace(class_path="lora_lightning.SequenceRegression")):
         refuse_other_count(Namespace(model=Namespace(task=task, backbone=own)), Unread())
     refuse_other_size(factories.bert(), SequenceClassification(3), Unread())
+
+
+class Ordinal(SequenceClassification):
+    """Thresholds between classes: an output less than there are classes."""
+
+    def step(self, backbone, batch):
+        raise NotImplementedError
+
+
+def test_a_step_of_ones_own_may_mean_other_outputs_and_labels():
+    task = Ordinal(4)
+    refuse_other_size(factories.bert(), task)
+    task.check({"labels": torch.tensor([4])})

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
-from lora_lightning import LoRAError
+from lora_lightning import LoRAError, LoRAModule, TextGeneration
 from lora_lightning.training.callbacks import Checkpoints, StepFigures
 from lora_lightning.training.monitored import refuse_unlogged
 from lora_lightning.training.trainer import LoRATrainer
@@ -40,6 +40,21 @@ def test_a_metric_that_is_not_logged_is_refused_whoever_waits_for_it(metric, ref
 )
 def test_a_metric_that_is_logged_sometime_is_let_be(metric, refused):
     refused(EarlyStopping(metric), ModelCheckpoint(monitor=metric), StepFigures(), plateau=metric)
+
+
+def test_texts_that_are_not_written_are_not_waited_for(make_module):
+    module = make_module()
+    module.task = TextGeneration(None, metrics=["bleu"], generate_in_validation=False)
+    trainer = LoRATrainer(callbacks=[EarlyStopping("val/bleu")], logger=False, accelerator="cpu")
+    with pytest.raises(LoRAError, match="monitors 'val/bleu', which is not logged"):
+        refuse_unlogged(trainer, module)
+
+
+def test_a_module_of_ones_own_may_log_it(make_module, monkeypatch, recwarn):
+    module = make_module()
+    monkeypatch.setattr(LoRAModule, "__module__", "mine")
+    refuse_unlogged(LoRATrainer(callbacks=[EarlyStopping("val_mine")], logger=False, accelerator="cpu"), module)
+    assert any("unless LoRAModule does" in str(one.message) for one in recwarn)
 
 
 def test_what_does_not_need_its_metric_is_let_be(refused):
