@@ -148,10 +148,7 @@ def _export(called: _Called, tensors: dict[str, Tensor], file: Path) -> None:
         except Exception as error:  # whatever the model's own code makes of symbolic sizes
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             name = type(called.model).__name__
-            raise LoRAError(  # 2.9 fails where attention has a mask
-                f"torch cannot express {name} in ONNX ({reason}): export the merged model, or take a later torch than "
-                f"{torch.__version__}"
-            ) from error
+            raise LoRAError(f"torch cannot express {name} in ONNX ({reason}): export the merged model") from error
 
 
 def _difference(called: _Called, tensors: dict[str, Tensor], file: Path) -> float:
