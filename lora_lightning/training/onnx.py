@@ -63,7 +63,7 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Any], path: str | Path) -
     fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
     path = Path(path)
     with aside_of(path) as aside, _for_export(model) as plain, torch.no_grad():
-        called = _Called(plain, list(tensors), fixed)
+        called = _Called(plain, fixed)
         _export(called, tensors, aside / path.name)
         batches = (tensors, _other(tensors), {name: value[:1] for name, value in tensors.items()})
         worst = max(_difference(called, batch, aside / path.name) for batch in batches)
@@ -88,15 +88,18 @@ def refuse_missing() -> None:
 
 
 class _Called(nn.Module):
-    """The model with its inputs by position, in order, and its output's tensors as a tuple."""
+    """The model with its inputs in one dictionary, and its output's tensors as a tuple.
 
-    def __init__(self, model: nn.Module, inputs: list[str], fixed: dict[str, Any]) -> None:
+    Torch 2.9 cannot write the rules of sizes down for `*args`.
+    """
+
+    def __init__(self, model: nn.Module, fixed: dict[str, Any]) -> None:
         super().__init__()
-        self.model, self.inputs, self.fixed, self.names = model, inputs, fixed, list[str]()
+        self.model, self.fixed, self.names = model, fixed, list[str]()
 
-    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Every tensor that the model returns; caches are left out."""
-        result = self.model(**dict(zip(self.inputs, args, strict=True)), **self.fixed)
+        result = self.model(**tensors, **self.fixed)
         if isinstance(result, Tensor):
             result = {"output": result}
         elif not isinstance(result, Mapping):
@@ -128,19 +131,20 @@ def _for_export(model: nn.Module) -> Iterator[nn.Module]:
 def _export(called: _Called, tensors: dict[str, Tensor], file: Path) -> None:
     # From two rows on: torch 2.9 makes a rule of it under attention's mask. That one row is right too is proven after.
     batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length")
-    shapes = tuple({0: batch, **({1: length} if _is_tokens(t) else {})} for t in tensors.values())
-    called.eval()(*tensors.values())  # also names the outputs
+    shapes = {name: {0: batch, **({1: length} if _is_tokens(t) else {})} for name, t in tensors.items()}
+    called.eval()(tensors)  # also names the outputs
     size = sum(p.numel() * p.element_size() for p in called.parameters())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
                 called,
-                tuple(tensors.values()),
+                (),
                 str(file),
+                kwargs={"tensors": tensors},
                 input_names=list(tensors),
                 output_names=called.names,
-                dynamic_shapes=(shapes,),
+                dynamic_shapes={"tensors": shapes},
                 dynamo=True,
                 external_data=size > ONE_FILE,
                 verbose=False,
@@ -153,7 +157,7 @@ def _export(called: _Called, tensors: dict[str, Tensor], file: Path) -> None:
 
 def _difference(called: _Called, tensors: dict[str, Tensor], file: Path) -> float:
     """Largest difference of any output, relative to that output's largest entry in PyTorch."""
-    wanted = [tensor.cpu() for tensor in called(*tensors.values())]
+    wanted = [tensor.cpu() for tensor in called(tensors)]
     got = _session(file).run(None, {name: tensor.cpu().numpy() for name, tensor in tensors.items()})
     return difference(wanted, [torch.from_numpy(one) for one in got], "the ONNX model").max_rel_diff
 
