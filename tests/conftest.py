@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import hypothesis
 import pytest
 import torch
+import wandb
 
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
 from lora_lightning.cli import LoRACLI
@@ -46,9 +47,10 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _wandb_services_are_not_handed_on():
-    """Processes that a later test, or its fixtures, start would take over the service of this test's run."""
+    """A later test, or a process that it starts, would take over the service of this test's run, and its folder."""
     yield
-    os.environ.pop("WANDB_SERVICE", None)
+    if os.environ.pop("WANDB_SERVICE", None):
+        wandb.teardown()
 
 
 @pytest.fixture(autouse=True)
