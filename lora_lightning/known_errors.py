@@ -51,7 +51,8 @@ KNOWN: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         ),
     ),
     (
-        r"^Invalid (?:learning rate|\w+ value|beta parameter.*?|momentum|weight decay): .*",
+        r"^Invalid (?:learning rate|beta parameter at index \d"
+        r"|(?:\w+_decay|alpha|epsilon|eta|momentum|rho) values?): .*",
         lambda found: f"the optimizer says: {found[0]}; see model.optimizer.init_args",
     ),
     (

@@ -11,7 +11,7 @@ from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
 from lora_lightning.config_files import named
 from lora_lightning.config_places import place_of, whole_key
 from lora_lightning.lora.errors import did_you_mean
-from lora_lightning.other_tools import instead_of
+from lora_lightning.other_tools import instead_of, misspelt
 
 UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
 LITERAL = re.compile(r"Parser key \"([^\"]*)\": Expected a (?:typing\.)?(Literal\[.*\])\. Got value: (.*)")
@@ -153,7 +153,8 @@ def _instead(name: str, keys: Iterable[str], dashes: str) -> str:
     within = [key for key in keys if key.startswith(f"{first}.")] if group else []
     found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
     if found or within:
-        return found or f": --help {first} tells what there is"
+        part = "lora" if group == "model.lora" else first
+        return found or misspelt(last, keys, dashes) or f": --help {part} tells what there is"
     outer = _near(first, {key.partition(".")[0] for key in keys}, dashes) if group else ""
     return _near(name, keys, dashes) or outer or ": --help tells what there is"
 

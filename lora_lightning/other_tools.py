@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 
 HERE: Mapping[str, str] = {
     "model.lora.r": "lora_r lora_rank rank",
@@ -109,4 +110,12 @@ def instead_of(name: str, keys: Iterable[str], dashes: str) -> str | None:
         return f": leave it out, {_NOT_NEEDED[name]}"
     if name in _HERE and _HERE[name].partition(" ")[0].partition(".")[0].rstrip(",") in groups:
         return f": here it is {dashes}{_HERE[name]}"
+    return None
+
+
+def misspelt(name: str, keys: Iterable[str], dashes: str) -> str | None:
+    """The same for a name that is nearly one of theirs, such as `rnak`; None where none is near."""
+    for close in get_close_matches(name, [*_HERE, *_NOT_NEEDED], 1, 0.75):
+        if (said := instead_of(close, keys, dashes)) is not None:
+            return f"; did you mean '{close}'? {said.removeprefix(': ')}"
     return None
