@@ -49,6 +49,8 @@ def _seed():
 def _wandb_services_are_not_handed_on():
     """A later test, or a process that it starts, would take over the service of this test's run, and its folder."""
     yield
+    if wandb.run is not None:
+        wandb.finish()  # teardown leaves it standing, as a run of a service that is gone
     if os.environ.pop("WANDB_SERVICE", None):
         wandb.teardown()
 
