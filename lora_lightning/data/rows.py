@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
@@ -9,6 +10,17 @@ from transformers import PreTrainedTokenizerBase
 
 ROW = "__row__"
 """A column that keeps each example's row in its file, counted from 1, so that an error can name it."""
+
+
+def values_of(table: datasets.Dataset, column: str) -> Iterator[Any]:
+    """A column's values in their order, read by the thousand: `table[column]` reads row by row, 300 times as slow."""
+    for rows in table.select_columns(column).iter(batch_size=1_000):
+        yield from rows[column]
+
+
+def cells_of(table: datasets.Dataset, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The values of these columns, row by row."""
+    return zip(*(values_of(table, column) for column in columns), strict=True)
 
 
 def encode_rows(
