@@ -368,7 +368,6 @@ def quick(folder: Path, processes: int) -> None:
     """All that two processes show soon, after one import."""
     equality(folder, processes, QUICK)
     from_files(folder, processes)
-    life(folder, processes)
     alone(folder, processes)
 
 
