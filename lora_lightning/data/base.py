@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
@@ -262,4 +263,4 @@ class TableData(LightningDataModule, ABC):
         by = self.split.group_by
         groups = list(values_of(tables["train"], by) if by else range(len(tables["train"])))
         rows = split_rows(groups, SplitConfig(**shares, group_by=by, seed=self.split.seed))
-        return tables | {split: tables["train"].select(numbers) for split, numbers in rows.items()}
+        return tables | {split: tables["train"].select(np.array(numbers, dtype=int)) for split, numbers in rows.items()}

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 ROW = "__row__"
@@ -33,4 +34,4 @@ def encode_rows(
 
 def with_row_numbers(table: datasets.Dataset) -> datasets.Dataset:
     """The table with each row's number in the column `ROW`."""
-    return table if ROW in table.column_names else table.add_column(ROW, list(range(1, len(table) + 1)))
+    return table if ROW in table.column_names else table.add_column(ROW, np.arange(1, len(table) + 1))
