@@ -13,6 +13,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_lightning.gguf import directory_and_file, forget_gguf
+from lora_lightning.hub import refuse_not_there
 from lora_lightning.lora.bare import builds_bare
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.meta_backbones import finish_on_meta, recorded, refuse_on_meta
@@ -61,6 +62,7 @@ def huggingface(
         raise LoRAError(f"transformers has no class '{auto_class}'{did_you_mean(auto_class, known)}")
     dtype = dtype or "float32"
     name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
+    refuse_not_there("model", name)
     kwargs = dict(model_kwargs or {}) | gguf
     if label_names:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
@@ -150,9 +152,6 @@ def _not_found(name: str, error: Exception) -> str:
     reason = _reason(error)
     if Path(name).exists():
         return f"'{name}' is not a transformers model directory: {reason}"
-    if name.startswith((".", "/", "~")):
-        beside = [path.name for path in Path(name).parent.glob("*") if path.is_dir()]
-        return f"no model '{name}': there is no such folder{did_you_mean(Path(name).name, beside)}"
     return f"no model '{name}': neither a directory nor found on the hub ({reason})"
 
 

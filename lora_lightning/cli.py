@@ -187,7 +187,7 @@ class LoRACLI(LightningCLI):
             GIVEN.set(full)
             check(full)
             for file in map(Path, named(full)):
-                if file.name == run.CONFIG and file.parent != Path():
+                if file.name == run.CONFIG and run.is_run(file.parent):
                     RUN_CONFIG.set(str(file))
         with read_once():
             super().parse_arguments(parser, args)

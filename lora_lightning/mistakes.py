@@ -41,6 +41,8 @@ AROUND = re.compile(
 )
 """What comes after that."""
 A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
+HYDRA = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.+)")
+"""One of its overrides."""
 NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
 TYPES = {
     "int": "a whole number",
@@ -49,6 +51,7 @@ TYPES = {
     "bool": "true or false",
     "str": "a text",
     "list": "a list such as [a, b]",
+    "tuple": "a list such as [a, b]",
     "dict": "keys with values such as {a: 1}",
     "path": "a path",
 }
@@ -128,12 +131,14 @@ def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
     if not first.startswith("-"):
         if Path(first).suffix in (".yaml", ".yml"):
             return f"'{first}' stands alone: a config is given as -c {first}"
+        if hydra := HYDRA.fullmatch(first):
+            return f"'{first}' stands alone: an option is given as --{hydra[1]} {hydra[2]}"
         return f"'{first}' stands alone: an option is given as --name value, and a text with spaces in quotes"
     name = first.partition("=")[0].lstrip("-")
     whole = whole_key(name, None, args)
     if whole != name:  # of a class within the config
         return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
-    return f"unknown option --{name}{_instead(name, keys, '--')}"
+    return f"unknown option {first.partition('=')[0]}{_instead(name, keys, '--')}"
 
 
 def _unknown_key(key: str, keys: Iterable[str], args: Sequence[str]) -> str:

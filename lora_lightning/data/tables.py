@@ -11,6 +11,7 @@ import datasets
 from lora_lightning.data.faults import fault_in
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import CALLED, split_name
+from lora_lightning.hub import refuse_not_there
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
@@ -210,6 +211,7 @@ def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> da
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
         return _read_file(resolve(file), text_by, own)
+    refuse_not_there("set", on_hub)
     try:
         return datasets.load_dataset(on_hub, name, split=part)
     except Exception as error:  # many kinds, as below
@@ -218,6 +220,7 @@ def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> da
 
 
 def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:
+    refuse_not_there("set", path)
     try:
         return _by_split(datasets.load_dataset(path, name))
     except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration

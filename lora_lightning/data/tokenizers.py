@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_lightning.gguf import directory_and_file
+from lora_lightning.hub import refuse_not_there
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
 
@@ -21,6 +22,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         LoRAError: there is none.
     """
     found, gguf = directory_and_file(resolve(name))
+    refuse_not_there("tokenizer", found)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(found, **gguf, **options)
     except (OSError, ValueError) as error:

@@ -35,6 +35,11 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a fit wrote here: a folder of one's own may hold a config.yaml too."""
+    return (folder / CHECKPOINTS).is_dir() or (folder / REPORT).is_file()
+
+
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     """A checkpoint, a file or a folder in parts, from its path, that of a run, or of the folder with a run's versions.
 
