@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
@@ -81,7 +82,7 @@ def huggingface(
         with quiet(), recorded(on_meta) as files:
             bare = random_weights or builds_bare()
             model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, LoRAError):
             raise
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
@@ -151,7 +152,7 @@ def quiet() -> Iterator[None]:
 def _not_found(name: str, error: Exception) -> str:
     reason = _reason(error)
     if Path(name).exists():
-        return f"'{name}' is not a transformers model directory: {reason}"
+        return f"transformers cannot load '{name}': {reason}"
     return f"no model '{name}': neither a directory nor found on the hub ({reason})"
 
 

@@ -63,6 +63,12 @@ class Parser(OneLine, LightningArgumentParser):
         finally:
             self._linked_targets = None
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """A class's own parser gets `null` as it was given; jsonargparse hands it on as the text None."""
+        if not self.exit_on_error and args and str(args[0]).endswith("=None"):
+            args = [f"{args[0].removesuffix('None')}null", *args[1:]]
+        return super().parse_args(args, *rest, **kwargs)
+
     def _add_signature_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         if self._linked_targets is not None:
             kwargs["linked_targets"] = self._linked_targets

@@ -30,7 +30,7 @@ def refuse_not_there(kind: str, name: str) -> None:
         raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}")
     repo_type = "dataset" if kind == "set" else "model"
     try:
-        url = hf_hub_url(name, FILES[repo_type], repo_type=repo_type, endpoint=constants.ENDPOINT)
+        url = hf_hub_url(name, FILES[repo_type], repo_type=repo_type)
     except HFValidationError as error:
         raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}") from error
     if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():

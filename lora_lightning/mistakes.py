@@ -6,22 +6,26 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_lightning.class_paths import KEY, explained
+from lora_lightning.class_paths import KEY, explained, meant_class
 from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
 from lora_lightning.config_files import named
 from lora_lightning.config_places import place_of, whole_key
 from lora_lightning.lora.errors import did_you_mean
 from lora_lightning.other_tools import instead_of, misspelt
 
+TUPLE = re.compile(r"Parser key \"([^\"]*)\": Expected a tuple with (\d+) elements\. Got value: (.*)")
 UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
 LITERAL = re.compile(r"Parser key \"([^\"]*)\": Expected a (?:typing\.)?(Literal\[.*\])\. Got value: (.*)")
-PLAIN = re.compile(r"Parser key \"([^\"]*)\": Expected an? (<class '[\w.]+'>)\. Got value: (.*)")
+PLAIN = re.compile(r"Parser key \"([^\"]*)\": Expected an? (<class '[\w.]+'>)\. Got value: ?(.*)")
 NESTED = re.compile(r"Parser key \"([^\"]*)\": Unable to load config '(.*?)' - ")
 NO_FUNCTION = re.compile(r"Parser key \"([^\"]*)\": .*Import path (\S+) does not correspond to a subclass of (\w+)")
 NO_CLASS = re.compile(
     r"Parser key \"([^\"]*)\": .*?Not a valid subclass of (\w+)\. Got value: (None|\{.*?\}) Subclass types"
 )
 SEVERAL = re.compile(r"Parser key \"([^\"]*)\": .*?Multiple subclasses with name (\w+)\. .*? ambiguity: (.*?)\. ")
+OF_ANOTHER_KIND = re.compile(
+    r"Parser key \"([^\"]*)\": .*?Expected '([\w.]+)' to be a subclass of <class '(?:\w+\.)*(\w+)'>"
+)
 LACKS = re.compile(
     r"Parser key \"([^\"]*)\": .*?(?:callable class|class_path '[^']+'): the following arguments are required:"
     r" ([\w, ]+?)(?: - |$)"
@@ -68,7 +72,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
     """
     text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
     if found := INNER.fullmatch(text):
-        text = AROUND.sub("", found[1])
+        union = re.match(r"Parser key \"[^\"]*\": Does not validate .*? Given value: ", found[1])
+        text = (union[0] if union else "") + AROUND.sub("", found[1][union.end() if union else 0 :])
     keys = {option.removeprefix("--") for option in known if option.startswith("--")}
     if found := REQUIRED.fullmatch(text):
         return _required(found[1].split(", "), args, command)
@@ -76,6 +81,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return _unknown_flag(found[1], keys, args)
     if found := IN_A_FILE.search(text):
         return _unknown_key(found[2] or found[3], keys, args)
+    if found := TUPLE.search(text):
+        return f"{_placed(whole_key(found[1], None, args), args)}expected {found[2]} values, got {found[3]}"
     if found := PLAIN.search(text):
         return _unfit(found[1], found[2], found[3], args)
     if "from_pretrained does not correspond" in text:
@@ -84,6 +91,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return f"{start}write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
     if found := NO_FUNCTION.search(text):
         return _no_function(found[1], found[2], found[3])
+    if found := OF_ANOTHER_KIND.search(text):
+        return f"{_placed(found[1], args)}'{found[2]}' is no subclass of {found[3]}: name one that is"
     if found := SEVERAL.search(text):
         return f"{found[1]}: there are several classes {found[2]}: write {' or '.join(found[3].split(', '))} in full"
     if found := LACKS.search(text):
@@ -103,7 +112,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
     if found := NO_VALUE.fullmatch(text):
         return f"{found[1]} needs a value: {found[1]} {found[1].lstrip('-').rpartition('.')[2].upper()}"
     if found := NESTED.search(text):
-        return f"{found[1]}: expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
+        got = f"expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
+        return f"{_placed(found[1], args)}{got}"
     return re.sub(r'^Parser key "([^"]*)": ', r"\1: ", text)
 
 
@@ -133,8 +143,10 @@ def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
             return f"'{first}' stands alone: a config is given as -c {first}"
         if hydra := HYDRA.fullmatch(first):
             return f"'{first}' stands alone: an option is given as --{hydra[1]} {hydra[2]}"
+        if args[0] in FROM_CHECKPOINT:
+            return f"'{first}' stands alone: a run is given as --ckpt_path {first}"
         return f"'{first}' stands alone: an option is given as --name value, and a text with spaces in quotes"
-    name = first.partition("=")[0].lstrip("-")
+    name = first.partition("=")[0].lstrip("-").replace("-", "_")
     whole = whole_key(name, None, args)
     if whole != name:  # of a class within the config
         return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
@@ -176,15 +188,18 @@ def _unfit(key: str, types: str, given: str, args: Sequence[str]) -> str:
     given = "null" if given == "None" else given.strip("'\"")
     key = whole_key(key, given, args)
     choices = list(dict.fromkeys(re.findall(r"'([^']+)'", re.sub(r"<class '[\w.]+'>", "", types))))
-    classes = [name.lower() for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
+    classes = [name for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
     classes += [kind for kind in ("list", "dict") if f"{kind}[" in types and kind not in classes]
+    kinds = [name for name in classes if name.lower() not in TYPES]
     if key.endswith("precision"):
         choices = [choice for choice in choices if choice in PRECISIONS]
-    expected = " or ".join(filter(None, [", ".join(choices), *(TYPES.get(name, "") for name in classes)]))
+    wanted = (TYPES.get(name.lower(), f"a {name}, as class_path: and its init_args:") for name in classes)
+    expected = " or ".join(filter(None, [", ".join(choices), *wanted]))
     if not expected and "Callable" in types:
         expected = "a class_path and its init_args"
-    said = f"{_placed(key, args)}expected {expected or 'another value'}, got '{given}'"
-    return said + did_you_mean(given, choices)
+    short = given if len(given) < 60 else f"{given[:60]}..."
+    said = f"{_placed(key, args)}expected {expected or 'another value'}, got '{short}'"
+    return said + (did_you_mean(given, choices) or meant_class(given, kinds))
 
 
 def _placed(key: str, args: Sequence[str]) -> str:

@@ -261,5 +261,8 @@ class TableData(LightningDataModule, ABC):
         check_columns(tables["train"], [self.split.group_by], self.place("train"))
         groups = tables["train"][self.split.group_by] if self.split.group_by else range(len(tables["train"]))
         config = SplitConfig(**shares, group_by=self.split.group_by, seed=self.split.seed)
-        rows = split_rows(list(groups), config)
+        try:
+            rows = split_rows(list(groups), config)
+        except LoRAError as error:
+            raise LoRAError(f"{self.place('train')}: {error}") from error
         return tables | {split: tables["train"].select(numbers) for split, numbers in rows.items()}
