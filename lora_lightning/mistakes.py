@@ -146,11 +146,11 @@ def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
         if args[0] in FROM_CHECKPOINT:
             return f"'{first}' stands alone: a run is given as --ckpt_path {first}"
         return f"'{first}' stands alone: an option is given as --name value, and a text with spaces in quotes"
-    name = first.partition("=")[0].lstrip("-").replace("-", "_")
-    whole = whole_key(name, None, args)
-    if whole != name:  # of a class within the config
+    shown = first.partition("=")[0]
+    if shown not in (arg.partition("=")[0] for arg in args):  # of a class within the config
+        whole = whole_key(shown.lstrip("-"), None, args)
         return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
-    return f"unknown option {first.partition('=')[0]}{_instead(name, keys, '--')}"
+    return f"unknown option {shown}{_instead(shown.lstrip('-').replace('-', '_'), keys, '--')}"
 
 
 def _unknown_key(key: str, keys: Iterable[str], args: Sequence[str]) -> str:
@@ -193,7 +193,7 @@ def _unfit(key: str, types: str, given: str, args: Sequence[str]) -> str:
     kinds = [name for name in classes if name.lower() not in TYPES]
     if key.endswith("precision"):
         choices = [choice for choice in choices if choice in PRECISIONS]
-    wanted = (TYPES.get(name.lower(), f"a {name}, as class_path: and its init_args:") for name in classes)
+    wanted = (TYPES.get(name.lower(), f"a {name} (its class_path and init_args)") for name in classes)
     expected = " or ".join(filter(None, [", ".join(choices), *wanted]))
     if not expected and "Callable" in types:
         expected = "a class_path and its init_args"
