@@ -47,7 +47,7 @@ AROUND = re.compile(
 A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
 HYDRA = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.+)")
 """One of its overrides."""
-NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
+NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+)(?:/\S+)?: expected one argument")
 TYPES = {
     "int": "a whole number",
     "positiveint": "a whole number above 0",
@@ -143,13 +143,15 @@ def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
             return f"'{first}' stands alone: a config is given as -c {first}"
         if hydra := HYDRA.fullmatch(first):
             return f"'{first}' stands alone: an option is given as --{hydra[1]} {hydra[2]}"
-        if args[0] in FROM_CHECKPOINT:
+        if args[0] in FROM_CHECKPOINT and not any(arg.startswith("--ckpt_path") for arg in args):
             return f"'{first}' stands alone: a run is given as --ckpt_path {first}"
-        return f"'{first}' stands alone: an option is given as --name value, and a text with spaces in quotes"
+        return f"'{first}' stands alone: an option is given as --name value, several values as [a,b]"
     shown = first.partition("=")[0]
     if shown not in (arg.partition("=")[0] for arg in args):  # of a class within the config
         whole = whole_key(shown.lstrip("-"), None, args)
         return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
+    if len(shown) == 2:
+        return f"unknown option {shown}: --help tells what there is"
     return f"unknown option {shown}{_instead(shown.lstrip('-').replace('-', '_'), keys, '--')}"
 
 
