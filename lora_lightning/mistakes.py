@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_lightning.class_paths import KEY, explained, meant_class
+from lora_lightning.class_paths import KEY, explained, meant_class, wrong_path
 from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
 from lora_lightning.config_files import named
 from lora_lightning.config_places import place_of, whole_key
@@ -47,6 +47,7 @@ AROUND = re.compile(
 A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
 HYDRA = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.+)")
 """One of its overrides."""
+OF_HELP = re.compile(r"(--[\w.]+\.help): module '([\w.]+)' has no attribute '(\w+)'")
 NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+)(?:/\S+)?: expected one argument")
 TYPES = {
     "int": "a whole number",
@@ -109,6 +110,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return f"{_placed(found[1], args)}expected a class_path and its init_args, got null: leave it out"
     if unfit:
         return _unfit(unfit[1], unfit[2], unfit[3], args)
+    if (found := OF_HELP.search(text)) and (wrong := wrong_path(f"{found[2]}.{found[3]}")):
+        return f"{found[1]}: {wrong}"
     if found := NO_VALUE.fullmatch(text):
         return f"{found[1]} needs a value: {found[1]} {found[1].lstrip('-').rpartition('.')[2].upper()}"
     if found := NESTED.search(text):

@@ -66,6 +66,7 @@ class Rows(lightning.LightningDataModule):
 MISTAKES = {
     # ---- what to run
     "a command's name": Mistake("fitt -c run.yaml", "no command 'fitt'; did you mean 'fit'? (there are COMMANDS)"),
+    "another tool's command": Mistake("train -c run.yaml", "no command 'train': here it is 'fit' (there are COMMANDS)"),
     "two letters changed": Mistake(
         "exprot --ckpt_path runs/tiny", "no command 'exprot'; did you mean 'export'? (there are COMMANDS)"
     ),
