@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_lightning.gguf import directory_and_file, forget_gguf
+from lora_lightning.hub import refuse_not_there
 from lora_lightning.lora.bare import builds_bare
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.meta_backbones import finish_on_meta, recorded, refuse_on_meta
@@ -62,6 +64,8 @@ def huggingface(
     dtype = dtype or "float32"
     name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
     kwargs = dict(model_kwargs or {}) | gguf
+    if "cache_dir" not in kwargs:  # where it may lie in another place than the hub's cache
+        refuse_not_there("model", name)
     if label_names:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
         kwargs["num_labels"] = num_labels or len(label_names)
@@ -79,7 +83,7 @@ def huggingface(
         with quiet(), recorded(on_meta) as files:
             bare = random_weights or builds_bare()
             model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, LoRAError):
             raise
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
@@ -149,10 +153,7 @@ def quiet() -> Iterator[None]:
 def _not_found(name: str, error: Exception) -> str:
     reason = _reason(error)
     if Path(name).exists():
-        return f"'{name}' is not a transformers model directory: {reason}"
-    if name.startswith((".", "/", "~")):
-        beside = [path.name for path in Path(name).parent.glob("*") if path.is_dir()]
-        return f"no model '{name}': there is no such folder{did_you_mean(Path(name).name, beside)}"
+        return f"transformers cannot load '{name}': {reason}"
     return f"no model '{name}': neither a directory nor found on the hub ({reason})"
 
 

@@ -14,11 +14,11 @@ from types import ModuleType
 from typing import Any
 
 import lora_lightning
-from lora_lightning.config_places import classes_given, place_of, value_of
+from lora_lightning.config_places import classes_given, place_of, value_of, whole_key
 from lora_lightning.lora.errors import did_you_mean, near_misses, some
 
 NAMED = re.compile(
-    r"class_path['\"]?[:=]?\s*['\"]([\w.]+)['\"]|dot import path string: ([\w.]+)"
+    r"class_path['\"]?[:=]?\s*['\"]([\w.]+)['\"]|dot import path string: ([\w.-]*\w)"
     r"|[Gg](?:ot|iven) value: ((?:[a-z_]\w*\.)+[A-Z]\w*|[A-Z]\w+)$"
 )
 KEY = re.compile(r"Parser key \"([^\"]*)\": ")
@@ -47,7 +47,7 @@ def explained(message: str, args: Sequence[str]) -> str | None:
                 told += MODEL
             return (_before(key[1], found[1] or found[2] or found[3], args) if key else "") + told
     option = OPTION.search(message)
-    return None if option is None else _wrong_option(option[1], args)
+    return None if option is None else _wrong_option(option[1], args) or _no_class(option[1], args)
 
 
 def _before(key: str, path: str, args: Sequence[str]) -> str:
@@ -65,6 +65,17 @@ def short_names() -> dict[str, str]:
     return found
 
 
+def meant_class(word: str, kinds: Sequence[str]) -> str:
+    """`"; did you mean 'lora_lightning.WandbLogger'?"` for `wandb` where a Logger is wanted, or an empty text."""
+    found = {name: path for name, path in _names().items() if name.endswith(tuple(kinds)) and name not in kinds}
+    return _meant([found[name] for name in near_misses(word, found, 2)]) if kinds else ""
+
+
+def _names() -> dict[str, str]:
+    """Whole paths by the names of classes that a config may be looked through for."""
+    return {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
+
+
 def wrong_path(path: str) -> str | None:
     """Why `path` names nothing, with near misses; None where it names something.
 
@@ -72,7 +83,7 @@ def wrong_path(path: str) -> str | None:
     """
     parts = path.split(".")
     if len(parts) == 1:
-        known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
+        known = _names()
         if path in known:
             return None
         near = [known[name] for name in near_misses(path, known, 2)]
@@ -130,6 +141,15 @@ def _wrong_option(option: str, args: Sequence[str]) -> str | None:
             start = f"{place}: " if place else ""
             return f"{start}{path} takes no '{option}'{did_you_mean(option, taken) or f' (it takes {some(taken, 20)})'}"
     return None
+
+
+def _no_class(option: str, args: Sequence[str]) -> str:
+    """For a key beside or in the place of `class_path`, such as Hydra's `_target_`."""
+    key = whole_key(option, None, args)
+    place = place_of(key, args)
+    meant = did_you_mean(option, ["class_path", "init_args"])
+    how = meant or ": a class is given by class_path, and its arguments by init_args"
+    return f"{f'{place}: ' if place else ''}unknown key {key}{how}"
 
 
 def _taken(made_by: Any) -> list[str]:

@@ -63,6 +63,12 @@ class Parser(OneLine, LightningArgumentParser):
         finally:
             self._linked_targets = None
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """A class's own parser gets `null` as it was given; jsonargparse hands it on as the text None."""
+        if not self.exit_on_error and args and str(args[0]).endswith("=None"):
+            args = [f"{args[0].removesuffix('None')}null", *args[1:]]
+        return super().parse_args(args, *rest, **kwargs)
+
     def _add_signature_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         if self._linked_targets is not None:
             kwargs["linked_targets"] = self._linked_targets
@@ -187,7 +193,7 @@ class LoRACLI(LightningCLI):
             GIVEN.set(full)
             check(full)
             for file in map(Path, named(full)):
-                if file.name == run.CONFIG and file.parent != Path():
+                if file.name == run.CONFIG and run.is_run(file.parent):
                     RUN_CONFIG.set(str(file))
         with read_once():
             super().parse_arguments(parser, args)

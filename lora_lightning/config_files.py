@@ -70,7 +70,7 @@ def check_file(file: Path) -> None:
     if not file.is_file():
         raise LoRAError(f"no config file {file}{_meant(file)}")
     root = tree(file)
-    if root is None:
+    if root is None or (root.tag == NULL and not root.value):  # or of --- alone
         raise LoRAError(f"{file} is empty: a config holds keys with values, such as those of configs/demo.yaml")
     if not isinstance(root, yaml.MappingNode):
         got = "a list" if isinstance(root, yaml.SequenceNode) else f"the text '{root.value[:40]}'"
@@ -113,17 +113,16 @@ def tree(file: Path) -> yaml.Node | None:
         mark = error.context_mark if opened else error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         raise LoRAError(f"{file}{where}: {plain}") from error
-    except yaml.YAMLError as error:
-        raise LoRAError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    except yaml.reader.ReaderError as error:
+        line = text[: error.position].count("\n") + 1
+        raise LoRAError(f"{file}, line {line}: a character that no text holds: is this a YAML file?") from error
 
 
 def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
     if isinstance(node, yaml.MappingNode):
         yield node
-    children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
-    for child in children:
-        for inner in child if isinstance(child, tuple) else (child,):
-            yield from _mappings(inner)
+    for inner in _inner(node):
+        yield from _mappings(inner)
 
 
 def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
@@ -160,9 +159,14 @@ def _refuse_variables(file: Path, root: yaml.Node) -> None:
 def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
     if isinstance(node, yaml.ScalarNode):
         yield node
-    for inner in _mappings(node):
-        for key, value in inner.value:
-            yield from (one for one in (key, value) if isinstance(one, yaml.ScalarNode))
+    for inner in _inner(node):
+        yield from _scalars(inner)
+
+
+def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
+    """The entries of a list, keys and values of a map, and nothing else's."""
+    for child in node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []:
+        yield from child if isinstance(child, tuple) else (child,)
 
 
 def _meant(file: Path) -> str:

@@ -37,7 +37,9 @@ def whole_key(last: str, value: str | None, args: Sequence[str]) -> str:
         args: of the command.
     """
     flags = [arg.partition("=")[0].removeprefix("--").rstrip("+") for arg in args if arg.startswith("--")]
-    paths = [(path, node.value) for _, root in _trees(args) for path, _, node in _leaves(root, "")]
+    leaves = [leaf for _, root in _trees(args) for leaf in _leaves(root, "")]
+    # a list or map is not compared: a message shows it in Python's words
+    paths = [(path, node.value if isinstance(node, yaml.ScalarNode) else value) for path, _, node in leaves]
     for path, given in [*((flag, value) for flag in reversed(flags)), *paths]:
         if f".{path}".endswith(f".{last}") and value in (None, given):
             return path

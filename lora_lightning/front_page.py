@@ -10,6 +10,13 @@ from lora_lightning.command_list import ENTRIES, GROUPS
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.outcome import CODES
 
+ELSEWHERE = {
+    **dict.fromkeys(("train", "finetune", "sft", "tune"), "fit"),
+    **dict.fromkeys(("eval", "evaluate"), "test"),
+    **dict.fromkeys(("generate", "infer", "inference"), "predict"),
+}
+"""What other tools call a command."""
+
 EXAMPLES = """\
 examples
   lora-lightning fit -c configs/demo.yaml --model.lora.r 16 --name wider
@@ -67,7 +74,8 @@ def refuse_no_command(args: list[str]) -> None:
     if first.startswith("-"):
         rest = " ".join(arg for arg in args if arg != named)
         raise LoRAError(f"a command comes first: lora-lightning {named or 'fit'} {rest}")
-    raise LoRAError(f"no command '{first}'{did_you_mean(first, ENTRIES)} (there are {', '.join(ENTRIES)})")
+    meant = f": here it is '{ELSEWHERE[first]}'" if first in ELSEWHERE else did_you_mean(first, ENTRIES)
+    raise LoRAError(f"no command '{first}'{meant} (there are {', '.join(ENTRIES)})")
 
 
 def reordered(args: list[str]) -> list[str]:

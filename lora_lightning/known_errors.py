@@ -34,6 +34,18 @@ KNOWN: tuple[tuple[str, Callable[[re.Match[str]], str]], ...] = (
         ),
     ),
     (
+        r"`(\w+)Accelerator` can not run on your system",
+        lambda found: f"--trainer.accelerator {found[1].lower()}, and torch sees none here: leave it at auto",
+    ),
+    (
+        r"Requirement '([\w.-]+)[^']*' not met\. HINT: Try running `(pip install [^`]*)`",
+        lambda found: f"{found[1]} is not installed: {found[2]}",
+    ),
+    (
+        r"(-?\d+) is not in bounds, numpy accepts from (\d+) to (\d+)",
+        lambda found: f"seed_everything must be from {found[2]} to {found[3]}, got {found[1]}",
+    ),
+    (
         r"(?s)requested gpu: (\[.*?\]).*machine only has: (\[.*?\])",
         lambda found: (
             f"--trainer.devices asks for the GPUs {found[1]}, and there are {found[2]}: give as many as there are"

@@ -6,22 +6,26 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from lora_lightning.class_paths import KEY, explained
+from lora_lightning.class_paths import KEY, explained, meant_class, wrong_path
 from lora_lightning.command_list import FROM_CHECKPOINT, POSITIONAL
 from lora_lightning.config_files import named
 from lora_lightning.config_places import place_of, whole_key
 from lora_lightning.lora.errors import did_you_mean
 from lora_lightning.other_tools import instead_of, misspelt
 
+TUPLE = re.compile(r"Parser key \"([^\"]*)\": Expected a tuple with (\d+) elements\. Got value: (.*)")
 UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
 LITERAL = re.compile(r"Parser key \"([^\"]*)\": Expected a (?:typing\.)?(Literal\[.*\])\. Got value: (.*)")
-PLAIN = re.compile(r"Parser key \"([^\"]*)\": Expected an? (<class '[\w.]+'>)\. Got value: (.*)")
+PLAIN = re.compile(r"Parser key \"([^\"]*)\": Expected an? (<class '[\w.]+'>)\. Got value: ?(.*)")
 NESTED = re.compile(r"Parser key \"([^\"]*)\": Unable to load config '(.*?)' - ")
 NO_FUNCTION = re.compile(r"Parser key \"([^\"]*)\": .*Import path (\S+) does not correspond to a subclass of (\w+)")
 NO_CLASS = re.compile(
     r"Parser key \"([^\"]*)\": .*?Not a valid subclass of (\w+)\. Got value: (None|\{.*?\}) Subclass types"
 )
 SEVERAL = re.compile(r"Parser key \"([^\"]*)\": .*?Multiple subclasses with name (\w+)\. .*? ambiguity: (.*?)\. ")
+OF_ANOTHER_KIND = re.compile(
+    r"Parser key \"([^\"]*)\": .*?Expected '([\w.]+)' to be a subclass of <class '(?:\w+\.)*(\w+)'>"
+)
 LACKS = re.compile(
     r"Parser key \"([^\"]*)\": .*?(?:callable class|class_path '[^']+'): the following arguments are required:"
     r" ([\w, ]+?)(?: - |$)"
@@ -41,7 +45,10 @@ AROUND = re.compile(
 )
 """What comes after that."""
 A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
-NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+): expected one argument")
+HYDRA = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.+)")
+"""One of its overrides."""
+OF_HELP = re.compile(r"(--[\w.]+\.help): module '([\w.]+)' has no attribute '(\w+)'")
+NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+)(?:/\S+)?: expected one argument")
 TYPES = {
     "int": "a whole number",
     "positiveint": "a whole number above 0",
@@ -49,6 +56,7 @@ TYPES = {
     "bool": "true or false",
     "str": "a text",
     "list": "a list such as [a, b]",
+    "tuple": "a list such as [a, b]",
     "dict": "keys with values such as {a: 1}",
     "path": "a path",
 }
@@ -65,7 +73,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
     """
     text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
     if found := INNER.fullmatch(text):
-        text = AROUND.sub("", found[1])
+        union = re.match(r"Parser key \"[^\"]*\": Does not validate .*? Given value: ", found[1])
+        text = (union[0] if union else "") + AROUND.sub("", found[1][union.end() if union else 0 :])
     keys = {option.removeprefix("--") for option in known if option.startswith("--")}
     if found := REQUIRED.fullmatch(text):
         return _required(found[1].split(", "), args, command)
@@ -73,6 +82,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return _unknown_flag(found[1], keys, args)
     if found := IN_A_FILE.search(text):
         return _unknown_key(found[2] or found[3], keys, args)
+    if found := TUPLE.search(text):
+        return f"{_placed(whole_key(found[1], None, args), args)}expected {found[2]} values, got {found[3]}"
     if found := PLAIN.search(text):
         return _unfit(found[1], found[2], found[3], args)
     if "from_pretrained does not correspond" in text:
@@ -81,6 +92,8 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return f"{start}write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
     if found := NO_FUNCTION.search(text):
         return _no_function(found[1], found[2], found[3])
+    if found := OF_ANOTHER_KIND.search(text):
+        return f"{_placed(found[1], args)}'{found[2]}' is no subclass of {found[3]}: name one that is"
     if found := SEVERAL.search(text):
         return f"{found[1]}: there are several classes {found[2]}: write {' or '.join(found[3].split(', '))} in full"
     if found := LACKS.search(text):
@@ -97,10 +110,13 @@ def told(message: str, args: Sequence[str], known: Iterable[str], command: str =
         return f"{_placed(found[1], args)}expected a class_path and its init_args, got null: leave it out"
     if unfit:
         return _unfit(unfit[1], unfit[2], unfit[3], args)
+    if (found := OF_HELP.search(text)) and (wrong := wrong_path(f"{found[2]}.{found[3]}")):
+        return f"{found[1]}: {wrong}"
     if found := NO_VALUE.fullmatch(text):
         return f"{found[1]} needs a value: {found[1]} {found[1].lstrip('-').rpartition('.')[2].upper()}"
     if found := NESTED.search(text):
-        return f"{found[1]}: expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
+        got = f"expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
+        return f"{_placed(found[1], args)}{got}"
     return re.sub(r'^Parser key "([^"]*)": ', r"\1: ", text)
 
 
@@ -128,12 +144,18 @@ def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
     if not first.startswith("-"):
         if Path(first).suffix in (".yaml", ".yml"):
             return f"'{first}' stands alone: a config is given as -c {first}"
-        return f"'{first}' stands alone: an option is given as --name value, and a text with spaces in quotes"
-    name = first.partition("=")[0].lstrip("-")
-    whole = whole_key(name, None, args)
-    if whole != name:  # of a class within the config
+        if hydra := HYDRA.fullmatch(first):
+            return f"'{first}' stands alone: an option is given as --{hydra[1]} {hydra[2]}"
+        if args[0] in FROM_CHECKPOINT and not any(arg.startswith("--ckpt_path") for arg in args):
+            return f"'{first}' stands alone: a run is given as --ckpt_path {first}"
+        return f"'{first}' stands alone: an option is given as --name value, several values as [a,b]"
+    shown = first.partition("=")[0]
+    if shown not in (arg.partition("=")[0] for arg in args):  # of a class within the config
+        whole = whole_key(shown.lstrip("-"), None, args)
         return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
-    return f"unknown option --{name}{_instead(name, keys, '--')}"
+    if len(shown) == 2:
+        return f"unknown option {shown}: --help tells what there is"
+    return f"unknown option {shown}{_instead(shown.lstrip('-').replace('-', '_'), keys, '--')}"
 
 
 def _unknown_key(key: str, keys: Iterable[str], args: Sequence[str]) -> str:
@@ -171,15 +193,18 @@ def _unfit(key: str, types: str, given: str, args: Sequence[str]) -> str:
     given = "null" if given == "None" else given.strip("'\"")
     key = whole_key(key, given, args)
     choices = list(dict.fromkeys(re.findall(r"'([^']+)'", re.sub(r"<class '[\w.]+'>", "", types))))
-    classes = [name.lower() for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
+    classes = [name for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
     classes += [kind for kind in ("list", "dict") if f"{kind}[" in types and kind not in classes]
+    kinds = [name for name in classes if name.lower() not in TYPES]
     if key.endswith("precision"):
         choices = [choice for choice in choices if choice in PRECISIONS]
-    expected = " or ".join(filter(None, [", ".join(choices), *(TYPES.get(name, "") for name in classes)]))
+    wanted = (TYPES.get(name.lower(), f"a {name} (its class_path and init_args)") for name in classes)
+    expected = " or ".join(filter(None, [", ".join(choices), *wanted]))
     if not expected and "Callable" in types:
         expected = "a class_path and its init_args"
-    said = f"{_placed(key, args)}expected {expected or 'another value'}, got '{given}'"
-    return said + did_you_mean(given, choices)
+    short = given if len(given) < 60 else f"{given[:60]}..."
+    said = f"{_placed(key, args)}expected {expected or 'another value'}, got '{short}'"
+    return said + (did_you_mean(given, choices) or meant_class(given, kinds))
 
 
 def _placed(key: str, args: Sequence[str]) -> str:

@@ -81,6 +81,7 @@ NOT_NEEDED: Mapping[str, str] = {
     "it is model.backbone.init_args.pretrained_model_name_or_path": "base_model_name_or_path",
     "all linear layers are adapted unless model.lora.target_modules says which": "lora_target_linear",
     "layers_to_transform counts the blocks itself": "layers_pattern",
+    "further files are given by -c, and of what several say the last holds": "defaults hydra",
     "the command says it: fit, validate, test, predict": "do_train do_eval do_predict stage",
     "each fit has a folder of its own": "overwrite_output_dir",
     "the best and the newest are kept": "save_total_limit save_strategy",

@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.analysis.process_memory import resident
 from lora_lightning.cli import LoRACLI
+from lora_lightning.config_files import check
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.parser import GIVEN
 from lora_lightning.plan_memory import PRECISIONS, Way
 from lora_lightning.plan_screen import show
 from lora_lightning.plan_settled import Notes, count_in, labels_in, size_in
@@ -89,6 +91,9 @@ class PlanCLI(LoRACLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """As given; there is no run whose config could be meant."""
+        if isinstance(args, list):
+            GIVEN.set(["plan", *args])
+            check(args)
         self.config = parser.parse_args(args)  # type: ignore[arg-type]
 
     def _set_seed(self) -> None:

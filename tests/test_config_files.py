@@ -14,6 +14,13 @@ from lora_lightning.config_files import check_file
             "name: x\nseed_everything: ${oc.env:SEED}\n",
             "a.yaml, line 2: a config has no variables such as ${oc.env:SEED}",
         ),
+        (
+            "a.yaml",
+            "model:\n  lora:\n    target_modules:\n      - ${oc.env:WHICH}\n",
+            "a.yaml, line 4: a config has no variables such as ${oc.env:WHICH}",
+        ),
+        ("a.yaml", "---\n", "a.yaml is empty"),
+        ("a.yaml", "name: x\nlora: \0\n", "a.yaml, line 2: a character that no text holds"),
         ("a.yaml", "# one\ntrainer:\n  # max_epochs: 3\n", "a.yaml, line 2: 'trainer' holds nothing: give it keys"),
         ("a.json", '{"trainer": {"max_steps": 1}', "a.json, line 1: a list or map in brackets lacks a comma or its"),
         ("a.json", "[1, 2]", "a.json must hold keys with values, such as 'name: demo', got a list"),

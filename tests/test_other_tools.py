@@ -53,6 +53,7 @@ def test_no_name_of_another_tool_is_one_of_ours(options):
     [
         ("--lora_query", ": here it is --model.lora.target_modules"),
         ("--micro_batch_size", ": here it is --data.init_args.batch_size"),
+        ("--per-device-train-batch-size", ": here it is --data.init_args.batch_size"),
         ("--cutoff_len", ": here it is --data.init_args.max_length"),
         ("--model.lora.loftq_config", ": here it is --model.lora.init loftq"),
         ("--lora_target_linear", ": leave it out, all linear layers are adapted unless model.lora.target_modules says"),
@@ -68,6 +69,14 @@ def test_a_flag_of_another_tool(flag, said, options):
     assert told(f"unrecognized arguments: {flag} 3", [flag, "3"], options, "fit").startswith(
         f"unknown option {flag}{said}"
     )
+
+
+def test_a_flag_is_not_taken_for_a_key_of_that_name_in_a_config(options, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  init_args:\n    batch_size: 16\n")
+    args = ["fit", "-c", str(file), "--batch_size", "3"]
+    said = told("unrecognized arguments: --batch_size 3", args, options, "fit")
+    assert said == "unknown option --batch_size: here it is --data.init_args.batch_size"
 
 
 def test_a_command_without_a_model_is_not_told_of_one():

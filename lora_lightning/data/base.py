@@ -262,5 +262,8 @@ class TableData(LightningDataModule, ABC):
         check_columns(tables["train"], [self.split.group_by], self.place("train"))
         by = self.split.group_by
         groups = list(values_of(tables["train"], by) if by else range(len(tables["train"])))
-        rows = split_rows(groups, SplitConfig(**shares, group_by=by, seed=self.split.seed))
+        try:
+            rows = split_rows(groups, SplitConfig(**shares, group_by=by, seed=self.split.seed))
+        except LoRAError as error:
+            raise LoRAError(f"{self.place('train')}: {error}") from error
         return tables | {split: tables["train"].select(np.array(numbers, dtype=int)) for split, numbers in rows.items()}

@@ -35,6 +35,27 @@ def fault_in(file: str, reader: str, error: BaseException, delimiter: str = ",")
     return found or f"cannot be read as {reader}: {reason}"
 
 
+def wide_first_row(file: str, delimiter: str = ",") -> str | None:
+    """What is wrong where a CSV's first row has more fields than its header.
+
+    pandas takes what is over on the left for an index, in every row, and says nothing: of an unquoted `a, b` it keeps
+    `b`.
+    """
+    try:
+        with fsspec.open(file, "rb", compression="infer") as opened:
+            rows = csv.reader((line.decode() for line in opened), delimiter=delimiter)
+            return _too_wide(1, next(rows, []), next(rows, []), delimiter)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error):  # which the reader says
+        return None
+
+
+def _too_wide(row: int, header: list[str], fields: list[str], delimiter: str) -> str | None:
+    if len(fields) <= len(header):
+        return None
+    quoted = f"; a text with {delimiter!r} in it stands in quotes"
+    return f"row {row}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}{quoted}"
+
+
 def _in_json(opened: Any) -> str | None:
     """In a line of JSON Lines, or in one array of all rows."""
     row = 0
@@ -75,8 +96,8 @@ def _in_csv(opened: Any, reason: str, delimiter: str) -> str | None:
     try:
         header = next(rows, [])
         for row, fields in enumerate(rows, start=1):
-            if len(fields) > len(header):
-                return f"row {row}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}"
+            if wide := _too_wide(row, header, fields, delimiter):
+                return wide
     except UnicodeDecodeError as error:
         return f"row {row + 1}: {_not_utf8(error)}" if header else f"its header is {_not_utf8(error)}"
     return None

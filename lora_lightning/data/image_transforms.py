@@ -190,11 +190,14 @@ def _of_transformers(name: str) -> Preprocessing:
     import transformers
 
     from lora_lightning.backbones import quiet
+    from lora_lightning.hub import refuse_not_there
     from lora_lightning.paths import resolve
 
+    path = resolve(name)
+    refuse_not_there("image processor", path)
     try:
         with quiet():
-            found: Any = transformers.AutoImageProcessor.from_pretrained(resolve(name))  # type: ignore[no-untyped-call]
+            found: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError) as error:
         raise LoRAError(f"'{name}' has no image processor: {str(error).strip().splitlines()[0]}") from error
 

@@ -80,7 +80,13 @@ class OneLabel(LabelNames):
         feature = train.features[self.label_column]
         if isinstance(feature, datasets.ClassLabel):
             return list(feature.names)
-        return [str(value) for value in sorted(set(values_of(train, self.label_column)))]
+        names = [str(value) for value in sorted(set(values_of(train, self.label_column)))]
+        if len(names) == 1:
+            raise LoRAError(
+                f"{self.place('train')}, column '{self.label_column}': expected at least 2 labels, got '{names[0]}' in"
+                " every row: name another with label_column, or all labels as label_names"
+            )
+        return names
 
     def check_labels(self, table: datasets.Dataset, split: str) -> None:
         """Raise where a row has no label, or where it is neither a name nor a number, as the rows before have."""

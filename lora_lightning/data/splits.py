@@ -74,7 +74,11 @@ def split_rows(groups: Sequence[object], config: SplitConfig) -> dict[str, list[
     n_validation, n_test = round(len(names) * config.validation), round(len(names) * config.test)
     wanted = [config.validation > 0 and n_validation == 0, config.test > 0 and n_test == 0]
     if any(wanted) or len(names) - n_validation - n_test < 1:
-        raise LoRAError(f"{len(names)} groups are too few to split {config.validation:g} and {config.test:g} off them")
+        what = f"groups by '{config.group_by}'" if config.group_by else "rows"
+        raise LoRAError(
+            f"{len(names)} {what} are too few to split {config.validation:g} of them off for validation and"
+            f" {config.test:g} for test: give more, other shares by split, or a file for each"
+        )
     split_of = dict.fromkeys(names, "train")
     split_of |= dict.fromkeys(names[:n_test], "test")
     split_of |= dict.fromkeys(names[n_test : n_test + n_validation], "validation")

@@ -20,6 +20,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lora_lightning.data.replicas import replica
 from lora_lightning.data.splits import split_name
 from lora_lightning.data.tables import TextBy, files_of, known_split, reader_of
+from lora_lightning.hub import refuse_not_there
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
 
@@ -55,6 +56,7 @@ def _of_file(file: str, text_by: TextBy) -> datasets.IterableDataset:
 
 
 def _from_hub(path: str, name: str | None) -> dict[str, datasets.IterableDataset]:
+    refuse_not_there("set", path)
     try:
         loaded = datasets.load_dataset(path, name, streaming=True)
     except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration

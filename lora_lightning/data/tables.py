@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import datasets
 
-from lora_lightning.data.faults import fault_in
+from lora_lightning.data.faults import fault_in, wide_first_row
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import CALLED, split_name
+from lora_lightning.hub import refuse_not_there
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
@@ -155,6 +156,8 @@ def check_file(file: str) -> None:
     path = Path(file)
     if not path.is_file():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        if path.parts[:1] == ("~",) or "$" in file:
+            near = ": neither ~ nor $NAME is filled in here, so write the whole path"
         raise LoRAError(f"no file {file}{near}")
     if path.stat().st_size == 0:
         raise LoRAError(f"{file} is empty")
@@ -169,7 +172,7 @@ def reader_of(file: str, text_by: TextBy = "line", more: Collection[str] = ()) -
         more: suffixes that the caller reads in its own way.
 
     Raises:
-        LoRAError: it is not there, is empty, or of a kind that is not read here.
+        LoRAError: it is not there, is empty, of a kind that is not read here, or a CSV that pandas would misread.
     """
     check_file(file)
     path = Path(file)
@@ -177,8 +180,11 @@ def reader_of(file: str, text_by: TextBy = "line", more: Collection[str] = ()) -
     if kind not in READERS:
         known = dict.fromkeys((*READERS, *more))
         raise LoRAError(f"{file}: expected one of {', '.join(known)}, got '{kind or path.name}'")
-    options: dict[str, dict[str, Any]] = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": text_by}}
-    return READERS[kind], options.get(kind, {})
+    by_kind: dict[str, dict[str, Any]] = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": text_by}}
+    options = by_kind.get(kind, {})
+    if READERS[kind] == "csv" and (fault := wide_first_row(file, options.get("delimiter", ","))):
+        raise LoRAError(f"{file}, {fault}")
+    return READERS[kind], options
 
 
 def _read_directory(path: Path, text_by: TextBy, own: Readers) -> dict[str, datasets.Dataset]:
@@ -210,6 +216,7 @@ def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> da
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
         return _read_file(resolve(file), text_by, own)
+    refuse_not_there("set", on_hub)
     try:
         return datasets.load_dataset(on_hub, name, split=part)
     except Exception as error:  # many kinds, as below
@@ -218,6 +225,7 @@ def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> da
 
 
 def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:
+    refuse_not_there("set", path)
     try:
         return _by_split(datasets.load_dataset(path, name))
     except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration

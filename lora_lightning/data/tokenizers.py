@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_lightning.gguf import directory_and_file
+from lora_lightning.hub import refuse_not_there
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
+
+FILES = r"tokenizer|vocab|\.model$|tekken"
+"""In the names of the files that hold one."""
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
@@ -21,10 +27,13 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
         LoRAError: there is none.
     """
     found, gguf = directory_and_file(resolve(name))
+    refuse_not_there("tokenizer", found)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(found, **gguf, **options)
     except (OSError, ValueError) as error:
-        raise LoRAError(f"no tokenizer '{name}': {str(error).strip().splitlines()[0]}") from error
+        if Path(found).is_dir() and not any(re.search(FILES, file.name) for file in Path(found).iterdir()):
+            raise LoRAError(f"no tokenizer in '{name}', such as tokenizer.json: name the folder that has it") from error
+        raise LoRAError(f"no tokenizer '{name}': {' '.join(str(error).split())}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -238,4 +238,6 @@ def _check_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"{name}: '{pattern}' is not a regular expression ({error})") from error
+        raise ConfigError(
+            f"{name}: '{pattern}' is not a regular expression ({error}); any text is '.*' in one"
+        ) from error

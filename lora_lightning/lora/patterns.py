@@ -9,6 +9,9 @@ from typing import TypeVar
 from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
 from lora_lightning.lora.slices import SliceSpec
 
+SEVERAL = re.compile(r"[\w.]+(?: *, *[\w.]+)+")
+"""Names with commas between, as other tools take them."""
+
 Value = TypeVar("Value", int, float, SliceSpec)
 
 
@@ -69,4 +72,6 @@ def no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = 
         close = f"; there are {', '.join(known)}" if known else ""
     if is_regex and any(name.endswith(f".{entry}") for name in names):
         close = f"; a string is a regular expression on full names: for modules that end in it write [{entry}]"
+    if is_regex and SEVERAL.fullmatch(entry):
+        close = f"; a list of names is written [{entry}]"
     return f"{field_name}: no {what} matches '{entry}'{close}"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.lora.errors import AdapterError, AdapterWarning, some
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, did_you_mean, some
 from lora_lightning.lora.regexes import refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
@@ -61,6 +61,10 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         AdapterError: it is missing, no JSON, of another method, or has a field that means nothing here.
     """
+    folder = path.parent
+    if not folder.exists():
+        near = did_you_mean(folder.name, [one.name for one in folder.parent.glob("*") if one.is_dir()])
+        raise AdapterError(f"no folder '{folder}'{near}")
     if not path.is_file():
         raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
     try:

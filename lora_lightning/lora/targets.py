@@ -193,7 +193,8 @@ def _found(
             continue
         if any(matches([entry] if isinstance(pattern, list) else entry, n) for n in saved_names):
             raise TargetError(f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once")
-        if close := get_close_matches(entry.replace("_", "-"), (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8):
+        word = ALL_LINEAR if entry == "all" else entry.replace("_", "-")
+        if "," not in entry and (close := get_close_matches(word, (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8)):
             listed = " (as a string, not in a list)" if isinstance(pattern, list) else ""
             raise TargetError(f"target_modules: no module matches '{entry}'; did you mean '{close[0]}'?{listed}")
         raise TargetError(no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))

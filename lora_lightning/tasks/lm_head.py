@@ -59,7 +59,16 @@ def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tenso
 
 
 def shifted(labels: Tensor) -> Tensor:
-    """Labels (b, t) to those of the outputs: position t has the label of t + 1, and the last none."""
+    """Labels (b, t) to those of the outputs: position t has the label of t + 1, and the last none.
+
+    Raises:
+        LoRAError: they are not one for each token.
+    """
+    if labels.dim() != 2:
+        raise LoRAError(
+            f"a language model's labels are one for each token, (rows, tokens), got {tuple(labels.shape)}: the data are"
+            " of another task"
+        )
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.lora.errors import LoRAError, near_misses
+from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
 from lora_lightning.lora.storage import write_bytes
 from lora_lightning.training.checkpoint_folder import PREVIOUS, is_folder_checkpoint
 from lora_lightning.training.checkpoint_io import read_checkpoint
@@ -35,6 +36,11 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a fit wrote here: a folder of one's own may hold a config.yaml too."""
+    return (folder / CHECKPOINTS).is_dir() or (folder / REPORT).is_file()
+
+
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     """A checkpoint, a file or a folder in parts, from its path, that of a run, or of the folder with a run's versions.
 
@@ -46,10 +52,12 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         LoRAError: nothing is there, with what is.
     """
     path = Path(path)
+    if path.is_file() and not (is_zipfile(path) or _before(path).exists()):
+        raise LoRAError(f"'{path}' is not a whole checkpoint{_what_else(path)}")
     if path.is_file() or is_folder_checkpoint(path) or (path.suffix == ".ckpt" and _before(path).exists()):
         return path
     if not path.is_dir():
-        near = beside(path)
+        near = beside(path) or did_you_mean(str(path), ("best", "last"))
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
     for run in [path, *_newest_first(path)]:
         files = _checkpoints(run / CHECKPOINTS)
@@ -58,7 +66,18 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     loose = _checkpoints(path)
     if loose:
         return _pick(loose, which)
+    if (path / "adapter_config.json").is_file():
+        raise LoRAError(f"'{path}' is an adapter's directory and no run: fit starts from it with --model.init_adapter")
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def _what_else(file: Path) -> str:
+    """What to do with a file that torch has not written."""
+    if file.suffix in (".yaml", ".yml"):
+        return f": a config is given as -c {file}, and a run as --ckpt_path, such as runs/demo"
+    if file.suffix == ".safetensors":
+        return ": fit starts from an adapter's directory with --model.init_adapter"
+    return " (it is empty)" if not file.stat().st_size else " (it is no zip file, or lacks its end)"
 
 
 def beside(path: Path) -> str:

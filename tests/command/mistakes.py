@@ -66,6 +66,7 @@ class Rows(lightning.LightningDataModule):
 MISTAKES = {
     # ---- what to run
     "a command's name": Mistake("fitt -c run.yaml", "no command 'fitt'; did you mean 'fit'? (there are COMMANDS)"),
+    "another tool's command": Mistake("train -c run.yaml", "no command 'train': here it is 'fit' (there are COMMANDS)"),
     "two letters changed": Mistake(
         "exprot --ckpt_path runs/tiny", "no command 'exprot'; did you mean 'export'? (there are COMMANDS)"
     ),
@@ -83,6 +84,12 @@ MISTAKES = {
         "merge --base_model bert", "merge needs --adapter and --output_dir: see lora-lightning merge --help"
     ),
     "analyze without an adapter": Mistake("analyze", "analyze needs ADAPTER: see lora-lightning analyze --help"),
+    "Hydra's way to set a key": Mistake(
+        f"{FIT} +model.lora.r=8", "'+model.lora.r=8' stands alone: an option is given as --model.lora.r 8"
+    ),
+    "a run without its flag": Mistake(
+        "test -c run.yaml bert", "'bert' stands alone: a run is given as --ckpt_path bert"
+    ),
     # ---- files
     "a config's name": Mistake("fit -c runn.yaml", "no config file runn.yaml; did you mean 'run.yaml'?"),
     "a config's ending": Mistake("fit -c run.yml", "no config file run.yml; did you mean 'run.yaml'?"),
@@ -140,6 +147,19 @@ MISTAKES = {
     "a data file": Mistake(f"{FIT} --data.path review.csv", "no file review.csv; did you mean 'reviews.csv'?"),
     "a checkpoint": Mistake(
         "test --ckpt_path runs/tny", "no checkpoint or run folder 'runs/tny'; did you mean 'runs/tiny'?"
+    ),
+    "a config as checkpoint": Mistake(
+        "test --ckpt_path run.yaml",
+        "'run.yaml' is not a whole checkpoint: a config is given as -c run.yaml, and a run as --ckpt_path, such as"
+        " runs/demo",
+    ),
+    "an empty checkpoint": Mistake(
+        "test --ckpt_path e.ckpt", "'e.ckpt' is not a whole checkpoint (it is empty)", {"e.ckpt": b""}
+    ),
+    "PEFT's directory as checkpoint": Mistake(
+        "test --ckpt_path peft",
+        "'peft' is an adapter's directory and no run: fit starts from it with --model.init_adapter",
+        {"peft/adapter_config.json": "{}"},
     ),
     "an adapter's folder": Mistake(
         "analyze runs/tny",
@@ -205,6 +225,12 @@ MISTAKES = {
     "a rank by another name": Mistake(
         OVER, "over.yaml, line 3: unknown key model.lora.rank: here it is model.lora.r", lora("rank: 16")
     ),
+    "Hydra's _target_": Mistake(
+        OVER,
+        "over.yaml, line 2: unknown key model.optimizer._target_: a class is given by class_path, and its arguments by"
+        " init_args",
+        {"over.yaml": "model:\n  optimizer: {_target_: torch.optim.AdamW}\n"},
+    ),
     "a list for keys": Mistake(
         OVER,
         "over.yaml, line 2: model.lora: expected keys with values such as {r: 8}, got ['r', 8]",
@@ -241,6 +267,13 @@ MISTAKES = {
     ),
     "a word for a learning rate": Mistake(
         f"{FIT} --model.optimizer.lr fast", "model.optimizer.lr: expected a number, got 'fast'"
+    ),
+    "one number for two": Mistake(
+        f"{FIT} --model.optimizer.betas [0.9]", "model.optimizer.betas: expected 2 values, got [0.9]"
+    ),
+    "a dtype of the backbone": Mistake(
+        f"{FIT} --model.backbone.init_args.dtype bf16",
+        "model.backbone.init_args.dtype: expected float32, bfloat16, float16, got 'bf16'; did you mean 'bfloat16'?",
     ),
     "a rank of zero": Mistake(f"{FIT} --model.lora.r 0", "r must be a whole number of at least 1, got 0"),
     "a dropout above one": Mistake(
@@ -330,6 +363,11 @@ MISTAKES = {
         "trainer.logger: 'WandbLoger' is no path to a class, such as module.Class; did you mean "
         "'lora_lightning.WandbLogger' or 'lightning.pytorch.loggers.Logger'?",
     ),
+    "a logger's short name": Mistake(
+        f"{FIT} --trainer.logger wandb",
+        "trainer.logger: expected a Logger (its class_path and init_args) or true or false, got 'wandb'; did you mean"
+        " 'lora_lightning.WandbLogger'?",
+    ),
     "a model's name for its class": Mistake(
         f"{FIT} --model.backbone bert",
         "model.backbone: 'bert' is no path to a class, such as module.Class: a model of the hub or of a "
@@ -384,6 +422,12 @@ MISTAKES = {
         f"{FIT} --data.path plain.csv",
         "plain.csv, the train set, has no column 'label': name another with label_column (columns: text, film)",
         {"plain.csv": "text,film\nfine,1\n"},
+    ),
+    "one label alone": Mistake(
+        f"{FIT} --data.path one.csv",
+        "one.csv, the train set, column 'label': expected at least 2 labels, got 'fresh' in every row: name another"
+        " with label_column, or all labels as label_names",
+        {"one.csv": "text,label,film\n" + "".join(f"fine,fresh,{i}\n" for i in range(10))},
     ),
     "a label that training never saw": Mistake(
         "fit -c run.yaml --data.path '{train: reviews.csv, validation: val.csv}' --data.split.validation 0"

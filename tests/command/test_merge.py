@@ -61,7 +61,7 @@ def test_merge_from_inside_a_package(tiny, adapter, tmp_path, monkeypatch, capsy
 
 MISTAKES = {
     "no base": (["--base_model", "nowhere"], "no folder 'nowhere': a model of the hub has to be downloaded first"),
-    "no adapter": (["--adapter", "nowhere"], "no file nowhere/adapter_config.json"),
+    "no adapter": (["--adapter", "nowhere"], "no folder 'nowhere'"),
     "no output": (["--output_dir", "adapter"], "'adapter' is not empty: name an empty or new folder"),
     "a mistyped flag": (["--base_modle", "x"], "did you mean '--base_model'"),
     "a dtype that is not there": (["--dtype", "bf16"], "got 'bf16'; did you mean 'bfloat16'"),
