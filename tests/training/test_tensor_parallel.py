@@ -8,6 +8,7 @@ Mutations that were made once, and what then fails:
 | every process adds a rowwise layer's biases | the same |
 | no sum over a colwise layer's input gradients | the same |
 | each process draws its own mask in a rowwise layer | the same, "dropout" |
+| what is gathered of a split layer counts as lying in parts | test_a_loss_past_the_backbones_call_is_refused |
 | random states are not shared, metrics are counted in all processes | test_a_group_draws_one_number... |
 """
 
@@ -57,6 +58,11 @@ def found(tmp_path_factory):
 def begun(folder):
     sharded.fit(folder / "alone", made=split.trained)
     shutil.copyfile(sharded.at(folder / "alone", 14), folder / "one.ckpt")
+
+
+def test_a_loss_past_the_backbones_call_is_refused(found):
+    """A trained head alone: its chunks are no call of the backbone, and FSDP2 would add up no gradient of it."""
+    assert "FSDP2 saw no backward of backbone.lm_head.lora_A" in torch.load(found / "past.pt")
 
 
 # Pieces alone.
@@ -251,6 +257,10 @@ def said(model, own=None, count=2):
             "'model.layers.0.mlp.down_proj' is a copy of modules_to_save",
         ),
         ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens' trains, and is no linear layer"),
+        (
+            {"target_modules": ["q_proj"], "target_parameters": ["layers.0.mlp.up_proj.weight"]},
+            "'model.layers.0.mlp.up_proj",
+        ),
     ],
 )
 def test_options_without_a_split_form_are_refused_by_name(config, words):
