@@ -59,6 +59,7 @@ TYPES = {
     "tuple": "a list such as [a, b]",
     "dict": "keys with values such as {a: 1}",
     "path": "a path",
+    "tensor": "",  # which torch's optimizers take too, and a config cannot hold
 }
 
 

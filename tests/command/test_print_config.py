@@ -75,3 +75,8 @@ def test_the_demos_run_as_printed(name, printed, monkeypatch, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     file = printed("fit", "-c", REPOSITORY / "configs" / name)
     command(monkeypatch, "fit", "-c", file, "--trainer.fast_dev_run", "1", "--runs_dir", tmp_path / "runs")
+
+
+def test_null_by_a_flag_is_null_within_a_section_of_a_class_too(printed, tiny):
+    file = printed("fit", "-c", tiny.config, "--data.split.group_by", "null")
+    assert yaml.safe_load(file.read_text())["data"]["init_args"]["split"]["group_by"] is None
