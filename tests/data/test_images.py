@@ -278,7 +278,7 @@ def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
             r"timm has no model 'tf_efficientnet_lit0'; did you mean 'tf_efficientnet_lite0'",
         ),
         ("torchvision:ResNet18_Weights.IMAGENET", "torchvision has no weights"),
-        ("./nowhere", "'./nowhere' has no image processor"),
+        ("./nowhere", "no image processor './nowhere': there is no such folder"),
     ],
 )
 def test_a_name_without_preprocessing_is_named(name, said):
