@@ -63,8 +63,9 @@ def huggingface(
         raise LoRAError(f"transformers has no class '{auto_class}'{did_you_mean(auto_class, known)}")
     dtype = dtype or "float32"
     name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
-    refuse_not_there("model", name)
     kwargs = dict(model_kwargs or {}) | gguf
+    if "cache_dir" not in kwargs:  # where it may lie in another place than the hub's cache
+        refuse_not_there("model", name)
     if label_names:
         kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
         kwargs["num_labels"] = num_labels or len(label_names)

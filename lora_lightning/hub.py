@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import datasets
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.file_download import repo_folder_name
@@ -33,7 +34,10 @@ def refuse_not_there(kind: str, name: str) -> None:
         url = hf_hub_url(name, FILES[repo_type], repo_type=repo_type)
     except HFValidationError as error:
         raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}") from error
-    if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)).is_dir():
+    caches = [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)]
+    if kind == "set":
+        caches.append(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))  # as read before
+    if any(cache.is_dir() for cache in caches):
         return
     nowhere = f"no {kind} '{name}': there is no such folder here{_near(name, ' (', ')')}"
     if constants.is_offline_mode():

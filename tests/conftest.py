@@ -6,6 +6,7 @@ import logging
 import os
 from types import SimpleNamespace
 
+import datasets
 import hypothesis
 import pytest
 import torch
@@ -26,6 +27,8 @@ hypothesis.settings.register_profile("lora", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("lora")
 
 logging.getLogger("lightning.pytorch").propagate = True  # else it depends on what was imported first: for caplog
+
+datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # it waits for seconds after each stream of Parquet files
 
 quick.FEW_ROWS = 0  # the small inputs of tests stand for large ones
 

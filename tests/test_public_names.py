@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 IMPORTS = """
 import os, sys
 import lightning.pytorch, torch, torchmetrics, transformers  # once; what follows imports our own files alone
@@ -23,6 +25,7 @@ print("failed:", failed)
 """
 
 
+@pytest.mark.slow
 def test_a_name_of_training_may_be_imported_first():
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=240, check=True)
     assert done.stdout.splitlines()[-1] == "failed: []", done.stdout

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
 from lora_lightning.data.loader import ResumableLoader, own_generator
 from lora_lightning.data.replicas import replica
-from lora_lightning.data.rows import ROW, with_row_numbers
+from lora_lightning.data.rows import ROW, values_of, with_row_numbers
 from lora_lightning.data.sampler import EpochSampler
 from lora_lightning.data.splits import SplitConfig, first_in_place, split_rows
 from lora_lightning.data.tables import Readers, check_columns, read_tables, source_of
@@ -97,7 +98,7 @@ class TableData(LightningDataModule, ABC):
 
     def lengths(self, table: datasets.Dataset) -> list[int] | None:
         """Of each encoded row, to group by; None where rows have no length."""
-        return [len(ids) for ids in table["input_ids"]] if "input_ids" in table.column_names else None
+        return [len(ids) for ids in values_of(table, "input_ids")] if "input_ids" in table.column_names else None
 
     def read_off_train(self) -> dict[str, Any]:
         """Arguments that training rows decided, such as label names: kept, so that `predict` needs no training file."""
@@ -205,7 +206,7 @@ class TableData(LightningDataModule, ABC):
             skip: rows that are dropped anyway.
         """
         for column in filter(None, columns):
-            for i, value in enumerate(table[column]):
+            for i, value in enumerate(values_of(table, column)):
                 if not isinstance(value, str) and not (skip and skip[i]):
                     raise self.bad_cell(split, table[ROW][i], column, "text", value)
 
@@ -259,10 +260,10 @@ class TableData(LightningDataModule, ABC):
         if not any(shares.values()) or "train" not in tables:
             return tables
         check_columns(tables["train"], [self.split.group_by], self.place("train"))
-        groups = tables["train"][self.split.group_by] if self.split.group_by else range(len(tables["train"]))
-        config = SplitConfig(**shares, group_by=self.split.group_by, seed=self.split.seed)
+        by = self.split.group_by
+        groups = list(values_of(tables["train"], by) if by else range(len(tables["train"])))
         try:
-            rows = split_rows(list(groups), config)
+            rows = split_rows(groups, SplitConfig(**shares, group_by=by, seed=self.split.seed))
         except LoRAError as error:
             raise LoRAError(f"{self.place('train')}: {error}") from error
-        return tables | {split: tables["train"].select(numbers) for split, numbers in rows.items()}
+        return tables | {split: tables["train"].select(np.array(numbers, dtype=int)) for split, numbers in rows.items()}

@@ -33,7 +33,7 @@ from lora_lightning.data.dialogues import is_dialogues, read_dialogues
 from lora_lightning.data.packing import CausalCollator, lengths_of, pack_table
 from lora_lightning.data.prompt_completion import REFERENCES, PromptCollator
 from lora_lightning.data.prompts import GivesPrompts, Prompt, from_all_over, held_out
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.splits import kind_of
 from lora_lightning.data.tables import check_columns
 from lora_lightning.data.texts import TextData
@@ -179,14 +179,14 @@ class ChatData(TextData, GivesPrompts):
         shared = {"template": self.template, "layout": layout, "system": self.system}
         encoded = self.encode_by(function, table, split, **shared, **options)
         column = layout.get("messages", layout.get("answer", layout.get("prompt", "")))
-        for row, problem, cell in zip(table[ROW], encoded["problem"], table[column], strict=True):
+        for (row, cell), problem in zip(cells_of(table, ROW, column), values_of(encoded, "problem"), strict=True):
             if problem:
                 raise self.bad_cell(split, row, column, problem, cell)
         return encoded
 
     def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
         """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
-        trained, whole = encoded["trained"], encoded["whole"]
+        trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
         kept = [number for number, count in enumerate(trained) if count]
         if len(kept) < len(encoded):
             first = next(number for number, count in enumerate(trained) if not count)
@@ -200,7 +200,7 @@ class ChatData(TextData, GivesPrompts):
                 raise LoRAError(f"{said}: raise max_length, or see what the chat template makes of them")
             rank_zero_warn(f"{said}. They are left out")
         if split == "train":
-            self._warn_of_open_ends(encoded["labels"])
+            self._warn_of_open_ends(values_of(encoded, "labels"))
         return kept
 
     def _warn_of_open_ends(self, labels: Any) -> None:

@@ -7,11 +7,13 @@ from itertools import islice
 from typing import Any
 
 import datasets
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from lora_lightning.data.loader import ResumableLoader, own_generator
 from lora_lightning.data.replicas import replica
 from lora_lightning.data.sampler import EpochSampler
+from lora_lightning.data.stream_loader import StreamLoader
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.paths import resolve
 
@@ -109,20 +111,8 @@ class DatasetData(LightningDataModule):
         sampler = EpochSampler(
             data, batch_size=batch_size, shuffle=shuffle, seed=self.seed, num_replicas=world[0], rank=world[1]
         )
-        return DataLoader(data, sampler=sampler, **options)
-
-
-class StreamLoader(DataLoader[Any]):
-    """Tells a stream that shuffles itself which epoch it is; Lightning tells samplers alone."""
-
-    def __init__(self, stream: IterableDataset[Any], trainer: Trainer | None, **options: Any) -> None:
-        super().__init__(stream, **options)
-        self.trainer = trainer
-
-    def __iter__(self) -> Any:
-        if self.trainer is not None and callable(own := getattr(self.dataset, "set_epoch", None)):
-            own(self.trainer.current_epoch)
-        return super().__iter__()
+        loader = ResumableLoader if training else DataLoader
+        return loader(data, sampler=sampler, generator=own_generator(self.seed), **options)
 
 
 class Share(IterableDataset[Any]):

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from lora_lightning.data.base import TableData
 from lora_lightning.data.image_rows import AugmentedOrder, Cells, collate
 from lora_lightning.data.image_transforms import Augmentation, Interpolation, Preprocessing, preprocessing_of
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
 
@@ -131,7 +131,7 @@ class ImageTable(TableData):
             feature = table.features[column]
             if isinstance(feature, datasets.Image) or (self._arrays and getattr(feature, "dtype", "") == "int64"):
                 continue
-            for row, cell in zip(table[ROW], table[column], strict=True):
+            for row, cell in cells_of(table, ROW, column):
                 if not isinstance(cell, str) or not cell:
                     raise self.bad_cell(split, row, column, "the path of an image", cell)
 
@@ -167,7 +167,7 @@ class ImageTable(TableData):
             column=column,
             root=self._root(split),
             arrays=self._arrays,
-            rows=list(table[ROW]),
+            rows=list(values_of(table, ROW)),
             place=None if self.files else self.place(split),
         )
 

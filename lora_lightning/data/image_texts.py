@@ -19,7 +19,7 @@ from PIL import Image
 
 from lora_lightning.data.base import TableData
 from lora_lightning.data.pairs import GROUP, groups_of
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.splits import SplitConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.paths import resolve
@@ -117,16 +117,16 @@ class ImageTextData(TableData):
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise at an image whose file is not there or whose header is none, and at an empty text."""
-        for row, text in zip(table[ROW], table[self.text_column], strict=True):
+        for row, text in cells_of(table, ROW, self.text_column):
             if not isinstance(text, str) or not text.strip():
                 raise self.bad_cell(split, row, self.text_column, "a text with words in it", text)
-        for row, cell in zip(table[ROW], table[self.image_column], strict=True):
+        for row, cell in zip(values_of(table, ROW), table[self.image_column], strict=True):  # one image at a time
             self.opened(split, row, cell).close()
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """The rows as they are, with their groups: pixels would take more room than the files."""
-        named = table[self.group_column] if self.group_column and split != "predict" else None
-        return table.add_column(GROUP, groups_of(table[self.text_column], None, named)).add_column(
+        named = list(values_of(table, self.group_column)) if self.group_column and split != "predict" else None
+        return table.add_column(GROUP, groups_of(list(values_of(table, self.text_column)), None, named)).add_column(
             "__split__", [split] * len(table)
         )
 

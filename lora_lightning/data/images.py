@@ -25,6 +25,7 @@ from lora_lightning.data.image_transforms import (
     training_transform,
 )
 from lora_lightning.data.labels import OneLabel
+from lora_lightning.data.rows import values_of
 from lora_lightning.data.splits import SPLITS, SplitConfig
 from lora_lightning.data.tables import NAMES, READERS, read_tables
 from lora_lightning.lora.errors import LoRAError
@@ -134,7 +135,7 @@ class ImageData(OneLabel, ImageTable):
             columns = (self.image_column, self.label_column)
             named = {NAMES.get(split, split): folder for split, folder in folders.items()}
             tables = {split: read_class_folders(folder, split, columns) for split, folder in named.items()}
-            self.files = {split: list(table[self.image_column]) for split, table in tables.items()}
+            self.files = {split: list(values_of(table, self.image_column)) for split, table in tables.items()}
             return tables
         if by_split is None and (root := Path(resolve(str(self.path)))).is_dir() and is_imagefolder(root):
             return {NAMES.get(str(split), str(split)): table for split, table in read_imagefolder(root).items()}

@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.base import TableData
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
 MOST_NAMED = 10
@@ -80,7 +80,7 @@ class OneLabel(LabelNames):
         feature = train.features[self.label_column]
         if isinstance(feature, datasets.ClassLabel):
             return list(feature.names)
-        names = [str(value) for value in sorted(set(train[self.label_column]))]
+        names = [str(value) for value in sorted(set(values_of(train, self.label_column)))]
         if len(names) == 1:
             raise LoRAError(
                 f"{self.place('train')}, column '{self.label_column}': expected at least 2 labels, got '{names[0]}' in"
@@ -92,7 +92,7 @@ class OneLabel(LabelNames):
         """Raise where a row has no label, or where it is neither a name nor a number, as the rows before have."""
         kinds = "a label, a name or a number"
         first: type | None = None
-        for row, label in zip(table[ROW], table[self.label_column], strict=True):
+        for row, label in cells_of(table, ROW, self.label_column):
             if not isinstance(label, str | int | float) or (isinstance(label, float) and not math.isfinite(label)):
                 raise self.bad_cell(split, row, self.label_column, kinds, label)
             first = first or type(label)
@@ -106,19 +106,19 @@ class OneLabel(LabelNames):
         Raises:
             LoRAError: a label is none of the names, or a number that none of them has, with its row.
         """
-        feature, values = table.features[self.label_column], list(table[self.label_column])
+        feature, values = table.features[self.label_column], list(values_of(table, self.label_column))
         check_order(self.label_names, feature)
         numbers = numbers_of(self.label_names, values, feature)
-        for row, label in zip(table[ROW], values, strict=True):
+        for row, label in zip(values_of(table, ROW), values, strict=True):
             if str(label) not in numbers:
                 raise self.unknown_label(split, row, self.label_column, label, numbers)
         return [numbers[str(label)] for label in values]
 
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always saying the label that is most common in train."""
-        train = list(self.encoded("train")["labels"])
+        train = list(values_of(self.encoded("train"), "labels"))
         most_common = max(set(train), key=train.count)
-        labels = list(self.encoded(split)["labels"])
+        labels = list(values_of(self.encoded(split), "labels"))
         return labels.count(most_common) / len(labels)
 
 
@@ -157,7 +157,7 @@ def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str
     """Splits with labels, and for prediction those whose labels a hub set hides by -1, unless others are for that."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
-        hidden = split != "train" and label_column in table.column_names and _hidden(table[label_column])
+        hidden = split != "train" and label_column in table.column_names and _hidden(values_of(table, label_column))
         if not hidden:
             used[split] = table
         elif "predict" not in tables:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.packing import CausalCollator, cut, cut_to_train, lengths_of, pack_rows, pack_table
 from lora_lightning.data.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, values_of
 from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.streamed import StreamedTextData
 from lora_lightning.data.streaming import AT_ONCE, read_streams
@@ -111,7 +111,7 @@ class LanguageModellingData(StreamedTextData, GivesPrompts):
         """Without blank texts, as between the paragraphs of a .txt."""
         if split == "predict":
             return table
-        rows = [i for i, text in enumerate(table[self.text_column]) if text.strip()]
+        rows = [i for i, text in enumerate(values_of(table, self.text_column)) if text.strip()]
         if not rows:
             raise LoRAError(f"{self.place(split)}: expected texts in column '{self.text_column}', all are blank")
         return table if len(rows) == len(table) else table.select(rows)

@@ -40,6 +40,11 @@ class ResumableLoader(DataLoader[Any]):
         if isinstance(self.sampler, EpochSampler):
             self.sampler.set_epoch(int(state_dict["epoch"]))
 
+    @property
+    def keeps_place(self) -> bool:
+        """Another sampler, as Lightning puts in for `overfit_batches`, cannot be told what to leave out."""
+        return isinstance(self.sampler, EpochSampler)
+
     def _order(self) -> dict[str, Any]:
         order = getattr(self.sampler, "identity", None)
         return {"sampler": type(self.sampler).__name__} if order is None else dict(order)

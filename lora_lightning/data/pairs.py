@@ -9,7 +9,7 @@ import datasets
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.texts import TextData
 
@@ -93,11 +93,11 @@ class PairData(TextData):
         """Raise at a text that is none or is empty, or at a negative that is the positive."""
         texts = [column for column in list(self.columns(split))[:3] if column is not None]
         for column in texts:
-            for row, text in zip(table[ROW], table[column], strict=True):
+            for row, text in cells_of(table, ROW, column):
                 if not isinstance(text, str) or not text.strip():
                     raise self.bad_cell(split, row, column, "a text with words in it", text)
         if self.negative_column is not None and split != "predict":
-            pairs = zip(table[ROW], table[self.positive_column], table[self.negative_column], strict=True)
+            pairs = cells_of(table, ROW, self.positive_column, self.negative_column)
             for row, positive, negative in pairs:
                 if positive == negative:
                     raise self.bad_cell(split, row, self.negative_column, "another text than the positive", negative)
@@ -105,9 +105,9 @@ class PairData(TextData):
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         texts = list(self.columns(split))[:3]
         if split != "predict":
-            named = table[self.group_column] if self.group_column else None
-            negatives = table[self.negative_column] if self.negative_column else None
-            table = table.add_column(GROUP, groups_of(table[self.positive_column], negatives, named))
+            named = list(values_of(table, self.group_column)) if self.group_column else None
+            negatives = list(values_of(table, self.negative_column)) if self.negative_column else None
+            table = table.add_column(GROUP, groups_of(list(values_of(table, self.positive_column)), negatives, named))
         return self.encode_by(
             encode_texts,
             table,
@@ -120,8 +120,8 @@ class PairData(TextData):
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The tokens of a row's texts together."""
-        parts = [table[name] for name in PARTS if name in table.column_names]
-        return [sum(map(len, texts)) for texts in zip(*parts, strict=True)]
+        parts = [name for name in PARTS if name in table.column_names]
+        return [sum(map(len, texts)) for texts in cells_of(table, *parts)]
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:

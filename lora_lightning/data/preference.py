@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.texts import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.token_loss import IGNORED
@@ -76,7 +76,7 @@ class PreferenceData(TextData):
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise at a row that is neither of texts nor of messages, or has an answer without words."""
         columns = [column for column in self.columns(split) if column is not None]
-        of_messages = any(isinstance(value, list) for value in table[self.chosen_column])
+        of_messages = any(isinstance(value, list) for value in values_of(table, self.chosen_column))
         if of_messages and self.as_chat:
             raise LoRAError(
                 "as_chat is for columns of texts: these hold messages, and are put into the template anyway"
@@ -86,7 +86,7 @@ class PreferenceData(TextData):
         answers = (self.chosen_column, self.rejected_column)
         for column in columns:
             least = 2 if self.prompt_column is None else 1
-            for row, value in zip(table[ROW], table[column], strict=True):
+            for row, value in cells_of(table, ROW, column):
                 if of_messages and not _are_messages(value, least if column in answers else 1):
                     raise self.bad_cell(split, row, column, ROLES if least == 1 else f"two or more {ROLES}", value)
                 if not of_messages and not isinstance(value, str):
@@ -94,7 +94,7 @@ class PreferenceData(TextData):
                 if column in answers and not (value[-1]["content"] if of_messages else value).strip():
                     raise self.bad_cell(split, row, column, "an answer with words in it", value)
         if of_messages and self.prompt_column is None:
-            for row, chosen, rejected in zip(table[ROW], *(table[column] for column in answers), strict=True):
+            for row, chosen, rejected in cells_of(table, ROW, *answers):
                 if _plain(chosen[:-1]) != _plain(rejected[:-1]):
                     said = f"the messages of '{self.chosen_column}' but for the last"
                     raise self.bad_cell(split, row, self.rejected_column, said, rejected)
@@ -119,7 +119,7 @@ class PreferenceData(TextData):
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The longer of a row's two texts."""
-        parts = zip(table["prompt"], table["chosen"], table["rejected"], strict=True)
+        parts = cells_of(table, "prompt", "chosen", "rejected")
         return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in parts]
 
     @property

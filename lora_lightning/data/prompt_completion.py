@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.splits import kind_of
 from lora_lightning.data.targets import TargetData, one_target_each, references_of
 from lora_lightning.lora.errors import LoRAError
@@ -73,7 +73,7 @@ class PromptCompletionData(TargetData):
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         for column in self.prompt_columns:
-            for row, value in zip(table[ROW], table[column], strict=True):
+            for row, value in cells_of(table, ROW, column):
                 if not isinstance(value, str | int | float):
                     raise self.bad_cell(split, row, column, "text or a number", value)
         if kind_of(split) != "predict":
@@ -87,7 +87,9 @@ class PromptCompletionData(TargetData):
             raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has no end token (eos_token) to end completions by")
         if kind_of(split) in ("validation", "test"):
             texts = [text.strip() for text in filled(self.completion, table)]
-            table = table.add_column(REFERENCES, references_of(filled(self.prompt, table), texts))
+            table = table.add_column(
+                REFERENCES, references_of(list(zip(filled(self.prompt, table), texts, strict=True)))
+            )
         encoded = self.encode_by(
             encode_prompts,
             table,
@@ -97,11 +99,11 @@ class PromptCompletionData(TargetData):
             max_length=self.max_length,
             with_prompts=split != "train",
         )
-        for row, length in zip(table[ROW], encoded["prompt_length"], strict=True):
+        for row, length in zip(values_of(table, ROW), values_of(encoded, "prompt_length"), strict=True):
             if not length:
                 column = ", ".join(self.prompt_columns)
                 raise self.bad_cell(split, row, column, "a prompt of at least one token", "")
-        if cut := sum(encoded["cut"]):
+        if cut := sum(values_of(encoded, "cut")):
             rank_zero_warn(
                 f"{self.place(split)}: {cut} of {len(encoded)} examples are longer than max_length={self.max_length}"
                 " and cut"
@@ -135,7 +137,8 @@ def columns_of(what: str, template: str) -> list[str]:
 def filled(template: str, rows: Mapping[str, Any] | datasets.Dataset) -> list[str]:
     """The template with each row's values in its braces."""
     columns = columns_of("template", template)
-    values = zip(*(rows[column] for column in columns), strict=True)
+    of_table = isinstance(rows, datasets.Dataset)
+    values = cells_of(rows, *columns) if of_table else zip(*(rows[column] for column in columns), strict=True)
     return [template.format(**dict(zip(columns, own, strict=True))) for own in values]
 
 

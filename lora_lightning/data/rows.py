@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 ROW = "__row__"
 """A column that keeps each example's row in its file, counted from 1, so that an error can name it."""
+
+
+def values_of(table: datasets.Dataset, column: str) -> Iterator[Any]:
+    """A column's values in their order, read by the thousand: `table[column]` reads row by row, 300 times as slow."""
+    for rows in table.select_columns(column).iter(batch_size=1_000):
+        yield from rows[column]
+
+
+def cells_of(table: datasets.Dataset, *columns: str) -> Iterator[tuple[Any, ...]]:
+    """The values of these columns, row by row."""
+    return zip(*(values_of(table, column) for column in columns), strict=True)
 
 
 def encode_rows(
@@ -21,4 +34,4 @@ def encode_rows(
 
 def with_row_numbers(table: datasets.Dataset) -> datasets.Dataset:
     """The table with each row's number in the column `ROW`."""
-    return table if ROW in table.column_names else table.add_column(ROW, list(range(1, len(table) + 1)))
+    return table if ROW in table.column_names else table.add_column(ROW, np.arange(1, len(table) + 1))

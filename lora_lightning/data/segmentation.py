@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lora_lightning.data.decoding import open_image  # first, for it says what to install
+from lora_lightning.data.rows import values_of
 
 # isort: split
 from torchvision import tv_tensors
@@ -148,7 +149,7 @@ class SegmentationData(LabelNames, ImageTable):
             return super().read_images()
         columns = (self.image_column, self.mask_column)
         tables = {split: read_mask_folders(f, split, columns, self.folders) for split, f in folders.items()}
-        self.files = {split: list(table[self.image_column]) for split, table in tables.items()}
+        self.files = {split: list(values_of(table, self.image_column)) for split, table in tables.items()}
         return tables
 
     def names_in_train(self) -> list[str]:

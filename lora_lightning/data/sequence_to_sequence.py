@@ -10,6 +10,7 @@ import datasets
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from lora_lightning.data.rows import cells_of
 from lora_lightning.data.splits import kind_of
 from lora_lightning.data.targets import TargetData, one_target_each, references_of, tokenize_up_to
 from lora_lightning.lora.errors import LoRAError
@@ -82,7 +83,7 @@ class SequenceToSequenceData(TargetData):
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if kind_of(split) in ("validation", "test"):
-            references = references_of(table[self.source_column], table[self.target_column])
+            references = references_of(list(cells_of(table, self.source_column, self.target_column)))
             table = table.add_column(REFERENCES, references)
         encoded = self.encode_by(
             encode_pairs,

@@ -8,8 +8,10 @@ from typing import Any
 import datasets
 from torch.utils.data import DataLoader
 
+from lora_lightning.data.loader import own_generator
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import first_in_place
+from lora_lightning.data.stream_loader import StreamLoader
 from lora_lightning.data.streaming import endless, first_row, numbered, refuse_endless, share_of
 from lora_lightning.data.tables import check_names
 from lora_lightning.data.texts import TextData
@@ -99,12 +101,14 @@ class StreamedTextData(TextData):
         refuse_endless(self.trainer, validates=self.has_validation)
         if "train" not in self.streams:
             self.encoded("train")  # says what is missing
-        return self._stream_loader(endless(self.streams["train"], self.batch_size, self.trainer), self.batch_size)
+        rows = endless(self.streams["train"], self.trainer)
+        return StreamLoader(rows, self.trainer, ends=False, batch_size=self.batch_size, **self._reading())
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
         if not self.streaming:
             return super()._loaders(split)
-        loaders = [self._stream_loader(self._share(s), self.eval_batch_size) for s in self.sets(split) or [split]]
+        given = {"batch_size": self.eval_batch_size, **self._reading()}
+        loaders = [DataLoader(self._share(s), **given) for s in self.sets(split) or [split]]  # type: ignore[arg-type]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def _share(self, split: str) -> datasets.IterableDataset:
@@ -112,11 +116,10 @@ class StreamedTextData(TextData):
             self.encoded(split)  # says what is missing
         return share_of(self.streams[split], self.trainer)
 
-    def _stream_loader(self, rows: Any, batch_size: int) -> DataLoader[Any]:
-        return DataLoader(
-            rows,
-            batch_size=batch_size,
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+    def _reading(self) -> dict[str, Any]:
+        return {
+            "collate_fn": self.collate,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "generator": own_generator(self.seed),
+        }

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch import Trainer
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from lora_lightning.data.replicas import replica
 from lora_lightning.data.splits import split_name
@@ -82,14 +82,14 @@ def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datas
     return split_dataset_by_node(stream, rank=replica(trainer).number, world_size=replica(trainer).replicas)
 
 
-def endless(stream: datasets.IterableDataset, batch_size: int, trainer: Trainer | None) -> Endless:
-    """What falls to this process of one that does not, from where a run that was cut short was."""
+def endless(stream: datasets.IterableDataset, trainer: Trainer | None) -> Endless:
+    """What falls to this process of one that does not."""
     if trainer is None:
-        return Endless(stream, batch_size)
-    seen, (world_size, rank, _) = batches_seen(trainer), replica(trainer)
+        return Endless(stream)
+    world_size, rank, _ = replica(trainer)
     if stream.num_shards % world_size == 0:  # files for all: none is read twice
-        return Endless(share_of(stream, trainer), batch_size, seen)
-    return Endless(stream, batch_size, seen, rank, world_size)
+        return Endless(share_of(stream, trainer))
+    return Endless(stream, rank, world_size)
 
 
 def refuse_endless(trainer: Trainer | None, *, validates: bool) -> None:
@@ -105,33 +105,20 @@ def refuse_endless(trainer: Trainer | None, *, validates: bool) -> None:
         )
 
 
-def batches_seen(trainer: Trainer) -> int:
-    """How many batches the run that this one goes on from has had."""
-    return trainer.fit_loop.epoch_loop.batch_progress.total.ready
-
-
 class Endless(IterableDataset[Any]):
     """A stream over and over again, in another order each time.
 
     Args:
         stream: of rows; shuffled, it has an order for each epoch.
-        batch_size: rows of a batch.
-        seen: batches to leave out from the start, as those that an interrupted run has had.
         rank: of `world_size` processes that take turns in one order, over the ends of the stream too.
         world_size: how many there are.
     """
 
-    def __init__(
-        self, stream: datasets.IterableDataset, batch_size: int, seen: int = 0, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.stream, self.batch_size, self.seen = stream, batch_size, seen
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, stream: datasets.IterableDataset, rank: int = 0, world_size: int = 1) -> None:
+        self.stream, self.rank, self.world_size = stream, rank, world_size
 
     def __iter__(self) -> Iterator[Any]:
-        worker = get_worker_info()
-        mine = self.seen if worker is None else len(range(worker.id, self.seen, worker.num_workers))
-        skipped = mine * self.batch_size * self.world_size
-        return islice(self._rows(), skipped + self.rank, None, self.world_size)
+        return islice(self._rows(), self.rank, None, self.world_size)
 
     def _rows(self) -> Iterator[Any]:
         for epoch in count():

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.texts import TextData
 
 
@@ -17,7 +17,7 @@ class TargetData(TextData):
 
     def check_targets(self, table: datasets.Dataset, split: str, column: str) -> None:
         """Raise where the column holds neither a text nor a list of at least one."""
-        for row, value in zip(table[ROW], table[column], strict=True):
+        for row, value in cells_of(table, ROW, column):
             several = value if isinstance(value, list) else [value]
             if not several or not all(isinstance(text, str) for text in several):
                 raise self.bad_cell(split, row, column, "text, or a list of texts", value)
@@ -25,7 +25,7 @@ class TargetData(TextData):
 
 def one_target_each(table: datasets.Dataset, column: str) -> datasets.Dataset:
     """The table with a row for each target where the column holds lists of them."""
-    targets = table[column]
+    targets = list(values_of(table, column))
     if not any(isinstance(own, list) for own in targets):
         return table
     rows = [i for i, own in enumerate(targets) for _ in own]
@@ -33,14 +33,14 @@ def one_target_each(table: datasets.Dataset, column: str) -> datasets.Dataset:
     return table.select(rows).remove_columns(column).add_column(column, flat)
 
 
-def references_of(sources: Sequence[str], targets: Sequence[str]) -> list[list[str]]:
-    """Of each row all targets of its source, where it is the source's first row; of the others none.
+def references_of(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
+    """Of each pair of a source and a target all targets of its source, where it is the source's first; else none.
 
     So a model writes once for each source, and is held to all that people wrote for it.
     """
     first: dict[str, int] = {}
-    references: list[list[str]] = [[] for _ in sources]
-    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+    references: list[list[str]] = [[] for _ in pairs]
+    for row, (source, target) in enumerate(pairs):
         references[first.setdefault(source, row)].append(target)
     return references
 

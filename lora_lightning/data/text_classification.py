@@ -8,6 +8,7 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.labels import OneLabel
+from lora_lightning.data.rows import values_of
 from lora_lightning.data.text_pairs import TextPairData
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
@@ -60,7 +61,7 @@ class TextClassificationData(OneLabel, TextPairData):
 
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise at a value of a row that is not dropped anyway."""
-        labels = table[self.label_column] if split != "predict" else []
+        labels = values_of(table, self.label_column) if split != "predict" else ()
         dropped = [str(label) in self.drop_labels for label in labels]
         self.check_texts(table, split, [self.text_column, self.text_pair_column], dropped)
         if split != "predict":
@@ -69,15 +70,15 @@ class TextClassificationData(OneLabel, TextPairData):
     def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         if split == "predict":
             return table
-        labels = [str(value) for value in table[self.label_column]]
+        labels = [str(value) for value in values_of(table, self.label_column)]
         missing = self.drop_labels - set(labels)
         if split == "train" and missing:
             unknown = min(missing)
             raise LoRAError(f"drop_labels: no row is labelled '{unknown}'{did_you_mean(unknown, labels)}")
         seen: set[tuple[str, str | None]] = set()
         rows = []
-        pairs = table[self.text_pair_column] if self.text_pair_column else [None] * len(table)
-        for row, (text, pair, label) in enumerate(zip(table[self.text_column], pairs, labels, strict=True)):
+        pairs = values_of(table, self.text_pair_column) if self.text_pair_column else [None] * len(table)
+        for row, (text, pair, label) in enumerate(zip(values_of(table, self.text_column), pairs, labels, strict=True)):
             if label in self.drop_labels or len(text.split()) < self.min_words:
                 continue
             if self.drop_duplicates and (text, pair) in seen:

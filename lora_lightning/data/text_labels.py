@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.labels import LabelNames, numbers_of
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.text_pairs import TextPairData
 from lora_lightning.lora.errors import LoRAError
 
@@ -73,7 +73,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
         if split == "predict":
             return
         for column in self.target_columns:
-            for row, value in zip(table[ROW], table[column], strict=True):
+            for row, value in cells_of(table, ROW, column):
                 if expected := self._fault(value):
                     raise self.bad_cell(split, row, column, expected, value)
 
@@ -84,7 +84,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
             LoRAError: a label is none of the names, or a number that none of them has, with its row.
         """
         if self.label_columns:
-            return [[float(flag) for flag in row] for row in zip(*(table[c] for c in self.label_columns), strict=True)]
+            return [[float(flag) for flag in row] for row in cells_of(table, *self.label_columns)]
         rows = self._rows(table)
         feature = getattr(table.features[self.label_column], "feature", None)
         numbers = numbers_of(self.label_names, [label for row in rows for label in row], feature)
@@ -97,7 +97,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
         return targets
 
     def _rows(self, table: datasets.Dataset) -> list[list[Any]]:
-        return [self._apart(value) for value in table[self.label_column]]
+        return [self._apart(value) for value in values_of(table, self.label_column)]
 
     def _apart(self, value: list[Any] | str | int | None) -> list[Any]:
         """A cell's labels; an empty cell of a CSV is None, and one number in each of its cells makes them numbers."""

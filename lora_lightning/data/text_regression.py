@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 
 from lora_lightning.data.labels import without_hidden_labels
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of
 from lora_lightning.data.text_pairs import TextPairData
 
 
@@ -62,7 +62,7 @@ class TextRegressionData(TextPairData):
         super().check(table, split)
         if split == "predict":
             return
-        for row, value in zip(table[ROW], table[self.number_column], strict=True):
+        for row, value in cells_of(table, ROW, self.number_column):
             number = number_in(value)
             if number is None or not math.isfinite(number):
                 raise self.bad_cell(split, row, self.number_column, "a finite number", value)

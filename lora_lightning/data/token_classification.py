@@ -14,7 +14,7 @@ from transformers import DataCollatorForTokenClassification, PreTrainedTokenizer
 
 from lora_lightning.data import conll
 from lora_lightning.data.labels import LabelNames, check_order, numbers_of
-from lora_lightning.data.rows import ROW
+from lora_lightning.data.rows import ROW, cells_of, values_of
 from lora_lightning.data.splits import kind_of
 from lora_lightning.data.texts import TextData
 from lora_lightning.data.tokenizers import load_tokenizer
@@ -85,14 +85,14 @@ class TokenClassificationData(LabelNames, TextData):
     def check(self, table: datasets.Dataset, split: str) -> None:
         """Raise where a row does not hold words, and a tag for each."""
         column = self.words_column
-        for row, words in zip(table[ROW], table[column], strict=True):
+        for row, words in cells_of(table, ROW, column):
             if not isinstance(words, list) or not words:
                 raise self.bad_cell(split, row, column, "a list of at least one word", words)
             if wrong := [word for word in words if not isinstance(word, str)]:
                 raise self.bad_cell(split, row, column, "words", wrong[0], f" among them: {words[:4]}")
         if kind_of(split) == "predict":
             return
-        for row, words, tags in zip(table[ROW], table[column], table[self.tags_column], strict=True):
+        for row, words, tags in cells_of(table, ROW, column, self.tags_column):
             if not isinstance(tags, list) or len(tags) != len(words):
                 many = f", {len(tags)} of them" if isinstance(tags, list) else ""
                 raise self.bad_cell(split, row, self.tags_column, f"a list of {len(words)} tags", tags, many)
@@ -103,7 +103,7 @@ class TokenClassificationData(LabelNames, TextData):
         train = self.tables["train"]
         if (feature := self._tag_feature(train)) is not None:
             return list(feature.names)
-        seen = {tag for tags in train[self.tags_column] for tag in tags}
+        seen = {tag for tags in values_of(train, self.tags_column) for tag in tags}
         return [str(tag) for tag in sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))]
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
@@ -138,18 +138,18 @@ class TokenClassificationData(LabelNames, TextData):
         """
         feature = self._tag_feature(table)
         check_order(self.label_names, feature)
-        seen = {tag for tags in table[self.tags_column] for tag in tags}
+        seen = {tag for tags in values_of(table, self.tags_column) for tag in tags}
         numbers = numbers_of(self.label_names, list(seen), feature)
         unknown = {tag for tag in seen if str(tag) not in numbers}
-        for row, tags in zip(table[ROW], table[self.tags_column], strict=True) if unknown else ():
+        for row, tags in cells_of(table, ROW, self.tags_column) if unknown else ():
             for tag in tags:
                 if tag in unknown:
                     raise self.unknown_label(split, row, self.tags_column, tag, numbers)
         return numbers
 
     def _warn_of_unseen_words(self, table: datasets.Dataset, encoded: datasets.Dataset, split: str) -> None:
-        there = sum(len(words) for words in table[self.words_column])
-        seen = sum(number >= 0 for numbers in encoded["word_ids"] for number in numbers)
+        there = sum(len(words) for words in values_of(table, self.words_column))
+        seen = sum(number >= 0 for numbers in values_of(encoded, "word_ids") for number in numbers)
         if seen < there:
             why = "they are not trained on" if split == "train" else "they get no label, and no metric counts them"
             rank_zero_warn(

@@ -43,13 +43,20 @@ def make_optimizer(
         optimizer: called with `parameter_groups`; the rate that it gives is A's.
 
     Raises:
-        LoRAError: the ratio is not positive.
+        LoRAError: the ratio is not positive, or the optimizer has no rate to multiply.
     """
     if not b_lr_ratio > 0 or math.isinf(b_lr_ratio):
         raise LoRAError(f"b_lr_ratio must be a number above 0 (LoRA+ takes about 16), got {b_lr_ratio}")
     made = optimizer(parameter_groups(model))
+    if b_lr_ratio == 1:
+        return made  # also one whose rates are its own, as transformers' Adafactor with relative_step
     for group in made.param_groups:
         if group.get("name") == "B":
+            if group["lr"] is None:
+                raise LoRAError(
+                    f"b_lr_ratio={b_lr_ratio} multiplies B's learning rate, and {type(made).__name__} sets its rates"
+                    " itself: give it lr, or leave b_lr_ratio at 1"
+                )
             group["lr"] = group["lr"] * b_lr_ratio  # a new one, for a tensor may be every group's
     return made
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
     from lora_lightning.training.strategies import FSDP2Strategy
 
-WAY_OUT = "leave it out of lora.target_modules, or tensor_parallel_size at 1"
+WAY_OUT = "leave it out of what lora trains (target_modules, target_parameters, bias), or tensor_parallel_size at 1"
 
 
 def refuse_run(module: LoRAModule, strategy: FSDP2Strategy) -> None:
@@ -112,6 +112,6 @@ def _of_others(name: str, module: nn.Module, plan: Plan) -> Iterator[str]:
         return
     if any(name == one or name.startswith(f"{one}.") for one in plan.per_head):
         yield f"'{name}' trains, and each process calls it with its own heads: {WAY_OUT}"
-    is_copy = COPY in name.split(".")
-    if not is_copy and type(module).grafted_from[0] is not LoRALinear:  # type: ignore[attr-defined]
+    # (A bare parameter's update, of `target_parameters`, is a module that was never another.)
+    if COPY not in name.split(".") and not isinstance(module, LoRALinear):
         yield f"'{name}' trains, and is no linear layer: {WAY_OUT}"

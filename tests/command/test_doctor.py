@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.version import Version
 
 from lora_lightning import doctor as doctors
 from lora_lightning.tiny_fit import tiny_fit
@@ -24,7 +26,8 @@ def test_the_findings_as_json(monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is True
     by_name = {finding["name"]: finding for finding in told["findings"]}
-    assert by_name["torch"]["said"] == __import__("torch").__version__
+    # A package index's wheel says 2.9.0 of a torch that calls itself 2.9.0+cu128.
+    assert Version(by_name["torch"]["said"]).public == Version(torch.__version__).public
     assert "tiny fit" not in by_name
 
 

@@ -65,6 +65,7 @@ def test_whole_flow_on_a_tiny_bert(tiny, tmp_path, monkeypatch, capsys):
         assert [merged.config.id2label[int(i)] for i in ours.argmax(1)] == ["fresh", "rotten", "rotten"]
 
 
+@pytest.mark.slow  # tests/training/test_averaging.py holds it without the command
 def test_two_processes_equal_one_with_twice_the_batch(tiny, tmp_path, monkeypatch):
     """Law 9, through the command and the overlay that a user would take."""
     from tests.command.process import REPOSITORY

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -87,10 +86,9 @@ def test_every_overlay_is_set_beside_the_others(bare):
     assert rows["16-mixed", False].cost == rows["bf16-mixed", False].cost
 
 
-def test_json_is_all_that_stands_on_stdout(bare):
-    command = [sys.executable, "-m", "lora_lightning", "plan", "-c", str(bare), "--length", "12", *OWN, "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout)
+def test_json_is_all_that_stands_on_stdout(bare, capfd):
+    main(["-c", str(bare), "--length", "12", "--json", *OWN])
+    found = json.loads(capfd.readouterr().out)
     assert found["trainable"] == sum(found["saved"].values()) + sum(t["factors"] for t in found["formula"])
     assert found["flops"]["step"] == found["flops"]["forward"] + found["flops"]["backward"]
     assert found["process"]["peak"] > found["process"]["base"] > found["memory"][0]["peak"]

@@ -12,7 +12,7 @@ from tests.training.resuming import differing
 
 @pytest.fixture(
     scope="module",
-    params=["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2-folder", "fsdp1"))],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "fsdp2-folder", "fsdp1")],
 )
 def played(request, tiny, tmp_path_factory):
     """Uninterrupted; and asked to leave by a signal to the second process, then started again."""

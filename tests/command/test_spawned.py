@@ -9,6 +9,8 @@ from tests.command.test_several_processes import MIDDLE, STOPS, end_of, errors, 
 from tests.command.warm import run_all
 from tests.training.resuming import differing
 
+pytestmark = pytest.mark.slow
+
 FORK = {"count": 1, "launcher": "none", "overlay": REPOSITORY / "configs/strategy/ddp-fork.yaml"}
 """One process, which starts two."""
 TWO = ["--trainer.devices", 2, "--data.init_args.batch_size", 8]
@@ -66,14 +68,12 @@ def spawned(tiny, tmp_path_factory):
     return {**run_all(cases, folder), "folder": folder}
 
 
-@pytest.mark.slow
 def test_spawned_processes_train_as_forked_ones_also_where_sigterm_came_between(spawned):
     assert [spawned[name].codes for name in ("whole", "asked", "asked-again")] == [[0], [75], [0]], spawned["asked"]
     ends = [end_of(spawned["folder"], name) for name in ("whole", "asked")]
     assert differing(*ends) == []
 
 
-@pytest.mark.slow
 def test_what_stops_a_spawned_process_is_told_in_one_line(spawned):
     assert spawned["nan"].codes == [2], spawned["nan"]
     (line,) = errors(spawned["nan"])

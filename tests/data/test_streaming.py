@@ -18,9 +18,15 @@ from lora_lightning.data.splits import SplitConfig
 from lora_lightning.data.streaming import Endless, share_of
 from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.training.callbacks import FreezeBase, Resume
+from lora_lightning.training.loggers import ContinuedCSVLogger
+from lora_lightning.training.optim import WarmupDecay
+from lora_lightning.training.trainer import LoRATrainer
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
+from tests.training.resuming import EveryState, differing, ended
 
 TEXTS = make_texts(60, longest=30)
+AdamW = functools.partial(torch.optim.AdamW, lr=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +82,7 @@ def test_a_saved_set_is_streamed_too(tmp_path, tokenizer, path):
 def test_it_goes_on_in_another_order_each_time_and_the_same_for_one_seed(path, tokenizer):
     one, two, other = (data_of(path, tokenizer, packing=False, seed=seed).streams["train"] for seed in (1, 1, 2))
     count = sum(1 for _ in one)
-    endless = [[tuple(row["input_ids"]) for row in islice(Endless(s, 1), 2 * count)] for s in (one, two, other)]
+    endless = [[tuple(row["input_ids"]) for row in islice(Endless(s), 2 * count)] for s in (one, two, other)]
     assert endless[0] == endless[1] != endless[2]
     first, second = endless[0][:count], endless[0][count:]
     assert Counter(first) == Counter(second)
@@ -100,8 +106,7 @@ def test_processes_share_the_rows(tmp_path, tokenizer, files):
 
 def fit(path, tokenizer, folder, steps, ckpt_path=None, **options):
     model = make_model("llama", dtype=torch.float64)
-    optimizer = functools.partial(torch.optim.AdamW, lr=0.01)
-    module = LoRAModule(model, CausalLM(), LoRAConfig(r=4), optimizer)
+    module = LoRAModule(model, CausalLM(), LoRAConfig(r=4), AdamW)
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", precision="64-true", accumulate_grad_batches=2, logger=False,
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
@@ -117,11 +122,13 @@ def rows_seen(data_loader, batches):
     return [batch["input_ids"].tolist() for batch in islice(data_loader, batches)]
 
 
-def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, tokenizer, tmp_path):
-    whole = rows_seen(data_of(path, tokenizer).train_dataloader(), 30)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, tokenizer, tmp_path, workers):
+    """Also of two workers, of which one has no file of its own."""
+    whole = rows_seen(data_of(path, tokenizer, num_workers=workers).train_dataloader(), 30)
     trainer, _ = fit(path, tokenizer, tmp_path / "a", 5)
     assert trainer.fit_loop.epoch_loop.batch_progress.total.ready == 10
-    again = data_of(path, tokenizer)
+    again = data_of(path, tokenizer, num_workers=workers)
     again.trainer = SimpleNamespace(
         max_steps=9, limit_val_batches=0, strategy=None, world_size=1, global_rank=0, fit_loop=trainer.fit_loop
     )
@@ -135,6 +142,31 @@ def test_a_resumed_fit_is_the_uninterrupted_one(path, tokenizer, tmp_path):
     assert trainer.global_step == 8
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_resumed_fit_is_the_uninterrupted_one_though_a_schedule_asked_for_its_length_first(
+    tmp_path, tokenizer, workers
+):
+    """Its loader is made before the checkpoint is read; and a validation's worker draws no number of training's."""
+    for split, texts in (("train", TEXTS), ("validation", TEXTS[:9])):
+        write(tmp_path / f"{split}.jsonl", texts)
+
+    def fit(folder, ckpt=None):
+        torch.manual_seed(1)
+        lora = LoRAConfig(r=4, dropout=0.2)
+        module = LoRAModule(make_model("llama"), CausalLM(), lora, AdamW, lr_scheduler=WarmupDecay)
+        trainer = LoRATrainer(
+            max_steps=5, max_epochs=1, val_check_interval=2, num_sanity_val_steps=0, accelerator="cpu",
+            callbacks=[FreezeBase(False), Resume(), EveryState(save_every=1)], enable_progress_bar=False,
+            enable_model_summary=False, logger=ContinuedCSVLogger(folder, name="run", version=0),
+        )  # fmt: skip
+        trainer.fit(module, data_of(str(tmp_path), tokenizer, num_workers=workers), ckpt_path=ckpt)
+        return ended(trainer)
+
+    whole = fit(tmp_path / "whole")
+    middle = tmp_path / "whole" / "run" / "version_0" / "checkpoints" / "003-batch.ckpt"
+    assert differing(whole, fit(tmp_path / "rest", str(middle))) == []
 
 
 def test_a_fit_validates_where_it_is_told_to(tmp_path, tokenizer):

@@ -21,7 +21,7 @@ def origin(request, tmp_path_factory):
         yield Origin(request.param, folder)
 
 
-@examples(3600)
+@examples(1200)
 @given(accident=st.sampled_from(TENSORS), seed=st.integers(0, 2**64))
 def test_weights_that_met_an_accident(origin, accident, seed):
     result = origin.meet(accident, WEIGHTS, seed)
@@ -30,7 +30,7 @@ def test_weights_that_met_an_accident(origin, accident, seed):
         assert result == "refused"
 
 
-@examples(1500)
+@examples(500)
 @given(accident=st.sampled_from(CONFIGS), seed=st.integers(0, 2**64))
 def test_a_config_that_met_an_accident(origin, accident, seed):
     event(f"{accident.__name__}: {origin.meet(accident, CONFIG, seed)}")

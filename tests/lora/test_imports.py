@@ -1,13 +1,19 @@
-"""The direction of imports: lora < tasks, data < training < cli; and lora needs torch and safetensors only."""
+"""The direction of imports: lora < tasks, data < training < cli; lora needs torch and safetensors only; and each
+package that is imported is one that pyproject.toml asks for."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import lora_lightning
 
@@ -84,6 +90,29 @@ def test_imports_point_down(path):
         if top == "lora_lightning" and part in BELOW:
             allowed = BELOW[part] | (HELPERS if part != "lora" else set())
             assert part_of(module) in allowed, f"{part} imports {module}"
+
+
+def asked_for(line: str) -> Iterator[str]:
+    """The package of a dependency, and those that the extras it names add to it."""
+    wanted = Requirement(line)
+    yield canonicalize_name(wanted.name)
+    for extra in wanted.extras:
+        for brought in map(Requirement, requires(wanted.name) or []):
+            marker = brought.marker
+            if marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""}):
+                yield canonicalize_name(brought.name)
+
+
+def test_each_package_that_is_imported_is_declared():
+    """What only comes with another one goes, or changes, when that one wants it no more."""
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())["project"]
+    extras = [lines for name, lines in project["optional-dependencies"].items() if name not in ("dev", "docs")]
+    declared = {name for line in sum(extras, project["dependencies"]) for name in asked_for(line)}
+    owners = packages_distributions()
+    for path in FILES:
+        for top in {module.partition(".")[0] for module in imports(path)} - STDLIB - {"lora_lightning"}:
+            owning = {canonicalize_name(owner) for owner in owners.get(top, [top])}
+            assert owning & declared, f"{path} imports {top}, which no line of pyproject.toml asks for"
 
 
 def test_no_file_imports_itself_in_a_circle():

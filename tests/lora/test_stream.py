@@ -440,7 +440,8 @@ def test_a_layer_in_parts_merges_as_the_whole(case, monkeypatch):
         assert kept_in_parts == pytest.approx(kept)
 
 
-@pytest.mark.parametrize("kind", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_memory_stays_below_twice_the_largest_shard(kind, tmp_path):
     """300 MB in six shards of 50 MB, every linear layer, the output head and all experts adapted."""
     config, model = shape_of(kind, 0.3, width=1024 if kind == "llama" else 512, vocabulary=8000, dtype=torch.bfloat16)

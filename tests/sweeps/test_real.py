@@ -19,6 +19,7 @@ from lora_lightning.training.run import load_checkpoint
 from tests.command.process import REPOSITORY, command
 
 
+@pytest.mark.slow
 def test_a_sweep_of_real_fits_ranks_them_and_reports_each_validation_to_a_pruner(tiny, tmp_path, monkeypatch, capsys):
     """One of the two cannot be fitted: its rank is above the model's width of 32."""
     grid = ["--grid", "model.lora.r=2,99", "--pruner", "median", "--trainer.max_epochs", "3"]

@@ -132,6 +132,7 @@ def test_a_sampler_draws_as_many_as_are_asked_within_the_ranges_and_goes_on(tmp_
     assert len({tuple(point.values.values()) for point in again.points}) == 6
 
 
+@pytest.mark.slow
 def test_tpe_draws_what_did_well_more_often(tmp_path):
     levels = {"1": 0.9, **dict.fromkeys(("2", "3", "4", "5", "6"), 0.1)}
     file = plan(tmp_path, level=levels)
@@ -163,7 +164,13 @@ def killed(tmp_path, number, file):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize(("number", "ends"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "ends"),
+    [
+        (signal.SIGKILL, -9),
+        *(pytest.param(*s, marks=pytest.mark.slow) for s in ((signal.SIGTERM, 143), (signal.SIGINT, 130))),
+    ],
+)
 def test_a_sweep_that_is_killed_ends_its_fits_and_goes_on_where_it_was(tmp_path, number, ends):
     file = plan(tmp_path, level=LEVELS, validations=10, pause=0.15)
     assert killed(tmp_path, number, file) == ends

@@ -67,6 +67,7 @@ def test_fit_takes_every_command_line_that_the_agent_makes_of_a_file(file):
         assert config.trainer.logger[0].class_path == "lora_lightning.WandbLogger"
 
 
+@pytest.mark.slow
 def test_a_command_line_of_the_agent_trains(tiny, tmp_path):
     """With the demo's config replaced by a tiny one, in W&B's offline mode, where the sweep's values reach the run."""
     command = rendered("sweeps/matrices.yaml", {"model.lora": "{target_modules: [query, value], r: 3}"})

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
-from lora_lightning import CausalLM, LoRAConfig, LoRAModule, huggingface, inject
+from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule, huggingface, inject
 from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.fingerprint import fingerprint as of_one
 from lora_lightning.lora.inject import disabled
@@ -364,11 +364,21 @@ def from_files(folder: Path, processes: int) -> None:
         torch.save([*found, {"drawn": drawn.numbers, "units": units}], folder / "from files.pt")
 
 
+def past(folder: Path, processes: int) -> None:
+    """What is said where the head alone trains."""
+    made = LoRAModule(language_model("llama", torch.float32), CausalLM(), LoRAConfig(r=4, target_modules=["lm_head"]))
+    many = {"strategy": strategy(tensor_parallel_plan=None), "devices": processes, "max_steps": 1}
+    with pytest.raises(LoRAError) as refused:
+        ragged.fit(0, made=made, data=sharded.Sentences(4), **many)
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        torch.save(str(refused.value), folder / "past.pt")
+
+
 def quick(folder: Path, processes: int) -> None:
     """All that two processes show soon, after one import."""
+    past(folder, processes)
     equality(folder, processes, QUICK)
     from_files(folder, processes)
-    life(folder, processes)
     alone(folder, processes)
 
 

@@ -41,10 +41,10 @@ def of_one(tmp_path_factory):
     return sharded.at(folder, 7)
 
 
-FOUR = [pytest.param((stage, 4), marks=pytest.mark.slow, id=f"{stage}-4") for stage in (2, 3)]
+MORE = [pytest.param(given, marks=pytest.mark.slow) for given in ((3, 2), (2, 4), (3, 4))]
 
 
-@pytest.fixture(scope="module", params=[(2, 2), (3, 2), *FOUR], ids=lambda given: f"{given[0]}-{given[1]}")
+@pytest.fixture(scope="module", params=[(2, 2), *MORE], ids=lambda given: f"{given[0]}-{given[1]}")
 def lived(request, of_one, tmp_path_factory):
     """What several processes found, the folder that holds their runs, and how many they were."""
     if not THERE:

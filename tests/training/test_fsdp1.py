@@ -74,7 +74,7 @@ def test_four_processes_of_which_some_have_nothing_of_a_block(tmp_path):
 # A run's life.
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[pytest.param(count, marks=pytest.mark.slow) for count in (2, 4)])
 def lived(request, tmp_path_factory):
     """What two or four processes found, and a folder with their runs; some began with a checkpoint of one process."""
     folder = tmp_path_factory.mktemp("life")

@@ -36,6 +36,7 @@ def logged(tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_wandb_offline_goes_on_with_the_same_run_after_sigterm_and_after_sigkill(logged):
     term, kill, last = runs_in(logged / "runs")
     names = {file.stem for file in (logged / "runs" / "wandb").glob("offline-run-*/run-*.wandb")}
@@ -50,6 +51,7 @@ def test_wandb_offline_goes_on_with_the_same_run_after_sigterm_and_after_sigkill
     assert sorted(last.points("train/loss_step")) == list(range(KILL_AT // 4 * 4, STEPS))
 
 
+@pytest.mark.slow
 def test_csv_is_one_file_with_each_step_once_and_with_the_numbers_that_wandb_has(logged):
     (file,) = (logged / "runs" / "tiny").glob("version_*/metrics.csv")
     with file.open() as text:
@@ -81,6 +83,7 @@ def test_csv_forgets_what_an_interrupted_fit_wrote_after_its_checkpoint_and_keep
         ]
 
 
+@pytest.mark.slow
 def test_tensorboard_is_one_folder_and_hides_what_came_after_the_checkpoint(logged):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,8 +1,10 @@
 """The schedule against transformers' own, LoRA+ against PEFT's, and the groups against what trains."""
 
+import functools
+
 import pytest
 import torch
-from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
+from transformers import Adafactor, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 from lora_lightning import LoRAConfig, LoRAError, WarmupDecay, inject
 from lora_lightning.training.optim import make_optimizer, parameter_groups
@@ -86,6 +88,15 @@ def test_a_rate_that_is_a_tensor_is_changed_for_b_alone():
     made = make_optimizer(model, lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(1e-3)), b_lr_ratio=16)
     rates = {group["name"]: float(group["lr"]) for group in made.param_groups}
     assert rates == pytest.approx({"matrices": 1e-3, "B": 16e-3})
+
+
+def test_an_optimizer_that_sets_its_own_rates_keeps_them():
+    model = small()
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))
+    own = functools.partial(Adafactor, lr=None, warmup_init=True)
+    assert {group["lr"] for group in make_optimizer(model, own).param_groups} == {None}
+    with pytest.raises(LoRAError, match="b_lr_ratio=16 multiplies B's learning rate, and Adafactor sets its rates"):
+        make_optimizer(model, own, b_lr_ratio=16)
 
 
 @pytest.mark.parametrize("ratio", [0.0, -1.0, float("nan"), float("inf")])

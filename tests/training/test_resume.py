@@ -8,15 +8,19 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lora_lightning import LoRAError
+from lora_lightning.data.dataset import DatasetData
 from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, StopOnNonFinite
 from lora_lightning.training.callbacks.finite import NotFiniteError
 from lora_lightning.training.callbacks.freeze import W0MovedError
 from lora_lightning.training.random_state import random_state, set_random_state
 from lora_lightning.training.run import continued, find_checkpoint, load_checkpoint
-from tests.training.resuming import differing, ended, fit
+from tests.training import ragged, sharded
+from tests.training.resuming import EveryState, differing, ended, fit
 
 CASES = {
     "plain": ({}, [2, 6, 9, 18]),
@@ -158,6 +162,78 @@ def test_rows_after_the_checkpoint_are_forgotten_though_no_step_makes_them_anew(
     fit(tiny, tmp_path)
     fit(tiny, tmp_path, ckpt=checkpoints(tmp_path) / "003-batch.ckpt", max_steps=5)
     assert max(int(row["step"]) for row in rows(tmp_path)) == 4
+
+
+def test_an_epoch_that_accumulates_by_a_schedule_resumes_in_its_middle(tiny, tmp_path):
+    """Lightning leaves out the hook in which its scheduler says over how many batches."""
+
+    def kept():
+        return [FreezeBase(False), Resume(), EveryState(save_every=1), GradientAccumulationScheduler({0: 2, 1: 3})]
+
+    whole = fit(tiny, tmp_path / "whole", callbacks=kept(), max_epochs=2)
+    assert whole.global_step == 5
+    for name in ("002-batch", "004-batch"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        file = checkpoints(tmp_path / name) / f"{name}.ckpt"
+        resumed = fit(tiny, tmp_path / name, ckpt=file, callbacks=kept(), max_epochs=2)
+        assert differing(ended(whole), ended(resumed)) == []
+
+
+class Rows(Dataset):
+    def __len__(self):
+        return 23
+
+    def __getitem__(self, index):
+        return ragged.rows(23, seed=1)[index]
+
+
+class Stream(IterableDataset):
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        return iter(ragged.rows(23, seed=1 + self.epoch))
+
+
+class Own(LightningDataModule):
+    def train_dataloader(self):
+        return DataLoader(Stream(), batch_size=4)
+
+
+def fit_rows(folder, data, ckpt=None, **options):
+    if ckpt is not None:
+        torch.rand(7)
+    given = [FreezeBase(False), Resume(), EveryState(save_every=1)]
+    torch.manual_seed(5)
+    made = sharded.module(torch.float32, dropout=0.2)
+    trainer = sharded.trainer_of(*given, folder=folder, **{"max_epochs": 2, "num_sanity_val_steps": 0} | options)
+    trainer.fit(made, data, ckpt_path=ckpt)
+    return trainer
+
+
+@pytest.mark.parametrize("train", [Rows, Stream])
+def test_a_set_of_ones_own_resumes_in_an_epochs_middle(tmp_path, train):
+    def data():
+        return DatasetData(train=train(), validation=Rows(), batch_size=4)
+
+    whole = fit_rows(tmp_path / "whole", data())
+    for state in ("003-batch", "006-epoch", "010-batch"):
+        file = checkpoints(tmp_path / "whole") / f"{state}.ckpt"
+        assert differing(ended(whole), ended(fit_rows(tmp_path / state, data(), str(file)))) == [], state
+
+
+@pytest.mark.parametrize(("loader", "options"), [("DataLoader", {}), ("ResumableLoader", {"overfit_batches": 3})])
+def test_rows_that_come_again_in_an_epochs_middle_are_said(tmp_path, loader, options):
+    def data():
+        return DatasetData(train=Rows(), batch_size=4) if options else Own()
+
+    given = options | {"max_epochs": 1, "limit_val_batches": 0}
+    fit_rows(tmp_path / "whole", data(), **given)
+    file = checkpoints(tmp_path / "whole") / "002-batch.ckpt"
+    with pytest.warns(UserWarning, match=f"middle of an epoch, whose rows {loader} begins anew.*not bit for bit"):
+        fit_rows(tmp_path / "on", data(), str(file), **given)
 
 
 def test_what_a_checkpoint_overrules_is_said(tiny, tmp_path, caplog):

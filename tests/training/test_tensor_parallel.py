@@ -8,6 +8,7 @@ Mutations that were made once, and what then fails:
 | every process adds a rowwise layer's biases | the same |
 | no sum over a colwise layer's input gradients | the same |
 | each process draws its own mask in a rowwise layer | the same, "dropout" |
+| what is gathered of a split layer counts as lying in parts | test_a_loss_past_the_backbones_call_is_refused |
 | random states are not shared, metrics are counted in all processes | test_a_group_draws_one_number... |
 """
 
@@ -47,17 +48,21 @@ def script(name, folder, processes, timeout=300):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """A folder of what two processes found; it began with a checkpoint of one process."""
+    """A folder of what two processes found."""
     folder = tmp_path_factory.mktemp("split")
-    begun(folder)
+    make_model("llama", vocab_size=split.VOCABULARY).save_pretrained(folder / "base")
     script("quick", folder, 2)
     return folder
 
 
 def begun(folder):
-    make_model("llama", vocab_size=split.VOCABULARY).save_pretrained(folder / "base")
     sharded.fit(folder / "alone", made=split.trained)
     shutil.copyfile(sharded.at(folder / "alone", 14), folder / "one.ckpt")
+
+
+def test_a_loss_past_the_backbones_call_is_refused(found):
+    """A trained head alone: its chunks are no call of the backbone, and FSDP2 would add up no gradient of it."""
+    assert "FSDP2 saw no backward of backbone.lm_head.lora_A" in torch.load(found / "past.pt")
 
 
 # Pieces alone.
@@ -132,12 +137,22 @@ def assert_lived(folder):
 
 
 @pytest.fixture(scope="module")
-def lived(found):
-    return torch.load(found / "found.pt", weights_only=False)
+def life(tmp_path_factory):
+    """A folder of the runs of two processes; one began with a checkpoint of one process."""
+    folder = tmp_path_factory.mktemp("life")
+    begun(folder)
+    script("life", folder, 2)
+    return folder
 
 
-def test_a_resumed_fit_is_the_uninterrupted_one_in_both_forms(found):
-    assert_lived(found)
+@pytest.fixture(scope="module")
+def lived(life):
+    return torch.load(life / "found.pt", weights_only=False)
+
+
+@pytest.mark.slow
+def test_a_resumed_fit_is_the_uninterrupted_one_in_both_forms(life):
+    assert_lived(life)
 
 
 @pytest.mark.slow
@@ -147,8 +162,9 @@ def test_a_run_of_two_groups_lives(tmp_path):
     assert_lived(tmp_path)
 
 
-def test_a_file_is_that_of_a_single_process_and_holds_no_weight_of_the_base(found):
-    many, one = load_checkpoint(sharded.at(found / "file", 14)), load_checkpoint(found / "one.ckpt")
+@pytest.mark.slow
+def test_a_file_is_that_of_a_single_process_and_holds_no_weight_of_the_base(life):
+    many, one = load_checkpoint(sharded.at(life / "file", 14)), load_checkpoint(life / "one.ckpt")
     assert many.keys() == one.keys()
     assert {k: v.shape for k, v in many["state_dict"].items()} == {k: v.shape for k, v in one["state_dict"].items()}
     assert list(many["state_dict"]) == list(one["state_dict"])
@@ -160,23 +176,26 @@ def test_a_file_is_that_of_a_single_process_and_holds_no_weight_of_the_base(foun
     assert {k.removeprefix("backbone.") for k in many["state_dict"]} == adapter_tensors(split.trained().backbone).keys()
 
 
-def test_a_folder_read_by_one_process_is_the_file(found):
-    parts, file = (load_checkpoint(sharded.at(found / form, 9)) for form in ("folder", "file"))
+@pytest.mark.slow
+def test_a_folder_read_by_one_process_is_the_file(life):
+    parts, file = (load_checkpoint(sharded.at(life / form, 9)) for form in ("folder", "file"))
     assert differing(parts["state_dict"], file["state_dict"]) == []
     for i, own in file["optimizer_states"][0]["state"].items():
         assert differing(parts["optimizer_states"][0]["state"][i], own) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["file", "folder"])
-def test_one_process_goes_on_evaluates_and_predicts_as_the_group_did(found, lived, form, tmp_path):
-    trainer = sharded.fit(tmp_path, made=split.trained, ckpt=sharded.at(found / form, 14))
+def test_one_process_goes_on_evaluates_and_predicts_as_the_group_did(life, lived, form, tmp_path):
+    trainer = sharded.fit(tmp_path, made=split.trained, ckpt=sharded.at(life / form, 14))
     assert trainer.global_step == 21
-    alone, many = split.figures(trainer, sharded.at(found / form, 9)), dict(lived[f"{form} figures"])
+    alone, many = split.figures(trainer, sharded.at(life / form, 9)), dict(lived[f"{form} figures"])
     torch.testing.assert_close(many.pop("predicted"), alone.pop("predicted"), rtol=1e-5, atol=1e-5)
     assert many == pytest.approx(alone, rel=1e-5)
     assert {"test/loss", "val/loss", "test/accuracy"} <= many.keys()
 
 
+@pytest.mark.slow
 def test_a_write_into_one_part_of_the_base_and_a_bad_loss_stop_all(lived):
     moved = "W0MovedError: W0 moved during fit: 1 frozen tensors changed, first 'layers.1.up.weight'"
     bad = "NotFiniteError: the loss of optimizer step 5 is not finite"
@@ -196,16 +215,18 @@ def test_a_group_draws_one_number_and_counts_a_batch_once(found):
     assert told["units"] == 3
 
 
-def test_a_fit_under_autocast_reports_and_measures_its_ranks(found):
-    folder = found / "bf16" / "run" / "version_0"
+@pytest.mark.slow
+def test_a_fit_under_autocast_reports_and_measures_its_ranks(life):
+    folder = life / "bf16" / "run" / "version_0"
     report = json.loads((folder / "report.json").read_text())
     assert (report["steps"], report["w0_unchanged"]) == (2, True)
     rows = (folder / "rank.csv").read_text().splitlines()
     assert [row.split(",")[1] for row in rows[1:]] == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
 
 
-def test_each_prediction_is_written_once(found):
-    lines = (found / "file" / "run" / "version_0" / "predictions.jsonl").read_text().splitlines()
+@pytest.mark.slow
+def test_each_prediction_is_written_once(life):
+    lines = (life / "file" / "run" / "version_0" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["row"] for line in lines] == list(range(13))
 
 
@@ -236,6 +257,10 @@ def said(model, own=None, count=2):
             "'model.layers.0.mlp.down_proj' is a copy of modules_to_save",
         ),
         ({"target_modules": ["embed_tokens"]}, "'model.embed_tokens' trains, and is no linear layer"),
+        (
+            {"target_modules": ["q_proj"], "target_parameters": ["layers.0.mlp.up_proj.weight"]},
+            "'model.layers.0.mlp.up_proj",
+        ),
     ],
 )
 def test_options_without_a_split_form_are_refused_by_name(config, words):

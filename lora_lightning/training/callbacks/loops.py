@@ -14,7 +14,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+
+from lora_lightning.data.loader import ResumableLoader
 
 COUNTS = ("ready", "started", "processed", "completed")
 
@@ -99,6 +103,23 @@ def begin_epoch_anew(trainer: Trainer) -> None:
     loop.epoch_loop.restarting = False
     if loop._data_fetcher is not None:
         iter(loop._data_fetcher)
+
+
+def starting_over(trainer: Trainer) -> list[str]:
+    """Loaders that cannot go on in an epoch's middle, by what they are."""
+    loaders = trainer.fit_loop._combined_loader
+    return [] if loaders is None else [type(one).__name__ for one in loaders.flattened if not _keeps_place(one)]
+
+
+def _keeps_place(loader: Any) -> bool:
+    return loader.keeps_place if isinstance(loader, ResumableLoader) else isinstance(loader, _Stateful)
+
+
+def repeat_epoch_start(trainer: Trainer) -> None:
+    """In an epoch's middle Lightning leaves out the hook that says over how many batches the epoch accumulates."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            callback.on_train_epoch_start(trainer)
 
 
 def load_left_places(trainer: Trainer) -> None:

@@ -19,8 +19,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.data.replicas import replica
+from lora_lightning.lora.errors import some
 from lora_lightning.training.agree import gathered
-from lora_lightning.training.callbacks.loops import Place, begin_epoch_anew, canonical, load_left_places, place_of
+from lora_lightning.training.callbacks.loops import (
+    Place,
+    begin_epoch_anew,
+    canonical,
+    load_left_places,
+    place_of,
+    repeat_epoch_start,
+    starting_over,
+)
 from lora_lightning.training.loggers import ContinuedCSVLogger, runs_of
 from lora_lightning.training.random_state import random_state, set_random_state
 
@@ -80,7 +89,8 @@ class Resume(Callback):
         if self._found is None:
             return
         trainer._logger_connector._callback_metrics.update(self._found["metrics"])
-        for told in reasons_against(self._found, trainer.world_size, replica(trainer).replicas):
+        anew, replicas = starting_over(trainer), replica(trainer).replicas
+        for told in reasons_against(self._found, trainer.world_size, replicas, anew):
             rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
         for told in overruled(self._found["settings"], self._settings):
             rank_zero_info(f"resumed: the checkpoint's {told}")
@@ -103,6 +113,7 @@ class Resume(Callback):
         """In an epoch's middle: after the loader has begun."""
         if self._found is not None:
             self._put_back(trainer, pl_module)
+            repeat_epoch_start(trainer)
 
     def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._found is not None
@@ -180,8 +191,13 @@ def _replicas(found: Mapping[str, Any]) -> int:
     return int(found.get("replicas", len(found["processes"])))
 
 
-def reasons_against(found: Mapping[str, Any], processes: int, replicas: int) -> Iterator[str]:
-    """Why this resume cannot be exact."""
+def reasons_against(found: Mapping[str, Any], processes: int, replicas: int, anew: list[str]) -> Iterator[str]:
+    """Why this resume cannot be exact. `anew` names loaders that cannot go on in an epoch's middle."""
+    if found["kind"] == "batch" and anew:
+        yield (
+            f"the checkpoint lies in the middle of an epoch, whose rows {some(anew)} begins anew: it does not keep its"
+            " place, as lora_lightning.ResumableLoader with an EpochSampler does"
+        )
     if processes != len(found["processes"]):
         yield f"the checkpoint was written by {len(found['processes'])} processes and is read by {processes}"
     elif replicas != _replicas(found):
