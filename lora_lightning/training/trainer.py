@@ -61,6 +61,11 @@ class LoRATrainer(Trainer):
                 f"trainer.accumulate_grad_batches must be at least 1, which adds up nothing, got"
                 f" {self.accumulate_grad_batches}"
             )
+        if self.val_check_interval == 0:
+            raise LoRAError(
+                "trainer.val_check_interval is 0, which is never: to leave validation out, set"
+                " trainer.limit_val_batches to 0"
+            )
         self.precision_asked = precision
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)
