@@ -9,7 +9,7 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.monitored import figures_of_its_own, unlogged
 
 Goal = str
 """`min` or `max`."""
@@ -71,6 +72,8 @@ class Base:
     """Plain, without adapters."""
     metric: str
     goal: Goal
+    unlogged: Callable[[str], str | None]
+    """Of a metric: None, or why no fit of this config logs it."""
     parser: Any
     """Of the command: what else `fit` is to be asked is looked at with it."""
 
@@ -102,8 +105,16 @@ def opened(args: Sequence[str]) -> Base:
         backbone=remove(module.backbone),
         metric=metric,
         goal=goal,
+        unlogged=functools.partial(_unlogged, module=module, config=cli.asked),
         parser=cli.parser,
     )
+
+
+def _unlogged(metric: str, module: LoRAModule, config: Any) -> str | None:
+    given = config.trainer.callbacks or []
+    places = [callback.class_path for callback in (given if isinstance(given, list) else [given])]
+    ours = all(place.startswith(("lora_lightning.", "lightning.pytorch.")) for place in places)
+    return unlogged(metric, module) if ours and not figures_of_its_own(module) else None
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -193,6 +193,8 @@ def _metric(request: Request, base: Base) -> tuple[str, str]:
     if request.metric in (None, base.metric):
         return base.metric, request.goal or base.goal
     assert request.metric is not None
+    if (near := base.unlogged(request.metric)) is not None:
+        raise LoRAError(f"--metric {request.metric} is logged by no fit of this config{near}")
     if request.goal is None:
         raise LoRAError(
             f"--metric {request.metric} is not what the config monitors ({base.metric}): say --mode min or max"

@@ -27,15 +27,21 @@ def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = 
     Raises:
         LoRAError: a metric that nothing can log. Where code of the user's own may log it, it is a warning.
     """
-    known = [name for stage in ("val", "train") for name in module.task.logged(stage)]
     for who, monitor in _monitored(trainer, plateau):
-        if monitor in known or OF_THE_RUN.fullmatch(monitor) or OF_A_FURTHER_SET.fullmatch(monitor):
+        if (near := unlogged(monitor, module)) is None:
             continue
-        near = f"{did_you_mean(monitor, known)} (logged are {', '.join(known)})"
         if own := _may_log(trainer, module):
             rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {own} does{near}")
         else:
             raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
+
+
+def unlogged(metric: str, module: LoRAModule) -> str | None:
+    """None where the task, the run or a further set logs it; else what is meant or there, to end an error."""
+    known = [name for stage in ("val", "train") for name in module.task.logged(stage)]
+    if metric in known or OF_THE_RUN.fullmatch(metric) or OF_A_FURTHER_SET.fullmatch(metric):
+        return None
+    return f"{did_you_mean(metric, known)} (logged are {', '.join(known)})"
 
 
 def _monitored(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str]]:
@@ -50,11 +56,16 @@ def _monitored(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str
 
 def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:
     """Whose metrics are not known from here: a module's, a task's with figures of its own, a callback's of others."""
+    foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
+    return figures_of_its_own(module) or next((type(callback).__name__ for callback in foreign), None)
+
+
+def figures_of_its_own(module: LoRAModule) -> str | None:
+    """The class of the user's own, module or task, that may log what is not known from here."""
     for one, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
         if not _is_ours(where):
             return type(one).__name__
-    foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
-    return next((type(callback).__name__ for callback in foreign), None)
+    return None
 
 
 def _is_known(callback: Callback) -> bool:

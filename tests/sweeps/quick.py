@@ -41,6 +41,7 @@ def base(**config):
         backbone=nn.Linear(2, 2),
         metric="val/accuracy",
         goal="max",
+        unlogged=lambda metric: None,
         parser=TakesAll(),
     )
 

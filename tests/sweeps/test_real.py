@@ -57,6 +57,26 @@ def test_a_flag_that_fit_refuses_is_told_in_fits_own_line_before_anything_runs(t
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_metric_that_no_fit_logs_is_refused_before_anything_runs(tiny, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command(
+            monkeypatch,
+            "sweep",
+            "-c",
+            tiny.config,
+            "--grid",
+            "model.lora.r=1,2",
+            "--metric",
+            "val/acc",
+            "--mode",
+            "max",
+        )
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--metric val/acc is logged by no fit of this config; did you mean 'val/accuracy' or 'val/f1'?" in told
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_chooses_the_best_checkpoint_also_ranks(tiny, tmp_path):
     asked = {"class_path": "lora_lightning.Checkpoints", "init_args": {"monitor": "val/loss", "mode": "min"}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [asked]}}))
