@@ -72,7 +72,12 @@ def _by_split(streams: Mapping[Any, datasets.IterableDataset]) -> dict[str, data
 
 def numbered(stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
     """With each row's number in its file, counted from 1, in a column of this name."""
-    return stream.map(lambda row, i: {**row, column: i + 1}, with_indices=True)
+    return stream.map(_with_number, with_indices=True, fn_kwargs={"column": column})
+
+
+def _with_number(row: dict[str, Any], i: int, column: str) -> dict[str, Any]:
+    """With a name of its own: it goes to workers, pickled where they are not forked."""
+    return {**row, column: i + 1}
 
 
 def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:

@@ -88,7 +88,7 @@ def test_splits_and_functions_of_rows(saved):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_hub_stream_loses_no_row_to_its_workers(saved, workers):
-    stream = hub_dataset(str(saved / "files"), columns={"y": "y"}, streaming=True, transform=lambda row: row["y"])
+    stream = hub_dataset(str(saved / "files"), columns={"y": "y"}, streaming=True, transform=operator.itemgetter("y"))
     shares = [numbers(DataLoader(Share(stream, 2, rank), num_workers=workers)) for rank in range(2)]
     assert sorted(functools.reduce(operator.iadd, shares, [])) == list(range(12))
 

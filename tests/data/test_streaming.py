@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pickle
 from collections import Counter
 from itertools import islice, pairwise
 from types import SimpleNamespace
@@ -212,3 +213,13 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, tokenizer):
 def test_worker_processes_give_the_same_rows_each_time(path, tokenizer):
     one, two = (rows_seen(data_of(path, tokenizer, num_workers=2).train_dataloader(), 12) for _ in range(2))
     assert one == two  # (of the two workers the second has no file of its own)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_loader_of_a_stream_goes_to_workers_that_are_not_forked(path, tokenizer, packing):
+    """They get it pickled: on macOS and Windows, and since Python 3.14 on Linux."""
+    loader = data_of(path, tokenizer, packing=packing).train_dataloader()
+    stream, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
+    here, there = (list(islice(rows, 9)) for rows in (loader.dataset, stream))
+    assert here == there
+    assert collate(there[:2]).keys() == loader.collate_fn(here[:2]).keys()

@@ -4,6 +4,7 @@ package that is imported is one that pyproject.toml asks for."""
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -38,6 +39,7 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path) for path in FILES}
 
 
+@functools.cache
 def imports(path: Path, *, lazy: bool = True) -> set[str]:
     """Full names of the modules that a file imports; `if TYPE_CHECKING` left out; without `lazy`, functions too."""
     found: set[str] = set()
