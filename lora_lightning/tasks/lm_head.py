@@ -126,7 +126,8 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
     rows, labels = _trained("hidden states", hidden, labels), labels.to(hidden.device)
     if not _is_one_product(head, hidden):
         return module_cross_entropy(head, hidden[rows], labels[rows], vocabulary, terms)
-    weight, bias = head.get_parameter("weight"), head._parameters["bias"]
+    assert isinstance(head, nn.Linear)
+    weight, bias = head.weight, head.bias  # (FSDP1 shows no parameters while they are gathered)
     return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
 
 

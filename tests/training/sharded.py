@@ -84,16 +84,21 @@ def equality(folder: Path, processes: int, new: Callable[[], Strategy] = FSDP2St
     for accumulate in (1, 3):
         many = {"strategy": new(), "devices": processes, "accumulate_grad_batches": accumulate}
         ragged.fit(2, file=folder / f"{accumulate}.pt", made=module(), **many)
-    many = {"strategy": new(), "devices": processes, "max_steps": 20}
-    ragged.fit(0, file=folder / "lm.pt", data=Sentences(2), made=language_model(), **many)
+    for name, (heads, steps) in LANGUAGE_MODELS.items():
+        many = {"strategy": new(), "devices": processes, "max_steps": steps}
+        ragged.fit(0, file=folder / f"{name}.pt", data=Sentences(2), made=language_model(heads), **many)
 
 
-def language_model() -> LoRAModule:
-    """Whose loss is taken from the trained copy of its head, beside the model's own call."""
+LANGUAGE_MODELS: dict[str, tuple[tuple[str, ...], int]] = {"lm": (("lm_head",), 20), "lm with a plain head": ((), 12)}
+"""What trains of the head, and for how many steps."""
+
+
+def language_model(heads: tuple[str, ...] = ("lm_head",)) -> LoRAModule:
+    """Whose loss is taken from its head, or a trained copy of it, beside the model's own call."""
     torch.manual_seed(0)
     sizes = {"n_embd": 12, "n_layer": 2, "n_head": 2, "vocab_size": VOCABULARY, "n_positions": ragged.LENGTH}
     gpt2 = GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False)).double()  # Llama's norms are in float32
-    lora = LoRAConfig(r=3, modules_to_save=["lm_head"])
+    lora = LoRAConfig(r=3, modules_to_save=list(heads) or None)
     return LoRAModule(gpt2, CausalLM(), lora, optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
 
 
