@@ -20,9 +20,6 @@ from tests.factories import FAMILIES, Family
 from tests.lora.coverage import COVERED
 from tests.tiny import config_text, make_bert, make_reviews
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 hypothesis.settings.register_profile("lora", deadline=None, derandomize=True, max_examples=30, database=None)
 hypothesis.settings.load_profile("lora")
 

@@ -46,7 +46,11 @@ def test_files_of_ones_own(tmp_path, monkeypatch):
 
 def test_messages_that_are_about_something_else_are_let_be():
     assert explained('Parser key "model.lora.r": Expected int', []) is None
-    assert explained("Option 'x' is not accepted", ["--config", "none.yaml"]) is None
+
+
+def test_a_key_beside_class_path_is_told_where_it_belongs():
+    said = "unknown key x: a class is given by class_path, and its arguments by init_args"
+    assert explained("Option 'x' is not accepted", ["--config", "none.yaml"]) == said
 
 
 @pytest.mark.parametrize(

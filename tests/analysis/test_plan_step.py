@@ -127,7 +127,7 @@ def test_a_step_on_stand_ins_keeps_what_a_real_one_keeps(case, context):
             return loss(model)
 
     real, planned = kept_bytes(model, call), traced(model, loss, context=context).kept
-    assert abs(planned - real) <= max(256, real * 0.002)  # single numbers, such as a layer's epsilon
+    assert abs(planned - real) <= max(256, real * 0.005)  # single numbers, such as a layer's epsilon
 
 
 @pytest.mark.parametrize("case", ["BERT", "Llama"])

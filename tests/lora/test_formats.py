@@ -503,7 +503,7 @@ def test_files_that_are_missing_or_torn_are_refused(tmp_path, file, damage):
     if damage != "missing":
         path.write_bytes(cut[damage])
     refused(tmp_path, re.escape(file))
-    refused(tmp_path / "nowhere", "no file")
+    refused(tmp_path / "nowhere", "no folder")
 
 
 def test_an_adapter_made_on_another_base_is_refused_by_the_names_that_differ(tmp_path):

@@ -359,7 +359,7 @@ REFUSED = {
         "expected|config.json describes has",
     ),
     "an adapter that was changed": (change_adapter, "was changed since it was saved"),
-    "an adapter that is not there": (lambda base: shutil.rmtree(base.parent / "adapter"), "no file .*adapter_config"),
+    "an adapter that is not there": (lambda base: shutil.rmtree(base.parent / "adapter"), "no folder .*adapter"),
 }
 
 
