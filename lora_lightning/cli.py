@@ -16,10 +16,10 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT
 from lora_lightning.config_files import check, named
-from lora_lightning.config_refusals import refuse_no_class, refuse_no_keys
+from lora_lightning.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
 from lora_lightning.data.base import TableData
 from lora_lightning.docstrings import read_once
-from lora_lightning.handed_down import handed_down, labels_of_run
+from lora_lightning.handed_down import handed_down, labels_of_run, rows_to_predict
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.outcome import RUN_CONFIG, raised_by_the_user
 from lora_lightning.parser import GIVEN, OneLine, command_parser, run_command
@@ -200,11 +200,14 @@ class LoRACLI(LightningCLI):
         command = self.config.get("subcommand")
         if command is not None:
             refuse_no_keys(self.config[command], GIVEN.get() or ())
+            refuse_no_name(str(self.config[command].get("name", "lora")))
         refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
             self._resolve_checkpoint(self.config[self.config.subcommand])
+            if command == "predict":
+                rows_to_predict(self.config.predict, GIVEN.get() or ())
             if command != "fit":
                 labels_of_run(self.config[self.config.subcommand])
 

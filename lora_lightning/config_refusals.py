@@ -1,8 +1,9 @@
-"""What jsonargparse takes for a config, and fails on only where it makes the classes."""
+"""What jsonargparse takes for a config, and fails on only where it makes the classes, or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lora_lightning.class_paths import wrong_path
@@ -34,3 +35,9 @@ def refuse_no_class(strategy: Any) -> None:
     """
     if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
         raise LoRAError(f"trainer.strategy: {wrong}")
+
+
+def refuse_no_name(name: str) -> None:
+    """Raise where a run would not lie in `runs_dir`."""
+    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise LoRAError(f"name: expected that of a folder within runs_dir, got '{name}': --runs_dir says where runs go")

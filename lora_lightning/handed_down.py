@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.paths import resolve
 from lora_lightning.training import run
 from lora_lightning.training.precision import BaseWord
 
@@ -57,6 +58,15 @@ def handed_down(command: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             args[name] = value
+
+
+def rows_to_predict(command: Any, given: Sequence[str]) -> None:
+    """A file that `predict` is given by flag holds what to predict; as the training set it would be split, and a part
+    of it predicted."""
+    path = command.get("data.init_args.path")
+    by_flag = any(arg.partition("=")[0] in ("--data.path", "--data.init_args.path") for arg in given)
+    if by_flag and isinstance(path, str) and Path(resolve(path)).is_file():
+        command.data.init_args.path = {"predict": path}
 
 
 def labels_of_run(command: Any) -> None:

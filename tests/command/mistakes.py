@@ -65,6 +65,10 @@ class Rows(lightning.LightningDataModule):
 
 MISTAKES = {
     # ---- what to run
+    "a name that leads out of runs_dir": Mistake(
+        f"{FIT} --name ../elsewhere",
+        "name: expected that of a folder within runs_dir, got '../elsewhere': --runs_dir says where runs go",
+    ),
     "a command's name": Mistake("fitt -c run.yaml", "no command 'fitt'; did you mean 'fit'? (there are COMMANDS)"),
     "another tool's command": Mistake("train -c run.yaml", "no command 'train': here it is 'fit' (there are COMMANDS)"),
     "two letters changed": Mistake(

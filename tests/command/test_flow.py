@@ -91,8 +91,9 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
     config = yaml.safe_load((trained / "config.yaml").read_text())
     config["data"]["init_args"].pop("label_names")  # as in a config before its first fit: they are the run's
     (tmp_path / "before.yaml").write_text(yaml.safe_dump(config))
-    for named in ([], ["--config", tmp_path / "before.yaml"]):
-        command(monkeypatch, "predict", *named, *only)
+    bare = ["--data.path", "new.csv", "--ckpt_path", trained]  # the whole file, not its share for test
+    for given in (only, ["--config", tmp_path / "before.yaml", *only], bare):
+        command(monkeypatch, "predict", *given)
         lines = (trained / "predict" / "predictions.jsonl").read_text().splitlines()
         assert [json.loads(line)["label"] for line in lines] == ["fresh", "rotten"]
     assert not [w for w in recwarn if "best so far" in str(w.message)]  # without a validation set to choose by
