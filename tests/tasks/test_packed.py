@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from torch import nn
 
 from lora_lightning import LoRAError
@@ -15,12 +13,8 @@ IDS = torch.arange(3, len(VOCABULARY))[None]
 POSITIONS = torch.tensor([[*range(8), *range(5), *range(IDS.shape[1] - 13)]])
 
 
-MIXES = Version(transformers.__version__) < Version("5.24")
-FALCON = pytest.param("falcon", marks=pytest.mark.skipif(MIXES, reason="transformers 5.22 mixes its documents"))
-
-
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma", "mistral", "phi", "gpt_neox", FALCON])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma", "mistral", "phi", "gpt_neox", "falcon"])
 def test_a_model_that_keeps_documents_apart_is_taken(kind, attention):
     model = make_model(kind, attn_implementation=attention)
     refuse_mixing(model, IDS)
