@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import datasets
 
-from lora_lightning.data.faults import fault_in, wide_first_row
+from lora_lightning.data.faults import fault_in, separated_by_another, wide_first_row
 from lora_lightning.data.rows import ROW
 from lora_lightning.data.splits import CALLED, split_name
 from lora_lightning.hub import refuse_not_there
@@ -90,11 +90,8 @@ def check_names(
     own = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
-            if len(own) == 1 and (between := next((sign for sign in (";", "\t", "|") if sign in own[0]), None)):
-                raise LoRAError(
-                    f"{where}, has the one column {own[0]!r}: its cells seem to be separated by {between!r}; a .csv is"
-                    " separated by commas, a .tsv by tabs"
-                )
+            if advice := separated_by_another(own):
+                raise LoRAError(f"{where}, has the one column {own[0]!r}: {advice}")
             said = [name for name, value in (settings or {}).items() if name.endswith("_column") and value == column]
             guess, by = did_you_mean(column, own), f" with {said[0]}" if said else ""
             advice = f"{guess} say so{by}" if guess and by else guess or f": name another{by}"

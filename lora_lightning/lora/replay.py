@@ -25,9 +25,6 @@ from torch.nn import functional as F
 
 from lora_lightning.lora.traced import is_traced
 
-CAN_LOOK = "unpack_hook" in vars(torch._C._autograd.SavedTensor)
-"""Whether this torch lets one look at a tensor that a node keeps; 2.9 does not, and every input is kept there."""
-
 
 class Replay(NamedTuple):
     """How a tensor is computed anew."""

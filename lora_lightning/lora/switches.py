@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import get_args
 
-import torch
 from torch import nn
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers import LoRAConv1D, LoRALinear
 from lora_lightning.lora.products import Prepare
-from lora_lightning.lora.replay import CAN_LOOK, Replays
+from lora_lightning.lora.replay import Replays
 
 
 def prepare_weights(model: nn.Module, prepare: Prepare = "auto") -> None:
@@ -35,11 +33,8 @@ def recompute_inputs(model: nn.Module, recompute: bool = True) -> None:
     """Choose whether an adapted layer keeps its input for backward, or computes it anew from what made it.
 
     Only where that is cheap, and what it is made from is kept anyway: a norm, an activation, a product of two.
-    Gradients stay the same, bit for bit; see `replay.py`. Under a torch that does not let one look at what its graph
-    keeps (2.9 does not, 2.13 does) nothing is computed anew, with a warning.
+    Gradients stay the same, bit for bit; see `replay.py`.
     """
-    if recompute and not CAN_LOOK:
-        warnings.warn(f"recompute_inputs needs a later torch than {torch.__version__}: inputs are kept", stacklevel=2)
     replays = Replays(model) if recompute else None
     for module in model.modules():
         if isinstance(module, LoRALinear | LoRAConv1D):

@@ -88,10 +88,7 @@ def refuse_missing() -> None:
 
 
 class _Called(nn.Module):
-    """The model with its inputs in one dictionary, and its output's tensors as a tuple.
-
-    Torch 2.9 cannot write the rules of sizes down for `*args`.
-    """
+    """The model with its inputs in one dictionary, and its output's tensors as a tuple."""
 
     def __init__(self, model: nn.Module, fixed: dict[str, Any]) -> None:
         super().__init__()
@@ -129,7 +126,7 @@ def _for_export(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _export(called: _Called, tensors: dict[str, Tensor], file: Path) -> None:
-    # From two rows on: torch 2.9 makes a rule of it under attention's mask. That one row is right too is proven after.
+    # From two rows on: torch may make a rule of it under attention's mask. That one row is right too is proven after.
     batch, length = torch.export.Dim("batch", min=2), torch.export.Dim("length")
     shapes = {name: {0: batch, **({1: length} if _is_tokens(t) else {})} for name, t in tensors.items()}
     called.eval()(tensors)  # also names the outputs
