@@ -175,6 +175,7 @@ BROKEN = [
     ("e.json", b'[{"text": "a", "label": "x"}, 7]', "row 2: expected an object .* got 7"),
     ("f.csv", b"text,label\na,x\nb,c,y\n", r"row 2: expected 2 fields \(text, label\), got 3"),
     ("l.csv", b"text,label\na,b,x\nc,d,y\n", r"row 1: expected 2 fields \(text, label\), got 3; a text with ',' in it"),
+    ("s.csv", b"text;label\na 1,5;x\nb;y\n", r"row 1: expected 1 fields .* seem to be separated by ';'"),
     ("g.tsv", b"text\tlabel\na\tx\nb\tc\ty\n", r"row 2: expected 2 fields \(text, label\), got 3"),
     ("h.csv", b'text,label\na,x\n"b,y\nc,x\n', "row 2: a quotation mark opens a text and none closes it"),
     ("i.csv", b"text,label\na,x\ncaf\xe9,x\n", r"row 2: not UTF-8 \(byte 0xe9\): save the file as UTF-8"),
