@@ -22,15 +22,15 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.measure import kept_bytes, machine, paired, ratios
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.training.forward import Compilation
-from lora_lightning.training.offload import Offload
-from lora_lightning.training.recompute import Recomputation
+from lora_lightning.training.activations.checkpointing import Recomputation
+from lora_lightning.training.activations.compilation import Compilation
+from lora_lightning.training.activations.offloading import Offload
 
 CHILD = """
 import sys, torch
 from pathlib import Path
 from lora_lightning import huggingface
-from lora_lightning.lora.fill import fill_from_files
+from lora_lightning.lora.meta.fill import fill_from_files
 def peak():
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

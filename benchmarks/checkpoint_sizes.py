@@ -29,8 +29,8 @@ from torch import nn
 
 from benchmarks.measure import RESULTS
 from lora_lightning import FreezeBase, LoRAConfig, LoRAModule, LoRATrainer, SequenceClassification, inject, save_adapter
-from lora_lightning.lora.adapter import adapter_tensors, base_tensors
-from lora_lightning.lora.staging import human_size
+from lora_lightning.lora.formats.atomic_dir import human_size
+from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.training.callbacks import Checkpoints, Resume
 
 

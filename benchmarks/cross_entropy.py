@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.measure import CLOCKS, RESULTS, machine, paired, ratios
-from lora_lightning.tasks.linear_cross_entropy import linear_cross_entropy
+from lora_lightning.tasks.losses.linear_cross_entropy import linear_cross_entropy
 
 MB = 1e6
 

@@ -40,7 +40,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 def parts() -> tuple[Any, nn.Module, dict[str, Any]]:
     """The demo's data, encoded, its backbone with a head drawn from seed 42, and its whole config."""
     from lora_lightning import TextClassificationData, huggingface
-    from lora_lightning.data.splits import SplitConfig
+    from lora_lightning.data.io.splits import SplitConfig
 
     config = yaml.safe_load(CONFIG.read_text())
     given = config["data"]["init_args"]

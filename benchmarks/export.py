@@ -28,7 +28,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import torch
 from torch import nn
 
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
 
 RESULTS = Path(__file__).parent / "results"
 WIDTH = 2048
@@ -71,7 +71,7 @@ def measure_fingerprint(gib: float, repeats: int) -> dict[str, float]:
 EXPORT = """
 import sys, threading, torch, transformers
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification
-from lora_lightning.training.export import export
+from lora_lightning.export.export import export
 
 def resident():  # of this process's own pages: mapped files are the page cache's
     return 1024 * sum(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith(("RssAnon", "RssShmem")))

@@ -24,7 +24,7 @@ CHILD = """
 import sys, time
 import torch, transformers
 from pathlib import Path
-from lora_lightning.disk_merge import merge_on_disk
+from lora_lightning.export.merge_on_disk import merge_on_disk
 transformers.LlamaForCausalLM, transformers.MixtralForCausalLM
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024

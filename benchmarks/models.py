@@ -85,7 +85,7 @@ def prepared(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) ->
 
 def plain(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
     """Ours by torch's own operations: what `quick.py` is there to beat."""
-    from lora_lightning.lora.quick import plain_arithmetic
+    from lora_lightning.lora.layers.fused_linear import plain_arithmetic
 
     model, forward = ours(base, names, dropout, r), base.forward
 

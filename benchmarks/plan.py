@@ -45,7 +45,7 @@ def fit(arguments: list[str]) -> None:
     """In a child: the command, with a callback that measures."""
     from lightning.pytorch import Callback
 
-    from lora_lightning.cli import LoRACLI
+    from lora_lightning.cli.main import LoRACLI
 
     found: dict[str, Any] = {"shape": [0], "peaks": []}
 

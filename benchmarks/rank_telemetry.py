@@ -19,9 +19,9 @@ from torch import nn
 
 from benchmarks.measure import RESULTS
 from lora_lightning import LoRAConfig, inject
+from lora_lightning.analysis.rank_measures import base_norm, measures_of, whole_base
+from lora_lightning.lora.frozen.matrices import update_pairs
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.matrices import update_pairs
-from lora_lightning.training.rank_measures import base_norm, measures_of, whole_base
 
 LAYERS, MEASURED, TOKENS = 224, 16, 2048
 

@@ -124,7 +124,7 @@ def save_and_load(rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     from peft import LoraConfig, PeftModel, get_peft_model
 
     from lora_lightning import load_adapter, save_adapter
-    from lora_lightning.lora.fingerprint import fingerprint
+    from lora_lightning.lora.frozen.fingerprint import fingerprint
 
     names = [f"p{i}" for i in range(7)]
 

@@ -9,38 +9,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora_lightning.backbones import huggingface as huggingface
-    from lora_lightning.cli import LoRACLI as LoRACLI
-    from lora_lightning.data.chat import ChatData as ChatData
+    from lora_lightning.backbones.huggingface import huggingface as huggingface
+    from lora_lightning.backbones.vision import timm_model as timm_model
+    from lora_lightning.backbones.vision import torchvision_model as torchvision_model
+    from lora_lightning.cli.main import LoRACLI as LoRACLI
+    from lora_lightning.data.chat.data import ChatData as ChatData
+    from lora_lightning.data.chat.prompt_completion import PromptCompletionData as PromptCompletionData
     from lora_lightning.data.dataset import DatasetData as DatasetData
     from lora_lightning.data.dataset import hub_dataset as hub_dataset
-    from lora_lightning.data.image_texts import ImageTextData as ImageTextData
-    from lora_lightning.data.images import ImageData as ImageData
+    from lora_lightning.data.images.data import ImageData as ImageData
+    from lora_lightning.data.images.segmentation import SegmentationData as SegmentationData
+    from lora_lightning.data.images.texts import ImageTextData as ImageTextData
     from lora_lightning.data.language_modelling import LanguageModellingData as LanguageModellingData
-    from lora_lightning.data.loader import ResumableLoader as ResumableLoader
+    from lora_lightning.data.loading.loader import ResumableLoader as ResumableLoader
     from lora_lightning.data.pairs import PairData as PairData
     from lora_lightning.data.preference import PreferenceData as PreferenceData
-    from lora_lightning.data.prompt_completion import PromptCompletionData as PromptCompletionData
-    from lora_lightning.data.segmentation import SegmentationData as SegmentationData
-    from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData as SequenceToSequenceData
-    from lora_lightning.data.text_classification import TextClassificationData as TextClassificationData
-    from lora_lightning.data.text_labels import MultiLabelTextData as MultiLabelTextData
-    from lora_lightning.data.text_regression import TextRegressionData as TextRegressionData
-    from lora_lightning.data.token_classification import TokenClassificationData as TokenClassificationData
-    from lora_lightning.disk_merge import merge_on_disk as merge_on_disk
-    from lora_lightning.lora.bank import AdapterBank as AdapterBank
+    from lora_lightning.data.seq2seq import SequenceToSequenceData as SequenceToSequenceData
+    from lora_lightning.data.text.classification import TextClassificationData as TextClassificationData
+    from lora_lightning.data.text.multi_label import MultiLabelTextData as MultiLabelTextData
+    from lora_lightning.data.text.regression import TextRegressionData as TextRegressionData
+    from lora_lightning.data.text.token_classification import TokenClassificationData as TokenClassificationData
+    from lora_lightning.export.merge_on_disk import merge_on_disk as merge_on_disk
+    from lora_lightning.lora.bank.bank import AdapterBank as AdapterBank
     from lora_lightning.lora.config import LoRAConfig as LoRAConfig
     from lora_lightning.lora.errors import AdapterWarning as AdapterWarning
     from lora_lightning.lora.errors import LoRAError as LoRAError
-    from lora_lightning.lora.fill import fill_from_files as fill_from_files
-    from lora_lightning.lora.formats import load_adapter as load_adapter
-    from lora_lightning.lora.formats import save_adapter as save_adapter
+    from lora_lightning.lora.formats.loralib import load_loralib as load_loralib
+    from lora_lightning.lora.formats.peft.adapter import load_adapter as load_adapter
+    from lora_lightning.lora.formats.peft.adapter import save_adapter as save_adapter
     from lora_lightning.lora.inject import disabled as disabled
     from lora_lightning.lora.inject import inject as inject
     from lora_lightning.lora.inject import remove as remove
-    from lora_lightning.lora.loralib import load_loralib as load_loralib
     from lora_lightning.lora.merge import merge as merge
-    from lora_lightning.lora.meta_build import on_meta as on_meta
+    from lora_lightning.lora.meta.build import on_meta as on_meta
+    from lora_lightning.lora.meta.fill import fill_from_files as fill_from_files
     from lora_lightning.lora.switches import prepare_weights as prepare_weights
     from lora_lightning.lora.switches import recompute_inputs as recompute_inputs
     from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
@@ -56,33 +58,31 @@ if TYPE_CHECKING:
     from lora_lightning.tasks.text_generation import TextGeneration as TextGeneration
     from lora_lightning.tasks.token_classification import TokenClassification as TokenClassification
     from lora_lightning.training.callbacks.baselines import Baselines as Baselines
-    from lora_lightning.training.callbacks.before import MeasureBefore as MeasureBefore
-    from lora_lightning.training.callbacks.checkpoints import Checkpoints as Checkpoints
-    from lora_lightning.training.callbacks.export import ExportAtEnd as ExportAtEnd
-    from lora_lightning.training.callbacks.finite import StopOnNonFinite as StopOnNonFinite
-    from lora_lightning.training.callbacks.freeze import FreezeBase as FreezeBase
-    from lora_lightning.training.callbacks.progress import Progress as Progress
+    from lora_lightning.training.callbacks.export_on_fit_end import ExportAtEnd as ExportAtEnd
+    from lora_lightning.training.callbacks.freeze_base import FreezeBase as FreezeBase
+    from lora_lightning.training.callbacks.generation_samples import Samples as Samples
+    from lora_lightning.training.callbacks.initial_validation import MeasureBefore as MeasureBefore
+    from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite as StopOnNonFinite
+    from lora_lightning.training.callbacks.progress_bar import Progress as Progress
     from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry as RankTelemetry
-    from lora_lightning.training.callbacks.resume import Resume as Resume
     from lora_lightning.training.callbacks.run_report import RunReport as RunReport
-    from lora_lightning.training.callbacks.samples import Samples as Samples
     from lora_lightning.training.callbacks.step_figures import StepFigures as StepFigures
     from lora_lightning.training.callbacks.throughput import Throughput as Throughput
-    from lora_lightning.training.callbacks.tracking import Tracking as Tracking
+    from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints as Checkpoints
+    from lora_lightning.training.checkpoints.resume import Resume as Resume
     from lora_lightning.training.fsdp1_strategy import FSDP1Strategy as FSDP1Strategy
-    from lora_lightning.training.loggers import WandbLogger as WandbLogger
     from lora_lightning.training.module import LoRAModule as LoRAModule
     from lora_lightning.training.optim import WarmupDecay as WarmupDecay
     from lora_lightning.training.precision import HalfBase as HalfBase
-    from lora_lightning.training.strategies import FSDP2Strategy as FSDP2Strategy
+    from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy as FSDP2Strategy
+    from lora_lightning.training.tracking.loggers import WandbLogger as WandbLogger
+    from lora_lightning.training.tracking.wandb_callback import Tracking as Tracking
     from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
     from lora_lightning.training.zero2_strategy import ZeRO2Strategy as ZeRO2Strategy
     from lora_lightning.training.zero3_strategy import ZeRO3Strategy as ZeRO3Strategy
-    from lora_lightning.vision_backbones import timm_model as timm_model
-    from lora_lightning.vision_backbones import torchvision_model as torchvision_model
 
 _WHERE = {
-    "AdapterBank": "lora_lightning.lora.bank",
+    "AdapterBank": "lora_lightning.lora.bank.bank",
     "LoRAConfig": "lora_lightning.lora.config",
     "AdapterWarning": "lora_lightning.lora.errors",
     "LoRAError": "lora_lightning.lora.errors",
@@ -90,69 +90,69 @@ _WHERE = {
     "remove": "lora_lightning.lora.inject",
     "disabled": "lora_lightning.lora.inject",
     "merge": "lora_lightning.lora.merge",
-    "save_adapter": "lora_lightning.lora.formats",
-    "load_adapter": "lora_lightning.lora.formats",
-    "load_loralib": "lora_lightning.lora.loralib",
-    "merge_on_disk": "lora_lightning.disk_merge",
-    "huggingface": "lora_lightning.backbones",
+    "save_adapter": "lora_lightning.lora.formats.peft.adapter",
+    "load_adapter": "lora_lightning.lora.formats.peft.adapter",
+    "load_loralib": "lora_lightning.lora.formats.loralib",
+    "merge_on_disk": "lora_lightning.export.merge_on_disk",
+    "huggingface": "lora_lightning.backbones.huggingface",
     "SequenceClassification": "lora_lightning.tasks.sequence_classification",
-    "TextClassificationData": "lora_lightning.data.text_classification",
+    "TextClassificationData": "lora_lightning.data.text.classification",
     "LoRAModule": "lora_lightning.training.module",
     "LoRATrainer": "lora_lightning.training.trainer",
     "WarmupDecay": "lora_lightning.training.optim",
-    "WandbLogger": "lora_lightning.training.loggers",
-    "FreezeBase": "lora_lightning.training.callbacks.freeze",
-    "ExportAtEnd": "lora_lightning.training.callbacks.export",
+    "WandbLogger": "lora_lightning.training.tracking.loggers",
+    "FreezeBase": "lora_lightning.training.callbacks.freeze_base",
+    "ExportAtEnd": "lora_lightning.training.callbacks.export_on_fit_end",
     "RunReport": "lora_lightning.training.callbacks.run_report",
     "Baselines": "lora_lightning.training.callbacks.baselines",
-    "LoRACLI": "lora_lightning.cli",
+    "LoRACLI": "lora_lightning.cli.main",
     "SequenceRegression": "lora_lightning.tasks.sequence_regression",
     "MultiLabelClassification": "lora_lightning.tasks.multi_label",
     "CausalLM": "lora_lightning.tasks.causal_lm",
     "ImageClassification": "lora_lightning.tasks.image_classification",
     "ImageSegmentation": "lora_lightning.tasks.image_segmentation",
-    "TextRegressionData": "lora_lightning.data.text_regression",
-    "MultiLabelTextData": "lora_lightning.data.text_labels",
+    "TextRegressionData": "lora_lightning.data.text.regression",
+    "MultiLabelTextData": "lora_lightning.data.text.multi_label",
     "LanguageModellingData": "lora_lightning.data.language_modelling",
-    "ChatData": "lora_lightning.data.chat",
-    "ImageData": "lora_lightning.data.images",
-    "timm_model": "lora_lightning.vision_backbones",
-    "torchvision_model": "lora_lightning.vision_backbones",
+    "ChatData": "lora_lightning.data.chat.data",
+    "ImageData": "lora_lightning.data.images.data",
+    "timm_model": "lora_lightning.backbones.vision",
+    "torchvision_model": "lora_lightning.backbones.vision",
     "prepare_weights": "lora_lightning.lora.switches",
     "recompute_inputs": "lora_lightning.lora.switches",
-    "MeasureBefore": "lora_lightning.training.callbacks.before",
-    "Samples": "lora_lightning.training.callbacks.samples",
+    "MeasureBefore": "lora_lightning.training.callbacks.initial_validation",
+    "Samples": "lora_lightning.training.callbacks.generation_samples",
     "TokenClassification": "lora_lightning.tasks.token_classification",
     "SequenceToSequence": "lora_lightning.tasks.sequence_to_sequence",
     "TextGeneration": "lora_lightning.tasks.text_generation",
     "PreferenceTuning": "lora_lightning.tasks.preference",
     "ContrastiveEmbedding": "lora_lightning.tasks.contrastive",
     "Supervised": "lora_lightning.tasks.supervised",
-    "TokenClassificationData": "lora_lightning.data.token_classification",
-    "SequenceToSequenceData": "lora_lightning.data.sequence_to_sequence",
-    "PromptCompletionData": "lora_lightning.data.prompt_completion",
+    "TokenClassificationData": "lora_lightning.data.text.token_classification",
+    "SequenceToSequenceData": "lora_lightning.data.seq2seq",
+    "PromptCompletionData": "lora_lightning.data.chat.prompt_completion",
     "PreferenceData": "lora_lightning.data.preference",
     "PairData": "lora_lightning.data.pairs",
     "DatasetData": "lora_lightning.data.dataset",
     "hub_dataset": "lora_lightning.data.dataset",
-    "SegmentationData": "lora_lightning.data.segmentation",
-    "ImageTextData": "lora_lightning.data.image_texts",
-    "Checkpoints": "lora_lightning.training.callbacks.checkpoints",
-    "Resume": "lora_lightning.training.callbacks.resume",
-    "StopOnNonFinite": "lora_lightning.training.callbacks.finite",
-    "ResumableLoader": "lora_lightning.data.loader",
+    "SegmentationData": "lora_lightning.data.images.segmentation",
+    "ImageTextData": "lora_lightning.data.images.texts",
+    "Checkpoints": "lora_lightning.training.checkpoints.model_checkpoint",
+    "Resume": "lora_lightning.training.checkpoints.resume",
+    "StopOnNonFinite": "lora_lightning.training.callbacks.nan_guard",
+    "ResumableLoader": "lora_lightning.data.loading.loader",
     "FSDP1Strategy": "lora_lightning.training.fsdp1_strategy",
-    "FSDP2Strategy": "lora_lightning.training.strategies",
+    "FSDP2Strategy": "lora_lightning.training.strategies.fsdp2",
     "ZeRO2Strategy": "lora_lightning.training.zero2_strategy",
     "ZeRO3Strategy": "lora_lightning.training.zero3_strategy",
     "HalfBase": "lora_lightning.training.precision",
     "RankTelemetry": "lora_lightning.training.callbacks.rank_telemetry",
     "Throughput": "lora_lightning.training.callbacks.throughput",
     "StepFigures": "lora_lightning.training.callbacks.step_figures",
-    "Tracking": "lora_lightning.training.callbacks.tracking",
-    "Progress": "lora_lightning.training.callbacks.progress",
-    "on_meta": "lora_lightning.lora.meta_build",
-    "fill_from_files": "lora_lightning.lora.fill",
+    "Tracking": "lora_lightning.training.tracking.wandb_callback",
+    "Progress": "lora_lightning.training.callbacks.progress_bar",
+    "on_meta": "lora_lightning.lora.meta.build",
+    "fill_from_files": "lora_lightning.lora.meta.fill",
 }
 
 __all__ = sorted(_WHERE)  # noqa: PLE0605

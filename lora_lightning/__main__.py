@@ -6,8 +6,8 @@ import os
 import select
 import sys
 
-from lora_lightning.front_page import answered, reordered
-from lora_lightning.outcome import CLOSED, DEBUG, ended
+from lora_lightning.cli.front_page import answered, reordered
+from lora_lightning.cli.outcome import CLOSED, DEBUG, ended
 
 
 def main() -> None:
@@ -41,18 +41,18 @@ def run(args: list[str]) -> None:
     """One command."""
     if answered(args):
         return
-    from lora_lightning.command_list import COMMANDS, ENTRIES, named
-    from lora_lightning.noise import quieten
+    from lora_lightning.cli.log_filters import quieten
+    from lora_lightning.cli.registry import COMMANDS, ENTRIES, named
 
     quieten()
     if own := ENTRIES[args[0]].main:
         named(own)(args[1:])
     elif args[0] in COMMANDS:
-        from lora_lightning.parser import run_command
+        from lora_lightning.cli.parser import run_command
 
         run_command(args[0], args[1:])
     else:
-        from lora_lightning.cli import LoRACLI
+        from lora_lightning.cli.main import LoRACLI
 
         LoRACLI(args=None if args == sys.argv[1:] else args)
 

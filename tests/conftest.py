@@ -13,9 +13,9 @@ import torch
 import wandb
 
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
-from lora_lightning.cli import LoRACLI
-from lora_lightning.data.splits import SplitConfig
-from lora_lightning.lora import quick
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.lora.layers import fused_linear as quick
 from tests.factories import FAMILIES, Family
 from tests.lora.coverage import COVERED
 from tests.tiny import config_text, make_bert, make_reviews

@@ -39,8 +39,13 @@ GUARDS, CALLBACKS, RESUME = (f"tests/training/test_{name}.py" for name in ("guar
 MODULE, FILES, AVERAGING = (f"tests/training/test_{name}.py" for name in ("module", "checkpoint_io", "averaging"))
 LOGGERS, SAMPLER = "tests/training/test_logger_resume.py", "tests/data/test_sampler.py"
 INJECT, TARGETS = "tests/lora/test_inject.py", "tests/lora/test_targets.py"
-FREEZE, FINITE, RESUMES = (f"training/callbacks/{name}.py" for name in ("freeze", "finite", "resume"))
-SAVES, IO, AVERAGES = "training/callbacks/checkpoints.py", "training/checkpoint_io.py", "training/averaging.py"
+FREEZE, FINITE = (f"training/callbacks/{name}.py" for name in ("freeze_base", "nan_guard"))
+RESUMES = "training/checkpoints/resume.py"
+SAVES, IO, AVERAGES = (
+    "training/checkpoints/model_checkpoint.py",
+    "training/checkpoints/file_io.py",
+    "training/loss_weighting.py",
+)
 ANY_STATE = f"{RESUME}::test_resumed_from_any_state_is_uninterrupted"
 MISFIT = f"{MODULE}::test_a_checkpoint_that_does_not_fit_is_refused"
 
@@ -77,7 +82,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 2: batch statistics stand still",
-        "lora/layers/norm.py",
+        "lora/layers/trained/frozen_norm.py",
         "mode, self.training = self.training, False",
         "mode = self.training",
         (f"{CALLBACKS}::test_batch_statistics_hold_though_someone_wakes_the_norm",),
@@ -101,7 +106,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 4: a pattern that matches nothing",
-        "lora/targets.py",
+        "lora/targets/select.py",
         '        raise TargetError(no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))',
         "        continue",
         (f"{TARGETS}::test_a_pattern_that_matches_nothing_names_near_misses",),
@@ -164,7 +169,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 8: the sampler's place",
-        "data/sampler.py",
+        "data/loading/sampler.py",
         "self._skip = (self.epoch, batches * self.block // self.num_replicas)",
         "pass",
         (f"{ANY_STATE}[plain]",),
@@ -192,7 +197,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 8: the steps that were logged",
-        "training/callbacks/loops.py",
+        "training/checkpoints/loop_state.py",
         'own["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)',
         "del stepped",
         (f"{RESUME}::test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due",),
@@ -206,7 +211,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 8: another order of rows in an epoch's middle",
-        "data/loader.py",
+        "data/loading/loader.py",
         "if other := [name for name in was if was[name] != now.get(name)]:",
         "if other := []:",
         (f"{RESUME}::test_another_order_is_refused_in_an_epochs_middle",),
@@ -241,7 +246,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 9: what keeps step counts for nothing",
-        "data/sampler.py",
+        "data/loading/sampler.py",
         "return batch * self.batch_size == last and self.rank + last * self.num_replicas >= self.count",
         "return False",
         (f"{SAMPLER}::test_all_examples_count_once_in_training_and_padding_for_nothing",),
@@ -398,14 +403,14 @@ MUTATIONS = (
     ),
     Mutation(
         "on by default",
-        "cli.py",
+        "cli/main.py",
         "        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):",
         "        for default in (FreezeBase, PredictionWriter, Resume, StepFigures, Throughput):",
         (f"{GUARDS}::test_every_guard_is_on_by_default_in_the_command",),
     ),
     Mutation(
         "loggers: the run of the newest state goes on",
-        "training/loggers.py",
+        "training/tracking/loggers.py",
         "            logger.go_on_with(str(mine[1]))",
         "            pass",
         (f"{LOGGERS}::test_only_the_newest_state_of_a_run_is_that_run_going_on",),

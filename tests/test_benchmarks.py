@@ -10,8 +10,8 @@ from transformers import BertConfig, BertForSequenceClassification
 from benchmarks import memory
 from benchmarks.checkpoint_sizes import QUERY_VALUE, computed, llama_7b, roberta, written
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 
 
 def bytes_in(value):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.__main__ import main
-from lora_lightning.class_paths import explained, wrong_path
+from lora_lightning.cli.class_paths import explained, wrong_path
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.config_files import check_file
+from lora_lightning.cli.config_files import check_file
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 import wandb
 import yaml
 
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY, run
 
 CONFIGS = REPOSITORY / "configs"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import lora_lightning
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, merge_on_disk, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, MergeError
-from lora_lightning.lora.staging import _host
+from lora_lightning.lora.formats.atomic_dir import _host
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, logits
 
@@ -37,7 +37,7 @@ def names(folder):
 
 
 def test_the_name_is_the_function_also_once_its_module_is_loaded():
-    module = importlib.import_module("lora_lightning.disk_merge")
+    module = importlib.import_module("lora_lightning.export.merge_on_disk")
     assert lora_lightning.merge_on_disk is merge_on_disk is module.merge_on_disk
     assert isinstance(merge_on_disk, types.FunctionType)
 

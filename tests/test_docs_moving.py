@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from lora_lightning import LoRAConfig, LoRAModule, WarmupDecay, inject
 from lora_lightning.data.base import TableData
-from lora_lightning.data.chat import ChatData
+from lora_lightning.data.chat.data import ChatData
 from tests.command.process import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "moving.md").read_text(encoding="utf-8")

@@ -11,9 +11,9 @@ import tomllib
 import pytest
 import yaml
 
-from lora_lightning.cli import command_parser
-from lora_lightning.commands import COMMANDS
-from lora_lightning.plan import PlanCLI
+from lora_lightning.cli.main import command_parser
+from lora_lightning.commands.plan.command import PlanCLI
+from lora_lightning.commands.registry_commands import COMMANDS
 from tests.command.process import REPOSITORY
 from tests.recipes.recipe import parse, stacked
 

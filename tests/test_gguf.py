@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from lora_lightning import LoRAConfig, LoRAError, huggingface, inject, merge
-from lora_lightning.gguf import directory_and_file
+from lora_lightning.backbones.gguf import directory_and_file
 
 LAYERS, WIDTH, HEADS, INNER, WORDS = 2, 32, 4, 64, 48
 

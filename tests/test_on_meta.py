@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
-from lora_lightning.lora.fill import fill_from_files
-from lora_lightning.lora.meta_start import inject_anywhere
-from lora_lightning.training.export import export
+from lora_lightning.export.export import export
+from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.meta_start import inject_anywhere
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 DECODER = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 16}

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lora_lightning
-from lora_lightning.cli import parser_of_all
-from lora_lightning.mistakes import told
-from lora_lightning.other_tools import HERE, NOT_NEEDED
+from lora_lightning.cli.diagnostics import told
+from lora_lightning.cli.main import parser_of_all
+from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 
 CLASSES = {
     "data": [one for name, one in vars(lora_lightning).items() if name.endswith("Data")]

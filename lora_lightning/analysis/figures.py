@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from lora_lightning.analysis import drawing, plots
-from lora_lightning.analysis.compare import GroupSimilarity, LayerSimilarity, PairSimilarity
 from lora_lightning.analysis.measures import AdapterMeasures
-from lora_lightning.analysis.truncate import Truncation
+from lora_lightning.analysis.similarity import GroupSimilarity, LayerSimilarity, PairSimilarity
+from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.lora.errors import LoRAError
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lightning.analysis.factors import Adapter, Factors
-from lora_lightning.analysis.places import Place, places
-from lora_lightning.analysis.weights import Weights
-from lora_lightning.lora.spectrum import (
+from lora_lightning.analysis.adapters import Adapter, Factors
+from lora_lightning.analysis.base_weights import Weights
+from lora_lightning.analysis.layer_groups import Place, places
+from lora_lightning.lora.frozen.spectrum import (
     Spectrum,
     drawn_norm,
     energy,

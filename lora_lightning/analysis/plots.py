@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_lightning.analysis.compare import GroupSimilarity, LayerSimilarity, PairSimilarity
 from lora_lightning.analysis.drawing import COLOURS, figure, rank_ticks, ticks
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
-from lora_lightning.lora.spectrum import similarity
+from lora_lightning.analysis.similarity import GroupSimilarity, LayerSimilarity, PairSimilarity
+from lora_lightning.lora.frozen.spectrum import similarity
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lora_lightning.analysis.factors import Factors, natural
+from lora_lightning.analysis.adapters import Factors, natural
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.frozen.matrices import less_start, matrix_pair, stack_pairs
 from lora_lightning.lora.layers.parameter import CHILD
-from lora_lightning.lora.matrices import less_start, matrix_pair, stack_pairs
-from lora_lightning.lora.patterns import by_pattern
+from lora_lightning.lora.targets.patterns import by_pattern
 
 END = ".lora_A"
 

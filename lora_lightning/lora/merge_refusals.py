@@ -7,13 +7,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import joined
 from lora_lightning.lora.blocks import sums
-from lora_lightning.lora.casting import float_dtype, refuse_dtype, refuse_overflow, refuse_wide
 from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.frozen.dtype import float_dtype, refuse_dtype, refuse_overflow, refuse_wide
+from lora_lightning.lora.frozen.quantization import plain_weight, scheme
+from lora_lightning.lora.frozen.tensors import joined
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, saved_copies, token_rows
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
-from lora_lightning.lora.quantised import plain_weight, scheme
 
 LARGE = 1e9
 """Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""

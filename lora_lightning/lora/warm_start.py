@@ -15,21 +15,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.adapter import adapter_tensors, joined
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.formats import load_tensors, of_model, read_directory
+from lora_lightning.lora.formats.misfits import refuse_misfits
+from lora_lightning.lora.formats.peft.adapter import load_tensors, of_model, read_directory
+from lora_lightning.lora.formats.peft.config import start_in_file, token_ids
+from lora_lightning.lora.formats.peft.copies import without_base_copies
+from lora_lightning.lora.formats.peft.packing import PREFIX, Packed, copy_key, our_tensors, packed_layers
+from lora_lightning.lora.formats.peft.patterns import trained_alphas
+from lora_lightning.lora.formats.provenance import Record, refuse_other_base, warn_of_no_fingerprint
+from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
 from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows
 from lora_lightning.lora.layers import AdaptedLayer
-from lora_lightning.lora.layers.saved import COPY
-from lora_lightning.lora.misfits import refuse_misfits
-from lora_lightning.lora.packing import PREFIX, Packed, copy_key, our_tensors, packed_layers
-from lora_lightning.lora.patterns import by_pattern
-from lora_lightning.lora.peft_config import start_in_file, token_ids
-from lora_lightning.lora.peft_copies import without_base_copies
-from lora_lightning.lora.peft_patterns import trained_alphas
-from lora_lightning.lora.record import Record, refuse_other_base, warn_of_no_fingerprint
+from lora_lightning.lora.layers.trained.module_copy import COPY
+from lora_lightning.lora.targets.patterns import by_pattern
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.counting import examples_in
+from lora_lightning.tasks.metrics.counting import examples_in
 
 Stage = str
 """`train`, `val` or `test`, or a further set of one of the last two, such as `val_mismatched`."""

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.lora.functional import wide_dtype
+from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
-from lora_lightning.tasks.gather import gather_rows
-from lora_lightning.tasks.retrieval import Figure, Retrieval, info_nce, singled
+from lora_lightning.tasks.metrics.gather import gather_rows
+from lora_lightning.tasks.metrics.retrieval import Figure, Retrieval, info_nce, singled
 
 Pooling = Literal["mean", "cls", "last"]
 PARTS = ("anchor", "positive", "negative")

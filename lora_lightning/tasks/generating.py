@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.generation import check_options, generate_texts
-from lora_lightning.tasks.generation_metrics import LESS_IS_BETTER, generation_metrics
-from lora_lightning.tasks.token_loss import IGNORED, LinearCrossEntropy
-from lora_lightning.tasks.token_metrics import TokenAccuracy
+from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy
+from lora_lightning.tasks.metrics.generation import LESS_IS_BETTER, generation_metrics
+from lora_lightning.tasks.metrics.tokens import TokenAccuracy
 
 METRICS = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
 

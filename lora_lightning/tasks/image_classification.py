@@ -11,8 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, logits_each
-from lora_lightning.tasks.classification_metrics import metrics_of
 from lora_lightning.tasks.images import image_inputs
+from lora_lightning.tasks.metrics.classification import metrics_of
 
 MANY = 10
 """From so many classes on a top-5 accuracy says something."""

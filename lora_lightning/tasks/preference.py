@@ -13,8 +13,8 @@ from torchmetrics import MeanMetric, MetricCollection
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.base import StepOutput, Task, inputs_of
-from lora_lightning.tasks.log_probs import LogProbs, sequence_log_probs
-from lora_lightning.tasks.preference_losses import (
+from lora_lightning.tasks.losses.log_probs import LogProbs, sequence_log_probs
+from lora_lightning.tasks.losses.preference_losses import (
     REFERENCE_FREE,
     Pairs,
     PreferenceLoss,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_each
-from lora_lightning.tasks.classification_metrics import metrics_of
+from lora_lightning.tasks.metrics.classification import metrics_of
 
 
 class SequenceClassification(Task):

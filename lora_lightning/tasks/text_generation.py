@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import inputs_and_labels, inputs_of
 from lora_lightning.tasks.generating import GeneratingTask
-from lora_lightning.tasks.lm_head import shifted_loss
-from lora_lightning.tasks.token_loss import LinearCrossEntropy
+from lora_lightning.tasks.losses.lm_head import shifted_loss
+from lora_lightning.tasks.losses.token_loss import LinearCrossEntropy
 
 PROMPT = "prompt_"
 """What stands before the name of an input that holds prompts alone."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lora_lightning.export.model_files import is_transformers
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.heads import output_head
-from lora_lightning.lora.layers.saved import COPY
+from lora_lightning.lora.layers.trained.module_copy import COPY
+from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.sequence_classification import mean_features
-from lora_lightning.training.merged import is_transformers
 
 RAW_SIDE = 28
 """To so many pixels a side images are averaged before a probe on them: MNIST's own, and near CIFAR's 32."""

@@ -15,10 +15,10 @@ from torch.distributed.constants import default_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.fill import fill_from_files
-from lora_lightning.training.evaluates_together import EvaluatesTogether
+from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.training.fsdp1_units import shard_w0, units_of
-from lora_lightning.training.start import PREFIX, refuse_measured
+from lora_lightning.training.initialization import PREFIX, refuse_measured
+from lora_lightning.training.strategies.evaluation import EvaluatesTogether
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from lora_lightning.lora import switches
-from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.errors import some
-from lora_lightning.training.agree import processes
-from lora_lightning.training.groups import groups_of, named_blocks
-from lora_lightning.training.sharding import UNITS, homeless, refuse_quantised, same_everywhere
+from lora_lightning.lora.frozen.tensors import base_tensors
+from lora_lightning.training.distributed import processes
+from lora_lightning.training.strategies.groups import groups_of, named_blocks
+from lora_lightning.training.strategies.wrapping import UNITS, homeless, refuse_quantised, same_everywhere
 
 T = TypeVar("T")
 

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.callbacks.checkpoints import PreemptedError
+from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.ending import CLAIM, CODE, LostProcessError, StoppedError, lost
 
 TOLD = (LoRAError, PreemptedError, MisconfigurationException, OSError)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.training.agree import rank
+from lora_lightning.training.distributed import rank
 
 
 def split_side(tensor: DTensor) -> int | None:

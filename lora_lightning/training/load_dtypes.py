@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_lightning.lora.adapter import joined
-from lora_lightning.lora.heads import HF_MODEL, is_a
-from lora_lightning.lora.layers.graft import own_class
+from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.layers.class_swap import own_class
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 
 def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -16,26 +16,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lora_lightning.lora import products, switches
-from lora_lightning.lora.adapter import frozen_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
-from lora_lightning.lora.fill import fill_from_files
-from lora_lightning.lora.fingerprint import Fingerprint
+from lora_lightning.lora.formats.provenance import refuse_other_base
+from lora_lightning.lora.frozen.fingerprint import Fingerprint
+from lora_lightning.lora.frozen.tensors import frozen_keys
 from lora_lightning.lora.inject import adapted_layers, saved_copies
-from lora_lightning.lora.meta_start import inject_anywhere
+from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.meta_start import inject_anywhere
 from lora_lightning.lora.products import Prepare
-from lora_lightning.lora.record import refuse_other_base
 from lora_lightning.tasks.base import Stage, StepOutput, Task
-from lora_lightning.training.averaging import UnitMean, is_padding
-from lora_lightning.training.forward import TrainingForward
+from lora_lightning.training.activations.compilation import TrainingForward
 from lora_lightning.training.fsdp1_strategy import FSDP1Strategy
 from lora_lightning.training.gradients import SharedStep, clip_together
-from lora_lightning.training.optim import WarmupDecay, make_optimizer
-from lora_lightning.training.precision import convert, explained_by_precision, precision_of
-from lora_lightning.training.sets import stage_of
-from lora_lightning.training.sharded_w0 import fingerprint
-from lora_lightning.training.sharding import is_sharded
-from lora_lightning.training.start import (
+from lora_lightning.training.initialization import (
     CHECKPOINT_KEY,
     MEASURED,
     PREFIX,
@@ -43,7 +37,13 @@ from lora_lightning.training.start import (
     start_from_adapter,
     start_from_batches,
 )
-from lora_lightning.training.strategies import FSDP2Strategy, refuse_other_parallelism
+from lora_lightning.training.loss_weighting import UnitMean, is_padding
+from lora_lightning.training.optim import WarmupDecay, make_optimizer
+from lora_lightning.training.precision import convert, explained_by_precision, precision_of
+from lora_lightning.training.sets import stage_of
+from lora_lightning.training.strategies.fingerprint import fingerprint
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy, refuse_other_parallelism
+from lora_lightning.training.strategies.wrapping import is_sharded
 from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 
 

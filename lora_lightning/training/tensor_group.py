@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from lora_lightning.training.random_state import random_state, set_random_state
+from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.quick import plain_arithmetic
+from lora_lightning.lora.layers.fused_linear import plain_arithmetic
 from lora_lightning.training.tensor_ops import Copies, PartOfDropout, joined, summed
 from lora_lightning.training.tensor_plan import Plan, Style
 

@@ -13,7 +13,7 @@ from fnmatch import translate
 from torch import nn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, some
-from lora_lightning.lora.heads import HF_MODEL, is_a, output_head
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a, output_head
 
 
 @dataclass(frozen=True)

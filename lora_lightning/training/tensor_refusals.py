@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lora_lightning.lora.errors import LoRAError, some
-from lora_lightning.lora.heads import HF_MODEL, is_a
 from lora_lightning.lora.layers import AdaptedLayer, LoRALinear
-from lora_lightning.lora.layers.saved import COPY
+from lora_lightning.lora.layers.trained.module_copy import COPY
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.training.tensor_parallel import BY_INPUT, BY_OUTPUT
 from lora_lightning.training.tensor_plan import Plan, Style
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
-    from lora_lightning.training.strategies import FSDP2Strategy
+    from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
 
 WAY_OUT = "leave it out of what lora trains (target_modules, target_parameters, bias), or tensor_parallel_size at 1"
 

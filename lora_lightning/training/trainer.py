@@ -10,27 +10,27 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 
-from lora_lightning.lora.casting import DType
+from lora_lightning.export.export import export
+from lora_lightning.export.export_record import of_the_data, record_export
+from lora_lightning.export.first_batch import first_batch, loaders_of
+from lora_lightning.export.options import checked_options
+from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training import run
-from lora_lightning.training.callbacks.checkpoints import PreemptedError
-from lora_lightning.training.checkpoint_io import WholeFiles
+from lora_lightning.lora.frozen.dtype import DType
+from lora_lightning.reports.console import show_report
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.checkpoints.file_io import WholeFiles
+from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.ending import ending_together, leave_on_sigterm
-from lora_lightning.training.export import export
-from lora_lightning.training.export_options import checked_options
-from lora_lightning.training.export_record import of_the_data, record_export
-from lora_lightning.training.first_batch import first_batch, loaders_of
 from lora_lightning.training.launched import end_as_they_end
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
-from lora_lightning.training.proof import ExportReport
-from lora_lightning.training.summary import show_report
-from lora_lightning.training.unsupported import (
+from lora_lightning.training.preflight import (
     refuse_unsupported,
     refuse_unsupported_callbacks,
     refuse_unsupported_name,
 )
-from lora_lightning.training.wandb_run import log_export
+from lora_lightning.training.tracking.wandb_run import log_export
 
 
 def in_one_process(accelerator: Any) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from torch.distributed.constants import default_pg_timeout
 from torch.optim import Optimizer
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.agree import processes
-from lora_lightning.training.checkpoint_io import WholeFiles
+from lora_lightning.training.checkpoints.file_io import WholeFiles
+from lora_lightning.training.distributed import processes
 from lora_lightning.training.gradients import SharedStep
-from lora_lightning.training.start import MEASURED
+from lora_lightning.training.initialization import MEASURED
 from lora_lightning.training.zero_checkpoints import ZeROCheckpoints
 from lora_lightning.training.zero_engine import (
     checked,

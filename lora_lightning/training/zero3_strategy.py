@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from lora_lightning.lora import switches
 from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import saved_copies
-from lora_lightning.lora.quantised import scheme
-from lora_lightning.training.agree import processes, rank
-from lora_lightning.training.evaluates_together import EvaluatesTogether
-from lora_lightning.training.sharding import is_sharded, local
+from lora_lightning.training.distributed import processes, rank
+from lora_lightning.training.strategies.evaluation import EvaluatesTogether
+from lora_lightning.training.strategies.wrapping import is_sharded, local
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy, same_everywhere
 from lora_lightning.training.zero_engine import engine_for
 from lora_lightning.training.zero_parts import Row, rows_of_stage_3

@@ -11,8 +11,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lora_lightning.training.agree import by_first, together
-from lora_lightning.training.sharded_state import trained_state
+from lora_lightning.training.distributed import by_first, together
+from lora_lightning.training.strategies.sharded_state import trained_state
 from lora_lightning.training.zero_parts import Row, load_state, whole_state
 
 if TYPE_CHECKING:

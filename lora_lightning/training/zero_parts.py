@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from lora_lightning.training.agree import processes, rank
+from lora_lightning.training.distributed import processes, rank
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, distributed, nn
 
-from lora_lightning.training.agree import processes, rank
+from lora_lightning.training.distributed import processes, rank
 
 PARTITIONED: WeakSet[nn.Module] = WeakSet()
 """The backbones that lie in parts."""

@@ -20,7 +20,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from lora_lightning.analyze import Request, Wanted, analyze
+from lora_lightning.commands.analyze import Request, Wanted, analyze
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}

@@ -13,16 +13,16 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.analysis.factors import Adapter, read_factors
+from lora_lightning.analysis.adapters import Adapter, read_factors
+from lora_lightning.analysis.base_weights import Weights
 from lora_lightning.analysis.measures import common_rank, measured_adapter
 from lora_lightning.analysis.state import factors_in_state
-from lora_lightning.analysis.truncate import truncate
-from lora_lightning.analysis.weights import Weights
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.analysis.truncation import truncate
 from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.frozen.matrices import base_matrices, update_pairs
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.matrices import base_matrices, update_pairs
-from lora_lightning.lora.onmeta import AdapterFiles
+from lora_lightning.lora.meta.inject import AdapterFiles
 from tests.lora.laws import relative, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.AdapterWarning")

@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import CausalLM, LoRAConfig, inject
-from lora_lightning.analysis.stand_ins import put_stand_ins, stand_in_mode
-from lora_lightning.analysis.step_cost import StepCost, step_cost
+from lora_lightning.commands.plan.stand_ins import put_stand_ins, stand_in_mode
+from lora_lightning.commands.plan.step_cost import StepCost, step_cost
 from lora_lightning.lora.inject import adapted_layers, remove
 from lora_lightning.lora.switches import prepare_weights, recompute_inputs
-from lora_lightning.training.forward import TrainingForward
+from lora_lightning.training.activations.compilation import TrainingForward
 
 ROWS, LENGTH = 4, 48
 AdamW = functools.partial(torch.optim.AdamW, lr=1e-3, foreach=True)
@@ -233,8 +233,8 @@ def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token(
 
 
 def test_a_deep_model_is_told_from_two_short_ones():
-    from lora_lightning.analysis.step_cost import NUMBERS
-    from lora_lightning.plan_depth import SHORT, depth_of, shortened
+    from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, shortened
+    from lora_lightning.commands.plan.step_cost import NUMBERS
 
     model = without_numbers(adapted(functools.partial(llama, 11), LINEAR))
     name, blocks = depth_of(model)
@@ -246,7 +246,7 @@ def test_a_deep_model_is_told_from_two_short_ones():
 
 
 def test_blocks_that_are_not_alike_are_all_run():
-    from lora_lightning.plan_depth import depth_of
+    from lora_lightning.commands.plan.block_scaling import depth_of
 
     model = without_numbers(adapted(functools.partial(llama, 11), {"target_modules": ["layers.3.mlp.up_proj"]}))
     assert depth_of(model) is None

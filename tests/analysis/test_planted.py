@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lora_lightning import LoRAConfig, LoRAModule, LoRATrainer, Supervised, load_adapter, save_adapter
-from lora_lightning.analyze import Request, Wanted, analyze
+from lora_lightning.commands.analyze import Request, Wanted, analyze
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import adapted_layers
 from tests.analysis.planted import factors, frame, write

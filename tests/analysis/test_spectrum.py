@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lora_lightning.lora import spectrum as sp
+from lora_lightning.lora.frozen import spectrum as sp
 
 SHAPES = [(30, 20, 4), (20, 30, 4), (6, 40, 9), (40, 5, 8), (1, 7, 3), (64, 64, 1)]
 

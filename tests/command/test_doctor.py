@@ -7,8 +7,8 @@ import pytest
 import torch
 from packaging.version import Version
 
-from lora_lightning import doctor as doctors
-from lora_lightning.tiny_fit import tiny_fit
+from lora_lightning.commands import doctor as doctors
+from lora_lightning.commands.tiny_fit import tiny_fit
 from tests.command.process import command
 
 
@@ -58,7 +58,7 @@ def test_a_fit_that_fails_is_told_with_its_reason(monkeypatch):
     def fails():
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr("lora_lightning.tiny_fit.tiny_fit", fails)
+    monkeypatch.setattr("lora_lightning.commands.tiny_fit.tiny_fit", fails)
     finding = doctors.tried()
     assert not finding.ok
     assert finding.said == "RuntimeError: no kernel image is available"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_lightning.__main__ import main
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 from tests.command.process import REPOSITORY
 
 MANY = [

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, huggingface
 from lora_lightning.__main__ import main
-from lora_lightning.cli import LoRACLI
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import command, run
 from tests.tiny import make_bert
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 
 import lora_lightning
-from lora_lightning.command_list import COMMANDS, ENTRIES, FROM_CHECKPOINT, Command
-from lora_lightning.completion import completion
-from lora_lightning.parser import command_parser
+from lora_lightning.cli.completion import completion
+from lora_lightning.cli.parser import command_parser
+from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT, Command
 from tests.command.process import REPOSITORY, command
 
 

@@ -11,8 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTForImageClassification
 
-from lora_lightning.cli import LoRACLI
-from lora_lightning.vision_backbones import timm_model
+from lora_lightning.backbones.vision import timm_model
+from lora_lightning.cli.main import LoRACLI
 from tests.pictures import COLOURS, class_folders, picture
 
 
@@ -34,7 +34,7 @@ def config_of(file, folder, backbone, lora, **data):
                     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.03}},
                 },
                 "data": {
-                    "class_path": "lora_lightning.data.images.ImageData",
+                    "class_path": "lora_lightning.data.images.data.ImageData",
                     "init_args": {
                         "path": str(folder), "batch_size": 6, "split": {"validation": 0.25, "test": 0.25}, **data
                     },
@@ -86,7 +86,7 @@ def test_a_timm_model_is_trained_tested_exported_and_asked(folder, tmp_path):
     weights = tmp_path / "weights.pth"
     torch.save(timm_model("test_efficientnet", pretrained=False, num_classes=7).state_dict(), weights)
     backbone = {
-        "class_path": "lora_lightning.vision_backbones.timm_model",
+        "class_path": "lora_lightning.backbones.vision.timm_model",
         "init_args": {"model_name": "test_efficientnet", "checkpoint_path": str(weights)},
     }
     lora = {"r": 2, "target_modules": ["conv_pw", "conv_pwl"], "modules_to_save": ["classifier"]}
@@ -124,7 +124,7 @@ def test_a_timm_model_is_trained_tested_exported_and_asked(folder, tmp_path):
 
 def test_a_start_that_is_measured_on_images_takes_them_by_the_backbones_own_name(folder, tmp_path):
     backbone = {
-        "class_path": "lora_lightning.vision_backbones.timm_model",
+        "class_path": "lora_lightning.backbones.vision.timm_model",
         "init_args": {"model_name": "test_vit", "pretrained": False, "model_kwargs": {"img_size": 32}},
     }
     lora = {"r": 2, "init": "eva", "modules_to_save": ["head"]}
@@ -136,7 +136,7 @@ def test_a_start_that_is_measured_on_images_takes_them_by_the_backbones_own_name
 def test_without_torchvision_one_line_says_what_to_install(tmp_path):
     config_of(tmp_path / "run.yaml", tmp_path, vit_of(tmp_path / "vit"), {"r": 2})
     code = (
-        "import sys, lora_lightning.cli; from lora_lightning.__main__ import main;"
+        "import sys, lora_lightning.cli.main; from lora_lightning.__main__ import main;"
         "[sys.modules.pop(name) for name in list(sys.modules) if name.partition('.')[0] == 'torchvision'];"
         "sys.modules['torchvision'] = None;"
         "sys.argv = ['lora-lightning', 'fit', '-c', 'run.yaml']; main()"

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY, logged_rows
 from tests.training.resuming import differing
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_lightning.__main__ import main
-from lora_lightning.command_list import ENTRIES
+from lora_lightning.cli.registry import ENTRIES
 from tests.command.mistakes import MISTAKES
 from tests.command.process import run
 from tests.tiny import make_bert

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY, run
 
 pytestmark = [

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 from tests.tiny import BAD, GOOD, PLAIN, make_bert
 from tests.tiny_pairs import make_llama, preferences, write_rows
 

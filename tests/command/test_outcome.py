@@ -9,9 +9,9 @@ import time
 import pytest
 
 from lora_lightning import __main__ as entry
-from lora_lightning.front_page import front_page
+from lora_lightning.cli.front_page import front_page
+from lora_lightning.cli.outcome import CODES, DEBUG, told
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.outcome import CODES, DEBUG, told
 from tests.command.process import REPOSITORY, command
 
 

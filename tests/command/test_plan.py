@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.commands.plan.command import PlanCLI, main
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.plan import PlanCLI, main
 
 OWN = ["--precisions", "[]", "--trainer.precision", "32-true"]
 """One row of memory, for time."""

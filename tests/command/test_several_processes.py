@@ -10,7 +10,7 @@ import re
 import pytest
 import torch
 
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.chats import make_llama, write_chats
 from tests.command.process import REPOSITORY, logged_rows
 from tests.command.warm import run_all

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_lightning.training.checkpoint_io import check_whole
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.file_io import check_whole
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY
 from tests.command.test_several_processes import MIDDLE, end_of, fit, interrupted
 from tests.command.warm import run_all

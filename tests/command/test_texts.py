@@ -8,8 +8,8 @@ import torch
 import transformers
 from peft import PeftModel
 
-from lora_lightning.cli import LoRACLI
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.tiny_text import make_model, make_tagger, restaurants, sentences, write_rows
 
 RUN = """

@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModel
 
 from lora_lightning import LoRAConfig, huggingface, load_adapter
+from lora_lightning.export.export import export
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.training.export import export
 from tests.command.process import command
 from tests.factories import assert_same, snapshot
 from tests.lora.laws import relative, stir

@@ -148,7 +148,7 @@ def warm_up(case):
 
     docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)
     import tests.tiny  # noqa: F401
-    from lora_lightning.cli import LoRACLI
+    from lora_lightning.cli.main import LoRACLI
 
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
         LoRACLI(args=[*map(str, case["args"]), "--print_config"])

@@ -2,8 +2,8 @@
 
 import pytest
 
-from lora_lightning.data.answers import runs
-from lora_lightning.data.chat_template import ChatTemplate, TemplateError
+from lora_lightning.data.chat.answers import runs
+from lora_lightning.data.chat.chat_template import ChatTemplate, TemplateError
 from tests.chats import (
     CHATML,
     GEMMA,

@@ -6,8 +6,8 @@ import datasets
 import pytest
 import torch
 
-from lora_lightning.data.chat import ChatData
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.chat.data import ChatData
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.errors import LoRAError
 from tests.chats import CHATML, GEMMA, PLAIN, TOOLS, assistant, make_tokenizer, user, write_chats
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_lightning.data.conversations import BadRow, checked_columns, conversation_of, layout_of, tools_of
+from lora_lightning.data.chat.conversations import BadRow, checked_columns, conversation_of, layout_of, tools_of
 from lora_lightning.lora.errors import LoRAError
 from tests.chats import assistant, user
 

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from lora_lightning import LoRAError
-from lora_lightning.data.decoding import read_rgb
-from lora_lightning.data.image_rows import BadImageError
-from lora_lightning.data.image_transforms import Augmentation, Preprocessing, preprocessing_of
-from lora_lightning.data.images import ImageData
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.images.data import ImageData
+from lora_lightning.data.images.decoding import read_rgb
+from lora_lightning.data.images.rows import BadImageError
+from lora_lightning.data.images.transforms import Augmentation, Preprocessing, preprocessing_of
+from lora_lightning.data.io.splits import SplitConfig
 from tests.pictures import COLOURS, class_folders, picture
 
 SPLIT = SplitConfig(validation=0.25, test=0.25)

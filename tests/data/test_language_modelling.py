@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.data.splits import SplitConfig
 from tests.tiny_lm import make_texts, make_tokenizer
 
 TEXTS = make_texts(40, longest=30)

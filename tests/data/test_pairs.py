@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPProcessor
 
 from lora_lightning import LoRAError
-from lora_lightning.data.image_texts import ImageTextData
+from lora_lightning.data.images.texts import ImageTextData
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.pairs import PairData, groups_of
-from lora_lightning.data.splits import SplitConfig
 from tests.tiny_pairs import make_tokenizer, write_rows
 
 NO_SPLIT = SplitConfig(validation=0, test=0)

@@ -3,8 +3,8 @@
 import pytest
 
 from lora_lightning import LoRAError
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.preference import PreferenceData, fitted
-from lora_lightning.data.splits import SplitConfig
 from tests.tiny_pairs import as_messages, make_llama, preferences, write_rows
 
 NO_SPLIT = SplitConfig(validation=0, test=0)

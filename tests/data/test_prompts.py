@@ -6,10 +6,10 @@ import datasets
 import pytest
 
 from lora_lightning import huggingface
+from lora_lightning.data.chat.prompts import LONGEST, beginning_of, from_all_over, held_out
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.data.prompts import LONGEST, beginning_of, from_all_over, held_out
-from lora_lightning.data.splits import SplitConfig
-from lora_lightning.training.callbacks.samples import answers
+from lora_lightning.training.callbacks.generation_samples import answers
 from tests.chats import make_llama, make_tokenizer
 
 

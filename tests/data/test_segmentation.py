@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from lora_lightning import LoRAError
-from lora_lightning.data.image_transforms import Augmentation
-from lora_lightning.data.segmentation import SegmentationData
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.images.segmentation import SegmentationData
+from lora_lightning.data.images.transforms import Augmentation
+from lora_lightning.data.io.splits import SplitConfig
 
 NONE = SplitConfig(validation=0, test=0)
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
-from lora_lightning.data.prompt_completion import PromptCompletionData
-from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.chat.prompt_completion import PromptCompletionData
+from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.data.seq2seq import SequenceToSequenceData
 from tests.tiny_text import make_tokenizer, write_rows
 
 ROWS = [

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_lightning import LoRAError
-from lora_lightning.data.splits import SplitConfig, split_rows
+from lora_lightning.data.io.splits import SplitConfig, split_rows
 
 
 @given(groups=st.lists(st.integers(0, 30), min_size=80, max_size=200), seed=st.integers(0, 9))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError, TextClassificationData
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.io.splits import SplitConfig
 from tests.data.files import ready, write
 
 ROWS = [{"text": f"the film number {i} is {'fine' if i % 2 else 'dull'}", "label": f"{i % 2}"} for i in range(30)]

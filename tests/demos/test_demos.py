@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
+from lora_lightning.backbones.locate import resolve
 from lora_lightning.demos.animals import read_animals, read_array
-from lora_lightning.paths import resolve
 
 
 def needs(*packages):

@@ -24,7 +24,7 @@ from hypothesis import settings
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, remove, save_adapter
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, token_rows
 from tests.factories import assert_same, move, snapshot
 from tests.lora.accidents import Accident

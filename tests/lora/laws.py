@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from tests.lora.coverage import note
 

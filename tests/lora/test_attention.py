@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lora_lightning import disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.lora.laws import (
     check_laws,
     check_meta,

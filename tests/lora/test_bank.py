@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import AdapterBank, LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.bank.detached import Share
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
-from lora_lightning.lora.fingerprint import fingerprint
-from lora_lightning.lora.shelf import Share
+from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, adapters, alone, base, config, run_net, shake, storages, trained
 from tests.lora.options_support import net

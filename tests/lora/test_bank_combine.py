@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning import AdapterBank, LoRAError, load_adapter, merge, save_adapter
+from lora_lightning.lora.bank.mixing import truncated
 from lora_lightning.lora.errors import ConfigError
-from lora_lightning.lora.mixing import truncated
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, adapters, base, run_net, shake, trained
 from tests.lora.options_support import inputs, net

@@ -7,7 +7,7 @@ pytest.importorskip("bitsandbytes")
 pytest.importorskip("torchao.quantization")
 
 from lora_lightning import AdapterBank
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.lora.bank_support import trained
 from tests.lora.test_quantised import SCHEMES, adapted, float_net, inputs
 

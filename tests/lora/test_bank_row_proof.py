@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from lora_lightning import AdapterBank, LoRAError
-from lora_lightning.lora.row_proof import layouts
+from lora_lightning.lora.bank.row_proof import layouts
 from tests.lora.bank_support import trained
 from tests.lora.test_bank_rows import each_alone
 

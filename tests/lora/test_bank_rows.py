@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_lightning import AdapterBank, LoRAError, save_adapter
-from lora_lightning.lora.grouped import entries_of
+from lora_lightning.lora.bank.grouped import entries_of
 from tests.factories import FAMILIES, assert_same, llama, output, snapshot
 from tests.lora.bank_support import ZOO, adapters, base, trained
 from tests.lora.options_support import inputs, net

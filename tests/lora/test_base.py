@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.record import CHECKSUM, PROVENANCE
+from lora_lightning.lora.formats.provenance import CHECKSUM, PROVENANCE
 from tests.factories import distance, llama, move, output, sequential
 
 TOKENS = torch.arange(1, 7)[None]

@@ -10,12 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
-from lora_lightning.lora import dora
 from lora_lightning.lora.drops import Dropout
 from lora_lightning.lora.errors import ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.layers import KINDS, LoRALinear
-from lora_lightning.lora.quick import plain_arithmetic
+from lora_lightning.lora.layers import KINDS, LoRALinear, dora
+from lora_lightning.lora.layers.fused_linear import plain_arithmetic
 from tests.lora.options_support import inputs, net, shake
 
 

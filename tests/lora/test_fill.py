@@ -18,12 +18,12 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lora_lightning.lora import checkpoint
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.fill import fill_from_files
-from lora_lightning.lora.meta_build import on_meta
-from lora_lightning.lora.meta_start import inject_anywhere
+from lora_lightning.lora.meta import checkpoint
+from lora_lightning.lora.meta.build import on_meta
+from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.meta_start import inject_anywhere
 from tests.distributed import one_process
 
 
@@ -238,9 +238,9 @@ MEMORY = """
 import json, sys, torch
 from pathlib import Path
 from torch import nn
-from lora_lightning.lora import checkpoint
-from lora_lightning.lora.fill import fill_from_files
-from lora_lightning.lora.meta_build import on_meta
+from lora_lightning.lora.meta import checkpoint
+from lora_lightning.lora.meta.fill import fill_from_files
+from lora_lightning.lora.meta.build import on_meta
 
 checkpoint.BLOCK = 2**22
 

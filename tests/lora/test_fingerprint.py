@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, merge, remove
-from lora_lightning.lora.fingerprint import Fingerprint, fingerprint, of_tensors
+from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint, of_tensors
 from tests.factories import Own, llama, move, sequential
 
 
@@ -66,7 +66,7 @@ def test_order_and_memory_layout_do_not_count():
 def test_the_digest_is_sha256_over_names_and_tensors_and_these_over_their_pieces(monkeypatch):
     sha = lambda *parts: hashlib.sha256(b"".join(parts))  # noqa: E731
     a, b, none = torch.arange(300.0), torch.tensor(7), torch.zeros(3, 0)
-    monkeypatch.setattr("lora_lightning.lora.fingerprint.CHUNK", 512)
+    monkeypatch.setattr("lora_lightning.lora.frozen.fingerprint.CHUNK", 512)
     raw = a.numpy().tobytes()
     pieces = [sha(raw[at : at + 512]).digest() for at in (0, 512, 1024)]
     one = sha(b"torch.float32 (300,)", *pieces).hexdigest()

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora import storage
-from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats import load_tensors
-from lora_lightning.lora.packing import PREFIX
-from lora_lightning.lora.peft_config import CONFIG, WEIGHTS
-from lora_lightning.lora.record import PROVENANCE
-from lora_lightning.lora.storage import read_tensors, write_tensors
+from lora_lightning.lora.formats import tensor_files as storage
+from lora_lightning.lora.formats.peft.adapter import load_tensors
+from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
+from lora_lightning.lora.formats.peft.packing import PREFIX
+from lora_lightning.lora.formats.provenance import PROVENANCE
+from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.factories import FAMILIES, Own, assert_same, bert, distance, llama, move, output, sequential, snapshot
 from tests.lora.test_inject import HEADS
 

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora import regexes
 from lora_lightning.lora.errors import AdapterError, TargetError
 from lora_lightning.lora.inject import saved_copies
+from lora_lightning.lora.targets import regexes
 from tests.lora.options_support import shake
 
 

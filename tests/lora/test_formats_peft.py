@@ -19,7 +19,14 @@ from transformers import LlamaModel, MixtralConfig, MixtralForCausalLM
 import lora_lightning
 from lora_lightning import load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
-from lora_lightning.lora.peft_config import CHECKS, CONFIG, HARMLESS, OTHER_METHODS, WEIGHTS, WITHOUT_COUNTERPART
+from lora_lightning.lora.formats.peft.config import (
+    CHECKS,
+    CONFIG,
+    HARMLESS,
+    OTHER_METHODS,
+    WEIGHTS,
+    WITHOUT_COUNTERPART,
+)
 from tests.factories import assert_same, distance, llama, move, output, snapshot
 
 TOKENS = torch.arange(1, 7)[None]

@@ -15,8 +15,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, load_loralib, save_adapter
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.peft_config import CONFIG, PICKLED, WEIGHTS
-from lora_lightning.lora.storage import read_pickled
+from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS
+from lora_lightning.lora.formats.tensor_files import read_pickled
 from tests.factories import FAMILIES, assert_same, move, snapshot
 
 BERT = FAMILIES["bert"]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
-from lora_lightning.lora.heads import output_head
+from lora_lightning.lora.targets.output_heads import output_head
 from tests.factories import FAMILIES, Own, bert
 
 

@@ -21,12 +21,15 @@ import lora_lightning
 ROOT = Path(lora_lightning.__file__).parent
 STDLIB = sys.stdlib_module_names
 # What each part of the package may import of the others.
-BELOW = {
+BELOW: dict[str, set[str]] = {
     "lora": {"lora"},
+    "backbones": {"backbones", "lora"},
     "analysis": {"analysis", "lora"},
-    "tasks": {"tasks", "data", "lora"},
-    "data": {"tasks", "data", "lora"},
-    "training": {"training", "tasks", "data", "lora"},
+    "tasks": {"tasks", "data", "lora", "backbones"},
+    "data": {"tasks", "data", "lora", "backbones"},
+    "export": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
+    "reports": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
+    "training": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, disabled, inject, remove
 from lora_lightning.lora import inject as inject_file
-from lora_lightning.lora.adapter import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.errors import AdapterError, TargetError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.inject import adapted_layers, saved_copies
 from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias
 from tests.factories import Own, assert_same, distance, folded, move, output, sequential, snapshot

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, merge, remove
-from lora_lightning.lora import kernel
+from lora_lightning.lora.layers import kernel
 from tests.lora.laws import TOLERANCE, dtypes, relative, stir
 
 WIDTH, HEADS, LENGTH = 16, 2, 7

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.lora.functional import lora_delta, lora_update, wide_dtype
-from lora_lightning.lora.init import gaussian_, kaiming_
+from lora_lightning.lora.init.random import gaussian_, kaiming_
 from lora_lightning.lora.layers import LoRALinear
-from lora_lightning.lora.quick import plain_arithmetic
+from lora_lightning.lora.layers.functional import lora_delta, lora_update, wide_dtype
+from lora_lightning.lora.layers.fused_linear import plain_arithmetic
 from tests.factories import distance, move
 
 

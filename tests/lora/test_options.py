@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora.adapter import adapter_tensors, base_tensors
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import restart
 from tests.lora.options_support import DTYPES, assert_close, batches, inputs, net, shake, square_loss, trained_tensors
 

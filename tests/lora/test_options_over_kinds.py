@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import inject, load_adapter, merge, save_adapter
-from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.frozen.tensors import base_tensors
 from tests.lora.laws import check_laws, check_peft_opens_ours, check_we_open_pefts, config, dtypes, relative, stir
 
 CONVS = {

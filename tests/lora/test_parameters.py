@@ -9,7 +9,7 @@ from torch import nn
 
 from lora_lightning import disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.lora.laws import check_laws, check_meta, check_peft_opens_ours, check_we_open_pefts, config, dtypes, stir
 
 

@@ -13,8 +13,8 @@ from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterWarning
+from lora_lightning.lora.formats.peft.limits import MIXTRAL_LIKE, QWEN2_MOE_LIKE
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.peft_limits import MIXTRAL_LIKE, QWEN2_MOE_LIKE
 from tests.factories import FAMILIES, Own, distance, move, output
 
 

@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModel
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.patterns import matches
-from lora_lightning.lora.presets import LAYOUTS, PRESETS, preset_pattern
+from lora_lightning.lora.targets.patterns import matches
+from lora_lightning.lora.targets.presets import LAYOUTS, PRESETS, preset_pattern
 from tests.lora.options_support import inputs, net
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")

@@ -14,9 +14,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
 from lora_lightning.lora import products
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.layers.fused_linear import plain_arithmetic
 from lora_lightning.lora.products import frozen_product
-from lora_lightning.lora.quick import plain_arithmetic
 from lora_lightning.lora.switches import prepare_weights
 
 pytestmark = pytest.mark.skipif(products._operator() is None, reason="this build of torch has no oneDNN")

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.lora.laws import DTYPES, TOLERANCE, relative, stir
 
 sizes = st.integers(1, 6)

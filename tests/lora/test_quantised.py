@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora.adapter import base_tensors
 from lora_lightning.lora.errors import LoRAError, MergeError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.quantization import hold_packing, plain_weight, scheme
+from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.quantised import hold_packing, plain_weight, scheme
 from tests.lora.options_support import shake
 
 bnb = pytest.importorskip("bitsandbytes")

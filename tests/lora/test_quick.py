@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.lora import quick
 from lora_lightning.lora.drops import Dropout, dropped_of_256
 from lora_lightning.lora.drops import kept as kept_elements
-from lora_lightning.lora.quick import Frozen, plain_arithmetic, quick_linear
+from lora_lightning.lora.layers import fused_linear as quick
+from lora_lightning.lora.layers.fused_linear import Frozen, plain_arithmetic, quick_linear
 from lora_lightning.lora.reading import Down
 from lora_lightning.lora.switches import compute_apart
 

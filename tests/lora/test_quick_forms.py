@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import LoRAConfig, inject, merge
-from lora_lightning.lora import norms, quick, quick_conv, quick_embedding
+from lora_lightning.lora import norms, quick_conv, quick_embedding
 from lora_lightning.lora.channels import add_through_channels_, sum_over_places, through_channels
-from lora_lightning.lora.dora import rescale, updated_row_norms
 from lora_lightning.lora.drops import Dropout
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import fused_linear as quick
+from lora_lightning.lora.layers.dora import rescale, updated_row_norms
+from lora_lightning.lora.layers.fused_linear import plain_arithmetic
 from lora_lightning.lora.norms import thin_row_norms
-from lora_lightning.lora.quick import plain_arithmetic
 from lora_lightning.lora.quick_conv import Slide
 from lora_lightning.lora.quick_conv import quick_conv as convolved
 from lora_lightning.lora.quick_embedding import add_looked_up_

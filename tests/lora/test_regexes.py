@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_lightning.lora.regexes import refusal
+from lora_lightning.lora.targets.regexes import refusal
 from tests.lora.accidents import REGEXES
 from tests.lora.fuzz_support import within_bounds
 

@@ -8,9 +8,9 @@ import torchvision
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, remove, save_adapter
-from lora_lightning.lora.adapter import adapter_tensors
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.factories import move
 
 

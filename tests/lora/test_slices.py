@@ -11,8 +11,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
-from lora_lightning.lora.functional import block_rows, unblock_rows
-from lora_lightning.lora.slices import Slices
+from lora_lightning.lora.layers.functional import block_rows, unblock_rows
+from lora_lightning.lora.targets.fused_projections import Slices
 from tests.lora.laws import check_laws, check_meta, check_peft_opens_ours, config, dtypes, relative, stir
 
 SPECS = {

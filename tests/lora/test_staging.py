@@ -12,8 +12,8 @@ import pytest
 from safetensors import SafetensorError
 
 from lora_lightning import LoRAError
-from lora_lightning.lora import staging
-from lora_lightning.lora.staging import human_size, staged
+from lora_lightning.lora.formats import atomic_dir as staging
+from lora_lightning.lora.formats.atomic_dir import human_size, staged
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -65,7 +65,7 @@ def test_a_move_that_fails_puts_the_older_back(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lora_lightning.lora import staging
+from lora_lightning.lora.formats import atomic_dir as staging
 target, when = Path(sys.argv[1]), sys.argv[2]
 if when == "between the moves":
     real = Path.replace

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lora_lightning.lora import starts
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, ConfigError, TargetError
+from lora_lightning.lora.init import from_weight as starts
 from lora_lightning.lora.inject import adapted_layers
 from tests.lora.options_support import DTYPES, batches, inputs, net, shake, square_loss
 

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_lightning.lora import storage
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.storage import read_tensors, write_bytes, write_tensors
+from lora_lightning.lora.formats import tensor_files as storage
+from lora_lightning.lora.formats.tensor_files import read_tensors, write_bytes, write_tensors
 
 METADATA = {"format": "pt", **{f"key{i}": str(i) for i in range(20)}}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
@@ -42,7 +42,8 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, shapes, dtype):
 
 def test_another_process_writes_the_same_bytes(tmp_path):
     code = (
-        "import sys, torch; from pathlib import Path; from lora_lightning.lora.storage import write_tensors;"
+        "import sys, torch; from pathlib import Path; "
+        "from lora_lightning.lora.formats.tensor_files import write_tensors;"
         "write_tensors(Path(sys.argv[1]), {c: torch.ones(2) for c in 'dacb'}, {f'k{i}': '' for i in range(20)})"
     )
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.merge_on_disk import make_adapter, make_base, measure, shape_of
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
-from lora_lightning.disk_merge import merge_on_disk
+from lora_lightning.export.merge_on_disk import merge_on_disk
 from lora_lightning.lora import blocks as in_blocks
 from lora_lightning.lora import merge as merging
 from lora_lightning.lora.blocks import blocks
-from lora_lightning.lora.checkpoint import as_bytes
 from lora_lightning.lora.errors import AdapterWarning
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.meta.checkpoint import as_bytes
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
 

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, weight_norm
 
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.targets import select
+from lora_lightning.lora.targets.select import select
 from tests.factories import FAMILIES, Own, bert, llama, sequential
 
 

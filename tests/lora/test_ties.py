@@ -19,7 +19,7 @@ from transformers import (
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.lora.options_support import shake
 
 IDS = torch.tensor([[1, 5, 3, 9], [2, 2, 7, 0]])

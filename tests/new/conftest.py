@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_lightning.new import new
+from lora_lightning.commands.new import new
 from tests.new.projects import TASKS
 
 

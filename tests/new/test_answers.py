@@ -11,8 +11,8 @@ from datetime import date
 import pytest
 from packaging.requirements import Requirement
 
-from lora_lightning.new import PACKAGE, new
-from lora_lightning.projects.checks import questions, requirement
+from lora_lightning.commands.new import PACKAGE, new
+from lora_lightning.commands.projects.checks import questions, requirement
 from tests.command.process import REPOSITORY
 from tests.recipes.recipe import parse
 

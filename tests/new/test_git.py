@@ -9,9 +9,9 @@ import copier
 import pytest
 import yaml
 
-from lora_lightning.new import new
-from lora_lightning.projects import render
-from lora_lightning.projects.origin import origin
+from lora_lightning.commands.new import new
+from lora_lightning.commands.projects import render
+from lora_lightning.commands.projects.origin import origin
 from tests.command.process import REPOSITORY
 from tests.new.projects import git
 

@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from lora_lightning.__main__ import main
+from lora_lightning.commands.new import new
+from lora_lightning.commands.projects.checks import checked_name
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
-from lora_lightning.new import new
-from lora_lightning.projects.checks import checked_name
 
 
 @pytest.mark.parametrize(

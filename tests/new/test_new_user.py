@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_lightning.new import new
+from lora_lightning.commands.new import new
 from tests.new.projects import environment, git, make
 from tests.tiny import make_reviews
 

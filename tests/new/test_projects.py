@@ -14,7 +14,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 from tests.command.process import REPOSITORY
 from tests.new.projects import configs_of, make, offline
 from tests.recipes.recipe import parse

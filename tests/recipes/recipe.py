@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 from tests.command.process import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"

@@ -9,10 +9,10 @@ import torch
 import transformers
 import yaml
 
-from lora_lightning.cli import LoRACLI
-from lora_lightning.data import tables
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.data.io import tables
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.quantised import scheme
+from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.tasks.causal_lm import CausalLM
 from tests.chats import CHATML, GEMMA, LLAMA3, MISTRAL, assistant, make_tokenizer, user
 from tests.command.process import REPOSITORY

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 from tests.recipes.recipe import CONFIGS, head_of, parse, stacked
 from tests.tiny_lm import make_lm, make_texts
 

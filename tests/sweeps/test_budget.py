@@ -7,9 +7,9 @@ import torch
 import yaml
 
 from lora_lightning import LoRAConfig, LoRAError
-from lora_lightning.sweeps.budget import rank_for, trainable
-from lora_lightning.sweeps.request import Request
-from lora_lightning.sweeps.sweep import prepared
+from lora_lightning.commands.sweep.rank_budget import rank_for, trainable
+from lora_lightning.commands.sweep.request import Request
+from lora_lightning.commands.sweep.sweep import prepared
 from tests.factories import bert
 from tests.recipes.recipe import CONFIGS
 

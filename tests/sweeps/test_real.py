@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 
-from lora_lightning.sweeps.base import opened
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.commands.sweep.base_config import opened
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY, command
 
 

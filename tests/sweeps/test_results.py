@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from lora_lightning.analysis import drawing
-from lora_lightning.sweeps.plots import figures
-from lora_lightning.sweeps.ranking import ranked
-from lora_lightning.sweeps.space import MATRICES, RANK
-from lora_lightning.sweeps.tables import NOT_TEST, table
-from lora_lightning.sweeps.trial import named
-from lora_lightning.sweeps.write import write
+from lora_lightning.commands.sweep.plots import figures
+from lora_lightning.commands.sweep.ranking import ranked
+from lora_lightning.commands.sweep.search_space import MATRICES, RANK
+from lora_lightning.commands.sweep.tables import NOT_TEST, table
+from lora_lightning.commands.sweep.trial import named
+from lora_lightning.commands.sweep.write import write
 
 METRIC = "val/accuracy"
 

@@ -12,8 +12,8 @@ from statistics import fmean, stdev
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.sweeps.processes import locked, shares
-from lora_lightning.sweeps.runner import Stopped
+from lora_lightning.commands.sweep.processes import locked, shares
+from lora_lightning.commands.sweep.runner import Stopped
 from tests.sweeps.quick import events, placed, plan, run, sweep
 
 LEVELS = {"1": 0.3, "2": 0.7, "4": 0.5}
@@ -112,7 +112,7 @@ def test_a_pruner_ends_fits_that_fall_behind(tmp_path, pruner):
         assert 0 < len(trial.reported) < 12
         assert trial.value == max(trial.reported)
     assert {e["r"] for e in events(tmp_path, "leaves")} == {point.values["model.lora.r"] for point in pruned}
-    assert events(tmp_path)[0]["callbacks"] == "lora_lightning.sweeps.reporting.ReportValidations"
+    assert events(tmp_path)[0]["callbacks"] == "lora_lightning.commands.sweep.pruning_callback.ReportValidations"
     _, said = run(file, grid=["model.lora.r=1,2,4,8,16"], pruner=pruner)
     assert said == []  # what was pruned stays so
 

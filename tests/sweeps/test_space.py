@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.cli import command_parser
-from lora_lightning.sweeps.request import Request
-from lora_lightning.sweeps.space import Range, choices, interval, plainly, short_names
-from lora_lightning.sweeps.study import points, study_of
-from lora_lightning.sweeps.trial import named
+from lora_lightning.cli.main import command_parser
+from lora_lightning.commands.sweep.request import Request
+from lora_lightning.commands.sweep.search_space import Range, choices, interval, plainly, short_names
+from lora_lightning.commands.sweep.study import points, study_of
+from lora_lightning.commands.sweep.trial import named
 
 SETS = "model.lora.target_modules=[query],[query,value],all-linear"
 

@@ -6,7 +6,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from lora_lightning import LoRAError, SequenceClassification
 from lora_lightning.tasks.base import StepOutput
-from lora_lightning.tasks.classification_metrics import METRICS
+from lora_lightning.tasks.metrics.classification import METRICS
 
 REFERENCE = {
     "accuracy": accuracy_score,

@@ -13,7 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 from lora_lightning import LoRAError, huggingface
 from lora_lightning.tasks.base import StepOutput
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pooled
-from lora_lightning.tasks.retrieval import Retrieval, info_nce, ranks, singled
+from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, ranks, singled
 
 
 class Rows(nn.Module):

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks import liger
-from lora_lightning.tasks import linear_cross_entropy as module
-from lora_lightning.tasks.linear_cross_entropy import linear_cross_entropy
+from lora_lightning.tasks.losses import liger
+from lora_lightning.tasks.losses import linear_cross_entropy as module
+from lora_lightning.tasks.losses.linear_cross_entropy import linear_cross_entropy
 
 OPTIONS = [
     {},

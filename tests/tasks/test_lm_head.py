@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.tasks import linear_cross_entropy, lm_head
-from lora_lightning.tasks.lm_head import aligned_loss, shifted_loss
+from lora_lightning.tasks.losses import linear_cross_entropy, lm_head
+from lora_lightning.tasks.losses.lm_head import aligned_loss, shifted_loss
 from tests.distributed import one_process
 
 SIZES = {

@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_lightning import LoRAError
 from lora_lightning.tasks.multi_label import MultiLabelClassification
-from lora_lightning.training.callbacks.predictions import rows
+from lora_lightning.training.callbacks.prediction_writer import rows
 
 
 class Says(nn.Module):

@@ -8,9 +8,9 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, disabled, huggingface, inject
 from lora_lightning.tasks.base import StepOutput
-from lora_lightning.tasks.log_probs import LogProbs, sequence_log_probs
+from lora_lightning.tasks.losses.log_probs import LogProbs, sequence_log_probs
+from lora_lightning.tasks.losses.preference_losses import PreferenceTerms, preference_losses
 from lora_lightning.tasks.preference import PreferenceTuning, frozen
-from lora_lightning.tasks.preference_losses import PreferenceTerms, preference_losses
 from tests.tiny_pairs import make_llama
 
 LOSSES = [

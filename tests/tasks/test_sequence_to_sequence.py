@@ -6,9 +6,9 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.data.prompt_completion import PromptCompletionData
-from lora_lightning.data.sequence_to_sequence import SequenceToSequenceData
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.chat.prompt_completion import PromptCompletionData
+from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.data.seq2seq import SequenceToSequenceData
 from lora_lightning.tasks.generating import WrittenOutput
 from lora_lightning.tasks.generation import generate_texts, generation_config
 from lora_lightning.tasks.sequence_to_sequence import SequenceToSequence

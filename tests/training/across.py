@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lora_lightning import FSDP1Strategy, LoRAConfig, LoRAModule
-from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy
 from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 from tests.processes import in_processes

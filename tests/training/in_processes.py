@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.training.callbacks import Checkpoints, FreezeBase, PredictionWriter, Resume, RunReport
-from lora_lightning.training.loggers import ContinuedCSVLogger
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 
 STEPS = 20

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 
 TERM_AT, KILL_AT, STEPS = 5, 11, 16
 """Optimizer steps. `last.ckpt` is written every fourth, an epoch's end (8) and where SIGTERM came."""

@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAModule, LoRATrainer, SequenceClassification
-from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.training.test_module import Vision, loader
 
 BATCH = 12

@@ -16,9 +16,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning import LoRAConfig, LoRAModule
-from lora_lightning.data.replicas import replica
-from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.data.loading.replicas import replica
+from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.base import StepOutput, Task
 from lora_lightning.training.zero_whole import zero_part
 

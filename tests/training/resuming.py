@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume
-from lora_lightning.training.loggers import ContinuedCSVLogger
 from lora_lightning.training.optim import WarmupDecay
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 
 

@@ -20,15 +20,15 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
-from lora_lightning.data.loader import ResumableLoader
-from lora_lightning.data.replicas import replica
-from lora_lightning.data.sampler import EpochSampler
+from lora_lightning.data.loading.loader import ResumableLoader
+from lora_lightning.data.loading.replicas import replica
+from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.agree import gathered
 from lora_lightning.training.callbacks import Checkpoints, ExportAtEnd, FreezeBase, Resume, RunReport, StopOnNonFinite
-from lora_lightning.training.loggers import ContinuedCSVLogger
-from lora_lightning.training.sharding import local
-from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.distributed import gathered
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
+from lora_lightning.training.strategies.wrapping import local
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 from tests.processes import in_processes
 from tests.training import ragged

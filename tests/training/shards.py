@@ -20,10 +20,10 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.lora import switches
-from lora_lightning.lora.adapter import base_tensors
-from lora_lightning.lora.fingerprint import fingerprint as of_one
-from lora_lightning.training import sharded_w0
-from lora_lightning.training.sharding import shard
+from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one
+from lora_lightning.lora.frozen.tensors import base_tensors
+from lora_lightning.training.strategies import fingerprint as sharded_w0
+from lora_lightning.training.strategies.wrapping import shard
 from tests.processes import in_processes
 
 

@@ -21,15 +21,15 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule, huggingface, inject
-from lora_lightning.lora.adapter import base_tensors
-from lora_lightning.lora.fingerprint import fingerprint as of_one
+from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one
+from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.inject import disabled
-from lora_lightning.training import sharded_w0
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.agree import gathered
 from lora_lightning.training.callbacks import PredictionWriter, RankTelemetry, RunReport
-from lora_lightning.training.sharding import as_stored, shard
-from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.distributed import gathered
+from lora_lightning.training.strategies import fingerprint as sharded_w0
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
+from lora_lightning.training.strategies.wrapping import as_stored, shard
 from lora_lightning.training.tensor_parallel import TensorParallel
 from lora_lightning.training.tensor_plan import plan_of
 from lora_lightning.training.tensor_refusals import refuse

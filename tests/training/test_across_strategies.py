@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.processes import REPOSITORY
 from tests.training import across, sharded
 from tests.training.across import END, EPOCH, ONE, STRATEGIES

@@ -12,8 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, default_collate
 
 from lora_lightning import LoRAError, LoRAModule
-from lora_lightning.training.averaging import UnitMean
 from lora_lightning.training.gradients import multiply
+from lora_lightning.training.loss_weighting import UnitMean
 from tests.command.process import REPOSITORY
 from tests.distributed import one_process
 from tests.training.ragged import CLIP, ROWS, fit, module, rows

@@ -10,8 +10,8 @@ from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
 from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
-from lora_lightning.training.callbacks.freeze import W0MovedError, check_gradients, check_optimizers
-from lora_lightning.training.export import export
+from lora_lightning.export.export import export
+from lora_lightning.training.callbacks.freeze_base import W0MovedError, check_gradients, check_optimizers
 from tests.training.test_module import Vision, loader, trainer_of
 
 
@@ -192,7 +192,7 @@ def test_an_export_that_cannot_be_is_told_before_the_first_step(tmp_path, make_m
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
     refused("holds files that are not an export", output_dir=str(tmp_path / "mine"))
     refused("vLLM takes A and B of linear layers alone", LoRAConfig(r=2, use_dora=True), serving="vllm")
-    monkeypatch.setattr("lora_lightning.training.onnx.PACKAGES", ("a_package_that_is_not_there",))
+    monkeypatch.setattr("lora_lightning.export.onnx.PACKAGES", ("a_package_that_is_not_there",))
     refused("ONNX needs a_package_that_is_not_there", formats=["onnx"])
     with pytest.raises(LoRAError, match="ExportAtEnd exports a LoRAModule, got BoringModel"):
         trainer_of(tmp_path, callbacks=[ExportAtEnd()]).fit(BoringModel())
@@ -225,7 +225,7 @@ def test_an_exports_figures_reach_the_log_and_what_was_trained_last_stays(tmp_pa
 def test_a_fit_with_an_export_hashes_w0_once_for_each_of_its_proofs(tmp_path, make_module, monkeypatch):
     """At the start, at the end of training, before the merge, on saving and on loading the adapter."""
     from lora_lightning import RunReport
-    from lora_lightning.lora import fingerprint as module_of
+    from lora_lightning.lora.frozen import fingerprint as module_of
 
     passes, real = [], module_of._digest
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
-from lora_lightning.training.checkpoint_io import (
+from lora_lightning.training.checkpoints.file_io import (
     PREVIOUS,
     DamagedCheckpointError,
     WholeFiles,

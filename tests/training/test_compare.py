@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from lora_lightning.export.compare import difference, outputs, tolerance
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.training.compare import difference, outputs, tolerance
 from tests.factories import llama
 
 ONE, TWO, THREE = torch.tensor([1.0]), torch.tensor([2.0, -4.0]), torch.tensor([[3.0]])

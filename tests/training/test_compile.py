@@ -14,8 +14,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.training.forward import Compilation, parts_to_compile
-from lora_lightning.training.recompute import Recomputation
+from lora_lightning.training.activations.checkpointing import Recomputation
+from lora_lightning.training.activations.compilation import Compilation, parts_to_compile
 from tests.factories import distance, move
 from tests.training.test_recompute import DECODER, IDS, MODELS, SIZES, adapted, step
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.training import zero_engine, zero_parts
-from lora_lightning.training.checkpoint_io import WholeFiles
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.file_io import WholeFiles
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.trainer import LoRATrainer
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy
 from lora_lightning.training.zero3_strategy import ZeRO3Strategy

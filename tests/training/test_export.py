@@ -29,15 +29,15 @@ from lora_lightning import (
     huggingface,
     load_adapter,
 )
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.export import export as export_module
+from lora_lightning.export import model_files as merged_module
+from lora_lightning.export import verification as proof
+from lora_lightning.export.export import bytes_needed, export
+from lora_lightning.export.export_record import record_export
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.staging import human_size
-from lora_lightning.training import export as export_module
-from lora_lightning.training import merged as merged_module
-from lora_lightning.training import proof
-from lora_lightning.training.export import bytes_needed, export
-from lora_lightning.training.export_record import record_export
-from lora_lightning.training.summary import report_rows
+from lora_lightning.lora.formats.atomic_dir import human_size
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.reports.console import report_rows
 from tests.factories import llama
 from tests.training.test_module import Vision
 
@@ -371,7 +371,7 @@ def test_no_space_leaves_no_trace(moved, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_lightning.training.merged.save_file", full)
+    monkeypatch.setattr("lora_lightning.export.model_files.save_file", full)
     with pytest.raises(LoRAError, match="no space was left for"):
         export(moved, tmp_path / "out", batch=BATCH)
     assert list(tmp_path.iterdir()) == []

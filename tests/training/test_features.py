@@ -8,8 +8,8 @@ from torch import nn
 from torchvision.models import get_model
 
 from lora_lightning import Baselines, FreezeBase, LoRAConfig, LoRAError, LoRAModule, RunReport, inject
-from lora_lightning.data.images import ImageData
-from lora_lightning.data.splits import SplitConfig
+from lora_lightning.data.images.data import ImageData
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.image_classification import ImageClassification
 from lora_lightning.training.features import features, pixels

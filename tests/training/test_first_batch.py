@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
-from lora_lightning.training.first_batch import first_batch
-from lora_lightning.training.probe import draw
+from lora_lightning.export.first_batch import first_batch
+from lora_lightning.export.probe_batch import draw
 from lora_lightning.training.trainer import LoRATrainer
 from tests.training.test_module import Vision, loader, trainer_of
 

@@ -21,10 +21,10 @@ import pytest
 import torch
 
 from lora_lightning import FSDP1Strategy, LoRAError
-from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.training.checkpoint_io import WholeFiles
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.training.checkpoints.file_io import WholeFiles
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.fsdp1_units import full_bytes
-from lora_lightning.training.run import load_checkpoint
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
 from tests.processes import REPOSITORY
@@ -168,7 +168,7 @@ def test_a_word_is_enough_for_the_defaults():
 def test_what_cannot_be_done_in_parts_is_refused_with_the_way_out(changed, said, tmp_path):
     made = sharded.module(torch.float32, **{k: v for k, v in changed.items() if k == "init"})
     if "compile" in changed:
-        from lora_lightning.training.forward import TrainingForward
+        from lora_lightning.training.activations.compilation import TrainingForward
 
         made.training_forward = TrainingForward(made.backbone, checkpointing=False, offload=False, compile=True)
     trainer = sharded.trainer_of(folder=tmp_path, strategy=FSDP1Strategy(), devices=1)

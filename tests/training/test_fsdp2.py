@@ -26,15 +26,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lora_lightning import LoRAError
-from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.training.about import backbone_name
-from lora_lightning.training.checkpoint_folder import MANIFEST, REST, write
-from lora_lightning.training.checkpoint_io import WholeFiles, read_checkpoint
-from lora_lightning.training.damage import DamagedCheckpointError
-from lora_lightning.training.groups import groups_of, named_blocks
-from lora_lightning.training.run import find_checkpoint, load_checkpoint
-from lora_lightning.training.sharding import shard
-from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.reports.about import backbone_name
+from lora_lightning.training.checkpoints.checkpoint_folder import MANIFEST, REST, write
+from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
+from lora_lightning.training.checkpoints.file_io import WholeFiles, read_checkpoint
+from lora_lightning.training.checkpoints.run_folder import find_checkpoint, load_checkpoint
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
+from lora_lightning.training.strategies.groups import groups_of, named_blocks
+from lora_lightning.training.strategies.wrapping import shard
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
 from tests.distributed import one_process

@@ -11,13 +11,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule
-from lora_lightning.cli import LoRACLI
-from lora_lightning.training import checkpoint_io
+from lora_lightning.cli.main import LoRACLI
 from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, RunReport, StopOnNonFinite
-from lora_lightning.training.callbacks.checkpoints import PreemptedError
-from lora_lightning.training.callbacks.finite import NotFiniteError
-from lora_lightning.training.checkpoint_io import PREVIOUS, WholeFiles, read_checkpoint, write_checkpoint
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.callbacks.nan_guard import NotFiniteError
+from lora_lightning.training.checkpoints import file_io as checkpoint_io
+from lora_lightning.training.checkpoints.file_io import PREVIOUS, WholeFiles, read_checkpoint, write_checkpoint
+from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.training.resuming import fit
 from tests.training.test_module import Vision, loader, trainer_of
 from tests.training.test_resume import Spoils, checkpoints

@@ -14,10 +14,10 @@ from lightning.pytorch import Callback, Trainer
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from lora_lightning import LoRAConfig, LoRAModule, WarmupDecay, save_adapter
+from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.data.sampler import EpochSampler
-from lora_lightning.data.splits import SplitConfig
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.causal_lm import CausalLM
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
 

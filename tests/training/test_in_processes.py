@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY
 from tests.tiny import make_bert, make_reviews
 from tests.training.in_processes import STEPS

@@ -13,12 +13,12 @@ import torch
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from lora_lightning import WandbLogger
-from lora_lightning.cli import resume_loggers
-from lora_lightning.training.callbacks.resume import KEY
-from lora_lightning.training.checkpoint_folder import write
-from lora_lightning.training.loggers import ContinuedCSVLogger, go_on_with, runs_of
-from lora_lightning.training.run import load_checkpoint
-from lora_lightning.training.wandb_run import go_on_with_run_of
+from lora_lightning.cli.main import resume_loggers
+from lora_lightning.training.checkpoints.checkpoint_folder import write
+from lora_lightning.training.checkpoints.resume import KEY
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, go_on_with, runs_of
+from lora_lightning.training.tracking.wandb_run import go_on_with_run_of
 from tests.command.process import REPOSITORY
 from tests.distributed import one_process
 from tests.training.logged import KILL_AT, STEPS, TERM_AT

@@ -16,12 +16,12 @@ from lora_lightning import (
     WarmupDecay,
     huggingface,
 )
+from lora_lightning.export.export import export
 from lora_lightning.lora import products
-from lora_lightning.lora.adapter import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.fingerprint import fingerprint
-from lora_lightning.training.export import export
-from lora_lightning.training.run import load_checkpoint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 
 
 def trainer_of(tmp_path, **kwargs):

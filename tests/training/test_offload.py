@@ -8,8 +8,8 @@ import transformers as tf
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.training.offload import Offload, Waiting
-from lora_lightning.training.recompute import Recomputation
+from lora_lightning.training.activations.checkpointing import Recomputation
+from lora_lightning.training.activations.offloading import Offload, Waiting
 from tests.factories import move
 from tests.training.test_recompute import IDS, SIZES, adapted, assert_same_step, step
 

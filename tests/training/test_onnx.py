@@ -11,9 +11,9 @@ import transformers as tf
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
+from lora_lightning.export import onnx as exporting
+from lora_lightning.export.onnx import export_onnx
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.training import onnx as exporting
-from lora_lightning.training.onnx import export_onnx
 from tests.lora.laws import stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from lora_lightning.cli import LoRACLI
-from lora_lightning.training.page import write_page
-from lora_lightning.training.page.chart import Axis, short, thinned
-from lora_lightning.training.page.markup import tag
-from lora_lightning.training.page.series import charts_of, read_metrics
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.reports.page.chart import Axis, short, thinned
+from lora_lightning.reports.page.markup import tag
+from lora_lightning.reports.page.series import charts_of, read_metrics
+from lora_lightning.reports.page import write_page
 from tests.chromium import looks, parsed
 
 

@@ -11,17 +11,17 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, huggingface, inject
-from lora_lightning.handed_down import NF4, handed_down
-from lora_lightning.lora.adapter import adapter_tensors, base_tensors
-from lora_lightning.lora.base_dtype import base_dtypes, base_floats, cast_base
+from lora_lightning.cli.handed_down import NF4, handed_down
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.base_dtype import base_dtypes, base_floats, cast_base
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.quantization import scheme
+from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.quantised import scheme
 from lora_lightning.training.callbacks import Checkpoints
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.load_dtypes import load_dtypes
 from lora_lightning.training.precision import HalfBase, convert, lightnings_own
-from lora_lightning.training.run import load_checkpoint
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import REPOSITORY
 from tests.factories import FAMILIES, distance, move, output

@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 from lora_lightning import LoRAError
-from lora_lightning.training.compare import outputs
-from lora_lightning.training.probe import MOST_ROWS, draw, from_batch
+from lora_lightning.export.compare import outputs
+from lora_lightning.export.probe_batch import MOST_ROWS, draw, from_batch
 from tests.factories import bert, gpt, llama, sequential
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}

@@ -14,13 +14,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from lora_lightning import LoRAConfig, LoRAError, inject
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.analysis.rank_measures import RankMeasures, base_norm, measures_of, summary, whole_base, whole_layer
+from lora_lightning.lora.frozen.matrices import update_pairs
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.matrices import update_pairs
-from lora_lightning.training import run
 from lora_lightning.training.callbacks import FreezeBase, Resume
 from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankTelemetry, keep_until
-from lora_lightning.training.rank_measures import RankMeasures, base_norm, measures_of, summary, whole_base, whole_layer
+from lora_lightning.training.checkpoints import run_folder as run
 from tests.distributed import one_process
 from tests.lora.laws import stir
 from tests.lora.test_quantised import SCHEMES, Net

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lora_lightning import LoRAError
 from lora_lightning.data.dataset import DatasetData
 from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, StopOnNonFinite
-from lora_lightning.training.callbacks.finite import NotFiniteError
-from lora_lightning.training.callbacks.freeze import W0MovedError
-from lora_lightning.training.random_state import random_state, set_random_state
-from lora_lightning.training.run import continued, find_checkpoint, load_checkpoint
+from lora_lightning.training.callbacks.freeze_base import W0MovedError
+from lora_lightning.training.callbacks.nan_guard import NotFiniteError
+from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.checkpoints.run_folder import continued, find_checkpoint, load_checkpoint
 from tests.training import ragged, sharded
 from tests.training.resuming import EveryState, differing, ended, fit
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
-from lora_lightning.training.run import find_checkpoint, load_checkpoint, run_of_checkpoint
+from lora_lightning.training.checkpoints.run_folder import find_checkpoint, load_checkpoint, run_of_checkpoint
 
 
 def test_a_run_is_found_by_file_by_version_and_by_name(trained):

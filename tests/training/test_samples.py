@@ -9,13 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_lightning import LoRAConfig, LoRAModule, huggingface, inject
-from lora_lightning.cli import LoRACLI
-from lora_lightning.data.chat import ChatData
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.data.chat.data import ChatData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import adapted_layers, disabled
 from lora_lightning.tasks.causal_lm import CausalLM
 from lora_lightning.tasks.modes import evaluating
-from lora_lightning.training.callbacks.samples import Sample, Samples, answers, page_of, stops
+from lora_lightning.training.callbacks.generation_samples import Sample, Samples, answers, page_of, stops
 from tests.chats import CHATML, make_llama, write_chats
 
 CONFIG = """
@@ -26,7 +26,7 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
   callbacks:
-    - class_path: lora_lightning.training.callbacks.samples.Samples
+    - class_path: lora_lightning.training.callbacks.generation_samples.Samples
       init_args: {{count: 3, max_new_tokens: 8}}
 model:
   backbone:
@@ -36,7 +36,7 @@ model:
   task: {{class_path: lora_lightning.tasks.causal_lm.CausalLM}}
   optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.005}}}}
 data:
-  class_path: lora_lightning.data.chat.ChatData
+  class_path: lora_lightning.data.chat.data.ChatData
   init_args:
     path: {chats}
     tokenizer: {llama}

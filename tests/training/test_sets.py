@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, TextClassificationData
-from lora_lightning.cli import LoRACLI
+from lora_lightning.cli.main import LoRACLI
 from lora_lightning.training.sets import stage_of
 from tests.data.files import write
 from tests.tiny import make_bert

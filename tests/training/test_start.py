@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.lora.adapter import adapter_tensors
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.causal_lm import CausalLM
-from lora_lightning.training.start import start_from_batches
+from lora_lightning.training.initialization import start_from_batches
 from tests.tiny_lm import VOCABULARY, make_model
 
 

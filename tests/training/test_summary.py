@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.noise import RECORDS, quieten
-from lora_lightning.training.about import first_lines, short_count
+from lora_lightning.cli.log_filters import RECORDS, quieten
+from lora_lightning.reports.about import first_lines, short_count
+from lora_lightning.reports.console import show_injection, show_run
 from lora_lightning.training.callbacks import Progress
-from lora_lightning.training.summary import show_injection, show_run
 
 
 def shown(model: nn.Module, **options: object) -> str:

@@ -24,11 +24,11 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, inject
-from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
-from lora_lightning.training.run import load_checkpoint
-from lora_lightning.training.strategies import FSDP2Strategy
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
 from lora_lightning.training.tensor_plan import plan_of
 from lora_lightning.training.tensor_refusals import refuse, refuse_run
 from tests.chats import make_llama, write_chats

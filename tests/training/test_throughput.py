@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lora_lightning import LoRAConfig
-from lora_lightning.tasks.counting import examples_in, tokens_in
+from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
 from lora_lightning.training.callbacks import StepFigures, Throughput, throughput
 from lora_lightning.training.callbacks.step_figures import norm_of
 from tests.command.process import run

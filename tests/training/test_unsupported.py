@@ -5,8 +5,8 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning, Stocha
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy
 
 from lora_lightning import LoRAError
+from lora_lightning.training.preflight import INSTEAD, refuse_unsupported
 from lora_lightning.training.trainer import LoRATrainer
-from lora_lightning.training.unsupported import INSTEAD, refuse_unsupported
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy])

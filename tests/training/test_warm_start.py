@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError
-from lora_lightning.cli import LoRACLI
-from lora_lightning.lora.adapter import adapter_tensors
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.training import module as module_file
-from lora_lightning.training.run import load_checkpoint
-from lora_lightning.training.start import start_from_adapter
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
+from lora_lightning.training.initialization import start_from_adapter
 from tests.training.test_module import trainer_of
 
 

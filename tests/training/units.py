@@ -22,13 +22,13 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_lightning import ExportAtEnd, FSDP1Strategy, LoRAConfig, LoRAModule, RunReport, inject
 from lora_lightning.lora import switches
-from lora_lightning.lora.adapter import adapter_tensors, base_tensors
-from lora_lightning.lora.fingerprint import fingerprint as of_one
-from lora_lightning.training import sharded_w0
+from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one
+from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.agree import gathered
 from lora_lightning.training.callbacks import RankTelemetry
+from lora_lightning.training.distributed import gathered
 from lora_lightning.training.fsdp1_units import shard_w0, units_of
+from lora_lightning.training.strategies import fingerprint as sharded_w0
 from tests.processes import in_processes
 from tests.training import ragged, shards
 from tests.training.sharded import Net, Told, at, ended, equality, figures, fit, stopped

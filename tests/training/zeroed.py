@@ -17,8 +17,8 @@ from torch import distributed, nn
 
 from lora_lightning import HalfBase, LoRAConfig, LoRAError, LoRAModule, prepare_weights
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.agree import gathered
 from lora_lightning.training.callbacks.step_figures import norm_over, parts_of_gradients
+from lora_lightning.training.distributed import gathered
 from lora_lightning.training.zero2_strategy import ZeRO2Strategy
 from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 from tests.processes import in_processes

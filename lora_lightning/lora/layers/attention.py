@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora import kernel
-from lora_lightning.lora.attention import attend, float_mask, length_first
-from lora_lightning.lora.functional import block_rows, lora_delta, lora_update, unblock_rows
+from lora_lightning.lora.layers import kernel
+from lora_lightning.lora.layers.attention_kernel import attend, float_mask, length_first
 from lora_lightning.lora.layers.base import AdaptedLayer
-from lora_lightning.lora.layers.graft import Grafted
+from lora_lightning.lora.layers.class_swap import Grafted
+from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, unblock_rows
 from lora_lightning.lora.layers.options import LayerSettings
-from lora_lightning.lora.slices import Slices
+from lora_lightning.lora.targets.fused_projections import Slices
 
 PARTS = ("q", "k", "v")
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.functional import wide_dtype
-from lora_lightning.lora.init import STARTS, start_
-from lora_lightning.lora.layers.graft import graft, ungraft
+from lora_lightning.lora.init.random import STARTS, start_
+from lora_lightning.lora.layers.class_swap import graft, ungraft
+from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.layers.options import LayerSettings, WithOptions
 
 _STATE = (

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.functional import conv_delta, conv_update
 from lora_lightning.lora.layers.base import AdaptedLayer
-from lora_lightning.lora.layers.graft import own_forward_calls_super
+from lora_lightning.lora.layers.class_swap import own_forward_calls_super
+from lora_lightning.lora.layers.functional import conv_delta, conv_update
+from lora_lightning.lora.layers.fused_linear import can_go_quick
 from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, of_one_dtype, why_not_ordinary
-from lora_lightning.lora.quick import can_go_quick
 from lora_lightning.lora.quick_bias import with_bias_gradient
 from lora_lightning.lora.quick_conv import Slide, quick_conv
 

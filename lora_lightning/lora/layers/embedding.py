@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.functional import embedding_update, lora_delta, renormed
-from lora_lightning.lora.init import start_
+from lora_lightning.lora.init.random import start_
 from lora_lightning.lora.layers.base import AdaptedLayer
-from lora_lightning.lora.layers.graft import own_forward_calls_super
+from lora_lightning.lora.layers.class_swap import own_forward_calls_super
+from lora_lightning.lora.layers.functional import embedding_update, lora_delta, renormed
+from lora_lightning.lora.layers.fused_linear import can_go_quick
 from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, why_not_ordinary
-from lora_lightning.lora.quick import can_go_quick
 from lora_lightning.lora.quick_embedding import add_looked_up_
 
 

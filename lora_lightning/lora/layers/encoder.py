@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import kernel
-from lora_lightning.lora.layers.graft import Grafted
+from lora_lightning.lora.layers import kernel
+from lora_lightning.lora.layers.class_swap import Grafted
 
 
 class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.dora import sum_of_deltas, updated_row_norms
-from lora_lightning.lora.functional import block_rows, lora_update, moved_factors, sliced_update, unblock_rows
 from lora_lightning.lora.layers.base import AdaptedLayer
-from lora_lightning.lora.layers.graft import own_class
+from lora_lightning.lora.layers.class_swap import own_class
+from lora_lightning.lora.layers.dora import sum_of_deltas, updated_row_norms
+from lora_lightning.lora.layers.functional import block_rows, lora_update, moved_factors, sliced_update, unblock_rows
+from lora_lightning.lora.layers.fused_linear import Frozen, can_go_quick, has_few_rows, quick_linear
 from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, of_one_dtype, why_not_ordinary
 from lora_lightning.lora.layers.siblings import Siblings
 from lora_lightning.lora.products import Prepare
-from lora_lightning.lora.quick import Frozen, can_go_quick, has_few_rows, quick_linear
 from lora_lightning.lora.quick_bias import with_bias_gradient
 from lora_lightning.lora.reading import Down
 from lora_lightning.lora.replay import Replays

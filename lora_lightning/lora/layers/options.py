@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora import starts
-from lora_lightning.lora.dora import channel_norms, dora_factor, dora_update, rescale
-from lora_lightning.lora.layers.graft import Grafted
+from lora_lightning.lora.frozen.quantization import plain_weight
+from lora_lightning.lora.init import from_weight as starts
+from lora_lightning.lora.layers.class_swap import Grafted
+from lora_lightning.lora.layers.dora import channel_norms, dora_factor, dora_update, rescale
+from lora_lightning.lora.layers.fused_linear import can_go_quick
 from lora_lightning.lora.norms import thin_row_norms
-from lora_lightning.lora.quantised import plain_weight
-from lora_lightning.lora.quick import can_go_quick
 from lora_lightning.lora.rescale import rescale_
-from lora_lightning.lora.slices import Slices
+from lora_lightning.lora.targets.fused_projections import Slices
 
 
 @dataclass(frozen=True, kw_only=True)

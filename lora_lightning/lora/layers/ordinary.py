@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lora_lightning.lora.drops import dropped_of_256
-from lora_lightning.lora.layers.bias import TrainedBias
-from lora_lightning.lora.layers.graft import own_class
-from lora_lightning.lora.quantised import scheme
+from lora_lightning.lora.frozen.quantization import scheme
+from lora_lightning.lora.layers.class_swap import own_class
+from lora_lightning.lora.layers.trained.bias import TrainedBias
 from lora_lightning.lora.traced import is_ordinary
 
 if TYPE_CHECKING:

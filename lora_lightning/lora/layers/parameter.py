@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.functional import lora_delta, stack_delta
 from lora_lightning.lora.layers.base import AdaptedLayer
-from lora_lightning.lora.layers.graft import Grafted, graft, ungraft
+from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
+from lora_lightning.lora.layers.functional import lora_delta, stack_delta
 from lora_lightning.lora.layers.options import LayerSettings
 
 CHILD = "lora_of_"

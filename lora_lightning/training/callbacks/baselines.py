@@ -11,13 +11,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lora_lightning.export.model_files import is_transformers
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import disabled
-from lora_lightning.training import run
+from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.features import features, head_of, pixels
-from lora_lightning.training.merged import is_transformers
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.sharding import is_sharded
+from lora_lightning.training.strategies.wrapping import is_sharded
 
 PIXELS = "pixel_values"
 SPLITS = ("train", "validation", "test")

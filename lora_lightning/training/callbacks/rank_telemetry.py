@@ -13,14 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.matrices import update_pairs
-from lora_lightning.lora.storage import write_bytes
-from lora_lightning.training import run
-from lora_lightning.training.fsdp1_units import whole_in_parts
-from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.rank_measures import (
+from lora_lightning.analysis.rank_measures import (
     NAMES,
     RankMeasures,
     base_norm,
@@ -29,6 +22,13 @@ from lora_lightning.training.rank_measures import (
     whole_base,
     whole_layer,
 )
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.frozen.matrices import update_pairs
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.fsdp1_units import whole_in_parts
+from lora_lightning.training.module import LoRAModule
 
 FILE = "rank.csv"
 HEADER = ["step", "layer", *NAMES]

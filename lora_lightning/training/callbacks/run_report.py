@@ -11,20 +11,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
-from lora_lightning.lora.adapter import adapter_bytes
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.lora.products import choices
-from lora_lightning.training import run
-from lora_lightning.training.about import adapted_rows, backbone_name
-from lora_lightning.training.callbacks.freeze import FreezeBase
+from lora_lightning.reports.about import adapted_rows, backbone_name
+from lora_lightning.reports.console import show_report
+from lora_lightning.reports.parts import parts_of
+from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
+from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.fsdp1_units import full_bytes
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.page import write_page
-from lora_lightning.training.parts import parts_of
-from lora_lightning.training.sharding import is_sharded
-from lora_lightning.training.summary import show_report
+from lora_lightning.reports.page import write_page
+from lora_lightning.training.strategies.wrapping import is_sharded
 
 
 class RunReport(Callback):

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lora_lightning.data.replicas import replica
-from lora_lightning.tasks.counting import examples_in, tokens_in
-from lora_lightning.training.averaging import is_padding
+from lora_lightning.data.loading.replicas import replica
+from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
+from lora_lightning.training.loss_weighting import is_padding
 
 MIB = 2**20
 

@@ -1,0 +1,95 @@
+"""W0 of each adapted layer, as matrices that go with its pairs: from a model in memory, or from files one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from lora_lightning.analysis.adapters import Factors
+from lora_lightning.lora.bank.mixing import Pair
+from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.frozen.matrices import less_start, weight_matrices
+from lora_lightning.lora.frozen.quantization import plain_weight, scheme
+from lora_lightning.lora.init.from_weight import from_weight, start_from_weight
+
+Read = Callable[[nn.Module, str, str], Tensor | None]
+"""A module's parameter by its own name and its full name; None where there are no values."""
+
+
+class Weights:
+    """W0 by the names of adapted layers.
+
+    Args:
+        model: the plain model or the adapted one; on the meta device where `read` brings the values.
+    """
+
+    def __init__(self, model: nn.Module, read: Read | None = None) -> None:
+        self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+        self.prefix = str(getattr(model, "base_model_prefix", ""))
+        """transformers' name of the part without a head, which an adapter's names may have or lack."""
+        self.read = read or _in_memory
+
+    def of(self, layer: Factors) -> list[Tensor] | None:
+        """The matrices (m, k), one for each pair of the layer; None where the files have no values for it.
+
+        Raises:
+            AdapterError: the model has no such layer, or it has another shape.
+        """
+        owner, own = self._place(layer)
+        weight = self.read(self.modules[owner], own, f"{owner}.{own}".removeprefix("."))
+        if weight is None:
+            return None
+        found = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
+        shapes = {tuple(matrix.shape) for matrix in found}
+        if len(found) != len(layer.pairs) or shapes != {layer.shape}:
+            raise AdapterError(
+                f"'{layer.name}': the base holds {len(found)} of shape {sorted(shapes)[0]}, and the adapter changes"
+                f" {len(layer.pairs)} of {layer.shape}: name the base that it was made on"
+            )
+        return found
+
+    def check(self, layers: list[Factors]) -> None:
+        """Raise an AdapterError where the model lacks one of the layers."""
+        for layer in layers:
+            self._place(layer)
+
+    def _place(self, layer: Factors) -> tuple[str, str]:
+        """The module that holds W0, and what the parameter is called there."""
+        if layer.kind == "Parameter":
+            owner, _, own = layer.name.rpartition(".")
+        else:
+            owner, own = layer.name, "in_proj_weight" if layer.kind == "MultiheadAttention" else "weight"
+        for name in (owner, owner.removeprefix(f"{self.prefix}."), f"{self.prefix}.{owner}"):
+            module = self.modules.get(name)
+            if module is not None and module._parameters.get(own) is not None:
+                return name, own
+        raise AdapterError(f"the base has no '{layer.name}', which the adapter changes: name the base of its own")
+
+
+def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
+    quantised = own == "weight" and scheme(module) is not None
+    return plain_weight(module) if quantised else module._parameters[own]  # `.weight` may be one that is adapted
+
+
+def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
+    """The layers with the start that PEFT took out of W0, where the file's factors count on one: `s (B A - B0 A0)`.
+
+    Raises:
+        AdapterError: there is such a start and no W0 to compute it from.
+    """
+    if not from_weight(init):
+        return layers
+    return [replace(layer, pairs=[_less_start(layer, init, weights)]) for layer in layers]
+
+
+def _less_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
+    W0 = None if weights is None else weights.of(layer)
+    if W0 is None or len(layer.pairs) != 1:
+        raise AdapterError(
+            f"the adapter counts on the start '{init}', which follows from W0: name its base with --base_model"
+        )
+    A0, B0 = start_from_weight(init, W0[0], layer.r, layer.scale)
+    A, B = layer.pairs[0]
+    return less_start((A, B), A0.to(A.dtype), B0.to(B.dtype))

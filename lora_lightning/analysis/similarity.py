@@ -1,0 +1,128 @@
+"""Which directions two adapters share, or two layers of one (the paper's section 7.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lora_lightning.analysis.adapters import Adapter, Factors
+from lora_lightning.analysis.layer_groups import places
+from lora_lightning.lora.bank.mixing import Pair
+from lora_lightning.lora.frozen.spectrum import accumulated, chance, directions, similarity, spectrum
+
+Side = Literal["A", "B", "update_in", "update_out"]
+SIDES: tuple[Side, ...] = ("A", "B", "update_in", "update_out")
+"""Of which matrix the directions are: A's right singular vectors (the paper's), B's left ones, those of B A."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSimilarity:
+    """One layer in two adapters."""
+
+    name: str
+    group: str
+    side: Side
+    phi: list[list[float]]
+    """At [i - 1][j - 1], of the first i directions of the one and the first j of the other."""
+    chance: float
+    """`phi(1, 1)` of two random directions; `phi(i, j)` of random subspaces is max(i, j) times that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSimilarity:
+    """Two adapters."""
+
+    labels: tuple[str, str]
+    layers: list[LayerSimilarity]
+    left_out: list[str]
+    """Layers that only one has, or that have another shape in the other."""
+
+
+def between_adapters(
+    first: Adapter, second: Adapter, advance: Callable[[int], None] = lambda _: None
+) -> PairSimilarity:
+    """phi for every layer that both have, on all sides."""
+    others, at = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
+    found, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
+    for layer in first.factors:
+        other = others.get(layer.name)
+        advance(1)
+        if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
+            left_out.append(layer.name)
+            continue
+        found += [_of_layers(layer, other, side, at[layer.name].group) for side in SIDES]
+    return PairSimilarity(labels=(first.label, second.label), layers=found, left_out=left_out)
+
+
+def _of_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:
+    m, k = layer.shape
+    return LayerSimilarity(
+        name=layer.name,
+        group=group,
+        side=side,
+        phi=_phi([sided(p, side) for p in layer.pairs], [sided(p, side) for p in other.pairs]).tolist(),
+        chance=chance(1, 1, (k if side in ("A", "update_in") else m) * len(layer.pairs)),
+    )
+
+
+def sided(pair: Pair, side: Side) -> tuple[Tensor, Tensor]:
+    """Directions (n, q) in the order of their singular values (q,)."""
+    A, B = pair
+    if side == "A":
+        return directions(A.mT)
+    if side == "B":
+        return directions(B)
+    whole = spectrum(A, B)
+    return (whole.V if side == "update_in" else whole.U), whole.S
+
+
+def _phi(ones: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Directions of different entries of a stack have nothing in common; all are ordered by their values together."""
+    if len(ones) == 1:
+        return similarity(ones[0][0], others[0][0])
+    blocks = [(U.mT @ V).square() for (U, _), (V, _) in zip(ones, others, strict=True)]
+    squares: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    rows = torch.cat([S for _, S in ones]).argsort(descending=True)
+    columns = torch.cat([S for _, S in others]).argsort(descending=True)
+    return accumulated(squares[rows][:, columns])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSimilarity:
+    """Layers of one adapter that do the same in each block."""
+
+    group: str
+    names: list[str]
+    directions: int
+    """k."""
+    phi: list[list[float]]
+    """`phi(k, k)` of A's right singular vectors, layer by layer."""
+    chance: float
+    """Of random subspaces."""
+
+
+def between_layers(layers: Sequence[Factors], group: str, k: int) -> GroupSimilarity | None:
+    """phi between layers of one shape, by their first k directions of A; None where there are not two of them."""
+    plain = [layer for layer in layers if len(layer.pairs) == 1 and layer.shape[1] == layers[0].shape[1]]
+    if len(plain) < 2:
+        return None
+    found = [sided(layer.pairs[0], "A")[0] for layer in plain]
+    k = max(1, min([k, *(U.shape[1] for U in found)]))
+    frames = torch.stack([_first(U, k) for U in found])
+    overlaps = torch.einsum("ank,bnl->abkl", frames, frames).square().sum((2, 3)) / k
+    return GroupSimilarity(
+        group=group,
+        names=[layer.name for layer in plain],
+        directions=k,
+        phi=overlaps.tolist(),
+        chance=chance(k, k, plain[0].shape[1]),
+    )
+
+
+def _first(U: Tensor, k: int) -> Tensor:
+    """The first k directions, with zeros where there are fewer."""
+    return U[:, :k] if U.shape[1] >= k else torch.cat([U, U.new_zeros(U.shape[0], k - U.shape[1])], dim=1)

@@ -1,0 +1,132 @@
+"""A Hugging Face model's directory as a base to work on without loading it: its class, its modules, its tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lora_lightning.backbones.huggingface import quiet
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.peft.keys import as_written
+from lora_lightning.lora.formats.peft.packing import PREFIX
+from lora_lightning.lora.meta.checkpoint import DTYPES, Checkpoint
+from lora_lightning.lora.meta.inject import AdapterFiles
+
+CONFIG = "config.json"
+
+# PEFT's names of tasks.
+TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+class BaseFiles:
+    """The files of one base.
+
+    Raises:
+        LoRAError: there are none, or they are torn, quantised, or of no model that transformers has.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.checkpoint = Checkpoint(directory)
+        self.config = _config(directory)
+
+    def maker(self, files: AdapterFiles) -> tuple[Callable[[], PreTrainedModel], dict[str, Any]]:
+        """What makes the plain model for this adapter on the meta device, and what its config says of new labels.
+
+        The class is the one that the adapter's task asks for, with as many labels as the adapter's head has.
+
+        Raises:
+            LoRAError: transformers has no such class.
+        """
+        config, own = self.config, main_dtype(self.checkpoint)
+        cls, heads = _model_class(config, files.peft.get("task_type")), dict[str, Any]()
+
+        def make() -> PreTrainedModel:
+            with torch.device("meta"):
+                # A copy, since a merge that unties two matrices notes it there.
+                return cls._from_config(copy.deepcopy(config), dtype=own)  # type: ignore[no-any-return,no-untyped-call]
+
+        labels = _labels(make(), files.tensors)
+        if labels is not None:
+            config.num_labels = labels
+            heads = {name: getattr(config, name) for name in ("id2label", "label2id")}
+        return make, heads
+
+    def load(self, files: AdapterFiles) -> PreTrainedModel:
+        """The plain model for this adapter with its weights, all of them in memory."""
+        make, _ = self.maker(files)
+        config, dtype = make().config, main_dtype(self.checkpoint)
+        with quiet():
+            return type(make()).from_pretrained(  # type: ignore[no-any-return]
+                self.directory, config=config, dtype=dtype, ignore_mismatched_sizes=True
+            )
+
+
+def main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating-point dtype that most of the base's bytes have: that of a head that it lacks."""
+    sizes = Counter[str]()
+    for stored in checkpoint.stored.values():
+        sizes[stored.dtype] += stored.size if stored.dtype in ("F64", "F32", "BF16", "F16") else 0
+    name, size = sizes.most_common(1)[0] if sizes else ("F32", 0)
+    return DTYPES[name] if size else torch.float32
+
+
+def _config(base: Path) -> PretrainedConfig:
+    if not (base / CONFIG).is_file():
+        raise LoRAError(f"no file {base / CONFIG}: name the directory of a Hugging Face model")
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise LoRAError(f"{base / CONFIG} is no config of a transformers model ({error})") from error
+    quantised = getattr(config, "quantization_config", None)
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+        raise LoRAError(
+            f"'{base}' is quantised ({method}), and rounding to its grid would lose most of the update: name the"
+            f" unquantised base"
+        )
+    return config  # type: ignore[no-any-return]
+
+
+def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedModel]:
+    """The class that the adapter's task asks for, else the base's own."""
+    named = next(iter(config.architectures or []), "")
+    own: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
+    if task is None or str(task) not in TASKS:
+        if own is None:
+            what = f"'{named}', which transformers does not have" if named else "no architecture"
+            raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
+        return own
+    mapping = getattr(transformers, TASKS[str(task)])._model_mapping
+    if type(config) not in mapping:
+        raise LoRAError(f"the adapter's task is {task}, and transformers has no such {config.model_type} model")
+    found = mapping[type(config)]
+    fitting = found if isinstance(found, tuple | list) else (found,)
+    return own if own is not None and own in fitting else fitting[0]  # type: ignore[no-any-return]
+
+
+def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
+    """The number of classes where the adapter brings a head of another size than the config's."""
+    state, number = model.state_dict(), model.config.num_labels
+    for key, tensor in as_written(tensors, model).items():
+        own = state.get(key.removeprefix(PREFIX))
+        if own is None or own.shape == tensor.shape or not own.dim() or own.shape[1:] != tensor.shape[1:]:
+            continue
+        if own.shape[0] == number:
+            return int(tensor.shape[0])
+    return None

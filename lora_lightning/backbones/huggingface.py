@@ -1,0 +1,161 @@
+"""Backbones by one line of YAML. Any other `nn.Module` is named by its own `class_path`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
+from lora_lightning.backbones.hub import refuse_not_there
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.meta.bare import builds_bare
+
+
+def huggingface(
+    pretrained_model_name_or_path: str,
+    auto_class: str = "AutoModelForSequenceClassification",
+    num_labels: int | None = None,
+    label_names: list[str] | None = None,
+    pad_token_id: int | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    random_weights: bool = False,
+    on_meta: bool = False,
+    model_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A transformers model, by `AutoModel...from_pretrained`; within `torch.device("meta")` its architecture alone.
+
+    Args:
+        pretrained_model_name_or_path: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the
+            latter inside an installed package.
+        auto_class: the transformers class whose `from_pretrained` is called.
+        num_labels: outputs of a classification head. The data's own count when it has label names.
+        label_names: written to the config, in the order of the labels' numbers. The data's own by default.
+        pad_token_id: what batches are padded with; GPT-2 and Llama come without one, and classify by the last token
+            that is not it. The tokenizer's own by default.
+        dtype: of the frozen weights; the adapters are float32 or wider in any case. Left out it is float32, or in the
+            command what `--trainer.precision` says of W0.
+        attn_implementation: transformers' choice of attention: eager, sdpa, flash_attention_2 and more.
+        revision: branch, tag or commit on the hub.
+        random_weights: build the architecture from its config and load no weights.
+        on_meta: read the weights when a fit or a test begins, each process its own part alone, and until then have them
+            on the meta device: for models that are sharded because no process can hold them. Safetensors only.
+        model_kwargs: more arguments for `from_pretrained`.
+
+    Raises:
+        LoRAError: no such class, no such model, weights that leave part of the backbone without values; or, with
+            `on_meta`, weights that are quantised, random or no safetensors.
+    """
+    cls = getattr(transformers, auto_class, None)
+    if cls is None:
+        known = [name for name in dir(transformers) if name.startswith("AutoModel")]
+        raise LoRAError(f"transformers has no class '{auto_class}'{did_you_mean(auto_class, known)}")
+    dtype = dtype or "float32"
+    name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
+    kwargs = dict(model_kwargs or {}) | gguf
+    if "cache_dir" not in kwargs:  # where it may lie in another place than the hub's cache
+        refuse_not_there("model", name)
+    if label_names:
+        kwargs |= {"id2label": dict(enumerate(label_names)), "label2id": {n: i for i, n in enumerate(label_names)}}
+        kwargs["num_labels"] = num_labels or len(label_names)
+    elif num_labels:
+        kwargs["num_labels"] = num_labels
+    if attn_implementation:
+        kwargs["attn_implementation"] = attn_implementation
+    if revision:
+        kwargs["revision"] = revision
+    on_meta = on_meta and not builds_bare()
+    if on_meta:
+        refuse_on_meta(kwargs, random_weights=random_weights)
+        kwargs["use_safetensors"] = True
+    try:
+        with quiet(), recorded(on_meta) as files:
+            bare = random_weights or builds_bare()
+            model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
+    except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, LoRAError):
+            raise
+        raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
+    except ImportError as error:
+        raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {_reason(error)}") from error
+    if on_meta:
+        finish_on_meta(model, files)
+    if "gguf_file" in kwargs:
+        forget_gguf(model)
+        model.config._name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
+    text = model.config.get_text_config()
+    if pad_token_id is not None and "pad_token_id" in text.to_dict():
+        text.pad_token_id = pad_token_id  # batches are padded with this one, so the last real token is found by it
+    return model  # type: ignore[no-any-return]
+
+
+def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
+    # A head of another size is a new head, like one that the weights lack.
+    kwargs = {"ignore_mismatched_sizes": True, **kwargs}
+    model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    model.new_keys = _new_keys(model, sorted({*info["missing_keys"], *mismatched}))
+    return model
+
+
+def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
+    attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}
+    config = transformers.AutoConfig.from_pretrained(name, **kwargs)
+    if cls.__name__.startswith("Auto"):
+        return cls.from_config(config, dtype=getattr(torch, dtype), **attention)
+    return cls(config).to(getattr(torch, dtype))
+
+
+def _new_keys(model: Any, without: list[str]) -> list[str]:
+    """Keys that the weights have no values for: a new head is the point of fine-tuning, all else is an accident.
+
+    Poolers may be new as well: encoders trained on masked words come without one.
+    """
+    prefix = f"{model.base_model_prefix}."
+    has_head = any(key.startswith(prefix) for key in model.state_dict())
+    body = [key for key in without if key.startswith(prefix) or not has_head]
+    body = [key for key in body if "pooler." not in key]
+    if body:
+        raise LoRAError(
+            f"the weights have no values for {len(body)} tensors of {type(model).__name__}, first '{body[0]}': they are"
+            " incomplete or belong to another architecture"
+        )
+    return without
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' load report: the new head it warns of is expected, other gaps are refused above."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    bars = transformers_logging.is_progress_bar_enabled()
+    if bars:
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _not_found(name: str, error: Exception) -> str:
+    reason = _reason(error)
+    if Path(name).exists():
+        return f"transformers cannot load '{name}': {reason}"
+    return f"no model '{name}': neither a directory nor found on the hub ({reason})"
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,140 @@
+"""A transformers model by `from_pretrained`, in which every tensor that its files hold is on the meta device.
+
+transformers itself finds the files, renames and fuses their tensors, chooses each dtype, checks what is missing or of
+another shape, and draws what the files lack. Only the numbers are left in the files: what it opens as safetensors gives
+tensors of the right shape on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedModel, modeling_utils
+
+from lora_lightning.backbones.key_mapping import groups_to_load
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.meta.checkpoint import DTYPES
+from lora_lightning.lora.meta.key_mapping import Base
+from lora_lightning.lora.meta.weight_files import WeightFiles, keep_files
+
+
+def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:
+    """Raise a LoRAError where the weights lie in no file, or cannot be read one by one."""
+    other = (
+        "gguf_file",
+        "quantization_config",
+        "device_map",
+        "tp_plan",
+        "tp_size",
+        "distributed_config",
+        "key_mapping",
+    )
+    found = "random_weights" if random_weights else next((name for name in other if name in kwargs), None)
+    if found is not None:
+        raise LoRAError(f"on_meta reads plain safetensors files and goes with no {found}: leave one of the two out")
+
+
+@contextmanager
+def recorded(on_meta: bool) -> Iterator[list[Path]]:
+    """Within the block, where `on_meta` says so, transformers reads no numbers; gives the files that it opened."""
+    files: list[Path] = []
+
+    def opened(file: str, *args: Any, **kwargs: Any) -> _Headers:
+        files.append(Path(file))
+        return _Headers(real(file, framework="pt"))
+
+    real = safe_open
+    if not on_meta:
+        yield files
+        return
+    with patch.object(modeling_utils, "safe_open", opened):
+        yield files
+
+
+class _Headers:
+    """A safetensors file that is asked for shapes alone."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def get_slice(self, key: str) -> _Bare:
+        part = self.file.get_slice(key)
+        return _Bare(tuple(part.get_shape()), part.get_dtype())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> _Headers:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.file.__exit__(*error)
+
+
+class _Bare:
+    """A tensor of a file, and what transformers makes of it before it is the model's."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+        self.shape, self.dtype = shape, dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self.dtype
+
+    def __getitem__(self, index: Any) -> _Bare:
+        assert index is Ellipsis, index
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
+        """On the meta device whatever the device."""
+        return torch.empty(self.shape, dtype=dtype or DTYPES.get(self.dtype, torch.uint8), device="meta")
+
+
+def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:
+    """Tie what loading ties only once it has seen that the values are the same, and note where the weights lie.
+
+    Raises:
+        LoRAError: the weights are quantised, or were read in another way.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise LoRAError("on_meta fills plain weights, and these are quantised: leave on_meta out")
+    if not files or not any(p.is_meta for p in model.parameters()):
+        raise LoRAError(
+            f"{type(model).__name__} was not built on the meta device: its weights are no safetensors files, or this"
+            " version of transformers opens them in another way; leave on_meta out"
+        )
+    weights = WeightFiles(list(dict.fromkeys(files)), groups_to_load)
+    keep_files(model, weights)
+    _tie_equal(model, weights.base(model))
+
+
+def _tie_equal(model: PreTrainedModel, base: Base) -> None:
+    """As `PreTrainedModel.tie_weights` does for weights in memory that the files hold under both names."""
+    keys: dict[str, str] = model.all_tied_weights_keys
+    both = [pair for pair in keys.items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
+    equal = {target for target, source in both if _same(model, base, target, source)}
+    for target in {target for target, _ in both} - equal:
+        keys.pop(target)
+    if equal:
+        model.tie_weights(missing_keys=equal, recompute_mapping=False)
+
+
+def _same(model: PreTrainedModel, base: Base, target: str, source: str) -> bool:
+    """Whether the files hold the same values under both names, in the dtype of the model."""
+    dtype, groups = model.get_parameter(target).dtype, (base.of_name[target], base.of_name[source])
+    if all(group.is_alone for group in groups):
+        (one,), (other,) = groups[0].stored, groups[1].stored
+        pairs = zip(base.checkpoint.blocks(one), base.checkpoint.blocks(other), strict=True)
+        shapes = [base.checkpoint.stored[key].shape for key in (one, other)]
+        return shapes[0] == shapes[1] and all(torch.equal(a.to(dtype), b.to(dtype)) for a, b in pairs)
+    values = [group.load({key: base.checkpoint.read(key).to(dtype) for key in group.stored}) for group in groups]
+    return torch.equal(values[0][target], values[1][source])

@@ -1,0 +1,215 @@
+"""Backbones for images by one line of YAML: timm's and torchvision's, with a new head where the data want one.
+
+transformers' own are named by `lora_lightning.huggingface`, with `auto_class: AutoModelForImageClassification`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
+from lora_lightning.lora.meta.bare import builds_bare
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+"""Under which training scripts of timm and torchvision store a state dict."""
+
+
+def timm_model(
+    model_name: str,
+    pretrained: bool = True,
+    num_classes: int | None = None,
+    checkpoint_path: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A model of timm, by `timm.create_model`.
+
+    Args:
+        model_name: such as `convnext_tiny.fb_in22k_ft_in1k`, or `hf-hub:NAME` for one on the hub.
+        pretrained: load timm's weights, from the hub or its cache; not where `checkpoint_path` is given.
+        num_classes: outputs of the head, which is new where the weights have another number. The data's own count
+            by default.
+        checkpoint_path: weights in a file, safetensors or what `torch.save` wrote; `package:NAME/path` is a file
+            inside an installed package.
+        model_kwargs: more arguments for the model, such as `img_size` or `drop_path_rate`.
+
+    Raises:
+        LoRAError: timm is not installed, knows no such model, or the weights do not fit it.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise LoRAError("timm_model needs timm: pip install 'lora_lightning[vision]'") from error
+    check_timm_name(model_name)
+    kwargs = {**(model_kwargs or {}), **({} if num_classes is None else {"num_classes": num_classes})}
+    if builds_bare():
+        pretrained, checkpoint_path = False, None
+    try:
+        model: nn.Module = timm.create_model(model_name, pretrained=pretrained and checkpoint_path is None, **kwargs)
+    except Exception as error:  # no weights, no network, arguments that the model does not take
+        raise LoRAError(f"timm cannot make '{model_name}': {_first_line(error)}") from error
+    heads = _timm_heads(model)
+    if checkpoint_path is not None:
+        new = _fill(model, Path(resolve(checkpoint_path)), heads)
+    elif not pretrained or _classes_of(model) == num_classes or num_classes is None:
+        new = []
+    else:
+        new = [key for key in model.state_dict() if key.rpartition(".")[0] in heads]
+    model.new_keys = new  # type: ignore[assignment]  # as of `huggingface`: what has random values
+    return model
+
+
+def torchvision_model(
+    model_name: str,
+    weights: str | None = "DEFAULT",
+    num_classes: int | None = None,
+    checkpoint_path: str | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A model of torchvision for classification or segmentation, by `torchvision.models.get_model`.
+
+    Args:
+        model_name: such as `resnet50`, `vit_b_16` or `deeplabv3_resnet50`.
+        weights: such as `IMAGENET1K_V2`; `DEFAULT` are the newest; null builds the model with random ones.
+        num_classes: outputs of the head, which is new where the weights have another number. The data's own count
+            by default.
+        checkpoint_path: weights in a file in place of `weights`, safetensors or what `torch.save` wrote.
+        model_kwargs: more arguments for the model.
+
+    Raises:
+        LoRAError: torchvision is not installed, knows no such model or weights, or the weights do not fit.
+    """
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise LoRAError("torchvision_model needs torchvision: pip install 'lora_lightning[vision]'") from error
+    if model_name not in (known := models.list_models()):
+        raise LoRAError(f"torchvision has no model '{model_name}'{did_you_mean(model_name, known)}")
+    kwargs = dict(model_kwargs or {})
+    if builds_bare():
+        weights = checkpoint_path = None
+    chosen = None if checkpoint_path is not None else _torchvision_weights(model_name, weights)
+    sized = {} if num_classes is None else {"num_classes": num_classes}
+    try:
+        if chosen is None:
+            if model_name.startswith(("deeplab", "fcn", "lraspp")):
+                kwargs.setdefault("weights_backbone", None)
+            model: nn.Module = models.get_model(model_name, weights=None, **sized, **kwargs)
+        else:
+            model = models.get_model(model_name, weights=chosen, **kwargs)
+    except Exception as error:  # no network, a broken download, arguments that the model does not take
+        raise LoRAError(f"torchvision cannot make '{model_name}': {_first_line(error)}") from error
+    if checkpoint_path is not None:
+        new = _fill(model, Path(resolve(checkpoint_path)), None)
+    else:
+        new = [] if chosen is None or num_classes is None else _resize_heads(model, num_classes, chosen)
+    model.new_keys = new  # type: ignore[assignment]
+    return model
+
+
+def check_timm_name(name: str) -> None:
+    """Raise where timm knows no such architecture or weights."""
+    import timm
+
+    if ":" in name or "/" in name:  # on the hub or in a directory: timm itself says what is wrong
+        return
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise LoRAError(f"timm has no model '{name}'{did_you_mean(architecture, timm.list_models())}")
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in known:
+        raise LoRAError(f"timm has no weights '{tag}' of '{architecture}'{did_you_mean(tag, known)}")
+
+
+def _timm_heads(model: nn.Module) -> set[str]:
+    """Names of the modules that make the classes."""
+    named = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+    return {named} if isinstance(named, str) else set(named)
+
+
+def _classes_of(model: nn.Module) -> int | None:
+    """How many classes timm's weights have."""
+    return (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+
+
+def _torchvision_weights(model_name: str, weights: str | None) -> Any:
+    from torchvision import models
+
+    if weights is None:
+        return None
+    known = models.get_model_weights(model_name)
+    name = weights.rpartition(".")[2]
+    if name not in known.__members__:
+        listed = ", ".join(known.__members__) or "none"
+        raise LoRAError(
+            f"torchvision has no weights '{weights}' of '{model_name}'{did_you_mean(name, known.__members__)}"
+            f" (known: {listed})"
+        )
+    return known[name]
+
+
+def _resize_heads(model: nn.Module, num_classes: int, weights: Any) -> list[str]:
+    """Replace each last layer, one output for each class of the weights, by a new one of its own kind and name.
+
+    Returns:
+        The new tensors' names.
+    """
+    old = len(weights.meta["categories"])
+    if old == num_classes:
+        return []
+    new = []
+    for name, layer in list(model.named_modules()):
+        made: nn.Module
+        if isinstance(layer, nn.Linear) and layer.out_features == old:
+            made = nn.Linear(layer.in_features, num_classes, bias=layer.bias is not None)
+        elif isinstance(layer, nn.Conv2d) and layer.out_channels == old and layer.kernel_size == (1, 1):
+            made = nn.Conv2d(layer.in_channels, num_classes, 1, bias=layer.bias is not None)
+        else:
+            continue
+        model.set_submodule(name, made)
+        new += [f"{name}.{key}" for key in made.state_dict()]
+    if not new:
+        raise LoRAError(
+            f"{type(model).__name__} has no last layer of {old} outputs to be replaced: leave num_classes out"
+        )
+    return new
+
+
+def _fill(model: nn.Module, file: Path, heads: set[str] | None) -> list[str]:
+    """Load a file's weights; a head of another size, and that alone, stays new.
+
+    Args:
+        heads: names of the modules that may stay new; None: those whose tensors have another first dimension.
+
+    Raises:
+        LoRAError: keys missing, left over or wrongly shaped, with the first.
+    """
+    state = read_tensors(file)[0] if file.suffix == ".safetensors" else read_pickled(file, wrappers=WRAPPERS)
+    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
+    own: dict[str, Tensor] = model.state_dict()
+
+    def is_head(key: str) -> bool:
+        if heads is not None:
+            return key.rpartition(".")[0] in heads
+        return key in own and key in state and own[key].shape[1:] == state[key].shape[1:]
+
+    new = [key for key in own if is_head(key) and (key not in state or state[key].shape != own[key].shape)]
+    faults = [f"missing '{key}'" for key in own if key not in state and key not in new]
+    faults += [f"left over '{key}'{did_you_mean(key, own)}" for key in state if key not in own and not is_head(key)]
+    faults += [
+        f"'{key}' of shape {tuple(state[key].shape)}, expected {tuple(own[key].shape)}"
+        for key in own
+        if key in state and key not in new and state[key].shape != own[key].shape
+    ]
+    if faults:
+        raise LoRAError(f"{file.name} does not fit {type(model).__name__}: {some(faults)}")
+    model.load_state_dict({key: own[key] if key in new else state[key] for key in own})
+    return new
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

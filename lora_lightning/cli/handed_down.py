@@ -1,0 +1,89 @@
+"""What one part of a command's config says to another, before anything is made of it.
+
+The precision says of W0 how a backbone can load itself: a cast after loading would hold the float32 weights first, and
+what is to be quantised has to be when it is loaded. A checkpoint's run says what its labels are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.precision import BaseWord
+
+NF4 = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+"""QLoRA's own (arXiv 2305.14314): 4-bit NormalFloat, its constants quantised too."""
+
+HUGGINGFACE = ("lora_lightning.backbones.huggingface", "huggingface")
+"""By name: transformers is not to be loaded for every command."""
+
+
+@contextmanager
+def handed_down(command: Any) -> Iterator[None]:
+    """Within the block, a `huggingface` backbone in the command's config has what `trainer.precision` means.
+
+    What the config itself says of dtype or quantisation stays. Afterwards the config is as it was: each command works
+    it out anew, and another precision over a run's own config finds nothing of this one.
+
+    Raises:
+        LoRAError: quantisation is asked for and bitsandbytes is not installed.
+    """
+    precision, backbone = command.get("trainer.precision"), command.get("model.backbone")
+    if precision not in get_args(BaseWord) or not _is_huggingface(backbone):
+        yield
+        return
+    args = backbone.init_args
+    before = {name: args.get(name) for name in ("dtype", "model_kwargs")}
+    args["dtype"] = before["dtype"] or "bfloat16"
+    if precision == "nf4-base":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise LoRAError("precision nf4-base needs bitsandbytes: pip install 'lora_lightning[qlora]'")
+        args["model_kwargs"] = {"quantization_config": dict(NF4), **(before["model_kwargs"] or {})}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            args[name] = value
+
+
+def rows_to_predict(command: Any, given: Sequence[str]) -> None:
+    """A file that `predict` is given by flag holds what to predict; as the training set it would be split, and a part
+    of it predicted."""
+    path = command.get("data.init_args.path")
+    by_flag = any(arg.partition("=")[0] in ("--data.path", "--data.init_args.path") for arg in given)
+    if by_flag and isinstance(path, str) and Path(resolve(path)).is_file():
+        command.data.init_args.path = {"predict": path}
+
+
+def labels_of_run(command: Any) -> None:
+    """The label names that the checkpoint's run read off its training rows, where the command's config says none.
+
+    Rows to predict on have none to read, and other rows would number them in another way.
+    """
+    data, checkpoint = command.get("data"), str(command.get("ckpt_path") or "://")
+    file = run.run_of_checkpoint(Path(checkpoint)) / run.CONFIG
+    if data is None or data.get("init_args.label_names", "") is not None or "://" in checkpoint or not file.is_file():
+        return
+    then = ((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data")) or {}
+    if then.get("class_path") == data.class_path:
+        data.init_args.label_names = (then.get("init_args") or {}).get("label_names")
+
+
+def _is_huggingface(backbone: Any) -> bool:
+    module, _, name = str(getattr(backbone, "class_path", None) or "").rpartition(".")
+    made_by = getattr(importlib.import_module(module), name, None) if module else None
+    return (getattr(made_by, "__module__", ""), getattr(made_by, "__name__", "")) == HUGGINGFACE

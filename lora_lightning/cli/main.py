@@ -1,0 +1,376 @@
+"""`lora-lightning`: LightningCLI with `export`, run folders, checkpoints by name, and errors in one line."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import set_parsing_settings
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+
+from lora_lightning.cli.config_files import check, named
+from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
+from lora_lightning.cli.docstrings import read_once
+from lora_lightning.cli.handed_down import handed_down, labels_of_run, rows_to_predict
+from lora_lightning.cli.outcome import RUN_CONFIG, raised_by_the_user
+from lora_lightning.cli.parser import GIVEN, OneLine, command_parser, run_command
+from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT
+from lora_lightning.data.base import TableData
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.callbacks import (
+    Checkpoints,
+    FreezeBase,
+    PredictionWriter,
+    Progress,
+    Resume,
+    RunReport,
+    StepFigures,
+    StopOnNonFinite,
+    Throughput,
+    Tracking,
+)
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.checkpoints.resume import KEY, next_logged
+from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.monitored import refuse_unlogged
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
+from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
+from lora_lightning.training.trainer import LoRATrainer, in_one_process
+
+# The docstring under each field of LoRAConfig and SplitConfig is its --help.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class Parser(OneLine, LightningArgumentParser):
+    """LightningCLI's, in our manners."""
+
+    _linked_targets: set[str] | None = None
+
+    def add_function_arguments(
+        self, function: Callable[..., Any], *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
+    ) -> list[str]:
+        """Let the data's label names flow into a backbone that a function makes; jsonargparse links classes only."""
+        self._linked_targets = linked_targets
+        try:
+            return super().add_function_arguments(function, *args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self._linked_targets = None
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """A class's own parser gets `null` as it was given; jsonargparse hands it on as the text None."""
+        if not self.exit_on_error and args and str(args[0]).endswith("=None"):
+            args = [f"{args[0].removesuffix('None')}null", *args[1:]]
+        return super().parse_args(args, *rest, **kwargs)
+
+    def _add_signature_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        if self._linked_targets is not None:
+            kwargs["linked_targets"] = self._linked_targets
+        return super()._add_signature_arguments(*args, **kwargs)  # type: ignore[no-any-return,misc]
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Each fit's own `config.yaml` in its run folder; other commands leave it alone."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Lightning writes here, where a checkpoint that does not fit has not been refused yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A fit that goes on writes over the run's file: only once it is one."""
+        folder = run.run_dir(trainer)
+        if folder is None or self.already_saved:
+            return
+        if trainer.is_global_zero:
+            folder.mkdir(parents=True, exist_ok=True)
+            shared = self.config.clone()
+            for own in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
+                shared.pop(own, None)
+            if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
+                for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
+                    shared.data.init_args[name] = value
+            # In one file: for several jsonargparse would enter the folder, where a logger's thread may be writing.
+            text = self.parser.dump(shared, skip_unset=False, skip_validation=True)
+            (folder / run.CONFIG).write_text(text, encoding="utf-8")
+            log_config(trainer.loggers, folder / run.CONFIG)
+        self.already_saved = True
+
+
+class LoRACLI(LightningCLI):
+    """LightningCLI over `LoRAModule`, `LoRATrainer` and any DataModule."""
+
+    _goes_on: int | None = None
+    """The version of the run that a fit goes on with; None where it makes one of its own."""
+
+    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
+        self._first = first_word(args)
+        super().__init__(
+            model_class=LoRAModule,
+            datamodule_class=None,  # any, and none where a command can do without
+            trainer_class=LoRATrainer,
+            save_config_callback=SaveRunConfig,
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": "lora-lightning",
+                "description": "LoRA fine-tuning on PyTorch Lightning. First: fit --config FILE.",
+            },
+            args=args,
+            **kwargs,
+        )
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's, in half of the time."""
+        with read_once():
+            super().setup_parser(*args, **kwargs)
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own, and `export`."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        """Lightning's, and those that need no config, which `run_command` runs."""
+        super()._add_subcommands(parser, **kwargs)
+        subcommands = parser._subcommands_action
+        assert subcommands is not None
+        for name in COMMANDS:
+            wanted = self._first in (name, None)
+            own = command_parser(name) if wanted else OneLine(prog=f"lora-lightning {name}")
+            subcommands.add_subcommand(name, own, help=ENTRIES[name].line)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, for the subcommand that is asked for: all five take 1.5 s more, to read the same docstrings."""
+        wanted = self._first
+        if wanted in (subcommand, None) or wanted not in (*self.subcommands(), *COMMANDS, "-h", "--help"):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)  # type: ignore[no-any-return]
+        return self.init_parser(**kwargs)
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser for the command or for one subcommand."""
+        kwargs.pop("dump_header", None)
+        parser = Parser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Name the run, and let the data tell the model what it is about."""
+        parser.add_argument("--name", type=str, default="lora", help="Name of the run: it goes to runs_dir/name/.")
+        parser.add_argument("--runs_dir", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--save_every",
+            type=PositiveInt | None,
+            default=None,
+            help="Optimizer steps between two last.ckpt; by default an epoch's.",
+        )
+        self.link_data(parser)
+        # Left out, alpha is 2 r whatever r a flag gives; LoRAConfig's default instance has worked it out for r=8.
+        parser.set_defaults({"model.lora.alpha": None})
+        # The injection table says what trains; Lightning's own summary would say it again, in one row.
+        parser.set_defaults({"trainer.enable_model_summary": False})
+
+    def link_data(self, parser: LightningArgumentParser) -> None:
+        """Labels, padding and tokenizer from the data to the backbone and the task."""
+        parser.link_arguments("data.num_classes", "model.task.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
+        parser.link_arguments("data.pad_token_id", "model.backbone.init_args.pad_token_id", apply_on="instantiate")
+        parser.link_arguments("data.label_names", "model.backbone.init_args.label_names", apply_on="instantiate")
+        parser.link_arguments("data.label_names", "model.task.init_args.label_names", apply_on="instantiate")
+        parser.link_arguments("data.tokenizer", "model.task.init_args.tokenizer", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Without --config, a command on a trained run takes the config that the run was made with."""
+        given = sys.argv[1:] if args is None else args
+        RUN_CONFIG.set(None)
+        if isinstance(given, list):
+            full = with_run_config([str(arg) for arg in given])
+            args = full if args is not None or full != given else None
+            GIVEN.set(full)
+            check(full)
+            for file in map(Path, named(full)):
+                if file.name == run.CONFIG and run.is_run(file.parent):
+                    RUN_CONFIG.set(str(file))
+        with read_once():
+            super().parse_arguments(parser, args)
+        command = self.config.get("subcommand")
+        if command is not None:
+            refuse_no_keys(self.config[command], GIVEN.get() or ())
+            refuse_no_name(str(self.config[command].get("name", "lora")))
+        refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
+        if command not in (None, "export") and self.config[command].get("data") is None:
+            raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
+        if isinstance(given, list) and self.config.get("subcommand"):
+            self._resolve_checkpoint(self.config[self.config.subcommand])
+            if command == "predict":
+                rows_to_predict(self.config.predict, GIVEN.get() or ())
+            if command != "fit":
+                labels_of_run(self.config[self.config.subcommand])
+
+    def _resolve_checkpoint(self, config: Any) -> None:
+        """`best`, `last`, `auto` or a folder to the file meant, before Lightning sees it."""
+        path, command = config.get("ckpt_path"), str(self.config.subcommand)
+        if path is None:
+            if command in FROM_CHECKPOINT:
+                raise LoRAError(f"{command} needs --ckpt_path: best, last, a run folder or a .ckpt file")
+            return
+        runs = Path(config.runs_dir) / config.name
+        if path == "auto":
+            if command != "fit":
+                raise LoRAError(f"--ckpt_path auto is for fit, which starts anew where there is none; {command}: best")
+            found = run.newest_checkpoint(runs)
+            config.ckpt_path = None if found is None else str(found)
+        elif path == "last" and command == "fit" and run.newest_checkpoint(runs) is None:
+            raise LoRAError(
+                f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
+                " which starts anew where there is none"
+            )
+        elif path in ("best", "last") and not runs.is_dir():
+            raise LoRAError(f"no run under '{runs}' yet{run.beside(runs)}: fit first, or name a run with --ckpt_path")
+        elif path in ("best", "last"):
+            config.ckpt_path = str(run.find_checkpoint(runs, path))
+        elif "://" not in str(path) and path not in ("hpc", "registry"):
+            config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
+        if command == "fit" and config.ckpt_path and "://" not in str(config.ckpt_path):
+            self._goes_on = run.continued(Path(config.ckpt_path), runs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would read the file here, before it is known to be whole, for settings that win over flags.
+
+        Ours holds none; what it was trained with is compared when it is loaded.
+        """
+
+    def instantiate_classes(self) -> None:
+        """What a class says of its arguments, without jsonargparse's account of the types that it tried.
+
+        Raises:
+            LoRAError: an object of ours refuses its arguments.
+            ValueError: one of the user's own does.
+        """
+        try:
+            with handed_down(self.config.get(str(self.subcommand), self.config)), read_once():
+                super().instantiate_classes()
+        except ValueError as error:
+            causes: list[BaseException] = [error]
+            while before := causes[-1].__cause__ or causes[-1].__context__:
+                causes.append(before)
+            said = [one for one in causes if isinstance(one, LoRAError) or raised_by_the_user(one)]
+            if not said:
+                raise
+            raise said[0] from None
+
+    def before_fit(self) -> None:
+        """What would end a fit only once it runs, found while there is no run folder yet."""
+        config = self.config[str(self.subcommand)]
+        refuse_other_count(config, self.datamodule)
+        refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
+        refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
+
+    def _dump_config(self) -> None:
+        """A class without arguments has no `init_args`, where Lightning would note what is linked."""
+        super()._dump_config()
+        model = self.config_dump.get("model") or {}
+        for part in ("backbone", "task"):
+            if isinstance(model.get(part), dict):
+                model[part].setdefault("init_args", {})
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add the callbacks that are on by default, and a log in the run folder."""
+        config = self._get(self.config_init, "trainer")
+        callbacks = config.get("callbacks") or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):
+            if not any(isinstance(callback, default) for callback in callbacks):
+                callbacks.insert(0, default())
+        if not any(isinstance(callback, RunReport) for callback in callbacks):
+            callbacks.append(RunReport())  # its table closes a fit, after whatever the others add to it
+        if not any(isinstance(callback, Tracking) for callback in callbacks):
+            callbacks.append(Tracking())
+        if config.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(Progress())
+        if config.get("enable_checkpointing") is not False and not any(
+            isinstance(callback, ModelCheckpoint) for callback in callbacks
+        ):
+            callbacks.append(Checkpoints(save_every=self.config[self.config.subcommand].save_every))
+        if config.get("logger") is False and not config.get("default_root_dir"):
+            command = self.config[self.config.subcommand]
+            kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
+        if self.config.subcommand == "export":
+            kwargs |= in_one_process(config.get("accelerator"))
+        return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
+
+    def _loggers(self, given: Any) -> list[Logger] | bool:
+        """A CSV log in the run folder in front of what the config asks for; it also names the run's folder."""
+        if given is False:
+            return False
+        if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
+            resume_loggers(None if given in (None, True) else given, self.config.fit.ckpt_path)
+        loggers = [] if given in (None, True) else list(given) if isinstance(given, list) else [given]
+        if any(isinstance(logger, CSVLogger) for logger in loggers):
+            return sorted(loggers, key=lambda logger: not isinstance(logger, CSVLogger))
+        command = self.config[self.config.subcommand]
+        if self._goes_on is not None:
+            return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
+        if self.config.subcommand != "fit" and command.get("ckpt_path"):
+            go_on_with_run_of(loggers, command.ckpt_path)
+            folder = run.run_of_checkpoint(Path(command.ckpt_path))
+            return [RepeatedCSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
+        return [CSVLogger(command.runs_dir, name=command.name), *loggers]
+
+
+def resume_loggers(loggers: Any, checkpoint: str) -> None:
+    """Let loggers go on with the runs that the checkpoint was written in, where it is the newest state of its run."""
+    if not loggers or "://" in checkpoint or not run.is_newest_state(Path(checkpoint)):
+        return
+    content = run.load_checkpoint(checkpoint)
+    if KEY in content:
+        stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+        given = loggers if isinstance(loggers, list) else [loggers]
+        go_on_with(given, content[KEY].get("loggers", []), next_logged(content[KEY], stepped))
+
+
+def first_word(args: ArgsType) -> str | None:
+    """Of the command line; None where there is none, or where arguments are given as a dict."""
+    given = sys.argv[1:] if args is None else args
+    return str(given[0]) if isinstance(given, list) and given else None
+
+
+def with_run_config(args: list[str]) -> list[str]:
+    """Put the run's own config in front where a command on a trained run names no other."""
+    if not args or args[0] not in FROM_CHECKPOINT or any(a.split("=")[0] in ("-c", "--config") for a in args):
+        return args
+    given = next((a.partition("=")[2] for a in args if a.startswith("--ckpt_path=")), None)
+    if "--ckpt_path" in args[:-1]:
+        given = args[args.index("--ckpt_path") + 1]
+    if given is None or given in ("best", "last"):
+        return args
+    file = run.run_of_checkpoint(run.find_checkpoint(given)) / run.CONFIG
+    if not file.is_file():
+        raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
+    RUN_CONFIG.set(str(file))
+    return [args[0], "--config", str(file), *args[1:]]
+
+
+class _Made(Exception):
+    """Carries a parser out of LightningCLI, which makes one and uses it in one go."""
+
+
+class _MakesParser(LoRACLI):
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        raise _Made(parser)
+
+
+def parser_of_all() -> LightningArgumentParser:
+    """The command's parser with every command whole, as a completion script needs it."""
+    try:
+        _MakesParser(args=[])
+    except _Made as made:
+        return made.args[0]  # type: ignore[no-any-return]
+    raise AssertionError("LightningCLI parses what it is given")
+
+
+__all__ = ["LoRACLI", "Parser", "SaveRunConfig", "command_parser", "run_command"]

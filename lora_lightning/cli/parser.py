@@ -1,0 +1,135 @@
+"""The command's parsers: a mistake is answered with one line, and a command without a config needs no Lightning."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
+from itertools import pairwise
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+from lora_lightning.cli.diagnostics import told
+from lora_lightning.cli.help_all import whole
+from lora_lightning.cli.help_screens import ShowHelp
+from lora_lightning.cli.registry import COMMANDS, ENTRIES, Command
+
+GIVEN: ContextVar[Sequence[str] | None] = ContextVar("GIVEN", default=None)
+"""The arguments of the command that runs; left out, those of the process."""
+
+
+class OneLine(ArgumentParser):
+    """Answers a mistake with one line instead of a screen of usage."""
+
+    needed: Sequence[str] = ()
+    """What has to be given, for the usage line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
+        wanted = kwargs.pop("add_help", True)
+        super().__init__(*args, add_help=False, **kwargs)
+        if wanted:
+            self.add_argument("-h", "--help", action=ShowHelp)
+
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        """All options, each with all that is told of it."""
+        return whole(self, str(super().format_help(*args, **kwargs)))
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and what to do, and exit with 2; a class's own parser leaves that to the command's."""
+        if not self.exit_on_error:
+            raise argparse.ArgumentError(None, message) from ex
+        given = GIVEN.get()
+        args = sys.argv[1:] if given is None else given
+        command = str(getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2])
+        inner = self._subcommands_action._name_parser_map if self._subcommands_action else {}
+        asked = inner.get(args[0], self) if args else self  # files are read by the parser of all commands
+        known = [option for action in asked._actions for option in action.option_strings]
+        print(f"lora-lightning: error: {told(message, args, known, command)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def command_parser(name: str) -> OneLine:
+    """The parser of a command that needs no config."""
+    function, entry = COMMANDS[name], ENTRIES[name]
+    described = (inspect.getdoc(function) or "").partition("\n")[0]
+    parser = _kind(entry)(prog=f"lora-lightning {name}", description=described)
+    own = entry.positional
+    parameters = inspect.signature(function).parameters
+    several = own is not None and str(parameters[own].annotation).startswith("list")
+    optional = own is not None and parameters[own].default is not inspect.Parameter.empty
+    if own is not None and (several or optional):
+        parser.add_argument(own, nargs="+" if several else "?", type=str, help=entry.help)
+        skip: set[str | int] | None = {own}
+    else:
+        skip = {entry.rest} if entry.rest else None
+    parser.add_function_arguments(function, skip=skip, as_positional=own is not None and skip is None)
+    if isinstance(parser, PassingOn):
+        parser.passed_as = str(entry.rest)
+        parser.lists = frozenset(f"--{key}" for key, one in parameters.items() if "list[str] | None" in one.annotation)
+    parser.needed = [action.dest for action in parser._actions if action.required]
+    return parser
+
+
+def _kind(entry: Command) -> type[OneLine]:
+    return PassingOn if entry.rest else OneLine
+
+
+class PassingOn(OneLine):
+    """Takes its own options, and keeps every other flag for the command that it runs."""
+
+    passed_as = ""
+    lists: frozenset[str] = frozenset()
+    """Options that take several words."""
+
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """An option of its own takes the words up to the next flag; a list takes all that it is given, in any place."""
+        own, others = self._divided(list(sys.argv[1:] if args is None else args))
+        found = super().parse_args(own, *rest, **kwargs)
+        found[self.passed_as] = others
+        return found
+
+    def _divided(self, words: list[str]) -> tuple[list[str], list[str]]:
+        own: dict[str, list[str]] = {}
+        others: list[str] = []
+        current = None
+        for word in words:
+            option, equals, value = word.partition("=")
+            if not word.startswith("-"):
+                (others if current is None else own[current]).append(word)
+            elif option not in self._option_string_actions:
+                current = None
+                others.append(word)
+            else:
+                current = option
+                before = own.get(option, []) if option in self.lists else []  # of others the later one wins
+                own[option] = [*before, *([value] if equals else [])]
+            if current is not None and current not in self.lists and own[current]:
+                current = None
+        told = []
+        for option, values in own.items():
+            told += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
+        return told, others
+
+
+def run_command(name: str, args: list[str]) -> None:
+    """Run a command that needs no config."""
+    token = GIVEN.set(args)
+    try:
+        given = command_parser(name).parse_args(_with_values(args, COMMANDS[name].__annotations__))
+    finally:
+        GIVEN.reset(token)
+    COMMANDS[name](**given.as_dict())
+
+
+def _with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+    """`--json` as `--json true`, where a switch stands alone."""
+    switches = {f"--{name}" for name, kind in types.items() if kind in ("bool", bool)}
+    found = []
+    for arg, follower in pairwise([*args, "--"]):
+        found += [arg, "true"] if arg in switches and follower.startswith("-") else [arg]
+    return found

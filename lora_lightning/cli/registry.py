@@ -1,0 +1,108 @@
+"""The commands by group, each with its line on the first screen; what they need is imported when one is called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+
+class Command(NamedTuple):
+    """One command."""
+
+    line: str
+    """What it does, for the first screen."""
+    function: str | None = None
+    """`module:function` whose signature and docstring are its `--help`; None for those of LightningCLI."""
+    positional: str | None = None
+    """The argument that is given without its name; more than once where it is a list."""
+    help: str = ""
+    """Of a list that is given so, what it holds."""
+    rest: str | None = None
+    """The argument that takes every flag that is not the command's own."""
+    main: str | None = None
+    """`module:function` that takes the words after the command's name itself."""
+
+
+GROUPS: dict[str, dict[str, Command]] = {
+    "train, and use what was trained": {
+        "fit": Command("train what a config describes"),
+        "validate": Command("a trained run on its validation set"),
+        "test": Command("a trained run on its test set"),
+        "predict": Command("a trained run on new rows, into predictions.jsonl"),
+        "plan": Command(
+            "what a config will train and cost, without a weight", main="lora_lightning.commands.plan.command:main"
+        ),
+        "sweep": Command(
+            "fits of one config with other values of some flags, ranked",
+            "lora_lightning.commands.registry_commands:sweep",
+            rest="fit",
+        ),
+        "export": Command("a trained run as PEFT adapter, merged model or ONNX, each compared with it"),
+    },
+    "adapters on disk": {
+        "merge": Command(
+            "fold an adapter into a model's files, shard by shard", "lora_lightning.commands.registry_commands:merge"
+        ),
+        "analyze": Command(
+            "how much of its rank an adapter uses, and what adapters share",
+            "lora_lightning.commands.registry_commands:analyze",
+            "adapters",
+            "Adapters: directories, run folders or checkpoints.",
+        ),
+    },
+    "your own": {
+        "new": Command(
+            "a project from the template, with configs, data, a backbone, a task and tests",
+            "lora_lightning.commands.new:new",
+            "folder",
+            "A new or empty folder, by whose name the project is called.",
+        ),
+    },
+    "this machine": {
+        "doctor": Command(
+            "versions, devices, extras, and whether a tiny fit works", "lora_lightning.commands.doctor:doctor"
+        ),
+        "completion": Command(
+            "the script that lets a shell complete all of this", "lora_lightning.cli.completion:completion", "shell"
+        ),
+    },
+}
+
+
+FROM_CHECKPOINT = ("validate", "test", "predict", "export")
+"""Commands that work on a trained run, and need no --config where --ckpt_path leads to one."""
+
+ENTRIES: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
+
+
+def named(path: str) -> Callable[..., Any]:
+    """The function of a `module:function`."""
+    module, _, function = path.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return found
+
+
+class Functions(Mapping[str, Callable[..., Any]]):
+    """The commands that need no config, by name; each is imported where it is asked for."""
+
+    def __init__(self, entries: Mapping[str, Command]) -> None:
+        self._paths = {name: entry.function for name, entry in entries.items() if entry.function}
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        return named(self._paths[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+
+COMMANDS = Functions(ENTRIES)
+
+POSITIONAL = {name: entry.positional for name, entry in ENTRIES.items() if entry.positional}
+"""The argument that is given without its name."""

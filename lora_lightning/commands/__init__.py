@@ -1,0 +1,1 @@
+"""One module or folder per command that is not one of LightningCLI's own."""

@@ -1,0 +1,179 @@
+"""Whatever holds an adapter, opened for `analyze`: a directory of ours or PEFT's, an export, a run, a checkpoint."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lora_lightning.analysis.adapters import Adapter, read_factors
+from lora_lightning.analysis.base_weights import Weights, with_starts
+from lora_lightning.analysis.state import factors_in_state
+from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
+from lora_lightning.backbones.checkpoint import BaseFiles
+from lora_lightning.backbones.key_mapping import groups_of
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.cli.build import OpenedRun, open_run
+from lora_lightning.export.model_files import is_transformers
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError
+from lora_lightning.lora.formats.peft.adapter import save_adapter
+from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, start_in_file
+from lora_lightning.lora.formats.provenance import Record
+from lora_lightning.lora.meta.inject import AdapterFiles
+from lora_lightning.lora.meta.key_mapping import Base, BaseCheck
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.initialization import CHECKPOINT_KEY, PREFIX
+
+AUTO, NONE = "auto", "none"
+
+
+@dataclass
+class Source:
+    """One adapter with what there is around it."""
+
+    adapter: Adapter
+    weights: Weights | None = None
+    """W0; None where it is not to be had."""
+    run: OpenedRun | None = None
+    base: BaseFiles | None = None
+    notes: list[str] = field(default_factory=list)
+    """What could not be had, and why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is said once for all adapters."""
+
+    base_model: str = AUTO
+    """A directory; `auto`: what the adapter or the run names, where it is at hand; `none`."""
+    allow_other_base: bool = False
+    alphas: Mapping[str, float] | None = None
+
+
+def labels_of(paths: list[str]) -> list[str]:
+    """A short name for each: what tells its path from the others', from the end on, as long as it takes."""
+    parts = [Path(path).absolute().parts for path in paths]
+    while len(set(parts)) > 1 and len({own[-1:] for own in parts}) == 1 and all(len(own) > 2 for own in parts):
+        parts = [own[:-1] for own in parts]
+    for count in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(own[-count:]) for own in parts]
+        if len(set(labels)) == len(set(parts)):
+            return labels
+    return paths
+
+
+def open_source(path: str, label: str, wanted: Wanted) -> Source:
+    """Open what lies at `path`.
+
+    Raises:
+        LoRAError: nothing of the kind is there, it is torn, or it does not belong to its base.
+    """
+    folder = Path(resolve(path))
+    for directory in (folder, folder / "adapter"):
+        if any((directory / name).is_file() for name in (CONFIG, WEIGHTS, PICKLED)):
+            return _directory(directory, label, wanted)
+    try:
+        checkpoint = run.find_checkpoint(folder)
+    except LoRAError as error:
+        raise AdapterError(f"'{path}' is no adapter's directory (with {CONFIG}) and no run: {error}") from error
+    return _checkpoint(checkpoint, label, wanted)
+
+
+def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
+    files = AdapterFiles.read(directory)
+    base, note = _base_of(files, wanted)
+    weights = None if base is None else weights_in(base, files, allow_other_base=wanted.allow_other_base)
+    factors, tensors = read_factors(files, wanted.alphas, None if weights is None else weights.modules)
+    if weights is not None and wanted.base_model == AUTO:
+        try:
+            weights.check(factors)
+        except AdapterError as error:
+            weights, base, note = None, None, f"without W0: {error}"
+    factors = with_starts(factors, start_in_file(files.peft), weights)
+    adapter = Adapter(label=label, source=str(directory), factors=factors, files=files, tensors=tensors)
+    return Source(adapter, weights, base=base, notes=[note] if note else [])
+
+
+def _base_of(files: AdapterFiles, wanted: Wanted) -> tuple[BaseFiles | None, str]:
+    """The files of W0, or why there are none."""
+    if wanted.base_model == NONE:
+        return None, ""
+    if wanted.base_model != AUTO:
+        return BaseFiles(Path(resolve(wanted.base_model))), ""
+    named = files.peft.get("base_model_name_or_path")
+    try:
+        directory = Path(resolve(str(named))) if named else None
+        if directory is not None and (directory / MODEL_CONFIG).is_file():
+            return BaseFiles(directory), ""
+    except (LoRAError, OSError) as error:
+        return None, f"without W0: {error}"
+    said = f"'{named}', which its config names, is no directory here" if named else "its config names no base"
+    return None, f"without W0, so without amplification: {said}; --base_model gives one"
+
+
+def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool = False) -> Weights:
+    """W0 read tensor by tensor from a base's files, each compared with the adapter's record of it."""
+    make, _ = base.maker(files)
+    plain = make()
+    tensors = Base(base.checkpoint, groups_of(make(), base.checkpoint), plain)
+    tensors.part_unequal(plain)
+    check = _check(files.record, tensors, plain, allow_other_base=allow_other_base)
+
+    def read(module: nn.Module, own: str, full: str) -> Tensor | None:
+        source = tensors.source(full)
+        if source is None:
+            return None
+        if check is not None:
+            check.see(tensors.of_name[source])
+            check.refuse(whole=False)
+        return tensors(full)
+
+    return Weights(plain, read)
+
+
+def _check(record: Record | None, base: Base, plain: nn.Module, *, allow_other_base: bool) -> BaseCheck | None:
+    """None where it was allowed to be another base, or cannot be told."""
+    if record is None or allow_other_base:
+        return None
+    own, prefix = plain.state_dict().keys(), f"{getattr(plain, 'base_model_prefix', '')}."
+    # Of a model with a head that it did not train, where the base's own class is without one.
+    expected = {n if n in own else n.removeprefix(prefix): digest for n, digest in record.base.tensors.items()}
+    return BaseCheck(expected, base, {name for name, _ in plain.named_buffers()})
+
+
+def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
+    """A run's checkpoint: with its model where that can be made, else by its tensors alone."""
+    if wanted.base_model not in (AUTO, NONE):
+        raise LoRAError(f"'{checkpoint}' is of a run, whose config names its base: leave --base_model out, or say none")
+    note = ""
+    if wanted.base_model == AUTO:
+        try:
+            return _opened(open_run(checkpoint), checkpoint, label)
+        except LoRAError as error:
+            note = f"without W0: {error}"
+    content = run.load_checkpoint(checkpoint)
+    if CHECKPOINT_KEY not in content:
+        raise AdapterError(f"'{checkpoint}' was not written by lora_lightning: it has no adapter in it")
+    config = LoRAConfig.from_dict(content[CHECKPOINT_KEY]["config"])
+    state = {key.removeprefix(PREFIX): tensor for key, tensor in content["state_dict"].items()}
+    adapter = Adapter(label=label, source=str(checkpoint), factors=factors_in_state(state, config))
+    return Source(adapter, notes=[note] if note else [])
+
+
+def _opened(opened: OpenedRun, checkpoint: Path, label: str) -> Source:
+    """A run's adapter in PEFT's form, which is what is analysed and truncated."""
+    backbone, task = opened.module.backbone, opened.module.task
+    task_type = task.peft_task_type if is_transformers(backbone) else None
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdapterWarning)  # of what PEFT would read otherwise; PEFT reads nothing here
+        save_adapter(backbone, folder, task_type=task_type)
+        files = AdapterFiles.read(Path(folder))
+    weights = Weights(backbone)
+    factors, tensors = read_factors(files, modules=weights.modules)
+    adapter = Adapter(label=label, source=str(checkpoint), factors=factors, files=files, tensors=tensors)
+    return Source(adapter, weights, run=opened)

@@ -1,0 +1,178 @@
+"""`lora-lightning analyze`: adapters in; tables, figures and numbers out, and a smaller adapter where one is wanted."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import Progress
+
+from lora_lightning.analysis import drawing, tables
+from lora_lightning.analysis.adapters import Adapter
+from lora_lightning.analysis.figures import Analysis, figures
+from lora_lightning.analysis.measures import AdapterMeasures, measured_adapter
+from lora_lightning.analysis.page import page
+from lora_lightning.analysis.similarity import (
+    GroupSimilarity,
+    between_adapters,
+    between_layers,
+)
+from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
+from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
+from lora_lightning.commands.truncation_cost import cost_of
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.targets.regexes import refusal
+
+if TYPE_CHECKING:
+    pass
+
+RESULTS, PAGE, TRUNCATED = "analysis.json", "index.html", "truncated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to do, checked before anything is opened."""
+
+    adapters: Sequence[str]
+    output_dir: Path
+    wanted: Wanted = field(default_factory=Wanted)
+    truncate: float | None = None
+    directions: int = 4
+    layers: str | None = None
+    plots: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.adapters:
+            raise LoRAError("analyze needs an adapter's directory, a run or a checkpoint")
+        if self.directions < 1:
+            raise LoRAError(f"directions must be at least 1, got {self.directions}")
+        if self.layers is not None and (reason := refusal(self.layers)):
+            raise LoRAError(f"layers: {self.layers!r} {reason}")
+        if self.truncate is not None:
+            check_share(self.truncate)
+            if len(self.adapters) > 1:
+                raise LoRAError(f"truncate takes one adapter, got {len(self.adapters)}: name the one to be cut")
+            refuse_occupied(self.output_dir / TRUNCATED)
+        if self.output_dir.is_file():
+            raise LoRAError(f"'{self.output_dir}' is a file: name a folder")
+        known = not self.output_dir.is_dir() or (self.output_dir / RESULTS).is_file()
+        if not known and any(path.name != TRUNCATED for path in self.output_dir.iterdir()):
+            raise LoRAError(f"'{self.output_dir}' holds other files: name a new folder with --output_dir")
+        if self.plots:
+            drawing.refuse_missing()
+
+
+def analyze(request: Request) -> Analysis:
+    """Open, measure, compare, cut, and write it all into the output folder.
+
+    Raises:
+        LoRAError: an adapter cannot be opened or does not belong to its base; a request that means nothing.
+    """
+    labels = labels_of(list(request.adapters))
+    sources = [open_source(p, label, request.wanted) for p, label in zip(request.adapters, labels, strict=True)]
+    found = Analysis(adapters=[])
+    with _progress(sources) as advance:
+        for source in sources:
+            measures = measured_adapter(source.adapter, source.weights, advance)
+            measures.notes.extend(source.notes)
+            found.adapters.append(measures)
+            found.groups[source.adapter.label] = _within(source.adapter, measures, request.directions)
+        for first, second in combinations(sources, 2):
+            found.pairs.append(between_adapters(first.adapter, second.adapter, advance))
+    if found.pairs and not any(pair.layers for pair in found.pairs):
+        raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
+    if request.truncate is not None:
+        found.truncation = _truncated(sources[0], request)
+    write(found, request)
+    return found
+
+
+def _within(adapter: Adapter, measures: AdapterMeasures, k: int) -> list[GroupSimilarity]:
+    """phi between the layers of each group, those that hold most of the update first."""
+    found = []
+    for group in sorted(measures.shares, key=lambda group: -measures.shares[group]):
+        own = {layer.name for layer in measures.layers if layer.group == group}
+        similar = between_layers([layer for layer in adapter.factors if layer.name in own], group, k)
+        found += [similar] if similar is not None else []
+    return found
+
+
+def _truncated(source: Source, request: Request) -> Truncation:
+    assert request.truncate is not None
+    directory = request.output_dir / TRUNCATED
+    told = truncate(source.adapter, request.truncate, directory)
+    told.cost.update(cost_of(source, directory, allow_other_base=request.wanted.allow_other_base))
+    return told
+
+
+def write(found: Analysis, request: Request) -> None:
+    """The numbers, the page and the figures."""
+    folder = request.output_dir
+    drawn = figures(found, request.layers) if request.plots else {}
+    pictures = [f"{name}.{ending}" for name in drawn for ending in drawing.ENDINGS]
+    values = {**asdict(found), "base_model": request.wanted.base_model, "pictures": pictures}
+    clear_pictures(folder)
+    write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
+    shown = {}
+    with drawing.styled() if drawn else _nothing():
+        for name, (title, caption, figure) in drawn.items():
+            files = drawing.files_of(figure)
+            for ending, data in files.items():
+                write_bytes(folder / f"{name}.{ending}", data)
+            shown[title] = (caption, files["svg"])
+    long = [*map(tables.of_pair, found.pairs), *map(tables.by_layer, found.adapters)]
+    write_bytes(folder / PAGE, page(screens(found), long, shown))
+
+
+def clear_pictures(folder: Path) -> None:
+    """Take away those of an earlier analysis, of which there may have been more."""
+    try:
+        named = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["pictures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in named if isinstance(named, list) else []:
+        if isinstance(name, str) and name == Path(name).name and name.endswith(drawing.ENDINGS):
+            (folder / name).unlink(missing_ok=True)
+
+
+def screens(found: Analysis) -> list[tables.Rows]:
+    """The tables that a person sees first."""
+    rows = [tables.by_group(adapter) for adapter in found.adapters]
+    rows += [tables.of_pair(pair, ("A", "B")) for pair in found.pairs]
+    return rows + ([tables.of_truncation(found.truncation)] if found.truncation is not None else [])
+
+
+def finite(value: Any) -> Any:
+    """With nine digits; JSON has no NaN, for which null stands."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.9g}") if math.isfinite(value) else None
+
+
+@contextmanager
+def _progress(sources: list[Source]) -> Iterator[Any]:
+    """A bar over layers, on a terminal, gone when it is done."""
+    layers = [len(source.adapter.factors) for source in sources]
+    total = sum(layers) + sum(layers[i] for i, _ in combinations(range(len(layers)), 2))
+    with Progress(transient=True) as bar:
+        task = bar.add_task("analysing", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+__all__ = ["AUTO", "Analysis", "Request", "Wanted", "analyze", "screens"]

@@ -1,0 +1,133 @@
+"""`lora-lightning new`: a project of one's own. copier renders `template/`; what is asked stands in its copier.yml.
+
+Nothing heavy is imported here: the command is done in a second or two.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from datetime import date
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lora_lightning.commands.projects.checks import check_choices, checked_name, refuse_occupied, requirement
+from lora_lightning.commands.projects.render import render
+from lora_lightning.commands.projects.repository import git as run_git
+from lora_lightning.commands.projects.repository import start_repository
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+
+PACKAGE = "LORA_LIGHTNING_PACKAGE"
+"""Environment variable in place of `--package`."""
+
+
+def new(
+    folder: str | None = None,
+    task: str | None = None,
+    backbone: str | None = None,
+    logger: str | None = None,
+    license: str | None = None,
+    author: str | None = None,
+    package: str | None = None,
+    template: str | None = None,
+    template_ref: str | None = None,
+    git: bool = True,
+    defaults: bool = False,
+) -> None:
+    """Make a project of your own: configs, data, a backbone, a task, tests, CI.
+
+    On a terminal it asks for what no flag says; with --defaults, or without a terminal, it takes the defaults.
+
+    Args:
+        folder: a new or empty folder, by whose name the project is called.
+        task: text-classification, regression, multi-label, token-classification, seq2seq, causal-lm, chat, preference,
+            embedding, image-classification, segmentation, or own for anything else. The first by default.
+        backbone: a name on the hub, a directory, `package:NAME/path`, `timm:NAME`, `torchvision:NAME`, a class path, or
+            `own` for a tiny one of the project's own, which needs no network. Each task has its default.
+        logger: none, wandb, tensorboard or mlflow, beside the CSV log and the page that each run leaves.
+        license: none, MIT, Apache-2.0 or BSD-3-Clause.
+        author: who holds the copyright; git's user.name by default.
+        package: what pip is to install lora_lightning from, in place of a range of versions: a folder, a wheel, an URL
+            such as git+https://..., or versions such as ==0.1.0. The environment variable LORA_LIGHTNING_PACKAGE says
+            the same.
+        template: another template than this package's own: a folder or an URL that copier takes.
+        template_ref: of it, a tag, branch or commit; the newest tag by default.
+        git: make a git repository of it, with a first commit.
+        defaults: ask nothing.
+    """
+    asking = not defaults and sys.stdin.isatty() and sys.stdout.isatty()
+    target = Path(folder if folder is not None else _asked_name(asking))
+    name = checked_name(target.resolve().name)
+    refuse_occupied(target)
+    said = {"task": task, "backbone": backbone, "logger": logger, "license": license, "author": author}
+    answers = {key: value for key, value in said.items() if value is not None}
+    check_choices(answers)
+    given = package or os.environ.get(PACKAGE)
+    data = {**answers, "project": name, "requirement": requirement(given), "year": str(date.today().year)}
+    if "author" not in data and (user := run_git("config", "user.name")):
+        data["author"] = user
+    rendered = render(target, data, template, template_ref, asking=asking)
+    committed = git and start_repository(target)
+    print(_told(target, rendered, committed=committed))
+
+
+def _asked_name(asking: bool) -> str:
+    if not asking:
+        raise LoRAError("new needs a name: lora-lightning new my_project")
+    try:
+        return input("Name of the project, which is its folder too: ").strip()
+    except (EOFError, KeyboardInterrupt):
+        raise LoRAError("stopped, and nothing was written") from None
+
+
+def _told(target: Path, answers: dict[str, Any], *, committed: bool) -> str:
+    offline = "" if answers["backbone"] == "own" else f" on {answers['backbone']}"
+    git = ", with a first commit" if committed else ""
+    steps = [
+        ("make test", "does all of it work? (no network; the first time, minutes to install)"),
+        ("make fit", f"{answers['task']}{offline}, on made-up rows in data/"),
+        ("make export", "a PEFT adapter and a merged model"),
+    ]
+    lines = [
+        f"{target} is a project now{git}. README.md there says what to change.",
+        f"  cd {shlex.quote(str(target))}",
+    ]
+    return "\n".join([*lines, *(f"  {command:<13}{what}" for command, what in steps)])
+
+
+def parser() -> ArgumentParser:
+    """Of the command alone: that of the others needs Lightning, which takes seconds to import."""
+    made = ArgumentParser(
+        prog="lora-lightning new", description="Make a project of your own.", exit_on_error=False, allow_abbrev=False
+    )
+    made.add_argument("folder", nargs="?", type=str, help="A new or empty folder, by whose name the project is called.")
+    made.add_function_arguments(new, skip={"folder"})
+    return made
+
+
+def _with_values(args: list[str]) -> Iterator[str]:
+    """`--defaults` alone is `--defaults=true`, which is all that jsonargparse takes."""
+    for arg, following in pairwise([*args, ""]):
+        yield "--defaults=true" if arg == "--defaults" and following not in ("true", "false") else arg
+
+
+def main(args: list[str]) -> None:
+    """Run the command.
+
+    Raises:
+        LoRAError, MissingPackageError: as `new` does, or an argument that there is not.
+    """
+    made = parser()
+    try:
+        given = made.parse_args([*_with_values(args)])
+    except ArgumentError as error:
+        known = [option for action in made._actions for option in action.option_strings]
+        wrong = next((arg.split("=")[0] for arg in args if arg.startswith("--") and arg.split("=")[0] not in known), "")
+        hint = did_you_mean(wrong, known) if wrong else ""
+        raise LoRAError(f"{' '.join(str(error).split())}{hint} (see --help)") from error
+    new(**given.as_dict())

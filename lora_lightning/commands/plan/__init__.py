@@ -1,0 +1,1 @@
+"""`lora-lightning plan`: counts, memory and operations of a fit before it starts."""

@@ -1,0 +1,1 @@
+"""What `lora-lightning new` asks, checks and renders."""

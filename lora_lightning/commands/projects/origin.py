@@ -1,0 +1,70 @@
+"""Where the template of an installed package came from, in the words of `.copier-answers.yml`, for `copier update`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from lora_lightning.commands.projects.repository import git
+
+PACKAGE = "lora_lightning"
+
+
+def origin(template: Path) -> dict[str, str]:
+    """`_src_path`, a git repository, and `_commit`, a tag or commit of it; empty where nobody knows.
+
+    In this order: the repository and commit that pip installed from; the clone that the package was installed from or
+    lies in, by the address of its remote where that has the commit; the repository that the package's metadata name, at
+    the version's tag.
+
+    Args:
+        template: the folder that was rendered.
+    """
+    return _installed_from(template) or _clone(template) or _named()
+
+
+def _installed_from(template: Path) -> dict[str, str]:
+    """What pip leaves in direct_url.json: a repository's commit, or a folder, which may have moved on since."""
+    try:
+        text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    said = json.loads(text) if text else {}
+    commit = said.get("vcs_info", {}).get("commit_id")
+    if commit:
+        return {"_src_path": f"git+{said['url']}", "_commit": commit}
+    there = Path(url2pathname(urlparse(said.get("url", "")).path), "lora_lightning", "template")
+    return _clone(there) if "dir_info" in said and _same(there, template) else {}
+
+
+def _same(folder: Path, other: Path) -> bool:
+    """Whether two folders hold the same files."""
+    held, others = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (folder, other))
+    return held == others
+
+
+def _clone(folder: Path) -> dict[str, str]:
+    root = git("rev-parse", "--show-toplevel", cwd=folder)
+    described = git("describe", "--tags", "--always", cwd=folder)
+    if not root or not described or not (Path(root) / "copier.yml").is_file():
+        return {}
+    if not Path(root, "lora_lightning", "template").samefile(folder):
+        return {}  # a package that is installed into an environment within somebody else's repository
+    pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
+    url = git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
+    return {"_src_path": url or root, "_commit": described}
+
+
+def _named() -> dict[str, str]:
+    try:
+        metadata = importlib.metadata.metadata(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    for line in metadata.get_all("Project-URL") or []:
+        label, _, url = line.partition(", ")
+        if label.lower() in ("repository", "source"):
+            return {"_src_path": f"git+{url}", "_commit": f"v{metadata['Version']}"}
+    return {}

@@ -1,0 +1,178 @@
+"""Commands that need no config and no run: functions, whose signatures and docstrings are their `--help`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from lora_lightning.cli.registry import COMMANDS
+from lora_lightning.lora.frozen.dtype import DType
+from lora_lightning.lora.meta.merge_files import StreamReport
+
+if TYPE_CHECKING:
+    from lora_lightning.analysis.tables import Rows
+
+
+def merge(
+    base_model: str,
+    adapter: str,
+    output_dir: str,
+    dtype: DType = "auto",
+    allow_other_base: bool = False,
+    alphas: dict[str, float] | None = None,
+) -> None:
+    """Write a Hugging Face model with an adapter merged in, shard by shard, without loading the model.
+
+    Peak memory is a few of the model's largest tensors, however large the model is.
+
+    Args:
+        base_model: directory of the base in the hub's layout, or `package:NAME/path` inside an installed package.
+        adapter: directory of the adapter, as PEFT and this package write it.
+        output_dir: a new or empty directory for the merged model, or that of an earlier merge, which is replaced.
+        dtype: of the written weights; `auto` keeps each tensor's own. The sum is taken in float32 or wider.
+        allow_other_base: merge also where the adapter's fingerprint is of another base.
+        alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
+    """
+    from lora_lightning.export.merge_on_disk import merge_on_disk
+
+    report = merge_on_disk(
+        base_model, adapter, output_dir, dtype=dtype, allow_other_base=allow_other_base, alphas=alphas
+    )
+    Console().print(merge_table(report, output_dir))
+
+
+def analyze(
+    adapters: list[str],
+    output_dir: str = "analysis",
+    base_model: str = "auto",
+    truncate: float | None = None,
+    layers: str | None = None,
+    directions: int = 4,
+    plots: bool = True,
+    allow_other_base: bool = False,
+    alphas: dict[str, float] | None = None,
+) -> None:
+    """How much of its rank an adapter uses, and which directions several share: the paper's section 7.
+
+    Written are analysis.json, index.html and each figure as PNG and SVG. Adapters are directories as PEFT and this
+    package write them, run folders, or checkpoints.
+
+    Args:
+        adapters: one or more.
+        output_dir: a new or empty folder, or that of an earlier analysis.
+        base_model: directory of W0 in the hub's layout, for what is told beside W0; `auto` takes what the adapter or
+            the run names, where it is at hand, and `none` does without.
+        truncate: a share of the energy, such as 0.95: write the adapter of the smallest ranks that keep it in each
+            layer to output_dir/truncated, and measure what it costs.
+        layers: a regular expression on full names: the layers in the figures of shared directions.
+        directions: how many are compared between the layers of one adapter.
+        plots: draw the figures; needs matplotlib.
+        allow_other_base: also where the adapter's fingerprint is of another base.
+        alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
+    """
+    from pathlib import Path
+
+    from lora_lightning.commands import analyze as analysis
+
+    wanted = analysis.Wanted(base_model=base_model, allow_other_base=allow_other_base, alphas=alphas)
+    found = analysis.analyze(
+        analysis.Request(
+            adapters=adapters,
+            output_dir=Path(output_dir),
+            wanted=wanted,
+            truncate=truncate,
+            directions=directions,
+            layers=layers,
+            plots=plots,
+        )
+    )
+    for rows in analysis.screens(found):
+        Console().print(rows_table(rows), rows.below, sep="\n")
+    Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
+
+
+def sweep(
+    fit: list[str],
+    grid: list[str] | None = None,
+    range: list[str] | None = None,
+    sampler: Literal["grid", "random", "tpe"] = "grid",
+    trials: int | None = None,
+    pruner: Literal["none", "median", "hyperband"] = "none",
+    metric: str | None = None,
+    mode: Literal["min", "max"] | None = None,
+    jobs: int = 1,
+    seeds: str | None = None,
+    budget: int | None = None,
+    name: str | None = None,
+    runs_dir: str = "runs",
+    plots: bool = True,
+) -> None:
+    """Fit one config with other values of some flags, and rank what comes of it. All other flags are those of fit.
+
+    Args:
+        fit: flags of fit, the same for every trial.
+        grid: `KEY=V1,V2,...` for any flag of fit, as often as wanted; lists in brackets:
+            `"model.lora.target_modules=[query],[query,value],all-linear"`.
+        range: `KEY=LOW..HIGH`, or `KEY=LOW..HIGH:log`, for a sampler to draw from; whole numbers where both ends are.
+        sampler: every combination (grid), or Optuna's random or tpe, which also draw among the values of a grid.
+        trials: how many combinations a sampler tries.
+        pruner: Optuna's median or hyperband gives up a fit whose validations fall behind; none fits all to the end.
+        metric: what ranks, such as val/loss; by default what the config's best checkpoint is chosen by.
+        mode: whether the best is the smallest or the largest.
+        jobs: fits at once; each gets its part of the cores and of the GPUs.
+        seeds: `1,2,3`: fit every combination with each, and rank by the mean.
+        budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
+        name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
+        runs_dir: folder of all runs.
+        plots: draw the figures; needs matplotlib.
+    """
+    from lora_lightning.commands.sweep.screen import run_on_screen
+
+    run_on_screen(
+        fit=fit,
+        grid=grid or [],
+        ranges=range or [],
+        sampler=sampler,
+        trials=trials,
+        pruner=pruner,
+        metric=metric,
+        goal=mode,
+        jobs=jobs,
+        seeds=seeds,
+        budget=budget,
+        name=name,
+        runs_dir=runs_dir,
+        plots=plots,
+    )
+
+
+def rows_table(rows: Rows) -> Table:
+    """One of the analysis's tables for the screen."""
+    table = Table(title=rows.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for number, name in enumerate(rows.header):
+        width = None if number else min(22, max(len(row[0]) for row in rows.rows))
+        table.add_column(name, justify="right" if number else "left", overflow="fold", min_width=width)
+    for row in rows.rows:
+        table.add_row(*row)
+    return table
+
+
+def merge_table(report: StreamReport, output_dir: str) -> Table:
+    """One fact a row."""
+    table = Table(title=f"Merged into {output_dir}", title_justify="left", show_header=False, box=None)
+    table.add_row("tensors that hold the update", f"{report.changed:,}")
+    table.add_row("tensors copied to the bit", f"{report.copied:,}")
+    table.add_row("size", f"{report.size / 1e6:,.1f} MB in {len(report.files)} files")
+    checked = "is the one that the adapter was made on" if report.base_checked else "not checked"
+    table.add_row("base", checked)
+    if report.new:
+        table.add_row("new tensors", ", ".join(report.new))
+    if report.kept:
+        name, share = min(report.kept.items(), key=lambda item: item[1])
+        table.add_row("update kept after rounding", f"{share:.1%} at least ({name})")
+    return table
+
+
+__all__ = ["COMMANDS", "analyze", "merge", "sweep"]

@@ -1,0 +1,1 @@
+"""`lora-lightning sweep`: many fits of one config, ranked by validation."""

@@ -1,0 +1,146 @@
+"""The config that is swept over, as `fit` would take it: parsed, and built without its weights where it names a hub's.
+
+What `fit` refuses is so refused before the first trial begins.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.backbones.huggingface import huggingface
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.inject import remove
+from lora_lightning.tasks.base import Task
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.monitored import figures_of_its_own, unlogged
+
+Goal = str
+"""`min` or `max`."""
+NOT_COMPARED = ("config", "name", "runs_dir", "ckpt_path")
+"""Of a fit's config, what a sweep sets itself."""
+
+
+@functools.wraps(huggingface)
+def bare(*args: Any, **kwargs: Any) -> nn.Module:
+    """`huggingface` with no weights: the model's shapes on the meta device."""
+    kwargs |= {"random_weights": True, "on_meta": False}
+    with torch.device("meta"):
+        return huggingface(*args, **kwargs)
+
+
+class _Built(LoRACLI):
+    """`fit`'s module, on the meta device where it comes from a hub; without a trainer, loggers and callbacks."""
+
+    def before_instantiate_classes(self) -> None:
+        self.asked = self.config.fit.clone()
+        without = {"logger": False, "callbacks": None, "precision": None, "plugins": None}
+        model = self.config.fit.model
+        for key, value in without.items():
+            self.config.fit.trainer[key] = value
+        model.lora["init"], model["prepare_weights"], model["init_adapter"] = "gaussian", "off", None
+        backbone = model.backbone
+        if backbone.get("class_path") and _named(backbone.class_path) is huggingface:
+            backbone["class_path"] = f"{__name__}.bare"
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """None is needed."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """A config and what it monitors."""
+
+    name: str
+    """Of the run that the config describes."""
+    config: dict[str, Any]
+    """Resolved, as plain data."""
+    lora: LoRAConfig
+    backbone: nn.Module
+    """Plain, without adapters."""
+    metric: str
+    goal: Goal
+    unlogged: Callable[[str], str | None]
+    """Of a metric: None, or why no fit of this config logs it."""
+    parser: Any
+    """Of the command: what else `fit` is to be asked is looked at with it."""
+
+    def check(self, args: Sequence[str]) -> Any:
+        """The config of `fit ARGS`, each value of its type.
+
+        Raises:
+            SystemExit: `fit` refuses it; its line is on the screen.
+        """
+        return self.parser.parse_args(["fit", *args]).fit
+
+
+def opened(args: Sequence[str]) -> Base:
+    """What `fit ARGS` would begin with.
+
+    Raises:
+        LoRAError: an object refuses its arguments.
+        SystemExit: `fit` refuses them; its line is on the screen.
+    """
+    cli = _Built(args=["fit", *args])
+    module = cli.model
+    if not isinstance(module, LoRAModule):
+        raise LoRAError(f"a sweep fits a LoRAModule, got {type(module).__name__}")
+    metric, goal = _monitored(cli.asked, module.task)
+    return Base(
+        name=str(cli.asked.name),
+        config=plain(cli.asked),
+        lora=module.lora,
+        backbone=remove(module.backbone),
+        metric=metric,
+        goal=goal,
+        unlogged=functools.partial(_unlogged, module=module, config=cli.asked),
+        parser=cli.parser,
+    )
+
+
+def _unlogged(metric: str, module: LoRAModule, config: Any) -> str | None:
+    given = config.trainer.callbacks or []
+    places = [callback.class_path for callback in (given if isinstance(given, list) else [given])]
+    ours = all(place.startswith(("lora_lightning.", "lightning.pytorch.")) for place in places)
+    return unlogged(metric, module) if ours and not figures_of_its_own(module) else None
+
+
+def plain(config: Any) -> dict[str, Any]:
+    """JSON's types alone, and nothing that another process would write otherwise."""
+    values = {key: value for key, value in config.as_dict().items() if key not in NOT_COMPARED}
+    text = json.dumps(values, default=lambda thing: re.sub(r" at 0x[0-9a-f]+", "", str(thing)))
+    return dict(json.loads(text))
+
+
+def _monitored(config: Any, task: Task) -> tuple[str, Goal]:
+    """What chooses the best checkpoint: a callback of the config, else the task."""
+    given = config.trainer.callbacks or []
+    for callback in given if isinstance(given, list) else [given]:
+        args = callback.get("init_args") or {}
+        if args.get("monitor") not in (None, "auto") and _is_checkpoint(callback.class_path):
+            return str(args["monitor"]), str(args.get("mode") or "min")
+    return task.monitor, task.monitor_mode
+
+
+def _is_checkpoint(class_path: str) -> bool:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    found = _named(class_path)
+    return isinstance(found, type) and issubclass(found, ModelCheckpoint)
+
+
+def _named(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)

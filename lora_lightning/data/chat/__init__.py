@@ -1,0 +1,1 @@
+"""Conversations: read, templated, masked to the answers."""

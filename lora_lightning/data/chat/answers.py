@@ -1,0 +1,139 @@
+"""Where the answers stand in a conversation as its chat template writes it, by character and by token.
+
+An answer is what the model would have to write itself: from where its generation prompt ends to the token that ends its
+turn. Both are found by rendering: the conversation up to the answer with a generation prompt, and the one with the
+answer in it, are beginnings of the whole. Templates that write earlier turns anew (Qwen3 leaves their thinking out,
+Mistral moves the system message to the last turn) break that; there a marker in the answer's place shows what stands
+before and after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any
+
+from lora_lightning.data.chat.conversations import Message
+
+Render = Callable[[Sequence[Message], bool], str]
+"""Messages, and whether a prompt for the next answer ends them, to text."""
+
+MARKER = "\ue000answer\ue000"
+"""Of the private use area: in no template and in no answer."""
+
+
+class AnswerNotFoundError(Exception):
+    """The template rewrites a message so that it cannot be told from the rest. Messages count from 1."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"message {number}")
+        self.number = number
+
+
+def answer_spans(
+    render: Render, messages: Sequence[Message], answers: Sequence[int]
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text and, of each of the `answers`, its first character and the one behind its turn's end.
+
+    Args:
+        render: the chat template; may raise where a beginning of a conversation is none by itself.
+        messages: the conversation.
+        answers: which of them, counted from 0.
+
+    Raises:
+        AnswerNotFoundError: the template does something else with a message than write it once.
+    """
+    text = render(messages, False)
+    return text, [_span(render, messages, number, text) for number in answers]
+
+
+def _span(render: Render, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
+    before = _tried(render, messages[:number], True)
+    through = text if number + 1 == len(messages) else _tried(render, messages[: number + 1], False)
+    start = len(before) if before is not None and text.startswith(before) else None
+    if start is not None and through is not None and text.startswith(through) and len(through) > start:
+        return start, len(through)
+    return _by_marker(render, messages, number, text, before)
+
+
+def _by_marker(
+    render: Render, messages: Sequence[Message], number: int, text: str, before: str | None
+) -> tuple[int, int]:
+    """The same by what stands around a marker in the answer's place, here and where it ends the conversation."""
+    marked = [*messages[:number], {**messages[number], "content": MARKER}, *messages[number + 1 :]]
+    head, here, tail = (_tried(render, marked, False) or "").partition(MARKER)
+    alone, _, closing = (_tried(render, marked[: number + 1], False) or "").partition(MARKER)
+    if before is not None and text.startswith(before):
+        start = len(before)
+    elif text.startswith(head):
+        # What stands between the generation prompt and the answer, such as a blank, the model writes itself.
+        lead = alone.removeprefix(before) if before and alone.startswith(before) else ""
+        start = len(head.removesuffix(lead))
+    else:
+        raise AnswerNotFoundError(number + 1)
+    end = len(text) - len(tail)
+    if not here or not text.endswith(tail) or start > end:
+        raise AnswerNotFoundError(number + 1)
+    return start, end + _shared(closing, tail)
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+
+
+def _tried(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
+    """None where the template refuses these messages, as some do where roles do not take turns."""
+    try:
+        return render(messages, prompt) if messages else None
+    except Exception:  # a template raises what it likes
+        return None
+
+
+def tokens_within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
+    """Of each token, whether it begins within a span, both in order. One that begins in the prompt is the prompt's."""
+    marks, ahead = [], list(spans)
+    for begins, _ in offsets:
+        while ahead and begins >= ahead[0][1]:
+            ahead.pop(0)
+        marks.append(bool(ahead) and ahead[0][0] <= begins)
+    return marks
+
+
+def up_to_turns_end(
+    marks: Sequence[bool], ids: Sequence[int], special: set[int], blank: Callable[[int], bool]
+) -> list[bool]:
+    """Let each answer end with the special token that ends its turn, if there is one: in it, or right behind it.
+
+    Args:
+        marks: of each token, whether an answer holds it.
+        special: control tokens.
+        blank: whether a token is white space alone, such as the line break behind the end of a turn.
+    """
+    marks = list(marks)
+    for first, end in runs(marks):
+        last = end - 1
+        while last > first and blank(ids[last]):
+            last -= 1
+        if ids[last] in special:
+            marks[last + 1 : end] = [False] * (end - last - 1)
+        elif end < len(ids) and ids[end] in special:
+            marks[end] = True
+    return marks
+
+
+def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
+    """Where marks stand in a row: the first of each row, and the one behind its last."""
+    found, at = [], 0
+    for mark, group in groupby(marks):
+        size = len(list(group))
+        found += [(at, at + size)] if mark else []
+        at += size
+    return found
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """A tokenizer's control tokens."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {number for number, token in added if token.special} | set(tokenizer.all_special_ids)

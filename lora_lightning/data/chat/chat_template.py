@@ -1,0 +1,222 @@
+"""Conversations to token ids, and which of them are trained on, by the model's own chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.chat.answers import (
+    AnswerNotFoundError,
+    answer_spans,
+    runs,
+    special_ids,
+    tokens_within,
+    up_to_turns_end,
+)
+from lora_lightning.data.chat.conversations import Message, conversation_of, last_answer, tools_of
+from lora_lightning.data.chat.prompt_completion import REFERENCES
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.text_generation import PROMPT
+
+TrainOn = Literal["answers", "last_answer", "all"]
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""Where a template marks its answers itself."""
+
+
+class TemplateError(Exception):
+    """What a chat template does not do with a conversation."""
+
+
+def _refused(error: Exception) -> TemplateError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return TemplateError(f"a conversation that the chat template takes ({reason})")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A tokenizer's chat template with its options, as plain data that `datasets` can hash."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """A fast one, with a chat template."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Variables that the template reads, such as `enable_thinking`."""
+
+    def text(self, messages: Sequence[Message], tools: Any = None, *, prompt: bool = False) -> str:
+        """The conversation as the model reads it; `prompt` ends it where an answer would begin."""
+        return str(
+            self.tokenizer.apply_chat_template(
+                list(messages), tools=tools, tokenize=False, add_generation_prompt=prompt, **self.options
+            )
+        )
+
+    def prompt_ids(self, messages: Sequence[Message], tools: Any = None) -> list[int]:
+        """Tokens of a conversation that an answer is to follow.
+
+        Raises:
+            TemplateError: the template refuses the conversation.
+        """
+        try:
+            text = self.text(messages, tools, prompt=True)
+        except Exception as error:  # a template raises what it likes
+            raise _refused(error) from error
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[int]]:
+        """Token ids up to the last answer's end, and labels: the ids themselves where trained on, else -100.
+
+        Raises:
+            TemplateError: the template refuses the conversation, or rewrites an answer so that it is not found.
+        """
+        try:
+            ids, marks = self._marked(messages, tools, train_on)
+        except AnswerNotFoundError as error:
+            raise TemplateError(
+                f"its answers to be found in what the chat template makes of it, which rewrites message {error.number}"
+                " (train_on: last_answer may do, or a chat_template with {% generation %})"
+            ) from error
+        except Exception as error:  # a template raises what it likes
+            raise _refused(error) from error
+        return ids, [number if mark else IGNORED for number, mark in zip(ids, marks, strict=True)]
+
+    def _marked(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[bool]]:
+        if train_on == "all":
+            ids = self.tokenizer(self.text(messages, tools), add_special_tokens=False)["input_ids"]
+            return list(ids), [True] * len(ids)
+        if GENERATION.search(self.tokenizer.get_chat_template(tools=tools)):
+            ids, marks = self._by_template(messages, tools)
+        else:
+            answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+            ids, marks = self._by_rendering(messages, tools, answers[-1:] if train_on == "last_answer" else answers)
+        marks = up_to_turns_end(marks, ids, special_ids(self.tokenizer), self._is_blank)
+        if train_on == "last_answer":
+            first = runs(marks)[-1][0] if any(marks) else 0
+            marks = [mark and number >= first for number, mark in enumerate(marks)]
+        return ids, marks
+
+    def _by_template(self, messages: Sequence[Message], tools: Any) -> tuple[list[int], list[bool]]:
+        encoded: Any = self.tokenizer.apply_chat_template(
+            list(messages), tools=tools, return_dict=True, return_assistant_tokens_mask=True, **self.options
+        )
+        return list(encoded["input_ids"]), [bool(mark) for mark in encoded["assistant_masks"]]
+
+    def _by_rendering(
+        self, messages: Sequence[Message], tools: Any, answers: Sequence[int]
+    ) -> tuple[list[int], list[bool]]:
+        def render(some: Sequence[Message], prompt: bool) -> str:
+            return self.text(some, tools, prompt=prompt)
+
+        text, spans = answer_spans(render, messages, answers)
+        encoded: Any = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), tokens_within(encoded["offset_mapping"], spans)
+
+    def _is_blank(self, number: int) -> bool:
+        return not str(self.tokenizer.decode([number])).strip()
+
+
+def give_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None:
+    """Put a chat template into the tokenizer: the text of one or a file of it; None keeps its own.
+
+    Raises:
+        LoRAError: there is none, or the tokenizer cannot say where in a text its tokens are.
+    """
+    if given is not None:
+        tokenizer.chat_template = given if "{%" in given or "{{" in given else _read(given)
+    if not tokenizer.chat_template:
+        raise LoRAError(
+            f"the tokenizer '{tokenizer.name_or_path}' has no chat template: give data.chat_template, a Jinja template"
+            " or a file of one (that of the model's instruction-tuned sibling fits)"
+        )
+    if not tokenizer.is_fast:
+        raise LoRAError(
+            f"{type(tokenizer).__name__} cannot say which characters its tokens stand for: a fast tokenizer"
+            " (a directory with tokenizer.json) is needed to tell answers from prompts"
+        )
+
+
+def _read(given: str) -> str:
+    file = Path(resolve(given))
+    if not file.is_file():
+        raise LoRAError(f"chat_template: expected a Jinja template or a file of one, got '{given}'")
+    return file.read_text(encoding="utf-8")
+
+
+def encode_conversations(
+    rows: Mapping[str, list[Any]],
+    *,
+    template: ChatTemplate,
+    layout: dict[str, str],
+    system: str | None,
+    train_on: TrainOn,
+    max_length: int,
+) -> dict[str, list[Any]]:
+    """Token ids and labels of a batch of rows, cut to `max_length`.
+
+    `problem` says what is wrong with a row, `trained` how many tokens are left to train on and `whole` how many there
+    are without the cut.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in ("input_ids", "labels", "problem", "trained", "whole")}
+    for messages, tools in conversations_of(rows, layout, system):
+        ids: list[int] = []
+        labels: list[int] = []
+        problem, end = "", last_answer(messages)
+        try:
+            ids, labels = template.encode(messages[: 0 if end is None else end + 1], tools, train_on)
+        except TemplateError as error:
+            problem = str(error)
+        columns["problem"].append(problem)
+        columns["whole"].append(_trained(labels))
+        ids, labels = ids[:max_length], labels[:max_length]
+        columns["trained"].append(_trained(labels))
+        columns["input_ids"].append(ids)
+        columns["labels"].append(labels)
+    return columns
+
+
+def encode_prompts(
+    rows: Mapping[str, list[Any]],
+    *,
+    template: ChatTemplate,
+    layout: dict[str, str],
+    system: str | None,
+    answered: bool,
+) -> dict[str, list[Any]]:
+    """Of each row the conversation up to its last answer, and that answer as the one reference.
+
+    Args:
+        answered: False where a conversation may end with what is to be answered; then it is the prompt as it is.
+    """
+    columns: dict[str, list[Any]] = {f"{PROMPT}input_ids": [], REFERENCES: [], "problem": []}
+    for messages, tools in conversations_of(rows, layout, system):
+        end, ids, problem = last_answer(messages), [], ""
+        if not answered and messages[-1]["role"] != "assistant":
+            end = None
+        try:
+            ids = template.prompt_ids(messages[:end], tools)
+        except TemplateError as error:
+            problem = str(error)
+        columns[f"{PROMPT}input_ids"].append(ids)
+        columns[REFERENCES].append([] if end is None else [messages[end]["content"]])
+        columns["problem"].append(problem)
+    return columns
+
+
+def conversations_of(
+    rows: Mapping[str, list[Any]], layout: Mapping[str, str], system: str | None
+) -> Iterator[tuple[list[Message], Any]]:
+    """Messages and tools of each row."""
+    for values in zip(*rows.values(), strict=True):
+        row = dict(zip(rows, values, strict=True))
+        yield conversation_of(row, layout, system), tools_of(row, layout)
+
+
+def _trained(labels: Sequence[int]) -> int:
+    """How many labels count: nothing predicts the first token."""
+    return sum(label != IGNORED for label in labels[1:])

@@ -1,0 +1,271 @@
+"""Conversations for instruction tuning, with loss on the answers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.data.chat.answers import runs, special_ids
+from lora_lightning.data.chat.chat_template import (
+    ChatTemplate,
+    TemplateError,
+    TrainOn,
+    encode_conversations,
+    encode_prompts,
+    give_template,
+)
+from lora_lightning.data.chat.conversations import (
+    BadRow,
+    Message,
+    checked_columns,
+    conversation_of,
+    last_answer,
+    layout_of,
+    tools_of,
+)
+from lora_lightning.data.chat.dialogues import is_dialogues, read_dialogues
+from lora_lightning.data.chat.prompt_completion import REFERENCES, PromptCollator
+from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, from_all_over, held_out
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.io.tables import check_columns
+from lora_lightning.data.loading.packing import CausalCollator, lengths_of, pack_table
+from lora_lightning.data.text.base import TextData
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.text_generation import PROMPT
+
+FEW = 50
+"""Rows that show how answers end."""
+
+
+class ChatData(TextData, GivesPrompts):
+    """Files or a Hugging Face set of conversations to batches of token ids and labels, by the model's own template.
+
+    A row is a list of `messages` (OpenAI's role, content and tool_calls, or ShareGPT's from and value), or a prompt
+    with its answer (Alpaca, Dolly, question and answer). Labels are the token ids themselves where a token is an
+    answer's, its turn's last one included, and -100 elsewhere.
+
+    Args:
+        path: a file (JSONL, JSON, Parquet, CSV, TSV, also compressed), files by split, a directory, or a set on the
+            hub; `package:NAME/path` is a file inside an installed package. A `.yml` file or a directory of them is
+            read as ChatterBot's corpora are written.
+        tokenizer: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the latter.
+        columns: which columns a row's parts stand in, by part: `messages`, or `prompt` and `answer` with an optional
+            `context`; and `tools` and `system`. By default the names that such sets use.
+        train_on: `answers` all of a conversation's, the `last_answer` alone, or `all` tokens.
+        system: a system message for conversations without one.
+        chat_template: a Jinja template or a file of one, in place of the tokenizer's own.
+        template_options: variables that the template reads, such as `{enable_thinking: false}`.
+        max_length: tokens per conversation and row at most; what is over is cut off a conversation's end.
+        packing: put several conversations into one row; they do not see each other.
+        with_prompts: give batches of evaluation and prediction each conversation up to its last answer too, for
+            `TextGeneration` to answer; these are not packed. Rows of `predict` then need no answer of their own, and
+            their prompts are not cut.
+        batch_size: conversations per batch and process in training.
+        table: arguments of `TableData` by name.
+
+    Raises:
+        LoRAError: a missing file or column, a row that is no conversation, a template that does not take one.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        columns: dict[str, str] | None = None,
+        train_on: TrainOn = "answers",
+        system: str | None = None,
+        chat_template: str | None = None,
+        template_options: dict[str, Any] | None = None,
+        max_length: int = 2048,
+        packing: bool = False,
+        with_prompts: bool = False,
+        batch_size: int = 8,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
+        self.given_columns, self.train_on, self.system = checked_columns(columns), train_on, system
+        self.packing, self.with_prompts = packing, with_prompts
+        self.chat_template, self.template_options = chat_template, dict(template_options or {})
+        self._layouts: dict[str, dict[str, str]] = {}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loaded on first use, with the chat template that conversations are written by."""
+        fresh = self._tokenizer is None
+        tokenizer = super().tokenizer
+        if fresh:
+            give_template(tokenizer, self.chat_template)
+        return tokenizer
+
+    @property
+    def template(self) -> ChatTemplate:
+        """How conversations are written."""
+        return ChatTemplate(self.tokenizer, self.template_options)
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        if isinstance(self.path, str) and is_dialogues(self.path):
+            return {"train": read_dialogues(self.path)}
+        return super().read()
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        given = self.given_columns or {}
+        return [column for part, column in given.items() if part != "answer" or not self._only_prompts(split)]
+
+    def _only_prompts(self, split: str) -> bool:
+        return self.with_prompts and kind_of(split) == "predict"
+
+    def layout(self, split: str) -> dict[str, str]:
+        """Which column of a split stands for which part of a conversation."""
+        if split not in self._layouts:
+            names, answers = self.tables[split].column_names, not self._only_prompts(split)
+            self._layouts[split] = layout_of(names, self.given_columns, answers=answers)
+        return self._layouts[split]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise at a row that is no conversation."""
+        answers = not self._only_prompts(split)
+        layout = layout_of(table.column_names, self.given_columns, answers=answers)
+        check_columns(table, list(layout.values()), self.place(split))
+        for row in table:
+            try:
+                messages = conversation_of(row, layout)
+                tools_of(row, layout)
+                if answers and last_answer(messages) is None:
+                    raise BadRow("messages", "a message of the role assistant", [m["role"] for m in messages])
+            except BadRow as bad:
+                raise self.bad_cell(split, row[ROW], layout[bad.part], bad.expected, bad.got, bad.hint) from None
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        kind = kind_of(split)
+        if self.with_prompts and kind != "train":
+            return self._with_prompts(table, split)
+        conversations = self.conversations(table, split)
+        return (
+            pack_table(conversations, self.max_length, split) if self.packing and kind != "predict" else conversations
+        )
+
+    def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Token ids and labels of each conversation that has something left to train on; others are said aloud."""
+        encoded = self._encoded_by(
+            encode_conversations, table, split, train_on=self.train_on, max_length=self.max_length
+        )
+        kept = self._trainable(encoded, table[ROW], split)
+        return encoded.select(kept).select_columns(["input_ids", "labels"])
+
+    def _with_prompts(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        answered = kind_of(split) != "predict"
+        prompts = self._encoded_by(encode_prompts, table, split, answered=answered).remove_columns("problem")
+        if not answered:
+            return prompts.remove_columns(REFERENCES)
+        options = {"train_on": self.train_on, "max_length": self.max_length}
+        encoded = self._encoded_by(encode_conversations, table, split, **options)
+        kept = self._trainable(encoded, table[ROW], split)
+        both = [encoded.select_columns(["input_ids", "labels"]), prompts]
+        return datasets.concatenate_datasets(both, axis=1).select(kept)
+
+    def _encoded_by(
+        self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
+    ) -> datasets.Dataset:
+        """`encode_by` a function of conversations, and an error for the first row that the template does not take."""
+        layout = self.layout(split)
+        shared = {"template": self.template, "layout": layout, "system": self.system}
+        encoded = self.encode_by(function, table, split, **shared, **options)
+        column = layout.get("messages", layout.get("answer", layout.get("prompt", "")))
+        for (row, cell), problem in zip(cells_of(table, ROW, column), values_of(encoded, "problem"), strict=True):
+            if problem:
+                raise self.bad_cell(split, row, column, problem, cell)
+        return encoded
+
+    def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
+        """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
+        trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
+        kept = [number for number, count in enumerate(trained) if count]
+        if len(kept) < len(encoded):
+            first = next(number for number, count in enumerate(trained) if not count)
+            cut = sum(not some and bool(all_) for some, all_ in zip(trained, whole, strict=True))
+            said = (
+                f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
+                f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"
+                f" {self.max_length} tokens"
+            )
+            if not kept:
+                raise LoRAError(f"{said}: raise max_length, or see what the chat template makes of them")
+            rank_zero_warn(f"{said}. They are left out")
+        if split == "train":
+            self._warn_of_open_ends(values_of(encoded, "labels"))
+        return kept
+
+    def _warn_of_open_ends(self, labels: Any) -> None:
+        ends = special_ids(self.tokenizer)
+        if self.train_on != "all" and not any(number in ends for row in labels for number in row):
+            rank_zero_warn(
+                "no answer ends with a control token: the chat template closes none, and the model will not learn to"
+                " stop"
+            )
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return ChatCollator(self.pad_token_id or 0)
+
+    def lengths(self, table: datasets.Dataset) -> list[int] | None:
+        return lengths_of(table) if "input_ids" in table.column_names else None
+
+    def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """A row for each conversation, never packed."""
+        if not self.packing or self.with_prompts or "predict" in self.tables:
+            return super().predict_dataloader()
+        self.encoded("test")  # says where there is none
+        return self._loader(self.conversations(self.tables["test"], "test"), self.eval_batch_size)
+
+    @property
+    def stop_token_ids(self) -> list[int]:
+        """What ends answers in the first rows, and the tokenizer's own end."""
+        controls, found, layout = special_ids(self.tokenizer), set(), self.layout("train")
+        for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
+            messages = conversation_of(row, layout, self.system)
+            with contextlib.suppress(TemplateError):  # such as one whose answers are not found, where all is trained on
+                ids, labels = self.template.encode(messages, tools_of(row, layout), "answers")
+                found |= {ids[end - 1] for _, end in runs([label != IGNORED for label in labels])} & controls
+        return sorted({*found, *super().stop_token_ids})
+
+    def prompts(self, count: int) -> list[Prompt]:
+        """Held-out conversations up to their last answer, from all over the validation set (test, train without one).
+
+        Args:
+            count: how many at most.
+        """
+        split, found = held_out(self.tables), []
+        layout = self.layout(split)
+        for row in from_all_over(self.tables[split], count):
+            messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
+            end = last_answer(messages)
+            assert end is not None  # see check
+            ids = self.template.prompt_ids(messages[:end], tools)
+            found.append(Prompt(text=_asked(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
+        return found
+
+
+class ChatCollator:
+    """Rows to a batch: by `PromptCollator` those with prompts to answer, others by `CausalCollator`."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.plain, self.prompts = CausalCollator(pad_token_id), PromptCollator(pad_token_id)
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return (self.prompts if f"{PROMPT}input_ids" in rows[0] else self.plain)(rows)
+
+
+def _asked(messages: Sequence[Message]) -> str:
+    """What a person reads as the question: one message's text, of several each with its role."""
+    said = [message for message in messages if message["role"] not in ("system", "developer")]
+    if len(said) == 1:
+        return str(said[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in said)

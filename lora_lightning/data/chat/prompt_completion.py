@@ -1,0 +1,199 @@
+"""Prompts and completions for a decoder-only model, each written by a template over a table's columns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any
+
+import datasets
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from lora_lightning.data.images.targets import TargetData, one_target_each, references_of
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.splits import kind_of
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.text_generation import PROMPT
+
+REFERENCES = "references"
+
+
+class PromptCompletionData(TargetData):
+    """Files or a Hugging Face set to batches of prompts with their completions; the loss is on the completions alone.
+
+    A completion ends with the tokenizer's end token, which is trained on as well. Prompt and completion are tokenised
+    apart, so that a prompt's tokens are the same with and without what follows. In evaluation a prompt is written for
+    once and held to all of its completions.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        prompt: a template with columns in braces, such as `{meaning_representation} || `. Special tokens may be
+            written out. `{{` is a brace.
+        completion: a template of the completion. Its column may hold a list of texts, each as good. Byte-level
+            tokenizers such as GPT-2's want a blank before the first word.
+        max_length: tokens of prompt and completion at most; of what is over, the prompt loses its beginning, then the
+            completion its end, with a warning of how many did.
+        table: arguments of `TableData` by name.
+
+    Raises:
+        LoRAError: a missing file or column, a value that is no text, a prompt without tokens, or a tokenizer without
+            an end token.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        prompt: str = "{prompt}",
+        completion: str = "{completion}",
+        max_length: int = 512,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, tokenizer, max_length, **table)
+        if max_length < 2:
+            raise LoRAError(f"max_length must be at least 2, a token of the prompt and the end, got {max_length}")
+        self.prompt, self.completion = prompt, completion
+        self.prompt_columns, completion_columns = columns_of("prompt", prompt), columns_of("completion", completion)
+        if not self.prompt_columns:
+            raise LoRAError(f"prompt must have a column in braces, such as '{{source}} || ', got {prompt!r}")
+        if len(completion_columns) != 1:
+            raise LoRAError(f"completion must have one column in braces, such as ' {{target}}', got {completion!r}")
+        (self.completion_column,) = completion_columns
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [*self.prompt_columns, None if kind_of(split) == "predict" else self.completion_column]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        for column in self.prompt_columns:
+            for row, value in cells_of(table, ROW, column):
+                if not isinstance(value, str | int | float):
+                    raise self.bad_cell(split, row, column, "text or a number", value)
+        if kind_of(split) != "predict":
+            self.check_targets(table, split, self.completion_column)
+
+    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        return table if kind_of(split) == "predict" else one_target_each(table, self.completion_column)
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        if self.tokenizer.eos_token_id is None:
+            raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has no end token (eos_token) to end completions by")
+        if kind_of(split) in ("validation", "test"):
+            texts = [text.strip() for text in filled(self.completion, table)]
+            table = table.add_column(
+                REFERENCES, references_of(list(zip(filled(self.prompt, table), texts, strict=True)))
+            )
+        encoded = self.encode_by(
+            encode_prompts,
+            table,
+            split,
+            tokenizer=self.tokenizer,
+            templates=(self.prompt, None if kind_of(split) == "predict" else self.completion),
+            max_length=self.max_length,
+            with_prompts=split != "train",
+        )
+        for row, length in zip(values_of(table, ROW), values_of(encoded, "prompt_length"), strict=True):
+            if not length:
+                column = ", ".join(self.prompt_columns)
+                raise self.bad_cell(split, row, column, "a prompt of at least one token", "")
+        if cut := sum(values_of(encoded, "cut")):
+            rank_zero_warn(
+                f"{self.place(split)}: {cut} of {len(encoded)} examples are longer than max_length={self.max_length}"
+                " and cut"
+            )
+        return encoded.remove_columns(["cut", "prompt_length"])
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        pad = self.pad_token_id
+        return PromptCollator(int(self.tokenizer.eos_token_id) if pad is None else pad)
+
+
+def columns_of(what: str, template: str) -> list[str]:
+    """The columns that a template names, each once.
+
+    Raises:
+        LoRAError: it is no template, or wants more of a column than to stand there.
+    """
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise LoRAError(
+            f"{what} is no template: {error}, in {template!r}; a brace of its own is written twice"
+        ) from error
+    for _, column, form, conversion in parts:
+        if column is not None and (not column or form or conversion or set(column) & set(".[")):
+            raise LoRAError(f"{what}: braces must hold a column's name and nothing else, got {template!r}")
+    return list(dict.fromkeys(column for _, column, _, _ in parts if column))
+
+
+def filled(template: str, rows: Mapping[str, Any] | datasets.Dataset) -> list[str]:
+    """The template with each row's values in its braces."""
+    columns = columns_of("template", template)
+    of_table = isinstance(rows, datasets.Dataset)
+    values = cells_of(rows, *columns) if of_table else zip(*(rows[column] for column in columns), strict=True)
+    return [template.format(**dict(zip(columns, own, strict=True))) for own in values]
+
+
+def encode_prompts(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    templates: tuple[str, str | None],
+    max_length: int,
+    with_prompts: bool,
+) -> dict[str, Any]:
+    """Token ids of prompt, completion and end, with labels on the latter two; and the prompts alone where wanted.
+
+    `cut` says of each row whether it was longer than `max_length`, `prompt_length` how many tokens its prompt has.
+    """
+
+    prompts: list[list[int]] = tokenizer(filled(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
+    encoded: dict[str, Any] = {"prompt_length": [len(ids) for ids in prompts]}
+    encoded["cut"] = [len(ids) > max_length for ids in prompts]
+    if with_prompts:
+        encoded[f"{PROMPT}input_ids"] = [ids[-max_length:] for ids in prompts]
+    if templates[1] is not None:
+        texts = filled(templates[1], rows)
+        plain: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
+        ended = [[*ids, int(tokenizer.eos_token_id)] for ids in plain]  # type: ignore[arg-type]
+        encoded["cut"] = [len(ids) + len(own) > max_length for ids, own in zip(prompts, ended, strict=True)]
+        completions = [ids[: max_length - 1] for ids in ended]
+        kept = [ids[-(max_length - len(own)) :] for ids, own in zip(prompts, completions, strict=True)]
+        encoded["input_ids"] = [[*ids, *own] for ids, own in zip(kept, completions, strict=True)]
+        encoded["labels"] = [[*([IGNORED] * len(ids)), *own] for ids, own in zip(kept, completions, strict=True)]
+    if REFERENCES in rows:
+        encoded[REFERENCES] = rows[REFERENCES]
+    return encoded
+
+
+@dataclass
+class PromptCollator:
+    """Pads whole examples on the right, where padding is not seen, and prompts on the left, for texts to go on from."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        for prefix, side in (("", "right"), (PROMPT, "left")):
+            if f"{prefix}input_ids" in rows[0]:
+                ids = [row[f"{prefix}input_ids"] for row in rows]
+                batch[f"{prefix}input_ids"] = _padded(ids, self.pad_token_id, side)
+                batch[f"{prefix}attention_mask"] = _padded([[1] * len(own) for own in ids], 0, side)
+        if "labels" in rows[0]:
+            batch["labels"] = _padded([row["labels"] for row in rows], IGNORED, "right")
+        if REFERENCES in rows[0]:
+            batch[REFERENCES] = [row[REFERENCES] for row in rows]
+        return batch
+
+
+def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

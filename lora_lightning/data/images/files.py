@@ -1,0 +1,120 @@
+"""Folders of images as tables: one row for each file, its label the folder that it lies in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+
+from lora_lightning.data.images.decoding import SUFFIXES
+from lora_lightning.data.io.splits import SPLITS
+from lora_lightning.data.io.tables import NAMES
+from lora_lightning.lora.errors import LoRAError, some
+
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""Beside images, such a file makes a folder what `datasets` calls an imagefolder."""
+
+
+def image_files(folder: Path) -> list[Path]:
+    """All images below a folder, however deep, in an order of their names. Hidden files and folders are passed over."""
+    found = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(parent) / f for f in sorted(files) if not f.startswith(".") and f.lower().endswith(SUFFIXES)]
+    return found
+
+
+def visible_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, but for hidden ones, by name."""
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def folders_by_split(root: Path) -> dict[str, Path]:
+    """`train`, `val` or `validation`, `test` and `predict` in a folder; itself as train where it has none."""
+    named = {NAMES.get(f.name.lower(), f.name.lower()): f for f in visible_folders(root)}
+    splits = {split: folder for split, folder in named.items() if split in (*SPLITS, "predict")}
+    return splits if "train" in splits else {"train": root}
+
+
+def is_imagefolder(root: Path) -> bool:
+    """Whether a `metadata.csv` or the like lies in a folder or in one of its splits."""
+    return any((folder / name).is_file() for folder in (root, *visible_folders(root)) for name in METADATA)
+
+
+def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> datasets.Dataset:
+    """One row for each image: its path, and the name of the folder of its class.
+
+    Args:
+        split: images of `predict` need no folder of their class.
+        columns: names of the two columns.
+
+    Raises:
+        LoRAError: there is no folder of a class, or one holds no image.
+    """
+    image, label = columns
+    if not folder.is_dir():
+        raise LoRAError(f"no folder {folder}")
+    if split == "predict":
+        files = image_files(folder)
+        if not files:
+            raise LoRAError(f"{folder} holds no image ({', '.join(SUFFIXES)})")
+        return datasets.Dataset.from_dict({image: [str(file) for file in files]})
+    classes = visible_folders(folder)
+    if not classes:
+        loose = " but loose images" if image_files(folder) else ""
+        raise LoRAError(f"{folder} holds no folders{loose}: expected one for each class, with its images in it")
+    rows = [(str(file), one.name) for one in classes for file in image_files(one)]
+    empty = sorted({one.name for one in classes} - {name for _, name in rows})
+    if empty:
+        raise LoRAError(
+            f"{folder} has folders without an image ({', '.join(SUFFIXES)}): {some(empty)}; remove them, or put the"
+            " images of that class there"
+        )
+    return datasets.Dataset.from_dict({image: [file for file, _ in rows], label: [name for _, name in rows]})
+
+
+def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: Sequence[str]) -> datasets.Dataset:
+    """One row for each image: its path, and that of the mask of the same name.
+
+    Args:
+        split: images of `predict` need no masks.
+        columns: names of the two columns.
+        names: of the folders of images and of masks.
+
+    Raises:
+        LoRAError: there is no image, or one without a mask, or a mask without an image.
+    """
+    images, masks = (folder / name for name in names)
+    if not images.is_dir() and split == "predict":
+        images = folder
+    found = {_stem(file, images): file for file in image_files(images)}
+    if not found:
+        raise LoRAError(f"{images} holds no image ({', '.join(SUFFIXES)})")
+    if split == "predict":
+        return datasets.Dataset.from_dict({columns[0]: [str(file) for file in found.values()]})
+    if not masks.is_dir():
+        raise LoRAError(f"no folder {masks} beside {images}")
+    own = {_stem(file, masks): file for file in image_files(masks)}
+    for what, first, second in (("images without a mask", found, own), ("masks without an image", own, found)):
+        alone = sorted(str(first[stem]) for stem in first.keys() - second.keys())
+        if alone:
+            raise LoRAError(f"{folder} has {what} of the same name: {some(alone)}")
+    rows = {columns[0]: [str(file) for file in found.values()], columns[1]: [str(own[stem]) for stem in found]}
+    return datasets.Dataset.from_dict(rows)
+
+
+def _stem(file: Path, root: Path) -> str:
+    return str(file.relative_to(root).with_suffix(""))
+
+
+def read_imagefolder(root: Path) -> datasets.DatasetDict:
+    """What `datasets` makes of images with a metadata file: a table with the column `image`, undecoded."""
+    try:
+        loaded = datasets.load_dataset("imagefolder", data_dir=str(root))
+    except Exception as error:  # datasets wraps what it meets in many kinds of its own
+        cause = error.__cause__ or error
+        raise LoRAError(f"{root} cannot be read as an imagefolder: {str(cause).strip().splitlines()[0]}") from error
+    assert isinstance(loaded, datasets.DatasetDict)
+    return loaded

@@ -1,0 +1,175 @@
+"""Rows of images as examples, decoded when they are asked for and augmented as (seed, epoch, row) say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from lora_lightning.data.images.decoding import open_image, read_rgb
+from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.lora.errors import LoRAError
+
+PIXELS = "pixel_values"
+
+Key = int | tuple[int, int]
+"""A row's place in its split; with the epoch in front where it is to be augmented."""
+
+
+class BadImageError(LoRAError):
+    """An image that does not open, or does not fit its mask."""
+
+    def __init__(self, message: str = "") -> None:
+        # From a worker process torch makes the error anew, with that process's traceback in front of what it said.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class AugmentedOrder(EpochSampler):
+    """An `EpochSampler` that gives each row together with the epoch, so that workers need not be told of it."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, row) for row in super().__iter__())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cells:
+    """One column of images of a table, and how an error names one of them."""
+
+    table: datasets.Dataset
+    column: str
+    root: Path
+    """What relative paths start from."""
+    arrays: Sequence[Any]
+    """What whole numbers in the column stand for."""
+    rows: Sequence[int]
+    """Of each example, its row in its file."""
+    place: str | None
+    """The file and split as an error names them; None where each example is a file of its own."""
+
+    def source(self, i: int) -> Any:
+        """What `open_image` takes."""
+        cell = self.table[i][self.column]
+        if isinstance(cell, int):
+            return self.arrays[cell]
+        if isinstance(cell, str):
+            return str(self.root / cell)
+        if isinstance(cell, Mapping) and cell.get("bytes") is None and cell.get("path") and "://" not in cell["path"]:
+            return str(self.root / cell["path"])
+        return cell
+
+    def name(self, i: int) -> str:
+        """The file of an example, where it has one."""
+        cell = self.table[i][self.column]
+        path = cell.get("path") if isinstance(cell, Mapping) else cell
+        return str(path) if path is not None and not isinstance(cell, int) else f"number {self.rows[i]}"
+
+    def fault(self, i: int, expected: str, got: str) -> BadImageError:
+        """The error for one image, with its file, row and column."""
+        if self.place is None:
+            return BadImageError(f"{self.name(i)}: expected {expected}, got {got}")
+        where = f"{self.place}, row {self.rows[i]}, column '{self.column}'"
+        return BadImageError(f"{where}: expected {expected}, got '{self.name(i)}': {got}")
+
+    def rgb(self, i: int) -> Image.Image:
+        """One image, decoded.
+
+        Raises:
+            BadImageError: it cannot be.
+        """
+        try:
+            return read_rgb(self.source(i))
+        except Exception as error:  # decoders fail in as many ways as there are formats
+            raise self.fault(i, "an image that opens", said(error)) from error
+
+    def verify(self, i: int, *, decode: bool) -> None:
+        """Open an image, or decode it, and let it go."""
+        if decode:
+            self.rgb(i)
+            return
+        try:
+            open_image(self.source(i)).close()
+        except Exception as error:
+            raise self.fault(i, "an image that opens", said(error)) from error
+
+
+def said(error: Exception) -> str:
+    """What an error says, without the address of a buffer."""
+    text = " ".join(str(error).split())
+    return (
+        "it is no image, or of a kind that is not known" if "cannot identify" in text else text or type(error).__name__
+    )
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Examples of one split: `pixel_values` (3, h, w) float32, and `labels` where there are any.
+
+    Args:
+        images: the column of images.
+        evaluation: of examples asked for by a place alone.
+        training: of those asked for by an epoch and a place.
+        seed: of the augmentation.
+        labels: the number of each row's label.
+    """
+
+    def __init__(
+        self,
+        images: Cells,
+        *,
+        evaluation: v2.Transform,
+        training: v2.Transform,
+        seed: int,
+        labels: Sequence[int] | None = None,
+    ) -> None:
+        self.images, self.labels = images, labels
+        self.evaluation, self.training, self.seed = evaluation, training, seed
+        self.column_names: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.images.table)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        i = key if isinstance(key, int) else key[1]
+        example = self.transformed(key, self.read(i))
+        return example if self.labels is None else {**example, "labels": self.labels[i]}
+
+    def read(self, i: int) -> dict[str, Any]:
+        """What is transformed together, by name."""
+        return {PIXELS: as_tensor(self.images.rgb(i))}
+
+    def transformed(self, key: Key, read: dict[str, Any]) -> dict[str, Any]:
+        """The same result for the same (seed, epoch, row), in whatever process and order."""
+        if isinstance(key, int):
+            return dict(self.evaluation(read))
+        epoch, i = key
+        with torch.random.fork_rng(devices=[]):
+            seed = hash((self.seed, epoch, self.images.rows[i])) & 0x7FFF_FFFF_FFFF_FFFF
+            torch.default_generator.manual_seed(seed)
+            return dict(self.training(read))
+
+
+def as_tensor(image: Image.Image) -> tv_tensors.Image:
+    """(3, h, w) uint8."""
+    return tv_tensors.Image(TF.pil_to_tensor(image))
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Examples to a batch by name."""
+    batch: dict[str, Tensor] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        batch[name] = (
+            torch.stack([v.as_subclass(Tensor) for v in values])
+            if isinstance(values[0], Tensor)
+            else torch.tensor(values)
+        )
+    return batch

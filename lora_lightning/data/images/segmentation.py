@@ -1,0 +1,236 @@
+"""Images with a label for each pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+
+from lora_lightning.data.images.decoding import open_image  # first, for it says what to install
+from lora_lightning.data.io.rows import values_of
+
+# isort: split
+from torchvision import tv_tensors
+
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.images.files import folders_by_split, read_mask_folders
+from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, said
+from lora_lightning.data.images.table import ImageTable, Verify
+from lora_lightning.data.images.transforms import (
+    Augmentation,
+    Interpolation,
+    evaluation_transform,
+    training_transform,
+)
+from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.data.io.tables import NAMES
+from lora_lightning.data.text.labels import LabelNames
+from lora_lightning.lora.errors import LoRAError, some
+
+ONE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
+"""Pillow's modes whose pixels are one number: of a palette its index, which is what masks mean by it."""
+
+
+class SegmentationData(LabelNames, ImageTable):
+    """Images and masks to batches of `pixel_values` (n, 3, h, w) and `labels` (n, h, w).
+
+    A mask is an image of one channel whose values are numbers of labels, or `ignore_index`. Image and mask are resized,
+    cropped and mirrored together, the mask without mixing values; in evaluation the whole image is squeezed into
+    `image_size`.
+
+    Args:
+        path: a folder with `images` and `masks` of the same names, or with such folders under `train`, `val` and
+            `test`; a table (CSV, TSV, JSONL, Parquet) with two columns of paths; files or folders by split; a saved
+            `datasets` directory, or a set on the hub with two `Image` columns.
+        image_column: the image.
+        mask_column: its mask.
+        image_folder: where images are in a folder.
+        mask_folder: where masks are; an image's own mask has its name, whatever the suffix.
+        label_names: names in the order of their numbers.
+        num_classes: how many labels there are; their number of names by default. One of the two is needed.
+        ignore_index: value of pixels without a label.
+        reduce_labels: for sets whose 0 is what has no label, such as ADE20K: 0 is ignored and 1 is the first label.
+        image_root: what relative paths in a table start from; the table's own folder by default.
+        preprocessing: as `ImageData` takes it.
+        image_size: of the backbone's input in pixels, one number or height and width.
+        mean: of red, green and blue in [0, 1].
+        std: the same.
+        interpolation: of resizing images; masks take the nearest pixel.
+        augment: what changes at random in training, a function of (seed, epoch, row); null for nothing.
+        max_train_rows: of training rows at most so many, drawn once by `split.seed`.
+        verify: before training, whether each file opens as an image (its header: quick); decodes, has its mask's size
+            and allowed values (all of it); or none.
+        name: which configuration of a hub set.
+        split: how to split off validation and test where the set has none.
+        batch_size: images per batch and process in training.
+        eval_batch_size: the same in evaluation; `batch_size` by default.
+        num_workers: processes that decode.
+        seed: of the order and of the augmentation.
+
+    Raises:
+        LoRAError: an image or a mask that is missing or does not open, a mask of another size than its image, a value
+            that is no label, with the file.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        image_column: str = "image",
+        mask_column: str = "mask",
+        image_folder: str = "images",
+        mask_folder: str = "masks",
+        label_names: list[str] | None = None,
+        num_classes: int | None = None,
+        ignore_index: int = 255,
+        reduce_labels: bool = False,
+        image_root: str | None = None,
+        preprocessing: str | None = None,
+        image_size: int | list[int] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: Interpolation | None = None,
+        augment: Augmentation | None = Augmentation(),  # noqa: B008  (frozen)
+        max_train_rows: int | None = None,
+        verify: Verify = "open",
+        name: str | None = None,
+        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            path,
+            preprocessing=preprocessing,
+            image_size=image_size,
+            mean=mean,
+            std=std,
+            interpolation=interpolation,
+            crop_share=1,
+            augment=augment,
+            image_root=image_root,
+            max_train_rows=max_train_rows,
+            verify=verify,
+            name=name,
+            split=split,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        if not label_names and num_classes is None:
+            raise LoRAError("SegmentationData needs label_names, or num_classes: they are not read off the masks")
+        if label_names and num_classes not in (None, len(label_names)):
+            raise LoRAError(f"num_classes is {num_classes} and label_names has {len(label_names)}: leave out one")
+        if self.augment.rand_augment is not None:
+            raise LoRAError("augment.rand_augment is for images alone: it would not move the masks with them")
+        self.given_label_names = list(label_names or (str(i) for i in range(num_classes or 0)))
+        if 0 <= ignore_index < len(self.given_label_names):
+            raise LoRAError(f"ignore_index {ignore_index} is one of the labels")
+        self.image_column, self.mask_column = image_column, mask_column
+        self.folders = (image_folder, mask_folder)
+        self.ignore_index, self.reduce_labels = ignore_index, reduce_labels
+
+    @property
+    def image_columns(self) -> Sequence[str]:
+        return [self.image_column, self.mask_column]
+
+    def read_images(self) -> dict[str, datasets.Dataset]:
+        if isinstance(self.path, dict):
+            folders = {NAMES.get(split, split): Path(resolve(path)) for split, path in self.path.items()}
+        else:
+            root = Path(resolve(self.path))
+            folders = folders_by_split(root) if root.is_dir() else {}
+        if not folders or not all((f / self.folders[0]).is_dir() or s == "predict" for s, f in folders.items()):
+            return super().read_images()
+        columns = (self.image_column, self.mask_column)
+        tables = {split: read_mask_folders(f, split, columns, self.folders) for split, f in folders.items()}
+        self.files = {split: list(values_of(table, self.image_column)) for split, table in tables.items()}
+        return tables
+
+    def names_in_train(self) -> list[str]:
+        raise AssertionError("names or their number are given")
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [self.image_column, None if split == "predict" else self.mask_column]
+
+    def encode(self, table: datasets.Dataset, split: str) -> Any:
+        """Nothing yet: `MaskRows` decodes as batches are made."""
+        images = self.cells(table, split, self.image_column)
+        transforms = {
+            "evaluation": evaluation_transform(self.preprocessing),
+            "training": training_transform(self.preprocessing, self.augment),
+        }
+        if split == "predict":
+            return Rows(images, seed=self.seed, **transforms)
+        masks = self.cells(table, split, self.mask_column)
+        allowed = (self.num_classes, self.ignore_index, self.reduce_labels)
+        return MaskRows(images, masks, allowed, seed=self.seed, **transforms)
+
+    def verify_rows(self, table: datasets.Dataset, split: str) -> None:
+        if self.verify != "decode" or split == "predict":
+            super().verify_rows(table, split)
+            return
+        rows = self.encode(table, split)
+        for i in self.shown(range(len(table)), split):
+            rows.read(i)
+
+
+class MaskRows(Rows):
+    """`Rows` whose labels are masks.
+
+    Args:
+        images: the column of images.
+        masks: that of masks.
+        allowed: number of labels, the value of pixels without one, and whether 0 is such a value.
+        transforms: as `Rows` takes them.
+    """
+
+    def __init__(self, images: Cells, masks: Cells, allowed: tuple[int, int, bool], **transforms: Any) -> None:
+        super().__init__(images, **transforms)
+        self.masks = masks
+        self.num_classes, self.ignore_index, self.reduce_labels = allowed
+
+    def read(self, i: int) -> dict[str, Any]:
+        image = self.images.rgb(i)
+        try:
+            mask = read_mask(self.masks.source(i))
+        except Exception as error:  # decoders fail in as many ways as there are formats
+            raise self.masks.fault(i, "a mask that opens", said(error)) from error
+        if mask.shape != (image.height, image.width):
+            got = f"{mask.shape[1]} x {mask.shape[0]}"
+            raise self.masks.fault(i, f"the size of its image, {image.width} x {image.height}", got)
+        return {PIXELS: as_tensor(image), "labels": tv_tensors.Mask(torch.from_numpy(self._labels(i, mask)))}
+
+    def _labels(self, i: int, mask: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Values as the task takes them.
+
+        Raises:
+            BadImageError: one of them is no label.
+        """
+        ignored = mask == self.ignore_index
+        if self.reduce_labels:
+            ignored |= mask == 0
+            mask = mask - 1
+        wrong = np.unique(mask[~ignored & ((mask < 0) | (mask >= self.num_classes))]) + int(self.reduce_labels)
+        if len(wrong):
+            last = self.num_classes - 1 + int(self.reduce_labels)
+            got = f"the values {some([str(value) for value in wrong])}"
+            raise self.masks.fault(i, f"labels from 0 to {last} or {self.ignore_index}", got)
+        return np.where(ignored, self.ignore_index, mask)
+
+
+def read_mask(source: Any) -> np.ndarray[Any, Any]:
+    """The numbers in an image of one channel, (h, w) int64.
+
+    Raises:
+        OSError, ValueError: it is no image, or one of colours.
+    """
+    with open_image(source) as image:
+        if image.mode not in ONE_CHANNEL:
+            raise ValueError(f"an image of mode {image.mode}: a mask has one channel, whose values are labels' numbers")
+        return np.asarray(image).astype(np.int64)

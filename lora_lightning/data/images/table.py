@@ -1,0 +1,212 @@
+"""What every DataModule over images has: files or cells that hold them, preprocessing, augmentation and a check."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.base import TableData
+from lora_lightning.data.images.rows import AugmentedOrder, Cells, collate
+from lora_lightning.data.images.transforms import Augmentation, Interpolation, Preprocessing, preprocessing_of
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.lora.errors import LoRAError
+
+Verify = Literal["open", "decode", "none"]
+
+SHOWN_FROM = 20_000
+"""Images from which on a check shows a progress bar."""
+
+
+class ImageTable(TableData):
+    """A `TableData` whose rows have images, which are decoded only when a batch needs them.
+
+    Args:
+        path: as `TableData` takes it, or a folder of images.
+        preprocessing: name of the model whose preprocessing is used, see `preprocessing_of`.
+        image_size, mean, std, interpolation, crop_share: in place of what `preprocessing` says.
+        augment: in training; None does nothing at random.
+        image_root: what relative paths start from; the folder of their table by default.
+        max_train_rows: of training rows at most so many, drawn once by `split.seed`.
+        verify: before training, whether each file opens as an image (its header: quick), decodes (all of it), or none.
+        table: arguments of `TableData` by name.
+    """
+
+    train_sampler = AugmentedOrder
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        *,
+        preprocessing: str | None,
+        image_size: int | Sequence[int] | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        interpolation: Interpolation | None,
+        crop_share: float | None,
+        augment: Augmentation | None,
+        image_root: str | None,
+        max_train_rows: int | None,
+        verify: Verify,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, length_grouped=False, num_proc=None, **table)
+        if max_train_rows is not None and max_train_rows < 1:
+            raise LoRAError(f"max_train_rows must be at least 1, got {max_train_rows}")
+        if crop_share is not None and not 0 < crop_share <= 1:
+            raise LoRAError(f"crop_share must be above 0 and at most 1, got {crop_share}")
+        self.given = {"mean": mean, "std": std, "interpolation": interpolation}
+        self.preprocessing_name, self.image_size, self.crop_share = preprocessing, image_size, crop_share
+        self.augment = augment or Augmentation(crop_scale=None, flip=0.0)
+        self.image_root, self.max_train_rows, self.verify = image_root, max_train_rows, verify
+        self.files: dict[str, list[str]] = {}  # by split, where each row is a file of a folder, and names itself
+        self._arrays: list[Any] = []
+        self._roots: dict[str, Path] = {}
+        self._preprocessing: Preprocessing | None = None
+        self._verified = False
+
+    @property
+    def image_columns(self) -> Sequence[str]:
+        """Columns that hold images."""
+        raise NotImplementedError
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What is done to an image in evaluation."""
+        if self._preprocessing is None:
+            found = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
+            found = found.at(self.image_size)
+            if self.crop_share == 1:
+                found = found.whole()
+            elif self.crop_share is not None:
+                found = replace(found, resize=round(min(found.size) / self.crop_share))
+            given = {name: value for name, value in self.given.items() if value is not None}
+            for name in ("mean", "std"):
+                if name in given:
+                    given[name] = tuple(float(x) for x in given[name])  # type: ignore[union-attr]
+                    if len(given[name]) != 3:
+                        raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
+            self._preprocessing = replace(found, **given)  # type: ignore[arg-type]
+        return self._preprocessing
+
+    @property
+    def image_processor(self) -> Any:
+        """The same as a transformers image processor, which an export saves."""
+        return self.preprocessing.processor()
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        return self._undecoded(self.read_images())
+
+    def read_images(self) -> dict[str, datasets.Dataset]:
+        """Tables by split, as `read` gives them, with images in whatever form."""
+        return super().read()
+
+    def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
+        """Where each row is a file, the error names it in place of its row."""
+        if not self.files:
+            return super().bad_cell(split, row, column, expected, got, hint)
+        file = self.files.get(split, self.files.get("train", []))[row - 1]
+        return LoRAError(f"{file}: expected {expected}, got {got!r}{hint}")
+
+    def _undecoded(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+        """The tables with their images as paths and bytes: `datasets` would decode each row that is looked at."""
+        for split, table in tables.items():
+            for column in self.image_columns:
+                if column in table.column_names and is_image(table.features[column]):
+                    tables[split] = tables[split].cast_column(column, datasets.Image(decode=False))
+        return tables
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise where an image's cell is neither a path nor an image."""
+        for column in self.image_columns:
+            if column not in table.column_names:  # masks, where there is nothing but to predict
+                continue
+            feature = table.features[column]
+            if isinstance(feature, datasets.Image) or (self._arrays and getattr(feature, "dtype", "") == "int64"):
+                continue
+            for row, cell in cells_of(table, ROW, column):
+                if not isinstance(cell, str) or not cell:
+                    raise self.bad_cell(split, row, column, "the path of an image", cell)
+
+    def prepare_data(self) -> None:
+        """Read, and look at each image's header, once in one process."""
+        super().prepare_data()
+        if self.verify == "none" or self._verified:
+            return
+        for split, table in self.tables.items():
+            self.verify_rows(table, split)
+        self._verified = True
+
+    def verify_rows(self, table: datasets.Dataset, split: str) -> None:
+        """Raise at the first image of a split that does not open, or decode."""
+        decode = self.verify == "decode"
+        for column in self.image_columns:
+            inside = isinstance(table.features.get(column), datasets.Image) and not self.files
+            if column not in table.column_names or (inside and not decode):
+                continue  # images inside a table would all be read for it
+            cells = self.cells(table, split, column)
+            for i in self.shown(range(len(table)), split):
+                cells.verify(i, decode=decode)
+
+    def shown(self, rows: range, split: str) -> Iterable[int]:
+        """The rows, with a progress bar where there are many."""
+        bar: Iterable[int] = tqdm(rows, desc=f"check images, {split}", disable=len(rows) < SHOWN_FROM, leave=False)
+        return bar
+
+    def cells(self, table: datasets.Dataset, split: str, column: str) -> Cells:
+        """A column of images of a split."""
+        return Cells(
+            table=table.select_columns([column]),
+            column=column,
+            root=self._root(split),
+            arrays=self._arrays,
+            rows=list(values_of(table, ROW)),
+            place=None if self.files else self.place(split),
+        )
+
+    def _root(self, split: str) -> Path:
+        """What a split's paths start from: `image_root`, or its table's folder; those read off folders are whole."""
+        if self.files:
+            return Path()
+        if self.image_root:
+            return Path(resolve(self.image_root))
+        if isinstance(self.path, dict):
+            named = {("validation" if name in ("val", "valid", "dev") else name): f for name, f in self.path.items()}
+            file = Path(resolve(named.get(split, named.get("train", next(iter(named.values()))))))
+        else:
+            file = Path(resolve(self.path))
+        return file if file.is_dir() else file.parent
+
+    def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+        tables = super()._with_splits(tables)
+        train = tables.get("train")
+        if self.max_train_rows is not None and train is not None and self.max_train_rows < len(train):
+            rows = random.Random(self.split.seed).sample(range(len(train)), self.max_train_rows)
+            tables["train"] = train.select(sorted(rows))
+        return tables
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return collate
+
+    def lengths(self, table: Any) -> None:
+        """Images have none."""
+        return
+
+    def every(self, split: str) -> DataLoader[Any]:
+        """All images of a split as evaluation sees them, in this process alone."""
+        return DataLoader(self.encoded(split), batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def is_image(feature: Any) -> bool:
+    """Whether a column holds images as `datasets` stores them, by its feature or by its parts."""
+    if isinstance(feature, datasets.Image):
+        return True
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}

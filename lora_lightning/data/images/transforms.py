@@ -1,0 +1,240 @@
+"""What is done to an image before the backbone sees it: the backbone's own preprocessing, and augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torchvision.transforms import v2
+
+from lora_lightning.lora.errors import LoRAError
+
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
+PIL_FILTERS: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+"""Pillow's numbers, which transformers' processors keep."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """Resize, crop in the centre, scale to [0, 1] and normalise: how a backbone was shown its images in pretraining."""
+
+    size: tuple[int, int] = (224, 224)
+    """Height and width of what the backbone gets."""
+    resize: int | tuple[int, int] = 256
+    """The shorter side before the crop; or height and width, whatever the image's proportions."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Of each channel, subtracted. ImageNet's own by default."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Of each channel, divided by."""
+    interpolation: Interpolation = "bilinear"
+    """Of the resizing, with antialiasing."""
+
+    def at(self, size: int | Sequence[int] | None) -> Preprocessing:
+        """The same for another size of the backbone's input: the crop keeps its share of the image."""
+        if size is None:
+            return self
+        height, width = (size, size) if isinstance(size, int) else (int(size[0]), int(size[-1]))
+        if min(height, width) < 1 or (not isinstance(size, int) and len(size) != 2):
+            raise LoRAError(f"image_size must be one number or height and width, at least 1, got {size}")
+        if isinstance(self.resize, int):
+            shorter = max(round(min(height, width) * self.resize / min(self.size)), height, width)
+            return replace(self, size=(height, width), resize=shorter)
+        scaled = (
+            round(height * self.resize[0] / self.size[0]),
+            round(width * self.resize[1] / self.size[1]),
+        )
+        return replace(self, size=(height, width), resize=scaled)
+
+    def whole(self) -> Preprocessing:
+        """Without a crop, for tasks that need every pixel."""
+        return replace(self, resize=self.size)
+
+    def processor(self) -> Any:
+        """A transformers image processor that does the same, to be saved beside a model."""
+        import transformers
+
+        height, width = self.size
+        filters = {name: number for number, name in PIL_FILTERS.items()}
+        shared: dict[str, Any] = {
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "resample": filters[self.interpolation],
+            "do_convert_rgb": True,
+        }
+        if self.resize == self.size:
+            return transformers.ViTImageProcessor(size={"height": height, "width": width}, **shared)
+        resize = self.resize
+        size = {"shortest_edge": resize} if isinstance(resize, int) else {"height": resize[0], "width": resize[1]}
+        return transformers.CLIPImageProcessor(size=size, crop_size={"height": height, "width": width}, **shared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What changes at random in training, and in training alone."""
+
+    crop_scale: float | None = 0.5
+    """Least share of the image's area that a random crop shows, resized to the backbone's input (Inception's crop,
+    arXiv 1409.4842, which takes 0.08); null crops in the centre as evaluation does."""
+    flip: float = 0.5
+    """Probability of a mirror image, left to right."""
+    rand_augment: int | None = None
+    """Magnitude, 0 to 30, of two random operations out of RandAugment's (arXiv 1909.13719; 9 is usual); null does none.
+    Not for segmentation."""
+
+    def __post_init__(self) -> None:
+        if self.crop_scale is not None and not 0 < self.crop_scale <= 1:
+            raise LoRAError(f"augment.crop_scale must be above 0 and at most 1, got {self.crop_scale}")
+        if not 0 <= self.flip <= 1:
+            raise LoRAError(f"augment.flip must be from 0 to 1, got {self.flip}")
+        if self.rand_augment is not None and not 0 <= self.rand_augment <= 30:
+            raise LoRAError(f"augment.rand_augment must be from 0 to 30, got {self.rand_augment}")
+
+
+def evaluation_transform(p: Preprocessing) -> v2.Transform:
+    """A uint8 image (3, h, w) to float32 (3, *size), and a mask beside it to its size."""
+    return v2.Compose([*_to_size(p), *_to_numbers(p)])
+
+
+def training_transform(p: Preprocessing, augment: Augmentation) -> v2.Transform:
+    """The same with augmentation, drawn from torch's global generator."""
+    steps: list[Any] = _to_size(p)
+    if augment.crop_scale is not None:
+        mode = v2.InterpolationMode(p.interpolation)
+        steps = [v2.RandomResizedCrop(list(p.size), (augment.crop_scale, 1.0), interpolation=mode, antialias=True)]
+    if augment.flip:
+        steps.append(v2.RandomHorizontalFlip(augment.flip))
+    if augment.rand_augment is not None:
+        steps.append(v2.RandAugment(magnitude=augment.rand_augment))
+    return v2.Compose([*steps, *_to_numbers(p)])
+
+
+def _to_size(p: Preprocessing) -> list[Any]:
+    resize = p.resize if isinstance(p.resize, int) else list(p.resize)
+    steps: list[Any] = [v2.Resize(resize, interpolation=v2.InterpolationMode(p.interpolation), antialias=True)]
+    return steps if p.resize == p.size else [*steps, v2.CenterCrop(list(p.size))]
+
+
+def _to_numbers(p: Preprocessing) -> list[Any]:
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(p.mean), list(p.std))]
+
+
+def preprocessing_of(name: str) -> Preprocessing:
+    """How a backbone was shown its images.
+
+    Args:
+        name: `timm:NAME`, `torchvision:WEIGHTS` such as `torchvision:ResNet50_Weights.DEFAULT`, or what
+            `AutoImageProcessor.from_pretrained` takes.
+
+    Raises:
+        LoRAError: there is no such model, or it prepares its images in a way that is not known here.
+    """
+    kind, _, rest = name.partition(":")
+    if kind == "timm":
+        return _of_timm(rest)
+    if kind == "torchvision":
+        return _of_torchvision(rest)
+    return _of_transformers(name)
+
+
+def _of_timm(name: str) -> Preprocessing:
+    try:
+        import timm
+    except ImportError as error:
+        raise LoRAError("preprocessing by timm needs timm: pip install 'lora_lightning[vision]'") from error
+    from lora_lightning.backbones.vision import check_timm_name
+
+    check_timm_name(name)
+    try:
+        config = timm.models.get_pretrained_cfg(name)
+        resolve_config: Any = timm.data.resolve_data_config  # type: ignore[attr-defined]
+        found = resolve_config({}, pretrained_cfg=config.to_dict())  # type: ignore[union-attr]
+    except Exception as error:
+        raise LoRAError(f"timm does not say how '{name}' prepares images: {error}") from error
+    _, height, width = found["input_size"]
+    exact = found["crop_mode"] == "squash"
+    shorter = math.floor(min(height, width) / found["crop_pct"])
+    return Preprocessing(
+        size=(height, width),
+        resize=(math.floor(height / found["crop_pct"]), math.floor(width / found["crop_pct"])) if exact else shorter,
+        mean=tuple(found["mean"]),
+        std=tuple(found["std"]),
+        interpolation=_known(found["interpolation"], name),
+    )
+
+
+def _of_torchvision(name: str) -> Preprocessing:
+    from torchvision import models
+
+    try:
+        preset = models.get_weight(name).transforms()
+    except (KeyError, ValueError, AttributeError) as error:
+        raise LoRAError(
+            f"torchvision has no weights '{name}': expected such as ResNet50_Weights.IMAGENET1K_V2 ({error})"
+        ) from error
+    resize = preset.resize_size[0]
+    crop = getattr(preset, "crop_size", None)
+    size = (crop[0], crop[-1]) if crop else (resize, resize)
+    return Preprocessing(
+        size=size,
+        resize=resize if crop else size,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
+        interpolation=_known(preset.interpolation.value, name),
+    )
+
+
+def _of_transformers(name: str) -> Preprocessing:
+    import transformers
+
+    from lora_lightning.backbones.hub import refuse_not_there
+    from lora_lightning.backbones.huggingface import quiet
+    from lora_lightning.backbones.locate import resolve
+
+    path = resolve(name)
+    refuse_not_there("image processor", path)
+    try:
+        with quiet():
+            found: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, ImportError) as error:
+        raise LoRAError(f"'{name}' has no image processor: {str(error).strip().splitlines()[0]}") from error
+
+    def of(attribute: str, default: Any) -> Any:
+        value = getattr(found, attribute, None)
+        return default if value is None else value
+
+    if abs(of("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
+        raise LoRAError(f"the image processor of '{name}' does not scale to [0, 1]: give mean, std and image_size")
+    size, crop = dict(of("size", {"height": 224, "width": 224})), of("crop_size", None)
+    resize: int | tuple[int, int]
+    if "shortest_edge" in size:
+        resize = int(size["shortest_edge"])
+        share = of("crop_pct", None)
+        if share is not None:  # ConvNeXt's: a crop below 384 pixels, none from there on
+            target = (resize, resize)
+            resize = int(resize / share) if resize < 384 else target
+        else:
+            target = (resize, resize)
+    elif {"height", "width"} <= set(size):
+        target = resize = (int(size["height"]), int(size["width"]))
+    else:
+        raise LoRAError(f"the image processor of '{name}' resizes by {size}, which is not known here: give image_size")
+    if of("do_center_crop", False) and crop is not None:
+        target = (int(dict(crop)["height"]), int(dict(crop)["width"]))
+    plain = not of("do_normalize", True)
+    return Preprocessing(
+        size=target,
+        resize=resize,
+        mean=(0.0, 0.0, 0.0) if plain else tuple(of("image_mean", Preprocessing.mean)),
+        std=(1.0, 1.0, 1.0) if plain else tuple(of("image_std", Preprocessing.std)),
+        interpolation=PIL_FILTERS.get(int(of("resample", 2)), "bilinear"),
+    )
+
+
+def _known(interpolation: str, name: str) -> Interpolation:
+    for known in PIL_FILTERS.values():
+        if interpolation == known:
+            return known
+    raise LoRAError(f"'{name}' resizes by {interpolation}, which is not known here: give preprocessing by hand")

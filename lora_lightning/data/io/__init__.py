@@ -1,0 +1,1 @@
+"""Reading: tables, streams, splits, and faults that name file, row and column."""

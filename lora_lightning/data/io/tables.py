@@ -1,0 +1,237 @@
+"""Tables from files, directories and the hub, read by Hugging Face `datasets`, and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from lora_lightning.backbones.hub import refuse_not_there
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.io.faults import fault_in, separated_by_another, wide_first_row
+from lora_lightning.data.io.rows import ROW
+from lora_lightning.data.io.splits import CALLED, split_name
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+
+READERS = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+TextBy = Literal["line", "paragraph", "document"]
+"""What a row of a .txt is: a line, what stands between blank lines, or the whole file."""
+NAMES = CALLED
+NO_ROWS = "corresponds to no data"
+"""In what datasets says of a file without rows."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip", ".zst")
+
+
+Readers = Mapping[str, Callable[[str], datasets.Dataset]]
+"""Ways to read a file, by its suffix."""
+
+
+def read_tables(
+    path: str | dict[str, str], name: str | None = None, text_by: TextBy = "line", readers: Readers | None = None
+) -> dict[str, datasets.Dataset]:
+    """Tables by split.
+
+    Args:
+        path: one file; files by split (`train`, `validation`, `test`, `predict`, and further sets such as
+            `validation_mismatched`); a directory made by `save_to_disk` or holding one file per split; or a set's
+            name on the hub. `package:NAME/path` is a file inside an installed package. In the place of a split's
+            file, `SET@PART` is a part of a hub set in the words of `datasets`, such as `org/set@test_sft[:500]`.
+        name: which configuration of a hub set.
+        text_by: what a row of a .txt is; its one column is `text`.
+        readers: ways to read files of other suffixes, or of these in another way.
+
+    Raises:
+        LoRAError: a file that is missing, empty, or of a kind that is not read here.
+    """
+    own = readers or {}
+    if isinstance(path, dict):
+        return {known_split(split): _read_part(file, name, text_by, own) for split, file in path.items()}
+    found = Path(resolve(path))
+    if found.is_dir():
+        return _read_directory(found, text_by, own)
+    if found.is_file() or found.suffix in (*READERS, *COMPRESSED, *own):
+        return {"train": _read_file(str(found), text_by, own)}
+    return _from_hub(path, name)
+
+
+def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
+    """Where a split's rows come from, as a person would name it: its file, or the set."""
+    if isinstance(path, dict):
+        files = {known_split(name): file for name, file in path.items()}
+        return Path(files.get(split, files.get("train", ""))).name or "the set"
+    found = Path(resolve(path))
+    if found.is_dir():
+        names = {by_split: file.name for by_split, file in _files_by_split(found, more).items()}
+        return names.get(split, names.get("train", found.name))
+    return found.name if found.is_file() else path
+
+
+def check_columns(
+    table: datasets.Dataset, columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Raise where a named column is not there; `where` is the set as an error names it, `settings` whose they are."""
+    check_names(table.column_names, columns, where, settings)
+
+
+def check_names(
+    names: Sequence[str], columns: Sequence[str | None], where: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """The same for the names of a table's columns."""
+    own = [name for name in names if name != ROW]
+    for column in columns:
+        if column is not None and column not in names:
+            if advice := separated_by_another(own):
+                raise LoRAError(f"{where}, has the one column {own[0]!r}: {advice}")
+            said = [name for name, value in (settings or {}).items() if name.endswith("_column") and value == column]
+            guess, by = did_you_mean(column, own), f" with {said[0]}" if said else ""
+            advice = f"{guess} say so{by}" if guess and by else guess or f": name another{by}"
+            raise LoRAError(f"{where}, has no column '{column}'{advice} (columns: {', '.join(own)})")
+
+
+def known_split(split: str) -> str:
+    """`split_name` of a split that a config names.
+
+    Raises:
+        LoRAError: it is none.
+    """
+    name = split_name(split)
+    if name is None:
+        raise LoRAError(
+            f"unknown split '{split}': expected train, validation, test or predict, of the last three also several, as"
+            " validation_NAME"
+        )
+    return name
+
+
+def _kind(path: Path) -> str:
+    """A file's suffix less that of its compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
+    return suffixes[-1] if suffixes else ""
+
+
+def _files_by_split(folder: Path, more: Collection[str] = ()) -> dict[str, Path]:
+    """The files in a folder that are called as a split is and can be read, those with suffixes in `more` too."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file() and _kind(file) in (*READERS, *more)]
+    named = {split: file for file in files if (split := split_name(file.name.split(".")[0]))}
+    return dict(sorted(named.items()))
+
+
+def _read_file(file: str, text_by: TextBy, own: Readers) -> datasets.Dataset:
+    suffix = Path(file).suffix.lower()
+    if suffix in own:
+        check_file(file)
+        return own[suffix](file)
+    kind, options = reader_of(file, text_by, own)
+    try:
+        table = datasets.load_dataset(kind, data_files={"train": file}, **options)["train"]
+        if kind == "json":
+            table.data.table.validate(full=True)  # its reader takes bytes that are no text, and they fail when used
+    except Exception as error:  # datasets wraps each reader's own errors in its own
+        cause = error.__cause__ or error
+        cause = cause.__cause__ or cause
+        if NO_ROWS in str(cause):
+            raise LoRAError(f"{file} holds no rows") from error
+        fault = fault_in(file, kind, cause, options.get("delimiter", ","))
+        raise LoRAError(f"{file}, {fault}") from error
+    if not len(table):
+        raise LoRAError(f"{file} holds no rows")
+    return table
+
+
+def check_file(file: str) -> None:
+    """Raise where a file is not there or is empty."""
+    path = Path(file)
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
+        if path.parts[:1] == ("~",) or "$" in file:
+            near = ": neither ~ nor $NAME is filled in here, so write the whole path"
+        raise LoRAError(f"no file {file}{near}")
+    if path.stat().st_size == 0:
+        raise LoRAError(f"{file} is empty")
+
+
+def reader_of(file: str, text_by: TextBy = "line", more: Collection[str] = ()) -> tuple[str, dict[str, Any]]:
+    """Which of the readers of `datasets` reads a file, and with what options.
+
+    Args:
+        file: which may be compressed.
+        text_by: what a row of a .txt is.
+        more: suffixes that the caller reads in its own way.
+
+    Raises:
+        LoRAError: it is not there, is empty, of a kind that is not read here, or a CSV that pandas would misread.
+    """
+    check_file(file)
+    path = Path(file)
+    kind = _kind(path)
+    if kind not in READERS:
+        known = dict.fromkeys((*READERS, *more))
+        raise LoRAError(f"{file}: expected one of {', '.join(known)}, got '{kind or path.name}'")
+    by_kind: dict[str, dict[str, Any]] = {".tsv": {"delimiter": "\t"}, ".txt": {"sample_by": text_by}}
+    options = by_kind.get(kind, {})
+    if READERS[kind] == "csv" and (fault := wide_first_row(file, options.get("delimiter", ","))):
+        raise LoRAError(f"{file}, {fault}")
+    return READERS[kind], options
+
+
+def _read_directory(path: Path, text_by: TextBy, own: Readers) -> dict[str, datasets.Dataset]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return _by_split(datasets.load_from_disk(str(path)))
+    return {split: _read_file(str(file), text_by, own) for split, file in files_of(path, own).items()}
+
+
+def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
+    """A directory's files by split.
+
+    Args:
+        path: the directory.
+        more: suffixes that the caller reads in its own way.
+
+    Raises:
+        LoRAError: none of them is for training.
+    """
+    files = _files_by_split(path, more)
+    if "train" not in files:
+        raise LoRAError(
+            f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
+        )
+    return files
+
+
+def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> datasets.Dataset:
+    """One split: a file, or `SET@PART` of the hub."""
+    on_hub, _, part = file.partition("@")
+    if not part or Path(file).exists():
+        return _read_file(resolve(file), text_by, own)
+    refuse_not_there("set", on_hub)
+    try:
+        return datasets.load_dataset(on_hub, name, split=part)
+    except Exception as error:  # many kinds, as below
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoRAError(f"no part '{part}' of a set '{on_hub}' found on the hub ({reason})") from error
+
+
+def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:
+    refuse_not_there("set", path)
+    try:
+        return _by_split(datasets.load_dataset(path, name))
+    except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoRAError(f"no set '{path}': neither a file nor a directory nor found on the hub ({reason})") from error
+
+
+def _by_split(loaded: datasets.Dataset | datasets.DatasetDict) -> dict[str, datasets.Dataset]:
+    if isinstance(loaded, datasets.Dataset):
+        return {"train": loaded}
+    named = {split_name(str(split)): table for split, table in loaded.items()}
+    return {split: table for split, table in named.items() if split}

@@ -1,0 +1,1 @@
+"""Samplers, loaders and packing; a resumed loader goes on where it stopped."""

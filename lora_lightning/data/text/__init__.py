@@ -1,0 +1,1 @@
+"""Texts: classification, regression, tokens, several labels."""

@@ -1,0 +1,161 @@
+"""Merge an adapter into a Hugging Face model from directory to directory, without loading the model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lora_lightning.backbones.checkpoint import CONFIG, BaseFiles, main_dtype
+from lora_lightning.backbones.key_mapping import groups_of, name_of
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.export.merge_output import REPORT, refuse_target, write_report
+from lora_lightning.lora.errors import AdapterWarning, LoRAError
+from lora_lightning.lora.formats.atomic_dir import staged
+from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
+from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.frozen.dtype import DType, checked_dtype, short
+from lora_lightning.lora.kept import rounding_told
+from lora_lightning.lora.meta.checkpoint import INDEX
+from lora_lightning.lora.meta.inject import AdapterFiles
+from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
+
+OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
+"""Ends of files that hold W0 in other forms, which a merged directory must not have beside it."""
+
+
+def merge_on_disk(
+    base_dir: str | Path,
+    adapter_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    dtype: DType = "auto",
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+) -> StreamReport:
+    """Write the base with `W0 + s B A` in it, shard by shard, for models that are larger than memory.
+
+    The output has the base's files and names, and a report: a directory that `AutoModel...from_pretrained` opens.
+    Tensors that the adapter leaves alone are the base's to the bit. All is written beside `output_dir` and moved there
+    in one step. An adapter without a fingerprint of W0, as PEFT writes it, is merged with a notice.
+
+    Args:
+        base_dir: a directory in the hub's layout, `config.json` and safetensors; `package:NAME/path` for one inside
+            an installed package.
+        adapter_dir: a PEFT directory; `package:NAME/path` too.
+        output_dir: a new or empty directory, or one that this wrote before, which is replaced.
+        dtype: of what is written; `auto` keeps each tensor's own. The sum is taken in float32 or wider in any case.
+        allow_other_base: merge, with a warning, also where the fingerprint of W0 in the adapter is not the base's.
+        alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt, as in `load_adapter`.
+
+    Raises:
+        AdapterError: the adapter is torn, does not fit the base, or was made on another one.
+        MergeError: the update cannot be folded into W0; a number is beyond the range of what is written.
+        LoRAError: the base cannot be read or is quantised; something is in the way; the disk is too small.
+    """
+    base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
+    to_dtype = checked_dtype(dtype)
+    refuse_target(target, {"base": base, "adapter": adapter})
+    merge, written = _planned(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
+    try:
+        # headers, tokenizer and config beside the tensors
+        with staged(target, merge.size + merge.size // 100 + 2**24) as folder:
+            with _progress(merge.size) as advance:
+                report = merge.write(folder, advance)
+            _write_side_files(base, folder, merge, report, written)
+            write_report(folder, report)
+    except OSError as error:
+        raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
+    if told := rounding_told(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
+        warnings.warn(told, AdapterWarning, stacklevel=2)
+    return report
+
+
+def _planned(
+    base: Path,
+    adapter: Path,
+    dtype: torch.dtype | None,
+    *,
+    allow_other_base: bool,
+    alphas: Mapping[str, float] | None,
+) -> tuple[StreamedMerge, dict[str, Any]]:
+    """The merge, and what its config says that the base's does not."""
+    plain = BaseFiles(base)  # whatever is wrong with the base is said before an adapter is looked at
+    files = AdapterFiles.read(adapter)
+    make, heads = plain.maker(files)
+    merge = StreamedMerge(
+        make,
+        plain.checkpoint,
+        groups_of(make(), plain.checkpoint),
+        files,
+        dtype=dtype,
+        allow_other_base=allow_other_base,
+        alphas=alphas,
+    )
+    for key in merge.new:
+        if name_of(make(), key) != key:
+            raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
+    written = {**heads, "architectures": [type(merge.plain).__name__]}
+    if dtype is not None:
+        written["dtype"] = short(dtype)
+    return merge, written
+
+
+class _progress:
+    """A bar over bytes; nothing for what takes a moment."""
+
+    def __init__(self, size: int) -> None:
+        columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+        self.bar = Progress(*columns, disable=size < 2**29, transient=True)
+        self.task = self.bar.add_task("merging", total=size)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self.bar.start()
+        return lambda count: self.bar.advance(self.task, count)
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+
+def _write_side_files(
+    base: Path, folder: Path, merge: StreamedMerge, report: StreamReport, written: Mapping[str, Any]
+) -> None:
+    """The config, the index, and everything beside the base's weights that is no weight."""
+    for path in sorted(base.rglob("*")):
+        inner = path.relative_to(base)
+        hidden = any(part.startswith(".") for part in inner.parts)
+        ours = path.name.endswith(OTHER_WEIGHTS) or str(inner) in (CONFIG, ADAPTER_CONFIG, REPORT)
+        merged = any((base / part / REPORT).is_file() for part in list(inner.parents)[:-1])
+        if path.is_file() and not hidden and not ours and not merged:
+            (folder / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / inner)
+    text = (base / CONFIG).read_text(encoding="utf-8")
+    config = _edited(json.loads(text), merge, written)
+    if config != json.loads(text):
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(folder / CONFIG, text.encode())
+    if merge.checkpoint.index is not None:
+        index: dict[str, Any] = dict(merge.checkpoint.index)
+        index["weight_map"] = {key: file for file, keys in report.files.items() for key in sorted(keys)}
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": report.size}
+        write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _edited(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, Any]) -> dict[str, Any]:
+    """The base's config with what the merge changed, and nothing else."""
+    edited = {**config, **written}
+    if "dtype" in written:
+        edited.pop("torch_dtype", None)  # the field's older name
+    if merge.untied and merge.plain.config.tie_word_embeddings is False:  # type: ignore[union-attr]
+        edited["tie_word_embeddings"] = False
+        text = merge.plain.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
+        for name, part in config.items():
+            if isinstance(part, dict) and getattr(merge.plain.config, name, None) is text:
+                edited[name] = {**part, "tie_word_embeddings": False}
+    return edited

@@ -1,0 +1,73 @@
+"""What an export is asked for, checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.frozen.dtype import DType, checked_dtype
+
+FORMATS = ("adapter", "merged", "onnx")
+DEFAULT_FORMATS = ("adapter", "merged")
+REPORT = "export_report.json"
+SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
+"""As huggingface_hub's `parse_size_to_int` reads it."""
+
+
+def checked_options(
+    formats: str | Iterable[str],
+    dtype: DType = "auto",
+    max_shard_size: int | str | None = None,
+    serving: str | None = None,
+) -> tuple[list[str], torch.dtype | None]:
+    """The formats as a list, and the dtype, None where it is the backbone's own.
+
+    Raises:
+        LoRAError: an option has a value that means nothing, or none beside the others.
+    """
+    wanted, to_dtype = checked_formats(formats), checked_dtype(dtype)
+    if max_shard_size is not None and not _is_size(max_shard_size):
+        raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
+    if serving not in (None, "vllm"):
+        raise LoRAError(f"serving must be 'vllm' or left out, got {serving!r}{did_you_mean(str(serving), ['vllm'])}")
+    if serving is not None and "adapter" not in wanted:
+        raise LoRAError(
+            f"serving={serving!r} is a form of the adapter, got the formats {','.join(wanted)}: add adapter to them, or"
+            " leave serving out"
+        )
+    return wanted, to_dtype
+
+
+def checked_formats(formats: str | Iterable[str]) -> list[str]:
+    """Each format once, from a list of names or from names with commas between.
+
+    Raises:
+        LoRAError: an unknown name, or none.
+    """
+    names = formats.split(",") if isinstance(formats, str) else [str(name) for name in formats]
+    wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    for name in wanted:
+        if name not in FORMATS:
+            raise LoRAError(
+                f"unknown export format '{name}'{did_you_mean(name, FORMATS)} (known: {', '.join(FORMATS)})"
+            )
+    if not wanted:
+        raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
+    return wanted
+
+
+def _is_size(size: int | str) -> bool:
+    return size > 0 if isinstance(size, int) else SIZE.fullmatch(str(size)) is not None
+
+
+def checked_target(target: Path) -> Path:
+    """Raise a LoRAError for a place that holds something other than an older export."""
+    if target.is_file():
+        raise LoRAError(f"'{target}' is a file: name a folder")
+    if target.exists() and any(target.iterdir()) and not (target / REPORT).is_file():
+        raise LoRAError(f"'{target}' holds files that are not an export: name an empty or new folder")
+    return target

@@ -1,0 +1,319 @@
+"""Several adapters beside one frozen base: held as data, one of them in the model at a time, or one for each row.
+
+The layers know nothing of it. An adapter that is not active waits outside the model with its own classes, settings
+and tensors (`shelf.py`), so that any two may differ in everything: rank, targets, options, heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lora_lightning.lora.bank.assemble import config_of, fill, saved_tensors
+from lora_lightning.lora.bank.combine import Combination, mix, report
+from lora_lightning.lora.bank.detached import Held, bring, check, put_in, see, send, take_out
+from lora_lightning.lora.bank.mixed_batch import Batch
+from lora_lightning.lora.bank.recipe import Recipe, check_weights
+from lora_lightning.lora.bank.row_grafts import grafted_rows
+from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
+from lora_lightning.lora.formats.peft.adapter import load_adapter, save_adapter
+from lora_lightning.lora.frozen.quantization import hold_packing
+from lora_lightning.lora.frozen.version_check import marks, refuse_moved
+from lora_lightning.lora.inject import disabled, inject
+from lora_lightning.lora.layers import Grafted
+from lora_lightning.lora.report import InjectionReport
+
+
+class AdapterBank:
+    """Many adapters on `model`, whose own tensors are never copied and never written into.
+
+    At most one adapter is in the model, the active one: `model(x)` computes with it, an optimizer trains it, `merge`
+    and `save_adapter` take it, as if it were the only one.
+
+    Args:
+        model: plain, or adapted: its adapter is then the bank's first, and active.
+        first: the name of that first adapter.
+        device: where adapters wait that are not active; left out, where they are.
+    """
+
+    def __init__(self, model: nn.Module, *, first: str = "default", device: torch.device | str | None = None) -> None:
+        model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper
+        self.model = model
+        self.device = None if device is None else torch.device(device)
+        self._held: dict[str, Held] = {}
+        self._active: str | None = None
+        self._within: str | None = None
+        hold_packing(model)  # the base that waits must not be rounded either
+        self._base = marks(model)
+        if see(model).shares:
+            self.add(first)
+
+    @property
+    def names(self) -> list[str]:
+        """Every adapter, in the order in which they came."""
+        return list(self._held)
+
+    @property
+    def active(self) -> str | None:
+        """The adapter that the model computes with; None for the plain base."""
+        self._look()
+        return self._active
+
+    def load(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        allow_other_base: bool = False,
+        alphas: Mapping[str, float] | None = None,
+    ) -> InjectionReport:
+        """Read a PEFT directory as `load_adapter` does, on the plain base, and hold it. What is active stays so.
+
+        Args:
+            allow_other_base, alphas: as for `load_adapter`.
+
+        Raises:
+            AdapterError: as `load_adapter`; the name is taken. The bank is then as before.
+        """
+        self._new(name)
+        with self._plain("load"):
+            report = load_adapter(self.model, directory, allow_other_base=allow_other_base, alphas=alphas)
+            self._held[name] = take_out(self.model, self.device)
+        return report
+
+    def save(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        base_model_name_or_path: str | None = None,
+        task_type: str | None = None,
+        serving: Literal["vllm"] | None = None,
+    ) -> Path:
+        """Write a held adapter as `save_adapter` does, with the same settings. What is active stays so."""
+        self._get(name)
+        with self._plain("save"):
+            check(self.model, self._held[name])
+            put_in(self.model, self._held[name])
+            try:
+                return save_adapter(
+                    self.model,
+                    directory,
+                    base_model_name_or_path=base_model_name_or_path,
+                    task_type=task_type,
+                    serving=serving,
+                )
+            finally:
+                self._held[name] = take_out(self.model, self.device)
+
+    def add(self, name: str) -> None:
+        """Hold the adapter that the model has now, which is active from then on.
+
+        Raises:
+            LoRAError: the model has none, or its adapter is held already.
+        """
+        self._new(name)
+        self._free("add")
+        refuse_moved(self.model, self._base)
+        held = see(self.model)
+        if not held.shares:
+            raise LoRAError("the model has no adapter to add: inject(model, config) first, or load a directory")
+        if self._active is not None and self._in_place(self._active):
+            raise LoRAError(f"the model's adapter is held already, as '{self._active}'")
+        self._held[name], self._active = held, name
+
+    def activate(self, name: str | None) -> None:
+        """Put the adapter `name` into the model in place of the active one; None leaves the plain base.
+
+        Nothing is loaded, allocated or drawn: parameters are the same objects as when it was last active, so that
+        what was trained is there, and an optimizer made for them goes on. Children that the adapter brings run in
+        the mode (train or eval) of the modules they belong to.
+
+        Raises:
+            LoRAError: no such adapter; the base moved; the model has an adapter that the bank does not hold.
+        """
+        self._free("activate")
+        if name is not None:
+            self._get(name)
+        self._switch(name)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the model computes as the plain base."""
+        self._free("disabled")
+        self._look()
+        self._within = "disabled"
+        try:
+            with disabled(self.model):
+                yield
+        finally:
+            self._within = None
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
+        """Within the block row i of each batch is computed by the adapter `names[i]`, or by the base alone for None.
+
+        In eval mode and without gradients; the base computes once for all rows. Rows are the first dimension of the
+        model's inputs; where they are in what a layer sees is proven by one more forward, of the plain model on the
+        batch and its mirror image, for each new set of shapes (`row_proof.py`).
+
+        Args:
+            names: one for each row of the batch.
+            repeats: how often each row is repeated in a row, as beams and several returned sequences do in `generate`.
+
+        Raises:
+            LoRAError: no such adapter; train mode; an adapter that has no form row by row. In a forward: a layer of
+                which it cannot be known which row is which.
+        """
+        if isinstance(names, str) or not list(names):
+            raise LoRAError(f"rows must name an adapter or None for every row of the batch, got {names!r}")
+        if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+            raise LoRAError(f"repeats must be a whole number of at least 1, got {repeats!r}")
+        self._free("rows")
+        for name in names:
+            if name is not None:
+                self._get(name)
+        batch = Batch(list(names), repeats, self.model)
+        with self._beside("rows", [name for name in names if name is not None]) as sources:
+            self._within = "rows"
+            try:
+                with grafted_rows(self.model, sources, batch):
+                    yield
+            finally:
+                self._within = None
+
+    def remove(self, name: str) -> None:
+        """Forget an adapter; where it is active, the plain base is left."""
+        self._free("remove")
+        self._get(name)
+        if self.active == name:
+            self._switch(None)
+        del self._held[name]
+
+    def combine(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        method: str = "concat",
+        *,
+        rank: int | None = None,
+        density: float = 1.0,
+        seed: int = 0,
+    ) -> Combination:
+        """Hold a new adapter made of others: `sum_i w_i s_i B_i A_i`, or what `method` makes of the updates.
+
+        A module that only some adapt is combined of those. A head saved in full is taken where all agree on it.
+
+        Args:
+            method: `concat` and `svd` (of `rank`) for the weighted sum; `ties`, `dare`, `dare_ties`, `magnitude` with
+                `density` on the dense updates, module by module, kept exactly or at `rank`. See `Recipe`.
+
+        Raises:
+            LoRAError: there is no such adapter, or no such combination of these. The bank is then as before.
+        """
+        self._new(name)
+        check_weights(weights, self.names)
+        recipe = Recipe(method=method, rank=rank, density=density, seed=seed)
+        with self._beside("combine", weights) as sources:
+            mixed = mix(sources, weights, recipe)
+            saved = saved_tensors(sources, mixed)
+            inject(self.model, config_of(mixed, list(saved)), start=False, any_rank=True)
+            try:
+                fill(self.model, mixed, saved)
+            finally:
+                held = take_out(self.model, self.device)
+            self._held[name] = held
+        return report(mixed, method)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} ({held.nbytes() / 2**20:.1f} MiB)" for name, held in self._held.items())
+        return f"AdapterBank({sizes or 'empty'}; active: {self._active})"
+
+    # What is in the model.
+
+    @contextmanager
+    def _plain(self, what: str) -> Iterator[None]:
+        """Within the block the model is plain; what was active is put back. `what` names the call."""
+        self._free(what)
+        before = self.active
+        self._switch(None)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    @contextmanager
+    def _beside(self, what: str, names: Iterable[str]) -> Iterator[dict[str, Held]]:
+        """Within the block the model is plain, and these adapters are on its device beside it."""
+        with self._plain(what):
+            sources = {name: self._held[name] for name in names}
+            for held in sources.values():
+                bring(held)
+            try:
+                yield sources
+            finally:
+                for held in sources.values():
+                    send(held, self.device)
+
+    def _switch(self, name: str | None) -> None:
+        self._look()
+        if name == self._active:
+            return
+        if name is not None:
+            check(self.model, self._held[name])  # before anything is taken out
+        before, self._active = self._active, None
+        if before is not None:
+            self._held[before] = take_out(self.model, self.device)
+        if name is not None:
+            self._put_in(name, before)
+
+    def _put_in(self, name: str, before: str | None) -> None:
+        """Put `name` into the plain model; where that fails, what was active is put back."""
+        try:
+            put_in(self.model, self._held[name])
+        except BaseException:
+            send(self._held[name], self.device)
+            if before is not None:
+                put_in(self.model, self._held[before])
+                self._active = before
+            raise
+        self._active = name
+
+    def _look(self) -> None:
+        """Whether the model is as the bank left it: its base untouched, its adapter the active one."""
+        refuse_moved(self.model, self._base)
+        if not any(isinstance(module, Grafted) for module in self.model.modules()):
+            self._active = None  # remove(model) took it out; it is held all the same
+            hold_packing(self.model)
+        elif not self._within and not (self._active and self._in_place(self._active)):
+            raise AdapterError("the model has an adapter that the bank does not hold: bank.add(name), or remove(model)")
+
+    def _in_place(self, name: str) -> bool:
+        return all(share.holds_same() for share in self._held[name].shares)
+
+    def _free(self, what: str) -> None:
+        if self._within:
+            raise LoRAError(f"{what}: not within `with bank.{self._within}(...)`: leave the block first")
+
+    def _new(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise AdapterError(f"an adapter's name must be a text, got {name!r}")
+        if name in self._held:
+            raise AdapterError(f"the bank holds '{name}' already: remove it first, or take another name")
+
+    def _get(self, name: str) -> Held:
+        if name not in self._held:
+            known = ", ".join(self._held) or "none"
+            raise AdapterError(f"the bank holds no '{name}', it has {known}{did_you_mean(str(name), self._held)}")
+        return self._held[name]

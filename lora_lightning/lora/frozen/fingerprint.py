@@ -1,0 +1,129 @@
+"""A fingerprint of W0: proof that it did not move, and the address of the base that an adapter belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lora_lightning.lora.frozen.tensors import base_tensors
+
+FORMAT = 2
+"""Of the digests below. 1 hashed each tensor as one piece."""
+CHUNK = 1 << 24
+"""Bytes that are hashed as one piece, so that one huge embedding keeps all cores at work. Part of the format."""
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """SHA-256 over the sorted names, dtypes, shapes and bytes of all frozen tensors.
+
+    A tensor's own digest is SHA-256(dtype, shape, SHA-256 of each `CHUNK` of its bytes); the whole's is
+    SHA-256(name=digest, ...). Files, shards, memory layout and device do not enter; a tied weight counts under each
+    of its names, as the model has them, whether a file holds it once or twice.
+    """
+
+    digest: str
+    """Hexadecimal, of the whole."""
+    tensors: dict[str, str]
+    """Name to the first 16 hexadecimal digits of that tensor's own digest, in the model's order."""
+    format: int = FORMAT
+    """How the digests were made; those of two formats cannot be compared."""
+
+    @property
+    def short(self) -> str:
+        """Enough of `digest` to compare by eye."""
+        return self.digest[:12]
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """Names of tensors that differ or that only one has, in this one's order, then the other's own."""
+        names = [*self.tensors, *(name for name in other.tensors if name not in self.tensors)]
+        return [name for name in names if self.tensors.get(name) != other.tensors.get(name)]
+
+    def to_json(self) -> str:
+        """As text, for a file's metadata."""
+        values = {"digest": self.digest, "tensors": self.tensors, "format": self.format}
+        return json.dumps(values, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Fingerprint:
+        """The inverse of `to_json`; the first format did not name itself."""
+        values = json.loads(text)
+        return cls(digest=str(values["digest"]), tensors=dict(values["tensors"]), format=int(values.get("format", 1)))
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """Of every tensor in the backbone's own state dict, but for the originals of `modules_to_save`.
+
+    Those are left out since the adapter brings them whole; a new head may start from other random numbers.
+
+    Each call hashes the bytes anew, about 0.5 s per GiB: torch does not count writes through `.data` or numpy, so
+    nothing that was found before could be trusted.
+    """
+    return of_tensors(base_tensors(model))
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> Fingerprint:
+    """The same for tensors by name, as read from a file."""
+    return of_digests(digests(tensors))
+
+
+def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Each tensor's own digest, in hexadecimal digits."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 2)) as pool:  # hashlib lets go of the GIL
+        waiting = {name: _digest(tensor, pool) for name, tensor in tensors.items()}
+        return {
+            name: _sha256(header, *(piece.result() for piece in pieces)).hex()
+            for name, (header, pieces) in waiting.items()
+        }
+
+
+def of_digests(found: Mapping[str, str]) -> Fingerprint:
+    """The whole's, of tensors whose own digests are known, in the model's order."""
+    whole = "".join(f"{name}={found[name]}\n" for name in sorted(found))
+    return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in found.items()})
+
+
+def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]:
+    """The start of what a tensor's digest is made of, and the digests of its pieces, under way."""
+    tensor = tensor.detach()
+    if tensor.device.type == "meta":
+        raise ValueError("a tensor on the meta device has no bytes to take a fingerprint of")
+    if is_traceable_wrapper_subclass(tensor):
+        # torchao's quantised weights are tensors made of tensors.
+        names, context = tensor.__tensor_flatten__()
+        header, pieces = f"{context} {names}".encode(), []
+        for name in names:
+            inner, more = _digest(getattr(tensor, name), pool)
+            header, pieces = header + inner, pieces + more
+        return header, pieces
+    header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    if not tensor.is_contiguous():  # its copy lives in one worker at a time, not all copies at once
+        return header, [pool.submit(_of_pieces, tensor)]
+    return header, [pool.submit(_of_piece, piece) for piece in _pieces(tensor)]
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    return torch.split(tensor.contiguous().reshape(-1).view(torch.uint8), CHUNK) if tensor.numel() else []
+
+
+def _of_pieces(tensor: Tensor) -> bytes:
+    return b"".join(_of_piece(piece) for piece in _pieces(tensor))
+
+
+def _of_piece(piece: Tensor) -> bytes:
+    return _sha256(piece.cpu().numpy().data)
+
+
+def _sha256(*parts: bytes | memoryview) -> bytes:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part)
+    return sha.digest()

@@ -1,0 +1,181 @@
+"""Starts that need data: what the layers see, and what the loss asks of W0, measured on a few batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.init import from_weight as starts
+from lora_lightning.lora.layers import AdaptedLayer
+from lora_lightning.lora.layers.functional import wide_dtype
+
+Layers = list[tuple[str, AdaptedLayer]]
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def check_data(init: str, data: Any) -> None:
+    """Refuse a start that lacks its data, and data that no start reads.
+
+    Raises:
+        LoRAError: with what to give.
+    """
+    needs = {
+        "eva": "an iterable of batches that the model is called with",
+        "lora_ga": "an iterable of batches that the model is called with and makes a loss of",
+        "loftq": "the model before quantisation, or its state dict",
+    }
+    if init in needs and data is None:
+        raise LoRAError(f"init '{init}' needs inject(model, config, data=...): {needs[init]}; got none")
+    if init not in needs and data is not None:
+        raise LoRAError(f"data is read by init {', '.join(needs)} only, and init is '{init}': leave one of them out")
+
+
+def start_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss: Loss | None) -> None:
+    """Put the data-driven start `init` into freshly adapted layers. The model computes in eval mode meanwhile.
+
+    Raises:
+        LoRAError: the data does not serve: no batch, no loss, a layer that is never called, a wrong shape.
+    """
+    if init == "loftq":
+        _start_loftq(layers, data)
+        return
+    with _eval_mode(model):
+        found = _main_inputs(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
+    for name, layer in layers:
+        if name not in found:
+            raise LoRAError(f"init '{init}': the data never reached '{name}': give batches that use it, or exclude it")
+        r, A = layer.lora_settings.r, layer.lora_A
+        if init == "eva":
+            layer.set_start(*starts.eva(found[name], layer.lora_B, r))
+        else:
+            layer.set_start(*starts.lora_ga(found[name].to(A.dtype), r))
+
+
+def _start_loftq(layers: Layers, original: Any) -> None:
+    weights = original.state_dict() if isinstance(original, nn.Module) else original
+    if not isinstance(weights, Mapping):
+        raise LoRAError(
+            f"init 'loftq' needs the model before quantisation or its state dict, got {type(weights).__name__}"
+        )
+    for name, layer in layers:
+        weight, quantised = weights.get(f"{name}.weight"), layer.base_matrix().to(layer.lora_A.dtype)
+        if weight is None or weight.shape != quantised.shape:
+            got = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
+            raise LoRAError(f"init 'loftq' needs '{name}.weight' of shape {tuple(quantised.shape)}, got {got}")
+        settings = layer.lora_settings
+        layer.set_start(*starts.loftq(quantised, weight.to(quantised.device), settings.r, settings.scale))
+
+
+def _main_inputs(model: nn.Module, layers: Layers, data: Iterable[Any]) -> dict[str, Tensor]:
+    """The main directions (q, k) of each layer's inputs, best first, by one SVD per batch and layer.
+
+    4 r directions are carried from batch to batch, so that memory does not grow with the data.
+    """
+    seen: dict[str, Tensor] = {}
+    mask: list[Tensor | None] = [None]
+
+    def note(name: str, layer: AdaptedLayer, x: Tensor) -> None:
+        rows = x.detach().flatten(0, -2) if mask[0] is None or mask[0].shape != x.shape[:-1] else x.detach()[mask[0]]
+        rows = rows.to(layer.lora_A.dtype)
+        stack = torch.cat([seen[name], rows]) if name in seen else rows
+        _, S, Vh = torch.linalg.svd(stack, full_matrices=False)
+        noise = S[0] * torch.finfo(S.dtype).eps * max(stack.shape)
+        keep = min(4 * layer.lora_settings.r, int((noise < S).sum()))
+        seen[name] = S[:keep].unsqueeze(1) * Vh[:keep]
+
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, name=name, layer=layer: note(name, layer, args[0]))
+        for name, layer in layers
+    ]
+    try:
+        with torch.no_grad():
+            for batch in _batches(model, data):
+                # Padding is no data.
+                given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                mask[0] = given.bool() if isinstance(given, Tensor) else None
+                _call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: torch.nn.functional.normalize(rows, dim=1) for name, rows in seen.items()}
+
+
+def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss | None) -> dict[str, Tensor]:
+    """The loss's gradient in each W0, (m, k), as `sum g x^T` from the layer's input and output: W0 stays frozen."""
+    total: dict[str, Tensor] = {}
+
+    def watch(name: str, x: Tensor, out: Tensor) -> None:
+        def add(g: Tensor) -> None:
+            dtype = wide_dtype(g)
+            now = g.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+            total[name] = total[name] + now if name in total else now
+
+        if out.requires_grad:
+            out.register_hook(add)  # type: ignore[no-untyped-call]
+
+    hooks = [
+        layer.register_forward_hook(lambda _, args, out, name=name: watch(name, args[0].detach(), out))
+        for name, layer in layers
+    ]
+    try:
+        with torch.enable_grad():
+            for batch in _batches(model, data):
+                value = loss(model, batch) if loss else _own_loss(_call(model, batch))
+                # B stands in for W0: its gradient passes every layer's output, and nothing is left in any .grad.
+                torch.autograd.grad(value, [layer.lora_B for _, layer in layers], allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def _own_loss(output: Any) -> Tensor:
+    value = output.get("loss") if isinstance(output, Mapping) else output
+    if not isinstance(value, Tensor) or value.dim() != 0:
+        raise LoRAError(
+            "init 'lora_ga' needs a loss: give batches with labels to a model that returns one,"
+            " or inject(..., data=batches, loss=function of (model, batch)); the model returned none"
+        )
+    return value
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+
+
+def _batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Any]:
+    """Each batch on the model's device."""
+    device = next(model.parameters()).device
+    empty = True
+    for batch in data:
+        empty = False
+        yield _moved(batch, device)
+    if empty:
+        raise LoRAError("data holds no batch: give at least one")
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in batch.items()}
+    return [_moved(value, device) for value in batch] if isinstance(batch, tuple | list) else batch
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout, and no batch norm that counts what it sees; each module's mode is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,141 @@
+"""The arithmetic of LoRA as pure functions of tensors, written once.
+
+Shapes: `n` rows, `k` inputs, `m` outputs, rank `r`; x is (..., k), W0 is (m, k), A is (r, k), B is (m, r).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_lightning.lora.targets.fused_projections import Slices
+
+
+def lora_update(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`s (x A^T) B^T`, in the dtype of x: the rank-sized factors are cast, never the input.
+
+    Shapes: x (..., k), A (r, k), B (m, r); returns (..., m).
+    """
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or wider where a tensor is: the dtype in which weights are added."""
+    dtype = torch.float32
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def lora_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """`s B A`, the dense update (m, k), for a merge; of stacks (e, m, r) and (e, r, k) one for each entry."""
+    return (B.to(dtype) @ A.to(dtype)) * scale
+
+
+def moved_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+    """`B A - B0 A0` as one product of rank 2r: `[B, B - B0] [A - A0; A0]`, exactly 0 at the start.
+
+    Returns (2r, k) and (m, 2r).
+    """
+    return torch.cat([A - A0, A0]), torch.cat([B, B - B0], dim=1)
+
+
+# Parts of a fused projection: A is (p r, k), the taken parts' one after the other; B is (their rows, r).
+
+
+def sliced_update(x: Tensor, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Tensor:
+    """`s (x A_p^T) B_p^T` at the rows of every taken part p, zero at the others; returns (..., m)."""
+    z = torch.unflatten(F.linear(x, A.to(x.dtype)) * scale, -1, (len(slices.taken), -1))
+    parts = iter(zip(z.unbind(-2), torch.split(B.to(x.dtype), slices.taken_rows), strict=True))
+    pieces = []
+    for name, size in zip(slices.names, slices.sizes, strict=True):
+        is_taken = name in slices.taken
+        piece = F.linear(*next(parts)) if is_taken else z.new_zeros(*z.shape[:-2], slices.heads * size)
+        pieces.append(torch.unflatten(piece, -1, (slices.heads, size)))
+    return torch.cat(pieces, dim=-1).flatten(-2)
+
+
+def block_rows(B: Tensor, slices: Slices) -> Tensor:
+    """B of chosen parts (their rows, r) as the B of the whole layer (m, p r), which goes with the same A.
+
+    Each part has r columns of its own, zero elsewhere: `block_rows(B) A` is the update, with nothing lost.
+    """
+    r, count = B.shape[1], len(slices.taken)
+    parts = iter(enumerate(torch.split(B, slices.taken_rows)))
+    pieces = []
+    for name, size in zip(slices.names, slices.sizes, strict=True):
+        if name in slices.taken:
+            i, part = next(parts)
+            piece = F.pad(part, (i * r, (count - 1 - i) * r))
+        else:
+            piece = B.new_zeros(slices.heads * size, count * r)
+        pieces.append(torch.unflatten(piece, 0, (slices.heads, size)))
+    return torch.cat(pieces, dim=1).flatten(0, 1)
+
+
+def unblock_rows(block: Tensor, slices: Slices) -> Tensor:
+    """The inverse of `block_rows`."""
+    r = block.shape[1] // len(slices.taken)
+    pieces = torch.split(torch.unflatten(block, 0, (slices.heads, -1)), list(slices.sizes), dim=1)
+    taken = [p.flatten(0, 1) for name, p in zip(slices.names, pieces, strict=True) if name in slices.taken]
+    return torch.cat([part[:, i * r : (i + 1) * r] for i, part in enumerate(taken)])
+
+
+# Convolutions: A is (r, in / groups, kernel...), B is (out, r / groups, 1...).
+
+
+def conv_update(convolve: Callable[[Tensor, Tensor], Tensor], x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`s B * (A * x)`: `convolve(x, A)` has the base layer's padding, stride, dilation and groups; B is pointwise.
+
+    Shapes: x (n, in, size...) or (in, size...); returns (n, out, size...).
+    """
+    z = convolve(x, A.to(x.dtype)) * scale
+    pointwise = (F.conv1d, F.conv2d, F.conv3d)[A.dim() - 3]
+    return pointwise(z, B.to(x.dtype), groups=A.shape[0] // B.shape[1])
+
+
+def conv_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """The dense update (out, in / groups, kernel...): in each group of channels, B_g A_g over flattened kernels."""
+    groups = A.shape[0] // B.shape[1]
+    a = torch.unflatten(A.flatten(1), 0, (groups, -1))
+    b = torch.unflatten(B.flatten(1), 0, (groups, -1))
+    return torch.unflatten(lora_delta(a, b, scale, dtype).flatten(0, 1), 1, A.shape[1:])
+
+
+# Embeddings: A is (r, number of rows), B is (width, r).
+
+
+def embedding_update(
+    ids: Tensor, A: Tensor, B: Tensor, scale: float, *, dtype: torch.dtype, padding_idx: int | None, by_count: bool
+) -> Tensor:
+    """`s B A[:, ids]` for whole numbers `ids` (...), in `dtype`; returns (..., width).
+
+    As in `nn.Embedding`, the padding row gets no gradient, and `by_count` divides gradients by a row's frequency.
+    """
+    z = F.embedding(ids, A.t(), padding_idx=padding_idx, scale_grad_by_freq=by_count)
+    return F.linear(z.to(dtype) * scale, B.to(dtype))
+
+
+@torch.no_grad()
+def renormed(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    """Rows (..., width) with norms of at most `max_norm`, by the kernel with which `nn.Embedding` rewrites W0."""
+    flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
+    index = torch.arange(flat.shape[0], device=flat.device)
+    return torch.embedding_renorm_(flat, index, max_norm, norm_type).view_as(rows)
+
+
+# Stacks of matrices, such as experts. PEFT's layout: A is (e r, in) with an expert's rows together, B is (out, r e)
+# with column `rank * e + expert`.
+
+
+def stack_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, *, count: int, transposed: bool) -> Tensor:
+    """`s B_e A_e` for every entry e of a stack: (e, out, in), or (e, in, out) where the stack holds transposes."""
+    a = torch.unflatten(A, 0, (count, -1))
+    b = torch.unflatten(B, 1, (-1, count)).permute(2, 0, 1)
+    if transposed:
+        return lora_delta(b.mT, a.mT, scale, dtype)
+    return lora_delta(a, b, scale, dtype)

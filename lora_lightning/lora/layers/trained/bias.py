@@ -1,0 +1,75 @@
+"""A bias trained beside the adapters: `bias: all` and `bias: lora_only`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.layers.class_swap import Grafted
+from lora_lightning.lora.layers.functional import wide_dtype
+
+
+class TrainedBias(Grafted):
+    """Whoever reads `.bias` of this module gets a trained copy; the original keeps its key and never moves.
+
+    So it serves every kind of module with a bias, and those whose parent reads the bias, such as
+    `nn.MultiheadAttention.out_proj`.
+    """
+
+    lora_names: ClassVar[tuple[str, ...]] = ("lora_trained_bias",)
+    lora_trained_bias: nn.Parameter
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The trained copy in the original's dtype; the original while the adapter is switched off."""
+        own = self._parameters["bias"]
+        assert own is not None
+        if not self.lora_enabled:
+            return own
+        # A view where no cast makes a tensor of its own: bitsandbytes sets `.data` of what it gets here.
+        return self.lora_trained_bias.view_as(self.lora_trained_bias).to(own.dtype)
+
+    def add_bias(self, copies: dict[int, nn.Parameter]) -> None:
+        """Copy the bias, in float32 or wider, and train the copy. `copies` by the original's id: ties stay."""
+        own = self._parameters["bias"]
+        assert own is not None
+        if id(own) not in copies:
+            copies[id(own)] = nn.Parameter(own.detach().clone().to(wide_dtype(own)))
+        self.lora_trained_bias = copies[id(own)]
+
+    def drop_bias(self) -> None:
+        """Forget the trained copy."""
+        self._parameters.pop("lora_trained_bias", None)
+        self.__dict__.pop("lora_enabled", None)
+
+    @torch.no_grad()
+    def keep_bias(self, kept: dict[int, nn.Parameter]) -> None:
+        """Make the trained values this module's own, in a new parameter. `kept` by the copy's id: ties stay."""
+        own = self._parameters["bias"]
+        assert own is not None
+        trained = self.lora_trained_bias
+        if id(trained) not in kept:
+            value = trained.detach().clone().to(own.dtype)
+            kept[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad)
+        self._parameters["bias"] = kept[id(trained)]
+        self.drop_bias()
+
+    def reset_lora_parameters(self) -> None:
+        """Start the copy anew from the original."""
+        own = self._parameters["bias"]
+        assert own is not None
+        with torch.no_grad():
+            self.lora_trained_bias.copy_(own)
+        super().reset_lora_parameters()
+
+    def reset_parameters(self) -> None:
+        """What resets the module means its own bias, not the copy."""
+        enabled, self.lora_enabled = self.lora_enabled, False
+        try:
+            super().reset_parameters()  # type: ignore[misc]
+        finally:
+            self.lora_enabled = enabled
+        with torch.no_grad():
+            self.lora_trained_bias.copy_(self._parameters["bias"])  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""A module trained in full beside the adapters, such as a new classification head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from lora_lightning.lora.layers.class_swap import Grafted, ungraft
+from lora_lightning.lora.layers.functional import wide_dtype
+
+COPY = "lora_copy"
+"""The name of the copy, a child of the module."""
+
+
+class SavedCopy(Grafted):
+    """Runs a trained copy of itself; its own tensors keep their names and never move.
+
+    The copy is float32 or wider, like A and B, and computes in the original's dtype: a bfloat16 model trains a
+    float32 head, whose outputs are those of the merged model to the bit.
+
+    So switching the adapter off gives the original head back, and law 2 holds without exceptions.
+    """
+
+    lora_copy: nn.Module
+
+    def add_copy(self, twins: dict[int, Any] | None = None) -> None:
+        """Copy this module, its class and values, and train the copy.
+
+        `twins` is deepcopy's memo: with one for all copies, what was tied is tied among the copies.
+        """
+        twin = copy.deepcopy(self, twins)
+        ungraft(twin, SavedCopy)
+        # Hooks on this module run around its own call, which calls the copy: there they would run twice.
+        for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
+            hooks.clear()
+        for parameter in twin.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(wide_dtype(parameter))
+                parameter.requires_grad_(True)
+        self.lora_copy = twin
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.lora_enabled:
+            return super().forward(*args, **kwargs)
+        own = dict(self.named_parameters(remove_duplicate=False))
+        trained = dict(self.lora_copy.named_parameters(remove_duplicate=False))
+        if all(value.dtype == own[name].dtype for name, value in trained.items()):
+            return self.lora_copy(*args, **kwargs)
+        # Half-precision steps are too coarse to train in, and its arithmetic is what the model runs on.
+        cast = {name: value.to(own[name].dtype) for name, value in trained.items()}
+        return functional_call(self.lora_copy, cast, args, kwargs)
+
+    @torch.no_grad()
+    def keep_copy(self, kept: dict[int, torch.Tensor] | None = None) -> None:
+        """Make the trained values this module's own, and drop the copy.
+
+        The parameters are replaced, not written into: a tensor tied to another module stays as it was there. `kept`
+        holds what other copies have brought, by the id of the trained tensor, so that tied copies stay tied.
+        """
+        kept = {} if kept is None else kept
+        for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            assert own.shape == trained.shape, path
+            owner = self.get_submodule(path.rpartition(".")[0])
+            if id(trained) not in kept:
+                value = trained.detach().clone().to(own.dtype)
+                is_parameter = isinstance(own, nn.Parameter)
+                kept[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+            setattr(owner, path.rpartition(".")[2], kept[id(trained)])
+        self.drop_copy()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Start the copy anew from the original."""
+        for (_, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            trained.copy_(own)
+        super().reset_lora_parameters()
+
+    def drop_copy(self) -> None:
+        """Forget the trained copy."""
+        self._modules.pop(COPY, None)
+        self.__dict__.pop("lora_enabled", None)
+
+
+class SavedSequence(SavedCopy):
+    """The same for `nn.Sequential`, a list of its children: of the trained copy's while that runs, else of its own."""
+
+    def _shown(self) -> list[nn.Module]:
+        shown = self.lora_copy if self.lora_enabled and COPY in self._modules else self
+        return [child for name, child in shown._modules.items() if name != COPY and child is not None]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._shown())
+
+    def __len__(self) -> int:
+        return len(self._shown())
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        chosen = self._shown()[index]
+        return nn.Sequential(*chosen) if isinstance(chosen, list) else chosen
+
+
+def saved_kind(module: nn.Module) -> type[SavedCopy]:
+    """The class that gives this module a trained copy."""
+    return SavedSequence if isinstance(module, nn.Sequential) else SavedCopy
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return [(name, tensor) for name, tensor in named if not name.startswith(f"{COPY}.")]

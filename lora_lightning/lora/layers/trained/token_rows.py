@@ -1,0 +1,146 @@
+"""Chosen rows of an embedding, trained in full while all others stay: for new or special tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super, ungraft
+from lora_lightning.lora.layers.functional import wide_dtype
+
+
+class TokenRows(Grafted, nn.Embedding):
+    """`h = rows[x]` for the chosen tokens, `W0[x]` for the others. W0 does not move.
+
+    `lora_tokens` (number of tokens, width) holds the rows themselves, in the order of rising token numbers and in
+    float32 or wider. They start as W0's. A padding row that is chosen by its number trains as well.
+    """
+
+    lora_names = ("lora_tokens",)
+    lora_tokens: nn.Parameter
+    lora_token_ids: Tensor
+
+    def add_rows(self, token_ids: list[int]) -> None:
+        """Allocate the rows and start them."""
+        shape, dtype = (len(token_ids), self.embedding_dim), wide_dtype(self.weight)
+        self.lora_tokens = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.weight.device))
+        self.__dict__["lora_token_numbers"] = sorted(token_ids)
+        self.register_buffer("lora_token_ids", torch.empty(0), persistent=False)
+        self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Start from W0's rows as they are now; on the meta device there is nothing to copy yet."""
+        numbers = self.__dict__["lora_token_numbers"]
+        self.lora_token_ids = torch.tensor(numbers, device=self.weight.device)
+        self.lora_tokens.copy_(self.weight[self.lora_token_ids])
+        super().reset_lora_parameters()
+
+    def reset_parameters(self) -> None:
+        """Lightning and torch call this on modules that come from the meta device."""
+        super().reset_parameters()
+        if "lora_tokens" in self._parameters:
+            self.reset_lora_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Whole numbers (...) to (..., width)."""
+        out = super().forward(input)
+        if not self.lora_enabled:
+            return out
+        return self.put_in(out, input)
+
+    def put_in(self, out: Tensor, ids: Tensor) -> Tensor:
+        """`out` (..., width), as looked up for `ids` (...), with the trained rows at the chosen tokens."""
+        place = torch.searchsorted(self.lora_token_ids, ids).clamp(max=len(self.lora_token_ids) - 1)
+        chosen = (self.lora_token_ids[place] == ids).unsqueeze(-1)
+        return torch.where(chosen, F.embedding(place, self.lora_tokens).to(out.dtype), out)
+
+    def token_deltas(self) -> Tensor:
+        """rows - W0, (number of tokens, width)."""
+        return self.lora_tokens - self.weight[self.lora_token_ids]
+
+    @torch.no_grad()
+    def keep_rows(self) -> None:
+        """Write the rows into the weight, for it and for every module that is tied to it."""
+        self.weight[self.lora_token_ids] = self.lora_tokens.to(self.weight.dtype)
+
+    def drop_rows(self) -> None:
+        """Forget the rows."""
+        for store in (self._parameters, self._buffers, self.__dict__):
+            for name in ("lora_tokens", "lora_token_ids", "lora_token_numbers", "lora_enabled"):
+                store.pop(name, None)
+        self._non_persistent_buffers_set.discard("lora_token_ids")
+
+
+class TokenFollower(Grafted):
+    """A module tied to such an embedding, which follows its rows."""
+
+    lora_followed: tuple[TokenRows]
+
+    def follow(self, rows: TokenRows) -> None:
+        """Take the rows of `rows`, which shares this module's weight."""
+        self.lora_followed = (rows,)  # in a tuple, so that the embedding does not become a child of this module
+
+    def drop_rows(self) -> None:
+        """Forget the embedding."""
+        for name in ("lora_followed", "lora_enabled"):
+            self.__dict__.pop(name, None)
+
+
+class TokenHead(TokenFollower, nn.Linear):
+    """An output head: its logits of the chosen tokens follow."""
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., width) to (..., number of tokens)."""
+        out: Tensor = super().forward(input, *args, **kwargs)
+        if not self.lora_enabled:
+            return out
+        rows = self.lora_followed[0]
+        update = F.linear(input, rows.token_deltas().to(input.dtype))
+        return out.index_add(-1, rows.lora_token_ids, update.to(out.dtype))
+
+
+class TokenTwin(TokenFollower, nn.Embedding):
+    """A second embedding of the same weight, such as a decoder's."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Whole numbers (...) to (..., width)."""
+        out = super().forward(input)
+        return self.lora_followed[0].put_in(out, input) if self.lora_enabled else out
+
+
+def token_refusal(module: nn.Module, token_ids: list[int]) -> str | None:
+    """Why these rows of this module cannot be trained; None where they can."""
+    if not isinstance(module, nn.Embedding):
+        return f"is a {type(module).__name__}, not an nn.Embedding"
+    if not own_forward_calls_super(type(module), nn.Embedding):
+        return f"({type(module).__name__}) has a forward of its own that reads its weight, so the rows would be ignored"
+    if module.max_norm is not None:
+        return "has max_norm, which rewrites its rows on every forward"
+    beyond = [number for number in token_ids if not 0 <= number < module.num_embeddings]
+    if beyond:
+        return f"has rows 0 to {module.num_embeddings - 1}, got {beyond[0]}: resize the embedding first"
+    return None
+
+
+def attach_rows(module: nn.Module, token_ids: list[int], tied: list[nn.Module]) -> None:
+    """Train these rows of `module`, in place; `tied` are the heads and embeddings that share its weight."""
+    graft(module, TokenRows)
+    assert isinstance(module, TokenRows)
+    module.add_rows(token_ids)
+    for other in tied:
+        graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
+        assert isinstance(other, TokenFollower)
+        other.follow(module)
+
+
+def detach_rows(model: nn.Module) -> None:
+    """Take every token row out of `model`, in place."""
+    for module in list(model.modules()):
+        for kind in (TokenRows, TokenFollower):
+            if isinstance(module, kind):
+                module.drop_rows()
+                ungraft(module, kind)

@@ -1,0 +1,86 @@
+"""Any module with its parameters on the meta device, to be filled from a safetensors file later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.meta.checkpoint import INDEX, Checkpoint
+from lora_lightning.lora.meta.weight_files import WeightFiles, keep_files
+
+
+def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
+    """The module that `make` builds, in eval mode, with no memory for its parameters.
+
+    Each parameter goes to the meta device as it is registered, so that at most one is in memory at a time. Buffers stay
+    real, also those that no file holds; the file's values of the others are put in at once.
+
+    Args:
+        make: a class or a function without arguments.
+        weights: a safetensors file, or a folder of them in the hub's layout, with the module's own names.
+
+    Raises:
+        LoRAError: no such file; it lacks a parameter, or has one of another shape or one that the module has not.
+    """
+    with _parameters_on_meta():
+        model = make()
+    path = Path(weights)
+    names = _files(path)
+    files = WeightFiles(names)
+    _check(model, files.checkpoint, path)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            if name in files.checkpoint.stored:
+                buffer.copy_(files.checkpoint.read(name))
+    keep_files(model, files)
+    return model.eval()
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        return [path / name for name in Checkpoint(path).files]
+    if path.name == INDEX:
+        return [path.parent / name for name in Checkpoint(path.parent).files]
+    return [path]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Within the block, modules keep no parameter's numbers."""
+    register = nn.Module.register_parameter
+    bare: Any = WeakIdKeyDictionary()  # so that a parameter registered twice stays one
+
+    def without_numbers(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            if parameter not in bare:
+                bare[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+            parameter = bare[parameter]
+        register(module, name, parameter)
+
+    with patch.object(nn.Module, "register_parameter", without_numbers):
+        yield
+
+
+def _check(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    own: dict[str, Any] = model.state_dict(keep_vars=True)
+    tied: dict[int, list[str]] = {}
+    for name, tensor in own.items():
+        tied.setdefault(id(tensor), []).append(name)
+    stored = checkpoint.stored
+    problems = [f"no '{names[0]}'" for names in tied.values() if not any(name in stored for name in names)]
+    problems += [f"'{key}', which the module has not" for key in stored if key not in own]
+    problems += [
+        f"'{key}' of shape {stored[key].shape} instead of {tuple(own[key].shape)}"
+        for key in stored
+        if key in own and stored[key].shape != tuple(own[key].shape)
+    ]
+    if problems:
+        raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {some(problems)}")

@@ -1,0 +1,165 @@
+"""W0 of a model on the meta device, filled from its files: tensor by tensor, in each process its own part alone.
+
+A tensor is read in blocks of rows and cast on the way, into memory that is made for what this process holds: all of it,
+or, where `fully_shard` or tensor parallelism has made a DTensor of the parameter, the shard. So beside what the model
+takes in the end there are two blocks, or, for tensors that files hold in pieces, such as a layer's experts, one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.meta.checkpoint import Checkpoint
+from lora_lightning.lora.meta.key_mapping import Base, Group
+from lora_lightning.lora.meta.weight_files import ATTRIBUTE, files_of
+
+
+@dataclass
+class Empty:
+    """A tensor that the model holds on the meta device."""
+
+    tensor: Tensor
+    names: list[str] = field(default_factory=list)
+    """Under which the model has it: several where it is tied."""
+    places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    """The stores of the modules that hold it, and its names there."""
+
+
+@torch.no_grad()
+def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int:
+    """Fill what `model` holds on the meta device; ties stay, and nothing else of the model is touched.
+
+    For a model that `huggingface(..., on_meta=True)` or `on_meta` built, before or after it was sharded. Returns how
+    many tensors were filled: 0 where none was left to fill.
+
+    Args:
+        device: where whole tensors are made; a shard is made where its mesh is.
+
+    Raises:
+        LoRAError: it is not known where the weights lie, or they lack a tensor; the model is then as it was.
+    """
+    empty = _empty_tensors(model)
+    if not empty:
+        return 0
+    files = files_of(model)
+    if files is None:
+        raise LoRAError(
+            f"'{empty[0].names[0]}' is on the meta device, and it is not known where its weights lie: build the model"
+            " by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
+        )
+    base = files.base(model)
+    sources = {name: one for one in empty if (name := _source(base, one)) is not None}
+    if without := [one.names[0] for one in empty if not any(one is found for found in sources.values())]:
+        raise LoRAError(
+            f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
+            f" on the meta device: {some(without)}"
+        )
+    groups = _by_group(base, sources)
+    made = [filled for group, wanted in groups for filled in _read(base, group, wanted, device)]
+    for one, value in made:
+        _put(one, value)
+    model.__dict__.pop(ATTRIBUTE, None)
+    return len(made)
+
+
+def _empty_tensors(model: nn.Module) -> list[Empty]:
+    found: dict[int, Empty] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and tensor.is_meta:
+                    one = found.setdefault(id(tensor), Empty(tensor))
+                    one.names.append(f"{path}.{name}".removeprefix("."))
+                    one.places.append((store, name))
+    return list(found.values())
+
+
+def _source(base: Base, one: Empty) -> str | None:
+    return next((name for name in one.names if name in base.of_name), None)
+
+
+def _by_group(base: Base, sources: dict[str, Empty]) -> Iterator[tuple[Group, dict[str, Empty]]]:
+    """The groups that are needed, in the order in which they lie in the files."""
+    groups = {id(base.of_name[name]): base.of_name[name] for name in sources}
+    stored = base.checkpoint.stored
+    for group in sorted(groups.values(), key=lambda g: (stored[g.stored[0]].file, stored[g.stored[0]].start)):
+        yield group, {name: sources[name] for name in group.names if name in sources}
+
+
+def _read(
+    base: Base, group: Group, wanted: dict[str, Empty], device: torch.device | str
+) -> Iterator[tuple[Empty, Tensor]]:
+    """This process's part of each tensor of a group."""
+    checkpoint = base.checkpoint
+    if group.is_alone:
+        ((name, one),) = wanted.items()
+        part, offset = _part(one.tensor, device)
+        _check_shape(name, checkpoint.stored[group.stored[0]].shape, one)
+        _read_rows(checkpoint, group.stored[0], part, offset)
+        yield one, part
+        return
+    dtype = next(iter(wanted.values())).tensor.dtype
+    whole = group.load({key: checkpoint.read(key).to(dtype) for key in group.stored})
+    for name, one in wanted.items():
+        value = whole.pop(name)
+        _check_shape(name, value.shape, one)
+        part, offset = _part(one.tensor, device)
+        place = tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))
+        yield one, part.copy_(value[place])
+
+
+def _check_shape(name: str, got: tuple[int, ...], one: Empty) -> None:
+    if tuple(got) != tuple(one.tensor.shape):
+        raise LoRAError(
+            f"'{name}' has shape {tuple(got)} in the files and {tuple(one.tensor.shape)} in the model: they belong to"
+            " another architecture, or to another config"
+        )
+
+
+def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int, ...]]:
+    """Memory for what this process holds of a tensor, and where that begins in the whole."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        part = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        return part, (0,) * tensor.dim()
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    if not isinstance(tensor, DTensor):
+        raise LoRAError(f"a {type(tensor).__name__} on the meta device cannot be filled from files: load it whole")
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return torch.empty(shape, dtype=tensor.dtype, device=tensor.device_mesh.device_type), tuple(offset)
+
+
+def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int, ...]) -> None:
+    """Read the part of a tensor that begins at `offset` and has the shape of `into`, block by block."""
+    if not into.dim():
+        into.copy_(checkpoint.read(key))
+        return
+    done = 0
+    for rows in checkpoint.blocks(key, offset[0], offset[0] + into.shape[0]):
+        columns = tuple(slice(o, o + n) for o, n in zip(offset[1:], into.shape[1:], strict=True))
+        into[done : done + len(rows)].copy_(rows[:, *columns])
+        done += len(rows)
+
+
+def _put(one: Empty, value: Tensor) -> None:
+    """Put the real tensor into each of its places."""
+    tensor = one.tensor
+    if type(tensor) not in (Tensor, nn.Parameter):
+        from torch.distributed.tensor import DTensor
+
+        assert isinstance(tensor, DTensor)
+        shape, stride = tensor.shape, tensor.stride()
+        value = DTensor.from_local(
+            value, tensor.device_mesh, tensor.placements, run_check=False, shape=shape, stride=stride
+        )
+    if isinstance(tensor, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=tensor.requires_grad)
+    for store, name in one.places:
+        store[name] = value

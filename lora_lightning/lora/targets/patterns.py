@@ -1,0 +1,77 @@
+"""How an entry of a config selects names: lists, regular expressions, the longest pattern, and near misses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TypeVar
+
+from lora_lightning.lora.errors import TargetError, did_you_mean, near_misses
+from lora_lightning.lora.targets.fused_projections import SliceSpec
+
+SEVERAL = re.compile(r"[\w.]+(?: *, *[\w.]+)+")
+"""Names with commas between, as other tools take them."""
+
+Value = TypeVar("Value", int, float, SliceSpec)
+
+
+def matches(pattern: str | list[str], name: str) -> str | None:
+    """The entry that selects `name`: a list's entry equals it or its dotted end, a string is a full-match regex."""
+    if isinstance(pattern, str):
+        return pattern if re.fullmatch(pattern, name) else None
+    return next((entry for entry in pattern if name == entry or name.endswith(f".{entry}")), None)
+
+
+def flat(names: Iterable[list[str]]) -> list[str]:
+    """All names but the model's own, which is empty."""
+    return [name for group in names for name in group if name]
+
+
+def block_number(name: str) -> int | None:
+    """The first number in a dotted name, as PEFT counts blocks: 3 in `model.layers.3.mlp.experts.0.up`."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def _pattern_hits(pattern: str, names: list[str]) -> bool:
+    """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
+    return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
+
+
+def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], default: Value) -> Value:
+    """The value of the longest pattern that matches: no order of keys can change it."""
+    if not patterns:
+        return default
+    found = [p for p in patterns if _pattern_hits(p, names)]
+    if not found:
+        return default
+    hits = sorted(found, key=lambda p: (p in names, len(p)), reverse=True)
+    rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
+    if any(patterns[p] != patterns[hits[0]] for p in rivals):
+        raise TargetError(
+            f"{field_name}: '{rivals[0]}' and '{rivals[1]}' both match '{names[0]}' with different values,"
+            f" and neither is longer: write its full name"
+        )
+    return patterns[hits[0]]
+
+
+def all_used(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
+    """Raise for a pattern that matches none of the selected names."""
+    for pattern in patterns:
+        if not any(_pattern_hits(pattern, group) for group in selected):
+            raise TargetError(no_match(field_name, pattern, flat(selected), what="adapted module"))
+
+
+def no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = False, what: str = "module") -> str:
+    """The message for an entry that selects nothing: what is nearest, or what there is."""
+    ends = {name.rpartition(".")[2] for name in names if not name.rpartition(".")[2].isdigit()}
+    depth = entry.count(".") + 1
+    alike = {".".join(name.split(".")[-depth:]) for name in names} if depth > 1 and not is_regex else set()
+    close = did_you_mean(entry, alike) or did_you_mean(entry, ends) or did_you_mean(entry, names)
+    if not close:
+        known = near_misses("", ends) or sorted(ends)[:8]
+        close = f"; there are {', '.join(known)}" if known else ""
+    if is_regex and any(name.endswith(f".{entry}") for name in names):
+        close = f"; a string is a regular expression on full names: for modules that end in it write [{entry}]"
+    if is_regex and SEVERAL.fullmatch(entry):
+        close = f"; a list of names is written [{entry}]"
+    return f"{field_name}: no {what} matches '{entry}'{close}"

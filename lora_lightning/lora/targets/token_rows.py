@@ -1,0 +1,83 @@
+"""Which embeddings have rows that train in full (`trainable_token_indices`). Nothing is changed here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lora_lightning.lora.errors import TargetError, did_you_mean
+from lora_lightning.lora.layers.trained.token_rows import token_refusal
+from lora_lightning.lora.targets.output_heads import input_embedding
+
+
+@dataclass(frozen=True)
+class TokenTarget:
+    """Rows of one embedding."""
+
+    name: str
+    module: nn.Embedding
+    token_ids: list[int]
+    tied: list[nn.Module]
+    """Output heads, and further embeddings, that share its weight."""
+
+
+def token_targets(
+    model: nn.Module, names: dict[nn.Module, list[str]], wanted: list[int] | dict[str, list[int]] | None
+) -> list[TokenTarget]:
+    """Resolve `trainable_token_indices`.
+
+    Raises:
+        TargetError: no such embedding, no such row, or a weight that is shared with something unknown.
+    """
+    if not wanted:
+        return []
+    if isinstance(wanted, dict):
+        found = [(_named(entry, names), numbers) for entry, numbers in wanted.items()]
+    else:
+        found = [(_input(model, names), wanted)]
+    targets = []
+    for module, numbers in found:
+        name = names[module][0]
+        if reason := token_refusal(module, numbers):
+            raise TargetError(f"trainable_token_indices: '{name}' {reason}")
+        assert isinstance(module, nn.Embedding)
+        targets.append(TokenTarget(name, module, sorted(numbers), _tied(name, module, names)))
+    return targets
+
+
+def _named(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
+    hits = [m for m, group in names.items() if any(n == entry or n.endswith(f".{entry}") for n in group)]
+    if len(hits) == 1:
+        return hits[0]
+    if hits:
+        several = ", ".join(names[m][0] for m in hits[:4])
+        raise TargetError(f"trainable_token_indices: '{entry}' is several modules ({several}): write the full name")
+    embeddings = [n for m, group in names.items() if isinstance(m, nn.Embedding) for n in group]
+    raise TargetError(f"trainable_token_indices: no module matches '{entry}'{did_you_mean(entry, embeddings)}")
+
+
+def _input(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
+    asked = input_embedding(model)
+    if asked is not None:
+        return asked
+    embeddings = [m for m in names if isinstance(m, nn.Embedding)]
+    if len(embeddings) == 1:
+        return embeddings[0]
+    there = ", ".join(names[m][0] for m in embeddings[:4]) or "none"
+    raise TargetError(
+        f"trainable_token_indices: which embedding is the input's cannot be told (there are: {there});"
+        f" name it, as in {{embed_tokens: [0, 1]}}"
+    )
+
+
+def _tied(name: str, module: nn.Embedding, names: dict[nn.Module, list[str]]) -> list[nn.Module]:
+    tied = [m for m in names if m is not module and any(p is module.weight for p in m._parameters.values())]
+    for other in tied:
+        follows = isinstance(other, nn.Linear) or (isinstance(other, nn.Embedding) and token_refusal(other, []) is None)
+        if not follows:
+            raise TargetError(
+                f"trainable_token_indices: '{name}' shares its weight with '{names[other][0]}',"
+                f" a {type(other).__name__}, which would not follow: untie them"
+            )
+    return tied

@@ -1,1 +1,0 @@
-"""What `lora-lightning new` is made of: checks of what it is told, copier, and git. Nothing heavy is imported here."""

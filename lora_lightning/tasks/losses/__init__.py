@@ -1,0 +1,1 @@
+"""Losses of the tasks, as functions of tensors."""

@@ -1,0 +1,110 @@
+"""How a transformers model's logits come from its head's, found by running it once.
+
+What models do after the head (Gemma 2 bounds logits, Cohere and Granite scale them) is read from the config and not
+believed: the head is handed one position, made so large that bounds and scales show, and what the model makes of the
+head's logits is compared with what the config says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora_lightning.tasks.base import logits_of
+from lora_lightning.tasks.losses.token_loss import Terms, with_terms
+
+LOUD = 100.0
+"""The largest of the head's logits in the comparison: well above any bound in use (Gemma 2's is 30)."""
+LARGEST = 1e4
+"""The largest hidden value in it: float16 ends at 65,504."""
+
+
+class HeadCall(NamedTuple):
+    """One call of the head within `one_position`."""
+
+    hidden: Tensor
+    """What it would have been handed, (b, t, d)."""
+    logits: Tensor
+    """What it made of the last position, (b, 1, V)."""
+
+
+@contextmanager
+def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCall]]:
+    """Within the block the head is handed the last position alone, enlarged if `loud`. Gives its calls.
+
+    A call with anything but one tensor (b, t, d) is let be, and is not among them.
+    """
+    handed: list[Tensor | None] = []
+    calls: list[HeadCall] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if len(args) != 1 or args[0].dim() != 3:
+            handed.append(None)
+            return args
+        handed.append(args[0])
+        last = args[0][:, -1:].contiguous()
+        return (last * _loudness(module, last) if loud else last,)
+
+    def after(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        hidden = handed.pop()
+        if hidden is not None:
+            calls.append(HeadCall(hidden, out.detach().clone() if loud else out.detach()))  # some change it in place
+
+    handles = head.register_forward_pre_hook(before), head.register_forward_hook(after)
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def terms_of(backbone: PreTrainedModel, head: nn.Module, inputs: Mapping[str, Any]) -> Terms | None:
+    """The bound and scale between the head's logits and the model's; None where its config has none that fit.
+
+    The model is run for it, on random numbers that are put back: a resumed run is not to differ for having asked again.
+    """
+    device = next(head.parameters()).device
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        one_position(head, loud=True) as calls,
+    ):
+        logits = logits_of(backbone(**inputs))
+    if len(calls) != 1 or logits.shape != calls[0].logits.shape:
+        return None
+    raw = calls[0].logits
+    if not bool(torch.isfinite(raw).all() and torch.isfinite(logits).all()):
+        return None
+    # To divide, bound and multiply rounds three times; Mamba gives float32 whatever its weights are.
+    tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (raw.dtype, logits.dtype))
+    for terms in _declared(backbone):
+        ours = with_terms(raw.double(), terms)
+        if float((ours - logits.double()).abs().max()) <= tolerance * float(ours.abs().max()):
+            return terms
+    return None
+
+
+def _loudness(head: nn.Module, last: Tensor) -> float:
+    """What to multiply hidden states by, for the head's largest logit to be `LOUD`."""
+    logit, value = float(head.forward(last).abs().max()), float(last.abs().max())
+    return min(LOUD / logit, LARGEST / value) if logit > 0 and value > 0 else 1.0
+
+
+def declared_terms(backbone: PreTrainedModel) -> Terms:
+    """The bound and scale that its config has, unproven."""
+    return _declared(backbone)[0]
+
+
+def _declared(backbone: PreTrainedModel) -> list[Terms]:
+    """What transformers' configs call bounds and scales, and neither."""
+    config = backbone.config.get_text_config().to_dict()
+    divisor = config.get("logits_scaling")  # Granite divides by it, others multiply
+    scales = [config.get("logit_scale"), config.get("lm_head_multiplier"), divisor, 1 / divisor if divisor else None]
+    caps = [config.get("final_logit_softcapping"), None]
+    return [Terms(0.0, cap, scale) for cap, scale in product(caps, (*(float(s) for s in scales if s), 1.0))]

@@ -1,0 +1,196 @@
+"""A head and its cross-entropy in one, so that the logits of all tokens never stand in memory together.
+
+For trained rows i with logits `z_i = cap tanh(scale (W h_i + b) / cap)` and smoothing e over V entries,
+
+    loss = sum_i [ log sum_v exp z_iv - (1 - e) z_iy - e mean_v z_iv ],
+    d loss / d z_iv = softmax(z_i)_v - (1 - e) [v = y_i] - e / V.
+
+and scale and bound add the factors of their own slopes. Rows are taken in chunks: the gradient is there as soon as the
+loss is, so it is multiplied by W at once, and the chunk's logits are gone before the next's. Kept for backward: a
+gradient the size of h, and one the size of W only where W trains. The idea is that of "Cut Your Losses" (arXiv
+2411.09009) and liger-kernel (arXiv 2410.10989), whose kernel is taken where it can be (`liger.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.tasks.losses.liger import can_go_liger, liger_cross_entropy
+from lora_lightning.tasks.losses.token_loss import LinearCrossEntropy, Terms, refuse_labels
+
+FLOOR = 2**25
+"""Bytes of logits that a chunk may always have: fewer rows than that holds make the products slow."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> LinearCrossEntropy:
+    """`F.cross_entropy(head(hidden), labels, reduction="sum")` without its logits; differentiable once.
+
+    Under autocast the product is in autocast's dtype, as a head's would be; softmax and loss are in float32 or wider.
+
+    Args:
+        hidden: (n, d).
+        weight: of the head, (V, d). Where it or `bias` requires a gradient, that is taken too.
+        labels: (n,), in [0, V) or `ignore_index`.
+        bias: of the head, (V,).
+        label_smoothing: share of the target spread over all V entries.
+        ignore_index: the label of rows to leave out.
+        softcap: bound of the logits, as Gemma 2 has it.
+        logit_scale: factor on `W h + b`, before the bound.
+
+    Raises:
+        LoRAError: shapes that do not go together, or a label outside of the vocabulary.
+    """
+    _refuse_shapes(hidden, weight, labels, bias)
+    rows = (labels != ignore_index).nonzero().squeeze(1)
+    trained = labels[rows]
+    refuse_labels(trained, len(weight), ignore_index)
+    chosen, weight, bias = _of_one_dtype(hidden[rows], weight, bias)
+    terms = Terms(label_smoothing, softcap, logit_scale)
+    loss, correct = _loss_and_correct(chosen, weight, bias, trained, terms)
+    return LinearCrossEntropy(loss, len(rows), correct)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph would end at the number of trained rows in any case
+def _loss_and_correct(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(hidden.device.type, enabled=False):
+        if can_go_liger(hidden, weight, bias, terms):
+            return liger_cross_entropy(hidden, weight, bias, labels, terms)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
+            loss, correct = _GradientInForward.apply(hidden, weight, bias, labels, terms)  # type: ignore[no-untyped-call]
+            return loss, correct
+        loss, correct, *_ = chunked(hidden, weight, bias, labels, terms, (False, False, False))
+        return loss, correct
+
+
+class _GradientInForward(torch.autograd.Function):
+    """Backward is a product with the loss's own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms
+    ) -> tuple[Tensor, Tensor]:
+        wanted = tuple(ctx.needs_input_grad[:3])
+        loss, correct, *gradients = chunked(hidden, weight, bias, labels, terms, wanted)
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, by_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # In float32: a loss scaler's factor is beyond float16, and bfloat16's rounding of it would go into every entry.
+        own = [None if g is None else (g.to(by_loss.dtype) * by_loss).to(g.dtype) for g in ctx.saved_tensors]
+        return (*own, None, None)
+
+
+def chunked(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms, wanted: tuple[bool, ...]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Loss, number correct, and the gradients `wanted` of hidden, weight and bias, summed in float32 or wider."""
+    wide = wide_dtype(hidden)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    correct = torch.zeros((), dtype=torch.long, device=hidden.device)
+    by_hidden = torch.empty_like(hidden) if wanted[0] else None
+    by_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+    by_bias = torch.zeros_like(bias, dtype=wide) if wanted[2] and bias is not None else None
+    size = rows_at_once(hidden, len(weight))
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        h = hidden[part]
+        logits = F.linear(h, weight, bias).to(wide)
+        losses, hits = loss_of_logits_(logits, labels[part], terms, gradient=any(wanted))
+        loss += losses.sum()
+        correct += hits.sum()
+        # What was the logits is their gradient now.
+        if by_bias is not None:
+            by_bias += logits.sum(0)
+        if any(wanted[:2]):
+            logits = logits.to(h.dtype)
+        if by_hidden is not None:
+            torch.mm(logits, weight, out=by_hidden[part])
+        if by_weight is not None:
+            by_weight += logits.t() @ h
+        del logits  # before the next are made
+    dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    gradients = [
+        None if g is None else g.to(dtype) for g, dtype in zip((by_hidden, by_weight, by_bias), dtypes, strict=True)
+    ]
+    return loss, correct, gradients[0], gradients[1], gradients[2]
+
+
+def loss_of_logits_(logits: Tensor, labels: Tensor, terms: Terms, *, gradient: bool) -> tuple[Tensor, Tensor]:
+    """Each row's loss (m,) and whether its largest logit is the label's (m,); `logits` (m, V) become their gradient.
+
+    Without `gradient` what they become means nothing.
+    """
+    smoothing, cap, scale = terms
+    slope: Tensor | None = None
+    if scale != 1.0:
+        logits.mul_(scale)
+    if cap is not None:
+        logits.div_(cap).tanh_()
+        slope = 1 - logits.square() if gradient else None
+        logits.mul_(cap)
+    top, best = logits.max(-1, keepdim=True)
+    at_label = labels.unsqueeze(1)
+    logits.sub_(top)
+    losses = logits.gather(1, at_label).squeeze(1).mul_(smoothing - 1)
+    if smoothing:
+        losses -= smoothing * logits.mean(-1)
+    total = logits.exp_().sum(-1, keepdim=True)
+    losses += total.log().squeeze(1)
+    if gradient:
+        logits.div_(total)
+        if smoothing:
+            logits.sub_(smoothing / logits.shape[1])
+        logits.scatter_add_(1, at_label, torch.full_like(top, smoothing - 1))
+        if slope is not None:
+            logits.mul_(slope)
+        if scale != 1.0:
+            logits.mul_(scale)
+    return losses, best.squeeze(1) == labels
+
+
+def rows_at_once(hidden: Tensor, vocabulary: int) -> int:
+    """Rows whose logits weigh what all hidden states weigh anyway, or `FLOOR` where that is more; at least one."""
+    wide = wide_dtype(hidden)
+    of_a_row = vocabulary * (wide.itemsize + (2 * hidden.element_size() if hidden.dtype != wide else 0))
+    return max(1, max(hidden.numel() * wide.itemsize, FLOOR) // of_a_row)
+
+
+def _of_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """In autocast's dtype where that is on, which leaves float64 alone; W is cast once, not for every chunk."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _refuse_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    fit = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1] and labels.shape == hidden.shape[:1]
+    if not fit or (bias is not None and bias.shape != weight.shape[:1]):
+        b = "" if bias is None else f", bias {tuple(bias.shape)}"
+        raise LoRAError(
+            "expected hidden (n, d), weight (V, d), labels (n,) and bias (V,) or none, got hidden"
+            f" {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels {tuple(labels.shape)}{b}"
+        )

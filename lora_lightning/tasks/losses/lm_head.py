@@ -1,0 +1,196 @@
+"""A language model's loss without its logits, for any transformers model whose head can be taken apart.
+
+The model runs as always, hooks and all, except that its head is handed the last position alone. What the head would
+have been handed, the hidden states of all positions, then goes through `linear_cross_entropy`; or, where the head is
+adapted, trains as a copy or is quantised, through the head itself in chunks, whose logits backward makes again.
+
+Whether that gives the model's own logits is found out on its first batch (`head_probe.py`). A model that does something
+else to them, one that is compiled as a whole, and any `nn.Module` that is not of transformers compute all their logits;
+of a transformers model it is said aloud.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.traced import is_traced
+from lora_lightning.tasks.base import logits_of
+from lora_lightning.tasks.losses.head_in_chunks import module_cross_entropy
+from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
+from lora_lightning.tasks.losses.linear_cross_entropy import linear_cross_entropy
+from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
+
+_FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
+"""What `terms_of` found of each model."""
+_SAID: WeakSet[nn.Module] = WeakSet()
+"""Models of which it was said that they compute all their logits."""
+
+
+def shifted_loss(
+    backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
+) -> LinearCrossEntropy:
+    """Next-token cross-entropy: the output at position t is held to the label at t + 1.
+
+    Args:
+        backbone: gives logits (b, t, V).
+        inputs: its keyword arguments, without labels.
+        labels: (b, t), -100 where nothing is trained on; those of position 0 never are.
+        label_smoothing: share of the target spread over the vocabulary.
+
+    Raises:
+        LoRAError: nothing is trained on though gradients are wanted; or labels do not fit.
+    """
+    return aligned_loss(backbone, inputs, shifted(labels), label_smoothing=label_smoothing)
+
+
+def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> list[LinearCrossEntropy]:
+    """The same for each row by itself, from one forward."""
+    labels = shifted(labels)
+    return _losses(backbone, inputs, [(slice(i, i + 1), labels[i : i + 1]) for i in range(len(labels))], 0.0)
+
+
+def shifted(labels: Tensor) -> Tensor:
+    """Labels (b, t) to those of the outputs: position t has the label of t + 1, and the last none.
+
+    Raises:
+        LoRAError: they are not one for each token.
+    """
+    if labels.dim() != 2:
+        raise LoRAError(
+            f"a language model's labels are one for each token, (rows, tokens), got {tuple(labels.shape)}: the data are"
+            " of another task"
+        )
+    return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
+
+
+def aligned_loss(
+    backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
+) -> LinearCrossEntropy:
+    """The same without the shift, as for sequence to sequence: the output at position t is held to the label at t."""
+    if torch.is_grad_enabled() and not bool((labels != IGNORED).any()):
+        raise LoRAError(
+            f"nothing is trained on in this batch: all {labels.numel()} labels are {IGNORED} (or stand first, where"
+            " nothing predicts them); drop such examples, or let more of each be kept"
+        )
+    return _losses(backbone, inputs, [(slice(None), labels)], label_smoothing)[0]
+
+
+def _losses(
+    backbone: nn.Module, inputs: Mapping[str, Any], parts: Sequence[tuple[slice, Tensor]], label_smoothing: float
+) -> list[LinearCrossEntropy]:
+    """One forward, and the loss of each part of its rows, which are all of them together, with that part's labels."""
+    before = before_head(backbone, inputs)
+    if before is not None:
+        terms = before.terms._replace(label_smoothing=label_smoothing)
+        return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
+    logits = logits_of(backbone(**inputs))
+    return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
+
+
+def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
+    rows = _trained("logits", logits, labels)
+    return cross_entropy_of_logits(logits[rows], labels.to(logits.device)[rows], Terms(label_smoothing))
+
+
+class BeforeHead(NamedTuple):
+    """What a model's head would make its logits of."""
+
+    head: nn.Module
+    hidden: Tensor
+    """(b, t, d)."""
+    vocabulary: int
+    terms: Terms
+    """What becomes of the head's logits."""
+
+
+def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | None:
+    """Run the model up to its head; None where its logits cannot be had from there."""
+    head, terms = _head_and_terms(backbone, inputs)
+    if head is None:
+        return None
+    with one_position(head) as calls:
+        backbone(**inputs)
+    return BeforeHead(head, calls[0].hidden, calls[0].logits.shape[-1], terms) if len(calls) == 1 else None
+
+
+def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
+    rows, labels = _trained("hidden states", hidden, labels), labels.to(hidden.device)
+    if not _is_one_product(head, hidden):
+        return module_cross_entropy(head, hidden[rows], labels[rows], vocabulary, terms)
+    assert isinstance(head, nn.Linear)
+    weight, bias = head.weight, head.bias  # (FSDP1 shows no parameters while they are gathered)
+    return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
+
+
+def _trained(what: str, given: Tensor, labels: Tensor) -> Tensor:
+    """Where labels count, on the device of what was `given` for them."""
+    if given.dim() != 3 or given.shape[:2] != labels.shape:
+        raise LoRAError(
+            f"labels {tuple(labels.shape)} need one row of {what} each, got {tuple(given.shape)}: inputs and labels"
+            " must be of one length"
+        )
+    return labels.to(given.device) != IGNORED
+
+
+def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.Module | None, Terms]:
+    """The head, where the model's logits come from it by known terms; else None."""
+    why = why_all_logits(backbone)
+    if why is None:
+        assert isinstance(backbone, PreTrainedModel)
+        head = _head(backbone)
+        if backbone not in _FOUND:
+            _FOUND[backbone] = declared_terms(backbone) if is_traced() else terms_of(backbone, head, inputs)
+        terms = _FOUND[backbone]
+        if terms is not None:
+            return head, terms
+        why = "it does more to its logits than bound or scale them as its config says"
+    if isinstance(backbone, PreTrainedModel) and backbone not in _SAID:
+        _SAID.add(backbone)
+        rank_zero_warn(
+            f"{type(backbone).__name__} computes the logits of all tokens at once, which takes memory: {why}"
+        )
+    return None, Terms()
+
+
+def why_all_logits(backbone: nn.Module) -> str | None:
+    """Why this model's head cannot be taken apart, as far as can be seen before it runs; None where it may."""
+    if not isinstance(backbone, PreTrainedModel):
+        return "it is no transformers model"
+    if backbone._compiled_call_impl is not None:
+        return "it is compiled as a whole, head and all; compile its layers or its body instead"
+    head = _head(backbone)
+    if head is None:
+        return "it names no head (get_output_embeddings)"
+    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+        return "its head has hooks, which are to see every logit"
+    if any(_is_in_parts(p) for p in head.parameters()):
+        return "its head's weights are sharded"
+    return None
+
+
+def _is_in_parts(parameter: Tensor) -> bool:
+    """Not where every process of a group has all of it, as of a head that trains under tensor parallelism."""
+    return isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
+
+
+def _head(backbone: PreTrainedModel) -> Any:
+    return backbone.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+
+def _is_one_product(head: nn.Module, hidden: Tensor) -> bool:
+    """Whether the head is torch's own product with a weight that is there, and nothing else."""
+    if type(head) is not nn.Linear or "forward" in vars(head):  # accelerate hangs its hooks there
+        return False
+    weight = head.weight
+    whole = weight.shape == (head.out_features, head.in_features) and not weight.is_meta
+    mixed = torch.is_autocast_enabled(hidden.device.type)
+    return whole and weight.device == hidden.device and (weight.dtype == hidden.dtype or mixed)

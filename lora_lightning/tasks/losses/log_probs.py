@@ -1,0 +1,83 @@
+"""The log-probability of each text's trained tokens, without the logits of all tokens at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.tasks.base import logits_of
+from lora_lightning.tasks.losses.linear_cross_entropy import rows_at_once
+from lora_lightning.tasks.losses.lm_head import before_head
+from lora_lightning.tasks.losses.token_loss import IGNORED, Terms, refuse_labels, with_terms
+
+
+class LogProbs(NamedTuple):
+    """Of each text of a batch."""
+
+    total: Tensor
+    """(b,): `sum_t log p(y_t | y_<t)` over trained tokens, in float32 or wider."""
+    tokens: Tensor
+    """(b,): how many these are."""
+
+    @property
+    def mean(self) -> Tensor:
+        """(b,): per trained token; 0 of none."""
+        return self.total / self.tokens.clamp(min=1)
+
+
+def sequence_log_probs(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> LogProbs:
+    """Log-probabilities of the tokens that have a label, each given all before it.
+
+    Of the rest no logit is computed, and those of the trained tokens are made in chunks, and again in backward.
+
+    Args:
+        backbone: gives logits (b, t, V).
+        inputs: its keyword arguments, without labels.
+        labels: (b, t), -100 where a token does not count; those of position 0 never do, as nothing predicts them.
+
+    Raises:
+        LoRAError: labels that do not fit the inputs or the head.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    before = before_head(backbone, inputs)
+    states = logits_of(backbone(**inputs)) if before is None else before.hidden
+    if states.dim() != 3 or states.shape[:2] != targets.shape:
+        raise LoRAError(
+            f"labels {tuple(labels.shape)} need one row of the model's states each, got {tuple(states.shape)}: inputs"
+            " and labels must be of one length"
+        )
+    targets = targets.to(states.device)
+    trained = targets != IGNORED
+    if before is None:
+        each = _of_logits(states[trained], targets[trained], Terms())
+    else:
+        each = _in_chunks(before.head, states[trained], targets[trained], before.vocabulary, before.terms)
+    text = trained.nonzero()[:, 0]
+    total = torch.zeros(len(labels), dtype=each.dtype, device=each.device).index_add(0, text, each)
+    return LogProbs(total, trained.sum(1))
+
+
+def _in_chunks(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> Tensor:
+    """Log-probabilities (n,) through the head's own forward, whose logits backward makes again."""
+
+    def of(h: Tensor, y: Tensor) -> Tensor:
+        return _of_logits(head(h.unsqueeze(0)).squeeze(0), y, terms)
+
+    size = rows_at_once(hidden, vocabulary)
+    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([checkpoint(of, h, y, use_reentrant=False) for h, y in chunks])
+    return torch.cat([of(h, y) for h, y in chunks])
+
+
+def _of_logits(logits: Tensor, labels: Tensor, terms: Terms) -> Tensor:
+    refuse_labels(labels, logits.shape[-1])
+    z = with_terms(logits.to(wide_dtype(logits)), terms)
+    return -F.cross_entropy(z, labels, reduction="none")

@@ -1,0 +1,110 @@
+"""What a pair of answers costs, of which people chose one: DPO and its kin as functions of log-probabilities.
+
+With h = [log p(y_w) - log p_ref(y_w)] - [log p(y_l) - log p_ref(y_l)] of the chosen answer y_w and the rejected y_l,
+means over an answer's tokens under a bar, s the logistic function, b = beta and e = label_smoothing:
+
+    sigmoid   -(1 - e) log s(b h) - e log s(-b h)                       DPO, arXiv 2305.18290; e > 0: conservative DPO
+    robust    [-(1 - e) log s(b h) + e log s(-b h)] / (1 - 2 e)         arXiv 2403.00409
+    hinge     max(0, 1 - b h)                                           SLiC, arXiv 2305.10425
+    ipo       (h' - 1 / (2 b))^2, h' from means over tokens             arXiv 2310.12036; its authors' normalisation
+    simpo     -(1 - e) log s(d) - e log s(-d), d = b (bar_w - bar_l) - gamma           arXiv 2405.14734; no reference
+    orpo      -bar_w - b log s(log odds_w - log odds_l), log odds = bar - log(1 - exp bar)   arXiv 2403.07691; none
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.tasks.losses.log_probs import LogProbs
+
+PreferenceLoss = Literal["sigmoid", "robust", "hinge", "ipo", "simpo", "orpo"]
+REFERENCE_FREE = ("simpo", "orpo")
+OF_MEANS = ("ipo", "simpo", "orpo")
+"""Losses that take the mean over an answer's tokens and not the sum."""
+
+
+class PreferenceTerms(NamedTuple):
+    """What the losses are made of, checked by `checked_terms`."""
+
+    loss: PreferenceLoss
+    beta: float
+    label_smoothing: float = 0.0
+    gamma: float = 0.5
+    rpo_alpha: float = 0.0
+
+
+class Pairs(NamedTuple):
+    """Of each pair."""
+
+    loss: Tensor
+    """(n,)."""
+    chosen_reward: Tensor
+    """(n,): `beta` times the log-probability of the chosen answer over the reference's, without gradient."""
+    rejected_reward: Tensor
+    """(n,): of the rejected."""
+
+
+def checked_terms(terms: PreferenceTerms) -> PreferenceTerms:
+    """The terms, or a LoRAError that names the one that means nothing."""
+    known = get_args(PreferenceLoss)
+    if terms.loss not in known:
+        raise LoRAError(f"loss is one of {', '.join(known)}, got {terms.loss!r}{did_you_mean(str(terms.loss), known)}")
+    if not terms.beta > 0:
+        raise LoRAError(f"beta must be above 0, got {terms.beta}")
+    if not 0 <= terms.label_smoothing < 0.5:
+        raise LoRAError(f"label_smoothing is the share of wrong pairs, at least 0 and below 0.5, got {terms[2]}")
+    if terms.label_smoothing and terms.loss not in ("sigmoid", "robust", "simpo"):
+        raise LoRAError(f"label_smoothing has no meaning in the loss {terms.loss}: leave it at 0")
+    if terms.rpo_alpha < 0:
+        raise LoRAError(f"rpo_alpha is a weight, at least 0, got {terms.rpo_alpha}")
+    if terms.rpo_alpha and terms.loss == "orpo":
+        raise LoRAError("orpo has the chosen answer's own likelihood in it already: leave rpo_alpha at 0")
+    return terms
+
+
+def preference_losses(policy: LogProbs, reference: LogProbs | None, terms: PreferenceTerms) -> Pairs:
+    """Losses and rewards of n pairs.
+
+    `rpo_alpha` adds that weight times the chosen answer's negative log-likelihood per token (arXiv 2404.19733).
+
+    Args:
+        policy: of 2n answers, the chosen ones first, under the model that trains.
+        reference: the same under the frozen one; None for the losses that need none.
+        terms: of the loss.
+    """
+    own = policy.mean if terms.loss in OF_MEANS else policy.total
+    if reference is not None:
+        own = own - (reference.mean if terms.loss in OF_MEANS else reference.total)
+    chosen, rejected = own.chunk(2)
+    loss = _loss(chosen, rejected, terms)
+    if terms.rpo_alpha:
+        loss = loss - terms.rpo_alpha * policy.mean.chunk(2)[0]
+    return Pairs(loss, terms.beta * chosen.detach(), terms.beta * rejected.detach())
+
+
+def _loss(chosen: Tensor, rejected: Tensor, terms: PreferenceTerms) -> Tensor:
+    h, e = terms.beta * (chosen - rejected), terms.label_smoothing
+    if terms.loss == "hinge":
+        return torch.relu(1 - h)
+    if terms.loss == "ipo":
+        return (chosen - rejected - 1 / (2 * terms.beta)).square()
+    if terms.loss == "orpo":
+        odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+        return -chosen - terms.beta * F.logsigmoid(odds)
+    if terms.loss == "robust":
+        return (-(1 - e) * F.logsigmoid(h) + e * F.logsigmoid(-h)) / (1 - 2 * e)
+    if terms.loss == "simpo":
+        h = h - terms.gamma
+    return -(1 - e) * F.logsigmoid(h) - e * F.logsigmoid(-h)
+
+
+def _log1mexp(x: Tensor) -> Tensor:
+    """`log(1 - exp x)` for x <= 0, without cancellation; bounded where p is 1 to rounding."""
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near = x > -0.6931471805599453  # log 2: above it expm1 is exact, below log1p is
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

@@ -1,0 +1,134 @@
+"""How well each anchor finds its own positive among all: the loss over candidates, and ranks over a whole stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from lora_lightning.lora.layers.functional import wide_dtype
+
+Figure = Literal["loss", "mrr", "recall@1", "recall@5"]
+AT_ONCE = 1024
+"""Anchors that are compared with all candidates at once."""
+
+
+def info_nce(
+    anchors: Tensor, candidates: Tensor, own: Tensor, groups: Tensor, temperature: Tensor | float = 1.0
+) -> Tensor:
+    """Each anchor's `-log softmax(sim / temperature)` at its own candidate (arXiv 1807.03748), (n,).
+
+    Candidates of the own one's group are right as well: they are no negatives, and are left out.
+
+    Args:
+        anchors: (n, d).
+        candidates: (m, d).
+        own: (n,), the number of each anchor's own candidate.
+        groups: (m,), of the candidates.
+        temperature: what similarities are divided by.
+    """
+    with torch.autocast(anchors.device.type, enabled=False):
+        wide = wide_dtype(anchors)
+        logits = anchors.to(wide) @ candidates.to(wide).T / temperature
+        logits = logits.masked_fill(_also_right(own, groups), -torch.inf)
+        return F.cross_entropy(logits, own, reduction="none")
+
+
+def ranks(anchors: Tensor, candidates: Tensor, own: Tensor, groups: Tensor) -> Tensor:
+    """Of each anchor's own candidate: 1 and the number of other groups with a candidate that is nearer, (n,).
+
+    An equally near one counts a half, so that a model which makes all texts alike has not found anything.
+    """
+    logits = anchors @ candidates.T
+    numbers = torch.unique(groups, return_inverse=True)[1]
+    nearest = logits.new_full((len(anchors), int(numbers.max()) + 1), -torch.inf)
+    nearest.scatter_reduce_(1, numbers.expand(len(anchors), -1), logits, "amax")
+    nearest.scatter_(1, numbers[own].unsqueeze(1), -torch.inf)
+    right = logits.gather(1, own.unsqueeze(1))
+    return 1 + (nearest > right).sum(1) + (nearest == right).sum(1) / 2
+
+
+def _also_right(own: Tensor, groups: Tensor) -> Tensor:
+    """(n, m): of the own candidate's group, and not it."""
+    same = groups[own].unsqueeze(1) == groups.unsqueeze(0)
+    return same.scatter(1, own.unsqueeze(1), False)
+
+
+class Retrieval(Metric):
+    """A figure over all pairs of a stage: each anchor seeks its positive among all positives and hard negatives.
+
+    So it depends neither on the batch size nor on how pairs lie in batches and processes.
+
+    Args:
+        figure: `loss`, or of the ranks (see `ranks`): `recall@k`, the share within k, or `mrr`, the mean of 1 / rank.
+        symmetric: whether the loss is also taken the other way, from positives to anchors.
+    """
+
+    full_state_update = False
+    anchors: list[Tensor]
+    candidates: list[Tensor]
+    groups: list[Tensor]
+    extra: list[Tensor]
+    extra_groups: list[Tensor]
+
+    def __init__(self, figure: Figure, symmetric: bool = False) -> None:
+        super().__init__()
+        assert figure in get_args(Figure)
+        self.figure, self.symmetric = figure, symmetric
+        for name in ("anchors", "candidates", "groups", "extra", "extra_groups"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+
+    def update(self, embeddings: Tensor, groups: Tensor) -> None:
+        """Take in n pairs.
+
+        Args:
+            embeddings: (n, p, d): anchor, positive and p - 2 hard negatives; products with the anchor are logits.
+            groups: (n, p - 1): of the positive and of the negatives; -1 where one stands for itself.
+        """
+        self.anchors.append(embeddings[:, 0])
+        self.candidates.append(embeddings[:, 1])
+        self.groups.append(groups[:, 0])
+        if embeddings.shape[1] > 2:
+            self.extra.append(embeddings[:, 2:].flatten(0, 1))
+            self.extra_groups.append(groups[:, 1:].flatten())
+
+    def compute(self) -> Tensor:
+        """The figure, a scalar."""
+        anchors, positives = dim_zero_cat(self.anchors), dim_zero_cat(self.candidates)
+        candidates = torch.cat([positives, *_all(self.extra)])
+        groups = singled(torch.cat([dim_zero_cat(self.groups), *_all(self.extra_groups)]))
+        every = torch.arange(len(anchors), device=anchors.device)
+        if self.figure == "loss":
+            losses = _in_parts(lambda a, own: info_nce(a, candidates, own, groups), anchors, every)
+            if self.symmetric:
+                back = groups[: len(every)]
+                other = _in_parts(lambda p, own: info_nce(p, anchors, own, back), positives, every)
+                losses = (losses + other) / 2
+            return losses.mean()
+        found = _in_parts(lambda a, own: ranks(a, candidates, own, groups), anchors, every)
+        if self.figure == "mrr":
+            return found.reciprocal().mean()
+        return (found <= int(self.figure.partition("@")[2])).to(found.dtype).mean()
+
+
+def singled(groups: Tensor) -> Tensor:
+    """With a number of its own for each -1."""
+    alone = groups < 0
+    own = groups.max().clamp(min=-1) + 1 + alone.cumsum(0)
+    return torch.where(alone, own, groups)
+
+
+def _all(states: list[Tensor] | Tensor) -> list[Tensor]:
+    """A list state, or what synchronising made of it."""
+    return [dim_zero_cat(states)] if len(states) else []
+
+
+def _in_parts(function: Callable[[Tensor, Tensor], Tensor], rows: Tensor, own: Tensor) -> Tensor:
+    return torch.cat(
+        [function(r, o) for r, o in zip(torch.split(rows, AT_ONCE), torch.split(own, AT_ONCE), strict=True)]
+    )

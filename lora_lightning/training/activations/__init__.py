@@ -1,0 +1,1 @@
+"""Activations: recomputed, offloaded, compiled."""

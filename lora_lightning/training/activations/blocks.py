@@ -1,0 +1,71 @@
+"""The repeated blocks of any backbone: a transformer's layers, the bottlenecks of a ResNet's stages."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+
+from lora_lightning.lora.layers.class_swap import own_class
+from lora_lightning.lora.layers.trained.module_copy import COPY
+
+CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+NUMBERED = re.compile(r"(.*\D)\d+")
+"""What a module calls its children where they are a list in all but name: `layer1`, `layer2`."""
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """By their names, the modules that stand in a list or a sequence beside others of their class, or alone.
+
+    A block has children with parameters: a list of plain layers has none. Where blocks hold lists of blocks, as a
+    mixture's layers hold experts, the outer ones count; stages, each of another width, are looked into.
+    """
+    found: dict[str, nn.Module] = {}
+    _search(model, "", found)
+    return found
+
+
+def _search(module: nn.Module, path: str, found: dict[str, nn.Module]) -> None:
+    blocks = _candidates(module)
+    for name, child in module._modules.items():
+        if child is None or name == COPY:
+            continue
+        inner, before = f"{path}.{name}".removeprefix("."), len(found)
+        if name not in blocks or not _is_repeated(child, blocks):
+            _search(child, inner, found)
+        if name in blocks and len(found) == before:  # a stage without blocks of its own is one
+            found[inner] = child
+
+
+def _candidates(parent: nn.Module) -> dict[str, nn.Module]:
+    """Its children that may be blocks: of the class of another one in the list, or the list's only one."""
+    children = {n: m for n, m in parent._modules.items() if m is not None and n != COPY}
+    composed = {n: m for n, m in children.items() if _is_composed(m)}
+    if isinstance(parent, CONTAINERS):
+        kinds = {n: own_class(type(m)) for n, m in composed.items()}
+        is_single = len(children) == 1
+    else:
+        stems = {n: match[1] for n in composed if (match := NUMBERED.fullmatch(n))}
+        kinds, is_single = {n: (stem, own_class(type(composed[n]))) for n, stem in stems.items()}, False  # type: ignore[misc]
+    every = list(kinds.values())
+    return {n: composed[n] for n, kind in kinds.items() if every.count(kind) > 1 or is_single}
+
+
+def _is_composed(module: nn.Module) -> bool:
+    return any(next(c.parameters(), None) is not None for c in module._modules.values() if c is not None)
+
+
+def _is_repeated(block: nn.Module, others: dict[str, nn.Module]) -> bool:
+    """Whether most of the block's tensors have the shape that they have in another one."""
+    cls, own = own_class(type(block)), _shapes(block)
+    for other in others.values():
+        if other is not block and own_class(type(other)) is cls:
+            theirs = _shapes(other)
+            alike = sum(theirs.get(name) == shape for name, shape in own.items())
+            if 2 * alike > min(len(own), len(theirs)):
+                return True
+    return False
+
+
+def _shapes(block: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in block.named_parameters()}

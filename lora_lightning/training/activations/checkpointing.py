@@ -1,0 +1,120 @@
+"""Activation checkpointing: backward computes a block's insides again, so that forward keeps its inputs alone.
+
+For any backbone and in either mode, where transformers' own `gradient_checkpointing_enable` knows its own models, and
+those in train mode only: a backbone that is kept in eval mode, as LoRA's is by default, it leaves as it was without a
+word. Here a block's `forward` is stood in for while a training step runs forward, and at no other time: validation,
+generation, copies, merges and files know nothing of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
+from lora_lightning.training.activations.blocks import repeated_blocks
+
+CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")
+"""Arguments by which layers are handed what earlier tokens left; a block that runs twice would add to it twice."""
+
+
+class Recomputation:
+    """The blocks of a backbone, run so that backward computes them again.
+
+    Raises:
+        LoRAError: the backbone has no repeated blocks.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        self.backbone = backbone
+        self.blocks = repeated_blocks(backbone)
+        if not self.blocks:
+            raise LoRAError(
+                f"activation_checkpointing found no blocks in {type(backbone).__name__}: modules of one class, with"
+                " layers in them, side by side in an nn.ModuleList or nn.Sequential; leave it out"
+            )
+        self._forwards: dict[str, tuple[type, Callable[..., Any]]] = {}
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within the block, forward keeps no block's insides."""
+        before = {name: vars(block).get("forward") for name, block in self.blocks.items()}
+        try:
+            for name, block in self.blocks.items():
+                block.__dict__["forward"] = self._forward_of(name, block)
+            with without_cache(self.backbone):
+                yield
+        finally:
+            for name, block in self.blocks.items():
+                block.__dict__.pop("forward", None)
+                if before[name] is not None:
+                    block.__dict__["forward"] = before[name]
+
+    def _forward_of(self, name: str, block: nn.Module) -> Callable[..., Any]:
+        """The same object in each step: torch.compile would compile anew for another."""
+        cls, forward = self._forwards.get(name, (None, None))
+        if forward is None or cls is not type(block) or "forward" in vars(block):
+            _refuse_moving_statistics(name, block)
+            forward = _recomputed(block.forward)
+            self._forwards[name] = type(block), forward
+        return forward
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to these very blocks."""
+        return {**self.__dict__, "_forwards": {}}
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        args = tuple(None if _is_cache(arg) else arg for arg in args)
+        kwargs = {name: None if name in CACHES or _is_cache(value) else value for name, value in kwargs.items()}
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+        return checkpoint(functools.partial(forward, **kwargs), *args, use_reentrant=False)
+
+    return run
+
+
+def _is_cache(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) and any(
+        cls.__module__ == "transformers.cache_utils" for cls in type(value).__mro__
+    )
+
+
+@contextmanager
+def without_cache(backbone: nn.Module) -> Iterator[None]:
+    """Within the block, no transformers model in `backbone` fills a cache unless it is told to."""
+    configs: list[Any] = [getattr(module, "config", None) for module in backbone.modules()]
+    configs = [config for config in configs if getattr(config, "use_cache", False) is True]
+    try:
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for config in configs:
+            config.use_cache = True
+
+
+def _refuse_moving_statistics(name: str, block: nn.Module) -> None:
+    """A batch norm that trains would count each batch twice."""
+    for inner, module in block.named_modules():
+        if (
+            isinstance(module, _BatchNorm)
+            and not isinstance(module, FrozenStatistics)
+            and module.running_mean is not None
+            and module.training
+        ):
+            raise LoRAError(
+                f"activation_checkpointing would count each batch twice in the statistics of '{name}.{inner}', which"
+                " train as part of modules_to_save: leave that module, or activation_checkpointing, out"
+            )

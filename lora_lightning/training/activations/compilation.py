@@ -1,0 +1,100 @@
+"""How a training step runs its forward: with blocks that are computed again, saved tensors moved away, or compiled.
+
+All of it is on while a training step runs forward and off at any other time, so that validation, generation, export and
+checkpoints meet the backbone as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
+from lora_lightning.training.activations.checkpointing import Recomputation
+from lora_lightning.training.activations.offloading import Offload
+
+COMPILE_OPTIONS = ("backend", "dynamic", "fullgraph", "mode", "options")
+"""What `compile` may say of `torch.compile`'s arguments."""
+
+
+class TrainingForward:
+    """The three flags of `LoRAModule` that cost time or memory and change no result but by rounding.
+
+    Raises:
+        LoRAError: no blocks to checkpoint, or an option that torch.compile has not.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, *, checkpointing: bool, offload: bool, compile: bool | Mapping[str, Any]
+    ) -> None:
+        self.recomputation = Recomputation(backbone) if checkpointing else None
+        self.offload = Offload(backbone) if offload else None
+        self.compilation = Compilation(backbone, {} if compile is True else compile) if compile is not False else None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Around a training step's forward."""
+        with ExitStack() as stack:
+            for part in (self.offload, self.recomputation, self.compilation):
+                if part is not None:
+                    stack.enter_context(part.on())
+            yield
+
+
+class Compilation:
+    """`nn.Module.compile` in place, which renames no key, as it is called in training steps.
+
+    A transformers language model is compiled without its head, whose loss is then still taken in chunks, without all
+    logits in memory (`tasks/lm_head.py`).
+    """
+
+    def __init__(self, backbone: nn.Module, options: Mapping[str, Any]) -> None:
+        for name in options:
+            if name not in COMPILE_OPTIONS:
+                raise LoRAError(
+                    f"compile takes true or options among {', '.join(COMPILE_OPTIONS)}, got '{name}'"
+                    f"{did_you_mean(name, COMPILE_OPTIONS)}"
+                )
+        self.backbone, self.options = backbone, dict(options)
+        self._compiled: list[tuple[nn.Module, Any]] = []
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Within the block, calls of the backbone are compiled; the first one takes the time to compile."""
+        if not self._compiled:
+            self._compile()
+        try:
+            for module, call in self._compiled:
+                module._compiled_call_impl = call
+            yield
+        finally:
+            for module, _ in self._compiled:
+                module._compiled_call_impl = None
+
+    def _compile(self) -> None:
+        for module in parts_to_compile(self.backbone):
+            module.compile(**self.options)
+            self._compiled.append((module, module._compiled_call_impl))
+        rank_zero_info("compile: the first training step takes the time that compiling takes")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was compiled of this very backbone."""
+        return {**self.__dict__, "_compiled": []}
+
+
+def parts_to_compile(backbone: nn.Module) -> list[nn.Module]:
+    """The body of a transformers language model, apart from its head; any other model whole."""
+    head = backbone.get_output_embeddings() if is_a(backbone, HF_MODEL) else None  # type: ignore[operator]
+    if head is None:
+        return [backbone]
+    body = [
+        child
+        for child in backbone.children()
+        if next(child.children(), None) is not None and all(module is not head for module in child.modules())
+    ]
+    return body or [backbone]

@@ -1,0 +1,119 @@
+"""Export the best checkpoint when fit ends."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.console import Console
+
+from lora_lightning.export.export import export
+from lora_lightning.export.export_record import of_the_data, record_export
+from lora_lightning.export.first_batch import first_batch
+from lora_lightning.export.onnx import refuse_missing
+from lora_lightning.export.options import DEFAULT_FORMATS, checked_options, checked_target
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.peft.packing import packed_layers
+from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
+from lora_lightning.lora.frozen.dtype import DType
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.reports.console import show_report
+from lora_lightning.training.callbacks.run_report import RunReport
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.wrapping import is_sharded
+
+
+class ExportAtEnd(Callback):
+    """What `lora-lightning export` does, at the end of fit; its figures go to the run's loggers too.
+
+    Args:
+        formats: some of `adapter`, `merged`, `onnx`, in a list or with commas between.
+        output_dir: where to write; `export/` in the run folder by default.
+        dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
+        max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
+        serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
+
+    What can be refused is refused before the fit.
+
+    Raises:
+        LoRAError: an option has a value that means nothing.
+    """
+
+    def __init__(
+        self,
+        formats: str | Sequence[str] = DEFAULT_FORMATS,
+        output_dir: str | None = None,
+        dtype: DType = "auto",
+        max_shard_size: int | str | None = None,
+        serving: Literal["vllm"] | None = None,
+    ) -> None:
+        wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
+        self.output_dir = output_dir
+        self.options: dict[str, Any] = {"formats": wanted, "dtype": dtype, "max_shard_size": max_shard_size}
+        self.options["serving"] = serving
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse before the fit what could not be exported after it; nothing is wrapped or sharded yet.
+
+        Raises:
+            LoRAError: another kind of module, a package that is missing, a folder in the way that is no export, an
+                adapter that the server does not take.
+        """
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, LoRAModule):
+            raise LoRAError(f"ExportAtEnd exports a LoRAModule, got {type(pl_module).__name__}")
+        if "onnx" in self.options["formats"]:
+            refuse_missing()
+        if (folder := run.run_dir(trainer)) is not None:
+            checked_target(self._target(folder))
+        if self.options["serving"] == "vllm":
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said when it is written
+                vllm_targets(pl_module.backbone, for_vllm(pl_module.backbone, packed_layers(pl_module.backbone)))
+
+    def _target(self, folder: Path) -> Path:
+        return Path(self.output_dir) if self.output_dir else folder / run.EXPORT
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the last checkpoint is written, by one process."""
+        folder = run.run_dir(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, LoRAModule)  # see setup
+        if is_sharded(pl_module.backbone):
+            rank_zero_warn(f"nothing was exported: W0 lies in parts; run lora-lightning export --ckpt_path {folder}")
+            return
+        batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], pl_module)
+        own = of_the_data(trainer.datamodule)  # type: ignore[attr-defined]
+        with best_in(trainer, pl_module):
+            result = export(pl_module, self._target(folder), batch=batch, **self.options, **own)
+        closes = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # with all of it
+        show_report(record_export(folder, result), Console(quiet=closes), save_svg=folder / "report.svg")
+        for logger in trainer.loggers:
+            logger.log_metrics(result.metrics(), step=trainer.global_step)
+            logger.save()
+
+
+@contextmanager
+def best_in(trainer: Trainer, module: LoRAModule) -> Iterator[bool]:
+    """The best checkpoint's adapter in the module, then again the one that training ended with.
+
+    Yields whether the two are the same.
+    """
+    ended = {key: tensor.detach().clone() for key, tensor in adapter_tensors(module.backbone).items()}
+    best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+    try:
+        if best:
+            module.load_state_dict(run.load_checkpoint(best)["state_dict"])
+        yield all(torch.equal(ended[key], tensor) for key, tensor in adapter_tensors(module.backbone).items())
+    finally:
+        for key, tensor in adapter_tensors(module.backbone).items():
+            tensor.data.copy_(ended[key])

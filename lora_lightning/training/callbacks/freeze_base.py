@@ -1,0 +1,190 @@
+"""W0 is frozen, and proven not to have moved; what trains is said and logged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from rich.console import Console
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.frozen.fingerprint import Fingerprint
+from lora_lightning.lora.frozen.tensors import frozen_keys
+from lora_lightning.reports.about import first_lines
+from lora_lightning.reports.console import show_injection, show_run
+from lora_lightning.reports.parts import parts_of
+from lora_lightning.training.distributed import agreed, gathered
+from lora_lightning.training.gradients import SharedStep, stepped_together
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.fingerprint import fingerprint, moved, of_own_parts
+from lora_lightning.training.strategies.wrapping import is_sharded, local
+
+
+class W0MovedError(LoRAError):
+    """A frozen tensor changed in training (law 2)."""
+
+
+class FreezeBase(Callback):
+    """Guards laws 2, 4 and 10 over a fit, prints the injection table, and logs the counts to every logger.
+
+    Args:
+        show_table: print at the start the table of adapted modules, the dtype of each part and the backbone's mode.
+        proves_at: when W0's fingerprint is compared with that of the start, which takes about 0.5 s per GiB of W0:
+            at the fit's end only (`end`), also before a checkpoint is written that is the best so far (`best`), or
+            before each (`checkpoint`).
+    """
+
+    def __init__(self, show_table: bool = True, proves_at: Literal["end", "best", "checkpoint"] = "best") -> None:
+        self.show_table = show_table
+        self.proves_at = proves_at
+        self._best: object = None
+        self.before: Fingerprint | None = None
+        self.after: Fingerprint | None = None
+        self._own: Fingerprint | None = None
+        """Of this process's parts of a sharded W0, at the start."""
+        self._first_backward_seen = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Freeze before the optimizers are made."""
+        if stage == "fit":
+            freeze(_lora_module(pl_module).backbone)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the fingerprint, say what trains."""
+        module = _lora_module(pl_module)
+        self.before = module.w0_fingerprint()
+        self._own = of_own_parts(module.backbone) if is_sharded(module.backbone) else None
+        self._first_backward_seen = False
+        report = module.report
+        if self.show_table and trainer.is_global_zero:
+            show_run(first_lines(trainer, module.backbone, report), Console())
+            show_injection(report, Console())
+            for line in parts_of(module, trainer).lines():
+                Console().print(line, soft_wrap=True, highlight=False)
+        counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"lora": module.lora.to_dict(), "w0": self.before.digest, **counts})
+            logger.log_metrics({name: float(value) for name, value in counts.items()}, step=0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Law 10: the optimizers hold exactly what trains."""
+        check_optimizers(trainer.optimizers, pl_module, stepped_together(trainer.strategy))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Law 4: after the first backward every adapter has a finite gradient."""
+        if not self._first_backward_seen:
+            self._first_backward_seen = True
+            # A loss scaler starts too high on purpose, skips the steps that overflow and comes down.
+            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+            check_gradients(pl_module, finite=not scaled, local_only=isinstance(trainer.strategy, SharedStep))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Law 2 before a file is written: where W0 has moved, the one before it stays."""
+        if trainer.state.fn != TrainerFn.FITTING or self.before is None or self.proves_at == "end":
+            return
+        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor is not None]
+        scores = [(c.best_model_path, c.best_model_score) for c in kept]
+        best, self._best = self._best, scores
+        if self.proves_at == "checkpoint" or best != scores:
+            self._prove(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Law 2: W0 has the fingerprint that it started with, in every process."""
+        self._prove(pl_module)
+
+    def _prove(self, pl_module: LightningModule) -> None:
+        module = _lora_module(pl_module)
+        assert self.before is not None
+        if self._own is None:
+            self.after = fingerprint(module.backbone)
+            changed = self.before.differences(self.after)
+        else:  # all parts as they were: so is the whole
+            changed = moved(self._own, of_own_parts(module.backbone))
+            self.after = None if changed else self.before
+        if told := agreed(_told(changed) if changed else None):
+            raise W0MovedError(told)
+
+
+def _told(changed: Sequence[str]) -> str:
+    return (
+        f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
+        " something wrote into the backbone, so merging would not give the trained model"
+    )
+
+
+def freeze(backbone: nn.Module) -> None:
+    """Let A, B and the copies of `modules_to_save` train, and nothing else."""
+    frozen = frozen_keys(backbone)
+    for name, parameter in backbone.named_parameters(remove_duplicate=False):
+        if name in frozen:
+            parameter.requires_grad_(False)
+
+
+def check_optimizers(
+    optimizers: Sequence[Optimizer], module: nn.Module, together: Sequence[nn.Parameter] | None = None
+) -> None:
+    """Raise unless the optimizers hold all parameters that train and no others.
+
+    Args:
+        together: what they step on, where each process's hold parts that are no parameters of the module.
+
+    Raises:
+        LoRAError: names what is missing or frozen.
+    """
+    own = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    held = {id(p) for p in (own if together is None else together)}
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in held]
+    if missing:
+        raise LoRAError(f"the optimizer lacks {len(missing)} parameters that train, first '{missing[0]}'")
+    if surplus:
+        raise LoRAError(f"the optimizer holds {len(surplus)} frozen parameters, first '{surplus[0]}'")
+
+
+def check_gradients(module: nn.Module, *, finite: bool = True, local_only: bool = False) -> None:
+    """Raise where a trainable parameter got no gradient or one that is not finite.
+
+    Args:
+        finite: ask for finite ones.
+        local_only: gradients are not added up yet, and what other processes have counts too; all must call this.
+
+    Raises:
+        LoRAError: with the list.
+    """
+    trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    without = [name for name, p in trains if p.grad is None]
+    if local_only:
+        nowhere = set.intersection(*gathered(set(without)))
+        without = [name for name in without if name in nowhere]
+    without = without or _without_in_parts(trains)
+    if without:
+        raise LoRAError(
+            f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
+            f" forward goes past them. {', '.join(without[:6])}: exclude these modules"
+        )
+    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
+    if finite and infinite:
+        raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
+
+
+def _without_in_parts(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
+    """FSDP2 gives zeros to what no process's backward reached; of a fresh adapter A has them too, for B is zero."""
+    own = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
+    if not own:
+        return []
+    zero = {name for name, p in own if p.grad is not None and not local(p.grad).any()}
+    everywhere = set.intersection(*gathered(zero))
+    return [] if len(everywhere) == len(own) else sorted(everywhere)  # a batch of no units gives zeros to all
+
+
+def _lora_module(module: LightningModule) -> LoRAModule:
+    if not isinstance(module, LoRAModule):
+        raise LoRAError(f"FreezeBase guards a LoRAModule, got {type(module).__name__}")
+    return module

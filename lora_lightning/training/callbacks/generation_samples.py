@@ -1,0 +1,188 @@
+"""What a language model answers to held-out prompts, before and while it is trained."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import GenerationMixin
+
+from lora_lightning.data.chat.prompts import GivesPrompts, Prompt
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.inject import disabled
+from lora_lightning.tasks.generation import generate_texts
+from lora_lightning.tasks.modes import evaluating
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.module import LoRAModule
+
+FILE, PAGE = "samples.jsonl", "samples.md"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and what followed it."""
+
+    step: int
+    """Optimizer steps before."""
+    prompt: str
+    reference: str
+    """What follows in the set."""
+    before: str
+    """What the model says with the adapter off."""
+    after: str
+    """What it says with the adapter as it is at `step`."""
+
+
+class Samples(Callback):
+    """After each validation, and at the end of training, the adapted model's answers beside those of the plain one.
+
+    They go to `samples.jsonl` (all) and `samples.md` (the newest) in the run's folder, and as a table to W&B and to
+    TensorBoard where these are logged to; the first of them is shown when fit ends. Decoding is greedy.
+
+    Args:
+        count: prompts, from the data's held-out rows.
+        max_new_tokens: of each answer.
+
+    Raises:
+        LoRAError: numbers below 1.
+    """
+
+    def __init__(self, count: int = 4, max_new_tokens: int = 64) -> None:
+        for name, number in (("count", count), ("max_new_tokens", max_new_tokens)):
+            if number < 1:
+                raise LoRAError(f"Samples.{name} must be at least 1, got {number}")
+        self.count, self.max_new_tokens = count, max_new_tokens
+        self.samples: list[Sample] = []
+        self._before: list[str] | None = None
+        self._prompts: list[Prompt] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """All answers so far: a fit that goes on writes the whole file again."""
+        return {"samples": [asdict(sample) for sample in self.samples]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.samples = [Sample(**sample) for sample in state_dict["samples"]]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Say before the fit what it cannot do after it.
+
+        Raises:
+            LoRAError: a backbone that does not generate, or data without prompts.
+        """
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, LoRAModule) or not isinstance(pl_module.backbone, GenerationMixin):
+            raise LoRAError(
+                "Samples needs a transformers model that generates, such as AutoModelForCausalLM:"
+                " drop it from trainer.callbacks"
+            )
+        if not isinstance(trainer.datamodule, GivesPrompts):  # type: ignore[attr-defined]
+            raise LoRAError("Samples takes its prompts from ChatData or LanguageModellingData: drop it from callbacks")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._sample(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the last validation did not see."""
+        if not self.samples or self.samples[-1].step != trainer.global_step:
+            self._sample(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show one of the newest."""
+        if self.samples and trainer.is_global_zero and run.run_dir(trainer) is not None:
+            Console().print(table_of(self.newest[0]))
+
+    @property
+    def newest(self) -> list[Sample]:
+        """Those of the last step that there are any of."""
+        return [sample for sample in self.samples if sample.step == self.samples[-1].step]
+
+    def _sample(self, trainer: Trainer, module: LightningModule) -> None:
+        """All processes generate, since a sharded model needs them all; the first one writes."""
+        folder = run.run_dir(trainer)
+        if folder is None:
+            return
+        assert isinstance(module, LoRAModule)  # see setup
+        data: GivesPrompts = trainer.datamodule  # type: ignore[attr-defined]
+        prompts = self._prompts = data.prompts(self.count) if self._prompts is None else self._prompts
+        with evaluating(module.backbone), trainer.precision_plugin.forward_context():
+            if self._before is None:
+                with disabled(module.backbone):
+                    self._before = answers(module.backbone, data, prompts, self.max_new_tokens, "before")
+            after = answers(module.backbone, data, prompts, self.max_new_tokens, "after")
+        self.samples += [
+            Sample(trainer.global_step, prompt.text, prompt.reference, before, answer)
+            for prompt, before, answer in zip(prompts, self._before, after, strict=True)
+        ]
+        if trainer.is_global_zero:
+            lines = (json.dumps(asdict(sample), ensure_ascii=False) + "\n" for sample in self.samples)
+            write_bytes(folder / FILE, "".join(lines).encode())
+            write_bytes(folder / PAGE, page_of(self.newest).encode())
+            self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        columns = list(asdict(self.samples[0]))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                # The whole table each time: W&B shows the newest only.
+                logger.log_table("samples", columns=columns, data=[list(asdict(s).values()) for s in self.samples])
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", page_of(self.newest), trainer.global_step)
+
+
+@torch.no_grad()
+def answers(
+    backbone: nn.Module, data: GivesPrompts, prompts: list[Prompt], max_new_tokens: int, what: str = "samples"
+) -> list[str]:
+    """What a transformers model says to each prompt, greedily and with its cache, one by one: padding changes nothing.
+
+    Args:
+        what: names the progress bar.
+    """
+    device = next(backbone.parameters()).device
+    options = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": stops(backbone, data) or None}
+    said = []
+    for prompt in tqdm(prompts, desc=f"answers {what}", leave=False):
+        ids = torch.tensor([prompt.input_ids], device=device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        said += generate_texts(backbone, inputs, data.tokenizer, options)
+    return said
+
+
+def stops(backbone: nn.Module, data: GivesPrompts) -> list[int]:
+    """What ends an answer: the data's own ends of turns, and what the model stops at anyway."""
+    own: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
+    return sorted({*data.stop_token_ids, *([own] if isinstance(own, int) else own or [])})
+
+
+def page_of(samples: list[Sample]) -> str:
+    """A table in Markdown."""
+
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", "<br>")
+
+    lines = ["| prompt | reference | before | after |", "|---|---|---|---|"]
+    lines += [f"| {cell(s.prompt)} | {cell(s.reference)} | {cell(s.before)} | {cell(s.after)} |" for s in samples]
+    return f"After {samples[0].step} steps:\n\n" + "\n".join(lines) + "\n"
+
+
+def table_of(sample: Sample) -> Table:
+    """One sample for the screen."""
+    table = Table(title="An answer", title_justify="left", show_header=False, box=None, padding=(0, 3, 0, 0))
+    table.add_column("what", style="bold", no_wrap=True)
+    table.add_column("text", overflow="fold")
+    after = f"after {sample.step} steps"
+    for name, text in (("prompt", sample.prompt), ("before", sample.before), (after, sample.after)):
+        table.add_row(name, Text(text))
+    return table

@@ -1,0 +1,44 @@
+"""What the frozen base reaches, to be told beside what training made of it."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from rich.console import Console
+
+from lora_lightning.reports.console import BEFORE
+from lora_lightning.training.callbacks.run_report import metrics_of
+from lora_lightning.training.checkpoints import run_folder as run
+
+
+class MeasureBefore(Callback):
+    """Validates once before the first step: a fresh adapter changes nothing (law 1), so the base is what is measured.
+
+    Lightning's sanity check is made to run over all of the validation set. Each figure goes to the run's report and to
+    its loggers as `val_..._before`. A fit that goes on from a checkpoint starts from no fresh adapter and measures
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.figures = {}
+        if stage == "fit" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.num_sanity_val_steps = float("inf")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the figures: what a sanity check finds, Lightning forgets."""
+        if trainer.sanity_checking:
+            self.figures = {f"{name}{BEFORE}": value for name, value in metrics_of(trainer, "val").items()}
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write them down before anything moves."""
+        if not self.figures or not trainer.is_global_zero:
+            return
+        told = ", ".join(f"{name[4 : -len(BEFORE)].replace('_', ' ')} {x:.4f}" for name, x in self.figures.items())
+        Console().print(f"before training: {told}", soft_wrap=True)
+        for logger in trainer.loggers:
+            logger.log_metrics({name.replace("_", "/", 1): x for name, x in self.figures.items()}, step=0)
+        folder = run.run_dir(trainer)
+        if folder is not None:
+            run.update_report(folder, self.figures)

@@ -1,0 +1,142 @@
+"""A loss or gradient that is not finite stops the fit before it reaches a weight, and says where it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lora_lightning.data.base import TableData
+from lora_lightning.data.io.rows import ROW
+from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.distributed import agreed
+from lora_lightning.training.gradients import named_gradients
+from lora_lightning.training.strategies.wrapping import is_sharded
+
+
+class NotFiniteError(LoRAError):
+    """A loss or a gradient became infinite or no number."""
+
+
+class StopOnNonFinite(Callback):
+    """Looks at the loss and at the norm of all gradients once per optimizer step, before the optimizer does.
+
+    Weights, optimizer and checkpoints stay those of the last good step. With a loss scaler, which skips steps whose
+    gradients overflow, only the loss is looked at.
+    """
+
+    def __init__(self) -> None:
+        self._batch: Any = None
+        self._losses: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._losses = []
+        self._batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._losses.append(loss.detach())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """One number comes from the device, whatever there is to look at.
+
+        Raises:
+            NotFiniteError: with the step, the batches' rows where they are known, and the first bad layer.
+        """
+        named = named_gradients(pl_module)
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            named = []
+        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
+        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
+        bad = ~torch.isfinite(looked_at)
+        anywhere = bad.any().float()
+        if trainer.world_size > 1:  # all stop at one step, also where gradients are sharded
+            anywhere = trainer.strategy.reduce(anywhere, reduce_op="max")
+        if not bool(anywhere):
+            return
+        wrong = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
+        told = self._told(trainer, pl_module, wrong)  # in every process, for a forward may need them all
+        by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
+        first = agreed(told if by_loss else None)  # whose loss is bad, knows the rows
+        raise NotFiniteError(first or agreed(told if by_gradient else None) or told)
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        self._batch = None
+
+    def _told(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
+        losses = [bool(torch.isfinite(loss)) for loss in self._losses]
+        last = trainer.fit_loop.epoch_loop.batch_idx
+        first = last - len(losses) + 1
+        batches = [first + i for i, fine in enumerate(losses) if not fine] or list(range(first, last + 1))
+        what = f"{'gradient' if all(losses) else 'loss'} of optimizer step {trainer.global_step + 1}"
+        told = [f"the {what} is not finite: epoch {trainer.current_epoch}, batch {', '.join(map(str, batches))}"]
+        if rows := [row for batch in batches for row in rows_of(trainer, batch)]:
+            shown = ", ".join(map(str, rows[:32])) + (", ..." if len(rows) > 32 else "")
+            told.append(f"rows {shown} of the training set, as its file counts them")
+        layer = first_bad_layer(module, self._batch) if last in batches or trainer.world_size > 1 else None
+        if layer:
+            told.append(f"the first layer whose output is not finite is '{layer}'")
+        elif bad:
+            told.append(f"{len(bad)} gradients are not finite, the nearest to the loss is that of '{bad[-1]}'")
+        told.append("nothing was updated, and the last checkpoint is good: lower the learning rate, clip gradients, or")
+        return "; ".join(told) + " look at these rows"
+
+
+def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
+    """Numbers, in their file, of the rows that this process had in a batch of this epoch; none where unknown."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    sampler = getattr(trainer.train_dataloader, "sampler", None)
+    if not isinstance(data, TableData) or not isinstance(sampler, EpochSampler):
+        return []
+    table = data.tables["train"]
+    if len(table) != sampler.count or ROW not in table.column_names:  # cut or packed: rows are no rows of the file
+        return []
+    size = sampler.block // sampler.num_replicas
+    own = sampler.order()[sampler.rank :: sampler.num_replicas][batch_idx * size : (batch_idx + 1) * size]
+    numbers = table[ROW]
+    return [numbers[i] for i in own]
+
+
+def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
+    """The first module, in the order of the forward, whose output is not finite on a batch that failed.
+
+    The batch goes through once more, without gradients and with new dropout.
+    """
+    backbone, task = getattr(module, "backbone", None), getattr(module, "task", None)
+    if not isinstance(backbone, nn.Module) or task is None or batch is None:
+        return None
+    if is_sharded(backbone):  # runs only where all processes run it, and it failed in some
+        return None
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if not found and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in backbone.named_modules() if name]
+    try:
+        with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+            task.step(backbone, batch)
+    except Exception:  # the fit stops for another reason, which is told
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor) and output.is_floating_point():
+        yield output
+    elif isinstance(output, dict):
+        yield from (t for value in output.values() for t in _floats(value))
+    elif isinstance(output, list | tuple):
+        yield from (t for value in output for t in _floats(value))

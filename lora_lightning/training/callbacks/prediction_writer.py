@@ -1,0 +1,74 @@
+"""What `lora-lightning predict` leaves: one JSON line per example, in the order of the data."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich.console import Console
+from torch import Tensor
+
+from lora_lightning.data.loading.replicas import replica
+from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.distributed import gathered
+from lora_lightning.training.sets import set_name
+
+FILE = "predictions.jsonl"
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes `predictions.jsonl` into the run's folder: row, prediction, label name where the data has names.
+
+    Further sets to predict on have files of their own, such as `predictions_mismatched.jsonl`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="epoch")
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Gather the processes' parts and write them as one file."""
+        by_set = predictions if len(batch_indices) > 1 else [predictions]
+        for index, (batches, indices) in enumerate(zip(by_set, batch_indices or [[]], strict=True)):
+            self._write(trainer, batches, indices, set_name(trainer.datamodule, "predict", index))  # type: ignore[attr-defined]
+
+    def _write(self, trainer: Trainer, batches: Sequence[Any], indices: Sequence[list[int]], name: str) -> None:
+        names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
+        mine = list(rows(batches, indices, names)) if replica(trainer).speaks else []
+        parts: list[list[dict[str, Any]]] = gathered(mine)
+        folder = run.run_dir(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
+        every = sorted((row for part in parts for row in part), key=lambda row: row["row"])
+        file = folder / (f"{Path(FILE).stem}_{name}.jsonl" if name else FILE)
+        write_bytes(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in every).encode())
+        Console().print(f"{len(every)} predictions in {file}", soft_wrap=True)
+
+
+def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], names: list[str] | None) -> Any:
+    """One mapping per example, from each batch's tensors or lists and the rows that they belong to."""
+    for batch, numbers in zip(batches, indices, strict=True):
+        for i, number in enumerate(numbers):
+            row: dict[str, Any] = {"row": number}
+            row |= {key: _plain(values[i]) for key, values in batch.items()}
+            said = row.get("prediction")
+            if names and isinstance(said, int):
+                row["label"] = names[said]
+            elif names and isinstance(said, list) and all(isinstance(number, int) for number in said):
+                row["labels"] = [names[number] for number in said]
+            yield row
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it, which has no word for what is not a number: null."""
+    value = value.tolist() if isinstance(value, Tensor) else value
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

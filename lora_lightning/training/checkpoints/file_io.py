@@ -1,0 +1,225 @@
+"""Checkpoint files that are whole or absent, and that say so of themselves; folders are in `checkpoint_folder.py`.
+
+A file is what `torch.save` writes, a zip, and in the place where a zip keeps its comment the SHA-256 of all bytes in
+front of it. `torch.load` and `zipfile` read it as any other. It is written aside, synced and moved; what stood there
+before stays beside it as `NAME.ckpt.previous`, and is what is read where the newer one turns out to be damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.checkpoints import checkpoint_folder as folders
+from lora_lightning.training.checkpoints.checkpoint_folder import PREVIOUS, move_aside, remove, sync, unwritten
+from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
+
+MARK = b"lora_lightning sha256 "
+SEAL = len(MARK) + 64
+"""Bytes of the comment: the mark and a hexadecimal digest."""
+PIECE = 1 << 20
+
+
+def write_checkpoint(content: dict[str, Any], path: Path) -> None:
+    """Write all of it or nothing, and keep what stood there as `NAME.previous`.
+
+    Raises:
+        LoRAError: the disk is full or the folder cannot be written. What stood there stands there still.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.name}.*.part"):  # by one that was killed while it wrote
+            left.unlink(missing_ok=True)
+        with aside.open("w+b") as file:
+            torch.save(content, file)
+            _seal(file)
+            file.flush()
+            os.fsync(file.fileno())
+        _keep(path)
+        aside.replace(path)
+        sync(path.parent)
+        _OURS[path] = _mark(path)
+    except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
+        cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
+        raise LoRAError(unwritten(path, _first_line(cause))) from error
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+
+
+def _seal(file: Any) -> None:
+    """Announce a comment in the zip's last two bytes, then write it: the digest of all that is in front of it."""
+    file.seek(-2, os.SEEK_END)
+    if file.read(2) != b"\0\0":
+        raise RuntimeError("torch.save wrote no zip without a comment")
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", SEAL))
+    file.seek(0)
+    digest = _digest(file, None)
+    file.seek(0, os.SEEK_END)
+    file.write(MARK + digest.encode())
+
+
+def _digest(file: Any, count: int | None) -> str:
+    """Of the next `count` bytes, or of all that follow."""
+    sha = hashlib.sha256()
+    while piece := file.read(PIECE if count is None else min(PIECE, count)):
+        sha.update(piece)
+        count = None if count is None else count - len(piece)
+    return sha.hexdigest()
+
+
+def _keep(path: Path) -> None:
+    """Give the file that is about to be replaced a second name, so that at no moment there is none.
+
+    A damaged one is not worth the place of the one before it, from which this fit may have gone on.
+    """
+    if path.is_dir():  # of processes that each wrote their part
+        move_aside(path)
+    if not _is_worth_keeping(path):
+        return
+    second = path.with_name(f".{path.name}{PREVIOUS}.{os.getpid()}.part")
+    try:
+        second.unlink(missing_ok=True)
+        try:
+            second.hardlink_to(path)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, second)
+        before = path.with_name(path.name + PREVIOUS)
+        if before.is_dir():
+            remove(before)
+        second.replace(before)
+    finally:
+        second.unlink(missing_ok=True)
+
+
+_OURS: dict[Path, tuple[int, int, int]] = {}
+"""Marks of the files that this process wrote: they need not be read to be known as whole."""
+
+
+def _mark(path: Path) -> tuple[int, int, int]:
+    """By which a file is known as the same."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _is_worth_keeping(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    if _OURS.get(path) == _mark(path):
+        return True
+    try:
+        check_whole(path)
+    except DamagedCheckpointError:
+        return False
+    return True
+
+
+def check_whole(path: Path) -> None:
+    """Raise unless the file is what was written. One without a digest, by plain Lightning, is asked for its own sums.
+
+    Raises:
+        DamagedCheckpointError: with what is wrong.
+    """
+    if path.is_dir():
+        folders.check(path)
+        return
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            file.seek(max(size - SEAL, 0))
+            seal = file.read()
+            if seal.startswith(MARK):
+                file.seek(0)
+                if _digest(file, size - SEAL).encode() != seal[len(MARK) :]:
+                    raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint: its bytes have changed")
+                return
+        with zipfile.ZipFile(path) as archive:
+            if archive.comment:  # torch writes none: a mark with a flipped bit
+                raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint: its digest is damaged")
+            if damaged := archive.testzip():
+                raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint: '{damaged}' fails its checksum")
+    except FileNotFoundError:
+        raise
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint ({_first_line(error)})") from error
+
+
+def whole_file(path: Path, check: Callable[[Path], None] = check_whole) -> Path:
+    """The file itself, or, said aloud, the one before it where it is damaged or was lost in the moment of a move.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        DamagedCheckpointError: there is no whole one.
+    """
+    before = path.with_name(path.name + PREVIOUS)
+    try:
+        check(path)
+    except (FileNotFoundError, DamagedCheckpointError) as error:
+        if not before.exists():
+            raise
+        check(before)
+        rank_zero_warn(f"{error}; the one before it is used: '{before}'")
+        return before
+    return path
+
+
+def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any = "cpu") -> Any:
+    """What `write_checkpoint` or plain Lightning wrote, or what was written there before where that is damaged.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedCheckpointError: there is no whole one.
+    """
+    found = whole_file(path)
+    if found.is_dir():
+        return folders.read(found, weights_only=weights_only, map_location=map_location)
+    return torch.load(found, map_location=map_location, weights_only=weights_only)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's way to write and read checkpoint files, with the above for those on a local file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+        if is_remote(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            write_checkpoint(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: _PATH, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        if is_remote(path):
+            return super().load_checkpoint(path, map_location, weights_only)
+        only = True if weights_only is None else weights_only
+        found: dict[str, Any] = read_checkpoint(Path(path), weights_only=only, map_location=map_location)
+        return found
+
+    def remove_checkpoint(self, path: _PATH) -> None:
+        super().remove_checkpoint(path)
+        if not is_remote(path):
+            remove(Path(f"{path}{PREVIOUS}"))
+
+
+def is_remote(path: _PATH) -> bool:
+    """Whether fsspec takes it to another place than this machine's files."""
+    return "://" in str(path)

@@ -1,0 +1,203 @@
+"""`best.ckpt` by the task's metric, `last.ckpt` as the newest state, and what is done on SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.checkpoints.checkpoint_folder import remove
+from lora_lightning.training.checkpoints.file_io import is_remote
+from lora_lightning.training.checkpoints.loop_state import place_of
+
+REQUEUE = 75
+"""What a pre-empted fit exits with: EX_TEMPFAIL of sysexits.h, "try again later"."""
+
+
+class PreemptedError(SystemExit):
+    """SIGTERM came, all is saved, and the fit wants to be started again."""
+
+
+class Checkpoints(ModelCheckpoint):
+    """Lightning's ModelCheckpoint for the best, and beside it the newest state, from which a fit resumes exactly.
+
+    `last.ckpt` is written after every epoch and its validation, after a validation in an epoch's middle, every
+    `save_every` optimizer steps, and after the step in which SIGTERM came; the fit then ends with exit code
+    `exit_code`. (Lightning's own `last.ckpt` is written with the best only.)
+
+    Args:
+        save_every: optimizer steps between two `last.ckpt`; by default an epoch's.
+        monitor: the metric that says what is best; `auto` is the task's own, or none where nothing is validated: then
+            the newest is the best.
+        mode: whether it should become `min` or `max`, where `monitor` is given.
+        dirpath: where to write; `checkpoints/` in the run's folder by default.
+        exit_code: of a process that was sent SIGTERM and has saved.
+
+    Raises:
+        LoRAError: numbers that mean nothing.
+    """
+
+    def __init__(
+        self,
+        save_every: int | None = None,
+        monitor: str | None = "auto",
+        mode: str = "min",
+        dirpath: str | None = None,
+        exit_code: int = REQUEUE,
+    ) -> None:
+        if save_every is not None and save_every < 1:
+            raise LoRAError(f"save_every must be at least 1 optimizer step, got {save_every}")
+        if not 0 < exit_code < 256:
+            raise LoRAError(f"exit_code must be 1 to 255, so that the scheduler starts the fit again; got {exit_code}")
+        super().__init__(
+            filename="best", save_last=True, enable_version_counter=False, monitor=monitor, mode=mode, dirpath=dirpath
+        )
+        self.save_every, self.exit_code = save_every, exit_code
+        self._sent_sigterm = self._leaves = False
+        self._fits = True
+        self._newest = (-1, "")
+        self._steps = 0
+
+    @property
+    def state_key(self) -> str:
+        """The same however often and by what is saved, so that a resumed fit finds it."""
+        return "ModelCheckpoint"
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take over the task's metric."""
+        self._fits = stage == "fit"
+        if self.monitor == "auto":
+            task = getattr(pl_module, "task", None)
+            validated = trainer.limit_val_batches != 0 and getattr(trainer.datamodule, "has_validation", True)  # type: ignore[attr-defined]
+            self.monitor = getattr(task, "monitor", None) if validated else None
+            self.mode = getattr(task, "monitor_mode", "min")
+            self.kth_value = torch.tensor(float("inf") if self.mode == "min" else -float("inf"))
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """From here on SIGTERM waits for the end of a step. Before, it ends the process: there is nothing to save."""
+        super().on_train_start(trainer, pl_module)
+        self._sent_sigterm = self._leaves = False
+        self._newest = (trainer.global_step, "")
+        self._steps = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._take_note)  # Lightning puts back what was there before
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        self._sent_sigterm = True
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Leave after the last step's figures were logged."""
+        if self._leaves:
+            self._leave(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save in an epoch's middle. Where a validation or the epoch's end follows, what comes after it saves."""
+        if trainer.fit_loop._should_accumulate() or trainer.global_step == self._steps:
+            return  # between steps, or where a loss scaler has skipped one
+        self._steps = trainer.global_step
+        place = place_of(trainer)
+        if place.kind == "epoch" or place.validates_next:
+            return
+        self._leaves = self._is_asked_to_leave(trainer)
+        due = self.save_every is not None and self._steps % self.save_every == 0
+        if due or self._leaves or self._steps == trainer.max_steps:
+            self._save_newest(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        place = place_of(trainer) if training else None
+        if place is not None and place.kind == "batch" and place.at_step:
+            self._leaves = self._is_asked_to_leave(trainer)
+            self._save_newest(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the epoch that is over, with all that was done at its end."""
+        self._save_newest(trainer)
+        if self._is_asked_to_leave(trainer):
+            self._leave(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The last epoch has none after it. What was saved in its middle at `max_steps` stays."""
+        if self._newest != (trainer.global_step, "batch"):
+            self._save_newest(trainer)
+
+    def _save_newest(self, trainer: Trainer) -> None:
+        now = (trainer.global_step, place_of(trainer).kind)
+        if trainer.fast_dev_run or not now[0] or self._newest in (now, (now[0], "")):  # type: ignore[attr-defined]
+            return  # nothing has happened since it was written, or since this fit began
+        best_of = self._last_global_step_saved
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._last_global_step_saved = best_of  # Lightning saves no best at a step at which it has saved
+        self._newest = now
+
+    def _is_asked_to_leave(self, trainer: Trainer) -> bool:
+        """Whether any process was sent SIGTERM; all must leave after the same step."""
+        if trainer.world_size == 1:
+            return self._sent_sigterm
+        mine = torch.tensor(int(self._sent_sigterm), device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(mine, reduce_op="max"))
+
+    def _leave(self, trainer: Trainer) -> None:
+        rank_zero_warn(
+            f"SIGTERM: all is saved in '{self.last_model_path}' after step {trainer.global_step}; the same command"
+            " with --ckpt_path last, or auto, goes on from there"
+        )
+        # One process of each machine says it: a launcher that sees others fail would kill the first.
+        raise PreemptedError(self.exit_code if trainer.local_rank == 0 else 0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the best so far, also where this fit writes to another folder than the one that it resumes."""
+        if not self._fits:
+            return  # a test or a prediction saves nothing, and needs no best in a folder of its own
+        state = dict(state_dict)
+        if state.get("best_model_path") and state.get("monitor") != self.monitor:
+            rank_zero_warn(
+                f"the best so far was by {state['monitor']} and stays in the checkpoint's folder: this fit begins anew"
+                f" with {self.monitor}"
+            )
+            return
+        if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
+            here, best = Path(self.dirpath), Path(state["best_model_path"])
+            mine = here / best.name
+            if _same(best, mine) or _brought(best, mine):
+                state |= {"dirpath": self.dirpath, "best_model_path": str(mine), "kth_best_model_path": str(mine)}
+                state["best_k_models"] = {str(mine): score for score in list(state["best_k_models"].values())[:1]}
+                state["last_model_path"] = str(here / Path(state["last_model_path"] or "last.ckpt").name)
+                state["kth_best_model_path"] = str(mine) if state["best_k_models"] else ""
+        super().load_state_dict(state)
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and os.path.realpath(one) == os.path.realpath(other)
+
+
+def _brought(best: Path, mine: Path) -> bool:
+    """Whether the best so far is in this run's folder: moved there with the folder, or copied now by one process."""
+    if not best.exists():
+        return mine.exists()
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        mine.parent.mkdir(parents=True, exist_ok=True)
+        aside = mine.with_name(f".{mine.name}.{os.getpid()}.part")
+        if best.is_dir():  # in parts
+            remove(aside)
+            remove(mine)
+            shutil.copytree(best, aside)
+        else:
+            shutil.copyfile(best, aside)
+        aside.replace(mine)
+    return True

@@ -1,0 +1,242 @@
+"""Law 8: a resumed run is the uninterrupted run, bit for bit. What Lightning's checkpoints lack for that, and no more.
+
+Lightning keeps the adapter, the optimizer, the schedules, the scaler, the counts of its loops and the loaders' places.
+Kept and put back here: each process's random states, the figures that training has gathered in an epoch's middle, the
+last known metrics, and that a fit had ended early. docs/resume.md says what is exact and what is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torchmetrics import Metric, MetricCollection
+
+from lora_lightning.data.loading.replicas import replica
+from lora_lightning.lora.errors import some
+from lora_lightning.training.checkpoints.loop_state import (
+    Place,
+    begin_epoch_anew,
+    canonical,
+    load_left_places,
+    place_of,
+    repeat_epoch_start,
+    starting_over,
+)
+from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.distributed import gathered
+from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, runs_of
+
+KEY = "lora_lightning_resume"
+
+MOVES = {"base_lrs", "last_epoch", "best", "num_bad_epochs", "cooldown_counter"}
+MOVES |= {"_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
+"""What a schedule's state counts, or has from the optimizer: no setting."""
+
+
+class Resume(Callback):
+    """Saves and puts back what makes a resumed fit the uninterrupted one; on by default in the command."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Any] | None = None
+        self._settings: dict[str, Any] = {}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the flags say, before a checkpoint's state is put over it."""
+        self._settings = settings_of(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called in every process; the first one's is written, so the others' states are gathered there."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        place = place_of(trainer)
+        own = {"random": random_state(), "figures": dict(figures_of(pl_module)) if place.kind == "batch" else {}}
+        checkpoint["loops"]["fit_loop"] = canonical(checkpoint["loops"]["fit_loop"], place)
+        checkpoint[KEY] = {
+            "kind": place.kind,
+            "at_step": place.at_step,
+            "validates_next": place.validates_next,
+            "processes": gathered(own),
+            "replicas": replica(trainer).replicas,
+            "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
+            "plateaus": plateaus_due(trainer, place),
+            "settings": self._settings,
+            "ended_early": [trainer.max_epochs, trainer.max_steps] if trainer.should_stop else None,
+            "loggers": runs_of(trainer.loggers),
+        }
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._found = checkpoint.get(KEY)
+        if self._found is None:
+            rank_zero_warn(
+                "this checkpoint holds no random states: it was written without the callback Resume, so the fit goes on"
+                " from it, and not bit for bit as if it had not been interrupted"
+            )
+        elif self._found["ended_early"] == [trainer.max_epochs, trainer.max_steps]:
+            trainer.should_stop = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is not as it was, and let the run's log go on from the checkpoint's step."""
+        load_left_places(trainer)
+        if self._found is None:
+            return
+        trainer._logger_connector._callback_metrics.update(self._found["metrics"])
+        anew, replicas = starting_over(trainer), replica(trainer).replicas
+        for told in reasons_against(self._found, trainer.world_size, replicas, anew):
+            rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
+        for told in overruled(self._found["settings"], self._settings):
+            rank_zero_info(f"resumed: the checkpoint's {told}")
+        self._settings = self._settings | self._found["settings"]
+        steps = next_logged(self._found, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        for logger in trainer.loggers:
+            if isinstance(logger, ContinuedCSVLogger):
+                logger.go_on_from(steps)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between two epochs: before the loader draws anything."""
+        if self._found is None or self._found["kind"] != "epoch":
+            return
+        for number, value in self._found["plateaus"].items():
+            trainer.lr_scheduler_configs[number].scheduler.step(value)  # type: ignore[call-arg]
+        self._put_back(trainer, pl_module)
+        begin_epoch_anew(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """In an epoch's middle: after the loader has begun."""
+        if self._found is not None:
+            self._put_back(trainer, pl_module)
+            repeat_epoch_start(trainer)
+
+    def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._found is not None
+        states, replicas = self._found["processes"], _replicas(self._found)
+        self._found = None
+        trainer.fit_loop._restarting = False  # else Lightning tells no plateau at this epoch's end
+        if trainer.world_size == len(states) and replica(trainer).replicas == replicas:
+            own = states[trainer.global_rank]
+            put_figures(module, own["figures"])
+            set_random_state(own["random"])
+
+
+def next_logged(found: Mapping[str, Any], stepped: int) -> int:
+    """The number that the first step after a checkpoint is logged under, from what the checkpoint's loops say."""
+    return stepped + int(found["kind"] == "batch" and found["at_step"])
+
+
+def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
+    """What the task counts in training, by name."""
+    task = getattr(module, "task", None)
+    for kind in ("losses", "metrics"):
+        counted = getattr(task, kind, {})
+        found = counted["train_"] if isinstance(counted, nn.ModuleDict) and "train_" in counted else None
+        if isinstance(found, MetricCollection):
+            yield from ((f"{kind}.{name}", metric) for name, metric in found.items(keep_base=True, copy_state=False))
+        elif isinstance(found, Metric):
+            yield kind, found
+
+
+def figures_of(module: LightningModule) -> Iterator[tuple[str, Any]]:
+    """What the training metrics hold so far."""
+    for name, metric in _metrics_in(module):
+        state = {key: _plain(getattr(metric, key)) for key in metric._defaults}
+        yield name, {"state": state, "updates": metric._update_count}
+
+
+def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
+    """The inverse of `figures_of`; a metric that was not there before starts anew."""
+    for name, metric in _metrics_in(module):
+        if name in figures:
+            for key, value in figures[name]["state"].items():
+                setattr(metric, key, _moved(value, metric.device))
+            metric._update_count = figures[name]["updates"]
+            metric._computed = None
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, list) else value.detach().cpu().clone()
+
+
+def _moved(value: Any, device: Any) -> Any:
+    return [_moved(v, device) for v in value] if isinstance(value, list) else value.to(device)
+
+
+def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
+    """What ReduceLROnPlateau schedulers will be told once this epoch is over, by their numbers.
+
+    Lightning tells them after the hook in which checkpoints of an epoch's end are written.
+    """
+    epochs = trainer.fit_loop.epoch_progress.current
+    if place.kind != "epoch" or epochs.completed == place.epochs:
+        return {}
+    return {
+        number: trainer.callback_metrics[str(config.monitor)].detach().cpu()
+        for number, config in enumerate(trainer.lr_scheduler_configs)
+        if isinstance(config.scheduler, ReduceLROnPlateau)
+        and config.interval == "epoch"
+        and place.epochs % config.frequency == 0
+        and config.monitor in trainer.callback_metrics
+    }
+
+
+def _replicas(found: Mapping[str, Any]) -> int:
+    """How many processes read batches of their own."""
+    return int(found.get("replicas", len(found["processes"])))
+
+
+def reasons_against(found: Mapping[str, Any], processes: int, replicas: int, anew: list[str]) -> Iterator[str]:
+    """Why this resume cannot be exact. `anew` names loaders that cannot go on in an epoch's middle."""
+    if found["kind"] == "batch" and anew:
+        yield (
+            f"the checkpoint lies in the middle of an epoch, whose rows {some(anew)} begins anew: it does not keep its"
+            " place, as lora_lightning.ResumableLoader with an EpochSampler does"
+        )
+    if processes != len(found["processes"]):
+        yield f"the checkpoint was written by {len(found['processes'])} processes and is read by {processes}"
+    elif replicas != _replicas(found):
+        yield f"the checkpoint was written by {_replicas(found)} groups of processes and is read by {replicas}"
+    if not found["at_step"]:
+        yield "the checkpoint lies between the batches of one optimizer step, whose gradients it does not hold"
+    if found["validates_next"]:
+        yield "the checkpoint was written right before a validation, which is left out"
+
+
+def settings_of(trainer: Trainer) -> dict[str, Any]:
+    """What optimizers and schedules are set to, as plain values by name."""
+    found: dict[str, Any] = {}
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            own = {key: value for key, value in group.items() if key not in ("params", "name", "initial_lr")}
+            own["lr"] = group.get("initial_lr", group["lr"])  # which a schedule leaves alone
+            found |= {f"{key} of {group['name']}" if "name" in group else key: value for key, value in own.items()}
+    for config in trainer.lr_scheduler_configs:
+        found |= {f"schedule's {k}": v for k, v in config.scheduler.state_dict().items() if k not in MOVES}
+    return {key: _number(value) for key, value in found.items() if _is_plain(_number(value))}
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float | str)
+
+
+def overruled(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Settings that the checkpoint brings with it and this run's flags have otherwise."""
+    for name in saved:
+        if name in given and _listed(saved[name]) != _listed(given[name]):
+            yield f"{name} {saved[name]} wins over this run's {given[name]}"
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

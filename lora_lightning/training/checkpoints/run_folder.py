@@ -1,0 +1,210 @@
+"""Run folders: `runs/<name>/<version>/` with config.yaml, checkpoints/, metrics.csv, the reports and the export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from zipfile import is_zipfile
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
+from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.training.checkpoints.checkpoint_folder import PREVIOUS, is_folder_checkpoint
+from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
+from lora_lightning.training.checkpoints.file_io import read_checkpoint
+
+CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
+
+
+def run_dir(trainer: Trainer) -> Path | None:
+    """Where this run writes, or None where it is told to write nothing (fast_dev_run, no logger)."""
+    if trainer.fast_dev_run or not trainer.loggers:  # type: ignore[attr-defined]
+        return None
+    for logger in trainer.loggers:
+        if isinstance(logger, CSVLogger | TensorBoardLogger):
+            return Path(logger.log_dir)
+    first = trainer.loggers[0]
+    return Path(first.save_dir or trainer.default_root_dir) / str(first.name) / str(first.version)
+
+
+def run_of_checkpoint(checkpoint: Path) -> Path:
+    """The run folder that a checkpoint belongs to: the one above `checkpoints/`, else the file's own folder."""
+    return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a fit wrote here: a folder of one's own may hold a config.yaml too."""
+    return (folder / CHECKPOINTS).is_dir() or (folder / REPORT).is_file()
+
+
+def find_checkpoint(path: str | Path, which: str = "best") -> Path:
+    """A checkpoint, a file or a folder in parts, from its path, that of a run, or of the folder with a run's versions.
+
+    Args:
+        path: `.../best.ckpt`, `runs/demo/version_3` or `runs/demo` (its newest version that has checkpoints).
+        which: `best` or `last`, where the path leaves that open.
+
+    Raises:
+        LoRAError: nothing is there, with what is.
+    """
+    path = Path(path)
+    if path.is_file() and not (is_zipfile(path) or _before(path).exists()):
+        raise LoRAError(f"'{path}' is not a whole checkpoint{_what_else(path)}")
+    if path.is_file() or is_folder_checkpoint(path) or (path.suffix == ".ckpt" and _before(path).exists()):
+        return path
+    if not path.is_dir():
+        near = beside(path) or did_you_mean(str(path), ("best", "last"))
+        raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
+    for run in [path, *_newest_first(path)]:
+        files = _checkpoints(run / CHECKPOINTS)
+        if files:
+            return _pick(files, which)
+    loose = _checkpoints(path)
+    if loose:
+        return _pick(loose, which)
+    if (path / "adapter_config.json").is_file():
+        raise LoRAError(f"'{path}' is an adapter's directory and no run: fit starts from it with --model.init_adapter")
+    raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def _what_else(file: Path) -> str:
+    """What to do with a file that torch has not written."""
+    if file.suffix in (".yaml", ".yml"):
+        return f": a config is given as -c {file}, and a run as --ckpt_path, such as runs/demo"
+    if file.suffix == ".safetensors":
+        return ": fit starts from an adapter's directory with --model.init_adapter"
+    return " (it is empty)" if not file.stat().st_size else " (it is no zip file, or lacks its end)"
+
+
+def beside(path: Path) -> str:
+    """Folders and files of about this name in the same place."""
+    if not path.parent.is_dir():
+        return ""
+    near = near_misses(path.name, [entry.name for entry in path.parent.glob("*")], 2)
+    return "; did you mean " + " or ".join(f"'{path.parent / name}'" for name in near) + "?" if near else ""
+
+
+def _before(checkpoint: Path) -> Path:
+    return checkpoint.with_name(checkpoint.name + PREVIOUS)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those in a folder, oldest first; one that was being replaced by a killed process is there as the one before."""
+    when = {file: file.stat().st_mtime for file in folder.glob("*.ckpt")}
+    before = {file.with_suffix(""): file.stat().st_mtime for file in folder.glob(f"*.ckpt{PREVIOUS}")}
+    times = before | when
+    return sorted(times, key=lambda file: times[file])
+
+
+def newest_checkpoint(runs: Path) -> Path | None:
+    """What `last` is of a folder with a run's versions, or None where there is nothing yet."""
+    if not runs.is_dir():
+        return None
+    try:
+        return find_checkpoint(runs, "last")
+    except LoRAError:
+        return None
+
+
+def continued(checkpoint: Path, runs: Path) -> int | None:
+    """The number of the version that a fit from this checkpoint goes on with: it is of `runs`, and the newest there.
+
+    A fit from an older checkpoint, or from another run's, makes a version of its own and leaves that one as it is.
+    """
+    folder = run_of_checkpoint(checkpoint)
+    version = _number(folder.name)
+    if version < 0 or folder.name != f"version_{version}" or folder.parent.resolve() != runs.resolve():
+        return None
+    return version if is_newest_state(checkpoint) else None
+
+
+def is_newest_state(checkpoint: Path) -> bool:
+    """Whether a checkpoint is the newest of its run, so that a fit from it is the same run going on."""
+    return find_checkpoint(run_of_checkpoint(checkpoint), "last").resolve() == checkpoint.resolve()
+
+
+def _is_newest(run: Path) -> bool:
+    return (run / CHECKPOINTS).is_dir() and _newest_first(run.parent)[0].name == run.name
+
+
+def _newest_first(path: Path) -> list[Path]:
+    versions = [p for p in path.iterdir() if (p / CHECKPOINTS).is_dir()]
+    return sorted(versions, key=lambda p: (_number(p.name), p.stat().st_mtime), reverse=True)
+
+
+def _number(name: str) -> int:
+    digits = name.rpartition("_")[2]
+    return int(digits) if digits.isdigit() else -1
+
+
+def _pick(files: list[Path], which: str) -> Path:
+    """`files` are of one folder, oldest first."""
+    by_name = {file.stem: file for file in files}
+    if which in by_name:
+        return by_name[which]
+    if which == "last":
+        return files[-1]
+    # A checkpoint carries the state of ModelCheckpoint, which says which file was best.
+    callbacks = load_checkpoint(files[-1]).get("callbacks", {})
+    for key, state in callbacks.items():
+        if key.startswith("ModelCheckpoint") and state.get("best_model_path"):
+            best = files[0].parent / Path(state["best_model_path"]).name
+            if best.exists():
+                return best
+    return files[-1]
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors and plain data only, on the CPU.
+
+    Where it is torn or a bit of it has flipped, the one before it is taken if there is one, and that is said.
+
+    Raises:
+        LoRAError: it is missing, damaged, or holds anything else.
+    """
+    try:
+        content = read_checkpoint(Path(path))
+    except FileNotFoundError as error:
+        raise LoRAError(f"no checkpoint '{path}'") from error
+    except DamagedCheckpointError:
+        raise
+    except Exception as error:  # pickle, zip and torch each have their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoRAError(f"'{path}' is not a whole checkpoint ({reason})") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise LoRAError(f"'{path}' is not a Lightning checkpoint: it has no state_dict")
+    return content
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """What a report holds; one that cannot be read is put aside, for the fit that it told of is over and worth more."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    aside = file.with_name(f"{file.name}.damaged")
+    file.replace(aside)
+    rank_zero_warn(f"'{file}' is no JSON object and is now '{aside.name}'; the report begins anew")
+    return {}
+
+
+def update_report(run: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Add to the run's `report.json`, and copy it to the folder above, where the newest run's report stands.
+
+    Returns all that is known of the run so far.
+    """
+    file = run / REPORT
+    known = _known(file) | values
+    text = (json.dumps(known, indent=2) + "\n").encode()
+    write_bytes(file, text)
+    if run.name.startswith("version_") and _is_newest(run):
+        write_bytes(run.parent / REPORT, text)
+    return known

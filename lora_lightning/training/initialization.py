@@ -1,0 +1,107 @@
+"""Starts that are put in when a fit begins: measured on its data, or taken over from an earlier run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import AdapterError, LoRAError
+from lora_lightning.lora.formats.peft.config import CONFIG
+from lora_lightning.lora.frozen.fingerprint import Fingerprint
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.lora.init.from_data import start_from_data
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.warm_start import WarmStart, start_from_directory, start_from_state
+from lora_lightning.tasks.base import Task
+from lora_lightning.training.checkpoints import run_folder as run
+
+MEASURED = ("eva", "lora_ga")
+"""Starts that need batches. (`loftq` needs the model before quantisation, which no DataModule has.)"""
+BATCHES = 8
+"""Training batches to measure on; lora_ga's paper (2407.05000) uses as few, eva's (2410.07170) some more."""
+
+
+CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
+"""Of what a checkpoint notes of its adapter, and of its tensors' keys."""
+
+
+def refuse_measured(module: Any, by: str) -> None:
+    """Raise where a fit is to start from what is measured on a whole model.
+
+    Raises:
+        LoRAError: with what to do.
+    """
+    starts = module.trainer.state.fn == TrainerFn.FITTING and not module.trainer.ckpt_path
+    if starts and module.lora.init in MEASURED:
+        raise LoRAError(
+            f"lora.init={module.lora.init} is measured on a whole model, and {by} shards it: fit a step in one"
+            " process, and start from its adapter by init_adapter and another lora.init"
+        )
+
+
+def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, allow_other_base: bool) -> WarmStart:
+    """Put the adapter of an earlier run into a freshly injected backbone.
+
+    Args:
+        path: a PEFT directory, an export that holds one, a run folder (its best checkpoint) or a checkpoint.
+        config: what `backbone` was injected with.
+
+    Raises:
+        LoRAError: nothing is there, or it does not fit this model and this config.
+    """
+    folder = Path(resolve(path))
+    for directory in (folder, folder / "adapter"):
+        if (directory / CONFIG).is_file():
+            return start_from_directory(backbone, directory, allow_other_base=allow_other_base)
+    file = run.find_checkpoint(folder)
+    content = run.load_checkpoint(file)
+    if CHECKPOINT_KEY not in content:
+        raise AdapterError(f"'{file}' was not written by lora_lightning: it has no adapter in it")
+    own, state = content[CHECKPOINT_KEY], content["state_dict"]
+    tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
+    trained, base = LoRAConfig.from_dict(own["config"]), Fingerprint.from_json(own["base"])
+    return start_from_state(backbone, tensors, trained, config, base, allow_other_base=allow_other_base)
+
+
+def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trainer) -> None:
+    """Put the start `init` into a freshly injected backbone, measured on the first training batches.
+
+    Processes take rank 0's start, so that all begin at the same adapter.
+    """
+    device = next(backbone.parameters()).device
+    loaders: Any = trainer.train_dataloader
+    batches = [trainer.strategy.batch_to_device(batch, device) for batch in islice(iter(loaders), BATCHES)]
+    if init == "eva":
+        start_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
+    else:
+        start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
+    take_first_ones(adapter_tensors(backbone).values(), trainer)
+
+
+def same_subtracted_start(backbone: nn.Module, trainer: Trainer) -> None:
+    """Where a start is subtracted, all processes subtract rank 0's.
+
+    It may have been drawn, and lies in buffers, of which DDP sends none where `broadcast_buffers` is off.
+    """
+    starts = (tensor for _, layer in adapted_layers(backbone) for tensor in (layer.lora_A0, layer.lora_B0))
+    take_first_ones((tensor for tensor in starts if tensor is not None), trainer)
+
+
+def take_first_ones(tensors: Iterable[Tensor], trainer: Trainer) -> None:
+    """Give all processes rank 0's values."""
+    for tensor in tensors:
+        tensor.data.copy_(trainer.strategy.broadcast(tensor.detach().cpu()))
+
+
+def _summed(task: Task, model: nn.Module, batch: Any) -> Tensor:
+    """The loss over all units of a batch: a batch of many is to weigh more in the gradient than one of few (law 9)."""
+    out = task.step(model, batch)
+    return out.loss * out.weight

@@ -1,0 +1,121 @@
+"""Law 9 for the loss: what the optimizer sees is the mean over all units, of all micro-batches and of all processes.
+
+A task's loss is a mean over its batch's units (examples, tokens). Lightning divides by the number N of accumulated
+batches, and DDP and FSDP by the number R of processes. That gives the mean of means, in which a batch with few tokens
+weighs as much as one with many. So each mean goes into backward times its units, over a share c that keeps float16's
+range, and once the last micro-batch's gradients are there, those of the whole window are multiplied by
+`c N R / all units`.
+
+c is a power of two near the units of the window's first micro-batch, alike in all processes: dividing by it and
+multiplying again changes no bit. The last window of an epoch may have fewer micro-batches than the N that Lightning
+divides by.
+
+The factor is put on before gradients are unscaled, looked at by callbacks or clipped. With one process and no
+accumulation there is nothing to weigh, and loss and gradients are the task's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.training.gradients import gradients_of, multiply
+
+
+class UnitMean:
+    """The mean over the units of one optimizer step.
+
+    Every batch's loss goes through `weigh`; once the last one's backward is done, `finish` is called. Losses that were
+    not weighed, as those of a subclass's own `training_step`, stay what Lightning makes of them.
+    """
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        """Of the last step, over all its units; None where nothing was weighed."""
+        self._share: float | None = None
+        self._parts: list[tuple[Tensor, int]] = []
+
+    def weigh(self, trainer: Trainer, loss: Tensor, units: int, batch_idx: int) -> Tensor:
+        """What backward is to be called on, for a `loss` that is the mean over `units`.
+
+        Raises:
+            LoRAError: no units, and a loss that would spoil the other batches' gradients.
+        """
+        starts = batch_idx % trainer.accumulate_grad_batches == 0  # where Lightning sets gradients to zero
+        self._parts = [*(() if starts else self._parts), (loss.detach(), units)]
+        if not _has_parts(trainer):
+            return loss
+        if starts or self._share is None:
+            self._share = _share(trainer, loss.device, units)
+        if not units and not torch.isfinite(loss):
+            raise LoRAError(
+                f"a batch of no units must have a loss of 0 with gradients, so that it adds nothing, got {float(loss)}:"
+                " let the task return the sum over max(units, 1)"
+            )
+        return loss * (units / self._share)
+
+    def finish(self, trainer: Trainer, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Turn the window's accumulated gradients into those of the mean over all units.
+
+        Raises:
+            LoRAError: there are no units in any process.
+        """
+        self.mean = None
+        if not self._parts:
+            return
+        loss, units = self._over_processes(trainer)
+        if not units:
+            raise LoRAError(
+                "nothing is trained on: no batch of this optimizer step, in any process, has an example or token that"
+                " counts in the loss; check the labels, where -100 marks what is not trained on"
+            )
+        self.mean = loss
+        if _has_parts(trainer):
+            assert self._share is not None
+            self.mean = loss / units
+            factor = self._share * trainer.accumulate_grad_batches * trainer.world_size / units
+            multiply(gradients_of(trainer.strategy, optimizer), factor)
+
+    def _over_processes(self, trainer: Trainer) -> tuple[Tensor, int]:
+        """The window's loss, summed over its units where there are several parts, and the units."""
+        units = sum(n for _, n in self._parts)
+        if not _has_parts(trainer):
+            return self._parts[-1][0], units
+        loss = torch.stack([_summed(loss, n) for loss, n in self._parts]).sum()
+        if trainer.world_size == 1:
+            return loss, units
+        count = trainer.strategy.reduce(torch.tensor(units, device=loss.device), reduce_op="sum")
+        total: Tensor = trainer.strategy.reduce(loss, reduce_op="sum")
+        return total, int(count)
+
+
+def is_padding(trainer: Trainer, batch_idx: int) -> bool:
+    """Whether a training batch is there only so that this process has as many as the others."""
+    sampler = getattr(trainer.train_dataloader, "sampler", None)
+    return isinstance(sampler, EpochSampler) and sampler.is_padding(batch_idx)
+
+
+def _summed(loss: Tensor, units: int) -> Tensor:
+    """A batch's loss summed over its units; of none it counts for nothing, whatever the task calls it."""
+    return loss.to(wide_dtype(loss)) * units if units else torch.zeros_like(loss, dtype=wide_dtype(loss))
+
+
+def _has_parts(trainer: Trainer) -> bool:
+    """Whether a step's units lie in several batches or processes. Lightning's own DeepSpeed accumulates by itself."""
+    several = trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
+    return several and not trainer.strategy.handles_gradient_accumulation
+
+
+def _share(trainer: Trainer, device: torch.device, units: int) -> float:
+    mean = float(units)
+    if trainer.world_size > 1:
+        mean = float(trainer.strategy.reduce(torch.tensor(mean, device=device), reduce_op="sum")) / trainer.world_size
+    return 2.0 ** round(math.log2(max(mean, 1.0)))

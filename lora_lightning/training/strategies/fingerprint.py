@@ -1,0 +1,74 @@
+"""Law 2 where W0 lies in parts: the fingerprint that one process would find, and the proof that no part has moved.
+
+For the fingerprint each tensor is gathered by one process, the next by the next, which hash at the same time; none ever
+holds more than one. Whether W0 has moved needs no gathering: each process compares its own parts with what they were.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, of_digests, of_tensors
+from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one_process
+from lora_lightning.lora.frozen.tensors import base_tensors
+from lora_lightning.training import layout
+from lora_lightning.training.distributed import gathered, processes, rank
+from lora_lightning.training.fsdp1_units import Units, units_of
+from lora_lightning.training.strategies.wrapping import is_sharded, local
+from lora_lightning.training.zero_whole import zero_part, zero_whole
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
+    if not is_sharded(model):
+        return of_one_process(model)
+    if (units := units_of(model)) is not None:
+        return _of_units(model, units)
+    tensors, found = base_tensors(model), dict[str, str]()
+    waiting: dict[str, Future[dict[str, str]]] = {}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for number, (name, tensor) in enumerate(tensors.items()):
+            to = number % processes()
+            for earlier in waiting.values() if to == rank() else ():
+                earlier.result()  # which lets go of the tensor before the next one comes
+            whole = gathered_by(tensor, to)
+            if whole is not None:
+                waiting[name] = pool.submit(digests, {name: whole})
+        for one in waiting.values():
+            found |= one.result()
+    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+    return of_digests({name: every[name] for name in tensors})
+
+
+def _of_units(model: nn.Module, units: Units) -> Fingerprint:
+    """FSDP1 gathers a unit in all processes, which share what there is to hash of it."""
+    found: dict[str, str] = {}
+    for names in units.parts():
+        whole = base_tensors(model)
+        for name in names[rank() :: processes()]:  # a copy: torch lets no storage go that NumPy has seen
+            found |= digests({name: whole[name].detach().clone()})
+    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+    return of_digests({name: every[name] for name in base_tensors(model)})
+
+
+def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
+    """The whole tensor in one process, and None in the others; all must call it."""
+    if zero_part(tensor) is not None:
+        return zero_whole(tensor, to)
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor) or processes() == 1:
+        return local(tensor) if to == rank() else None
+    return layout.gathered_by(tensor, to)
+
+
+def of_own_parts(model: nn.Module) -> Fingerprint:
+    """Of what this process holds of W0."""
+    return of_tensors({name: local(tensor) for name, tensor in base_tensors(model).items()})
+
+
+def moved(before: Fingerprint, after: Fingerprint) -> list[str]:
+    """Names of tensors of which any process's part differs, in all processes."""
+    return list(dict.fromkeys(name for part in gathered(before.differences(after)) for name in part))
