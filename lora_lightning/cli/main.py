@@ -33,7 +33,6 @@ from lora_lightning.training.callbacks import (
     StepFigures,
     StopOnNonFinite,
     Throughput,
-    Tracking,
 )
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.resume import KEY, next_logged
@@ -41,6 +40,7 @@ from lora_lightning.training.head_size import refuse_other_count, refuse_other_s
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
 from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
+from lora_lightning.training.tracking.wandb_callback import Tracking
 from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
 
