@@ -28,8 +28,8 @@ from lora_lightning.analysis.truncation import Truncation, check_share, refuse_o
 from lora_lightning.cli.build import OpenedRun
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.adapter import load_adapter
-from lora_lightning.lora.formats.tensor_files import write_bytes
 from lora_lightning.lora.inject import remove
 from lora_lightning.lora.targets.regexes import refusal
 
