@@ -27,7 +27,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.reports.about import backbone_name
+from lora_lightning.reports.console import backbone_name
 from lora_lightning.training.checkpoints.checkpoint_folder import MANIFEST, REST, write
 from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
 from lora_lightning.training.checkpoints.file_io import WholeFiles, read_checkpoint

@@ -13,11 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
 from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.reports import html
 from lora_lightning.training.checkpoints.checkpoint_folder import PREVIOUS, is_folder_checkpoint
 from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
 from lora_lightning.training.checkpoints.file_io import read_checkpoint
 
-CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
+CONFIG, REPORT, PAGE = html.CONFIG, html.REPORT, html.PAGE
+CHECKPOINTS, EXPORT = "checkpoints", "export"
 
 
 def run_dir(trainer: Trainer) -> Path | None:
