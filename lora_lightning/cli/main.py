@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lora_lightning.cli.config_files import check, named
 from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
 from lora_lightning.cli.docstrings import read_once
-from lora_lightning.cli.handed_down import handed_down, labels_of_run, rows_to_predict
+from lora_lightning.cli.handed_down import handed_down, labels_of_run, rows_by_flag
 from lora_lightning.cli.outcome import RUN_CONFIG, raised_by_the_user
 from lora_lightning.cli.parser import GIVEN, OneLine, command_parser, run_command
 from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT
@@ -120,6 +120,9 @@ class LoRACLI(LightningCLI):
     _goes_on: int | None = None
     """The version of the run that a fit goes on with; None where it makes one of its own."""
 
+    _named_data: str | None = None
+    """What data that a flag names are called, where a trained run is tested or predicts on other than its own."""
+
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         self._first = first_word(args)
         super().__init__(
@@ -215,9 +218,8 @@ class LoRACLI(LightningCLI):
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
             self._resolve_checkpoint(self.config[self.config.subcommand])
-            if command == "predict":
-                rows_to_predict(self.config.predict, GIVEN.get() or ())
             if command != "fit":
+                self._named_data = rows_by_flag(self.config[command], command, GIVEN.get() or ())
                 labels_of_run(self.config[self.config.subcommand])
 
     def _resolve_checkpoint(self, config: Any) -> None:
@@ -325,9 +327,12 @@ class LoRACLI(LightningCLI):
         if self._goes_on is not None:
             return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
-            go_on_with_run_of(loggers, command.ckpt_path)
-            folder = run.run_of_checkpoint(Path(command.ckpt_path))
-            return [RepeatedCSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
+            version, folder = str(self.config.subcommand), run.run_of_checkpoint(Path(command.ckpt_path))
+            if self._named_data is None or version == "predict":
+                go_on_with_run_of(loggers, command.ckpt_path)
+            else:  # the run's own figures stay what they are
+                version = f"{version}_{self._named_data}"
+            return [RepeatedCSVLogger(folder, name="", version=version), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 

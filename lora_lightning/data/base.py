@@ -46,6 +46,8 @@ class TableData(LightningDataModule, ABC):
     """What says in which order training takes the rows."""
     readers: Readers | None = None
     """Ways to read files of other suffixes than the usual, or of these in another way."""
+    predicts_rows: bool = True
+    """Whether there is one prediction for each row of the table, in its order."""
 
     def __init__(
         self,
@@ -137,6 +139,36 @@ class TableData(LightningDataModule, ABC):
         """
         further = [name for name in self.tables if name.startswith(f"{split}_")]
         return [split, *further] if split in self.tables else []
+
+    def rows_of(self, split: str) -> int:
+        """How many rows all sets of a split have."""
+        return sum(len(self.tables[name]) for name in self.sets(split))
+
+    def columns_to_join(self, index: int, wanted: Sequence[str] | None = None) -> dict[str, list[Any]]:
+        """Values, row by row, of columns that tell which row a prediction is of.
+
+        Args:
+            index: which of the sets to predict on.
+            wanted: their names, or `all` as the one; `id` by default where there is such a column.
+
+        Raises:
+            LoRAError: the set has no such column, or is not predicted row by row.
+        """
+        names = self.sets("predict") or self.sets("test")
+        table = self.tables[names[index]] if index < len(names) else None
+        own = [name for name in (table.column_names if table else []) if name != ROW]
+        if wanted is None:
+            wanted = ["id"] if "id" in own and self.predicts_rows else []
+        if list(wanted) == ["all"]:
+            wanted = own
+        if table is None or not wanted:
+            return {}
+        check_columns(table, list(wanted), self.place(names[index]))
+        if not self.predicts_rows or len(self._encoded.get(names[index], table)) != len(table):
+            raise LoRAError(
+                f"{self.place(names[index])}: rows are cut or left out, so that columns cannot stand beside predictions"
+            )
+        return {name: list(values_of(table, name)) for name in wanted}
 
     def prepare_data(self) -> None:
         """Read once in one process, so that the others find everything cached."""

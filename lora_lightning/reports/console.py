@@ -99,6 +99,8 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         for k, x in v.items()
         if k.startswith(("val_", "test_")) and k not in other and not k.endswith(BEFORE) and isinstance(x, float)
     ]
+    if "test_rows" in v:
+        rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
         rows.append(
             ("trainable parameters", f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})")

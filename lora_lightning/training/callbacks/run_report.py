@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
+from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
@@ -104,14 +105,17 @@ class RunReport(Callback):
         return {"checkpoint": path, **self._by_step.get(step, {}), "best_step": step - 1}  # as loggers count, from 0
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test metrics, into the report of the run that the checkpoint came from."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        """Test metrics, into the report of the run that the checkpoint came from; of other data into one beside it."""
+        folder = run.test_dir(trainer)
+        if trainer.fast_dev_run or not trainer.is_global_zero or folder is None:  # type: ignore[attr-defined]
             return
-        checkpoint = trainer.ckpt_path
-        folder = run.run_of_checkpoint(Path(str(checkpoint))) if checkpoint else run.run_dir(trainer)
-        if folder is not None:
-            values = {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)}
+        values = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
+        if isinstance(data := trainer.datamodule, TableData):  # type: ignore[attr-defined]
+            values |= {"test_rows": data.rows_of("test"), "test_data": data.place("test")}
+        if trainer.ckpt_path is None or folder == run.run_of_checkpoint(Path(str(trainer.ckpt_path))):
             show_report(self._written(folder, values), Console())
+        else:
+            show_report(run.update_report(folder, {**values, "run_dir": str(folder)}), Console())
 
     def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})

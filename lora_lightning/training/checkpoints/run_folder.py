@@ -36,6 +36,14 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
 
 
+def test_dir(trainer: Trainer) -> Path | None:
+    """Where a test's figures go: to the run that the checkpoint is of, those on other data to a folder of their own."""
+    own = run_dir(trainer)
+    if trainer.ckpt_path is None or (own is not None and own.name.startswith("test_")):
+        return own
+    return run_of_checkpoint(Path(str(trainer.ckpt_path)))
+
+
 def is_run(folder: Path) -> bool:
     """Whether a fit wrote here: a folder of one's own may hold a config.yaml too."""
     return (folder / CHECKPOINTS).is_dir() or (folder / REPORT).is_file()
