@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_lightning.data.base import TableData
 from lora_lightning.data.loading.replicas import replica
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import gathered
 from lora_lightning.training.sets import set_name
