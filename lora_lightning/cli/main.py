@@ -40,6 +40,7 @@ from lora_lightning.training.checkpoints.resume import KEY, next_logged
 from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
+from lora_lightning.training.preflight import refuse_unsupported_name
 from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
@@ -201,7 +202,9 @@ class LoRACLI(LightningCLI):
         if command is not None:
             refuse_no_keys(self.config[command], GIVEN.get() or ())
             refuse_no_name(str(self.config[command].get("name", "lora")))
-        refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
+        strategy = self.config.get(f"{command}.trainer.strategy")
+        refuse_no_class(strategy)
+        refuse_unsupported_name(getattr(strategy, "class_path", None))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):

@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.lora.formats.tensor_files import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import gathered
@@ -41,8 +40,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def _write(self, trainer: Trainer, batches: Sequence[Any], indices: Sequence[list[int]], name: str) -> None:
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        mine = list(rows(batches, indices, names)) if replica(trainer).speaks else []
-        parts: list[list[dict[str, Any]]] = gathered(mine)
+        parts: list[list[dict[str, Any]]] = gathered(list(rows(batches, indices, names)))
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return
