@@ -19,11 +19,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
+from lora_lightning import (
+    CausalLM,
+    Checkpoints,
+    ExportAtEnd,
+    FreezeBase,
+    LoRAConfig,
+    LoRAError,
+    LoRAModule,
+    Resume,
+    RunReport,
+    StopOnNonFinite,
+)
 from lora_lightning.data.loading.loader import ResumableLoader
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.callbacks import Checkpoints, ExportAtEnd, FreezeBase, Resume, RunReport, StopOnNonFinite
 from lora_lightning.training.distributed import gathered
 from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
 from lora_lightning.training.strategies.wrapping import local
