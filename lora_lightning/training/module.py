@@ -26,6 +26,7 @@ from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.meta_start import inject_anywhere
 from lora_lightning.lora.products import Prepare
 from lora_lightning.tasks.base import Stage, StepOutput, Task
+from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training.activations.compilation import TrainingForward
 from lora_lightning.training.initialization import (
     CHECKPOINT_KEY,
@@ -143,6 +144,7 @@ class LoRAModule(LightningModule):
         self._step(self._stage("test", dataloader_idx), batch)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
+        refuse_too_long(self.backbone, batch)
         return self.task.predict(self.backbone, batch)
 
     def unheard_step(self, batch: Mapping[str, Any], predicts: bool) -> None:
@@ -161,6 +163,7 @@ class LoRAModule(LightningModule):
         if stage not in self._begun:
             self._begun.add(stage)
             self.task.check(batch)
+        refuse_too_long(self.backbone, batch)
         out = (self.task.step if stage == "train" else self.task.evaluate)(self.backbone, batch)
         metrics = self.task.update(stage, out)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight, add_dataloader_idx=False)
@@ -278,6 +281,7 @@ class LoRAModule(LightningModule):
         """Bring W0 to the precision's dtype; what was found of it before says nothing of what it is then."""
         self._w0 = None
         if self._trainer is not None:
+            refuse_long_rows(self.backbone, self._trainer.datamodule)  # type: ignore[attr-defined]
             convert(self, self._trainer.precision_plugin)
 
     def w0_fingerprint(self) -> Fingerprint:
