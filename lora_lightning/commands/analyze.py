@@ -27,7 +27,7 @@ from lora_lightning.analysis.truncation import Truncation, check_share, refuse_o
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
 from lora_lightning.commands.truncation_cost import cost_of
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.targets.regexes import refusal
 
 if TYPE_CHECKING:

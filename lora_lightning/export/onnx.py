@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 
 from lora_lightning.export.compare import difference
 from lora_lightning.lora.errors import LoRAError, MergeError
-from lora_lightning.lora.formats.atomic_dir import aside_of
 from lora_lightning.lora.inject import grafted_modules
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -62,7 +62,9 @@ def export_onnx(model: nn.Module, inputs: Mapping[str, Any], path: str | Path) -
     tensors = {name: _twice(value) for name, value in inputs.items() if isinstance(value, Tensor)}
     fixed = {name: value for name, value in inputs.items() if not isinstance(value, Tensor)}
     path = Path(path)
-    with aside_of(path) as aside, _for_export(model) as plain, torch.no_grad():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, _for_export(model) as plain, torch.no_grad():
+        aside = Path(folder)
         called = _Called(plain, fixed)
         _export(called, tensors, aside / path.name)
         batches = (tensors, _other(tensors), {name: value[:1] for name, value in tensors.items()})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
-from lora_lightning.lora.frozen.tensors import frozen_keys
+from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.training.checkpoints.file_io import is_remote, whole_file
 from lora_lightning.training.distributed import by_first, rank, together
 from lora_lightning.training.initialization import PREFIX
@@ -106,7 +106,7 @@ def _trained_state(module: nn.Module) -> dict[str, Any]:
     """The module's state without W0, in the order of a single process; shards stay shards."""
     backbone = module.get_submodule(PREFIX.removesuffix("."))
     frozen = {PREFIX + key for key in frozen_keys(backbone)}
-    return {key: value for key, value in module.state_dict().items() if key not in frozen}
+    return {key: value for key, value in module.state_dict().items() if plain_name(module, key) not in frozen}
 
 
 def _whole_state(state: Any) -> Any:
