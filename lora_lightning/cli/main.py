@@ -23,22 +23,20 @@ from lora_lightning.cli.parser import GIVEN, OneLine, command_parser, run_comman
 from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.callbacks import (
-    Checkpoints,
-    FreezeBase,
-    PredictionWriter,
-    Progress,
-    Resume,
-    RunReport,
-    StepFigures,
-    StopOnNonFinite,
-    Throughput,
-)
+from lora_lightning.training.callbacks.freeze_base import FreezeBase
+from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite
+from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
+from lora_lightning.training.callbacks.progress_bar import Progress
+from lora_lightning.training.callbacks.run_report import RunReport
+from lora_lightning.training.callbacks.step_figures import StepFigures
+from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.checkpoints.resume import KEY, next_logged
+from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
+from lora_lightning.training.checkpoints.resume import KEY, Resume, next_logged
 from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
+from lora_lightning.training.preflight import refuse_unsupported_name
 from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.tracking.wandb_callback import Tracking
 from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
@@ -213,7 +211,9 @@ class LoRACLI(LightningCLI):
         if command is not None:
             refuse_no_keys(self.config[command], GIVEN.get() or ())
             refuse_no_name(str(self.config[command].get("name", "lora")))
-        refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
+        strategy = self.config.get(f"{command}.trainer.strategy")
+        refuse_no_class(strategy)
+        refuse_unsupported_name(getattr(strategy, "class_path", None))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):

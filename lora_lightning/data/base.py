@@ -16,7 +16,6 @@ from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_num
 from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
 from lora_lightning.data.io.tables import Readers, check_columns, read_tables, source_of
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 
@@ -277,8 +276,8 @@ class TableData(LightningDataModule, ABC):
     def _loader(
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
     ) -> DataLoader[Any]:
-        own = None if self.trainer is None else replica(self.trainer)
-        world = {} if own is None else {"num_replicas": own.replicas, "rank": own.number}
+        own = self.trainer
+        world = {} if own is None else {"num_replicas": own.world_size, "rank": own.global_rank}
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)

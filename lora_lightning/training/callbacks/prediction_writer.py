@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 
 from lora_lightning.data.base import TableData
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
@@ -69,8 +68,7 @@ class PredictionWriter(BasePredictionWriter):
         columns: Mapping[str, Sequence[Any]],
     ) -> None:
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        mine = list(rows(batches, indices, names)) if replica(trainer).speaks else []
-        parts: list[list[dict[str, Any]]] = gathered(mine)
+        parts: list[list[dict[str, Any]]] = gathered(list(rows(batches, indices, names)))
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return

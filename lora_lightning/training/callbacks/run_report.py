@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from torch import nn
 
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
@@ -23,7 +24,6 @@ from lora_lightning.reports.parts import parts_of
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.fsdp1_units import full_bytes
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.wrapping import is_sharded
 
@@ -81,7 +81,7 @@ class RunReport(Callback):
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
             "dtypes": parts_of(pl_module, trainer).to_dict(),
-            "full_checkpoint_bytes": full_bytes(pl_module.backbone),
+            "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
@@ -121,6 +121,11 @@ class RunReport(Callback):
         known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
         write_page(folder)
         return known
+
+
+def _full_bytes(model: nn.Module) -> int:
+    """What a full checkpoint of the weights would take: the backbone's own tensors."""
+    return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
 
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
