@@ -212,6 +212,8 @@ def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(_accuracies(v, "raw pixels", "pixels_accuracy", "pixels_test_accuracy"))
     rows.append(_accuracies(v, "majority class", "majority_accuracy", "majority_test_accuracy"))
     rows += _figures(v)
+    if "test_rows" in v:
+        rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
         share = f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})"
         rows.append(("trainable parameters", share))

@@ -146,7 +146,7 @@ def run_page(folder: Path) -> str:
     v = json.loads(_text(folder / REPORT) or "{}")
     numbered = folder.name.startswith("version_")
     name, version = (folder.parent.name, folder.name) if numbered else (folder.name, "")
-    sections = [*_data(v), _curves(v, folder / METRICS)]
+    sections = [*_data(v), *_curves(v, folder / METRICS)]
     for stage, words in (("val", "validation"), ("test", "test")):
         sections += _classes(json.loads(_text(folder / CLASSES.format(stage=stage)) or "{}"), words)
     sections += [*_adapted(v), *_answers(_lines(folder / SAMPLES)), *_facts(v), *_config(_text(folder / CONFIG))]
@@ -244,13 +244,16 @@ def _data(v: Mapping[str, Any]) -> list[Section]:
     return [Section("Data", [Block(table=data_table(summary))])] if summary else []
 
 
-def _curves(v: Mapping[str, Any], file: Path) -> Section:
-    """All charts, or a word on why there are none."""
+def _curves(v: Mapping[str, Any], file: Path) -> list[Section]:
+    """All charts, or a word on why there are none; a test of other data has no log."""
+    if "test_data" in v and not file.is_file():
+        return []
     series = read_metrics(file)
     charts = charts_of(series, v.get("best_step"), v.get("metric_titles"))
     if not charts:
-        return Section("Curves", [Block(text=f"Nothing was logged to {METRICS}.")])
-    return Section("Curves", [Block(charts=charts), Block(table=numbers_table(series), fold="The numbers behind them")])
+        return [Section("Curves", [Block(text=f"Nothing was logged to {METRICS}.")])]
+    numbers = Block(table=numbers_table(series), fold="The numbers behind the curves")
+    return [Section("Curves", [Block(charts=charts), numbers])]
 
 
 def _classes(found: Mapping[str, Any], words: str) -> list[Section]:

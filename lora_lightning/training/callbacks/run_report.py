@@ -14,7 +14,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from torch import nn
 
+from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.fingerprint import fingerprint
@@ -29,7 +31,6 @@ from lora_lightning.tasks.sequence_classification import SequenceClassification
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.fsdp1_units import full_bytes
 from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.wrapping import is_sharded
@@ -141,7 +142,7 @@ class RunReport(Callback):
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
             "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer).to_dict(),
-            "full_checkpoint_bytes": full_bytes(pl_module.backbone),
+            "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
@@ -165,20 +166,30 @@ class RunReport(Callback):
         return {"checkpoint": path, **self._by_step.get(step, {}), "best_step": step - 1}  # as loggers count, from 0
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test metrics, into the report of the run that the checkpoint came from."""
+        """Test metrics, into the report of the run that the checkpoint came from; of other data into one beside it."""
+        folder = run.test_dir(trainer)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        checkpoint = trainer.ckpt_path
-        folder = run.run_of_checkpoint(Path(str(checkpoint))) if checkpoint else run.run_dir(trainer)
         self._write_classes(trainer, folder, "test")
-        if folder is not None and trainer.is_global_zero:
-            values = {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)}
-            show_report(self._written(folder, values), Console())
+        if folder is None or not trainer.is_global_zero:
+            return
+        values: dict[str, Any] = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
+        if isinstance(data := trainer.datamodule, TableData):  # type: ignore[attr-defined]
+            values |= {"test_rows": data.rows_of("test"), "test_data": data.place("test")}
+        beside = trainer.ckpt_path is not None and folder != run.run_of_checkpoint(Path(str(trainer.ckpt_path)))
+        if beside and isinstance(pl_module, LoRAModule):
+            values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
+        show_report(self._written(folder, values), Console())
 
     def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
         write_page(folder)
         return known
+
+
+def _full_bytes(model: nn.Module) -> int:
+    """What a full checkpoint of the weights would take: the backbone's own tensors."""
+    return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
 
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
