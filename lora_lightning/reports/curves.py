@@ -258,7 +258,7 @@ def numbers_table(series: Sequence[Series]) -> Table:
         cells += [f"{value:.6g} at {step}" for step, value in (least, most)]
         rows.append([one.name, str(len(one.points)), *cells])
     header = ["column of metrics.csv", "points", "first", "last", "least, at step", "greatest, at step"]
-    return Table(header=header, rows=rows)
+    return Table(header=header, rows=rows, code=True)
 
 
 def short(value: float) -> str:

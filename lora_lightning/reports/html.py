@@ -58,6 +58,8 @@ class Section:
 
     title: str
     blocks: Sequence[Block]
+    beside: bool = False
+    """Whether the blocks stand beside each other where there is room."""
 
 
 def page(
@@ -147,8 +149,9 @@ def run_page(folder: Path) -> str:
     numbered = folder.name.startswith("version_")
     name, version = (folder.parent.name, folder.name) if numbered else (folder.name, "")
     sections = [*_data(v), *_curves(v, folder / METRICS)]
-    for stage, words in (("val", "validation"), ("test", "test")):
-        sections += _classes(json.loads(_text(folder / CLASSES.format(stage=stage)) or "{}"), words)
+    classes = {stage: json.loads(_text(folder / CLASSES.format(stage=stage)) or "{}") for stage in ("val", "test")}
+    sections += _classes(classes["val"], "validation", fold=bool(classes["test"]))
+    sections += _classes(classes["test"], "test")
     sections += [*_adapted(v), *_answers(_lines(folder / SAMPLES)), *_facts(v), *_config(_text(folder / CONFIG))]
     return page(
         name,
@@ -256,20 +259,22 @@ def _curves(v: Mapping[str, Any], file: Path) -> list[Section]:
     return [Section("Curves", [Block(charts=charts), numbers])]
 
 
-def _classes(found: Mapping[str, Any], words: str) -> list[Section]:
-    """How a classifier's classes were told apart in one set, and its mistakes."""
+def _classes(found: Mapping[str, Any], words: str, *, fold: bool = False) -> list[Section]:
+    """How a classifier's classes were told apart in one set, and its mistakes, which `fold` folds away."""
     if not found:
         return []
     many = len(found["labels"]) > MOST_SHOWN
     blocks = [Block(table=class_table(found), fold="Figures of every class" if many else "")]
     blocks += [Block(table=mixed_up(found)) if many else Block(matrix=confusions(found))]
-    sections = [Section(f"Classes, {words}", blocks)]
+    sections = [Section(f"Classes, {words}", blocks, beside=not many)]
     if found["mistakes"]:
         named = [
             {**m, "true": found["labels"][m["true"]], "predicted": found["labels"][m["predicted"]]}
             for m in found["mistakes"]
         ]
-        sections.append(Section(f"The most confident mistakes, {words}", [Block(cards=named)]))
+        title = f"The most confident mistakes, {words}"
+        folded = f"The {len(named)} mistakes of which the model was surest" if fold else ""
+        sections.append(Section(title, [Block(cards=named, fold=folded)]))
     return sections
 
 
@@ -280,7 +285,7 @@ def _adapted(v: Mapping[str, Any]) -> list[Section]:
         return []
     header = list(rows[0])
     text = [i for i, name in enumerate(header) if name in ("module", "kind")]
-    table = Table(header=header, rows=[[str(x) for x in row.values()] for row in rows], text=text)
+    table = Table(header=header, rows=[[str(x) for x in row.values()] for row in rows], text=text, code=True)
     return [Section("What trains", [Block(table=table)])]
 
 

@@ -20,6 +20,8 @@ class Table:
     rows: Sequence[Sequence[str]]
     text: Sequence[int] = (0,)
     """The columns that hold text, which stand to the left; the others hold figures."""
+    code: bool = False
+    """Whether the first column holds names out of code, which pages set in a fixed width."""
     note: str = ""
     """What stands below."""
 
