@@ -16,7 +16,7 @@ from lora_lightning.analysis.tables import Rows
 from lora_lightning.commands.sweep.figures import figures
 from lora_lightning.commands.sweep.ranking import Point
 from lora_lightning.commands.sweep.search_space import plainly, short_names
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not used, so that it can still judge"
 RESULTS, CSV, PAGE = "sweep.json", "sweep.csv", "index.html"
