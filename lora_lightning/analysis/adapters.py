@@ -19,7 +19,7 @@ from lora_lightning.lora.formats.peft.packing import PREFIX
 from lora_lightning.lora.formats.peft.patterns import check_rank, matching, trained_alphas
 from lora_lightning.lora.formats.peft.unpacking import A_ENDS
 from lora_lightning.lora.formats.peft.wrappers import WRAPPER
-from lora_lightning.lora.frozen.matrices import Pair, matrix_pair, stack_pairs
+from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, stack_pairs
 from lora_lightning.lora.meta.inject import AdapterFiles
 
 OUT = f".{WRAPPER}.out_proj"

@@ -23,7 +23,7 @@ from lora_lightning.lora.formats.peft.packing import PREFIX
 from lora_lightning.lora.formats.peft.write import ranks_and_alphas
 from lora_lightning.lora.formats.provenance import rewritten
 from lora_lightning.lora.formats.tensor_files import file_content
-from lora_lightning.lora.frozen.matrices import Pair
+from lora_lightning.lora.frozen.spectrum import Pair
 from lora_lightning.lora.init.from_weight import from_weight
 
 MARK = "truncation.json"

@@ -28,7 +28,7 @@ from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.adapter import load_adapter, save_adapter
 from lora_lightning.lora.frozen.quantization import hold_packing
-from lora_lightning.lora.frozen.version_check import marks, refuse_moved
+from lora_lightning.lora.frozen.version_check import base_versions, refuse_moved
 from lora_lightning.lora.inject import disabled, inject
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.report import InjectionReport
@@ -55,7 +55,7 @@ class AdapterBank:
         self._within: str | None = None
         self._batch_first: set[str] = set()
         hold_packing(model)  # the base that waits must not be rounded either
-        self._base = marks(model)
+        self._base = base_versions(model)
         if see(model).shares:
             self.add(first)
 
