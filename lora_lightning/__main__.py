@@ -7,7 +7,7 @@ import select
 import sys
 
 from lora_lightning.cli.front_page import answered, reordered
-from lora_lightning.cli.outcome import CLOSED, DEBUG, ended
+from lora_lightning.cli.exit_codes import CLOSED, DEBUG, ended
 
 
 def main() -> None:

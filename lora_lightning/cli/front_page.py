@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from lora_lightning.cli.outcome import CODES
+from lora_lightning.cli.exit_codes import CODES
 from lora_lightning.cli.registry import ENTRIES, GROUPS
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 

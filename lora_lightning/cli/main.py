@@ -17,8 +17,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lora_lightning.cli.config_files import check, named
 from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
 from lora_lightning.cli.docstrings import read_once
-from lora_lightning.cli.handed_down import handed_down, labels_of_run, rows_to_predict
-from lora_lightning.cli.outcome import RUN_CONFIG, raised_by_the_user
+from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_to_predict
+from lora_lightning.cli.exit_codes import RUN_CONFIG, raised_by_the_user
 from lora_lightning.cli.parser import GIVEN, OneLine, command_parser, run_command
 from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT
 from lora_lightning.data.base import TableData
