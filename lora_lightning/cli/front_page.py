@@ -17,6 +17,9 @@ ELSEWHERE = {
 }
 """What other tools call a command."""
 
+GONE = {"completion": "bash completes commands and files by one line of ~/.bashrc, which docs/command.md has"}
+"""Commands of earlier versions, and what to take."""
+
 EXAMPLES = """\
 examples
   lora-lightning fit -c configs/demo.yaml --model.lora.r 16 --name wider
@@ -68,6 +71,8 @@ def refuse_no_command(args: list[str]) -> None:
     first = args[0]
     if first in ENTRIES:
         return
+    if first in GONE:
+        raise LoRAError(f"'{first}' is no command any more: {GONE[first]}")
     named = next((arg for arg in args if arg in ENTRIES), None)
     if Path(first).suffix in (".yaml", ".yml"):
         raise LoRAError(f"a command comes first: lora-lightning {named or 'fit'} -c {first}")

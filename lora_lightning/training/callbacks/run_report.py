@@ -17,13 +17,13 @@ from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.lora.products import choices
 from lora_lightning.reports.about import adapted_rows, backbone_name
 from lora_lightning.reports.console import show_report
+from lora_lightning.reports.page import write_page
 from lora_lightning.reports.parts import parts_of
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.fsdp1_units import full_bytes
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.reports.page import write_page
 from lora_lightning.training.strategies.wrapping import is_sharded
 
 
