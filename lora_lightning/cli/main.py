@@ -32,7 +32,6 @@ from lora_lightning.training.callbacks import (
     StepFigures,
     StopOnNonFinite,
     Throughput,
-    Tracking,
 )
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.resume import KEY, next_logged
@@ -40,6 +39,7 @@ from lora_lightning.training.head_size import refuse_other_count, refuse_other_s
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
 from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
+from lora_lightning.training.tracking.wandb_callback import Tracking
 from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
 
@@ -86,8 +86,11 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
                 for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
                     shared.data.init_args[name] = value
+            for target in LINKS:  # a value that the config gave is kept: the data may have none
+                if shared.get(target) is None:
+                    shared.pop(target, None)
             # In one file: for several jsonargparse would enter the folder, where a logger's thread may be writing.
-            text = self.parser.dump(shared, skip_unset=False, skip_validation=True)
+            text = self.parser.dump(shared, skip_unset=False, skip_validation=True, skip_link_targets=False)
             (folder / run.CONFIG).write_text(text, encoding="utf-8")
             log_config(trainer.loggers, folder / run.CONFIG)
         self.already_saved = True

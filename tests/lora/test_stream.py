@@ -20,8 +20,8 @@ from lora_lightning.lora import blocks as in_blocks
 from lora_lightning.lora import merge as merging
 from lora_lightning.lora.blocks import blocks
 from lora_lightning.lora.errors import AdapterWarning
+from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.meta.checkpoint import as_bytes
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
 
