@@ -39,12 +39,7 @@ class Source:
     adapter: Adapter
     weights: Weights | None = None
     """W0; None where it is not to be had."""
-<<<<<<< HEAD
     run: Run | None = None
-    base: BaseFiles | None = None
-=======
-    run: OpenedRun | None = None
->>>>>>> main
     notes: list[str] = field(default_factory=list)
     """What could not be had, and why."""
 
