@@ -15,29 +15,27 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_to_predict, with_run_config
+from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_by_flag, with_run_config
 from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
 from lora_lightning.cli.exit_codes import raised_by_the_user
 from lora_lightning.cli.parser import CommandLine, OneLine
 from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.callbacks import (
-    Checkpoints,
-    FreezeBase,
-    PredictionWriter,
-    Progress,
-    Resume,
-    RunReport,
-    StepFigures,
-    StopOnNonFinite,
-    Throughput,
-)
+from lora_lightning.training.callbacks.freeze_base import FreezeBase
+from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite
+from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
+from lora_lightning.training.callbacks.progress_bar import Progress
+from lora_lightning.training.callbacks.run_report import RunReport
+from lora_lightning.training.callbacks.step_figures import StepFigures
+from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.checkpoints.resume import KEY, next_logged
+from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
+from lora_lightning.training.checkpoints.resume import KEY, Resume, next_logged
 from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
+from lora_lightning.training.preflight import refuse_unsupported_name
 from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.tracking.wandb_callback import Tracking
 from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
@@ -111,6 +109,9 @@ class LoRACLI(LightningCLI):
 
     _goes_on: int | None = None
     """The version of the run that a fit goes on with; None where it makes one of its own."""
+
+    _named_data: str | None = None
+    """What data that a flag names are called, where a trained run is tested or predicts on other than its own."""
 
     def __init__(
         self,
@@ -188,14 +189,15 @@ class LoRACLI(LightningCLI):
         config = self.config[name]
         refuse_no_keys(config, full)
         refuse_no_name(str(config.get("name", "lora")))
-        refuse_no_class(config.get("trainer.strategy"))
+        strategy = config.get("trainer.strategy")
+        refuse_no_class(strategy)
+        refuse_unsupported_name(getattr(strategy, "class_path", None))
         if name != "export" and config.get("data") is None:
             raise LoRAError(f"{name} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if words and self.until != "module":
             self._resolve_checkpoint(config)
-            if name == "predict":
-                rows_to_predict(config, full)
             if name != "fit":
+                self._named_data = rows_by_flag(config, name, full)
                 labels_of_run(config)
 
     def _resolve_checkpoint(self, config: Any) -> None:
@@ -308,9 +310,12 @@ class LoRACLI(LightningCLI):
         if self._goes_on is not None:
             return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
-            go_on_with_run_of(loggers, command.ckpt_path)
-            folder = run.run_of_checkpoint(Path(command.ckpt_path))
-            return [RepeatedCSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
+            version, folder = str(self.config.subcommand), run.run_of_checkpoint(Path(command.ckpt_path))
+            if self._named_data is None or version == "predict":
+                go_on_with_run_of(loggers, command.ckpt_path)
+            else:  # the run's own figures stay what they are
+                version = f"{version}_{self._named_data}"
+            return [RepeatedCSVLogger(folder, name="", version=version), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 

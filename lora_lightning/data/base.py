@@ -16,7 +16,6 @@ from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_num
 from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
 from lora_lightning.data.io.tables import Readers, check_columns, read_tables, source_of
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 
@@ -46,6 +45,8 @@ class TableData(LightningDataModule, ABC):
     """What says in which order training takes the rows."""
     readers: Readers | None = None
     """Ways to read files of other suffixes than the usual, or of these in another way."""
+    predicts_rows: bool = True
+    """Whether there is one prediction for each row of the table, in its order."""
 
     def __init__(
         self,
@@ -137,6 +138,36 @@ class TableData(LightningDataModule, ABC):
         """
         further = [name for name in self.tables if name.startswith(f"{split}_")]
         return [split, *further] if split in self.tables else []
+
+    def rows_of(self, split: str) -> int:
+        """How many rows all sets of a split have."""
+        return sum(len(self.tables[name]) for name in self.sets(split))
+
+    def columns_to_join(self, index: int, wanted: Sequence[str] | None = None) -> dict[str, list[Any]]:
+        """Values, row by row, of columns that tell which row a prediction is of.
+
+        Args:
+            index: which of the sets to predict on.
+            wanted: their names, or `all` as the one; `id` by default where there is such a column.
+
+        Raises:
+            LoRAError: the set has no such column, or is not predicted row by row.
+        """
+        names = self.sets("predict") or self.sets("test")
+        table = self.tables[names[index]] if index < len(names) else None
+        own = [name for name in (table.column_names if table else []) if name != ROW]
+        if wanted is None:
+            wanted = ["id"] if "id" in own and self.predicts_rows else []
+        if list(wanted) == ["all"]:
+            wanted = own
+        if table is None or not wanted:
+            return {}
+        check_columns(table, list(wanted), self.place(names[index]))
+        if not self.predicts_rows or len(self._encoded.get(names[index], table)) != len(table):
+            raise LoRAError(
+                f"{self.place(names[index])}: rows are cut or left out, so that columns cannot stand beside predictions"
+            )
+        return {name: list(values_of(table, name)) for name in wanted}
 
     def prepare_data(self) -> None:
         """Read once in one process, so that the others find everything cached."""
@@ -245,8 +276,8 @@ class TableData(LightningDataModule, ABC):
     def _loader(
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
     ) -> DataLoader[Any]:
-        own = None if self.trainer is None else replica(self.trainer)
-        world = {} if own is None else {"num_replicas": own.replicas, "rank": own.number}
+        own = self.trainer
+        world = {} if own is None else {"num_replicas": own.world_size, "rank": own.global_rank}
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)

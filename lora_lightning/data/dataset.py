@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.stream_loader import StreamLoader
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
@@ -92,7 +91,7 @@ class DatasetData(LightningDataModule):
         data: Any = self.sets[split]
         if data is None:
             raise LoRAError(f"there is no {split} set: give data.init_args.{split} a class_path")
-        world = (1, 0) if self.trainer is None else replica(self.trainer)[:2]
+        world = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "collate_fn": self.collate_fn,

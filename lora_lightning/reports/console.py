@@ -55,6 +55,8 @@ def show_run(lines: Iterable[str], console: Console) -> None:
 def show_injection(report: InjectionReport, console: Console) -> None:
     """The rest of it: the injection table, and a line on what goes the plain way."""
     console.print(injection_table(report))
+    for line in report.left_out():
+        console.print(line, soft_wrap=True)
     if report.plain_line():
         console.print(report.plain_line(), soft_wrap=True)
 
@@ -99,6 +101,8 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         for k, x in v.items()
         if k.startswith(("val_", "test_")) and k not in other and not k.endswith(BEFORE) and isinstance(x, float)
     ]
+    if "test_rows" in v:
+        rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
         rows.append(
             ("trainable parameters", f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})")

@@ -212,7 +212,10 @@ def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> da
     """One split: a file, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
-        return _read_file(resolve(file), text_by, own)
+        found = resolve(file)
+        if (Path(found) / "state.json").is_file():  # what save_to_disk made of one table
+            return datasets.load_from_disk(found)
+        return _read_file(found, text_by, own)
     refuse_not_there("set", on_hub)
     try:
         return datasets.load_dataset(on_hub, name, split=part)

@@ -32,10 +32,10 @@ class LabelNames(TableData):
 
     def read(self) -> dict[str, datasets.Dataset]:
         tables = super().read()
-        if "train" not in tables and not (self.given_label_names and "predict" in tables):
+        if "train" not in tables and not self.given_label_names:
             raise LoRAError(
-                f"the set has no train split, only {', '.join(tables)}: labels are read off train; to predict"
-                " without it, give label_names"
+                f"the set has no train split, only {', '.join(tables)}: labels are read off train; without it, give"
+                " data.init_args.label_names"
             )
         return tables
 
