@@ -80,6 +80,8 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
 def show_injection(report: InjectionReport, console: Console) -> None:
     """The rest of it: the injection table, and a line on what goes the plain way."""
     console.print(injection_table(report))
+    for line in report.left_out():
+        console.print(line, soft_wrap=True)
     if report.plain_line():
         console.print(report.plain_line(), soft_wrap=True)
 
