@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning import Checkpoints, FreezeBase, LoRAConfig, LoRAError, huggingface, inject
-from lora_lightning.cli.handed_down import NF4, handed_down
+from lora_lightning.cli.config_overrides import NF4, handed_down
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.dtype import base_dtypes, base_floats, cast_base
 from lora_lightning.lora.frozen.fingerprint import fingerprint

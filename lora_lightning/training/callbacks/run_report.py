@@ -83,6 +83,8 @@ class RunReport(Callback):
             "dtypes": parts_of(pl_module, trainer).to_dict(),
             "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
+        if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
+            values["data"] = summary
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
         if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
@@ -110,8 +112,9 @@ class RunReport(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero or folder is None:  # type: ignore[attr-defined]
             return
         values = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
-        if isinstance(data := trainer.datamodule, TableData):  # type: ignore[attr-defined]
-            values |= {"test_rows": data.rows_of("test"), "test_data": data.place("test")}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TableData) and (count := data.rows_of("test")) is not None:
+            values |= {"test_rows": count, "test_data": data.place("test")}
         if trainer.ckpt_path is None or folder == run.run_of_checkpoint(Path(str(trainer.ckpt_path))):
             show_report(self._written(folder, values), Console())
         else:
