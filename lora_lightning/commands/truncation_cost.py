@@ -13,7 +13,7 @@ from lora_lightning.commands.adapter_sources import Source
 from lora_lightning.export.compare import difference, outputs
 from lora_lightning.export.probe_batch import draw
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
-from lora_lightning.lora.formats.peft.adapter import load_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.inject import disabled, remove
 from lora_lightning.tasks.modes import evaluating
 

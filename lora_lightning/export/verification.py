@@ -16,7 +16,7 @@ from lora_lightning.export.model_files import reader, write_merged
 from lora_lightning.export.onnx import OnnxReport, export_onnx
 from lora_lightning.export.probe_batch import Probe, as_weights
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.peft.adapter import load_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.frozen.dtype import float_dtype, short
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove

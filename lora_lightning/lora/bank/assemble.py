@@ -12,7 +12,7 @@ from lora_lightning.lora.bank.combine import Mixed, blocks
 from lora_lightning.lora.bank.detached import Held
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.peft.adapter import load_tensors
+from lora_lightning.lora.formats.peft.load import load_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import LoRAParameter, SavedCopy

@@ -21,7 +21,8 @@ from lora_lightning.lora.bank.mixed_batch import Batch
 from lora_lightning.lora.bank.recipe import Recipe, check_weights
 from lora_lightning.lora.bank.row_grafts import grafted_rows
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
-from lora_lightning.lora.formats.peft.adapter import load_adapter, save_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.version_check import marks, refuse_moved
 from lora_lightning.lora.inject import disabled, inject
