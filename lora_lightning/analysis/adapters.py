@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.bank.mixing import Pair
 from lora_lightning.lora.errors import AdapterError, some
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
@@ -24,7 +23,7 @@ from lora_lightning.lora.formats.peft.config import (
 )
 from lora_lightning.lora.formats.peft.keys import A_ENDS, PREFIX, WRAPPER, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.matrices import matrix_pair, stack_pairs
+from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, stack_pairs
 
 OUT = f".{WRAPPER}.out_proj"
 REGISTERED = ("gate_up_proj", "down_proj")

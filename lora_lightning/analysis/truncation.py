@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
-from lora_lightning.lora.bank.mixing import Pair, padded, truncated
+from lora_lightning.lora.bank.combine import padded, truncated
 from lora_lightning.lora.errors import AdapterError, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
 from lora_lightning.lora.formats.tensor_files import file_content
+from lora_lightning.lora.frozen.spectrum import Pair
 from lora_lightning.lora.init.from_weight import from_weight
 
 MARK = "truncation.json"

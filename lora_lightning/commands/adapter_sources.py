@@ -17,7 +17,7 @@ from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
 from lora_lightning.backbones.checkpoint import BaseFiles
 from lora_lightning.backbones.key_mapping import groups_of
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.cli.build import OpenedRun, open_run
+from lora_lightning.cli.build import Run, open_run
 from lora_lightning.export.model_files import is_transformers
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError
@@ -39,8 +39,7 @@ class Source:
     adapter: Adapter
     weights: Weights | None = None
     """W0; None where it is not to be had."""
-    run: OpenedRun | None = None
-    base: BaseFiles | None = None
+    run: Run | None = None
     notes: list[str] = field(default_factory=list)
     """What could not be had, and why."""
 
@@ -93,10 +92,10 @@ def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
         try:
             weights.check(factors)
         except AdapterError as error:
-            weights, base, note = None, None, f"without W0: {error}"
+            weights, note = None, f"without W0: {error}"
     factors = with_starts(factors, subtracted_init(files.peft), weights)
     adapter = Adapter(label=label, source=str(directory), factors=factors, files=files, tensors=tensors)
-    return Source(adapter, weights, base=base, notes=[note] if note else [])
+    return Source(adapter, weights, notes=[note] if note else [])
 
 
 def _base_of(files: AdapterFiles, wanted: Wanted) -> tuple[BaseFiles | None, str]:
@@ -165,7 +164,7 @@ def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
     return Source(adapter, notes=[note] if note else [])
 
 
-def _opened(opened: OpenedRun, checkpoint: Path, label: str) -> Source:
+def _opened(opened: Run, checkpoint: Path, label: str) -> Source:
     """A run's adapter in PEFT's form, which is what is analysed and truncated."""
     backbone, task = opened.module.backbone, opened.module.task
     task_type = task.peft_task_type if is_transformers(backbone) else None

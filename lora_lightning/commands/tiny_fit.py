@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from lora_lightning.export.export import export
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.tasks.sequence_classification import SequenceClassification
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase
+from lora_lightning.training.callbacks.freeze_base import FreezeBase
+from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.trainer import LoRATrainer
 
@@ -87,7 +88,8 @@ def tiny_fit() -> Figures:
         device = str(trainer.strategy.root_device)
         module = module.cpu()
         after = _loss(module.backbone, x, labels)
-        report = export(module, Path(folder) / "export", batch={"x": x, "labels": labels})
+        w0, batch = module.w0_fingerprint(), {"x": x, "labels": labels}
+        report = export(module.backbone, module.task, w0, Path(folder) / "export", batch=batch)
     return Figures(STEPS, device, before, after, report.max_abs_diff, time.perf_counter() - began)
 
 

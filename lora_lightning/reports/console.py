@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.kept import KEPT
@@ -52,9 +54,34 @@ def show_run(lines: Iterable[str], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+MOST_LABELS = 12
+"""Labels that the box of the data names, each with its rows."""
+
+
+def show_data(summary: dict[str, Any] | None, console: Console) -> None:
+    """A box with what the rows tell before the first step, and a line for each thing that looks wrong."""
+    if not summary:
+        return
+    lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
+    for split, counts in summary.get("labels", {}).items():
+        if len(counts) > MOST_LABELS:
+            told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+        else:
+            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        lines.append(f"labels in {split}: {told}")
+    if cut := summary.get("cut"):
+        lines.append("cut at max_length: " + ", ".join(f"{share:.1%} of {split}" for split, share in cut.items()))
+    text = Text("\n".join(lines))
+    for warning in summary.get("warnings", ()):
+        text.append(f"\nwarning: {warning}", style="yellow")
+    console.print(Panel(text, title="data", title_align="left", expand=False))
+
+
 def show_injection(report: InjectionReport, console: Console) -> None:
     """The rest of it: the injection table, and a line on what goes the plain way."""
     console.print(injection_table(report))
+    for line in report.left_out():
+        console.print(line, soft_wrap=True)
     if report.plain_line():
         console.print(report.plain_line(), soft_wrap=True)
 
@@ -99,6 +126,8 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         for k, x in v.items()
         if k.startswith(("val_", "test_")) and k not in other and not k.endswith(BEFORE) and isinstance(x, float)
     ]
+    if "test_rows" in v:
+        rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
         rows.append(
             ("trainable parameters", f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})")
@@ -120,7 +149,6 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     for key, name in (
         ("adapter_dir", "adapter (PEFT)"),
         ("merged_dir", "merged model"),
-        ("onnx_dir", "ONNX model"),
         ("checkpoint", "checkpoint"),
         ("page", "page of the run"),
     ):
@@ -145,7 +173,7 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     """How near the exported files are to what was trained."""
     rows = []
     if "export_max_rel_diff" in v:
-        merged = {"merged", "onnx"} & set(v.get("export_formats", ["merged"]))
+        merged = "merged" in v.get("export_formats", ["merged"])
         rule = str(v.get("export_rule", ""))
         limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
         what = "merged against adapted" if merged else "adapter read back"
@@ -157,9 +185,6 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     if v.get("merged_dir") and v.get("export_kept_least", 1.0) < 0.9995:
         low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
-    if v.get("onnx_dir"):
-        allowed = f"{v['onnx_tolerance']:.0e} in onnxruntime"
-        rows.append(("ONNX against merged", f"{v['onnx_max_rel_diff']:.1e} relative (allowed {allowed})"))
     if v.get("merged_dir") and v.get("export_dequantised"):
         rows.append(("dequantised", f"{v['export_dequantised']} layers, plain in the merged model"))
     return rows

@@ -302,12 +302,11 @@ MISTAKES = {
     "a strategy": Mistake(
         f"{FIT} --trainer.strategy dpp",
         "no strategy 'dpp'; did you mean 'ddp'? (there are auto, ddp, ddp_spawn, ddp_fork, "
-        "single_device, fsdp1, fsdp2, zero2, zero3, and the overlays in configs/strategy/)",
+        "single_device, fsdp2, and the overlays in configs/strategy/)",
     ),
     "a strategy's class": Mistake(
         f"{FIT} --trainer.strategy lora_lightning.FSDP2Strateg",
-        "trainer.strategy: there is no 'lora_lightning.FSDP2Strateg'; did you mean 'lora_lightning.FSDP2Strategy'"
-        " or 'lora_lightning.FSDP1Strategy' or 'lora_lightning.ZeRO2Strategy'?",
+        "trainer.strategy: there is no 'lora_lightning.FSDP2Strateg'; did you mean 'lora_lightning.FSDP2Strategy'?",
     ),
     "an accelerator": Mistake(
         f"{FIT} --trainer.accelerator gpuu",
@@ -323,7 +322,7 @@ MISTAKES = {
     ),
     "a format": Mistake(
         "export --ckpt_path runs/tiny --formats merge",
-        "unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged, onnx)",
+        "unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged)",
     ),
     "a dtype": Mistake(
         "export --ckpt_path runs/tiny --dtype bf16",
@@ -516,10 +515,9 @@ MISTAKES = {
         "then stays on this disk until `wandb sync`",
         env={"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": "."},
     ),
-    "a package that is not installed": Mistake(
+    "a format that torch writes": Mistake(
         "export --ckpt_path runs/tiny --formats onnx",
-        'ONNX needs onnx: pip install "lora_lightning[onnx]"',
-        lacks="onnx",
+        "export writes no ONNX: export merged, and write ONNX from it with torch, as docs/export.md shows",
     ),
     "a port that is taken": Mistake(
         f"{FIT} --trainer.strategy ddp --trainer.devices 1",

@@ -58,13 +58,13 @@ class Tracking(Callback):
         report = wandb_run.log_report(loggers, folder)
         if self.artifacts:
             self._log_adapters(trainer, pl_module, folder)
-            if exported := [report[key] for key in ("adapter_dir", "merged_dir", "onnx_dir") if report.get(key)]:
+            if exported := [report[key] for key in ("adapter_dir", "merged_dir") if report.get(key)]:
                 wandb_run.log_export(loggers, folder, Path(exported[0]).parent)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The test's figures, in the summary of the run that was tested."""
-        if trainer.is_global_zero and trainer.ckpt_path:
-            wandb_run.log_report(self._loggers(trainer), run.run_of_checkpoint(Path(str(trainer.ckpt_path))))
+        if trainer.is_global_zero and trainer.ckpt_path and (folder := run.test_dir(trainer)) is not None:
+            wandb_run.log_report(self._loggers(trainer), folder)
 
     @staticmethod
     def _loggers(trainer: Trainer) -> list[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.lora.errors import AdapterError, did_you_mean, some, warn
-from lora_lightning.lora.targets.regexes import refusal
+from lora_lightning.lora.targets.patterns import regex_refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
@@ -83,7 +83,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _why_no_regex(value: Any) -> str:
     """The reason for which one of a field's regular expressions is refused."""
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
-    refused = ((pattern, refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
+    refused = ((pattern, regex_refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
     return next((f": {shorten(pattern)} {reason}" for pattern, reason in refused if reason), "")
 
 
@@ -114,7 +114,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_regex(value: Any) -> bool:
-    return isinstance(value, str) and refusal(value) is None
+    return isinstance(value, str) and regex_refusal(value) is None
 
 
 def _is_selection(value: Any) -> bool:

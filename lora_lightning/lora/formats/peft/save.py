@@ -25,7 +25,6 @@ from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.inject import saved_copies, token_rows, trained_biases
 from lora_lightning.lora.layers import LoRAConv1D, LoRALinear, LoRAParameter
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
-from lora_lightning.lora.targets.regexes import refusal
 
 CLASSIFIERS = ("classifier", "score")
 TASKS: dict[str, tuple[str, ...]] = {
@@ -84,7 +83,6 @@ def save_adapter(
     config = _config(model, layouts, base_model_name_or_path, task_type)
     if serving == "vllm":
         config["target_modules"] = vllm_targets(model, layouts)
-        config.pop("exclude_modules", None)
     record = write_record(model, layouts, tensors, other_dropouts(layouts), config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     write_together(Path(directory), {WEIGHTS: file_content(tensors, record), CONFIG: text.encode()})
@@ -118,7 +116,7 @@ def _config(
         "task_type": _task(model, task_type),
         **ranks_and_alphas(ranks, alphas),
         "lora_dropout": common_dropout(layouts),
-        **_selection([name for name in ranks if name not in parameters], model),
+        "target_modules": _selection([name for name in ranks if name not in parameters], model),
         "target_parameters": parameters or None,
         "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in token_rows(model)} or None,
         "modules_to_save": [name for name, _ in saved_copies(model)] or None,
@@ -155,28 +153,13 @@ def _bias(model: nn.Module, layouts: list[LayerLayout]) -> str:
     return "lora_only" if biased <= {one.layer.lora_owner for one in layouts} else "all"
 
 
-def _selection(names: list[str], model: nn.Module) -> dict[str, list[str] | str]:
-    """Full names; where one is also the dotted end of another module's name, one anchored regex instead.
-
-    Where that regex would be too long to be read again, the full names and the others' as `exclude_modules`, which
-    PEFT knows since 0.14.
-    """
+def _selection(names: list[str], model: nn.Module) -> list[str] | str:
+    """Full names; where one is also the dotted end of another module's name, one anchored regex instead."""
     chosen = set(names)
     everything = [name for name, _ in named_modules(model, remove_duplicate=False)]
-    caught = [other for other in everything if other not in chosen and not chosen.isdisjoint(dotted_ends(other))]
-    if not caught:
-        return {"target_modules": sorted(names)}
-    if refusal(regex := "|".join(map(re.escape, names))) is None:
-        return {"target_modules": regex}
-    others = set(caught)
-    if all(others.isdisjoint(dotted_ends(name)) for name in names):
-        return {"target_modules": sorted(names), "exclude_modules": sorted(others)}
-    if refusal(regex := "|".join(map(re.escape, caught))) is None:
-        return {"target_modules": sorted(names), "exclude_modules": regex}
-    raise AdapterError(
-        f"PEFT's config cannot tell {len(names)} adapted modules from {len(caught)} others whose names end in theirs,"
-        f" such as {some(sorted(others), 2)}: adapt those too, or rename them"
-    )
+    if any(other not in chosen and not chosen.isdisjoint(dotted_ends(other)) for other in everything):
+        return "|".join(map(re.escape, names))
+    return sorted(names)
 
 
 def common_dropout(layouts: list[LayerLayout]) -> float:
