@@ -11,6 +11,9 @@ from typing import Any
 
 from lora_lightning.lora.products import choices
 
+OUTPUT_HEAD = "the output head"
+"""The reason for which `all-linear` leaves out a head."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptedModule:
@@ -104,6 +107,13 @@ class InjectionReport:
         why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
         return f"plain arithmetic in {reasons.total()} of {len(self.modules)} layers: {why}" if reasons else ""
 
+    def left_out(self) -> list[str]:
+        """A line for each kind of layer that `all-linear` left out, with the reason; none for the output head."""
+        groups = Counter((without_numbers(name), reason) for name, reason in self.skipped.items())
+        return [
+            f"left out {name} ({count}): {reason}" for (name, reason), count in groups.items() if reason != OUTPUT_HEAD
+        ]
+
     HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "way", "parameters")
 
     def __str__(self) -> str:
@@ -111,7 +121,7 @@ class InjectionReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"trainable {self.trainable:,} of {self.total:,} ({self.share:.2%})")
-        return "\n".join([*lines, *filter(None, [self.plain_line()])])
+        return "\n".join([*lines, *self.left_out(), *filter(None, [self.plain_line()])])
 
 
 def without_numbers(name: str) -> str:

@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.lora.formats.atomic_dir import human_size
-from lora_lightning.lora.frozen.base_dtype import base_dtypes
-from lora_lightning.lora.frozen.dtype import short
+from lora_lightning.lora.frozen.dtype import base_dtypes, short
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, saved_copies
 from lora_lightning.lora.kept import KEPT
@@ -39,12 +40,36 @@ def show_lines(lines: Iterable[str], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+MOST_LABELS = 12
+"""Labels that the box of the data names, each with its rows."""
+
+
+def show_data(summary: dict[str, Any] | None, console: Console) -> None:
+    """A box with what the rows tell before the first step, and a line for each thing that looks wrong."""
+    if not summary:
+        return
+    lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
+    for split, counts in summary.get("labels", {}).items():
+        if len(counts) > MOST_LABELS:
+            told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+        else:
+            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        lines.append(f"labels in {split}: {told}")
+    if cut := summary.get("cut"):
+        lines.append("cut at max_length: " + ", ".join(f"{share:.1%} of {split}" for split, share in cut.items()))
+    text = Text("\n".join(lines))
+    for warning in summary.get("warnings", ()):
+        text.append(f"\nwarning: {warning}", style="yellow")
+    console.print(Panel(text, title="data", title_align="left", expand=False))
+
+
 def show_injection(report: InjectionReport, console: Console) -> None:
     """All rows of the injection table, blocks folded into one row each, and a line on what goes the plain way."""
     header, *rows = report.shown()
     text = [i for i, name in enumerate(header) if name in ("module", "kind", "way")]
     note = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
     console.print(Table(header=header, rows=rows, text=text, note=note))
+    show_lines(report.left_out(), console)
     if report.plain_line():
         show_lines([report.plain_line()], console)
 

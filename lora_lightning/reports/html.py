@@ -118,11 +118,7 @@ def figure_blocks(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) ->
     return [
         Section(
             drawing.title,
-            [
-                Block(
-                    figure=f"data:image/svg+xml;base64,{base64.b64encode(svgs[name]).decode()}", text=drawing.caption
-                )
-            ],
+            [Block(figure=f"data:image/svg+xml;base64,{base64.b64encode(svgs[name]).decode()}", text=drawing.caption)],
         )
         for name, drawing in drawings.items()
     ]
@@ -243,7 +239,7 @@ def duration(seconds: float) -> str:
 
 def _data(v: Mapping[str, Any]) -> list[Section]:
     """What the data's summary says, where the DataModule had one."""
-    summary = v.get("data_summary")
+    summary = v.get("data")
     return [Section("Data", [Block(table=data_table(summary))])] if summary else []
 
 

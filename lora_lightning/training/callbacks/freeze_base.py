@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
-from lora_lightning.reports.console import first_lines, part_dtypes, show_injection, show_lines
+from lora_lightning.reports.console import first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import agreed, gathered
 from lora_lightning.training.module import LoRAModule
@@ -63,6 +63,7 @@ class FreezeBase(Callback):
         report = module.report
         if self.show_table and trainer.is_global_zero:
             show_lines(first_lines(trainer, module.backbone, report, run.run_dir(trainer)), Console())
+            show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
             show_injection(report, Console())
             show_lines(part_dtypes(module.backbone, module.backbone_mode, trainer).lines(), Console())
         counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}

@@ -69,13 +69,25 @@ class RunReport(Callback):
         self._classes = class_counts(pl_module)
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Count the classes of the first set's batches."""
         self._count(trainer, outputs, batch, dataloader_idx)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """As in validation."""
         self._count(trainer, outputs, batch, dataloader_idx)
@@ -144,6 +156,8 @@ class RunReport(Callback):
             "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer).to_dict(),
             "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
+        if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
+            values["data"] = summary
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
         if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
@@ -174,8 +188,9 @@ class RunReport(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         values: dict[str, Any] = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
-        if isinstance(data := trainer.datamodule, TableData):  # type: ignore[attr-defined]
-            values |= {"test_rows": data.rows_of("test"), "test_data": data.place("test")}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TableData) and (count := data.rows_of("test")) is not None:
+            values |= {"test_rows": count, "test_data": data.place("test")}
         beside = trainer.ckpt_path is not None and folder != run.run_of_checkpoint(Path(str(trainer.ckpt_path)))
         if beside and isinstance(pl_module, LoRAModule):
             values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
