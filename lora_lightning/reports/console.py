@@ -35,7 +35,7 @@ BEFORE = "_before"
 
 
 def show_lines(lines: Iterable[str], console: Console) -> None:
-    """Lines as they are: brackets are no markup, and long ones are left to the terminal, so that paths can be copied."""
+    """Lines as they are: brackets are no markup, and the terminal folds long ones, so that paths can be copied."""
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 

@@ -1,14 +1,13 @@
-"""Figures that a paper could print, as PNG and SVG, in one style. matplotlib is loaded here, when the first is drawn."""
+"""Figures that a paper could print, as PNG and SVG, in one style; matplotlib is loaded when the first is drawn."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_lightning.lora.errors import MissingPackageError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
@@ -38,8 +37,7 @@ DPI = 200
 ENDINGS = ("png", "svg")
 
 
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A figure with its words."""
 
     title: str
@@ -91,7 +89,7 @@ def image_bytes(drawn: Figure) -> dict[str, bytes]:
     return files
 
 
-def write_figures(folder: Path, drawings: dict[str, Drawing], earlier: Any = ()) -> dict[str, bytes]:
+def write_figures(folder: Path, drawings: Mapping[str, Drawing], earlier: Any = ()) -> dict[str, bytes]:
     """Write each figure as `NAME.png` and `NAME.svg`; returns the SVG by name.
 
     Args:

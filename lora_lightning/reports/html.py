@@ -113,7 +113,7 @@ def _allowed(value: Any) -> Any:
     return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
 
-def figure_blocks(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) -> list[Section]:
+def figure_sections(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) -> list[Section]:
     """A section for each of matplotlib's figures, by their names."""
     return [
         Section(
@@ -309,4 +309,4 @@ def _config(text: str) -> list[Section]:
     return [Section("Config", [Block(code=text, fold=f"{CONFIG}, resolved")])] if text else []
 
 
-__all__ = ["Block", "Section", "figure_blocks", "page", "run_page", "table_section", "write_page"]
+__all__ = ["Block", "Section", "figure_sections", "page", "run_page", "table_section", "write_page"]
