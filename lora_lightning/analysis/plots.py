@@ -47,21 +47,21 @@ def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
             panels = by_layer(found.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
         else:
             panels = by_layer(found.adapters, lambda m: m.norm, "||sBA||")
-        drawn["norms"] = (
+        drawn["norms"] = Drawing(
             "Which layers hold the update",
             "Frobenius norms of s B A, beside W0's where that is known.",
             panels,
         )
         caption = "The share of ||s B A||_F^2 in the top k directions. Thin: a layer. Thick: the median of a group."
-        drawn["energy"] = "How many directions hold it", caption, energies(found.adapters)
+        drawn["energy"] = Drawing("How many directions hold it", caption, energies(found.adapters))
         for number, adapter in enumerate(found.adapters):
             end = f"-{number + 1}" if len(found.adapters) > 1 else ""
             title = f"The rank that would do, {adapter.label}"
-            drawn[f"ranks{end}"] = title, "The smallest rank that holds 95% of the energy.", ranks(adapter)
+            drawn[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
             if groups := found.groups[adapter.label]:
                 caption = f"phi(k, k) of A's first k directions; of random subspaces it is {groups[0].chance:.2g}."
                 title = f"Directions that layers share, {adapter.label}"
-                drawn[f"layers{end}"] = title, caption, between(adapter.label, groups)
+                drawn[f"layers{end}"] = Drawing(title, caption, between(adapter.label, groups))
         _draw_amplification(found, drawn)
         _draw_pairs(found, layers, drawn)
     return drawn
@@ -71,8 +71,8 @@ def _draw_amplification(found: Analysis, drawn: dict[str, Drawing]) -> None:
     adapters = [adapter for adapter in found.adapters if any(layer.base for layer in adapter.layers)]
     if adapters:
         caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
-        figure = by_layer(adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
-        drawn["amplification"] = "How much larger it is than W0 there", caption, figure
+        panels = by_layer(adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
+        drawn["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
 
 
 def _draw_pairs(found: Analysis, layers: str | None, drawn: dict[str, Drawing]) -> None:
@@ -86,7 +86,7 @@ def _draw_pairs(found: Analysis, layers: str | None, drawn: dict[str, Drawing]) 
             caption = (
                 "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
             )
-            drawn[f"phi-{side}{end}"] = title, caption, overlaps(pair, _chosen(own, found, layers))
+            drawn[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, _chosen(own, found, layers)))
 
 
 def _chosen(own: list[LayerSimilarity], found: Analysis, layers: str | None) -> list[LayerSimilarity]:
