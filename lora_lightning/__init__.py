@@ -61,21 +61,21 @@ if TYPE_CHECKING:
     from lora_lightning.training.callbacks.export_on_fit_end import ExportAtEnd as ExportAtEnd
     from lora_lightning.training.callbacks.freeze_base import FreezeBase as FreezeBase
     from lora_lightning.training.callbacks.generation_samples import Samples as Samples
+    from lora_lightning.training.callbacks.gradient_norms import StepFigures as StepFigures
     from lora_lightning.training.callbacks.initial_validation import MeasureBefore as MeasureBefore
     from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite as StopOnNonFinite
     from lora_lightning.training.callbacks.progress_bar import Progress as Progress
     from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry as RankTelemetry
     from lora_lightning.training.callbacks.run_report import RunReport as RunReport
-    from lora_lightning.training.callbacks.step_figures import StepFigures as StepFigures
     from lora_lightning.training.callbacks.throughput import Throughput as Throughput
     from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints as Checkpoints
     from lora_lightning.training.checkpoints.resume import Resume as Resume
     from lora_lightning.training.module import LoRAModule as LoRAModule
     from lora_lightning.training.optim import WarmupDecay as WarmupDecay
     from lora_lightning.training.precision import HalfBase as HalfBase
-    from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy as FSDP2Strategy
-    from lora_lightning.training.tracking.loggers import WandbLogger as WandbLogger
+    from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy as FSDP2Strategy
     from lora_lightning.training.tracking.wandb_callback import Tracking as Tracking
+    from lora_lightning.training.tracking.wandb_logger import WandbLogger as WandbLogger
     from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
 
 _WHERE = {
@@ -97,7 +97,7 @@ _WHERE = {
     "LoRAModule": "lora_lightning.training.module",
     "LoRATrainer": "lora_lightning.training.trainer",
     "WarmupDecay": "lora_lightning.training.optim",
-    "WandbLogger": "lora_lightning.training.tracking.loggers",
+    "WandbLogger": "lora_lightning.training.tracking.wandb_logger",
     "FreezeBase": "lora_lightning.training.callbacks.freeze_base",
     "ExportAtEnd": "lora_lightning.training.callbacks.export_on_fit_end",
     "RunReport": "lora_lightning.training.callbacks.run_report",
@@ -138,11 +138,11 @@ _WHERE = {
     "Resume": "lora_lightning.training.checkpoints.resume",
     "StopOnNonFinite": "lora_lightning.training.callbacks.nan_guard",
     "ResumableLoader": "lora_lightning.data.loading.loader",
-    "FSDP2Strategy": "lora_lightning.training.strategies.fsdp2",
+    "FSDP2Strategy": "lora_lightning.training.strategies.fsdp2.strategy",
     "HalfBase": "lora_lightning.training.precision",
     "RankTelemetry": "lora_lightning.training.callbacks.rank_telemetry",
     "Throughput": "lora_lightning.training.callbacks.throughput",
-    "StepFigures": "lora_lightning.training.callbacks.step_figures",
+    "StepFigures": "lora_lightning.training.callbacks.gradient_norms",
     "Tracking": "lora_lightning.training.tracking.wandb_callback",
     "Progress": "lora_lightning.training.callbacks.progress_bar",
     "on_meta": "lora_lightning.lora.meta.build",

@@ -23,7 +23,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.monitored import figures_of_its_own, unlogged
+from lora_lightning.training.preflight import figures_of_its_own, unlogged
 
 Goal = str
 """`min` or `max`."""
