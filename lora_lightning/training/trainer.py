@@ -91,15 +91,17 @@ class LoRATrainer(Trainer):
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """In each process: where one fails, all end."""
-        fits = self.state.fn == TrainerFn.FITTING and self.is_global_zero
-        with ending_together(self, unless=(PreemptedError,)), run.locked(run.run_dir(self) if fits else None):
+        fits = self.state.fn == TrainerFn.FITTING
+        if fits and self._chooses_logging:
+            self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
+        folder = run.run_dir(self) if fits and self.is_global_zero else None
+        with ending_together(self, unless=(PreemptedError,)), run.locked(folder):
             return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:
         """After Lightning has set its signal handlers."""
         leave_on_sigterm(self)
         if self.state.fn == TrainerFn.FITTING and self._chooses_logging:
-            self.log_every_n_steps = 1  # while the loaders are made: Lightning warns of an interval beyond an epoch
             self.log_every_n_steps = logging_interval(self.estimated_stepping_batches)
         return super()._run_stage()
 
