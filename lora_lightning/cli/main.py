@@ -46,6 +46,7 @@ LINKS = {
     "model.backbone.init_args.num_classes": "data.num_classes",
     "model.backbone.init_args.pad_token_id": "data.pad_token_id",
     "model.backbone.init_args.label_names": "data.label_names",
+    "model.backbone.init_args.tokenizer": "data.tokenizer",
     "model.task.init_args.label_names": "data.label_names",
     "model.task.init_args.tokenizer": "data.tokenizer",
 }
