@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from lora_lightning.lora.merge import merge as merge
     from lora_lightning.lora.meta.build import on_meta as on_meta
     from lora_lightning.lora.meta.fill import fill_from_files as fill_from_files
-    from lora_lightning.lora.switches import prepare_weights as prepare_weights
-    from lora_lightning.lora.switches import recompute_inputs as recompute_inputs
     from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
     from lora_lightning.tasks.contrastive import ContrastiveEmbedding as ContrastiveEmbedding
     from lora_lightning.tasks.image_classification import ImageClassification as ImageClassification
@@ -118,8 +116,6 @@ _WHERE = {
     "ImageData": "lora_lightning.data.images.data",
     "timm_model": "lora_lightning.backbones.vision",
     "torchvision_model": "lora_lightning.backbones.vision",
-    "prepare_weights": "lora_lightning.lora.switches",
-    "recompute_inputs": "lora_lightning.lora.switches",
     "MeasureBefore": "lora_lightning.training.callbacks.initial_validation",
     "Samples": "lora_lightning.training.callbacks.generation_samples",
     "TokenClassification": "lora_lightning.tasks.token_classification",
@@ -160,6 +156,10 @@ __all__ = sorted(_WHERE)  # noqa: PLE0605
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
+        from lora_lightning.lora.errors import REMOVED
+
+        if name in REMOVED:  # an AttributeError's words would be lost in `from lora_lightning import name`
+            raise ImportError(f"lora_lightning.{name} is gone: {REMOVED[name]}")
         raise AttributeError(f"module 'lora_lightning' has no attribute '{name}'")
     return getattr(importlib.import_module(_WHERE[name]), name)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lora_lightning.export.options import FORMATS
 from lora_lightning.export.verification import ExportReport
-from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.reports.page import write_page
+from lora_lightning.training.checkpoints import run_folder as run
 
 
 def of_the_data(datamodule: Any) -> dict[str, Any]:

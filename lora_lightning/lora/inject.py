@@ -17,8 +17,6 @@ from lora_lightning.lora.init.from_data import Loss, check_data, start_from_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     Grafted,
-    LoRAConv1D,
-    LoRALinear,
     SavedCopy,
     TokenRows,
     TrainedBias,
@@ -27,7 +25,6 @@ from lora_lightning.lora.layers import (
     ungraft,
 )
 from lora_lightning.lora.layers.fastpath import HOSTS, open_hosts
-from lora_lightning.lora.layers.siblings import introduce
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.layers.trained.token_rows import attach_rows, detach_rows
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
@@ -123,7 +120,6 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     modules = list(model.modules())
     for module in modules:
-        introduce(module, (LoRALinear, LoRAConv1D))
         if (
             isinstance(module, _BatchNorm | _InstanceNorm)
             and module.running_mean is not None
@@ -220,7 +216,6 @@ def _adapt(target: Target, *, start: bool) -> AdaptedModule:
         dropout=target.settings.dropout,
         parameters=sum(t.numel() for t in layer.lora_tensors().values() if t.requires_grad),
         why=target.why,
-        arithmetic=layer.arithmetic(),
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.blocks import sums
 from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow, widen
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
@@ -115,7 +114,7 @@ def merged_weights(
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
     whole = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    for name, place, before, delta in sums(layer):
+    for name, place, before, delta in layer.updates():
         after = before + delta
         if name not in merged:
             shape = whole[name].shape if place else after.shape

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.blocks import sums
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.frozen.dtype import float_dtype, refuse_dtype, refuse_overflow, refuse_wide
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
@@ -94,7 +93,7 @@ def _refuse_narrow(name: str, layer: AdaptedLayer, dtype: torch.dtype | None, pl
     weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
     target = {own: dtype or (plain_dtype if quantised else weight.dtype) for own, weight in weights.items()}
     large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
-    for own, _, before, delta in sums(layer) if large or torch.float16 in target.values() else ():
+    for own, _, before, delta in layer.updates() if large or torch.float16 in target.values() else ():
         refuse_infinite(name, delta)
         refuse_overflow(f"W0 + s B A of '{name}'", before + delta, target[own])
     update, bias = layer.update_bias(), layer._parameters.get("bias")

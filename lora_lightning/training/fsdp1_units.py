@@ -21,7 +21,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
-from lora_lightning.lora import switches
 from lora_lightning.lora.errors import some
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.training.distributed import processes
@@ -204,8 +203,6 @@ def shard_w0(
     options: dict[str, Any] = {"sharding_strategy": strategy, "device_id": device, "limit_all_gathers": True}
     units = Units(backbone, chosen, trained | {id(p) for p in whole.values()}, **options)
     backbone.__dict__[UNITS] = units
-    switches.prepare_weights(backbone, "off")
-    switches.recompute_inputs(backbone, False)
 
 
 def left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:

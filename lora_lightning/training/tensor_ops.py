@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 
-from lora_lightning.lora.drops import drawn
-from lora_lightning.lora.layers.ordinary import drops_by_bytes
+from lora_lightning.lora.layers.fused_linear import drops_by_bytes
+
+drawn: Any = None
 
 
 class _Copied(torch.autograd.Function):

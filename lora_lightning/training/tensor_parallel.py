@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.layers.fused_linear import plain_arithmetic
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.training.tensor_ops import Copies, PartOfDropout, joined, summed
 from lora_lightning.training.tensor_plan import Plan, Style
 
@@ -103,7 +103,7 @@ class TensorParallel:
                 input = self.copies.of(input).narrow(-1, rank * width, width)
             dropout = module._modules.get("lora_dropout")
             drops = dropout is not None and dropout.training  # by a mask that the quick form does not know
-            with local_parameters(module, grads, silent), plain_arithmetic() if drops else nullcontext():
+            with local_parameters(module, grads, silent), eager_arithmetic() if drops else nullcontext():
                 return summed(own(input), self.group)
 
         return forward

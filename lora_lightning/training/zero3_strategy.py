@@ -11,7 +11,6 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lora_lightning.lora import switches
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import saved_copies
@@ -43,9 +42,6 @@ class ZeRO3Strategy(EvaluatesTogether, ZeRO2Strategy):
         """Cut the model into parts, in evaluation too."""
         self._refuse()
         backbone = self._module.backbone
-        switches.prepare_weights(backbone, "off")
-        switches.recompute_inputs(backbone, False)
-        switches.compute_apart(backbone)  # DeepSpeed lets a module's parameters go as its own backward ends
         gather_whole(narrowed_copies(backbone))
         if trainer.state.fn == TrainerFn.FITTING:
             super().setup(trainer)

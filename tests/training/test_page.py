@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.cli.main import LoRACLI
+from lora_lightning.reports.page import write_page
 from lora_lightning.reports.page.chart import Axis, short, thinned
 from lora_lightning.reports.page.markup import tag
 from lora_lightning.reports.page.series import charts_of, read_metrics
-from lora_lightning.reports.page import write_page
 from tests.chromium import looks, parsed
 
 

@@ -21,7 +21,6 @@ from torch import distributed, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
 from lora_lightning import ExportAtEnd, FSDP1Strategy, LoRAConfig, LoRAModule, RunReport, inject
-from lora_lightning.lora import switches
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.training import trainer as lightning_trainer
@@ -45,7 +44,6 @@ def differing(case: shards.Case) -> list[str]:
     if distributed.get_rank():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data + 1  # rank 0's are taken
-    switches.recompute_inputs(model, case is shards.CASES["inputs computed anew"])
     shard_w0(model, CPU)
     got = shards.stepped(model, case)
     if distributed.get_world_size() == 2:

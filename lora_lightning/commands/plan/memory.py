@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, shortened
 from lora_lightning.commands.plan.stand_ins import put_stand_ins, stand_in_mode
 from lora_lightning.commands.plan.step_cost import StepCost, step_cost
-from lora_lightning.lora import switches
 from lora_lightning.lora.frozen.base_dtype import cast_base
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
-from lora_lightning.lora.layers import fused_linear as quick
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.training.activations.compilation import TrainingForward
 from lora_lightning.training.load_dtypes import load_dtypes
@@ -127,7 +126,6 @@ class Tracer:
         return self._traced(copy.deepcopy(backbone), way)
 
     def _traced(self, backbone: nn.Module, way: Way) -> StepCost:
-        switches.prepare_weights(backbone, "off")  # the choice is measured, on numbers
         mode = stand_in_mode()
         put_stand_ins(backbone, mode, self.device)
         put_stand_ins(self.module.task, mode, self.device)
@@ -179,5 +177,5 @@ def sharded(backbone: nn.Module, cost: StepCost, processes: int) -> int:
 
 
 def quantised_context(way: Way) -> AbstractContextManager[Any]:
-    """Quantised layers compute plainly."""
-    return quick.plain_arithmetic() if way.precision == "nf4-base" else nullcontext()
+    """Quantized layers take the eager form."""
+    return eager_arithmetic() if way.precision == "nf4-base" else nullcontext()

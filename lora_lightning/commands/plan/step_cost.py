@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from lora_lightning.commands.plan.memory_tracker import counting
 from lora_lightning.commands.plan.stand_ins import bytes_of
-from lora_lightning.lora.traced import traced
+from lora_lightning.lora.layers.tracing import traced
 
 
 @dataclass(frozen=True, kw_only=True)

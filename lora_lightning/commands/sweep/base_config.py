@@ -48,7 +48,7 @@ class _Built(LoRACLI):
         model = self.config.fit.model
         for key, value in without.items():
             self.config.fit.trainer[key] = value
-        model.lora["init"], model["prepare_weights"], model["init_adapter"] = "gaussian", "off", None
+        model.lora["init"], model["init_adapter"] = "gaussian", None
         backbone = model.backbone
         if backbone.get("class_path") and _named(backbone.class_path) is huggingface:
             backbone["class_path"] = f"{__name__}.bare"

@@ -20,7 +20,7 @@ from lora_lightning.lora.layers.class_swap import Grafted
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
 from lora_lightning.lora.layers.encoder import EncoderHost
-from lora_lightning.lora.layers.functional import conv_update, lora_update
+from lora_lightning.lora.layers.functional import lora_update
 
 
 class _Rows(Grafted):
@@ -42,7 +42,7 @@ class _Rows(Grafted):
         for entries, layer in found:
             if layer.lora_magnitude_vector is not None:
                 update = _update(layer, x.index_select(dim, entries), out.dtype)
-                out.index_copy_(dim, entries, layer.lora_combine(out.index_select(dim, entries), update))
+                out.index_copy_(dim, entries, layer.lora_finish(out.index_select(dim, entries) + update))
         plain = [(e, layer) for e, layer in found if layer.lora_magnitude_vector is None]
         return add_by_group(out, x, [(e, _updater(layer, out.dtype)) for e, layer in plain], dim)
 
@@ -151,11 +151,9 @@ def rows_kind(module: nn.Module) -> type[Grafted]:
 
 def _update(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
     """What the adapted layer adds to the base's output, before any factor of DoRA."""
-    if isinstance(layer, LoRAEmbedding):
-        return layer._update(x, dtype)
-    if isinstance(layer, CONVS):
-        return conv_update(layer._slide, x, layer.lora_A, layer.lora_B, layer.lora_settings.scale)  # type: ignore[operator,union-attr,arg-type]
-    update: Tensor = layer.lora_output(x)
+    update: Tensor = layer.lora_update(x, dtype) if isinstance(layer, LoRAEmbedding) else layer.lora_update(x)
+    if layer.lora_B_bias is not None:
+        update = update + layer._along_output(layer.lora_B_bias * layer.lora_settings.scale).to(update.dtype)
     return update
 
 

@@ -20,7 +20,6 @@ from lora_lightning.lora.init import from_weight as starts
 from lora_lightning.lora.init.from_data import check_data
 from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies, token_rows, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer
-from lora_lightning.lora.layers.options import WithOptions
 from lora_lightning.lora.meta.bare import builds_bare
 from lora_lightning.lora.meta.inject import make_adapter_real, present
 from lora_lightning.lora.meta.weight_files import files_of
@@ -59,7 +58,7 @@ def _draw(model: nn.Module, report: InjectionReport, read: Read, *, start: bool)
         layer = layers[row.module]
         with _w0_present(layer, names[layer.lora_owner], read, start=start):
             # Of the layer alone: a bias that trains beside it is copied below.
-            WithOptions.reset_lora_parameters(layer) if start else layer._start_plainly()
+            AdaptedLayer.reset_lora_parameters(layer) if start else layer.start_plainly()
 
 
 @contextmanager
