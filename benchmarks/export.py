@@ -91,7 +91,8 @@ def watch():
 
 watcher = threading.Thread(target=watch)
 watcher.start()
-export(module, sys.argv[1], batch={"input_ids": torch.ones(1, 8, dtype=torch.long)})
+batch = {"input_ids": torch.ones(1, 8, dtype=torch.long)}
+export(module.backbone, module.task, module.w0_fingerprint(), sys.argv[1], batch=batch)
 done.set()
 watcher.join()
 print(size, before, peak)

@@ -181,7 +181,6 @@ def peft_in_trainer(options: argparse.Namespace, folder: str) -> Fit:
 
 WAYS: dict[str, Callable[[argparse.Namespace, str], Fit]] = {
     "ours": ours,
-    "ours, inputs recomputed": functools.partial(ours, recompute_inputs=True),
     "PEFT in the Hugging Face Trainer": peft_in_trainer,
 }
 

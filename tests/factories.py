@@ -163,3 +163,11 @@ def assert_same(model: nn.Module, before: dict[str, Any], *, but: tuple[str, ...
         assert now["state"].keys() == before["state"].keys()
         for key, value in before["state"].items():
             assert torch.equal(now["state"][key], value), key
+
+
+def export_of(module, folder, batch=None, **options):
+    """`export` of a LoRAModule's parts."""
+    from lora_lightning.export.export import export
+
+    w0 = module.w0_fingerprint()
+    return export(module.backbone, module.task, w0, folder, batch=batch, example=module.example_input_array, **options)

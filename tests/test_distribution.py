@@ -79,7 +79,7 @@ def test_the_wheel_says_what_it_is(built):
     assert told.get_all("License-File") == ["LICENSE"]
     torch = next(line for line in told.get_all("Requires-Dist") or [] if line.startswith("torch"))
     assert torch == "torch<3,>=2.13"
-    assert {"demo", "lm", "vision", "onnx", "plots", "dev"} <= set(told.get_all("Provides-Extra") or [])
+    assert {"demo", "lm", "vision", "plots", "dev"} <= set(told.get_all("Provides-Extra") or [])
 
 
 @pytest.mark.parametrize("form", ["wheel", pytest.param("sdist", marks=pytest.mark.slow)])

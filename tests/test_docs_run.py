@@ -90,6 +90,6 @@ def test_the_commands_of_quick_start_and_export_run_as_they_stand(tmp_path, monk
     assert (tmp_path / "runs/r16/version_0/config.yaml").is_file()
     for args in lines_of("export.md"):
         command(monkeypatch, *args)
-    assert (tmp_path / "onnx/onnx/model.onnx").is_file()
+    assert (tmp_path / "small/merged/config.json").is_file()
     assert (tmp_path / "merged/config.json").is_file()
     run_python("export.md")

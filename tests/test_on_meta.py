@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
-from lora_lightning.export.export import export
 from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.meta_start import inject_anywhere
+from tests.factories import export_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 DECODER = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 16}
@@ -139,7 +139,8 @@ def test_a_fit_and_all_that_follows_is_the_same(tmp_path, tiny, make_data):
         fitted = module()
         assert any(p.is_meta for p in fitted.parameters()) == on_meta
         fit = trainer(max_steps=4, max_epochs=1, limit_val_batches=1)
-        fit.fit(fitted, make_data())
+        data = make_data()
+        fit.fit(fitted, data)
         file = folder / "a.ckpt"
         fit.save_checkpoint(file)
         tested = trainer(limit_test_batches=2).test(module(), make_data(), ckpt_path=file, verbose=False)
@@ -147,7 +148,7 @@ def test_a_fit_and_all_that_follows_is_the_same(tmp_path, tiny, make_data):
         loaded.configure_model()
         loaded.on_load_checkpoint(torch.load(file))
         loaded.load_state_dict(torch.load(file)["state_dict"])
-        report = export(loaded, folder / "export", formats="adapter")
+        report = export_of(loaded, folder / "export", next(iter(data.val_dataloader())), formats="adapter")
         results[on_meta] = (fitted.state_dict(), torch.load(file)["state_dict"], tested, report.w0_before)
     (state, kept, tested, digest), (state2, kept2, tested2, digest2) = results[False], results[True]
     assert state.keys() == state2.keys()

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.bank.mixing import Pair
 from lora_lightning.lora.errors import AdapterError, some
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, peft_selects
 from lora_lightning.lora.formats.peft.keys import as_written
@@ -20,7 +19,7 @@ from lora_lightning.lora.formats.peft.packing import PREFIX
 from lora_lightning.lora.formats.peft.patterns import check_rank, matching, trained_alphas
 from lora_lightning.lora.formats.peft.unpacking import A_ENDS
 from lora_lightning.lora.formats.peft.wrappers import WRAPPER
-from lora_lightning.lora.frozen.matrices import matrix_pair, stack_pairs
+from lora_lightning.lora.frozen.matrices import Pair, matrix_pair, stack_pairs
 from lora_lightning.lora.meta.inject import AdapterFiles
 
 OUT = f".{WRAPPER}.out_proj"

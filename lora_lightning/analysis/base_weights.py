@@ -8,9 +8,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lora_lightning.analysis.adapters import Factors
-from lora_lightning.lora.bank.mixing import Pair
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.frozen.matrices import less_start, weight_matrices
+from lora_lightning.lora.frozen.matrices import Pair, less_start, weight_matrices
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.init.from_weight import from_weight, start_from_weight
 

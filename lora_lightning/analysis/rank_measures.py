@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora.bank.mixing import Pair
-from lora_lightning.lora.frozen.matrices import base_matrices
+from lora_lightning.lora.frozen.matrices import Pair, base_matrices
 from lora_lightning.lora.frozen.spectrum import (
     Spectrum,
     energy,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lora_lightning.analysis.adapters import Adapter, Factors
 from lora_lightning.analysis.layer_groups import places
-from lora_lightning.lora.bank.mixing import Pair
+from lora_lightning.lora.frozen.matrices import Pair
 from lora_lightning.lora.frozen.spectrum import accumulated, chance, directions, similarity, spectrum
 
 Side = Literal["A", "B", "update_in", "update_out"]

@@ -117,10 +117,6 @@ def of_truncation(told: Truncation) -> Rows:
     if "validation" in told.cost:
         found = told.cost["validation"]
         rows += [[name, f"{x:.5g} to {found['after'][name]:.5g}"] for name, x in found["before"].items()]
-    if "probe" in told.cost:
-        probe = told.cost["probe"]
-        rows.append(["outputs move by", f"{probe['truncation_moves']:.3g}, relatively, on a probe"])
-        rows.append(["as the whole adapter moves them by", f"{probe['adapter_moves']:.3g}"])
     if "not_measured" in told.cost:
         rows.append(["cost", f"not measured: {told.cost['not_measured']}"])
     return Rows(f"truncated: {told.directory}", ["what", "figure"], rows)

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
-from lora_lightning.lora.bank.mixing import Pair, padded, truncated
+from lora_lightning.lora.bank.combine import padded, truncated
 from lora_lightning.lora.errors import AdapterError, LoRAError
+from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.packing import PREFIX
 from lora_lightning.lora.formats.peft.write import ranks_and_alphas
 from lora_lightning.lora.formats.provenance import rewritten
-from lora_lightning.lora.formats.tensor_files import tensor_bytes, write_together
+from lora_lightning.lora.formats.tensor_files import file_content
+from lora_lightning.lora.frozen.matrices import Pair
 from lora_lightning.lora.init.from_weight import from_weight
 
 MARK = "truncation.json"
@@ -100,9 +102,9 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
         ),
     )
     files = {
-        WEIGHTS: tensor_bytes(tensors, metadata),
-        CONFIG: _json(config),
         MARK: _json({"share": share, "ranks": ranks}),
+        WEIGHTS: file_content(tensors, metadata),
+        CONFIG: _json(config),
     }
     write_together(directory, files)
     return told

@@ -17,7 +17,8 @@ from lora_lightning.backbones.huggingface import quiet
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.keys import as_written
 from lora_lightning.lora.formats.peft.packing import PREFIX
-from lora_lightning.lora.meta.checkpoint import DTYPES, Checkpoint
+from lora_lightning.lora.formats.tensor_files import DTYPES
+from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import AdapterFiles
 
 CONFIG = "config.json"

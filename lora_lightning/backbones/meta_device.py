@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, modeling_utils
 
 from lora_lightning.backbones.key_mapping import groups_to_load
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.meta.checkpoint import DTYPES
+from lora_lightning.lora.formats.tensor_files import DTYPES
 from lora_lightning.lora.meta.key_mapping import Base
 from lora_lightning.lora.meta.weight_files import WeightFiles, keep_files
 

@@ -33,7 +33,6 @@ from lora_lightning.training.callbacks import (
     StepFigures,
     StopOnNonFinite,
     Throughput,
-    Tracking,
 )
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.resume import KEY, next_logged
@@ -41,8 +40,19 @@ from lora_lightning.training.head_size import refuse_other_count, refuse_other_s
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
 from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
+from lora_lightning.training.tracking.wandb_callback import Tracking
 from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
+
+LINKS = {
+    "model.task.init_args.num_classes": "data.num_classes",
+    "model.backbone.init_args.num_classes": "data.num_classes",
+    "model.backbone.init_args.pad_token_id": "data.pad_token_id",
+    "model.backbone.init_args.label_names": "data.label_names",
+    "model.task.init_args.label_names": "data.label_names",
+    "model.task.init_args.tokenizer": "data.tokenizer",
+}
+"""What the model is told by the data, where the DataModule has such an attribute; else a config's own value holds."""
 
 # The docstring under each field of LoRAConfig and SplitConfig is its --help.
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -94,8 +104,11 @@ class SaveRunConfig(SaveConfigCallback):
             if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
                 for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
                     shared.data.init_args[name] = value
+            for target in LINKS:  # a value that the config gave is kept: the data may have none
+                if shared.get(target) is None:
+                    shared.pop(target, None)
             # In one file: for several jsonargparse would enter the folder, where a logger's thread may be writing.
-            text = self.parser.dump(shared, skip_unset=False, skip_validation=True)
+            text = self.parser.dump(shared, skip_unset=False, skip_validation=True, skip_link_targets=False)
             (folder / run.CONFIG).write_text(text, encoding="utf-8")
             log_config(trainer.loggers, folder / run.CONFIG)
         self.already_saved = True
@@ -176,12 +189,8 @@ class LoRACLI(LightningCLI):
 
     def link_data(self, parser: LightningArgumentParser) -> None:
         """Labels, padding and tokenizer from the data to the backbone and the task."""
-        parser.link_arguments("data.num_classes", "model.task.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.num_classes", "model.backbone.init_args.num_classes", apply_on="instantiate")
-        parser.link_arguments("data.pad_token_id", "model.backbone.init_args.pad_token_id", apply_on="instantiate")
-        parser.link_arguments("data.label_names", "model.backbone.init_args.label_names", apply_on="instantiate")
-        parser.link_arguments("data.label_names", "model.task.init_args.label_names", apply_on="instantiate")
-        parser.link_arguments("data.tokenizer", "model.task.init_args.tokenizer", apply_on="instantiate")
+        for target, source in LINKS.items():
+            parser.link_arguments(source, target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without --config, a command on a trained run takes the config that the run was made with."""

@@ -38,7 +38,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "lora_lightning.commands.registry_commands:sweep",
             rest="fit",
         ),
-        "export": Command("a trained run as PEFT adapter, merged model or ONNX, each compared with it"),
+        "export": Command("a trained run as PEFT adapter and merged model, each compared with it"),
     },
     "adapters on disk": {
         "merge": Command(

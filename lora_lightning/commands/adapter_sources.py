@@ -40,7 +40,6 @@ class Source:
     weights: Weights | None = None
     """W0; None where it is not to be had."""
     run: OpenedRun | None = None
-    base: BaseFiles | None = None
     notes: list[str] = field(default_factory=list)
     """What could not be had, and why."""
 
@@ -93,10 +92,10 @@ def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
         try:
             weights.check(factors)
         except AdapterError as error:
-            weights, base, note = None, None, f"without W0: {error}"
+            weights, note = None, f"without W0: {error}"
     factors = with_starts(factors, start_in_file(files.peft), weights)
     adapter = Adapter(label=label, source=str(directory), factors=factors, files=files, tensors=tensors)
-    return Source(adapter, weights, base=base, notes=[note] if note else [])
+    return Source(adapter, weights, notes=[note] if note else [])
 
 
 def _base_of(files: AdapterFiles, wanted: Wanted) -> tuple[BaseFiles | None, str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import Progress
 
@@ -24,14 +25,13 @@ from lora_lightning.analysis.similarity import (
     between_layers,
 )
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
+from lora_lightning.cli.build import OpenedRun
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
-from lora_lightning.commands.truncation_cost import cost_of
-from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.errors import AdapterWarning, LoRAError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.lora.formats.peft.adapter import load_adapter
+from lora_lightning.lora.inject import remove
 from lora_lightning.lora.targets.regexes import refusal
-
-if TYPE_CHECKING:
-    pass
 
 RESULTS, PAGE, TRUNCATED = "analysis.json", "index.html", "truncated"
 
@@ -108,8 +108,23 @@ def _truncated(source: Source, request: Request) -> Truncation:
     assert request.truncate is not None
     directory = request.output_dir / TRUNCATED
     told = truncate(source.adapter, request.truncate, directory)
-    told.cost.update(cost_of(source, directory, allow_other_base=request.wanted.allow_other_base))
+    told.cost.update(_cost(source.run, directory))
     return told
+
+
+def _cost(run: OpenedRun | None, truncated: Path) -> dict[str, Any]:
+    """The figures of a run's validation set before and after, or why there are none.
+
+    The run's model holds the truncated adapter afterwards.
+    """
+    if run is None or run.data is None:
+        return {"not_measured": "only a run has a validation set to measure on: name the run's folder"}
+    before, backbone = run.validate(), run.module.backbone
+    remove(backbone)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AdapterWarning)  # said when the adapter was opened
+        load_adapter(backbone, truncated, allow_other_base=True)
+    return {"validation": {"before": before, "after": run.validate()}}
 
 
 def write(found: Analysis, request: Request) -> None:

@@ -87,7 +87,8 @@ def tiny_fit() -> Figures:
         device = str(trainer.strategy.root_device)
         module = module.cpu()
         after = _loss(module.backbone, x, labels)
-        report = export(module, Path(folder) / "export", batch={"x": x, "labels": labels})
+        w0, batch = module.w0_fingerprint(), {"x": x, "labels": labels}
+        report = export(module.backbone, module.task, w0, Path(folder) / "export", batch=batch)
     return Figures(STEPS, device, before, after, report.max_abs_diff, time.perf_counter() - began)
 
 

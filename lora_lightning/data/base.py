@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
-from lora_lightning.data.io.rows import ROW, values_of, with_row_numbers
+from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_numbers
 from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
 from lora_lightning.data.io.tables import Readers, check_columns, read_tables, source_of
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
@@ -98,7 +98,17 @@ class TableData(LightningDataModule, ABC):
 
     def lengths(self, table: datasets.Dataset) -> list[int] | None:
         """Of each encoded row, to group by; None where rows have no length."""
-        return [len(ids) for ids in values_of(table, "input_ids")] if "input_ids" in table.column_names else None
+        return lengths_of(table) if "input_ids" in table.column_names else None
+
+    def encoded_lengths(self) -> dict[str, list[int]]:
+        """Tokens of each encoded row by split, of a row of several texts in its longest; none of packed rows."""
+        found = {}
+        for split, table in self._encoded.items():
+            names = table.column_names if isinstance(table, datasets.Dataset) else []
+            columns = [] if "position_ids" in names else [name for name in names if name.endswith("input_ids")]
+            if columns:
+                found[split] = np.max([lengths_of(table, column) for column in columns], axis=0).tolist()
+        return found
 
     def read_off_train(self) -> dict[str, Any]:
         """Arguments that training rows decided, such as label names: kept, so that `predict` needs no training file."""

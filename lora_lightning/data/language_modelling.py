@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
-from lora_lightning.data.io.rows import ROW, values_of
+from lora_lightning.data.io.rows import ROW, lengths_of, values_of
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.io.streamed import StreamedTextData
 from lora_lightning.data.io.streaming import AT_ONCE, read_streams
 from lora_lightning.data.io.tables import TextBy, read_tables
-from lora_lightning.data.loading.packing import CausalCollator, cut, cut_to_train, lengths_of, pack_rows, pack_table
+from lora_lightning.data.loading.packing import CausalCollator, cut, cut_to_train, pack_rows, pack_table
 from lora_lightning.data.text.base import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
@@ -152,9 +152,6 @@ class LanguageModellingData(StreamedTextData, GivesPrompts):
         self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
     ) -> datasets.Dataset:
         return documents.map(cut, batched=True, fn_kwargs={"max_length": self.max_length}, desc=f"cut {split}")
-
-    def lengths(self, table: datasets.Dataset) -> list[int] | None:
-        return lengths_of(table)
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:

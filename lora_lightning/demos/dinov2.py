@@ -67,7 +67,7 @@ def weights(file: Path) -> dict[str, Tensor]:
         import onnx
         from onnx import numpy_helper
     except ImportError as error:
-        raise LoRAError("dinov2_small reads an ONNX file: pip install 'lora_lightning[onnx]'") from error
+        raise LoRAError("dinov2_small reads an ONNX file: pip install onnx") from error
     graph: Any = onnx.load(str(file)).graph
     arrays = {i.name: torch.from_numpy(numpy_helper.to_array(i).copy()) for i in graph.initializer}
     state = {key.removeprefix("backbone."): t for key, t in arrays.items() if key.startswith("backbone.")}

@@ -1,11 +1,10 @@
-"""From a trained module to files that others open, and the proof in numbers that they hold what was trained."""
+"""From a trained backbone to files that others open, and the proof in numbers that they hold what was trained."""
 
 from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -14,31 +13,33 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
-from lora_lightning.export.onnx import refuse_missing
-from lora_lightning.export.options import DEFAULT_FORMATS, REPORT, checked_options, checked_target
-from lora_lightning.export.probe_batch import draw, from_batch
-from lora_lightning.export.verification import ExportReport, Proof, rounding_told
+from lora_lightning.export.options import FORMATS, REPORT, checked_options, checked_target
+from lora_lightning.export.probe_batch import probe_from
+from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.atomic_dir import staged
+from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
 from lora_lightning.lora.formats.peft.adapter import save_adapter
-from lora_lightning.lora.formats.tensor_files import write_bytes
 from lora_lightning.lora.frozen.dtype import DType, float_dtype
-from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.lora.kept import rounding_told
+from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.modes import evaluating
-from lora_lightning.training.module import LoRAModule
 
 BESIDE = 32_000_000
 """Bytes for what is written beside weights: tokenizers are up to this large."""
 
 
 def export(
-    module: LoRAModule,
+    backbone: nn.Module,
+    task: Task,
+    w0: Fingerprint,
     output_dir: str | Path,
     *,
     batch: Mapping[str, Any] | None = None,
-    formats: str | Iterable[str] = DEFAULT_FORMATS,
+    example: Any = None,
+    formats: str | Iterable[str] = FORMATS,
     tokenizer: Any = None,
     image_processor: Any = None,
     label_names: list[str] | None = None,
@@ -48,14 +49,18 @@ def export(
 ) -> ExportReport:
     """Write the adapter, the merged model, or both, and compare the outputs of each with the adapted model's.
 
-    The module's backbone is left adapted, and beside it there is never more than one other copy of its weights. All is
+    The backbone is left adapted, and beside it there is never more than one other copy of its weights. All is
     written beside `output_dir` and moved there in one step; where anything fails, `output_dir` is as it was.
 
     Args:
-        batch: a probe, as the DataModule gives it; otherwise one is drawn from what the backbone's config says.
-        formats: of `adapter` (a PEFT directory), `merged` (a transformers directory, or a safetensors file with
-            the backbone's own keys) and `onnx` (of the merged model; needs the extra of that name); in a list, or
-            with commas between.
+        backbone: the adapted model.
+        task: what it was trained on: says which of a batch's entries are inputs, and how PEFT and transformers call it.
+        w0: the fingerprint of its frozen weights as training started.
+        output_dir: a new or empty folder, or that of an earlier export, which is replaced.
+        batch: a probe, as the DataModule gives it.
+        example: in place of a batch, a LightningModule's `example_input_array`.
+        formats: of `adapter` (a PEFT directory) and `merged` (a transformers directory, or a safetensors file with
+            the backbone's own keys); in a list, or with commas between.
         tokenizer: saved beside the adapter and the merged model; the backbone's own by default.
         image_processor: the same, beside a transformers model.
         label_names: written into the report, beside the adapter, and into the merged model's config, or beside it.
@@ -68,20 +73,18 @@ def export(
         MergeError: W0 moved in training, or the exported model's outputs differ by more than the tolerance.
     """
     wanted, to_dtype = checked_options(formats, dtype, max_shard_size, serving)
-    if "onnx" in wanted:
-        refuse_missing()
     target = checked_target(Path(output_dir))
     report = ExportReport(str(target), wanted, label_names=label_names)
-    report.trainable, report.total = module.report.trainable, module.report.total
-    with _in_eval(module.backbone) as backbone, staged(target, bytes_needed(backbone, wanted, to_dtype)) as folder:
-        _check_w0(module, report)
-        given = None if batch is None else module.task.inputs(backbone, batch)
-        probe = from_batch(given) if given is not None else draw(backbone, module.example_input_array)
-        proof = Proof(backbone, probe, report, to_dtype)
+    report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    report.total = sum(p.numel() for p in backbone.parameters())
+    needed = bytes_needed(backbone, wanted, to_dtype)
+    with evaluating(backbone), torch.no_grad(), staged(target, needed) as folder:
+        _check_w0(backbone, w0, report)
+        proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
         own = [tokenizer, image_processor if is_transformers(backbone) else None]
         processing = [part for part in own if part is not None] or processing_of(backbone)
         if "adapter" in wanted:
-            task_type = module.task.peft_task_type if is_transformers(backbone) else None
+            task_type = task.peft_task_type if is_transformers(backbone) else None
             save_adapter(backbone, folder / "adapter", task_type=task_type, serving=serving)
             for part in processing:
                 part.save_pretrained(folder / "adapter")
@@ -89,22 +92,18 @@ def export(
             report.adapter_bytes, _ = _weights(folder / "adapter")
             proof.of_adapter(folder / "adapter")
             report.adapter_dir = str(target / "adapter")
-        if "merged" in wanted or "onnx" in wanted:
+        if "merged" in wanted:
             proof.of_merged(
-                folder / "merged" if "merged" in wanted else None,
-                folder / "onnx" / "model.onnx" if "onnx" in wanted else None,
+                folder / "merged",
                 processing=processing,
                 label_names=label_names,
-                problem_type=module.task.problem_type,
+                problem_type=task.problem_type,
                 max_shard_size=max_shard_size,
             )
-        if "merged" in wanted:
             report.merged_bytes, report.merged_files = _weights(folder / "merged")
             report.merged_dir = str(target / "merged")
-        if report.onnx is not None:
-            report.onnx_dir, report.onnx_bytes = str(target / "onnx"), report.onnx.size
         write_bytes(folder / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
-    if told := rounding_told(report):
+    if told := rounding_told(report.kept, str(report.dtype)):
         warnings.warn(told, stacklevel=2)
     return report
 
@@ -113,8 +112,6 @@ def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype
     """About what an export takes on the disk: each tensor once, quantised layers as the plain ones they become."""
     adapter = {id(t): t.numel() * t.element_size() for t in adapter_tensors(backbone).values()}
     needed = BESIDE + 2 * sum(adapter.values())  # PEFT's form may be of twice the rank
-    if "onnx" in formats:
-        needed += sum(4 * tensor.numel() for tensor in backbone.parameters())
     if "merged" in formats:
         floats, sizes = float_dtype(backbone), {}
         for module in backbone.modules():
@@ -132,15 +129,8 @@ def _plain_bytes(module: nn.Module, name: str, tensor: Tensor, to: torch.dtype |
     return tensor.numel() * ((to or own) if own.is_floating_point else own).itemsize
 
 
-@contextmanager
-def _in_eval(backbone: nn.Module) -> Iterator[nn.Module]:
-    """The backbone in eval mode without gradients, then in the modes that it was in."""
-    with evaluating(backbone), torch.no_grad():
-        yield backbone
-
-
-def _check_w0(module: LoRAModule, report: ExportReport) -> None:
-    before, after = module.w0_fingerprint(), fingerprint(module.backbone)
+def _check_w0(backbone: nn.Module, before: Fingerprint, report: ExportReport) -> None:
+    after = fingerprint(backbone)
     report.w0_before, report.w0_after = before.digest, after.digest
     report.w0_unchanged = before.digest == after.digest
     if not report.w0_unchanged:

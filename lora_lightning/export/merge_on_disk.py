@@ -17,9 +17,8 @@ from lora_lightning.backbones.key_mapping import groups_of, name_of
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.export.merge_output import REPORT, refuse_target, write_report
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
-from lora_lightning.lora.formats.atomic_dir import staged
+from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
-from lora_lightning.lora.formats.tensor_files import write_bytes
 from lora_lightning.lora.frozen.dtype import DType, checked_dtype, short
 from lora_lightning.lora.kept import rounding_told
 from lora_lightning.lora.meta.checkpoint import INDEX

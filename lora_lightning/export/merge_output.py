@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_lightning.lora.errors import LoRAError, some
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.meta.merge_files import StreamReport
 
 REPORT = "merge_report.json"

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora_lightning.backbones.huggingface import quiet
 from lora_lightning.lora.errors import MergeError, some
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.lora.formats.tensor_files import DTYPES, read_bytes, read_header, write_tensors
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 WEIGHTS, LABELS = "model.safetensors", "label_names.json"
@@ -57,7 +56,7 @@ def write_merged(
         except ValueError as error:  # such as settings of generation that contradict each other
             raise MergeError(f"transformers does not save the merged model: {error}") from error
     else:
-        save_file(once(plain), folder / WEIGHTS, {"format": "pt"})
+        write_tensors(folder / WEIGHTS, once(plain), {"format": "pt"})
         write_labels(label_names, folder)
     for part in processing:
         part.save_pretrained(folder)
@@ -116,9 +115,8 @@ def _fill(plain: nn.Module, file: Path) -> nn.Module:
     state = {key: tensor for key, tensor in plain.state_dict().items() if isinstance(tensor, Tensor)}
     for tensor in state.values():
         tensor.zero_()  # so that only what the file holds can answer
-    with safe_open(file, framework="pt") as opened:
-        for key in opened.keys():  # noqa: SIM118
-            state[key].copy_(opened.get_tensor(key))
+    for key, at in read_header(file)[0].items():
+        state[key].copy_(read_bytes(file, key, at.start, at.size).view(DTYPES[at.dtype]).reshape(at.shape))
     return plain
 
 

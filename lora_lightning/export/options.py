@@ -11,8 +11,7 @@ import torch
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.dtype import DType, checked_dtype
 
-FORMATS = ("adapter", "merged", "onnx")
-DEFAULT_FORMATS = ("adapter", "merged")
+FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"
 SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 """As huggingface_hub's `parse_size_to_int` reads it."""
@@ -50,6 +49,10 @@ def checked_formats(formats: str | Iterable[str]) -> list[str]:
     """
     names = formats.split(",") if isinstance(formats, str) else [str(name) for name in formats]
     wanted = list(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if "onnx" in wanted:
+        raise LoRAError(
+            "export writes no ONNX: export merged, and write ONNX from it with torch, as docs/export.md shows"
+        )
     for name in wanted:
         if name not in FORMATS:
             raise LoRAError(

@@ -3,26 +3,127 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.export.compare import Difference, difference, outputs, tolerance
 from lora_lightning.export.model_files import reader, write_merged
-from lora_lightning.export.onnx import OnnxReport, export_onnx
-from lora_lightning.export.probe_batch import Probe, as_weights
+from lora_lightning.export.probe_batch import Probe, as_weights, cast_floats
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats.peft.adapter import load_adapter
 from lora_lightning.lora.frozen.dtype import float_dtype, short
+from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
 from lora_lightning.lora.kept import count_low
-from lora_lightning.lora.kept import rounding_told as told
 from lora_lightning.lora.merge import merge
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+"""Largest |exported - adapted| over the largest |adapted|, of each output. In half precision rounding W0 + s B A alone
+moves outputs by some units in the last place per layer, so there the rule is 16 units of the dtype's precision."""
+FOUR_BIT = 1e-4
+"""bitsandbytes' 4-bit product adds up in an order of its own, which a plain layer does not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Between the adapted model's outputs and another's."""
+
+    outputs: int
+    """How many floating-point tensors were compared."""
+    max_abs_diff: float
+    """Largest |exported - adapted|."""
+    max_rel_diff: float
+    """The same over the largest |adapted| of that output."""
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Every floating-point tensor that the model returns for one batch, however nested, on the CPU."""
+    return [t.detach().cpu().clone() for t in _tensors(model(**inputs), set()) if t.is_floating_point()]
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterable[Tensor]:
+    """Tensors in mappings, sequences, dataclasses, and in what objects such as caches of keys and values hold."""
+    if id(value) in seen or isinstance(value, str | bytes | type | nn.Module):
+        return
+    if isinstance(value, Tensor):
+        yield value
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        inner: Iterable[Any] = value.values()
+    elif isinstance(value, list | tuple):
+        inner = value
+    elif is_dataclass(value):
+        inner = [getattr(value, field.name) for field in fields(value)]
+    else:
+        inner = getattr(value, "__dict__", {}).values()
+    for part in inner:
+        yield from _tensors(part, seen)
+
+
+def difference(adapted: list[Tensor], exported: list[Tensor], what: str) -> Difference:
+    """Over all outputs; equal infinities and NaN in the same places count as equal.
+
+    Raises:
+        MergeError: there is nothing to compare, or the outputs are of other number or shapes.
+    """
+    shapes = [tuple(t.shape) for t in adapted]
+    if [tuple(t.shape) for t in exported] != shapes:
+        raise MergeError(f"{what} returns {len(exported)} outputs, {_shapes(exported)}, for {_shapes(adapted)}")
+    if not any(torch.isfinite(t).any() for t in adapted):
+        raise MergeError("the adapted model returns no finite number for the probe: nothing can be compared")
+    largest = relative = 0.0
+    for a, b in zip(adapted, exported, strict=True):
+        far, size = _apart(a.double(), b.double())
+        largest, relative = _max(largest, far), _max(relative, far / size)
+    return Difference(outputs=len(adapted), max_abs_diff=largest, max_rel_diff=relative)
+
+
+def _apart(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Largest |b - a|, and the largest finite |a|."""
+    equal = (a == b) | (a.isnan() & b.isnan())
+    far = torch.where(equal, 0.0, (a - b).abs())
+    finite = a[torch.isfinite(a)].abs()
+    size = float(finite.max()) if finite.numel() else 0.0
+    return float(far.max()) if far.numel() else 0.0, max(size, torch.finfo(torch.float32).tiny)
+
+
+def _max(a: float, b: float) -> float:
+    """NaN is larger than any number: it must fail the comparison, and `max` would drop it."""
+    return a if math.isnan(a) or a > b else b
+
+
+def _shapes(tensors: list[Tensor]) -> str:
+    return ", ".join(str(tuple(t.shape)) for t in tensors[:4]) + (", ..." if len(tensors) > 4 else "")
+
+
+def tolerance(backbone: nn.Module, dtype: torch.dtype | None = None) -> tuple[float, str]:
+    """The largest relative difference that rounding explains, and the rule in words.
+
+    Args:
+        backbone: the adapted model.
+        dtype: of the merged model, where it is another.
+    """
+    dtypes = {p.dtype for p in backbone.parameters() if p.is_floating_point() and not p.requires_grad}
+    dtypes |= {dtype} if dtype else set()
+    schemes = {scheme(module): module for module in backbone.modules()}
+    if "bitsandbytes 8-bit" in schemes:
+        dtypes.add(torch.bfloat16)  # its inputs are rounded to 7 bits and a sign, as bfloat16 rounds
+    four = schemes.get("bitsandbytes 4-bit")
+    if four is not None and isinstance(four.compute_dtype, torch.dtype):
+        dtypes.add(four.compute_dtype)
+    coarsest = max(dtypes, key=lambda d: torch.finfo(d).eps, default=torch.float32)
+    allowed = TOLERANCE.get(coarsest, 16 * torch.finfo(coarsest).eps)
+    if four is not None and allowed < FOUR_BIT:
+        return FOUR_BIT, "for 4-bit products in float32"
+    return allowed, f"in {short(coarsest)}" if coarsest in TOLERANCE else f"16 units of {short(coarsest)}'s precision"
 
 
 @dataclass
@@ -55,10 +156,6 @@ class ExportReport:
     merged_bytes: int = 0
     merged_files: int = 0
     """Into how many weight files the merged model was split."""
-    onnx_dir: str | None = None
-    onnx_bytes: int = 0
-    onnx: OnnxReport | None = None
-    """The ONNX model's axes, and how near onnxruntime is to PyTorch, by its own tolerance."""
     trainable: int = 0
     total: int = 0
     label_names: list[str] | None = None
@@ -79,6 +176,15 @@ class ExportReport:
     def kept_low(self) -> int:
         """In how many layers rounding erased more than a tenth of the update."""
         return count_low(self.kept)
+
+    def facts(self) -> dict[str, Any]:
+        """What a run's report says of it."""
+        same = ("adapter_dir", "adapter_bytes", "merged_dir", "merged_bytes", "trainable", "total")
+        values = {name: getattr(self, name) for name in (*same, "w0_before", "w0_after", "w0_unchanged")}
+        own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe")
+        values |= {f"export_{name}": getattr(self, name) for name in (*own, "kept_least", "kept_low")}
+        values |= {"export_dequantised": len(self.dequantised), "export_layers": len(self.kept)}
+        return values | {"export_files": self.merged_files, "share": self.trainable / self.total}
 
     def metrics(self) -> dict[str, float]:
         """For a run's loggers."""
@@ -104,30 +210,18 @@ class Proof:
         load_adapter(again, folder)
         self._compare("the adapter read back", again.eval(), self.inputs)
 
-    def of_merged(self, folder: Path | None, onnx: Path | None = None, **options: Any) -> None:
-        """Merge a copy, write it in what forms are wanted, let it go, and read what was written."""
+    def of_merged(self, folder: Path, **options: Any) -> None:
+        """Merge a copy, write it, let it go, and read what was written."""
         plain = copy.deepcopy(self.backbone)
         merged = merge(plain, dequantize=True, dtype=self.dtype)
         self.report.kept, self.report.untied = merged.kept, merged.untied
         self.report.dequantised, self.report.dtype = merged.dequantised, short(float_dtype(plain))
-        inputs = self._cast(self.inputs)
+        inputs = self.inputs if self.dtype is None else cast_floats(self.inputs, self.dtype)
         self._compare("the merged model", plain, inputs)
-        if onnx is not None:
-            self.report.onnx = export_onnx(plain, inputs, onnx)
-        if folder is None:
-            return
         write_merged(plain, folder, **options)
         read = reader(plain, folder)
         del plain
         self._compare("the merged model read back", read(), inputs)
-
-    def _cast(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Floating-point inputs as a model of another dtype takes them."""
-        if self.dtype is None:
-            return dict(inputs)
-        return {
-            k: v.to(self.dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
-        }
 
     def _compare(self, what: str, other: nn.Module, inputs: Mapping[str, Any]) -> None:
         report, found = self.report, difference(self.adapted, outputs(other, inputs), what)
@@ -140,8 +234,3 @@ class Proof:
         report.compared[what] = found
         report.max_abs_diff = max(report.max_abs_diff, found.max_abs_diff)
         report.max_rel_diff = max(report.max_rel_diff, found.max_rel_diff)
-
-
-def rounding_told(report: ExportReport) -> str | None:
-    """What to tell of the layers of which rounding erased more than a tenth of the update."""
-    return told(report.kept, str(report.dtype))

@@ -13,6 +13,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
+from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.init.from_data import Loss, check_data, start_from_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
@@ -91,7 +92,7 @@ def inject(
 
 def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
     """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
-    named = list(model.named_modules())
+    named = list(named_modules(model))
     parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
     copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
     biases = {m.lora_trained_bias for _, m in named if isinstance(m, TrainedBias)}
@@ -183,27 +184,27 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]:
     """Every module whose class was extended, with its full name, once each."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, Grafted)]
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     """Every adapted layer with its full name, once each."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, AdaptedLayer)]
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, AdaptedLayer)]
 
 
 def trained_biases(model: nn.Module) -> list[tuple[str, TrainedBias]]:
     """Every module with a trained bias, with its full name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, TrainedBias)]
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, TrainedBias)]
 
 
 def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
     """Every module of `modules_to_save` with its full name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, SavedCopy)]
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, SavedCopy)]
 
 
 def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
     """Every embedding with trained rows, with its full name."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, TokenRows)]
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, TokenRows)]
 
 
 def _adapt(target: Target, *, start: bool) -> AdaptedModule:

@@ -114,7 +114,6 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     for key, name in (
         ("adapter_dir", "adapter (PEFT)"),
         ("merged_dir", "merged model"),
-        ("onnx_dir", "ONNX model"),
         ("checkpoint", "checkpoint"),
         ("page", "page of the run"),
     ):
@@ -139,7 +138,7 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     """How near the exported files are to what was trained."""
     rows = []
     if "export_max_rel_diff" in v:
-        merged = {"merged", "onnx"} & set(v.get("export_formats", ["merged"]))
+        merged = "merged" in v.get("export_formats", ["merged"])
         rule = str(v.get("export_rule", ""))
         limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
         what = "merged against adapted" if merged else "adapter read back"
@@ -151,9 +150,6 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     if v.get("merged_dir") and v.get("export_kept_least", 1.0) < 0.9995:
         low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
-    if v.get("onnx_dir"):
-        allowed = f"{v['onnx_tolerance']:.0e} in onnxruntime"
-        rows.append(("ONNX against merged", f"{v['onnx_max_rel_diff']:.1e} relative (allowed {allowed})"))
     if v.get("merged_dir") and v.get("export_dequantised"):
         rows.append(("dequantised", f"{v['export_dequantised']} layers, plain in the merged model"))
     return rows

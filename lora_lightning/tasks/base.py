@@ -139,6 +139,18 @@ class Task(nn.Module, ABC):
         return {f"{stage}/loss": loss, **dict(metrics.items(keep_base=False))}
 
 
+def refuse_no_count(value: Any, name: str) -> None:
+    """Raise where neither the config nor the data said how many classes, or which labels, there are.
+
+    A command hands on what a DataModule says of itself, and None where it says nothing.
+    """
+    if value is None:
+        raise LoRAError(
+            f"how many classes are there? The data do not say ({name}): give model.task.init_args.{name}, or let the"
+            f" DataModule have the attribute {name}"
+        )
+
+
 def inputs_of(batch: Mapping[str, Any], *targets: str) -> dict[str, Any]:
     """The batch without its targets.
 

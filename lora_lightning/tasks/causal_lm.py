@@ -15,7 +15,6 @@ from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
 from lora_lightning.tasks.losses.lm_head import shifted_loss, shifted_losses
 from lora_lightning.tasks.metrics.tokens import Perplexity, TokenAccuracy
 from lora_lightning.tasks.packed import as_packed, is_packed, unpacked
-from lora_lightning.tasks.positions import refuse_too_long
 
 
 @dataclass
@@ -101,8 +100,7 @@ def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[di
     """What the backbone is called with, and the labels (b, t).
 
     Raises:
-        LoRAError: there are no labels; a row is longer than the backbone's positions; or the rows are packed and the
-            backbone mixes documents.
+        LoRAError: there are no labels, or the rows are packed and the backbone mixes documents.
     """
     inputs = inputs_of(batch, "labels", "document")
     if not isinstance(batch.get("labels"), Tensor):
@@ -110,5 +108,4 @@ def inputs_and_labels(backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[di
             f"the batch has no 'labels', only {', '.join(inputs)}: for a language model they are the input_ids"
             " themselves, -100 where nothing is trained on"
         )
-    refuse_too_long(backbone, inputs)
     return (as_packed(backbone, inputs) if is_packed(inputs) else inputs), batch["labels"]

@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, logits_of
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, logits_of, refuse_no_count
 from lora_lightning.tasks.images import PIXELS, image_inputs
 
 IGNORED = 255
@@ -34,6 +34,7 @@ class ImageSegmentation(Task):
     monitor_mode = "max"
 
     def __init__(self, num_classes: int, ignore_index: int = IGNORED) -> None:
+        refuse_no_count(num_classes, "num_classes")
         if num_classes < 2:
             raise LoRAError(f"segmentation needs at least 2 classes, got {num_classes}")
         if 0 <= ignore_index < num_classes:

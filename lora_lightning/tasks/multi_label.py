@@ -11,7 +11,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MultilabelExactMatch, MultilabelF1Score
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_each
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_each, refuse_no_count
 
 
 class MultiLabelClassification(Task):
@@ -36,6 +36,7 @@ class MultiLabelClassification(Task):
     output_is = "label"
 
     def __init__(self, num_classes: int, threshold: float = 0.5, over_labels: Literal["mean", "sum"] = "mean") -> None:
+        refuse_no_count(num_classes, "num_classes")
         if num_classes < 2:
             raise LoRAError(
                 f"multi-label classification needs at least 2 labels, got {num_classes}: take one of two classes"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_each
+from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, inputs_of, logits_each, refuse_no_count
 from lora_lightning.tasks.metrics.classification import metrics_of
 
 
@@ -35,6 +35,7 @@ class SequenceClassification(Task):
     def __init__(
         self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
     ) -> None:
+        refuse_no_count(num_classes, "num_classes")
         if num_classes < 2:
             raise LoRAError(
                 f"classification needs at least 2 classes, got {num_classes}: are the labels in data.label_column, or"

@@ -12,7 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_of, logits_of
+from lora_lightning.tasks.base import StepOutput, Task, inputs_of, logits_of, refuse_no_count
 from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.metrics.entities import EntityF1, EntityPrecision, EntityRecall
 from lora_lightning.tasks.spans import Tagging
@@ -40,6 +40,7 @@ class TokenClassification(Task):
     def __init__(
         self, label_names: list[str], entities: bool = True, strict: bool = False, label_smoothing: float = 0.0
     ) -> None:
+        refuse_no_count(label_names, "label_names")
         if len(label_names) < 2:
             raise LoRAError(f"token classification needs at least 2 labels, got {label_names}")
         accuracy = MulticlassAccuracy(len(label_names), average="micro", ignore_index=IGNORED)

@@ -19,11 +19,12 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
-from lora_lightning.lora.frozen.tensors import frozen_keys
+from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.lora.inject import adapted_layers, saved_copies
 from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.meta_start import inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
+from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training.activations.compilation import TrainingForward
 from lora_lightning.training.fsdp1_strategy import FSDP1Strategy
 from lora_lightning.training.gradients import SharedStep, clip_together
@@ -136,6 +137,7 @@ class LoRAModule(LightningModule):
         self._step(self._stage("test", dataloader_idx), batch)
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
+        refuse_too_long(self.backbone, batch)
         return self.task.predict(self.backbone, batch)
 
     def unheard_step(self, batch: Mapping[str, Any], predicts: bool) -> None:
@@ -154,6 +156,7 @@ class LoRAModule(LightningModule):
         if stage not in self._begun:
             self._begun.add(stage)
             self.task.check(batch)
+        refuse_too_long(self.backbone, batch)
         out = (self.task.step if stage == "train" else self.task.evaluate)(self.backbone, batch)
         metrics = self.task.update(stage, out)
         self.log_dict(metrics, on_step=False, on_epoch=True, batch_size=out.weight, add_dataloader_idx=False)
@@ -285,6 +288,7 @@ class LoRAModule(LightningModule):
         """Bring W0 to the precision's dtype; what was found of it before says nothing of what it is then."""
         self._w0 = None
         if self._trainer is not None:
+            refuse_long_rows(self.backbone, self._trainer.datamodule)  # type: ignore[attr-defined]
             convert(self, self._trainer.precision_plugin)
 
     def w0_fingerprint(self) -> Fingerprint:
@@ -301,7 +305,8 @@ class LoRAModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's tensors and plain settings; leave W0 out."""
         frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k not in frozen}
+        named = {plain_name(self, key): value for key, value in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"] = {key: value for key, value in named.items() if key not in frozen}
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
         own = {"config": self.lora.to_dict(), "base": base.to_json()}
         checkpoint[CHECKPOINT_KEY] = own | {"precision": precision_of(self)}
@@ -330,7 +335,9 @@ class LoRAModule(LightningModule):
         """
         if strict:
             self.refuse_misfits(state_dict)
-        return super().load_state_dict(state_dict, strict=False, assign=assign)
+        here = {plain_name(self, key): key for key in super().state_dict()}
+        named = {here.get(plain_name(self, key), key): value for key, value in state_dict.items()}
+        return super().load_state_dict(named, strict=False, assign=assign)
 
     def refuse_misfits(self, state_dict: Mapping[str, Any]) -> None:
         """Raise unless these are the adapter's keys and shapes.
@@ -338,7 +345,8 @@ class LoRAModule(LightningModule):
         Raises:
             AdapterError: with what is missing, left over or wrongly shaped.
         """
-        own = super().state_dict()
+        own = {plain_name(self, key): value for key, value in super().state_dict().items()}
+        state_dict = {plain_name(self, key): value for key, value in state_dict.items()}
         frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
         problems = [f"missing '{k}'" for k in own if k not in state_dict and k not in frozen]
         problems += [f"left over '{k}'{did_you_mean(k, own)}" for k in state_dict if k not in own]

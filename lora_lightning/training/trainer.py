@@ -10,14 +10,13 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from rich.console import Console
 
-from lora_lightning.export.export import export
-from lora_lightning.export.export_record import of_the_data, record_export
-from lora_lightning.export.first_batch import first_batch, loaders_of
 from lora_lightning.export.options import checked_options
+from lora_lightning.export.probe_batch import first_batch, loaders_of
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.reports.console import show_report
+from lora_lightning.training.callbacks.export_on_fit_end import export_module, record_export
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
@@ -102,11 +101,11 @@ class LoRATrainer(Trainer):
         Args:
             model: the module that the run's config describes.
             datamodule: gives the probe batch, the tokenizer and the labels' names. Without one, or without batches,
-                the probe is the module's example_input_array, or drawn from what the backbone's config says.
+                the probe is the module's example_input_array.
             ckpt_path: a checkpoint, a run folder, or `best` or `last` of the newest run with this config's name.
             output_dir: where to write; `export/` in the run folder by default. An older export there is replaced
                 once the new one has stood its proof.
-            formats: some of `adapter`, `merged`, `onnx`, with commas between.
+            formats: `adapter`, `merged` or both, with commas between.
             dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
             max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
             serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
@@ -128,7 +127,7 @@ class LoRATrainer(Trainer):
             "max_shard_size": max_shard_size,
             "serving": serving,
         }
-        result = export(model, target, batch=batch, **options, **of_the_data(datamodule))
+        result = export_module(model, datamodule, target, batch=batch, **options)
         show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
         log_export(self.loggers, folder, target)
         return result

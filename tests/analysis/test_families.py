@@ -78,6 +78,4 @@ def test_what_is_told_is_what_pefts_merge_changes(family, tmp_path):
         W0, update = before[name].detach().double(), (after[name] - before[name]).detach().double()
         assert math.isclose(layer.norm, float(update.norm()), rel_tol=1e-4)
         assert math.isclose(layer.base.w0_norm, float(W0.norm()), rel_tol=1e-6)
-    probe = found.truncation.cost["probe"]
-    assert probe["truncation_moves"] > 0
-    assert probe["adapter_moves"] > 0
+    assert "run" in found.truncation.cost["not_measured"]

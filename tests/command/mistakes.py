@@ -323,7 +323,7 @@ MISTAKES = {
     ),
     "a format": Mistake(
         "export --ckpt_path runs/tiny --formats merge",
-        "unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged, onnx)",
+        "unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged)",
     ),
     "a dtype": Mistake(
         "export --ckpt_path runs/tiny --dtype bf16",
@@ -516,10 +516,9 @@ MISTAKES = {
         "then stays on this disk until `wandb sync`",
         env={"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": "."},
     ),
-    "a package that is not installed": Mistake(
+    "a format that torch writes": Mistake(
         "export --ckpt_path runs/tiny --formats onnx",
-        'ONNX needs onnx: pip install "lora_lightning[onnx]"',
-        lacks="onnx",
+        "export writes no ONNX: export merged, and write ONNX from it with torch, as docs/export.md shows",
     ),
     "a port that is taken": Mistake(
         f"{FIT} --trainer.strategy ddp --trainer.devices 1",

@@ -16,7 +16,7 @@ def test_all_is_well_here(monkeypatch, capsys):
     command(monkeypatch, "doctor")
     said = capsys.readouterr().out
     assert "all that every run needs works" in said
-    for name in ("python", "torch", "lightning", "cpu", "onnx", "Weights & Biases", "disk", "tiny fit"):
+    for name in ("python", "torch", "lightning", "cpu", "plots", "Weights & Biases", "disk", "tiny fit"):
         assert f"\n  {name}" in said
     assert "pip install 'lora_lightning[" in said or "would add" not in said
 
@@ -33,9 +33,9 @@ def test_the_findings_as_json(monkeypatch, capsys):
 
 def test_an_extra_that_lacks_a_package_says_what_it_would_add_and_how(monkeypatch):
     there = doctors.installed_version
-    monkeypatch.setattr(doctors, "installed_version", lambda name: None if name == "onnx" else there(name))
-    (finding,) = [one for one in doctors.extras() if one.name == "onnx"]
-    assert finding.said == ("would add export --formats onnx (lacks onnx): pip install 'lora_lightning[onnx]'")
+    monkeypatch.setattr(doctors, "installed_version", lambda name: None if name == "matplotlib" else there(name))
+    (finding,) = [one for one in doctors.extras() if one.name == "plots"]
+    assert finding.said == ("would add the figures of analyze (lacks matplotlib): pip install 'lora_lightning[plots]'")
     assert finding.ok, "no run needs it"
 
 

@@ -104,7 +104,7 @@ LATER = {
     ),
     "a format for the end of a fit that is not there": (
         ["fit", "--config", "{config}", "--trainer.callbacks+=ExportAtEnd", "--trainer.callbacks.formats", "merge"],
-        "unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged, onnx)",
+        "unknown export format 'merge'; did you mean 'merged'? (known: adapter, merged)",
     ),
     "a server without an adapter": (
         ["export", "--ckpt_path", "{run}", "--formats", "merged", "--serving", "vllm"],

@@ -11,10 +11,9 @@ import torch
 from transformers import AutoModel
 
 from lora_lightning import LoRAConfig, huggingface, load_adapter
-from lora_lightning.export.export import export
 from lora_lightning.lora.errors import AdapterError
 from tests.command.process import command
-from tests.factories import assert_same, snapshot
+from tests.factories import assert_same, export_of, snapshot
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import IDS
 from tests.lora.travellers import build
@@ -56,7 +55,7 @@ def test_exported_models_open_in_transformers_alone(make_module, tmp_path):
         with torch.no_grad():
             home[name] = module.backbone(**inputs).logits
             assert relative(build(name)(**inputs).logits, home[name]) > 1e-3
-        export(module, tmp_path / name, batch=inputs, formats=["merged"])
+        export_of(module, tmp_path / name, inputs, formats=["merged"])
         safetensors.torch.save_file(inputs, tmp_path / f"{name}.inputs")
     autos = [f"{name}={auto}" for name, (auto, _) in MERGED.items()]
     subprocess.run([sys.executable, "-c", ALONE, str(tmp_path), *autos], check=True, cwd=tmp_path)

@@ -2,16 +2,14 @@
 
 import copy
 
-import numpy as np
 import peft
 import pytest
 import torch
-from peft.utils.merge_utils import magnitude_prune, ties
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_lightning import AdapterBank, LoRAError, load_adapter, merge, save_adapter
-from lora_lightning.lora.bank.mixing import truncated
+from lora_lightning import AdapterBank, LoRAError, merge, save_adapter
+from lora_lightning.lora.bank.combine import truncated
 from lora_lightning.lora.errors import ConfigError
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, adapters, base, run_net, shake, trained
@@ -88,19 +86,12 @@ def stacked(update, name, key):
 
 
 @pytest.mark.parametrize("name", ["linear", "starts", "conv", "groups", "experts", "gpt2", "embedding", "attention"])
-@pytest.mark.parametrize("method", ["svd", "ties"])
-def test_a_chosen_rank_is_the_best_of_it_and_says_what_it_lacks(name, method, tmp_path):
+def test_a_chosen_rank_is_the_best_of_it_and_says_what_it_lacks(name, tmp_path):
     """Eckart and Young, by a dense SVD of the sum; the error of every module and of all together."""
     bank, own = bank_of(name, tmp_path), updates_of(name, tmp_path)
     weights = {letter: WEIGHTS[letter] for letter in own}
-    density = {} if method == "svd" else {"density": 0.6}
-    if method == "ties":
-        bank.combine("full", weights, "ties", **density)
-        full = merged_with(bank, "full")
-        bank = bank_of(name, tmp_path)
-    else:
-        full = {key: sum(w * own[letter][key] for letter, w in weights.items()) for key in own["a"]}
-    report = bank.combine("best", weights, method, rank=2, **density)
+    full = {key: sum(w * own[letter][key] for letter, w in weights.items()) for key in own["a"]}
+    report = bank.combine("best", weights, "svd", rank=2)
     got = merged_with(bank, "best")
     lost = wanted = 0.0
     for key, update in full.items():
@@ -138,64 +129,11 @@ def test_the_svd_never_forms_the_update():
     assert float((low_b @ low_a - B @ A).square().sum()) == pytest.approx(lost)
 
 
-def ties_by_hand(updates, weights, density):
-    """Yadav et al. 2023, algorithm 1, entry by entry in numpy."""
-    trimmed = []
-    for update in updates:
-        flat = np.abs(update.ravel())
-        keep = np.argsort(-flat)[: int(density * flat.size)]
-        mask = np.zeros(flat.size)
-        mask[keep] = 1
-        trimmed.append(update.ravel() * mask)
-    out = np.zeros_like(trimmed[0])
-    for p in range(out.size):
-        positive = sum(t[p] for t in trimmed if t[p] > 0)
-        negative = -sum(t[p] for t in trimmed if t[p] < 0)
-        sign = 1 if positive >= negative else -1
-        agree = [(w, t[p]) for w, t in zip(weights, trimmed, strict=True) if t[p] * sign > 0]
-        out[p] = sum(w * value for w, value in agree) / len(agree) if agree else 0.0
-    return out.reshape(updates[0].shape)
-
-
-@pytest.mark.parametrize("name", ["linear", "groups", "experts", "gpt2"])
-def test_ties_is_the_papers_on_the_updates(name, tmp_path):
-    bank, own = bank_of(name, tmp_path), updates_of(name, tmp_path)
-    weights = [WEIGHTS[letter] for letter in own]
-    bank.combine("mix", dict(zip(own, weights, strict=True)), "ties", density=0.3)
-    got = merged_with(bank, "mix")
-    for key, tensor in got.items():
-        # A module that one adapter leaves alone is combined of the others.
-        updates = [(w, o[key].numpy()) for w, o in zip(weights, own.values(), strict=True) if o[key].abs().max() > 0]
-        if updates:
-            wanted = ties_by_hand([u for _, u in updates], [w for w, _ in updates], 0.3)
-            assert np.abs(tensor.numpy() - wanted).max() < 1e-12
-
-
-@pytest.mark.parametrize(("method", "peft_way"), [("ties", ties), ("magnitude", magnitude_prune)])
-def test_pefts_functions_on_dense_updates_give_the_same(method, peft_way, tmp_path):
-    bank, own = bank_of("sequential", tmp_path), updates_of("sequential", tmp_path)
-    bank.combine("mix", {"a": 0.6, "b": 0.8}, method, density=0.5)
-    got = merged_with(bank, "mix")
-    for key, tensor in got.items():
-        if key.endswith("weight") and tensor.abs().max() > 0:
-            both = [own["a"][key], own["b"][key]]
-            wanted = peft_way(both, torch.tensor([0.6, 0.8], dtype=torch.float64), density=0.5)
-            torch.testing.assert_close(tensor, wanted, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
         ({"method": "concat"}, {"combination_type": "cat"}),
         ({"method": "svd", "rank": 3}, {"combination_type": "svd", "svd_rank": 3}),
-        (
-            {"method": "magnitude", "rank": 3, "density": 0.5},
-            {"combination_type": "magnitude_prune_svd", "svd_rank": 3, "density": 0.5},
-        ),
-        (
-            {"method": "ties", "rank": 3, "density": 0.5},
-            {"combination_type": "ties_svd", "svd_rank": 3, "density": 0.5},
-        ),
     ],
     ids=lambda options: str(next(iter(options.values()))),
 )
@@ -216,49 +154,6 @@ def test_pefts_add_weighted_adapter_gives_the_same(ours, theirs, tmp_path):
     assert (run_net(bank.model) - other(inputs())).abs().max() < 1e-5
     opened = peft.PeftModel.from_pretrained(net(), save_adapter(bank.model, tmp_path / "mix")).eval()
     assert (run_net(bank.model) - opened(inputs())).abs().max() < 1e-5
-
-
-def dare(bank, name, **kwargs):
-    bank.combine(name, {"a": 1.0}, "dare", **kwargs)
-    copied = copy.deepcopy(bank.model)  # the plain one
-    load_adapter(copied, bank.save(name, f"saved-{name}"))
-    merge(copied)
-    return copied.state_dict()
-
-
-def test_dare_drops_at_random_and_rescales(tmp_path):
-    """Each entry is 0 or 1 / density of what it was, about `density` of them stay, and a seed repeats."""
-    bank, own = bank_of("linear", tmp_path), updates_of("linear", tmp_path)
-    plain = bank.model.state_dict()
-    results = {n: dare(bank, n, density=0.4, seed=s) for n, s in (("one", 1), ("again", 1), ("two", 2))}
-    update = {key: tensor - plain[key] for key, tensor in results["one"].items()}
-    kept = total = 0
-    for key, tensor in update.items():
-        before = own["a"][key]
-        if before.abs().max() > 0:
-            ratio = (tensor / before).flatten()
-            assert ((ratio.abs() < 1e-9) | ((ratio - 2.5).abs() < 1e-6)).all()
-            kept, total = kept + int((ratio.abs() > 1).sum()), total + ratio.numel()
-    assert kept / total == pytest.approx(0.4, abs=4 * (0.4 * 0.6 / total) ** 0.5)
-    assert all(torch.equal(results["one"][key], results["again"][key]) for key in plain)
-    assert not torch.equal(results["one"]["up.weight"], results["two"]["up.weight"])
-
-
-def test_dare_of_all_entries_is_the_weighted_sum_and_dare_ties_elects(tmp_path):
-    bank, own = bank_of("linear", tmp_path), updates_of("linear", tmp_path)
-    bank.combine("sum", WEIGHTS_AB, "dare", density=1.0)
-    bank.combine("ties", WEIGHTS_AB, "dare_ties", density=1.0)
-    first = merged_with(bank, "sum")
-    wanted = sum(w * own[letter]["up.weight"] for letter, w in WEIGHTS_AB.items())
-    torch.testing.assert_close(first["up.weight"], wanted, rtol=1e-12, atol=1e-12)
-    bank = bank_of("linear", tmp_path)
-    bank.combine("ties", WEIGHTS_AB, "dare_ties", density=1.0)
-    second = merged_with(bank, "ties")["up.weight"]
-    wanted = ties_by_hand([own[letter]["up.weight"].numpy() for letter in "ab"], list(WEIGHTS_AB.values()), 1.0)
-    assert np.abs(second.numpy() - wanted).max() < 1e-12
-
-
-WEIGHTS_AB = {"a": 0.5, "b": 1.5}
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
@@ -334,9 +229,11 @@ def test_what_has_no_sum_is_refused_by_name(name, message, tmp_path):
         ({"a": 1}, {"method": "cat"}, "method must be one of concat, svd, .*got 'cat'"),
         ({"a": 1}, {"method": "svd"}, "'svd' needs the rank of the result"),
         ({"a": 1}, {"rank": 4}, "'concat' has the ranks of the adapters added up"),
-        ({"a": 1}, {"density": 0.5}, "'concat' keeps every entry: leave density out"),
-        ({"a": 1}, {"method": "ties", "density": 0}, "density must be above 0 and at most 1, got 0"),
-        ({"a": 1}, {"method": "ties", "rank": 0}, "rank must be a whole number of at least 1, got 0"),
+        ({"a": 1}, {"density": 0.5}, "density was removed: take 'concat' or 'svd'"),
+        ({"a": 1}, {"method": "ties", "density": 0.2}, "method 'ties' was removed: .* PEFT .*'ties_svd'"),
+        ({"a": 1}, {"method": "dare", "seed": 1}, "method 'dare' was removed: .*'dare_linear_svd'"),
+        ({"a": 1}, {"method": "magnitude"}, "method 'magnitude' was removed"),
+        ({"a": 1}, {"method": "svd", "rank": 0}, "rank must be a whole number of at least 1, got 0"),
         ({"a": float("nan")}, {}, "the weight of 'a' must be a finite number, got nan"),
         ({}, {}, "weights must map names of adapters to numbers"),
         ({"z": 1}, {}, "no adapter 'z' here, there are a, b"),

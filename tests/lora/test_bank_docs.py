@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lora_lightning.lora.bank.recipe import METHODS
+from lora_lightning.lora.bank.combine import METHODS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
 

@@ -4,9 +4,23 @@ import peft
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    SwinConfig,
+    SwinForImageClassification,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+    XLNetConfig,
+    XLNetModel,
+)
 
 from lora_lightning import AdapterBank, LoRAError, save_adapter
-from lora_lightning.lora.bank.grouped import entries_of
 from tests.factories import FAMILIES, assert_same, llama, output, snapshot
 from tests.lora.bank_support import ZOO, adapters, base, trained
 from tests.lora.options_support import inputs, net
@@ -26,7 +40,7 @@ def batch_of(name, count):
     if name in {"bert", "llama", "gpt", "slices", "gpt2"}:
         return torch.randint(1, 40, (count, 6), generator=random)
     if name == "embedding":
-        return torch.randint(0, 9, (count, 5), generator=random)
+        return torch.randint(0, 9, (count, 6), generator=random)
     shape = {
         "conv": (4, 6, 6),
         "groups": (4, 6, 6),
@@ -54,6 +68,7 @@ BY_ROW = [
     "dora",
     "heads",
     "lora_bias",
+    "biases",
     "starts",
     "slices",
     "gpt2",
@@ -111,22 +126,54 @@ class Attending(nn.Module):
         return self.layer(self.attention(x, x, x, need_weights=self.need_weights)[0])
 
 
-@pytest.mark.parametrize("length", [2, 3, 6])
-@pytest.mark.parametrize("need_weights", [True, False])
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_attention_knows_where_its_rows_are(batch_first, need_weights, length, tmp_path):
-    """Also where there are as many positions as rows, or a multiple; out_proj sees both flattened, rows last."""
+def attending(batch_first, need_weights):
     model = Attending(batch_first, need_weights).double().eval()
     bank = AdapterBank(trained(model, {"r": 2}, seed=1), first="a")
     bank.activate(None)
     trained(model, {"r": 3, "target_modules": ["attention.out_proj", "linear1"]}, seed=2)
     bank.add("b")
-    x = torch.randn(*((3, length) if batch_first else (length, 3)), 8, dtype=torch.float64)
-    names = ["b", None, "a"]
+    bank.activate(None)
+    trained(model, {"r": 2, "target_modules": ["linear2"], "bias": "all", "modules_to_save": ["attention"]}, seed=3)
+    bank.add("c")
+    return bank
+
+
+@pytest.mark.parametrize("length", [2, 3, 6])
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_has_its_rows_first(need_weights, length):
+    """Also where there are as many positions as rows: torch's modules say where their rows are."""
+    bank = attending(True, need_weights)
+    x, names = torch.randn(4, length, 8, dtype=torch.float64), ["b", None, "a", "c"]
     with bank.rows(names):
-        got = model(x)
-    wanted = each_alone(bank, x, names, dim=0 if batch_first else 1)
+        got = bank.model(x)
+    wanted = each_alone(bank, x, names)
     assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("heads_apart", [True, False])
+def test_masks_of_attention_go_with_their_rows(heads_apart):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=True)]).double().eval()
+    bank = AdapterBank(trained(model, {"r": 2}, seed=1), first="a")
+    x, padding = torch.randn(3, 3, 8, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.bool)
+    padding[1, 2] = padding[2, 0] = True
+    mask = torch.randn(6, 3, 3, dtype=torch.float64) if heads_apart else torch.randn(3, 3, dtype=torch.float64)
+    names = ["a", None, "a"]
+    with bank.rows(names):
+        out, weights = model[0](x, x, x, padding.double().masked_fill(padding, -9.0), True, mask)
+    for i, name in enumerate(names):
+        bank.activate(name)
+        own = mask[2 * i : 2 * i + 2] if heads_apart else mask
+        one = x[i : i + 1]
+        wanted, shares = model[0](one, one, one, padding[i : i + 1].double() * -9.0, True, own)
+        torch.testing.assert_close(out[i : i + 1], wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(weights[i : i + 1], shares, rtol=1e-12, atol=1e-12)
+
+
+def test_torchs_modules_that_have_their_rows_second_are_refused():
+    bank = attending(False, True)
+    with pytest.raises(LoRAError, match="rows: 'attention' has batch_first=False"), bank.rows(["a", None]):
+        pass
 
 
 def t5():
@@ -157,44 +204,194 @@ def test_beams_multiply_rows(make):
         model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
-def test_rows_and_positions_flattened_into_one(tmp_path):
-    class Flattens(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.first, self.second = nn.Linear(4, 6), nn.Linear(6, 4)
-
-        def forward(self, x):
-            return self.second(torch.tanh(self.first(x.flatten(0, 1)))).view_as(x)
-
-    model = Flattens().double().eval()
-    bank = AdapterBank(trained(model, {"r": 2, "target_modules": ["first", "second"]}, seed=1), first="a")
-    x, names = torch.randn(3, 5, 4, dtype=torch.float64), ["a", None, "a"]
-    with bank.rows(names):
-        got = model(x)
-        with pytest.raises(LoRAError, match=r"'first' sees \(20, 4\), and which of its entries belong to which row"):
-            model(torch.randn(4, 5, 4, dtype=torch.float64))
-    wanted = each_alone(bank, x, names)
-    assert (got - wanted).abs().max() <= 1e-12
-    with bank.rows(names), pytest.raises(LoRAError, match=r"'first' sees \(6, 4\)"):
-        model.second(model.first(torch.randn(6, 4, dtype=torch.float64)))  # some of the positions, as experts see them
+def bank_over(model, targets, names="abc"):
+    bank = AdapterBank(model.double().eval())
+    for seed, name in enumerate(names):
+        bank.activate(None)
+        trained(bank.model, {"r": 2, "target_modules": targets}, seed=seed)
+        bank.add(name)
+    return bank
 
 
-def test_positions_without_rows_are_refused():
+def differs(bank, names, x, run=lambda model, x: model(x)):
+    with torch.no_grad():
+        wanted = each_alone(bank, x, names, run)
+        with bank.rows(names):
+            got = run(bank.model, x)
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+class Turned(nn.Module):
+    """A linear layer that sees (length, rows, width), or rows and positions flattened into one."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.inner, self.outer = how, nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        if self.how == "flat":
+            return self.outer(self.inner(x.flatten(0, 1)).view_as(x).tanh())
+        return self.outer(self.inner(x.transpose(0, 1)).tanh().transpose(0, 1))
+
+
+class Positions(nn.Module):
     """nanoGPT's arange: one vector of positions for all rows, perhaps as many as there are rows."""
 
-    class Positions(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.positions = nn.Embedding(9, 4), nn.Embedding(9, 4)
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.inner = nn.Linear(8, 4), nn.Embedding(9, 4)
 
-        def forward(self, ids):
-            return self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+    def forward(self, x):
+        return self.tokens(x) + self.inner(torch.arange(x.shape[1]))
 
-    model = Positions().eval()
-    bank = AdapterBank(trained(model, {"r": 2, "target_modules": ["tokens", "positions"]}, seed=1), first="a")
-    with bank.rows(["a", None]), pytest.raises(LoRAError, match=r"'positions' sees \(2,\), and which of its entries"):
-        model(torch.ones(2, 2, dtype=torch.long))
+
+class Queries(nn.Module):
+    """Learned queries have no rows, though there are as many."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.queries, self.inner = nn.Parameter(torch.randn(3, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x @ self.inner(self.queries).mT
+
+
+class Packed(nn.Module):
+    """Rows of different lengths, packed: position 0 of every row, then position 1 of those that have one."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.inner(pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True).data)
+
+
+@pytest.mark.parametrize(
+    ("make", "length"),
+    [
+        *((lambda: Turned("turned"), length) for length in (2, 3, 6)),
+        *((lambda: Turned("flat"), length) for length in (2, 3)),
+        (Positions, 3),
+        (Positions, 5),
+        (Queries, 4),
+        (Packed, 3),
+    ],
+    ids=range(9),
+)
+def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(make, length):
+    """Also where the sizes happen to be equal."""
+    bank = bank_over(make(), ["inner"])
+    for _ in range(2):
+        with bank.rows(["b", "a", None]), pytest.raises(LoRAError, match=r"rows: 'inner' sees .* dimension"):
+            bank.model(torch.randn(3, length, 8, dtype=torch.float64))
+
+
+def test_as_many_positions_as_rows_are_refused_until_a_layer_has_shown_its_batch():
+    """With no word from the module it could be either; one ordinary batch says it, for as long as the bank lives."""
+    bank = AdapterBank(trained(net(torch.float64).eval(), {"r": 2}, seed=1), first="a")
+    square, ordinary = torch.randn(3, 3, 12, dtype=torch.float64), torch.randn(3, 5, 12, dtype=torch.float64)
+    with (
+        bank.rows(["a", None, "a"]),
+        pytest.raises(LoRAError, match=r"'up' sees \(3, 3, 12\), .* another length first"),
+    ):
+        bank.model(square)
+    assert differs(bank, ["a", None, "a"], ordinary) < 1e-12
+    assert differs(bank, ["a", None, "a"], square) < 1e-12
+
+
+def test_another_number_of_rows_is_refused():
+    bank = AdapterBank(trained(net(torch.float64).eval(), {"r": 2}, seed=1), first="a")
+    with bank.rows(["a", None, "a"]), pytest.raises(LoRAError, match=r"'up' sees .* must be that of 3 rows"):
+        bank.model(torch.randn(4, 5, 12, dtype=torch.float64))
+
+
+def test_experts_are_refused_by_name_and_the_attention_beside_them_is_right():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "num_experts": 2}
+    sizes |= {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "decoder_start_token_id": 0, "pad_token_id": 0}
+    model = SwitchTransformersForConditionalGeneration(SwitchTransformersConfig(**sizes))
+    ids = torch.randint(1, 40, (2, 3))
+    bank = bank_over(model, ["q", "v"])
+    run = lambda model, x: model(input_ids=x, decoder_input_ids=x).logits  # noqa: E731
+    assert differs(bank, ["a", "b"], ids, run) < 1e-12
+    bank.activate(None)
+    trained(model, {"r": 2, "target_modules": ["wi", "wo"]}, seed=1)
+    bank.add("d")
+    with pytest.raises(LoRAError, match=r"rows: 'd' adapts an expert, .* at '.*wi'"), bank.rows(["a", "d"]):
+        pass
+
+
+def test_xlnet_lays_positions_first_inside():
+    torch.manual_seed(0)
+    bank = bank_over(XLNetModel(XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=32)), ["layer_1"])
+    for length in (2, 3, 5):
+        with bank.rows(["b", "a", None]), pytest.raises(LoRAError, match=r"layer_1' sees .* dimension"):
+            bank.model(input_ids=torch.randint(1, 40, (3, length)))
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+HUB_MODELS = {
+    "a head on one position": lambda: RobertaForSequenceClassification(
+        RobertaConfig(**SIZES, intermediate_size=24, pad_token_id=1, max_position_embeddings=20)
+    ),
+    "a scale after the embedding": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(**SIZES, intermediate_size=24, num_key_value_heads=2, head_dim=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_models_of_the_hub(name):
+    torch.manual_seed(0)
+    model = HUB_MODELS[name]()
+    chosen = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n]
+    chosen += ["embed_tokens"] if "scale" in name else []
+    run = lambda model, x: model(x, attention_mask=torch.ones_like(x)).logits  # noqa: E731
+    assert differs(bank_over(model, chosen), ["c", "a", None], torch.randint(3, 40, (3, 4)), run) < 1e-12
+
+
+def swin():
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    return SwinForImageClassification(SwinConfig(**sizes)), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+
+
+def opt():
+    sizes = {"ffn_dim": 24, "word_embed_proj_dim": 16, "max_position_embeddings": 20}
+    return OPTForCausalLM(OPTConfig(**SIZES, **sizes)), torch.randint(3, 40, (3, 4))
+
+
+@pytest.mark.parametrize("make", [swin, opt])
+def test_windows_and_rows_flattened_with_positions_are_refused(make):
+    model, x = make()
+    bank = bank_over(model, [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n])
+    with bank.rows(["a", None, "b"]), pytest.raises(LoRAError, match="must be that of 3 rows"):
+        bank.model(x)
+
+
+def test_rows_that_all_have_the_same_adapter_need_no_dimension():
+    """Then it does not matter which is which: learned queries have it too."""
+    bank = bank_over(Queries(), ["inner"])
+    assert differs(bank, ["b", "b"], torch.randn(2, 5, 8, dtype=torch.float64)) < 1e-12
+    assert bank.active is None or bank.active == "b"
+
+
+def test_a_compiled_model_takes_up_the_rows():
+    """Compiled before, for the plain base: it is compiled anew within the block, and again after it."""
+    model = net(torch.float64).eval()
+    bank = AdapterBank(trained(model, {"r": 2}, seed=1), first="a")
+    bank.activate(None)
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 5, 12, dtype=torch.float64)
+    with torch.no_grad():
+        plain = compiled(x)
+        with bank.rows(["a", None, "a"]):
+            got = compiled(x)
+        assert torch.equal(compiled(x), plain)
+    wanted = each_alone(bank, x, ["a", None, "a"])
+    assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
+    assert (got[0] - plain[0]).abs().max() > 1e-3
 
 
 def test_pefts_mixed_batch_gives_the_same(tmp_path):
@@ -215,7 +412,6 @@ def test_pefts_mixed_batch_gives_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("biases", "rows: 'a' trains a bias at"),
         ("tokens", "rows: 'a' trains token rows at 'embed'"),
         ("experts", "rows: 'a' adapts a bare parameter"),
     ],
@@ -234,7 +430,7 @@ def test_an_embedding_with_max_norm_is_refused():
     model = trained(embedding(max_norm=1.0).eval(), {"r": 2, "target_modules": ["0"]}, seed=0)
     with (
         pytest.raises(LoRAError, match="adapts an embedding with max_norm at '0'"),
-        AdapterBank(model, first="a").rows(["a"]),
+        AdapterBank(model, first="a").rows(["a", None]),
     ):
         pass
 
@@ -251,7 +447,7 @@ def test_a_head_that_gives_no_tensor_is_refused_when_it_runs():
     model = nn.Sequential(nn.Linear(4, 4), Pair()).eval()
     chosen = {"r": 2, "target_modules": ["0"], "modules_to_save": ["1"]}
     bank = AdapterBank(trained(model, chosen, seed=0), first="a")
-    with bank.rows(["a", None]), pytest.raises(LoRAError, match="'1', saved in full, takes or gives more than one"):
+    with bank.rows(["a", None]), pytest.raises(LoRAError, match="'1' takes or gives more than one tensor"):
         model(torch.ones(2, 4))
 
 
@@ -281,7 +477,7 @@ def test_an_unbatched_convolution_is_refused():
     bank = AdapterBank(trained(make().eval(), {"r": 2, "target_modules": targets}, seed=0), first="a")
     with (
         bank.rows(["a", "a", None, "a"]),
-        pytest.raises(LoRAError, match="is run on its inputs and their mirror image, which failed"),
+        pytest.raises(LoRAError, match=r"'1' sees \(4, 6\)"),
     ):
         bank.model(torch.randn(4, 6))
 
@@ -310,13 +506,6 @@ def test_an_error_within_leaves_the_model_as_it_was():
     assert_same(model, before)
     with bank.rows(["a"]), pytest.raises(LoRAError, match=r"activate: not within `with bank\.rows"):
         bank.activate(None)
-
-
-def test_entries_of_rows():
-    """Two rows of three entries each, in a row or alternating."""
-    assert entries_of([1], 6, 2).tolist() == [3, 4, 5]
-    assert entries_of([1, 0], 6, 2).tolist() == [3, 4, 5, 0, 1, 2]
-    assert entries_of([1], 6, 2, inner=True).tolist() == [1, 3, 5]
 
 
 @pytest.mark.fused

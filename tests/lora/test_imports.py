@@ -27,7 +27,7 @@ BELOW: dict[str, set[str]] = {
     "analysis": {"analysis", "lora"},
     "tasks": {"tasks", "data", "lora", "backbones"},
     "data": {"tasks", "data", "lora", "backbones"},
-    "export": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
+    "export": {"export", "tasks", "data", "lora", "backbones"},
     "reports": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
     "training": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
 }

@@ -431,10 +431,13 @@ def test_the_report_groups_blocks(family):
 
 
 def test_a_wrapper_that_hides_an_adapter_from_the_state_dict_is_refused_and_not_saved_empty():
-    wrappers = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
     model = sequential()
-    model[0] = wrappers.checkpoint_wrapper(model[0])
-    inject(model, LoRAConfig(r=2, target_modules=["0._checkpoint_wrapped_module"]))
+    inject(model, LoRAConfig(r=2, target_modules=["0"]))
+
+    def rename(module, state, prefix, metadata):
+        state["inner.lora_A"] = state.pop("0.lora_A")
+
+    model.register_state_dict_post_hook(rename)
     with pytest.raises(AdapterError, match="state_dict"):
         adapter_tensors(model)
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats import tensor_files as storage
-from lora_lightning.lora.formats.tensor_files import read_tensors, write_bytes, write_tensors
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 
 METADATA = {"format": "pt", **{f"key{i}": str(i) for i in range(20)}}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]

@@ -118,14 +118,6 @@ def test_a_misfit_is_named():
         CausalLM(label_smoothing=1.0)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt"])
-def test_a_row_longer_than_the_learned_positions_is_an_error(kind):
-    model, ids = make_model(kind), torch.randint(3, len(VOCABULARY), (1, 65))
-    CausalLM().evaluate(model, {"input_ids": ids[:, :64], "labels": ids[:, :64]})
-    with pytest.raises(LoRAError, match=r"a row of 65 tokens is longer than the 64 positions that .*max_length"):
-        CausalLM().evaluate(model, {"input_ids": ids, "labels": ids})
-
-
 def test_rows_that_are_longer_than_their_documents_may_be():
     model, ids = make_model("gpt2"), torch.randint(3, len(VOCABULARY), (1, 80))
     CausalLM().evaluate(model, {"input_ids": ids, "labels": ids, "position_ids": torch.arange(40).repeat(1, 2)})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lora_lightning.export.compare import difference, outputs, tolerance
+from lora_lightning.export.verification import difference, outputs, tolerance
 from lora_lightning.lora.errors import MergeError
 from tests.factories import llama
 

@@ -32,13 +32,13 @@ from lora_lightning import (
 from lora_lightning.export import export as export_module
 from lora_lightning.export import model_files as merged_module
 from lora_lightning.export import verification as proof
-from lora_lightning.export.export import bytes_needed, export
-from lora_lightning.export.export_record import record_export
+from lora_lightning.export.export import bytes_needed
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.console import report_rows
-from tests.factories import llama
+from lora_lightning.training.callbacks.export_on_fit_end import record_export
+from tests.factories import export_of, llama
 from tests.training.test_module import Vision
 
 
@@ -53,12 +53,13 @@ def moved(make_module):
     return module
 
 
+TEXTS = {"input_ids": torch.arange(1, 13).reshape(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
 BATCH = {"x": torch.randn(5, 6, generator=torch.Generator().manual_seed(0)), "labels": torch.zeros(5).long()}
 
 
 def test_a_plain_module_becomes_tensors_under_its_own_keys(moved, tmp_path):
     expected = moved.backbone(BATCH["x"])
-    report = export(moved, tmp_path / "out", batch=BATCH)
+    report = export_of(moved, tmp_path / "out", BATCH)
     plain = Vision().eval()
     plain.load_state_dict(load_file(tmp_path / "out" / "merged" / "model.safetensors"), strict=True)
     torch.testing.assert_close(plain(BATCH["x"]), expected, rtol=1e-5, atol=1e-6)
@@ -68,12 +69,12 @@ def test_a_plain_module_becomes_tensors_under_its_own_keys(moved, tmp_path):
 
 
 def test_an_export_says_what_the_classes_mean(moved, tmp_path):
-    export(moved, tmp_path / "out", batch=BATCH, label_names=["bad", "good"])
+    export_of(moved, tmp_path / "out", BATCH, label_names=["bad", "good"])
     assert json.loads((tmp_path / "out" / "export_report.json").read_text())["label_names"] == ["bad", "good"]
 
 
 def test_the_exported_adapter_loads_onto_the_plain_backbone(moved, tmp_path):
-    export(moved, tmp_path / "out", batch=BATCH, formats=["adapter"])
+    export_of(moved, tmp_path / "out", BATCH, formats=["adapter"])
     plain = Vision().eval()
     plain.load_state_dict({k: v for k, v in moved.backbone.state_dict().items() if ".lora_" not in k})
     load_adapter(plain, tmp_path / "out" / "adapter")
@@ -84,7 +85,7 @@ def test_the_exported_adapter_loads_onto_the_plain_backbone(moved, tmp_path):
 def test_export_leaves_the_module_adapted_and_in_its_modes(moved, tmp_path):
     moved.backbone.body.train()
     before = {k: v.clone() for k, v in moved.state_dict().items()}
-    export(moved, tmp_path / "out", batch=BATCH)
+    export_of(moved, tmp_path / "out", BATCH)
     assert moved.backbone.body.training
     assert not moved.backbone.head.training
     assert all(torch.equal(before[k], v) for k, v in moved.state_dict().items())
@@ -92,13 +93,13 @@ def test_export_leaves_the_module_adapted_and_in_its_modes(moved, tmp_path):
 
 def test_exporting_twice_gives_the_same_bytes(moved, tmp_path):
     for name in ("a", "b"):
-        export(moved, tmp_path / name, batch=BATCH)
+        export_of(moved, tmp_path / name, BATCH)
     for file in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "merged/model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(moved, tmp_path, monkeypatch):
-    export(moved, tmp_path / "out", batch=BATCH)
+def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export_of(moved, tmp_path, monkeypatch):
+    export_of(moved, tmp_path / "out", BATCH)
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     real = proof.merge
 
@@ -109,7 +110,7 @@ def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(moved, tmp_path
 
     monkeypatch.setattr(proof, "merge", off)
     with pytest.raises(MergeError, match="the merged model differs from the adapted one by"):
-        export(moved, tmp_path / "out", batch=BATCH)
+        export_of(moved, tmp_path / "out", BATCH)
     assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -125,7 +126,7 @@ def test_an_adapter_that_is_wrong_on_disk_fails(moved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(export_module, "save_adapter", off)
     with pytest.raises(MergeError, match="the adapter read back differs from the adapted one by"):
-        export(moved, tmp_path / "out", batch=BATCH, formats=["adapter"])
+        export_of(moved, tmp_path / "out", BATCH, formats=["adapter"])
     assert not (tmp_path / "out").exists()
 
 
@@ -134,20 +135,20 @@ def test_a_moved_w0_is_not_exported(moved, tmp_path):
     with torch.no_grad():
         moved.backbone.body[4].weight[0, 0] += 1
     with pytest.raises(MergeError, match=r"W0 moved.*body\.4\.weight"):
-        export(moved, tmp_path / "out", batch=BATCH)
+        export_of(moved, tmp_path / "out", BATCH)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_of_other_files_is_left_alone(moved, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(LoRAError, match="holds files that are not an export"):
-        export(moved, tmp_path, batch=BATCH)
+        export_of(moved, tmp_path, BATCH)
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 def test_an_unknown_format_names_the_known(moved, tmp_path):
     with pytest.raises(LoRAError, match="unknown export format 'merge'; did you mean 'merged'"):
-        export(moved, tmp_path / "out", batch=BATCH, formats=["merge"])
+        export_of(moved, tmp_path / "out", BATCH, formats=["merge"])
 
 
 def test_half_precision_is_held_to_its_own_rule(make_module, tmp_path):
@@ -155,7 +156,7 @@ def test_half_precision_is_held_to_its_own_rule(make_module, tmp_path):
     with torch.no_grad():
         for tensor in adapter_tensors(module.backbone).values():
             tensor.add_(torch.randn_like(tensor) * 0.1)
-    report = export(module, tmp_path / "out", batch={"x": BATCH["x"].bfloat16()})
+    report = export_of(module, tmp_path / "out", {"x": BATCH["x"].bfloat16()})
     assert 1e-5 < report.tolerance < 0.2
     assert all(0 < kept < 1 for kept in report.kept.values())
     assert load_file(tmp_path / "out" / "merged" / "model.safetensors")["body.0.weight"].dtype == torch.bfloat16
@@ -186,8 +187,8 @@ def test_a_merged_transformer_opens_elsewhere_in_shards_with_tokenizer_head_and_
     module = shaken(make_module(lora=LoRAConfig(r=4, modules_to_save=["classifier"])))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    report = export(
-        module, tmp_path / "out", tokenizer=tokenizer, label_names=["fresh", "rotten"], max_shard_size="20KB"
+    report = export_of(
+        module, tmp_path / "out", TEXTS, tokenizer=tokenizer, label_names=["fresh", "rotten"], max_shard_size="20KB"
     )
     merged, out = tmp_path / "out" / "merged", tmp_path / "found.pt"
     shards = sorted(merged.glob("model-*.safetensors"))
@@ -204,7 +205,7 @@ def test_a_merged_transformer_opens_elsewhere_in_shards_with_tokenizer_head_and_
     config = transformers.AutoConfig.from_pretrained(merged)
     assert config.id2label == {0: "fresh", 1: "rotten"}
     assert module.backbone.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}, "the trained model is left as it is"
-    assert report.probe == "drawn from the model's config"
+    assert report.probe == "the data's first batch"
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_transformers_pipeline_says_what_the_task_predicts(task, scores, tiny, t
     backbone.config.problem_type = "multi_label_classification"  # a trace of what it was trained for before
     module = shaken(LoRAModule(backbone, task, LoRAConfig(r=4, modules_to_save=["classifier"])))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny.bert)
-    export(module, tmp_path / "out", tokenizer=tokenizer)
+    export_of(module, tmp_path / "out", TEXTS, tokenizer=tokenizer)
     pipe = transformers.pipeline("text-classification", str(tmp_path / "out" / "merged"), top_k=None, device="cpu")
     found = {said["label"]: said["score"] for said in pipe(["the film is warm"])[0]}
     with torch.no_grad():
@@ -235,7 +236,7 @@ def test_a_language_model_keeps_its_ties_and_how_it_generates(make_module, tmp_p
     backbone.generation_config.update(do_sample=True, top_k=7)
     backbone.config._name_or_path = ""
     module = shaken(make_module(backbone, LoRAConfig(r=2)), 0.3)
-    report = export(module, tmp_path / "out")
+    report = export_of(module, tmp_path / "out", TEXTS)
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "merged" / "model.safetensors")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged").eval()
     assert again.lm_head.weight is again.model.embed_tokens.weight
@@ -267,7 +268,7 @@ LINEAR, CONVOLUTIONS = LoRAConfig(r=2), LoRAConfig(r=2, target_modules=["conv1",
 )
 def test_timm_and_torchvision_models_become_tensors_under_their_own_keys(make, lora, make_module, tmp_path):
     module = shaken(make_module(make().to(memory_format=torch.channels_last), lora), 0.05)
-    report = export(module, tmp_path / "out", label_names=["a", "b", "c"])
+    report = export_of(module, tmp_path / "out", {"x": torch.randn(2, 3, 32, 32)}, label_names=["a", "b", "c"])
     tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     plain = make().eval()
     assert tensors.keys() == plain.state_dict().keys()
@@ -298,7 +299,7 @@ class Tied(nn.Module):
 def test_a_plain_module_with_ties_views_and_strides_reads_back_as_it_was(make_module, tmp_path):
     module = shaken(make_module(Tied(), LoRAConfig(r=2, target_modules=["body"])))
     ids = torch.arange(9)
-    export(module, tmp_path / "out", batch={"ids": ids})
+    export_of(module, tmp_path / "out", {"ids": ids})
     file = tmp_path / "out" / "merged" / "model.safetensors"
     assert load_file(file).keys() == {"embed.weight", "body.weight", "body.bias", "whole", "none"}
     plain = Tied().eval()
@@ -314,7 +315,7 @@ def test_float32_takes_the_whole_update_of_a_half_precision_base(make_module, tm
     batch = {"x": BATCH["x"].bfloat16()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = export(module, tmp_path / "out", batch=batch, dtype="float32")
+        report = export_of(module, tmp_path / "out", batch, dtype="float32")
     tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert {t.dtype for t in tensors.values() if t.is_floating_point()} == {torch.float32}
     layer = module.backbone.body[0]
@@ -329,7 +330,7 @@ def test_float32_takes_the_whole_update_of_a_half_precision_base(make_module, tm
 def test_what_rounding_erased_is_told_with_the_way_out(dtype, size, make_module, tmp_path):
     module = shaken(make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"])), size)
     with pytest.warns(UserWarning, match=f"rounding to {dtype} kept less than 90%") as said:
-        report = export(module, tmp_path / "out", batch=BATCH, dtype=dtype)
+        report = export_of(module, tmp_path / "out", BATCH, dtype=dtype)
     assert len(said) == 1
     text = str(said[0].message)
     assert all(part in text for part in ("in 2 of 2 layers, least in body.", "--dtype float32", "use the adapter"))
@@ -352,7 +353,7 @@ def test_a_quantised_base_becomes_plain_and_is_said(make_module, tmp_path):
 
     backbone = base("nf4")
     module = shaken(make_module(backbone, LoRAConfig(r=2, target_modules=["up", "square"], modules_to_save=["head"])))
-    report = export(module, tmp_path / "out", batch={"x": inputs()})
+    report = export_of(module, tmp_path / "out", {"x": inputs()})
     assert sorted(report.dequantised) == sorted(QUANTISED), "one of them without an adapter"
     assert report.rule == "for 4-bit products in float32"
     tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
@@ -362,7 +363,7 @@ def test_a_quantised_base_becomes_plain_and_is_said(make_module, tmp_path):
 
 def test_the_space_asked_for_is_what_the_files_take(moved, tmp_path):
     for dtype, to in (("auto", None), ("float16", torch.float16)):
-        report = export(moved, tmp_path / dtype, batch=BATCH, dtype=dtype)
+        report = export_of(moved, tmp_path / dtype, BATCH, dtype=dtype)
         weights = bytes_needed(moved.backbone, ["merged"], to) - bytes_needed(moved.backbone, ["adapter"], to)
         assert 0 <= report.merged_bytes - weights < 2000, "but for the file's header"
 
@@ -373,7 +374,7 @@ def test_no_space_leaves_no_trace(moved, tmp_path, monkeypatch):
 
     monkeypatch.setattr("lora_lightning.export.model_files.save_file", full)
     with pytest.raises(LoRAError, match="no space was left for"):
-        export(moved, tmp_path / "out", batch=BATCH)
+        export_of(moved, tmp_path / "out", BATCH)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -400,9 +401,9 @@ def test_there_is_never_more_than_one_other_copy_of_w0(make_module, tmp_path, mo
         weakref.finalize(layer, lambda: setattr(Watched, "alive", Watched.alive - 1))
 
     module = shaken(make_module(nn.Sequential(Watched(), nn.Linear(64, 2)), LoRAConfig(r=2, target_modules=["0"])))
-    export(module, tmp_path / "adapter", batch={"input": torch.randn(2, 64)}, formats=["adapter"])
+    export_of(module, tmp_path / "adapter", {"input": torch.randn(2, 64)}, formats=["adapter"])
     assert max(peak) == 1, "the adapter is read back onto the same W0"
-    export(module, tmp_path / "out", batch={"input": torch.randn(2, 64)})
+    export_of(module, tmp_path / "out", {"input": torch.randn(2, 64)})
     assert max(peak) == 2
 
 
@@ -414,7 +415,7 @@ def test_the_merged_transformer_is_let_go_before_its_files_are_read(make_module,
         return lambda: alive.append((gc.collect(), gone())[1]) or read()
 
     monkeypatch.setattr(proof, "reader", watched)
-    export(make_module(), tmp_path / "out")
+    export_of(make_module(), tmp_path / "out", TEXTS)
     assert alive == [None]
 
 
@@ -426,7 +427,7 @@ def test_a_tensor_that_the_file_lacks_fails_the_proof(moved, tmp_path, monkeypat
         lambda tensors, *args: real({k: tensors[k] for k in tensors if k != "head.bias"}, *args),
     )
     with pytest.raises(MergeError, match="the merged model read back differs"):
-        export(moved, tmp_path / "out", batch=BATCH)
+        export_of(moved, tmp_path / "out", BATCH)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -435,14 +436,14 @@ def test_serving_is_handed_to_the_adapters_writer(moved, tmp_path, monkeypatch):
     monkeypatch.setattr(
         export_module, "save_adapter", lambda m, d, **kw: given.append(kw.pop("serving", None)) or real(m, d, **kw)
     )
-    export(moved, tmp_path / "a", batch=BATCH, serving="vllm")
-    export(moved, tmp_path / "b", batch=BATCH)
+    export_of(moved, tmp_path / "a", BATCH, serving="vllm")
+    export_of(moved, tmp_path / "b", BATCH)
     assert given == ["vllm", None]
 
 
 def test_an_unknown_dtype_names_the_known(moved, tmp_path):
     with pytest.raises(LoRAError, match=r"dtype must be auto, float32, bfloat16, float16, got 'float23'; did you mean"):
-        export(moved, tmp_path / "out", batch=BATCH, dtype="float23")
+        export_of(moved, tmp_path / "out", BATCH, dtype="float23")
 
 
 def test_a_killed_export_leaves_nothing_that_looks_like_one(moved, tmp_path, monkeypatch):
@@ -456,7 +457,7 @@ def test_a_killed_export_leaves_nothing_that_looks_like_one(moved, tmp_path, mon
     if child == 0:
         monkeypatch.setattr(proof, "write_merged", killed)
         try:
-            export(moved, tmp_path / "out", batch=BATCH)
+            export_of(moved, tmp_path / "out", BATCH)
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -464,7 +465,7 @@ def test_a_killed_export_leaves_nothing_that_looks_like_one(moved, tmp_path, mon
     assert left.name.startswith(".out.")
     assert (left / "merged" / "model.safetensors").is_file()
     assert not list(tmp_path.rglob("export_report.json"))
-    export(moved, tmp_path / "out", batch=BATCH)
+    export_of(moved, tmp_path / "out", BATCH)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -472,14 +473,14 @@ def test_what_transformers_refuses_to_save_is_one_error(make_module, tmp_path):
     backbone = llama()
     backbone.generation_config.top_k = 7  # without do_sample
     with pytest.raises(MergeError, match=r"transformers does not save the merged model: (?s:.*)top_k"):
-        export(make_module(backbone, LoRAConfig(r=2)), tmp_path / "out")
+        export_of(make_module(backbone, LoRAConfig(r=2)), tmp_path / "out", TEXTS)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_runs_report_is_of_its_latest_export_alone(moved, tmp_path):
-    first = record_export(tmp_path, export(moved, tmp_path / "out", batch=BATCH))
+    first = record_export(tmp_path, export_of(moved, tmp_path / "out", BATCH))
     assert first["adapter_dir"] == str(tmp_path / "out" / "adapter")
-    later = record_export(tmp_path, export(moved, tmp_path / "other", batch=BATCH, formats=["merged"]))
+    later = record_export(tmp_path, export_of(moved, tmp_path / "other", BATCH, formats=["merged"]))
     assert later["merged_dir"] == str(tmp_path / "other" / "merged")
     assert later["adapter_dir"] is None
     assert (tmp_path / "out" / "adapter").exists()
@@ -488,39 +489,22 @@ def test_a_runs_report_is_of_its_latest_export_alone(moved, tmp_path):
     assert rows["merged weights"].startswith("float32")
 
 
-def test_the_closing_table_says_what_a_person_asks_of_an_export(make_module, moved, tmp_path):
+def test_the_closing_table_says_what_a_person_asks_of_an_export_of(make_module, moved, tmp_path):
     with pytest.warns(UserWarning, match="rounding to bfloat16"):
-        result = export(
-            shaken(make_module(Vision(), LoRAConfig(r=2)), 1e-3), tmp_path / "out", dtype="bfloat16", batch=BATCH
+        result = export_of(
+            shaken(make_module(Vision(), LoRAConfig(r=2)), 1e-3), tmp_path / "out", BATCH, dtype="bfloat16"
         )
     rows = dict(report_rows(record_export(tmp_path, result)))
     assert rows["W0 before, after"].endswith("unchanged")
     assert rows["merged against adapted"].endswith("relative (allowed 1e-01, 16 units of bfloat16's precision)")
     assert rows["merged weights"] == f"bfloat16, {human_size(result.merged_bytes)}"
     assert re.fullmatch(r"at least \d+\.\d% \(\d of 2 layers below 90%\)", rows["update kept by rounding"])
-    only = dict(report_rows(record_export(tmp_path, export(moved, tmp_path / "a", batch=BATCH, formats=["adapter"]))))
+    only = dict(report_rows(record_export(tmp_path, export_of(moved, tmp_path / "a", BATCH, formats=["adapter"]))))
     assert only["adapter read back"] == "0.0e+00 relative (allowed 1e-05 in float32)"
-
-
-def test_onnx_is_of_the_merged_model_and_stands_its_own_proof(moved, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    report = export(moved, tmp_path / "out", batch=BATCH, formats=["onnx"])
-    file = tmp_path / "out" / "onnx" / "model.onnx"
-    assert not (tmp_path / "out" / "merged").exists()
-    assert report.onnx.max_rel_diff <= report.onnx.tolerance
-    assert report.onnx_bytes == file.stat().st_size
-    x = torch.randn(3, 6)
-    (got,) = onnxruntime.InferenceSession(str(file)).run(None, {"x": x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), moved.backbone(x), rtol=1e-4, atol=1e-5)
-    said = json.loads((tmp_path / "out" / "export_report.json").read_text())
-    assert said["onnx"]["inputs"] == {"x": ["batch", 6]}
-    rows = dict(report_rows(record_export(tmp_path, report)))
-    assert "in onnxruntime" in rows["ONNX against merged"]
-    assert rows["ONNX model"] == str(tmp_path / "out" / "onnx")
 
 
 def test_vllms_form_is_exported_and_proven(moved, tmp_path):
     """The command's `--serving vllm` reaches the adapter: one r and one alpha, no patterns."""
     with pytest.raises(LoRAError, match="head"):
-        export(moved, tmp_path / "out", batch=BATCH, formats=["adapter"], serving="vllm")
+        export_of(moved, tmp_path / "out", BATCH, formats=["adapter"], serving="vllm")
     assert not (tmp_path / "out").exists()

@@ -8,8 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
-from lora_lightning.export.first_batch import first_batch
-from lora_lightning.export.probe_batch import draw
+from lora_lightning.export.probe_batch import first_batch, probe_from
 from lora_lightning.training.trainer import LoRATrainer
 from tests.training.test_module import Vision, loader, trainer_of
 
@@ -99,7 +98,7 @@ def test_a_batch_that_names_no_arguments_is_one_clear_error_or_the_models_own_ex
         first_batch([Once(UNNAMED[said])], module)
     module.example_input_array = X
     assert first_batch([Once(UNNAMED[said])], module) is None
-    assert torch.equal(draw(module.backbone, module.example_input_array).inputs["x"], X)
+    assert torch.equal(probe_from(module.backbone, module.task, None, module.example_input_array).inputs["x"], X)
 
 
 @pytest.mark.parametrize("case", ["a stream for validation", "no validation hook", "loaders in a dict"])
@@ -118,4 +117,4 @@ def test_export_at_end_finds_its_probe_in_the_fits_loaders(case, tmp_path, make_
 def test_an_example_of_ones_own_goes_to_where_the_model_is(make_module):
     """The meta device stands for another card."""
     backbone = nn.Linear(6, 2, device="meta")
-    assert draw(backbone, X).inputs["input"].is_meta
+    assert probe_from(backbone, make_module().task, None, X).inputs["input"].is_meta

@@ -16,11 +16,11 @@ from lora_lightning import (
     WarmupDecay,
     huggingface,
 )
-from lora_lightning.export.export import export
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
+from tests.factories import export_of
 
 
 def trainer_of(tmp_path, **kwargs):
@@ -223,7 +223,7 @@ def test_a_start_trains_resumes_and_exports_without_moving_w0(tmp_path, make_mod
         assert moved > 6, "the start was measured"
     again = module_of()
     trainer_of(tmp_path / "on", max_epochs=2).fit(again, data, ckpt_path=trainer.checkpoint_callback.best_model_path)
-    report = export(again.eval(), tmp_path / "out", batch=next(iter(data.val_dataloader())))
+    report = export_of(again.eval(), tmp_path / "out", next(iter(data.val_dataloader())))
     assert report.max_rel_diff < 1e-5
 
 

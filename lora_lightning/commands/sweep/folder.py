@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_lightning.commands.sweep.search_space import plainly
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 BASE = "base.json"
 

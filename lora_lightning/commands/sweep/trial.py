@@ -11,7 +11,7 @@ from typing import Literal
 
 from lora_lightning.commands.sweep.search_space import plainly, short_names
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 RECORD, LOG = "trial.json", "log.txt"
 State = Literal["running", "complete", "pruned", "failed"]

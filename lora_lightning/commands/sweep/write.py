@@ -13,7 +13,7 @@ from lora_lightning.analysis.page import page
 from lora_lightning.commands.sweep.plots import figures
 from lora_lightning.commands.sweep.ranking import Point
 from lora_lightning.commands.sweep.tables import csv_of, table
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 RESULTS, CSV, PAGE = "sweep.json", "sweep.csv", "index.html"
 TITLE = "A sweep"

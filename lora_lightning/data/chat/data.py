@@ -35,7 +35,7 @@ from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, from_all_over
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import check_columns
-from lora_lightning.data.loading.packing import CausalCollator, lengths_of, pack_table
+from lora_lightning.data.loading.packing import CausalCollator, pack_table
 from lora_lightning.data.text.base import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
@@ -214,9 +214,6 @@ class ChatData(TextData, GivesPrompts):
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         return ChatCollator(self.pad_token_id or 0)
-
-    def lengths(self, table: datasets.Dataset) -> list[int] | None:
-        return lengths_of(table) if "input_ids" in table.column_names else None
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """A row for each conversation, never packed."""

@@ -13,11 +13,11 @@ from itertools import chain, compress
 from typing import Any
 
 import datasets
-import pyarrow.compute
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
@@ -118,12 +118,6 @@ def pack_table(table: datasets.Dataset, max_length: int, split: str) -> datasets
     empty = 1 - sum(lengths_of(packed)) / (max_length * len(packed))
     rank_zero_info(f"{split}: {len(table):,} documents in {len(packed):,} rows of {max_length:,}, {empty:.1%} empty")
     return packed
-
-
-def lengths_of(table: datasets.Dataset) -> list[int]:
-    """Tokens in each row, without reading them."""
-    batches = table.select_columns("input_ids").with_format("arrow").iter(AT_ONCE)
-    return [n for batch in batches for n in pyarrow.compute.list_value_length(batch["input_ids"]).to_pylist()]
 
 
 class CausalCollator:

@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lora_lightning.lora.bank.assemble import config_of, fill, saved_tensors
-from lora_lightning.lora.bank.combine import Combination, mix, report
+from lora_lightning.lora.bank.combine import (
+    Combination,
+    check_request,
+    combine_layers,
+    config_of,
+    fill,
+    report,
+    saved_tensors,
+)
 from lora_lightning.lora.bank.detached import Held, bring, check, put_in, see, send, take_out
-from lora_lightning.lora.bank.mixed_batch import Batch
-from lora_lightning.lora.bank.recipe import Recipe, check_weights
-from lora_lightning.lora.bank.row_grafts import grafted_rows
+from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.adapter import load_adapter, save_adapter
 from lora_lightning.lora.frozen.quantization import hold_packing
@@ -48,6 +53,7 @@ class AdapterBank:
         self._held: dict[str, Held] = {}
         self._active: str | None = None
         self._within: str | None = None
+        self._batch_first: set[str] = set()
         hold_packing(model)  # the base that waits must not be rounded either
         self._base = marks(model)
         if see(model).shares:
@@ -158,17 +164,16 @@ class AdapterBank:
     def rows(self, names: Sequence[str | None], *, repeats: int = 1) -> Iterator[None]:
         """Within the block row i of each batch is computed by the adapter `names[i]`, or by the base alone for None.
 
-        In eval mode and without gradients; the base computes once for all rows. Rows are the first dimension of the
-        model's inputs; where they are in what a layer sees is proven by one more forward, of the plain model on the
-        batch and its mirror image, for each new set of shapes (`row_proof.py`).
+        In eval mode and without gradients. Rows must be the first dimension of what every adapted layer sees; a layer
+        that sees another thing, such as rows and positions flattened into one, is refused by name when it runs.
 
         Args:
             names: one for each row of the batch.
             repeats: how often each row is repeated in a row, as beams and several returned sequences do in `generate`.
 
         Raises:
-            LoRAError: no such adapter; train mode; an adapter that has no form row by row. In a forward: a layer of
-                which it cannot be known which row is which.
+            LoRAError: no such adapter; train mode; an adapter or a model that has no form row by row. In a forward: a
+                layer whose first dimension is not that of the rows.
         """
         if isinstance(names, str) or not list(names):
             raise LoRAError(f"rows must name an adapter or None for every row of the batch, got {names!r}")
@@ -178,11 +183,13 @@ class AdapterBank:
         for name in names:
             if name is not None:
                 self._get(name)
-        batch = Batch(list(names), repeats, self.model)
-        with self._beside("rows", [name for name in names if name is not None]) as sources:
+        batch = Batch(list(names), repeats, self._batch_first)
+        several = len(set(names)) > 1  # else it does not matter which row is which
+        with self._beside("rows", [name for name in names if several and name is not None]) as sources:
+            self._switch(None if several else names[0])
             self._within = "rows"
             try:
-                with grafted_rows(self.model, sources, batch):
+                with mixed_batch(self.model, sources, batch):
                     yield
             finally:
                 self._within = None
@@ -202,33 +209,31 @@ class AdapterBank:
         method: str = "concat",
         *,
         rank: int | None = None,
-        density: float = 1.0,
-        seed: int = 0,
+        **removed: Any,
     ) -> Combination:
-        """Hold a new adapter made of others: `sum_i w_i s_i B_i A_i`, or what `method` makes of the updates.
+        """Hold a new adapter made of others: the weighted sum `sum_i w_i s_i B_i A_i` of their updates.
 
         A module that only some adapt is combined of those. A head saved in full is taken where all agree on it.
 
         Args:
-            method: `concat` and `svd` (of `rank`) for the weighted sum; `ties`, `dare`, `dare_ties`, `magnitude` with
-                `density` on the dense updates, module by module, kept exactly or at `rank`. See `Recipe`.
+            method: `concat`: exactly, with the ranks added up; `svd`: its best approximation of `rank`.
+            removed: settings that methods of earlier versions took, each refused.
 
         Raises:
             LoRAError: there is no such adapter, or no such combination of these. The bank is then as before.
         """
         self._new(name)
-        check_weights(weights, self.names)
-        recipe = Recipe(method=method, rank=rank, density=density, seed=seed)
+        check_request(weights, self.names, method, rank, removed)
         with self._beside("combine", weights) as sources:
-            mixed = mix(sources, weights, recipe)
-            saved = saved_tensors(sources, mixed)
-            inject(self.model, config_of(mixed, list(saved)), start=False, any_rank=True)
+            combined = combine_layers(sources, weights, rank)
+            saved = saved_tensors(sources, combined)
+            inject(self.model, config_of(combined, list(saved)), start=False, any_rank=True)
             try:
-                fill(self.model, mixed, saved)
+                fill(self.model, combined, saved)
             finally:
                 held = take_out(self.model, self.device)
             self._held[name] = held
-        return report(mixed, method)
+        return report(combined, method)
 
     def __contains__(self, name: object) -> bool:
         return name in self._held

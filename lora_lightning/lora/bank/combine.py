@@ -1,38 +1,44 @@
-"""One adapter out of several: the factors of every layer that one of them has.
+"""One adapter out of several: the weighted sum of their updates, exactly or at a chosen rank.
 
-Layers are combined block by block: a block is a pair (A, B) that is multiplied by itself, such as a part of a fused
-projection, a group of a convolution's channels, an expert of a stack. One layer is in memory densely at most, and only
-for the methods that are defined on dense updates.
+The sum `sum_i w_i s_i B_i A_i` is taken block by block: a block is a pair (A, B) that is multiplied by itself, such as
+a part of a fused projection, a group of a convolution's channels, an expert of a stack. Updates are never formed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lora_lightning.lora.bank.detached import Held
-from lora_lightning.lora.bank.mixing import (
-    Loss,
-    Pair,
-    concatenated,
-    dropped,
-    elected,
-    factored,
-    padded,
-    summed,
-    trimmed,
-    truncated,
-)
-from lora_lightning.lora.bank.recipe import Recipe
-from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.layers import AdaptedLayer
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
+from lora_lightning.lora.formats.peft.adapter import load_tensors
+from lora_lightning.lora.frozen.matrices import Pair, less_start
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, SavedCopy
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.lora.layers.trained.module_copy import COPY
+
+METHODS = ("concat", "svd")
+REMOVED = {
+    "ties": "ties_svd",
+    "dare": "dare_linear_svd",
+    "dare_ties": "dare_ties_svd",
+    "magnitude": "magnitude_prune_svd",
+}
+"""Methods of earlier versions, and PEFT's names for them."""
+
+Loss = tuple[float, float]
+"""Squares of Frobenius norms: of what is missing, and of what was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +55,7 @@ class Combination:
 
 
 @dataclass
-class Mixed:
+class CombinedLayer:
     """One layer of the combination."""
 
     name: str
@@ -58,24 +64,54 @@ class Mixed:
     """A layer of its kind."""
     whole: bool
     """Whether parts of a fused projection are one block, since the adapters disagree about them."""
-    pairs: list[Pair] = field(default_factory=list)
-    wanted: float = 0.0
-    lost: float = 0.0
-    """Squares of the norms of the update that was asked for and of what is missing."""
+    pairs: list[Pair]
+    loss: Loss
 
     @property
     def rank(self) -> int:
         """The rank of the layer as its kind counts it."""
         return int(self.pairs[0][0].shape[0]) * _groups(self.like)
 
-    def count(self, pair: Pair, loss: Loss) -> Pair:
-        """Note what one block lost."""
-        self.lost, self.wanted = self.lost + loss[0], self.wanted + loss[1]
-        return pair
+
+def check_request(
+    weights: Mapping[str, float], names: list[str], method: str, rank: int | None, removed: Mapping[str, Any]
+) -> None:
+    """Raise a ConfigError unless this asks for a weighted sum of adapters in `names`.
+
+    Args:
+        removed: settings of methods that are no longer made, as the call gave them.
+    """
+    if method in REMOVED or removed:
+        theirs = REMOVED.get(method)
+        raise ConfigError(
+            f"{f'method {method!r}' if theirs else ', '.join(removed)} was removed: take 'concat' or 'svd', or let PEFT"
+            f" combine the saved adapters{f' ({theirs!r})' if theirs else ''} by add_weighted_adapter, and load that"
+        )
+    if method not in METHODS:
+        raise ConfigError(
+            f"method must be one of {', '.join(METHODS)}, got {method!r}{did_you_mean(str(method), METHODS)}"
+        )
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigError(f"rank must be a whole number of at least 1, got {rank!r}")
+    if method == "svd" and rank is None:
+        raise ConfigError("method 'svd' needs the rank of the result: rank=8; 'concat' keeps all of it")
+    if method == "concat" and rank is not None:
+        raise ConfigError("method 'concat' has the ranks of the adapters added up: leave rank out, or use 'svd'")
+    if not isinstance(weights, Mapping) or not weights:
+        raise ConfigError(f"weights must map names of adapters to numbers, such as {{'a': 0.7}}, got {weights!r}")
+    for name, weight in weights.items():
+        if name not in names:
+            raise ConfigError(
+                f"no adapter '{name}' here, there are {', '.join(names) or 'none'}{did_you_mean(str(name), names)}"
+            )
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"the weight of '{name}' must be a finite number, got {weight!r}")
 
 
-def mix(sources: Mapping[str, Held], weights: Mapping[str, float], recipe: Recipe) -> dict[str, Mixed]:
-    """Every layer of the combination by its path, with its factors.
+def combine_layers(
+    sources: Mapping[str, Held], weights: Mapping[str, float], rank: int | None
+) -> dict[str, CombinedLayer]:
+    """Every layer of the weighted sum by its path, with its factors: of `rank`, or with the ranks added up.
 
     Raises:
         LoRAError: an adapter has something of which there is no weighted sum, or a rank that does not fit.
@@ -86,93 +122,70 @@ def mix(sources: Mapping[str, Held], weights: Mapping[str, float], recipe: Recip
     paths = list(dict.fromkeys(path for own in layers.values() for path in own))
     if not paths:
         raise LoRAError(f"nothing to combine: none of {', '.join(sources)} adapts a layer by A and B")
-    mixed = {}
+    combined = {}
     for path in paths:
         own = {name: found[path] for name, found in layers.items() if path in found}
-        mixed[path] = _mix_layer(path, own, [weights[name] for name in own], recipe)
-    return mixed
+        combined[path] = _combine_layer(path, list(own.values()), [weights[name] for name in own], rank)
+    return combined
 
 
-def _mix_layer(path: str, layers: dict[str, AdaptedLayer], weights: list[float], recipe: Recipe) -> Mixed:
-    like = next(iter(layers.values()))
-    parts = {layer.lora_settings.slices for layer in layers.values()}
-    layer = Mixed(name=like.lora_name(path), like=like, whole=len(parts) > 1)
-    if layer.whole and len(like.adapted_parameters(like.lora_owner, like.lora_settings)) > 1:
-        raise LoRAError(f"'{layer.name}' holds its parts apart, and the adapters take different ones: no common form")
-    blocks = list(zip(*(scaled_blocks(own, whole=layer.whole) for own in layers.values()), strict=True))
-    if recipe.on_factors:
-        done = [_of_factors(pairs, weights, recipe, layer) for pairs in blocks]
-    else:
-        done = _of_updates(blocks, list(layers), weights, recipe, layer)
-    rank = max(int(A.shape[0]) for A, _ in done)
-    layer.pairs = [padded(pair, rank) for pair in done]
-    return layer
+def _combine_layer(path: str, layers: list[AdaptedLayer], weights: Sequence[float], rank: int | None) -> CombinedLayer:
+    like, name = layers[0], layers[0].lora_name(path)
+    whole = len({layer.lora_settings.slices for layer in layers}) > 1
+    if whole and len(like.adapted_parameters(like.lora_owner, like.lora_settings)) > 1:
+        raise LoRAError(f"'{name}' holds its parts apart, and the adapters take different ones: no common form")
+    groups = _groups(like)
+    if rank is not None and rank % groups:
+        raise LoRAError(f"rank={rank} is no multiple of the {groups} groups of the convolution '{name}'")
+    pairs, lost, wanted = [], 0.0, 0.0
+    for block in zip(*(_scaled_blocks(layer, whole=whole) for layer in layers), strict=True):
+        A, B = torch.cat([A for A, _ in block]), torch.cat([B * w for (_, B), w in zip(block, weights, strict=True)], 1)
+        if rank is not None:
+            (A, B), loss = truncated(A, B, rank // groups)
+            lost, wanted = lost + loss[0], wanted + loss[1]
+        pairs.append((A, B))
+    most = max(A.shape[0] for A, _ in pairs)
+    return CombinedLayer(name, like, whole, [padded(pair, most) for pair in pairs], (lost, wanted))
 
 
-def _of_factors(pairs: Sequence[Pair], weights: list[float], recipe: Recipe, layer: Mixed) -> Pair:
-    A, B = concatenated(pairs, weights)
-    if recipe.rank is None:
-        return A, B
-    pair, loss = truncated(A, B, _block_rank(recipe.rank, layer))
-    return layer.count(pair, loss)
+def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
+    """The best approximation of `B A` of rank `rank` (Eckart and Young), and what it lacks.
+
+    Through the QR of the factors: never larger than they are, and r by r where the SVD is taken.
+    """
+    left, upper = torch.linalg.qr(B)
+    right, lower = torch.linalg.qr(A.mT)
+    U, S, Vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
+    root, squares = S[:rank].sqrt(), S.square()
+    pair = (root.unsqueeze(1) * (Vh @ right.mT)[:rank], (left @ U)[:, :rank] * root)
+    return pair, (float(squares[rank:].sum()), float(squares.sum()))
 
 
-def _of_updates(
-    blocks: list[tuple[Pair, ...]], names: list[str], weights: list[float], recipe: Recipe, layer: Mixed
-) -> list[Pair]:
-    """Trimming and dropping look at a layer's whole update, all blocks together."""
-    dense = [[B @ A for A, B in pairs] for pairs in blocks]
-    shapes = [own[0].shape for own in dense]
-    updates = torch.stack([torch.cat([own[i].flatten() for own in dense]) for i in range(len(names))])
-    weight = updates.new_tensor(weights)
-    if recipe.drops:
-        draws = torch.stack([_draws(recipe.seed, name, layer.name, updates) for name in names])
-        updates = dropped(updates, recipe.density, draws)
-    else:
-        updates = trimmed(updates, recipe.density)
-    merged = elected(updates, weight) if recipe.elects else summed(updates, weight)
-    rank = None if recipe.rank is None else _block_rank(recipe.rank, layer)
-    flat = torch.split(merged, [shape.numel() for shape in shapes])
-    return [layer.count(*factored(block.view(shape), rank)) for block, shape in zip(flat, shapes, strict=True)]
+def padded(pair: Pair, rank: int) -> Pair:
+    """The same update with zeros up to `rank`."""
+    more = rank - pair[0].shape[0]
+    return (F.pad(pair[0], (0, 0, 0, more)), F.pad(pair[1], (0, more))) if more else pair
 
 
-def scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
-    """The layer's update as the products `B A` of its blocks, with s in B; a subtracted start is a part of A and B."""
+def _scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
+    """The layer's update as the products `B A` of its blocks, with s in B; a subtracted init is a part of A and B."""
     scale, dtype = layer.lora_settings.scale, wide_dtype(layer.lora_A)
-    if whole:
-        own = layer.to_peft()
-        pairs = [(own["lora_A"], own["lora_B"])]
-    else:
-        pairs = blocks(layer)
-    if layer.lora_A0 is not None and layer.lora_B0 is not None:  # linear layers without parts: one block
-        (A, B), A0, B0 = pairs[0], layer.lora_A0, layer.lora_B0
-        pairs = [(torch.cat([A, A0]), torch.cat([B, -B0], dim=1))]
+    own = layer.to_peft() if whole else {}
+    first, *more = [(own["lora_A"], own["lora_B"])] if whole else _blocks(layer)
+    pairs = [less_start(first, layer.lora_A0, layer.lora_B0), *more]  # subtracted from layers of one block only
     return [(A.detach().to(dtype), B.detach().to(dtype) * scale) for A, B in pairs]
 
 
-def blocks(layer: AdaptedLayer) -> list[Pair]:
+def _blocks(layer: AdaptedLayer) -> list[Pair]:
     """Views of A and B, block by block: what is written into them is written into the layer."""
     if not isinstance(layer, CONVS):
         return layer.factor_pairs()
-    groups = _groups(layer)
-    A = torch.unflatten(layer.lora_A.flatten(1), 0, (groups, -1))
-    B = torch.unflatten(layer.lora_B.flatten(1), 0, (groups, -1))
+    A, B = (torch.unflatten(factor.flatten(1), 0, (_groups(layer), -1)) for factor in (layer.lora_A, layer.lora_B))
     return list(zip(A, B, strict=True))
 
 
-def report(mixed: Mapping[str, Mixed], method: str) -> Combination:
-    """The errors of all layers."""
-    lost, wanted = sum(m.lost for m in mixed.values()), sum(m.wanted for m in mixed.values())
-    return Combination(
-        method=method,
-        errors={m.name: _ratio(m.lost, m.wanted) for m in mixed.values()},
-        ranks={m.name: m.rank for m in mixed.values()},
-        error=_ratio(lost, wanted),
-    )
-
-
-def _ratio(lost: float, wanted: float) -> float:
-    return math.sqrt(lost / wanted) if wanted > 0 else 0.0
+def _groups(layer: AdaptedLayer) -> int:
+    return layer.groups if isinstance(layer, CONVS) else 1
 
 
 def _refuse(name: str, held: Held) -> None:
@@ -188,19 +201,73 @@ def _refuse(name: str, held: Held) -> None:
                 raise LoRAError(f"cannot combine '{name}': its '{share.path}' {reason}: leave it out")
 
 
-def _block_rank(rank: int, layer: Mixed) -> int:
-    groups = _groups(layer.like)
-    if rank % groups:
-        raise LoRAError(f"rank={rank} is no multiple of the {groups} groups of the convolution '{layer.name}'")
-    return rank // groups
+def saved_tensors(sources: Mapping[str, Held], combined: Mapping[str, CombinedLayer]) -> dict[str, dict[str, Tensor]]:
+    """The copies of `modules_to_save` by the module's name: those that one adapter has, or that are equal in all.
+
+    Raises:
+        LoRAError: two adapters have different values for one module, or another adapts what one saved.
+    """
+    found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    for name, held in sources.items():
+        for share in held.shares:
+            if not issubclass(share.grafted, SavedCopy):
+                continue
+            copy: nn.Module = share.stores["_modules"][COPY]
+            state = {key: tensor.detach() for key, tensor in copy.state_dict().items()}
+            other, there = found.setdefault(share.path, (name, state))
+            if any(not torch.equal(tensor, there[key]) for key, tensor in state.items()):
+                raise LoRAError(
+                    f"'{other}' and '{name}' both saved '{share.path}' in full, with different values, and a head has"
+                    f" no update to add: combine adapters that share it, or save them without it"
+                )
+    for path, (name, _) in found.items():
+        both = [layer.name for layer in combined.values() if f"{layer.name}.".startswith(f"{path}.")]
+        if both:
+            raise LoRAError(
+                f"'{name}' saved '{path}' in full, and another adapts '{both[0]}' by A and B: combine adapters that"
+                f" train it in one way"
+            )
+    return {path: state for path, (_, state) in found.items()}
 
 
-def _groups(layer: AdaptedLayer) -> int:
-    return layer.groups if isinstance(layer, CONVS) else 1
+def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRAConfig:
+    """The config that injects layers of these ranks, with a scale of 1."""
+    ranks = {f"^{re.escape(layer.name)}$": layer.rank for layer in combined.values()}
+    bare = [layer.name for layer in combined.values() if isinstance(layer.like, LoRAParameter)]
+    modules = [layer.name for layer in combined.values() if layer.name not in bare]
+    specs = {layer.name: layer.like.lora_settings.slices for layer in combined.values() if not layer.whole}
+    return LoRAConfig(
+        target_modules=f"(?:{'|'.join(map(re.escape, modules))})" if modules else [],
+        target_parameters=bare or None,
+        modules_to_save=saved or None,
+        slices={f"^{re.escape(name)}$": spec.to_spec() for name, spec in specs.items() if spec},
+        rank_pattern=ranks,
+        alpha_pattern={pattern: float(rank) for pattern, rank in ranks.items()},
+    )
 
 
-def _draws(seed: int, adapter: str, module: str, like: Tensor) -> Tensor:
-    """Uniform numbers for one module of one adapter, the same on every device and in whatever order they are drawn."""
-    digest = hashlib.sha256(f"{seed}/{adapter}/{module}".encode()).digest()
-    random = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.rand(like.shape[1], generator=random, dtype=torch.float64).to(like.device, like.dtype)
+@torch.no_grad()
+def fill(model: nn.Module, combined: Mapping[str, CombinedLayer], saved: Mapping[str, dict[str, Tensor]]) -> None:
+    """Write the combination into the model that was injected for it."""
+    for path, layer in adapted_layers(model):
+        for (A, B), (own_a, own_b) in zip(combined[path].pairs, _blocks(layer), strict=True):
+            own_a.copy_(A)
+            own_b.copy_(B)
+    copies = {f"{path}.{COPY}.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
+    load_tensors(model, {**adapter_tensors(model), **copies})
+
+
+def report(combined: Mapping[str, CombinedLayer], method: str) -> Combination:
+    """What each layer lost, and all together."""
+    losses = {layer.name: layer.loss for layer in combined.values()}
+    every = sum(loss for loss, _ in losses.values()), sum(wanted for _, wanted in losses.values())
+    return Combination(
+        method=method,
+        errors={name: _ratio(loss) for name, loss in losses.items()},
+        ranks={layer.name: layer.rank for layer in combined.values()},
+        error=_ratio(every),
+    )
+
+
+def _ratio(loss: Loss) -> float:
+    return math.sqrt(loss[0] / loss[1]) if loss[1] > 0 else 0.0

@@ -91,16 +91,21 @@ class Share:
             holder.__dict__[store] = self.stores[store]
         holder.to(device)
 
-    def beside(self) -> Grafted:
-        """The adapted layer beside the plain module: another object over the same tensors, W0's among them."""
-        twin = self.module.__class__.__new__(self.module.__class__)
-        twin.__dict__.update(vars(self.module))
-        for store in STORES:
-            twin.__dict__[store] = dict(vars(self.module)[store])
-        twin.__dict__["_non_persistent_buffers_set"] = set(self.module._non_persistent_buffers_set)
-        self.put_in(twin)
-        assert isinstance(twin, Grafted)
-        return twin
+
+def beside(module: nn.Module, share: Share | None) -> Any:
+    """The adapted module beside the plain `module`: another object over the same tensors, W0's among them.
+
+    Args:
+        share: what the adapter adds to it; None for a plain twin.
+    """
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(vars(module))
+    for store in STORES:
+        twin.__dict__[store] = dict(vars(module)[store])
+    twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    if share is not None:
+        share.put_in(twin)
+    return twin
 
 
 @dataclass
@@ -115,9 +120,7 @@ class Held:
         for share in self.shares:
             found |= share.layers
             if issubclass(share.grafted, AdaptedLayer):
-                layer = share.beside()
-                assert isinstance(layer, AdaptedLayer)
-                found[share.path] = layer
+                found[share.path] = beside(share.module, share)
         return found
 
     def nbytes(self) -> int:

@@ -1,162 +1,210 @@
-"""A batch whose rows name their adapters: which entries of the tensors that layers see belong to which row."""
+"""A batch whose rows have different adapters: `with bank.rows([...]):`.
+
+The rule: rows are the first dimension of what every adapted module is given; anything else is refused by name. Linear
+layers compute the base once for all rows, and each group of rows adds its own adapter's update. Every other kind of
+module runs once more for each group, as the adapted module that stands beside the plain one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.bank.grouped import entries_of
-from lora_lightning.lora.bank.row_mirror import WrongGuess, guesses, run_mirrored
-from lora_lightning.lora.bank.row_proof import Layout, Proof, Seen, layouts, signature
+from lora_lightning.lora.bank.detached import Held, Share, beside
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.layers import (
+    Grafted,
+    LoRAConv1D,
+    LoRALinear,
+    ParameterHost,
+    SavedCopy,
+    TokenRows,
+    TrainedBias,
+    graft,
+    ungraft,
+)
+from lora_lightning.lora.layers.conv import CONVS
+from lora_lightning.lora.layers.trained.token_rows import TokenFollower
 
-if TYPE_CHECKING:
-    from lora_lightning.lora.bank.row_layers import AttentionRows
+ATTENTION = inspect.signature(nn.MultiheadAttention.forward)
+LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+ALONE = "activate one adapter at a time"
 
 
 @dataclass
 class Batch:
-    """Which adapter each row has, and what is known of the tensors that the model passes on."""
+    """Which adapter each row has."""
 
     names: Sequence[str | None]
     repeats: int
-    model: nn.Module
-    proofs: dict[Any, Proof] = field(default_factory=dict)
-    """By the module that was called, and how."""
-    proof: Proof = field(default_factory=Proof)
-    """Of the call that runs now."""
-    proving: Proof | None = None
-    """While the proof is made: layers then compute as the plain base and only tell what they see."""
-    running: list[nn.Module] = field(default_factory=list)
-    """The modules that are being called, outermost first."""
-    called: dict[str, int] = field(default_factory=dict)
-    """How often each layer was called within the call that runs now."""
-    found: dict[tuple[int, int, bool, torch.device], dict[str, Tensor]] = field(default_factory=dict)
+    """How often each row is repeated in a row."""
+    batch_first: set[str]
+    """Layers whose inputs have shown that rows are their first dimension, or whose attention says so."""
+    indices: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
 
-    @property
-    def counts(self) -> set[int]:
-        """How many rows a tensor may have."""
-        return {len(self.names), len(self.names) * self.repeats}
-
-    @property
-    def is_one(self) -> bool:
-        """Whether all rows have the same adapter: then it does not matter which is which."""
-        return len(set(self.names)) == 1
-
-    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A pre-hook of whatever leads to a layer: the outermost call is proven where it is new."""
-        if self.proving is not None or self.is_one:
-            return
-        self.running.append(module)
-        if len(self.running) == 1:
-            self.called.clear()
-            key = (module, signature(args, kwargs))
-            self.proof = self.proofs.get(key) or self._prove(module, args, kwargs)
-            self.proofs[key] = self.proof
-
-    def leave(self, module: nn.Module, *_: Any) -> None:
-        """The hook that ends the call, also where it failed."""
-        if self.proving is None and self.running and self.running[-1] is module:
-            self.running.pop()
-
-    def _prove(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Proof:
-        failed: Exception | None = None
-        for guess in guesses(args, kwargs, self.counts):
-            if module is not self.model and not _plainly_rows(args, kwargs, self.counts):
-                break
-            self.proving = Proof(guess[1])
-            try:
-                self.proving.picks = run_mirrored(module, args, kwargs, guess)
-                return self.proving
-            except LoRAError:
-                raise
-            except Exception as error:
-                failed = error if not isinstance(error, WrongGuess) else failed
-            finally:
-                self.proving = None
-                self.called.clear()
-        if failed is not None:
-            raise LoRAError(
-                f"rows: to see where the rows are, {type(module).__name__} is run on its inputs and their mirror"
-                f" image, which failed ({type(failed).__name__}: {failed}): activate one adapter at a time"
-            ) from failed
-        return Proof()
-
-    def tell(self, layer: str, x: Tensor, dims: Collection[int], out: Tensor | None = None) -> None:
-        """While the proof is made: what `layer` sees, and gives where its rows must be in the same place."""
-        assert self.proving is not None
-        found = layouts(x, self.proving.count, dims)
-        if out is not None:
-            given = layouts(out, self.proving.count, [d for d in found if d < out.dim() and out.shape[d] == x.shape[d]])
-            found = {d: both for d in given if (both := [way for way in found[d] if way in given[d]])}
-        self.proving.calls[self._call(layer)] = Seen(x.shape, found)
-
-    def layout(self, layer: str, x: Tensor) -> tuple[Layout, int]:
-        """Where the rows of x are, and how many they are.
+    def groups(self, layer: str, x: Any, module: nn.Module) -> dict[str, Tensor]:
+        """The row numbers of each adapter.
 
         Raises:
-            LoRAError: it cannot be known.
+            LoRAError: the first dimension of x is not known to be that of the rows.
         """
-        where = self.proof.layout(self._call(layer), x)
-        if where is not None:
-            return where, self.proof.count
-        known = " or ".join(f"{count}" for count in sorted(self.counts))
-        raise LoRAError(
-            f"rows: '{layer}' sees {tuple(x.shape)}, and which of its entries belong to which row cannot be known:"
-            f" expected one dimension of it to be that of {known} rows, and the model's inputs to have them. Name an"
-            f" adapter for every row of the batch, say repeats= where beams or returned sequences multiply it, or"
-            f" activate one adapter at a time"
-        )
-
-    def _call(self, layer: str) -> tuple[str, int]:
-        self.called[layer] = self.called.get(layer, 0) + 1
-        return layer, self.called[layer]
-
-    def entries(self, size: int, count: int, device: torch.device, *, inner: bool = False) -> dict[str, Tensor]:
-        """The entries of each adapter."""
-        if self.is_one:
-            return {name: torch.arange(size, device=device) for name in self.names if name is not None}
-        key = (size, count, inner, device)
-        if key not in self.found:
-            names = [name for name in self.names for _ in range(count // len(self.names))]
-            self.found[key] = {
-                name: entries_of([i for i, n in enumerate(names) if n == name], size, count, inner=inner).to(device)
-                for name in dict.fromkeys(names)
-                if name is not None
+        counts = {len(self.names), len(self.names) * self.repeats}
+        shape = tuple(x.shape) if isinstance(x, Tensor) and not x.is_nested else ()
+        least = module.weight.dim() if isinstance(module, CONVS) else 2  # fewer: one entry, or positions of all rows
+        # A parameter that is fed to a layer, as learned queries are, has no rows though it may have as many.
+        if len(shape) < least or shape[0] not in counts or isinstance(x, nn.Parameter):
+            known = " or ".join(str(count) for count in sorted(counts))
+            raise LoRAError(
+                f"rows: '{layer}' sees {shape or type(x).__name__}, and its first dimension must be that of {known}"
+                f" rows: name an adapter for every row, say repeats= where beams or returned sequences multiply it, or"
+                f" {ALONE}"
+            )
+        is_sequence = len(shape) > (1 if isinstance(module, nn.Embedding) else 2) and not isinstance(module, CONVS)
+        if not is_sequence or shape[1] not in counts:
+            self.batch_first |= {layer} if is_sequence else set()
+        elif layer not in self.batch_first:  # as many positions as rows, and positions may be first
+            raise LoRAError(
+                f"rows: '{layer}' sees {shape}, and whether its first or second dimension is that of the rows cannot be"
+                f" known: run a batch of another length first, pad this one by a position, or {ALONE}"
+            )
+        key = (shape[0], x.device)
+        if key not in self.indices:
+            names = [name for name in self.names for _ in range(shape[0] // len(self.names))]
+            self.indices[key] = {
+                adapter: torch.tensor([i for i, name in enumerate(names) if name == adapter], device=x.device)
+                for adapter in dict.fromkeys(names)
+                if adapter is not None
             }
-        return self.found[key]
+        return self.indices[key]
 
 
-def _plainly_rows(args: tuple[Any, ...], kwargs: dict[str, Any], counts: Collection[int]) -> bool:
-    """Whether what a part of the model is given by itself, as `generate` calls an encoder, has rows first for sure."""
-    floats = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
-    return all(t.dim() > 2 and t.shape[0] in counts and t.shape[1] not in counts for t in floats)
+class MixedForward(Grafted):
+    """A plain module of which every row has the output of its own adapter, for as long as a block runs."""
+
+    lora_batch: Batch
+    lora_path: str
+    lora_twins: dict[str, Grafted]
+    """The adapted module beside this one, by adapter."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The plain module's output, and in place of it, or added to it, what the adapters of the rows give."""
+        out = super().forward(*args, **kwargs)
+        if self.training:
+            raise LoRAError(f"rows: '{self.lora_path}' is in train mode, and rows are for eval: call model.eval()")
+        if isinstance(self, nn.MultiheadAttention):
+            return self._attend(out, ATTENTION.bind(self, *args, **kwargs).arguments)
+        given = [*args, *kwargs.values()]
+        x, more = given[0], given[1:]
+        groups = self.lora_batch.groups(self.lora_path, x, self)
+        if more or not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
+            raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
+        for adapter, rows in groups.items():
+            twin = self.lora_twins.get(adapter)
+            if twin is not None and _adds(twin):
+                out.index_add_(0, rows, twin.lora_finish(twin.lora_update(x[rows])).to(out.dtype))  # type: ignore[operator]
+            elif twin is not None:
+                out = out.index_copy(0, rows, twin.forward(x[rows]))
+        return out
+
+    def _attend(self, out: tuple[Tensor, Tensor | None], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """The same for `nn.MultiheadAttention`, whose `given` arguments have rows, but for a mask of all rows."""
+        query, weights = given["query"], out[1]
+        for adapter, rows in self.lora_batch.groups(self.lora_path, query, self).items():
+            if adapter not in self.lora_twins:
+                continue
+            own = {name: value for name, value in given.items() if name != "self"}
+            picked = {id(own[name]): own[name][rows] for name in ("query", "key", "value")}  # one tensor stays one
+            own |= {name: picked[id(own[name])] for name in ("query", "key", "value")}
+            if (padding := own.get("key_padding_mask")) is not None:
+                own["key_padding_mask"] = padding[rows]
+            if (mask := own.get("attn_mask")) is not None and mask.dim() == 3:  # (rows * heads, ...)
+                own["attn_mask"] = mask.unflatten(0, (len(query), -1))[rows].flatten(0, 1)
+            theirs = self.lora_twins[adapter].forward(**own)
+            out[0].index_copy_(0, rows, theirs[0])
+            if weights is not None:
+                weights.index_copy_(0, rows, theirs[1])
+        return out
 
 
-@dataclass
-class LayerRows:
-    """What a layer needs to know: the batch, its own name, and the adapted layers beside it, by adapter."""
+def _adds(twin: Grafted) -> bool:
+    """Whether the adapted module gives the plain one's output plus an update of its own."""
+    linear = isinstance(twin, LoRALinear | LoRAConv1D) and twin.lora_magnitude_vector is None
+    is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass goes on with the sum
+    return linear and is_outermost and not isinstance(twin, TrainedBias | SavedCopy)
 
-    name: str
-    batch: Batch
-    layers: dict[str, Any] = field(default_factory=dict)
-    host: AttentionRows | None = None
-    """The attention whose `out_proj` this is: it sees (length, rows) flattened."""
 
-    def entries(self, x: Tensor) -> tuple[int, list[tuple[Tensor, Any]]]:
-        """The dimension of the rows, and the entries of each adapter that has a layer here."""
-        batch, dim, inner, count = self.batch, 0, True, 1
-        if self.host is not None:
-            count = self.host.lora_count
-        elif not batch.is_one:
-            (dim, inner), count = batch.layout(self.name, x)
-        return dim, self.grouped(x, dim, count, inner=inner)
+@contextmanager
+def mixed_batch(model: nn.Module, sources: Mapping[str, Held], batch: Batch) -> Iterator[None]:
+    """Within the block the plain `model`, in eval mode, computes every row by its own adapter, without gradients.
 
-    def grouped(self, x: Tensor, dim: int, count: int, *, inner: bool) -> list[tuple[Tensor, Any]]:
-        """The entries of x along `dim`, by adapter, and the layers."""
-        found = self.batch.entries(x.shape[dim], count, x.device, inner=inner)
-        return [(entries, self.layers[name]) for name, entries in found.items() if name in self.layers]
+    Raises:
+        LoRAError: the model is in train mode; an adapter, or the model, has something that has no form row by row.
+    """
+    if model.training:
+        raise LoRAError("rows: the model is in train mode, and a batch of several adapters is for eval: model.eval()")
+    names = {module: name for name, module in model.named_modules()}
+    if sources:
+        _see_batch_first(names, batch)
+    twins = _twins(names, sources)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)  # the kernels that read the weights of what they do not call
+        for module, own in twins.items():
+            graft(module, MixedForward)
+            module.__dict__.update(lora_batch=batch, lora_path=names[module], lora_twins=own)
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module in twins:
+            if isinstance(module, MixedForward):
+                ungraft(module, MixedForward)
+            for name in ("lora_batch", "lora_path", "lora_twins"):
+                module.__dict__.pop(name, None)
+
+
+def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, Held]) -> dict[nn.Module, dict[str, Grafted]]:
+    """The adapted modules beside the plain ones, by the plain one and the adapter's name."""
+    hosts = {module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)}
+    twins: dict[nn.Module, dict[str, Any]] = {}
+    for adapter, held in sources.items():
+        shares = {share.module: share for share in held.shares}
+        for module, share in shares.items():
+            _refuse(adapter, share)
+            if any(True for _ in share.tensors()):  # others only make room for what is adapted inside
+                unit = hosts.get(module, module)  # an attention reads the weights of its out_proj
+                twin = twins.setdefault(unit, {}).setdefault(adapter, beside(unit, shares.get(unit)))
+                if unit is not module:
+                    twin._modules["out_proj"] = beside(module, share)
+    return twins
+
+
+def _see_batch_first(names: Mapping[nn.Module, str], batch: Batch) -> None:
+    """Take from torch's own modules where they have their rows; refuse those that have them second."""
+    for module, name in names.items():
+        says = module.self_attn if isinstance(module, LAYERS) else module
+        if isinstance(says, nn.MultiheadAttention | nn.RNNBase):
+            if not says.batch_first:
+                raise LoRAError(
+                    f"rows: '{name}' has batch_first=False, so that rows are not the first dimension of what it and its"
+                    f" neighbours see: {ALONE}"
+                )
+            batch.batch_first |= {names[inner] for inner in module.modules()}
+
+
+def _refuse(adapter: str, share: Share) -> None:
+    reasons: list[tuple[bool, str]] = [
+        (issubclass(share.grafted, ParameterHost), "adapts a bare parameter, whose product the model takes itself"),
+        (issubclass(share.grafted, TokenRows | TokenFollower), "trains token rows"),
+        ("expert" in share.path, "adapts an expert, which sees only the tokens that are sent to it"),
+        (getattr(share.module, "max_norm", None) is not None, "adapts an embedding with max_norm"),
+    ]
+    for holds, reason in reasons:
+        if holds:
+            raise LoRAError(f"rows: '{adapter}' {reason} at '{share.path}', which has no form row by row: {ALONE}")

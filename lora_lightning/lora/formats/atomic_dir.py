@@ -1,4 +1,4 @@
-"""A folder that is whole or absent: written beside its place, and moved there in one step."""
+"""Files and folders that are whole or absent: written beside their place, and moved there once they are complete."""
 
 from __future__ import annotations
 
@@ -10,13 +10,91 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import AdapterError, LoRAError
+
+Content = bytes | Iterable[bytes | memoryview]
+"""What a file shall hold, in one piece or piece by piece."""
 
 NO_SPACE = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
 """How safetensors, which is written in Rust, says ENOSPC and EDQUOT."""
+
+
+def write_bytes(path: Path, content: Content) -> None:
+    """Write a file: a reader sees the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _parts({path: content}) as parts:
+        parts[path].replace(path)
+
+
+def write_together(directory: Path, files: Mapping[str, Content]) -> None:
+    """Write files that belong together into a directory; whatever else it holds stays.
+
+    A reader opens the last of `files` first. So the old one of that name goes before the others, and the new one comes
+    after them: whenever the process is killed, the directory holds the old files, the new ones, or none under that
+    name, and never some of both. The folder itself stays, for it may be a mount point or hold what is not ours.
+
+    Raises:
+        AdapterError: they cannot be written. The directory is then as it was.
+    """
+    is_new = not directory.exists()
+    paths = {directory / name: content for name, content in files.items()}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if in_the_way := next((path for path in paths if path.is_dir()), None):
+            raise IsADirectoryError(f"{in_the_way} is a directory")
+        for path in paths:
+            clear_leftovers(path)
+        with _parts(paths) as parts:
+            _exchange(parts)
+    except OSError as error:
+        if is_new:
+            with contextlib.suppress(OSError):
+                directory.rmdir()
+        raise AdapterError(
+            f"'{directory}' cannot be written ({error}): expected a directory, old or new, on a disk with space left;"
+            " what was there is as it was"
+        ) from error
+
+
+@contextlib.contextmanager
+def _parts(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
+    """Every file written beside its place and synced to disk; none of these is left after the block."""
+    parts = {path: _beside(path, "new") for path in files}
+    try:
+        for path, part in parts.items():
+            content = files[path]
+            with part.open("wb") as file:
+                for piece in [content] if isinstance(content, bytes) else content:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        yield parts
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _exchange(parts: Mapping[Path, Path]) -> None:
+    """Move the old files away, the last one first, and the new ones in; all the way back where a step fails."""
+    old = {path: _beside(path, "old") for path in parts}
+    try:
+        for path in reversed(parts):
+            if path.exists():
+                path.replace(old[path])
+        for path, part in parts.items():
+            part.replace(path)
+    except BaseException:
+        for path in parts:
+            if old[path].exists():
+                old[path].replace(path)
+            elif not parts[path].exists():  # the new one of a file that was not there before
+                path.unlink(missing_ok=True)
+        raise
+    for part in old.values():
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -39,20 +117,6 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
         raise LoRAError(
             f"'{target}' is a mount point, which cannot be replaced: name a folder in it ('{target}/export')"
         )
-    with aside_of(target, needed) as aside:
-        yield aside
-        _sync(aside)
-        _move(aside, target)
-
-
-@contextlib.contextmanager
-def aside_of(target: Path, needed: int = 0) -> Iterator[Path]:
-    """A folder beside `target` for what the block itself moves into place; it is gone afterwards.
-
-    Raises:
-        LoRAError: as for `staged`.
-    """
-    target = target.absolute()
     clear_leftovers(target)
     check_space(target, needed)
     aside = _beside(target, "new")
@@ -60,6 +124,8 @@ def aside_of(target: Path, needed: int = 0) -> Iterator[Path]:
     try:
         aside.mkdir(parents=True)
         yield aside
+        _sync(aside)
+        _move(aside, target)
     except Exception as error:
         if is_no_space(error):
             free = human_size(_free(target)[0])
@@ -75,6 +141,71 @@ def aside_of(target: Path, needed: int = 0) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Have the disk hold every file before the folder gets its name."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+
+
+def _move(aside: Path, target: Path) -> None:
+    """Put the new folder in the place of the old one, which goes only once the new one stands."""
+    old = _beside(target, "old")
+    if target.exists():
+        target.replace(old)
+    try:
+        aside.replace(target)
+    except BaseException:
+        if old.exists():
+            old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clear_leftovers(target: Path) -> None:
+    """Remove what processes of this machine that are no more left beside `target`.
+
+    A folder that was moved away for one that never came is put back; of files that belong together, that could make a
+    mixture.
+    """
+    form = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.(new|old)\.part")
+    for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+        found = form.fullmatch(path.name)
+        if found is None or path.is_symlink() or _runs(int(found[1])):
+            continue
+        if path.is_file():
+            path.unlink(missing_ok=True)
+        elif found[2] == "old" and not target.exists():
+            path.replace(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    """A hidden place named after its process and machine: on a shared disk the number alone would not say whose."""
+    return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}.part")
+
+
+def _host() -> str:
+    return platform.node() or "localhost"
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of this number lives."""
+    if pid == os.getpid():
+        return False
+    if sys.platform == "win32":  # there the question would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -106,65 +237,3 @@ def human_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.1f} TB"
-
-
-def clear_leftovers(target: Path) -> None:
-    """Remove what processes of this machine that are no more left beside `target`.
-
-    A folder that was moved away for one that never came is put back.
-    """
-    for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        form = rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.(new|old)\.part"
-        found = re.fullmatch(form, path.name)
-        if found is None or path.is_symlink() or _runs(int(found[1])):
-            continue
-        if found[2] == "old" and not target.exists():
-            path.replace(target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _beside(target: Path, kind: str) -> Path:
-    """Hidden, and named after its process: on a shared disk the number alone would not say whose."""
-    return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}.part")
-
-
-def _host() -> str:
-    return platform.node() or "localhost"
-
-
-def _runs(pid: int) -> bool:
-    """Whether another process of this number lives."""
-    if pid == os.getpid():
-        return False
-    if sys.platform == "win32":  # there the question would end it
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True
-
-
-def _sync(folder: Path) -> None:
-    """Have the disk hold every file before the folder gets its name."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _move(aside: Path, target: Path) -> None:
-    """An older folder goes only once the new one stands."""
-    old = _beside(target, "old")
-    if target.exists():
-        target.replace(old)
-    try:
-        aside.replace(target)
-    except BaseException:
-        if old.exists():
-            old.replace(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,99 +1,200 @@
-"""Files that are whole or absent, and the same bytes each time."""
+"""The one reader and the one writer of tensor files.
+
+A safetensors file is the length of its header (8 bytes, little-endian), the header in JSON (each tensor's dtype, shape
+and place, and `__metadata__`), blanks up to a multiple of 8, and the tensors' bytes. The same content gives the same
+bytes here: tensors lie in safetensors' own order, wide dtypes first, and metadata are sorted. Tensors are read by plain
+file reads and not by mapping the file, so that what stands in memory is what is held.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import zipfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+
+# safetensors' names of the dtypes that torch has; others are copied through as bytes.
+DTYPES: dict[str, torch.dtype] = {
+    "C64": torch.complex64,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write aside, sync, move into place: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_all({path: data})
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """One tensor as a file's header describes it."""
+
+    dtype: str
+    """The name that safetensors gives it."""
+    shape: tuple[int, ...]
+    size: int
+    """Bytes."""
+    file: str = ""
+    """The name of the file that holds it."""
+    start: int = 0
+    """The place of its first byte in the file."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of one element; 1 where torch does not know the dtype."""
+        return DTYPES[self.dtype].itemsize if self.dtype in DTYPES else 1
 
 
-def write_together(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Files that belong together: none is moved into place before all are written.
-
-    Raises:
-        AdapterError: they cannot be written. The directory is then as it was.
-    """
-    new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for path in (directory / name for name in files):
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a directory")
-        _write_all({directory / name: data for name, data in files.items()})
-    except OSError as error:
-        if new:
-            with suppress(OSError):
-                directory.rmdir()
-        raise AdapterError(
-            f"'{directory}' cannot be written ({error}): expected a directory, old or new, on a disk with"
-            f" {sum(map(len, files.values()))} bytes to spare; what was there is as it was"
-        ) from error
-
-
-def _write_all(files: Mapping[Path, bytes]) -> None:
-    asides = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in files}
-    try:
-        for path, aside in asides.items():
-            with aside.open("wb") as file:
-                file.write(files[path])
-                file.flush()
-                os.fsync(file.fileno())
-        for path, aside in asides.items():
-            aside.replace(path)
-    finally:
-        for aside in asides.values():
-            aside.unlink(missing_ok=True)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write `tensor_bytes`."""
-    write_bytes(path, tensor_bytes(tensors, metadata))
-
-
-def tensor_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file, byte for byte the same for the same content.
-
-    safetensors writes metadata in the random order of a hash map; the header is put in order here.
-    """
-    plain = {name: tensors[name].detach().cpu().contiguous().clone() for name in sorted(tensors)}
-    data = safetensors.torch.save(plain, metadata=dict(metadata))
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    return len(text).to_bytes(8, "little") + text + data[8 + length :]
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """What a safetensors file holds, in the order of the bytes, and its metadata.
 
     Raises:
         AdapterError: the file is missing, torn or not safetensors.
     """
     if not path.is_file():
-        raise AdapterError(f"no file {path}")
+        raise AdapterError(f"no file {path}: export or download it again")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+        with safe_open(path, framework="pt"):  # which checks all of the header against the file's size
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is not a whole safetensors file ({error}): export or download it again") from error
+    metadata = header.pop("__metadata__", None) or {}
+    found = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, last = entry["data_offsets"]
+        found[key] = Stored(
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            size=last - first,
+            file=path.name,
+            start=8 + length + first,
+        )
+    return found, metadata
+
+
+def read_bytes(path: Path, key: str, start: int, size: int) -> Tensor:
+    """`size` bytes of a file from the byte `start` on, (size,), which are of the tensor `key`.
+
+    Raises:
+        AdapterError: the file ends before.
+    """
+    buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+    view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while done < size and (count := file.readinto(view[done:])):  # type: ignore[arg-type]
+            done += count
+    if done < size:
+        raise AdapterError(f"{path} ends in the middle of '{key}': export or download it again")
+    return buffer
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a safetensors file by name, and its metadata.
+
+    Raises:
+        AdapterError: as for `read_header`, or a dtype that torch does not have.
+    """
+    header, metadata = read_header(path)
+    if strange := next((key for key, at in header.items() if at.dtype not in DTYPES), None):
+        raise AdapterError(f"{path} holds '{strange}' as {header[strange].dtype}, a dtype that torch cannot read")
+    tensors = {}
+    for key, at in header.items():
+        tensors[key] = read_bytes(path, key, at.start, at.size).view(DTYPES[at.dtype]).reshape(at.shape)
+    return tensors, metadata
+
+
+def file_header(entries: Mapping[str, Stored], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a file before its first tensor, where tensors lie in the order of `entries`."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    end = 0
+    for key, entry in entries.items():
+        start, end = end, end + entry.size
+        header[key] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
+    return len(text).to_bytes(8, "little") + text
+
+
+def in_file_order(entries: Mapping[str, Stored]) -> dict[str, Stored]:
+    """Wide dtypes first, so that every tensor lies at a multiple of its own width; else the order that they have."""
+    return dict(sorted(entries.items(), key=lambda item: -item[1].width))
+
+
+def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """The header of a file that holds `tensors`, which may be on the meta device, by name within a width."""
+    entries = {}
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        size = tensor.numel() * tensor.element_size()
+        entries[key] = Stored(dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), size=size)
+    return in_file_order(entries)
+
+
+def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """The size in bytes of the file that `write_tensors` writes."""
+    entries = entries_of(tensors)
+    return len(file_header(entries, metadata)) + sum(entry.size for entry in entries.values())
+
+
+def file_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, piece by piece: no second copy of a tensor on the CPU is made."""
+    entries = entries_of(tensors)
+    yield file_header(entries, metadata)
+    for key in entries:
+        yield memoryview(as_bytes(tensors[key]).numpy())  # type: ignore[arg-type]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file; a reader sees the old file or the whole new one."""
+    write_bytes(path, file_content(tensors, metadata))
+
+
+def write_file(
+    path: Path,
+    entries: Mapping[str, Stored],
+    metadata: Mapping[str, str],
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Callable[[int], None],
+) -> None:
+    """Write a safetensors file tensor after tensor, in the order of `entries`; `tensors` gives their bytes.
+
+    The file is synced to disk before this returns.
+    """
+    with path.open("wb", buffering=0) as file:
+        file.write(file_header(entries, metadata))
+        for (expected, entry), (key, data) in zip(entries.items(), tensors, strict=True):
+            assert key == expected, (key, expected)
+            assert data.numel() == entry.size, key
+            view = memoryview(data.numpy())  # type: ignore[arg-type]
+            while view.nbytes:
+                view = view[file.write(view) or 0 :]
+            progress(entry.size)
+        os.fsync(file.fileno())
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor's values, (bytes,), on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
@@ -116,10 +217,8 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
             f"{path} is torn or holds more than tensors, and nothing else in it is opened ({reason}): download it"
             f" again, or save its state dict alone, best as safetensors"
         ) from error
-    for key in wrappers:
-        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
-            found = found[key]
-            break
+    if isinstance(found, Mapping):
+        found = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise AdapterError(f"{path} must hold a state dict, tensors by name, got a {type(found).__name__}")
     for key, value in found.items():
@@ -135,7 +234,7 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
 
 
 def _check_sums(path: Path) -> None:
-    """torch reads a zip without comparing the checksums that it wrote."""
+    """Compare a zip's checksums, which torch writes and does not read."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():

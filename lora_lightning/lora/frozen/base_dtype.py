@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.frozen.dtype import short
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
+from lora_lightning.lora.frozen.tensors import adapter_tensors, joined, named_modules
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import AdaptedLayer
 
@@ -52,7 +52,7 @@ def base_floats(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]
     A tensor in two places comes once. float8 and whatever else is narrower than 16 bits is storage, not arithmetic.
     """
     seen = {id(tensor) for tensor in adapter_tensors(model).values()}
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         trains = any(p is not None and p.requires_grad and id(p) not in seen for p in module._parameters.values())
         kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for name, tensor in (*module._parameters.items(), *({} if trains else kept).items()):

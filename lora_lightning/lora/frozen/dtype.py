@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.frozen.tensors import joined, named_modules
 from lora_lightning.lora.inject import grafted_modules
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -54,7 +54,7 @@ def refuse_dtype(dtype: torch.dtype) -> None:
 
 def refuse_wide(model: nn.Module, dtype: torch.dtype) -> None:
     """Raise a MergeError where a tensor of the model has a number beyond the range of `dtype`."""
-    paths = {module: path for path, module in model.named_modules()}
+    paths = {module: path for path, module in named_modules(model)}
     for module, name, tensor in _floats(model):
         refuse_overflow(f"'{joined(paths[module], name)}'", tensor, dtype)
 

@@ -11,11 +11,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.bank.mixing import Pair
 from lora_lightning.lora.frozen.quantization import plain_weight
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.linear import CONV1D
+
+Pair = tuple[Tensor, Tensor]
+"""A (r, k) and B (m, r)."""
 
 
 def matrix_pair(A: Tensor, B: Tensor) -> Pair:

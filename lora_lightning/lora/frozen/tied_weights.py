@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 Place = tuple[nn.Module, str]
@@ -22,7 +23,7 @@ def shared_parameters(model: nn.Module) -> dict[int, list[Place]]:
 
 def untied_since(model: nn.Module, before: dict[int, list[Place]]) -> list[str]:
     """Names of the modules that no longer hold the parameter that they shared in `before`, where others still do."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_modules(model)}
     untied: list[str] = []
     for key, group in before.items():
         now = {id(module._parameters.get(name)) for module, name in group}
@@ -52,7 +53,7 @@ def untie_config(model: nn.Module) -> None:
 
 def _part(model: nn.Module, still_tied: set[str]) -> None:
     """Give each place of a shared parameter its own copy, but for one, and for those that loading ties again."""
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_modules(model)}
     for group in shared_parameters(model).values():
         loose = [(module, name) for module, name in group if f"{names[module]}.{name}".lstrip(".") not in still_tied]
         for module, name in loose[len(loose) == len(group) :]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.bank.detached import is_inside
 from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.layers import Grafted
 
 SMALL = 2**16
@@ -65,7 +66,7 @@ def refuse_moved(model: nn.Module, before: Marks) -> None:
 def _tensors(model: nn.Module) -> list[tuple[str, Tensor, bool]]:
     """Names, tensors, and whether they are buffers."""
     found: list[tuple[str, Tensor, bool]] = []
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         if is_inside(path):
             continue
         kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}

@@ -1,66 +1,21 @@
-"""A model's safetensors files on disk, in the hub's layout: read and written one tensor at a time.
-
-Tensors are read by plain file reads and not by mapping the file, so that what stands in memory is what is held.
-"""
+"""A model's safetensors files on disk, in the hub's layout, read one tensor at a time."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.formats.tensor_files import DTYPES, Stored, read_bytes, read_header
 
 BLOCK = 2**24
 """Bytes that are read at once where not all of a tensor is wanted together."""
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-# safetensors' names of the dtypes that torch has; others are copied through as bytes.
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stored:
-    """Where one tensor lies."""
-
-    file: str
-    dtype: str
-    """safetensors' name."""
-    shape: tuple[int, ...]
-    start: int
-    """Of its first byte in the file."""
-    size: int
-    """Bytes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Header:
-    """What a file says about a tensor before any tensor's bytes."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
 
 
 class Checkpoint:
@@ -84,7 +39,7 @@ class Checkpoint:
         if self.index is not None:
             names = sorted(set(self.index["weight_map"].values()))
         for name in names or [SINGLE]:
-            found, self.metadata[name] = _read_header(directory / name)
+            found, self.metadata[name] = read_header(directory / name)
             self._refuse_twice(name, found)
             self.files[name] = list(found)
             self.stored |= found
@@ -106,16 +61,7 @@ class Checkpoint:
         """The tensor's bytes as they lie, (bytes,), or `size` of them from the one with the number `start`."""
         at = self.stored[key]
         size = at.size - start if size is None else size
-        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        with (self.directory / at.file).open("rb", buffering=0) as file:
-            file.seek(at.start + start)
-            got = 0
-            view = memoryview(buffer.numpy())  # type: ignore[arg-type]
-            while got < size and (count := file.readinto(view[got:])):  # type: ignore[arg-type]
-                got += count
-        if got < size:
-            raise LoRAError(f"{self.directory / at.file} ends in the middle of '{key}': download it again")
-        return buffer
+        return read_bytes(self.directory / at.file, key, at.start + start, size)
 
     def read(self, key: str) -> Tensor:
         """The tensor itself.
@@ -173,64 +119,3 @@ def _read_index(directory: Path) -> dict[str, dict[str, str]] | None:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LoRAError(f"{path} cannot be read ({error}): download it again") from error
     return index  # type: ignore[no-any-return]
-
-
-def _read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    if not path.is_file():
-        raise LoRAError(f"no file {path}: download the model again")
-    try:
-        with safe_open(path, framework="pt"):  # checks all of the header against the file's size
-            pass
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoRAError(f"{path} is not a whole safetensors file ({error}): download it again") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    metadata = header.pop("__metadata__", None) or {}
-    found = {}
-    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        first, last = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        found[key] = Stored(
-            file=path.name, dtype=entry["dtype"], shape=shape, start=8 + length + first, size=last - first
-        )
-    return found, metadata
-
-
-def write_file(
-    path: Path,
-    entries: Mapping[str, Header],
-    metadata: Mapping[str, str],
-    tensors: Iterator[tuple[str, Tensor]],
-    progress: Callable[[int], None],
-) -> None:
-    """Write a safetensors file tensor after tensor, in the order of `entries`; `tensors` gives their bytes.
-
-    The file is synced to disk before this returns.
-    """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    offset = 0
-    for key, entry in entries.items():
-        header[key] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [offset, offset + entry.size]}
-        offset += entry.size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
-    with path.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for (expected, entry), (key, data) in zip(entries.items(), tensors, strict=True):
-            assert key == expected, (key, expected)
-            assert data.numel() == entry.size, key
-            _write_all(file.write, data)
-            progress(entry.size)
-        os.fsync(file.fileno())
-
-
-def _write_all(write: Callable[[memoryview], int | None], data: Tensor) -> None:
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
-    while view.nbytes:
-        view = view[write(view) or 0 :]
-
-
-def as_bytes(tensor: Tensor) -> Tensor:
-    """(bytes,) of a tensor's values."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError, some
 from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format
+from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, in_file_order, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.meta.changes import Changes, part_as_merged
-from lora_lightning.lora.meta.checkpoint import DTYPES, NAMES, Checkpoint, Header, as_bytes, write_file
+from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import AdapterFiles, load_on_meta
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, warn_of_other_base
 
@@ -121,8 +122,7 @@ class StreamedMerge:
         files = {file: {key: self._header(key, state) for key in keys} for file, keys in self.checkpoint.files.items()}
         last = list(files)[-1]
         files[last] |= {name: self._sized(state[name].dtype, tuple(state[name].shape)) for name in self.new}
-        # safetensors' order: wide dtypes first, so that every tensor lies at a multiple of its own width.
-        self.files = {f: dict(sorted(entries.items(), key=lambda e: -_width(e[1]))) for f, entries in files.items()}
+        self.files = {file: in_file_order(entries) for file, entries in files.items()}
         groups = {id(g): g for g in self.base.of_name.values()}.values()
         wanted = [name for group in groups if self._is_changed(group) for name in group.names] + self.new
         makers = [self.changed[name] for name in wanted if name in self.changed]
@@ -157,17 +157,17 @@ class StreamedMerge:
             files={file: list(entries) for file, entries in self.files.items()},
         )
 
-    def _header(self, key: str, state: dict[str, Tensor]) -> Header:
+    def _header(self, key: str, state: dict[str, Tensor]) -> Stored:
         at, names = self.checkpoint.stored[key], self._names(key)
         own = DTYPES.get(at.dtype)
         if own is None:
-            return Header(dtype=at.dtype, shape=at.shape, size=at.size)
+            return Stored(dtype=at.dtype, shape=at.shape, size=at.size)
         alone = len(names) == 1 and len(self.base.of_key[key].stored) == 1 and names[0] in self.changed
         return self._sized(own, tuple(state[names[0]].shape) if alone else at.shape)
 
-    def _sized(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Header:
+    def _sized(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
         dtype = self._rounded(dtype)
-        return Header(dtype=NAMES[dtype], shape=shape, size=torch.Size(shape).numel() * dtype.itemsize)
+        return Stored(dtype=NAMES[dtype], shape=shape, size=torch.Size(shape).numel() * dtype.itemsize)
 
     def _rounded(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
@@ -179,7 +179,7 @@ class StreamedMerge:
     def _is_changed(self, group: Group) -> bool:
         return any(name in self.changed for name in group.names)
 
-    def _bytes(self, entries: dict[str, Header]) -> Iterator[tuple[str, Tensor]]:
+    def _bytes(self, entries: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
         for key, entry in entries.items():
             data = self._tensor(key)
             if data.dtype != torch.uint8 or entry.dtype == "U8":
@@ -216,7 +216,3 @@ class StreamedMerge:
             self.base.forget()
         self.uses[maker] -= 1
         return self.made[maker] if self.uses[maker] else self.made.pop(maker)
-
-
-def _width(entry: Header) -> int:
-    return DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else 1

@@ -6,6 +6,8 @@ import re
 
 from torch import nn
 
+from lora_lightning.lora.frozen.tensors import named_modules
+
 # What heads are called in transformers, timm and torchvision, at the top level of a model.
 HEAD_NAMES = frozenset(
     {"lm_head", "embed_out", "cls", "classifier", "score", "qa_outputs", "head", "heads", "head_dist", "fc"}
@@ -24,11 +26,11 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
     """
     asked = _asked(model)
     if asked is not None:
-        return tuple(name for name, module in model.named_modules() if any(module is head for head in asked))
+        return tuple(name for name, module in named_modules(model) if any(module is head for head in asked))
     named = tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
     if is_a(model, HF_MODEL):
         return named
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in named_modules(model) if isinstance(module, nn.Linear)]
     if linears and linears[-1].partition(".")[0] in named:
         return (linears[-1].partition(".")[0],)
     return _last_linear(linears)

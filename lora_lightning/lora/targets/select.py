@@ -9,6 +9,7 @@ from torch import nn
 
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
 from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
 from lora_lightning.lora.targets.layer_settings import Wanted, check_fit, settings_of
@@ -51,6 +52,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
         TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
             form, a rank that a layer does not allow.
     """
+    model = get_module(model, "")
     # A module in two places has two names; it is adapted once, under the first, and may be asked for by either.
     names = _names_by_module(model)
     selection = Selection(saved=_saved(names, config))
@@ -126,7 +128,7 @@ def _excluded(names: list[str], config: LoRAConfig) -> bool:
 
 def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
     names: dict[nn.Module, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model, remove_duplicate=False):
         names.setdefault(module, []).append(name)
     return names
 
@@ -257,6 +259,6 @@ def _nothing_left(model: nn.Module, config: LoRAConfig, selection: Selection) ->
         return f"target_modules {config.target_modules!r} less exclude_modules {config.exclude_modules!r} is empty"
     kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
     skipped = "".join(f"; left out: '{name}' ({reason})" for name, reason in list(selection.skipped.items())[:3])
-    named = [name for name, module in model.named_modules() if kind_of(module) and name not in selection.skipped]
+    named = [name for name, module in named_modules(model) if kind_of(module) and name not in selection.skipped]
     by_name = f"; adaptable by name: {', '.join(named[:4])}" if named else ""
     return f"target_modules {config.target_modules!r} selects nothing among {', '.join(kinds)}{skipped}{by_name}"

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.reports.page import parts
 from lora_lightning.reports.page.markup import Markup, joined, tag
 from lora_lightning.reports.page.series import read_metrics

@@ -13,7 +13,6 @@ from lora_lightning.training.callbacks.step_figures import StepFigures
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
 from lora_lightning.training.checkpoints.resume import Resume
-from lora_lightning.training.tracking.wandb_callback import Tracking
 
 __all__ = [
     "Baselines",
@@ -29,5 +28,4 @@ __all__ = [
     "StepFigures",
     "StopOnNonFinite",
     "Throughput",
-    "Tracking",
 ]

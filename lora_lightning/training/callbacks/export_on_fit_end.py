@@ -14,16 +14,16 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lora_lightning.export.export import export
-from lora_lightning.export.export_record import of_the_data, record_export
-from lora_lightning.export.first_batch import first_batch
-from lora_lightning.export.onnx import refuse_missing
-from lora_lightning.export.options import DEFAULT_FORMATS, checked_options, checked_target
+from lora_lightning.export.options import FORMATS, checked_options, checked_target
+from lora_lightning.export.probe_batch import first_batch
+from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.packing import packed_layers
 from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.console import show_report
+from lora_lightning.reports.page import write_page
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
@@ -34,7 +34,7 @@ class ExportAtEnd(Callback):
     """What `lora-lightning export` does, at the end of fit; its figures go to the run's loggers too.
 
     Args:
-        formats: some of `adapter`, `merged`, `onnx`, in a list or with commas between.
+        formats: `adapter`, `merged` or both, in a list or with commas between.
         output_dir: where to write; `export/` in the run folder by default.
         dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
         max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
@@ -48,7 +48,7 @@ class ExportAtEnd(Callback):
 
     def __init__(
         self,
-        formats: str | Sequence[str] = DEFAULT_FORMATS,
+        formats: str | Sequence[str] = FORMATS,
         output_dir: str | None = None,
         dtype: DType = "auto",
         max_shard_size: int | str | None = None,
@@ -63,15 +63,13 @@ class ExportAtEnd(Callback):
         """Refuse before the fit what could not be exported after it; nothing is wrapped or sharded yet.
 
         Raises:
-            LoRAError: another kind of module, a package that is missing, a folder in the way that is no export, an
+            LoRAError: another kind of module, a folder in the way that is no export, an
                 adapter that the server does not take.
         """
         if stage != "fit":
             return
         if not isinstance(pl_module, LoRAModule):
             raise LoRAError(f"ExportAtEnd exports a LoRAModule, got {type(pl_module).__name__}")
-        if "onnx" in self.options["formats"]:
-            refuse_missing()
         if (folder := run.run_dir(trainer)) is not None:
             checked_target(self._target(folder))
         if self.options["serving"] == "vllm":
@@ -92,14 +90,30 @@ class ExportAtEnd(Callback):
             rank_zero_warn(f"nothing was exported: W0 lies in parts; run lora-lightning export --ckpt_path {folder}")
             return
         batch = first_batch([trainer.val_dataloaders, trainer.train_dataloader], pl_module)
-        own = of_the_data(trainer.datamodule)  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]
         with best_in(trainer, pl_module):
-            result = export(pl_module, self._target(folder), batch=batch, **self.options, **own)
+            result = export_module(pl_module, data, self._target(folder), batch=batch, **self.options)
         closes = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # with all of it
         show_report(record_export(folder, result), Console(quiet=closes), save_svg=folder / "report.svg")
         for logger in trainer.loggers:
             logger.log_metrics(result.metrics(), step=trainer.global_step)
             logger.save()
+
+
+def export_module(
+    module: LoRAModule, datamodule: Any, target: Path, *, batch: dict[str, Any] | None, **options: Any
+) -> ExportReport:
+    """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it."""
+    own = {name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")}
+    w0, example = module.w0_fingerprint(), module.example_input_array
+    return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **own)
+
+
+def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
+    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it."""
+    known = run.update_report(folder, {**result.facts(), "run_dir": str(folder)})
+    write_page(folder)
+    return known
 
 
 @contextmanager

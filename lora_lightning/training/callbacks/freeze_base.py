@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
-from lora_lightning.lora.frozen.tensors import frozen_keys
+from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.reports.about import first_lines
 from lora_lightning.reports.console import show_injection, show_run
 from lora_lightning.reports.parts import parts_of
@@ -123,7 +123,7 @@ def freeze(backbone: nn.Module) -> None:
     """Let A, B and the copies of `modules_to_save` train, and nothing else."""
     frozen = frozen_keys(backbone)
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
-        if name in frozen:
+        if plain_name(backbone, name) in frozen:
             parameter.requires_grad_(False)
 
 

@@ -18,7 +18,7 @@ from transformers import GenerationMixin
 
 from lora_lightning.data.chat.prompts import GivesPrompts, Prompt
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.generation import generate_texts
 from lora_lightning.tasks.modes import evaluating

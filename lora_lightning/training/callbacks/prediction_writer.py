@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from lora_lightning.data.loading.replicas import replica
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import gathered
 from lora_lightning.training.sets import set_name

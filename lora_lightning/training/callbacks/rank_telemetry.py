@@ -23,7 +23,7 @@ from lora_lightning.analysis.rank_measures import (
     whole_layer,
 )
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.matrices import update_pairs
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints import run_folder as run

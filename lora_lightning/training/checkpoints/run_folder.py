@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints.checkpoint_folder import PREVIOUS, is_folder_checkpoint
 from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
 from lora_lightning.training.checkpoints.file_io import read_checkpoint

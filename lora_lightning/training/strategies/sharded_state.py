@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
-from lora_lightning.lora.frozen.tensors import frozen_keys
+from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.training.distributed import rank
 from lora_lightning.training.initialization import PREFIX
 from lora_lightning.training.layout import laid_as
@@ -18,7 +18,7 @@ def trained_state(module: nn.Module) -> dict[str, Any]:
     """The module's state without W0, in the order of a single process; what is sharded, as it lies."""
     backbone = module.get_submodule(PREFIX.removesuffix("."))
     frozen = {PREFIX + key for key in frozen_keys(backbone)}
-    return {key: value for key, value in module.state_dict().items() if key not in frozen}
+    return {key: value for key, value in module.state_dict().items() if plain_name(module, key) not in frozen}
 
 
 def whole_state(state: Any) -> Any:

@@ -17,7 +17,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.tensor_files import write_bytes
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 
 class WandbLogger(LightningWandbLogger):

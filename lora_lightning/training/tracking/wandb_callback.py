@@ -58,7 +58,7 @@ class Tracking(Callback):
         report = wandb_run.log_report(loggers, folder)
         if self.artifacts:
             self._log_adapters(trainer, pl_module, folder)
-            if exported := [report[key] for key in ("adapter_dir", "merged_dir", "onnx_dir") if report.get(key)]:
+            if exported := [report[key] for key in ("adapter_dir", "merged_dir") if report.get(key)]:
                 wandb_run.log_export(loggers, folder, Path(exported[0]).parent)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
+from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.misfits import refuse_misfits, refuse_not_finite
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, read_config, token_ids
 from lora_lightning.lora.formats.peft.copies import without_base_copies
@@ -24,7 +25,7 @@ from lora_lightning.lora.formats.peft.unpacking import check_targets, contents, 
 from lora_lightning.lora.formats.peft.wrappers import is_peft_copy
 from lora_lightning.lora.formats.peft.write import other_dropouts, own_name, peft_config_of
 from lora_lightning.lora.formats.provenance import Record, check_base, read_record, write_record
-from lora_lightning.lora.formats.tensor_files import tensor_bytes, write_together
+from lora_lightning.lora.formats.tensor_files import file_content
 from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init import from_weight as starts
@@ -83,7 +84,7 @@ def save_adapter(
     directory = Path(directory)
     record = write_record(model, packed, tensors, other_dropouts(packed), config)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    write_together(directory, {WEIGHTS: tensor_bytes(tensors, record), CONFIG: text.encode()})
+    write_together(directory, {WEIGHTS: file_content(tensors, record), CONFIG: text.encode()})
     return directory
 
 
