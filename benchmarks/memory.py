@@ -101,8 +101,7 @@ def same_start(model: nn.Module) -> None:
 def ours(options: argparse.Namespace, folder: str) -> Fit:
     from lightning.pytorch import Callback
 
-    from lora_lightning import CausalLM, FreezeBase, LoRAConfig, LoRAModule, LoRATrainer
-    from lora_lightning.training.callbacks import Checkpoints
+    from lora_lightning import CausalLM, Checkpoints, FreezeBase, LoRAConfig, LoRAModule, LoRATrainer
 
     losses: list[float] = []
 

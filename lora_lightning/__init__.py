@@ -68,7 +68,6 @@ if TYPE_CHECKING:
     from lora_lightning.training.callbacks.throughput import Throughput as Throughput
     from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints as Checkpoints
     from lora_lightning.training.checkpoints.resume import Resume as Resume
-    from lora_lightning.training.fsdp1_strategy import FSDP1Strategy as FSDP1Strategy
     from lora_lightning.training.module import LoRAModule as LoRAModule
     from lora_lightning.training.optim import WarmupDecay as WarmupDecay
     from lora_lightning.training.precision import HalfBase as HalfBase
@@ -76,8 +75,6 @@ if TYPE_CHECKING:
     from lora_lightning.training.tracking.loggers import WandbLogger as WandbLogger
     from lora_lightning.training.tracking.wandb_callback import Tracking as Tracking
     from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
-    from lora_lightning.training.zero2_strategy import ZeRO2Strategy as ZeRO2Strategy
-    from lora_lightning.training.zero3_strategy import ZeRO3Strategy as ZeRO3Strategy
 
 _WHERE = {
     "AdapterBank": "lora_lightning.lora.bank.bank",
@@ -137,10 +134,7 @@ _WHERE = {
     "Resume": "lora_lightning.training.checkpoints.resume",
     "StopOnNonFinite": "lora_lightning.training.callbacks.nan_guard",
     "ResumableLoader": "lora_lightning.data.loading.loader",
-    "FSDP1Strategy": "lora_lightning.training.fsdp1_strategy",
     "FSDP2Strategy": "lora_lightning.training.strategies.fsdp2",
-    "ZeRO2Strategy": "lora_lightning.training.zero2_strategy",
-    "ZeRO3Strategy": "lora_lightning.training.zero3_strategy",
     "HalfBase": "lora_lightning.training.precision",
     "RankTelemetry": "lora_lightning.training.callbacks.rank_telemetry",
     "Throughput": "lora_lightning.training.callbacks.throughput",
@@ -151,10 +145,19 @@ _WHERE = {
     "fill_from_files": "lora_lightning.lora.meta.fill",
 }
 
+GONE = {
+    "FSDP1Strategy": "it is gone, since torch no longer develops FSDP1: take FSDP2Strategy",
+    "ZeRO2Strategy": "it is gone, since an adapter's optimizer is a few megabytes: take DDP, or FSDP2Strategy",
+    "ZeRO3Strategy": "it is gone, since it saved nothing over FSDP2: take FSDP2Strategy",
+}
+"""Public names of earlier versions, and what to take in their place."""
+
 __all__ = sorted(_WHERE)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name in GONE:
+        raise ImportError(f"lora_lightning.{name}: {GONE[name]}")
     if name not in _WHERE:
         from lora_lightning.lora.errors import REMOVED
 

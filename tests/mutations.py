@@ -219,7 +219,7 @@ MUTATIONS = (
     Mutation(
         "law 8: a resume that cannot be exact is said",
         RESUMES,
-        "        for told in reasons_against(self._found, trainer.world_size, replicas, anew):",
+        "        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):",
         "        for told in ():",
         (f"{RESUME}::test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named",),
     ),

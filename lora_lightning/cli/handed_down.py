@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.io.splits import split_name
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.precision import BaseWord
@@ -60,13 +61,38 @@ def handed_down(command: Any) -> Iterator[None]:
             args[name] = value
 
 
-def rows_to_predict(command: Any, given: Sequence[str]) -> None:
-    """A file that `predict` is given by flag holds what to predict; as the training set it would be split, and a part
-    of it predicted."""
+def rows_by_flag(command: Any, name: str, given: Sequence[str]) -> str | None:
+    """Take all rows of what a command on a trained run is given by `--data.path`, and call the data by a short name.
+
+    A file or folder that is named so holds what to test or predict; as the training set it would be split, and a part
+    of it taken.
+
+    Args:
+        command: the command's config, in which the path becomes that of the split which the command reads.
+        name: of the command.
+        given: the command line.
+
+    Returns:
+        The name of the file, folder or set less its suffix; None where the run's own data are taken.
+    """
+    flags = ("--data.path", "--data.init_args.path")
+    by_flag = any(arg.partition("=")[0].startswith(flags) for arg in given)
+    split = {"predict": "predict", "test": "test", "validate": "validation"}.get(name)
     path = command.get("data.init_args.path")
-    by_flag = any(arg.partition("=")[0] in ("--data.path", "--data.init_args.path") for arg in given)
-    if by_flag and isinstance(path, str) and Path(resolve(path)).is_file():
-        command.data.init_args.path = {"predict": path}
+    if not by_flag or split is None or path is None:
+        return None
+    if isinstance(path, str) and _is_one_set(Path(resolve(path))):
+        command.data.init_args.path = {split: path}
+    own = str(path if isinstance(path, str) else path.get(name, path.get(split, "data")))
+    return Path(own.rstrip("/").rpartition("/")[2]).name.partition(".")[0] or "data"
+
+
+def _is_one_set(path: Path) -> bool:
+    """Whether it is a file, or a folder in which nothing is called as a split is."""
+    if not path.is_dir():
+        return path.is_file()
+    named = any(split_name(one.name.partition(".")[0]) for one in path.iterdir())
+    return not named and not (path / "dataset_dict.json").is_file()
 
 
 def labels_of_run(command: Any) -> None:

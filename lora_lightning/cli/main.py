@@ -17,28 +17,26 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lora_lightning.cli.config_files import check, named
 from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
 from lora_lightning.cli.docstrings import read_once
-from lora_lightning.cli.handed_down import handed_down, labels_of_run, rows_to_predict
+from lora_lightning.cli.handed_down import handed_down, labels_of_run, rows_by_flag
 from lora_lightning.cli.outcome import RUN_CONFIG, raised_by_the_user
 from lora_lightning.cli.parser import GIVEN, OneLine, command_parser, run_command
 from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.callbacks import (
-    Checkpoints,
-    FreezeBase,
-    PredictionWriter,
-    Progress,
-    Resume,
-    RunReport,
-    StepFigures,
-    StopOnNonFinite,
-    Throughput,
-)
+from lora_lightning.training.callbacks.freeze_base import FreezeBase
+from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite
+from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
+from lora_lightning.training.callbacks.progress_bar import Progress
+from lora_lightning.training.callbacks.run_report import RunReport
+from lora_lightning.training.callbacks.step_figures import StepFigures
+from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.checkpoints.resume import KEY, next_logged
+from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
+from lora_lightning.training.checkpoints.resume import KEY, Resume, next_logged
 from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.monitored import refuse_unlogged
+from lora_lightning.training.preflight import refuse_unsupported_name
 from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
 from lora_lightning.training.tracking.wandb_callback import Tracking
 from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
@@ -119,6 +117,9 @@ class LoRACLI(LightningCLI):
 
     _goes_on: int | None = None
     """The version of the run that a fit goes on with; None where it makes one of its own."""
+
+    _named_data: str | None = None
+    """What data that a flag names are called, where a trained run is tested or predicts on other than its own."""
 
     def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
         self._first = first_word(args)
@@ -210,14 +211,15 @@ class LoRACLI(LightningCLI):
         if command is not None:
             refuse_no_keys(self.config[command], GIVEN.get() or ())
             refuse_no_name(str(self.config[command].get("name", "lora")))
-        refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
+        strategy = self.config.get(f"{command}.trainer.strategy")
+        refuse_no_class(strategy)
+        refuse_unsupported_name(getattr(strategy, "class_path", None))
         if command not in (None, "export") and self.config[command].get("data") is None:
             raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if isinstance(given, list) and self.config.get("subcommand"):
             self._resolve_checkpoint(self.config[self.config.subcommand])
-            if command == "predict":
-                rows_to_predict(self.config.predict, GIVEN.get() or ())
             if command != "fit":
+                self._named_data = rows_by_flag(self.config[command], command, GIVEN.get() or ())
                 labels_of_run(self.config[self.config.subcommand])
 
     def _resolve_checkpoint(self, config: Any) -> None:
@@ -325,9 +327,12 @@ class LoRACLI(LightningCLI):
         if self._goes_on is not None:
             return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
-            go_on_with_run_of(loggers, command.ckpt_path)
-            folder = run.run_of_checkpoint(Path(command.ckpt_path))
-            return [RepeatedCSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
+            version, folder = str(self.config.subcommand), run.run_of_checkpoint(Path(command.ckpt_path))
+            if self._named_data is None or version == "predict":
+                go_on_with_run_of(loggers, command.ckpt_path)
+            else:  # the run's own figures stay what they are
+                version = f"{version}_{self._named_data}"
+            return [RepeatedCSVLogger(folder, name="", version=version), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 

@@ -105,6 +105,7 @@ def sweep(
     jobs: int = 1,
     seeds: str | None = None,
     budget: int | None = None,
+    storage: str | None = None,
     name: str | None = None,
     runs_dir: str = "runs",
     plots: bool = True,
@@ -124,11 +125,13 @@ def sweep(
         jobs: fits at once; each gets its part of the cores and of the GPUs.
         seeds: `1,2,3`: fit every combination with each, and rank by the mean.
         budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
+        storage: where Optuna keeps the study, so that several processes or machines work on it: a file for its journal,
+            or a database such as postgresql://user@host/name; by default a journal in the sweep's folder.
         name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
         runs_dir: folder of all runs.
         plots: draw the figures; needs matplotlib.
     """
-    from lora_lightning.commands.sweep.screen import run_on_screen
+    from lora_lightning.commands.sweep.command import run_on_screen
 
     run_on_screen(
         fit=fit,
@@ -142,6 +145,7 @@ def sweep(
         jobs=jobs,
         seeds=seeds,
         budget=budget,
+        storage=storage,
         name=name,
         runs_dir=runs_dir,
         plots=plots,

@@ -29,7 +29,6 @@ from lora_lightning.lora.layers.fastpath import HOSTS, open_hosts
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.layers.trained.token_rows import attach_rows, detach_rows
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
-from lora_lightning.lora.targets.biases import biases_to_train, train_biases
 from lora_lightning.lora.targets.select import Selection, Target, select
 
 
@@ -73,7 +72,6 @@ def inject(
         check_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
-    biased = biases_to_train(model, config, selection, required=not any_rank)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
@@ -81,7 +79,7 @@ def inject(
         rows = _graft_all(model, selection, start=start)
         if data is not None and start:
             start_from_data(model, adapted_layers(model), config.init, data, loss)
-        train_biases(biased)
+        _train_biases(selection.biases)
     except BaseException:
         remove(model)
         for parameter in trained_before:
@@ -129,6 +127,15 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
             graft(module, FrozenStatistics)
     open_hosts(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
+
+
+def _train_biases(modules: list[nn.Module]) -> None:
+    """Graft a trained copy of its bias onto each module, outside whatever else was grafted."""
+    copies: dict[int, nn.Parameter] = {}
+    for module in modules:
+        graft(module, TrainedBias)
+        assert isinstance(module, TrainedBias)
+        module.add_bias(copies)
 
 
 def remove(model: nn.Module) -> nn.Module:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+OUTPUT_HEAD = "the output head"
+"""The reason for which `all-linear` leaves out a head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +89,13 @@ class InjectionReport:
             return [self.HEADER, *table]
         return [(*row[:dropout], *row[dropout + 1 :]) for row in (self.HEADER, *table)]
 
+    def left_out(self) -> list[str]:
+        """A line for each kind of layer that `all-linear` left out, with the reason; none for the output head."""
+        groups = Counter((without_numbers(name), reason) for name, reason in self.skipped.items())
+        return [
+            f"left out {name} ({count}): {reason}" for (name, reason), count in groups.items() if reason != OUTPUT_HEAD
+        ]
+
     HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")
 
     def __str__(self) -> str:
@@ -92,7 +103,7 @@ class InjectionReport:
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"trainable {self.trainable:,} of {self.total:,} ({self.share:.2%})")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.left_out()])
 
 
 def without_numbers(name: str) -> str:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.kept import KEPT
@@ -52,9 +54,34 @@ def show_run(lines: Iterable[str], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+MOST_LABELS = 12
+"""Labels that the box of the data names, each with its rows."""
+
+
+def show_data(summary: dict[str, Any] | None, console: Console) -> None:
+    """A box with what the rows tell before the first step, and a line for each thing that looks wrong."""
+    if not summary:
+        return
+    lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
+    for split, counts in summary.get("labels", {}).items():
+        if len(counts) > MOST_LABELS:
+            told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+        else:
+            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        lines.append(f"labels in {split}: {told}")
+    if cut := summary.get("cut"):
+        lines.append("cut at max_length: " + ", ".join(f"{share:.1%} of {split}" for split, share in cut.items()))
+    text = Text("\n".join(lines))
+    for warning in summary.get("warnings", ()):
+        text.append(f"\nwarning: {warning}", style="yellow")
+    console.print(Panel(text, title="data", title_align="left", expand=False))
+
+
 def show_injection(report: InjectionReport, console: Console) -> None:
-    """The rest of it: the injection table."""
+    """The rest of it: the injection table, and a line on what was left out."""
     console.print(injection_table(report))
+    for line in report.left_out():
+        console.print(line, soft_wrap=True)
 
 
 def show_report(values: dict[str, Any], console: Console, save_svg: Path | None = None) -> None:
@@ -97,6 +124,8 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         for k, x in v.items()
         if k.startswith(("val_", "test_")) and k not in other and not k.endswith(BEFORE) and isinstance(x, float)
     ]
+    if "test_rows" in v:
+        rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
         rows.append(
             ("trainable parameters", f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})")

@@ -26,8 +26,6 @@ from lora_lightning.lora.meta.meta_start import inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training.activations.compilation import TrainingForward
-from lora_lightning.training.fsdp1_strategy import FSDP1Strategy
-from lora_lightning.training.gradients import SharedStep, clip_together
 from lora_lightning.training.initialization import (
     CHECKPOINT_KEY,
     MEASURED,
@@ -41,9 +39,8 @@ from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.precision import convert, explained_by_precision, precision_of
 from lora_lightning.training.sets import stage_of
 from lora_lightning.training.strategies.fingerprint import fingerprint
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy, refuse_other_parallelism
+from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
 from lora_lightning.training.strategies.wrapping import is_sharded
-from lora_lightning.training.zero3_strategy import ZeRO3Strategy
 
 
 class LoRAModule(LightningModule):
@@ -179,19 +176,6 @@ class LoRAModule(LightningModule):
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Lightning's, also where each process holds a part of the gradients."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, SharedStep):
-            clip_together(strategy, gradient_clip_val or 0, by_value=gradient_clip_algorithm == "value")
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the loss that this step lowers."""
         if self._mean.mean is not None:
@@ -227,14 +211,13 @@ class LoRAModule(LightningModule):
         fill_from_files(self.backbone, self.device)
 
     def _shard(self) -> None:
-        refuse_other_parallelism(self)
         strategy = self.trainer.strategy
-        cuts = isinstance(strategy, FSDP1Strategy | FSDP2Strategy | ZeRO3Strategy) and not is_sharded(self.backbone)
-        if cuts and self.trainer.state.fn == TrainerFn.FITTING:
+        if not isinstance(strategy, FSDP2Strategy) or is_sharded(self.backbone):
+            return
+        if self.trainer.state.fn == TrainerFn.FITTING:
             self._refuse_start_on_meta()
             self._start_from_adapter()
-        if isinstance(strategy, FSDP1Strategy | FSDP2Strategy):
-            strategy.shard_module(self)
+        strategy.shard_module(self)
 
     def _refuse_start_on_meta(self) -> None:
         """An adapter is taken before W0 is sharded, and W0 is there only after."""

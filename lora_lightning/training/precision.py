@@ -117,7 +117,7 @@ def narrow_base(trainer: Trainer, word: BaseWord) -> None:
     own = trainer.precision_plugin
     if type(own) is not MixedPrecision:
         raise LoRAError(
-            f"precision {word} is for one device, DDP, FSDP2 (ModelParallelStrategy) and DeepSpeed as it is here;"
+            f"precision {word} is for one device, DDP and FSDP2;"
             f" {type(trainer.strategy).__name__} has a way of its own with dtypes: use bf16-mixed there"
         )
     trainer.strategy.precision_plugin = HalfBase(word, own.device)

@@ -6,19 +6,27 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, strategies
 from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
+TAKE = "take --trainer.strategy fsdp2 (or ddp, where W0 fits on one device)"
 INSTEAD: dict[type[Strategy], str] = {
-    FSDPStrategy: "Lightning's FSDP1 gathers all of W0 into its checkpoints: configs/strategy/fsdp2.yaml, or fsdp1.yaml"
-    " beside it, shards W0 likewise and writes the adapter alone",
-    DeepSpeedStrategy: "Lightning's way with DeepSpeed steps and saves past our guards and our checkpoints:"
-    " configs/strategy/deepspeed-zero2.yaml and deepspeed-zero3.yaml have ours; without DeepSpeed,"
-    " configs/strategy/ddp.yaml does what ZeRO-2 does and configs/strategy/fsdp2.yaml what ZeRO-3 does",
+    FSDPStrategy: f"it gathers all of W0 into its checkpoints, and torch no longer develops FSDP1: {TAKE}",
+    DeepSpeedStrategy: f"it steps on means of micro-batch means, and saves past our checkpoints: {TAKE}",
+    ModelParallelStrategy: f"it leaves the sharding to us, and without it adds up no gradients: {TAKE}",
 }
+"""Lightning's own strategies that are refused, and why."""
+FORMER = dict.fromkeys(("fsdp1", "zero2", "zero3"), f"it is gone: {TAKE}")
+"""Names that this package gave to strategies of its own."""
 
 COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: leave it out"
 CALLBACKS: dict[type[Callback], str] = {
@@ -46,33 +54,41 @@ def refuse_unsupported(strategy: Strategy) -> None:
     Raises:
         LoRAError: it is one of these.
     """
-    for kind, why in INSTEAD.items():
-        if isinstance(strategy, kind):
-            raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
+    if why := _instead_of(type(strategy)):
+        raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
+
+
+def _instead_of(kind: type) -> str | None:
+    """Why a class is refused; a subclass from another package, such as our own, is not."""
+    ours = not kind.__module__.startswith("lightning.")
+    return None if ours else next((why for known, why in INSTEAD.items() if issubclass(kind, known)), None)
 
 
 def refuse_unsupported_name(strategy: Any) -> None:
     """Before Lightning makes it, which for these asks for a GPU or a package that would not help.
 
+    Args:
+        strategy: what a Trainer is given: a name, the path of a class, or anything else, which is let pass.
+
     Raises:
-        LoRAError: it is the name of one of these, or of none at all.
+        LoRAError: it names one of these, or nothing at all.
     """
     if not isinstance(strategy, str) or strategy.lower() == "auto":
         return
     known = StrategyRegistry.available_strategies()
-    if strategy.lower() not in known:
-        names = ["auto", *(name for name in known if not issubclass(_class_of(name), tuple(INSTEAD)))]
+    short = strategy.rpartition(".")[2]
+    if "." in strategy or short in strategies.__all__:
+        why = _instead_of(getattr(strategies, short, object))
+    elif strategy.lower() in FORMER:
+        why = FORMER[strategy.lower()]
+    elif strategy.lower() in known:
+        why = _instead_of(StrategyRegistry[strategy.lower()]["strategy"])
+    else:
+        names = ["auto", *(name for name in known if _instead_of(StrategyRegistry[name]["strategy"]) is None)]
         usual = [name for name in names if not re.search("find_unused|notebook|xla|tpu", name)]
         raise LoRAError(
             f"no strategy '{strategy}'{did_you_mean(strategy.lower(), names)} (there are {', '.join(usual)}, and the"
             " overlays in configs/strategy/)"
         )
-    for kind, why in INSTEAD.items():
-        if issubclass(_class_of(strategy.lower()), kind):
-            raise LoRAError(f"strategy {strategy}: {why}")
-
-
-def _class_of(name: str) -> type:
-    """What a name in Lightning's registry stands for."""
-    found: type = StrategyRegistry[name]["strategy"]
-    return found
+    if why:
+        raise LoRAError(f"strategy {strategy}: {why}")

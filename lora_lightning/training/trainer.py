@@ -85,6 +85,18 @@ class LoRATrainer(Trainer):
         leave_on_sigterm(self)
         return super()._run_stage()
 
+    def predict(self, *args: Any, columns: list[str] | str | None = None, **kwargs: Any) -> Any:
+        """Lightning's.
+
+        Args:
+            args: as Lightning's.
+            columns: of the rows' own columns these are written beside each prediction, with commas between, or `all`;
+                the column `id` by default where there is one.
+            kwargs: as Lightning's.
+        """
+        self.predict_columns = columns.split(",") if isinstance(columns, str) else columns
+        return super().predict(*args, **kwargs)
+
     def export(
         self,
         model: LoRAModule,

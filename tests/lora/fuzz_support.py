@@ -44,7 +44,7 @@ def examples(count: int):
 
 
 class Block(nn.Module):
-    """With a name as long as real ones, which is what slow regexes feed on."""
+    """With a name as long as real ones."""
 
     def __init__(self):
         super().__init__()

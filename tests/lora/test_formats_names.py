@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import AdapterError, TargetError
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.inject import saved_copies
-from lora_lightning.lora.targets import regexes
 from tests.lora.options_support import shake
 
 
@@ -160,8 +159,7 @@ def many():
     return Many()
 
 
-def test_names_without_number_that_end_another_are_told_apart_by_us_and_by_peft(tmp_path, monkeypatch):
-    monkeypatch.setattr(regexes, "LENGTH", 1000)
+def test_names_without_number_that_end_another_are_told_apart_by_us_and_by_peft(tmp_path):
     model, x = many(), torch.randn(3, 2, dtype=torch.float64)
     inject(model, LoRAConfig(r=1, target_modules=r"layers\..*down_projection"))
     save_adapter(shake(model), tmp_path)
@@ -187,19 +185,13 @@ class Crossed(nn.Module):
         return self.x(self.e["x"](self.m["e"]["x"](x)))
 
 
-@pytest.mark.parametrize("longest", [100_000, 8, 3])
-def test_names_that_end_one_another_both_ways_are_told_apart_or_refused(longest, tmp_path, monkeypatch):
+def test_names_that_end_one_another_both_ways_are_told_apart(tmp_path):
     def make():
         torch.manual_seed(0)
         return Crossed()
 
-    monkeypatch.setattr(regexes, "LENGTH", longest)
     model, x = make(), torch.randn(2, 3, dtype=torch.float64)
     inject(model, LoRAConfig(r=1, target_modules=r"x|m\.e\.x"))
-    if longest == 3:
-        with pytest.raises(AdapterError, match=r"cannot tell 2 adapted modules from 1 others .*such as e\.x: adapt"):
-            save_adapter(shake(model), tmp_path)
-        return
     save_adapter(shake(model), tmp_path)
     again = make()
     load_adapter(again, tmp_path)

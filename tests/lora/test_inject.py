@@ -238,8 +238,8 @@ def test_every_kind_and_option_is_undone_where_an_injection_fails_at_its_end(mon
         train_biases(biased)
         raise MemoryError
 
-    train_biases = inject_file.train_biases
-    monkeypatch.setattr(inject_file, "train_biases", fail)
+    train_biases = inject_file._train_biases
+    monkeypatch.setattr(inject_file, "_train_biases", fail)
     model = Everything().train()
     model.up.weight.requires_grad_(False)
     before = snapshot(model)

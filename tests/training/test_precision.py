@@ -10,7 +10,7 @@ import transformers
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lora_lightning import FreezeBase, LoRAConfig, LoRAError, huggingface, inject
+from lora_lightning import Checkpoints, FreezeBase, LoRAConfig, LoRAError, huggingface, inject
 from lora_lightning.cli.handed_down import NF4, handed_down
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.base_dtype import base_dtypes, base_floats, cast_base
@@ -18,7 +18,6 @@ from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.callbacks import Checkpoints
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.load_dtypes import load_dtypes
 from lora_lightning.training.precision import HalfBase, convert, lightnings_own

@@ -15,11 +15,10 @@ from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from torch import nn
 
-from lora_lightning import LoRAConfig, inject
+from lora_lightning import LoRAConfig, Progress, inject
 from lora_lightning.cli.log_filters import RECORDS, quieten
 from lora_lightning.reports.about import first_lines, short_count
 from lora_lightning.reports.console import show_injection, show_run
-from lora_lightning.training.callbacks import Progress
 
 
 def shown(model: nn.Module, **options: object) -> str:

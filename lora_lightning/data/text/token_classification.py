@@ -125,6 +125,10 @@ class TokenClassificationData(LabelNames, TextData):
     def collate(self) -> Callable[[list[Any]], Any]:
         return WordCollator(self.tokenizer)
 
+    def cut_share(self, split: str) -> float | None:
+        split_words = {"is_split_into_words": True, "verbose": False}
+        return self.share_cut(split, lambda rows: self.tokenizer(rows[self.words_column], **split_words))
+
     def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
         """What the set itself says of its tags."""
         entry = getattr(table.features[self.tags_column], "feature", None)  # of a list's entries

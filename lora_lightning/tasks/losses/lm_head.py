@@ -127,7 +127,7 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
     if not _is_one_product(head, hidden):
         return module_cross_entropy(head, hidden[rows], labels[rows], vocabulary, terms)
     assert isinstance(head, nn.Linear)
-    weight, bias = head.weight, head.bias  # (FSDP1 shows no parameters while they are gathered)
+    weight, bias = head.weight, head.bias
     return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
 
 
@@ -172,14 +172,9 @@ def why_all_logits(backbone: nn.Module) -> str | None:
         return "it names no head (get_output_embeddings)"
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
         return "its head has hooks, which are to see every logit"
-    if any(_is_in_parts(p) for p in head.parameters()):
+    if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its head's weights are sharded"
     return None
-
-
-def _is_in_parts(parameter: Tensor) -> bool:
-    """Not where every process of a group has all of it, as of a head that trains under tensor parallelism."""
-    return isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
 
 
 def _head(backbone: PreTrainedModel) -> Any:

@@ -8,13 +8,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.gradients import SharedStep
 
 
 class StepFigures(Callback):
@@ -31,8 +29,8 @@ class StepFigures(Callback):
         if not trainer._logger_connector.should_update_logs or not trainer.loggers:
             return
         figures = self._rates(optimizer)
-        for name, gradients in parts_of_gradients(trainer, pl_module, optimizer).items():
-            figures[f"grad_norm/{name}"] = norm_over(trainer.strategy, gradients)
+        for name, gradients in parts_of_gradients(pl_module, optimizer).items():
+            figures[f"grad_norm/{name}"] = norm_of(gradients)
         pl_module.log_dict(figures, batch_size=1)
 
     def _rates(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -46,13 +44,8 @@ class StepFigures(Callback):
         }
 
 
-def parts_of_gradients(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> dict[str, list[Tensor]]:
+def parts_of_gradients(module: LightningModule, optimizer: Optimizer) -> dict[str, list[Tensor]]:
     """The gradients of A, of B, and all of them, as far as there are any."""
-    strategy = trainer.strategy
-    if isinstance(strategy, SharedStep):  # of one that has none, other processes may have some
-        own = strategy.own_gradients()
-        named = {kind: [part for name, part in own if name.endswith(f"lora_{kind}")] for kind in ("A", "B")}
-        return {**named, "all": [part for _, part in own]}
     layers = [layer for _, layer in adapted_layers(module)]
     parts: dict[str, list[Tensor | None]] = {
         "A": [layer.lora_A.grad for layer in layers],
@@ -61,11 +54,6 @@ def parts_of_gradients(trainer: Trainer, module: LightningModule, optimizer: Opt
     }
     found = {name: [gradient for gradient in own if gradient is not None] for name, own in parts.items()}
     return {name: own for name, own in found.items() if own}
-
-
-def norm_over(strategy: Strategy, gradients: list[Tensor]) -> Tensor:
-    """Of the whole gradients, of which this process may hold parts."""
-    return strategy.norm(gradients) if isinstance(strategy, SharedStep) else norm_of(gradients)
 
 
 def norm_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -17,7 +17,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.checkpoints.checkpoint_folder import remove
 from lora_lightning.training.checkpoints.file_io import is_remote
 from lora_lightning.training.checkpoints.loop_state import place_of
 
@@ -193,11 +192,6 @@ def _brought(best: Path, mine: Path) -> bool:
     if getattr(rank_zero_only, "rank", 0) == 0:
         mine.parent.mkdir(parents=True, exist_ok=True)
         aside = mine.with_name(f".{mine.name}.{os.getpid()}.part")
-        if best.is_dir():  # in parts
-            remove(aside)
-            remove(mine)
-            shutil.copytree(best, aside)
-        else:
-            shutil.copyfile(best, aside)
+        shutil.copyfile(best, aside)
         aside.replace(mine)
     return True

@@ -13,9 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.training.checkpoints.checkpoint_folder import PREVIOUS, is_folder_checkpoint
-from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
-from lora_lightning.training.checkpoints.file_io import read_checkpoint
+from lora_lightning.training.checkpoints.file_io import PREVIOUS, DamagedCheckpointError, read_checkpoint
 
 CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
 
@@ -36,13 +34,21 @@ def run_of_checkpoint(checkpoint: Path) -> Path:
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
 
 
+def test_dir(trainer: Trainer) -> Path | None:
+    """Where a test's figures go: to the run that the checkpoint is of, those on other data to a folder of their own."""
+    own = run_dir(trainer)
+    if trainer.ckpt_path is None or (own is not None and own.name.startswith("test_")):
+        return own
+    return run_of_checkpoint(Path(str(trainer.ckpt_path)))
+
+
 def is_run(folder: Path) -> bool:
     """Whether a fit wrote here: a folder of one's own may hold a config.yaml too."""
     return (folder / CHECKPOINTS).is_dir() or (folder / REPORT).is_file()
 
 
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
-    """A checkpoint, a file or a folder in parts, from its path, that of a run, or of the folder with a run's versions.
+    """A checkpoint file, from its path, that of a run, or of the folder with a run's versions.
 
     Args:
         path: `.../best.ckpt`, `runs/demo/version_3` or `runs/demo` (its newest version that has checkpoints).
@@ -54,7 +60,8 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     path = Path(path)
     if path.is_file() and not (is_zipfile(path) or _before(path).exists()):
         raise LoRAError(f"'{path}' is not a whole checkpoint{_what_else(path)}")
-    if path.is_file() or is_folder_checkpoint(path) or (path.suffix == ".ckpt" and _before(path).exists()):
+    refuse_folder(path)
+    if path.is_file() or (path.suffix == ".ckpt" and _before(path).exists()):
         return path
     if not path.is_dir():
         near = beside(path) or did_you_mean(str(path), ("best", "last"))
@@ -69,6 +76,19 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     if (path / "adapter_config.json").is_file():
         raise LoRAError(f"'{path}' is an adapter's directory and no run: fit starts from it with --model.init_adapter")
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise where the path is a checkpoint in torch.distributed.checkpoint's form.
+
+    Raises:
+        LoRAError: with what to do.
+    """
+    if path.is_dir() and (path.suffix == ".ckpt" or (path / ".metadata").is_file()):
+        raise LoRAError(
+            f"'{path}' is a checkpoint in parts, and files are read here: go on from it, or export it, with the version"
+            " of lora_lightning that wrote it"
+        )
 
 
 def _what_else(file: Path) -> str:

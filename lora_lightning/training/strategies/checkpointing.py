@@ -1,4 +1,4 @@
-"""Checkpoints of a sharded module: the adapter and its optimizer, as one file or in parts; W0 is never gathered."""
+"""Checkpoints of a sharded module: the adapter and its optimizer, as one file; W0 is never gathered."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
-from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.checkpoints import checkpoint_folder as folders
+from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.training.checkpoints.file_io import is_remote, whole_file
-from lora_lightning.training.distributed import by_first, together
-from lora_lightning.training.strategies.sharded_state import as_held, trained_state, whole_state
+from lora_lightning.training.distributed import by_first, rank, together
+from lora_lightning.training.initialization import PREFIX
 from lora_lightning.training.strategies.wrapping import as_stored
 
 if TYPE_CHECKING:
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
 
 class AdapterCheckpoints(ModelParallelStrategy):
     """Saves and loads what trains, in place of Lightning's way, which drops frozen keys and then misses them."""
-
-    _folder: Path | None = None
-    """That the checkpoint which is being loaded lies in."""
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -39,28 +38,20 @@ class AdapterCheckpoints(ModelParallelStrategy):
         return module  # type: ignore[no-any-return]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """What trains, whole and in process 0 only, or in parts where each writes its own."""
-        state = trained_state(self._saved)
-        return state if self._save_distributed_checkpoint else whole_state(state)
+        """What trains, whole and in process 0 only."""
+        return _whole_state(_trained_state(self._saved))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer, in the form of a single process."""
-        plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        state = plain.state_dict()
-        return state if self._save_distributed_checkpoint else whole_state(state)
+        return _whole_state(_plain(optimizer).state_dict())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
-        """Whole or not at all.
+        """Write the file in process 0.
 
         Raises:
-            LoRAError: in all processes, where one could not write.
+            LoRAError: in all processes, where it could not be written.
         """
         path = by_first(lambda: str(filepath))
-        if self._save_distributed_checkpoint:
-            if is_remote(path) or storage_options is not None:
-                raise LoRAError(f"'{path}': checkpoints in parts are written to a file system of this machine only")
-            folders.write(checkpoint, Path(path))
-            return
         together(lambda: self._write(checkpoint, path, storage_options))
 
     def _write(self, checkpoint: dict[str, Any], path: str, options: Any) -> None:
@@ -68,20 +59,15 @@ class AdapterCheckpoints(ModelParallelStrategy):
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=options)
 
     def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read all but what lies in parts, which is read when it is known where it goes.
+        """Read the same file in every process.
 
         Raises:
             DamagedCheckpointError: there is no whole one; in all processes.
         """
-        self._folder = None
         path = by_first(lambda: str(checkpoint_path))
-        if is_remote(path):
-            return self.checkpoint_io.load_checkpoint(path, weights_only=weights_only)
-        found = Path(by_first(lambda: str(whole_file(Path(path)))))
-        if not found.is_dir():
-            return together(lambda: self.checkpoint_io.load_checkpoint(str(found), weights_only=weights_only))
-        self._folder = found
-        return together(lambda: folders.read_rest(found))
+        if not is_remote(path):
+            path = by_first(lambda: str(whole_file(Path(path))))
+        return together(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Put the adapter into the shards.
@@ -89,31 +75,68 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             AdapterError: keys are missing, left over or wrongly shaped; nothing was changed.
         """
-        module, state = self._saved, dict(checkpoint["state_dict"])
-        if self._folder is not None:
-            state |= folders.shapes(self._folder, folders.STATE)
+        module, state = self._saved, checkpoint["state_dict"]
         if strict:
             module.refuse_misfits(state)
-        own = trained_state(module)
-        if self._folder is not None:
-            state |= folders.read_parts(self._folder, folders.STATE, {k: own[k] for k in state if k in own})
-        held = {k: as_held(v, own[k]) for k, v in state.items() if k in own}
+        own = _trained_state(module)
+        shards = {key: _as_sharded(value, own[key]) for key, value in state.items() if key in own}
         with as_stored(module.backbone):
-            module.load_state_dict(held, strict=strict)
+            module.load_state_dict(shards, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Put each optimizer's state where its parameters' shards are."""
-        for number, (optimizer, state) in enumerate(zip(self.optimizers, checkpoint["optimizer_states"], strict=True)):
-            plain = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            plain = _plain(optimizer)
             here = [p for group in plain.param_groups for p in group["params"]]
             there = [i for group in state["param_groups"] for i in group["params"]]
-            held = dict(zip(there, here, strict=False))
-            values = {i: dict(state["state"].get(i, {})) for i in there}
-            if self._folder is not None:
-                folders.add_parts(self._folder, number, values, held)
-            moved = {
-                i: {name: as_held(v, held[i]) for name, v in own.items()}
-                for i, own in values.items()
-                if own and i in held
+            parameters = dict(zip(there, here, strict=False))
+            shards = {
+                i: {name: _as_sharded(value, parameters[i]) for name, value in own.items()}
+                for i, own in state["state"].items()
+                if own and i in parameters
             }
-            plain.load_state_dict({"state": moved, "param_groups": state["param_groups"]})
+            plain.load_state_dict({"state": shards, "param_groups": state["param_groups"]})
+
+
+def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _trained_state(module: nn.Module) -> dict[str, Any]:
+    """The module's state without W0, in the order of a single process; shards stay shards."""
+    backbone = module.get_submodule(PREFIX.removesuffix("."))
+    frozen = {PREFIX + key for key in frozen_keys(backbone)}
+    return {key: value for key, value in module.state_dict().items() if plain_name(module, key) not in frozen}
+
+
+def _whole_state(state: Any) -> Any:
+    """Every sharded tensor of a nested state gathered, one at a time, and kept by process 0; {} in the others.
+
+    All processes must call it. A copy on the CPU, which the next step does not write into.
+    """
+    found = _gathered(state)
+    return found if rank() == 0 else {}
+
+
+def _gathered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _gathered(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_gathered(inner) for inner in value]
+    if not isinstance(value, Tensor):
+        return value
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().cpu() if rank() == 0 else None
+
+
+def _as_sharded(value: Any, like: Any) -> Any:
+    """A whole tensor in the shards of the parameter that it belongs to; scalars and what is no tensor as they are.
+
+    A state of another shape, as a factored second moment's row, is laid into every process whole. No process tells
+    another anything.
+    """
+    if not isinstance(value, Tensor) or not isinstance(like, DTensor) or not value.dim():
+        return value
+    placements = like.placements if value.shape == like.shape else [Replicate()]
+    with torch.no_grad():
+        return distribute_tensor(value.to(like.device), like.device_mesh, placements, src_data_rank=None)

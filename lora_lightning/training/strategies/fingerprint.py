@@ -8,25 +8,21 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, of_digests, of_tensors
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one_process
 from lora_lightning.lora.frozen.tensors import base_tensors
-from lora_lightning.training import layout
 from lora_lightning.training.distributed import gathered, processes, rank
-from lora_lightning.training.fsdp1_units import Units, units_of
 from lora_lightning.training.strategies.wrapping import is_sharded, local
-from lora_lightning.training.zero_whole import zero_part, zero_whole
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
     if not is_sharded(model):
         return of_one_process(model)
-    if (units := units_of(model)) is not None:
-        return _of_units(model, units)
     tensors, found = base_tensors(model), dict[str, str]()
     waiting: dict[str, Future[dict[str, str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as pool:
@@ -43,25 +39,22 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     return of_digests({name: every[name] for name in tensors})
 
 
-def _of_units(model: nn.Module, units: Units) -> Fingerprint:
-    """FSDP1 gathers a unit in all processes, which share what there is to hash of it."""
-    found: dict[str, str] = {}
-    for names in units.parts():
-        whole = base_tensors(model)
-        for name in names[rank() :: processes()]:  # a copy: torch lets no storage go that NumPy has seen
-            found |= digests({name: whole[name].detach().clone()})
-    every = {name: digest for part in gathered(found) for name, digest in part.items()}
-    return of_digests({name: every[name] for name in base_tensors(model)})
-
-
 def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
     """The whole tensor in one process, and None in the others; all must call it."""
-    if zero_part(tensor) is not None:
-        return zero_whole(tensor, to)
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor) or processes() == 1:
         return local(tensor) if to == rank() else None
-    return layout.gathered_by(tensor, to)
+    rows = -(-tensor.shape[0] // processes())  # of a chunk; the last may be short or empty
+    row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
+    own = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
+    mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
+    own[: mine.numel()] = mine
+    pieces = [torch.empty_like(own) for _ in range(processes())] if to == rank() else None
+    if own.numel():
+        distributed.gather(own, pieces, dst=to)
+    if pieces is None:
+        return None
+    return torch.cat(pieces)[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)
 
 
 def of_own_parts(model: nn.Module) -> Fingerprint:

@@ -33,17 +33,12 @@ class StepsTogether(EvaluatesTogether, ModelParallelStrategy):
             LoRAError: the task's loss did not come through the backbone's own call.
         """
         super().post_backward(closure_loss)
-        left = [name for name, p in self._module.named_parameters() if p.requires_grad and not self._is_in_rows(p)]
+        left = [n for n, p in self._module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if left:
             raise LoRAError(
                 f"FSDP2 saw no backward of {some(left)}: the task's loss must come from a call of the backbone or of"
                 " its blocks; or train with ddp"
             )
-
-    def _is_in_rows(self, parameter: nn.Parameter) -> bool:
-        """As FSDP2 leaves it; what is gathered of a split layer is a DTensor on the group's dimension alone."""
-        split = int(self._tensor_parallel_size) > 1
-        return isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1 + split
 
     def _called(self, step: str, *args: Any) -> Any:
         self._root.unshard()

@@ -12,7 +12,7 @@ sharded then; and no process measures products for itself, so that all round ali
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,23 +28,16 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import disabled
 from lora_lightning.training.distributed import processes
 from lora_lightning.training.strategies.groups import groups_of, named_blocks
-from lora_lightning.training.zero_whole import PARTITIONED, zero_part
-
-UNITS = "_fsdp1_units"
-"""Under which a backbone keeps its units of FSDP1 (`fsdp1_units.py`), beside its modules."""
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether W0 lies in parts: by `shard`, by `shard_w0`, or by DeepSpeed's stage 3."""
-    return isinstance(model, FSDPModule) or UNITS in vars(model) or model in PARTITIONED
+    """Whether `shard` has sharded it."""
+    return isinstance(model, FSDPModule)
 
 
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    part = zero_part(tensor)
-    return tensor if part is None else part
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
@@ -60,7 +53,6 @@ def shard(
     blocks: Sequence[str] | None = None,
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
-    split: Callable[[nn.Module], None] | None = None,
 ) -> None:
     """Shard a backbone over a mesh of one dimension, in place; all start from process 0's values.
 
@@ -68,42 +60,32 @@ def shard(
         blocks: patterns of module names, in place of the blocks that are found; none shards the backbone as one.
         reshard_after_forward: whether blocks are let go between forward and backward.
         cpu_offload: keep the shards in the CPU's memory.
-        split: called with each part of the backbone right before it is sharded, to split its layers within themselves.
 
     Raises:
         LoRAError: something in the backbone cannot be sharded, by name.
     """
-    refuse_quantised(backbone, "FSDP2")
+    _refuse_quantized(backbone)
     chosen = groups_of(backbone) if blocks is None else named_blocks(backbone, blocks)
     whole = parameters_left_whole(backbone, chosen)
-    _say(backbone, chosen, whole, processes() if split is not None else mesh.size())
+    _say(backbone, chosen, whole, mesh.size())
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(whole.values())}
     options["offload_policy"] = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     done: set[int] = set()
     for module in chosen.values():
         same_everywhere(module, device, done)
-        if split is not None:
-            split(module)
         fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
     same_everywhere(backbone, device, done)
-    if split is not None:
-        split(backbone)
     root = fully_shard(backbone, reshard_after_forward=False, **options)
     # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
     root.set_reduce_scatter_unused_params(True)
     gather_before(root, "generate")
 
 
-def refuse_quantised(backbone: nn.Module, by: str) -> None:
-    """Raise where a weight is no plain one.
-
-    Raises:
-        LoRAError: with their names.
-    """
+def _refuse_quantized(backbone: nn.Module) -> None:
     quantised = [name for name, module in backbone.named_modules() if scheme(module) is not None]
     if quantised:
         raise LoRAError(
-            f"{by} shards plain weights, and {some(quantised)} are quantised: load the backbone in bfloat16, or"
+            f"FSDP2 shards plain weights, and {some(quantised)} are quantised: load the backbone in bfloat16, or"
             " train it with --trainer.strategy ddp"
         )
 

@@ -63,8 +63,8 @@ class Tracking(Callback):
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The test's figures, in the summary of the run that was tested."""
-        if trainer.is_global_zero and trainer.ckpt_path:
-            wandb_run.log_report(self._loggers(trainer), run.run_of_checkpoint(Path(str(trainer.ckpt_path))))
+        if trainer.is_global_zero and trainer.ckpt_path and (folder := run.test_dir(trainer)) is not None:
+            wandb_run.log_report(self._loggers(trainer), folder)
 
     @staticmethod
     def _loggers(trainer: Trainer) -> list[Any]:

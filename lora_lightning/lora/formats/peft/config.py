@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, did_you_mean, some
-from lora_lightning.lora.targets.regexes import refusal
+from lora_lightning.lora.targets.patterns import regex_refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
@@ -95,7 +95,7 @@ def read_config(path: Path) -> dict[str, Any]:
 def _why_no_regex(value: Any) -> str:
     """The reason for which one of a field's regular expressions is refused."""
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
-    refused = ((pattern, refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
+    refused = ((pattern, regex_refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
     return next((f": {shown(pattern)} {reason}" for pattern, reason in refused if reason), "")
 
 
@@ -134,7 +134,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_regex(value: Any) -> bool:
-    return isinstance(value, str) and refusal(value) is None
+    return isinstance(value, str) and regex_refusal(value) is None
 
 
 def _is_selection(value: Any) -> bool:

@@ -9,12 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.lora.errors import AdapterError, some
 from lora_lightning.lora.formats.peft.config import dotted_ends
 from lora_lightning.lora.formats.peft.packing import Packed
 from lora_lightning.lora.inject import saved_copies, token_rows, trained_biases
 from lora_lightning.lora.layers import LoRAConv1D, LoRAParameter
-from lora_lightning.lora.targets.regexes import refusal
 
 
 def peft_config_of(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def peft_config_of(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
         "peft_type": "LORA",
         **ranks_and_alphas(ranks, alphas),
         "lora_dropout": common_dropout(packed),
-        **_selection([name for name in ranks if name not in parameters], model),
+        "target_modules": _selection([name for name in ranks if name not in parameters], model),
         "target_parameters": parameters or None,
         "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in token_rows(model)} or None,
         "modules_to_save": [name for name, _ in saved_copies(model)] or None,
@@ -62,28 +60,13 @@ def _bias(model: nn.Module, packed: list[Packed]) -> str:
     return "lora_only" if biased <= {p.layer.lora_owner for p in packed} else "all"
 
 
-def _selection(names: list[str], model: nn.Module) -> dict[str, list[str] | str]:
-    """Full names; where one is also the dotted end of another module's name, one anchored regex instead.
-
-    Where that regex would be too long to be read again, the full names and the others' as `exclude_modules`, which
-    PEFT knows since 0.14.
-    """
+def _selection(names: list[str], model: nn.Module) -> list[str] | str:
+    """Full names; where one is also the dotted end of another module's name, one anchored regex instead."""
     chosen = set(names)
     everything = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    caught = [other for other in everything if other not in chosen and not chosen.isdisjoint(dotted_ends(other))]
-    if not caught:
-        return {"target_modules": sorted(names)}
-    if refusal(regex := _exactly(names)) is None:
-        return {"target_modules": regex}
-    others = set(caught)
-    if all(others.isdisjoint(dotted_ends(name)) for name in names):
-        return {"target_modules": sorted(names), "exclude_modules": sorted(others)}
-    if refusal(regex := _exactly(caught)) is None:
-        return {"target_modules": sorted(names), "exclude_modules": regex}
-    raise AdapterError(
-        f"PEFT's config cannot tell {len(names)} adapted modules from {len(caught)} others whose names end in theirs,"
-        f" such as {some(sorted(others), 2)}: adapt those too, or rename them"
-    )
+    if any(other not in chosen and not chosen.isdisjoint(dotted_ends(other)) for other in everything):
+        return _exactly(names)
+    return sorted(names)
 
 
 def _exactly(names: list[str]) -> str:

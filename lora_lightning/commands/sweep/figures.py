@@ -64,7 +64,7 @@ def _best(points: Sequence[Point], keys: Sequence[str], goal: str) -> list[Point
 
 def _order(point: Point, keys: Sequence[str]) -> tuple[float, ...]:
     order = [number(point.values.get(key, "")) for key in keys]
-    return *(math.inf if value is None else value for value in order), min(t.number for t in point.trials)
+    return *(math.inf if value is None else value for value in order), min(t.index for t in point.trials)
 
 
 def _r(point: Point) -> int:
@@ -78,7 +78,7 @@ def _mean(point: Point) -> float:
 
 def _sets(points: Sequence[Point]) -> list[str]:
     """In the order in which the sweep tried them."""
-    by_number = sorted(points, key=lambda point: min(t.number for t in point.trials))
+    by_number = sorted(points, key=lambda point: min(t.index for t in point.trials))
     return list(dict.fromkeys(point.values[MATRICES] for point in by_number))
 
 
