@@ -11,7 +11,7 @@ from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.frozen.dtype import float_dtype, refuse_dtype, refuse_overflow, refuse_wide
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import joined
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, saved_copies, token_rows
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 
 LARGE = 1e9
@@ -20,7 +20,7 @@ LARGE = 1e9
 
 def refuse_before(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> None:
     """All that can be refused before the first write, so that the model stays as it was."""
-    if not adapted_layers(model) and not saved_copies(model) and not token_rows(model):
+    if not adapted_layers(model) and not grafted_modules(model, SavedCopy) and not grafted_modules(model, TokenRows):
         raise MergeError("nothing to merge: this model has no adapters")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise MergeError(
@@ -40,7 +40,7 @@ def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
             if not torch.isfinite(tensor).all():
                 what = "A or B" if own in ("lora_A", "lora_B") else own
                 raise MergeError(f"{what} of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-    for name, saved in saved_copies(model):
+    for name, saved in grafted_modules(model, SavedCopy):
         if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
             raise MergeError(f"the copy of '{name}' is not finite: training diverged; merge an earlier checkpoint")
     for path, layer in adapted_layers(model):

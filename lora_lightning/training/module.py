@@ -20,7 +20,8 @@ from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean, re
 from lora_lightning.lora.formats.provenance import refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
-from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.meta_start import inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
@@ -109,7 +110,9 @@ class LoRAModule(LightningModule):
 
     def _warn_of_a_frozen_new_head(self) -> None:
         """A head without pretrained values that does not train stays random."""
-        trained = tuple(f"{name}." for name, _ in (*saved_copies(self.backbone), *adapted_layers(self.backbone)))
+        trained = tuple(
+            f"{name}." for name, _ in (*grafted_modules(self.backbone, SavedCopy), *adapted_layers(self.backbone))
+        )
         new: list[str] = getattr(self.backbone, "new_keys", [])  # what `huggingface` found no values for
         left = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
         if left:
@@ -264,7 +267,7 @@ class LoRAModule(LightningModule):
         for _, layer in adapted_layers(self.backbone):
             if layer.lora_dropout is not None:
                 layer.lora_dropout.train()
-        for _, saved in saved_copies(self.backbone):
+        for _, saved in grafted_modules(self.backbone, SavedCopy):
             saved.lora_copy.train()
 
     def setup(self, stage: str) -> None:

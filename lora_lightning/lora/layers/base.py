@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.init import from_weight
 from lora_lightning.lora.init.random import STARTS, start_
-from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
+from lora_lightning.lora.layers.class_swap import Grafted, graft
 from lora_lightning.lora.layers.dora import channel_norms, dora_factor, dora_update, rescale
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.targets.fused_projections import Slices
@@ -110,7 +110,7 @@ class AdaptedLayer(Grafted):
         assert weight is not None
         return {"weight": weight}
 
-    # Make, start and take out.
+    # Make and start.
 
     @classmethod
     def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
@@ -119,11 +119,6 @@ class AdaptedLayer(Grafted):
         assert isinstance(module, AdaptedLayer)
         module.add_factors(settings, start=start)
         return module
-
-    def detach(self) -> None:
-        """Undo `attach`."""
-        self.drop_factors()
-        ungraft(self, AdaptedLayer)
 
     def add_factors(self, settings: LayerSettings, *, start: bool = True) -> None:
         """Allocate A, B and what the settings ask for, and start them; plainly where they will be loaded over."""
@@ -154,12 +149,6 @@ class AdaptedLayer(Grafted):
             self.reset_lora_parameters()
         else:
             self.start_plainly()
-
-    def drop_factors(self) -> None:
-        """Remove all that `add_factors` added, or got to add before it failed."""
-        for store in (self._parameters, self._buffers, self._modules, self.__dict__):
-            for name in (*AdaptedLayer.lora_names, "lora_settings", "lora_dropout", "lora_enabled"):
-                store.pop(name, None)
 
     def reset_lora_parameters(self) -> None:
         """Start A, B and the rest anew: also what a model filled from the meta device needs.

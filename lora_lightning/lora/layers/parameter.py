@@ -103,10 +103,6 @@ class LoRAParameter(AdaptedLayer):
         _regraft(module)
         return adapter
 
-    def detach(self) -> None:
-        del self.lora_owner._modules[CHILD + self.lora_settings.parameter]
-        _regraft(self.lora_owner)
-
     def applied_to(self, W0: Tensor) -> Tensor:
         """`W0 + s B A` in W0's dtype, added in float32 or wider."""
         return (W0 + self.delta_weight()).to(W0.dtype)

@@ -25,8 +25,8 @@ from lora_lightning.lora.formats.peft.wrappers import unwrapped
 from lora_lightning.lora.formats.provenance import Record
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init import from_weight as starts
-from lora_lightning.lora.inject import adapted_layers, inject, token_rows
-from lora_lightning.lora.layers import AdaptedLayer
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject
+from lora_lightning.lora.layers import AdaptedLayer, TokenRows
 
 Read = Callable[[str], Tensor | None]
 """W0's tensor of a name in the model, None where the files have none."""
@@ -138,5 +138,5 @@ def make_adapter_real(model: nn.Module) -> None:
             is_parameter = isinstance(tensor, nn.Parameter)
             real[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         (owner._parameters if name in owner._parameters else owner._buffers)[name] = real[id(tensor)]  # type: ignore[assignment]
-    for _, rows in token_rows(model):
+    for _, rows in grafted_modules(model, TokenRows):
         rows.lora_token_ids = torch.tensor(rows.__dict__["lora_token_numbers"])

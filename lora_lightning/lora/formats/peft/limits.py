@@ -13,8 +13,8 @@ from torch import nn
 from lora_lightning.lora.errors import AdapterWarning, some
 from lora_lightning.lora.formats.peft.packing import Packed
 from lora_lightning.lora.formats.peft.write import common_dropout, other_dropouts
-from lora_lightning.lora.inject import saved_copies
-from lora_lightning.lora.layers import LoRALinear
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRALinear, SavedCopy
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 # Model types whose experts PEFT fuses as it reads a config: there it takes a target whose name ends in one of an
@@ -57,7 +57,7 @@ def _limits(model: nn.Module, packed: list[Packed]) -> Iterator[tuple[str, list[
 
 
 def _caught(model: nn.Module) -> list[str]:
-    saved = [name for name, _ in saved_copies(model)]
+    saved = [name for name, _ in grafted_modules(model, SavedCopy)]
     inside = tuple(f"{name}." for name in saved)
     others = [n for n, _ in model.named_modules() if n not in saved and not n.startswith(inside)]
     return [other for other in others if any(other.endswith(name) for name in saved)]

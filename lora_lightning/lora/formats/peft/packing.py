@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 from lora_lightning.lora.formats.misfits import refuse_misfits
 from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
-from lora_lightning.lora.inject import adapted_layers, token_rows, trained_biases
-from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter, TokenRows, TrainedBias
 from lora_lightning.lora.layers.parameter import CHILD
 
 PREFIX = "base_model.model."
@@ -186,7 +186,7 @@ def bias_keys(model: nn.Module, packed: list[Packed]) -> dict[str, str]:
             inside.setdefault(joined(p.path, "out_proj"), joined(p.path, "base_layer.out_proj.base_layer"))
     return {
         joined(name, "lora_trained_bias"): joined(inside.get(name, name).removeprefix("."), "bias")
-        for name, _ in trained_biases(model)
+        for name, _ in grafted_modules(model, TrainedBias)
     }
 
 
@@ -196,7 +196,7 @@ def peft_tensors(model: nn.Module, packed: list[Packed]) -> dict[str, Tensor]:
     tensors = fillers(packed)
     for p in packed:
         tensors |= p.tensors()
-    tensors |= {token_key(name): embedding.lora_tokens for name, embedding in token_rows(model)}
+    tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
     tensors |= {theirs: own[ours] for ours, theirs in bias_keys(model, packed).items()}
     tensors |= {copy_key(key): tensor for key, tensor in own.items() if copy_key(key) != key}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
@@ -218,7 +218,7 @@ def our_tensors(
     ours: dict[str, Tensor] = {}
     for p in packed:
         ours |= p.unpack(file)
-    for name, _ in token_rows(model):
+    for name, _ in grafted_modules(model, TokenRows):
         ours[joined(name, "lora_tokens")] = in_order(file[token_key(name)], token_ids(name))
     ours |= {key: file[theirs] for key, theirs in bias_keys(model, packed).items()}
     ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}

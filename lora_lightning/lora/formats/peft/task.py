@@ -7,7 +7,8 @@ import warnings
 from torch import nn
 
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, did_you_mean, some
-from lora_lightning.lora.inject import saved_copies
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 
 CLASSIFIERS = ("classifier", "score")
 TASKS: dict[str, tuple[str, ...]] = {
@@ -33,7 +34,7 @@ def task_for_peft(model: nn.Module, task_type: str | None) -> str | None:
         raise AdapterError(
             f"task_type must be one of {', '.join(TASKS)}, got '{task_type}'{did_you_mean(task_type, TASKS)}"
         )
-    brought = {inner for _, saved in saved_copies(model) for inner in saved.modules()}
+    brought = {inner for _, saved in grafted_modules(model, SavedCopy) for inner in saved.modules()}
     ends = TASKS[task_type]
     missed = [n for n, m in model.named_modules() if ends and n.endswith(ends) and m not in brought]
     if not missed:

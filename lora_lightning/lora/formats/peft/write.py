@@ -11,8 +11,8 @@ from torch import nn
 
 from lora_lightning.lora.formats.peft.config import dotted_ends
 from lora_lightning.lora.formats.peft.packing import Packed
-from lora_lightning.lora.inject import saved_copies, token_rows, trained_biases
-from lora_lightning.lora.layers import LoRAConv1D, LoRAParameter
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRAConv1D, LoRAParameter, SavedCopy, TokenRows, TrainedBias
 
 
 def peft_config_of(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def peft_config_of(model: nn.Module, packed: list[Packed]) -> dict[str, Any]:
         "lora_dropout": common_dropout(packed),
         "target_modules": _selection([name for name in ranks if name not in parameters], model),
         "target_parameters": parameters or None,
-        "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in token_rows(model)} or None,
-        "modules_to_save": [name for name, _ in saved_copies(model)] or None,
+        "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in grafted_modules(model, TokenRows)} or None,
+        "modules_to_save": [name for name, _ in grafted_modules(model, SavedCopy)] or None,
         "use_rslora": rslora,
         "init_lora_weights": True,
         "bias": _bias(model, packed),
@@ -54,7 +54,7 @@ def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> d
 
 
 def _bias(model: nn.Module, packed: list[Packed]) -> str:
-    biased = {module for _, module in trained_biases(model)}
+    biased = {module for _, module in grafted_modules(model, TrainedBias)}
     if not biased:
         return "none"
     return "lora_only" if biased <= {p.layer.lora_owner for p in packed} else "all"
