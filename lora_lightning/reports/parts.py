@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lora_lightning.lora.frozen.base_dtype import base_dtypes
-from lora_lightning.lora.frozen.dtype import short
+from lora_lightning.lora.frozen.dtype import base_dtypes, short
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, shortened
 from lora_lightning.commands.plan.stand_ins import put_stand_ins, stand_in_mode
 from lora_lightning.commands.plan.step_cost import StepCost, step_cost
-from lora_lightning.lora.frozen.base_dtype import cast_base
+from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
