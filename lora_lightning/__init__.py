@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from lora_lightning.lora.errors import AdapterWarning as AdapterWarning
     from lora_lightning.lora.errors import LoRAError as LoRAError
     from lora_lightning.lora.formats.loralib import load_loralib as load_loralib
-    from lora_lightning.lora.formats.peft.adapter import load_adapter as load_adapter
-    from lora_lightning.lora.formats.peft.adapter import save_adapter as save_adapter
+    from lora_lightning.lora.formats.peft.load import load_adapter as load_adapter
+    from lora_lightning.lora.formats.peft.save import save_adapter as save_adapter
     from lora_lightning.lora.inject import disabled as disabled
     from lora_lightning.lora.inject import inject as inject
     from lora_lightning.lora.inject import remove as remove
@@ -87,8 +87,8 @@ _WHERE = {
     "remove": "lora_lightning.lora.inject",
     "disabled": "lora_lightning.lora.inject",
     "merge": "lora_lightning.lora.merge",
-    "save_adapter": "lora_lightning.lora.formats.peft.adapter",
-    "load_adapter": "lora_lightning.lora.formats.peft.adapter",
+    "save_adapter": "lora_lightning.lora.formats.peft.save",
+    "load_adapter": "lora_lightning.lora.formats.peft.load",
     "load_loralib": "lora_lightning.lora.formats.loralib",
     "merge_on_disk": "lora_lightning.export.merge_on_disk",
     "huggingface": "lora_lightning.backbones.huggingface",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import warnings
 from collections.abc import Iterable
 
 
@@ -32,6 +34,14 @@ class MissingPackageError(ImportError):
 
 class AdapterWarning(UserWarning):
     """An adapter's files hold what another library will read differently, or say something that is not used here."""
+
+
+def warn(message: str) -> None:
+    """Give an AdapterWarning that points at the first line outside this package, which is the user's."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("lora_lightning."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, AdapterWarning, stacklevel=level)
 
 
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:

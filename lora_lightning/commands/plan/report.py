@@ -11,7 +11,7 @@ from lora_lightning.commands.plan.dummy_batch import BatchSize, batch_for
 from lora_lightning.commands.plan.memory import PRECISIONS, MemoryRow, Tracer, Way, process_peak
 from lora_lightning.commands.plan.parameter_count import Term, terms_of
 from lora_lightning.commands.plan.step_cost import StepCost
-from lora_lightning.lora.formats.adapter_size import adapter_file_bytes
+from lora_lightning.lora.formats.peft.save import adapter_file_bytes
 from lora_lightning.lora.frozen.tensors import adapter_bytes, base_tensors
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.about import adapted_rows, backbone_name

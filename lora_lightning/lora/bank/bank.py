@@ -26,7 +26,8 @@ from lora_lightning.lora.bank.combine import (
 from lora_lightning.lora.bank.detached import Held, bring, check, put_in, see, send, take_out
 from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
-from lora_lightning.lora.formats.peft.adapter import load_adapter, save_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.version_check import base_versions, refuse_moved
 from lora_lightning.lora.inject import disabled, inject

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lora_lightning.lora.bank.detached import Held
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
-from lora_lightning.lora.formats.peft.adapter import load_tensors
+from lora_lightning.lora.formats.peft.load import load_tensors
 from lora_lightning.lora.frozen.spectrum import Pair, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers

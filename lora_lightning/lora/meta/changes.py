@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import joined
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
@@ -16,7 +17,7 @@ from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows,
 from lora_lightning.lora.layers import AdaptedLayer, TokenRows, TrainedBias, ungraft
 from lora_lightning.lora.merge import fold_bias, merged_weights
 from lora_lightning.lora.merge_refusals import refuse, refuse_codes
-from lora_lightning.lora.meta.inject import Read, present, start_from_present
+from lora_lightning.lora.meta.inject import present, start_from_present
 
 
 @dataclass

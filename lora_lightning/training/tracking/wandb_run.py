@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import nn
 
-from lora_lightning.lora.formats.peft.adapter import save_adapter
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.tracking.loggers import go_on_with

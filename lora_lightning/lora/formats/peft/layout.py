@@ -2,10 +2,7 @@
 
 Where PEFT has no form for ours, the same update is written in a form that it has, of a larger rank and with zeros:
 chosen parts of a fused projection, an attention of which only one projection is adapted, grouped convolutions, and
-starts, whose `s (B A - B0 A0)` is [A; A0] and [B, -B0] of twice the rank.
-
-PEFT 0.21 counts the update of an attention's `out_proj` twice (its PR 3774), and refuses an attention with `kdim` or
-`vdim`: the directory is right, and such a model is best opened here.
+inits, whose `s (B A - B0 A0)` is [A; A0] and [B, -B0] of twice the rank.
 """
 
 from __future__ import annotations
@@ -18,17 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.formats.misfits import refuse_misfits
-from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
+from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
+from lora_lightning.lora.frozen.tensors import adapter_tensors, joined, named_modules
 from lora_lightning.lora.inject import adapted_layers, token_rows, trained_biases
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
 from lora_lightning.lora.layers.parameter import CHILD
 
-PREFIX = "base_model.model."
-
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class LayerLayout:
     """One adapted layer as PEFT sees it."""
 
     name: str
@@ -40,8 +36,8 @@ class Packed:
     prefix: str
     """Where the layer's tensors are in PEFT's file."""
     layer: AdaptedLayer
-    started: bool
-    """Whether a start, (A0, B0), is written with it."""
+    has_init: bool
+    """Whether an init, (A0, B0), is written with it."""
     rank: int
     """PEFT's."""
     scale: float
@@ -56,12 +52,12 @@ class Packed:
         return {name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items() if name in own}
 
     @property
-    def loads_as(self) -> tuple[int, float]:
-        """Rank and alpha of the layer that the file's tensors make: a start has become a part of A and B."""
+    def loaded_settings(self) -> tuple[int, float]:
+        """Rank and alpha of the layer that the file's tensors make: an init has become a part of A and B."""
         s = self.layer.lora_settings
         if self.one_alpha is not None:
             return self.rank, self.one_alpha
-        return (self.rank, self.alpha(rslora=s.scale != s.alpha / s.r)) if self.started else (s.r, s.alpha)
+        return (self.rank, self.alpha(rslora=s.scale != s.alpha / s.r)) if self.has_init else (s.r, s.alpha)
 
     def alpha(self, *, rslora: bool) -> float:
         """alpha such that PEFT's scale is ours."""
@@ -76,11 +72,11 @@ class Packed:
     def tensors(self) -> dict[str, Tensor]:
         """By PEFT's keys."""
         tensors = self.layer.to_peft()
-        if self.started:
+        if self.has_init:
             own = self.layer.lora_tensors()
             tensors |= {"lora_A": torch.cat([own["lora_A"], own["lora_A0"]])}
             tensors |= {"lora_B": torch.cat([own["lora_B"], -own["lora_B0"]], dim=1)}
-        more = self.rank - self.layer.peft_rank() * (1 + self.started)
+        more = self.rank - self.layer.peft_rank() * (1 + self.has_init)
         if more:
             tensors |= {"lora_A": F.pad(tensors["lora_A"], (0, 0, 0, more))}
             tensors |= {"lora_B": F.pad(tensors["lora_B"], (0, more))}
@@ -88,7 +84,7 @@ class Packed:
             tensors |= {"lora_B": _times(tensors["lora_B"], self.layer.lora_settings.scale / self.scale)}
         return {self.keys[name]: tensor for name, tensor in tensors.items()}
 
-    def unpack(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_ours(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `tensors`, by our keys, from a file whose keys and shapes were checked."""
         tensors = {name: file[key] for name, key in self.keys.items()}
         own = self.layer.peft_rank()
@@ -105,136 +101,128 @@ def _times(tensor: Tensor, factor: float) -> Tensor:
     return (tensor.double() * factor).to(tensor.dtype)
 
 
-def packed_layers(model: nn.Module, *, starts: bool = True) -> list[Packed]:
-    """Every adapted layer of `model`, in its order; without their starts for a file that has none."""
+def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
+    """Every adapted layer of `model`, in its order; without their inits for a file that has none.
+
+    PEFT has one rank and one scale for the two projections of an attention: the larger rank, and in_proj's scale.
+    """
     layers = dict(adapted_layers(model))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    packed = []
+    modules = dict(named_modules(model, remove_duplicate=False))
+    found = []
     for path, layer in layers.items():
         parent, _, last = path.rpartition(".")
-        started = starts and layer.lora_A0 is not None
-        holder = modules[parent]
+        name = peft_name = prefix = path
+        scale, partner = layer.lora_settings.scale, None
         if isinstance(layer, LoRAParameter):
-            prefix = parent + ".base_layer" * _later(layer, holder)
-            name = layer.lora_name(path)
-            packed.append(_packed(layer, name, path=path, peft_name=name, prefix=prefix))
-        elif isinstance(holder, nn.MultiheadAttention) and last == "out_proj":
-            prefix = ".".join(part for part in (parent, "base_layer.out_proj") if part)
-            partner = layers.get(parent)
-            packed.append(_packed(layer, path, path=path, peft_name=parent, prefix=prefix, partner=partner))
+            name = peft_name = layer.lora_name(path)
+            prefix = parent + ".base_layer" * _count_later(layer, modules[parent])
+        elif isinstance(modules[parent], nn.MultiheadAttention) and last == "out_proj":
+            peft_name, prefix, partner = parent, joined(parent, "base_layer.out_proj"), layers.get(parent)
+            scale = partner.lora_settings.scale if partner else scale
         elif isinstance(layer, LoRAMultiheadAttention):
-            partner = layers.get(".".join(part for part in (path, "out_proj") if part))
-            packed.append(_packed(layer, path, path=path, peft_name=path, prefix=path, partner=partner, first=True))
-        else:
-            packed.append(_packed(layer, path, path=path, peft_name=path, prefix=path, started=started))
-    return packed
+            partner = layers.get(joined(path, "out_proj"))
+        has_init = inits and layer.lora_A0 is not None
+        rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
+        found.append(
+            LayerLayout(
+                name=name,
+                path=path,
+                peft_name=peft_name,
+                prefix=prefix,
+                layer=layer,
+                has_init=has_init,
+                rank=rank,
+                scale=scale,
+            )
+        )
+    return found
 
 
-def _packed(
-    layer: AdaptedLayer,
-    name: str,
-    *,
-    path: str,
-    peft_name: str,
-    prefix: str,
-    partner: AdaptedLayer | None = None,
-    first: bool = False,
-    started: bool = False,
-) -> Packed:
-    """`partner` is the attention's other projection: PEFT has one rank and one scale for both, in_proj's here."""
-    rank, scale = layer.peft_rank() * (1 + started), layer.lora_settings.scale
-    if partner is not None:
-        rank = max(rank, partner.peft_rank())
-        scale = scale if first else partner.lora_settings.scale
-    return Packed(
-        name=name, path=path, peft_name=peft_name, prefix=prefix, layer=layer, started=started, rank=rank, scale=scale
-    )
-
-
-def _later(layer: LoRAParameter, holder: nn.Module) -> int:
+def _count_later(layer: LoRAParameter, holder: nn.Module) -> int:
     """Adapted parameters of the same module that were registered after this one: PEFT wraps it by each of them."""
     adapted = [name for name in holder._parameters if CHILD + name in holder._modules]
     return len(adapted) - 1 - adapted.index(layer.lora_settings.parameter)
 
 
-def fillers(packed: list[Packed]) -> dict[str, Tensor]:
+def zero_factors(layouts: list[LayerLayout]) -> dict[str, Tensor]:
     """Zeros for the projection of an attention that is not adapted: PEFT adapts both or none."""
-    there = {key for p in packed for key in p.keys.values()}
+    there = {key for one in layouts for key in one.keys.values()}
     made: dict[str, Tensor] = {}
-    for p in packed:
-        is_in = isinstance(p.layer, LoRAMultiheadAttention)
-        if not is_in and p.name == p.peft_name:
+    for one in layouts:
+        is_in = isinstance(one.layer, LoRAMultiheadAttention)
+        if isinstance(one.layer, LoRAParameter) or (not is_in and one.name == one.peft_name):
             continue
-        infix = "base_layer.out_proj" if is_in else ""
-        prefix = ".".join(part for part in (p.peft_name, infix) if part)
-        keys = AdaptedLayer.peft_keys(prefix)
-        if keys["lora_A"] not in there and not isinstance(p.layer, LoRAParameter):
-            width = p.layer.lora_B.shape[0] if not is_in else p.layer.get_parameter("out_proj.weight").shape[0]
-            made[keys["lora_A"]] = p.layer.lora_A.new_zeros(p.rank, width)
-            made[keys["lora_B"]] = p.layer.lora_A.new_zeros(width if is_in else 3 * width, p.rank)
+        keys = AdaptedLayer.peft_keys(joined(one.peft_name, "base_layer.out_proj" if is_in else ""))
+        if keys["lora_A"] not in there:
+            width = one.layer.get_parameter("out_proj.weight").shape[0] if is_in else one.layer.lora_B.shape[0]
+            made[keys["lora_A"]] = one.layer.lora_A.new_zeros(one.rank, width)
+            made[keys["lora_B"]] = one.layer.lora_A.new_zeros(width if is_in else 3 * width, one.rank)
     return made
 
 
-def bias_keys(model: nn.Module, packed: list[Packed]) -> dict[str, str]:
+def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
     """PEFT's key of each trained bias, by ours: inside the wrapper where PEFT wraps the module."""
-    inside = {p.path: f"{p.prefix}.base_layer" for p in packed}
-    for p in packed:
-        if isinstance(p.layer, LoRAParameter):
-            owner = p.path.rpartition(".")[0]
+    inside = {one.path: f"{one.prefix}.base_layer" for one in layouts}
+    for one in layouts:
+        if isinstance(one.layer, LoRAParameter):
+            owner = one.path.rpartition(".")[0]
             inside[owner] = inside.get(owner, owner) + ".base_layer"
-        elif isinstance(p.layer, LoRAMultiheadAttention):
-            inside.setdefault(joined(p.path, "out_proj"), joined(p.path, "base_layer.out_proj.base_layer"))
+        elif isinstance(one.layer, LoRAMultiheadAttention):
+            inside.setdefault(joined(one.path, "out_proj"), joined(one.path, "base_layer.out_proj.base_layer"))
     return {
         joined(name, "lora_trained_bias"): joined(inside.get(name, name).removeprefix("."), "bias")
         for name, _ in trained_biases(model)
     }
 
 
-def peft_tensors(model: nn.Module, packed: list[Packed]) -> dict[str, Tensor]:
+def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
     """Everything that a file of this adapter holds, by PEFT's keys."""
     own = adapter_tensors(model)
-    tensors = fillers(packed)
-    for p in packed:
-        tensors |= p.tensors()
+    tensors = zero_factors(layouts)
+    for one in layouts:
+        tensors |= one.tensors()
     tensors |= {token_key(name): embedding.lora_tokens for name, embedding in token_rows(model)}
-    tensors |= {theirs: own[ours] for ours, theirs in bias_keys(model, packed).items()}
+    tensors |= {theirs: own[ours] for ours, theirs in bias_keys(model, layouts).items()}
     tensors |= {copy_key(key): tensor for key, tensor in own.items() if copy_key(key) != key}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
-def our_tensors(
-    model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[[str], list[int]]
-) -> dict[str, Tensor]:
-    """The file's tensors by our keys; `token_ids` gives the order of an embedding's rows in the file.
+def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[[str], list[int]]) -> dict[str, Tensor]:
+    """The file's tensors by our names; `token_ids` gives the order of an embedding's rows in the file.
 
     Raises:
         AdapterError: with the list of all keys that are missing, left over or wrongly shaped.
     """
-    packed = packed_layers(model, starts=False)
-    expected = peft_tensors(model, packed)
-    optional = {PREFIX + key for key in fillers(packed)} - set(file)
-    refuse_misfits({key: tensor for key, tensor in expected.items() if key not in optional}, file)
+    layouts = layer_layouts(model, inits=False)
+    optional = {PREFIX + key for key in zero_factors(layouts)} - set(file)
+    refuse_misfits({k: t for k, t in to_peft(model, layouts).items() if k not in optional}, file)
     file = {key.removeprefix(PREFIX): tensor for key, tensor in file.items()}
     ours: dict[str, Tensor] = {}
-    for p in packed:
-        ours |= p.unpack(file)
+    for one in layouts:
+        ours |= one.to_ours(file)
     for name, _ in token_rows(model):
-        ours[joined(name, "lora_tokens")] = in_order(file[token_key(name)], token_ids(name))
-    ours |= {key: file[theirs] for key, theirs in bias_keys(model, packed).items()}
+        ids = token_ids(name)
+        rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+        ours[joined(name, "lora_tokens")] = file[token_key(name)][rising]
+    ours |= {key: file[theirs] for key, theirs in bias_keys(model, layouts).items()}
     ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}
     return ours
 
 
-def copy_key(key: str) -> str:
-    """PEFT's key of a tensor of `modules_to_save`; any other key stays."""
-    return f".{key}".replace(".lora_copy.", ".", 1)[1:]
-
-
-def token_key(name: str) -> str:
-    """PEFT's key of the trained rows of the embedding `name`."""
-    return f"{name}.token_adapter.trainable_tokens_delta".removeprefix(".")
-
-
-def in_order(rows: Tensor, token_ids: list[int]) -> Tensor:
-    """Rows in the order of rising token numbers, as ours lie."""
-    return rows[torch.tensor(sorted(range(len(token_ids)), key=token_ids.__getitem__))]
+def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise an AdapterError with the list of all keys that are missing, left over, wrongly shaped or of no numbers."""
+    problems = [f"missing '{key}'" for key in expected if key not in tensors]
+    problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
+    both = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
+    problems += [
+        f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        for key, (want, got) in both.items()
+        if got.shape != want.shape
+    ]
+    problems += [
+        f"'{key}' holds {got.dtype}, expected {want.dtype}"
+        for key, (want, got) in both.items()
+        if got.dtype.is_floating_point != want.is_floating_point()
+    ]
+    if problems:
+        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems, 10)}")
