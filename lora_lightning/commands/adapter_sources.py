@@ -21,10 +21,10 @@ from lora_lightning.cli.build import Run, open_run
 from lora_lightning.export.model_files import is_transformers
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError
-from lora_lightning.lora.formats.peft.adapter import save_adapter
-from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, start_in_file
+from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, subtracted_init
+from lora_lightning.lora.formats.peft.load import AdapterFiles
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.formats.provenance import Record
-from lora_lightning.lora.meta.inject import AdapterFiles
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.initialization import CHECKPOINT_KEY, PREFIX
@@ -93,7 +93,7 @@ def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
             weights.check(factors)
         except AdapterError as error:
             weights, note = None, f"without W0: {error}"
-    factors = with_starts(factors, start_in_file(files.peft), weights)
+    factors = with_starts(factors, subtracted_init(files.peft), weights)
     adapter = Adapter(label=label, source=str(directory), factors=factors, files=files, tensors=tensors)
     return Source(adapter, weights, notes=[note] if note else [])
 

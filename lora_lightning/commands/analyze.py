@@ -29,7 +29,7 @@ from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.lora.formats.peft.adapter import load_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.inject import remove
 from lora_lightning.lora.targets.patterns import regex_refusal
 

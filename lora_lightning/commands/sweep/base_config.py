@@ -41,7 +41,7 @@ def bare(*args: Any, **kwargs: Any) -> nn.Module:
 def _without_weights(config: Any) -> None:
     """`fit`'s module on the meta device where it comes from a hub, and a start that reads no data."""
     model = config.model
-    model.lora["init"], model["prepare_weights"], model["init_adapter"] = "gaussian", "off", None
+    model.lora["init"], model["init_adapter"] = "gaussian", None
     backbone = model.backbone
     if backbone.get("class_path") and _named(backbone.class_path) is huggingface:
         backbone["class_path"] = f"{__name__}.bare"
