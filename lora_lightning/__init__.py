@@ -35,16 +35,14 @@ if TYPE_CHECKING:
     from lora_lightning.lora.errors import AdapterWarning as AdapterWarning
     from lora_lightning.lora.errors import LoRAError as LoRAError
     from lora_lightning.lora.formats.loralib import load_loralib as load_loralib
-    from lora_lightning.lora.formats.peft.adapter import load_adapter as load_adapter
-    from lora_lightning.lora.formats.peft.adapter import save_adapter as save_adapter
+    from lora_lightning.lora.formats.peft.load import load_adapter as load_adapter
+    from lora_lightning.lora.formats.peft.save import save_adapter as save_adapter
     from lora_lightning.lora.inject import disabled as disabled
     from lora_lightning.lora.inject import inject as inject
     from lora_lightning.lora.inject import remove as remove
     from lora_lightning.lora.merge import merge as merge
     from lora_lightning.lora.meta.build import on_meta as on_meta
     from lora_lightning.lora.meta.fill import fill_from_files as fill_from_files
-    from lora_lightning.lora.switches import prepare_weights as prepare_weights
-    from lora_lightning.lora.switches import recompute_inputs as recompute_inputs
     from lora_lightning.tasks.causal_lm import CausalLM as CausalLM
     from lora_lightning.tasks.contrastive import ContrastiveEmbedding as ContrastiveEmbedding
     from lora_lightning.tasks.image_classification import ImageClassification as ImageClassification
@@ -87,8 +85,8 @@ _WHERE = {
     "remove": "lora_lightning.lora.inject",
     "disabled": "lora_lightning.lora.inject",
     "merge": "lora_lightning.lora.merge",
-    "save_adapter": "lora_lightning.lora.formats.peft.adapter",
-    "load_adapter": "lora_lightning.lora.formats.peft.adapter",
+    "save_adapter": "lora_lightning.lora.formats.peft.save",
+    "load_adapter": "lora_lightning.lora.formats.peft.load",
     "load_loralib": "lora_lightning.lora.formats.loralib",
     "merge_on_disk": "lora_lightning.export.merge_on_disk",
     "huggingface": "lora_lightning.backbones.huggingface",
@@ -115,8 +113,6 @@ _WHERE = {
     "ImageData": "lora_lightning.data.images.data",
     "timm_model": "lora_lightning.backbones.vision",
     "torchvision_model": "lora_lightning.backbones.vision",
-    "prepare_weights": "lora_lightning.lora.switches",
-    "recompute_inputs": "lora_lightning.lora.switches",
     "MeasureBefore": "lora_lightning.training.callbacks.initial_validation",
     "Samples": "lora_lightning.training.callbacks.generation_samples",
     "TokenClassification": "lora_lightning.tasks.token_classification",
@@ -163,6 +159,10 @@ def __getattr__(name: str) -> Any:
     if name in GONE:
         raise ImportError(f"lora_lightning.{name}: {GONE[name]}")
     if name not in _WHERE:
+        from lora_lightning.lora.errors import REMOVED
+
+        if name in REMOVED:  # an AttributeError's words would be lost in `from lora_lightning import name`
+            raise ImportError(f"lora_lightning.{name} is gone: {REMOVED[name]}")
         raise AttributeError(f"module 'lora_lightning' has no attribute '{name}'")
     return getattr(importlib.import_module(_WHERE[name]), name)
 

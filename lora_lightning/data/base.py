@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_numbers
 from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
-from lora_lightning.data.io.tables import Readers, check_columns, read_tables, source_of
+from lora_lightning.data.io.tables import Readers, check_columns, doubled_columns, read_tables, source_of
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
 from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.data.summary import summarize
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
@@ -72,6 +73,9 @@ class TableData(LightningDataModule, ABC):
         self._tables: dict[str, datasets.Dataset] | None = None
         self._encoded: dict[str, datasets.Dataset] = {}
         self._called: dict[str, str] = {}
+        self._summary: dict[str, Any] | None = None
+        self.given_splits: frozenset[str] = frozenset()
+        self.doubled_columns: dict[str, list[str]] = {}
 
     def read(self) -> dict[str, datasets.Dataset]:
         """Tables by split, as they stand in the files."""
@@ -120,15 +124,40 @@ class TableData(LightningDataModule, ABC):
         """Checked and filtered rows by split, read on first use. The column `ROW` is each row's number in its file."""
         if self._tables is None:
             tables = {split: with_row_numbers(table) for split, table in self.read().items()}
+            self.given_splits = frozenset(tables)
+            self.doubled_columns = doubled_columns(self.path)
             for split, table in tables.items():
                 with self._told(split) as kind:
                     check_columns(table, self.columns(kind), self.place(kind), vars(self))
+                    self._check_header(split, kind)
                     self.check(table, kind)
                     tables[split] = self.filter(table, kind)
             named = first_in_place(list(tables))
             self._called = {new: old for old, new in named.items()}
             self._tables = self._with_splits({named.get(split, split): table for split, table in tables.items()})
         return self._tables
+
+    def _check_header(self, split: str, kind: str) -> None:
+        """Raise where a column that is used stands twice: it cannot be said which of the two is meant."""
+        if double := set(self.doubled_columns.get(split, ())) & set(self.columns(kind)):
+            raise LoRAError(
+                f"{self.place(kind)}: the header has the column '{min(map(str, double))}' twice: rename one"
+            )
+
+    @property
+    def data_summary(self) -> dict[str, Any]:
+        """Counts, and what looks wrong, as plain data; made once, after `setup`. See `summarize`."""
+        if self._summary is None:
+            self._summary = summarize(self)
+        return self._summary
+
+    def label_counts(self, split: str) -> dict[str, int]:
+        """Rows of each label in an encoded split; none where rows have no labels."""
+        return {}
+
+    def cut_share(self, split: str) -> float | None:
+        """The share of an encoded split's texts that are cut at a greatest length; None where none are, or unknown."""
+        return None
 
     def sets(self, split: str) -> list[str]:
         """All sets of a split, which `split` itself names first: `[validation, validation_mismatched]`.
@@ -139,8 +168,8 @@ class TableData(LightningDataModule, ABC):
         further = [name for name in self.tables if name.startswith(f"{split}_")]
         return [split, *further] if split in self.tables else []
 
-    def rows_of(self, split: str) -> int:
-        """How many rows all sets of a split have."""
+    def rows_of(self, split: str) -> int | None:
+        """How many rows all sets of a split have; None where that is not known before they are read."""
         return sum(len(self.tables[name]) for name in self.sets(split))
 
     def columns_to_join(self, index: int, wanted: Sequence[str] | None = None) -> dict[str, list[Any]]:
@@ -153,11 +182,13 @@ class TableData(LightningDataModule, ABC):
         Raises:
             LoRAError: the set has no such column, or is not predicted row by row.
         """
+        if wanted is None and not self.predicts_rows:
+            return {}
         names = self.sets("predict") or self.sets("test")
         table = self.tables[names[index]] if index < len(names) else None
         own = [name for name in (table.column_names if table else []) if name != ROW]
         if wanted is None:
-            wanted = ["id"] if "id" in own and self.predicts_rows else []
+            wanted = ["id"] if "id" in own else []
         if list(wanted) == ["all"]:
             wanted = own
         if table is None or not wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -73,6 +73,11 @@ class DatasetData(LightningDataModule):
     def has_validation(self) -> bool:
         """Whether there is anything to validate on."""
         return self.sets["validation"] is not None
+
+    @property
+    def data_summary(self) -> dict[str, Any]:
+        """How many examples each set with a length has."""
+        return {"rows": {split: len(data) for split, data in self.sets.items() if isinstance(data, Sized)}}
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.batch_size, training=True)

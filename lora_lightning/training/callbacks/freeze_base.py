@@ -18,7 +18,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.reports.about import first_lines
-from lora_lightning.reports.console import show_injection, show_run
+from lora_lightning.reports.console import show_data, show_injection, show_run
 from lora_lightning.reports.parts import parts_of
 from lora_lightning.training.distributed import agreed, gathered
 from lora_lightning.training.module import LoRAModule
@@ -63,6 +63,7 @@ class FreezeBase(Callback):
         report = module.report
         if self.show_table and trainer.is_global_zero:
             show_run(first_lines(trainer, module.backbone, report), Console())
+            show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
             show_injection(report, Console())
             for line in parts_of(module, trainer).lines():
                 Console().print(line, soft_wrap=True, highlight=False)

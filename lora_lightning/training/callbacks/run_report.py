@@ -16,7 +16,6 @@ from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
-from lora_lightning.lora.products import choices
 from lora_lightning.reports.about import adapted_rows, backbone_name
 from lora_lightning.reports.console import show_report
 from lora_lightning.reports.page import write_page
@@ -83,10 +82,10 @@ class RunReport(Callback):
             "dtypes": parts_of(pl_module, trainer).to_dict(),
             "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
+        if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
+            values["data"] = summary
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
-        if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
-            values["products_with_w0"] = quicker
         values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
@@ -110,8 +109,9 @@ class RunReport(Callback):
         if trainer.fast_dev_run or not trainer.is_global_zero or folder is None:  # type: ignore[attr-defined]
             return
         values = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
-        if isinstance(data := trainer.datamodule, TableData):  # type: ignore[attr-defined]
-            values |= {"test_rows": data.rows_of("test"), "test_data": data.place("test")}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TableData) and (count := data.rows_of("test")) is not None:
+            values |= {"test_rows": count, "test_data": data.place("test")}
         if trainer.ckpt_path is None or folder == run.run_of_checkpoint(Path(str(trainer.ckpt_path))):
             show_report(self._written(folder, values), Console())
         else:

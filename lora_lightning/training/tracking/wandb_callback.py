@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.export.probe_batch import first_batch
-from lora_lightning.lora.formats.peft.adapter import save_adapter
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.tasks.modes import evaluating
@@ -122,9 +122,9 @@ def log_start(trainer: Trainer, report: InjectionReport, adapter_bytes: int) -> 
     counts = {"trainable": report.trainable, "frozen": report.frozen, "share": report.share}
     values = {f"params/{name}": x for name, x in {**counts, "adapter_bytes": adapter_bytes}.items()}
     rows = [list(asdict(module).values()) for module in report.modules]
-    rows += [[name, "in full", None, None, None, n, "modules_to_save", ""] for name, n in report.saved.items()]
-    rows += [[name, "rows in full", None, None, None, n, "tokens", ""] for name, n in report.tokens.items()]
-    columns = ["module", "kind", "r", "alpha", "dropout", "parameters", "why", "arithmetic"]
+    rows += [[name, "in full", None, None, None, n, "modules_to_save"] for name, n in report.saved.items()]
+    rows += [[name, "rows in full", None, None, None, n, "tokens"] for name, n in report.tokens.items()]
+    columns = ["module", "kind", "r", "alpha", "dropout", "parameters", "why"]
     for logger in wandb_loggers(trainer.loggers):
         logger.log_hyperparams(values)
         logger.experiment.summary.update(values)

@@ -14,13 +14,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from lora_lightning.commands.registry_commands import rows_table
-from lora_lightning.commands.sweep.request import Request
-from lora_lightning.commands.sweep.runner import Say, Stopped
+from lora_lightning.commands.sweep.report import PAGE, next_command, table
+from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
 from lora_lightning.commands.sweep.search_space import plainly, short_names
-from lora_lightning.commands.sweep.sweep import Outcome, Sweep, prepared
-from lora_lightning.commands.sweep.tables import next_command, table
-from lora_lightning.commands.sweep.trial import LOG, Trial
-from lora_lightning.commands.sweep.write import PAGE
+from lora_lightning.commands.sweep.study import Trial
+from lora_lightning.commands.sweep.sweep import Outcome, Request, Sweep, prepare
 from lora_lightning.lora.errors import LoRAError
 
 
@@ -31,7 +29,7 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
         LoRAError: it cannot be, or no fit of it came to a figure.
         SystemExit: it was interrupted; the same command goes on.
     """
-    sweep = prepared(Request(seeds=_seeds(seeds), **asked))
+    sweep = prepare(Request(seeds=_seeds(seeds), **asked))
     screen = Console(soft_wrap=True)
     for line in _notes(sweep):
         screen.print(line, highlight=False, markup=False)
@@ -58,9 +56,9 @@ def _close(screen: Console, outcome: Outcome) -> None:
 
 def _notes(sweep: Sweep) -> Iterator[str]:
     """What is worth knowing before hours of fits."""
-    yield f"{sweep.count()} fits, ranked by {sweep.metric} ({'largest' if sweep.goal == 'max' else 'smallest'} first)"
+    yield f"{sweep.count} fits, ranked by {sweep.metric} ({'largest' if sweep.goal == 'max' else 'smallest'} first)"
     alpha = sweep.base.config["model"]["lora"]["alpha"]
-    if "model.lora.r" in sweep.shown_keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
+    if "model.lora.r" in sweep.keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
         yield (
             f"alpha is {alpha:g} for every r, as in the paper, so the scale alpha / r falls as r grows;"
             " --model.lora.alpha null gives every r alpha = 2 r"
@@ -70,7 +68,7 @@ def _notes(sweep: Sweep) -> Iterator[str]:
 @contextmanager
 def _lines(screen: Console, sweep: Sweep) -> Iterator[Say]:
     """A line for each beginning and end, above a bar where the screen is a terminal."""
-    names = short_names(sweep.shown_keys)
+    names = short_names(sweep.keys)
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
@@ -79,7 +77,7 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[Say]:
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("fits", total=sweep.count())
+        task = bar.add_task("fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
             told = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
