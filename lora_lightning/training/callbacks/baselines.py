@@ -47,7 +47,7 @@ class Labelled(Protocol):
 class Baselines(Callback):
     """After fit: the majority class, and logistic regression on the frozen backbone's features and on raw pixels.
 
-    Features are those of `training.features`. Needs scikit-learn (`pip install lora_lightning[demo]`).
+    Features are those of `features`. Needs scikit-learn (`pip install lora_lightning[demo]`).
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
