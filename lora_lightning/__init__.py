@@ -17,11 +17,24 @@ _WHERE = {
 }
 """The module of each public name."""
 
+GONE = {
+    "FSDP1Strategy": "it is gone, since torch no longer develops FSDP1: take FSDP2Strategy",
+    "ZeRO2Strategy": "it is gone, since an adapter's optimizer is a few megabytes: take DDP, or FSDP2Strategy",
+    "ZeRO3Strategy": "it is gone, since it saved nothing over FSDP2: take FSDP2Strategy",
+}
+"""Public names of earlier versions, and what to take in their place; `lora.errors.REMOVED` has those of `lora`."""
+
 __all__ = sorted(_WHERE)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> Any:
+    if name in GONE:  # an AttributeError's words would be lost in `from lora_lightning import name`
+        raise ImportError(f"lora_lightning.{name}: {GONE[name]}")
     if name not in _WHERE:
+        from lora_lightning.lora.errors import REMOVED
+
+        if name in REMOVED:
+            raise ImportError(f"lora_lightning.{name} is gone: {REMOVED[name]}")
         raise AttributeError(f"module 'lora_lightning' has no attribute '{name}'")
     return getattr(importlib.import_module(_WHERE[name]), name)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import lora_lightning
+from lora_lightning.cli.build import run_parser
 from lora_lightning.cli.diagnostics import told
-from lora_lightning.cli.main import parser_of_all
 from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 
 CLASSES = {
@@ -25,8 +25,7 @@ CLASSES = {
 
 @pytest.fixture(scope="module")
 def options():
-    fit = parser_of_all()._subcommands_action._name_parser_map["fit"]
-    return [option for action in fit._actions for option in action.option_strings]
+    return run_parser("fit").options_of("fit")
 
 
 def takes(key, options):

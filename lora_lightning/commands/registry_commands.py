@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -152,6 +153,34 @@ def sweep(
     )
 
 
+def plan(
+    fit: list[str],
+    batch_size: PositiveInt | None = None,
+    length: PositiveInt | None = None,
+    num_labels: PositiveInt | None = None,
+    precisions: list[Literal["float32", "bf16-mixed", "16-mixed", "bf16-base", "nf4-base"]] | None = None,
+    processes: PositiveInt | None = None,
+    json: bool | str = False,
+) -> None:
+    """What a config will train and cost: counts, files, memory in each precision and under each strategy, operations.
+
+    Takes the config and the flags of fit; reads no weights and no data.
+
+    Args:
+        fit: flags of fit.
+        batch_size: rows, over the config's.
+        length: tokens, over data.max_length.
+        num_labels: labels, where the config names none.
+        precisions: overlays to set side by side; all by default, and the config's own in any case.
+        processes: of DDP and FSDP2; trainer.devices, or 2.
+        json: print the plan as JSON and nothing else; with a name, write it to that file.
+    """
+    from lora_lightning.commands.plan.command import plan_on_screen
+
+    asked = {"batch_size": batch_size, "length": length, "num_labels": num_labels}
+    plan_on_screen(fit, json=json, **asked, precisions=precisions, processes=processes)
+
+
 def rows_table(rows: Rows) -> Table:
     """One of the analysis's tables for the screen."""
     table = Table(title=rows.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -179,4 +208,4 @@ def merge_table(report: StreamReport, output_dir: str) -> Table:
     return table
 
 
-__all__ = ["COMMANDS", "analyze", "merge", "sweep"]
+__all__ = ["COMMANDS", "analyze", "merge", "plan", "sweep"]

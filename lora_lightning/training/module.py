@@ -15,16 +15,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lora_lightning.lora import products, switches
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
+from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
-from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.meta_start import inject_anywhere
-from lora_lightning.lora.products import Prepare
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training.activations.compilation import TrainingForward
@@ -65,12 +64,6 @@ class LoRAModule(LightningModule):
         init_adapter: an earlier run whose adapter this one starts from: a PEFT directory, a run folder or a checkpoint.
             It is read when a fit starts, not when one goes on. A head of `modules_to_save` that has another shape
             there, or is not there, keeps its own start; all else must fit.
-        prepare_weights: whether oneDNN computes the products with W0 on a CPU: `auto` where it is measured to be
-            clearly quicker than torch's own (outputs then equal the backbone's to rounding), `off` never, `on`
-            wherever it can. The run's report says what was chosen.
-        recompute_inputs: compute an adapted layer's input anew in backward, in place of keeping it, where a norm or
-            an activation made it from what is kept anyway: the same gradients, a third less memory for activations,
-            a few percent more time.
         activation_checkpointing: keep the inputs of the backbone's repeated blocks alone, and compute their insides
             again in backward: a forward more of time for most of the memory that activations take.
         offload_activations: on a GPU, let activations wait in the CPU's memory.
@@ -88,13 +81,13 @@ class LoRAModule(LightningModule):
         b_lr_ratio: float = 1.0,
         backbone_mode: Literal["eval", "train"] = "eval",
         allow_other_base: bool = False,
-        prepare_weights: Prepare = "auto",
-        recompute_inputs: bool = False,
         init_adapter: str | None = None,
         activation_checkpointing: bool = False,
         offload_activations: bool = False,
         compile: bool | dict[str, Any] = False,
+        **removed: Any,
     ) -> None:
+        refuse_removed("LoRAModule", removed)
         super().__init__()
         self.backbone = backbone
         self.task = task
@@ -107,8 +100,6 @@ class LoRAModule(LightningModule):
             raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
         # A start that is measured on data waits for them; a checkpoint brings its own.
         self.report = inject_anywhere(backbone, lora, start=lora.init not in MEASURED)
-        switches.prepare_weights(backbone, prepare_weights)
-        switches.recompute_inputs(backbone, recompute_inputs)
         self.training_forward = TrainingForward(
             backbone, checkpointing=activation_checkpointing, offload=offload_activations, compile=compile
         )
@@ -119,7 +110,9 @@ class LoRAModule(LightningModule):
 
     def _warn_of_a_frozen_new_head(self) -> None:
         """A head without pretrained values that does not train stays random."""
-        trained = tuple(f"{name}." for name, _ in (*saved_copies(self.backbone), *adapted_layers(self.backbone)))
+        trained = tuple(
+            f"{name}." for name, _ in (*grafted_modules(self.backbone, SavedCopy), *adapted_layers(self.backbone))
+        )
         new: list[str] = getattr(self.backbone, "new_keys", [])  # what `huggingface` found no values for
         left = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
         if left:
@@ -274,7 +267,7 @@ class LoRAModule(LightningModule):
         for _, layer in adapted_layers(self.backbone):
             if layer.lora_dropout is not None:
                 layer.lora_dropout.train()
-        for _, saved in saved_copies(self.backbone):
+        for _, saved in grafted_modules(self.backbone, SavedCopy):
             saved.lora_copy.train()
 
     def setup(self, stage: str) -> None:
@@ -301,7 +294,7 @@ class LoRAModule(LightningModule):
         named = {plain_name(self, key): value for key, value in checkpoint["state_dict"].items()}
         checkpoint["state_dict"] = {key: value for key, value in named.items() if key not in frozen}
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
-        own = {"config": self.lora.to_dict(), "base": base.to_json(), "products": products.saved_choices()}
+        own = {"config": self.lora.to_dict(), "base": base.to_json()}
         checkpoint[CHECKPOINT_KEY] = own | {"precision": precision_of(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -319,7 +312,6 @@ class LoRAModule(LightningModule):
         self._w0 = fingerprint(self.backbone)
         with explained_by_precision(checkpoint[CHECKPOINT_KEY].get("precision"), precision_of(self)):
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
-        products.take_choices(checkpoint[CHECKPOINT_KEY].get("products", {}))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, forgiving the frozen keys that a checkpoint leaves out and nothing else.

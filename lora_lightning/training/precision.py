@@ -17,7 +17,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision, Precision
 from torch import nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError
-from lora_lightning.lora.frozen.base_dtype import cast_base
+from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.training.load_dtypes import load_dtypes

@@ -18,9 +18,9 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats import tensor_files as storage
-from lora_lightning.lora.formats.peft.adapter import load_tensors
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
-from lora_lightning.lora.formats.peft.packing import PREFIX
+from lora_lightning.lora.formats.peft.keys import PREFIX
+from lora_lightning.lora.formats.peft.load import load_tensors
 from lora_lightning.lora.formats.provenance import PROVENANCE
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors

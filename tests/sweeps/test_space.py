@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.cli.main import command_parser
+from lora_lightning.cli.parser import command_parser
 from lora_lightning.commands.sweep.search_space import Range, choices, grid_points, interval, plainly, short_names
 from lora_lightning.commands.sweep.study import Study, folder_name
 from lora_lightning.commands.sweep.sweep import Request

@@ -4,7 +4,6 @@ Mutations that were made once, and what then fails:
 
 | mutation | test |
 |---|---|
-| `recompute_inputs` left on | test_a_sharded_model_is_the_model..., "inputs computed anew" |
 | no broadcast of process 0's values | the same, all cases |
 | `moved` looks at one process's parts only | the same, by the write into one part |
 | no `gather_before` of `generate` | test_texts_of_unlike_length... |

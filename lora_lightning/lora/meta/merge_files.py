@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError, some
+from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format
 from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, in_file_order, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.meta.changes import Changes, part_as_merged
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.inject import AdapterFiles, load_on_meta
+from lora_lightning.lora.meta.inject import load_on_meta
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, warn_of_other_base
 
 

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.traced import is_traced
+from lora_lightning.lora.layers.tracing import is_traced
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.head_in_chunks import module_cross_entropy
 from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of

@@ -4,7 +4,7 @@ Each block and the rest are gathered for their own forward and backward, and lie
 W0 alike every process keeps its rows. The rest (embeddings, the head, what stands between) is gathered when a step
 begins and let go after its backward, so that a task may read a head's weight beside the forward.
 
-What the quick arithmetic keeps of a weight for backward is the gathered tensor, which FSDP2 fills again before a
+What the fused arithmetic keeps of a weight for backward is the gathered tensor, which FSDP2 fills again before a
 block's backward. An input that would be computed anew from another block's norm is not, for that norm's weight lies
 sharded then; and no process measures products for itself, so that all round alike and a resumed fit as before.
 """
@@ -23,10 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora import switches
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.inject import adapted_layers, disabled
+from lora_lightning.lora.inject import disabled
 from lora_lightning.training.distributed import processes
 from lora_lightning.training.strategies.groups import groups_of, named_blocks
 
@@ -80,8 +79,6 @@ def shard(
     # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
     root.set_reduce_scatter_unused_params(True)
     gather_before(root, "generate")
-    switches.prepare_weights(backbone, "off")
-    switches.recompute_inputs(backbone, False)
 
 
 def _refuse_quantized(backbone: nn.Module) -> None:
@@ -162,5 +159,3 @@ def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[st
         )
     if whole:
         rank_zero_info(f"FSDP2: every process holds the whole of {some(list(whole))}, scalars or shared by blocks")
-    if any(getattr(layer, "lora_replays", None) is not None for _, layer in adapted_layers(backbone)):
-        rank_zero_warn("FSDP2: recompute_inputs is off, since the norms of other blocks lie sharded in backward")

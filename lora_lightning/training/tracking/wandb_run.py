@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from torch import nn
 
-from lora_lightning.lora.formats.peft.adapter import save_adapter
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.tracking.loggers import go_on_with
@@ -42,9 +42,9 @@ def log_start(trainer: Trainer, report: InjectionReport, adapter_bytes: int) -> 
     counts = {"trainable": report.trainable, "frozen": report.frozen, "share": report.share}
     values = {f"params/{name}": x for name, x in {**counts, "adapter_bytes": adapter_bytes}.items()}
     rows = [list(asdict(module).values()) for module in report.modules]
-    rows += [[name, "in full", None, None, None, n, "modules_to_save", ""] for name, n in report.saved.items()]
-    rows += [[name, "rows in full", None, None, None, n, "tokens", ""] for name, n in report.tokens.items()]
-    columns = ["module", "kind", "r", "alpha", "dropout", "parameters", "why", "arithmetic"]
+    rows += [[name, "in full", None, None, None, n, "modules_to_save"] for name, n in report.saved.items()]
+    rows += [[name, "rows in full", None, None, None, n, "tokens"] for name, n in report.tokens.items()]
+    columns = ["module", "kind", "r", "alpha", "dropout", "parameters", "why"]
     for logger in wandb_loggers(trainer.loggers):
         logger.log_hyperparams(values)
         logger.experiment.summary.update(values)

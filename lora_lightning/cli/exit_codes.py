@@ -8,10 +8,11 @@ import re
 import sys
 import sysconfig
 import traceback
-from contextvars import ContextVar
+from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
+from lora_lightning.cli.config_files import named
 from lora_lightning.cli.known_errors import meaning
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
@@ -34,15 +35,19 @@ DEBUG = "LORA_LIGHTNING_DEBUG"
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
 """A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
 
-RUN_CONFIG: ContextVar[str | None] = ContextVar("RUN_CONFIG", default=None)
-"""The config of a run that a command has found by itself, or that --config names."""
 
+def ended(error: BaseException, args: Sequence[str] = ()) -> int:
+    """Say in one line why the command ends, with the traceback where it is asked for; returns the exit code.
 
-def ended(error: BaseException) -> int:
-    """Say in one line why the command ends, with the traceback where it is asked for; returns the exit code."""
+    Args:
+        error: that nothing has caught.
+        args: the words of the command.
+    """
     if os.environ.get(DEBUG, "0") not in ("", "0"):
         traceback.print_exception(error)
     code, text = told(error)
+    if code == MISTAKE:
+        text += _from_another_folder(text, args)
     if text:
         print(f"lora-lightning: error: {text}", file=sys.stderr)
     return code
@@ -66,18 +71,24 @@ def _known(error: BaseException) -> str | None:
     """A mistake that one line says all about."""
     text = " ".join(str(error).split())
     if isinstance(error, LoRAError | MissingPackageError):
-        return text + _from_another_folder(text)
+        return text
     if (meant := meaning(text)) is not None:
         return meant
     names = {kind.__name__ for kind in type(error).__mro__}
     return text if "MisconfigurationException" in names else None
 
 
-def _from_another_folder(text: str) -> str:
+def _from_another_folder(text: str, args: Sequence[str]) -> str:
     """Paths of a run's own config are taken from the folder where the command runs, as those of every config."""
-    config = RUN_CONFIG.get()
     found = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
-    if config is None or found is None or Path(found[1]).is_absolute():
+    if found is None or Path(found[1]).is_absolute():
+        return ""
+    from lora_lightning.cli.config_overrides import with_run_config
+    from lora_lightning.training.checkpoints import run_folder as run
+
+    files = [Path(file) for file in named(with_run_config(list(args)))]
+    config = next((file for file in reversed(files) if file.name == run.CONFIG and run.is_run(file.parent)), None)
+    if config is None:
         return ""
     return (
         f" (the path stands in {config} and is taken from the folder where the command runs: run it where the fit ran,"

@@ -16,6 +16,8 @@ from typing import Any, get_args
 import yaml
 
 from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.tokenizers import TRUSTED
+from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.data.io.splits import split_name
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.checkpoints import run_folder as run
@@ -44,10 +46,15 @@ def handed_down(command: Any) -> Iterator[None]:
         LoRAError: quantisation is asked for and bitsandbytes is not installed.
     """
     precision, backbone = command.get("trainer.precision"), command.get("model.backbone")
-    if precision not in get_args(BaseWord) or not _is_huggingface(backbone):
+    if not _is_huggingface(backbone):
         yield
         return
     args = backbone.init_args
+    if (args.get("model_kwargs") or {}).get("trust_remote_code"):
+        TRUSTED.add(str(args.pretrained_model_name_or_path))
+    if precision not in get_args(BaseWord):
+        yield
+        return
     before = {name: args.get(name) for name in ("dtype", "model_kwargs")}
     args["dtype"] = before["dtype"] or "bfloat16"
     if precision == "nf4-base":
@@ -107,6 +114,21 @@ def labels_of_run(command: Any) -> None:
     then = ((yaml.safe_load(file.read_text(encoding="utf-8")) or {}).get("data")) or {}
     if then.get("class_path") == data.class_path:
         data.init_args.label_names = (then.get("init_args") or {}).get("label_names")
+
+
+def with_run_config(args: list[str]) -> list[str]:
+    """Put the run's own config in front where a command on a trained run names no other."""
+    if not args or args[0] not in FROM_CHECKPOINT or any(a.split("=")[0] in ("-c", "--config") for a in args):
+        return args
+    given = next((a.partition("=")[2] for a in args if a.startswith("--ckpt_path=")), None)
+    if "--ckpt_path" in args[:-1]:
+        given = args[args.index("--ckpt_path") + 1]
+    if given is None or given in ("best", "last"):
+        return args
+    file = run.run_of_checkpoint(run.find_checkpoint(given)) / run.CONFIG
+    if not file.is_file():
+        raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
+    return [args[0], "--config", str(file), *args[1:]]
 
 
 def _is_huggingface(backbone: Any) -> bool:
