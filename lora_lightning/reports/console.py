@@ -21,8 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.frozen.dtype import base_dtypes, short
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.kept import KEPT
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.table import Table
@@ -64,14 +65,12 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
 
 
 def show_injection(report: InjectionReport, console: Console) -> None:
-    """All rows of the injection table, blocks folded into one row each, and a line on what goes the plain way."""
+    """All rows of the injection table, blocks folded into one row each, and what was left out."""
     header, *rows = report.shown()
-    text = [i for i, name in enumerate(header) if name in ("module", "kind", "way")]
+    text = [i for i, name in enumerate(header) if name in ("module", "kind")]
     note = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
     console.print(Table(header=header, rows=rows, text=text, note=note))
     show_lines(report.left_out(), console)
-    if report.plain_line():
-        show_lines([report.plain_line()], console)
 
 
 def adapted_rows(report: InjectionReport) -> list[dict[str, Any]]:
@@ -169,7 +168,7 @@ class PartDtypes:
 def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> PartDtypes:
     """Those of a module that a trainer has set up."""
     asked, precision = getattr(trainer, "precision_asked", None), str(trainer.precision)
-    copies = saved_copies(backbone)
+    copies = grafted_modules(backbone, SavedCopy)
     heads = {id(t) for _, saved in copies for t in saved.lora_copy.parameters()}
     factors = [t for t in adapter_tensors(backbone).values() if id(t) not in heads and t.is_floating_point()]
     kind = trainer.strategy.root_device.type
@@ -252,10 +251,6 @@ def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows += _export_rows(v)
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
-    if v.get("products_with_w0"):
-        shapes = len(v["products_with_w0"])
-        told = f"by oneDNN, measured to be quicker, in {shapes} shape{'s' * (shapes != 1)}"
-        rows.append(("products with W0", told))
     for key, name in (
         ("adapter_dir", "adapter (PEFT)"),
         ("merged_dir", "merged model"),

@@ -21,7 +21,6 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
-from lora_lightning.lora.products import choices
 from lora_lightning.reports.classes import MOST_CLASSES, ClassCounts
 from lora_lightning.reports.console import adapted_rows, backbone_name, part_dtypes, show_report
 from lora_lightning.reports.html import CLASSES, write_page
@@ -33,7 +32,7 @@ from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.wrapping import is_sharded
+from lora_lightning.training.strategies.base import is_sharded
 
 
 class RunReport(Callback):
@@ -160,8 +159,6 @@ class RunReport(Callback):
             values["data"] = summary
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
-        if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
-            values["products_with_w0"] = quicker
         values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
