@@ -175,12 +175,10 @@ def plan(
         processes: of DDP and FSDP2; trainer.devices, or 2.
         json: print the plan as JSON and nothing else; with a name, write it to that file.
     """
-    from lora_lightning.commands.plan.command import Asked, plan_on_screen
+    from lora_lightning.commands.plan.command import plan_on_screen
 
-    asked = Asked(
-        batch_size=batch_size, length=length, num_labels=num_labels, precisions=precisions, processes=processes
-    )
-    plan_on_screen(fit, asked, json=json)
+    asked = {"batch_size": batch_size, "length": length, "num_labels": num_labels}
+    plan_on_screen(fit, json=json, **asked, precisions=precisions, processes=processes)
 
 
 def rows_table(rows: Rows) -> Table:

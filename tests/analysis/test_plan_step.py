@@ -14,8 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import CausalLM, LoRAConfig, inject
-from lora_lightning.commands.plan.stand_ins import put_stand_ins, stand_in_mode
-from lora_lightning.commands.plan.step_cost import StepCost, step_cost
+from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, scale, shorten
+from lora_lightning.commands.plan.memory_tracker import fake_mode, put_stand_ins
+from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost, step_cost
 from lora_lightning.lora.inject import adapted_layers, remove
 from lora_lightning.lora.switches import prepare_weights, recompute_inputs
 from lora_lightning.training.activations.compilation import TrainingForward
@@ -99,7 +100,7 @@ def without_numbers(model):
 
 
 def traced(model, loss, *, context=nullcontext, forward=nullcontext) -> StepCost:
-    model, mode = without_numbers(model), stand_in_mode()
+    model, mode = without_numbers(model), fake_mode()
     put_stand_ins(model, mode, torch.device("cpu"))
 
     def run():
@@ -233,20 +234,15 @@ def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token(
 
 
 def test_a_deep_model_is_told_from_two_short_ones():
-    from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, shortened
-    from lora_lightning.commands.plan.step_cost import NUMBERS
-
     model = without_numbers(adapted(functools.partial(llama, 11), LINEAR))
     name, blocks = depth_of(model)
     assert (name, blocks) == ("model.layers", 11)
-    short, longer = (traced(shortened(model, name, n), continued) for n in (SHORT, SHORT + 1))
-    told, whole = longer.deeper(short, blocks - SHORT - 1), traced(model, continued)
+    short, longer = (traced(shorten(model, name, n), continued) for n in (SHORT, SHORT + 1))
+    told, whole = scale(longer, short, blocks - SHORT - 1), traced(model, continued)
     for number in NUMBERS:  # a tensor of the batch, of some bytes, may be let go a moment earlier or later
         assert getattr(told, number) == pytest.approx(getattr(whole, number), rel=5e-3), number
 
 
 def test_blocks_that_are_not_alike_are_all_run():
-    from lora_lightning.commands.plan.block_scaling import depth_of
-
     model = without_numbers(adapted(functools.partial(llama, 11), {"target_modules": ["layers.3.mlp.up_proj"]}))
     assert depth_of(model) is None

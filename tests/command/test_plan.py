@@ -13,7 +13,7 @@ import yaml
 
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.cli.parser import command_parser, run_command
-from lora_lightning.commands.plan.command import Asked, make_plan
+from lora_lightning.commands.plan.command import make_plan
 from lora_lightning.lora.errors import LoRAError
 
 OWN = ["--precisions", "[]", "--trainer.precision", "32-true"]
@@ -23,7 +23,7 @@ OWN = ["--precisions", "[]", "--trainer.precision", "32-true"]
 def planned(*arguments: str):
     given = command_parser("plan").parse_args(list(map(str, arguments))).as_dict()
     fit, _ = given.pop("fit"), given.pop("json")
-    return make_plan(fit, Asked(**given))
+    return make_plan(fit, **given)
 
 
 def test_counts_and_files_are_those_of_the_fit(tiny, trained):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from lora_lightning.commands.plan.dummy_batch import BatchSize, batch_for
-from lora_lightning.commands.plan.memory import PRECISIONS, MemoryRow, Tracer, Way
+from lora_lightning.commands.plan.memory import PRECISIONS, MemoryRow, Tracer, Way, process_peak
 from lora_lightning.commands.plan.parameter_count import Term, terms_of
-from lora_lightning.commands.plan.process_memory import process_peak
 from lora_lightning.commands.plan.step_cost import StepCost
 from lora_lightning.lora.formats.peft.save import adapter_file_bytes
-from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
+from lora_lightning.lora.frozen.tensors import adapter_bytes, base_tensors
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.about import adapted_rows, backbone_name
 from lora_lightning.training.activations.blocks import repeated_blocks
@@ -66,56 +65,45 @@ class Plan:
             return None
         return process_peak(self.own_row().cost.peak, self.wanted.base)
 
+    def flops(self) -> dict[str, int] | None:
+        """Operations of a step of LoRA and of full fine-tuning; None where the step is not known."""
+        if self.full is None:
+            return None
+        own, full = self.own_row().cost, self.full
+        return {
+            **{"forward": own.forward, "backward": own.backward, "step": own.flops},
+            **{"full_forward": full.forward, "full_backward": full.backward, "full_step": full.flops},
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        row = self.own_row() if self.memory else None
+        wanted, report = self.wanted, self.report
         return {
             "backbone": self.backbone,
             "task": self.task,
-            "batch": {
-                "rows": self.batch.rows,
-                "length": self.batch.length,
-                "target_length": self.batch.target_length,
-                "image": self.batch.image,
-                "packed": self.batch.packed,
-            },
-            "precision": self.wanted.way.precision,
-            "activation_checkpointing": self.wanted.way.checkpointing,
-            "strategy": self.wanted.strategy,
-            "processes": self.wanted.processes,
-            "device": str(self.wanted.device),
-            "adapted": adapted_rows(self.report),
-            "trainable": self.report.trainable,
-            "frozen": self.report.frozen,
-            "total": self.report.total,
-            "share": self.report.share,
-            "saved": self.report.saved,
+            "batch": asdict(self.batch),
+            "precision": wanted.way.precision,
+            "activation_checkpointing": wanted.way.checkpointing,
+            "strategy": wanted.strategy,
+            "processes": wanted.processes,
+            "device": str(wanted.device),
+            "adapted": adapted_rows(report),
+            **{name: getattr(report, name) for name in ("trainable", "frozen", "total", "share", "saved")},
             "formula": [term.to_dict() for term in self.terms],
             "bytes": {"adapter_file": self.adapter_file, "checkpoint": self.checkpoint, "w0_file": self.w0_file},
-            "memory": [own.to_dict() for own in self.memory],
-            "process": {"base": self.wanted.base, "peak": self.process()},
-            "flops": None
-            if row is None or self.full is None
-            else {
-                "forward": row.cost.forward,
-                "backward": row.cost.backward,
-                "step": row.cost.flops,
-                "full_forward": self.full.forward,
-                "full_backward": self.full.backward,
-                "full_step": self.full.flops,
-            },
+            "memory": [row.to_dict() for row in self.memory],
+            "process": {"base": wanted.base, "peak": self.process()},
+            "flops": self.flops(),
             "full_fine_tuning": None if self.full is None else self.full.to_dict(),
             "notes": self.notes,
         }
 
 
-def planned(module: LoRAModule, size: BatchSize, wanted: Wanted, notes: list[str]) -> Plan:
+def plan_of(module: LoRAModule, size: BatchSize, wanted: Wanted, notes: list[str]) -> Plan:
     """Count, and trace a step in every precision."""
     backbone = module.backbone
     module.set_modes()
-    trained = {id(t): t for t in adapter_tensors(backbone).values()}.values()
     base = {id(t): t for t in base_tensors(backbone).values()}.values()
-    adapter_bytes = sum(t.numel() * t.element_size() for t in trained)
     plan = Plan(
         backbone=backbone_name(backbone),
         task=type(module.task).__name__,
@@ -124,7 +112,7 @@ def planned(module: LoRAModule, size: BatchSize, wanted: Wanted, notes: list[str
         report=module.report,
         terms=terms_of(backbone, module.report),
         adapter_file=adapter_file_bytes(backbone, task_type=module.task.peft_task_type),
-        checkpoint=adapter_bytes,
+        checkpoint=adapter_bytes(backbone),
         w0_file=sum(t.numel() * t.element_size() for t in base),
         notes=notes,
     )
@@ -138,11 +126,11 @@ def _trace(plan: Plan, module: LoRAModule) -> None:
     try:
         tracer = Tracer(module, batch_for(module.task, module.backbone, plan.batch), wanted.device)
         recomputed = (False, True) if repeated_blocks(module.backbone) else (False,)
-        for precision in wanted.precisions:
-            ways = [Way(precision=precision, checkpointing=on) for on in recomputed]
-            plan.memory += [tracer.row(way, wanted.processes) for way in ways]
+        ways = [Way(precision=precision, checkpointing=on) for precision in wanted.precisions for on in recomputed]
+        plan.memory = [tracer.row(way, wanted.processes) for way in ways]
         plan.full = tracer.full(wanted.way.precision)
     except Exception as error:
+        plan.memory = []
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         plan.notes.append(f"memory and operations are not known: the step cannot be run without numbers ({reason})")
         return
