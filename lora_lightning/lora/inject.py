@@ -32,6 +32,7 @@ from lora_lightning.lora.layers.siblings import introduce
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.layers.trained.token_rows import attach_rows, detach_rows
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
 
 
@@ -88,7 +89,27 @@ def inject(
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
+    guard_saving(model, is_adapted=True)
     return _report(model, rows, selection)
+
+
+def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
+    """Have `save_pretrained` of the transformers models in `model` refuse while there is an adapter, and not after.
+
+    It is an attribute of the instance: transformers looks up settings by a model's class, which so stays its own.
+    """
+    for module in model.modules():
+        if is_a(module, HF_MODEL):
+            module.__dict__.pop("save_pretrained", None)
+            if is_adapted:
+                module.__dict__["save_pretrained"] = _refuse_save_pretrained
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise LoRAError(
+        "save_pretrained would write W0 with stray lora_ keys that nothing opens: save_adapter(model, directory) writes"
+        " the adapter, and merge(model) makes a model that save_pretrained writes"
+    )
 
 
 def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
@@ -168,6 +189,7 @@ def close(model: nn.Module) -> None:
                 module.__dict__.pop("lora_enabled", None)
                 ungraft(module, kind)
     allow_packing(model)
+    guard_saving(model, is_adapted=False)
 
 
 def restart(model: nn.Module) -> None:

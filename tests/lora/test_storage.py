@@ -114,7 +114,7 @@ from lora_lightning import LoRAConfig, inject, save_adapter
 def adapted(r):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    inject(model, LoRAConfig(r=r, alpha=4 * r))
+    inject(model, LoRAConfig(r=r, alpha=4 * r, target_modules=["0", "1"]))
     for layer in model:
         nn.init.normal_(layer.lora_B)
     return model
@@ -142,7 +142,7 @@ def chain(r=None):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     if r is not None:
-        inject(model, LoRAConfig(r=r, alpha=4 * r))
+        inject(model, LoRAConfig(r=r, alpha=4 * r, target_modules=["0", "1"]))
         for layer in model:
             nn.init.normal_(layer.lora_B)
     return model
@@ -159,10 +159,7 @@ def test_a_save_that_is_killed_at_any_rename_leaves_the_old_adapter_or_the_new_o
     for number in range(6):
         directory = tmp_path / str(number)
         assert (directory / "README.md").read_text() == "mine"
-        readers = (load_ours, load_pefts)
-        outputs = [read(directory, x) for read in readers]
-        ranks = [next((r for r, y in wanted.items() if y.allclose(out, atol=1e-6)), "mixed") if out is not None else None
-                 for out in outputs]
+        ranks = [rank_of(read(directory, x), wanted) for read in (load_ours, load_pefts)]
         assert ranks[0] == ranks[1]
         found.append(ranks[0])
         save_adapter(chain(2), directory)
@@ -171,12 +168,15 @@ def test_a_save_that_is_killed_at_any_rename_leaves_the_old_adapter_or_the_new_o
     assert found == [2, None, None, None, 3, 3]
 
 
+def rank_of(out, wanted):
+    return None if out is None else next((r for r, y in wanted.items() if y.allclose(out, atol=1e-6)), "mixed")
+
+
 def load_ours(directory, x):
     model = chain()
     try:
         load_adapter(model, directory)
-    except AdapterError as error:
-        assert CONFIG in str(error)
+    except AdapterError:
         return None
     return model(x).detach()
 
@@ -202,7 +202,7 @@ def test_a_save_whose_last_rename_fails_puts_the_old_files_back(tmp_path, monkey
             real(*paths)
 
         monkeypatch.setattr(os, "replace", replace)
-        with pytest.raises(AdapterError, match="went away.* is as it was"):
+        with pytest.raises(AdapterError, match=r"went away.* is as it was"):
             write_together(tmp_path / "x", {"a": b"three", "b": b"four"})
         assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == old
     monkeypatch.undo()

@@ -142,8 +142,9 @@ def _without_base_copies(
     """The file's tensors less what PEFT writes of W0 itself: embeddings and output layer, where they are adapted, were
     resized, or `save_embedding_layers` asked for them."""
     state, listed = plain_state(model), peft.get("modules_to_save") or []
-    head = model.get_output_embeddings() if is_a(model, HF_MODEL) else None  # type: ignore[operator]
     modules = dict(named_modules(model, remove_duplicate=False))
+    root = modules[""]
+    head = root.get_output_embeddings() if is_a(root, HF_MODEL) else None  # type: ignore[operator]
     tables = {name for name, module in modules.items() if isinstance(module, nn.Embedding) or module is head}
     kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
