@@ -25,7 +25,8 @@ from lora_lightning.lora.formats.peft.resolve import resolve
 from lora_lightning.lora.formats.provenance import Record, refuse_other_base, warn_of_no_fingerprint
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
-from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.layers.trained.module_copy import COPY
 from lora_lightning.lora.targets.patterns import by_pattern
 
@@ -114,7 +115,7 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], left: dict[str, str])
 
 def _check_base(made_on: Fingerprint, model: nn.Module, *, allow_other_base: bool) -> None:
     """Compare W0, less what this run trains in full: that may be more than the earlier one did."""
-    heads = tuple(f"{name}." for name, _ in saved_copies(model))
+    heads = tuple(f"{name}." for name, _ in grafted_modules(model, SavedCopy))
     tensors = {name: digest for name, digest in made_on.tensors.items() if not name.startswith(heads)}
     made_on = dataclasses.replace(made_on, tensors=tensors)
     refuse_other_base(made_on, fingerprint(model), allow_other_base=allow_other_base)
@@ -134,7 +135,7 @@ def _with_own_heads(
         The tensors, and why each such head keeps its own init.
     """
     own, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
-    for name, _ in saved_copies(model):
+    for name, _ in grafted_modules(model, SavedCopy):
         head = {keys[key]: tensor for key, tensor in own.items() if key.startswith(f"{joined(name, COPY)}.")}
         others = [(tensors[k].shape, t.shape) for k, t in head.items() if k in tensors and tensors[k].shape != t.shape]
         if not head.keys() & tensors.keys():
@@ -162,7 +163,7 @@ def _check_settings(model: nn.Module, peft: Mapping[str, Any], record: Record | 
         there, here = record.slices.get(one.name) if record else None, parts.to_spec() if parts else None
         if there != here:
             raise AdapterError(f"the adapter was trained on the parts {there} of '{one.name}', this run says {here}")
-    for name, embedding in token_rows(model):
+    for name, embedding in grafted_modules(model, TokenRows):
         if sorted(token_ids(peft, name)) != embedding.__dict__["lora_token_numbers"]:
             raise AdapterError(f"the adapter trains other tokens of '{name}' than lora.trainable_token_indices names")
 

@@ -30,7 +30,7 @@ def injection_table(report: InjectionReport) -> Table:
     table = Table(caption_justify="left", box=None, padding=(0, 1, 0, 0))
     header, *lines = report.shown()
     for name in header:
-        table.add_column(name, justify="left" if name in ("module", "kind", "way") else "right", overflow="ellipsis")
+        table.add_column(name, justify="left" if name in ("module", "kind") else "right", overflow="ellipsis")
     for line in lines if len(lines) <= ROWS else folded(header, lines):
         table.add_row(*line)
     table.caption = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
@@ -78,12 +78,10 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
 
 
 def show_injection(report: InjectionReport, console: Console) -> None:
-    """The rest of it: the injection table, and a line on what goes the plain way."""
+    """The rest of it: the injection table, and a line on what was left out."""
     console.print(injection_table(report))
     for line in report.left_out():
         console.print(line, soft_wrap=True)
-    if report.plain_line():
-        console.print(report.plain_line(), soft_wrap=True)
 
 
 def show_report(values: dict[str, Any], console: Console, save_svg: Path | None = None) -> None:
@@ -142,10 +140,6 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     rows += _export_rows(v)
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
-    if v.get("products_with_w0"):
-        shapes = len(v["products_with_w0"])
-        told = f"by oneDNN, measured to be quicker, in {shapes} shape{'s' * (shapes != 1)}"
-        rows.append(("products with W0", told))
     for key, name in (
         ("adapter_dir", "adapter (PEFT)"),
         ("merged_dir", "merged model"),

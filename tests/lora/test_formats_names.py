@@ -7,7 +7,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.inject import saved_copies
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from tests.lora.options_support import shake
 
 
@@ -51,7 +52,7 @@ def test_settings_of_a_name_that_ends_another_stay_its_own(options, tmp_path):
 def test_a_full_name_in_modules_to_save_means_that_module_alone(tmp_path):
     model, x = nested(), torch.randn(3, 6, dtype=torch.float64)
     inject(model, LoRAConfig(r=2, target_modules=["inner.x"], modules_to_save=["x"]))
-    assert [name for name, _ in saved_copies(model)] == ["x"]
+    assert [name for name, _ in grafted_modules(model, SavedCopy)] == ["x"]
     save_adapter(shake(model), tmp_path)
     again = nested()
     load_adapter(again, tmp_path)

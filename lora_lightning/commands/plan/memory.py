@@ -16,17 +16,16 @@ from torch import Tensor, nn
 from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, scale, shorten
 from lora_lightning.commands.plan.memory_tracker import fake_mode, put_stand_ins
 from lora_lightning.commands.plan.step_cost import StepCost, step_cost
-from lora_lightning.lora import switches
 from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
-from lora_lightning.lora.layers import fused_linear as quick
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.training.activations.compilation import TrainingForward
-from lora_lightning.training.load_dtypes import load_dtypes
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.optim import make_optimizer
-from lora_lightning.training.strategies.groups import groups_of
+from lora_lightning.training.precision import load_dtypes
+from lora_lightning.training.strategies.fsdp2.wrapping import groups_of
 
 PRECISIONS = ("float32", "bf16-mixed", "16-mixed", "bf16-base", "nf4-base")
 """Overlays, by the names of their files."""
@@ -135,7 +134,6 @@ class Tracer:
         return self._trace(copy.deepcopy(backbone), way)
 
     def _trace(self, backbone: nn.Module, way: Way) -> StepCost:
-        switches.prepare_weights(backbone, "off")  # the choice is measured, on numbers
         mode = fake_mode()
         put_stand_ins(backbone, mode, self.device)
         put_stand_ins(self.module.task, mode, self.device)
@@ -145,7 +143,7 @@ class Tracer:
             with flags.on():
                 return self.module.task.step(backbone, self.batch).loss
 
-        with quick.plain_arithmetic() if way.precision == "nf4-base" else nullcontext():
+        with eager_arithmetic() if way.precision == "nf4-base" else nullcontext():
             return step_cost(
                 backbone,
                 loss,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.commands.plan.memory_tracker import FakeTensor, FakeTensorMode, MemoryTracker, bytes_of
-from lora_lightning.lora.traced import traced
+from lora_lightning.lora.layers.tracing import traced
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.monitored import figures_of_its_own, unlogged
+from lora_lightning.training.preflight import figures_of_its_own, unlogged
 
 Goal = str
 """`min` or `max`."""
@@ -41,7 +41,7 @@ def bare(*args: Any, **kwargs: Any) -> nn.Module:
 def _without_weights(config: Any) -> None:
     """`fit`'s module on the meta device where it comes from a hub, and a start that reads no data."""
     model = config.model
-    model.lora["init"], model["prepare_weights"], model["init_adapter"] = "gaussian", "off", None
+    model.lora["init"], model["init_adapter"] = "gaussian", None
     backbone = model.backbone
     if backbone.get("class_path") and _named(backbone.class_path) is huggingface:
         backbone["class_path"] = f"{__name__}.bare"

@@ -107,7 +107,7 @@ class MixedForward(Grafted):
         for adapter, rows in groups.items():
             twin = self.lora_twins.get(adapter)
             if twin is not None and _adds(twin):
-                out.index_add_(0, rows, twin.lora_output(x[rows]).to(out.dtype))  # type: ignore[operator]
+                out.index_add_(0, rows, twin.lora_finish(twin.lora_update(x[rows])).to(out.dtype))  # type: ignore[operator]
             elif twin is not None:
                 out = out.index_copy(0, rows, twin.forward(x[rows]))
         return out

@@ -14,8 +14,8 @@ from torch import nn
 from lora_lightning.lora.errors import AdapterError, some, warn
 from lora_lightning.lora.formats.peft.layout import LayerLayout
 from lora_lightning.lora.frozen.tensors import named_modules
-from lora_lightning.lora.inject import saved_copies, token_rows, trained_biases
-from lora_lightning.lora.layers import LoRALinear, kind_of
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, kind_of
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank`."""
@@ -82,9 +82,9 @@ def _refuse(model: nn.Module, layouts: list[LayerLayout]) -> None:
     reasons: dict[str, list[str]] = {
         "DoRA": [name for name, s in settings.items() if s.use_dora],
         "a bias on B (lora_bias)": [name for name, s in settings.items() if s.lora_bias],
-        "modules trained in full (modules_to_save)": [name for name, _ in saved_copies(model)],
-        "trained token rows": [name for name, _ in token_rows(model)],
-        "trained biases": [name for name, _ in trained_biases(model)],
+        "modules trained in full (modules_to_save)": [name for name, _ in grafted_modules(model, SavedCopy)],
+        "trained token rows": [name for name, _ in grafted_modules(model, TokenRows)],
+        "trained biases": [name for name, _ in grafted_modules(model, TrainedBias)],
     }
     for kind in sorted(set(kinds.values())):
         what = f"an adapter on {kind}" if kind != LoRALinear.kind else "an adapter in nn.MultiheadAttention"

@@ -13,8 +13,8 @@ from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import joined
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import adapted_layers, saved_copies, token_rows, trained_biases
-from lora_lightning.lora.layers import AdaptedLayer, TokenRows, TrainedBias, ungraft
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.merge import fold_bias, merged_weights
 from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.meta.inject import present, start_from_present
@@ -43,14 +43,14 @@ class Changes:
         """
         refuse(model)
         changes = cls(read, dtype)
-        for name, module in trained_biases(model):
+        for name, module in grafted_modules(model, TrainedBias):
             changes.makers[f"{name}.bias"] = lambda n=name, m=module: changes._bias(n, m)  # type: ignore[misc]
             changes.parts[f"{name}.bias"] = id(module.lora_trained_bias)
         for path, layer in adapted_layers(model):
             changes._add_layer(path, layer)
-        for name, rows in token_rows(model):
+        for name, rows in grafted_modules(model, TokenRows):
             changes.makers[f"{name}.weight"] = lambda n=name, m=rows: changes._rows(n, m)  # type: ignore[misc]
-        for name, saved in saved_copies(model):
+        for name, saved in grafted_modules(model, SavedCopy):
             copied: dict[str, Tensor] = saved.lora_copy.state_dict(keep_vars=True)
             for own, tensor in copied.items():
                 changes.makers[f"{name}.{own}"] = lambda n=f"{name}.{own}", t=tensor: {n: t.detach()}  # type: ignore[misc]
@@ -78,7 +78,7 @@ class Changes:
             start_from_present(layer)
             if isinstance(layer, TrainedBias):
                 refuse_overflow(f"'{joined(path, 'bias')}'", layer.lora_trained_bias, tensors["bias"].dtype)
-                _keep_bias(layer)
+                layer.fold({})
             merged, self.kept[label] = merged_weights(layer, self.dtype, label=label)
             if "bias" in places:
                 fold_bias(layer, label)
@@ -93,7 +93,7 @@ class Changes:
         before = self._wide(self._must_read(key))
         refuse_overflow(f"'{key}'", module.lora_trained_bias, before.dtype)
         with present(module, {"bias": before}):
-            _keep_bias(module)
+            module.fold({})
             bias = module._parameters["bias"]
             assert bias is not None
             return {key: bias.detach()}
@@ -104,7 +104,7 @@ class Changes:
         weight = self._wide(self._must_read(key))
         refuse_overflow(f"'{key}'", module.lora_tokens, weight.dtype)
         with present(module, {"weight": weight}):
-            module.keep_rows()
+            module.fold()
         return {key: weight}
 
     def _must_read(self, name: str) -> Tensor:
@@ -116,11 +116,6 @@ class Changes:
     def _wide(self, tensor: Tensor) -> Tensor:
         """In the wider of its own dtype and the results', so that what is put into it is rounded once."""
         return tensor if self.dtype is None else tensor.to(torch.promote_types(tensor.dtype, self.dtype))
-
-
-def _keep_bias(module: TrainedBias) -> None:
-    module.keep_bias({})
-    ungraft(module, TrainedBias)
 
 
 def part_as_merged(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]:

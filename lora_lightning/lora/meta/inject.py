@@ -16,8 +16,8 @@ from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init import from_weight as starts
-from lora_lightning.lora.inject import token_rows
-from lora_lightning.lora.layers import AdaptedLayer
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, TokenRows
 
 
 def load_on_meta(
@@ -75,5 +75,5 @@ def make_adapter_real(model: nn.Module) -> None:
             is_parameter = isinstance(tensor, nn.Parameter)
             real[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         (owner._parameters if name in owner._parameters else owner._buffers)[name] = real[id(tensor)]  # type: ignore[assignment]
-    for _, rows in token_rows(model):
+    for _, rows in grafted_modules(model, TokenRows):
         rows.lora_token_ids = torch.tensor(rows.__dict__["lora_token_numbers"])

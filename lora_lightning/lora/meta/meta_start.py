@@ -18,9 +18,8 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.tensors import joined
 from lora_lightning.lora.init import from_weight as starts
 from lora_lightning.lora.init.from_data import check_data
-from lora_lightning.lora.inject import adapted_layers, inject, remove, saved_copies, token_rows, trained_biases
-from lora_lightning.lora.layers import AdaptedLayer
-from lora_lightning.lora.layers.options import WithOptions
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.meta.bare import builds_bare
 from lora_lightning.lora.meta.inject import make_adapter_real, present
 from lora_lightning.lora.meta.weight_files import files_of
@@ -59,7 +58,7 @@ def _draw(model: nn.Module, report: InjectionReport, read: Read, *, start: bool)
         layer = layers[row.module]
         with _w0_present(layer, names[layer.lora_owner], read, start=start):
             # Of the layer alone: a bias that trains beside it is copied below.
-            WithOptions.reset_lora_parameters(layer) if start else layer._start_plainly()
+            AdaptedLayer.reset_lora_parameters(layer) if start else layer.start_plainly()
 
 
 @contextmanager
@@ -76,15 +75,15 @@ def _w0_present(layer: AdaptedLayer, name: str, read: Read, *, start: bool) -> I
 def _copy(model: nn.Module, read: Read) -> None:
     """What trains in place of tensors of W0 starts at these."""
     own, wanted = model.state_dict(keep_vars=True), dict[str, Tensor]()
-    for name, module in saved_copies(model):
+    for name, module in grafted_modules(model, SavedCopy):
         inner = module.lora_copy.state_dict(keep_vars=True)
         wanted |= {joined(name, key): tensor for key, tensor in inner.items() if isinstance(tensor, Tensor)}
-    for name, biased in trained_biases(model):
+    for name, biased in grafted_modules(model, TrainedBias):
         wanted[joined(name, "bias")] = biased.lora_trained_bias
     for name, tensor in wanted.items():
         if own[name].is_meta:
             tensor.copy_(_needed(read, name))
-    for name, rows in token_rows(model):
+    for name, rows in grafted_modules(model, TokenRows):
         if rows.weight.is_meta:
             rows.lora_tokens.copy_(_needed(read, joined(name, "weight"))[rows.lora_token_ids])
 

@@ -16,7 +16,6 @@ from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
-from lora_lightning.lora.products import choices
 from lora_lightning.reports.about import adapted_rows, backbone_name
 from lora_lightning.reports.console import show_report
 from lora_lightning.reports.page import write_page
@@ -25,7 +24,7 @@ from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.wrapping import is_sharded
+from lora_lightning.training.strategies.base import is_sharded
 
 
 class RunReport(Callback):
@@ -87,8 +86,6 @@ class RunReport(Callback):
             values["data"] = summary
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
-        if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
-            values["products_with_w0"] = quicker
         values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:

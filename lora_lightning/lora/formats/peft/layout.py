@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from lora_lightning.lora.errors import AdapterError, did_you_mean, some
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
 from lora_lightning.lora.frozen.tensors import adapter_tensors, joined, named_modules
-from lora_lightning.lora.inject import adapted_layers, token_rows, trained_biases
-from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter, TokenRows, TrainedBias
 from lora_lightning.lora.layers.parameter import CHILD
 
 
@@ -171,7 +171,7 @@ def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
             inside.setdefault(joined(one.path, "out_proj"), joined(one.path, "base_layer.out_proj.base_layer"))
     return {
         joined(name, "lora_trained_bias"): joined(inside.get(name, name).removeprefix("."), "bias")
-        for name, _ in trained_biases(model)
+        for name, _ in grafted_modules(model, TrainedBias)
     }
 
 
@@ -181,7 +181,7 @@ def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
     tensors = zero_factors(layouts)
     for one in layouts:
         tensors |= one.tensors()
-    tensors |= {token_key(name): embedding.lora_tokens for name, embedding in token_rows(model)}
+    tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
     tensors |= {theirs: own[ours] for ours, theirs in bias_keys(model, layouts).items()}
     tensors |= {copy_key(key): tensor for key, tensor in own.items() if copy_key(key) != key}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
@@ -200,7 +200,7 @@ def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[
     ours: dict[str, Tensor] = {}
     for one in layouts:
         ours |= one.to_ours(file)
-    for name, _ in token_rows(model):
+    for name, _ in grafted_modules(model, TokenRows):
         ids = token_ids(name)
         rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
         ours[joined(name, "lora_tokens")] = file[token_key(name)][rising]

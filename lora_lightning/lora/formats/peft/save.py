@@ -22,8 +22,8 @@ from lora_lightning.lora.formats.provenance import write_record
 from lora_lightning.lora.formats.tensor_files import file_content, file_size
 from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
-from lora_lightning.lora.inject import saved_copies, token_rows, trained_biases
-from lora_lightning.lora.layers import LoRAConv1D, LoRALinear, LoRAParameter
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRAConv1D, LoRALinear, LoRAParameter, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 CLASSIFIERS = ("classifier", "score")
@@ -118,8 +118,8 @@ def _config(
         "lora_dropout": common_dropout(layouts),
         "target_modules": _selection([name for name in ranks if name not in parameters], model),
         "target_parameters": parameters or None,
-        "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in token_rows(model)} or None,
-        "modules_to_save": [name for name, _ in saved_copies(model)] or None,
+        "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in grafted_modules(model, TokenRows)} or None,
+        "modules_to_save": [name for name, _ in grafted_modules(model, SavedCopy)] or None,
         "use_rslora": rslora,
         "init_lora_weights": True,
         "bias": _bias(model, layouts),
@@ -147,7 +147,7 @@ def _number(value: float) -> float | int:
 
 
 def _bias(model: nn.Module, layouts: list[LayerLayout]) -> str:
-    biased = {module for _, module in trained_biases(model)}
+    biased = {module for _, module in grafted_modules(model, TrainedBias)}
     if not biased:
         return "none"
     return "lora_only" if biased <= {one.layer.lora_owner for one in layouts} else "all"
@@ -182,7 +182,7 @@ def _task(model: nn.Module, task_type: str | None) -> str | None:
         raise AdapterError(
             f"task_type must be one of {', '.join(TASKS)}, got '{task_type}'{did_you_mean(task_type, TASKS)}"
         )
-    brought = {inner for _, saved in saved_copies(model) for inner in saved.modules()}
+    brought = {inner for _, saved in grafted_modules(model, SavedCopy) for inner in saved.modules()}
     ends = TASKS[task_type]
     missed = [n for n, m in named_modules(model) if ends and n.endswith(ends) and m not in brought]
     if not missed:
@@ -206,7 +206,7 @@ def _warn_of_limits(model: nn.Module, layouts: list[LayerLayout]) -> None:
 
 
 def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str, list[str]]]:
-    saved = [name for name, _ in saved_copies(model)]
+    saved = [name for name, _ in grafted_modules(model, SavedCopy)]
     others = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
     caught = [other for other in others if any(other.endswith(name) for name in saved)]
     yield "matches modules_to_save by the ends of names, within a word too, and misses tensors for", caught

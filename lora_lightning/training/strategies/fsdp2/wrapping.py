@@ -4,7 +4,7 @@ Each block and the rest are gathered for their own forward and backward, and lie
 W0 alike every process keeps its rows. The rest (embeddings, the head, what stands between) is gathered when a step
 begins and let go after its backward, so that a task may read a head's weight beside the forward.
 
-What the quick arithmetic keeps of a weight for backward is the gathered tensor, which FSDP2 fills again before a
+What the fused arithmetic keeps of a weight for backward is the gathered tensor, which FSDP2 fills again before a
 block's backward. An input that would be computed anew from another block's norm is not, for that norm's weight lies
 sharded then; and no process measures products for itself, so that all round alike and a resumed fit as before.
 """
@@ -14,31 +14,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora import switches
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.inject import adapted_layers, disabled
+from lora_lightning.lora.inject import disabled
+from lora_lightning.training.activations.blocks import repeated_blocks
 from lora_lightning.training.distributed import processes
-from lora_lightning.training.strategies.groups import groups_of, named_blocks
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has sharded it."""
-    return isinstance(model, FSDPModule)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
@@ -80,8 +70,6 @@ def shard(
     # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
     root.set_reduce_scatter_unused_params(True)
     gather_before(root, "generate")
-    switches.prepare_weights(backbone, "off")
-    switches.recompute_inputs(backbone, False)
 
 
 def _refuse_quantized(backbone: nn.Module) -> None:
@@ -162,5 +150,32 @@ def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[st
         )
     if whole:
         rank_zero_info(f"FSDP2: every process holds the whole of {some(list(whole))}, scalars or shared by blocks")
-    if any(getattr(layer, "lora_replays", None) is not None for _, layer in adapted_layers(backbone)):
-        rank_zero_warn("FSDP2: recompute_inputs is off, since the norms of other blocks lie sharded in backward")
+
+
+def groups_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks that can be called: a bare list has no forward before which it could be gathered."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    return {name: block for name, block in repeated_blocks(model).items() if not isinstance(block, lists)}
+
+
+def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Strategy") -> dict[str, nn.Module]:
+    """The modules whose names a pattern fits; `*` stands for anything.
+
+    Raises:
+        LoRAError: a pattern fits nothing, or what it fits has no parameters.
+    """
+    modules, found = dict(model.named_modules()), dict[str, nn.Module]()
+    for pattern in patterns:
+        fits = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
+        if not any(_has_parameters(module) for module in fits.values()):
+            raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near(pattern, modules)}")
+        found |= {name: module for name, module in fits.items() if _has_parameters(module)}
+    return {name: found[name] for name in modules if name in found}
+
+
+def _near(pattern: str, names: dict[str, nn.Module]) -> str:
+    return did_you_mean(pattern, (name for name in names if name))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 
@@ -40,11 +39,9 @@ def is_traced() -> bool:
 
 
 def is_ordinary(tensor: Any) -> bool:
-    """Whether this is a tensor of torch's own class, or stands for one."""
-    kind = type(tensor)
+    """Whether this is a tensor of torch's own class, in its data too, or stands for one."""
+    return isinstance(tensor, Tensor) and _is_torchs(type(tensor)) and _is_torchs(type(tensor.data))
+
+
+def _is_torchs(kind: type) -> bool:
     return kind in (Tensor, nn.Parameter) or (kind is _trace.kind and kind is not None)
-
-
-def is_unwatched() -> bool:
-    """Whether no mode of torch sees each operation, but for those of a trace."""
-    return is_traced() or not torch._C._len_torch_dispatch_stack()
