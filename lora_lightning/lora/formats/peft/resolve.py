@@ -331,7 +331,7 @@ def config_for(
         # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
         target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
         target_parameters=list(found.parameters) or None,
-        trainable_token_indices={name: token_ids(peft, name) for name in found.tokens} or None,
+        trainable_token_indices={name: [*token_ids(peft, name)] for name in found.tokens} or None,
         modules_to_save=found.saved or None,
         slices={exactly(n): spec for n, spec in slices.items() if n in modules},
         rank_pattern={exactly(n): rank for n, rank in adapted.items() if rank != r},
