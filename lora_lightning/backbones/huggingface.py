@@ -74,8 +74,8 @@ def huggingface(
     kwargs = {"trust_remote_code": False, **(model_kwargs or {})} | gguf
     if gguf and kwargs.get("quantization_config"):
         raise LoRAError(
-            f"'{gguf['gguf_file']}' is a GGUF file, which transformers reads as plain numbers and does not quantize: use"
-            " precision bf16-base, or name the model's safetensors directory or hub name"
+            f"'{gguf['gguf_file']}' is a GGUF file, which transformers reads as plain numbers and does not quantize:"
+            " use precision bf16-base, or name the model's safetensors directory or hub name"
         )
     if "cache_dir" not in kwargs:  # where it may lie in another place than the hub's cache
         refuse_not_there("model", name)
