@@ -94,7 +94,7 @@ class ExportAtEnd(Callback):
         with best_in(trainer, pl_module):
             result = export_module(pl_module, data, self._target(folder), batch=batch, **self.options)
         closes = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # with all of it
-        show_report(record_export(folder, result), Console(quiet=closes), save_svg=folder / "report.svg")
+        show_report(record_export(folder, result), Console(quiet=closes))
         for logger in trainer.loggers:
             logger.log_metrics(result.metrics(), step=trainer.global_step)
             logger.save()
@@ -110,9 +110,17 @@ def export_module(
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
-    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it."""
-    known = run.update_report(folder, {**result.facts(), "run_dir": str(folder)})
-    write_page(folder)
+    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it.
+
+    Where the run's folder cannot be written, as on a disk to read from, the export stands without that, with a warning.
+    """
+    values = {**result.facts(), "run_dir": str(folder)}
+    try:
+        known = run.update_report(folder, values)
+        write_page(folder)
+    except OSError as error:
+        rank_zero_warn(f"the export is whole, and the run's report in '{folder}' is as it was: {error.strerror}")
+        return values
     return known
 
 
