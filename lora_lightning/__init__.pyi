@@ -7,6 +7,9 @@ from lora_lightning.cli.main import LoRACLI as LoRACLI
 from lora_lightning.data.base import TableData as TableData
 from lora_lightning.data.chat.data import ChatData as ChatData
 from lora_lightning.data.chat.prompt_completion import PromptCompletionData as PromptCompletionData
+from lora_lightning.data.classification import MultiLabelTextData as MultiLabelTextData
+from lora_lightning.data.classification import TextClassificationData as TextClassificationData
+from lora_lightning.data.classification import TextRegressionData as TextRegressionData
 from lora_lightning.data.dataset import DatasetData as DatasetData
 from lora_lightning.data.dataset import hub_dataset as hub_dataset
 from lora_lightning.data.images.data import ImageData as ImageData
@@ -18,10 +21,7 @@ from lora_lightning.data.loading.loader import ResumableLoader as ResumableLoade
 from lora_lightning.data.pairs import PairData as PairData
 from lora_lightning.data.preference import PreferenceData as PreferenceData
 from lora_lightning.data.seq2seq import SequenceToSequenceData as SequenceToSequenceData
-from lora_lightning.data.text.classification import TextClassificationData as TextClassificationData
-from lora_lightning.data.text.multi_label import MultiLabelTextData as MultiLabelTextData
-from lora_lightning.data.text.regression import TextRegressionData as TextRegressionData
-from lora_lightning.data.text.token_classification import TokenClassificationData as TokenClassificationData
+from lora_lightning.data.token_classification import TokenClassificationData as TokenClassificationData
 from lora_lightning.export.merge_on_disk import merge_on_disk as merge_on_disk
 from lora_lightning.lora.bank.bank import AdapterBank as AdapterBank
 from lora_lightning.lora.config import LoRAConfig as LoRAConfig

@@ -17,7 +17,7 @@ from lora_lightning.data.io.streamed import StreamedTextData
 from lora_lightning.data.io.streaming import AT_ONCE, read_streams
 from lora_lightning.data.io.tables import TextBy, read_tables
 from lora_lightning.data.loading.packing import CausalCollator, cut, cut_to_train, pack_rows, pack_table
-from lora_lightning.data.text.base import TextData
+from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 

@@ -14,7 +14,7 @@ from lora_lightning.data.io.stream_loader import StreamLoader
 from lora_lightning.data.io.streaming import endless, first_row, numbered, refuse_endless, share_of
 from lora_lightning.data.io.tables import check_names
 from lora_lightning.data.loading.loader import own_generator
-from lora_lightning.data.text.base import TextData
+from lora_lightning.data.text import TextData
 
 
 class StreamedTextData(TextData):
