@@ -20,7 +20,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.spans import OUTSIDE
+from lora_lightning.tasks.metrics.entities import OUTSIDE
 
 
 class TokenClassificationData(LabelNames, TextData):

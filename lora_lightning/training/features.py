@@ -14,7 +14,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.trained.module_copy import COPY
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.sequence_classification import mean_features
+from lora_lightning.tasks.classification import mean_features
 
 RAW_SIDE = 28
 """To so many pixels a side images are averaged before a probe on them: MNIST's own, and near CIFAR's 32."""

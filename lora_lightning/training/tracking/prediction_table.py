@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lora_lightning.export.probe_batch import first_batch
-from lora_lightning.tasks.modes import evaluating
+from lora_lightning.tasks.positions import evaluating
 from lora_lightning.training.callbacks.prediction_writer import rows
 from lora_lightning.training.module import LoRAModule
 
