@@ -127,7 +127,7 @@ def sweep(
         seeds: `1,2,3`: fit every combination with each, and rank by the mean.
         budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
         storage: where Optuna keeps the study, so that several processes or machines work on it: a file for its journal,
-            or a database such as postgresql://user@host/name; by default a journal in the sweep's folder.
+            or a database such as postgresql+psycopg://user@host/name; by default a journal in the sweep's folder.
         name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
         runs_dir: folder of all runs.
         plots: draw the figures; needs matplotlib.

@@ -14,7 +14,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
 from lora_lightning.lora.frozen.tensors import named_modules
-from lora_lightning.lora.init.from_data import Loss, check_data, start_from_data
+from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     Grafted,
@@ -69,7 +69,7 @@ def inject(
     if kind := next((type(m).__name__ for m in modules if "lora_A" in m._parameters or "lora_A" in m._modules), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
     if start:
-        check_data(config.init, data)
+        refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
@@ -78,7 +78,7 @@ def inject(
             parameter.requires_grad_(False)
         rows = _graft_all(model, selection, start=start)
         if data is not None and start:
-            start_from_data(model, adapted_layers(model), config.init, data, loss)
+            init_from_data(model, adapted_layers(model), config.init, data, loss)
         copies: dict[int, nn.Parameter] = {}
         for module in selection.biases:  # outside whatever else was grafted
             TrainedBias.attach(module, copies)
