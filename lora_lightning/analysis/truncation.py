@@ -17,7 +17,7 @@ from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
 from lora_lightning.lora.bank.combine import padded, truncated
 from lora_lightning.lora.errors import AdapterError, LoRAError
-from lora_lightning.lora.formats.atomic_dir import write_together
+from lora_lightning.lora.formats.atomic_dir import Content, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
@@ -100,7 +100,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
             sum(layer.cost(ranks[layer.name]) for layer in adapter.factors),
         ),
     )
-    files = {
+    files: dict[str, Content] = {
         MARK: _json({"share": share, "ranks": ranks}),
         WEIGHTS: file_content(tensors, metadata),
         CONFIG: _json(config),
