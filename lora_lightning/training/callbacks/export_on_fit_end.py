@@ -104,7 +104,9 @@ def export_module(
     module: LoRAModule, datamodule: Any, target: Path, *, batch: dict[str, Any] | None, **options: Any
 ) -> ExportReport:
     """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it."""
-    own = {name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")}
+    own: dict[str, Any] = {
+        name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")
+    }
     w0, example = module.w0_fingerprint(), module.example_input_array
     return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **own)
 
