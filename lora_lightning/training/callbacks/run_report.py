@@ -25,8 +25,7 @@ from lora_lightning.reports.classes import MOST_CLASSES, ClassCounts
 from lora_lightning.reports.console import adapted_rows, backbone_name, part_dtypes, show_report
 from lora_lightning.reports.html import CLASSES, write_page
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.image_classification import ImageClassification
-from lora_lightning.tasks.sequence_classification import SequenceClassification
+from lora_lightning.tasks.classification import ImageClassification, SequenceClassification
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
