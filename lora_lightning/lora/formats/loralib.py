@@ -250,14 +250,13 @@ def _check_rest(
     Raises:
         AdapterError: keys that the model does not have, or weights that are not its own.
     """
-    own = {key: tensor.detach() for key, tensor in plain_state(model).items()}
+    own = plain_state(model)
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
     if strangers := [key for key in rest if key not in own]:
         hint = did_you_mean(strangers[0], own)
         raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {some(strangers, 10)}{hint}")
     moved = [key for key, tensor in rest.items() if not _is_same(tensor, own[key])]
-    parameters = {key for key, tensor in plain_state(model).items() if isinstance(tensor, nn.Parameter)}
-    biases = [key for key in moved if key.rpartition(".")[2] == "bias" and key in parameters]
+    biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(own[key], nn.Parameter)]
     others = [key for key in moved if key not in biases]
     if others and allow_other_base:
         warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}")
@@ -285,7 +284,7 @@ def _is_merged(key: str, tensor: Tensor, own: Tensor, factors: Mapping[str, Fact
     if one is None or tensor.shape != own.shape:
         return False
     delta = one.delta()
-    merged = own.double().cpu() + scale * (delta if delta.shape == own.shape else delta.T)
+    merged = own.detach().double().cpu() + scale * (delta if delta.shape == own.shape else delta.T)
     return torch.allclose(merged, tensor.double(), rtol=1e-4, atol=1e-5 * float(own.abs().max()))
 
 
