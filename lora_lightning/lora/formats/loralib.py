@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.config import Bias, LoRAConfig
 from lora_lightning.lora.errors import AdapterError, did_you_mean, some
 from lora_lightning.lora.formats.peft.load import inject_and_fill, refuse_meta, refuse_not_finite
-from lora_lightning.lora.formats.peft.resolve import exactly
+from lora_lightning.lora.formats.peft.resolve import exact_pattern
 from lora_lightning.lora.formats.provenance import warn_of_no_fingerprint, warn_of_other_base
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, named_modules, plain_state
@@ -77,10 +77,10 @@ def load_loralib(
             r=r,
             alpha=float(alpha),
             dropout=dropout,
-            target_modules="|".join(exactly(name) for name in factors),
-            slices={exactly(name): one.slices for name, one in factors.items() if one.slices is not None},
-            rank_pattern={exactly(name): rank for name, rank in larger.items()},
-            alpha_pattern={exactly(name): float(alpha) * rank / r for name, rank in larger.items()},
+            target_modules="|".join(exact_pattern(name) for name in factors),
+            slices={exact_pattern(name): one.slices for name, one in factors.items() if one.slices is not None},
+            rank_pattern={exact_pattern(name): rank for name, rank in larger.items()},
+            alpha_pattern={exact_pattern(name): float(alpha) * rank / r for name, rank in larger.items()},
             modules_to_save=saved or None,
             bias=bias,
         ),
@@ -89,7 +89,7 @@ def load_loralib(
 
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Tensors by names of the model."""
+    """Read the tensors by the names that the model has for them."""
     wrappers = ("state_dict", "model_state_dict", "model")
     tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else read_pickled(path, wrappers=wrappers)
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in tensors):
