@@ -81,7 +81,7 @@ def _exchange(parts: Mapping[Path, Path]) -> None:
     """Move the old files away, the last one first, and the new ones in; all the way back where a step fails."""
     old = {path: _beside(path, "old") for path in parts}
     try:
-        for path in reversed(parts):
+        for path in reversed(list(parts)):
             if path.exists():
                 path.replace(old[path])
         for path, part in parts.items():
