@@ -1,0 +1,216 @@
+"""Sentences as lists of words, with one tag for each word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import datasets
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+
+from lora_lightning.backbones.tokenizers import load_tokenizer
+from lora_lightning.data.classification import LabelNames, check_order, numbers_of
+from lora_lightning.data.io import conll
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.text import TextData
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.metrics.entities import OUTSIDE
+
+
+class TokenClassificationData(LabelNames, TextData):
+    """Files or a Hugging Face set to batches of token ids, label numbers and where each word begins.
+
+    A word's label goes to its first piece. In a row with a list of words and a list of tags (JSONL, Parquet, a set on
+    the hub), tags are names or numbers. CoNLL files (.conll, .iob, .bio, .txt) hold a word and its tag on each line.
+
+    Args:
+        path: files by split, one file, a directory or a set on the hub; `package:NAME/path` is a file inside an
+            installed package.
+        tokenizer: a hub name, a directory or `package:NAME/path`; one of the fast kind.
+        words_column: a list of words.
+        tags_column: a list of tags, one for each word.
+        tag_field: of CoNLL files, which field of a line is the tag, from 0; -1 is the last.
+        label_names: names in the order of their numbers. By default the set's own, else the sorted tags in train.
+        label_all_pieces: give a word's label to all of its pieces in training; predictions and metrics take the first.
+        max_length: tokens per example at most; what is over is cut, with a warning of how many words that are.
+        table: arguments of `TableData` by name.
+
+    Raises:
+        LoRAError: a missing file or column, words and tags of different number, an empty sentence, a tag that training
+            never saw.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        words_column: str = "tokens",
+        tags_column: str = "ner_tags",
+        tag_field: int = -1,
+        label_names: list[str] | None = None,
+        label_all_pieces: bool = False,
+        max_length: int = 128,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, tokenizer, max_length, **table)
+        self.words_column, self.tags_column = words_column, tags_column
+        self.given_label_names, self.label_all_pieces = label_names, label_all_pieces
+        reader = partial(conll.read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
+        self.readers = dict.fromkeys(conll.SUFFIXES, reader)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loaded on first use; byte-level ones such as RoBERTa's put a blank before each word, as in running text."""
+        if self._tokenizer is None:
+            tokenizer = load_tokenizer(self.tokenizer_name)
+            if getattr(tokenizer, "add_prefix_space", None) is False:
+                tokenizer = load_tokenizer(self.tokenizer_name, add_prefix_space=True)
+            if not tokenizer.is_fast:
+                raise LoRAError(
+                    f"{type(tokenizer).__name__} of '{self.tokenizer_name}' does not say which pieces are of which"
+                    " word: take a tokenizer of the fast kind, with a tokenizer.json"
+                )
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [self.words_column, None if kind_of(split) == "predict" else self.tags_column]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise where a row does not hold words, and a tag for each."""
+        column = self.words_column
+        for row, words in cells_of(table, ROW, column):
+            if not isinstance(words, list) or not words:
+                raise self.bad_cell(split, row, column, "a list of at least one word", words)
+            if wrong := [word for word in words if not isinstance(word, str)]:
+                raise self.bad_cell(split, row, column, "words", wrong[0], f" among them: {words[:4]}")
+        if kind_of(split) == "predict":
+            return
+        for row, words, tags in cells_of(table, ROW, column, self.tags_column):
+            if not isinstance(tags, list) or len(tags) != len(words):
+                many = f", {len(tags)} of them" if isinstance(tags, list) else ""
+                raise self.bad_cell(split, row, self.tags_column, f"a list of {len(words)} tags", tags, many)
+            if any(tag is None for tag in tags):
+                raise self.bad_cell(split, row, self.tags_column, "a tag for each word", tags)
+
+    def names_in_train(self) -> list[str]:
+        train = self.tables["train"]
+        if (feature := self._tag_feature(train)) is not None:
+            return list(feature.names)
+        seen = {tag for tags in values_of(train, self.tags_column) for tag in tags}
+        return [str(tag) for tag in sorted(seen, key=lambda tag: (tag != OUTSIDE, tag))]
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        numbers = None if kind_of(split) == "predict" else self._numbers(table, split)
+        encoded = self.encode_by(
+            encode_words,
+            table,
+            split,
+            tokenizer=self.tokenizer,
+            columns=(self.words_column, self.tags_column),
+            numbers=numbers,
+            all_pieces=self.label_all_pieces,
+            max_length=self.max_length,
+        )
+        self._warn_of_unseen_words(table, encoded, split)
+        return encoded
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return WordCollator(self.tokenizer)
+
+    def cut_share(self, split: str) -> float | None:
+        split_words = {"is_split_into_words": True, "verbose": False}
+        return self.share_cut(split, lambda rows: self.tokenizer(rows[self.words_column], **split_words))
+
+    def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
+        """What the set itself says of its tags."""
+        entry = getattr(table.features[self.tags_column], "feature", None)  # of a list's entries
+        return entry if isinstance(entry, datasets.ClassLabel) else None
+
+    def _numbers(self, table: datasets.Dataset, split: str) -> dict[str, int]:
+        """The number of each tag as it stands in the table, by its text.
+
+        Raises:
+            LoRAError: a tag of this split is not among them, with its row.
+        """
+        feature = self._tag_feature(table)
+        check_order(self.label_names, feature)
+        seen = {tag for tags in values_of(table, self.tags_column) for tag in tags}
+        numbers = numbers_of(self.label_names, list(seen), feature)
+        unknown = {tag for tag in seen if str(tag) not in numbers}
+        for row, tags in cells_of(table, ROW, self.tags_column) if unknown else ():
+            for tag in tags:
+                if tag in unknown:
+                    raise self.unknown_label(split, row, self.tags_column, tag, numbers)
+        return numbers
+
+    def _warn_of_unseen_words(self, table: datasets.Dataset, encoded: datasets.Dataset, split: str) -> None:
+        there = sum(len(words) for words in values_of(table, self.words_column))
+        seen = sum(number >= 0 for numbers in values_of(encoded, "word_ids") for number in numbers)
+        if seen < there:
+            why = "they are not trained on" if split == "train" else "they get no label, and no metric counts them"
+            rank_zero_warn(
+                f"{self.place(split)}: {there - seen} of {there} words are cut off by max_length={self.max_length} or"
+                f" hold nothing that the tokenizer knows; {why}"
+            )
+
+
+def encode_words(
+    rows: dict[str, list[Any]],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[str, str],
+    numbers: dict[str, int] | None,
+    all_pieces: bool,
+    max_length: int,
+) -> dict[str, Any]:
+    """Token ids, and of each token the number of the word that begins with it (-1 of others) and its label.
+
+    Rows to predict (`numbers` is None) keep their words in place of labels.
+    """
+    words_column, tags_column = columns
+    words = rows[words_column]
+    tokens = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+    encoded: dict[str, Any] = dict(tokens)
+    pieces = [tokens.word_ids(i) for i in range(len(words))]
+    encoded["word_ids"] = [
+        [-1 if word is None or (i and word == own[i - 1]) else word for i, word in enumerate(own)] for own in pieces
+    ]
+    if numbers is None:
+        encoded["words"] = words
+        return encoded
+    labelled = [[-1 if word is None else word for word in own] for own in pieces] if all_pieces else encoded["word_ids"]
+    encoded["labels"] = [
+        [IGNORED if word < 0 else numbers[str(tags[word])] for word in own]
+        for own, tags in zip(labelled, rows[tags_column], strict=True)
+    ]
+    return encoded
+
+
+@dataclass
+class WordCollator:
+    """`DataCollatorForTokenClassification`, which pads labels, and the words' numbers beside them."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        own = ("word_ids", "words")
+        padded = DataCollatorForTokenClassification(self.tokenizer)
+        batch = dict(padded([{key: value for key, value in row.items() if key not in own} for row in rows]))
+        length = batch["input_ids"].shape[1]
+        left = self.tokenizer.padding_side == "left"
+        ids = torch.full((len(rows), length), -1)
+        for row, target in zip(rows, ids, strict=True):
+            numbers = torch.tensor(row["word_ids"])
+            target[slice(length - len(numbers), None) if left else slice(len(numbers))] = numbers
+        batch["word_ids"] = ids
+        if "words" in rows[0]:
+            batch["words"] = [row["words"] for row in rows]
+        return batch
