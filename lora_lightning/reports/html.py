@@ -126,7 +126,7 @@ def figure_sections(drawings: Mapping[str, Drawing], svgs: Mapping[str, bytes]) 
 
 def table_section(table: Table) -> Section:
     """A table under its own title."""
-    return Section(table.title, [Block(table=table)])
+    return Section(table.title, [Block(table=table) if table.header else Block(facts=table)])
 
 
 # ---- the page of a run
