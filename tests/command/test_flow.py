@@ -106,21 +106,18 @@ def test_a_run_of_another_folder_is_tested_and_predicted_without_a_config(traine
     assert all(sum(row["probabilities"]) == pytest.approx(1, abs=1e-5) for row in rows)
 
 
-def test_a_run_is_exported_without_its_data_onto_another_base_aloud(tiny, trained, tmp_path, monkeypatch, capsys):
+def test_a_run_is_exported_onto_another_base_aloud_and_not_without_data(tiny, trained, tmp_path, monkeypatch, capsys):
     """In this process: the parser is the command's own."""
     config = yaml.safe_load((trained / "config.yaml").read_text())
-    config.pop("data")
-    config["model"]["task"]["init_args"]["num_classes"] = 2
     args = config["model"]["backbone"]["init_args"]
-    args |= {"label_names": ["fresh", "rotten"]}
     args["pretrained_model_name_or_path"] = str(make_bert(tmp_path / "other", seed=1))
-    (tmp_path / "nodata.yaml").write_text(yaml.safe_dump(config))
-    given = ["export", "--config", tmp_path / "nodata.yaml", "--ckpt_path", trained, "--output_dir", tmp_path / "out"]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    given = ["export", "--config", tmp_path / "other.yaml", "--ckpt_path", trained, "--output_dir", tmp_path / "out"]
     given += ["--dtype", "float16", "--max_shard_size", "20KB", "--model.allow_other_base", "true"]
     with pytest.warns(UserWarning, match="allow_other_base: the adapter was made on another base"):
         LoRACLI(args=[str(arg) for arg in given])
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
-    assert report["probe"] == "drawn from the model's config"
+    assert report["probe"] == "the data's first batch"
     assert report["dtype"] == "float16"
     assert report["merged_files"] > 1
     merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "merged")
@@ -129,6 +126,15 @@ def test_a_run_is_exported_without_its_data_onto_another_base_aloud(tiny, traine
     shown = capsys.readouterr().out
     assert "merged weights" in shown
     assert "float16" in shown
+    config.pop("data")
+    config["model"]["task"]["init_args"]["num_classes"] = 2
+    args["label_names"] = ["fresh", "rotten"]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(config))
+    with (
+        pytest.warns(UserWarning, match="allow_other_base"),
+        pytest.raises(LoRAError, match="give the config a data section, or the model an example_input_array"),
+    ):
+        LoRACLI(args=[str(arg) for arg in given])
 
 
 def test_a_commands_own_options_come_first_in_its_help(monkeypatch, capsys):

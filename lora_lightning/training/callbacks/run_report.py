@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
@@ -91,9 +91,12 @@ class RunReport(Callback):
         self._count(trainer, outputs, batch, dataloader_idx)
 
     def _count(self, trainer: Trainer, outputs: Any, batch: Any, dataloader_idx: int) -> None:
-        if self._classes is not None and dataloader_idx == 0 and isinstance(outputs, Mapping):
+        if self._classes is None or dataloader_idx or not isinstance(outputs, Mapping):
+            return
+        logits, labels = outputs.get("predictions"), outputs.get("targets")
+        if isinstance(logits, Tensor) and isinstance(labels, Tensor) and logits.dim() == 2 and labels.dim() == 1:
             tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-            self._classes.add(outputs["predictions"], outputs["targets"], batch, tokenizer)
+            self._classes.add(logits, labels, batch, tokenizer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember each validation's figures: which of them were best is known at the end.
