@@ -94,13 +94,13 @@ class ImageTable(TableData):
                 found = found.whole()
             elif self.crop_share is not None:
                 found = replace(found, resize=round(min(found.size) / self.crop_share))
-            given = {name: value for name, value in self.given.items() if value is not None}
+            given: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
             for name in ("mean", "std"):
                 if name in given:
-                    given[name] = tuple(float(x) for x in given[name])  # type: ignore[union-attr]
+                    given[name] = tuple(float(x) for x in given[name])
                     if len(given[name]) != 3:
                         raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
-            self._preprocessing = replace(found, **given)  # type: ignore[arg-type]
+            self._preprocessing = replace(found, **given)
         return self._preprocessing
 
     @property
