@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.training.checkpoints.loop_state import is_logged
 
 
 class StepFigures(Callback):
@@ -26,7 +27,7 @@ class StepFigures(Callback):
         self._other_rates: set[str] = set()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not trainer._logger_connector.should_update_logs or not trainer.loggers:
+        if not trainer.loggers or not (is_logged(trainer) or trainer.should_stop):
             return
         figures = self._rates(optimizer)
         for name, gradients in parts_of_gradients(pl_module, optimizer).items():
