@@ -284,9 +284,9 @@ class LoRAModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Bring W0 to the precision's dtype; what was found of it before says nothing of what it is then."""
         self._w0 = None
-        if self._trainer is not None:
-            refuse_long_rows(self.backbone, self._trainer.datamodule)  # type: ignore[attr-defined]
-            convert(self, self._trainer.precision_plugin)
+        if (trainer := trainer_of(self)) is not None:
+            refuse_long_rows(self.backbone, trainer.datamodule)  # type: ignore[attr-defined]
+            convert(self, trainer.precision_plugin)
 
     def w0_fingerprint(self) -> Fingerprint:
         """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change in a fit."""
