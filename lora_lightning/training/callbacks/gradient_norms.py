@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -62,13 +61,5 @@ def norm_of(tensors: Iterable[Tensor]) -> Tensor:
 
     Every process must ask where tensors are sharded.
     """
-    kinds = groupby(sorted(tensors, key=_kind), key=_kind)
-    norms = [torch.nn.utils.get_total_norm(list(same)) for _, same in kinds]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total: Tensor = torch.stack([norm.float() for norm in whole]).norm()
-    return total
-
-
-def _kind(tensor: Tensor) -> str:
-    """Norms of sharded tensors add up by themselves only where they are sharded over the same processes."""
-    return str(getattr(tensor, "device_mesh", ""))
+    norm = torch.nn.utils.get_total_norm(list(tensors))
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()

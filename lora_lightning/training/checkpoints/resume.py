@@ -36,8 +36,6 @@ from lora_lightning.training.distributed import gathered
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.tracking.wandb_logger import runs_of
 
-KEY = RESUME_KEY
-
 MOVES = {"base_lrs", "last_epoch", "best", "num_bad_epochs", "cooldown_counter"}
 MOVES |= {"_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
 """What a schedule's state counts, or has from the optimizer: no setting."""
@@ -61,7 +59,7 @@ class Resume(Callback):
         place = place_of(trainer)
         own = {"random": random_state(), "figures": dict(figures_of(pl_module)) if place.kind == "batch" else {}}
         checkpoint["loops"]["fit_loop"] = canonical(checkpoint["loops"]["fit_loop"], place)
-        checkpoint[KEY] = {
+        checkpoint[RESUME_KEY] = {
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
@@ -76,7 +74,7 @@ class Resume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._found = checkpoint.get(KEY)
+        self._found = checkpoint.get(RESUME_KEY)
         if self._found is None:
             rank_zero_warn(
                 "this checkpoint holds no random states: it was written without the callback Resume, so the fit goes on"
