@@ -39,6 +39,7 @@ def test_the_loops_state_has_the_fields_that_a_checkpoint_must_have(trainer):
 
 
 def test_the_step_that_is_logged_is_lightnings(trainer):
+    trainer.training = True
     for stepped in range(7):
         trainer.fit_loop.epoch_loop._batches_that_stepped = stepped
         assert loop_state.is_logged(trainer) == trainer._logger_connector.should_update_logs
