@@ -151,7 +151,7 @@ def test_peft_opens_biases_beside_an_attention(tmp_path):
     ("fields", "message"),
     [
         ({"target_modules": ["attention"], "use_dora": True}, "use_dora: 'attention', a MultiheadAttention, has no"),
-        ({"target_modules": ["conv"], "lora_bias": True}, "lora_bias: 'conv', a Conv1d, takes no bias on B"),
+        ({"target_modules": ["attention.out_proj"], "lora_bias": True}, "'attention.out_proj', .*, takes no bias on B"),
         ({"target_modules": ["conv"], "init": "pissa"}, "made for linear layers; 'conv' is a Conv1d"),
         ({"target_modules": ["attention"], "init": "olora"}, "made for linear layers; 'attention' is a Multihead"),
         ({"target_modules": [], "target_parameters": ["up.weight"], "use_dora": True}, "'up.weight', a bare parameter"),
