@@ -11,8 +11,11 @@ from lora_lightning.cli.diagnostics import told
 from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 
 CLASSES = {
-    "data": [one for name, one in vars(lora_lightning).items() if name.endswith("Data")]
-    or [getattr(lora_lightning, name) for name in lora_lightning.__all__ if name.endswith("Data")],
+    "data": [
+        getattr(lora_lightning, name)
+        for name in lora_lightning.__all__
+        if name.endswith("Data") and not inspect.isabstract(getattr(lora_lightning, name))
+    ],
     "model.backbone": [lora_lightning.huggingface],
     "model.optimizer": [torch.optim.AdamW],
     "model.lr_scheduler": [lora_lightning.WarmupDecay],

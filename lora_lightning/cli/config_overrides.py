@@ -16,6 +16,7 @@ from typing import Any, get_args
 import yaml
 
 from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.tokenizers import TRUSTED
 from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.data.io.splits import split_name
 from lora_lightning.lora.errors import LoRAError
@@ -45,10 +46,15 @@ def handed_down(command: Any) -> Iterator[None]:
         LoRAError: quantisation is asked for and bitsandbytes is not installed.
     """
     precision, backbone = command.get("trainer.precision"), command.get("model.backbone")
-    if precision not in get_args(BaseWord) or not _is_huggingface(backbone):
+    if not _is_huggingface(backbone):
         yield
         return
     args = backbone.init_args
+    if (args.get("model_kwargs") or {}).get("trust_remote_code"):
+        TRUSTED.add(str(args.pretrained_model_name_or_path))
+    if precision not in get_args(BaseWord):
+        yield
+        return
     before = {name: args.get(name) for name in ("dtype", "model_kwargs")}
     args["dtype"] = before["dtype"] or "bfloat16"
     if precision == "nf4-base":

@@ -23,22 +23,25 @@ from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
+from lora_lightning.training.callbacks.gradient_norms import StepFigures
 from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite
 from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
 from lora_lightning.training.callbacks.progress_bar import Progress
 from lora_lightning.training.callbacks.run_report import RunReport
-from lora_lightning.training.callbacks.step_figures import StepFigures
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
 from lora_lightning.training.checkpoints.resume import KEY, Resume, next_logged
-from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.monitored import refuse_unlogged
-from lora_lightning.training.preflight import refuse_unsupported_name
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
-from lora_lightning.training.tracking.wandb_callback import Tracking
-from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
+from lora_lightning.training.preflight import (
+    refuse_other_count,
+    refuse_other_size,
+    refuse_unlogged,
+    refuse_unsupported_name,
+)
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger, RepeatedCSVLogger
+from lora_lightning.training.tracking.wandb_callback import Tracking, go_on_with_run_of, log_config
+from lora_lightning.training.tracking.wandb_logger import go_on_with
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
 
 LINKS = {
@@ -46,6 +49,7 @@ LINKS = {
     "model.backbone.init_args.num_classes": "data.num_classes",
     "model.backbone.init_args.pad_token_id": "data.pad_token_id",
     "model.backbone.init_args.label_names": "data.label_names",
+    "model.backbone.init_args.tokenizer": "data.tokenizer",
     "model.task.init_args.label_names": "data.label_names",
     "model.task.init_args.tokenizer": "data.tokenizer",
 }

@@ -27,7 +27,7 @@ from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.formats.provenance import Record
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.initialization import CHECKPOINT_KEY, PREFIX
+from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX
 
 AUTO, NONE = "auto", "none"
 

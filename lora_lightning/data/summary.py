@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import datasets
 import pyarrow as pa
@@ -12,9 +12,6 @@ import pyarrow.compute as pc
 
 from lora_lightning.data.io.rows import values_of
 from lora_lightning.lora.errors import some
-
-if TYPE_CHECKING:
-    from lora_lightning.data.base import TableData
 
 MOST_COMPARED = 200_000
 """Rows whose columns are no texts, such as conversations, are compared among so many at most: each is read for it."""
@@ -24,7 +21,21 @@ MUCH = 0.05
 """From this share of cut texts on it is said aloud."""
 
 
-def summarize(data: TableData) -> dict[str, Any]:
+class Rows(Protocol):
+    """What is asked of a DataModule, after its setup."""
+
+    given_splits: Collection[str]
+    doubled_columns: Mapping[str, list[str]]
+
+    @property
+    def tables(self) -> Mapping[str, datasets.Dataset]: ...
+    def columns(self, split: str) -> Sequence[str | None]: ...
+    def place(self, split: str) -> str: ...
+    def label_counts(self, split: str) -> dict[str, int]: ...
+    def cut_share(self, split: str) -> float | None: ...
+
+
+def summarize(data: Rows) -> dict[str, Any]:
     """Rows by split, labels with counts, the share of texts cut, and lines on what looks wrong, each with its cure.
 
     Vectorized over Arrow: a million rows of texts take about a second.
@@ -44,12 +55,12 @@ def summarize(data: TableData) -> dict[str, Any]:
     return {**summary, "warnings": lines}
 
 
-def _of_columns(data: TableData) -> Iterator[str]:
+def _of_columns(data: Rows) -> Iterator[str]:
     for split, names in data.doubled_columns.items():
         yield f"{data.place(split)}: the header has {some(names)} twice: the first is read; rename one"
 
 
-def _of_texts(data: TableData, texts: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _of_texts(data: Rows, texts: dict[str, dict[str, Any]]) -> Iterator[str]:
     for split, columns in texts.items():
         for name, column in columns.items():
             if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
@@ -60,7 +71,7 @@ def _of_texts(data: TableData, texts: dict[str, dict[str, Any]]) -> Iterator[str
                 yield f"{data.place(split)}, column '{name}': {broken:,} texts hold NUL bytes: save the file as UTF-8"
 
 
-def _of_splits(data: TableData, summary: dict[str, Any]) -> Iterator[str]:
+def _of_splits(data: Rows, summary: dict[str, Any]) -> Iterator[str]:
     for which, count in summary["in_two_splits"].items():
         split, _, other = which.partition(" in ")
         cure = (

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 from lora_lightning import LoRAConfig, LoRAModule
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
+from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
 from tests.processes import in_processes
 from tests.training import sharded
 

@@ -23,7 +23,7 @@ from lora_lightning import (
 )
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 
 STEPS = 20

@@ -35,9 +35,9 @@ from lora_lightning.data.loading.loader import ResumableLoader
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.distributed import gathered
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
-from lora_lightning.training.strategies.wrapping import local
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
+from lora_lightning.training.strategies.base import local
+from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 from tests.processes import in_processes
 from tests.training import ragged

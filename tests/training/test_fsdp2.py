@@ -24,9 +24,8 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.about import backbone_name
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
-from lora_lightning.training.strategies.groups import groups_of, named_blocks
-from lora_lightning.training.strategies.wrapping import shard
+from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
+from lora_lightning.training.strategies.fsdp2.wrapping import groups_of, named_blocks, shard
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
 from tests.distributed import one_process

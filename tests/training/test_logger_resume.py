@@ -14,7 +14,8 @@ import torch
 from lora_lightning import WandbLogger
 from lora_lightning.cli.main import resume_loggers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, go_on_with, runs_of
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
+from lora_lightning.training.tracking.wandb_logger import go_on_with, runs_of
 from tests.command.process import REPOSITORY
 from tests.training.logged import KILL_AT, STEPS, TERM_AT
 from tests.wandb_file import BLOCK, HEADER, PIECE, payloads, runs_in

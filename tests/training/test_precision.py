@@ -19,8 +19,7 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.load_dtypes import load_dtypes
-from lora_lightning.training.precision import HalfBase, convert, lightnings_own
+from lora_lightning.training.precision import HalfBase, convert, lightnings_own, load_dtypes
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import REPOSITORY
 from tests.factories import FAMILIES, distance, move, output

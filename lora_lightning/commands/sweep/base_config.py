@@ -22,7 +22,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.monitored import figures_of_its_own, unlogged
+from lora_lightning.training.preflight import figures_of_its_own, unlogged
 
 Goal = str
 """`min` or `max`."""

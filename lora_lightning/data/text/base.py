@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.base import TableData
 from lora_lightning.data.io.rows import lengths_of
-from lora_lightning.data.text.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError
 
 SAMPLE = 1000

@@ -76,11 +76,6 @@ def aligned_loss(
     backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
 ) -> LinearCrossEntropy:
     """The same without the shift, as for sequence to sequence: the output at position t is held to the label at t."""
-    if torch.is_grad_enabled() and not bool((labels != IGNORED).any()):
-        raise LoRAError(
-            f"nothing is trained on in this batch: all {labels.numel()} labels are {IGNORED} (or stand first, where"
-            " nothing predicts them); drop such examples, or let more of each be kept"
-        )
     return _losses(backbone, inputs, [(slice(None), labels)], label_smoothing)[0]
 
 

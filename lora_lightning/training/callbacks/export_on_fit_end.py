@@ -27,7 +27,7 @@ from lora_lightning.reports.page import write_page
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.wrapping import is_sharded
+from lora_lightning.training.strategies.base import is_sharded
 
 
 class ExportAtEnd(Callback):

@@ -22,8 +22,7 @@ from lora_lightning.reports.console import show_data, show_injection, show_run
 from lora_lightning.reports.parts import parts_of
 from lora_lightning.training.distributed import agreed, gathered
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.fingerprint import fingerprint, moved, of_own_parts
-from lora_lightning.training.strategies.wrapping import is_sharded, local
+from lora_lightning.training.strategies.base import fingerprint, is_sharded, local, moved_in_any, of_own_shards
 
 
 class W0MovedError(LoRAError):
@@ -59,7 +58,7 @@ class FreezeBase(Callback):
         """Take the fingerprint, say what trains."""
         module = _lora_module(pl_module)
         self.before = module.w0_fingerprint()
-        self._own = of_own_parts(module.backbone) if is_sharded(module.backbone) else None
+        self._own = of_own_shards(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
@@ -106,7 +105,7 @@ class FreezeBase(Callback):
             self.after = fingerprint(module.backbone)
             changed = self.before.differences(self.after)
         else:  # all parts as they were: so is the whole
-            changed = moved(self._own, of_own_parts(module.backbone))
+            changed = moved_in_any(self._own, of_own_shards(module.backbone))
             self.after = None if changed else self.before
         if told := agreed(_told(changed) if changed else None):
             raise W0MovedError(told)

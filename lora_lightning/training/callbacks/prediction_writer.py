@@ -18,7 +18,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import gathered
-from lora_lightning.training.sets import set_name
+from lora_lightning.training.module import set_name
 
 FILE = "predictions.jsonl"
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -28,6 +30,8 @@ SEAL = len(MARK) + 64
 """Bytes of the comment: the mark and a hexadecimal digest."""
 PIECE = 1 << 20
 PREVIOUS = ".previous"
+FOREIGN = re.compile(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)")
+"""What torch names of a pickle that would run something."""
 
 
 class DamagedCheckpointError(LoRAError):
@@ -44,7 +48,8 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.part"):  # by one that was killed while it wrote
-            left.unlink(missing_ok=True)
+            if not _is_written(left):
+                left.unlink(missing_ok=True)
         with aside.open("w+b") as file:
             torch.save(content, file)
             _seal(file)
@@ -63,6 +68,18 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def _is_written(part: Path) -> bool:
+    """Whether the process that made a part file still lives; its number stands in the name."""
+    number = part.name.split(".")[-2]
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return int(number) != os.getpid()
 
 
 def _sync(folder: Path) -> None:
@@ -193,9 +210,20 @@ def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any 
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedCheckpointError: there is no whole one.
+        DamagedCheckpointError: there is no whole one, or it holds more than tensors and plain values.
     """
-    return torch.load(whole_file(path), map_location=map_location, weights_only=weights_only)
+    file = whole_file(path)
+    try:
+        return torch.load(file, map_location=map_location, weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        name = FOREIGN.search(str(error))
+        what = f": it names {name[1]}" if name else ""
+        raise DamagedCheckpointError(
+            f"'{file}' is no checkpoint of lora_lightning: it holds more than tensors and plain values{what}; nothing"
+            " of it was run"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"'{file}' is not a whole checkpoint ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -135,6 +135,17 @@ class Checkpoints(ModelCheckpoint):
         if self._newest != (trainer.global_step, "batch"):
             self._save_newest(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C, say how to go on."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == TrainerFn.FITTING:
+            saved = (
+                f"the same command with --ckpt_path {self.last_model_path} goes on from step {self._newest[0]}"
+                if self.last_model_path
+                else "nothing is saved yet: --save_every N saves every N steps"
+            )
+            rank_zero_warn(f"stopped by Ctrl-C after step {trainer.global_step}; {saved}")
+
     def _save_newest(self, trainer: Trainer) -> None:
         now = (trainer.global_step, place_of(trainer).kind)
         if trainer.fast_dev_run or not now[0] or self._newest in (now, (now[0], "")):  # type: ignore[attr-defined]

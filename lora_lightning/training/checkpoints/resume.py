@@ -30,7 +30,8 @@ from lora_lightning.training.checkpoints.loop_state import (
 )
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.distributed import gathered
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, runs_of
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
+from lora_lightning.training.tracking.wandb_logger import runs_of
 
 KEY = "lora_lightning_resume"
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -13,9 +17,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.training.checkpoints.file_io import PREVIOUS, DamagedCheckpointError, read_checkpoint
+from lora_lightning.training.checkpoints.file_io import PREVIOUS, read_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
+LOCK = ".lock"
+_HELD: set[Path] = set()
+"""Run folders that this process trains in: closing a second handle of a file would give its lock away."""
 
 
 def run_dir(trainer: Trainer) -> Path | None:
@@ -27,6 +39,43 @@ def run_dir(trainer: Trainer) -> Path | None:
             return Path(logger.log_dir)
     first = trainer.loggers[0]
     return Path(first.save_dir or trainer.default_root_dir) / str(first.name) / str(first.version)
+
+
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Within the block no other process of this machine, or of one that shares the disk, trains in this run folder.
+
+    The lock is the system's own, on the file `.lock`: it ends with the process, however that ends.
+
+    Raises:
+        LoRAError: another process has it, by its number.
+    """
+    if folder is None or fcntl is None or folder in _HELD:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    with file.open("a+", encoding="utf-8") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            handle.seek(0)
+            who = handle.read().strip() or "another process"
+            raise LoRAError(
+                f"{who} trains in '{folder}': wait until it has ended, or give this run another --name"
+            ) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        _HELD.add(folder)
+        try:
+            yield
+        finally:
+            _HELD.discard(folder)
+            file.unlink(missing_ok=True)
 
 
 def run_of_checkpoint(checkpoint: Path) -> Path:
@@ -75,7 +124,20 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         return _pick(loose, which)
     if (path / "adapter_config.json").is_file():
         raise LoRAError(f"'{path}' is an adapter's directory and no run: fit starts from it with --model.init_adapter")
+    if runs := _runs_in(path):
+        shown = ", ".join(f"'{run}'" for run in runs[:8]) + (f" and {len(runs) - 8} more" if len(runs) > 8 else "")
+        raise LoRAError(f"'{path}' holds {len(runs)} runs, the newest first {shown}: name one of them")
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Folders of runs right below, such as `runs/demo`, of which the one that was trained last comes first."""
+    found: dict[Path, float] = {}
+    for run in (entry for entry in folder.iterdir() if entry.is_dir()):
+        kept = [version / CHECKPOINTS for version in _newest_first(run)]
+        if times := [checkpoints.stat().st_mtime for checkpoints in kept if _checkpoints(checkpoints)]:
+            found[run] = max(times)
+    return sorted(found, key=lambda run: found[run], reverse=True)
 
 
 def refuse_folder(path: Path) -> None:
@@ -190,11 +252,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = read_checkpoint(Path(path))
     except FileNotFoundError as error:
         raise LoRAError(f"no checkpoint '{path}'") from error
-    except DamagedCheckpointError:
-        raise
-    except Exception as error:  # pickle, zip and torch each have their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoRAError(f"'{path}' is not a whole checkpoint ({reason})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise LoRAError(f"'{path}' is not a Lightning checkpoint: it has no state_dict")
     return content

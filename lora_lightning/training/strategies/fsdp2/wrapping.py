@@ -14,30 +14,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import disabled
+from lora_lightning.training.activations.blocks import repeated_blocks
 from lora_lightning.training.distributed import processes
-from lora_lightning.training.strategies.groups import groups_of, named_blocks
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has sharded it."""
-    return isinstance(model, FSDPModule)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
@@ -159,3 +150,32 @@ def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[st
         )
     if whole:
         rank_zero_info(f"FSDP2: every process holds the whole of {some(list(whole))}, scalars or shared by blocks")
+
+
+def groups_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks that can be called: a bare list has no forward before which it could be gathered."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    return {name: block for name, block in repeated_blocks(model).items() if not isinstance(block, lists)}
+
+
+def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Strategy") -> dict[str, nn.Module]:
+    """The modules whose names a pattern fits; `*` stands for anything.
+
+    Raises:
+        LoRAError: a pattern fits nothing, or what it fits has no parameters.
+    """
+    modules, found = dict(model.named_modules()), dict[str, nn.Module]()
+    for pattern in patterns:
+        fits = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
+        if not any(_has_parameters(module) for module in fits.values()):
+            raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near(pattern, modules)}")
+        found |= {name: module for name, module in fits.items() if _has_parameters(module)}
+    return {name: found[name] for name in modules if name in found}
+
+
+def _near(pattern: str, names: dict[str, nn.Module]) -> str:
+    return did_you_mean(pattern, (name for name in names if name))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

@@ -15,15 +15,16 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.initialization import refuse_measured
-from lora_lightning.training.strategies.checkpointing import AdapterCheckpoints
-from lora_lightning.training.strategies.steps_together import StepsTogether
-from lora_lightning.training.strategies.wrapping import as_stored, is_sharded, shard
+from lora_lightning.training.strategies.base import ShardedStrategy, is_sharded
+from lora_lightning.training.strategies.fsdp2.checkpointing import AdapterCheckpoints
+from lora_lightning.training.strategies.fsdp2.stepping import StepsTogether
+from lora_lightning.training.strategies.fsdp2.wrapping import as_stored, shard
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
 
 
-class FSDP2Strategy(StepsTogether, AdapterCheckpoints):
+class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
     """Lightning's `ModelParallelStrategy`, with the sharding, the checkpoints and the guards that LoRA needs.
 
     Args:

@@ -1,22 +1,47 @@
-"""Law 2 where W0 lies in parts: the fingerprint that one process would find, and the proof that no part has moved.
+"""What the module and its callbacks know of a strategy that shards W0: that it does, and how to look at W0 then.
 
-For the fingerprint each tensor is gathered by one process, the next by the next, which hash at the same time; none ever
-holds more than one. Whether W0 has moved needs no gathering: each process compares its own parts with what they were.
+Law 2 under sharding: the fingerprint is the one that a single process finds. Each tensor is gathered by one process,
+the next by the next, which hash at the same time; none ever holds more than one. Whether W0 has moved needs no
+gathering: each process compares its own shards with what they were.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, of_digests, of_tensors
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one_process
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.training.distributed import gathered, processes, rank
-from lora_lightning.training.strategies.wrapping import is_sharded, local
+
+
+class ShardedStrategy(ABC):
+    """A strategy under which each process holds its shard of W0, of the adapter and of the optimizer's state."""
+
+    @abstractmethod
+    def shard_module(self, module: Any) -> None:
+        """Shard the backbone of a `LoRAModule` in place, from process 0's values.
+
+        Raises:
+            LoRAError: something cannot be sharded, by name.
+        """
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds its shard of the model alone."""
+    return isinstance(model, FSDPModule)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
@@ -57,11 +82,11 @@ def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
     return torch.cat(pieces)[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)
 
 
-def of_own_parts(model: nn.Module) -> Fingerprint:
-    """Of what this process holds of W0."""
+def of_own_shards(model: nn.Module) -> Fingerprint:
+    """The fingerprint of what this process holds of W0."""
     return of_tensors({name: local(tensor) for name, tensor in base_tensors(model).items()})
 
 
-def moved(before: Fingerprint, after: Fingerprint) -> list[str]:
-    """Names of tensors of which any process's part differs, in all processes."""
+def moved_in_any(before: Fingerprint, after: Fingerprint) -> list[str]:
+    """Names of tensors of which any process's shard differs, in all processes."""
     return list(dict.fromkeys(name for part in gathered(before.differences(after)) for name in part))

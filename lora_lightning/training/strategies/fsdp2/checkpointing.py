@@ -10,15 +10,14 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 
-from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
+from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_misfits
 from lora_lightning.training.checkpoints.file_io import is_remote, whole_file
 from lora_lightning.training.distributed import by_first, rank, together
-from lora_lightning.training.initialization import PREFIX
-from lora_lightning.training.strategies.wrapping import as_stored
+from lora_lightning.training.strategies.fsdp2.wrapping import as_stored
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -39,7 +38,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains, whole and in process 0 only."""
-        return _whole_state(_trained_state(self._saved))
+        return _whole_state(adapter_only(self._saved, self._saved.state_dict()))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer, in the form of a single process."""
@@ -77,8 +76,8 @@ class AdapterCheckpoints(ModelParallelStrategy):
         """
         module, state = self._saved, checkpoint["state_dict"]
         if strict:
-            module.refuse_misfits(state)
-        own = _trained_state(module)
+            refuse_misfits(module, module.state_dict(), state)
+        own = adapter_only(module, module.state_dict())
         shards = {key: _as_sharded(value, own[key]) for key, value in state.items() if key in own}
         with as_stored(module.backbone):
             module.load_state_dict(shards, strict=strict)
@@ -100,13 +99,6 @@ class AdapterCheckpoints(ModelParallelStrategy):
 
 def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-
-
-def _trained_state(module: nn.Module) -> dict[str, Any]:
-    """The module's state without W0, in the order of a single process; shards stay shards."""
-    backbone = module.get_submodule(PREFIX.removesuffix("."))
-    frozen = {PREFIX + key for key in frozen_keys(backbone)}
-    return {key: value for key, value in module.state_dict().items() if plain_name(module, key) not in frozen}
 
 
 def _whole_state(state: Any) -> Any:
