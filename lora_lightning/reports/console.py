@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lora_lightning.lora.formats.atomic_dir import human_size
-from lora_lightning.lora.kept import KEPT
+from lora_lightning.lora.merge_checks import LEAST_KEPT
 from lora_lightning.lora.report import InjectionReport
 
 BEFORE = "_before"
@@ -177,7 +177,7 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         split = f" in {files} files" if files > 1 else ""
         rows.append(("merged weights", f"{v.get('export_dtype')}, {human_size(v['merged_bytes'])}{split}"))
     if v.get("merged_dir") and v.get("export_kept_least", 1.0) < 0.9995:
-        low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
+        low = f"{v['export_kept_low']} of {v['export_layers']} layers below {LEAST_KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
     if v.get("merged_dir") and v.get("export_dequantised"):
         rows.append(("dequantised", f"{v['export_dequantised']} layers, plain in the merged model"))

@@ -171,6 +171,16 @@ def test_dropout_is_refused_for_weights_that_are_read(only):
     inject(Attention(), config(dropout=0.5, target_modules=[only], dropout_pattern={only: 0.0}))
 
 
+def test_all_linear_says_that_the_dropout_of_the_other_layers_is_not_theirs():
+    report = inject(nn.TransformerEncoderLayer(WIDTH, HEADS, 16), config(dropout=0.5))
+    assert {row.module: row.dropout for row in report.modules} == {
+        "self_attn": 0.0,
+        "self_attn.out_proj": 0.0,
+        "linear1": 0.5,
+        "linear2": 0.5,
+    }
+
+
 def test_an_adapter_that_names_a_dropout_for_all_layers_is_loaded(tmp_path):
     theirs = peft.get_peft_model(Attention(), peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["attn"]))
     theirs.save_pretrained(tmp_path)
