@@ -172,12 +172,14 @@ def test_dropout_is_refused_for_weights_that_are_read(only):
 
 
 def test_all_linear_says_that_the_dropout_of_the_other_layers_is_not_theirs():
-    report = inject(nn.TransformerEncoderLayer(WIDTH, HEADS, 16), config(dropout=0.5))
+    report = inject(
+        nn.Sequential(nn.TransformerEncoderLayer(WIDTH, HEADS, 16), nn.Linear(WIDTH, 2)), config(dropout=0.5)
+    )
     assert {row.module: row.dropout for row in report.modules} == {
-        "self_attn": 0.0,
-        "self_attn.out_proj": 0.0,
-        "linear1": 0.5,
-        "linear2": 0.5,
+        "0.self_attn": 0.0,
+        "0.self_attn.out_proj": 0.0,
+        "0.linear1": 0.5,
+        "0.linear2": 0.5,
     }
 
 
