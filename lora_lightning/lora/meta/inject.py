@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.init import from_weight as starts
+from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, TokenRows
 
@@ -50,7 +50,7 @@ def present(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 @torch.no_grad()
 def start_from_present(layer: AdaptedLayer) -> None:
     """Compute the start (A0, B0) that W0 alone decides, from the W0 that is present; what was loaded stays."""
-    if not starts.from_weight(layer.lora_settings.init):
+    if not inits.is_from_weight(layer.lora_settings.init):
         return
     loaded = {
         name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in ("lora_A0", "lora_B0")

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.tensors import joined
-from lora_lightning.lora.init import from_weight as starts
-from lora_lightning.lora.init.from_data import check_data
+from lora_lightning.lora.init import from_weight as inits
+from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.meta.bare import builds_bare
@@ -37,7 +37,7 @@ def inject_anywhere(model: nn.Module, config: LoRAConfig, *, start: bool = True)
     if files is None:
         return inject(model, config, start=start and not builds_bare())
     if start:
-        check_data(config.init, None)
+        refuse_data(config.init, None)
     read = files.reader(model)
     report = inject(model, config, start=False)
     try:
@@ -58,13 +58,13 @@ def _draw(model: nn.Module, report: InjectionReport, read: Read, *, start: bool)
         layer = layers[row.module]
         with _w0_present(layer, names[layer.lora_owner], read, start=start):
             # Of the layer alone: a bias that trains beside it is copied below.
-            AdaptedLayer.reset_lora_parameters(layer) if start else layer.start_plainly()
+            AdaptedLayer.reset_lora_parameters(layer) if start else layer.init_plainly()
 
 
 @contextmanager
 def _w0_present(layer: AdaptedLayer, name: str, read: Read, *, start: bool) -> Iterator[None]:
     """The adapted tensors of W0 for the block, where the start depends on them."""
-    follows = layer.lora_magnitude_vector is not None or (start and starts.from_weight(layer.lora_settings.init))
+    follows = layer.lora_magnitude_vector is not None or (start and inits.is_from_weight(layer.lora_settings.init))
     parts = layer.adapted_parameters(layer.lora_owner, layer.lora_settings) if follows else {}
     tensors = {own: _needed(read, joined(name, own)) for own, tensor in parts.items() if tensor.is_meta}
     with present(layer.lora_owner, tensors):
