@@ -16,7 +16,7 @@ from lora_lightning.export.options import FORMATS, REPORT, checked_options, chec
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
+from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
@@ -76,7 +76,7 @@ def export(
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in backbone.parameters())
     needed = bytes_needed(backbone, wanted, to_dtype)
-    with evaluating(backbone), torch.no_grad(), staged(target, needed) as folder:
+    with evaluating(backbone), torch.no_grad(), stage_folder(target, needed) as folder:
         _check_w0(backbone, w0, report)
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
         own = [tokenizer, image_processor if is_transformers(backbone) else None]

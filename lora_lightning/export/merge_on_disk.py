@@ -17,7 +17,7 @@ from lora_lightning.backbones.key_mapping import groups_of, name_of
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.export.merge_output import REPORT, refuse_target, write_report
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
-from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
+from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, checked_dtype, short
@@ -64,7 +64,7 @@ def merge_on_disk(
     merge, written = _planned(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
     try:
         # headers, tokenizer and config beside the tensors
-        with staged(target, merge.size + merge.size // 100 + 2**24) as folder:
+        with stage_folder(target, merge.size + merge.size // 100 + 2**24) as folder:
             with _progress(merge.size) as advance:
                 report = merge.write(folder, advance)
             _write_side_files(base, folder, merge, report, written)

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.formats import atomic_dir as staging
-from lora_lightning.lora.formats.atomic_dir import human_size, staged
+from lora_lightning.lora.formats.atomic_dir import human_size, stage_folder
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def fill(target, text, needed=1, error=None):
-    with staged(target, needed) as folder:
+    with stage_folder(target, needed) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file.txt").write_text(text)
         if error is not None:
@@ -74,7 +74,7 @@ if when == "between the moves":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, to)
     Path.replace = replace
-with staging.staged(target, 1) as folder:
+with staging.stage_folder(target, 1) as folder:
     (folder / "half").write_text("two")
     if when == "while writing":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -81,7 +81,7 @@ def _exchange(parts: Mapping[Path, Path]) -> None:
     """Move the old files away, the last one first, and the new ones in; all the way back where a step fails."""
     old = {path: _beside(path, "old") for path in parts}
     try:
-        for path in reversed(parts):
+        for path in reversed(list(parts)):
             if path.exists():
                 path.replace(old[path])
         for path, part in parts.items():
@@ -98,7 +98,7 @@ def _exchange(parts: Mapping[Path, Path]) -> None:
 
 
 @contextlib.contextmanager
-def staged(target: Path, needed: int) -> Iterator[Path]:
+def stage_folder(target: Path, needed: int) -> Iterator[Path]:
     """A folder to write into, which takes the place of `target` once the block is through.
 
     Where the block raises, `target` is as it was and nothing new is left. What a process that was killed left behind

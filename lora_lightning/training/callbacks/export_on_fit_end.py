@@ -19,7 +19,7 @@ from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.layout import layer_layouts
-from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
+from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.console import show_report
@@ -75,7 +75,7 @@ class ExportAtEnd(Callback):
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said when it is written
-                vllm_targets(pl_module.backbone, for_vllm(pl_module.backbone, layer_layouts(pl_module.backbone)))
+                vllm_targets(pl_module.backbone, fold_for_vllm(pl_module.backbone, layer_layouts(pl_module.backbone)))
 
     def _target(self, folder: Path) -> Path:
         return Path(self.output_dir) if self.output_dir else folder / run.EXPORT
