@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -217,16 +215,9 @@ def data_table(summary: Mapping[str, Any]) -> Table:
 # ---- the closing table
 
 
-def show_report(values: Mapping[str, Any], console: Console, save_svg: Path | None = None) -> None:
-    """Print all that is known of a run as one table; also as a picture where a file is named."""
-    table = Table(title=f"Run {values.get('run_dir', '')}", rows=report_rows(values))
-    console.print(table)
-    if save_svg is not None:
-        recorder = Console(record=True, width=92, file=io.StringIO())
-        recorder.print(table)
-        # The fonts that rich names would be fetched from the network; a reader's own monospace font does.
-        picture = re.sub(r"@font-face \{.*?\}\s*", "", recorder.export_svg(title="lora-lightning"), flags=re.S)
-        save_svg.write_text(picture, encoding="utf-8")
+def show_report(values: Mapping[str, Any], console: Console) -> None:
+    """Print all that is known of a run as one table."""
+    console.print(Table(title=f"Run {values.get('run_dir', '')}", rows=report_rows(values)))
 
 
 def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -142,7 +142,7 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path):
-    with pytest.raises(LoRAError, match=r"out' cannot be written \(no\): nothing was; name a folder"):
+    with pytest.raises(LoRAError, match=r"out' cannot be written \(Permission denied\): nothing was; name a folder"):
         fill(tmp_path / "out", "one", error=PermissionError(errno.EACCES, "no"))
     assert list(tmp_path.iterdir()) == []
 

@@ -152,6 +152,12 @@ def _saved(names: Names, config: LoRAConfig, bypassed: dict[nn.Module, str]) -> 
     for name, module in outermost:
         if module in bypassed:
             raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
+        if quantized := [own for own, inner in module.named_modules() if scheme(inner)]:
+            inside = f"{name}.{quantized[0]}".removesuffix(".")
+            raise TargetError(
+                f"modules_to_save: '{inside}' is quantized, and a copy of it cannot train: leave it out of the"
+                " quantization (llm_int8_skip_modules of transformers' quantization_config)"
+            )
         if type(module).forward is nn.Module.forward:
             inside = ", ".join([f"{name}.{child}" for child, _ in module.named_children()][:4])
             raise TargetError(
