@@ -160,7 +160,7 @@ class LoRATrainer(Trainer):
             "serving": serving,
         }
         result = export_module(model, datamodule, target, batch=batch, **options)
-        show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
+        show_report(record_export(folder, result), Console())
         log_export(self.loggers, folder, target)
         return result
 
