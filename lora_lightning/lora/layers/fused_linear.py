@@ -33,8 +33,8 @@ BLOCK = 2**17
 """Elements of x that dropout works on at once on a CPU, so that they stay in its cache."""
 
 FEW_ROWS = 128
-"""Below, on a CPU, a function of our own costs more than it saves: a step of three layers of width 384 and 16 rows takes
-2.5 times the frozen one's, and 1.8 by torch's operations; of width 768 and 2048 rows 1.24 and 1.38 (one Xeon core)."""
+"""Below, on a CPU, a function of our own costs more than it saves: three layers of width 384 with 16 rows take 2.5 times
+the frozen step, and 1.8 by torch's operations; of width 768 with 2048 rows 1.24 and 1.38 (one Xeon core)."""
 
 _eager = ContextVar("eager", default=False)
 
@@ -50,7 +50,7 @@ def eager_arithmetic() -> Iterator[None]:
 
 
 def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are ordinary tensors, of enough rows, that torch would multiply, and no transform or tracer is on."""
+    """Whether these are ordinary tensors that torch would multiply, of enough rows, and no transform is on."""
     return (
         not (torch.compiler.is_compiling() or _eager.get())
         # Without public names in torch: vmap and jvp, which this function has no rules for, and modes that see each
