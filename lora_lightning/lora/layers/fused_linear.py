@@ -33,8 +33,8 @@ BLOCK = 2**17
 """Elements of x that dropout works on at once on a CPU, so that they stay in its cache."""
 
 FEW_ROWS = 128
-"""Below, on a CPU, a function of our own costs more than it saves: three layers of width 384 with 16 rows take 2.5 times
-the frozen step, and 1.8 by torch's operations; of width 768 with 2048 rows 1.24 and 1.38 (one Xeon core)."""
+"""Below, on a CPU, a function of our own costs more than it saves: three layers of width 384 with 16 rows take 2.5
+times the frozen step, and 1.8 by torch's operations; of width 768 with 2048 rows 1.24 and 1.38 (one Xeon core)."""
 
 _eager = ContextVar("eager", default=False)
 
