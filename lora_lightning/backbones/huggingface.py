@@ -18,7 +18,7 @@ from lora_lightning.backbones.hub import refuse_not_there
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
 from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.lora.meta.bare import builds_bare
+from lora_lightning.lora.meta.build import builds_bare
 
 
 def huggingface(

@@ -23,7 +23,7 @@ from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.lora.inject import adapted_layers, saved_copies
 from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.meta_start import inject_anywhere
+from lora_lightning.lora.meta.inject import inject_anywhere
 from lora_lightning.lora.products import Prepare
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
