@@ -28,10 +28,19 @@ from safetensors.torch import save_file
 from torch import nn
 
 from benchmarks.measure import RESULTS
-from lora_lightning import FreezeBase, LoRAConfig, LoRAModule, LoRATrainer, SequenceClassification, inject, save_adapter
+from lora_lightning import (
+    Checkpoints,
+    FreezeBase,
+    LoRAConfig,
+    LoRAModule,
+    LoRATrainer,
+    Resume,
+    SequenceClassification,
+    inject,
+    save_adapter,
+)
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
-from lora_lightning.training.callbacks import Checkpoints, Resume
 
 
 def computed(model: nn.Module) -> dict[str, int]:

@@ -72,8 +72,7 @@ def lightning_trainer(config: dict[str, Any], batches: int | None, folder: str, 
 
 
 def ours(batches: int | None, folder: str) -> tuple[Callable[[], object], nn.Module, Any]:
-    from lora_lightning import FreezeBase, LoRAConfig, LoRAModule, SequenceClassification, WarmupDecay
-    from lora_lightning.training.callbacks import Checkpoints
+    from lora_lightning import Checkpoints, FreezeBase, LoRAConfig, LoRAModule, SequenceClassification, WarmupDecay
 
     data, backbone, config = parts()
     model = config["model"]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.measure import CLOCKS, RESULTS, kept_bytes, machine, paired, ratios
 from benchmarks.models import ALPHA
 from lora_lightning import LoRAConfig, inject
-from lora_lightning.lora.layers.fused_linear import plain_arithmetic
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 
 R = 8
 WIDTH, TOKENS = 768, (16, 128)
@@ -128,7 +128,7 @@ def measured(form: Form, options: argparse.Namespace) -> dict[str, dict[str, flo
     quick = forwards["plain form"]
 
     def plainly() -> Tensor:
-        with plain_arithmetic():
+        with eager_arithmetic():
             return quick()
 
     forwards["plain form"] = plainly

@@ -98,11 +98,10 @@ def same_start(model: nn.Module) -> None:
             parameter.normal_(0.0, 1.0 / RANK, generator=torch.Generator().manual_seed(seed))
 
 
-def ours(options: argparse.Namespace, folder: str, **switches: Any) -> Fit:
+def ours(options: argparse.Namespace, folder: str) -> Fit:
     from lightning.pytorch import Callback
 
-    from lora_lightning import CausalLM, FreezeBase, LoRAConfig, LoRAModule, LoRATrainer
-    from lora_lightning.training.callbacks import Checkpoints
+    from lora_lightning import CausalLM, Checkpoints, FreezeBase, LoRAConfig, LoRAModule, LoRATrainer
 
     losses: list[float] = []
 
@@ -113,7 +112,7 @@ def ours(options: argparse.Namespace, folder: str, **switches: Any) -> Fit:
     rows = rows_of(options)
     optimizer = functools.partial(torch.optim.AdamW, lr=RATE, weight_decay=0.0, foreach=True)
     config = LoRAConfig(r=RANK, alpha=RANK, target_modules=LAYERS)
-    module = LoRAModule(llama(shape_of(options)), CausalLM(), config, optimizer, backbone_mode="train", **switches)
+    module = LoRAModule(llama(shape_of(options)), CausalLM(), config, optimizer, backbone_mode="train")
     same_start(module.backbone)
     trainer = LoRATrainer(
         precision="bf16-base",
@@ -181,7 +180,6 @@ def peft_in_trainer(options: argparse.Namespace, folder: str) -> Fit:
 
 WAYS: dict[str, Callable[[argparse.Namespace, str], Fit]] = {
     "ours": ours,
-    "ours, inputs recomputed": functools.partial(ours, recompute_inputs=True),
     "PEFT in the Hugging Face Trainer": peft_in_trainer,
 }
 

@@ -9,9 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.products import Prepare
-from lora_lightning.lora.switches import prepare_weights, recompute_inputs
-
 BERT_LAYERS = ("query", "key", "value", "dense")
 LLAMA_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALPHA = 16
@@ -71,34 +68,22 @@ def ours(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.
     return base
 
 
-def recomputed(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
-    """Ours with an input computed anew in backward where that is cheap."""
-    recompute_inputs(ours(base, names, dropout, r))
-    return base
-
-
-def prepared(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
-    """Ours with oneDNN's products with W0, whatever was measured."""
-    prepare_weights(ours(base, names, dropout, r), "on")
-    return base
-
-
-def plain(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
-    """Ours by torch's own operations: what `quick.py` is there to beat."""
-    from lora_lightning.lora.layers.fused_linear import plain_arithmetic
+def eager(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
+    """Ours by torch's own operations: what `fused_linear.py` is there to beat."""
+    from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 
     model, forward = ours(base, names, dropout, r), base.forward
 
-    def plainly(*args: Any, **kwargs: Any) -> Any:
-        with plain_arithmetic():
+    def eagerly(*args: Any, **kwargs: Any) -> Any:
+        with eager_arithmetic():
             return forward(*args, **kwargs)
 
-    model.forward = plainly
+    model.forward = eagerly
     return model
 
 
-def compiled_plain(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
-    """The plain form under torch.compile, which ours is when compiled."""
+def compiled(base: nn.Module, names: tuple[str, ...], dropout: float, r: int) -> nn.Module:
+    """The eager form under torch.compile, which ours is when compiled."""
     model = ours(base, names, dropout, r)
     model.compile()
     return model
@@ -190,27 +175,19 @@ def adapted(
     *,
     r: int = 8,
     only: tuple[str, ...] = (),
-    compiled: bool = False,
-    prepare: Prepare = "auto",
+    with_compiled: bool = False,
 ) -> dict[str, nn.Module]:
-    """One copy of the backbone for each way, in the mode that trains the adapters and not the base's own dropout.
-
-    Args:
-        prepare: what computes ours' products with W0.
-    """
-    ways: dict[str, Callable[..., nn.Module | None]] = {"frozen": frozen, "ours": ours, "plain form": plain}
-    ways |= {"ours, recomputed inputs": recomputed, "ours, prepared": prepared}
+    """One copy of the backbone for each way, in the mode that trains the adapters and not the base's own dropout."""
+    ways: dict[str, Callable[..., nn.Module | None]] = {"frozen": frozen, "ours": ours, "eager form": eager}
     ways |= {"peft": peft, "loralib": loralib, "unsloth's algorithm": unsloth}
-    if compiled:
-        ways["plain form, compiled"] = compiled_plain
+    if with_compiled:
+        ways["eager form, compiled"] = compiled
     models = {}
     for way, variant in ways.items():
         model = variant(copy.deepcopy(base), names, dropout, r) if not only or way in only else None
         if model is None:
             continue
         model.eval()
-        if way in ("ours", "ours, recomputed inputs", "plain form"):
-            prepare_weights(model, prepare)
         for name, module in model.named_modules():
             if "lora_dropout" in name or type(module).__module__.startswith("loralib"):
                 module.train()  # loralib's own way to take a merged update out again

@@ -1,6 +1,6 @@
 """What a LoRA step costs beside the frozen step, PEFT, loralib and unsloth's algorithm, in one run.
 
-    python -m benchmarks.step [--quick] [--rounds 15] [--curves] [--clock cpu] [--prepare on] [--device cuda]
+    python -m benchmarks.step [--quick] [--rounds 15] [--curves] [--clock cpu] [--device cuda]
 
 The frozen step is forward plus dX of the frozen backbone: nothing that carries gradients to the first layer can beat
 it, and every figure is a ratio to it. r = 8 on all linear layers, B away from zero, AdamW's step included. Written to
@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
@@ -27,7 +27,6 @@ from torch import nn
 from benchmarks.measure import CLOCKS, RESULTS, kept_bytes, machine, paired, ratios
 from benchmarks.models import BACKBONES, CUDA_BACKBONES, adapted, copied, run
 from lora_lightning import LoRAConfig, inject, merge
-from lora_lightning.lora.products import Prepare, choices
 
 SETTINGS: dict[str, tuple[torch.dtype, float]] = {
     "float32": (torch.float32, 0.0),
@@ -70,7 +69,7 @@ def step_table(options: argparse.Namespace) -> dict[str, Any]:
             for setting, (dtype, dropout) in (settings if options.device == "cuda" else SETTINGS).items():
                 torch.manual_seed(0)
                 base, on_cuda = make().to(options.device, dtype), options.device == "cuda"
-                models = adapted(base, names, dropout, compiled=on_cuda, prepare=options.prepare)
+                models = adapted(base, names, dropout, with_compiled=on_cuda)
                 x = torch.randn(batch, length, width, device=options.device).to(dtype).requires_grad_()
                 rows = steps(models, x, options)
                 table[f"{name}, {batch} x {length}, {setting}"] = rows
@@ -176,7 +175,7 @@ def curves(options: argparse.Namespace) -> dict[str, list[tuple[int, float, floa
     def point(curve: str, at: int, r: int, tokens: int, chosen: tuple[str, ...]) -> None:
         torch.manual_seed(0)
         only = ("frozen", "ours", "peft")
-        models = adapted(make(), chosen, 0.0, r=r, only=only, prepare=options.prepare)
+        models = adapted(make(), chosen, 0.0, r=r, only=only)
         rows = steps(models, torch.randn(max(1, tokens // 64), min(64, tokens), width).requires_grad_(), options)
         points[curve].append((at, rows["ours"]["time"], rows["peft"]["time"]))
         print(f"    {curve} = {at}: ours {rows['ours']['time']:.3f}, PEFT {rows['peft']['time']:.3f}", flush=True)
@@ -218,12 +217,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds of each figure")
     parser.add_argument("--curves", action="store_true", help="also against r, tokens and adapted layers, with a plot")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall")
-    parser.add_argument(
-        "--prepare",
-        choices=get_args(Prepare),
-        default="auto",
-        help="whether ours takes oneDNN's products with W0: as measured, never, or always",
-    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
@@ -236,8 +229,6 @@ def main() -> None:
     found["injection of 224 linears"] = injection(options.rounds, clock)
     found["inference"] = merged_inference(options.rounds, clock)
     found["224 linears, saved and loaded"] = save_and_load(options.rounds, clock)
-    found["products with W0"] = choices()
-    print("products with W0", *(f"{kind}: {way}" for kind, way in choices().items()), sep="\n    ")
     for title in ("injection of 224 linears", "inference", "224 linears, saved and loaded"):
         print(f"{title}: " + ", ".join(f"{key} {value:.3g}" for key, value in found[title].items()))
     RESULTS.mkdir(exist_ok=True)

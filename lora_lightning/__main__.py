@@ -6,8 +6,8 @@ import os
 import select
 import sys
 
+from lora_lightning.cli.exit_codes import CLOSED, DEBUG, ended
 from lora_lightning.cli.front_page import answered, reordered
-from lora_lightning.cli.outcome import CLOSED, DEBUG, ended
 
 
 def main() -> None:
@@ -29,12 +29,12 @@ def main() -> None:
     except SystemExit as stopped:
         # Lightning ends a run that Ctrl-C has stopped with 1.
         if isinstance(stopped.__context__, KeyboardInterrupt):
-            sys.exit(ended(stopped.__context__))
+            sys.exit(ended(stopped.__context__, sys.argv[1:]))
         raise
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(CLOSED)
-        sys.exit(ended(error))
+        sys.exit(ended(error, sys.argv[1:]))
 
 
 def run(args: list[str]) -> None:

@@ -219,16 +219,9 @@ MUTATIONS = (
     Mutation(
         "law 8: a resume that cannot be exact is said",
         RESUMES,
-        "        for told in reasons_against(self._found, trainer.world_size, replicas, anew):",
+        "        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):",
         "        for told in ():",
         (f"{RESUME}::test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named",),
-    ),
-    Mutation(
-        "law 8: the products with W0 that the run was measured to take",
-        "training/module.py",
-        '        products.take_choices(checkpoint[CHECKPOINT_KEY].get("products", {}))\n',
-        "",
-        (f"{MODULE}::test_a_resumed_run_takes_the_products_of_the_run_that_it_resumes",),
     ),
     Mutation(
         "law 8: the newest state is last.ckpt, not the best",

@@ -6,13 +6,16 @@ import pytest
 import torch
 
 import lora_lightning
+from lora_lightning.cli.build import run_parser
 from lora_lightning.cli.diagnostics import told
-from lora_lightning.cli.main import parser_of_all
 from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 
 CLASSES = {
-    "data": [one for name, one in vars(lora_lightning).items() if name.endswith("Data")]
-    or [getattr(lora_lightning, name) for name in lora_lightning.__all__ if name.endswith("Data")],
+    "data": [
+        getattr(lora_lightning, name)
+        for name in lora_lightning.__all__
+        if name.endswith("Data") and not inspect.isabstract(getattr(lora_lightning, name))
+    ],
     "model.backbone": [lora_lightning.huggingface],
     "model.optimizer": [torch.optim.AdamW],
     "model.lr_scheduler": [lora_lightning.WarmupDecay],
@@ -22,8 +25,7 @@ CLASSES = {
 
 @pytest.fixture(scope="module")
 def options():
-    fit = parser_of_all()._subcommands_action._name_parser_map["fit"]
-    return [option for action in fit._actions for option in action.option_strings]
+    return run_parser("fit").options_of("fit")
 
 
 def takes(key, options):

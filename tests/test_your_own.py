@@ -20,18 +20,19 @@ def write_files(folder):
     """Each block with a file's name in its first line, as that file."""
     for block in (*blocks("python"), *blocks("yaml")):
         (folder / block.partition("\n")[0].removeprefix("# ")).write_text(block)
-    assert sorted(path.name for path in folder.iterdir()) == ["mine.py", "mine.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["mine.py", "mine.yaml", "plain.py", "plain.yaml"]
 
 
 def command(args, monkeypatch):
     monkeypatch.setattr("sys.argv", ["lora-lightning", *args])
     monkeypatch.setattr("sys.path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    for module in ("mine", "plain"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
     main()
 
 
 def test_a_task_data_and_a_backbone_take_less_than_40_lines():
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith("#")]
     assert 20 < len(lines) < 40
 
@@ -42,6 +43,17 @@ def test_the_file_beside_the_user_is_found_and_learns(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "runs/mine/version_0/report.json").read_text())
     assert report["val_mae"] < 0.5, "1.6 before"
     assert report["w0_unchanged"]
+
+
+def test_a_plain_module_and_a_dataset_need_nothing_of_this_package(tmp_path, monkeypatch):
+    write_files(tmp_path)
+    command(["fit", "--config", "plain.yaml", "--trainer.enable_progress_bar", "false"], monkeypatch)
+    report = json.loads((tmp_path / "runs/plain/version_0/report.json").read_text())
+    assert report["val_accuracy"] > 0.9
+    assert report["w0_unchanged"]
+    for name in ("test", "predict", "export"):
+        command([name, "--ckpt_path", "runs/plain"], monkeypatch)
+    assert "lora_lightning" not in blocks("python")[1]
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,17 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, some
-from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, peft_selects
-from lora_lightning.lora.formats.peft.keys import as_written
-from lora_lightning.lora.formats.peft.packing import PREFIX
-from lora_lightning.lora.formats.peft.patterns import check_rank, matching, trained_alphas
-from lora_lightning.lora.formats.peft.unpacking import A_ENDS
-from lora_lightning.lora.formats.peft.wrappers import WRAPPER
-from lora_lightning.lora.frozen.matrices import Pair, matrix_pair, stack_pairs
-from lora_lightning.lora.meta.inject import AdapterFiles
+from lora_lightning.lora.formats.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    find_alphas,
+    matches,
+    peft_selects,
+    refuse_other_rank,
+)
+from lora_lightning.lora.formats.peft.keys import A_ENDS, PREFIX, WRAPPER, canonical_keys
+from lora_lightning.lora.formats.peft.load import AdapterFiles
+from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, stack_pairs
 
 OUT = f".{WRAPPER}.out_proj"
 REGISTERED = ("gate_up_proj", "down_proj")
@@ -116,7 +119,7 @@ def read_factors(
     Raises:
         AdapterError: keys that are not PEFT's, an A without a B, shapes or ranks that do not go together, no layer.
     """
-    tensors = as_written(files.tensors, nn.Module())
+    tensors = canonical_keys(files.tensors)
     if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
         raise AdapterError(f"{files.directory}: adapter keys must start with '{PREFIX}', got {some(strangers)}")
     found = [_found(key, tensors, files, modules or {}) for key in tensors if key.endswith(A_ENDS)]
@@ -209,7 +212,7 @@ def _entry_rank(layer: _Found, files: AdapterFiles) -> int:
     """The rank of one entry of a stack, of which the tensors hold the rank times the number of entries."""
     if files.record and layer.name in files.record.settings:
         return files.record.settings[layer.name][0]
-    said = set(matching(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
+    said = set(matches(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
     fitting = sorted(int(r) for r in said if int(r) > 0 and layer.A.shape[0] % int(r) == 0)
     if len(fitting) != 1:
         raise AdapterError(
@@ -224,9 +227,9 @@ def _scales(found: list[_Found], files: AdapterFiles, alphas: Mapping[str, float
     if files.record:
         return {layer.name: files.record.settings[layer.name][2] for layer in found}
     for layer in found:
-        check_rank(files.peft, layer.name, layer.peft_name, layer.rank)
+        refuse_other_rank(files.peft, layer.name, layer.peft_name, layer.rank)
     ranks = {layer.name: layer.rank for layer in found}
-    own = trained_alphas(files.peft, {layer.name: layer.peft_name for layer in found}, ranks, alphas)
+    own = find_alphas(files.peft, {layer.name: layer.peft_name for layer in found}, ranks, alphas)
     rslora = bool(files.peft.get("use_rslora"))
     return {name: own[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from lora_lightning.analysis.adapters import Factors
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.frozen.matrices import Pair, less_start, weight_matrices
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
+from lora_lightning.lora.frozen.spectrum import Pair, subtract_init, weight_matrices
 from lora_lightning.lora.init.from_weight import from_weight, start_from_weight
 
 Read = Callable[[nn.Module, str, str], Tensor | None]
@@ -91,4 +91,4 @@ def _less_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
         )
     A0, B0 = start_from_weight(init, W0[0], layer.r, layer.scale)
     A, B = layer.pairs[0]
-    return less_start((A, B), A0.to(A.dtype), B0.to(B.dtype))
+    return subtract_init((A, B), A0.to(A.dtype), B0.to(B.dtype))

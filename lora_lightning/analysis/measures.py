@@ -15,15 +15,15 @@ from lora_lightning.analysis.base_weights import Weights
 from lora_lightning.analysis.layer_groups import Place, places
 from lora_lightning.lora.frozen.spectrum import (
     Spectrum,
-    drawn_norm,
     energy,
+    expected_norm,
     frobenius,
-    own_norm,
-    projected,
-    random_norm,
+    projection_norm,
+    sampled_norm,
     smallest_rank,
     spectrum,
     stable_rank,
+    top_norm,
 )
 
 SHARES = (0.9, 0.95, 0.99)
@@ -144,16 +144,16 @@ def _against(layer: Factors, spectra: list[Spectrum], matrices: list[Tensor]) ->
     """A stack's entries are the blocks of one matrix: squares add up."""
     norm = _root(frobenius(s.S) for s in spectra)
     w0_norm = _root(float(torch.linalg.matrix_norm(W0.double())) for W0 in matrices)
-    inside = _root(projected(s.U, W0, s.V) for s, W0 in zip(spectra, matrices, strict=True))
+    inside = _root(projection_norm(s.U, W0, s.V) for s, W0 in zip(spectra, matrices, strict=True))
     ranks = [min(len(s.S) or layer.r, *W0.shape) for s, W0 in zip(spectra, matrices, strict=True)]
     pairs = list(zip(matrices, ranks, strict=True))
     return AgainstBase(
         w0_norm=w0_norm,
         relative=norm / w0_norm if w0_norm else math.nan,
         in_update=inside,
-        in_w0=_root(own_norm(W0, r) for W0, r in pairs),
-        in_random=_root(drawn_norm(W0, r) for W0, r in pairs),
-        by_chance=_root(random_norm(float(torch.linalg.matrix_norm(W0.double())), r, layer.shape) for W0, r in pairs),
+        in_w0=_root(top_norm(W0, r) for W0, r in pairs),
+        in_random=_root(sampled_norm(W0, r) for W0, r in pairs),
+        by_chance=_root(expected_norm(float(torch.linalg.matrix_norm(W0.double())), r, layer.shape) for W0, r in pairs),
         amplification=norm / inside if inside else math.nan,
     )
 

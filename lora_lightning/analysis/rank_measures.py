@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora.frozen.matrices import Pair, base_matrices
 from lora_lightning.lora.frozen.spectrum import (
+    Pair,
     Spectrum,
+    base_matrices,
     energy,
     frobenius,
-    projected,
+    projection_norm,
     smallest_rank,
     spectrum,
     stable_rank,
@@ -101,7 +102,7 @@ def _amplification(norm: float, spectra: Sequence[Spectrum], matrices: Sequence[
     """In float32: W0 is multiplied as it lies where it is of that dtype."""
     if not matrices or not norm:
         return math.nan
-    inside = _root([projected(s.U, W0, s.V, torch.float32) for s, W0 in zip(spectra, matrices, strict=True)])
+    inside = _root([projection_norm(s.U, W0, s.V, torch.float32) for s, W0 in zip(spectra, matrices, strict=True)])
     return norm / inside if inside else math.nan
 
 

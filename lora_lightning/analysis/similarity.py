@@ -11,8 +11,14 @@ from torch import Tensor
 
 from lora_lightning.analysis.adapters import Adapter, Factors
 from lora_lightning.analysis.layer_groups import places
-from lora_lightning.lora.frozen.matrices import Pair
-from lora_lightning.lora.frozen.spectrum import accumulated, chance, directions, similarity, spectrum
+from lora_lightning.lora.frozen.spectrum import (
+    Pair,
+    accumulate_similarity,
+    directions,
+    random_similarity,
+    similarity,
+    spectrum,
+)
 
 Side = Literal["A", "B", "update_in", "update_out"]
 SIDES: tuple[Side, ...] = ("A", "B", "update_in", "update_out")
@@ -65,7 +71,7 @@ def _of_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerS
         group=group,
         side=side,
         phi=_phi([sided(p, side) for p in layer.pairs], [sided(p, side) for p in other.pairs]).tolist(),
-        chance=chance(1, 1, (k if side in ("A", "update_in") else m) * len(layer.pairs)),
+        chance=random_similarity(1, 1, (k if side in ("A", "update_in") else m) * len(layer.pairs)),
     )
 
 
@@ -88,7 +94,7 @@ def _phi(ones: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]])
     squares: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
     rows = torch.cat([S for _, S in ones]).argsort(descending=True)
     columns = torch.cat([S for _, S in others]).argsort(descending=True)
-    return accumulated(squares[rows][:, columns])
+    return accumulate_similarity(squares[rows][:, columns])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +125,7 @@ def between_layers(layers: Sequence[Factors], group: str, k: int) -> GroupSimila
         names=[layer.name for layer in plain],
         directions=k,
         phi=overlaps.tolist(),
-        chance=chance(k, k, plain[0].shape[1]),
+        chance=random_similarity(k, k, plain[0].shape[1]),
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from lora_lightning.analysis.adapters import Factors, natural
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.frozen.matrices import less_start, matrix_pair, stack_pairs
+from lora_lightning.lora.frozen.spectrum import matrix_pair, stack_pairs, subtract_init
 from lora_lightning.lora.layers.parameter import CHILD
 from lora_lightning.lora.targets.patterns import by_pattern
 
@@ -42,7 +42,7 @@ def _layer(path: str, state: Mapping[str, Tensor], config: LoRAConfig) -> Factor
     if is_stack:
         pairs = stack_pairs(A, B, A.shape[0] // r)
     else:
-        pairs = [less_start(matrix_pair(A, B), state.get(f"{path}.lora_A0"), state.get(f"{path}.lora_B0"))]
+        pairs = [subtract_init(matrix_pair(A, B), state.get(f"{path}.lora_A0"), state.get(f"{path}.lora_B0"))]
     return Factors(
         name=name,
         kind="Parameter" if last.startswith(CHILD) else "Linear" if A.dim() == 2 else f"Conv{A.dim() - 2}d",

@@ -19,11 +19,10 @@ from lora_lightning.lora.bank.combine import padded, truncated
 from lora_lightning.lora.errors import AdapterError, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
-from lora_lightning.lora.formats.peft.packing import PREFIX
-from lora_lightning.lora.formats.peft.write import ranks_and_alphas
-from lora_lightning.lora.formats.provenance import rewritten
+from lora_lightning.lora.formats.peft.keys import PREFIX
+from lora_lightning.lora.formats.peft.save import ranks_and_alphas
 from lora_lightning.lora.formats.tensor_files import file_content
-from lora_lightning.lora.frozen.matrices import Pair
+from lora_lightning.lora.frozen.spectrum import Pair
 from lora_lightning.lora.init.from_weight import from_weight
 
 MARK = "truncation.json"
@@ -89,7 +88,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     record = adapter.files.record
     alphas = _alphas(adapter, ranks)
     settings = {layer.name: (ranks[layer.name], alphas[layer.name], layer.scale) for layer in adapter.factors}
-    metadata = {"format": "pt"} if record is None else rewritten(record, tensors, settings, config)
+    metadata = {"format": "pt"} if record is None else record.of_changed_file(tensors, settings, config).to_metadata()
     told = Truncation(
         directory=str(directory),
         share=share,

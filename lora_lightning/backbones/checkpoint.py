@@ -15,11 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lora_lightning.backbones.huggingface import quiet
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.peft.keys import as_written
-from lora_lightning.lora.formats.peft.packing import PREFIX
+from lora_lightning.lora.formats.peft.keys import PREFIX, canonical_keys
+from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.formats.tensor_files import DTYPES
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.inject import AdapterFiles
 
 CONFIG = "config.json"
 
@@ -124,7 +123,7 @@ def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedM
 def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:
     """The number of classes where the adapter brings a head of another size than the config's."""
     state, number = model.state_dict(), model.config.num_labels
-    for key, tensor in as_written(tensors, model).items():
+    for key, tensor in canonical_keys(tensors, dict(model.named_modules())).items():
         own = state.get(key.removeprefix(PREFIX))
         if own is None or own.shape == tensor.shape or not own.dim() or own.shape[1:] != tensor.shape[1:]:
             continue

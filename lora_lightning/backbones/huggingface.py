@@ -17,6 +17,7 @@ from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.hub import refuse_not_there
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
+from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.meta.build import builds_bare
 
@@ -32,6 +33,8 @@ def huggingface(
     revision: str | None = None,
     random_weights: bool = False,
     on_meta: bool = False,
+    add_tokens: list[str] | None = None,
+    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A transformers model, by `AutoModel...from_pretrained`; within `torch.device("meta")` its architecture alone.
@@ -51,11 +54,15 @@ def huggingface(
         random_weights: build the architecture from its config and load no weights.
         on_meta: read the weights when a fit or a test begins, each process its own part alone, and until then have them
             on the meta device: for models that are sharded because no process can hold them. Safetensors only.
-        model_kwargs: more arguments for `from_pretrained`.
+        add_tokens: new tokens, which the tokenizer then keeps whole, each with a row of the embedding (and of the head)
+            that starts as the mean of the others. `lora.trainable_token_indices` trains them by these names.
+        tokenizer: of the data, to which they are added; the data hand it over by themselves. Without one the model's.
+        model_kwargs: more arguments for `from_pretrained`. A model that brings its own code is refused unless
+            `trust_remote_code: true` stands here.
 
     Raises:
         LoRAError: no such class, no such model, weights that leave part of the backbone without values; or, with
-            `on_meta`, weights that are quantised, random or no safetensors.
+            `on_meta`, weights that are quantised, random or no safetensors, or tokens to add.
     """
     cls = getattr(transformers, auto_class, None)
     if cls is None:
@@ -63,7 +70,7 @@ def huggingface(
         raise LoRAError(f"transformers has no class '{auto_class}'{did_you_mean(auto_class, known)}")
     dtype = dtype or "float32"
     name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
-    kwargs = dict(model_kwargs or {}) | gguf
+    kwargs = {"trust_remote_code": False, **(model_kwargs or {})} | gguf
     if "cache_dir" not in kwargs:  # where it may lie in another place than the hub's cache
         refuse_not_there("model", name)
     if label_names:
@@ -76,6 +83,8 @@ def huggingface(
     if revision:
         kwargs["revision"] = revision
     on_meta = on_meta and not builds_bare()
+    if on_meta and add_tokens:
+        raise LoRAError("add_tokens makes rows of the embedding, which on_meta has not read yet: leave on_meta out")
     if on_meta:
         refuse_on_meta(kwargs, random_weights=random_weights)
         kwargs["use_safetensors"] = True
@@ -86,6 +95,11 @@ def huggingface(
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, LoRAError):
             raise
+        if "trust_remote_code" in str(error):
+            raise LoRAError(
+                f"'{pretrained_model_name_or_path}' brings code of its own, which is not run unasked: read it, and then"
+                " give the backbone model_kwargs: {trust_remote_code: true}"
+            ) from error
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
     except ImportError as error:
         raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {_reason(error)}") from error
@@ -94,10 +108,40 @@ def huggingface(
     if "gguf_file" in kwargs:
         forget_gguf(model)
         model.config._name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
+    if add_tokens:
+        grow(model, add_tokens, tokenizer or load_tokenizer(pretrained_model_name_or_path))
     text = model.config.get_text_config()
     if pad_token_id is not None and "pad_token_id" in text.to_dict():
         text.pad_token_id = pad_token_id  # batches are padded with this one, so the last real token is found by it
     return model  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def grow(model: Any, tokens: list[str], tokenizer: transformers.PreTrainedTokenizerBase) -> None:
+    """Add tokens to a tokenizer, and their rows to the embedding and the head of a model.
+
+    A new row is the mean of the rows before it, rounded to bfloat16: on every machine the same bits, which the
+    fingerprint of W0 asks for. The numbers of the tokens then stand in `model.added_tokens`.
+
+    Raises:
+        LoRAError: a token is there twice, or the tokenizer has more words than the model without them.
+    """
+    if len(set(tokens)) < len(tokens):
+        raise LoRAError(f"add_tokens holds a token twice: {tokens}")
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens(tokens)
+    numbers = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+    fresh = [number for number in numbers.values() if number >= rows]
+    if fresh and min(fresh) > rows:
+        raise LoRAError(f"the tokenizer has {min(fresh)} words and the model {rows} rows: name its own tokenizer")
+    if fresh:
+        model.resize_token_embeddings(max(fresh) + 1, mean_resizing=False)
+        head = model.get_output_embeddings()
+        for module in (model.get_input_embeddings(), head):
+            for tensor in () if module is None else (module.weight, getattr(module, "bias", None)):
+                if tensor is not None and not tensor.is_meta:
+                    tensor[rows:] = tensor[:rows].double().mean(0).to(torch.bfloat16).to(tensor.dtype)
+    model.added_tokens = numbers
 
 
 def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:

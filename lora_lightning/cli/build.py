@@ -1,10 +1,14 @@
-"""A trained run from its folder: its module with the checkpoint's adapter in it, its data, and a trainer."""
+"""A run's parts from a config or from a checkpoint, made as a command makes them, and nothing started."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, Trainer
 
 from lora_lightning.cli.main import LoRACLI
@@ -13,44 +17,66 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import convert
 
-
-class _Opening(LoRACLI):
-    """Everything is made and nothing is run."""
-
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
-
-
-ALONE = [
-    "--trainer.logger",
-    "false",
-    "--trainer.strategy",
-    "auto",
-    "--trainer.devices",
-    "1",
-    "--trainer.num_nodes",
-    "1",
-]
+ALONE = ("--trainer.logger=false", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1")
 """One process, which leaves nothing behind."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenedRun:
-    """A run's parts."""
+class Run:
+    """The parts of a run."""
 
+    config: Namespace
+    """Of the command, as it was parsed."""
+    parser: Any
+    """Of the command line: what else the command is to be asked is looked at with it."""
     module: LoRAModule
-    trainer: Trainer
     data: LightningDataModule | None
+    trainer: Trainer | None
+    """None where it was not asked for."""
 
     def validate(self) -> dict[str, float]:
-        """The validation set's figures with the adapter that the module has now; none without data."""
-        if self.data is None:
+        """The validation set's metrics with the adapter that the module has now; none without data."""
+        if self.data is None or self.trainer is None:
             return {}
-        found = self.trainer.validate(self.module, datamodule=self.data, verbose=False)
-        return {name: value for figures in found for name, value in figures.items()}
+        sets = self.trainer.validate(self.module, datamodule=self.data, verbose=False)
+        return {name: value for metrics in sets for name, value in metrics.items()}
 
 
-def open_run(checkpoint: Path) -> OpenedRun:
+def build_run(args: Sequence[str], edit: Callable[[Namespace], None] | None = None, *, trainer: bool = True) -> Run:
+    """Make what a command line describes: data, module and Trainer, as `fit` would have them before it begins.
+
+    Args:
+        args: a command and its flags, such as `["fit", "-c", "configs/demo.yaml"]`.
+        edit: changes the command's config, in place, before anything is made of it: `config.data = None` builds without
+            data, and what the data would have told the model is then set by hand.
+        trainer: False makes no Trainer, callbacks and loggers aside.
+
+    Raises:
+        LoRAError: an object of ours refuses its arguments.
+        SystemExit: the command refuses them; its line is on the screen.
+    """
+    cli = LoRACLI(args=list(args), until="trainer" if trainer else "module", edit=edit)
+    if not isinstance(cli.model, LoRAModule):
+        raise LoRAError(f"expected a LoRAModule, got {type(cli.model).__name__}")
+    return Run(config=cli.command, parser=cli.parser, module=cli.model, data=cli.datamodule, trainer=cli.trainer)
+
+
+@functools.cache
+def run_parser(command: str) -> Any:
+    """The parser of `fit`, `test` and the like, made once, for it takes a second; `parse_run` is its usual caller."""
+    return LoRACLI(args=[command], until="parser").parser
+
+
+def parse_run(args: Sequence[str]) -> Namespace:
+    """The command's config with every class and argument checked; nothing is made, read or downloaded.
+
+    Raises:
+        SystemExit: the command refuses it; its line is on the screen.
+    """
+    return run_parser(args[0]).parse_args(list(args))[args[0]]  # type: ignore[no-any-return]
+
+
+def open_run(checkpoint: Path) -> Run:
     """Build what the config beside a checkpoint describes, and load the checkpoint.
 
     Raises:
@@ -60,12 +86,13 @@ def open_run(checkpoint: Path) -> OpenedRun:
     if not config.is_file():
         raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{checkpoint}': name the run's own folder")
     content = run.load_checkpoint(checkpoint)
-    cli = _Opening(args=["export", "--config", str(config), "--ckpt_path", str(checkpoint), *ALONE])
-    module = cli.model
-    assert isinstance(module, LoRAModule)
-    convert(module, cli.trainer.precision_plugin)  # W0 as the fit had it, whose fingerprint the checkpoint holds
-    module.configure_model()
-    module.on_load_checkpoint(content)
-    module.load_state_dict(content["state_dict"])
-    module.eval()
-    return OpenedRun(module=module, trainer=cli.trainer, data=cli.datamodule)
+    built = build_run(["export", "--config", str(config), "--ckpt_path", str(checkpoint), *ALONE])
+    assert built.trainer is not None
+    convert(
+        built.module, built.trainer.precision_plugin
+    )  # W0 as the fit had it, of which the checkpoint has the fingerprint
+    built.module.configure_model()
+    built.module.on_load_checkpoint(content)
+    built.module.load_state_dict(content["state_dict"])
+    built.module.eval()
+    return built

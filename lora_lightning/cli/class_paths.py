@@ -82,6 +82,8 @@ def wrong_path(path: str) -> str | None:
     Modules on the way are imported: they are what the command would import next.
     """
     parts = path.split(".")
+    if parts[0] == "lora_lightning" and parts[-1] in lora_lightning.GONE:
+        return f"{path}: {lora_lightning.GONE[parts[-1]]}"
     if len(parts) == 1:
         known = _names()
         if path in known:

@@ -11,7 +11,7 @@ from lora_lightning.cli.config_files import named
 from lora_lightning.cli.config_places import place_of, whole_key
 from lora_lightning.cli.other_tools import instead_of, misspelt
 from lora_lightning.cli.registry import FROM_CHECKPOINT, POSITIONAL
-from lora_lightning.lora.errors import did_you_mean
+from lora_lightning.lora.errors import REMOVED, did_you_mean
 
 TUPLE = re.compile(r"Parser key \"([^\"]*)\": Expected a tuple with (\d+) elements\. Got value: (.*)")
 UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
@@ -168,6 +168,8 @@ def _instead(name: str, keys: Iterable[str], dashes: str) -> str:
     """What to write for a name that means nothing: what it is called here, or what is near."""
     keys = [key for key in keys if not key.endswith("+")]
     last = name.rpartition(".")[2]
+    if last in REMOVED:
+        return f": {REMOVED[last]}"
     if (other := instead_of(last, keys, dashes)) is not None:
         return other
     group, first = name.rpartition(".")[0], name.partition(".")[0]

@@ -6,7 +6,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from lora_lightning.cli.outcome import CODES
+from lora_lightning.cli.exit_codes import CODES
 from lora_lightning.cli.registry import ENTRIES, GROUPS
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
@@ -16,6 +16,9 @@ ELSEWHERE = {
     **dict.fromkeys(("generate", "infer", "inference"), "predict"),
 }
 """What other tools call a command."""
+
+GONE = {"completion": "bash completes commands and files by one line of ~/.bashrc, which docs/command.md has"}
+"""Commands of earlier versions, and what to take."""
 
 EXAMPLES = """\
 examples
@@ -68,6 +71,8 @@ def refuse_no_command(args: list[str]) -> None:
     first = args[0]
     if first in ENTRIES:
         return
+    if first in GONE:
+        raise LoRAError(f"'{first}' is no command any more: {GONE[first]}")
     named = next((arg for arg in args if arg in ENTRIES), None)
     if Path(first).suffix in (".yaml", ".yml"):
         raise LoRAError(f"a command comes first: lora-lightning {named or 'fit'} -c {first}")

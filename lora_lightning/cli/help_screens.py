@@ -199,10 +199,12 @@ def _default(action: Action) -> str:
 
 
 def classes_of(key: str) -> list[str]:
-    """Our own for `data` or `model.task`, by name."""
+    """Our own for `data` or `model.task`, by name, but for what users subclass."""
     import lora_lightning
 
     where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
     return sorted(
-        name for name, module in lora_lightning._WHERE.items() if module.startswith(where) and name.endswith(ending)
+        name
+        for name, module in lora_lightning._WHERE.items()
+        if module.startswith(where) and name.endswith(ending) and name not in ("TableData", "Task", "StepOutput")
     )

@@ -5,43 +5,43 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, set_parsing_settings
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from lora_lightning.cli.config_files import check, named
+from lora_lightning.cli.config_files import check
+from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_by_flag, with_run_config
 from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
-from lora_lightning.cli.docstrings import read_once
-from lora_lightning.cli.handed_down import handed_down, labels_of_run, rows_to_predict
-from lora_lightning.cli.outcome import RUN_CONFIG, raised_by_the_user
-from lora_lightning.cli.parser import GIVEN, OneLine, command_parser, run_command
-from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT
+from lora_lightning.cli.exit_codes import raised_by_the_user
+from lora_lightning.cli.parser import CommandLine, OneLine
+from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.callbacks import (
-    Checkpoints,
-    FreezeBase,
-    PredictionWriter,
-    Progress,
-    Resume,
-    RunReport,
-    StepFigures,
-    StopOnNonFinite,
-    Throughput,
-)
+from lora_lightning.training.callbacks.freeze_base import FreezeBase
+from lora_lightning.training.callbacks.gradient_norms import StepFigures
+from lora_lightning.training.callbacks.nan_guard import StopOnNonFinite
+from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
+from lora_lightning.training.callbacks.progress_bar import Progress
+from lora_lightning.training.callbacks.run_report import RunReport
+from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.checkpoints.resume import KEY, next_logged
-from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
+from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
+from lora_lightning.training.checkpoints.resume import KEY, Resume, next_logged
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.monitored import refuse_unlogged
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, RepeatedCSVLogger, go_on_with
-from lora_lightning.training.tracking.wandb_callback import Tracking
-from lora_lightning.training.tracking.wandb_run import go_on_with_run_of, log_config
+from lora_lightning.training.preflight import (
+    refuse_other_count,
+    refuse_other_size,
+    refuse_unlogged,
+    refuse_unsupported_name,
+)
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger, RepeatedCSVLogger
+from lora_lightning.training.tracking.wandb_callback import Tracking, go_on_with_run_of, log_config
+from lora_lightning.training.tracking.wandb_logger import go_on_with
 from lora_lightning.training.trainer import LoRATrainer, in_one_process
 
 LINKS = {
@@ -49,6 +49,7 @@ LINKS = {
     "model.backbone.init_args.num_classes": "data.num_classes",
     "model.backbone.init_args.pad_token_id": "data.pad_token_id",
     "model.backbone.init_args.label_names": "data.label_names",
+    "model.backbone.init_args.tokenizer": "data.tokenizer",
     "model.task.init_args.label_names": "data.label_names",
     "model.task.init_args.tokenizer": "data.tokenizer",
 }
@@ -61,28 +62,11 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 class Parser(OneLine, LightningArgumentParser):
     """LightningCLI's, in our manners."""
 
-    _linked_targets: set[str] | None = None
-
     def add_function_arguments(
         self, function: Callable[..., Any], *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
     ) -> list[str]:
-        """Let the data's label names flow into a backbone that a function makes; jsonargparse links classes only."""
-        self._linked_targets = linked_targets
-        try:
-            return super().add_function_arguments(function, *args, **kwargs)  # type: ignore[no-any-return]
-        finally:
-            self._linked_targets = None
-
-    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """A class's own parser gets `null` as it was given; jsonargparse hands it on as the text None."""
-        if not self.exit_on_error and args and str(args[0]).endswith("=None"):
-            args = [f"{args[0].removesuffix('None')}null", *args[1:]]
-        return super().parse_args(args, *rest, **kwargs)
-
-    def _add_signature_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        if self._linked_targets is not None:
-            kwargs["linked_targets"] = self._linked_targets
-        return super()._add_signature_arguments(*args, **kwargs)  # type: ignore[no-any-return,misc]
+        """A backbone may be made by a function: jsonargparse hands the names of links to classes only."""
+        return super().add_function_arguments(function, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -114,14 +98,36 @@ class SaveRunConfig(SaveConfigCallback):
         self.already_saved = True
 
 
+Stage = Literal["parser", "module", "trainer", "end"]
+"""How far a command goes: its parser, the data and the module, the Trainer over them, or its end."""
+
+
 class LoRACLI(LightningCLI):
-    """LightningCLI over `LoRAModule`, `LoRATrainer` and any DataModule."""
+    """LightningCLI over `LoRAModule`, `LoRATrainer` and any DataModule.
+
+    Args:
+        args: the words of the command line, those of the process by default; or a config as a dict.
+        until: where to stop, for what reads a run without starting it: see `cli.build`.
+        edit: changes the command's config, in place, before anything is made of it.
+    """
 
     _goes_on: int | None = None
     """The version of the run that a fit goes on with; None where it makes one of its own."""
 
-    def __init__(self, args: ArgsType = None, **kwargs: Any) -> None:
-        self._first = first_word(args)
+    _named_data: str | None = None
+    """What data that a flag names are called, where a trained run is tested or predicts on other than its own."""
+
+    def __init__(
+        self,
+        args: ArgsType = None,
+        *,
+        until: Stage = "end",
+        edit: Callable[[Namespace], None] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        given = sys.argv[1:] if args is None else args
+        self.until, self.edit = until, edit
+        self.line = CommandLine(list(map(str, given)) if isinstance(given, list) else [])
         super().__init__(
             model_class=LoRAModule,
             datamodule_class=None,  # any, and none where a command can do without
@@ -129,6 +135,7 @@ class LoRACLI(LightningCLI):
             save_config_callback=SaveRunConfig,
             seed_everything_default=42,
             auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
             parser_kwargs={
                 "prog": "lora-lightning",
                 "description": "LoRA fine-tuning on PyTorch Lightning. First: fit --config FILE.",
@@ -137,37 +144,16 @@ class LoRACLI(LightningCLI):
             **kwargs,
         )
 
-    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
-        """Lightning's, in half of the time."""
-        with read_once():
-            super().setup_parser(*args, **kwargs)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's own, and `export`."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
-
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        """Lightning's, and those that need no config, which `run_command` runs."""
-        super()._add_subcommands(parser, **kwargs)
-        subcommands = parser._subcommands_action
-        assert subcommands is not None
-        for name in COMMANDS:
-            wanted = self._first in (name, None)
-            own = command_parser(name) if wanted else OneLine(prog=f"lora-lightning {name}")
-            subcommands.add_subcommand(name, own, help=ENTRIES[name].line)
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Lightning's, for the subcommand that is asked for: all five take 1.5 s more, to read the same docstrings."""
-        wanted = self._first
-        if wanted in (subcommand, None) or wanted not in (*self.subcommands(), *COMMANDS, "-h", "--help"):
-            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)  # type: ignore[no-any-return]
-        return self.init_parser(**kwargs)
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Lightning's own, and `export`; of a command line only the one that it names: each takes 0.3 s to describe."""
+        known = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        asked = self.line.words[0] if self.line.words else ""
+        return {asked: known[asked]} if asked in known else known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser for the command or for one subcommand."""
         kwargs.pop("dump_header", None)
-        parser = Parser(**kwargs)
+        parser = Parser(**kwargs, line=self.line)
         parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
         return parser
 
@@ -194,31 +180,29 @@ class LoRACLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without --config, a command on a trained run takes the config that the run was made with."""
-        given = sys.argv[1:] if args is None else args
-        RUN_CONFIG.set(None)
-        if isinstance(given, list):
-            full = with_run_config([str(arg) for arg in given])
-            args = full if args is not None or full != given else None
-            GIVEN.set(full)
-            check(full)
-            for file in map(Path, named(full)):
-                if file.name == run.CONFIG and run.is_run(file.parent):
-                    RUN_CONFIG.set(str(file))
-        with read_once():
-            super().parse_arguments(parser, args)
-        command = self.config.get("subcommand")
-        if command is not None:
-            refuse_no_keys(self.config[command], GIVEN.get() or ())
-            refuse_no_name(str(self.config[command].get("name", "lora")))
-        refuse_no_class(self.config.get(f"{command}.trainer.strategy"))
-        if command not in (None, "export") and self.config[command].get("data") is None:
-            raise LoRAError(f"{command} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
-        if isinstance(given, list) and self.config.get("subcommand"):
-            self._resolve_checkpoint(self.config[self.config.subcommand])
-            if command == "predict":
-                rows_to_predict(self.config.predict, GIVEN.get() or ())
-            if command != "fit":
-                labels_of_run(self.config[self.config.subcommand])
+        if self.until == "parser":
+            self.config = Namespace(subcommand=None, seed_everything=False)
+            return
+        words = self.line.words
+        self.line.words = full = with_run_config(words)
+        check(full)
+        super().parse_arguments(parser, full if words and (args is not None or full != words) else args)
+        name = self.config.get("subcommand")
+        if name is None:
+            return
+        config = self.config[name]
+        refuse_no_keys(config, full)
+        refuse_no_name(str(config.get("name", "lora")))
+        strategy = config.get("trainer.strategy")
+        refuse_no_class(strategy)
+        refuse_unsupported_name(getattr(strategy, "class_path", None))
+        if name != "export" and config.get("data") is None:
+            raise LoRAError(f"{name} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
+        if words and self.until != "module":
+            self._resolve_checkpoint(config)
+            if name != "fit":
+                self._named_data = rows_by_flag(config, name, full)
+                labels_of_run(config)
 
     def _resolve_checkpoint(self, config: Any) -> None:
         """`best`, `last`, `auto` or a folder to the file meant, before Lightning sees it."""
@@ -260,8 +244,14 @@ class LoRACLI(LightningCLI):
             LoRAError: an object of ours refuses its arguments.
             ValueError: one of the user's own does.
         """
+        if self.until == "parser":
+            return
+        self.command = self.config[str(self.subcommand)]
+        if self.edit is not None:
+            self.command = self.command.clone()
+            self.edit(self.config[str(self.subcommand)])
         try:
-            with handed_down(self.config.get(str(self.subcommand), self.config)), read_once():
+            with handed_down(self.config[str(self.subcommand)]):
                 super().instantiate_classes()
         except ValueError as error:
             causes: list[BaseException] = [error]
@@ -279,16 +269,15 @@ class LoRACLI(LightningCLI):
         refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
         refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
 
-    def _dump_config(self) -> None:
-        """A class without arguments has no `init_args`, where Lightning would note what is linked."""
-        super()._dump_config()
-        model = self.config_dump.get("model") or {}
-        for part in ("backbone", "task"):
-            if isinstance(model.get(part), dict):
-                model[part].setdefault("init_args", {})
+    def after_instantiate_classes(self) -> None:
+        """Without a subcommand nothing is run."""
+        if self.until != "end":
+            self.subcommand = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add the callbacks that are on by default, and a log in the run folder."""
+        if self.until == "module":
+            return None  # type: ignore[return-value]
         config = self._get(self.config_init, "trainer")
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
@@ -325,9 +314,12 @@ class LoRACLI(LightningCLI):
         if self._goes_on is not None:
             return [ContinuedCSVLogger(command.runs_dir, name=command.name, version=self._goes_on), *loggers]
         if self.config.subcommand != "fit" and command.get("ckpt_path"):
-            go_on_with_run_of(loggers, command.ckpt_path)
-            folder = run.run_of_checkpoint(Path(command.ckpt_path))
-            return [RepeatedCSVLogger(folder, name="", version=str(self.config.subcommand)), *loggers]
+            version, folder = str(self.config.subcommand), run.run_of_checkpoint(Path(command.ckpt_path))
+            if self._named_data is None or version == "predict":
+                go_on_with_run_of(loggers, command.ckpt_path)
+            else:  # the run's own figures stay what they are
+                version = f"{version}_{self._named_data}"
+            return [RepeatedCSVLogger(folder, name="", version=version), *loggers]
         return [CSVLogger(command.runs_dir, name=command.name), *loggers]
 
 
@@ -340,46 +332,3 @@ def resume_loggers(loggers: Any, checkpoint: str) -> None:
         stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         given = loggers if isinstance(loggers, list) else [loggers]
         go_on_with(given, content[KEY].get("loggers", []), next_logged(content[KEY], stepped))
-
-
-def first_word(args: ArgsType) -> str | None:
-    """Of the command line; None where there is none, or where arguments are given as a dict."""
-    given = sys.argv[1:] if args is None else args
-    return str(given[0]) if isinstance(given, list) and given else None
-
-
-def with_run_config(args: list[str]) -> list[str]:
-    """Put the run's own config in front where a command on a trained run names no other."""
-    if not args or args[0] not in FROM_CHECKPOINT or any(a.split("=")[0] in ("-c", "--config") for a in args):
-        return args
-    given = next((a.partition("=")[2] for a in args if a.startswith("--ckpt_path=")), None)
-    if "--ckpt_path" in args[:-1]:
-        given = args[args.index("--ckpt_path") + 1]
-    if given is None or given in ("best", "last"):
-        return args
-    file = run.run_of_checkpoint(run.find_checkpoint(given)) / run.CONFIG
-    if not file.is_file():
-        raise LoRAError(f"no {run.CONFIG} beside the checkpoint '{given}': name the run's config with --config")
-    RUN_CONFIG.set(str(file))
-    return [args[0], "--config", str(file), *args[1:]]
-
-
-class _Made(Exception):
-    """Carries a parser out of LightningCLI, which makes one and uses it in one go."""
-
-
-class _MakesParser(LoRACLI):
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        raise _Made(parser)
-
-
-def parser_of_all() -> LightningArgumentParser:
-    """The command's parser with every command whole, as a completion script needs it."""
-    try:
-        _MakesParser(args=[])
-    except _Made as made:
-        return made.args[0]  # type: ignore[no-any-return]
-    raise AssertionError("LightningCLI parses what it is given")
-
-
-__all__ = ["LoRACLI", "Parser", "SaveRunConfig", "command_parser", "run_command"]

@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NoReturn
 
@@ -18,8 +18,15 @@ from lora_lightning.cli.help_all import whole
 from lora_lightning.cli.help_screens import ShowHelp
 from lora_lightning.cli.registry import COMMANDS, ENTRIES, Command
 
-GIVEN: ContextVar[Sequence[str] | None] = ContextVar("GIVEN", default=None)
-"""The arguments of the command that runs; left out, those of the process."""
+
+@dataclass
+class CommandLine:
+    """What the parsers of one command know of it together."""
+
+    words: list[str] = field(default_factory=list)
+    """As given, with the config of a trained run in front where the command has found it by itself."""
+    parsers: list[OneLine] = field(default_factory=list)
+    """The command's, and those of its subcommands."""
 
 
 class OneLine(ArgumentParser):
@@ -28,10 +35,12 @@ class OneLine(ArgumentParser):
     needed: Sequence[str] = ()
     """What has to be given, for the usage line."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, line: CommandLine | None = None, **kwargs: Any) -> None:
         kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
         wanted = kwargs.pop("add_help", True)
         super().__init__(*args, add_help=False, **kwargs)
+        self.line = line or CommandLine()
+        self.line.parsers.append(self)
         if wanted:
             self.add_argument("-h", "--help", action=ShowHelp)
 
@@ -39,18 +48,28 @@ class OneLine(ArgumentParser):
         """All options, each with all that is told of it."""
         return whole(self, str(super().format_help(*args, **kwargs)))
 
+    def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
+        """As jsonargparse does; a class's own parser gets `null` as it was given, and not as the text None."""
+        if not self.exit_on_error and args and str(args[0]).endswith("=None"):
+            args = [f"{args[0].removesuffix('None')}null", *args[1:]]
+        if self.exit_on_error and self is self.line.parsers[0]:
+            self.line.words = list(map(str, sys.argv[1:] if args is None else args))
+        return super().parse_args(args, *rest, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what to do, and exit with 2; a class's own parser leaves that to the command's."""
         if not self.exit_on_error:
             raise argparse.ArgumentError(None, message) from ex
-        given = GIVEN.get()
-        args = sys.argv[1:] if given is None else given
+        words = self.line.words
         command = str(getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2])
-        inner = self._subcommands_action._name_parser_map if self._subcommands_action else {}
-        asked = inner.get(args[0], self) if args else self  # files are read by the parser of all commands
-        known = [option for action in asked._actions for option in action.option_strings]
-        print(f"lora-lightning: error: {told(message, args, known, command)}", file=sys.stderr)
+        known = self.options_of(words[0] if words else "")  # files are read by the parser of all commands
+        print(f"lora-lightning: error: {told(message, words, known, command)}", file=sys.stderr)
         sys.exit(2)
+
+    def options_of(self, command: str) -> list[str]:
+        """The flags of a subcommand, or of the parser itself where there is none of the name."""
+        inner = {getattr(parser, "subcommand", None): parser for parser in self.line.parsers}
+        return [option for action in inner.get(command, self)._actions for option in action.option_strings]
 
 
 def command_parser(name: str) -> OneLine:
@@ -118,17 +137,13 @@ class PassingOn(OneLine):
 
 def run_command(name: str, args: list[str]) -> None:
     """Run a command that needs no config."""
-    token = GIVEN.set(args)
-    try:
-        given = command_parser(name).parse_args(_with_values(args, COMMANDS[name].__annotations__))
-    finally:
-        GIVEN.reset(token)
+    given = command_parser(name).parse_args(with_values(args, COMMANDS[name].__annotations__))
     COMMANDS[name](**given.as_dict())
 
 
-def _with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
+def with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     """`--json` as `--json true`, where a switch stands alone."""
-    switches = {f"--{name}" for name, kind in types.items() if kind in ("bool", bool)}
+    switches = {f"--{name}" for name, kind in types.items() if kind is bool or str(kind).startswith("bool")}
     found = []
     for arg, follower in pairwise([*args, "--"]):
         found += [arg, "true"] if arg in switches and follower.startswith("-") else [arg]

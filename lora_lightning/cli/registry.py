@@ -31,7 +31,9 @@ GROUPS: dict[str, dict[str, Command]] = {
         "test": Command("a trained run on its test set"),
         "predict": Command("a trained run on new rows, into predictions.jsonl"),
         "plan": Command(
-            "what a config will train and cost, without a weight", main="lora_lightning.commands.plan.command:main"
+            "what a config will train and cost, without a weight",
+            "lora_lightning.commands.registry_commands:plan",
+            rest="fit",
         ),
         "sweep": Command(
             "fits of one config with other values of some flags, ranked",
@@ -62,9 +64,6 @@ GROUPS: dict[str, dict[str, Command]] = {
     "this machine": {
         "doctor": Command(
             "versions, devices, extras, and whether a tiny fit works", "lora_lightning.commands.doctor:doctor"
-        ),
-        "completion": Command(
-            "the script that lets a shell complete all of this", "lora_lightning.cli.completion:completion", "shell"
         ),
     },
 }

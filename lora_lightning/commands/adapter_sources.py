@@ -17,17 +17,17 @@ from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
 from lora_lightning.backbones.checkpoint import BaseFiles
 from lora_lightning.backbones.key_mapping import groups_of
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.cli.build import OpenedRun, open_run
+from lora_lightning.cli.build import Run, open_run
 from lora_lightning.export.model_files import is_transformers
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError
-from lora_lightning.lora.formats.peft.adapter import save_adapter
-from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, start_in_file
+from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, subtracted_init
+from lora_lightning.lora.formats.peft.load import AdapterFiles
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.formats.provenance import Record
-from lora_lightning.lora.meta.inject import AdapterFiles
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.initialization import CHECKPOINT_KEY, PREFIX
+from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX
 
 AUTO, NONE = "auto", "none"
 
@@ -39,7 +39,7 @@ class Source:
     adapter: Adapter
     weights: Weights | None = None
     """W0; None where it is not to be had."""
-    run: OpenedRun | None = None
+    run: Run | None = None
     notes: list[str] = field(default_factory=list)
     """What could not be had, and why."""
 
@@ -93,7 +93,7 @@ def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
             weights.check(factors)
         except AdapterError as error:
             weights, note = None, f"without W0: {error}"
-    factors = with_starts(factors, start_in_file(files.peft), weights)
+    factors = with_starts(factors, subtracted_init(files.peft), weights)
     adapter = Adapter(label=label, source=str(directory), factors=factors, files=files, tensors=tensors)
     return Source(adapter, weights, notes=[note] if note else [])
 
@@ -164,7 +164,7 @@ def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
     return Source(adapter, notes=[note] if note else [])
 
 
-def _opened(opened: OpenedRun, checkpoint: Path, label: str) -> Source:
+def _opened(opened: Run, checkpoint: Path, label: str) -> Source:
     """A run's adapter in PEFT's form, which is what is analysed and truncated."""
     backbone, task = opened.module.backbone, opened.module.task
     task_type = task.peft_task_type if is_transformers(backbone) else None

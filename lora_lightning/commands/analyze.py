@@ -25,13 +25,13 @@ from lora_lightning.analysis.similarity import (
     between_layers,
 )
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
-from lora_lightning.cli.build import OpenedRun
+from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.lora.formats.peft.adapter import load_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.inject import remove
-from lora_lightning.lora.targets.regexes import refusal
+from lora_lightning.lora.targets.patterns import regex_refusal
 
 RESULTS, PAGE, TRUNCATED = "analysis.json", "index.html", "truncated"
 
@@ -53,7 +53,7 @@ class Request:
             raise LoRAError("analyze needs an adapter's directory, a run or a checkpoint")
         if self.directions < 1:
             raise LoRAError(f"directions must be at least 1, got {self.directions}")
-        if self.layers is not None and (reason := refusal(self.layers)):
+        if self.layers is not None and (reason := regex_refusal(self.layers)):
             raise LoRAError(f"layers: {self.layers!r} {reason}")
         if self.truncate is not None:
             check_share(self.truncate)
@@ -112,7 +112,7 @@ def _truncated(source: Source, request: Request) -> Truncation:
     return told
 
 
-def _cost(run: OpenedRun | None, truncated: Path) -> dict[str, Any]:
+def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
     """The figures of a run's validation set before and after, or why there are none.
 
     The run's model holds the truncated adapter afterwards.

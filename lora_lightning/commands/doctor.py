@@ -154,7 +154,7 @@ def _is_there(requirement: Requirement) -> bool:
 
 def surroundings(runs: Path) -> Iterator[Finding]:
     """Weights & Biases, and the disk that runs are written to."""
-    from lora_lightning.training.tracking.loggers import has_wandb_key
+    from lora_lightning.training.tracking.wandb_logger import has_wandb_key
 
     told = "runs are uploaded" if has_wandb_key() else "no key here, so runs stay offline: wandb login"
     yield Finding("surroundings", "Weights & Biases", told)

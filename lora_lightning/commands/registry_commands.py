@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from jsonargparse.typing import PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -105,6 +106,7 @@ def sweep(
     jobs: int = 1,
     seeds: str | None = None,
     budget: int | None = None,
+    storage: str | None = None,
     name: str | None = None,
     runs_dir: str = "runs",
     plots: bool = True,
@@ -124,11 +126,13 @@ def sweep(
         jobs: fits at once; each gets its part of the cores and of the GPUs.
         seeds: `1,2,3`: fit every combination with each, and rank by the mean.
         budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
+        storage: where Optuna keeps the study, so that several processes or machines work on it: a file for its journal,
+            or a database such as postgresql://user@host/name; by default a journal in the sweep's folder.
         name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
         runs_dir: folder of all runs.
         plots: draw the figures; needs matplotlib.
     """
-    from lora_lightning.commands.sweep.screen import run_on_screen
+    from lora_lightning.commands.sweep.command import run_on_screen
 
     run_on_screen(
         fit=fit,
@@ -142,10 +146,39 @@ def sweep(
         jobs=jobs,
         seeds=seeds,
         budget=budget,
+        storage=storage,
         name=name,
         runs_dir=runs_dir,
         plots=plots,
     )
+
+
+def plan(
+    fit: list[str],
+    batch_size: PositiveInt | None = None,
+    length: PositiveInt | None = None,
+    num_labels: PositiveInt | None = None,
+    precisions: list[Literal["float32", "bf16-mixed", "16-mixed", "bf16-base", "nf4-base"]] | None = None,
+    processes: PositiveInt | None = None,
+    json: bool | str = False,
+) -> None:
+    """What a config will train and cost: counts, files, memory in each precision and under each strategy, operations.
+
+    Takes the config and the flags of fit; reads no weights and no data.
+
+    Args:
+        fit: flags of fit.
+        batch_size: rows, over the config's.
+        length: tokens, over data.max_length.
+        num_labels: labels, where the config names none.
+        precisions: overlays to set side by side; all by default, and the config's own in any case.
+        processes: of DDP and FSDP2; trainer.devices, or 2.
+        json: print the plan as JSON and nothing else; with a name, write it to that file.
+    """
+    from lora_lightning.commands.plan.command import plan_on_screen
+
+    asked = {"batch_size": batch_size, "length": length, "num_labels": num_labels}
+    plan_on_screen(fit, json=json, **asked, precisions=precisions, processes=processes)
 
 
 def rows_table(rows: Rows) -> Table:
@@ -175,4 +208,4 @@ def merge_table(report: StreamReport, output_dir: str) -> Table:
     return table
 
 
-__all__ = ["COMMANDS", "analyze", "merge", "sweep"]
+__all__ = ["COMMANDS", "analyze", "merge", "plan", "sweep"]

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_numbers
 from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
-from lora_lightning.data.io.tables import Readers, check_columns, read_tables, source_of
+from lora_lightning.data.io.tables import Readers, check_columns, doubled_columns, read_tables, source_of
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.data.loading.sampler import EpochSampler
+from lora_lightning.data.summary import summarize
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
@@ -46,6 +46,8 @@ class TableData(LightningDataModule, ABC):
     """What says in which order training takes the rows."""
     readers: Readers | None = None
     """Ways to read files of other suffixes than the usual, or of these in another way."""
+    predicts_rows: bool = True
+    """Whether there is one prediction for each row of the table, in its order."""
 
     def __init__(
         self,
@@ -71,6 +73,9 @@ class TableData(LightningDataModule, ABC):
         self._tables: dict[str, datasets.Dataset] | None = None
         self._encoded: dict[str, datasets.Dataset] = {}
         self._called: dict[str, str] = {}
+        self._summary: dict[str, Any] | None = None
+        self.given_splits: frozenset[str] = frozenset()
+        self.doubled_columns: dict[str, list[str]] = {}
 
     def read(self) -> dict[str, datasets.Dataset]:
         """Tables by split, as they stand in the files."""
@@ -119,15 +124,40 @@ class TableData(LightningDataModule, ABC):
         """Checked and filtered rows by split, read on first use. The column `ROW` is each row's number in its file."""
         if self._tables is None:
             tables = {split: with_row_numbers(table) for split, table in self.read().items()}
+            self.given_splits = frozenset(tables)
+            self.doubled_columns = doubled_columns(self.path)
             for split, table in tables.items():
                 with self._told(split) as kind:
                     check_columns(table, self.columns(kind), self.place(kind), vars(self))
+                    self._check_header(split, kind)
                     self.check(table, kind)
                     tables[split] = self.filter(table, kind)
             named = first_in_place(list(tables))
             self._called = {new: old for old, new in named.items()}
             self._tables = self._with_splits({named.get(split, split): table for split, table in tables.items()})
         return self._tables
+
+    def _check_header(self, split: str, kind: str) -> None:
+        """Raise where a column that is used stands twice: it cannot be said which of the two is meant."""
+        if double := set(self.doubled_columns.get(split, ())) & set(self.columns(kind)):
+            raise LoRAError(
+                f"{self.place(kind)}: the header has the column '{min(map(str, double))}' twice: rename one"
+            )
+
+    @property
+    def data_summary(self) -> dict[str, Any]:
+        """Counts, and what looks wrong, as plain data; made once, after `setup`. See `summarize`."""
+        if self._summary is None:
+            self._summary = summarize(self)
+        return self._summary
+
+    def label_counts(self, split: str) -> dict[str, int]:
+        """Rows of each label in an encoded split; none where rows have no labels."""
+        return {}
+
+    def cut_share(self, split: str) -> float | None:
+        """The share of an encoded split's texts that are cut at a greatest length; None where none are, or unknown."""
+        return None
 
     def sets(self, split: str) -> list[str]:
         """All sets of a split, which `split` itself names first: `[validation, validation_mismatched]`.
@@ -137,6 +167,38 @@ class TableData(LightningDataModule, ABC):
         """
         further = [name for name in self.tables if name.startswith(f"{split}_")]
         return [split, *further] if split in self.tables else []
+
+    def rows_of(self, split: str) -> int | None:
+        """How many rows all sets of a split have; None where that is not known before they are read."""
+        return sum(len(self.tables[name]) for name in self.sets(split))
+
+    def columns_to_join(self, index: int, wanted: Sequence[str] | None = None) -> dict[str, list[Any]]:
+        """Values, row by row, of columns that tell which row a prediction is of.
+
+        Args:
+            index: which of the sets to predict on.
+            wanted: their names, or `all` as the one; `id` by default where there is such a column.
+
+        Raises:
+            LoRAError: the set has no such column, or is not predicted row by row.
+        """
+        if wanted is None and not self.predicts_rows:
+            return {}
+        names = self.sets("predict") or self.sets("test")
+        table = self.tables[names[index]] if index < len(names) else None
+        own = [name for name in (table.column_names if table else []) if name != ROW]
+        if wanted is None:
+            wanted = ["id"] if "id" in own else []
+        if list(wanted) == ["all"]:
+            wanted = own
+        if table is None or not wanted:
+            return {}
+        check_columns(table, list(wanted), self.place(names[index]))
+        if not self.predicts_rows or len(self._encoded.get(names[index], table)) != len(table):
+            raise LoRAError(
+                f"{self.place(names[index])}: rows are cut or left out, so that columns cannot stand beside predictions"
+            )
+        return {name: list(values_of(table, name)) for name in wanted}
 
     def prepare_data(self) -> None:
         """Read once in one process, so that the others find everything cached."""
@@ -245,8 +307,8 @@ class TableData(LightningDataModule, ABC):
     def _loader(
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None
     ) -> DataLoader[Any]:
-        own = None if self.trainer is None else replica(self.trainer)
-        world = {} if own is None else {"num_replicas": own.replicas, "rank": own.number}
+        own = self.trainer
+        world = {} if own is None else {"num_replicas": own.world_size, "rank": own.global_rank}
         lengths = lengths if self.length_grouped else None
         order = self.train_sampler if shuffle else EpochSampler
         sampler = order(table, batch_size=batch_size, lengths=lengths, shuffle=shuffle, seed=self.seed, **world)

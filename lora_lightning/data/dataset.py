@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sized
 from itertools import islice
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.stream_loader import StreamLoader
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
@@ -75,6 +74,11 @@ class DatasetData(LightningDataModule):
         """Whether there is anything to validate on."""
         return self.sets["validation"] is not None
 
+    @property
+    def data_summary(self) -> dict[str, Any]:
+        """How many examples each set with a length has."""
+        return {"rows": {split: len(data) for split, data in self.sets.items() if isinstance(data, Sized)}}
+
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.batch_size, training=True)
 
@@ -92,7 +96,7 @@ class DatasetData(LightningDataModule):
         data: Any = self.sets[split]
         if data is None:
             raise LoRAError(f"there is no {split} set: give data.init_args.{split} a class_path")
-        world = (1, 0) if self.trainer is None else replica(self.trainer)[:2]
+        world = (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
         options: dict[str, Any] = {
             "batch_size": batch_size,
             "collate_fn": self.collate_fn,

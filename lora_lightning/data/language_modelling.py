@@ -59,6 +59,8 @@ class LanguageModellingData(StreamedTextData, GivesPrompts):
         LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
     """
 
+    predicts_rows = False  # but pieces of documents, each with the number of its `document`
+
     def __init__(
         self,
         path: str | dict[str, str],

@@ -18,7 +18,7 @@ from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
-from lora_lightning.lora.formats.peft.adapter import save_adapter
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme

@@ -19,10 +19,10 @@ from lora_lightning.export.merge_output import REPORT, refuse_target, write_repo
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
+from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, checked_dtype, short
 from lora_lightning.lora.kept import rounding_told
 from lora_lightning.lora.meta.checkpoint import INDEX
-from lora_lightning.lora.meta.inject import AdapterFiles
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
 
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")

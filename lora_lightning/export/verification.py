@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning.export.model_files import reader, write_merged
 from lora_lightning.export.probe_batch import Probe, as_weights, cast_floats
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.peft.adapter import load_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.frozen.dtype import float_dtype, short
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors

@@ -65,9 +65,9 @@ class LoRAConfig:
     target_parameters: list[str] | None = None
     """Bare parameters to adapt, matrices or stacks of them such as experts: full names, or dotted ends of them."""
 
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    """Rows of the input embedding that train in full, by token number; or by the embedding's name, a list for each.
-    A head that is tied to the embedding follows."""
+    trainable_token_indices: list[int | str] | dict[str, list[int | str]] | None = None
+    """Rows of the input embedding that train in full, by token number, or by name for tokens of `huggingface`'s
+    `add_tokens`; or by the embedding's name, a list for each. A head that is tied to the embedding follows."""
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Ranks that differ from `r`, by module name or regular expression; the longest pattern that matches wins."""
@@ -160,8 +160,10 @@ class LoRAConfig:
         tokens = self.trainable_token_indices
         for numbers in tokens.values() if isinstance(tokens, dict) else [tokens] if tokens is not None else []:
             wrong = isinstance(numbers, str) or not isinstance(numbers, Sequence) or not numbers
-            if wrong or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-                raise ConfigError(f"trainable_token_indices must be token numbers from 0 on, got {numbers!r}")
+            if wrong or not all(isinstance(n, str) or (type(n) is int and n >= 0) for n in numbers):
+                raise ConfigError(
+                    f"trainable_token_indices must be token numbers from 0 on, got {numbers!r} (or names of add_tokens)"
+                )
             if len(set(numbers)) < len(numbers):
                 raise ConfigError(f"trainable_token_indices holds a token twice: {numbers!r}")
 

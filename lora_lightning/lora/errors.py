@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+import warnings
+from collections.abc import Iterable, Mapping
 
 
 class LoRAError(ValueError):
@@ -32,6 +34,34 @@ class MissingPackageError(ImportError):
 
 class AdapterWarning(UserWarning):
     """An adapter's files hold what another library will read differently, or say something that is not used here."""
+
+
+def warn(message: str) -> None:
+    """Give an AdapterWarning that points at the first line outside this package, which is the user's."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("lora_lightning."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, AdapterWarning, stacklevel=level)
+
+
+REMOVED = {
+    "prepare_weights": "leave it out, the products with W0 are torch's own",
+    "recompute_inputs": "leave it out, or take activation_checkpointing: true",
+}
+"""Names of functions, arguments and keys of a config that were there once, and what to take in their place."""
+
+
+def refuse_removed(what: str, arguments: Mapping[str, object]) -> None:
+    """Raise for arguments that `what` does not take, with what to do for those that it took once.
+
+    Raises:
+        LoRAError: one of them is in `REMOVED`.
+        TypeError: none is, as Python raises.
+    """
+    for name in arguments:
+        if name in REMOVED:
+            raise LoRAError(f"{what} takes no {name} any more: {REMOVED[name]}")
+        raise TypeError(f"{what} got an unexpected keyword argument '{name}'")
 
 
 def near_misses(word: str, known: Iterable[str], limit: int = 3) -> list[str]:

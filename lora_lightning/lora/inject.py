@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,22 +18,18 @@ from lora_lightning.lora.init.from_data import Loss, check_data, start_from_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     Grafted,
-    LoRAConv1D,
-    LoRALinear,
     SavedCopy,
     TokenRows,
     TrainedBias,
     graft,
-    saved_kind,
-    ungraft,
+    take_out,
 )
-from lora_lightning.lora.layers.fastpath import HOSTS, open_hosts
-from lora_lightning.lora.layers.siblings import introduce
+from lora_lightning.lora.layers.fastpath import open_hosts
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
-from lora_lightning.lora.layers.trained.token_rows import attach_rows, detach_rows
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
-from lora_lightning.lora.targets.biases import biases_to_train, train_biases
 from lora_lightning.lora.targets.select import Selection, Target, select
+
+Kind = TypeVar("Kind", bound=Grafted)
 
 
 def inject(
@@ -76,7 +72,6 @@ def inject(
         check_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
-    biased = biases_to_train(model, config, selection, required=not any_rank)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
@@ -84,13 +79,15 @@ def inject(
         rows = _graft_all(model, selection, start=start)
         if data is not None and start:
             start_from_data(model, adapted_layers(model), config.init, data, loss)
-        train_biases(biased)
+        copies: dict[int, nn.Parameter] = {}
+        for module in selection.biases:  # outside whatever else was grafted
+            TrainedBias.attach(module, copies)
+        return _report(model, rows, selection)
     except BaseException:
         remove(model)
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
-    return _report(model, rows, selection)
 
 
 def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
@@ -115,16 +112,13 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
     hold_packing(model)
     rows = [_adapt(target, start=start) for target in selection.targets]
     for token in selection.tokens:
-        attach_rows(token.module, token.token_ids, token.tied)
+        TokenRows.attach(token.module, token.token_ids, token.tied)
     twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
     for _, module in selection.saved:
-        graft(module, saved_kind(module))
-        assert isinstance(module, SavedCopy)
-        module.add_copy(twins)
+        SavedCopy.attach(module, twins)
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     modules = list(model.modules())
     for module in modules:
-        introduce(module, (LoRALinear, LoRAConv1D))
         if (
             isinstance(module, _BatchNorm | _InstanceNorm)
             and module.running_mean is not None
@@ -140,27 +134,10 @@ def remove(model: nn.Module) -> nn.Module:
 
     Parameters stay frozen. Returns the model.
     """
-    for _, biased in trained_biases(model):
-        biased.drop_bias()
-        ungraft(biased, TrainedBias)
-    for _, layer in adapted_layers(model):
-        layer.detach()
-    for _, module in saved_copies(model):
-        module.drop_copy()
-        ungraft(module, SavedCopy)
-    close(model)
-    return model
-
-
-def close(model: nn.Module) -> None:
-    """Undo what `inject` does around the adapted layers, once these are gone."""
-    detach_rows(model)
-    for module in list(model.modules()):
-        for kind in (*HOSTS, FrozenStatistics):
-            if isinstance(module, kind):
-                module.__dict__.pop("lora_enabled", None)
-                ungraft(module, kind)
+    for _, module in grafted_modules(model):
+        take_out(module)
     allow_packing(model)
+    return model
 
 
 def restart(model: nn.Module) -> None:
@@ -186,29 +163,14 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.lora_enabled = enabled
 
 
-def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]:
-    """Every module whose class was extended, with its full name, once each."""
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
+def grafted_modules(model: nn.Module, kind: type[Kind] = Grafted) -> list[tuple[str, Kind]]:  # type: ignore[assignment]
+    """Every module onto which a class of this kind was grafted, with its full name, once each."""
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, kind)]
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """Every adapted layer with its full name, once each."""
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, AdaptedLayer)]
-
-
-def trained_biases(model: nn.Module) -> list[tuple[str, TrainedBias]]:
-    """Every module with a trained bias, with its full name."""
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, TrainedBias)]
-
-
-def saved_copies(model: nn.Module) -> list[tuple[str, SavedCopy]]:
-    """Every module of `modules_to_save` with its full name."""
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, SavedCopy)]
-
-
-def token_rows(model: nn.Module) -> list[tuple[str, TokenRows]]:
-    """Every embedding with trained rows, with its full name."""
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, TokenRows)]
+    """Every layer with A and B, with its full name, once each."""
+    return grafted_modules(model, AdaptedLayer)
 
 
 def _adapt(target: Target, *, start: bool) -> AdaptedModule:
@@ -221,7 +183,6 @@ def _adapt(target: Target, *, start: bool) -> AdaptedModule:
         dropout=target.settings.dropout,
         parameters=sum(t.numel() for t in layer.lora_tensors().values() if t.requires_grad),
         why=target.why,
-        arithmetic=layer.arithmetic(),
     )
 
 

@@ -8,18 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.blocks import sums
 from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow, widen
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import (
-    adapted_layers,
-    close,
-    saved_copies,
-    token_rows,
-    trained_biases,
-)
-from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TrainedBias, ungraft
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias, take_out
 from lora_lightning.lora.merge_refusals import refuse_before, refuse_infinite
 
 
@@ -55,40 +48,38 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
             device. The model is then as it was.
     """
     refuse_before(model, dequantize=dequantize, dtype=dtype)
-    layers, saved, tokens = adapted_layers(model), saved_copies(model), token_rows(model)
+    layers, saved, tokens = adapted_layers(model), grafted_modules(model, SavedCopy), grafted_modules(model, TokenRows)
     if dtype is not None:
         widen(model, dtype)
     report = MergeReport()
     ties = shared_parameters(model)
-    kept_biases: dict[int, nn.Parameter] = {}
-    kept_copies: dict[int, Tensor] = {}
-    for _, biased in trained_biases(model):
-        biased.keep_bias(kept_biases)
-        ungraft(biased, TrainedBias)
+    folded_biases: dict[int, nn.Parameter] = {}
+    folded_copies: dict[int, Tensor] = {}
+    for _, biased in grafted_modules(model, TrainedBias):
+        biased.fold(folded_biases)
     plain_dtype = float_dtype(model)
     for path, layer in layers:
         name, owner, quantised = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
         merged, report.kept[name] = merged_weights(layer, plain_dtype if quantised else None, dtype, label=name)
         fold_bias(layer, name)
-        layer.detach()
         if quantised:
             report.dequantised.append(name)
+            take_out(owner)
             make_plain(owner, merged["weight"])
         else:
             _put(owner, merged)
     for _, embedding in tokens:
-        embedding.keep_rows()
+        embedding.fold()
     for _, module in saved:
-        module.keep_copy(kept_copies)
-        ungraft(module, SavedCopy)
+        module.fold(folded_copies)
     for name, module in model.named_modules() if dequantize else ():
         if scheme(module) is not None:
             report.dequantised.append(name)
             make_plain(module, plain_weight(module).to(plain_dtype))
-    if untied_since(model, ties):
-        untie_config(model)
+    remove(model)
     report.untied.extend(untied_since(model, ties))
-    close(model)
+    if report.untied:
+        untie_config(model)
     if dtype:
         cast(model, dtype)
     return report
@@ -115,7 +106,7 @@ def merged_weights(
     merged: dict[str, Tensor] = {}
     wanted = lost = 0.0
     whole = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-    for name, place, before, delta in sums(layer):
+    for name, place, before, delta in layer.updates():
         after = before + delta
         if name not in merged:
             shape = whole[name].shape if place else after.shape

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.blocks import sums
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.frozen.dtype import float_dtype, refuse_dtype, refuse_overflow, refuse_wide
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import joined
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, saved_copies, token_rows
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 
 LARGE = 1e9
@@ -21,7 +20,7 @@ LARGE = 1e9
 
 def refuse_before(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> None:
     """All that can be refused before the first write, so that the model stays as it was."""
-    if not adapted_layers(model) and not saved_copies(model) and not token_rows(model):
+    if not adapted_layers(model) and not grafted_modules(model, SavedCopy) and not grafted_modules(model, TokenRows):
         raise MergeError("nothing to merge: this model has no adapters")
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise MergeError(
@@ -41,7 +40,7 @@ def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
             if not torch.isfinite(tensor).all():
                 what = "A or B" if own in ("lora_A", "lora_B") else own
                 raise MergeError(f"{what} of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-    for name, saved in saved_copies(model):
+    for name, saved in grafted_modules(model, SavedCopy):
         if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
             raise MergeError(f"the copy of '{name}' is not finite: training diverged; merge an earlier checkpoint")
     for path, layer in adapted_layers(model):
@@ -94,7 +93,7 @@ def _refuse_narrow(name: str, layer: AdaptedLayer, dtype: torch.dtype | None, pl
     weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
     target = {own: dtype or (plain_dtype if quantised else weight.dtype) for own, weight in weights.items()}
     large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
-    for own, _, before, delta in sums(layer) if large or torch.float16 in target.values() else ():
+    for own, _, before, delta in layer.updates() if large or torch.float16 in target.values() else ():
         refuse_infinite(name, delta)
         refuse_overflow(f"W0 + s B A of '{name}'", before + delta, target[own])
     update, bias = layer.update_bias(), layer._parameters.get("bias")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lora_lightning.lora.products import choices
+OUTPUT_HEAD = "the output head"
+"""The reason for which `all-linear` leaves out a head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,6 @@ class AdaptedModule:
     """Trainable parameters of this module: A, B, DoRA's magnitudes, B's bias."""
     why: str
     """The entry of the config that selected it."""
-    arithmetic: str
-    """`quick`, or `plain: ` and why: by which arithmetic the layer computes an ordinary call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +57,6 @@ class InjectionReport:
         """trainable / total, between 0 and 1."""
         return self.trainable / self.total if self.total else 0.0
 
-    @property
-    def products(self) -> dict[str, str]:
-        """What computes products with W0 on this CPU, as measured in this process up to now, by kind of product."""
-        return choices()
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and loggers."""
         return {**asdict(self), "total": self.total, "share": self.share}
@@ -73,51 +66,46 @@ class InjectionReport:
         groups: dict[tuple[Any, ...], list[AdaptedModule]] = {}
         for row in self.modules:
             name = without_numbers(row.module)
-            groups.setdefault((name, row.kind, row.r, row.alpha, row.dropout, row.arithmetic), []).append(row)
+            groups.setdefault((name, row.kind, row.r, row.alpha, row.dropout), []).append(row)
         for (name, *_), rows in groups.items():
             yield name, len(rows), rows[0], sum(row.parameters for row in rows)
 
     def lines(self) -> list[tuple[str, ...]]:
         """The grouped table, in the order of `HEADER`."""
         table: list[tuple[str, ...]] = [
-            (name, f"{count}", row.kind, f"{row.r}", f"{row.alpha:g}", f"{row.dropout:g}", _way(row), f"{parameters:,}")
+            (name, f"{count}", row.kind, f"{row.r}", f"{row.alpha:g}", f"{row.dropout:g}", f"{parameters:,}")
             for name, count, row, parameters in self.groups()
         ]
-        table += [(name, "1", "in full", "", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
-        table += [(name, "1", "rows in full", "", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
+        table += [(name, "1", "in full", "", "", "", f"{parameters:,}") for name, parameters in self.saved.items()]
+        table += [(name, "1", "rows in full", "", "", "", f"{n:,}") for name, n in self.tokens.items()]
         if self.biases:
-            table.append(("biases", "", "in full", "", "", "", "", f"{self.biases:,}"))
+            table.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
         return table
 
     def shown(self) -> list[tuple[str, ...]]:
-        """`HEADER` and `lines` without the columns that say the same nothing in every row, which cost names room."""
-        table, usual = self.lines(), {"dropout": "0", "way": "quick"}
-        told = [
-            any(line[i] not in ("", usual[name]) for line in table) if name in usual else True
-            for i, name in enumerate(self.HEADER)
+        """`HEADER` and `lines`, without the column of dropouts where all are 0, which costs names room."""
+        table, dropout = self.lines(), self.HEADER.index("dropout")
+        if any(line[dropout] not in ("", "0") for line in table):
+            return [self.HEADER, *table]
+        return [(*row[:dropout], *row[dropout + 1 :]) for row in (self.HEADER, *table)]
+
+    def left_out(self) -> list[str]:
+        """A line for each kind of layer that `all-linear` left out, with the reason; none for the output head."""
+        groups = Counter((without_numbers(name), reason) for name, reason in self.skipped.items())
+        return [
+            f"left out {name} ({count}): {reason}" for (name, reason), count in groups.items() if reason != OUTPUT_HEAD
         ]
-        return [tuple(itertools.compress(row, told)) for row in (self.HEADER, *table)]
 
-    def plain_line(self) -> str:
-        """What goes the plain way and why, in one line; empty where nothing does."""
-        reasons = Counter(row.arithmetic.partition(": ")[2] for row in self.modules if row.arithmetic != "quick")
-        why = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
-        return f"plain arithmetic in {reasons.total()} of {len(self.modules)} layers: {why}" if reasons else ""
-
-    HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "way", "parameters")
+    HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")
 
     def __str__(self) -> str:
         rows = self.shown()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"trainable {self.trainable:,} of {self.total:,} ({self.share:.2%})")
-        return "\n".join([*lines, *filter(None, [self.plain_line()])])
+        return "\n".join([*lines, *self.left_out()])
 
 
 def without_numbers(name: str) -> str:
     """A module's name with `*` for each number, as of its block."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-
-
-def _way(row: AdaptedModule) -> str:
-    return row.arithmetic.partition(":")[0]

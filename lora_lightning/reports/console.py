@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.kept import KEPT
@@ -28,7 +30,7 @@ def injection_table(report: InjectionReport) -> Table:
     table = Table(caption_justify="left", box=None, padding=(0, 1, 0, 0))
     header, *lines = report.shown()
     for name in header:
-        table.add_column(name, justify="left" if name in ("module", "kind", "way") else "right", overflow="ellipsis")
+        table.add_column(name, justify="left" if name in ("module", "kind") else "right", overflow="ellipsis")
     for line in lines if len(lines) <= ROWS else folded(header, lines):
         table.add_row(*line)
     table.caption = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
@@ -52,11 +54,34 @@ def show_run(lines: Iterable[str], console: Console) -> None:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
+MOST_LABELS = 12
+"""Labels that the box of the data names, each with its rows."""
+
+
+def show_data(summary: dict[str, Any] | None, console: Console) -> None:
+    """A box with what the rows tell before the first step, and a line for each thing that looks wrong."""
+    if not summary:
+        return
+    lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
+    for split, counts in summary.get("labels", {}).items():
+        if len(counts) > MOST_LABELS:
+            told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+        else:
+            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        lines.append(f"labels in {split}: {told}")
+    if cut := summary.get("cut"):
+        lines.append("cut at max_length: " + ", ".join(f"{share:.1%} of {split}" for split, share in cut.items()))
+    text = Text("\n".join(lines))
+    for warning in summary.get("warnings", ()):
+        text.append(f"\nwarning: {warning}", style="yellow")
+    console.print(Panel(text, title="data", title_align="left", expand=False))
+
+
 def show_injection(report: InjectionReport, console: Console) -> None:
-    """The rest of it: the injection table, and a line on what goes the plain way."""
+    """The rest of it: the injection table, and a line on what was left out."""
     console.print(injection_table(report))
-    if report.plain_line():
-        console.print(report.plain_line(), soft_wrap=True)
+    for line in report.left_out():
+        console.print(line, soft_wrap=True)
 
 
 def show_report(values: dict[str, Any], console: Console, save_svg: Path | None = None) -> None:
@@ -99,6 +124,8 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         for k, x in v.items()
         if k.startswith(("val_", "test_")) and k not in other and not k.endswith(BEFORE) and isinstance(x, float)
     ]
+    if "test_rows" in v:
+        rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
         rows.append(
             ("trainable parameters", f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})")
@@ -113,10 +140,6 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     rows += _export_rows(v)
     if "train_seconds" in v:
         rows.append(("time of fit", f"{v['train_seconds']:.0f} s in {v.get('precision', '')}"))
-    if v.get("products_with_w0"):
-        shapes = len(v["products_with_w0"])
-        told = f"by oneDNN, measured to be quicker, in {shapes} shape{'s' * (shapes != 1)}"
-        rows.append(("products with W0", told))
     for key, name in (
         ("adapter_dir", "adapter (PEFT)"),
         ("merged_dir", "merged model"),

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
-from lora_lightning.lora.frozen.base_dtype import base_dtypes
-from lora_lightning.lora.frozen.dtype import short
+from lora_lightning.lora.frozen.dtype import base_dtypes, short
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.training.module import LoRAModule
 
 
@@ -61,7 +61,7 @@ class Parts:
 def parts_of(module: LoRAModule, trainer: Trainer) -> Parts:
     """The parts of a module that a trainer has set up."""
     model, asked = module.backbone, getattr(trainer, "precision_asked", None)
-    copies = saved_copies(model)
+    copies = grafted_modules(model, SavedCopy)
     heads = {id(t) for _, saved in copies for t in saved.lora_copy.parameters()}
     factors = [t for t in adapter_tensors(model).values() if id(t) not in heads and t.is_floating_point()]
     precision = str(trainer.precision)

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.traced import is_traced
+from lora_lightning.lora.layers.tracing import is_traced
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.modes import evaluating
 

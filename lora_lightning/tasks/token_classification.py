@@ -74,10 +74,6 @@ class TokenClassification(Task):
         logits = self._logits(backbone, self.inputs(backbone, batch), labels.shape)
         labelled = labels != IGNORED
         count = int(labelled.sum())
-        if not count and torch.is_grad_enabled():
-            raise LoRAError(
-                f"nothing is trained on in this batch: all {labels.numel()} labels are {IGNORED}; drop such sentences"
-            )
         total = F.cross_entropy(
             logits[labelled].float(), labels[labelled], reduction="sum", label_smoothing=self.label_smoothing
         )

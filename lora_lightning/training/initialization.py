@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, LoRAError
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.config import CONFIG
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
@@ -22,15 +22,12 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.warm_start import WarmStart, start_from_directory, start_from_state
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX, refuse_damaged_fields
 
 MEASURED = ("eva", "lora_ga")
 """Starts that need batches. (`loftq` needs the model before quantisation, which no DataModule has.)"""
 BATCHES = 8
 """Training batches to measure on; lora_ga's paper (2407.05000) uses as few, eva's (2410.07170) some more."""
-
-
-CHECKPOINT_KEY, PREFIX = "lora_lightning", "backbone."
-"""Of what a checkpoint notes of its adapter, and of its tensors' keys."""
 
 
 def refuse_measured(module: Any, by: str) -> None:
@@ -63,8 +60,7 @@ def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, al
             return start_from_directory(backbone, directory, allow_other_base=allow_other_base)
     file = run.find_checkpoint(folder)
     content = run.load_checkpoint(file)
-    if CHECKPOINT_KEY not in content:
-        raise AdapterError(f"'{file}' was not written by lora_lightning: it has no adapter in it")
+    refuse_damaged_fields(content, resumes=False)
     own, state = content[CHECKPOINT_KEY], content["state_dict"]
     tensors = {key.removeprefix(PREFIX): tensor for key, tensor in state.items()}
     trained, base = LoRAConfig.from_dict(own["config"]), Fingerprint.from_json(own["base"])

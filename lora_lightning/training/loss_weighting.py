@@ -27,7 +27,6 @@ from torch.optim import Optimizer
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.functional import wide_dtype
-from lora_lightning.training.gradients import gradients_of, multiply
 
 
 class UnitMean:
@@ -82,7 +81,7 @@ class UnitMean:
             assert self._share is not None
             self.mean = loss / units
             factor = self._share * trainer.accumulate_grad_batches * trainer.world_size / units
-            multiply(gradients_of(trainer.strategy, optimizer), factor)
+            multiply_gradients(optimizer, factor)
 
     def _over_processes(self, trainer: Trainer) -> tuple[Tensor, int]:
         """The window's loss, summed over its units where there are several parts, and the units."""
@@ -97,6 +96,13 @@ class UnitMean:
         return total, int(count)
 
 
+def multiply_gradients(optimizer: Optimizer | LightningOptimizer, factor: float) -> None:
+    """Scale what the optimizer is about to step on, in place."""
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if gradients:
+        torch._foreach_mul_(gradients, factor)
+
+
 def is_padding(trainer: Trainer, batch_idx: int) -> bool:
     """Whether a training batch is there only so that this process has as many as the others."""
     sampler = getattr(trainer.train_dataloader, "sampler", None)
@@ -109,9 +115,8 @@ def _summed(loss: Tensor, units: int) -> Tensor:
 
 
 def _has_parts(trainer: Trainer) -> bool:
-    """Whether a step's units lie in several batches or processes. Lightning's own DeepSpeed accumulates by itself."""
-    several = trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
-    return several and not trainer.strategy.handles_gradient_accumulation
+    """Whether a step's units lie in several batches or processes."""
+    return trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
 
 
 def _share(trainer: Trainer, device: torch.device, units: int) -> float:

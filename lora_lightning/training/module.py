@@ -15,25 +15,28 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lora_lightning.lora import products, switches
+from lora_lightning.data.base import TableData
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
-from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
-from lora_lightning.lora.inject import adapted_layers, saved_copies
+from lora_lightning.lora.frozen.tensors import plain_name
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.inject import inject_anywhere
-from lora_lightning.lora.products import Prepare
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training.activations.compilation import TrainingForward
-from lora_lightning.training.fsdp1_strategy import FSDP1Strategy
-from lora_lightning.training.gradients import SharedStep, clip_together
-from lora_lightning.training.initialization import (
+from lora_lightning.training.checkpoints.adapter_state import (
     CHECKPOINT_KEY,
+    adapter_only,
+    refuse_damaged_fields,
+    refuse_misfits,
+    refuse_other_config,
+)
+from lora_lightning.training.initialization import (
     MEASURED,
-    PREFIX,
     same_subtracted_start,
     start_from_adapter,
     start_from_batches,
@@ -41,11 +44,7 @@ from lora_lightning.training.initialization import (
 from lora_lightning.training.loss_weighting import UnitMean, is_padding
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
 from lora_lightning.training.precision import convert, explained_by_precision, precision_of
-from lora_lightning.training.sets import stage_of
-from lora_lightning.training.strategies.fingerprint import fingerprint
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy, refuse_other_parallelism
-from lora_lightning.training.strategies.wrapping import is_sharded
-from lora_lightning.training.zero3_strategy import ZeRO3Strategy
+from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint, is_sharded
 
 
 class LoRAModule(LightningModule):
@@ -68,12 +67,6 @@ class LoRAModule(LightningModule):
         init_adapter: an earlier run whose adapter this one starts from: a PEFT directory, a run folder or a checkpoint.
             It is read when a fit starts, not when one goes on. A head of `modules_to_save` that has another shape
             there, or is not there, keeps its own start; all else must fit.
-        prepare_weights: whether oneDNN computes the products with W0 on a CPU: `auto` where it is measured to be
-            clearly quicker than torch's own (outputs then equal the backbone's to rounding), `off` never, `on`
-            wherever it can. The run's report says what was chosen.
-        recompute_inputs: compute an adapted layer's input anew in backward, in place of keeping it, where a norm or
-            an activation made it from what is kept anyway: the same gradients, a third less memory for activations,
-            a few percent more time.
         activation_checkpointing: keep the inputs of the backbone's repeated blocks alone, and compute their insides
             again in backward: a forward more of time for most of the memory that activations take.
         offload_activations: on a GPU, let activations wait in the CPU's memory.
@@ -91,13 +84,13 @@ class LoRAModule(LightningModule):
         b_lr_ratio: float = 1.0,
         backbone_mode: Literal["eval", "train"] = "eval",
         allow_other_base: bool = False,
-        prepare_weights: Prepare = "auto",
-        recompute_inputs: bool = False,
         init_adapter: str | None = None,
         activation_checkpointing: bool = False,
         offload_activations: bool = False,
         compile: bool | dict[str, Any] = False,
+        **removed: Any,
     ) -> None:
+        refuse_removed("LoRAModule", removed)
         super().__init__()
         self.backbone = backbone
         self.task = task
@@ -110,8 +103,6 @@ class LoRAModule(LightningModule):
             raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
         # A start that is measured on data waits for them; a checkpoint brings its own.
         self.report = inject_anywhere(backbone, lora, start=lora.init not in MEASURED)
-        switches.prepare_weights(backbone, prepare_weights)
-        switches.recompute_inputs(backbone, recompute_inputs)
         self.training_forward = TrainingForward(
             backbone, checkpointing=activation_checkpointing, offload=offload_activations, compile=compile
         )
@@ -122,7 +113,9 @@ class LoRAModule(LightningModule):
 
     def _warn_of_a_frozen_new_head(self) -> None:
         """A head without pretrained values that does not train stays random."""
-        trained = tuple(f"{name}." for name, _ in (*saved_copies(self.backbone), *adapted_layers(self.backbone)))
+        trained = tuple(
+            f"{name}." for name, _ in (*grafted_modules(self.backbone, SavedCopy), *adapted_layers(self.backbone))
+        )
         new: list[str] = getattr(self.backbone, "new_keys", [])  # what `huggingface` found no values for
         left = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
         if left:
@@ -189,19 +182,6 @@ class LoRAModule(LightningModule):
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Lightning's, also where each process holds a part of the gradients."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, SharedStep):
-            clip_together(strategy, gradient_clip_val or 0, by_value=gradient_clip_algorithm == "value")
-        else:
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the loss that this step lowers."""
         if self._mean.mean is not None:
@@ -221,6 +201,12 @@ class LoRAModule(LightningModule):
                 if steps == float("inf"):
                     raise LoRAError("WarmupDecay decays over max_epochs or max_steps: give one, or its total_steps")
                 scheduler.total_steps = int(steps)
+            warm = scheduler.warmup_steps(scheduler.total_steps)
+            if warm >= scheduler.total_steps:
+                rank_zero_warn(
+                    f"the warm-up takes {warm} steps and the run has {scheduler.total_steps}, so that the learning rate"
+                    " never gets where it is to go: give warmup a share, such as 0.06"
+                )
         elif isinstance(scheduler, ReduceLROnPlateau):
             # torch's own default is mode min: then the loss is what should fall.
             fits = self.task.monitor if scheduler.mode == self.task.monitor_mode else "val/loss"
@@ -237,14 +223,13 @@ class LoRAModule(LightningModule):
         fill_from_files(self.backbone, self.device)
 
     def _shard(self) -> None:
-        refuse_other_parallelism(self)
         strategy = self.trainer.strategy
-        cuts = isinstance(strategy, FSDP1Strategy | FSDP2Strategy | ZeRO3Strategy) and not is_sharded(self.backbone)
-        if cuts and self.trainer.state.fn == TrainerFn.FITTING:
+        if not isinstance(strategy, ShardedStrategy) or is_sharded(self.backbone):
+            return
+        if self.trainer.state.fn == TrainerFn.FITTING:
             self._refuse_start_on_meta()
             self._start_from_adapter()
-        if isinstance(strategy, FSDP1Strategy | FSDP2Strategy):
-            strategy.shard_module(self)
+        strategy.shard_module(self)
 
     def _refuse_start_on_meta(self) -> None:
         """An adapter is taken before W0 is sharded, and W0 is there only after."""
@@ -291,7 +276,7 @@ class LoRAModule(LightningModule):
         for _, layer in adapted_layers(self.backbone):
             if layer.lora_dropout is not None:
                 layer.lora_dropout.train()
-        for _, saved in saved_copies(self.backbone):
+        for _, saved in grafted_modules(self.backbone, SavedCopy):
             saved.lora_copy.train()
 
     def setup(self, stage: str) -> None:
@@ -314,29 +299,20 @@ class LoRAModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's tensors and plain settings; leave W0 out."""
-        frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
-        named = {plain_name(self, key): value for key, value in checkpoint["state_dict"].items()}
-        checkpoint["state_dict"] = {key: value for key, value in named.items() if key not in frozen}
+        checkpoint["state_dict"] = adapter_only(self, checkpoint["state_dict"])
         base = self.w0_fingerprint() if self._in_fit() else fingerprint(self.backbone)
-        own = {"config": self.lora.to_dict(), "base": base.to_json(), "products": products.saved_choices()}
+        own = {"config": self.lora.to_dict(), "base": base.to_json()}
         checkpoint[CHECKPOINT_KEY] = own | {"precision": precision_of(self)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another adapter or of another W0 before anything is loaded."""
-        if CHECKPOINT_KEY not in checkpoint:
-            raise AdapterError("this checkpoint was not written by lora_lightning: it has no adapter in it")
-        trained, here = checkpoint[CHECKPOINT_KEY]["config"], self.lora.to_dict()
-        for name in dict.fromkeys([*here, *trained]):
-            if trained.get(name) != here.get(name) and name not in {"dropout", "dropout_pattern"}:
-                raise AdapterError(
-                    f"the checkpoint was trained with lora.{name}={trained.get(name)!r}, this run says"
-                    f" {here.get(name)!r}: use the run's own config.yaml, or start a new fit"
-                )
-        made_on = Fingerprint.from_json(checkpoint[CHECKPOINT_KEY]["base"])
+        refuse_damaged_fields(checkpoint, resumes=self._in_fit())
+        refuse_other_config(checkpoint, self.lora)
+        own = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)
-        with explained_by_precision(checkpoint[CHECKPOINT_KEY].get("precision"), precision_of(self)):
+        with explained_by_precision(own.get("precision"), precision_of(self)):
+            made_on = Fingerprint.from_json(own["base"])
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
-        products.take_choices(checkpoint[CHECKPOINT_KEY].get("products", {}))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, forgiving the frozen keys that a checkpoint leaves out and nothing else.
@@ -344,28 +320,32 @@ class LoRAModule(LightningModule):
         Raises:
             AdapterError: keys missing, left over or wrongly shaped, with the list.
         """
+        own = self.state_dict()
         if strict:
-            self.refuse_misfits(state_dict)
-        here = {plain_name(self, key): key for key in super().state_dict()}
+            refuse_misfits(self, own, state_dict)
+        here = {plain_name(self, key): key for key in own}
         named = {here.get(plain_name(self, key), key): value for key, value in state_dict.items()}
         return super().load_state_dict(named, strict=False, assign=assign)
 
-    def refuse_misfits(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise unless these are the adapter's keys and shapes.
 
-        Raises:
-            AdapterError: with what is missing, left over or wrongly shaped.
-        """
-        own = {plain_name(self, key): value for key, value in super().state_dict().items()}
-        state_dict = {plain_name(self, key): value for key, value in state_dict.items()}
-        frozen = {PREFIX + key for key in frozen_keys(self.backbone)}
-        problems = [f"missing '{k}'" for k in own if k not in state_dict and k not in frozen]
-        problems += [f"left over '{k}'{did_you_mean(k, own)}" for k in state_dict if k not in own]
-        problems += [
-            f"'{k}' has shape {tuple(state_dict[k].shape)}, expected {tuple(own[k].shape)}"
-            for k in own
-            if k in state_dict and isinstance(own[k], Tensor) and state_dict[k].shape != own[k].shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-            raise AdapterError(f"the checkpoint does not fit this model: {', '.join(problems[:4])}{more}")
+SPLITS = {"val": "validation", "test": "test", "predict": "predict"}
+
+
+def set_name(datamodule: Any, stage: str, index: int) -> str:
+    """What the loader with this number is called beside the first, whose name is empty.
+
+    The DataModule's own name for it where that is known (`mismatched` of `validation_mismatched`), else its number.
+    """
+    if not index:
+        return ""
+    sets: list[str] = datamodule.sets(SPLITS[stage]) if isinstance(datamodule, TableData) else []
+    if stage == "predict" and isinstance(datamodule, TableData) and not sets:
+        sets = datamodule.sets("test")
+    named = sets[index].partition("_")[2] if index < len(sets) else ""
+    return named.replace(".", "_") or str(index)
+
+
+def stage_of(datamodule: Any, stage: str, index: int) -> str:
+    """The stage by which a task counts the loader with this number: `val`, `val_mismatched`."""
+    name = set_name(datamodule, stage, index)
+    return f"{stage}_{name}" if name else stage

@@ -1,24 +1,48 @@
-"""Strategies and callbacks of Lightning with which LoRA is not trained here, with what to take in their place."""
+"""What is refused before a fit begins: strategies, callbacks, metrics that nothing logs, heads of another size."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelPruning, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
+import torch
+from lightning.pytorch import Callback, Trainer, strategies
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
+from transformers import PreTrainedModel
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.tasks.base import Task
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.base import ShardedStrategy
 
+TAKE = "take --trainer.strategy fsdp2 (or ddp, where W0 fits on one device)"
 INSTEAD: dict[type[Strategy], str] = {
-    FSDPStrategy: "Lightning's FSDP1 gathers all of W0 into its checkpoints: configs/strategy/fsdp2.yaml, or fsdp1.yaml"
-    " beside it, shards W0 likewise and writes the adapter alone",
-    DeepSpeedStrategy: "Lightning's way with DeepSpeed steps and saves past our guards and our checkpoints:"
-    " configs/strategy/deepspeed-zero2.yaml and deepspeed-zero3.yaml have ours; without DeepSpeed,"
-    " configs/strategy/ddp.yaml does what ZeRO-2 does and configs/strategy/fsdp2.yaml what ZeRO-3 does",
+    FSDPStrategy: f"it gathers all of W0 into its checkpoints, and torch no longer develops FSDP1: {TAKE}",
+    DeepSpeedStrategy: f"it steps on means of micro-batch means, and saves past our checkpoints: {TAKE}",
+    ModelParallelStrategy: f"it leaves the sharding to us, and without it adds up no gradients: {TAKE}",
 }
+"""Lightning's own strategies that are refused, and why."""
+FORMER = dict.fromkeys(("fsdp1", "zero2", "zero3"), f"it is gone: {TAKE}")
+"""Names that this package gave to strategies of its own."""
 
 COPY = "it keeps another copy of all of W0 and writes it into the checkpoints: leave it out"
 CALLBACKS: dict[type[Callback], str] = {
@@ -46,33 +70,201 @@ def refuse_unsupported(strategy: Strategy) -> None:
     Raises:
         LoRAError: it is one of these.
     """
-    for kind, why in INSTEAD.items():
-        if isinstance(strategy, kind):
-            raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
+    if why := _instead_of(type(strategy)):
+        raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
+
+
+def _instead_of(kind: type) -> str | None:
+    """Why a class is refused; a subclass from another package, such as our own, is not."""
+    ours = not kind.__module__.startswith("lightning.")
+    return None if ours else next((why for known, why in INSTEAD.items() if issubclass(kind, known)), None)
+
+
+def refuse_wide_shards(strategy: Any, precision: Any) -> None:
+    """Before Lightning's strategy fails on it.
+
+    Raises:
+        LoRAError: FSDP2 in Lightning's 64-true.
+    """
+    sharded = isinstance(strategy, ShardedStrategy) or str(strategy).lower() == "fsdp2"
+    if sharded and str(precision) in ("64", "64-true"):
+        raise LoRAError(
+            f"precision {precision} is not for fsdp2: load the model itself in float64 and leave precision out, or"
+            " train with --trainer.strategy ddp"
+        )
+
+
+def refuse_listed_cpus(devices: Any, accelerator: Any) -> None:
+    """Before Lightning fails on it.
+
+    Raises:
+        LoRAError: a list of devices, and none but a CPU to take them from.
+    """
+    listed = list(devices) if isinstance(devices, list | tuple) else None
+    if listed and (str(accelerator) == "cpu" or (str(accelerator) == "auto" and not torch.accelerator.is_available())):
+        raise LoRAError(
+            f"trainer.devices {listed} names GPUs one by one, and this run is on a CPU, where processes are counted:"
+            f" trainer.devices {len(listed)}"
+        )
+
+
+def warn_of_few_cores(trainer: Trainer) -> None:
+    """One line where processes on a CPU would wait for each other's core."""
+    own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > own:
+        rank_zero_warn(
+            f"{trainer.num_devices} processes share {own} cores, which is slower than {own} processes:"
+            f" --trainer.devices {own}"
+        )
 
 
 def refuse_unsupported_name(strategy: Any) -> None:
     """Before Lightning makes it, which for these asks for a GPU or a package that would not help.
 
+    Args:
+        strategy: what a Trainer is given: a name, the path of a class, or anything else, which is let pass.
+
     Raises:
-        LoRAError: it is the name of one of these, or of none at all.
+        LoRAError: it names one of these, or nothing at all.
     """
     if not isinstance(strategy, str) or strategy.lower() == "auto":
         return
     known = StrategyRegistry.available_strategies()
-    if strategy.lower() not in known:
-        names = ["auto", *(name for name in known if not issubclass(_class_of(name), tuple(INSTEAD)))]
+    short = strategy.rpartition(".")[2]
+    if "." in strategy or short in strategies.__all__:
+        why = _instead_of(getattr(strategies, short, object))
+    elif strategy.lower() in FORMER:
+        why = FORMER[strategy.lower()]
+    elif strategy.lower() in known:
+        why = _instead_of(StrategyRegistry[strategy.lower()]["strategy"])
+    else:
+        names = ["auto", *(name for name in known if _instead_of(StrategyRegistry[name]["strategy"]) is None)]
         usual = [name for name in names if not re.search("find_unused|notebook|xla|tpu", name)]
         raise LoRAError(
             f"no strategy '{strategy}'{did_you_mean(strategy.lower(), names)} (there are {', '.join(usual)}, and the"
             " overlays in configs/strategy/)"
         )
-    for kind, why in INSTEAD.items():
-        if issubclass(_class_of(strategy.lower()), kind):
-            raise LoRAError(f"strategy {strategy}: {why}")
+    if why:
+        raise LoRAError(f"strategy {strategy}: {why}")
 
 
-def _class_of(name: str) -> type:
-    """What a name in Lightning's registry stands for."""
-    found: type = StrategyRegistry[name]["strategy"]
-    return found
+OF_THE_RUN = re.compile(r"epoch|step|train/loss_step|lr(/.+)?|grad_norm/.+|(samples|tokens)/s|(throughput|memory)/.+")
+"""What callbacks that are always there log, and Lightning itself."""
+OF_A_FURTHER_SET = re.compile(r"val_[^/]+/.+")
+"""Sets beside the first are known only once the data are read."""
+
+
+def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = None) -> None:
+    """Compare what callbacks and a schedule monitor with what the task logs.
+
+    Args:
+        plateau: the metric of a ReduceLROnPlateau.
+
+    Raises:
+        LoRAError: a metric that nothing can log. Where code of the user's own may log it, it is a warning.
+    """
+    for who, monitor in _monitored(trainer, plateau):
+        if (near := unlogged(monitor, module)) is None:
+            continue
+        if own := _may_log(trainer, module):
+            rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {own} does{near}")
+        else:
+            raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
+
+
+def unlogged(metric: str, module: LoRAModule) -> str | None:
+    """None where the task, the run or a further set logs it; else what is meant or there, to end an error."""
+    known = [name for stage in ("val", "train") for name in module.task.logged(stage)]
+    if metric in known or OF_THE_RUN.fullmatch(metric) or OF_A_FURTHER_SET.fullmatch(metric):
+        return None
+    return f"{did_you_mean(metric, known)} (logged are {', '.join(known)})"
+
+
+def _monitored(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str]]:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        waits = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
+        waits = waits or (isinstance(callback, EarlyStopping) and callback.strict)
+        if waits and callback.monitor not in (None, "auto"):
+            yield type(callback).__name__, callback.monitor
+    if plateau is not None:
+        yield "ReduceLROnPlateau", plateau
+
+
+def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:
+    """Whose metrics are not known from here: a module's, a task's with figures of its own, a callback's of others."""
+    foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
+    return figures_of_its_own(module) or next((type(callback).__name__ for callback in foreign), None)
+
+
+def figures_of_its_own(module: LoRAModule) -> str | None:
+    """The class of the user's own, module or task, that may log what is not known from here."""
+    for one, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
+        if not _is_ours(where):
+            return type(one).__name__
+    return None
+
+
+def _is_known(callback: Callback) -> bool:
+    module = type(callback).__module__
+    return _is_ours(module) or module.startswith("lightning.pytorch.")
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == "lora_lightning"
+
+
+def refuse_other_count(config: Any, data: Any) -> None:
+    """What the data say of themselves is handed to the model, and wins over what a config says without a word.
+
+    A class of the user's own may have a default, which stands in the config too: then nobody has asked for it.
+
+    Raises:
+        LoRAError: another `num_classes` of the task or the backbone than the data have labels.
+    """
+    for part in ("task", "backbone"):
+        given = config.get(f"model.{part}.init_args.num_classes")
+        ours = str(config.get(f"model.{part}.class_path")).startswith("lora_lightning.")
+        if not ours or given is None:
+            continue  # nor are the data asked, which may not know before their setup
+        count = getattr(data, "num_classes", None)
+        if count is not None and given != count:
+            raise LoRAError(
+                f"model.{part}.init_args.num_classes is {given}, and the data have {count} labels: leave it out"
+            )
+
+
+def refuse_other_size(backbone: nn.Module, task: Task, data: Any = None) -> None:
+    """Compare the outputs of a transformers model's head with those that the task asks for.
+
+    Of other backbones, and of a head in which no layer's size says it, the first batch tells.
+
+    Args:
+        data: whose label names the message lists.
+
+    Raises:
+        LoRAError: there are fewer or more, with both numbers.
+    """
+    count = task.wanted_outputs()
+    if count is None or not isinstance(backbone, PreTrainedModel):
+        return
+    sizes = _sizes_beside_the_body(backbone)
+    if not sizes or count in sizes:
+        return
+    label_names = getattr(data, "label_names", None) or ()
+    named = f" ({some(list(label_names), 5)})" if label_names else ""
+    own = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
+    raise LoRAError(
+        f"the backbone's head has {own} outputs (num_labels), and there must be {count}, one for each"
+        f" {task.output_is}{named}: {'leave num_labels out' if label_names else f'num_labels: {count}'}"
+    )
+
+
+def _sizes_beside_the_body(backbone: PreTrainedModel) -> list[int]:
+    """Outputs of the layers of the head, the last at the end; a model that is all body has none."""
+    body = f"{backbone.base_model_prefix}."
+    named = dict(backbone.named_modules())
+    if body.rstrip(".") not in named:
+        return []
+    beside = [module for name, module in named.items() if not f"{name}.".startswith(body)]
+    layers = [module for module in beside if isinstance(module, nn.Linear | nn.Conv2d)]
+    return [layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels for layer in layers]

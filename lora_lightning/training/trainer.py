@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # the Trainer's own type
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
 from lora_lightning.export.options import checked_options
@@ -20,22 +21,30 @@ from lora_lightning.training.callbacks.export_on_fit_end import export_module, r
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
-from lora_lightning.training.ending import ending_together, leave_on_sigterm
-from lora_lightning.training.launched import end_as_they_end
+from lora_lightning.training.distributed import end_as_they_end, ending_together, leave_on_sigterm
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.preflight import (
+    refuse_listed_cpus,
     refuse_unsupported,
     refuse_unsupported_callbacks,
     refuse_unsupported_name,
+    refuse_wide_shards,
+    warn_of_few_cores,
 )
-from lora_lightning.training.tracking.wandb_run import log_export
+from lora_lightning.training.strategies.fsdp2 import strategy as _fsdp2  # noqa: F401  (which names it `fsdp2`)
+from lora_lightning.training.tracking.wandb_callback import log_export
 
 
 def in_one_process(accelerator: Any) -> dict[str, Any]:
     """What an export takes of a Trainer, wherever the run was trained that it exports."""
     alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     return {**alone, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
+
+
+def logging_interval(steps: float) -> int:
+    """Optimizer steps between two rows of the log, of a fit of so many: 50 rows or more, and Lightning's 50 at most."""
+    return int(min(50, max(1, steps // 50)))
 
 
 class LoRATrainer(Trainer):
@@ -45,6 +54,7 @@ class LoRATrainer(Trainer):
         precision: `bf16-base` holds W0 in bfloat16 under float32 adapters; `nf4-base` in 4 bit (QLoRA); `float32`;
             `auto`, bf16 autocast where the hardware has it, else float32; or one of Lightning's values, such as
             bf16-mixed and 16-mixed.
+        log_every_n_steps: left out, so often that a fit has at least 50 rows in its log.
 
     Raises:
         LoRAError: a precision that would round the adapters too, or that the strategy cannot have; a strategy or a
@@ -53,7 +63,10 @@ class LoRATrainer(Trainer):
 
     def __init__(self, *args: Any, precision: Word | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
         refuse_unsupported_name(kwargs.get("strategy"))
+        refuse_wide_shards(kwargs.get("strategy"), precision)
+        refuse_listed_cpus(kwargs.get("devices"), kwargs.get("accelerator", "auto"))
         own = lightnings_own(precision, str(kwargs.get("accelerator", "auto")))
+        self._chooses_logging = kwargs.get("log_every_n_steps") is None
         super().__init__(*args, precision=own, **kwargs)
         if self.accumulate_grad_batches < 1:
             raise LoRAError(
@@ -69,21 +82,40 @@ class LoRATrainer(Trainer):
         if precision in ("bf16-base", "nf4-base"):
             narrow_base(self, precision)
         refuse_unsupported(self.strategy)
+        warn_of_few_cores(self)
         refuse_unsupported_callbacks(self.callbacks)  # type: ignore[attr-defined]  # a connector of Lightning sets it
         end_as_they_end(self)
-        # Sharded strategies write folders in ways of their own, and a plugin of the user's is left in its place.
+        # A plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """In each process: where one fails, all end."""
-        with ending_together(self, unless=(PreemptedError,)):
+        fits = self.state.fn == TrainerFn.FITTING
+        if fits and self._chooses_logging:
+            self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
+        folder = run.run_dir(self) if fits and self.is_global_zero else None
+        with ending_together(self, unless=(PreemptedError,)), run.locked(folder):
             return super()._run(*args, **kwargs)
 
     def _run_stage(self) -> Any:
         """After Lightning has set its signal handlers."""
         leave_on_sigterm(self)
+        if self.state.fn == TrainerFn.FITTING and self._chooses_logging:
+            self.log_every_n_steps = logging_interval(self.estimated_stepping_batches)
         return super()._run_stage()
+
+    def predict(self, *args: Any, columns: list[str] | str | None = None, **kwargs: Any) -> Any:
+        """Lightning's.
+
+        Args:
+            args: as Lightning's.
+            columns: of the rows' own columns these are written beside each prediction, with commas between, or `all`;
+                the column `id` by default where there is one.
+            kwargs: as Lightning's.
+        """
+        self.predict_columns = columns.split(",") if isinstance(columns, str) else columns
+        return super().predict(*args, **kwargs)
 
     def export(
         self,

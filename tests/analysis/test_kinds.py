@@ -19,10 +19,10 @@ from lora_lightning.analysis.measures import common_rank, measured_adapter
 from lora_lightning.analysis.state import factors_in_state
 from lora_lightning.analysis.truncation import truncate
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.frozen.matrices import base_matrices, update_pairs
+from lora_lightning.lora.formats.peft.load import AdapterFiles
+from lora_lightning.lora.frozen.spectrum import base_matrices, update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.meta.inject import AdapterFiles
 from tests.lora.laws import relative, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.AdapterWarning")

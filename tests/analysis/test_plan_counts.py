@@ -8,7 +8,7 @@ import transformers as tf
 
 from lora_lightning import LoRAConfig, inject, save_adapter
 from lora_lightning.commands.plan.parameter_count import terms_of
-from lora_lightning.lora.formats.adapter_size import adapter_file_bytes
+from lora_lightning.lora.formats.peft.save import adapter_file_bytes
 from tests.factories import FAMILIES
 from tests.lora.test_paper_counts import OF_C_ATTN, QUERY_VALUE, gpt, roberta_base
 

@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import CausalLM, LoRAConfig, inject
-from lora_lightning.commands.plan.stand_ins import put_stand_ins, stand_in_mode
-from lora_lightning.commands.plan.step_cost import StepCost, step_cost
+from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, scale, shorten
+from lora_lightning.commands.plan.memory_tracker import fake_mode, put_stand_ins
+from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost, step_cost
 from lora_lightning.lora.inject import adapted_layers, remove
-from lora_lightning.lora.switches import prepare_weights, recompute_inputs
 from lora_lightning.training.activations.compilation import TrainingForward
 
 ROWS, LENGTH = 4, 48
@@ -86,7 +86,6 @@ def adapted(make, options):
     torch.manual_seed(0)
     model = make().eval()
     inject(model, LoRAConfig(r=4, **options))
-    prepare_weights(model, "off")
     for _, layer in adapted_layers(model):
         if layer.lora_dropout is not None:
             layer.lora_dropout.train()
@@ -99,7 +98,7 @@ def without_numbers(model):
 
 
 def traced(model, loss, *, context=nullcontext, forward=nullcontext) -> StepCost:
-    model, mode = without_numbers(model), stand_in_mode()
+    model, mode = without_numbers(model), fake_mode()
     put_stand_ins(model, mode, torch.device("cpu"))
 
     def run():
@@ -158,20 +157,15 @@ def highest(profile) -> int:
     return most
 
 
-def test_recomputed_inputs_and_blocks_are_not_kept():
+def test_recomputed_blocks_are_not_kept():
     model = adapted(bert, LINEAR)
     plain = traced(model, classified)
-    recompute_inputs(model, True)
-    inputs = traced(model, classified)
-    assert inputs.kept == pytest.approx(kept_bytes(model, lambda: classified(model)), rel=0.002)
-    recompute_inputs(model, False)
     blocks = traced(model, classified, forward=checkpointed)
     with checkpointed(model):
         real = kept_bytes(model, lambda: classified(model))
     random = torch.get_rng_state().numel()  # which each block keeps, out of the dispatcher's sight
     assert blocks.kept + 3 * random == pytest.approx(real, rel=0.005)
-    assert blocks.kept < inputs.kept <= plain.kept
-    assert inputs.kept < plain.kept
+    assert blocks.kept < plain.kept
     assert blocks.peak < plain.peak
     assert blocks.flops > plain.flops
 
@@ -224,7 +218,6 @@ def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token(
     no_dx = 2 * width * width * tokens  # of the first layer's input, which is the batch
     assert full.flops == 6 * weights * tokens - no_dx
     inject(model, LoRAConfig(r=r, target_modules=[str(i) for i in range(deep)]))
-    prepare_weights(model, "off")
     lora = traced(model, lambda m: m(x).sum())
     factors = deep * 2 * width * r
     assert lora.forward == 2 * (weights + factors) * tokens
@@ -233,20 +226,15 @@ def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token(
 
 
 def test_a_deep_model_is_told_from_two_short_ones():
-    from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, shortened
-    from lora_lightning.commands.plan.step_cost import NUMBERS
-
     model = without_numbers(adapted(functools.partial(llama, 11), LINEAR))
     name, blocks = depth_of(model)
     assert (name, blocks) == ("model.layers", 11)
-    short, longer = (traced(shortened(model, name, n), continued) for n in (SHORT, SHORT + 1))
-    told, whole = longer.deeper(short, blocks - SHORT - 1), traced(model, continued)
+    short, longer = (traced(shorten(model, name, n), continued) for n in (SHORT, SHORT + 1))
+    told, whole = scale(longer, short, blocks - SHORT - 1), traced(model, continued)
     for number in NUMBERS:  # a tensor of the batch, of some bytes, may be let go a moment earlier or later
         assert getattr(told, number) == pytest.approx(getattr(whole, number), rel=5e-3), number
 
 
 def test_blocks_that_are_not_alike_are_all_run():
-    from lora_lightning.commands.plan.block_scaling import depth_of
-
     model = without_numbers(adapted(functools.partial(llama, 11), {"target_modules": ["layers.3.mlp.up_proj"]}))
     assert depth_of(model) is None

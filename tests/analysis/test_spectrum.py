@@ -75,15 +75,15 @@ def test_similarity_of_random_subspaces_is_chance():
     for _ in range(300):
         U, V = (torch.linalg.qr(torch.randn(60, q, generator=generator, dtype=torch.float64))[0] for q in (3, 8))
         total += float(sp.similarity(U, V)[2, 7])
-    assert math.isclose(total / 300, sp.chance(3, 8, 60), rel_tol=0.05)
-    assert sp.chance(3, 8, 60) == 8 / 60
+    assert math.isclose(total / 300, sp.random_similarity(3, 8, 60), rel_tol=0.05)
+    assert sp.random_similarity(3, 8, 60) == 8 / 60
 
 
 def test_amplification_of_table_7():
     """arXiv 2106.09685, Table 7: layer 48, W_q of GPT-3, ||W_q|| = 61.95."""
     assert math.isclose(6.91 / 0.32, 21.5, rel_tol=0.016)  # the paper's factor, from what it prints
-    assert round(sp.random_norm(61.95, 4, (12288, 12288)), 2) == 0.02
-    assert math.isclose(sp.random_norm(61.95, 64, (12288, 12288)), 0.33, rel_tol=0.03)
+    assert round(sp.expected_norm(61.95, 4, (12288, 12288)), 2) == 0.02
+    assert math.isclose(sp.expected_norm(61.95, 64, (12288, 12288)), 0.33, rel_tol=0.03)
 
 
 def test_projections_against_dense_ones():
@@ -92,18 +92,18 @@ def test_projections_against_dense_ones():
     found = sp.spectrum(torch.tensor(A), torch.tensor(B))
     U, _, Vh = np.linalg.svd(B @ A)
     want = np.linalg.norm(U[:, :6].T @ W0 @ Vh[:6].T)
-    assert math.isclose(sp.projected(found.U, torch.tensor(W0), found.V), want, rel_tol=1e-12)
+    assert math.isclose(sp.projection_norm(found.U, torch.tensor(W0), found.V), want, rel_tol=1e-12)
     own = np.linalg.norm(np.linalg.svd(W0, compute_uv=False)[:6])
-    assert math.isclose(sp.own_norm(torch.tensor(W0), 6), own, rel_tol=1e-12)
-    draws = [sp.drawn_norm(torch.tensor(W0), 6, seed) ** 2 for seed in range(300)]
-    assert math.isclose(math.sqrt(np.mean(draws)), sp.random_norm(np.linalg.norm(W0), 6, (50, 40)), rel_tol=0.03)
+    assert math.isclose(sp.top_norm(torch.tensor(W0), 6), own, rel_tol=1e-12)
+    draws = [sp.sampled_norm(torch.tensor(W0), 6, seed) ** 2 for seed in range(300)]
+    assert math.isclose(math.sqrt(np.mean(draws)), sp.expected_norm(np.linalg.norm(W0), 6, (50, 40)), rel_tol=0.03)
 
 
 def test_top_directions_of_a_large_w0_by_iteration(monkeypatch):
     torch.manual_seed(4)
     W0 = torch.randn(90, 70)
-    exact = sp.own_norm(W0, 4)
+    exact = sp.top_norm(W0, 4)
     monkeypatch.setattr(sp, "EXACT_SIDE", 10)
     before = torch.get_rng_state()
-    assert 0.99 * exact < sp.own_norm(W0, 4) <= exact * (1 + 1e-9)
+    assert 0.99 * exact < sp.top_norm(W0, 4) <= exact * (1 + 1e-9)
     assert torch.equal(torch.get_rng_state(), before)

@@ -302,12 +302,11 @@ MISTAKES = {
     "a strategy": Mistake(
         f"{FIT} --trainer.strategy dpp",
         "no strategy 'dpp'; did you mean 'ddp'? (there are auto, ddp, ddp_spawn, ddp_fork, "
-        "single_device, fsdp1, fsdp2, zero2, zero3, and the overlays in configs/strategy/)",
+        "single_device, fsdp2, and the overlays in configs/strategy/)",
     ),
     "a strategy's class": Mistake(
         f"{FIT} --trainer.strategy lora_lightning.FSDP2Strateg",
-        "trainer.strategy: there is no 'lora_lightning.FSDP2Strateg'; did you mean 'lora_lightning.FSDP2Strategy'"
-        " or 'lora_lightning.FSDP1Strategy' or 'lora_lightning.ZeRO2Strategy'?",
+        "trainer.strategy: there is no 'lora_lightning.FSDP2Strateg'; did you mean 'lora_lightning.FSDP2Strategy'?",
     ),
     "an accelerator": Mistake(
         f"{FIT} --trainer.accelerator gpuu",

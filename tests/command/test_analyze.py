@@ -15,7 +15,8 @@ import torch
 from lora_lightning import huggingface, load_adapter
 from lora_lightning.analysis.drawing import files_of
 from lora_lightning.cli.build import open_run
-from lora_lightning.cli.main import LoRACLI, run_command
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.cli.parser import run_command
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
 from tests.command.test_merge import called
 

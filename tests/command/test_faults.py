@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
+from lora_lightning import Checkpoints, FreezeBase, Resume, RunReport
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, RunReport
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, DamagedCheckpointError, check_whole
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint, load_checkpoint
 from tests.command.process import command

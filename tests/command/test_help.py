@@ -1,7 +1,6 @@
-"""What a person reads: the first screen, a command's own, and completion; and what they do not import."""
+"""What a person reads: the first screen, and a command's own; and what they do not import."""
 
 import contextlib
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import sys
 import pytest
 
 import lora_lightning
-from lora_lightning.cli.completion import completion
 from lora_lightning.cli.parser import command_parser
 from lora_lightning.cli.registry import COMMANDS, ENTRIES, FROM_CHECKPOINT, Command
 from tests.command.process import REPOSITORY, command
@@ -108,50 +106,6 @@ def test_the_first_screen_imports_nothing_heavy(args):
 
 def test_the_help_of_a_small_command_imports_the_parser_alone():
     assert heavy("doctor", "--help") == "{'jsonargparse'}"
-
-
-# ---- completion
-
-
-@pytest.fixture(scope="module")
-def script(tmp_path_factory):
-    pytest.importorskip("shtab")
-    file = tmp_path_factory.mktemp("completion") / "lora-lightning.bash"
-    with pytest.MonkeyPatch.context() as patch, file.open("w") as out:
-        patch.setattr("sys.stdout", out)
-        completion("bash")
-    return file
-
-
-def completed(script, *words):
-    """What bash offers for the last word."""
-    line = " ".join(f"'{word}'" for word in words)
-    code = (
-        f'source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; COMP_LINE="${{COMP_WORDS[*]}}"\n'
-        f"COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9; COMP_KEY=9\n"
-        f'function=$(complete -p lora-lightning | sed "s/.*-F \\([^ ]*\\) .*/\\1/")\n'
-        f"$function lora-lightning '{words[-1]}' '{words[-2]}'; printf '%s\\n' \"${{COMPREPLY[@]}}\""
-    )
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True, env={**os.environ})
-    return done.stdout.split()
-
-
-def test_the_script_is_valid_bash(script):
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    assert script.stat().st_size < 200_000
-
-
-def test_bash_completes_commands_options_and_values(script):
-    assert completed(script, "lora-lightning", "fi") == ["fit"]
-    assert set(completed(script, "lora-lightning", "")) >= set(ENTRIES)
-    assert "--model.lora.r" in completed(script, "lora-lightning", "fit", "--model.lora.r")
-    assert completed(script, "lora-lightning", "merge", "--dtype", "b") == ["bfloat16"]
-
-
-def test_zsh_has_a_script_too(capsys):
-    pytest.importorskip("shtab")
-    completion("zsh")
-    assert capsys.readouterr().out.startswith("#compdef lora-lightning")
 
 
 def test_a_command_is_listed_for_each_function():

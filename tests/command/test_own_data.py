@@ -1,5 +1,8 @@
 """What a user gives and the data do not say is the run's, and what the data hold is compared with the model."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -77,3 +80,44 @@ def test_rows_longer_than_the_models_positions_end_a_fit_before_its_first_step(t
     assert "32 positions" in said
     assert "max_length" in said
     assert not list(tmp_path.glob("runs/long/*/checkpoints"))
+
+
+@pytest.fixture
+def hold_out(tiny, tmp_path, monkeypatch):
+    """20 rows of one label alone, and no train split."""
+    lines = Path(tiny.reviews).read_text().splitlines(keepends=True)
+    rows = [line for line in lines if ",fresh," in line or line.startswith("text,")][:21]
+    (tmp_path / "hold.csv").write_text("".join(rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "hold.csv"
+
+
+@pytest.mark.parametrize("path", ["hold.csv", "{test: hold.csv}"])
+@pytest.mark.parametrize("names", [[], ["--data.label_names", "[fresh,rotten]"]])
+def test_all_rows_of_a_named_file_are_tested_beside_the_run(trained, hold_out, path, names, monkeypatch, capsys):
+    """A trained run knows its labels; no train split is asked for."""
+    command(monkeypatch, "test", "--ckpt_path", trained)
+    before = (trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes()
+    capsys.readouterr()
+    command(monkeypatch, "test", "--ckpt_path", trained, "--data.path", path, *names)
+    assert "20 of hold.csv" in capsys.readouterr().out
+    assert (trained / "test_hold/metrics.csv").is_file()
+    assert json.loads((trained / "test_hold/report.json").read_text())["test_rows"] == 20
+    assert before == ((trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes())
+
+
+def test_predictions_carry_the_columns_that_are_asked_for(trained, tmp_path, monkeypatch, capsys):
+    (tmp_path / "new.csv").write_text("id,text,film\n7,a lovely story,one\n9,a dull film,two\n")
+    monkeypatch.chdir(tmp_path)
+    given = ["predict", "--ckpt_path", trained, "--data.path", "new.csv"]
+    for columns, own in (([], {"id": [7, 9]}), (["--columns", "film,text"], {"film": ["one", "two"]})):
+        command(monkeypatch, *given, *columns)
+        rows = [json.loads(line) for line in (trained / "predict/predictions.jsonl").read_text().splitlines()]
+        assert [row["row"] for row in rows] == [0, 1]
+        for name, values in own.items():
+            assert [row[name] for row in rows] == values
+    assert rows[0]["text"] == "a lovely story"
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, *given, "--columns", "flim")
+    assert stopped.value.code == 2
+    assert "did you mean 'film'" in capsys.readouterr().err

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.commands.plan.command import PlanCLI, main
+from lora_lightning.cli.parser import command_parser, run_command
+from lora_lightning.commands.plan.command import make_plan
 from lora_lightning.lora.errors import LoRAError
 
 OWN = ["--precisions", "[]", "--trainer.precision", "32-true"]
@@ -20,7 +21,9 @@ OWN = ["--precisions", "[]", "--trainer.precision", "32-true"]
 
 
 def planned(*arguments: str):
-    return PlanCLI(list(map(str, arguments))).plan
+    given = command_parser("plan").parse_args(list(map(str, arguments))).as_dict()
+    fit, _ = given.pop("fit"), given.pop("json")
+    return make_plan(fit, **given)
 
 
 def test_counts_and_files_are_those_of_the_fit(tiny, trained):
@@ -87,7 +90,7 @@ def test_every_overlay_is_set_beside_the_others(bare):
 
 
 def test_json_is_all_that_stands_on_stdout(bare, capfd):
-    main(["-c", str(bare), "--length", "12", "--json", *OWN])
+    run_command("plan", ["-c", str(bare), "--length", "12", "--json", *OWN])
     found = json.loads(capfd.readouterr().out)
     assert found["trainable"] == sum(found["saved"].values()) + sum(t["factors"] for t in found["formula"])
     assert found["flops"]["step"] == found["flops"]["forward"] + found["flops"]["backward"]
@@ -96,7 +99,7 @@ def test_json_is_all_that_stands_on_stdout(bare, capfd):
 
 def test_the_screen_shows_the_formula_with_the_runs_numbers(bare, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "100")
-    main(["-c", str(bare), "--length", "12", "--json", str(tmp_path / "plan.json"), *OWN])
+    run_command("plan", ["-c", str(bare), "--length", "12", "--json", str(tmp_path / "plan.json"), *OWN])
     shown = capsys.readouterr().out
     assert "|Theta| = 2 L d_model r" in shown
     assert "2 L d r = 2 x 2 x 32 x 4" in shown

@@ -13,15 +13,14 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lora_lightning import LoRAConfig, LoRAError, LoRAModule
+from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, Resume
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.io.streaming import Endless, share_of
 from lora_lightning.data.language_modelling import LanguageModellingData
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.causal_lm import CausalLM
-from lora_lightning.training.callbacks import FreezeBase, Resume
 from lora_lightning.training.optim import WarmupDecay
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
 from tests.training.resuming import EveryState, differing, ended

@@ -26,10 +26,8 @@ REGEXES = [
     *("(", ")", "[", "*", "+", "?", "\\", "(?", "(?P<", "(?P=x)", "(?#", "(?<=a*)b", "q)|(v", "(?i)Q", "(?x) q # c"),
     *("(x)|layers", "(?:)", "^$", ".*", "|", "a{99999999999999999999}", "a{1000,1}", "(?:a{0,65535}){0,65535}"),
     *("(" * 5000 + ")" * 5000, "(?:" * 300 + ")" * 300, "[" * 3000, "q|" * 20000 + "v", "." * 200000),
-    *(r"([a-z_.0-9]+)+!", r"([a-z0-9._]*)*!", r"(a|a|.)*!", r"(.|\w)+!", r"(.*)*$^", r"((.+)+)+!", r"(.*,?)*!"),
-    *(".*" * 12 + "!", ".*?" * 20 + "!", r"[a-z_.]*" * 9 + "!", r"(?:\w*\.?){9}!", r"(.*)\1\1\1!", r"(?=(.+)+!)q"),
 ]
-"""Patterns that `re` refuses, that mean another thing inside a larger one, or that take for ever to miss."""
+"""Patterns that `re` refuses, or that mean another thing inside a larger one."""
 
 FIELDS = [
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "target_parameters", "rank_pattern"),

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from lora_lightning.lora.inject import grafted_modules, saved_copies
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Law 6, by dtype; bfloat16 keeps 8 bits of the merged weight, and the tests' updates are as large as W0.
@@ -50,7 +51,11 @@ def shake(model, seed=2, size=0.1):
 def trained_tensors(model):
     """The adapter's own parameters by name, less buffers."""
     ours = {f"{name}.{own}" for name, module in grafted_modules(model) for own in module.lora_tensors()}
-    ours |= {f"{name}.lora_copy.{p}" for name, m in saved_copies(model) for p, _ in m.lora_copy.named_parameters()}
+    ours |= {
+        f"{name}.lora_copy.{p}"
+        for name, m in grafted_modules(model, SavedCopy)
+        for p, _ in m.lora_copy.named_parameters()
+    }
     return {name for name, p in model.named_parameters() if name in ours and p.requires_grad}
 
 

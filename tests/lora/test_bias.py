@@ -8,14 +8,15 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import ConfigError, MergeError, TargetError
-from lora_lightning.lora.inject import trained_biases
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import TrainedBias
 from tests.lora.options_support import inputs, net, shake
 
 
 def test_lora_only_trains_the_biases_of_adapted_layers():
     model = net()
     report = inject(model, LoRAConfig(r=2, target_modules=["up", "down"], bias="lora_only"))
-    assert [name for name, _ in trained_biases(model)] == ["up"]
+    assert [name for name, _ in grafted_modules(model, TrainedBias)] == ["up"]
     assert report.biases == 20
     assert "biases" in str(report)
 
@@ -23,7 +24,7 @@ def test_lora_only_trains_the_biases_of_adapted_layers():
 def test_all_trains_every_bias_outside_modules_to_save():
     model = net()
     inject(model, LoRAConfig(r=2, target_modules=["up"], bias="all", modules_to_save=["head"]))
-    assert [name for name, _ in trained_biases(model)] == ["up", "norm", "square"]
+    assert [name for name, _ in grafted_modules(model, TrainedBias)] == ["up", "norm", "square"]
 
 
 def test_keys_are_pefts_and_values_absolute(tmp_path):
@@ -41,7 +42,7 @@ def test_gradient_is_that_of_an_ordinary_bias():
     inject(model, LoRAConfig(r=2, bias="all"))
     model(x).square().sum().backward()
     plain(x).square().sum().backward()
-    for name, module in trained_biases(model):
+    for name, module in grafted_modules(model, TrainedBias):
         torch.testing.assert_close(module.lora_trained_bias.grad, plain.get_submodule(name).bias.grad)
 
 
@@ -52,7 +53,7 @@ def test_an_encoder_layer_that_reads_its_biases_sees_the_trained_ones(norm_first
     model, x = nn.Sequential(layer), torch.randn(2, 3, 8)
     expected = model(x)
     inject(model, LoRAConfig(r=2, target_modules=["linear1"], bias="all"))
-    assert "0.self_attn.out_proj" in dict(trained_biases(model))
+    assert "0.self_attn.out_proj" in dict(grafted_modules(model, TrainedBias))
     with torch.no_grad():
         assert torch.allclose(model(x), expected, atol=1e-6)
         shake(model)
@@ -161,7 +162,7 @@ def test_all_trains_the_biases_that_peft_trains():
     theirs = peft.get_peft_model(make(), peft.LoraConfig(r=2, target_modules=["linear1"], bias="all"))
     trained = {name for name, p in theirs.named_parameters() if p.requires_grad and "lora_" not in name}
     plain = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in trained}
-    assert plain == {f"{name}.bias" for name, _ in trained_biases(model)}
+    assert plain == {f"{name}.bias" for name, _ in grafted_modules(model, TrainedBias)}
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -10,12 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
-from lora_lightning.lora.drops import Dropout
 from lora_lightning.lora.errors import ConfigError, TargetError
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.layers import KINDS, LoRALinear, dora
-from lora_lightning.lora.layers.fused_linear import plain_arithmetic
+from lora_lightning.lora.layers import KINDS, LoRALinear, base, dora
 from tests.lora.options_support import inputs, net, shake
+from tests.lora.test_fused_linear import mask_of, next_seed
 
 
 def dora_linear(out_features, in_features, r, *, bias=True, dtype=torch.float64, seed=0, **options):
@@ -101,10 +100,9 @@ def test_a_row_of_zeros_in_w0_stays_finite_and_can_learn():
 
 def test_norms_taken_in_blocks_of_rows_are_the_norms(monkeypatch):
     layer = shake(dora_linear(7, 5, 2))[0]
-    with plain_arithmetic():
-        whole = layer.updated_norms()
-        monkeypatch.setattr(dora, "BLOCK", 10)
-        assert torch.equal(layer.updated_norms(), whole)
+    whole = layer.updated_norms()
+    monkeypatch.setattr(base, "BLOCK", 10)
+    assert torch.equal(layer.updated_norms(), whole)
     dense = layer.weight + layer.delta_weight()
     torch.testing.assert_close(whole, dense.norm(dim=1), rtol=1e-14, atol=0)
 
@@ -113,7 +111,9 @@ def test_norms_taken_in_blocks_of_rows_are_the_norms(monkeypatch):
 def test_channel_norms_and_merge_update_for_any_kind_of_weight(shape, dim):
     weight, delta = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
     others = [d for d in range(len(shape)) if d != dim]
-    norms = dora.channel_norms(weight + delta, dim)
+    norms = dora.channel_norms([weight + delta], dim, None)
+    in_parts = dora.channel_norms((weight + delta).split(1), dim, 0)
+    torch.testing.assert_close(in_parts, norms)
     torch.testing.assert_close(norms, (weight + delta).square().sum(others).sqrt())
     factor = torch.rand(shape[dim], dtype=torch.float64)
     view = [-1 if d == dim else 1 for d in range(len(shape))]
@@ -127,7 +127,7 @@ def test_dropout_is_on_the_adapters_input_alone():
     torch.manual_seed(5)
     out = model(x)
     torch.manual_seed(5)
-    dropped = x * Dropout(128, int(torch.randint(2**62, (), dtype=torch.int64))).keep(x) * 2
+    dropped = x * mask_of(x, 128, next_seed()) * 2
     update = dropped @ layer.lora_A.T @ layer.lora_B.T * layer.lora_settings.scale
     expected = layer.dora_factor() * (x @ layer.weight.T + update) + layer.bias
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)

@@ -18,9 +18,9 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats import tensor_files as storage
-from lora_lightning.lora.formats.peft.adapter import load_tensors
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
-from lora_lightning.lora.formats.peft.packing import PREFIX
+from lora_lightning.lora.formats.peft.keys import PREFIX
+from lora_lightning.lora.formats.peft.load import load_tensors
 from lora_lightning.lora.formats.provenance import PROVENANCE
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors
@@ -447,11 +447,10 @@ def test_settings_that_were_changed_under_our_own_record_are_refused(tmp_path, s
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [
-        (r"(\w+\.)*lin", "could take for ever to match: it has repeats inside repeats"),
         ("a(", r"is not a regular expression \(missing \)"),
-        ("q" * 100_001, "has 100001 characters, more than 100000"),
+        ("q)|(v", r"is not a regular expression \(unbalanced"),
     ],
-    ids=["slow", "torn", "long"],
+    ids=["torn", "torn inside PEFT's group"],
 )
 def test_a_regular_expression_is_refused_with_the_reason(tmp_path, field, pattern, reason):
     save_adapter(trained(**RICH), tmp_path)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import AdapterError, TargetError
-from lora_lightning.lora.inject import saved_copies
-from lora_lightning.lora.targets import regexes
+from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from tests.lora.options_support import shake
 
 
@@ -52,7 +52,7 @@ def test_settings_of_a_name_that_ends_another_stay_its_own(options, tmp_path):
 def test_a_full_name_in_modules_to_save_means_that_module_alone(tmp_path):
     model, x = nested(), torch.randn(3, 6, dtype=torch.float64)
     inject(model, LoRAConfig(r=2, target_modules=["inner.x"], modules_to_save=["x"]))
-    assert [name for name, _ in saved_copies(model)] == ["x"]
+    assert [name for name, _ in grafted_modules(model, SavedCopy)] == ["x"]
     save_adapter(shake(model), tmp_path)
     again = nested()
     load_adapter(again, tmp_path)
@@ -160,8 +160,7 @@ def many():
     return Many()
 
 
-def test_names_without_number_that_end_another_are_told_apart_by_us_and_by_peft(tmp_path, monkeypatch):
-    monkeypatch.setattr(regexes, "LENGTH", 1000)
+def test_names_without_number_that_end_another_are_told_apart_by_us_and_by_peft(tmp_path):
     model, x = many(), torch.randn(3, 2, dtype=torch.float64)
     inject(model, LoRAConfig(r=1, target_modules=r"layers\..*down_projection"))
     save_adapter(shake(model), tmp_path)
@@ -187,19 +186,13 @@ class Crossed(nn.Module):
         return self.x(self.e["x"](self.m["e"]["x"](x)))
 
 
-@pytest.mark.parametrize("longest", [100_000, 8, 3])
-def test_names_that_end_one_another_both_ways_are_told_apart_or_refused(longest, tmp_path, monkeypatch):
+def test_names_that_end_one_another_both_ways_are_told_apart(tmp_path):
     def make():
         torch.manual_seed(0)
         return Crossed()
 
-    monkeypatch.setattr(regexes, "LENGTH", longest)
     model, x = make(), torch.randn(2, 3, dtype=torch.float64)
     inject(model, LoRAConfig(r=1, target_modules=r"x|m\.e\.x"))
-    if longest == 3:
-        with pytest.raises(AdapterError, match=r"cannot tell 2 adapted modules from 1 others .*such as e\.x: adapt"):
-            save_adapter(shake(model), tmp_path)
-        return
     save_adapter(shake(model), tmp_path)
     again = make()
     load_adapter(again, tmp_path)

@@ -23,7 +23,6 @@ from lora_lightning.lora.formats.peft.config import (
     CHECKS,
     CONFIG,
     HARMLESS,
-    OTHER_METHODS,
     WEIGHTS,
     WITHOUT_COUNTERPART,
 )
@@ -233,11 +232,11 @@ def test_a_long_list_of_problems_shows_ten_and_counts_the_rest(tmp_path):
 # ---- settings
 
 
-@pytest.mark.parametrize("method", [*OTHER_METHODS, "SOMETHING"])
-def test_other_methods_are_refused_by_what_they_are(tmp_path, method):
+@pytest.mark.parametrize("method", ["ADALORA", "IA3", "LOHA", "OFT", "PROMPT_TUNING", "VERA", "SOMETHING"])
+def test_other_methods_are_refused_by_name(tmp_path, method):
     of_peft(tmp_path)
     edit(tmp_path, peft_type=method)
-    refused(tmp_path, rf"\(peft_type LORA\), got '{method}'( \(.+\))?$")
+    refused(tmp_path, rf"\(peft_type LORA\), got '{method}'$")
     assert method == "SOMETHING" or method in set(peft.PeftType)
 
 

@@ -17,8 +17,8 @@ from lora_lightning.lora import inject as inject_file
 from lora_lightning.lora.errors import AdapterError, TargetError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
-from lora_lightning.lora.inject import adapted_layers, saved_copies
-from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, graft
 from tests.factories import Own, assert_same, distance, folded, move, output, sequential, snapshot
 
 HEADS = {
@@ -198,7 +198,7 @@ def test_what_is_no_module_is_refused():
         {"target_modules": ["first", "secnod"]},
         {"target_modules": ["first"], "modules_to_save": ["haed"]},
         {"target_modules": ["first", "norm"]},
-        {"r": 9},
+        {"target_modules": ["first"], "r": 9},
         {"rank_pattern": {"nowhere": 2}},
         {"layers_to_transform": 7},
     ],
@@ -234,12 +234,12 @@ class Everything(nn.Module):
 
 
 def test_every_kind_and_option_is_undone_where_an_injection_fails_at_its_end(monkeypatch):
-    def fail(biased):
-        train_biases(biased)
+    def fail(*args):
+        report(*args)
         raise MemoryError
 
-    train_biases = inject_file.train_biases
-    monkeypatch.setattr(inject_file, "train_biases", fail)
+    report = inject_file._report
+    monkeypatch.setattr(inject_file, "_report", fail)
     model = Everything().train()
     model.up.weight.requires_grad_(False)
     before = snapshot(model)
@@ -253,21 +253,20 @@ def test_every_kind_and_option_is_undone_where_an_injection_fails_at_its_end(mon
     assert_same(remove(model).requires_grad_(True), before, but=("trains",))
 
 
-@pytest.mark.parametrize("broken", ["add_factors", "add_rows", "add_copy", "add_bias"])
-def test_every_kind_is_undone_where_its_own_part_fails_half_way(monkeypatch, broken):
+@pytest.mark.parametrize("kind", [LoRALinear, TokenRows, SavedCopy, TrainedBias])
+def test_every_kind_is_undone_where_its_own_part_fails_half_way(monkeypatch, kind):
     """The tensors of the adapter are there in part only: the first of them was allocated, then memory ended."""
     model = Everything()
     before = snapshot(model)
 
-    kinds = {"add_factors": LoRALinear, "add_rows": TokenRows, "add_copy": SavedCopy, "add_bias": TrainedBias}
-
-    def half(self, *args, **kwargs):
-        self.lora_enabled = True
-        if broken == "add_factors":
-            self.lora_A = nn.Parameter(torch.zeros(1))
+    def half(module, *args, **kwargs):
+        graft(module, kind)
+        module.lora_enabled = True
+        if kind is LoRALinear:
+            module.lora_A = nn.Parameter(torch.zeros(1))
         raise MemoryError
 
-    monkeypatch.setattr(kinds[broken], broken, half)
+    monkeypatch.setattr(kind, "attach", half)
     fields = {"trainable_token_indices": {"tokens": [1]}, "modules_to_save": ["head"], "bias": "all"}
     with pytest.raises(MemoryError):
         inject(model, LoRAConfig(r=2, target_modules=["conv", "up"], **fields))
@@ -301,7 +300,7 @@ def test_only_the_named_head_trains_and_not_what_ends_like_it():
     model = Own()
     report = inject(model, LoRAConfig(r=2, target_modules=["first"], modules_to_save=["head"]))
     assert report.saved == {"head": 12 * 3 + 3}
-    assert [name for name, _ in saved_copies(model)] == ["head"]
+    assert [name for name, _ in grafted_modules(model, SavedCopy)] == ["head"]
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         *("first.lora_A", "first.lora_B", "head.lora_copy.weight", "head.lora_copy.bias")
     }

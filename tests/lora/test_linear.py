@@ -13,7 +13,7 @@ from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.init.random import gaussian_, kaiming_
 from lora_lightning.lora.layers import LoRALinear
 from lora_lightning.lora.layers.functional import lora_delta, lora_update, wide_dtype
-from lora_lightning.lora.layers.fused_linear import plain_arithmetic
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from tests.factories import distance, move
 
 
@@ -99,7 +99,7 @@ def test_dropout_touches_what_a_sees_and_leaves_w0s_input_whole():
     layer = one_layer(2, 6, 5, dropout=0.5).train()
     x = torch.randn(64, 6, dtype=torch.float64)
     torch.manual_seed(7)
-    with plain_arithmetic():  # torch's dropout; test_quick.py has the quick form's
+    with eager_arithmetic():  # torch's dropout; test_fused_linear.py has the fused form's
         got = layer(x)
     torch.manual_seed(7)
     dropped = F.dropout(x, 0.5)

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lora_lightning import load_adapter, load_loralib, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
-from lora_lightning.lora.inject import trained_biases
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import TrainedBias
 from tests.factories import assert_same, distance, snapshot
 
 R, ALPHA = 2, 5
@@ -111,7 +112,7 @@ def test_trained_biases_come_along(tmp_path, bias):
     model = theirs(bias)
     ours, _ = load(write(tmp_path, model, bias))
     assert distance(ours(IDS), model(IDS)) < 1e-12
-    assert {name for name, _ in trained_biases(ours)} == (
+    assert {name for name, _ in grafted_modules(ours, TrainedBias)} == (
         {"conv", "qkv", "out"} if bias == "lora_only" else {"conv", "qkv", "norm", "out", "head"}
     )
 

@@ -166,7 +166,7 @@ class Experts(nn.Module):
 
 def test_a_rank_that_several_layers_do_not_allow_names_lines_that_help():
     with pytest.raises(TargetError) as caught:
-        inject(Experts(), LoRAConfig(r=8))
+        inject(Experts(), LoRAConfig(r=8, target_modules=["shared_expert_gate", "gate"]))
     said = str(caught.value)
     assert "r=8 is larger than the layer 'blocks.0.shared_expert_gate' allows (1, " in said
     assert "nor do 5 more" in said
@@ -174,8 +174,36 @@ def test_a_rank_that_several_layers_do_not_allow_names_lines_that_help():
     excluded = 'exclude_modules=["shared_expert_gate", "router.gate"]'
     for line, r in ((ranks, [1, 8, 2]), (excluded, [8])):
         assert line in said
-        report = inject(Experts(), eval(f"LoRAConfig(r=8, {line})"))
+        report = inject(Experts(), eval(f"LoRAConfig(r=8, target_modules=['shared_expert_gate', 'gate'], {line})"))
         assert [row.r for row in report.modules] == r * 3
+
+
+def test_all_linear_leaves_out_what_is_narrower_than_r_and_says_so():
+    report = inject(Experts(), LoRAConfig(r=8))
+    assert {row.module for row in report.modules} == {f"blocks.{i}.gate" for i in range(3)}
+    left = {f"blocks.{i}.{name}" for i in range(3) for name in ("shared_expert_gate", "router.gate")}
+    assert {name for name, reason in report.skipped.items() if "r=8 is larger" in reason} == left
+
+
+def test_all_linear_that_leaves_nothing_says_why():
+    with pytest.raises(TargetError, match=r"selects nothing .*left out: '0' \(r=8 is larger .*, 4\)"):
+        inject(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), LoRAConfig(r=8))
+
+
+def test_all_linear_takes_the_tiny_qwen2_moe_and_a_named_gate_stays_refused():
+    from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "shared_expert_intermediate_size": 40}
+    config = Qwen2MoeConfig(**sizes, vocab_size=50, num_experts=4, num_experts_per_tok=2)
+    report = inject(Qwen2MoeForCausalLM(config), LoRAConfig(r=8))
+    gates = [f"model.layers.{i}.mlp.shared_expert_gate" for i in range(2)]
+    assert all("r=8 is larger than the smaller side of its weight, 1" in report.skipped[gate] for gate in gates)
+    assert {row.module.rpartition(".")[2] for row in report.modules} >= {"q_proj", "o_proj", "up_proj"}
+    assert all(name in str(report) for name in ("shared_expert_gate", "left out"))
+    for named in ({"target_modules": ["q_proj", "shared_expert_gate"]}, {"rank_pattern": {"shared_expert_gate": 8}}):
+        with pytest.raises(TargetError, match=r"shared_expert_gate' allows \(1"):
+            inject(Qwen2MoeForCausalLM(config), LoRAConfig(r=8, **named))
 
 
 def test_a_rank_for_a_name_with_signs_names_a_pattern_that_selects_it():
@@ -183,6 +211,8 @@ def test_a_rank_for_a_name_with_signs_names_a_pattern_that_selects_it():
         return nn.ModuleDict({"a+b (c)": nn.Linear(2, 2), "c": nn.Linear(8, 8), "head": nn.Linear(8, 2)})
 
     with pytest.raises(TargetError) as caught:
-        inject(make(), LoRAConfig(r=4))
+        inject(make(), LoRAConfig(r=4, target_modules=["a+b (c)", "c"]))
     line = str(caught.value).partition("add ")[2].partition(", or")[0]
-    assert [row.r for row in inject(make(), eval(f"LoRAConfig(r=4, {line})")).modules] == [2, 4]
+    assert [
+        row.r for row in inject(make(), eval(f"LoRAConfig(r=4, target_modules=['a+b (c)', 'c'], {line})")).modules
+    ] == [2, 4]

@@ -16,12 +16,11 @@ from safetensors.torch import load_file, save_file
 from benchmarks.merge_on_disk import make_adapter, make_base, measure, shape_of
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.export.merge_on_disk import merge_on_disk
-from lora_lightning.lora import blocks as in_blocks
 from lora_lightning.lora import merge as merging
-from lora_lightning.lora.blocks import blocks
 from lora_lightning.lora.errors import AdapterWarning
 from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import base as base_layer
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
 
@@ -432,8 +431,8 @@ def test_a_layer_in_parts_merges_as_the_whole(case, monkeypatch):
     stir(model)
     for name, layer in adapted_layers(model):
         whole, kept = merging.merged_weights(layer)
-        assert len(list(blocks(layer, 70))) > 1
-        monkeypatch.setattr(in_blocks, "blocks", lambda layer: blocks(layer, 70))
+        monkeypatch.setattr(base_layer, "BLOCK", 70)
+        assert len(list(layer.updates())) > 1
         in_parts, kept_in_parts = merging.merged_weights(layer)
         monkeypatch.undo()
         assert all(relative(in_parts[own], whole[own]) < 1e-14 for own in whole), name

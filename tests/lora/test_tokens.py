@@ -9,7 +9,8 @@ from torch import nn
 
 from lora_lightning import inject, merge
 from lora_lightning.lora.errors import ConfigError, TargetError
-from lora_lightning.lora.inject import token_rows
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import TokenRows
 from tests.lora.laws import check_laws, check_peft_opens_ours, check_we_open_pefts, config, dtypes, stir
 from tests.lora.test_embedding import IDS, Scaled, Tied, gemma, net, run, run_gemma
 
@@ -100,7 +101,7 @@ def test_peft_opens_ours_and_we_open_pefts(tmp_path):
     check_peft_opens_ours(gemma, run_gemma, chosen, tmp_path)
     theirs = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj"], trainable_token_indices=[7, 1])
     model = check_we_open_pefts(gemma, run_gemma, theirs, tmp_path)
-    assert [name for name, _ in token_rows(model)] == ["model.embed_tokens"]
+    assert [name for name, _ in grafted_modules(model, TokenRows)] == ["model.embed_tokens"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ are random (`tiny_model`), and a file of a few rows with the same columns.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,19 +19,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from lora_lightning.cli.build import parse_run
 from lora_lightning.cli.main import LoRACLI
 from tests.command.process import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
-
-
-class _ParseOnly(LoRACLI):
-    """Stops before anything is built."""
-
-    def instantiate_classes(self) -> None: ...
-
-    def _run_subcommand(self, subcommand: str) -> None: ...
 
 
 def files_of(folder: str) -> list[str]:
@@ -54,13 +46,7 @@ def stacked(files: Sequence[str | Path]) -> list[str]:
 
 def parse(files: Sequence[str | Path], *args: str) -> Any:
     """The config of `fit` with every class and argument checked; nothing is built, read or downloaded."""
-    return _parser().parse_args(["fit", *stacked(files), *args]).fit
-
-
-@functools.cache
-def _parser() -> Any:
-    """The command's own; building it takes seconds."""
-    return _ParseOnly(args=["fit", *stacked(["demo.yaml"])]).parser
+    return parse_run(["fit", *stacked(files), *args])
 
 
 def tiny_model(

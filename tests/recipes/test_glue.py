@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from transformers import RobertaConfig
+from transformers import DebertaV2Config, RobertaConfig
 
 from lora_lightning import LoRAError
 from tests.recipes.recipe import files_of, head_of, parse, rows_file, run_a_step, tiny_model
@@ -56,17 +56,56 @@ def test_a_stack_holds_the_papers_numbers(model, task):
     own = config.data.init_args
     assert (own.name, own.path, own.split.test) == (task, "nyu-mll/glue", 0.0)
     assert tuple(filter(None, (own.text_column, own.text_pair_column))) == COLUMNS[task]
+    short = model == "roberta-large" and task in ("mnli", "cola", "stsb")
+    assert own.max_length == (128 if short else 512), "of the authors' scripts"
     for name in (own.tokenizer, config.model.backbone.init_args.pretrained_model_name_or_path):
         assert name == f"FacebookAI/{model}"
+
+
+# Of the authors' scripts, for each of eight processes: batch, epochs, learning rate, length, warm-up steps, dropout of
+# the classifier, weight decay.
+DEBERTA = {
+    "mnli": (8, 5, 1e-4, 256, 1000, 0.15, 0.0),
+    "sst2": (8, 16, 6e-5, 128, 1000, 0.0, 0.01),
+    "mrpc": (32, 30, 2e-4, 128, 0, 0.0, 0.01),
+    "cola": (4, 10, 1.3e-4, 64, 100, 0.1, 0.0),
+    "qnli": (6, 8, 1e-4, 512, 500, 0.1, 0.01),
+    "qqp": (8, 11, 1e-4, 320, 10000, 0.2, 0.01),
+    "rte": (4, 11, 2.6e-4, 320, 50, 0.2, 0.01),
+    "stsb": (4, 10, 2e-4, 128, 100, 0.2, 0.1),
+}
+
+
+@pytest.mark.parametrize("task", DEBERTA)
+def test_a_stack_of_deberta_holds_the_numbers_of_the_authors_scripts(task):
+    config = parse(stack("deberta-v2-xxlarge", task))
+    model, data, trainer = config.model, config.data.init_args, config.trainer
+    given = (
+        data.batch_size,
+        trainer.max_epochs,
+        model.optimizer.init_args.lr,
+        data.max_length,
+        model.lr_scheduler.init_args.warmup,
+        model.backbone.init_args.model_kwargs["cls_dropout"],
+        model.optimizer.init_args.weight_decay,
+    )
+    assert given == DEBERTA[task]
+    assert trainer.accumulate_grad_batches == 8, "one process takes the batches of their eight"
+    assert (model.lora.r, model.lora.alpha, model.lora.target_modules) == (16, 32, "query-value")
+    assert model.init_adapter == ("runs/deberta-v2-xxlarge-mnli" if task in FROM_MNLI else None)
+    for name in (data.tokenizer, model.backbone.init_args.pretrained_model_name_or_path):
+        assert name == "microsoft/deberta-v2-xxlarge"
 
 
 @pytest.mark.parametrize("file", files_of("glue"))
 def test_a_file_says_in_its_head_what_it_is_and_needs(file):
     head = head_of(file)
     assert "Needs: " in head
-    if file.startswith("glue/roberta"):
+    assert "memory" not in head, "every number has its source"
+    if not file.startswith(("glue/tasks", "glue/base")):
         task = file.split("/")[-1].removesuffix(".yaml")
         assert "Table 2 of arXiv 2106.09685" in head
+        assert "from the authors' scripts" in head
         assert f"-c configs/glue/base.yaml -c configs/glue/tasks/{task}.yaml -c configs/{file}" in head
 
 
@@ -134,6 +173,19 @@ def test_a_recipe_runs_a_step(task, roberta, tmp_path):
     assert {name for name in cli.datamodule.tables if name.startswith("predict")} == sets
     if task == "stsb":
         assert cli.model.backbone.config.problem_type == "regression"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_deberta_runs_a_step_and_trains_its_pooler_and_classifier(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    more = {"max_position_embeddings": 40, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(vocab_size=32, type_vocab_size=0, **sizes, **more)
+    model = tiny_model(tmp_path / "deberta", config, WORDS)
+    data = overrides("cola", tmp_path)
+    cli = run_a_step(stack("deberta-v2-xxlarge", "cola"), tmp_path, model=model, data=data)
+    assert set(cli.model.report.saved) == {"pooler", "classifier"}
+    assert [m.parameters for m in cli.model.report.modules] == [2 * 16 * 16] * 4
+    assert cli.model.backbone.dropout.p == pytest.approx(0.1)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,6 +9,7 @@ import torch
 import transformers
 import yaml
 
+from lora_lightning.cli.build import parse_run
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.data.io import tables
 from lora_lightning.lora.errors import LoRAError
@@ -46,16 +47,6 @@ ROWS = {
     "own-jsonl": {"messages": [user("Say sky."), assistant("sky")]},
 }
 """A row of each set, with its columns."""
-
-
-class ParseOnly(LoRACLI):
-    """Stops before anything is built."""
-
-    def instantiate_classes(self):
-        pass
-
-    def _run_subcommand(self, subcommand):
-        pass
 
 
 def files(model, data, *more):
@@ -103,16 +94,10 @@ def run(command, tiny_models, folder, model, data, *args, more=()):
     return LoRACLI(args=[command, *files(model, data, *more), "--config", str(file), *args])
 
 
-@pytest.fixture(scope="module")
-def parser():
-    """The command's own, made once: that takes longer than to parse."""
-    return ParseOnly(args=["fit", *files(MODELS[0], SETS[0])]).parser
-
-
 @pytest.mark.parametrize("overlay", [(), ("qlora.yaml",)], ids=["16-bit", "qlora"])
 @pytest.mark.parametrize(("model", "data"), list(product(MODELS, SETS)))
-def test_every_combination_is_parsed(model, data, overlay, parser):
-    config = parser.parse_args(["fit", *files(model, data, *overlay)]).fit
+def test_every_combination_is_parsed(model, data, overlay):
+    config = parse_run(["fit", *files(model, data, *overlay)])
     name = config.model.backbone.init_args.pretrained_model_name_or_path
     assert config.data.init_args.tokenizer == name
     assert config.model.lora.alpha == 2 * config.model.lora.r == 32

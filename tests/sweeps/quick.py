@@ -12,8 +12,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig
 from lora_lightning.commands.sweep.base_config import Base
-from lora_lightning.commands.sweep.request import Request
-from lora_lightning.commands.sweep.sweep import Sweep
+from lora_lightning.commands.sweep.sweep import Request, Sweep
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 

@@ -8,8 +8,7 @@ import yaml
 
 from lora_lightning import LoRAConfig, LoRAError
 from lora_lightning.commands.sweep.rank_budget import rank_for, trainable
-from lora_lightning.commands.sweep.request import Request
-from lora_lightning.commands.sweep.sweep import prepared
+from lora_lightning.commands.sweep.sweep import Request, prepare
 from tests.factories import bert
 from tests.recipes.recipe import CONFIGS
 
@@ -59,7 +58,7 @@ def demo():
     sets = [yaml.safe_load(v)["target_modules"] for v in table5()["values"]]
     values = ",".join(str(own).replace(" ", "").replace("'", "") for own in sets)
     grid = f"model.lora.target_modules={values}"
-    return prepared(Request(fit=["-c", str(CONFIGS / "demo.yaml")], grid=[grid], budget=300_000, plots=False))
+    return prepare(Request(fit=["-c", str(CONFIGS / "demo.yaml")], grid=[grid], budget=300_000, plots=False))
 
 
 def table5():

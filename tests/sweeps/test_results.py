@@ -10,20 +10,27 @@ import pytest
 from PIL import Image
 
 from lora_lightning.analysis import drawing
-from lora_lightning.commands.sweep.plots import figures
-from lora_lightning.commands.sweep.ranking import ranked
+from lora_lightning.commands.sweep.figures import figures
+from lora_lightning.commands.sweep.ranking import rank_points
+from lora_lightning.commands.sweep.report import NOT_TEST, table, write
 from lora_lightning.commands.sweep.search_space import MATRICES, RANK
-from lora_lightning.commands.sweep.tables import NOT_TEST, table
-from lora_lightning.commands.sweep.trial import named
-from lora_lightning.commands.sweep.write import write
+from lora_lightning.commands.sweep.study import Trial, folder_name
 
 METRIC = "val/accuracy"
 
 
 def trial(number, values, value, *, seed=None, state="complete", trainable=1000):
-    made = named(number, values, seed)
-    made.state, made.value, made.trainable, made.seconds, made.run = state, value, trainable, 90.0, f"runs/{number}"
-    return made
+    return Trial(
+        number=number,
+        name=folder_name(number, values, seed),
+        values=values,
+        seed=seed,
+        state=state,
+        value=value,
+        trainable=trainable,
+        seconds=90.0,
+        run=f"runs/{number}",
+    )
 
 
 def over_ranks(*, seeds=(None,), sets=("[query]", "[query, value]")):
@@ -36,7 +43,7 @@ def over_ranks(*, seeds=(None,), sets=("[query]", "[query, value]")):
 
 
 def test_equal_points_are_ranked_by_what_they_train_and_the_unfinished_come_last():
-    found = ranked(
+    found = rank_points(
         [
             trial(0, {RANK: "8"}, 0.9, trainable=800),
             trial(1, {RANK: "1"}, None, state="failed"),
@@ -50,7 +57,7 @@ def test_equal_points_are_ranked_by_what_they_train_and_the_unfinished_come_last
 
 
 def test_a_point_of_which_a_seed_failed_is_not_ranked_beside_whole_ones():
-    found = ranked(
+    found = rank_points(
         [
             trial(0, {RANK: "1"}, 0.9, seed=1),
             trial(1, {RANK: "1"}, None, seed=2, state="failed"),
@@ -63,7 +70,7 @@ def test_a_point_of_which_a_seed_failed_is_not_ranked_beside_whole_ones():
 
 
 def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_not_used():
-    rows = table("sweep", ranked(over_ranks(seeds=(1, 2)), "max"), [MATRICES, RANK], METRIC, "max")
+    rows = table("sweep", rank_points(over_ranks(seeds=(1, 2)), "max"), [MATRICES, RANK], METRIC, "max")
     assert rows.header == ["", "target_modules", "r", METRIC, "sd", "n", "trainable", "minutes", "folder"]
     assert rows.rows[0][:6] == ["1", "query, value", "64", "0.6790", "0.0071", "2"]
     assert NOT_TEST in rows.below
@@ -71,7 +78,7 @@ def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_no
 
 def drawn(trials, keys, budget=None):
     with drawing.styled():
-        return figures(ranked(trials, "max"), keys, METRIC, "max", budget)
+        return figures(rank_points(trials, "max"), keys, METRIC, "max", budget)
 
 
 def test_rank_against_matrices_is_table_6_with_every_mean_written_in_it():
@@ -108,13 +115,13 @@ def test_other_flags_have_a_figure_each_and_of_them_the_best_is_in_the_others():
 
 
 def test_all_files_are_written_and_figures_of_an_earlier_state_go(tmp_path):
-    about = {"metric": METRIC, "goal": "max", "budget": None, "config": {}}
-    write(tmp_path, about, ranked(over_ranks(), "max"), [MATRICES, RANK], plots=True)
+    about = {"metric": METRIC, "goal": "max", "budget": None, "keys": [MATRICES, RANK], "config": {}}
+    write(tmp_path, about, rank_points(over_ranks(), "max"), plots=True)
     assert {p.name for p in tmp_path.iterdir()} == {"index.html", "sweep.json", "sweep.csv", "rank.png", "rank.svg"}
     assert Image.open(io.BytesIO((tmp_path / "rank.png").read_bytes())).width > 1000
     page = (tmp_path / "index.html").read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
     assert "0.6640" in page
     assert json.loads((tmp_path / "sweep.json").read_text())["pictures"] == ["rank.png", "rank.svg"]
-    write(tmp_path, about, ranked(over_ranks(), "max"), [MATRICES, RANK], plots=False)
+    write(tmp_path, about, rank_points(over_ranks(), "max"), plots=False)
     assert {p.name for p in tmp_path.iterdir()} == {"index.html", "sweep.json", "sweep.csv"}

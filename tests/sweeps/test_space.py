@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.cli.main import command_parser
-from lora_lightning.commands.sweep.request import Request
-from lora_lightning.commands.sweep.search_space import Range, choices, interval, plainly, short_names
-from lora_lightning.commands.sweep.study import points, study_of
-from lora_lightning.commands.sweep.trial import named
+from lora_lightning.cli.parser import command_parser
+from lora_lightning.commands.sweep.search_space import Range, choices, grid_points, interval, plainly, short_names
+from lora_lightning.commands.sweep.study import Study, folder_name
+from lora_lightning.commands.sweep.sweep import Request
 
 SETS = "model.lora.target_modules=[query],[query,value],all-linear"
 
@@ -22,7 +21,7 @@ def test_a_comma_in_brackets_or_quotes_belongs_to_its_value():
 
 def test_a_grid_has_every_combination_once_and_the_last_flag_changes_first():
     swept = [choices("a.b=1,2"), choices("c=x,y,z")]
-    found = [tuple(point.values()) for point in points(swept)]
+    found = [tuple(point.values()) for point in grid_points(swept)]
     assert found == [(a, c) for a in "12" for c in "xyz"]
 
 
@@ -36,10 +35,10 @@ def test_names_are_as_short_as_they_can_be_and_a_folder_tells_its_values():
     keys = ["model.lora.r", "data.init_args.lr", "model.optimizer.lr"]
     assert list(short_names(keys).values()) == ["lora.r", "init_args.lr", "optimizer.lr"]
     assert short_names(["model.lora.r"]) == {"model.lora.r": "r"}
-    trial = named(3, {"model.lora.r": "4", "model.lora.target_modules": "[query, value]"}, seed=2)
-    assert trial.name == "003_r-4_target_modules-query-value_seed-2"
+    name = folder_name(3, {"model.lora.r": "4", "model.lora.target_modules": "[query, value]"}, seed=2)
+    assert name == "003_r-4_target_modules-query-value_seed-2"
     assert plainly("[query,value]") == "query, value"
-    assert "/" not in named(0, {"data.path": "../../x"}, None).name
+    assert "/" not in folder_name(0, {"data.path": "../../x"}, None)
 
 
 MISTAKES = {
@@ -71,17 +70,13 @@ def test_a_mistake_is_told_in_one_line(told):
 
 def test_a_range_on_a_grid_is_refused():
     with pytest.raises(LoRAError, match="has no grid: give --sampler random or tpe"):
-        points([interval("model.lora.r=1..4")])
+        grid_points([interval("model.lora.r=1..4")])
 
 
-def test_without_optuna_a_grid_works_and_a_sampler_says_what_to_install(monkeypatch):
+def test_without_optuna_a_sweep_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    swept = [choices("model.lora.r=1,2")]
-    asked = {"goal": "max", "count": 2}
-    assert study_of(swept, [], sampler="grid", pruner="none", **asked)
-    for sampler, pruner in (("tpe", "none"), ("grid", "median")):
-        with pytest.raises(ImportError, match=r"pip install 'lora_lightning\[sweeps\]'"):
-            study_of(swept, [], sampler=sampler, pruner=pruner, **asked)
+    with pytest.raises(ImportError, match=r"pip install 'lora_lightning\[sweeps\]'"):
+        Study(tmp_path, [choices("model.lora.r=1,2")], goal="max")
 
 
 def test_the_command_keeps_its_own_options_and_hands_all_others_on_in_their_order():

@@ -98,11 +98,13 @@ def test_any_module_that_gives_logits_will_do():
     assert float(out.loss.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
 
 
-def test_nothing_to_train_on_is_an_error_and_nothing_to_evaluate_counts_for_nothing():
+def test_a_batch_without_labels_counts_for_nothing_in_training_and_in_evaluation():
     model, task = make_model("llama"), CausalLM()
     nothing = batch_of(5) | {"labels": torch.full((1, 5), -100)}
-    with pytest.raises(LoRAError, match="nothing is trained on in this batch"):
-        task.step(model, nothing)
+    out = task.step(model, nothing)
+    out.loss.backward()
+    assert (float(out.loss.detach()), out.weight) == (0.0, 0)
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
     with torch.no_grad():
         task.update("val", task.evaluate(model, BATCHES[0]))
         before = float(task.update("val", task.evaluate(model, nothing))["val/perplexity"].compute())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -13,21 +12,14 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lora_lightning import FSDP1Strategy, LoRAConfig, LoRAModule
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
-from lora_lightning.training.zero2_strategy import ZeRO2Strategy
-from lora_lightning.training.zero3_strategy import ZeRO3Strategy
+from lora_lightning import LoRAConfig, LoRAModule
+from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
 from tests.processes import in_processes
-from tests.training import sharded, split
+from tests.training import sharded
 
-THERE = importlib.util.find_spec("deepspeed") is not None
 STRATEGIES: dict[str, Callable[[], Any]] = {
     "ddp": functools.partial(DDPStrategy, broadcast_buffers=False, find_unused_parameters=True),
     "fsdp2": FSDP2Strategy,
-    "fsdp2 in a folder": functools.partial(FSDP2Strategy, save_distributed_checkpoint=True),
-    "tensor parallel": split.strategy,
-    "fsdp1": FSDP1Strategy,
-    **({"zero2": ZeRO2Strategy, "zero3": ZeRO3Strategy} if THERE else {}),
 }
 ONE = "one process"
 EPOCH, END = 7, 14
@@ -39,7 +31,7 @@ def module() -> LoRAModule:
     torch.manual_seed(0)
     lora = LoRAConfig(r=3, alpha=6, target_modules=["up", "down"], modules_to_save=["norm"])
     optimizer = functools.partial(torch.optim.SGD, lr=0.2, momentum=0.9)
-    return LoRAModule(split.Net(), sharded.Told(), lora, optimizer=optimizer)
+    return LoRAModule(sharded.Net().double(), sharded.Told(), lora, optimizer=optimizer)
 
 
 def begun(folder: Path, name: str, **options: Any) -> None:

@@ -10,10 +10,20 @@ from typing import Any
 
 import torch
 
-from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
+from lora_lightning import (
+    Checkpoints,
+    FreezeBase,
+    LoRAConfig,
+    LoRAModule,
+    Resume,
+    RunReport,
+    SequenceClassification,
+    TextClassificationData,
+    huggingface,
+)
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase, PredictionWriter, Resume, RunReport
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
+from lora_lightning.training.callbacks.prediction_writer import PredictionWriter
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 
 STEPS = 20

@@ -16,11 +16,9 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from lora_lightning import LoRAConfig, LoRAModule
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.base import StepOutput, Task
-from lora_lightning.training.zero_whole import zero_part
 
 VOCABULARY, LENGTH, ROWS = 11, 9, 68
 """ROWS: per process and micro-batch of 2, 17 micro-batches: the last window of 3 or 4 is short."""
@@ -76,19 +74,13 @@ class Ragged(LightningDataModule):
         return self.loader(rows(13, seed=2))
 
     def loader(self, data: Any) -> Any:
-        own = replica(self.trainer)
-        places = {"num_replicas": own.replicas, "rank": own.number}
+        places = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
         sampler = EpochSampler(data, batch_size=self.batch_size, shuffle=False, **places)
         return DataLoader(data, batch_size=self.batch_size, sampler=sampler)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """One that lies in parts, gathered."""
-    if zero_part(tensor) is not None:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -10,11 +10,19 @@ import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
+from lora_lightning import (
+    Checkpoints,
+    FreezeBase,
+    LoRAConfig,
+    LoRAModule,
+    Resume,
+    SequenceClassification,
+    TextClassificationData,
+    huggingface,
+)
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume
 from lora_lightning.training.optim import WarmupDecay
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 
 

@@ -19,16 +19,25 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule
+from lora_lightning import (
+    CausalLM,
+    Checkpoints,
+    ExportAtEnd,
+    FreezeBase,
+    LoRAConfig,
+    LoRAError,
+    LoRAModule,
+    Resume,
+    RunReport,
+    StopOnNonFinite,
+)
 from lora_lightning.data.loading.loader import ResumableLoader
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.callbacks import Checkpoints, ExportAtEnd, FreezeBase, Resume, RunReport, StopOnNonFinite
 from lora_lightning.training.distributed import gathered
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
-from lora_lightning.training.strategies.wrapping import local
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger
+from lora_lightning.training.strategies.base import local
+from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
 from tests.processes import in_processes
 from tests.training import ragged
@@ -119,9 +128,8 @@ class Shuffled(ragged.Ragged):
         super().__init__(at_once)
 
     def train_dataloader(self) -> Any:
-        own = replica(self.trainer)
-        size, data = self.batch_size // own.replicas, ragged.rows(26, seed=1)
-        places = {"num_replicas": own.replicas, "rank": own.number, "shuffle": True, "seed": 5}
+        size, data = self.batch_size // self.trainer.world_size, ragged.rows(26, seed=1)
+        places = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank, "shuffle": True, "seed": 5}
         return ResumableLoader(data, batch_size=size, sampler=EpochSampler(data, batch_size=size, **places))
 
     def test_dataloader(self) -> Any:
@@ -140,7 +148,7 @@ class Keep(Checkpoints):
         if self._newest != before and trainer.is_global_zero:
             last = Path(self.last_model_path)
             copy = last.with_name(f"{self._newest[0]:03}.ckpt")
-            shutil.copytree(last, copy) if last.is_dir() else shutil.copyfile(last, copy)
+            shutil.copyfile(last, copy)
         trainer.strategy.barrier()
 
 
@@ -191,12 +199,8 @@ class Nudge(Callback):
         self.what = what
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
-        # FSDP1 lays all of a block end to end, and the last process has its end.
-        at_end = self.what == "w0 end"
-        writes = trainer.global_rank == (trainer.world_size - 1 if at_end else 1)
-        if self.what.startswith("w0") and trainer.global_step == 4 and writes:
-            block = pl_module.backbone.layers[1]
-            local(block.down.weight if at_end else block.up.weight).view(-1)[0] += 1e-3
+        if self.what == "w0" and trainer.global_step == 4 and trainer.global_rank == 1:
+            local(pl_module.backbone.layers[1].up.weight).view(-1)[0] += 1e-3
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         if self.what == "loss" and trainer.global_step == 4 and trainer.global_rank == 1:
@@ -213,7 +217,7 @@ def stopped(folder: Path, what: str, strategy: Strategy, processes: int, **optio
 
 
 def life(folder: Path, processes: int) -> None:
-    """All that happens to a run, in both forms of checkpoints; process 0 writes down what was found."""
+    """All that happens to a run; process 0 writes down what was found."""
     with pytest.MonkeyPatch.context() as patch:
         # It ends the processes that fail together, and these are to tell what each of them met.
         patch.setattr(lightning_trainer, "ending_together", lambda *_, **__: nullcontext())
@@ -225,21 +229,14 @@ def _life(folder: Path, processes: int) -> None:
     found: dict[str, Any] = {"gathered": []}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DTensor, "full_tensor", noting(DTensor.full_tensor, found["gathered"]))
-        for form in ("file", "folder"):
-            many = {"devices": processes}
-            new = functools.partial(FSDP2Strategy, save_distributed_checkpoint=form == "folder")
-            first = fit(folder / form, strategy=new(), **many)
-            found[f"{form} whole"] = ended(first)
-            found[f"{form} figures"] = figures(first, at(folder / form, 9))
-            for step in (9, 14):  # in an epoch's middle and at an end
-                again = fit(folder / f"{form} {step}", ckpt=at(folder / form, step), strategy=new(), **many)
-                found[f"{form} from {step}"] = ended(again)
-            found[f"{form} of one process"] = ended(
-                fit(folder / f"{form} one", ckpt=folder / "one.ckpt", strategy=new(), **many)
-            )
-        found["file from folder"] = ended(
-            fit(folder / "crossed", ckpt=at(folder / "folder", 9), strategy=FSDP2Strategy(), **many)
-        )
+        many: dict[str, Any] = {"devices": processes}
+        first = fit(folder / "file", strategy=FSDP2Strategy(), **many)
+        found["whole"] = ended(first)
+        found["figures"] = figures(first, at(folder / "file", 9))
+        for step in (9, 14):  # in an epoch's middle and at an end
+            again = fit(folder / f"from {step}", ckpt=at(folder / "file", step), strategy=FSDP2Strategy(), **many)
+            found[f"from {step}"] = ended(again)
+        found["of one process"] = ended(fit(folder / "one", ckpt=folder / "one.ckpt", strategy=FSDP2Strategy(), **many))
     fit(
         folder / "bf16",
         ExportAtEnd(),
@@ -251,19 +248,18 @@ def _life(folder: Path, processes: int) -> None:
         **many,
     )
     for what in ("w0", "loss"):
-        found[f"stopped by {what}"] = stopped(folder / what, what, new(), processes)
-    found["misfits"] = misfits(folder, at(folder / "folder", 9), at(folder / "file", 9), processes)
+        found[f"stopped by {what}"] = stopped(folder / what, what, FSDP2Strategy(), processes)
+    found["misfits"] = misfits(folder, at(folder / "file", 9), processes)
     if first.is_global_zero:
         torch.save(found, folder / "found.pt")
 
 
 def onward(folder: Path, processes: int) -> None:
     """More processes go on from what two have written."""
-    for form in ("file", "folder"):
-        end = fit(folder / f"{form} more", ckpt=at(folder / form, 14), strategy=FSDP2Strategy(), devices=processes)
-        found = ended(end)
-        if end.is_global_zero:
-            torch.save(found, folder / f"{form} more.pt")
+    end = fit(folder / "more", ckpt=at(folder / "file", 14), strategy=FSDP2Strategy(), devices=processes)
+    found = ended(end)
+    if end.is_global_zero:
+        torch.save(found, folder / "more.pt")
 
 
 def noting(call: Any, seen: list[Any]) -> Any:
@@ -289,7 +285,7 @@ def figures(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     return {**tested, **validated, "predicted": rows}
 
 
-def misfits(folder: Path, parts: Path, file: Path, processes: int) -> dict[str, list[str]]:
+def misfits(folder: Path, file: Path, processes: int) -> dict[str, list[str]]:
     """What is said of checkpoints of another adapter, of another base, and of keys that do not fit."""
     said = {}
 
@@ -301,16 +297,15 @@ def misfits(folder: Path, parts: Path, file: Path, processes: int) -> dict[str, 
             said[name] = gathered(str(error))
 
     config: dict[str, Any] = {"dropout": 0.2, "modules_to_save": ["norm"]}
-    of("another rank", module(torch.float32, **config | {"r": 2}), parts)
+    of("another rank", module(torch.float32, **config | {"r": 2}), file)
     other = module(torch.float32, **config)
     with torch.no_grad():
         other.backbone.layers[2].down.bias[0] += 1  # type: ignore[index,union-attr]
     of("another base", other, file)
-    for form, path in (("file", file), ("folder", parts)):
-        for what, change in (("shapes", {"r": 2}), ("keys", {"target_modules": ["up"]})):
-            made = module(torch.float32, **config | change)
-            made.lora = other.lora  # says what the checkpoint says, and is not so
-            of(f"{what} in the {form}", made, path)
+    for what, change in (("shapes", {"r": 2}), ("keys", {"target_modules": ["up"]})):
+        made = module(torch.float32, **config | change)
+        made.lora = other.lora  # says what the checkpoint says, and is not so
+        of(what, made, file)
     return said
 
 

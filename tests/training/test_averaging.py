@@ -12,8 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, default_collate
 
 from lora_lightning import LoRAError, LoRAModule
-from lora_lightning.training.gradients import multiply
-from lora_lightning.training.loss_weighting import UnitMean
+from lora_lightning.training.loss_weighting import UnitMean, multiply_gradients
 from tests.command.process import REPOSITORY
 from tests.distributed import one_process
 from tests.training.ragged import CLIP, ROWS, fit, module, rows
@@ -150,5 +149,5 @@ def test_sharded_gradients_are_multiplied_where_they_lie():
     with one_process() as mesh:
         parameter = torch.nn.Parameter(distribute_tensor(torch.zeros(4, 3), mesh, [Shard(0)]))
         parameter.grad = distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])
-        multiply([parameter.grad], 2.5)
+        multiply_gradients(torch.optim.SGD([parameter]), 2.5)
         assert torch.equal(parameter.grad.full_tensor(), torch.full((4, 3), 2.5))

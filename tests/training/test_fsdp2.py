@@ -4,7 +4,6 @@ Mutations that were made once, and what then fails:
 
 | mutation | test |
 |---|---|
-| `recompute_inputs` left on | test_a_sharded_model_is_the_model..., "inputs computed anew" |
 | no broadcast of process 0's values | the same, all cases |
 | `moved` looks at one process's parts only | the same, by the write into one part |
 | no `gather_before` of `generate` | test_texts_of_unlike_length... |
@@ -17,32 +16,22 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.tensor import Shard, distribute_tensor
 
-from lora_lightning import LoRAError
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.about import backbone_name
-from lora_lightning.training.checkpoints.checkpoint_folder import MANIFEST, REST, write
-from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
-from lora_lightning.training.checkpoints.file_io import WholeFiles, read_checkpoint
-from lora_lightning.training.checkpoints.run_folder import find_checkpoint, load_checkpoint
-from lora_lightning.training.strategies.fsdp2 import FSDP2Strategy
-from lora_lightning.training.strategies.groups import groups_of, named_blocks
-from lora_lightning.training.strategies.wrapping import shard
+from lora_lightning.training.checkpoints.file_io import WholeFiles
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
+from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
+from lora_lightning.training.strategies.fsdp2.wrapping import groups_of, named_blocks, shard
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import run
 from tests.distributed import one_process
 from tests.processes import REPOSITORY
 from tests.training import ragged, sharded, shards
 from tests.training.resuming import differing
-
-FORMS = ["file", "folder"]
 
 
 def script(name, *args, timeout=300):
@@ -132,17 +121,10 @@ def test_four_processes_equal_one(tmp_path):
 # Law 8, and what checkpoints hold.
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("step", [9, 14])
-def test_a_resumed_sharded_fit_is_the_uninterrupted_one(lived, form, step):
+def test_a_resumed_sharded_fit_is_the_uninterrupted_one(lived, step):
     _, found = lived
-    assert differing(found[f"{form} whole"], found[f"{form} from {step}"]) == []
-
-
-def test_both_forms_hold_the_same_and_a_fit_goes_on_from_the_other(lived):
-    _, found = lived
-    assert differing(found["file whole"], found["folder whole"]) == []
-    assert differing(found["file whole"], found["file from folder"]) == []
+    assert differing(found["whole"], found[f"from {step}"]) == []
 
 
 def test_a_file_is_that_of_a_single_process_and_holds_no_weight_of_the_base(lived):
@@ -160,20 +142,6 @@ def test_a_file_is_that_of_a_single_process_and_holds_no_weight_of_the_base(live
     assert {k.removeprefix("backbone.") for k in many["state_dict"]} == adapter_tensors(made.backbone).keys()
 
 
-def test_a_folder_read_by_one_process_is_the_file(lived):
-    folder, _ = lived
-    parts, file = (load_checkpoint(sharded.at(folder / form, 9)) for form in ("folder", "file"))
-    assert differing(parts["state_dict"], file["state_dict"]) == []
-    ours, theirs = parts["optimizer_states"][0], file["optimizer_states"][0]
-    assert ours["param_groups"] == theirs["param_groups"]
-    for i, own in theirs["state"].items():
-        assert differing(ours["state"][i], own) == []
-    names = {f.name.removesuffix("_0.distcp") for f in sharded.at(folder / "folder", 9).iterdir()}
-    assert names == {"__0", "__1", ".metadata", MANIFEST, REST}
-    sizes = [sum(f.stat().st_size for f in p.rglob("*")) for p in (sharded.at(folder / "folder", 9),)]
-    assert sizes[0] < 4 * sharded.at(folder / "file", 9).stat().st_size
-
-
 def test_no_process_ever_gathered_a_weight_of_the_base(lived):
     _, found = lived
     made = sharded.module(torch.float32, modules_to_save=["norm"])
@@ -181,13 +149,12 @@ def test_no_process_ever_gathered_a_weight_of_the_base(lived):
     assert {tuple(shape) for shape in found["gathered"]} <= own
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_one_process_goes_on_and_evaluates_from_either_form(lived, form, tmp_path):
+def test_one_process_goes_on_and_evaluates_from_a_sharded_fit(lived, tmp_path):
     folder, found = lived
-    trainer = sharded.fit(tmp_path / "on", ckpt=sharded.at(folder / form, 14))
-    assert trainer.global_step == found[f"{form} whole"]["step"]
-    alone = sharded.figures(trainer, sharded.at(folder / form, 9))
-    many = found[f"{form} figures"]
+    trainer = sharded.fit(tmp_path / "on", ckpt=sharded.at(folder / "file", 14))
+    assert trainer.global_step == found["whole"]["step"]
+    alone = sharded.figures(trainer, sharded.at(folder / "file", 9))
+    many = found["figures"]
     torch.testing.assert_close(many.pop("predicted"), alone.pop("predicted"), rtol=1e-5, atol=1e-5)
     assert many == pytest.approx(alone, rel=1e-5)
     assert {"test/loss", "val/loss", "test/accuracy"} <= many.keys()
@@ -195,9 +162,7 @@ def test_one_process_goes_on_and_evaluates_from_either_form(lived, form, tmp_pat
 
 def test_two_processes_go_on_from_one(lived):
     _, found = lived
-    for form in FORMS:
-        assert found[f"{form} of one process"]["step"] == found["file whole"]["step"]
-    assert differing(found["file of one process"], found["folder of one process"]) == []
+    assert found["of one process"]["step"] == found["whole"]["step"]
 
 
 def test_a_fit_under_autocast_reports_and_leaves_the_export_to_the_command(lived):
@@ -225,10 +190,8 @@ def test_checkpoints_that_do_not_fit_are_refused_in_all_processes(lived):
     told = {
         "another rank": "the checkpoint was trained with lora.r=3, this run says 2",
         "another base": "layers.2.down.bias",
-        "shapes in the file": "lora_A' has shape (3, 17), expected (2, 17)",
-        "shapes in the folder": "lora_A' has shape (3, 17), expected (2, 17)",
-        "keys in the file": "left over 'backbone.layers.0.down.lora_A'",
-        "keys in the folder": "left over 'backbone.layers.0.down.lora_A'",
+        "shapes": "lora_A' has shape (3, 17), expected (2, 17)",
+        "keys": "left over 'backbone.layers.0.down.lora_A'",
     }
     assert found["misfits"].keys() == told.keys()
     for name, text in told.items():
@@ -239,54 +202,7 @@ def test_checkpoints_that_do_not_fit_are_refused_in_all_processes(lived):
 @pytest.mark.slow
 def test_four_processes_go_on_from_two(lived):
     script("sharded", "onward", lived[0], 4)
-    file, folder = (torch.load(lived[0] / f"{form} more.pt") for form in FORMS)
-    assert file["step"] == 21
-    assert differing(file, folder) == []
-
-
-# Folders on disk.
-
-
-@pytest.fixture
-def parts(lived, tmp_path):
-    """A folder and the one before it."""
-    folder, _ = lived
-    for step, name in ((9, "last.ckpt"), (8, "last.ckpt.previous")):
-        shutil.copytree(sharded.at(folder / "folder", step), tmp_path / "checkpoints" / name)
-    return tmp_path / "checkpoints" / "last.ckpt"
-
-
-def damage(file: Path, how: str) -> None:
-    data = bytearray(file.read_bytes())
-    if how == "flipped":
-        data[len(data) // 2] ^= 4
-    file.write_bytes(data if how == "flipped" else data[: len(data) // 2])
-    if how == "missing":
-        file.unlink()
-
-
-@pytest.mark.parametrize("how", ["flipped", "torn", "missing"])
-def test_a_damaged_folder_gives_way_to_the_one_before_it_aloud(parts, how):
-    names = sorted(p.name for p in parts.iterdir())
-    for name in names:
-        kept = (parts / name).read_bytes()
-        damage(parts / name, how)
-        with pytest.warns(UserWarning, match="the one before it is used"):
-            assert load_checkpoint(parts)["global_step"] == 8, name
-        (parts / name).write_bytes(kept)
-    assert load_checkpoint(parts)["global_step"] == 9
-    shutil.rmtree(parts.with_name("last.ckpt.previous"))
-    damage(parts / REST, "torn")
-    with pytest.raises(DamagedCheckpointError, match=r"'rest\.pt' has changed"):
-        load_checkpoint(parts)
-
-
-def test_one_process_writes_and_reads_a_folder_without_a_warning(tmp_path):
-    with one_process() as mesh, warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        tensor = distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)])
-        write({"state_dict": {"a": tensor}, "global_step": 1}, tmp_path / "last.ckpt")
-        assert torch.equal(read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"], torch.ones(3, 2))
+    assert torch.load(lived[0] / "more.pt")["step"] == 21
 
 
 def test_a_report_names_the_backbones_own_class_also_where_it_is_sharded():
@@ -295,48 +211,6 @@ def test_a_report_names_the_backbones_own_class_also_where_it_is_sharded():
         shard(made.backbone, mesh, torch.device("cpu"))
     assert type(made.backbone).__name__ == "FSDPNet"
     assert backbone_name(made.backbone) == "Net"
-
-
-def test_a_full_disk_leaves_the_older_folder_and_says_so(tmp_path, monkeypatch):
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    path = tmp_path / "last.ckpt"
-    with one_process() as mesh:
-        for step in (1, 2):
-            tensor = distribute_tensor(torch.full((3, 2), float(step)), mesh, [Shard(0)])
-            write({"state_dict": {"a": tensor, "b": torch.ones(1)}, "global_step": step}, path)
-        monkeypatch.setattr("os.fsync", full)
-        with pytest.raises(LoRAError, match=r"could not be written \(.*No space left on device\): make room there"):
-            write({"state_dict": {"a": tensor}, "global_step": 3}, path)
-    monkeypatch.undo()
-    assert torch.equal(read_checkpoint(path)["state_dict"]["a"], torch.full((3, 2), 2.0))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
-
-
-def test_a_folder_is_found_like_a_file_also_in_the_moment_between_two_moves(parts):
-    assert find_checkpoint(parts) == find_checkpoint(parts.parent.parent, "last") == parts
-    shutil.rmtree(parts)
-    assert find_checkpoint(parts) == find_checkpoint(parts.parent.parent, "last") == parts
-    with pytest.warns(UserWarning, match="the one before it is used"):
-        assert read_checkpoint(parts)["global_step"] == 8
-
-
-def test_a_folders_index_runs_no_code(parts):
-    import hashlib
-    import pickle
-
-    class Evil:
-        def __reduce__(self):
-            return print, ("gotcha",)
-
-    (parts / ".metadata").write_bytes(pickle.dumps(Evil()))
-    manifest = json.loads((parts / MANIFEST).read_text())
-    data = (parts / ".metadata").read_bytes()
-    manifest["files"][".metadata"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (parts / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(LoRAError, match=r"builtins\.print does not belong into a checkpoint's index"):
-        load_checkpoint(parts)
 
 
 # What is found, and what is said.
@@ -372,20 +246,12 @@ def test_a_word_is_enough_for_the_defaults():
     assert isinstance(trainer.strategy.checkpoint_io, WholeFiles)
 
 
-def test_lightnings_own_strategy_is_refused_for_it_would_add_up_no_gradients():
-    made = sharded.module()
-    made.trainer = LoRATrainer(strategy=ModelParallelStrategy(1, 1), accelerator="cpu", devices=1, logger=False)
-    with pytest.raises(LoRAError, match=r"name lora_lightning\.FSDP2Strategy"):
-        made.configure_model()
-
-
 # The command.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["fsdp2.yaml", "fsdp2-folder.yaml"])
-def test_the_command_fits_tests_predicts_and_exports(tiny, tmp_path, overlay):
-    both = ["--config", tiny.config, "--config", REPOSITORY / "configs" / "strategy" / overlay]
+def test_the_command_fits_tests_predicts_and_exports(tiny, tmp_path):
+    both = ["--config", tiny.config, "--config", REPOSITORY / "configs" / "strategy" / "fsdp2.yaml"]
     run("fit", *both, "--trainer.max_epochs", "2", cwd=tmp_path)
     run("test", "--ckpt_path", "runs/tiny", cwd=tmp_path)
     run("predict", "--ckpt_path", "runs/tiny", "--trainer.devices", "1", cwd=tmp_path)

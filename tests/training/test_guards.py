@@ -10,9 +10,17 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 
-from lora_lightning import LoRAConfig, LoRAError, LoRAModule
+from lora_lightning import (
+    Checkpoints,
+    FreezeBase,
+    LoRAConfig,
+    LoRAError,
+    LoRAModule,
+    Resume,
+    RunReport,
+    StopOnNonFinite,
+)
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, RunReport, StopOnNonFinite
 from lora_lightning.training.callbacks.nan_guard import NotFiniteError
 from lora_lightning.training.checkpoints import file_io as checkpoint_io
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, WholeFiles, read_checkpoint, write_checkpoint

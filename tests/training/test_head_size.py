@@ -8,7 +8,7 @@ from jsonargparse import Namespace
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
-from lora_lightning.training.head_size import refuse_other_count, refuse_other_size
+from lora_lightning.training.preflight import refuse_other_count, refuse_other_size
 from tests import factories
 
 

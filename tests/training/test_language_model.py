@@ -34,7 +34,7 @@ def config(folder, llama, path, **data):
             "max_epochs": 3,
             "accelerator": "cpu",
             "enable_progress_bar": False,
-            "callbacks": [{"class_path": "lora_lightning.training.callbacks.MeasureBefore"}],
+            "callbacks": [{"class_path": "lora_lightning.MeasureBefore"}],
         },
         "model": {
             "backbone": {

@@ -10,17 +10,13 @@ import zlib
 
 import pytest
 import torch
-from torch.distributed.tensor import Shard, distribute_tensor
 
 from lora_lightning import WandbLogger
 from lora_lightning.cli.main import resume_loggers
-from lora_lightning.training.checkpoints.checkpoint_folder import write
-from lora_lightning.training.checkpoints.resume import KEY
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, go_on_with, runs_of
-from lora_lightning.training.tracking.wandb_run import go_on_with_run_of
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
+from lora_lightning.training.tracking.wandb_logger import go_on_with, runs_of
 from tests.command.process import REPOSITORY
-from tests.distributed import one_process
 from tests.training.logged import KILL_AT, STEPS, TERM_AT
 from tests.wandb_file import BLOCK, HEADER, PIECE, payloads, runs_in
 
@@ -138,14 +134,3 @@ def test_the_reader_joins_pieces_over_blocks_and_finds_damage():
     assert list(payloads(data[:-1])) == records[:2], "torn"
     with pytest.raises(ValueError, match="is damaged"):
         list(payloads(data[:-1] + b"d"))
-
-
-def test_a_test_of_a_checkpoint_in_parts_belongs_to_the_wandb_run_that_wrote_it(tmp_path):
-    path = tmp_path / "version_0" / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    with one_process() as mesh:
-        part = distribute_tensor(torch.ones(3, 2), mesh, [Shard(0)])
-        write({"state_dict": {"a": part}, KEY: {"loggers": [["WandbLogger", "abc"]]}}, path)
-    go_on_with_run_of([logger := wandb_logger(tmp_path)], path)
-    assert path.is_dir()
-    assert logger.version == "abc"

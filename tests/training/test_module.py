@@ -16,7 +16,6 @@ from lora_lightning import (
     WarmupDecay,
     huggingface,
 )
-from lora_lightning.lora import products
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
@@ -295,32 +294,3 @@ def test_a_second_fit_on_a_w0_that_was_written_to_starts_from_that(tmp_path, mak
         trainer_of(tmp_path, enable_checkpointing=False, callbacks=[guard]).fit(module, loader())
         assert guard.before == guard.after == fingerprint(module.backbone)
         module.backbone.head.weight.data.add_(1)
-
-
-def test_switches_reach_the_layers_and_change_no_gradient(tmp_path, make_module):
-    """Off by default, or as measured; a fit with inputs computed anew is the fit without, bit for bit."""
-    after = []
-    for recompute in (False, True):
-        torch.manual_seed(0)
-        module = make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"]), recompute_inputs=recompute)
-        layer = module.backbone.body[0]
-        assert (layer.lora_prepare, layer.lora_replays is not None) == ("auto", recompute)
-        trainer_of(tmp_path, enable_checkpointing=False).fit(module, loader())
-        after.append(adapter_tensors(module.backbone))
-    assert all(torch.equal(after[1][name], tensor) for name, tensor in after[0].items())
-    assert make_module(Vision(), LoRAConfig(r=2), prepare_weights="off").backbone.body[0].lora_prepare == "off"
-    with pytest.raises(LoRAError, match="prepare_weights is one of auto, off, on, got 'yes'"):
-        make_module(Vision(), LoRAConfig(r=2), prepare_weights="yes")
-
-
-def test_a_resumed_run_takes_the_products_of_the_run_that_it_resumes(make_module, monkeypatch):
-    """Measured anew, they could come out otherwise and round otherwise (law 8)."""
-    kind = products.Kind(torch.float32, 16, 6, True, True, 8, 1)
-    monkeypatch.setattr(products, "_chosen", {kind: "oneDNN"})
-    module, checkpoint = make_module(Vision(), LoRAConfig(r=2)), {"state_dict": {}}
-    module.on_save_checkpoint(checkpoint)
-    monkeypatch.setattr(products, "_chosen", {})
-    module.on_load_checkpoint(checkpoint)
-    assert products._chosen == {kind: "oneDNN"}
-    del checkpoint["lora_lightning"]["products"]  # of an earlier version
-    module.on_load_checkpoint(checkpoint)

@@ -4,9 +4,8 @@ import pytest
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 
-from lora_lightning import LoRAError, LoRAModule, TextGeneration
-from lora_lightning.training.callbacks import Checkpoints, StepFigures
-from lora_lightning.training.monitored import refuse_unlogged
+from lora_lightning import Checkpoints, LoRAError, LoRAModule, StepFigures, TextGeneration
+from lora_lightning.training.preflight import refuse_unlogged
 from lora_lightning.training.trainer import LoRATrainer
 
 

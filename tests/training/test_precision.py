@@ -10,18 +10,16 @@ import transformers
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lora_lightning import FreezeBase, LoRAConfig, LoRAError, huggingface, inject
-from lora_lightning.cli.handed_down import NF4, handed_down
+from lora_lightning import Checkpoints, FreezeBase, LoRAConfig, LoRAError, huggingface, inject
+from lora_lightning.cli.config_overrides import NF4, handed_down
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.frozen.base_dtype import base_dtypes, base_floats, cast_base
+from lora_lightning.lora.frozen.dtype import base_dtypes, base_floats, cast_base
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.callbacks import Checkpoints
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.load_dtypes import load_dtypes
-from lora_lightning.training.precision import HalfBase, convert, lightnings_own
+from lora_lightning.training.precision import HalfBase, convert, lightnings_own, load_dtypes
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import REPOSITORY
 from tests.factories import FAMILIES, distance, move, output
@@ -100,7 +98,7 @@ def test_what_trains_in_full_and_narrower_storage_stay():
         layer.requires_grad_(True)
     for layer in (*model[:2].parameters(), model[4].bias):
         layer.requires_grad_(False)
-    cast = {key for key, *_ in base_floats(model)}
+    cast = {place.name for place in base_floats(model)}
     assert cast == {"0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "4.bias"}
     tied = nn.ModuleList([nn.Embedding(3, 4), nn.Linear(4, 3, bias=False)]).requires_grad_(False)
     tied[1].weight = tied[0].weight

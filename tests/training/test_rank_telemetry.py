@@ -13,12 +13,11 @@ from lightning.pytorch import Trainer
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning import FreezeBase, LoRAConfig, LoRAError, Resume, inject
 from lora_lightning.analysis.rank_measures import RankMeasures, base_norm, measures_of, summary, whole_base, whole_layer
-from lora_lightning.lora.frozen.matrices import update_pairs
+from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.training.callbacks import FreezeBase, Resume
 from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankTelemetry, keep_until
 from lora_lightning.training.checkpoints import run_folder as run
 from tests.distributed import one_process

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from benchmarks.measure import kept_bytes
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
-from lora_lightning.lora.layers.fused_linear import plain_arithmetic
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.training.activations.blocks import repeated_blocks
 from lora_lightning.training.activations.checkpointing import Recomputation, without_cache
 from tests.distributed import one_process
@@ -158,18 +158,13 @@ def test_what_is_kept_falls_to_the_blocks_inputs():
     assert kept_bytes(model, recomputed) < 0.3 * kept_bytes(model, plainly)
 
 
-@pytest.mark.parametrize("arithmetic", ["quick", "plain", "recomputed inputs"])
+@pytest.mark.parametrize("arithmetic", ["fused", "eager"])
 def test_dropout_draws_the_same_mask_again(arithmetic):
-    """With one adapted layer for each x, so that no mask is shared: then the flag changes no draw."""
     torch.manual_seed(0)
     model = tf.BertForSequenceClassification(tf.BertConfig(**SIZES)).eval()
     inject(model, LoRAConfig(r=2, dropout=0.3, target_modules=["query", "intermediate.dense"]))
     move(model, 0.1).train()
-    if arithmetic == "recomputed inputs":
-        from lora_lightning.lora.switches import recompute_inputs
-
-        recompute_inputs(model)
-    context = plain_arithmetic if arithmetic == "plain" else contextlib.nullcontext
+    context = eager_arithmetic if arithmetic == "eager" else contextlib.nullcontext
     inputs = {"input_ids": IDS}
     with context():
         assert_same_step(step(model, inputs), step(model, inputs, Recomputation(model).on()))

@@ -12,9 +12,8 @@ from lightning.pytorch import Callback, LightningDataModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lora_lightning import LoRAError
+from lora_lightning import Checkpoints, FreezeBase, LoRAError, Resume, StopOnNonFinite
 from lora_lightning.data.dataset import DatasetData
-from lora_lightning.training.callbacks import Checkpoints, FreezeBase, Resume, StopOnNonFinite
 from lora_lightning.training.callbacks.freeze_base import W0MovedError
 from lora_lightning.training.callbacks.nan_guard import NotFiniteError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state

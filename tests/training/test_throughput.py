@@ -11,10 +11,10 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from lora_lightning import LoRAConfig
+from lora_lightning import LoRAConfig, StepFigures, Throughput
 from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
-from lora_lightning.training.callbacks import StepFigures, Throughput, throughput
-from lora_lightning.training.callbacks.step_figures import norm_of
+from lora_lightning.training.callbacks import throughput
+from lora_lightning.training.callbacks.gradient_norms import norm_of
 from tests.command.process import run
 from tests.training.test_module import Vision, loader, trainer_of
 from tests.training.test_tracking import finished

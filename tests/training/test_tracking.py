@@ -14,7 +14,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.tracking.loggers import WandbLogger
+from lora_lightning.training.tracking.wandb_logger import WandbLogger
 from tests.wandb_file import Tracked, payloads, runs_in
 
 

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from lora_lightning.commands.plan.dummy_batch import BatchSize
+from lora_lightning.commands.plan.dummy_batch import IMAGE_TASKS, BatchSize
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
-from lora_lightning.tasks.image_classification import ImageClassification
-from lora_lightning.tasks.image_segmentation import ImageSegmentation
 
 ASSUMED_LABELS = 2
 ASSUMED_SIDE = 224
 ASSUMED_LENGTH = 512
 ASSUMED_ROWS = 8
 
-
-@dataclass
-class Notes:
-    """What was assumed, in the order in which it was."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def add(self, line: str) -> None:
-        """Once each."""
-        if line not in self.lines:
-            self.lines.append(line)
+Notes = list[str]
+"""What was assumed, in the order in which it was."""
 
 
 def labels_in(data: Any, given: int | None, notes: Notes) -> list[str] | None:
@@ -41,23 +29,20 @@ def labels_in(data: Any, given: int | None, notes: Notes) -> list[str] | None:
         given: by `--num_labels`.
     """
     cls, args = _class_of(data), _args(data)
+    names = [str(i) for i in range(given)] if given is not None else None
     if cls is not None and not isinstance(getattr(cls, "label_names", None), property):
-        return None if given is None else [str(i) for i in range(given)]
+        return names
     for name in ("label_names", "label_columns"):
         if args.get(name):
             return list(args[name])
+    if names is not None:
+        return names
     fixed = getattr(cls, "num_classes", None)
-    count = given or args.get("num_classes") or (fixed if isinstance(fixed, int) else None)
+    count = args.get("num_classes") or (fixed if isinstance(fixed, int) else None)
     if count is None:
         count = ASSUMED_LABELS
-        notes.add(f"{ASSUMED_LABELS} labels are assumed, which the data would tell: --num_labels gives their number")
+        notes.append(f"{count} labels are assumed, which the data would tell: --num_labels gives their number")
     return [str(i) for i in range(int(count))]
-
-
-def count_in(data: Any, given: int | None, notes: Notes) -> int:
-    """The number of labels."""
-    names = labels_in(data, given, notes)
-    return ASSUMED_LABELS if names is None else len(names)
 
 
 def size_in(
@@ -68,8 +53,8 @@ def size_in(
     rows = batch_size or args.get("batch_size")
     if rows is None:
         rows = ASSUMED_ROWS
-        notes.add(f"{rows} rows in a batch are assumed, as the config names no batch_size: --batch_size")
-    takes_images = isinstance(task, ImageClassification | ImageSegmentation) or "image_column" in args
+        notes.append(f"{rows} rows in a batch are assumed, as the config names no batch_size: --batch_size")
+    takes_images = isinstance(task, IMAGE_TASKS) or "image_column" in args
     with_texts = not takes_images or isinstance(task, ContrastiveEmbedding)
     return BatchSize(
         rows=int(rows),
@@ -82,26 +67,23 @@ def size_in(
 
 def _length(args: dict[str, Any], backbone: Any, notes: Notes, given: int | None) -> int:
     found = given or args.get("max_length") or args.get("max_source_length")
-    config = getattr(backbone, "config", None)
-    most = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     if found is None:
+        config = getattr(backbone, "config", None)
+        most = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
         found = min(most or ASSUMED_LENGTH, ASSUMED_LENGTH)
-        notes.add(f"texts of {found} tokens are assumed, as the config names no max_length: --length")
+        notes.append(f"texts of {found} tokens are assumed, as the config names no max_length: --length")
     return int(found)
 
 
 def _image(args: dict[str, Any], backbone: Any, notes: Notes) -> tuple[int, int, int]:
-    size = args.get("image_size")
     config, timms = getattr(backbone, "config", None), getattr(backbone, "pretrained_cfg", None) or {}
-    vision = getattr(config, "vision_config", None) or config
-    channels = int(getattr(vision, "num_channels", None) or (timms.get("input_size") or (3,))[0])
-    if size is None:
-        size = getattr(vision, "image_size", None) or list((timms.get("input_size") or ())[1:]) or None
-    if size is None:
+    vision, timms_size = getattr(config, "vision_config", None) or config, timms.get("input_size") or (3,)
+    size = args.get("image_size") or getattr(vision, "image_size", None) or list(timms_size[1:])
+    if not size:
         size = ASSUMED_SIDE
-        notes.add(f"images of {size} x {size} pixels are assumed, as neither config nor model name a size")
+        notes.append(f"images of {size} x {size} pixels are assumed, as neither config nor model name a size")
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    return channels, int(height), int(width)
+    return int(getattr(vision, "num_channels", None) or timms_size[0]), int(height), int(width)
 
 
 def _args(data: Any) -> dict[str, Any]:

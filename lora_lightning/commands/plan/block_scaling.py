@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost
 from lora_lightning.training.activations.blocks import repeated_blocks
 
 FEW = 8
@@ -29,7 +30,7 @@ def depth_of(backbone: nn.Module) -> tuple[str, int] | None:
     return (name, len(blocks)) if len(kinds) < 2 and _alike(list(blocks.values())) else None
 
 
-def shortened(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
+def shorten(backbone: nn.Module, name: str, blocks: int) -> nn.Module:
     """A copy with the first blocks of the list `name` alone."""
     short = copy.deepcopy(backbone)
     listed = short.get_submodule(name)
@@ -61,3 +62,24 @@ def _looks(block: nn.Module) -> dict[tuple[str, str], Any]:
 
 def _of(tensor: Tensor | None) -> Any:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype, tensor.requires_grad)
+
+
+def scale(longer: StepCost, shorter: StepCost, times: int) -> StepCost:
+    """The cost of a model with `times` more blocks than `longer` has, each alike, where `shorter` has one less.
+
+    Sums grow by as much with each block. So does what is held at each moment after the last block's forward began
+    and until its backward ends, which is when most is held; the most of all is at another moment in a deep model
+    than in a shallow one, so moments are compared one by one.
+    """
+    found = {n: getattr(longer, n) + times * (getattr(longer, n) - getattr(shorter, n)) for n in NUMBERS}
+    (forward, backward), (forward_less, backward_less) = longer.curves, shorter.curves
+    found["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
+    found["in_backward"] = _most(backward, backward_less, times)
+    return StepCost(**found, curves=longer.curves)
+
+
+def _most(longer: list[int], shorter: list[int], times: int) -> int:
+    """At most, of the moments on the last block's side, counted from it."""
+    of_a_block = len(longer) - len(shorter)
+    there = min(len(shorter), max(1, len(shorter) - of_a_block))
+    return max(a + times * (a - b) for a, b in zip(longer[:there], shorter[:there], strict=True))

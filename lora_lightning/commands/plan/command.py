@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import json as json_format
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from jsonargparse.typing import PositiveInt
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.cli.config_files import check
-from lora_lightning.cli.main import LoRACLI
-from lora_lightning.cli.parser import GIVEN
-from lora_lightning.commands.plan.assumptions import Notes, count_in, labels_in, size_in
-from lora_lightning.commands.plan.memory import PRECISIONS, Way
-from lora_lightning.commands.plan.planned import Plan, Wanted, planned
-from lora_lightning.commands.plan.process_memory import resident
+from lora_lightning.cli.build import build_run
+from lora_lightning.commands.plan.assumptions import ASSUMED_LABELS, Notes, labels_in, size_in
+from lora_lightning.commands.plan.memory import PRECISIONS, Way, resident
+from lora_lightning.commands.plan.report import Plan, Wanted, plan_of
 from lora_lightning.commands.plan.tables import show
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import lightnings_own
 
 ASSUMED_PROCESSES = 2
@@ -32,124 +26,66 @@ UNUSED = ("callbacks", "logger", "strategy", "plugins", "profiler")
 """Parts of the Trainer that a plan reads of and does not make."""
 
 
-class PlanCLI(LoRACLI):
-    """The parser of `fit`, with the data's part in the model settled without them."""
+def make_plan(
+    fit: Sequence[str],
+    *,
+    batch_size: int | None = None,
+    length: int | None = None,
+    num_labels: int | None = None,
+    precisions: Sequence[str] | None = None,
+    processes: int | None = None,
+) -> Plan:
+    """The plan of `fit ARGS`, whose module is built on the meta device; the other arguments stand over the config.
 
-    plan: Plan
-
-    def __init__(self, args: ArgsType = None) -> None:
-        self.notes = Notes()
-        super().__init__(args=args, run=False)
-
-    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Under the command's own name."""
-        told = (
-            "What a config will train and cost: counts, files, memory in each precision and under each strategy,"
-            " operations. Takes the config and the flags of fit; reads no weights and no data."
-        )
-        return super().init_parser(**{**kwargs, "prog": "lora-lightning plan", "description": told})
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Those of `fit`, and the plan's own."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="An argument of fit, not looked at here."
-        )
-        parser.add_argument("--weights_only", type=bool | None, default=None, help="As ckpt_path.")
-        parser.add_argument("--batch_size", type=PositiveInt | None, default=None, help="Rows, over the config's.")
-        parser.add_argument("--length", type=PositiveInt | None, default=None, help="Tokens, over data.max_length.")
-        parser.add_argument(
-            "--precisions",
-            type=list[Literal["float32", "bf16-mixed", "16-mixed", "bf16-base", "nf4-base"]] | None,
-            default=None,
-            help="Overlays to set side by side; all by default, and the config's own in any case.",
-        )
-        parser.add_argument(
-            "--processes", type=PositiveInt | None, default=None, help="Of DDP and FSDP2; trainer.devices, or 2."
-        )
-        parser.add_argument(
-            "--json",
-            type=str | None,
-            default=None,
-            nargs="?",
-            const="-",
-            help="Print the plan as JSON and nothing else; with a name, write it to that file.",
-        )
-
-    def link_data(self, parser: LightningArgumentParser) -> None:
-        """What the data would hand down, from their section of the config."""
-        parser.add_argument(
-            "--num_labels", type=PositiveInt | None, default=None, help="Labels, where the config names none."
-        )
-        given = ("data", "num_labels")
-        for part in ("task", "backbone"):
-            place = f"model.{part}.init_args"
-            parser.link_arguments(given, f"{place}.num_classes", compute_fn=lambda d, n: count_in(d, n, self.notes))
-            parser.link_arguments(given, f"{place}.label_names", compute_fn=lambda d, n: labels_in(d, n, self.notes))
-        parser.link_arguments("data", "model.backbone.init_args.pad_token_id", compute_fn=lambda _: 0)
-        parser.link_arguments("data", "model.task.init_args.tokenizer", compute_fn=lambda _: _no_tokenizer())
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """As given; there is no run whose config could be meant."""
-        if isinstance(args, list):
-            GIVEN.set(["plan", *args])
-            check(args)
-        self.config = parser.parse_args(args)  # type: ignore[arg-type]
-
-    def _set_seed(self) -> None:
-        """Nothing is drawn."""
-
-    def instantiate_classes(self) -> None:
-        """The module alone, on the meta device."""
-        self.base = resident()
-        config = self.config.clone()
-        config.data = None
-        for name in UNUSED:
-            config.trainer[name] = None
+    Raises:
+        LoRAError: a config that cannot be planned, in one line.
+    """
+    base, notes = resident(), Notes()
+    try:
         with torch.device("meta"):
-            module = self._built(config)
-        task = module.task
-        size = size_in(
-            self.config.data,
-            task,
-            module.backbone,
-            self.notes,
-            batch_size=self.config.batch_size,
-            length=self.config.length,
-        )
-        self.plan = planned(module, size, self._wanted(module), self.notes.lines)
-
-    def _built(self, config: Any) -> LoRAModule:
-        try:
-            return self.parser.instantiate_classes(config).model  # type: ignore[no-any-return]
-        except NotImplementedError as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise LoRAError(f"the backbone cannot be built on the meta device: {reason}") from error
-
-    def _wanted(self, module: LoRAModule) -> Wanted:
-        trainer = self.config.trainer
-        asked, accelerator = trainer.precision, str(trainer.accelerator)
-        precision = asked if asked in PRECISIONS else str(lightnings_own(asked, accelerator) or "32-true")
-        known = {"32-true": "float32", "32": "float32", "16": "16-mixed", "bf16": "bf16-mixed"}
-        precision = known.get(str(precision), str(precision))
-        if precision not in PRECISIONS:
-            raise LoRAError(f"plan knows the precisions {', '.join(PRECISIONS)}, got {precision}")
-        on_gpu = accelerator not in ("cpu",) and torch.cuda.is_available()
-        shown = tuple(
-            p for p in PRECISIONS if self.config.precisions is None or p in (*self.config.precisions, precision)
-        )
-        return Wanted(
-            base=None if on_gpu else self.base,
-            precisions=shown,
-            way=Way(precision=precision, checkpointing=module.training_forward.recomputation is not None),
-            strategy=_strategy(trainer.strategy),
-            processes=self.config.processes or _processes(trainer),
-            device=torch.device("cuda" if on_gpu else "cpu"),
-        )
+            run = build_run(["fit", *fit], lambda config: _leave_out_data(config, num_labels, notes), trainer=False)
+    except NotImplementedError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise LoRAError(f"the backbone cannot be built on the meta device: {reason}") from error
+    module, trainer = run.module, run.config.trainer
+    size = size_in(run.config.data, module.task, module.backbone, notes, batch_size=batch_size, length=length)
+    on_gpu = str(trainer.accelerator) != "cpu" and torch.cuda.is_available()
+    own = _precision(trainer)
+    wanted = Wanted(
+        base=None if on_gpu else base,
+        precisions=tuple(p for p in PRECISIONS if precisions is None or p in (*precisions, own)),
+        way=Way(precision=own, checkpointing=module.training_forward.recomputation is not None),
+        strategy=str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2],
+        processes=processes or _processes(trainer),
+        device=torch.device("cuda" if on_gpu else "cpu"),
+    )
+    return plan_of(module, size, wanted, notes)
 
 
-def _strategy(given: Any) -> str:
-    return str(getattr(given, "class_path", given)).rpartition(".")[2]
+def _leave_out_data(config: Any, num_labels: int | None, notes: Notes) -> None:
+    """Set what the data would hand down, from their section of the config, and make neither them nor callbacks."""
+    parts = [part.get("init_args") or {} for part in (config.model.task, config.model.backbone)]
+    told: dict[str, Any] = {"pad_token_id": 0, "tokenizer": PreTrainedTokenizerBase.__new__(PreTrainedTokenizerBase)}
+    if any("num_classes" in inner or "label_names" in inner for inner in parts):
+        names = labels_in(config.data, num_labels, notes)
+        told |= {"num_classes": ASSUMED_LABELS if names is None else len(names), "label_names": names}
+    for inner in parts:
+        for name in told.keys() & inner.keys():
+            inner[name] = told[name]
+    config.data = None
+    for name in UNUSED:
+        config.trainer[name] = None
+
+
+def _precision(trainer: Any) -> str:
+    """The config's, as one of `PRECISIONS`."""
+    asked = trainer.precision
+    precision = str(asked if asked in PRECISIONS else lightnings_own(asked, str(trainer.accelerator)) or "32-true")
+    known = {"32-true": "float32", "32": "float32", "16": "16-mixed", "bf16": "bf16-mixed"}
+    precision = known.get(precision, precision)
+    if precision not in PRECISIONS:
+        raise LoRAError(f"plan knows the precisions {', '.join(PRECISIONS)}, got {precision}")
+    return precision
 
 
 def _processes(trainer: Any) -> int:
@@ -160,23 +96,14 @@ def _processes(trainer: Any) -> int:
     return count if count > 1 else ASSUMED_PROCESSES
 
 
-def _no_tokenizer() -> PreTrainedTokenizerBase:
-    """In place of one: a step reads no texts."""
-    return PreTrainedTokenizerBase.__new__(PreTrainedTokenizerBase)
-
-
-def main(args: Sequence[str]) -> None:
-    """Run the command.
-
-    Raises:
-        LoRAError: a config that cannot be planned, in one line.
-    """
+def plan_on_screen(fit: Sequence[str], *, json: bool | str, **asked: Any) -> None:
+    """Make the plan and print it; as JSON alone where `json` is True, and into the file that it names."""
     with redirect_stdout(sys.stderr):  # what libraries say goes beside the plan
-        cli = PlanCLI(list(args))
-    told = json.dumps(cli.plan.to_dict(), indent=2)
-    if cli.config.json == "-":
-        print(told)
+        plan = make_plan(fit, **asked)
+    text = json_format.dumps(plan.to_dict(), indent=2)
+    if json is True:
+        print(text)
         return
-    show(cli.plan, Console())
-    if cli.config.json:
-        Path(cli.config.json).write_text(told + "\n")
+    show(plan, Console())
+    if json:
+        Path(json).write_text(text + "\n")

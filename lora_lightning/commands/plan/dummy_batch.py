@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,14 +43,11 @@ class BatchSize:
     packed: bool = False
     """Whether rows hold several documents."""
 
-    def told(self) -> str:
-        """In words."""
-        parts = [
-            f"{self.length} tokens" if self.length else "",
-            f"{self.target_length} of the target" * bool(self.target_length),
-        ]
-        parts.append("x".join(map(str, self.image)) if self.image else "")
-        return f"{self.rows} x {', '.join(filter(None, parts))}"
+    def __str__(self) -> str:
+        parts = [f"{self.length} tokens"] if self.length else []
+        parts += [f"{self.target_length} of the target"] if self.target_length else []
+        parts += ["x".join(map(str, self.image))] if self.image else []
+        return f"{self.rows} x {', '.join(parts)}"
 
 
 def batch_for(task: Task, backbone: nn.Module, size: BatchSize) -> dict[str, Any]:
@@ -63,110 +60,90 @@ def batch_for(task: Task, backbone: nn.Module, size: BatchSize) -> dict[str, Any
     """
     for kind, make in MAKERS.items():
         if isinstance(task, kind):
-            return make(task, _Sizes(size, backbone))
+            with torch.device("cpu"):
+                return make(task, _Maker(size, backbone))
     known = ", ".join(kind.__name__ for kind in MAKERS)
     raise LoRAError(f"the batches of {type(task).__name__} are not known without its data (known: {known})")
 
 
-class _Sizes:
-    """What all kinds of batches are made of."""
+class _Maker:
+    """Makes what batches are made of."""
 
-    def __init__(self, size: BatchSize, backbone: nn.Module) -> None:
-        self.size, self.backbone = size, backbone
+    def __init__(self, size: BatchSize, backbone: Any) -> None:
+        self.size = size
+        config = getattr(backbone, "config", None)
+        text = config.get_text_config() if config is not None else None
+        self.vocabulary = int(getattr(text, "vocab_size", None) or 8)  # few where the backbone does not say
 
-    def texts(self, rows: int | None = None, length: int | None = None) -> dict[str, Tensor]:
+    def texts(self, rows: int = 0, length: int | None = None) -> dict[str, Tensor]:
+        """Token numbers and their mask."""
         rows, length = rows or self.size.rows, length or self.size.length
         if length is None:
             raise LoRAError("the length of the texts is not in the config: give --length")
-        ids = 1 + torch.arange(rows * length, device="cpu").view(rows, length) % max(1, _vocabulary(self.backbone) - 1)
+        ids = 1 + torch.arange(rows * length).view(rows, length) % max(1, self.vocabulary - 1)
         mask = torch.ones_like(ids)
         mask[1:, -1] = 0
         return {"input_ids": ids, "attention_mask": mask}
 
-    def images(self) -> Tensor:
+    def language(self, rows: int = 0, length: int | None = None) -> dict[str, Tensor]:
+        """Texts in which every token but padding is its own label."""
+        texts = self.texts(rows, length)
+        return {**texts, "labels": texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED)}
+
+    def packed(self) -> dict[str, Tensor]:
+        """Texts of two documents each."""
+        ids = self.texts()["input_ids"]
+        positions = torch.arange(ids.shape[1]).expand_as(ids) % (ids.shape[1] // 2 or 1)
+        return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
+
+    def images(self) -> dict[str, Tensor]:
+        """Black ones."""
         assert self.size.image is not None
-        return torch.zeros(self.size.rows, *self.size.image, device="cpu")
+        return {PIXELS: torch.zeros(self.size.rows, *self.size.image)}
 
-    def labels(self) -> Tensor:
-        return torch.zeros(self.size.rows, dtype=torch.long, device="cpu")
-
-
-def _vocabulary(backbone: Any) -> int:
-    """How many tokens there are; few where the backbone does not say."""
-    config = getattr(backbone, "config", None)
-    text = config.get_text_config() if config is not None else None
-    return int(getattr(text, "vocab_size", None) or 8)
+    def labels(self, *shape: int, dtype: torch.dtype = torch.long) -> dict[str, Tensor]:
+        """All of class 0, `shape` for each row."""
+        return {"labels": torch.zeros(self.size.rows, *shape, dtype=dtype)}
 
 
-def _trained(texts: Mapping[str, Tensor]) -> Tensor:
-    """Every token as its own label, but for padding."""
-    return texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED)
-
-
-def _classes(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    return {**sizes.texts(), "labels": sizes.labels()}
-
-
-def _numbers(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    return {**sizes.texts(), "labels": sizes.labels().float()}
-
-
-def _several(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    return {**sizes.texts(), "labels": torch.zeros(sizes.size.rows, task.num_classes, device="cpu")}
-
-
-def _tags(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    texts = sizes.texts()
+def _tags(task: Any, make: _Maker) -> dict[str, Any]:
+    texts = make.texts()
     return {**texts, "labels": (texts["attention_mask"] - 1) * -IGNORED}
 
 
-def _language(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    texts = sizes.texts()
-    if not sizes.size.packed:
-        return {**texts, "labels": _trained(texts)}
-    ids = texts["input_ids"]
-    half = ids.shape[1] // 2 or 1
-    positions = torch.arange(ids.shape[1], device="cpu").expand_as(ids) % half
-    return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
+def _language(task: Any, make: _Maker) -> dict[str, Any]:
+    return make.packed() if make.size.packed else make.language()
 
 
-def _source_and_target(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    target = sizes.texts(length=sizes.size.target_length or sizes.size.length)
-    return {**sizes.texts(), "labels": _trained(target)}
+def _source_and_target(task: Any, make: _Maker) -> dict[str, Any]:
+    return {**make.texts(), "labels": make.language(length=make.size.target_length)["labels"]}
 
 
-def _answers(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    texts = sizes.texts(rows=2 * sizes.size.rows)
-    return {**texts, "labels": _trained(texts)}
+def _pairs(task: Any, make: _Maker) -> dict[str, Any]:
+    groups = {"labels": torch.full((make.size.rows, 1), -1)}
+    if make.size.image is not None:
+        return {**make.texts(), **make.images(), **groups}
+    return {"anchor": make.texts(), "positive": make.texts(), **groups}
 
 
-def _parts(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    groups = torch.full((sizes.size.rows, 1), -1, device="cpu")
-    if sizes.size.image is not None:
-        return {**sizes.texts(), PIXELS: sizes.images(), "labels": groups}
-    return {"anchor": sizes.texts(), "positive": sizes.texts(), "labels": groups}
+def _masks(task: Any, make: _Maker) -> dict[str, Any]:
+    pixels = make.images()
+    return {**pixels, **make.labels(*pixels[PIXELS].shape[2:], dtype=torch.uint8)}
 
 
-def _images(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    return {PIXELS: sizes.images(), "labels": sizes.labels()}
-
-
-def _masks(task: Any, sizes: _Sizes) -> dict[str, Any]:
-    pixels = sizes.images()
-    labels = torch.zeros(len(pixels), *pixels.shape[2:], dtype=torch.uint8, device="cpu")
-    return {PIXELS: pixels, "labels": labels}
-
-
-MAKERS: dict[type[Task], Callable[[Any, _Sizes], dict[str, Any]]] = {
-    SequenceClassification: _classes,
-    SequenceRegression: _numbers,
-    MultiLabelClassification: _several,
+MAKERS: dict[type[Task], Callable[[Any, _Maker], dict[str, Any]]] = {
+    SequenceClassification: lambda _, make: {**make.texts(), **make.labels()},
+    SequenceRegression: lambda _, make: {**make.texts(), **make.labels(dtype=torch.float32)},
+    MultiLabelClassification: lambda task, make: {
+        **make.texts(),
+        **make.labels(task.num_classes, dtype=torch.float32),
+    },
     TokenClassification: _tags,
     CausalLM: _language,
     TextGeneration: _language,
     SequenceToSequence: _source_and_target,
-    PreferenceTuning: _answers,
-    ContrastiveEmbedding: _parts,
-    ImageClassification: _images,
+    PreferenceTuning: lambda _, make: make.language(rows=2 * make.size.rows),
+    ContrastiveEmbedding: _pairs,
+    ImageClassification: lambda _, make: {**make.images(), **make.labels()},
     ImageSegmentation: _masks,
 }

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, shortened
-from lora_lightning.commands.plan.stand_ins import put_stand_ins, stand_in_mode
+from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, scale, shorten
+from lora_lightning.commands.plan.memory_tracker import fake_mode, put_stand_ins
 from lora_lightning.commands.plan.step_cost import StepCost, step_cost
-from lora_lightning.lora import switches
-from lora_lightning.lora.frozen.base_dtype import cast_base
+from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
-from lora_lightning.lora.layers import fused_linear as quick
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.training.activations.compilation import TrainingForward
-from lora_lightning.training.load_dtypes import load_dtypes
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.optim import make_optimizer
-from lora_lightning.training.strategies.groups import groups_of
+from lora_lightning.training.precision import load_dtypes
+from lora_lightning.training.strategies.fsdp2.wrapping import groups_of
 
 PRECISIONS = ("float32", "bf16-mixed", "16-mixed", "bf16-base", "nf4-base")
 """Overlays, by the names of their files."""
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
-"""Bits of a weight under NF4 with its constants quantised too: one byte for 64 weights, and four for 256 of those."""
+"""Bits of a weight under NF4 with its constants quantized too: one byte for 64 weights, and four for 256 of those."""
+
+FIRST_USE = 150_000_000
+"""Bytes that a first step adds to a process: pages of kernels' code, compiled kernels, tables, threads, the trainer."""
+SPREAD = 1.1
+"""What the allocator holds for each byte that is asked for: pieces that no later tensor fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +64,14 @@ class MemoryRow:
     ddp: int
     """Each process at most under DDP: as one device, and DDP's buckets, in which gradients travel."""
     fsdp2: int | None
-    """Each process at most under FSDP2; None where that cannot shard, as a quantised W0."""
+    """Each process at most under FSDP2; None where that cannot shard, as a quantized W0."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
-        own = {"w0": self.w0, "adapter": self.adapter, "ddp_peak": self.ddp, "fsdp2_peak": self.fsdp2}
         return {
             "precision": self.way.precision,
             "activation_checkpointing": self.way.checkpointing,
-            **own,
+            **{"w0": self.w0, "adapter": self.adapter, "ddp_peak": self.ddp, "fsdp2_peak": self.fsdp2},
             **self.cost.to_dict(),
         }
 
@@ -81,8 +87,7 @@ class Tracer:
 
     def __init__(self, module: LoRAModule, batch: Any, device: torch.device) -> None:
         self.module, self.batch, self.device = module, batch, device
-        self._costs: dict[Any, StepCost] = {}
-        """By what decides about them: float16 takes the room that bfloat16 takes."""
+        self._costs: dict[tuple[str, bool], StepCost] = {}
 
     def row(self, way: Way, processes: int) -> MemoryRow:
         """A step of LoRA.
@@ -93,15 +98,17 @@ class Tracer:
         backbone = copy.deepcopy(self.module.backbone)
         if way.precision in ("bf16-base", "nf4-base"):
             cast_base(backbone, torch.bfloat16, load_dtypes(backbone, torch.bfloat16))
-        key = (way.precision.replace("16-mixed", "bf16-mixed").replace("bfbf16", "bf16"), way.checkpointing)
+        # float16 takes the room that bfloat16 takes.
+        key = ("bf16-mixed" if way.precision == "16-mixed" else way.precision, way.checkpointing)
         if key not in self._costs:
             self._costs[key] = self.cost(backbone, way)
-        cost = self._costs[key]
-        adapter = bytes_of_meta(adapter_tensors(backbone).values())
+        cost, adapter = self._costs[key], _bytes_of_meta(adapter_tensors(backbone).values())
+        fsdp2 = None
         if way.precision == "nf4-base":
-            cost = replace(cost, weights=cost.weights - saved_by_nf4(backbone))
+            cost = replace(cost, weights=cost.weights - _saved_by_nf4(backbone))
+        else:
+            fsdp2 = _sharded(backbone, cost, processes)
         ddp = cost.peak + cost.gradients
-        fsdp2 = None if way.precision == "nf4-base" else sharded(backbone, cost, processes)
         return MemoryRow(way=way, cost=cost, w0=cost.weights - adapter, adapter=adapter, ddp=ddp, fsdp2=fsdp2)
 
     def full(self, precision: str) -> StepCost:
@@ -111,7 +118,7 @@ class Tracer:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
-        mixed = "float32" if precision == "float32" else "16-mixed" if precision == "16-mixed" else "bf16-mixed"
+        mixed = precision if precision in ("float32", "16-mixed") else "bf16-mixed"
         return self.cost(backbone, Way(precision=mixed, checkpointing=False))
 
     def cost(self, backbone: nn.Module, way: Way) -> StepCost:
@@ -120,15 +127,14 @@ class Tracer:
         if depth is not None:
             name, blocks = depth
             try:
-                short, longer = (self._traced(shortened(backbone, name, n), way) for n in (SHORT, SHORT + 1))
-                return longer.deeper(short, blocks - SHORT - 1)
+                shorter, longer = (self._trace(shorten(backbone, name, n), way) for n in (SHORT, SHORT + 1))
+                return scale(longer, shorter, blocks - SHORT - 1)
             except Exception:  # a model that counts its blocks: then as it is
                 pass
-        return self._traced(copy.deepcopy(backbone), way)
+        return self._trace(copy.deepcopy(backbone), way)
 
-    def _traced(self, backbone: nn.Module, way: Way) -> StepCost:
-        switches.prepare_weights(backbone, "off")  # the choice is measured, on numbers
-        mode = stand_in_mode()
+    def _trace(self, backbone: nn.Module, way: Way) -> StepCost:
+        mode = fake_mode()
         put_stand_ins(backbone, mode, self.device)
         put_stand_ins(self.module.task, mode, self.device)
         flags = TrainingForward(backbone, checkpointing=way.checkpointing, offload=False, compile=False)
@@ -137,26 +143,29 @@ class Tracer:
             with flags.on():
                 return self.module.task.step(backbone, self.batch).loss
 
-        with quantised_context(way):
+        with eager_arithmetic() if way.precision == "nf4-base" else nullcontext():
             return step_cost(
                 backbone,
                 loss,
                 lambda: make_optimizer(backbone, self.module.optimizer, self.module.b_lr_ratio),  # type: ignore[arg-type]
                 mode,
-                forward_context=lambda: self._context(way),
+                forward_context=lambda: self._autocast(way),
             )
 
-    def _context(self, way: Way) -> AbstractContextManager[Any]:
-        dtype = way.autocast if self.device.type != "cpu" or way.autocast is None else torch.bfloat16
-        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype, cache_enabled=False)
+    def _autocast(self, way: Way) -> AbstractContextManager[Any]:
+        dtype = way.autocast
+        if dtype is None:
+            return nullcontext()
+        on = self.device.type
+        return torch.autocast(on, dtype=torch.bfloat16 if on == "cpu" else dtype, cache_enabled=False)
 
 
-def bytes_of_meta(tensors: Any) -> int:
+def _bytes_of_meta(tensors: Iterable[Tensor]) -> int:
     """What distinct tensors on the meta device would take."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-def saved_by_nf4(backbone: nn.Module) -> int:
+def _saved_by_nf4(backbone: nn.Module) -> int:
     """Bytes by which W0 in 4 bit is smaller than in 16: of every linear layer but the head."""
     head = backbone.get_output_embeddings() if is_a(backbone, HF_MODEL) else None  # type: ignore[operator]
     weights = {id(m.weight): m.weight for m in backbone.modules() if isinstance(m, nn.Linear) and m is not head}
@@ -164,7 +173,7 @@ def saved_by_nf4(backbone: nn.Module) -> int:
     return int(sum(w.numel() * (w.element_size() - NF4_BITS / 8) for w in frozen))
 
 
-def sharded(backbone: nn.Module, cost: StepCost, processes: int) -> int:
+def _sharded(backbone: nn.Module, cost: StepCost, processes: int) -> int:
     """What each process has at most under FSDP2.
 
     Its part of weights, gradients and optimizer; whole, what stands outside of the blocks, and two blocks, of which one
@@ -172,12 +181,28 @@ def sharded(backbone: nn.Module, cost: StepCost, processes: int) -> int:
     """
     blocks = groups_of(backbone)
     inside = {id(p) for block in blocks.values() for p in block.parameters()}
-    outside = bytes_of_meta(p for p in backbone.parameters() if id(p) not in inside)
-    largest = max((bytes_of_meta(block.parameters()) for block in blocks.values()), default=0)
+    outside = _bytes_of_meta(p for p in backbone.parameters() if id(p) not in inside)
+    largest = max((_bytes_of_meta(block.parameters()) for block in blocks.values()), default=0)
     own = cost.weights + cost.gradients + cost.optimizer
     return -(-own // processes) + outside + min(2, len(blocks)) * largest + cost.peak - own
 
 
-def quantised_context(way: Way) -> AbstractContextManager[Any]:
-    """Quantised layers compute plainly."""
-    return quick.plain_arithmetic() if way.precision == "nf4-base" else nullcontext()
+def process_peak(tensors: int, base: int) -> int:
+    """Bytes of a whole process on a CPU at most: the part that no trace of tensors sees, as it was fitted.
+
+    `base + FIRST_USE + SPREAD x tensors`. The two constants were fitted on fits of four models with the system's
+    allocator (glibc), so that the largest relative error is least; `docs/plan.md` has the figures, and
+    `python -m benchmarks.plan` takes them again.
+
+    Args:
+        tensors: bytes of tensors at most.
+        base: of a process before there are any: Python and the libraries that a fit loads too.
+    """
+    return round(base + FIRST_USE + SPREAD * tensors)
+
+
+def resident() -> int | None:
+    """Bytes of this process that are in memory now; None where the system does not say (it is no Linux)."""
+    status = Path("/proc/self/status")
+    found = re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return int(found[1]) * 1024 if found else None

@@ -1,8 +1,9 @@
-"""What a piece of code allocates and computes, counted at torch's dispatcher.
+"""What a piece of code allocates and computes, counted at torch's dispatcher, with stand-ins in place of W0.
 
-Every storage that an operation makes is noted when it appears and struck off when it is freed, which happens at the
-same moments with stand-ins as with real tensors: autograd frees what it kept node by node, Python the rest. So the
-highest sum is what an allocator without waste would need at most. Not seen is what a kernel allocates within itself.
+A stand-in (torch's FakeTensor) has a shape, a dtype and a device, and no numbers. Every storage that an operation makes
+is noted when it appears and struck off when it is freed, which happens at the same moments with stand-ins as with real
+tensors: autograd frees what it kept node by node, Python the rest. So the highest sum is what an allocator without
+waste would need at most. Not seen is what a kernel allocates within itself.
 
 What comes of the batch alone, such as masks and positions, is computed for real: it is small, and models ask its values
 which way to go. What comes of W0 is a shape.
@@ -16,7 +17,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+# FakeTensor is private, and its modes are in torch.utils under a private name: torch has no public tensors without data
+# that keep their device, as the meta device's do not, on which the choice of kernels depends.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -29,19 +33,49 @@ WHOLE = (aten.arange, aten.randint, aten.randperm)
 REAL_AT_MOST = 2**24
 """Elements of what is computed for real; larger it is a stand-in."""
 
+_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
     aten.addmm_: flop_registry[aten.addmm],
     aten.baddbmm_: flop_registry[aten.baddbmm],
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
+    getattr(aten, _ON_CPU): flop_registry[aten._scaled_dot_product_flash_attention],
+    getattr(aten, f"{_ON_CPU}_backward"): flop_registry[aten._scaled_dot_product_flash_attention_backward],
 }
 """torch's own formulas, a multiplication and an addition as two, and four operations that its table leaves out."""
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+def fake_mode() -> FakeTensorMode:
+    """Under which operations on stand-ins give stand-ins; a real tensor among them is taken by its shape."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def put_stand_ins(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
+    """In place of every parameter and buffer on the meta device, a stand-in on `device`; ties stay.
+
+    Real tensors, such as buffers that a model computes for itself, stay what they are.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id stays taken
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    with mode:
+                        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                    if isinstance(tensor, nn.Parameter):
+                        like = nn.Parameter(like, requires_grad=tensor.requires_grad)
+                    made[id(tensor)] = tensor, like
+                store[name] = made[id(tensor)][1]  # type: ignore[index]
+
+
+def bytes_of(tensors: Iterable[Any]) -> int:
+    """What distinct tensors take together, each storage once."""
+    storages = {id(s): s for s in (t.untyped_storage() for t in tensors if isinstance(t, Tensor))}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes held, and floating-point operations, of all that runs within.
 
     Args:
@@ -53,11 +87,10 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now = self.flops = 0
         self.curve: list[int] = []
         """Bytes held after each operation."""
-        self._storages: dict[int, Any] = {}
         self._answers = 0
         self._known = [tensor.untyped_storage() for tensor in known]
-        for storage in self._known:
-            self._storages[storage._cdata] = None
+        # A storage is one Python object as long as it lives.
+        self._storages: dict[int, Any] = {id(storage): None for storage in self._known}
 
     def curve_since_last(self) -> list[int]:
         """Bytes held after each operation since this was asked last."""
@@ -88,25 +121,24 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(tensor, Tensor):
                 self._note(tensor)
         self.curve.append(self.now)
-        formula = FLOPS.get(func._overloadpacket)
+        formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=out)
         return out
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
+        key, size = id(storage), storage.nbytes()
         if key in self._storages:
             return
-
         here = weakref.ref(self)
 
-        def freed(_: Any) -> None:
+        def free(_: Any) -> None:
             own = here()
             if own is not None and own._storages.pop(key, None) is not None:
                 own.now -= size
 
-        self._storages[key] = weakref.ref(storage, freed)
+        self._storages[key] = weakref.ref(storage, free)
         self.now += size
 
 
@@ -116,12 +148,4 @@ def _is_of_the_batch(func: Any, args: Any, kwargs: Any) -> bool:
     if tensors:
         return all(not isinstance(t, FakeTensor) and t.numel() <= REAL_AT_MOST for t in tensors)
     dtype = kwargs.get("dtype")
-    return func._overloadpacket in WHOLE if dtype is None else not dtype.is_floating_point
-
-
-@contextmanager
-def counting(mode: FakeTensorMode, known: Iterable[Tensor] = ()) -> Iterator[Ledger]:
-    """Within the block, all that runs is written into the ledger."""
-    ledger = Ledger(known)
-    with mode, ledger:
-        yield ledger
+    return func.overloadpacket in WHOLE if dtype is None else not dtype.is_floating_point

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from lora_lightning.commands.plan.memory_tracker import counting
-from lora_lightning.commands.plan.stand_ins import bytes_of
-from lora_lightning.lora.traced import traced
+from lora_lightning.commands.plan.memory_tracker import FakeTensor, FakeTensorMode, MemoryTracker, bytes_of
+from lora_lightning.lora.layers.tracing import traced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,28 +52,8 @@ class StepCost:
         own = {name: getattr(self, name) for name in NUMBERS}
         return {**own, "peak": self.peak, "flops": self.flops}
 
-    def deeper(self, other: StepCost, times: int) -> StepCost:
-        """Of a model with `times` more blocks than this one's, each alike, where `other` is of one block less.
-
-        Sums grow by as much with each block. So does what is held at each moment after the last block's forward began
-        and until its backward ends, which is when most is held; the most of all is at another moment in a deep model
-        than in a shallow one, so moments are compared one by one.
-        """
-        found = {n: getattr(self, n) + times * (getattr(self, n) - getattr(other, n)) for n in NUMBERS}
-        (forward, backward), (forward_less, backward_less) = self.curves, other.curves
-        found["in_forward"] = _most(forward[::-1], forward_less[::-1], times)
-        found["in_backward"] = _most(backward, backward_less, times)
-        return StepCost(**found, curves=self.curves)
-
 
 NUMBERS = tuple(name for name in StepCost.__dataclass_fields__ if name != "curves")
-
-
-def _most(longer: list[int], shorter: list[int], times: int) -> int:
-    """At most, of the moments on the last block's side, counted from it."""
-    of_a_block = len(longer) - len(shorter)
-    there = min(len(shorter), max(1, len(shorter) - of_a_block))
-    return max(a + times * (a - b) for a, b in zip(longer[:there], shorter[:there], strict=True))
 
 
 def step_cost(
@@ -100,26 +78,26 @@ def step_cost(
     """
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
-    with traced(FakeTensor), counting(mode, [*parameters, *buffers]) as ledger:
+    with traced(FakeTensor), mode, MemoryTracker([*parameters, *buffers]) as tracker:
         optimizer = make_optimizer()
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         gradients = bytes_of(p.grad for p in trained)
-        with ledger.answering_ones():
+        with tracker.answering_ones():
             optimizer.step()
         state = bytes_of(_tensors_in(optimizer.state))
-        before, ledger.flops = ledger.now, 0
-        ledger.curve_since_last()
+        before, tracker.flops = tracker.now, 0
+        tracker.curve_since_last()
         with forward_context():
             out = loss()
-        kept, forward, in_forward = ledger.now - before, ledger.flops, ledger.curve_since_last()
+        kept, forward, in_forward = tracker.now - before, tracker.flops, tracker.curve_since_last()
         optimizer.zero_grad()
         torch.autograd.backward(out)
-        backward, in_backward = ledger.flops - forward, ledger.curve_since_last()
+        backward, in_backward = tracker.flops - forward, tracker.curve_since_last()
         del out
-        with ledger.answering_ones():
+        with tracker.answering_ones():
             optimizer.step()
-        in_step = max(ledger.curve_since_last())
+        in_step = max(tracker.curve_since_last())
     weights = bytes_of([*parameters, *buffers])
     return StepCost(
         weights=weights,

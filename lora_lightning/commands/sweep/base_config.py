@@ -17,13 +17,12 @@ import torch
 from torch import nn
 
 from lora_lightning.backbones.huggingface import huggingface
-from lora_lightning.cli.main import LoRACLI
+from lora_lightning.cli.build import build_run
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.monitored import figures_of_its_own, unlogged
+from lora_lightning.training.preflight import figures_of_its_own, unlogged
 
 Goal = str
 """`min` or `max`."""
@@ -39,24 +38,14 @@ def bare(*args: Any, **kwargs: Any) -> nn.Module:
         return huggingface(*args, **kwargs)
 
 
-class _Built(LoRACLI):
-    """`fit`'s module, on the meta device where it comes from a hub; without a trainer, loggers and callbacks."""
-
-    def before_instantiate_classes(self) -> None:
-        self.asked = self.config.fit.clone()
-        without = {"logger": False, "callbacks": None, "precision": None, "plugins": None}
-        model = self.config.fit.model
-        for key, value in without.items():
-            self.config.fit.trainer[key] = value
-        model.lora["init"], model["prepare_weights"], model["init_adapter"] = "gaussian", "off", None
-        backbone = model.backbone
-        if backbone.get("class_path") and _named(backbone.class_path) is huggingface:
-            backbone["class_path"] = f"{__name__}.bare"
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """None is needed."""
-
-    def _run_subcommand(self, subcommand: str) -> None: ...
+def _without_weights(config: Any) -> None:
+    """`fit`'s module on the meta device where it comes from a hub, and a start that reads no data."""
+    model = config.model
+    model.lora["init"], model["init_adapter"] = "gaussian", None
+    backbone = model.backbone
+    if backbone.get("class_path") and _named(backbone.class_path) is huggingface:
+        backbone["class_path"] = f"{__name__}.bare"
+    config.trainer["precision"] = None  # which would say how a backbone is to load itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,20 +82,18 @@ def opened(args: Sequence[str]) -> Base:
         LoRAError: an object refuses its arguments.
         SystemExit: `fit` refuses them; its line is on the screen.
     """
-    cli = _Built(args=["fit", *args])
-    module = cli.model
-    if not isinstance(module, LoRAModule):
-        raise LoRAError(f"a sweep fits a LoRAModule, got {type(module).__name__}")
-    metric, goal = _monitored(cli.asked, module.task)
+    built = build_run(["fit", *args], _without_weights, trainer=False)
+    module, config = built.module, built.config
+    metric, goal = _monitored(config, module.task)
     return Base(
-        name=str(cli.asked.name),
-        config=plain(cli.asked),
+        name=str(config.name),
+        config=plain(config),
         lora=module.lora,
         backbone=remove(module.backbone),
         metric=metric,
         goal=goal,
-        unlogged=functools.partial(_unlogged, module=module, config=cli.asked),
-        parser=cli.parser,
+        unlogged=functools.partial(_unlogged, module=module, config=config),
+        parser=built.parser,
     )
 
 

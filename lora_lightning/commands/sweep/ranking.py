@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from lora_lightning.commands.sweep.trial import State, Trial
+from lora_lightning.commands.sweep.study import State, Trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +56,13 @@ class Point:
         return next((trial.error for trial in self.trials if trial.error), None)
 
 
-def ranked(trials: Sequence[Trial], goal: str) -> list[Point]:
+def rank_points(trials: Sequence[Trial], goal: str) -> list[Point]:
     """Complete points by their mean, the best first and of equals the one that trains less; then what was pruned, what
     still runs and what failed. A point that is complete with no figure, since its loss became infinite, is the last of
     the complete."""
     groups: dict[tuple[tuple[str, str], ...], list[Trial]] = {}
     for trial in trials:
-        groups.setdefault(tuple(trial.values.items()), []).append(trial)
+        groups.setdefault(trial.point, []).append(trial)
     points = [Point(values=dict(values), trials=found) for values, found in groups.items()]
     sign = -1 if goal == "max" else 1
 

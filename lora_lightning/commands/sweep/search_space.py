@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,6 +91,32 @@ def space(grid: Sequence[str], ranges: Sequence[str]) -> list[Swept]:
         if key in OWN:
             raise LoRAError(f"'{key}' cannot be swept: a sweep sets it itself; say it with {OWN[key]}")
     return found
+
+
+def first_values(swept: Sequence[Swept]) -> list[str]:
+    """One value of each, as flags of `fit`: such a fit can be looked at."""
+    return [f"--{one.key}={bounds(one)[0]}" for one in swept]
+
+
+def bounds(one: Swept) -> list[str]:
+    """The values of a grid, or the two ends of a range, as on the command line."""
+    if isinstance(one, Choices):
+        return list(one.values)
+    return [str(int(end)) if one.integer else f"{end:.9g}" for end in (one.low, one.high)]
+
+
+def grid_points(swept: Sequence[Swept]) -> list[dict[str, str]]:
+    """Every combination of a grid, the last flag changing first.
+
+    Raises:
+        LoRAError: a range has no end of points.
+    """
+    for one in swept:
+        if isinstance(one, Range):
+            raise LoRAError(f"--range {one.key} has no grid: give --sampler random or tpe, and --trials N")
+    keys = [one.key for one in swept]
+    every = itertools.product(*(one.values for one in swept if isinstance(one, Choices)))
+    return [dict(zip(keys, values, strict=True)) for values in every]
 
 
 def split(text: str, at: str = ",") -> list[str]:

@@ -1,150 +1,336 @@
-"""What is tried next, and what is given up: a grid in its order, or Optuna's samplers and pruners."""
+"""The study of a sweep: Optuna's storage, samplers and pruners over fits that run as processes.
+
+One trial of Optuna's is one fit. Its user attributes hold what Optuna has no field for:
+
+    values     {flag: text}, as on the command line, with the r that a budget chose
+    seed       of the fit; None where the config's own is taken
+    name       of its folder in the sweep's
+    owner      [host, process of the sweep, process of the fit, beat]: who fits it; the beat grows while they live
+    outcome    "complete", "failed" or "superseded", where Optuna's state is FAIL; a FAIL without one was interrupted
+    trainable, seconds, run, error, value
+
+Several processes, on one machine or on many, work on one study when they name one storage. A trial belongs to whom
+Optuna handed it to. Where its owner dies, another process closes it and enters its values again: the fit goes on from
+its last checkpoint where the folder is shared, and begins anew where it is not.
+"""
 
 from __future__ import annotations
 
-import itertools
-import math
+import json
+import os
+import re
+import socket
+import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from lora_lightning.commands.sweep.search_space import Choices, Range, Swept
-from lora_lightning.commands.sweep.trial import Trial
+from lora_lightning.commands.sweep.search_space import Choices, Swept, plainly, short_names
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
 Sampler = Literal["grid", "random", "tpe"]
 Pruner = Literal["none", "median", "hyperband"]
+State = Literal["running", "complete", "pruned", "failed"]
 Values = dict[str, str]
+JOURNAL = "study.log"
+"""Optuna's journal file in the sweep's folder, where no storage is named."""
+SILENCE = 300.0
+"""Seconds after which an owner whose beat does not grow counts as dead, wherever it runs."""
+UNCLAIMED = 30.0
+"""Seconds after which a trial counts as left that some process took without saying who it is."""
+NAME_LENGTH = 60
+"""Characters of a folder's name that say the values."""
 
 
-class Study(Protocol):
-    """Of values and what came of them."""
+@dataclass(kw_only=True)
+class Trial:
+    """One fit as the study knows it."""
 
-    def propose(self) -> Values:
-        """Values that are to be tried next."""
+    number: int
+    values: Values
+    seed: int | None = None
+    name: str
+    state: State = "running"
+    value: float | None = None
+    """The metric of the best checkpoint; None where it was not finite."""
+    reported: list[float] = field(default_factory=list)
+    """The metric after each validation, where a pruner asked for it."""
+    trainable: int | None = None
+    seconds: float | None = None
+    run: str | None = None
+    error: str | None = None
 
-    def begin(self, trial: Trial) -> None:
-        """A fit begins."""
+    @property
+    def index(self) -> int:
+        """Its place in the order in which fits were first begun."""
+        return int(self.name.partition("_")[0])
 
-    def is_hopeless(self, trial: Trial) -> bool:
-        """Whether a fit should be given up, by what it has reported so far."""
-
-    def end(self, trial: Trial) -> None:
-        """A fit has ended."""
-
-
-def points(swept: Sequence[Swept]) -> list[Values]:
-    """Every combination of a grid, the last flag changing first.
-
-    Raises:
-        LoRAError: a range has no end of points.
-    """
-    for one in swept:
-        if isinstance(one, Range):
-            raise LoRAError(f"--range {one.key} has no grid: give --sampler random or tpe, and --trials N")
-    keys = [one.key for one in swept]
-    every = itertools.product(*(one.values for one in swept if isinstance(one, Choices)))
-    return [dict(zip(keys, values, strict=True)) for values in every]
-
-
-class Plain:
-    """A grid from which nothing is pruned, and which needs no package."""
-
-    def propose(self) -> Values:
-        """A grid has its points beforehand."""
-        raise AssertionError("a grid proposes nothing")
-
-    def begin(self, trial: Trial) -> None: ...
-
-    def is_hopeless(self, trial: Trial) -> bool:
-        """Never."""
-        return False
-
-    def end(self, trial: Trial) -> None: ...
+    @property
+    def point(self) -> tuple[tuple[str, str], ...]:
+        """Its values, by which trials of several seeds belong together."""
+        return tuple(self.values.items())
 
 
-class Optuna:
-    """A study of Optuna's, made anew from the trials' records whenever a sweep goes on."""
+def folder_name(number: int, values: Values, seed: int | None) -> str:
+    """`003_r-4_dropout-0.1_seed-2`: the values as far as they fit."""
+    names = short_names(list(values))
+    text = "_".join(f"{names[key]}-{plainly(value)}" for key, value in values.items())
+    text = re.sub(r"[^\w.+-]+", "-", text).strip("-.")[:NAME_LENGTH]
+    return f"{number:03d}_{text}" + ("" if seed is None else f"_seed-{seed}")
+
+
+class Study:
+    """Fits to be made, being made and made, shared by all processes that open the same storage and name."""
 
     def __init__(
-        self, swept: Sequence[Swept], known: Sequence[Trial], *, sampler: Sampler, pruner: Pruner, goal: str, count: int
+        self,
+        folder: Path,
+        swept: Sequence[Swept],
+        *,
+        goal: str,
+        sampler: Sampler = "grid",
+        pruner: Pruner = "none",
+        count: int = 0,
+        storage: str | None = None,
     ) -> None:
-        self.optuna = _optuna()
-        self.spaces = {one.key: self._space(one, known) for one in swept}
-        direction = "maximize" if goal == "max" else "minimize"
+        self.optuna = import_optuna()
+        self.states = self.optuna.trial.TrialState
+        self.swept, self.goal, self.count = swept, goal, count
+        self.sampler = sampler if sampler != "grid" else None
         self.study = self.optuna.create_study(
-            study_name="sweep",  # hyperband draws brackets by it, and a name of Optuna's own is another each time
-            sampler=self._sampler(sampler, count, seed=len(known)),
+            study_name=folder.name,
+            storage=self._storage(storage, folder),
+            direction="maximize" if goal == "max" else "minimize",
             pruner=self._pruner(pruner),
-            direction=direction,
+            load_if_exists=True,
         )
-        self.told: dict[int, int] = {}
-        self.live: dict[int, Any] = {}
-        for trial in known:
-            if trial.is_done and all(self._holds(key, trial.values.get(key)) for key in self.spaces):
-                self.begin(trial)
-                self.is_hopeless(trial)
-                self.end(trial)
+        self.owned: dict[int, Any] = {}
+        """By number, Optuna's handle of each trial that this process fits."""
+        self._beats: dict[int, tuple[int, float]] = {}
+        """By number, the last beat of another process's trial and when it was seen first."""
 
-    def propose(self) -> Values:
-        """The sampler's next choice; the fits that try it are begun one by one."""
-        asked = self.study.ask(self.spaces)
-        self.study.tell(asked, state=self.optuna.trial.TrialState.FAIL)  # each of its fits is a trial of its own
-        return {key: _written(asked.params[key]) for key in self.spaces}
+    # What the study is of
 
-    def begin(self, trial: Trial) -> None:
-        """Enter a fit under its own values."""
-        self.study.enqueue_trial({key: self._value(key, trial.values[key]) for key in self.spaces})
-        self.live[trial.number] = self.study.ask(self.spaces)
-        self.told[trial.number] = 0
+    def claim(self, about: dict[str, Any]) -> None:
+        """Note what the study is of, or see that it is of this.
 
-    def is_hopeless(self, trial: Trial) -> bool:
-        """Tell the pruner what is new, and ask it."""
-        asked = self.live[trial.number]
-        for step in range(self.told[trial.number], len(trial.reported)):
+        Raises:
+            LoRAError: it is of another config, metric, budget or set of flags; the first difference is named.
+        """
+        before = self.study.user_attrs.get("about")
+        if before is None:
+            self.study.set_user_attr("about", about)
+        elif (other := first_difference(before, about)) is not None:
+            raise LoRAError(
+                f"the sweep '{self.study.study_name}' exists with another {other}: give another --name; other values"
+                " of the same flags, more trials and more seeds would be added to it"
+            )
+
+    def add(self, wanted: Iterable[tuple[Values, int | None]]) -> None:
+        """Enter the fits of a grid that are not in it, and again those that failed."""
+        known = {(trial.point, trial.seed): trial for trial in self.trials(waiting=True)}
+        for values, seed in wanted:
+            found = known.get((tuple(values.items()), seed))
+            if found is None or found.state == "failed":
+                self._enter({}, values=values, seed=seed, name=found.name if found else None)
+
+    def add_proposals(self, number: int, seeds: Sequence[int | None]) -> None:
+        """Enter as many points for the sampler to choose as are missing to `number`, and what failed."""
+        trials = self._of_optuna()
+        proposals = {t.user_attrs["proposal"] for t in trials if "proposal" in t.user_attrs}
+        for proposal in range(number):
+            if proposal not in proposals:
+                self._enter({}, proposal=proposal, seed=seeds[0])
+        for trial in self.trials(waiting=True):
+            if trial.state == "failed":
+                self._enter(self._params(trial.values), values=trial.values, seed=trial.seed, name=trial.name)
+        for values in {trial.point: trial.values for trial in self.trials(waiting=True)}.values():
+            self._repeat(values, seeds)
+
+    # The life of one fit
+
+    def next(self, seeds: Sequence[int | None] = (None,), complete: Callable[[Values], Values] = dict) -> Trial | None:
+        """The next fit that is nobody's, now this process's; None where there is none at the moment.
+
+        Args:
+            seeds: with which each point that a sampler proposes is repeated.
+            complete: adds what follows from a proposal's values, such as the r of a budget.
+        """
+        self._take_over()
+        while any(trial.state == self.states.WAITING for trial in self._of_optuna(deepcopy=False)):
+            asked = self.study.ask()
+            self.owned[asked.number] = asked
+            self.beat(asked.number, 0)
+            attributes = asked.user_attrs
+            if "values" not in attributes:
+                if "proposal" not in attributes:  # another process took the last one first
+                    self._close(asked, "superseded")
+                    return None
+                values = complete(self._suggest(asked))
+                asked.set_user_attr("values", values)
+                self._repeat(values, seeds[1:])
+            elif self.sampler is not None:
+                self._suggest(asked)  # its values were fixed when it was entered; so the sampler learns of them
+            values, seed = asked.user_attrs["values"], attributes["seed"]
+            if self._has_twin(asked.number, values, seed):
+                self._close(asked, "superseded")
+                continue
+            if "name" not in attributes:
+                asked.set_user_attr("name", folder_name(asked.number, values, seed))
+            return self._view(self._of_optuna()[asked.number])
+        return None
+
+    def beat(self, number: int, process: int) -> None:
+        """Say that this process lives and that `process` fits the trial, 0 before it began."""
+        before = self.owned[number].user_attrs.get("owner")
+        count = before[3] + 1 if before else 0
+        self.owned[number].set_user_attr("owner", [socket.gethostname(), os.getpid(), process, count])
+
+    def release(self, number: int) -> None:
+        """Give a trial back, unfinished: any process may go on with it."""
+        self.owned.pop(number).set_user_attr("owner", ["", 0, 0, 0])
+
+    def should_prune(self, trial: Trial) -> bool:
+        """Hand the pruner what is new, and ask it."""
+        asked = self.owned[trial.number]
+        known = len(self.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        for step in range(known, len(trial.reported)):
             asked.report(trial.reported[step], step + 1)
-            self.told[trial.number] = step + 1
         return bool(trial.reported) and bool(asked.should_prune())
 
-    def end(self, trial: Trial) -> None:
-        """Tell the sampler what a fit was worth."""
-        states = self.optuna.trial.TrialState
-        state = {"complete": states.COMPLETE, "pruned": states.PRUNED}.get(trial.state, states.FAIL)
-        finite = trial.value is not None and math.isfinite(trial.value)
-        if state == states.COMPLETE and not finite:
-            state = states.FAIL
-        self.study.tell(self.live.pop(trial.number), trial.value if state == states.COMPLETE else None, state=state)
+    def finish(self, trial: Trial) -> None:
+        """Note what a fit came to."""
+        asked = self.owned.pop(trial.number)
+        for name in ("trainable", "seconds", "run", "error", "value"):
+            asked.set_user_attr(name, getattr(trial, name))
+        if trial.state == "pruned":
+            self.study.tell(asked, state=self.states.PRUNED)
+        elif trial.state == "complete" and trial.value is not None:
+            self.study.tell(asked, trial.value)
+        else:
+            self._close(asked, trial.state)
 
-    def _space(self, one: Swept, known: Sequence[Trial]) -> Any:
-        """Values that an earlier, other grid had stay among the choices: what came of them counts."""
-        kinds = self.optuna.distributions
-        if isinstance(one, Choices):
-            earlier = [trial.values[one.key] for trial in known if one.key in trial.values]
-            return kinds.CategoricalDistribution(tuple(dict.fromkeys([*one.values, *earlier])))
-        if one.integer:
-            return kinds.IntDistribution(int(one.low), int(one.high), log=one.log)
-        return kinds.FloatDistribution(one.low, one.high, log=one.log)
+    def trials(self, *, waiting: bool = False) -> list[Trial]:
+        """The newest of each fit, in the order in which they began; with `waiting`, also those that have not begun."""
+        newest: dict[Any, Trial] = {}
+        for frozen in self._of_optuna():
+            attributes = frozen.user_attrs
+            hidden = "values" not in attributes or attributes.get("outcome") == "superseded"
+            if not hidden and (waiting or frozen.state != self.states.WAITING):
+                view = self._view(frozen)
+                newest[view.point, view.seed] = view
+        return sorted(newest.values(), key=lambda trial: trial.index)
 
-    def _value(self, key: str, text: str) -> Any:
-        kinds, space = self.optuna.distributions, self.spaces[key]
-        if isinstance(space, kinds.CategoricalDistribution):
-            return text
-        return int(text) if isinstance(space, kinds.IntDistribution) else float(text)
+    def unfinished(self) -> int:
+        """Fits that wait or that some process makes."""
+        return sum(not trial.state.is_finished() for trial in self._of_optuna(deepcopy=False))
 
-    def _holds(self, key: str, text: str | None) -> bool:
-        try:
-            return text is not None and bool(
-                self.spaces[key]._contains(self.spaces[key].to_internal_repr(self._value(key, text)))
-            )
-        except ValueError:
+    # Inner parts
+
+    def _of_optuna(self, *, deepcopy: bool = True) -> list[Any]:
+        found: list[Any] = self.study.get_trials(deepcopy=deepcopy)
+        return found
+
+    def _enter(self, params: dict[str, Any], *, name: str | None = None, **attributes: Any) -> None:
+        attributes |= {} if name is None else {"name": name}
+        self.study.enqueue_trial(params, user_attrs=attributes)
+
+    def _repeat(self, values: Values, seeds: Sequence[int | None]) -> None:
+        """Enter a sampler's point with the seeds that it was not entered with."""
+        had = {t.user_attrs["seed"] for t in self._of_optuna() if t.user_attrs.get("values") == values}
+        for seed in seeds:
+            if seed not in had:
+                self._enter(self._params(values), values=values, seed=seed)
+
+    def _close(self, asked: Any, outcome: str) -> None:
+        self.owned.pop(asked.number, None)
+        asked.set_user_attr("outcome", outcome)
+        self.study.tell(asked, state=self.states.FAIL)
+
+    def _has_twin(self, number: int, values: Values, seed: int | None) -> bool:
+        """Whether the same fit is done, or begun under a smaller number: two processes may both have entered it."""
+        for other in self._of_optuna():
+            mine = other.number == number or other.user_attrs.get("values") != values
+            if mine or other.user_attrs.get("seed") != seed or "outcome" in other.user_attrs:
+                continue
+            earlier = other.state == self.states.RUNNING and other.number < number
+            if earlier or other.state in (self.states.COMPLETE, self.states.PRUNED):
+                return True
+        return False
+
+    def _take_over(self) -> None:
+        """Enter again what a process that is dead, or that gave it back, left unfinished."""
+        for trial in self._of_optuna():
+            if trial.state != self.states.RUNNING or trial.number in self.owned or not self._is_left(trial):
+                continue
+            try:
+                self.study.tell(trial.number, state=self.states.FAIL)
+            except ValueError:
+                continue  # another process was first
+            names = {"values", "seed", "name", "proposal"} & set(trial.user_attrs)
+            kept = {name: trial.user_attrs[name] for name in names}
+            self.study.enqueue_trial(trial.params, user_attrs=kept)
+
+    def _is_left(self, trial: Any) -> bool:
+        host, sweep, fit, beat = trial.user_attrs.get("owner", [None, 0, 0, 0])
+        if host in ("", socket.gethostname()) and not is_alive(sweep) and not is_alive(fit):
+            return True
+        last, since = self._beats.get(trial.number, (None, 0.0))
+        if beat != last:
+            self._beats[trial.number] = (beat, time.monotonic())
             return False
+        return time.monotonic() - since > (SILENCE if host else UNCLAIMED)
 
-    def _sampler(self, name: Sampler, count: int, seed: int) -> Any:
+    def _view(self, frozen: Any) -> Trial:
+        attributes, states = frozen.user_attrs, self.states
+        named: dict[Any, State] = {states.COMPLETE: "complete", states.PRUNED: "pruned"}
+        state: State = named.get(frozen.state, attributes.get("outcome", "running"))
+        reported = [frozen.intermediate_values[step] for step in sorted(frozen.intermediate_values)]
+        best = max if self.goal == "max" else min
+        value = attributes.get("value")
+        return Trial(
+            number=frozen.number,
+            values=attributes["values"],
+            seed=attributes["seed"],
+            name=attributes.get("name", f"{frozen.number:03d}"),
+            state=state,
+            value=best(reported) if state == "pruned" and reported else value,
+            reported=reported,
+            **{key: attributes.get(key) for key in ("trainable", "seconds", "run", "error")},
+        )
+
+    def _suggest(self, asked: Any) -> Values:
+        """Let the sampler choose. Its seed is the trial's number, so that no two processes draw the same points."""
+        self.study.sampler = self._sampler(asked.number)
+        found: Values = {}
+        for one in self.swept:
+            if isinstance(one, Choices):
+                found[one.key] = asked.suggest_categorical(one.key, one.values)
+            elif one.integer:
+                found[one.key] = str(asked.suggest_int(one.key, int(one.low), int(one.high), log=one.log))
+            else:  # nine digits tell any two values of a sweep apart
+                found[one.key] = f"{asked.suggest_float(one.key, one.low, one.high, log=one.log):.9g}"
+        return found
+
+    def _params(self, values: Values) -> dict[str, Any]:
+        """Values as Optuna takes them back; none where no sampler learns of them."""
+        if self.sampler is None:
+            return {}
+        return {
+            one.key: values[one.key] if isinstance(one, Choices) else (int if one.integer else float)(values[one.key])
+            for one in self.swept
+        }
+
+    def _sampler(self, seed: int) -> Any:
         samplers = self.optuna.samplers
-        if name != "tpe":
+        if self.sampler != "tpe":
             return samplers.RandomSampler(seed=seed)
         # A third at random and at most Optuna's ten: of a dozen trials it would learn from the last two.
-        return samplers.TPESampler(seed=seed, n_startup_trials=max(2, min(10, count // 3)), constant_liar=True)
+        random = max(2, min(10, self.count // 3))
+        return samplers.TPESampler(seed=seed, n_startup_trials=random, constant_liar=True, multivariate=False)
 
     def _pruner(self, name: Pruner) -> Any:
         pruners = self.optuna.pruners
@@ -152,38 +338,73 @@ class Optuna:
             return pruners.MedianPruner(n_startup_trials=2)
         return pruners.HyperbandPruner() if name == "hyperband" else pruners.NopPruner()
 
+    def _storage(self, storage: str | None, folder: Path) -> Any:
+        """A journal file, which a shared folder is enough for, or any database that SQLAlchemy reaches."""
+        if storage is None or "://" not in storage:
+            file = folder / JOURNAL if storage is None else Path(storage)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            journal = self.optuna.storages.journal
+            return self.optuna.storages.JournalStorage(journal.JournalFileBackend(str(file)))
+        if storage.startswith("sqlite"):
+            raise LoRAError(
+                f"--storage {storage}: SQLite can hand one trial to two processes: take a file for Optuna's journal:"
+                f" --storage {Path(storage).stem}.log"
+            )
+        try:
+            return self.optuna.storages.RDBStorage(storage)
+        except ImportError as error:
+            raise MissingPackageError(f"--storage {_without_password(storage)} needs a package: {error}") from error
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise LoRAError(
+                f"--storage {_without_password(storage)} cannot be opened ({first}): expected a file for Optuna's"
+                " journal, or a database as SQLAlchemy writes it, such as postgresql://user@host/name"
+            ) from error
 
-def _written(value: Any) -> str:
-    """As a flag: nine digits tell any two values of a sweep apart."""
-    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+def first_difference(before: Any, now: Any, where: str = "") -> str | None:
+    """The first place in which two pieces of plain data differ, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            found = first_difference(before.get(key), now.get(key), f"{where}.{key}" if where else key)
+            if found is not None:
+                return found
+        return None
+    return None if before == now else f"{where.removeprefix('config.')} ({_shorten(before)}, now {_shorten(now)})"
 
 
-def _optuna() -> Any:
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine lives; 0 is none. One that has ended and that nobody waited for does not."""
+    if not process:
+        return False
+    try:
+        os.kill(process, 0)
+        return sys.platform != "linux" or Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+    except PermissionError:
+        return True
+
+
+def import_optuna() -> Any:
+    """Optuna, quiet.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
     try:
         import optuna
     except ImportError as error:
-        raise MissingPackageError(
-            "samplers and pruners need optuna: pip install 'lora_lightning[sweeps]', or leave them out: --sampler grid"
-            " --pruner none"
-        ) from error
+        raise MissingPackageError("sweeps need optuna: pip install 'lora_lightning[sweeps]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
 
 
-def study_of(
-    swept: Sequence[Swept], known: Sequence[Trial], *, sampler: Sampler, pruner: Pruner, goal: str, count: int
-) -> Study:
-    """The one that a sweep asks for.
-
-    Raises:
-        MissingPackageError: it needs Optuna, which is not installed.
-    """
-    if sampler == "grid" and pruner == "none":
-        return Plain()
-    return Optuna(swept, known, sampler=sampler, pruner=pruner, goal=goal, count=count)
+def _shorten(value: Any) -> str:
+    text = plainly(json.dumps(value))
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
-def repeated(values: Sequence[Values], seeds: Sequence[int | None]) -> Iterator[tuple[Values, int | None]]:
-    """Each point once before any is repeated."""
-    return ((point, seed) for seed in seeds for point in values)
+def _without_password(url: str) -> str:
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1@", url)

@@ -1,27 +1,93 @@
-"""The whole of a sweep: what is asked, checked; its trials, old and new; and what came of them."""
+"""The whole of a sweep: what is asked, checked; its fits, old and new; and what came of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lora_lightning.analysis import drawing
 from lora_lightning.commands.sweep.base_config import Base, opened
-from lora_lightning.commands.sweep.folder import claim, without
-from lora_lightning.commands.sweep.processes import FIT, locked
+from lora_lightning.commands.sweep.processes import FIT
 from lora_lightning.commands.sweep.rank_budget import rank_for
-from lora_lightning.commands.sweep.ranking import Point, ranked
-from lora_lightning.commands.sweep.request import Request, bounds, first_values
+from lora_lightning.commands.sweep.ranking import Point, rank_points
+from lora_lightning.commands.sweep.report import write
 from lora_lightning.commands.sweep.runner import Runner, Say
-from lora_lightning.commands.sweep.search_space import MATRICES, RANK, Choices
-from lora_lightning.commands.sweep.study import Study, Values, points, repeated, study_of
-from lora_lightning.commands.sweep.trial import Trial, named, read_all, save
-from lora_lightning.commands.sweep.write import write
+from lora_lightning.commands.sweep.search_space import (
+    MATRICES,
+    RANK,
+    Choices,
+    Swept,
+    bounds,
+    first_values,
+    grid_points,
+    space,
+)
+from lora_lightning.commands.sweep.study import Pruner, Sampler, Study, Values
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a sweep is asked to do, checked before anything is opened.
+
+    Raises:
+        LoRAError: options that do not go together, or mean nothing.
+        MissingPackageError: figures are wanted, and matplotlib is not installed.
+    """
+
+    fit: Sequence[str]
+    """Flags of fit, the same for every trial."""
+    grid: Sequence[str] = ()
+    ranges: Sequence[str] = ()
+    sampler: Sampler = "grid"
+    trials: int | None = None
+    pruner: Pruner = "none"
+    metric: str | None = None
+    goal: str | None = None
+    jobs: int = 1
+    seeds: Sequence[int] = ()
+    budget: int | None = None
+    storage: str | None = None
+    """Of Optuna: a file for its journal or a database; None is a journal in the sweep's folder."""
+    name: str | None = None
+    runs_dir: str = "runs"
+    plots: bool = True
+    swept: list[Swept] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "swept", space(self.grid, self.ranges))
+        if not self.swept:
+            raise LoRAError("a sweep needs something to sweep: --grid model.lora.r=1,2,4,8")
+        keys = [one.key for one in self.swept]
+        if self.budget is not None and RANK in keys:
+            raise LoRAError(f"--budget chooses r for each set of matrices: leave {RANK} out of --grid and --range")
+        if self.budget is not None and not any(isinstance(one, Choices) and one.key == MATRICES for one in self.swept):
+            raise LoRAError(
+                f'--budget compares sets of matrices: give --grid "{MATRICES}=[query],[query,value],all-linear"'
+            )
+        if self.sampler == "grid" and self.trials is not None:
+            raise LoRAError("--trials is for --sampler random or tpe: a grid has as many as it has points")
+        if self.sampler != "grid" and (self.trials is None or self.trials < 1):
+            raise LoRAError(f"--sampler {self.sampler} needs --trials N, at least 1")
+        if self.jobs < 1:
+            raise LoRAError(f"jobs must be at least 1, got {self.jobs}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise LoRAError(f"seeds are to differ, got {', '.join(map(str, self.seeds))}")
+        if self.metric is not None and not self.metric.startswith("val"):
+            raise LoRAError(f"a sweep chooses by validation, so that the test set can still judge; got {self.metric}")
+        if self.plots:
+            drawing.refuse_missing()
+
+    @property
+    def points(self) -> int:
+        """How many combinations of values it has when it is done."""
+        return len(grid_points(self.swept)) if self.sampler == "grid" else self.trials or 0
 
 
 @dataclass(kw_only=True)
@@ -36,28 +102,72 @@ class Outcome:
 
 
 class Sweep:
-    """A request over an opened config, with the trials that its folder holds."""
+    """A request over an opened config."""
 
     def __init__(self, request: Request, base: Base, command: Sequence[str] = FIT) -> None:
         self.request, self.base, self.command = request, base, command
         self.folder = Path(request.runs_dir) / (request.name or f"{base.name}-sweep")
         self.metric, self.goal = _metric(request, base)
-        self.keys = [one.key for one in request.swept]
+        self.seeds: list[int | None] = [*request.seeds] or [None]
+        self._check_values()
+        self.ranks = self._ranks() if request.budget is not None else {}
+        self.keys = [*(one.key for one in request.swept), *([RANK] if self.ranks else [])]
+        """What is swept, and the r that a budget chose."""
         self.about: dict[str, Any] = {
             "metric": self.metric,
             "goal": self.goal,
             "budget": request.budget,
-            "seeds": list(request.seeds),
+            "keys": self.keys,
+            "config": _without(base.config, self.keys, seeds=bool(request.seeds)),
         }
-        own = [*self.keys, *([RANK] if request.budget is not None else [])]
-        self.about["config"] = without(base.config, own, seeds=bool(request.seeds))
-        self.ranks = self._ranks() if request.budget is not None else {}
-        self._check_values()
+        if request.sampler != "grid":  # Optuna's samplers keep the choices that they began with
+            self.about["choices"] = {one.key: list(one.values) for one in request.swept if isinstance(one, Choices)}
 
     @property
-    def shown_keys(self) -> list[str]:
-        """What is swept, and the r that a budget chose."""
-        return [*self.keys, *([RANK] if self.ranks else [])]
+    def count(self) -> int:
+        """Fits that it has when it is done."""
+        return self.request.points * len(self.seeds)
+
+    def run(self, say: Say) -> Outcome:
+        """Fit what is not done yet, and write what came of it, also where it is interrupted."""
+        request = self.request
+        study = Study(
+            self.folder,
+            request.swept,
+            goal=self.goal,
+            sampler=request.sampler,
+            pruner=request.pruner,
+            count=request.points,
+            storage=request.storage,
+        )
+        study.claim(self.about)
+        if request.sampler == "grid":
+            points = [self._complete(values) for values in grid_points(request.swept)]
+            study.add((values, seed) for seed in self.seeds for values in points)
+        else:
+            study.add_proposals(request.points, self.seeds)
+        runner = Runner(
+            folder=self.folder,
+            args=request.fit,
+            metric=self.metric,
+            study=study,
+            claim=lambda: study.next(self.seeds, self._complete),
+            say=say,
+            jobs=request.jobs,
+            watched=request.pruner != "none",
+            command=self.command,
+            gpus=torch.cuda.device_count(),
+        )
+        try:
+            runner.run()
+        finally:
+            points_of = rank_points(study.trials(), self.goal)
+            write(self.folder, self.about | {"seeds": list(request.seeds)}, points_of, plots=request.plots)
+        return Outcome(folder=self.folder, points=points_of, keys=self.keys, metric=self.metric, goal=self.goal)
+
+    def _complete(self, values: Values) -> Values:
+        """With the r that the budget chose."""
+        return {**values, RANK: str(self.ranks[values[MATRICES]])} if self.ranks else dict(values)
 
     def _check_values(self) -> None:
         """Let fit's own parser see every value, so that a mistake is told before the first trial.
@@ -75,110 +185,18 @@ class Sweep:
         assert self.request.budget is not None
         sets = next(one for one in self.request.swept if one.key == MATRICES)
         assert isinstance(sets, Choices)
-        found = {}
+        ranks = {}
         for value in sets.values:
             lora = self.base.check([*self.request.fit, f"--{MATRICES}={value}"]).model.lora
             config = LoRAConfig(**{**lora.as_dict(), "init": "gaussian"})
             try:
-                found[value] = rank_for(self.base.backbone, config, self.request.budget)
+                ranks[value] = rank_for(self.base.backbone, config, self.request.budget)
             except LoRAError as error:
                 raise LoRAError(f"{MATRICES}={value}: {error}") from error
-        return found
-
-    def run(self, say: Say) -> Outcome:
-        """Fit what is not done yet, and write what came of it, also where it is interrupted."""
-        with locked(self.folder) as lock:
-            known = self._known()
-            watched = self.request.pruner != "none"
-            count = len(points(self.request.swept)) if self.request.sampler == "grid" else self.request.trials or 0
-            study = study_of(
-                self.request.swept,
-                known,
-                sampler=self.request.sampler,
-                pruner=self.request.pruner,
-                goal=self.goal,
-                count=count,
-            )
-            runner = Runner(
-                sweep=self.folder,
-                args=self.request.fit,
-                metric=self.metric,
-                goal=self.goal,
-                study=study,
-                jobs=self.request.jobs,
-                watched=watched,
-                lock=lock,
-                say=say,
-                command=self.command,
-                gpus=torch.cuda.device_count(),
-            )
-            try:
-                runner.run(self._trials(known, study))
-            finally:
-                outcome = self._outcome(known)
-                write(self.folder, self.about, outcome.points, outcome.keys, plots=self.request.plots)
-        return outcome
-
-    def count(self) -> int:
-        """Fits that it has when it is done."""
-        one = self.request
-        number = len(points(one.swept)) if one.sampler == "grid" else one.trials or 0
-        return number * max(1, len(one.seeds))
-
-    def _known(self) -> list[Trial]:
-        """Those in the folder, which belongs to one config, metric and set of flags; other values add to it.
-
-        Raises:
-            LoRAError: the folder is of another sweep.
-        """
-        about = {key: value for key, value in self.about.items() if key != "seeds"}
-        claim(self.folder, {**about, "keys": self.shown_keys})
-        return read_all(self.folder)
-
-    def _trials(self, known: list[Trial], study: Study) -> Iterator[Trial]:
-        """Those to be fitted, in order; of what was begun before, only what is not done. New ones join `known`."""
-        seeds: list[int | None] = [*self.request.seeds] or [None]
-        if self.request.sampler == "grid":
-            wanted = repeated([self._whole(values) for values in points(self.request.swept)], seeds)
-        else:
-            wanted = self._proposed(known, study, seeds)
-        for values, seed in wanted:
-            found = next((trial for trial in known if trial.is_of(values, seed)), None)
-            if found is None:
-                found = named(max((trial.number for trial in known), default=-1) + 1, values, seed)
-                known.append(found)
-                save(found, self.folder)
-            if not found.is_done:
-                yield found
-
-    def _proposed(
-        self, known: list[Trial], study: Study, seeds: Sequence[int | None]
-    ) -> Iterator[tuple[Values, int | None]]:
-        assert self.request.trials is not None
-        tried: list[Values] = []
-        for trial in known:
-            tried += [trial.values] if trial.values not in tried else []
-        for number in range(self.request.trials):
-            if number >= len(tried):
-                tried.append(self._whole(study.propose()))
-            for seed in seeds:
-                yield tried[number], seed
-
-    def _whole(self, values: Values) -> Values:
-        """With the r that the budget chose."""
-        return {**values, RANK: str(self.ranks[values[MATRICES]])} if self.ranks else values
-
-    def _outcome(self, known: Sequence[Trial]) -> Outcome:
-        return Outcome(
-            folder=self.folder,
-            points=ranked(known, self.goal),
-            keys=self.shown_keys,
-            metric=self.metric,
-            goal=self.goal,
-        )
+        return ranks
 
 
-def prepared(request: Request) -> Sweep:
+def prepare(request: Request) -> Sweep:
     """Open the config and look at everything that can be looked at before the first fit.
 
     Raises:
@@ -200,3 +218,16 @@ def _metric(request: Request, base: Base) -> tuple[str, str]:
             f"--metric {request.metric} is not what the config monitors ({base.metric}): say --mode min or max"
         )
     return request.metric, request.goal
+
+
+def _without(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
+    """The config less what is swept."""
+    copy: dict[str, Any] = json.loads(json.dumps(config))
+    for key in [*keys, *(["seed_everything"] if seeds else [])]:
+        *above, last = key.split(".")
+        inner: Any = copy
+        for part in above:
+            inner = inner.get(part) if isinstance(inner, dict) else None
+        if isinstance(inner, dict):
+            inner.pop(last, None)
+    return copy

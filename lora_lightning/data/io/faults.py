@@ -50,6 +50,15 @@ def wide_first_row(file: str, delimiter: str = ",") -> str | None:
         return None
 
 
+def header_of(file: str, delimiter: str = ",") -> list[str]:
+    """The names in a CSV's first row; none where it cannot be read."""
+    try:
+        with fsspec.open(file, "rb", compression="infer") as opened:
+            return next(csv.reader((line.decode("utf-8-sig") for line in opened), delimiter=delimiter), [])
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error):
+        return []
+
+
 def _too_wide(row: int, header: list[str], fields: list[str], delimiter: str) -> str | None:
     if len(fields) <= len(header):
         return None

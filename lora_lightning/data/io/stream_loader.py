@@ -10,8 +10,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.data.loading.replicas import replica
-
 
 class StreamLoader(DataLoader[Any]):
     """Leaves out what was trained on before, and tells a stream that shuffles itself which epoch it is.
@@ -55,8 +53,8 @@ class StreamLoader(DataLoader[Any]):
 
     def _dealt(self) -> dict[str, int]:
         """What the batches hang on, beside the stream."""
-        replicas = 1 if self.trainer is None else replica(self.trainer).replicas
-        return {"batch_size": int(self.batch_size or 1), "num_workers": self.num_workers, "processes": replicas}
+        processes = 1 if self.trainer is None else self.trainer.world_size
+        return {"batch_size": int(self.batch_size or 1), "num_workers": self.num_workers, "processes": processes}
 
     def state_dict(self) -> dict[str, Any]:
         """How batches are dealt; how many were had, the loops count."""

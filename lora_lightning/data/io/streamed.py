@@ -81,6 +81,14 @@ class StreamedTextData(TextData):
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         return self.encode_stream(stream, names, split)
 
+    def rows_of(self, split: str) -> int | None:
+        return None if self.streaming else super().rows_of(split)
+
+    @property
+    def data_summary(self) -> dict[str, Any]:
+        """Nothing of a stream, which is not read before it is trained on."""
+        return {} if self.streaming else super().data_summary
+
     def prepare_data(self) -> None:
         """Nothing is cached of a stream."""
         if not self.streaming:

@@ -21,7 +21,6 @@ from lora_lightning.backbones.hub import refuse_not_there
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.io.splits import split_name
 from lora_lightning.data.io.tables import TextBy, files_of, known_split, reader_of
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.lora.errors import LoRAError
 
 AT_ONCE = 1000
@@ -82,19 +81,18 @@ def _with_number(row: dict[str, Any], i: int, column: str) -> dict[str, Any]:
 
 def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:
     """What falls to this process, of a stream that ends."""
-    if trainer is None or replica(trainer).replicas == 1:
+    if trainer is None or trainer.world_size == 1:
         return stream
-    return split_dataset_by_node(stream, rank=replica(trainer).number, world_size=replica(trainer).replicas)
+    return split_dataset_by_node(stream, rank=trainer.global_rank, world_size=trainer.world_size)
 
 
 def endless(stream: datasets.IterableDataset, trainer: Trainer | None) -> Endless:
     """What falls to this process of one that does not."""
     if trainer is None:
         return Endless(stream)
-    world_size, rank, _ = replica(trainer)
-    if stream.num_shards % world_size == 0:  # files for all: none is read twice
+    if stream.num_shards % trainer.world_size == 0:  # files for all: none is read twice
         return Endless(share_of(stream, trainer))
-    return Endless(stream, rank, world_size)
+    return Endless(stream, trainer.global_rank, trainer.world_size)
 
 
 def refuse_endless(trainer: Trainer | None, *, validates: bool) -> None:

@@ -10,7 +10,7 @@ import datasets
 
 from lora_lightning.backbones.hub import refuse_not_there
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.data.io.faults import fault_in, separated_by_another, wide_first_row
+from lora_lightning.data.io.faults import fault_in, header_of, separated_by_another, wide_first_row
 from lora_lightning.data.io.rows import ROW
 from lora_lightning.data.io.splits import CALLED, split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -64,16 +64,36 @@ def read_tables(
     return _from_hub(path, name)
 
 
-def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
-    """Where a split's rows come from, as a person would name it: its file, or the set."""
+def files_read(path: str | dict[str, str], more: Collection[str] = ()) -> dict[str, Path]:
+    """The files that rows are read from, by split; none of a set on the hub. `more` as in `reader_of`."""
     if isinstance(path, dict):
-        files = {known_split(name): file for name, file in path.items()}
-        return Path(files.get(split, files.get("train", ""))).name or "the set"
+        return {known_split(split): Path(resolve(file)) for split, file in path.items()}
     found = Path(resolve(path))
     if found.is_dir():
-        names = {by_split: file.name for by_split, file in _files_by_split(found, more).items()}
-        return names.get(split, names.get("train", found.name))
-    return found.name if found.is_file() else path
+        return _files_by_split(found, more)
+    return {"train": found} if found.is_file() else {}
+
+
+def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
+    """Where a split's rows come from, as a person would name it: its file, or the set."""
+    files = files_read(path, more)
+    file = files.get(split, files.get("train"))
+    if file is not None:
+        return file.name
+    if isinstance(path, dict):
+        return "the set"
+    return Path(resolve(path)).name if Path(resolve(path)).is_dir() else path
+
+
+def doubled_columns(path: str | dict[str, str]) -> dict[str, list[str]]:
+    """By split the names that stand twice in the header of its CSV: pandas calls the second of them `name.1`."""
+    found = {}
+    for split, file in files_read(path).items():
+        if _kind(file) in (".csv", ".tsv") and file.is_file():
+            names = header_of(str(file), "\t" if _kind(file) == ".tsv" else ",")
+            if doubled := sorted({name for name in names if names.count(name) > 1}):
+                found[split] = doubled
+    return found
 
 
 def check_columns(
@@ -212,7 +232,10 @@ def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> da
     """One split: a file, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
-        return _read_file(resolve(file), text_by, own)
+        found = resolve(file)
+        if (Path(found) / "state.json").is_file():  # what save_to_disk made of one table
+            return datasets.load_from_disk(found)
+        return _read_file(found, text_by, own)
     refuse_not_there("set", on_hub)
     try:
         return datasets.load_dataset(on_hub, name, split=part)

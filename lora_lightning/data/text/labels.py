@@ -8,6 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from lora_lightning.data.base import TableData
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
@@ -32,10 +35,10 @@ class LabelNames(TableData):
 
     def read(self) -> dict[str, datasets.Dataset]:
         tables = super().read()
-        if "train" not in tables and not (self.given_label_names and "predict" in tables):
+        if "train" not in tables and not self.given_label_names:
             raise LoRAError(
-                f"the set has no train split, only {', '.join(tables)}: labels are read off train; to predict"
-                " without it, give label_names"
+                f"the set has no train split, only {', '.join(tables)}: labels are read off train; without it, give"
+                " data.init_args.label_names"
             )
         return tables
 
@@ -53,6 +56,21 @@ class LabelNames(TableData):
     def num_classes(self) -> int:
         """How many labels there are."""
         return len(self.label_names)
+
+    def label_counts(self, split: str) -> dict[str, int]:
+        encoded: Any = self._encoded.get(split)
+        labels = getattr(encoded, "labels", None)  # of images
+        if isinstance(encoded, datasets.Dataset) and "labels" in encoded.column_names:
+            column = encoded.select_columns(["labels"]).with_format("arrow")[:]["labels"]
+            labels = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if labels is None:
+            return {}
+        numbers = np.asarray(labels)
+        if numbers.dtype.kind == "f":  # a 0 or 1 for each label
+            counts = numbers.reshape(-1, self.num_classes).sum(0)
+        else:
+            counts = np.bincount(numbers[numbers >= 0], minlength=self.num_classes)
+        return {name: int(count) for name, count in zip(self.label_names, counts, strict=True)}
 
     def read_off_train(self) -> dict[str, Any]:
         return {"label_names": self.label_names}

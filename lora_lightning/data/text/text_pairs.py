@@ -57,3 +57,10 @@ class TextPairData(TextData):
         options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": self.max_length}
         tokens = self.encode_by(encode_rows, table, split, **options)
         return tokens if split == "predict" else tokens.add_column("labels", self.targets(table, split))
+
+    def cut_share(self, split: str) -> float | None:
+        def tokenized(rows: dict[str, Any]) -> Any:
+            pairs = rows[self.text_pair_column] if self.text_pair_column else None
+            return self.tokenizer(rows[self.text_column], pairs, verbose=False)
+
+        return self.share_cut(split, tokenized)

@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
+from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.io import conll
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.text.base import TextData
 from lora_lightning.data.text.labels import LabelNames, check_order, numbers_of
-from lora_lightning.data.text.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.spans import OUTSIDE
@@ -124,6 +124,10 @@ class TokenClassificationData(LabelNames, TextData):
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         return WordCollator(self.tokenizer)
+
+    def cut_share(self, split: str) -> float | None:
+        split_words = {"is_split_into_words": True, "verbose": False}
+        return self.share_cut(split, lambda rows: self.tokenizer(rows[self.words_column], **split_words))
 
     def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
         """What the set itself says of its tags."""

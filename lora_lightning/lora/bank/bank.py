@@ -26,9 +26,10 @@ from lora_lightning.lora.bank.combine import (
 from lora_lightning.lora.bank.detached import Held, bring, check, put_in, see, send, take_out
 from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
-from lora_lightning.lora.formats.peft.adapter import load_adapter, save_adapter
+from lora_lightning.lora.formats.peft.load import load_adapter
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.quantization import hold_packing
-from lora_lightning.lora.frozen.version_check import marks, refuse_moved
+from lora_lightning.lora.frozen.version_check import base_versions, refuse_moved
 from lora_lightning.lora.inject import disabled, inject
 from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.report import InjectionReport
@@ -55,7 +56,7 @@ class AdapterBank:
         self._within: str | None = None
         self._batch_first: set[str] = set()
         hold_packing(model)  # the base that waits must not be rounded either
-        self._base = marks(model)
+        self._base = base_versions(model)
         if see(model).shares:
             self.add(first)
 

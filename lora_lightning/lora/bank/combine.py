@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from lora_lightning.lora.bank.detached import Held
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
-from lora_lightning.lora.formats.peft.adapter import load_tensors
-from lora_lightning.lora.frozen.matrices import Pair, less_start
+from lora_lightning.lora.formats.peft.load import load_tensors
+from lora_lightning.lora.frozen.spectrum import Pair, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, SavedCopy
@@ -172,7 +172,7 @@ def _scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
     scale, dtype = layer.lora_settings.scale, wide_dtype(layer.lora_A)
     own = layer.to_peft() if whole else {}
     first, *more = [(own["lora_A"], own["lora_B"])] if whole else _blocks(layer)
-    pairs = [less_start(first, layer.lora_A0, layer.lora_B0), *more]  # subtracted from layers of one block only
+    pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]  # subtracted from layers of one block only
     return [(A.detach().to(dtype), B.detach().to(dtype) * scale) for A, B in pairs]
 
 

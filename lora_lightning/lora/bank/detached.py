@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter
-from lora_lightning.lora.layers.class_swap import own_class
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, class_swap
 from lora_lightning.lora.layers.parameter import CHILD
 from lora_lightning.lora.layers.trained.module_copy import COPY
 
@@ -59,14 +58,6 @@ class Share:
             for store in STORES
             for name, value in self.stores[store].items()
         )
-
-    def take_out(self) -> None:
-        """Give the module its own class and entries back."""
-        for store, entries in self.stores.items():
-            for name in entries:
-                _store(self.module, store).pop(name, None)
-        self.module._non_persistent_buffers_set -= self.transient
-        self.module.__class__ = self.plain
 
     def put_in(self, module: nn.Module) -> None:
         """Extend `module` by this share; new children run in the mode of what they belong to."""
@@ -140,7 +131,7 @@ def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
     """
     held = see(model)
     for share in held.shares:
-        share.take_out()
+        class_swap.take_out(share.module)
     send(held, device)
     return held
 
@@ -172,7 +163,7 @@ def put_in(model: nn.Module, held: Held) -> None:
             share.put_in(share.module)
     except BaseException:
         for share in held.shares:
-            share.take_out()
+            class_swap.take_out(share.module)
         raise
 
 
@@ -180,7 +171,7 @@ def check(model: nn.Module, held: Held) -> None:
     """Raise an AdapterError where a module that the adapter belongs to is no longer in the model, adapted or plain."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for share in held.shares:
-        if modules.get(share.path) is not share.module or own_class(type(share.module)) is not share.plain:
+        if modules.get(share.path) is not share.module or class_swap.own_class(type(share.module)) is not share.plain:
             raise AdapterError(
                 f"'{share.path}' is not the module that the adapter belongs to: it was replaced since; make a new bank"
             )
@@ -188,12 +179,8 @@ def check(model: nn.Module, held: Held) -> None:
 
 def _share(path: str, module: Grafted) -> Share:
     stores = {store: _ours(_store(module, store)) for store in (*STORES, "__dict__")}
-    plain: type[nn.Module] = type(module)
-    while "grafted_from" in vars(plain):
-        assert issubclass(plain, Grafted)
-        plain = plain.grafted_from[1]
     transient = module._non_persistent_buffers_set & stores["_buffers"].keys()
-    return Share(path, module, plain, type(module), stores, transient)
+    return Share(path, module, class_swap.own_class(type(module)), type(module), stores, transient)
 
 
 def _ours(entries: dict[str, Any]) -> dict[str, Any]:

@@ -1,31 +1,32 @@
 """Checkpoints of loralib, the paper's own code, in: `x.lora_A` and `x.lora_B`, with biases or whole.
 
 Such a file says neither r nor alpha nor which parts of a `MergedLinear` are adapted. r is the width of B and the number
-of adapted parts follows from the shapes; alpha, and which parts, the user has to say.
+of adapted parts follows from the shapes; alpha, and which parts, the user has to say. Its layers become ours of the
+same update, the numbers moved and not computed anew. Shapes: r the rank, V rows of an embedding of width d, k the side
+of a square kernel, g groups.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import Bias, LoRAConfig
-from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, did_you_mean, some
-from lora_lightning.lora.formats.loralib_layers import Factors, conv_factors, embedding_factors, linear_factors
-from lora_lightning.lora.formats.misfits import refuse_not_finite
-from lora_lightning.lora.formats.peft.adapter import load_tensors, plain_again_on_error, refuse_meta, uncompiled
+from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.formats.peft.load import inject_and_fill, refuse_meta, refuse_not_finite
+from lora_lightning.lora.formats.peft.resolve import exactly
 from lora_lightning.lora.formats.provenance import warn_of_no_fingerprint, warn_of_other_base
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
-from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import inject
+from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, named_modules, plain_state
 from lora_lightning.lora.layers import LoRAConv1D, kind_of
 from lora_lightning.lora.report import InjectionReport
 
-WRAPPERS = ("state_dict", "model_state_dict", "model")
+Enabled = Sequence[bool] | None
 
 
 def load_loralib(
@@ -59,30 +60,42 @@ def load_loralib(
             left over or wrongly shaped; r contradicts the shapes; W0 in the file is another, or merged. The model is
             then as before.
     """
-    model = uncompiled(model)
     refuse_meta(model)
     tensors = _read(Path(path), model)
-    parts = _factors(tensors, model, r, enable_lora)
+    factors = _find_factors(tensors, model, r, enable_lora)
     saved = modules_to_save or []
-    rest = {k: t for k, t in _by_our_names(tensors, parts).items() if not k.endswith((".lora_A", ".lora_B"))}
-    biases = _check_rest(rest, parts, saved, model, r=r, alpha=alpha, allow_other_base=allow_other_base)
-    with plain_again_on_error(model):
-        try:
-            config = _config(parts, r=r, alpha=float(alpha), dropout=dropout, bias=biases, saved=saved)
-            report = inject(model, config, start=False, any_rank=True)
-        except (ConfigError, TargetError) as error:
-            raise AdapterError(f"the checkpoint {path} does not fit this model: {error}") from error
-        load_tensors(model, _our_tensors(model, parts, rest))
-    return report
+    # loralib's convolutions hold the plain one as `conv`.
+    inner = {f"{name}.conv.": f"{name}." for name, one in factors.items() if one.A.dim() == 4}
+    renamed = {next((inner[p] + k.removeprefix(p) for p in inner if k.startswith(p)), k): t for k, t in tensors.items()}
+    rest = {key: tensor for key, tensor in renamed.items() if not key.endswith((".lora_A", ".lora_B"))}
+    bias = _check_rest(rest, factors, saved, model, scale=alpha / r, allow_other_base=allow_other_base)
+    larger = {name: one.r for name, one in factors.items() if one.r != r}
+    return inject_and_fill(
+        model,
+        f"the checkpoint {path}",
+        lambda: LoRAConfig(
+            r=r,
+            alpha=float(alpha),
+            dropout=dropout,
+            target_modules="|".join(exactly(name) for name in factors),
+            slices={exactly(name): one.slices for name, one in factors.items() if one.slices is not None},
+            rank_pattern={exactly(name): rank for name, rank in larger.items()},
+            alpha_pattern={exactly(name): float(alpha) * rank / r for name, rank in larger.items()},
+            modules_to_save=saved or None,
+            bias=bias,
+        ),
+        lambda: _our_tensors(model, factors, rest),
+    )
 
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """Tensors by names of the model."""
-    tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else read_pickled(path, wrappers=WRAPPERS)
+    wrappers = ("state_dict", "model_state_dict", "model")
+    tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else read_pickled(path, wrappers=wrappers)
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in tensors):
         raise AdapterError(f"{path} is PEFT's, not loralib's: use load_adapter on the directory that it lies in")
     for wrapper in ("module.", "_orig_mod."):
-        if all(key.startswith(wrapper) for key in tensors) and wrapper[:-1] not in model._modules:
+        if all(key.startswith(wrapper) for key in tensors) and wrapper[:-1] not in get_module(model, "")._modules:
             tensors = {key.removeprefix(wrapper): tensor for key, tensor in tensors.items()}
     if not any(key.endswith("lora_A") for key in tensors):
         raise AdapterError(f"{path} has no key that ends in lora_A: it is no loralib checkpoint")
@@ -90,74 +103,146 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _factors(
+@dataclass(frozen=True, kw_only=True)
+class Factors:
+    """A and B of one module as our layer holds them."""
+
+    A: Tensor
+    B: Tensor
+    r: int
+    slices: dict[str, Any] | None = None
+    """The adapted parts of a `MergedLinear`."""
+    delta: Callable[[], Tensor]
+    """What loralib's `eval()` adds to W0, less the scale, in float64; it is (out, in) for a linear layer."""
+
+
+def _find_factors(
     tensors: Mapping[str, Tensor],
     model: nn.Module,
     r: int,
     enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None,
 ) -> dict[str, Factors]:
-    """A and B of every adapted module in our form."""
+    """A and B of every adapted module in our form, in the file's order."""
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise AdapterError(f"r must be a whole number of at least 1, got {r!r}")
-    names = _adapted_names(tensors, dict(model.named_modules()))
-    if isinstance(enable_lora, Mapping):
-        for entry in enable_lora:
-            if not any(_ends_in(name, entry) for name in names):
-                raise AdapterError(f"enable_lora: no adapted module matches '{entry}'{did_you_mean(entry, names)}")
-    found = {}
-    for name in names:
-        enabled = enable_lora
-        if isinstance(enabled, Mapping):
-            enabled = next((parts for entry, parts in enabled.items() if _ends_in(name, entry)), None)
-        A, B = tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]
-        found[name] = _one(name, model.get_submodule(name), A, B, r, enabled)
-    return found
-
-
-def _adapted_names(tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Modules with both factors in the file, in its order."""
+    modules = dict(named_modules(model))
     names = list(dict.fromkeys(k.rpartition(".")[0] for k in tensors if k.endswith((".lora_A", ".lora_B"))))
     if unknown := [name for name in names if name not in modules]:
         missing = some([f"'{name}'" for name in unknown], 10)
         raise AdapterError(f"the model has no module {missing}{did_you_mean(unknown[0], modules)}")
-    lonely = [f"{n}.{x}" for n in names for x in ("lora_A", "lora_B") if f"{n}.{x}" not in tensors]
-    if lonely:
+    if lonely := [f"{n}.{x}" for n in names for x in ("lora_A", "lora_B") if f"{n}.{x}" not in tensors]:
         raise AdapterError(f"the checkpoint lacks {len(lonely)} tensors: {some(lonely, 10)}")
-    return names
+    by_name = enable_lora if isinstance(enable_lora, Mapping) else {}
+    for entry in by_name:
+        if not any(_ends_in(name, entry) for name in names):
+            raise AdapterError(f"enable_lora: no adapted module matches '{entry}'{did_you_mean(entry, names)}")
+    found = {}
+    for name in names:
+        enabled: Enabled = None if isinstance(enable_lora, Mapping) else enable_lora
+        enabled = next((parts for entry, parts in by_name.items() if _ends_in(name, entry)), enabled)
+        found[name] = _factors(name, modules[name], tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], r, enabled)
+    return found
 
 
-def _one(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled: Sequence[bool] | None) -> Factors:
+def _factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled: Enabled) -> Factors:
     if A.dim() != 2 or B.dim() != 2:
         raise AdapterError(f"'{name}': lora_A and lora_B must be matrices, got {tuple(A.shape)} and {tuple(B.shape)}")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return conv_factors(name, module, A, B, r)
-    if isinstance(module, nn.Embedding):
-        return embedding_factors(name, module, A, B, r)
+        return _conv_factors(name, module, A, B, r)
+    if isinstance(module, nn.Embedding):  # h = W0[x] + s B A[:, x] in both: A is (r, V), B is (d, r)
+        _expect(name, A, B, (r, module.num_embeddings), (module.embedding_dim, r), r)
+        if module.max_norm is not None:
+            raise AdapterError(
+                f"'{name}' has max_norm, under which loralib rewrites A as it looks rows up: no form here"
+            )
+        return Factors(A=A, B=B, r=r, delta=lambda: (B.double() @ A.double()).T)
     kind = kind_of(module)
     if kind is None or not kind.linear_like:
         raise AdapterError(f"'{name}', a {type(module).__name__}, is of no kind that loralib adapts")
     out, width = module.get_parameter("weight").shape
-    return linear_factors(name, (width, out) if kind is LoRAConv1D else (out, width), A, B, r, enabled)
+    return _linear_factors(name, (width, out) if kind is LoRAConv1D else (out, width), A, B, r, enabled)
 
 
-def _by_our_names(tensors: Mapping[str, Tensor], parts: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """loralib's convolutions hold the plain one as `conv`."""
-    inner = {f"{name}.conv.": f"{name}." for name, part in parts.items() if part.A.dim() == 4}
-    renamed = {}
-    for key, tensor in tensors.items():
-        prefix = next((prefix for prefix in inner if key.startswith(prefix)), "")
-        renamed[inner[prefix] + key.removeprefix(prefix) if prefix else key] = tensor
-    return renamed
+def _linear_factors(name: str, shape: tuple[int, int], A: Tensor, B: Tensor, r: int, enabled: Enabled) -> Factors:
+    """`Linear`: A (r, in), B (out, r). `MergedLinear` of n parts, p of them adapted: A (p r, in), B (p out / n, r).
+
+    Both hold the parts' A one below the other and B likewise, in order, as chosen slices do here.
+    """
+    (out, width), rows, count = shape, B.shape[0], max(A.shape[0] // r, 1)
+    _expect(name, A, B, (count * r, width), (rows, r), r)
+    if count == 1 and rows == out:
+        return Factors(A=A, B=B, r=r, delta=lambda: B.double() @ A.double())
+    each = rows // count
+    total = out // each if each else 0
+    if each * count != rows or each * total != out or count > total:
+        raise AdapterError(f"'{name}': lora_B of {rows} rows fits no {count} equal parts of {out} outputs")
+    if enabled is None and count != total:
+        example = [True] * (count - 1) + [False] * (total - count) + [True]
+        raise AdapterError(
+            f"'{name}' is a MergedLinear with {count} of {total} parts adapted, and the file does not say which: pass"
+            f" enable_lora as the layer had it, such as {example} for the first and the last"
+        )
+    flags = list(enabled) if enabled is not None else [True] * total
+    taken = [i for i, flag in enumerate(flags) if flag]
+    if len(flags) != total or len(taken) != count:
+        raise AdapterError(f"enable_lora: '{name}' has {count} of {total} parts adapted by its shapes, got {flags}")
+    names = ["q", "k", "v"] if total == 3 else [f"part{i}" for i in range(total)]
+
+    def delta() -> Tensor:
+        parts = torch.unflatten(B.double(), 0, (count, each)) @ torch.unflatten(A.double(), 0, (count, r))
+        whole = parts.new_zeros(total, each, width)
+        whole[taken] = parts
+        return whole.flatten(0, 1)
+
+    return Factors(A=A, B=B, r=r, slices={"of": names, "take": [names[i] for i in taken]}, delta=delta)
+
+
+def _conv_factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int) -> Factors:
+    """`Conv2d`: the update is `(B A).view(out, in / g, k, k)` of A (r k, in k) and B (out k / g, r k).
+
+    Without groups, the k rows of B A that make up an output channel are k segments of its kernel, one after the other.
+    So A at each segment, zero elsewhere, and B's k rows side by side are a convolution's A (r k^2, in, k, k) and
+    B (out, r k^2). Where that is more than W0's own size, and under groups, whose channels the view runs across, A is
+    the update itself and B picks its channel.
+    """
+    if not isinstance(module, nn.Conv2d):
+        raise AdapterError(f"'{name}' is a {type(module).__name__}: in loralib only Conv2d can run")
+    k, g = module.kernel_size[0], module.groups
+    out, shape = module.out_channels, module.weight.shape
+    if module.kernel_size != (k, k):
+        raise AdapterError(f"'{name}' has the kernel {module.kernel_size}: loralib adapts square ones")
+    _expect(name, A, B, (r * k, module.in_channels * k), (out // g * k, r * k), r, k)
+
+    def delta() -> Tensor:
+        return (B.double() @ A.double()).view(shape)
+
+    if g == 1 and r * k * k < out:
+        placed = A.new_zeros(k, r * k, k, A.shape[1])
+        segments = torch.arange(k)
+        placed[segments, :, segments] = A
+        return Factors(A=placed.reshape(-1, *shape[1:]), B=B.reshape(out, r * k * k, 1, 1), r=r * k * k, delta=delta)
+    channel = torch.eye(out // g, dtype=B.dtype).repeat(g, 1)
+    return Factors(A=(B @ A).view(shape), B=channel[:, :, None, None], r=out, delta=delta)
+
+
+def _expect(
+    name: str, A: Tensor, B: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int], r: int, k: int = 1
+) -> None:
+    """Raise unless B has the width of r (times a kernel's side) and both have their shapes."""
+    if B.shape[1] != r * k:
+        raise AdapterError(f"'{name}': lora_B says r={B.shape[1] / k:g}, expected the r that was given, {r}")
+    for what, tensor, shape in (("lora_A", A, shape_a), ("lora_B", B, shape_b)):
+        if tuple(tensor.shape) != shape:
+            raise AdapterError(f"'{name}.{what}' has shape {tuple(tensor.shape)}, expected {shape}")
 
 
 def _check_rest(
     rest: Mapping[str, Tensor],
-    parts: Mapping[str, Factors],
+    factors: Mapping[str, Factors],
     saved: list[str],
     model: nn.Module,
     *,
-    r: int,
-    alpha: float,
+    scale: float,
     allow_other_base: bool,
 ) -> Bias:
     """Compare what is of the base with the model's W0, and tell which biases were trained.
@@ -165,22 +250,22 @@ def _check_rest(
     Raises:
         AdapterError: keys that the model does not have, or weights that are not its own.
     """
-    own = model.state_dict()
-    rest = {k: t for k, t in rest.items() if not any(_within(k, name) for name in saved)}
+    own = {key: tensor.detach() for key, tensor in plain_state(model).items()}
+    rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
     if strangers := [key for key in rest if key not in own]:
         hint = did_you_mean(strangers[0], own)
         raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {some(strangers, 10)}{hint}")
-    moved = [key for key, tensor in rest.items() if not _same(tensor, own[key])]
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    moved = [key for key, tensor in rest.items() if not _is_same(tensor, own[key])]
+    parameters = {key for key, tensor in plain_state(model).items() if isinstance(tensor, nn.Parameter)}
     biases = [key for key in moved if key.rpartition(".")[2] == "bias" and key in parameters]
     others = [key for key in moved if key not in biases]
     if others and allow_other_base:
-        warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}", 4)
+        warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}")
     elif others:
-        merged = [key for key in others if _is_merged(key, rest[key], own[key], parts, alpha / r)]
+        is_merged = all(_is_merged(key, rest[key], own[key], factors, scale) for key in others)
         why = (
             "loralib folds the update into W0 in eval() mode and this was saved so: W0 + (alpha / r) B A"
-            if merged == others
+            if is_merged
             else "the base is another, or these were trained too (then name them in modules_to_save), or the file was"
             " saved in eval() mode, trained on and so holds an older update in W0"
         )
@@ -188,44 +273,27 @@ def _check_rest(
             f"{len(others)} weights in the checkpoint are not this model's: {some(others, 10)}; {why}."
             f" Pass allow_other_base=True to put A and B on this model's own weights"
         )
-    if not own.keys() - rest.keys() <= {key for key in own if any(_within(key, name) for name in saved)}:
-        warn_of_no_fingerprint(4)
+    if any(key not in rest and not any(_is_within(key, name) for name in saved) for key in own):
+        warn_of_no_fingerprint()
     if not biases:
         return "none"
-    return "lora_only" if all(key.rpartition(".")[0] in parts for key in biases) else "all"
+    return "lora_only" if all(key.rpartition(".")[0] in factors for key in biases) else "all"
 
 
-def _is_merged(key: str, tensor: Tensor, own: Tensor, parts: Mapping[str, Factors], scale: float) -> bool:
-    part = parts.get(key.removesuffix(".weight"))
-    if part is None or tensor.shape != own.shape:
+def _is_merged(key: str, tensor: Tensor, own: Tensor, factors: Mapping[str, Factors], scale: float) -> bool:
+    one = factors.get(key.removesuffix(".weight"))
+    if one is None or tensor.shape != own.shape:
         return False
-    delta = part.delta()
+    delta = one.delta()
     merged = own.double().cpu() + scale * (delta if delta.shape == own.shape else delta.T)
     return torch.allclose(merged, tensor.double(), rtol=1e-4, atol=1e-5 * float(own.abs().max()))
 
 
-def _config(
-    parts: Mapping[str, Factors], *, r: int, alpha: float, dropout: float, bias: Bias, saved: list[str]
-) -> LoRAConfig:
-    exactly = {name: f"^{re.escape(name)}$" for name in parts}
-    return LoRAConfig(
-        r=r,
-        alpha=alpha,
-        dropout=dropout,
-        target_modules="|".join(re.escape(name) for name in parts),
-        slices={exactly[n]: part.slices for n, part in parts.items() if part.slices is not None},
-        rank_pattern={exactly[n]: part.r for n, part in parts.items() if part.r != r},
-        alpha_pattern={exactly[n]: alpha * part.r / r for n, part in parts.items() if part.r != r},
-        modules_to_save=saved or None,
-        bias=bias,
-    )
-
-
-def _our_tensors(model: nn.Module, parts: Mapping[str, Factors], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ours, missing = dict[str, Tensor](), list[str]()
-    convs = {name for name, part in parts.items() if part.A.dim() == 4}  # loralib's `lora_only` leaves theirs frozen
-    for name, part in parts.items():
-        ours |= {f"{name}.lora_A": part.A, f"{name}.lora_B": part.B}
+    convs = {name for name, one in factors.items() if one.A.dim() == 4}  # loralib's `lora_only` leaves theirs frozen
+    for name, one in factors.items():
+        ours |= {f"{name}.lora_A": one.A, f"{name}.lora_B": one.B}
     for key, own in adapter_tensors(model).items():
         theirs = key.replace(".lora_copy.", ".").replace(".lora_trained_bias", ".bias")
         if key not in ours and theirs in rest:
@@ -239,7 +307,7 @@ def _our_tensors(model: nn.Module, parts: Mapping[str, Factors], rest: Mapping[s
     return ours
 
 
-def _same(tensor: Tensor, own: Tensor) -> bool:
+def _is_same(tensor: Tensor, own: Tensor) -> bool:
     return tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own.cpu())
 
 
@@ -247,5 +315,5 @@ def _ends_in(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}")
 
 
-def _within(key: str, name: str) -> bool:
+def _is_within(key: str, name: str) -> bool:
     return key.startswith(f"{name}.") or f".{name}." in key

@@ -6,24 +6,24 @@ B columns of zeros up to the largest rank, which changes nothing, and B takes th
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import replace
 
 from torch import nn
 
-from lora_lightning.lora.errors import AdapterError, AdapterWarning, some
-from lora_lightning.lora.formats.peft.packing import Packed
-from lora_lightning.lora.inject import saved_copies, token_rows, trained_biases
-from lora_lightning.lora.layers import LoRALinear, kind_of
+from lora_lightning.lora.errors import AdapterError, some, warn
+from lora_lightning.lora.formats.peft.layout import LayerLayout
+from lora_lightning.lora.frozen.tensors import named_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, kind_of
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank`."""
 DEFAULT_MAX_RANK = 16
 
 
-def for_vllm(model: nn.Module, packed: list[Packed]) -> list[Packed]:
-    """`packed` with one rank R and one scale S for all: `S B' A' = s B A` with A' = [A; 0], B' = [s / S B, 0].
+def for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLayout]:
+    """`layouts` with one rank R and one scale S for all: `S B' A' = s B A` with A' = [A; 0], B' = [s / S B, 0].
 
     S is the scale that most layers have, if some whole number over R is it, and 1 otherwise. B' is B itself where s is
     S, exact where s / S is a power of two, and rounded once elsewhere.
@@ -31,32 +31,28 @@ def for_vllm(model: nn.Module, packed: list[Packed]) -> list[Packed]:
     Raises:
         AdapterError: vLLM cannot serve the adapter, with each reason.
     """
-    _refuse(model, packed)
-    rank = max(p.rank for p in packed)
+    _refuse(model, layouts)
+    rank = max(one.rank for one in layouts)
     allowed = next((limit for limit in MAX_RANKS if limit >= rank), None)
     if allowed is None:
         raise AdapterError(
             f"vLLM serves ranks up to {MAX_RANKS[-1]} and this adapter's is {rank} (with the parts of fused layers and"
-            f" subtracted starts counted): serve the merged model"
+            f" subtracted inits counted): serve the merged model"
         )
     if allowed > DEFAULT_MAX_RANK:
-        warnings.warn(
-            f"rank {rank}: start vLLM with --max-lora-rank {allowed} (its default is {DEFAULT_MAX_RANK})",
-            AdapterWarning,
-            stacklevel=3,
-        )
-    scale = _common_scale(packed, rank)
-    return [replace(p, rank=rank, scale=scale, one_alpha=round(scale * rank)) for p in packed]
+        warn(f"rank {rank}: start vLLM with --max-lora-rank {allowed} (its default is {DEFAULT_MAX_RANK})")
+    scale = _common_scale(layouts, rank)
+    return [replace(one, rank=rank, scale=scale, one_alpha=round(scale * rank)) for one in layouts]
 
 
-def vllm_targets(model: nn.Module, packed: list[Packed]) -> list[str]:
+def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
     """The last parts of the modules' names, which is what vLLM compares; full names where PEFT would take in others.
 
     Raises:
         AdapterError: a full name is also the end of another module's.
     """
-    names = {p.peft_name for p in packed}
-    others = [n for n, module in model.named_modules(remove_duplicate=False) if n not in names and kind_of(module)]
+    names = {one.peft_name for one in layouts}
+    others = [n for n, module in named_modules(model, remove_duplicate=False) if n not in names and kind_of(module)]
     ends = {name.rpartition(".")[2] for name in names}
     if not any(other.rpartition(".")[2] in ends for other in others):
         return sorted(ends)
@@ -68,23 +64,27 @@ def vllm_targets(model: nn.Module, packed: list[Packed]) -> list[str]:
     return sorted(names)
 
 
-def _common_scale(packed: list[Packed], rank: int) -> float:
-    counts = Counter(p.scale for p in packed)
+def _common_scale(layouts: list[LayerLayout], rank: int) -> float:
+    counts = Counter(one.scale for one in layouts)
     for scale in sorted(counts, key=lambda scale: (-counts[scale], scale)):
         if round(scale * rank) and round(scale * rank) / rank == scale:  # lora_alpha is a whole number there
             return scale
     return 1.0
 
 
-def _refuse(model: nn.Module, packed: list[Packed]) -> None:
-    settings = {p.name: p.layer.lora_settings for p in packed}
-    kinds = {p.name: p.layer.kind for p in packed if not isinstance(p.layer, LoRALinear) or p.name != p.peft_name}
+def _refuse(model: nn.Module, layouts: list[LayerLayout]) -> None:
+    settings = {one.name: one.layer.lora_settings for one in layouts}
+    kinds = {
+        one.name: one.layer.kind
+        for one in layouts
+        if not isinstance(one.layer, LoRALinear) or one.name != one.peft_name
+    }
     reasons: dict[str, list[str]] = {
         "DoRA": [name for name, s in settings.items() if s.use_dora],
         "a bias on B (lora_bias)": [name for name, s in settings.items() if s.lora_bias],
-        "modules trained in full (modules_to_save)": [name for name, _ in saved_copies(model)],
-        "trained token rows": [name for name, _ in token_rows(model)],
-        "trained biases": [name for name, _ in trained_biases(model)],
+        "modules trained in full (modules_to_save)": [name for name, _ in grafted_modules(model, SavedCopy)],
+        "trained token rows": [name for name, _ in grafted_modules(model, TokenRows)],
+        "trained biases": [name for name, _ in grafted_modules(model, TrainedBias)],
     }
     for kind in sorted(set(kinds.values())):
         what = f"an adapter on {kind}" if kind != LoRALinear.kind else "an adapter in nn.MultiheadAttention"
@@ -93,5 +93,5 @@ def _refuse(model: nn.Module, packed: list[Packed]) -> None:
         raise AdapterError(
             f"vLLM takes A and B of linear layers alone and has no form for {'; '.join(found)}: serve the merged model"
         )
-    if not packed:
+    if not layouts:
         raise AdapterError("nothing to serve: this model has no adapted layer")

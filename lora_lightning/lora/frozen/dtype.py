@@ -1,8 +1,9 @@
-"""The dtype of a model's own tensors: what it is, and the change to another."""
+"""The dtypes of W0: what they are, W0 in another one, and what that one cannot hold."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError, MergeError, did_you_mean
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.frozen.tensors import joined, named_modules
-from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.frozen.tensors import BaseTensor, iter_base, named_modules
+from lora_lightning.lora.layers import AdaptedLayer
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 """What a person asks for; `auto` leaves each tensor its own."""
@@ -29,21 +30,95 @@ def checked_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
 
 
+def short(dtype: torch.dtype) -> str:
+    """`bfloat16`, for a person."""
+    return str(dtype).removeprefix("torch.")
+
+
 def float_dtype(model: nn.Module) -> torch.dtype:
     """The dtype of the model's own first plain floating-point parameter, float32 where it has none."""
-    return next((t.dtype for module, name, t in _floats(model) if name in module._parameters), torch.float32)
+    return next((place.tensor.dtype for place in _plain_floats(model) if place.is_parameter), torch.float32)
+
+
+def base_dtypes(model: nn.Module) -> dict[str, int]:
+    """How many of W0's numbers are held as what: by dtype, or by the name of their quantization; the most first."""
+    counts = Counter[str]()
+    for place in {id(place.tensor): place for place in iter_base(model) if place.is_parameter}.values():
+        quantized = scheme(place.module) if place.own == "weight" else None
+        if quantized is not None and isinstance(place.module, nn.Linear):
+            counts[quantized] += place.module.in_features * place.module.out_features
+        else:
+            counts[short(place.tensor.dtype)] += place.tensor.numel()
+    return dict(counts.most_common())
+
+
+# W0 in another dtype.
+
+
+@torch.no_grad()
+def cast_base(model: nn.Module, dtype: torch.dtype, other: Mapping[str, torch.dtype] | None = None) -> None:
+    """Round what is frozen to `dtype`, in place, one tensor at a time; done again it changes nothing.
+
+    Left as they are: the adapter, what trains, quantized weights, whole numbers, and buffers that no file holds, such
+    as the frequencies of rotary embeddings. Ties stay. Where DoRA's magnitudes still are W0's norms, they become those
+    of the rounded W0, so that a fresh adapter changes nothing (law 1).
+
+    Args:
+        model: adapted, or with what is to be cast frozen.
+        other: names of tensors that get a dtype of their own.
+    """
+    layers = [module for _, module in named_modules(model) if isinstance(module, AdaptedLayer)]
+    fresh = [layer for layer in layers if _follows_its_base(layer)]
+    for place in base_floats(model):
+        _put(place, place.tensor.to((other or {}).get(place.name, dtype)))
+    for layer in fresh:
+        assert layer.lora_magnitude_vector is not None
+        layer.lora_magnitude_vector.copy_(layer.updated_norms())
+
+
+def _follows_its_base(layer: AdaptedLayer) -> bool:
+    magnitude = layer.lora_magnitude_vector
+    return magnitude is not None and not magnitude.is_meta and torch.equal(magnitude, layer.updated_norms())
+
+
+def base_floats(model: nn.Module) -> Iterator[BaseTensor]:
+    """The frozen plain floating-point tensors, less the buffers of a module that trains.
+
+    float8 and whatever else is narrower than 16 bits is storage, not arithmetic.
+    """
+    training = {place.module for place in iter_base(model) if place.tensor.requires_grad}
+    for place in _plain_floats(model):
+        trains = place.tensor.requires_grad if place.is_parameter else place.module in training
+        if not trains and place.tensor.dtype.itemsize > 1:
+            yield place
 
 
 def widen(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring W0, in place, to a dtype that holds both its own values and those of `dtype`: nothing is rounded."""
-    for module, name, tensor in _floats(model):
-        _put(module, name, tensor.to(torch.promote_types(tensor.dtype, dtype)))
+    for place in _plain_floats(model):
+        _put(place, place.tensor.to(torch.promote_types(place.tensor.dtype, dtype)))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Round all that is saved to `dtype`, in place. Ties stay; buffers that no file holds are left as they are."""
-    for module, name, tensor in _floats(model):
-        _put(module, name, tensor.to(dtype))
+    for place in _plain_floats(model):
+        _put(place, place.tensor.to(dtype))
+
+
+def _plain_floats(model: nn.Module) -> Iterator[BaseTensor]:
+    for place in iter_base(model):
+        if place.tensor.is_floating_point() and not (place.own == "weight" and scheme(place.module)):
+            yield place
+
+
+def _put(place: BaseTensor, value: Tensor) -> None:
+    if not place.is_parameter:
+        place.module._buffers[place.own] = value
+    elif place.tensor.dtype != value.dtype:
+        place.tensor.data = value  # the parameter stays the one that other modules share
+
+
+# What a dtype cannot hold.
 
 
 def refuse_dtype(dtype: torch.dtype) -> None:
@@ -53,10 +128,9 @@ def refuse_dtype(dtype: torch.dtype) -> None:
 
 
 def refuse_wide(model: nn.Module, dtype: torch.dtype) -> None:
-    """Raise a MergeError where a tensor of the model has a number beyond the range of `dtype`."""
-    paths = {module: path for path, module in named_modules(model)}
-    for module, name, tensor in _floats(model):
-        refuse_overflow(f"'{joined(paths[module], name)}'", tensor, dtype)
+    """Raise a MergeError where a tensor of W0 has a number beyond the range of `dtype`."""
+    for place in _plain_floats(model):
+        refuse_overflow(f"'{place.name}'", place.tensor, dtype)
 
 
 def refuse_overflow(what: str, wide: Tensor, dtype: torch.dtype) -> None:
@@ -75,28 +149,3 @@ def refuse_overflow(what: str, wide: Tensor, dtype: torch.dtype) -> None:
     if (torch.isinf(wide.to(dtype)) & torch.isfinite(wide)).any():
         way_out = {torch.float16: "float32 or bfloat16", torch.float32: "float64"}.get(dtype, "float32")
         raise MergeError(f"{what} is larger than {short(dtype)} can hold: merge into {way_out}")
-
-
-def short(dtype: torch.dtype) -> str:
-    """`bfloat16`, for a person."""
-    return str(dtype).removeprefix("torch.")
-
-
-def _floats(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
-    """The plain floating-point tensors of the backbone that its state dict has, where they are held."""
-    ours = {id(t) for _, module in grafted_modules(model) for t in module.lora_tensors().values()}
-    for module in model.modules():
-        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for name, tensor in (*module._parameters.items(), *kept.items()):
-            if tensor is None or id(tensor) in ours or (name == "weight" and scheme(module)):
-                continue
-            if tensor.is_floating_point():
-                yield module, name, tensor
-
-
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
-    own = module._parameters.get(name)
-    if own is None:
-        module._buffers[name] = value
-    elif own.dtype != value.dtype:
-        own.data = value  # the parameter stays the one that other modules share

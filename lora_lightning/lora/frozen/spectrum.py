@@ -1,4 +1,7 @@
-"""What an update `s B A` is made of, by linear algebra on its factors: B A, of W0's size, is never formed.
+"""W0 and updates `s B A` as matrices, and what an update is made of: B A, of W0's size, is never formed.
+
+A layer is one matrix (m, k), but for a stack of experts and an attention of three weights, which are several. A
+convolution's k are its inputs times its kernel, of all groups; an embedding's are its rows.
 
 With B = Q_B R_B and A^T = Q_A R_A (QR) and the SVD `R_B R_A^T = u S v^T` of a matrix r by r, the update's singular
 value decomposition is `(Q_B u) (s S) (Q_A v)^T`. All in float64, on the CPU.
@@ -9,14 +12,98 @@ Measures are those of section 7 of the paper (Hu et al. 2021, arXiv 2106.09685).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lora_lightning.lora.frozen.quantization import plain_weight
+from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
+from lora_lightning.lora.layers.conv import CONVS
+from lora_lightning.lora.layers.linear import CONV1D
 
 EPS = torch.finfo(torch.float64).eps
 EXACT_SIDE = 1024
 """Smaller side of a W0 up to which its own singular values are found exactly; above, by subspace iteration."""
+
+
+# Every kind of layer as matrices.
+
+Pair = tuple[Tensor, Tensor]
+"""A (r, k) and B (m, r)."""
+
+
+def matrix_pair(A: Tensor, B: Tensor) -> Pair:
+    """A and B in PEFT's layout as matrices. With groups, B gets zeros where one does not see another's rank."""
+    A, B = A.flatten(1), B.flatten(1)
+    groups = A.shape[0] // B.shape[1]
+    if groups > 1:
+        B = torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
+    return A, B
+
+
+def stack_pairs(A: Tensor, B: Tensor, count: int) -> list[Pair]:
+    """The pairs of a stack's entries: rows of A lie together, columns of B are `rank * count + entry`."""
+    columns = torch.unflatten(B, 1, (-1, count)).unbind(2)
+    return list(zip(A.chunk(count), columns, strict=True))
+
+
+def subtract_init(pair: Pair, A0: Tensor | None, B0: Tensor | None) -> Pair:
+    """`B A - B0 A0` as one product, where a start is subtracted."""
+    A, B = pair
+    return pair if A0 is None or B0 is None else (torch.cat([A, A0]), torch.cat([B, -B0], dim=1))
+
+
+def update_pairs(layer: AdaptedLayer) -> list[Pair]:
+    """The factors (A, B) of each matrix of a layer's update, without s. Parts of a fused weight are one matrix."""
+    if isinstance(layer, LoRAParameter) or (isinstance(layer, LoRAMultiheadAttention) and layer.in_proj_weight is None):
+        return layer.factor_pairs()
+    own = layer.to_peft()
+    return [subtract_init(matrix_pair(own["lora_A"], own["lora_B"]), layer.lora_A0, layer.lora_B0)]
+
+
+def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
+    """W0 of each of them, (m, k), in its own dtype; dequantised where the base is quantised.
+
+    Args:
+        whole: brings a sharded tensor together.
+    """
+    owner = layer.lora_owner
+    if not isinstance(layer, LoRAParameter | LoRAMultiheadAttention):
+        return weight_matrices(layer, whole(plain_weight(layer).detach()))
+    parts = layer.adapted_parameters(owner, layer.lora_settings).values()
+    stacked = isinstance(layer, LoRAParameter)
+    return [matrix for part in parts for matrix in weight_matrices(owner, whole(part.detach()), stacked=stacked)]
+
+
+def weight_matrices(module: nn.Module, weight: Tensor, *, stacked: bool = False) -> list[Tensor]:
+    """A module's weight as (m, k), whatever way it lies there; `stacked` of a bare parameter."""
+    if stacked:
+        turned = bool(getattr(module, "is_transposed", False)) and weight.dim() == 3
+        return list((weight.mT if turned else weight).unbind()) if weight.dim() == 3 else [weight]
+    if isinstance(module, nn.Embedding) or _is_conv1d(module):
+        return [weight.mT]
+    if isinstance(module, CONVS):
+        return [_ungrouped(weight, module.groups) if module.groups > 1 else weight.flatten(1)]
+    return [weight]
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' linear layer that holds its transpose, adapted or plain."""
+    return CONV1D in {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
+
+
+def _ungrouped(weight: Tensor, groups: int) -> Tensor:
+    """W0 of a convolution with groups as one that sees all channels, with zeros at those of other groups."""
+    out, channels, *kernel = weight.shape
+    wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
+    own = torch.arange(groups)
+    wide[own, :, own] = torch.unflatten(weight, 0, (groups, -1))
+    return wide.flatten(2, 3).flatten(0, 1).flatten(1)
+
+
+# The spectrum of an update.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +185,17 @@ def similarity(U1: Tensor, U2: Tensor) -> Tensor:
     From 0, apart, to 1, one inside the other (the paper's equation 4). U1 (n, q1) and U2 (n, q2) have orthonormal
     columns in the order of their singular values; returns (q1, q2).
     """
-    return accumulated((U1.mT @ U2).square())
+    return accumulate_similarity((U1.mT @ U2).square())
 
 
-def accumulated(squares: Tensor) -> Tensor:
+def accumulate_similarity(squares: Tensor) -> Tensor:
     """`phi` from the squares (q1, q2) of the products of single directions."""
     rows = torch.arange(1, squares.shape[0] + 1, dtype=squares.dtype).unsqueeze(1)
     columns = torch.arange(1, squares.shape[1] + 1, dtype=squares.dtype)
     return squares.cumsum(0).cumsum(1) / torch.minimum(rows, columns)
 
 
-def chance(i: int, j: int, n: int) -> float:
+def random_similarity(i: int, j: int, n: int) -> float:
     """The mean of `phi(i, j)` of two subspaces of n dimensions that are drawn at random."""
     return max(i, j) / n
 
@@ -117,14 +204,14 @@ def chance(i: int, j: int, n: int) -> float:
 
 
 @torch.no_grad()
-def projected(U: Tensor, W0: Tensor, V: Tensor, dtype: torch.dtype = torch.float64) -> float:
+def projection_norm(U: Tensor, W0: Tensor, V: Tensor, dtype: torch.dtype = torch.float64) -> float:
     """`||U^T W0 V||_F`: how much of W0 lies in the directions of an update. On W0's device, in `dtype`."""
     product = U.to(W0.device, dtype).mT @ W0.detach().to(dtype)
     return float(torch.linalg.matrix_norm(product @ V.to(W0.device, dtype)))
 
 
 @torch.no_grad()
-def own_norm(W0: Tensor, r: int) -> float:
+def top_norm(W0: Tensor, r: int) -> float:
     """`||U^T W0 V||_F` in W0's own top r directions, which is the norm of its r largest singular values.
 
     Exact up to a smaller side of 1,024; above by eight subspace iterations (Halko et al. 2009, arXiv 0909.4061), which
@@ -139,7 +226,7 @@ def own_norm(W0: Tensor, r: int) -> float:
     return float(torch.linalg.vector_norm(S[:r]))
 
 
-def random_norm(W0_norm: float, r: int, shape: tuple[int, int]) -> float:
+def expected_norm(W0_norm: float, r: int, shape: tuple[int, int]) -> float:
     """The root of the mean of `||U^T W0 V||_F^2` over random U and V: `r ||W0||_F / sqrt(m k)`.
 
     Table 7 draws them; with W_q of GPT-3, ||W_q||_F = 61.95 and m = k = 12,288, both give 0.02 at r = 4.
@@ -147,9 +234,9 @@ def random_norm(W0_norm: float, r: int, shape: tuple[int, int]) -> float:
     return min(r, *shape) * W0_norm / math.sqrt(shape[0] * shape[1])
 
 
-def drawn_norm(W0: Tensor, r: int, seed: int = 0) -> float:
+def sampled_norm(W0: Tensor, r: int, seed: int = 0) -> float:
     """`||U^T W0 V||_F` for one draw, the singular directions of random matrices, as in Table 7."""
     generator = torch.Generator().manual_seed(seed)
     frames = [torch.randn(n, min(r, *W0.shape), generator=generator, dtype=torch.float64) for n in W0.shape]
     U, V = (torch.linalg.qr(frame)[0] for frame in frames)
-    return projected(U, W0, V)
+    return projection_norm(U, W0, V)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -107,6 +108,42 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     replaced = tuple(f"{name}." for name, module in everywhere if isinstance(module, SavedCopy))
     ours, state = _adapter_keys(model), plain_state(model)
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and k not in ours and not k.startswith(replaced)}
+
+
+class BaseTensor(NamedTuple):
+    """One of W0's tensors, where a module holds it."""
+
+    name: str
+    """In the plain model."""
+    module: nn.Module
+    own: str
+    """Its name in the module."""
+    tensor: Tensor
+
+    @property
+    def is_parameter(self) -> bool:
+        """False for a buffer."""
+        return self.own in self.module._parameters
+
+
+def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
+    """W0 in its places: parameters, and those buffers that a state dict holds; a tied one in each of its places.
+
+    The adapter is left out; the originals that `modules_to_save` stands in for are not. `base_tensors` is W0 as a state
+    dict holds it: there a quantized layer adds its scales, and whatever else its class writes.
+    """
+    copies: tuple[str, ...] = ()
+    for path, module in named_modules(model):
+        if path.startswith(copies):
+            continue
+        ours: tuple[str, ...] = ()
+        if isinstance(module, Grafted):
+            ours = module.lora_all_names
+            copies += (joined(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
+        saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for own, tensor in (*module._parameters.items(), *saved.items()):
+            if tensor is not None and own not in ours:
+                yield BaseTensor(joined(path, own), module, own, tensor)
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from lora_lightning.lora.layers.attention import AttentionHost, LoRAMultiheadAttention
-from lora_lightning.lora.layers.base import AdaptedLayer
-from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
+from lora_lightning.lora.layers.base import AdaptedLayer, LayerSettings
+from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out, ungraft
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
 from lora_lightning.lora.layers.encoder import EncoderHost, EncoderLayerHost
 from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
-from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
 from lora_lightning.lora.layers.trained.bias import TrainedBias
-from lora_lightning.lora.layers.trained.module_copy import SavedCopy, saved_kind
+from lora_lightning.lora.layers.trained.module_copy import SavedCopy
 from lora_lightning.lora.layers.trained.token_rows import TokenRows
 
 KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
@@ -59,6 +58,6 @@ __all__ = [
     "TrainedBias",
     "graft",
     "kind_of",
-    "saved_kind",
+    "take_out",
     "ungraft",
 ]

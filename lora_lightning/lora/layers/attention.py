@@ -6,7 +6,7 @@ and `out_proj`, adapted as the `nn.Linear` that it is, counts once. W0 is only r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -15,10 +15,9 @@ from torch.nn import functional as F
 
 from lora_lightning.lora.layers import kernel
 from lora_lightning.lora.layers.attention_kernel import attend, float_mask, length_first
-from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import Grafted
 from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, unblock_rows
-from lora_lightning.lora.layers.options import LayerSettings
 from lora_lightning.lora.targets.fused_projections import Slices
 
 PARTS = ("q", "k", "v")
@@ -182,14 +181,20 @@ class LoRAMultiheadAttention(AdaptedLayer, AttentionHost):
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         return super().factor_pairs() if _taken(self, self.lora_settings) is None else list(self._pairs().values())
 
+    def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
+        weights = self.adapted_parameters(self, self.lora_settings)
+        for name, delta in self.weight_deltas().items():
+            yield name, (), weights[name].to(delta.dtype), delta
+
     def weight_deltas(self) -> dict[str, Tensor]:
+        """The update of each weight, by its name."""
         dtype, scale = self._lora_dtype(), self.lora_settings.scale
         if self.in_proj_weight is not None:
             factors = self.to_peft()
             return {"in_proj_weight": lora_delta(factors["lora_A"], factors["lora_B"], scale, dtype)}
         return {f"{part}_proj_weight": lora_delta(A, B, scale, dtype) for part, (A, B) in self._pairs().items()}
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, part: slice = WHOLE) -> Tensor:
         """Of q, k and v, one above the other, where the weight is one."""
         return self.weight_deltas()["in_proj_weight"]
 

@@ -1,40 +1,87 @@
-"""What every adapted layer has: factors A and B, their place in the module, and their layout in PEFT's files."""
+"""What every adapted layer has: factors A and B, their options, their place in the module and in PEFT's files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.frozen.quantization import plain_weight, scheme
+from lora_lightning.lora.init import from_weight
 from lora_lightning.lora.init.random import STARTS, start_
-from lora_lightning.lora.layers.class_swap import graft, ungraft
+from lora_lightning.lora.layers.class_swap import Grafted, graft
+from lora_lightning.lora.layers.dora import channel_norms, dora_factor, dora_update, rescale
 from lora_lightning.lora.layers.functional import wide_dtype
-from lora_lightning.lora.layers.options import LayerSettings, WithOptions
+from lora_lightning.lora.targets.fused_projections import Slices
 
-_STATE = (
-    "lora_settings",
-    "lora_dropout",
-    "lora_enabled",
-    "lora_siblings",
-    "lora_prepare",
-    "lora_replays",
-)
-"""What a layer has besides tensors."""
+WHOLE = slice(None)
+BLOCK = 2**20
+"""Numbers of a weight's part: 4 MB of float32, a handful of which stand in memory at a time."""
 
 
-class AdaptedLayer(WithOptions):
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """One layer's share of the config, resolved."""
+
+    r: int
+    alpha: float
+    scale: float
+    """s in `h = W0 x + s B A x`."""
+    dropout: float
+    init: str
+    use_dora: bool = False
+    lora_bias: bool = False
+    slices: Slices | None = None
+    """The parts of a fused weight that are adapted, each with its own A and B; None adapts it as one."""
+    parameter: str = ""
+    """The parameter that is adapted, where it is no module's `weight`."""
+
+
+class AdaptedLayer(Grafted):
     """Base of the adapted layers: factors A and B beside a frozen weight.
 
-    A is drawn in float32, or in W0's dtype where that is wider, on W0's device; so a bfloat16 base trains
-    float32 adapters.
+    A is drawn in float32, or in W0's dtype where that is wider, on W0's device; so a bfloat16 base trains float32
+    adapters. Parts that are not asked for, such as DoRA's magnitude, are None.
     """
 
+    kind: ClassVar[str]
     linear_like: ClassVar[bool] = False
     """Whether `all-linear` takes this kind."""
-    lora_names = ("lora_A", "lora_B", *WithOptions.lora_names)
+    dora_dim: ClassVar[int | None] = None
+    """The dimension of the weight whose slices DoRA rescales; None where the kind has no DoRA form."""
+    output_dim: ClassVar[int] = -1
+    """The dimension of the output that holds the channels, counted from the end."""
+    part_dim: ClassVar[int | None] = None
+    """The dimension along which the update can be computed in parts; None where it comes whole."""
+    has_lora_bias: ClassVar[bool] = False
+    """True where B may have a bias."""
+    has_starts: ClassVar[bool] = False
+    """True where A and B are the factors of one matrix in W0's shape, as `init/from_weight.py` needs."""
+
+    lora_names: ClassVar[tuple[str, ...]] = (
+        "lora_A",
+        "lora_B",
+        "lora_B_bias",
+        "lora_magnitude_vector",
+        "lora_A0",
+        "lora_B0",
+    )
+    lora_settings: LayerSettings
     lora_dropout: nn.Dropout | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_B_bias: nn.Parameter | None
+    """B's bias, with `lora_bias`: s times it is added to the output."""
+    lora_magnitude_vector: nn.Parameter | None
+    """DoRA's magnitudes m."""
+    lora_A0: Tensor | None
+    """Where A started, for the inits other than B = 0: `h = W0 x + s (B A - B0 A0) x`. Never trained."""
+    lora_B0: Tensor | None
+
+    # What a kind of layer says about a module that it could adapt.
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -63,6 +110,8 @@ class AdaptedLayer(WithOptions):
         assert weight is not None
         return {"weight": weight}
 
+    # Make and start.
+
     @classmethod
     def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
         """Adapt `module` in place; returns the adapted layer, which for most kinds is the module itself."""
@@ -71,10 +120,89 @@ class AdaptedLayer(WithOptions):
         module.add_factors(settings, start=start)
         return module
 
-    def detach(self) -> None:
-        """Undo `attach`."""
-        self.drop_factors()
-        ungraft(self, AdaptedLayer)
+    def add_factors(self, settings: LayerSettings, *, start: bool = True) -> None:
+        """Allocate A, B and what the settings ask for, and start them; plainly where they will be loaded over."""
+        shape_a, shape_b = self.factor_shapes(self.lora_owner, settings)
+        frozen = next(iter(self.adapted_parameters(self.lora_owner, settings).values()))
+
+        def empty(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=wide_dtype(frozen), device=frozen.device)
+
+        subtracts = from_weight.is_subtracted(settings.init)
+        # Into the stores that nn.Module keeps: over hundreds of layers its attribute checks are what takes the time.
+        self._parameters.update(
+            lora_A=nn.Parameter(empty(*shape_a)),
+            lora_B=nn.Parameter(empty(*shape_b)),
+            lora_B_bias=nn.Parameter(empty(shape_b[0])) if settings.lora_bias else None,
+            lora_magnitude_vector=nn.Parameter(empty(self._channels())) if settings.use_dora else None,
+        )
+        self._buffers.update(
+            lora_A0=empty(*shape_a) if subtracts else None, lora_B0=empty(*shape_b) if subtracts else None
+        )
+        self.__dict__["lora_settings"] = settings
+        # A module of its own, so that the adapter's mode is set apart from the base's.
+        if settings.dropout:
+            self._modules["lora_dropout"] = nn.Dropout(settings.dropout).train(self.training)
+        else:
+            self.__dict__["lora_dropout"] = None
+        if start:
+            self.reset_lora_parameters()
+        else:
+            self.start_plainly()
+
+    def reset_lora_parameters(self) -> None:
+        """Start A, B and the rest anew: also what a model filled from the meta device needs.
+
+        An init that needs data is a plain start here; `set_start` puts it in.
+        """
+        settings = self.lora_settings
+        if from_weight.from_weight(settings.init) and self.lora_A.device.type != "meta":
+            found = from_weight.start_from_weight(settings.init, self.base_matrix(), settings.r, settings.scale)
+            self.set_start(*found)
+        else:
+            self.start_plainly()
+
+    @torch.no_grad()
+    def start_plainly(self) -> None:
+        """Start with a drawn A and a B of zero; inits of another kind are put in later."""
+        self.draw_factors()
+        self._start_options()
+
+    @torch.no_grad()
+    def set_start(self, A: Tensor, B: Tensor) -> None:
+        """Start at these factors, and keep them to subtract where that is the init's way."""
+        self.lora_A.copy_(A)
+        self.lora_B.copy_(B)
+        self._start_options()
+
+    def draw_factors(self) -> None:
+        """Draw A and set B to zero."""
+        init = self.lora_settings.init
+        for A, B in self.factor_pairs():
+            start_(A, B, init if init in STARTS else "gaussian")
+
+    def _start_options(self) -> None:
+        if self.lora_A0 is not None and self.lora_B0 is not None:
+            self.lora_A0.copy_(self.lora_A)
+            self.lora_B0.copy_(self.lora_B)
+        if self.lora_B_bias is not None:
+            self.lora_B_bias.zero_()
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self.updated_norms())
+
+    def reset_parameters(self) -> None:
+        """Lightning and torch call this on modules that come from the meta device."""
+        of_base = getattr(super(), "reset_parameters", None)  # not every kind of base has one
+        if of_base is not None:
+            of_base()
+        if "lora_A" in self._parameters:
+            self.reset_lora_parameters()
+
+    def _channels(self) -> int:
+        assert self.dora_dim is not None
+        return int(self._parameters["weight"].shape[self.dora_dim])  # type: ignore[union-attr]
+
+    # Where it stands.
 
     def lora_name(self, path: str) -> str:
         """What is adapted, by its name in the backbone, for the layer at `path`."""
@@ -85,64 +213,89 @@ class AdaptedLayer(WithOptions):
         """The module that holds the adapted part of W0."""
         return self
 
-    def add_factors(self, settings: LayerSettings, *, start: bool = True) -> None:
-        """Allocate A, B and what the settings ask for, and start them; plainly where they will be loaded over."""
-        shape_a, shape_b = self.factor_shapes(self.lora_owner, settings)
-        frozen = next(iter(self.adapted_parameters(self.lora_owner, settings).values()))
-        dtype, device = wide_dtype(frozen), frozen.device
-        # Into the stores that nn.Module keeps: over hundreds of layers its attribute checks are what takes the time.
-        self._parameters.update(
-            lora_A=nn.Parameter(torch.empty(shape_a, dtype=dtype, device=device)),
-            lora_B=nn.Parameter(torch.empty(shape_b, dtype=dtype, device=device)),
-        )
-        self.__dict__["lora_settings"] = settings
-        # A module of its own, so that the adapter's mode is set apart from the base's.
-        if settings.dropout:
-            self._modules["lora_dropout"] = nn.Dropout(settings.dropout).train(self.training)
-        else:
-            self.__dict__["lora_dropout"] = None
-        self._add_options(settings)
-        if start:
-            self.reset_lora_parameters()
-        else:
-            self._start_plainly()
-
-    def drop_factors(self) -> None:
-        """Remove all that `add_factors` added, or got to add before it failed."""
-        for store in (self._parameters, self._buffers, self._modules, self.__dict__):
-            for name in (*_STATE, *AdaptedLayer.lora_names):
-                store.pop(name, None)
-
-    def draw_factors(self) -> None:
-        """Start with a drawn A and a B of zero; starts of another kind are put in later."""
-        init = self.lora_settings.init
-        for A, B in self.factor_pairs():
-            start_(A, B, init if init in STARTS else "gaussian")
-
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Each A of rank r with its B, as views: one pair, or one for each adapted part."""
         return [(self.lora_A, self.lora_B)]
 
-    def reset_parameters(self) -> None:
-        """Lightning and torch call this on modules that come from the meta device."""
-        of_base = getattr(super(), "reset_parameters", None)  # not every kind of base has one
-        if of_base is not None:
-            of_base()
-        if "lora_A" in self._parameters:
-            self.reset_lora_parameters()
+    # Forward: `h = lora_finish(W0 x + b + lora_update(x))`.
 
     def lora_input(self, x: Tensor) -> Tensor:
         """What A sees: x, with LoRA's own dropout in training."""
         return x if self.lora_dropout is None else self.lora_dropout(x)
 
-    def _dropout_now(self) -> float:
-        """The probability with which this call drops."""
-        return self.lora_dropout.p if self.lora_dropout is not None and self.lora_dropout.training else 0.0
+    def lora_finish(self, out: Tensor) -> Tensor:
+        """The layer's output from the sum of the base's and the update: with B's bias, or rescaled by DoRA."""
+        if self.lora_B_bias is not None:
+            out = out + self._along_output(self.lora_B_bias * self.lora_settings.scale).to(out.dtype)
+        if self.lora_magnitude_vector is None:
+            return out
+        bias: Tensor | None = getattr(self, "bias", None)  # the trained one where there is one
+        return rescale(out, self._along_output(self.dora_factor()), None if bias is None else self._along_output(bias))
 
-    def weight_deltas(self) -> dict[str, Tensor]:
-        """The updates that a merge adds, by the same names as `adapted_parameters`."""
-        (name,) = self.adapted_parameters(self.lora_owner, self.lora_settings)
-        return {name: self.update_weight()}
+    def _along_output(self, channels: Tensor) -> Tensor:
+        """Numbers of the channels, in a shape that broadcasts against the output."""
+        return channels.view(-1, *[1] * (-1 - self.output_dim))
+
+    def dora_factor(self) -> Tensor:
+        """DoRA's factor for each channel, 1 at the start."""
+        assert self.lora_magnitude_vector is not None
+        with _no_autocast(self.lora_A):
+            return dora_factor(self.lora_magnitude_vector, self.updated_norms())
+
+    @torch.no_grad()
+    def updated_norms(self) -> Tensor:
+        """`||W0 + s B A||` per channel of `dora_dim`, without a gradient."""
+        assert self.dora_dim is not None
+        # Not in autocast's half precision, whose rounding would make the factor of a fresh adapter other than 1.
+        with _no_autocast(self.lora_A):
+            weight, dtype = self.base_weight(), self._lora_dtype()
+            parts = ((weight[place].to(dtype) + self.delta_weight(part)) for place, part in self._parts(weight))
+            return channel_norms(parts, self.dora_dim, self.part_dim)
+
+    # Merge.
+
+    def base_weight(self) -> Tensor:
+        """W0 as numbers, in its own dtype; dequantized where the base is quantized."""
+        return plain_weight(self)
+
+    def base_matrix(self) -> Tensor:
+        """W0 as (out, in), whatever way it lies in the module."""
+        return self.base_weight()
+
+    def delta_weight(self, part: slice = WHOLE) -> Tensor:
+        """`s B A` (less `s B0 A0`) in W0's shape, in float32 or wider: the whole, or a part along `part_dim`."""
+        raise NotImplementedError
+
+    def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
+        """What a merge adds: a weight's name, a place in it, W0 there and the update, both in the wide dtype.
+
+        A large weight comes part after part, so that one part's update is in memory at a time.
+        """
+        ((name, own),) = self.adapted_parameters(self.lora_owner, self.lora_settings).items()
+        weight = own if scheme(self.lora_owner) is None else self.base_weight()
+        factor = None if self.lora_magnitude_vector is None else self.dora_factor()
+        for place, part in self._parts(weight):
+            delta = self.delta_weight(part)
+            before = weight[place].to(delta.dtype)
+            if factor is not None and self.dora_dim is not None:
+                own_factor = factor[part] if self.part_dim == self.dora_dim else factor
+                delta = dora_update(before, delta, own_factor, self.dora_dim)
+            yield name, place, before, delta
+
+    def update_bias(self) -> Tensor | None:
+        """What a merge adds to the bias, in float32 or wider; None without `lora_bias`."""
+        return None if self.lora_B_bias is None else self.lora_B_bias * self.lora_settings.scale
+
+    def _parts(self, weight: Tensor) -> Iterator[tuple[tuple[slice, ...], slice]]:
+        """Places of parts in the weight, and the parts along `part_dim`."""
+        if self.part_dim is None or weight.numel() <= BLOCK:
+            yield (), WHOLE
+            return
+        count = weight.shape[self.part_dim]
+        step = max(1, BLOCK * count // weight.numel())
+        for start in range(0, count, step):
+            part = slice(start, min(start + step, count))
+            yield (WHOLE,) * self.part_dim + (part,), part
 
     def _lora_dtype(self) -> torch.dtype:
         """The dtype in which updates are added to W0."""
@@ -180,3 +333,8 @@ class AdaptedLayer(WithOptions):
     def extra_repr(self) -> str:
         s = self.lora_settings
         return f"{super().extra_repr()}, r={s.r}, alpha={s.alpha:g}, lora_dropout={s.dropout:g}"
+
+
+def _no_autocast(tensor: Tensor) -> torch.autocast:
+    """Out of autocast on the tensor's device; the meta device has none."""
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 
 class Grafted(nn.Module):
-    """A module whose class was extended in place. Derived classes add parameters and override `forward`."""
+    """A module whose class was extended in place. Derived classes add parameters and override `forward`.
+
+    A derived class has the whole life of what it adds: `attach` puts it into a module, `lora_tensors` are its tensors,
+    `reset_lora_parameters` starts them anew, `fold` makes them the module's own where a merge needs that, and
+    `take_out` below removes whatever was added.
+    """
 
     lora_enabled: bool = True
     """False while the adapter is switched off, see `disabled`."""
@@ -122,3 +127,12 @@ def ungraft(module: nn.Module, added: type[Grafted]) -> None:
     for kind, read in grafts[:last] + grafts[last + 1 :]:
         cls = _grafted_class(kind, cls, read)
     module.__class__ = cls  # type: ignore[assignment]
+
+
+def take_out(module: nn.Module) -> None:
+    """Give the module its own class back, and forget what was grafted: all that a graft adds is named `lora_...`."""
+    for store in (module._parameters, module._buffers, module._modules, module.__dict__):
+        for name in [name for name in store if name.startswith("lora_")]:
+            del store[name]
+    module._non_persistent_buffers_set = {n for n in module._non_persistent_buffers_set if not n.startswith("lora_")}
+    module.__class__ = own_class(type(module))  # type: ignore[assignment]

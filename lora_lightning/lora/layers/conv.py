@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
 from lora_lightning.lora.layers.functional import conv_delta, conv_update
-from lora_lightning.lora.layers.fused_linear import can_go_quick
-from lora_lightning.lora.layers.options import LayerSettings
-from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, of_one_dtype, why_not_ordinary
-from lora_lightning.lora.quick_bias import with_bias_gradient
-from lora_lightning.lora.quick_conv import Slide, quick_conv
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-@functools.cache
-def _computes_plainly(cls: type) -> bool:
-    """Whether the base layer slides as torch's own does, by a kernel that is read as it lies there."""
-    torch_class = next(base for base in CONVS if issubclass(cls, base))
-    return cls._conv_forward is torch_class._conv_forward and has_weights_of_its_own(cls)  # type: ignore[attr-defined]
 
 
 class _Conv(AdaptedLayer):
@@ -39,6 +25,7 @@ class _Conv(AdaptedLayer):
     """
 
     dora_dim = 0
+    has_lora_bias = True
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -65,54 +52,18 @@ class _Conv(AdaptedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(n, in, size...) to (n, out, size...), or both without n."""
-        if self.lora_enabled and not args and not kwargs and self._goes_quick(x):
-            return self._quick(x)
         out: Tensor = super().forward(x, *args, **kwargs)
-        if not self.lora_enabled:
-            return out
-        update = conv_update(self._slide, self.lora_input(x), self.lora_A, self.lora_B, self.lora_settings.scale)
-        return self.lora_combine(out, update)
+        return self.lora_finish(out + self.lora_update(x)) if self.lora_enabled else out
 
-    def _goes_quick(self, x: Tensor) -> bool:
-        """Whether `quick_conv` computes this call: torch's own arithmetic in the base, W0 frozen, some images."""
-        cls: Any = type(self)
-        if torch.compiler.is_compiling() or not _computes_plainly(cls):
-            return False
-        own = self._parameters
-        weight, A = own.get("weight"), own.get("lora_A")
-        if weight is None or A is None or weight.requires_grad or not drops_by_bytes(self._dropout_now()):
-            return False
-        fits = can_go_quick(x, *own.values()) and x.dim() == A.dim() and x.numel() > 0
-        return fits and of_one_dtype(x, weight)
-
-    def _quick(self, x: Tensor) -> Tensor:
-        """The same by `quick_conv`, for x (n, in, size...); what is padded in an own way is padded once."""
-        module: Any = self
-        bias: Tensor | None = module.bias
-        constant, padding, more = None if bias is None else bias.detach(), *_paddings(module)
-        if any(more):
-            x = F.pad(x, more, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
-        slide = Slide(module.stride, padding, module.dilation, module.groups)
-        p, scale = self._dropout_now(), self.lora_settings.scale
-        out = quick_conv(x, module.weight, constant, self.lora_A, self.lora_B, scale, slide, p)
-        out = self.lora_rescale_(out, constant)
-        return out if bias is None or not bias.requires_grad else with_bias_gradient(out, bias, self.dora_output_dim)
-
-    def why_plain(self) -> str | None:
-        cls: Any = type(self)
-        return why_not_ordinary(self, of_its_own=not _computes_plainly(cls))
-
-    def _row_factors(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        weight = self._parameters["weight"]
-        if weight is None or _groups(self) != 1:
-            return None
-        return weight.flatten(1), self.lora_A.flatten(1), self.lora_B.flatten(1)
+    def lora_update(self, x: Tensor) -> Tensor:
+        """`s B * (A * x)`, of the output's shape."""
+        return conv_update(self._slide, self.lora_input(x), self.lora_A, self.lora_B, self.lora_settings.scale)
 
     def _slide(self, x: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = self._conv_forward(x, weight, None)  # type: ignore[operator]  # torch's, with every padding mode
         return out
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, part: slice = WHOLE) -> Tensor:
         return conv_delta(self.lora_A, self.lora_B, self.lora_settings.scale, self._lora_dtype())
 
     def to_peft(self) -> dict[str, Tensor]:
@@ -149,30 +100,21 @@ class LoRAConv1d(_Conv, nn.Conv1d):  # type: ignore[misc]  # a wider forward
     """`nn.Conv1d`."""
 
     kind = "Conv1d"
-    dora_output_dim = -2
+    output_dim = -2
 
 
 class LoRAConv2d(_Conv, nn.Conv2d):  # type: ignore[misc]  # a wider forward
     """`nn.Conv2d`."""
 
     kind = "Conv2d"
-    dora_output_dim = -3
+    output_dim = -3
 
 
 class LoRAConv3d(_Conv, nn.Conv3d):  # type: ignore[misc]  # a wider forward
     """`nn.Conv3d`."""
 
     kind = "Conv3d"
-    dora_output_dim = -4
-
-
-def _paddings(module: Any) -> tuple[tuple[int, ...], list[int]]:
-    """Zeros on both sides, a number for each dimension; and what `F.pad` has to add before, in its reversed order."""
-    sides = list(module._reversed_padding_repeated_twice)
-    if module.padding_mode != "zeros":
-        return (0,) * (len(sides) // 2), sides
-    both = [min(pair) for pair in zip(sides[::2], sides[1::2], strict=True)]
-    return tuple(reversed(both)), [side - both[i // 2] for i, side in enumerate(sides)]
+    output_dim = -4
 
 
 def _weight(module: nn.Module) -> Tensor:

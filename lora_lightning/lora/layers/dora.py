@@ -7,61 +7,40 @@ exactly.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from lora_lightning.lora.layers.functional import lora_delta
 
-# Rows are taken in blocks of this many elements, so that no dense update of W0's size stands in memory.
-BLOCK = 2**22
+def channel_norms(parts: Iterable[Tensor], dim: int, part_dim: int | None) -> Tensor:
+    """Euclidean norms of a weight's channels over all dimensions but `dim`; returns (channels,).
 
-
-def channel_norms(weight: Tensor, dim: int = 0) -> Tensor:
-    """Euclidean norms over all dimensions but `dim`; returns (weight.shape[dim],)."""
-    norms: Tensor = torch.linalg.vector_norm(weight.movedim(dim, 0).flatten(1), dim=1)
-    return norms
-
-
-@torch.no_grad()
-def updated_row_norms(weight: Tensor, factors: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Tensor:
-    """Norms of the rows of `W0 + sum s B A` over the (A, B, s) in `factors`, without a gradient.
-
-    Shapes: weight (m, k), A (r, k), B (m, r); returns (m,).
+    Args:
+        parts: the weight in parts along `part_dim`, one after the other, so that no copy of its size stands in memory;
+            or the whole of it, with `part_dim` None.
     """
-    rows = max(1, BLOCK // max(1, weight.shape[1]))
-    norms = []
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        moved = weight[part].to(dtype)
-        if factors:
-            moved = moved + sum_of_deltas([(A, B[part], scale) for A, B, scale in factors], dtype)
-        norms.append(channel_norms(moved))
-    return torch.cat(norms)
-
-
-def sum_of_deltas(factors: list[tuple[Tensor, Tensor, float]], dtype: torch.dtype) -> Tensor:
-    """`sum s B A`: terms that differ only in the sign of s cancel to exact zeros."""
-    first, *rest = factors
-    delta = lora_delta(*first, dtype)
-    for factor in rest:
-        delta = delta + lora_delta(*factor, dtype)
-    return delta
+    norms = [torch.linalg.vector_norm(part.movedim(dim, 0).flatten(1), dim=1) for part in parts]
+    if len(norms) == 1 or part_dim == dim:
+        return torch.cat(norms)
+    across: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return across
 
 
 def dora_factor(magnitude: Tensor, norms: Tensor) -> Tensor:
     """`m / ||W0 + s B A||`; 1 for a channel of zeros, which has no direction yet."""
-    there = norms > 0
-    return torch.where(there, magnitude / torch.where(there, norms, 1.0), 1.0)
+    has_direction = norms > 0
+    return torch.where(has_direction, magnitude / torch.where(has_direction, norms, 1.0), 1.0)
 
 
-def rescale(out: Tensor, update: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
-    """`factor (W0 x + update) + bias`, from the base's `out = W0 x + bias`.
+def rescale(out: Tensor, factor: Tensor, bias: Tensor | None) -> Tensor:
+    """`factor (out - bias) + bias`, for `out = W0 x + update + bias`.
 
-    Written as a correction to `out`, so that a factor of 1 and an update of 0 leave every bit of it. `factor` and
-    `bias` broadcast against `out`.
+    Written as a correction to `out`, so that a factor of 1 leaves every bit. `factor` and `bias` broadcast against
+    `out`.
     """
-    plain = out if bias is None else out - bias.to(out.dtype)
-    return out + (factor - 1).to(out.dtype) * plain + factor.to(out.dtype) * update
+    without_bias = out if bias is None else out - bias.to(out.dtype)
+    return torch.addcmul(out, without_bias, (factor - 1).to(out.dtype))
 
 
 def dora_update(weight: Tensor, delta: Tensor, factor: Tensor, dim: int = 0) -> Tensor:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.init.random import start_
-from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
 from lora_lightning.lora.layers.functional import embedding_update, lora_delta, renormed
-from lora_lightning.lora.layers.fused_linear import can_go_quick
-from lora_lightning.lora.layers.options import LayerSettings
-from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, why_not_ordinary
-from lora_lightning.lora.quick_embedding import add_looked_up_
 
 
 class LoRAEmbedding(AdaptedLayer, nn.Embedding):
@@ -26,6 +20,7 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
 
     kind = "Embedding"
     dora_dim = 1
+    part_dim = 0
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -54,34 +49,10 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         if self.max_norm is not None:
             return self._bounded(input)
         out = super().forward(input)
-        if not self.lora_enabled:
-            return out
-        if not self._goes_quick(out, input):
-            return self.lora_combine(out, self._update(input, out.dtype))
-        p, scale = self._dropout_now(), self.lora_settings.scale
-        out = add_looked_up_(out, input, self.lora_A, self.lora_B, scale, padding_idx=self.padding_idx, dropout=p)
-        return self.lora_rescale_(out, None)
+        return self.lora_finish(out + self.lora_update(input, out.dtype)) if self.lora_enabled else out
 
-    def _goes_quick(self, out: Tensor, ids: Tensor) -> bool:
-        """Whether the update is added into `out` in place, by torch's own look-up from a frozen W0."""
-        own = self._parameters
-        weight = own.get("weight")
-        if torch.compiler.is_compiling() or weight is None or weight.requires_grad or self.why_plain() is not None:
-            return False
-        return can_go_quick(out, *own.values()) and type(ids) is Tensor and drops_by_bytes(self._dropout_now())
-
-    def why_plain(self) -> str | None:
-        if self.max_norm is not None:
-            return "max_norm bounds each row"
-        if self.scale_grad_by_freq:
-            return "scale_grad_by_freq divides each gradient"
-        cls: Any = type(self)
-        return why_not_ordinary(self, of_its_own=not has_weights_of_its_own(cls))
-
-    def _row_factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.weight.t(), self.lora_A, self.lora_B
-
-    def _update(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    def lora_update(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """`s B A[:, ids]`, (..., width)."""
         update = embedding_update(
             ids,
             self.lora_A,
@@ -102,15 +73,16 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         rows = self.weight[ids]
         if not self.lora_enabled:
             return renormed(rows, self.max_norm, self.norm_type)
-        update = self._update(ids, rows.dtype)
+        update = self.lora_update(ids, rows.dtype)
         return renormed(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
 
     def draw_factors(self) -> None:
         """A and B change places: A is zero, B is drawn."""
         start_(self.lora_B.t(), self.lora_A, self.lora_settings.init)
 
-    def delta_weight(self) -> Tensor:
-        return lora_delta(self.lora_A, self.lora_B, self.lora_settings.scale, self._lora_dtype()).mT
+    def delta_weight(self, part: slice = WHOLE) -> Tensor:
+        """Parts are of the rows."""
+        return lora_delta(self.lora_A[:, part], self.lora_B, self.lora_settings.scale, self._lora_dtype()).mT
 
     @staticmethod
     def peft_keys(name: str) -> dict[str, str]:

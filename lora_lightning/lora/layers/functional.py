@@ -47,18 +47,6 @@ def moved_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor,
 # Parts of a fused projection: A is (p r, k), the taken parts' one after the other; B is (their rows, r).
 
 
-def sliced_update(x: Tensor, A: Tensor, B: Tensor, scale: float, slices: Slices) -> Tensor:
-    """`s (x A_p^T) B_p^T` at the rows of every taken part p, zero at the others; returns (..., m)."""
-    z = torch.unflatten(F.linear(x, A.to(x.dtype)) * scale, -1, (len(slices.taken), -1))
-    parts = iter(zip(z.unbind(-2), torch.split(B.to(x.dtype), slices.taken_rows), strict=True))
-    pieces = []
-    for name, size in zip(slices.names, slices.sizes, strict=True):
-        is_taken = name in slices.taken
-        piece = F.linear(*next(parts)) if is_taken else z.new_zeros(*z.shape[:-2], slices.heads * size)
-        pieces.append(torch.unflatten(piece, -1, (slices.heads, size)))
-    return torch.cat(pieces, dim=-1).flatten(-2)
-
-
 def block_rows(B: Tensor, slices: Slices) -> Tensor:
     """B of chosen parts (their rows, r) as the B of the whole layer (m, p r), which goes with the same A.
 
@@ -132,10 +120,6 @@ def renormed(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
 # with column `rank * e + expert`.
 
 
-def stack_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype, *, count: int, transposed: bool) -> Tensor:
-    """`s B_e A_e` for every entry e of a stack: (e, out, in), or (e, in, out) where the stack holds transposes."""
-    a = torch.unflatten(A, 0, (count, -1))
-    b = torch.unflatten(B, 1, (-1, count)).permute(2, 0, 1)
-    if transposed:
-        return lora_delta(b.mT, a.mT, scale, dtype)
-    return lora_delta(a, b, scale, dtype)
+def stack_factors(A: Tensor, B: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """A (e, r, in) and B (e, out, r) of the `count` entries of a stack, as views."""
+    return torch.unflatten(A, 0, (count, -1)), torch.unflatten(B, 1, (-1, count)).permute(2, 0, 1)

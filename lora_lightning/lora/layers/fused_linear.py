@@ -1,162 +1,97 @@
-"""`h = x W0^T + b + s (x A^T) B^T` as autograd functions: `functional.lora_update` in fewer passes over memory.
+"""`h = x W0^T + b + s (x A^T) B^T` as one autograd function: `functional.lora_update` in fewer passes over memory.
 
-- Siblings (query, key and value; gate and up) that turn out to read the same tensor share it: the first to be called
-  computes x A^T of all in one product, and in backward, after all the others, the gradients of all A's in one, and one
-  dX into which each has added its own product.
-- The update is added into the base's own output, with no temporary of the layer's width.
-- Kept for backward: x, once however many read it, or what computes it anew (`replay.py`), and z = s x A^T. A and B are
-  cast to x's dtype, never x to theirs.
-- Dropout comes from random bytes (`drops.py`), drawn again in backward from a seed; siblings share its mask too.
-- What needs no gradient gets none: no dX for an input without one, no dA for a frozen A.
+- The update is added into the base's own output, and its share of dX into the base's, without a tensor of that width.
+- Backward keeps x as it came in, and z = s A x^T. A and B are cast to the dtype of the product, never x to theirs;
+  under autocast x is cast inside, so that layers on one input keep one x.
+- What is of rank's size lies as (r, n), in which all thin products around it are quick.
+- Dropout comes from random bytes: eight bits decide about an element, so p is rounded to a multiple of 1/256 and the
+  scale corrected to it. A seed is kept and the mask is drawn again in backward, some rows at a time.
+- Where rows are many, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it takes the place
+  of three. In backward B stands beside W' in one matrix, whose product with dh is dX and dz.
 
-The algorithm is that of unsloth's LoRA functions (github.com/unslothai/unsloth, kernels/fast_lora.py) but for what
-siblings share, the dropout, and the order in memory of what is of rank's size.
+With B = 0 the output is the backbone's own, bit for bit. Second derivatives take the eager form, and so do callers for
+whom `can_fuse` is false.
 
-Shapes: n rows, k inputs, m outputs, rank r; x is (..., k), W0 (m, k) or its transpose, A (r, k), B (m, r), z (r, n).
+Shapes: n rows, k inputs, m outputs, rank r; x (..., k), W0 (m, k) or its transpose, A (r, k), B (m, r), z (r, n).
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lora_lightning.lora.drops import Dropout, add_kept_, drawn, kept
-from lora_lightning.lora.products import Prepare, frozen_product
-from lora_lightning.lora.reading import Down, Reading, thread
-from lora_lightning.lora.replay import Replays, Source
-from lora_lightning.lora.traced import is_ordinary, is_unwatched
+from lora_lightning.lora.layers.functional import lora_update
+from lora_lightning.lora.layers.tracing import is_ordinary, is_traced
 
+BLOCK = 2**17
+"""Elements of x that dropout works on at once on a CPU, so that they stay in its cache."""
 
-class Frozen(NamedTuple):
-    """The base layer: W0 as (m, k), or as (k, m) where `transposed`, and its bias."""
-
-    weight: Tensor
-    bias: Tensor | None
-    transposed: bool = False
-    prepare: Prepare = "auto"
-    """What computes the products with W0, see `products.py`."""
+_eager = ContextVar("eager", default=False)
 
 
 @contextmanager
-def plain_arithmetic() -> Iterator[None]:
+def eager_arithmetic() -> Iterator[None]:
     """Within the block every layer computes by torch's own operations, for comparison."""
-    before, thread.plain = thread.plain, True
+    before = _eager.set(True)
     try:
         yield
     finally:
-        thread.plain = before
+        _eager.reset(before)
 
 
-def can_go_quick(x: Any, *tensors: Tensor | None) -> bool:
-    """Whether this is a plain call: ordinary strided tensors, under none of torch's transforms or tracers."""
+def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether these are ordinary tensors that torch would multiply, under none of its transforms and tracers."""
     return (
-        not thread.plain
-        and not torch.compiler.is_compiling()
-        and is_ordinary(x)
-        and x.layout is torch.strided
-        and not (x.is_nested or x.is_meta)
-        and x.dim() > 0
-        and x.is_floating_point()
-        and not (x.is_inference() and torch.is_grad_enabled())
-        and all(t is None or is_ordinary(t.data) for t in tensors)
+        not (torch.compiler.is_compiling() or _eager.get())
+        # Without public names in torch: vmap and jvp, which this function has no rules for, and modes that see each
+        # operation, among them selective checkpointing, which would keep what is written into afterwards.
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and is_unwatched()  # selective checkpointing among others, which keeps what we change
+        and (is_traced() or not torch._C._len_torch_dispatch_stack())
+        and all(is_ordinary(t) for t in (x, weight, *others) if t is not None)
+        and x.dim() > 0
+        and x.layout is torch.strided
+        and not (x.is_nested or x.is_meta)
+        and (x.dtype == weight.dtype or (_product_dtype(x) != x.dtype and weight.dtype != torch.float64))
+        and not (x.is_inference() and torch.is_grad_enabled())
+        and not torch.jit.is_tracing()
     )
 
 
-FEW_ROWS = 128
-"""Below, on a CPU, functions of our own cost more than they save: over the frozen step, 16 rows of 384 take 1.56 and by
-torch's operations 1.34, a forward of 1 row 1.74 and 1.24; from 128 rows on they are level (measured on an EPYC)."""
+def drops_by_bytes(p: float) -> bool:
+    """Whether a byte can decide with a probability near p."""
+    return p == 0 or 0 < round(256 * p) < 256
 
 
-def has_few_rows(x: Any) -> bool:
-    """Whether torch's own operations are as quick for this input as the functions here, or quicker."""
-    return isinstance(x, Tensor) and x.device.type == "cpu" and x.dim() > 0 and x.numel() < FEW_ROWS * x.shape[-1]
-
-
-def quick_linear(
+def fused_linear(
     x: Tensor,
-    frozen: Frozen,
-    down: Down,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
     B: Tensor,
+    scale: float,
     *,
-    siblings: Callable[[], Sequence[Down]] = tuple,
+    transposed: bool = False,
     dropout: float = 0.0,
-    replays: Replays | None = None,
 ) -> Tensor:
-    """`x W0^T + b + s (x A^T) B^T`, (..., m), with dropout on the adapter's input. W0 and b get no gradient.
+    """`x W0^T + b + s (x A^T) B^T`, (..., m), with dropout on the adapter's input. W0 gets no gradient.
 
     Args:
-        siblings: gives the layers that may be called with the same x next, with the same dropout.
-        replays: computes x anew in backward where that is cheap, in place of keeping it.
+        transposed: `weight` is (k, m), as in transformers' Conv1D.
+        dropout: the probability, one for which `drops_by_bytes`; the seed comes from torch's own generator.
     """
-    device = x.device.type
-    mixed = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    dtype = torch.get_autocast_dtype(device) if mixed else x.dtype
-    opened, state = thread.open, _state(x, dtype, dropout)
-    z = opened.joined(x, down, state)
-    if z is not None:
-        assert opened.reading is not None
-        reading, x = opened.reading, x if opened.x is None else opened.x
-        if not opened.zs:
-            opened.close()
-        return _Next.apply(x, z, *frozen, B, reading)  # type: ignore[no-any-return,no-untyped-call]
-    opened.close()
-    reading, cast = Reading(dtype, drawn(dropout), opened), x.to(dtype)
-    if replays is not None and (again := replays.of(cast, down.layer)) is not None:
-        reading.source = Source.of(cast, again)
-    downs = [down, *(siblings() if state else ())]
-    out, *zs = _First.apply(cast, *frozen, B, reading, [d.scale for d in downs], *(d.A for d in downs))  # type: ignore[no-untyped-call]
-    if zs:
-        opened.reading, opened.source, opened.state = reading, weakref.ref(x), state
-        opened.x = None if cast is x else cast
-        opened.zs = {d.layer: (d, d.A._version, z) for d, z in zip(downs[1:], zs, strict=True)}
-    return out  # type: ignore[no-any-return]
+    out: Tensor = FusedLinear.apply(x, weight, bias, A, B, scale, transposed, round(256 * dropout))  # type: ignore[no-untyped-call]
+    return out
 
 
-def _state(x: Tensor, dtype: torch.dtype, dropout: float) -> tuple[Any, ...] | None:
-    """What must be the same for a sibling that joins; None where it must not.
-
-    Without a graph through x, x may be a buffer that is filled anew. Who is checkpointed does not join who is not:
-    recomputed, it would be alone, and under dropout would draw another mask than it did.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    is_recomputed = hooks is not None or torch._C._current_graph_task_id() != -1
-    if not torch.is_grad_enabled() or x.grad_fn is None or (dropout and is_recomputed):
-        return None
-    return x._version, dtype, dropout, hooks and hooks[0]
-
-
-def _base(x: Tensor, frozen: Frozen, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """What the base layer gives, as it computes it, and W0 in the dtype of the products."""
-    weight, bias = frozen.weight.to(dtype), None if frozen.bias is None else frozen.bias.to(dtype)
-    out = frozen_product(x, weight.t() if frozen.transposed else weight, bias, prepare=frozen.prepare)
-    if out is None and frozen.transposed:
-        rows = x.reshape(-1, x.shape[-1])
-        out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
-        out = out.view(*x.shape[:-1], weight.shape[1])
-    elif out is None:
-        out = F.linear(x, weight, bias).contiguous()
-    # The same memory, but no view in torch's books: those may not be written into when a function returns them.
-    return torch.empty(0, dtype=out.dtype, device=out.device).set_(out), weight  # type: ignore[call-overload]
-
-
-def _add_up(out: Tensor, z: Tensor, B: Tensor) -> None:
-    """Add z^T B^T to the base's output, in place."""
-    out.view(-1, out.shape[-1]).addmm_(z.t(), B.to(z.dtype).t())
-
-
-class _First(torch.autograd.Function):
-    """The first layer to read x: its output, and z of every sibling, whose gradients it finishes."""
+class FusedLinear(torch.autograd.Function):
+    """See `fused_linear`; `dropped` of a byte's 256 values drop an element."""
 
     @staticmethod
     def forward(
@@ -164,173 +99,149 @@ class _First(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        transposed: bool,
-        prepare: Prepare,
+        A: Tensor,
         B: Tensor,
-        reading: Reading,
-        scales: list[float],
-        *As: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The output (..., m) and the siblings' z."""
-        out, cast = _base(x, Frozen(weight, bias, transposed, prepare), reading.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        if reading.drop is not None:
-            rows = kept(rows, reading.drop.keep(rows))
-        ctx.scales = scales if reading.drop is None else [s * reading.drop.scale for s in scales]
-        zs = torch.split(_down(_scaled(As, ctx.scales, reading.dtype), rows), [A.shape[0] for A in As])
-        _add_up(out, zs[0], B)
-        ctx.save_for_backward(x if reading.source is None else None, zs[0], cast, B, *As)
-        ctx.transposed, ctx.prepare, ctx.reading, ctx.As = transposed, prepare, reading, As
-        ctx.versions, ctx.device = [A._version for A in As[1:]], x.device.type
-        ctx.set_materialize_grads(False)
-        return out, *zs[1:]
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        """Runs after every sibling that took its z."""
-        reading, needs_a, g, dzs = ctx.reading, ctx.needs_input_grad[8:], grads[0], list(grads)
-        needs_x, needs_b = ctx.needs_input_grad[0], ctx.needs_input_grad[5]
-        if reading.opened.reading is reading:
-            reading.opened.close()
-        now = reading.now()
-        if all(grad is None for grad in grads):
-            return (None,) * (8 + len(ctx.As))
-        # Without a sibling in this pass, z's gradient is a second derivative, whose graph holds what was saved here.
-        is_whole = g is not None or (now.x is None and reading.source is None)
-        if not is_whole and ctx.versions != [A._version for A in ctx.As[1:]]:
-            raise RuntimeError("lora_A has been modified by an inplace operation since the forward pass that read it")
-        x, z, weight, B, *As = ctx.saved_tensors if is_whole else (now.x, None, None, None, *ctx.As)
-        dB: Tensor | None = None
-        dx: Tensor | None
-        with torch.autocast(ctx.device, enabled=False):
-            if reading.source is not None:
-                x = reading.source.x()
-            if torch.is_grad_enabled():
-                dx, dB, dAs = _differentiable(ctx, x, weight, B, As, grads)
-                return dx, None, None, None, None, dB, None, None, *dAs
-            if g is not None:
-                g = g.contiguous().view(-1, g.shape[-1])
-                dB = torch.mm(z, g).t().to(B.dtype) if needs_b else None
-                dzs[0] = _down(B.to(g.dtype).t(), g) if needs_x or needs_a[0] else None
-                if needs_x:
-                    now.add(g, weight.t() if ctx.transposed else weight, ctx.prepare)
-            dx, dAs = _finish(now.dx, reading.drop, x, dzs, As, ctx.scales, needs_x, needs_a)
-            now.dx = now.x = None
-        return dx, None, None, None, None, dB, None, None, *dAs
-
-
-class _Next(torch.autograd.Function):
-    """A sibling that joined: its z comes from the first, and so do the gradients below z."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        scale: float,
         transposed: bool,
-        prepare: Prepare,
-        B: Tensor,
-        reading: Reading,
+        dropped: int,
     ) -> Tensor:
-        """(..., m)."""
-        out, cast = _base(x, Frozen(weight, bias, transposed, prepare), reading.dtype)
-        _add_up(out, z, B)
-        ctx.save_for_backward(x if reading.source is None else None, z, cast, B)
-        ctx.transposed, ctx.prepare, ctx.reading = transposed, prepare, reading
+        dtype = _product_dtype(x)
+        ctx.dtype, ctx.transposed, ctx.dropped = dtype, transposed, dropped
+        ctx.seed = int(torch.randint(2**62, (), dtype=torch.int64)) if dropped else 0
+        ctx.scale = scale * 256 / (256 - dropped)
+        cast, W0, b = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        rows, z = cast.reshape(-1, x.shape[-1]), None
+        ctx.folds = not dropped and _pays_to_fold(len(rows), weight, x, A, B)
+        if ctx.folds:
+            left, right = (A.t(), B.t()) if transposed else (B, A)
+            out = _base_output(cast, torch.addmm(W0, left, right, alpha=scale), b, transposed)
+        else:
+            out, a = _base_output(cast, W0, b, transposed), A.to(dtype) * ctx.scale
+            z = _dropped_product(a, rows, dropped, ctx.seed) if dropped else torch.mm(a, rows.t())
+            out.view(-1, out.shape[-1]).addmm_(z.t(), B.to(dtype).t())
+        ctx.save_for_backward(x, weight, A, B, z)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        """dX goes into the reading, but where the gradient itself is to be differentiated."""
-        (x, z, weight, B), now = ctx.saved_tensors, ctx.reading.now()
-        now.x, weight = x, weight.t() if ctx.transposed else weight
-        needs_x, needs_z, needs_b = (ctx.needs_input_grad[i] for i in (0, 1, 6))
-        g = grads[0].contiguous().view(-1, grads[0].shape[-1])
-        dx = None
-        with torch.autocast(g.device.type, enabled=False):
-            dz = _down(B.to(g.dtype).t(), g) if needs_z else None
-            dB = torch.mm(z, g).t().to(B.dtype) if needs_b else None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, z = ctx.saved_tensors
+        needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
+        g, dX, dA, dB, dz = grads[0].reshape(-1, grads[0].shape[-1]), None, None, None, None
+        with torch.autocast(x.device.type, enabled=False):
+            dbias = g.sum(0) if needs_bias else None
             if torch.is_grad_enabled():
-                dx = torch.mm(g, weight).view(*grads[0].shape[:-1], weight.shape[1])
-            elif needs_x:
-                now.add(g, weight, ctx.prepare)
-        return dx, dz, None, None, None, None, dB, None
+                dX, dA, dB = _differentiable_gradients(ctx, x, weight, A, B, grads[0])
+                return dX, None, dbias, dA, dB, None, None, None
+            rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
+            if ctx.folds and needs_x:
+                both = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
+                dX, dz = both[:, : x.shape[-1]], both[:, x.shape[-1] :].t()
+            elif needs_x or needs_A:
+                dz = torch.mm(b.t(), g.t())
+            if needs_x and not ctx.folds:
+                W0 = weight.to(ctx.dtype)
+                dX = torch.mm(g, W0.t() if ctx.transposed else W0)
+            if ctx.dropped and dz is not None:
+                dA = _add_dropped_(dX, rows, dz, a, ctx.dropped, ctx.seed)
+            elif dz is not None:
+                dA = torch.mm(dz, rows) if needs_A else None
+                dX = dX.addmm_(dz.t(), a) if needs_x and not ctx.folds else dX
+            if needs_B:
+                dB = torch.mm(torch.mm(a, rows.t()) if z is None else z, g).t().to(B.dtype)
+            dA = (dA * ctx.scale).to(A.dtype) if needs_A else None
+        return None if dX is None else dX.view(x.shape).to(x.dtype), None, dbias, dA, dB, None, None, None
 
 
-def _down(A: Tensor, rows: Tensor) -> Tensor:
-    """`A rows^T` as (r, n), in the order in memory in which the thin products around it are quick."""
-    return torch.mm(A, rows.t()) if _LONG_ROWS else torch.mm(rows, A.t()).t()
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """That of x, or autocast's."""
+    device = x.device.type
+    is_cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if is_cast else x.dtype
 
 
-def _stacked(zs: list[Tensor]) -> Tensor:
-    """Several (r, n), one below the other."""
-    if len(zs) == 1:
-        return zs[0]
-    return torch.cat(zs) if _LONG_ROWS else torch.cat([z.t() for z in zs], dim=1).t()
+def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
+    """Whether two thin products with n rows move more than folding does; exact enough in wide dtypes alone."""
+    m, k = weight.shape
+    wide = weight.dtype in (torch.float32, torch.float64) and all(t.dtype == weight.dtype for t in others)
+    return wide and n * (m + k) >= 3 * m * k and weight.is_contiguous() and _product_dtype(others[0]) == weight.dtype
 
 
-def _has_amd_cpu() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and "AuthenticAMD" in cpuinfo.read_text(errors="replace")
+def _folded_beside(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
+    """`[W0 + s B A, B]` (m, k + r)."""
+    m, r = B.shape
+    k = A.shape[1]
+    if transposed:  # as it lies, which is what torch's own product reads
+        both = B.new_empty(k + r, m)
+        torch.addmm(weight, A.t(), B.t(), alpha=scale, out=both[:k])
+        both[k:] = B.t()
+        return both.t()
+    both = B.new_empty(m, k + r)
+    torch.addmm(weight, B, A, alpha=scale, out=both[:, :k])
+    both[:, k:] = B
+    return both
 
 
-_LONG_ROWS = _has_amd_cpu()
-"""Whether rank-sized results lie as (r, n) in memory rather than as (n, r): on AMD EPYC the algorithm gains nothing
-without it, on an Intel Xeon with AMX it costs a tenth of the overhead in float32 and a third in bfloat16."""
+def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    """What the base layer gives, by the operations by which it computes it."""
+    if transposed:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.mm(rows, weight) if bias is None else torch.addmm(bias, rows, weight)
+        out = out.view(*x.shape[:-1], weight.shape[1])
+    else:
+        out = F.linear(x, weight, bias).contiguous()
+    # The same memory, but no view in torch's books: a view that a function returns may not be written into.
+    return torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
 
 
-def _scaled(As: Sequence[Tensor], scales: list[float], dtype: torch.dtype) -> Tensor:
-    """Every s A, one below the other, in `dtype`."""
-    return torch.cat([A.to(dtype) * s for A, s in zip(As, scales, strict=True)])
+def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
+    """For some rows of x (n, k) at a time: 1 where an element stays and 0 where it is dropped, in x's dtype.
+
+    Each mask lies where the one before lay. On a GPU all rows come at once.
+    """
+    n, k = rows.shape
+    count = max(1, n if rows.device.type != "cpu" else min(n, BLOCK // max(1, k)))
+    generator = torch.Generator(rows.device).manual_seed(seed)
+    words = torch.empty(-(-count * k // 8), dtype=torch.int64, device=rows.device)
+    mask = torch.empty(count, k, dtype=rows.dtype, device=rows.device)
+    for start in range(0, n, count):
+        size = min(count, n - start)
+        random = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[: size * k]
+        yield slice(start, start + size), torch.ge(random.view(size, k), dropped, out=mask[:size])
 
 
-def _finish(
-    dx: Tensor | None,
-    drop: Dropout | None,
-    x: Tensor,
-    dzs: list[Tensor | None],
-    As: list[Tensor],
-    scales: list[float],
-    needs_x: bool,
-    needs_a: Sequence[bool],
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dX and every dA, from the gradients of the z's; a sibling that took no part has None."""
-    there = [i for i, dz in enumerate(dzs) if dz is not None]
-    dAs: list[Tensor | None] = [None] * len(As)
-    if not there:
-        return (None if dx is None else dx.view(x.shape)), dAs
-    dz = _stacked([d for d in dzs if d is not None])
-    rows = x.reshape(-1, x.shape[-1])
-    keep = None if drop is None else drop.keep(rows)
-    if any(needs_a[i] for i in there):
-        whole = torch.mm(dz, rows if keep is None else kept(rows, keep))
-        for i, part in zip(there, torch.split(whole, [As[i].shape[0] for i in there]), strict=True):
-            dAs[i] = (part * scales[i]).to(As[i].dtype) if needs_a[i] else None
-    if not needs_x:
-        return None, dAs
-    A = _scaled([As[i] for i in there], [scales[i] for i in there], dz.dtype)
-    dx = dx if dx is not None else torch.zeros_like(rows)
-    dx = dx.addmm_(dz.t(), A) if keep is None else add_kept_(dx, dz, A, keep)
-    return dx.view(x.shape), dAs
+def _dropped_product(a: Tensor, rows: Tensor, dropped: int, seed: int) -> Tensor:
+    """`a (mask x)^T` (r, n)."""
+    z = a.new_empty(len(a), len(rows))
+    for part, mask in _masks(rows, dropped, seed):
+        torch.mm(a, mask.mul_(rows[part]).t(), out=z[:, part])
+    return z
 
 
-def _differentiable(
-    ctx: Any, x: Tensor, weight: Any, B: Any, As: list[Tensor], grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """The same by operations that can be differentiated again, for `create_graph=True`."""
-    dtype, drop, rows = ctx.reading.dtype, ctx.reading.drop, x.reshape(-1, x.shape[-1])
-    seen, dzs, dB = rows if drop is None else rows * drop.keep(rows).to(dtype), list(grads), None
-    dx, through = torch.zeros_like(rows), torch.zeros_like(rows)
-    if (g := grads[0]) is not None:
-        g = g.reshape(-1, g.shape[-1])
-        dzs[0] = B.to(dtype).t() @ g.t()
-        dB = (g.t() @ (seen @ As[0].to(dtype).t() * ctx.scales[0])).to(B.dtype)
-        dx = dx + g @ (weight.t() if ctx.transposed else weight)
-    dAs: list[Tensor | None] = []
-    for dz, A, scale in zip(dzs, As, ctx.scales, strict=True):
-        dAs.append(None if dz is None else (dz @ seen * scale).to(A.dtype))
-        through = through if dz is None else through + dz.t() @ (A.to(dtype) * scale)
-    dx = dx + (through if drop is None else through * drop.keep(rows).to(dtype))
-    return dx.view(x.shape), dB, dAs
+def _add_dropped_(dX: Tensor | None, rows: Tensor, dz: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
+    """Add `mask (dz^T a)` to dX; returns `dz (mask x)`, added up in float32 or wider."""
+    dA = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
+    for part, mask in _masks(rows, dropped, seed):
+        if dX is not None:
+            dX[part].addcmul_(torch.mm(dz[:, part].t(), a), mask)
+        dA += torch.mm(dz[:, part], mask.mul_(rows[part]))
+    return dA
+
+
+def _differentiable_gradients(
+    ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, g: Tensor
+) -> list[Tensor | None]:
+    """The gradients of x, A and B by operations that can be differentiated again, for `create_graph=True`."""
+    needed = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    with torch.enable_grad():
+        # Views, so that an input which was computed from another does not pass its gradient on here.
+        inputs = [t.view_as(t) for t in (x, A, B)]
+        seen = cast = inputs[0].to(ctx.dtype)
+        if ctx.dropped:
+            rows = x.to(ctx.dtype).reshape(-1, x.shape[-1])
+            masks = [mask.clone() for _, mask in _masks(rows, ctx.dropped, ctx.seed)]
+            seen = cast * torch.cat([rows[:0], *masks]).view(x.shape)
+        W0 = weight.to(ctx.dtype)
+        out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, *inputs[1:], ctx.scale)
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(out, wanted, g, create_graph=True) if wanted else ())
+    return [next(found) if need else None for need in needed]

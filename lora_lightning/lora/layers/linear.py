@@ -9,36 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import own_class
-from lora_lightning.lora.layers.dora import sum_of_deltas, updated_row_norms
-from lora_lightning.lora.layers.functional import block_rows, lora_update, moved_factors, sliced_update, unblock_rows
-from lora_lightning.lora.layers.fused_linear import Frozen, can_go_quick, has_few_rows, quick_linear
-from lora_lightning.lora.layers.options import LayerSettings
-from lora_lightning.lora.layers.ordinary import drops_by_bytes, has_weights_of_its_own, of_one_dtype, why_not_ordinary
-from lora_lightning.lora.layers.siblings import Siblings
-from lora_lightning.lora.products import Prepare
-from lora_lightning.lora.quick_bias import with_bias_gradient
-from lora_lightning.lora.reading import Down
-from lora_lightning.lora.replay import Replays
-from lora_lightning.lora.traced import is_ordinary
+from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, moved_factors, unblock_rows
+from lora_lightning.lora.layers.fused_linear import can_fuse, drops_by_bytes, fused_linear
+from lora_lightning.lora.layers.trained.bias import TrainedBias
 
 CONV1D = "transformers.pytorch_utils.Conv1D"
 """By its name: this part of the code does not import transformers."""
 
-_NEEDED = {"bias", "lora_A", "lora_B", "lora_B_bias", "lora_magnitude_vector"}
-"""Names under which a layer holds a parameter, or None."""
-
-MOST_IN_PARTS = 16
-"""Ranks of all chosen parts together. Above, what the quick form multiplies with zeros costs what it gains."""
-
 
 @functools.cache
-def _computes_plainly(cls: type) -> bool:
-    """Whether the base layer's forward is torch's or transformers' own, and reads its weights as they lie there."""
+def _has_torchs_forward(cls: type) -> bool:
+    """Whether the base layer's forward is torch's or transformers' own, on a weight that no property stands for."""
     own = own_class(cls)
-    plain = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" == CONV1D
-    return plain and has_weights_of_its_own(cls)
+    is_known = own.forward is nn.Linear.forward or f"{own.__module__}.{own.__qualname__}" == CONV1D
+    bases = [base for base in cls.__mro__ if base is not TrainedBias]  # whose copy is asked for by name
+    return is_known and not any(name in vars(base) for base in bases for name in ("weight", "bias"))
 
 
 class _Projection(AdaptedLayer):
@@ -53,9 +40,6 @@ class _Projection(AdaptedLayer):
     weight_is_transposed = False
     has_lora_bias = True
     has_starts = True
-    lora_prepare: Prepare = "auto"
-    lora_replays: Replays | None = None
-    """Both: see `switches.py`."""
 
     @classmethod
     def _shape(cls, module: nn.Module) -> tuple[int, int]:
@@ -82,103 +66,45 @@ class _Projection(AdaptedLayer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in) to (..., out). The input comes first, or by whatever name the base layer gives it."""
+        if not self.lora_enabled:
+            base: Tensor = super().forward(*args, **kwargs)
+            return base
         x = args[0] if args else next(iter(kwargs.values()))
-        if self.lora_enabled and self._goes_quick(x):
-            return self._quick(x)
-        out: Tensor = super().forward(*args, **kwargs)
-        return self.lora_combine(out, self.lora_output(x)) if self.lora_enabled else out
-
-    def _quick(self, x: Tensor) -> Tensor:
-        """`lora_combine(x W0^T + b, lora_output(x))` by `quick_linear`, into which every option of a layer goes."""
-        bias, of_b = self._biases()
-        constant = None if bias is None else bias.detach()
+        if not self._fuses(x):
+            return self.lora_finish(super().forward(*args, **kwargs) + self.lora_update(x))
+        p = self.lora_dropout.p if self.lora_dropout is not None and self.lora_dropout.training else 0.0
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
-        p, base = self._dropout_now(), Frozen(weight, constant, self.weight_is_transposed, self.lora_prepare)
-        A, B = self._thin_factors()
-        siblings = (lambda: self._ready_siblings(p)) if A is self.lora_A else tuple
-        down = Down(id(self), A, self.lora_settings.scale)
-        out = quick_linear(x, base, down, B, siblings=siblings, dropout=p, replays=self.lora_replays)
-        out = self.lora_rescale_(out, constant)
-        if bias is not None and bias.requires_grad:
-            out = with_bias_gradient(out, bias)
-        return out if of_b is None else out.add_(of_b.to(out.dtype))
+        A, B = self.lora_factors()
+        bias: Tensor | None = self.bias  # type: ignore[assignment]  # the trained one where there is one
+        scale, transposed = self.lora_settings.scale, self.weight_is_transposed
+        return self.lora_finish(fused_linear(x, weight, bias, A, B, scale, transposed=transposed, dropout=p))
 
-    def _biases(self) -> tuple[Tensor | None, Tensor | None]:
-        """b, the trained one where there is one, with s b_B in it; apart where the base has no bias."""
-        bias: Tensor | None = self.bias  # type: ignore[assignment]
-        if self.lora_B_bias is None:
-            return bias, None
-        of_b = self.lora_B_bias * self.lora_settings.scale
-        return (None, of_b) if bias is None else (bias + of_b, None)
-
-    def _thin_factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) whose product is the update: A itself but where a start is subtracted."""
-        A, B, slices = self.lora_A, self.lora_B, self.lora_settings.slices
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            A, B = moved_factors(A, B, self.lora_A0, self.lora_B0)  # type: ignore[assignment]
-        return A, B if slices is None else block_rows(B, slices)
-
-    def _goes_quick(self, x: Any) -> bool:
-        """Whether `quick_linear` computes this call: torch's own arithmetic in the base, and W0 frozen."""
-        cls: Any = type(self)
-        if torch.compiler.is_compiling() or not _computes_plainly(cls):
-            return False
-        own = self._parameters
+    def _fuses(self, x: Any) -> bool:
+        """Whether the base layer's product is torch's own, with a frozen W0; else the eager form is taken."""
+        own: dict[str, Any] = self._parameters
         weight = own.get("weight")
-        if self._has_wide_parts():
+        # Some wrappers, such as DataParallel, hang plain tensors where the parameters were.
+        if weight is None or weight.requires_grad or not own.keys() >= {"bias", "lora_A", "lora_B"}:
             return False
-        # Some wrappers, such as FSDP1 and DataParallel, hang plain tensors where the parameters were.
-        if weight is None or weight.requires_grad or not own.keys() >= _NEEDED:
-            return False
-        p = self._dropout_now()
-        if not drops_by_bytes(p) or (self._gains_by_rows(p) and has_few_rows(x)):
-            return False
-        return can_go_quick(x, *own.values(), *self._buffers.values()) and of_one_dtype(x, weight)
+        return (
+            can_fuse(x, weight, *own.values(), *self._buffers.values())
+            and _has_torchs_forward(type(self))
+            and drops_by_bytes(self.lora_settings.dropout)
+        )
 
-    def _gains_by_rows(self, dropout: float) -> bool:
-        """Whether the quick form of this layer is only quicker, and does nothing else that the plain one does not."""
-        asks = self.lora_replays is not None or self.lora_prepare == "on" or self.lora_settings.use_dora
-        return not dropout and not asks
+    def lora_update(self, x: Tensor) -> Tensor:
+        """`s (B A - B0 A0) x`, (..., out)."""
+        return lora_update(self.lora_input(x), *self.lora_factors(), self.lora_settings.scale)
 
-    def why_plain(self) -> str | None:
-        cls: Any = type(self)
-        why = why_not_ordinary(self, of_its_own=not _computes_plainly(cls))
-        return f"slices of rank above {MOST_IN_PARTS} together" if why is None and self._has_wide_parts() else why
+    def lora_factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) whose product is the update: r is larger with chosen parts or a subtracted start."""
+        A, B = self.lora_A, self._all_rows(self.lora_B)
+        if self.lora_A0 is None or self.lora_B0 is None:
+            return A, B
+        return moved_factors(A, B, self.lora_A0, self._all_rows(self.lora_B0))
 
-    def _has_wide_parts(self) -> bool:
-        s = self.lora_settings
-        return s.slices is not None and s.r * len(s.slices.taken) > MOST_IN_PARTS
-
-    def _ready_siblings(self, dropout: float) -> list[Down]:
-        """Those that would take the same x as this layer does now."""
-        found: Siblings | None = self.__dict__.get("lora_siblings")
-        others = [] if found is None else found.of(self)
-        return [
-            Down(id(other), other.lora_A, other.lora_settings.scale)
-            for other in others
-            if isinstance(other, _Projection)
-            and other.lora_enabled
-            and isinstance(A := other._parameters.get("lora_A"), nn.Parameter)
-            and is_ordinary(A)
-            and is_ordinary(A.data)
-            and A.device == self.lora_A.device
-            and other._buffers.get("lora_A0") is None  # else its way down is not A alone
-            and other._dropout_now() == dropout
-        ]
-
-    def lora_output(self, x: Tensor) -> Tensor:
-        """`s (B A - B0 A0) x + s b_B`; the two products are alike, so that they cancel exactly at the start."""
-        x = self.lora_input(x)
-        update = self._product(x, self.lora_A, self.lora_B)
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            update = update - self._product(x, self.lora_A0, self.lora_B0)
-        if self.lora_B_bias is not None:
-            update = update + (self.lora_B_bias * self.lora_settings.scale).to(update.dtype)
-        return update
-
-    def _product(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        s = self.lora_settings
-        return lora_update(x, A, B, s.scale) if s.slices is None else sliced_update(x, A, B, s.scale, s.slices)
+    def _all_rows(self, B: Tensor) -> Tensor:
+        return B if self.lora_settings.slices is None else block_rows(B, self.lora_settings.slices)
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         s = self.lora_settings
@@ -186,31 +112,16 @@ class _Projection(AdaptedLayer):
             return super().factor_pairs()
         return list(zip(torch.split(self.lora_A, s.r), torch.split(self.lora_B, s.slices.taken_rows), strict=True))
 
-    def delta_weight(self) -> Tensor:
-        """In W0's orientation."""
-        delta = sum_of_deltas(self._factors(), self._lora_dtype())
+    def delta_weight(self, part: slice = WHOLE) -> Tensor:
+        """In W0's orientation; parts are of the outputs."""
+        A, B = self.lora_factors()
+        delta = lora_delta(A, B[part], self.lora_settings.scale, self._lora_dtype())
         return delta.mT if self.weight_is_transposed else delta
 
     def base_matrix(self) -> Tensor:
         return self.base_weight().mT if self.weight_is_transposed else self.base_weight()
 
-    def _dense_norms(self) -> Tensor:
-        return updated_row_norms(self.base_matrix(), self._factors(), self._lora_dtype())
-
-    def _base_norms(self) -> Tensor:
-        return updated_row_norms(self.base_matrix(), [], self._lora_dtype())
-
-    def _row_factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        return (self.base_matrix(), *self._thin_factors())
-
-    def _factors(self) -> list[tuple[Tensor, Tensor, float]]:
-        scale = self.lora_settings.scale
-        factors: list[tuple[Tensor, Tensor, float]] = [(self.lora_A, self.to_peft()["lora_B"], scale)]
-        if self.lora_A0 is not None and self.lora_B0 is not None:
-            factors.append((self.lora_A0, self.lora_B0, -scale))
-        return factors
-
-    def _dora_channels(self) -> int:
+    def _channels(self) -> int:
         return self._shape(self)[0]
 
     def peft_rank(self) -> int:
@@ -218,8 +129,7 @@ class _Projection(AdaptedLayer):
         return self.lora_A.shape[0]
 
     def to_peft(self) -> dict[str, Tensor]:
-        tensors, slices = super().to_peft(), self.lora_settings.slices
-        return {**tensors, "lora_B": block_rows(self.lora_B, slices)} if slices else tensors
+        return {**super().to_peft(), "lora_B": self._all_rows(self.lora_B)}
 
     def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         slices = self.lora_settings.slices
@@ -227,10 +137,10 @@ class _Projection(AdaptedLayer):
 
 
 class LoRALinear(_Projection, nn.Linear):  # type: ignore[misc]  # a wider forward
-    """`nn.Linear` and its subclasses, quantised ones among them: W0 is (out, in)."""
+    """`nn.Linear` and its subclasses, quantized ones among them: W0 is (out, in)."""
 
     kind = "Linear"
-    dora_dim = 0
+    dora_dim = part_dim = 0
 
     @classmethod
     def _shape(cls, module: nn.Module) -> tuple[int, int]:
@@ -242,7 +152,7 @@ class LoRAConv1D(_Projection):
     """transformers' `Conv1D` (GPT-2): W0 is (in, out). A and B lie as for `nn.Linear`."""
 
     kind = "Conv1D"
-    dora_dim = 1
+    dora_dim = part_dim = 1
     weight_is_transposed = True
 
     @classmethod

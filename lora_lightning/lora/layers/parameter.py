@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.base import AdaptedLayer
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
-from lora_lightning.lora.layers.functional import lora_delta, stack_delta
-from lora_lightning.lora.layers.options import LayerSettings
+from lora_lightning.lora.layers.functional import lora_delta, stack_factors
 
 CHILD = "lora_of_"
 """A parameter's adapter is a child of its module, under this and the parameter's name."""
@@ -53,6 +52,7 @@ class LoRAParameter(AdaptedLayer):
     """
 
     kind = "Parameter"
+    part_dim = 0
     _owner: tuple[nn.Module]
 
     def __init__(self, owner: nn.Module) -> None:
@@ -103,10 +103,6 @@ class LoRAParameter(AdaptedLayer):
         _regraft(module)
         return adapter
 
-    def detach(self) -> None:
-        del self.lora_owner._modules[CHILD + self.lora_settings.parameter]
-        _regraft(self.lora_owner)
-
     def applied_to(self, W0: Tensor) -> Tensor:
         """`W0 + s B A` in W0's dtype, added in float32 or wider."""
         return (W0 + self.delta_weight()).to(W0.dtype)
@@ -116,14 +112,17 @@ class LoRAParameter(AdaptedLayer):
         columns = torch.unflatten(self.lora_B, 1, (-1, count)).unbind(2)
         return list(zip(torch.split(self.lora_A, self.lora_settings.r), columns, strict=True))
 
-    def delta_weight(self) -> Tensor:
+    def delta_weight(self, part: slice = WHOLE) -> Tensor:
+        """Parts are of the matrix's rows or the stack's entries."""
         name, scale, dtype = self.lora_settings.parameter, self.lora_settings.scale, self._lora_dtype()
         parameter = self.adapted_parameters(self.lora_owner, self.lora_settings)[name]
         with torch.autocast(parameter.device.type, enabled=False):  # the dtype of a weight must not change
             if parameter.dim() == 2:
-                return lora_delta(self.lora_A, self.lora_B, scale, dtype)
-            transposed = _is_transposed(self.lora_owner)
-            return stack_delta(self.lora_A, self.lora_B, scale, dtype, count=len(parameter), transposed=transposed)
+                return lora_delta(self.lora_A, self.lora_B[part], scale, dtype)
+            A, B = stack_factors(self.lora_A, self.lora_B, len(parameter))
+            if _is_transposed(self.lora_owner):
+                return lora_delta(B[part].mT, A[part].mT, scale, dtype)
+            return lora_delta(A[part], B[part], scale, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.lora_settings.parameter}{super().extra_repr()}"

@@ -6,60 +6,28 @@ it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, ConfigError, LoRAError, TargetError
-from lora_lightning.lora.formats.peft.adapter import load_tensors, of_model, read_directory
-from lora_lightning.lora.formats.peft.config import token_ids
-from lora_lightning.lora.formats.peft.copies import without_base_copies
-from lora_lightning.lora.formats.peft.packing import PREFIX, our_tensors
-from lora_lightning.lora.formats.peft.unpacking import check_targets, contents, our_config
-from lora_lightning.lora.formats.peft.wrappers import unwrapped
-from lora_lightning.lora.formats.provenance import Record
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
+from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
 from lora_lightning.lora.init.from_data import check_data
 from lora_lightning.lora.init.from_weight import from_weight
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove, token_rows
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.meta.build import builds_bare
 from lora_lightning.lora.meta.key_mapping import files_of
 from lora_lightning.lora.report import InjectionReport
 
-Read = Callable[[str], Tensor | None]
-"""W0's tensor of a name in the model, None where the files have none."""
-
 OF_W0 = ("lora_A0", "lora_B0")
 """The factors that no file holds: they follow from W0."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterFiles:
-    """What an adapter's directory holds, read once."""
-
-    directory: Path
-    peft: dict[str, Any]
-    """PEFT's config."""
-    tensors: dict[str, Tensor]
-    """As they lie in the file."""
-    record: Record | None
-
-    @classmethod
-    def read(cls, directory: Path) -> AdapterFiles:
-        """As `load_adapter` reads it, old pickles included.
-
-        Raises:
-            AdapterError: a file is missing, torn or was changed since it was saved.
-        """
-        peft, tensors, record = read_directory(directory)
-        return cls(directory=directory, peft=peft, tensors=tensors, record=record)
 
 
 def load_on_meta(
@@ -75,17 +43,7 @@ def load_on_meta(
     Raises:
         AdapterError: as `load_adapter`.
     """
-    peft, tensors = of_model(files.peft, files.tensors, model)
-    tensors = _less_base_copies(tensors, peft, model, read, allow_other_base=allow_other_base)
-    found = contents(tensors, peft, model)
-    check_targets(peft, found, model)
-    try:
-        inject(model, our_config(peft, found, files.record, model, alphas or {}), start=False, any_rank=True)
-    except (ConfigError, TargetError) as error:
-        raise AdapterError(f"the adapter in {files.directory} does not fit this model: {error}") from error
-    make_adapter_real(model)
-    first = {f"{n}.{o}": t for n, m in adapted_layers(model) for o, t in m.lora_tensors().items() if o in OF_W0}
-    load_tensors(model, {**first, **our_tensors(model, tensors, lambda name: token_ids(peft, name))})
+    load_files(model, files, read=read, make_real=make_adapter_real, allow_other_base=allow_other_base, alphas=alphas)
 
 
 @contextmanager
@@ -128,24 +86,6 @@ def start_from_present(layer: AdaptedLayer) -> None:
         own[name].copy_(tensor)
 
 
-def _less_base_copies(
-    tensors: Mapping[str, Tensor], peft: dict[str, Any], model: nn.Module, read: Read, *, allow_other_base: bool
-) -> dict[str, Tensor]:
-    """`without_base_copies`, with each tensor of W0 that it compares put in for the moment."""
-    names, modules = set(model.state_dict()), dict(model.named_modules(remove_duplicate=False))
-    kept: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        name = unwrapped(key.removeprefix(PREFIX), modules)[0]
-        W0 = read(name) if name in names else None
-        with present(model, {} if W0 is None else {name: W0}):
-            kept |= (
-                {key: tensor}
-                if W0 is None
-                else without_base_copies({key: tensor}, peft, model, allow_other_base=allow_other_base)
-            )
-    return kept
-
-
 @torch.no_grad()
 def make_adapter_real(model: nn.Module) -> None:
     """Give the adapter's tensors on the meta device memory of their own; what is tied among them stays tied."""
@@ -159,7 +99,7 @@ def make_adapter_real(model: nn.Module) -> None:
             is_parameter = isinstance(tensor, nn.Parameter)
             real[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         store[name] = real[id(tensor)]
-    for _, rows in token_rows(model):
+    for _, rows in grafted_modules(model, TokenRows):
         rows.lora_token_ids = torch.tensor(rows.__dict__["lora_token_numbers"])
 
 

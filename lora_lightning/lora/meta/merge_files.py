@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError, MergeError, some
+from lora_lightning.lora.formats.peft.load import AdapterFiles
+from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format, warn_of_other_base
 from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, in_file_order, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import joined
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, ungraft
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.merge import fold_bias, merged_weights
 from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import (
-    AdapterFiles,
-    Read,
     adapted_names,
     load_on_meta,
     present,
@@ -287,14 +287,13 @@ class Changes:
             if isinstance(module, TrainedBias):
                 name = joined(path, "bias")
                 refuse_overflow(f"'{name}'", module.lora_trained_bias, W0[name].dtype)
-                module.keep_bias({})
-                ungraft(module, TrainedBias)
+                module.fold({})
             if isinstance(module, AdaptedLayer):
                 fold_bias(module, module.lora_name(path))
             if isinstance(module, TokenRows):
                 name = joined(path, "weight")
                 refuse_overflow(f"'{name}'", module.lora_tokens, W0[name].dtype)
-                module.keep_rows()
+                module.fold()
             now = {name: self.model.get_parameter(name).detach() for name in names if name not in merged}
         return {**merged, **now}
 

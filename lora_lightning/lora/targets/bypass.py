@@ -1,32 +1,71 @@
-"""Parents that read a child's weight instead of calling the child: an adapter on that child would be ignored.
+"""Layers whose parent reads their weight instead of calling them: an adapter on such a layer would be ignored.
 
-Found by reading what the parent's forward runs: Swin, BEiT, EVA and Mamba hand a weight on to a function, DeBERTa and
-DETR take an embedding's table whole; so does torch's own attention, which has a form of its own here.
+The table holds what is known of transformers, timm and torchvision. In training the guard at the first backward finds
+whatever else the forward goes past, for such an adapter gets no gradient.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
-from collections.abc import Iterator
-from types import CodeType
+import re
+from functools import cache
 
 from torch import nn
 
 from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.layers.attention import host_refusal
-from lora_lightning.lora.targets.looks import Function, arguments, looks, parsed
 
-_KNOWN: dict[type[nn.Module], frozenset[str]] = {}
+# Package, the end of the parent's full class name (a regular expression), its children. Read off the forwards of
+# transformers 5.24, timm 1.0.31 and torchvision 0.28. State space models hand weights to a fused kernel on a GPU, and
+# to another function while they generate; attentions hand theirs to F.linear or to F.multi_head_attention_forward;
+# learned queries and relative positions are tables that are taken whole.
+BYPASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("transformers", r"(Falcon)?MambaMixer", ("conv1d", "x_proj", "dt_proj", "out_proj")),
+    ("transformers", r"(Bamba|FalconH1|Mamba2|NemotronHMamba2|Zamba2Mamba)Mixer", ("conv1d", "out_proj")),
+    ("transformers", r"GraniteMoeHybridMambaLayer", ("conv1d", "out_proj")),
+    ("transformers", r"JambaMambaMixer", ("conv1d", "dt_proj")),
+    ("transformers", r"ZambaMambaMixer|\w+(GatedDeltaNet|DeltaAttention|ShortConvolution)", ("conv1d",)),
+    ("transformers", r"Glm5NextTextLinearAttention", ("conv1d",)),
+    ("transformers", r"Lfm\d\w*ShortConv", ("conv",)),
+    ("transformers", r"WavLMAttention", ("q_proj", "k_proj", "v_proj", "out_proj")),
+    ("transformers", r"\w+MHAttentionMap", ("k_proj", "k_linear")),
+    ("transformers", r"Deberta(V2)?Encoder|SEWDTransformerEncoder", ("rel_embeddings",)),
+    ("transformers", r"LayoutLMv2Encoder", ("rel_pos_bias", "rel_pos_x_bias", "rel_pos_y_bias")),
+    ("transformers", r"MobileBertLMPredictionHead", ("dense", "decoder")),
+    ("transformers", r"LongcatFlashTopkRouter", ("classifier",)),
+    ("transformers", r"NeoMMEForMaskedLM", ("unembedding_projection",)),
+    ("transformers", r"DiffusionGemmaDecoderModel", ("embed_tokens",)),
+    ("transformers", r"TDNNLayer", ("kernel",)),
+    ("transformers", r"(\w*Detr|\w*GroundingDino|TableTransformer)Model", ("query_position_embeddings",)),
+    ("transformers", r"\w*GroundingDinoModel|Sam3\w*DetrDecoder", ("reference_points", "query_embed")),
+    ("transformers", r"(Mask2|Mask|One)FormerTransformerModule", ("queries_embedder", "queries_features")),
+    ("transformers", r"(EdgeTam|Sam)\w*PromptEncoder", ("not_a_point_embed", "no_mask_embed")),
+    ("transformers", r"(EdgeTam|Sam)\w*MaskDecoder", ("mask_tokens", "iou_token", "obj_score_token", "hq_token")),
+    ("transformers", r"\w+VQVAEVectorQuantizer", ("embedding",)),
+    ("timm", r"beit\.Attention|EvaAttention|swin_transformer_v2\.WindowAttention", ("qkv",)),
+    ("timm", r"NaFlexEmbeds", ("proj",)),
+    ("timm", r"MLDecoder", ("query_embed",)),
+    ("torchvision", r"ShiftedWindowAttention(V2|3d)?", ("qkv", "proj")),
+)
+
+
+@cache
+def _children_read(parent: type[nn.Module]) -> frozenset[str]:
+    """Names of the children whose weight the class reads."""
+    found: set[str] = set()
+    for cls in parent.__mro__:
+        for package, pattern, children in BYPASSES:
+            if re.fullmatch(rf"{package}\.(?:.+\.)?(?:{pattern})", f"{cls.__module__}.{cls.__qualname__}"):
+                found.update(children)
+    return frozenset(found)
 
 
 def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
-    """Modules whose parent reads their weight and never calls them: an adapter there would be ignored."""
+    """Modules whose parent reads their weight, each with the reason not to adapt it."""
     bypassed: dict[nn.Module, str] = {}
     for module in names:
         if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
             bypassed |= {module: reason, module.out_proj: reason}
-        for child in weights_passed_on(type(module)):
+        for child in _children_read(type(module)):
             read = module._modules.get(child)
             if read is not None and kind_of(read) is not None:
                 reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
@@ -37,94 +76,7 @@ def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
 
 
 def computed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
-    """Modules under a parametrisation such as weight norm: an update folded into their weight would be lost."""
-    reason = "its weight is computed from other parameters (a parametrisation), so no update can be folded into it"
+    """Modules under a parametrization such as weight norm: an update folded into their weight would be lost."""
+    reason = "its weight is computed from other parameters (a parametrization), so no update can be folded into it"
     weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}
     return {m: reason for m, weight in weights.items() if weight not in m._parameters}
-
-
-def weights_passed_on(parent: type[nn.Module]) -> frozenset[str]:
-    """Names of children `c` for whose adapter the class's forward would not care.
-
-    It uses `self.c.weight` as an argument or operand, or it reads `self.c.weight` in another way and never calls
-    `self.c`. To look at its type, its shape or whether it is finite is neither.
-    """
-    if parent not in _KNOWN:
-        functions = _run_by_forward(parent)
-        readers = [
-            (function, tree) for function in functions if "weight" in _names(function) and (tree := parsed(function))
-        ]
-        trees = [(tree, looks(tree, function, parent)) for function, tree in readers]
-        used = {child for tree, asked in trees for child in _used(tree, asked)}
-        read = {child for tree, asked in trees for child in _read(tree, asked)} - used
-        if read:
-            read -= {child for function in functions if (tree := parsed(function)) for child in _called(tree)}
-        _KNOWN[parent] = frozenset(used | read)
-    return _KNOWN[parent]
-
-
-def _run_by_forward(parent: type[nn.Module]) -> list[Function]:
-    """The forward methods that an instance runs, and the class's methods that these name, with those of `super()`."""
-    methods = _methods(parent)
-    reached = [name for name in methods if "forward" in name]
-    for name in reached:  # grows while it is read
-        named = {other for function in methods[name] for other in _names(function)}
-        reached += [other for other in methods if other in named and other not in reached]
-    return [function for name in reached for function in methods[name]]
-
-
-def _methods(parent: type[nn.Module]) -> dict[str, list[Function]]:
-    """Each method's code by name: the one that an instance has, and those that it reaches by `super()`."""
-    found: dict[str, list[Function]] = {}
-    overridden: set[str] = set()
-    for cls in parent.__mro__:
-        for name, attribute in vars(cls).items():
-            if name in overridden or not inspect.isfunction(attribute):
-                continue
-            function = inspect.unwrap(attribute)
-            if "__class__" not in function.__code__.co_freevars:  # the trace that `super()` leaves
-                overridden.add(name)
-            if not cls.__module__.startswith("torch."):
-                found.setdefault(name, []).append(function)
-    return found
-
-
-def _names(function: Function) -> set[str]:
-    """The attributes and globals that the code names; most name no weight, and reading source takes long."""
-    codes, names = [function.__code__], set[str]()
-    for code in codes:  # grows by the code of inner functions
-        names.update(code.co_names)
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return names
-
-
-def _child(node: ast.AST) -> str | None:
-    """`c` where the node says `self.c`."""
-    is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
-    return node.attr if is_own else None  # type: ignore[attr-defined]
-
-
-def _child_of_weight(node: ast.AST) -> str | None:
-    """`c` where the node reads `self.c.weight`."""
-    is_weight = isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)
-    return _child(node.value) if is_weight else None  # type: ignore[attr-defined]
-
-
-def _used(tree: ast.AST, asked: set[ast.AST]) -> Iterator[str]:
-    """What a call takes or an operator works on."""
-    for node in ast.walk(tree):
-        values: list[ast.expr] = []
-        if isinstance(node, ast.Call):
-            values = arguments(node)
-        elif isinstance(node, ast.BinOp):
-            values = [node.left, node.right]
-        yield from (child for value in values if value not in asked and (child := _child_of_weight(value)))
-
-
-def _read(tree: ast.AST, asked: set[ast.AST]) -> Iterator[str]:
-    """What is read in any way but a look at it."""
-    yield from (child for node in ast.walk(tree) if node not in asked and (child := _child_of_weight(node)))
-
-
-def _called(tree: ast.AST) -> Iterator[str]:
-    yield from (child for node in ast.walk(tree) if isinstance(node, ast.Call) and (child := _child(node.func)))

@@ -22,6 +22,26 @@ def matches(pattern: str | list[str], name: str) -> str | None:
     return next((entry for entry in pattern if name == entry or name.endswith(f".{entry}")), None)
 
 
+def matches_any(pattern: str | list[str], names: list[str]) -> list[str]:
+    """The entries that select something by any of its names."""
+    entries = [pattern] if isinstance(pattern, str) else [[entry] for entry in pattern]
+    hits = (next((hit for name in names if name and (hit := matches(entry, name))), None) for entry in entries)
+    return [hit for hit in hits if hit is not None]
+
+
+def regex_refusal(pattern: str) -> str | None:
+    """Why `pattern` cannot be used as a regular expression, None where it can.
+
+    It must also compile inside the group that PEFT puts around it, which `a)|(b` and flags for the whole do not.
+    """
+    try:
+        re.compile(pattern)
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError) as error:
+        return f"is not a regular expression ({str(error)[:80]})"
+    return None
+
+
 def flat(names: Iterable[list[str]]) -> list[str]:
     """All names but the model's own, which is empty."""
     return [name for group in names for name in group if name]
@@ -32,7 +52,12 @@ def block_number(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
-def _pattern_hits(pattern: str, names: list[str]) -> bool:
+def has_match(patterns: Iterable[str], names: list[str]) -> bool:
+    """Whether one of the patterns matches one of the names, see `_hits`."""
+    return any(_hits(pattern, names) for pattern in patterns)
+
+
+def _hits(pattern: str, names: list[str]) -> bool:
     """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
     return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
 
@@ -41,7 +66,7 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
     """The value of the longest pattern that matches: no order of keys can change it."""
     if not patterns:
         return default
-    found = [p for p in patterns if _pattern_hits(p, names)]
+    found = [p for p in patterns if _hits(p, names)]
     if not found:
         return default
     hits = sorted(found, key=lambda p: (p in names, len(p)), reverse=True)
@@ -57,7 +82,7 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
 def all_used(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
     """Raise for a pattern that matches none of the selected names."""
     for pattern in patterns:
-        if not any(_pattern_hits(pattern, group) for group in selected):
+        if not any(_hits(pattern, group) for group in selected):
             raise TargetError(no_match(field_name, pattern, flat(selected), what="adapted module"))
 
 

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
+from lora_lightning.lora.init import from_weight as starts
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
+from lora_lightning.lora.report import OUTPUT_HEAD
 from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
-from lora_lightning.lora.targets.layer_settings import Wanted, check_fit, settings_of
-from lora_lightning.lora.targets.options import refuse_options
+from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, resolve
 from lora_lightning.lora.targets.output_heads import output_head
-from lora_lightning.lora.targets.patterns import all_used, block_number, flat, matches, no_match
+from lora_lightning.lora.targets.patterns import (
+    all_used,
+    block_number,
+    by_pattern,
+    flat,
+    has_match,
+    matches,
+    matches_any,
+    no_match,
+)
 from lora_lightning.lora.targets.presets import PRESETS, preset_parts, preset_pattern
 from lora_lightning.lora.targets.token_rows import TokenTarget, token_targets
-from lora_lightning.lora.targets.ways_out import Resolved, refuse_lost_biases, refuse_ranks
+
+Names = dict[nn.Module, list[str]]
+"""Every name of each module, in the model's order: a module in two places has two and is adapted once."""
 
 
 @dataclass(frozen=True)
@@ -40,103 +57,87 @@ class Selection:
     targets: list[Target] = field(default_factory=list)
     saved: list[tuple[str, nn.Module]] = field(default_factory=list)
     tokens: list[TokenTarget] = field(default_factory=list)
+    biases: list[nn.Module] = field(default_factory=list)
+    """Modules whose parameter `bias` trains, in the model's order; those in `saved` train theirs anyway."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Modules that `all-linear` would have taken but for the reason given."""
 
+    @property
+    def inside_saved(self) -> dict[nn.Module, str]:
+        """Every module within `modules_to_save`, with the name of the saved one."""
+        return {module: name for name, saved in self.saved for module in saved.modules()}
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One thing to adapt, by every name that it has."""
+
+    names: list[str]
+    module: nn.Module
+    why: str
+    parameter: str = ""
+
+    @property
+    def kind(self) -> type[AdaptedLayer]:
+        kind = LoRAParameter if self.parameter else kind_of(self.module)
+        assert kind is not None
+        return kind
+
 
 def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> Selection:
-    """Resolve `config` on `model`; with `any_rank`, as for an adapter that is there already, r has no upper limit, and
-    `lora_bias` needs no bias to be merged into.
+    """Resolve `config` on `model`.
+
+    Args:
+        any_rank: for an adapter that is there already: r has no upper limit, `lora_bias` needs no bias to be merged
+            into, and `bias` may find none.
 
     Raises:
         TargetError: an entry that matches nothing (near misses named), a module of a kind that has no adapted
             form, a rank that a layer does not allow.
     """
     model = get_module(model, "")
-    # A module in two places has two names; it is adapted once, under the first, and may be asked for by either.
-    names = _names_by_module(model)
-    selection = Selection(saved=_saved(names, config))
-    found = _found(model, names, config, selection)
-    found = _without_excluded(found, names, config)
-    wanted = [Wanted(names[module], module, why) for module, why in found.items()]
+    names: Names = {}
+    for name, module in named_modules(model, remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    bypassed = bypassed_modules(names)
+    selection = Selection(saved=_saved(names, config, bypassed))
+    found = _without_excluded(
+        _found(model, names, config, selection, computed_modules(names) | bypassed), names, config
+    )
+    wanted = [_Wanted(names[module], module, why) for module, why in found.items()]
     wanted = _in_layers(wanted + _parameters(names, config, selection), config)
-    selection.tokens = token_targets(model, names, config.trainable_token_indices)
-    _refuse_rows(selection, bypassed_modules(names) if selection.tokens else {})
-    if not wanted and not selection.tokens:
-        raise TargetError(_nothing_left(model, config, selection))
-    everything = [w.names for w in wanted]
-    all_used("rank_pattern", config.rank_pattern, everything)
-    all_used("alpha_pattern", config.alpha_pattern, everything)
-    all_used("dropout_pattern", config.dropout_pattern, everything)
-    all_used("slices", config.slices, everything)
-    modules = {group[0]: module for module, group in names.items()}
-    parts = preset_parts(model, config.target_modules) if found else []
-    resolved: Resolved = []
-    for w in wanted:
-        kind = LoRAParameter if w.parameter else kind_of(w.module)
-        assert kind is not None
-        settings = settings_of(w, kind, config, modules, parts)
-        refuse_options(w.names[0], w.module, kind, settings)
-        check_fit(w, kind, settings)
-        resolved.append((w, kind, settings))
-        selection.targets.append(Target(w.names[0], w.module, kind, settings, w.why))
+    settings = _settings(wanted, names, config, preset_parts(model, config.target_modules) if found else [])
     if not any_rank:
-        refuse_ranks(resolved)
-        refuse_lost_biases(resolved)
+        wanted = _wide_enough(wanted, settings, config, selection)
+    selection.tokens = token_targets(model, names, config.trainable_token_indices)
+    _refuse_rows(selection, bypassed)
+    if not wanted and not selection.tokens:
+        raise TargetError(_nothing_left(names, config, selection))
+    for field_name in ("rank_pattern", "alpha_pattern", "dropout_pattern", "slices"):
+        all_used(field_name, getattr(config, field_name), [w.names for w in wanted])
+    for w in wanted:
+        name, own = w.names[0], settings[w.names[0]]
+        if reason := _options_refusal(w, own):
+            raise TargetError(reason)
+        if any(p is not None and is_lazy(p) for p in w.module._parameters.values()):
+            raise TargetError(f"cannot adapt '{name}': it is lazy and has no shape yet: run the model on a batch first")
+        if reason := w.kind.refusal(w.module, own):
+            raise TargetError(f"cannot adapt '{name}': {reason}")
+        selection.targets.append(Target(name, w.module, w.kind, own, w.why))
+    if not any_rank:
+        _refuse_ranks(selection.targets)
+        _refuse_lost_biases(selection.targets)
+    selection.biases = _biases(model, config, selection, required=not any_rank)
     return selection
 
 
-def _parameters(names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection) -> list[Wanted]:
-    """The parameters that `target_parameters` selects, in the model's order."""
-    if not config.target_parameters:
-        return []
-    inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
-    entries, used = config.target_parameters, set[str]()
-    wanted: list[Wanted] = []
-    known: list[str] = []
-    for module, group in names.items():
-        for own in module._parameters if module not in inside_saved else ():
-            full = [f"{name}.{own}" if name else own for name in group]
-            known += full
-            hits = [entry for entry in entries if any(matches([entry], name) for name in full)]
-            used.update(hits)
-            if hits and module._parameters[own] is not None and not _excluded(full, config):
-                wanted.append(Wanted(full, module, hits[0], own))
-    for entry in entries:
-        if entry not in used:
-            raise TargetError(no_match("target_parameters", entry, known, what="parameter"))
-    return wanted
+# What each field of the config names.
 
 
-def _refuse_rows(selection: Selection, bypassed: dict[nn.Module, str]) -> None:
-    """Rows that the model would read past, or whose embedding or tied head `modules_to_save` trains in full."""
-    inside_saved = {m: name for name, saved in selection.saved for m in saved.modules()}
-    for token in selection.tokens:
-        if token.module in bypassed:
-            raise TargetError(f"trainable_token_indices: cannot train rows of '{token.name}': {bypassed[token.module]}")
-        for module in (token.module, *token.tied):
-            if module in inside_saved:
-                raise TargetError(
-                    f"trainable_token_indices: the weight of '{token.name}' is in '{inside_saved[module]}' of"
-                    f" modules_to_save, which trains it in full: name it once"
-                )
-
-
-def _excluded(names: list[str], config: LoRAConfig) -> bool:
-    return bool(config.exclude_modules) and any(matches(config.exclude_modules or [], name) for name in names)
-
-
-def _names_by_module(model: nn.Module) -> dict[nn.Module, list[str]]:
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in named_modules(model, remove_duplicate=False):
-        names.setdefault(module, []).append(name)
-    return names
-
-
-def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[str, nn.Module]]:
-    entries = config.modules_to_save or []
-    chosen: list[tuple[str, nn.Module]] = []
-    for entry in entries:
+def _saved(names: Names, config: LoRAConfig, bypassed: dict[nn.Module, str]) -> list[tuple[str, nn.Module]]:
+    """The outermost modules of `modules_to_save`: one inside another is in its copy already."""
+    chosen: dict[str, nn.Module] = {}
+    for entry in config.modules_to_save or []:
         exact = [m for m, group in names.items() if entry in group]
         hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
         if not hits:
@@ -144,11 +145,8 @@ def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[
         if len(hits) > 1:
             several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
             raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
-        if (names[hits[0]][0], hits[0]) not in chosen:
-            chosen.append((names[hits[0]][0], hits[0]))
-    # A module inside a saved one is in its copy already.
-    outermost = [(name, m) for name, m in chosen if not any(name.startswith(f"{outer}.") for outer, _ in chosen)]
-    bypassed = bypassed_modules(names) if outermost else {}
+        chosen[names[hits[0]][0]] = hits[0]
+    outermost = [(name, m) for name, m in chosen.items() if not any(name.startswith(f"{outer}.") for outer in chosen)]
     for name, module in outermost:
         if module in bypassed:
             raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
@@ -162,50 +160,45 @@ def _saved(names: dict[nn.Module, list[str]], config: LoRAConfig) -> list[tuple[
 
 
 def _found(
-    model: nn.Module, names: dict[nn.Module, list[str]], config: LoRAConfig, selection: Selection
+    model: nn.Module, names: Names, config: LoRAConfig, selection: Selection, unfit: dict[nn.Module, str]
 ) -> dict[nn.Module, str]:
-    """Each selected module with the entry that selected it, in the model's order."""
-    inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
+    """Each module that `target_modules` selects with the entry that selected it, in the model's order."""
+    inside_saved = selection.inside_saved
     candidates = {m: group for m, group in names.items() if m not in inside_saved}
-    bypassed = computed_modules(names) | bypassed_modules(names)
-    pattern = config.target_modules
-    if pattern == ALL_LINEAR:
-        return _all_linear(model, candidates, bypassed, selection)
-    preset = preset_pattern(model, pattern)
-    if preset is not None:
-        pattern = preset
+    if config.target_modules == ALL_LINEAR:
+        return _all_linear(model, candidates, unfit, selection)
+    preset = preset_pattern(model, config.target_modules)
+    pattern = config.target_modules if preset is None else preset
     found: dict[nn.Module, str] = {}
     used: set[str] = set()
     for module, group in candidates.items():
-        why = next((hit for name in group if name and (hit := matches(pattern, name))), None)
-        if why is None:
+        hits = matches_any(pattern, group)
+        if not hits:
             continue
-        used.add(why)
-        if module in bypassed:
-            raise TargetError(f"cannot adapt '{group[0]}': {bypassed[module]}")
+        used.update(hits)
+        if module in unfit:
+            raise TargetError(f"cannot adapt '{group[0]}': {unfit[module]}")
         if kind_of(module) is None:
-            raise TargetError(_unknown_kind(group[0], module, why, candidates))
-        found[module] = why if preset is None else str(config.target_modules)
-    everything = flat(names.values())
-    saved_names = {n for m in inside_saved for n in names.get(m, [])}
+            raise TargetError(_unknown_kind(group[0], module, hits[0], candidates))
+        found[module] = hits[0] if preset is None else str(config.target_modules)
     for entry in [pattern] if isinstance(pattern, str) else pattern:
-        if entry in used or (
-            isinstance(pattern, list) and any(matches([entry], n) for n in flat([names[m] for m in found]))
-        ):
-            continue
-        if any(matches([entry] if isinstance(pattern, list) else entry, n) for n in saved_names):
-            raise TargetError(f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once")
-        word = ALL_LINEAR if entry == "all" else entry.replace("_", "-")
-        if "," not in entry and (close := get_close_matches(word, (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8)):
-            listed = " (as a string, not in a list)" if isinstance(pattern, list) else ""
-            raise TargetError(f"target_modules: no module matches '{entry}'; did you mean '{close[0]}'?{listed}")
-        raise TargetError(no_match("target_modules", entry, everything, is_regex=isinstance(pattern, str)))
+        if entry not in used:
+            raise TargetError(_unused_target(entry, pattern, names, inside_saved))
     return found
 
 
-def _all_linear(
-    model: nn.Module, candidates: dict[nn.Module, list[str]], bypassed: dict[nn.Module, str], selection: Selection
-) -> dict[nn.Module, str]:
+def _unused_target(entry: str, pattern: str | list[str], names: Names, inside_saved: dict[nn.Module, str]) -> str:
+    listed = isinstance(pattern, list)
+    if any(matches([entry] if listed else entry, n) for m in inside_saved for n in names.get(m, [])):
+        return f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once"
+    word = ALL_LINEAR if entry == "all" else entry.replace("_", "-")
+    if "," not in entry and (close := get_close_matches(word, (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8)):
+        note = " (as a string, not in a list)" if listed else ""
+        return f"target_modules: no module matches '{entry}'; did you mean '{close[0]}'?{note}"
+    return no_match("target_modules", entry, flat(names.values()), is_regex=not listed)
+
+
+def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection) -> Names:
     heads = output_head(model)
     found: dict[nn.Module, str] = {}
     for module, group in candidates.items():
@@ -213,17 +206,15 @@ def _all_linear(
         if kind is None or not kind.linear_like:
             continue
         if any(name == head or name.startswith(f"{head}.") for name in group for head in heads):
-            selection.skipped[group[0]] = "the output head"
-        elif module in bypassed:
-            selection.skipped[group[0]] = bypassed[module]
+            selection.skipped[group[0]] = OUTPUT_HEAD
+        elif module in unfit:
+            selection.skipped[group[0]] = unfit[module]
         else:
             found[module] = ALL_LINEAR
     return found
 
 
-def _without_excluded(
-    found: dict[nn.Module, str], names: dict[nn.Module, list[str]], config: LoRAConfig
-) -> dict[nn.Module, str]:
+def _without_excluded(found: dict[nn.Module, str], names: Names, config: LoRAConfig) -> dict[nn.Module, str]:
     pattern = config.exclude_modules
     if not pattern:
         return found
@@ -234,31 +225,200 @@ def _without_excluded(
     return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
 
 
-def _in_layers(wanted: list[Wanted], config: LoRAConfig) -> list[Wanted]:
+def _parameters(names: Names, config: LoRAConfig, selection: Selection) -> list[_Wanted]:
+    """The parameters that `target_parameters` selects, in the model's order."""
+    entries, inside_saved = config.target_parameters or [], selection.inside_saved
+    used, known, wanted = set[str](), list[str](), list[_Wanted]()
+    for module, group in names.items() if entries else ():
+        for own in module._parameters if module not in inside_saved else ():
+            full = [f"{name}.{own}" if name else own for name in group]
+            known += full
+            hits = matches_any(entries, full)
+            used.update(hits)
+            excluded = any(matches(config.exclude_modules or [], name) for name in full)
+            if hits and module._parameters[own] is not None and not excluded:
+                wanted.append(_Wanted(full, module, hits[0], own))
+    for entry in entries:
+        if entry not in used:
+            raise TargetError(no_match("target_parameters", entry, known, what="parameter"))
+    return wanted
+
+
+def _in_layers(wanted: list[_Wanted], config: LoRAConfig) -> list[_Wanted]:
     layers = config.layers_to_transform
     if layers is None:
         return wanted
     assert isinstance(layers, list)
-    index = [block_number(w.names[0]) for w in wanted]
-    missing = sorted(set(layers) - {n for n in index if n is not None})
+    numbers = [block_number(w.names[0]) for w in wanted]
+    there = sorted({n for n in numbers if n is not None})
+    missing = sorted(set(layers) - set(there))
     if missing:
-        there = sorted({n for n in index if n is not None})
         blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
-    return [w for w, n in zip(wanted, index, strict=True) if n in layers]
+    return [w for w, n in zip(wanted, numbers, strict=True) if n in layers]
 
 
-def _unknown_kind(name: str, module: nn.Module, why: str, candidates: dict[nn.Module, list[str]]) -> str:
+def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, required: bool) -> list[nn.Module]:
+    if config.bias == "none":
+        return []
+    candidates = list(dict.fromkeys(target.module for target in selection.targets))
+    if config.bias == "all":
+        candidates = [module for module in model.modules() if module not in selection.inside_saved]
+    biased = [m for m in candidates if (b := m._parameters.get("bias")) is not None and b.is_floating_point()]
+    if not biased and required:
+        whose = "no module" if config.bias == "all" else "none of the selected modules"
+        raise TargetError(f"bias '{config.bias}': {whose} has a bias to train: use bias 'none'")
+    return biased
+
+
+# Each layer's share of the config.
+
+
+def _settings(wanted: list[_Wanted], names: Names, config: LoRAConfig, parts: list[str]) -> dict[str, LayerSettings]:
+    """Each layer's settings by its first name; `parts` are taken of a fused layer where `slices` says nothing.
+
+    Raises:
+        TargetError: two patterns of one length disagree, or the parts are not there.
+    """
+    modules = {group[0]: module for module, group in names.items()}
+    found: dict[str, LayerSettings] = {}
+    for w in wanted:
+        r = by_pattern("rank_pattern", config.rank_pattern, w.names, config.r)
+        alpha = by_pattern("alpha_pattern", config.alpha_pattern, w.names, config.scaling_alpha)
+        spec: SliceSpec = by_pattern("slices", config.slices, w.names, [] if w.parameter else parts)
+        found[w.names[0]] = LayerSettings(
+            r=r,
+            alpha=alpha,
+            scale=config.scale(r, alpha),
+            dropout=by_pattern("dropout_pattern", config.dropout_pattern, w.names, config.dropout),
+            init=config.init,
+            use_dora=config.use_dora,
+            lora_bias=config.lora_bias,
+            slices=_slices(w, spec, modules) if spec else None,
+            parameter=w.parameter,
+        )
+    return found
+
+
+def _slices(wanted: _Wanted, spec: SliceSpec, modules: dict[str, nn.Module]) -> Slices:
+    name, rows = wanted.names[0], wanted.kind.output_rows(wanted.module)
+    if rows is None:
+        raise TargetError(f"slices: '{name}', a {wanted.kind.kind}, has no parts to choose from")
+    return resolve(name, wanted.module, modules.get(name.rpartition(".")[0]), rows, spec)
+
+
+def _wide_enough(
+    wanted: list[_Wanted], settings: dict[str, LayerSettings], config: LoRAConfig, selection: Selection
+) -> list[_Wanted]:
+    """Leave out what `all-linear` found and r is too large for, unless `rank_pattern` names it: that is refused."""
+    kept = []
+    for w in wanted:
+        own = settings[w.names[0]]
+        named = w.why != ALL_LINEAR or has_match(config.rank_pattern, w.names)
+        if named or own.r <= (largest := w.kind.largest_rank(w.module, own)):
+            kept.append(w)
+        else:
+            selection.skipped[w.names[0]] = f"r={own.r} is larger than the smaller side of its weight, {largest}"
+    return kept
+
+
+# What is refused: a layer that cannot take an option, each with what to do.
+
+
+def _options_refusal(wanted: _Wanted, settings: LayerSettings) -> str | None:
+    """Why the layer cannot take DoRA, `lora_bias` or the start asked for; None where it can."""
+    name, module, kind, init = wanted.names[0], wanted.module, wanted.kind, settings.init
+    needs_w0 = starts.from_weight(init) or init in starts.DATA_STARTS
+    what = f"a {type(module).__name__}" if not settings.parameter else "a bare parameter"
+    if settings.slices and (settings.use_dora or settings.lora_bias or needs_w0):
+        option = "use_dora" if settings.use_dora else "lora_bias" if settings.lora_bias else f"init '{init}'"
+        return f"{option} has no form for chosen slices yet, and '{name}' has some: leave one of them out"
+    if settings.use_dora and kind.dora_dim is None:
+        return f"use_dora: '{name}', {what}, has no DoRA form: exclude it or switch it off"
+    if settings.lora_bias and not kind.has_lora_bias:
+        return f"lora_bias: '{name}', {what}, takes no bias on B: exclude it"
+    if not needs_w0:
+        return None
+    if not kind.has_starts:
+        return f"init '{init}' is made for linear layers; '{name}' is {what}: exclude it, or use init 'gaussian'"
+    if init == "loftq" and scheme(module) is None:
+        return (
+            f"init 'loftq' takes back what quantisation lost, and '{name}', {what},"
+            f" is not quantised: load the base in 4 or 8 bits, or use init 'pissa'"
+        )
+    shape_a, shape_b = kind.factor_shapes(module, settings)
+    reason = starts.why_not(init, settings.r, (shape_b[0], shape_a[1]))
+    return f"{reason} (module '{name}')" if reason else None
+
+
+def _refuse_ranks(targets: list[Target]) -> None:
+    """Raise a TargetError where r is above the smaller side of a weight: all of them in one, with lines to copy."""
+    largest = {t.name: t.kind.largest_rank(t.module, t.settings) for t in targets}
+    narrow = [t for t in targets if t.settings.r > largest[t.name]]
+    if not narrow:
+        return
+    ends = _ends([t.name for t in narrow], largest)
+    # Keys of rank_pattern are regular expressions.
+    ranks = {".".join(map(re.escape, e.split("."))): min(largest[n] for n in names) for e, names in ends.items()}
+    name = narrow[0].name
+    raise TargetError(
+        f"r={narrow[0].settings.r} is larger than the layer '{name}' allows ({largest[name]}, the smaller side of its"
+        f" weight){_and_more(len(narrow))}: lower r, or add rank_pattern={json.dumps(ranks)}, or add"
+        f" exclude_modules={json.dumps(list(ends))}"
+    )
+
+
+def _refuse_lost_biases(targets: list[Target]) -> None:
+    """Raise a TargetError where B's bias would have no bias to be merged into."""
+    biasless = [t.name for t in targets if t.settings.lora_bias and t.module._parameters.get("bias") is None]
+    if biasless:
+        ends = _ends(biasless, [t.name for t in targets])
+        raise TargetError(
+            f"lora_bias: '{biasless[0]}' has no bias for a merge to add B's to{_and_more(len(biasless))}: add"
+            f" exclude_modules={json.dumps(list(ends))}, or set lora_bias=False"
+        )
+
+
+def _and_more(count: int) -> str:
+    return f", nor do {count - 1} more" if count > 1 else ""
+
+
+def _ends(names: list[str], selected: Iterable[str]) -> dict[str, list[str]]:
+    """The shortest ends of names that select `names` and nothing else of what is selected, with what each selects."""
+    others = set(selected) - set(names)
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        tails = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+        fitting = [tail for tail in tails if not any(matches([tail], other) for other in others)]
+        ends.setdefault(fitting[0] if fitting else name, []).append(name)
+    return ends
+
+
+def _refuse_rows(selection: Selection, bypassed: dict[nn.Module, str]) -> None:
+    """Rows that the model would read past, or whose embedding or tied head `modules_to_save` trains in full."""
+    inside_saved = selection.inside_saved
+    for token in selection.tokens:
+        if token.module in bypassed:
+            raise TargetError(f"trainable_token_indices: cannot train rows of '{token.name}': {bypassed[token.module]}")
+        if module := next((m for m in (token.module, *token.tied) if m in inside_saved), None):
+            raise TargetError(
+                f"trainable_token_indices: the weight of '{token.name}' is in '{inside_saved[module]}' of"
+                f" modules_to_save, which trains it in full: name it once"
+            )
+
+
+def _unknown_kind(name: str, module: nn.Module, why: str, candidates: Names) -> str:
     inner = [g[0].removeprefix(f"{name}.") for m, g in candidates.items() if g[0].startswith(f"{name}.") and kind_of(m)]
     inside = f"; adaptable inside it: {', '.join(inner[:4])}" if inner else ""
     return f"target_modules: '{why}' selects '{name}', a {type(module).__name__}, which has no LoRA form{inside}"
 
 
-def _nothing_left(model: nn.Module, config: LoRAConfig, selection: Selection) -> str:
+def _nothing_left(names: Names, config: LoRAConfig, selection: Selection) -> str:
     if config.exclude_modules:
         return f"target_modules {config.target_modules!r} less exclude_modules {config.exclude_modules!r} is empty"
-    kinds = sorted({type(m).__name__ for m in model.modules() if not list(m.children())})
+    kinds = sorted({type(module).__name__ for module in names if not list(module.children())})
     skipped = "".join(f"; left out: '{name}' ({reason})" for name, reason in list(selection.skipped.items())[:3])
-    named = [name for name, module in named_modules(model) if kind_of(module) and name not in selection.skipped]
+    named = [group[0] for module, group in names.items() if kind_of(module) and group[0] not in selection.skipped]
     by_name = f"; adaptable by name: {', '.join(named[:4])}" if named else ""
     return f"target_modules {config.target_modules!r} selects nothing among {', '.join(kinds)}{skipped}{by_name}"

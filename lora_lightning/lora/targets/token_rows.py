@@ -23,12 +23,12 @@ class TokenTarget:
 
 
 def token_targets(
-    model: nn.Module, names: dict[nn.Module, list[str]], wanted: list[int] | dict[str, list[int]] | None
+    model: nn.Module, names: dict[nn.Module, list[str]], wanted: list[int | str] | dict[str, list[int | str]] | None
 ) -> list[TokenTarget]:
     """Resolve `trainable_token_indices`.
 
     Raises:
-        TargetError: no such embedding, no such row, or a weight that is shared with something unknown.
+        TargetError: no such embedding, row or token, or a weight that is shared with something unknown.
     """
     if not wanted:
         return []
@@ -37,13 +37,24 @@ def token_targets(
     else:
         found = [(_input(model, names), wanted)]
     targets = []
-    for module, numbers in found:
-        name = names[module][0]
+    for module, tokens in found:
+        name, numbers = names[module][0], [_number(model, token) for token in tokens]
         if reason := token_refusal(module, numbers):
             raise TargetError(f"trainable_token_indices: '{name}' {reason}")
         assert isinstance(module, nn.Embedding)
         targets.append(TokenTarget(name, module, sorted(numbers), _tied(name, module, names)))
     return targets
+
+
+def _number(model: nn.Module, token: int | str) -> int:
+    """Of a token that the backbone was given by `add_tokens`, its row."""
+    if isinstance(token, int):
+        return token
+    added: dict[str, int] = getattr(model, "added_tokens", {})
+    if token not in added:
+        there = did_you_mean(token, added) or ": add_tokens of lora_lightning.huggingface makes rows that have names"
+        raise TargetError(f"trainable_token_indices: the backbone was given no token '{token}'{there}")
+    return added[token]
 
 
 def _named(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.traced import is_traced
+from lora_lightning.lora.layers.tracing import is_traced
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.head_in_chunks import module_cross_entropy
 from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
@@ -76,11 +76,6 @@ def aligned_loss(
     backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor, *, label_smoothing: float = 0.0
 ) -> LinearCrossEntropy:
     """The same without the shift, as for sequence to sequence: the output at position t is held to the label at t."""
-    if torch.is_grad_enabled() and not bool((labels != IGNORED).any()):
-        raise LoRAError(
-            f"nothing is trained on in this batch: all {labels.numel()} labels are {IGNORED} (or stand first, where"
-            " nothing predicts them); drop such examples, or let more of each be kept"
-        )
     return _losses(backbone, inputs, [(slice(None), labels)], label_smoothing)[0]
 
 
@@ -127,7 +122,7 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
     if not _is_one_product(head, hidden):
         return module_cross_entropy(head, hidden[rows], labels[rows], vocabulary, terms)
     assert isinstance(head, nn.Linear)
-    weight, bias = head.weight, head.bias  # (FSDP1 shows no parameters while they are gathered)
+    weight, bias = head.weight, head.bias
     return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
 
 
@@ -172,14 +167,9 @@ def why_all_logits(backbone: nn.Module) -> str | None:
         return "it names no head (get_output_embeddings)"
     if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
         return "its head has hooks, which are to see every logit"
-    if any(_is_in_parts(p) for p in head.parameters()):
+    if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its head's weights are sharded"
     return None
-
-
-def _is_in_parts(parameter: Tensor) -> bool:
-    """Not where every process of a group has all of it, as of a head that trains under tensor parallelism."""
-    return isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
 
 
 def _head(backbone: PreTrainedModel) -> Any:

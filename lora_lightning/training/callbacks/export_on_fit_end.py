@@ -18,7 +18,7 @@ from lora_lightning.export.options import FORMATS, checked_options, checked_targ
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.peft.packing import packed_layers
+from lora_lightning.lora.formats.peft.layout import layer_layouts
 from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.frozen.tensors import adapter_tensors
@@ -27,7 +27,7 @@ from lora_lightning.reports.page import write_page
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.wrapping import is_sharded
+from lora_lightning.training.strategies.base import is_sharded
 
 
 class ExportAtEnd(Callback):
@@ -75,7 +75,7 @@ class ExportAtEnd(Callback):
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said when it is written
-                vllm_targets(pl_module.backbone, for_vllm(pl_module.backbone, packed_layers(pl_module.backbone)))
+                vllm_targets(pl_module.backbone, for_vllm(pl_module.backbone, layer_layouts(pl_module.backbone)))
 
     def _target(self, folder: Path) -> Path:
         return Path(self.output_dir) if self.output_dir else folder / run.EXPORT

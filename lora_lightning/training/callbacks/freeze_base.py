@@ -18,13 +18,11 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.reports.about import first_lines
-from lora_lightning.reports.console import show_injection, show_run
+from lora_lightning.reports.console import show_data, show_injection, show_run
 from lora_lightning.reports.parts import parts_of
 from lora_lightning.training.distributed import agreed, gathered
-from lora_lightning.training.gradients import SharedStep, stepped_together
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.fingerprint import fingerprint, moved, of_own_parts
-from lora_lightning.training.strategies.wrapping import is_sharded, local
+from lora_lightning.training.strategies.base import fingerprint, is_sharded, local, moved_in_any, of_own_shards
 
 
 class W0MovedError(LoRAError):
@@ -60,11 +58,12 @@ class FreezeBase(Callback):
         """Take the fingerprint, say what trains."""
         module = _lora_module(pl_module)
         self.before = module.w0_fingerprint()
-        self._own = of_own_parts(module.backbone) if is_sharded(module.backbone) else None
+        self._own = of_own_shards(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
             show_run(first_lines(trainer, module.backbone, report), Console())
+            show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
             show_injection(report, Console())
             for line in parts_of(module, trainer).lines():
                 Console().print(line, soft_wrap=True, highlight=False)
@@ -75,7 +74,7 @@ class FreezeBase(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Law 10: the optimizers hold exactly what trains."""
-        check_optimizers(trainer.optimizers, pl_module, stepped_together(trainer.strategy))
+        check_optimizers(trainer.optimizers, pl_module)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Law 4: after the first backward every adapter has a finite gradient."""
@@ -83,7 +82,7 @@ class FreezeBase(Callback):
             self._first_backward_seen = True
             # A loss scaler starts too high on purpose, skips the steps that overflow and comes down.
             scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            check_gradients(pl_module, finite=not scaled, local_only=isinstance(trainer.strategy, SharedStep))
+            check_gradients(pl_module, finite=not scaled)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Law 2 before a file is written: where W0 has moved, the one before it stays."""
@@ -106,7 +105,7 @@ class FreezeBase(Callback):
             self.after = fingerprint(module.backbone)
             changed = self.before.differences(self.after)
         else:  # all parts as they were: so is the whole
-            changed = moved(self._own, of_own_parts(module.backbone))
+            changed = moved_in_any(self._own, of_own_shards(module.backbone))
             self.after = None if changed else self.before
         if told := agreed(_told(changed) if changed else None):
             raise W0MovedError(told)
@@ -127,19 +126,13 @@ def freeze(backbone: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def check_optimizers(
-    optimizers: Sequence[Optimizer], module: nn.Module, together: Sequence[nn.Parameter] | None = None
-) -> None:
+def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:
     """Raise unless the optimizers hold all parameters that train and no others.
-
-    Args:
-        together: what they step on, where each process's hold parts that are no parameters of the module.
 
     Raises:
         LoRAError: names what is missing or frozen.
     """
-    own = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-    held = {id(p) for p in (own if together is None else together)}
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     surplus = [name for name, p in module.named_parameters() if not p.requires_grad and id(p) in held]
     if missing:
@@ -148,21 +141,17 @@ def check_optimizers(
         raise LoRAError(f"the optimizer holds {len(surplus)} frozen parameters, first '{surplus[0]}'")
 
 
-def check_gradients(module: nn.Module, *, finite: bool = True, local_only: bool = False) -> None:
+def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
     """Raise where a trainable parameter got no gradient or one that is not finite.
 
     Args:
         finite: ask for finite ones.
-        local_only: gradients are not added up yet, and what other processes have counts too; all must call this.
 
     Raises:
         LoRAError: with the list.
     """
     trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     without = [name for name, p in trains if p.grad is None]
-    if local_only:
-        nowhere = set.intersection(*gathered(set(without)))
-        without = [name for name in without if name in nowhere]
     without = without or _without_in_parts(trains)
     if without:
         raise LoRAError(

@@ -15,8 +15,7 @@ from lora_lightning.data.io.rows import ROW
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.distributed import agreed
-from lora_lightning.training.gradients import named_gradients
-from lora_lightning.training.strategies.wrapping import is_sharded
+from lora_lightning.training.strategies.base import is_sharded, local
 
 
 class NotFiniteError(LoRAError):
@@ -48,7 +47,7 @@ class StopOnNonFinite(Callback):
         Raises:
             NotFiniteError: with the step, the batches' rows where they are known, and the first bad layer.
         """
-        named = named_gradients(pl_module)
+        named = [(name, local(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
         norms = torch._foreach_norm([grad for _, grad in named]) if named else []
@@ -83,8 +82,10 @@ class StopOnNonFinite(Callback):
             told.append(f"the first layer whose output is not finite is '{layer}'")
         elif bad:
             told.append(f"{len(bad)} gradients are not finite, the nearest to the loss is that of '{bad[-1]}'")
-        told.append("nothing was updated, and the last checkpoint is good: lower the learning rate, clip gradients, or")
-        return "; ".join(told) + " look at these rows"
+        saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
+        good = f"and '{saved}' is good" if saved else "and nothing is saved yet"
+        told.append(f"nothing was updated, {good}: lower the learning rate, clip gradients, or look at these rows")
+        return "; ".join(told)
 
 
 def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:

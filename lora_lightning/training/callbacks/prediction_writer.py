@@ -13,11 +13,12 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
-from lora_lightning.data.loading.replicas import replica
+from lora_lightning.data.base import TableData
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import gathered
-from lora_lightning.training.sets import set_name
+from lora_lightning.training.module import set_name
 
 FILE = "predictions.jsonl"
 
@@ -25,11 +26,16 @@ FILE = "predictions.jsonl"
 class PredictionWriter(BasePredictionWriter):
     """Writes `predictions.jsonl` into the run's folder: row, prediction, label name where the data has names.
 
-    Further sets to predict on have files of their own, such as `predictions_mismatched.jsonl`.
+    Beside them stand the row's own columns that `predict --columns` names, by default `id` where there is one. Further
+    sets to predict on have files of their own, such as `predictions_mismatched.jsonl`.
     """
 
     def __init__(self) -> None:
         super().__init__(write_interval="epoch")
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse a column that is not there before anything is predicted."""
+        self._columns(trainer, 0)
 
     def write_on_epoch_end(
         self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
@@ -37,18 +43,42 @@ class PredictionWriter(BasePredictionWriter):
         """Gather the processes' parts and write them as one file."""
         by_set = predictions if len(batch_indices) > 1 else [predictions]
         for index, (batches, indices) in enumerate(zip(by_set, batch_indices or [[]], strict=True)):
-            self._write(trainer, batches, indices, set_name(trainer.datamodule, "predict", index))  # type: ignore[attr-defined]
+            name = set_name(trainer.datamodule, "predict", index)  # type: ignore[attr-defined]
+            self._write(trainer, batches, indices, name, self._columns(trainer, index))
 
-    def _write(self, trainer: Trainer, batches: Sequence[Any], indices: Sequence[list[int]], name: str) -> None:
+    def _columns(self, trainer: Trainer, index: int) -> dict[str, Sequence[Any]]:
+        """The values of the columns that are written beside the predictions, of the set with this number.
+
+        Raises:
+            LoRAError: the data have no such column.
+        """
+        data, wanted = trainer.datamodule, getattr(trainer, "predict_columns", None)  # type: ignore[attr-defined]
+        if isinstance(data, TableData):
+            return data.columns_to_join(index, wanted)
+        if wanted:
+            raise LoRAError(f"--columns is for data that are tables; {type(data).__name__} has no columns")
+        return {}
+
+    def _write(
+        self,
+        trainer: Trainer,
+        batches: Sequence[Any],
+        indices: Sequence[list[int]],
+        name: str,
+        columns: Mapping[str, Sequence[Any]],
+    ) -> None:
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        mine = list(rows(batches, indices, names)) if replica(trainer).speaks else []
-        parts: list[list[dict[str, Any]]] = gathered(mine)
+        parts: list[list[dict[str, Any]]] = gathered(list(rows(batches, indices, names)))
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return
         every = sorted((row for part in parts for row in part), key=lambda row: row["row"])
+        every = [
+            {"row": row["row"], **{name: _plain(values[row["row"]]) for name, values in columns.items()}, **row}
+            for row in every
+        ]
         file = folder / (f"{Path(FILE).stem}_{name}.jsonl" if name else FILE)
-        write_bytes(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in every).encode())
+        write_bytes(file, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in every).encode())
         Console().print(f"{len(every)} predictions in {file}", soft_wrap=True)
 
 

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-from contextlib import nullcontext
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.analysis.rank_measures import (
     NAMES,
@@ -24,10 +21,9 @@ from lora_lightning.analysis.rank_measures import (
 )
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.lora.frozen.matrices import update_pairs
+from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.fsdp1_units import whole_in_parts
 from lora_lightning.training.module import LoRAModule
 
 FILE = "rank.csv"
@@ -59,10 +55,9 @@ class RankTelemetry(Callback):
         """By layer, what the last look found; in the first process."""
         self._norms: dict[str, float] = {}
         self._step = -1
-        self._off = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Say before the fit what cannot be seen in it.
+        """Refuse before the fit what cannot be looked at.
 
         Raises:
             LoRAError: a module that is no LoRAModule.
@@ -71,23 +66,13 @@ class RankTelemetry(Callback):
             return
         if not isinstance(pl_module, LoRAModule):
             raise LoRAError(f"RankTelemetry looks at a LoRAModule, got {type(pl_module).__name__}")
-        flat = isinstance(trainer.strategy, FSDPStrategy) or getattr(trainer.strategy, "zero_stage_3", False)
-        if flat:
-            rank_zero_warn(
-                f"RankTelemetry is off: {type(trainer.strategy).__name__} keeps A and B in flat pieces; under"
-                " ModelParallelStrategy (FSDP2), DDP and one device it sees them whole"
-            )
-        self._off = flat
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """W0's norms; and in a run that goes on, the file without what comes after the checkpoint."""
         self._step = trainer.global_step
-        if self._off:
-            return
         assert isinstance(pl_module, LoRAModule)
         for name, layer in adapted_layers(pl_module.backbone):
-            with whole_in_parts(pl_module.backbone, layer):
-                self._norms[name] = base_norm(whole_base(layer))
+            self._norms[name] = base_norm(whole_base(layer))
         file = self._file(trainer)
         if file is not None:
             keep_until(file, trainer.global_step)
@@ -108,17 +93,14 @@ class RankTelemetry(Callback):
 
     def _look(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """All processes bring their shards together; the first one computes and writes."""
-        if self._off:
-            return
         assert isinstance(module, LoRAModule)
         found: dict[str, RankMeasures] = {}
         for name, layer in adapted_layers(module.backbone):
-            with whole_in_parts(module.backbone, layer) if self.amplification else nullcontext():
-                matrices = whole_base(layer) if self.amplification else []
-                one = whole_layer(layer)
-                if trainer.is_global_zero:
-                    pairs, scale = update_pairs(one), layer.lora_settings.scale
-                    found[layer.lora_name(name)] = measures_of(pairs, scale, self._norms[name], matrices)
+            matrices = whole_base(layer) if self.amplification else []
+            one = whole_layer(layer)
+            if trainer.is_global_zero:
+                pairs, scale = update_pairs(one), layer.lora_settings.scale
+                found[layer.lora_name(name)] = measures_of(pairs, scale, self._norms[name], matrices)
         if not trainer.is_global_zero:
             return
         self.last = found

@@ -10,11 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
+from torch import nn
 
+from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
-from lora_lightning.lora.products import choices
 from lora_lightning.reports.about import adapted_rows, backbone_name
 from lora_lightning.reports.console import show_report
 from lora_lightning.reports.page import write_page
@@ -22,9 +23,8 @@ from lora_lightning.reports.parts import parts_of
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.fsdp1_units import full_bytes
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.wrapping import is_sharded
+from lora_lightning.training.strategies.base import is_sharded
 
 
 class RunReport(Callback):
@@ -80,12 +80,12 @@ class RunReport(Callback):
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
             "dtypes": parts_of(pl_module, trainer).to_dict(),
-            "full_checkpoint_bytes": full_bytes(pl_module.backbone),
+            "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
+        if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
+            values["data"] = summary
         if pl_module.init_adapter is not None:
             values["init_adapter"] = pl_module.init_adapter
-        if quicker := {kind: way for kind, way in choices().items() if way != "torch"}:
-            values["products_with_w0"] = quicker
         values |= metrics_of(trainer, "val")
         checkpoint = trainer.checkpoint_callback
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
@@ -104,19 +104,28 @@ class RunReport(Callback):
         return {"checkpoint": path, **self._by_step.get(step, {}), "best_step": step - 1}  # as loggers count, from 0
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Test metrics, into the report of the run that the checkpoint came from."""
-        if trainer.fast_dev_run or not trainer.is_global_zero:  # type: ignore[attr-defined]
+        """Test metrics, into the report of the run that the checkpoint came from; of other data into one beside it."""
+        folder = run.test_dir(trainer)
+        if trainer.fast_dev_run or not trainer.is_global_zero or folder is None:  # type: ignore[attr-defined]
             return
-        checkpoint = trainer.ckpt_path
-        folder = run.run_of_checkpoint(Path(str(checkpoint))) if checkpoint else run.run_dir(trainer)
-        if folder is not None:
-            values = {**metrics_of(trainer, "test"), "test_checkpoint": str(checkpoint)}
+        values = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, TableData) and (count := data.rows_of("test")) is not None:
+            values |= {"test_rows": count, "test_data": data.place("test")}
+        if trainer.ckpt_path is None or folder == run.run_of_checkpoint(Path(str(trainer.ckpt_path))):
             show_report(self._written(folder, values), Console())
+        else:
+            show_report(run.update_report(folder, {**values, "run_dir": str(folder)}), Console())
 
     def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
         write_page(folder)
         return known
+
+
+def _full_bytes(model: nn.Module) -> int:
+    """What a full checkpoint of the weights would take: the backbone's own tensors."""
+    return sum(t.numel() * t.element_size() for n, t in model.state_dict().items() if ".lora_" not in n)
 
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
 from lora_lightning.training.loss_weighting import is_padding
 
@@ -108,7 +107,7 @@ class Throughput(Callback):
         if self._tokens is not None:
             counted[1] = self._tokens
         if trainer.world_size > 1:
-            counted = trainer.strategy.reduce(counted, reduce_op="sum") * replica(trainer).replicas / trainer.world_size
+            counted = trainer.strategy.reduce(counted, reduce_op="sum")
         samples, tokens = counted.tolist()  # waits for the device, so the clock is right
         if self._running_since is not None:
             now = time.perf_counter()

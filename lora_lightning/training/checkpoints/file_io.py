@@ -1,4 +1,4 @@
-"""Checkpoint files that are whole or absent, and that say so of themselves; folders are in `checkpoint_folder.py`.
+"""Checkpoint files that are whole or absent, and that say so of themselves.
 
 A file is what `torch.save` writes, a zip, and in the place where a zip keeps its comment the SHA-256 of all bytes in
 front of it. `torch.load` and `zipfile` read it as any other. It is written aside, synced and moved; what stood there
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
+import re
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.checkpoints import checkpoint_folder as folders
-from lora_lightning.training.checkpoints.checkpoint_folder import PREVIOUS, move_aside, remove, sync, unwritten
-from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
 
 MARK = b"lora_lightning sha256 "
 SEAL = len(MARK) + 64
 """Bytes of the comment: the mark and a hexadecimal digest."""
 PIECE = 1 << 20
+PREVIOUS = ".previous"
+FOREIGN = re.compile(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)")
+"""What torch names of a pickle that would run something."""
+
+
+class DamagedCheckpointError(LoRAError):
+    """A file that is not what was written: torn, or with a bit flipped."""
 
 
 def write_checkpoint(content: dict[str, Any], path: Path) -> None:
@@ -43,7 +48,8 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.part"):  # by one that was killed while it wrote
-            left.unlink(missing_ok=True)
+            if not _is_written(left):
+                left.unlink(missing_ok=True)
         with aside.open("w+b") as file:
             torch.save(content, file)
             _seal(file)
@@ -51,14 +57,43 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
             os.fsync(file.fileno())
         _keep(path)
         aside.replace(path)
-        sync(path.parent)
+        _sync(path.parent)
         _OURS[path] = _mark(path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
-        raise LoRAError(unwritten(path, _first_line(cause))) from error
+        raise LoRAError(
+            f"the checkpoint '{path}' could not be written ({_first_line(cause)}): make room there or give another"
+            " --runs_dir, and go on with --ckpt_path last; older checkpoints are as they were"
+        ) from error
     finally:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def _is_written(part: Path) -> bool:
+    """Whether the process that made a part file still lives; its number stands in the name."""
+    number = part.name.split(".")[-2]
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # another user's
+        return True
+    return int(number) != os.getpid()
+
+
+def _sync(folder: Path) -> None:
+    """Make moves within a folder last; not every system opens folders."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
 
 
 def _seal(file: Any) -> None:
@@ -88,8 +123,6 @@ def _keep(path: Path) -> None:
 
     A damaged one is not worth the place of the one before it, from which this fit may have gone on.
     """
-    if path.is_dir():  # of processes that each wrote their part
-        move_aside(path)
     if not _is_worth_keeping(path):
         return
     second = path.with_name(f".{path.name}{PREVIOUS}.{os.getpid()}.part")
@@ -99,10 +132,7 @@ def _keep(path: Path) -> None:
             second.hardlink_to(path)
         except OSError:  # a file system without links
             shutil.copyfile(path, second)
-        before = path.with_name(path.name + PREVIOUS)
-        if before.is_dir():
-            remove(before)
-        second.replace(before)
+        second.replace(path.with_name(path.name + PREVIOUS))
     finally:
         second.unlink(missing_ok=True)
 
@@ -135,9 +165,6 @@ def check_whole(path: Path) -> None:
     Raises:
         DamagedCheckpointError: with what is wrong.
     """
-    if path.is_dir():
-        folders.check(path)
-        return
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -159,7 +186,7 @@ def check_whole(path: Path) -> None:
         raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint ({_first_line(error)})") from error
 
 
-def whole_file(path: Path, check: Callable[[Path], None] = check_whole) -> Path:
+def whole_file(path: Path) -> Path:
     """The file itself, or, said aloud, the one before it where it is damaged or was lost in the moment of a move.
 
     Raises:
@@ -168,11 +195,11 @@ def whole_file(path: Path, check: Callable[[Path], None] = check_whole) -> Path:
     """
     before = path.with_name(path.name + PREVIOUS)
     try:
-        check(path)
+        check_whole(path)
     except (FileNotFoundError, DamagedCheckpointError) as error:
         if not before.exists():
             raise
-        check(before)
+        check_whole(before)
         rank_zero_warn(f"{error}; the one before it is used: '{before}'")
         return before
     return path
@@ -183,12 +210,20 @@ def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any 
 
     Raises:
         FileNotFoundError: there is none.
-        DamagedCheckpointError: there is no whole one.
+        DamagedCheckpointError: there is no whole one, or it holds more than tensors and plain values.
     """
-    found = whole_file(path)
-    if found.is_dir():
-        return folders.read(found, weights_only=weights_only, map_location=map_location)
-    return torch.load(found, map_location=map_location, weights_only=weights_only)
+    file = whole_file(path)
+    try:
+        return torch.load(file, map_location=map_location, weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        name = FOREIGN.search(str(error))
+        what = f": it names {name[1]}" if name else ""
+        raise DamagedCheckpointError(
+            f"'{file}' is no checkpoint of lora_lightning: it holds more than tensors and plain values{what}; nothing"
+            " of it was run"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
+        raise DamagedCheckpointError(f"'{file}' is not a whole checkpoint ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:
@@ -217,7 +252,7 @@ class WholeFiles(TorchCheckpointIO):
     def remove_checkpoint(self, path: _PATH) -> None:
         super().remove_checkpoint(path)
         if not is_remote(path):
-            remove(Path(f"{path}{PREVIOUS}"))
+            Path(f"{path}{PREVIOUS}").unlink(missing_ok=True)
 
 
 def is_remote(path: _PATH) -> bool:

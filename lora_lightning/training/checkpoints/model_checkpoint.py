@@ -17,7 +17,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.checkpoints.checkpoint_folder import remove
 from lora_lightning.training.checkpoints.file_io import is_remote
 from lora_lightning.training.checkpoints.loop_state import place_of
 
@@ -136,6 +135,17 @@ class Checkpoints(ModelCheckpoint):
         if self._newest != (trainer.global_step, "batch"):
             self._save_newest(trainer)
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C, say how to go on."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt) and trainer.state.fn == TrainerFn.FITTING:
+            saved = (
+                f"the same command with --ckpt_path {self.last_model_path} goes on from step {self._newest[0]}"
+                if self.last_model_path
+                else "nothing is saved yet: --save_every N saves every N steps"
+            )
+            rank_zero_warn(f"stopped by Ctrl-C after step {trainer.global_step}; {saved}")
+
     def _save_newest(self, trainer: Trainer) -> None:
         now = (trainer.global_step, place_of(trainer).kind)
         if trainer.fast_dev_run or not now[0] or self._newest in (now, (now[0], "")):  # type: ignore[attr-defined]
@@ -193,11 +203,6 @@ def _brought(best: Path, mine: Path) -> bool:
     if getattr(rank_zero_only, "rank", 0) == 0:
         mine.parent.mkdir(parents=True, exist_ok=True)
         aside = mine.with_name(f".{mine.name}.{os.getpid()}.part")
-        if best.is_dir():  # in parts
-            remove(aside)
-            remove(mine)
-            shutil.copytree(best, aside)
-        else:
-            shutil.copyfile(best, aside)
+        shutil.copyfile(best, aside)
         aside.replace(mine)
     return True

@@ -18,7 +18,6 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
-from lora_lightning.data.loading.replicas import replica
 from lora_lightning.lora.errors import some
 from lora_lightning.training.checkpoints.loop_state import (
     Place,
@@ -31,7 +30,8 @@ from lora_lightning.training.checkpoints.loop_state import (
 )
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.distributed import gathered
-from lora_lightning.training.tracking.loggers import ContinuedCSVLogger, runs_of
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
+from lora_lightning.training.tracking.wandb_logger import runs_of
 
 KEY = "lora_lightning_resume"
 
@@ -63,7 +63,6 @@ class Resume(Callback):
             "at_step": place.at_step,
             "validates_next": place.validates_next,
             "processes": gathered(own),
-            "replicas": replica(trainer).replicas,
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
@@ -89,8 +88,7 @@ class Resume(Callback):
         if self._found is None:
             return
         trainer._logger_connector._callback_metrics.update(self._found["metrics"])
-        anew, replicas = starting_over(trainer), replica(trainer).replicas
-        for told in reasons_against(self._found, trainer.world_size, replicas, anew):
+        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):
             rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
         for told in overruled(self._found["settings"], self._settings):
             rank_zero_info(f"resumed: the checkpoint's {told}")
@@ -117,10 +115,10 @@ class Resume(Callback):
 
     def _put_back(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._found is not None
-        states, replicas = self._found["processes"], _replicas(self._found)
+        states = self._found["processes"]
         self._found = None
         trainer.fit_loop._restarting = False  # else Lightning tells no plateau at this epoch's end
-        if trainer.world_size == len(states) and replica(trainer).replicas == replicas:
+        if trainer.world_size == len(states):
             own = states[trainer.global_rank]
             put_figures(module, own["figures"])
             set_random_state(own["random"])
@@ -186,12 +184,7 @@ def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
     }
 
 
-def _replicas(found: Mapping[str, Any]) -> int:
-    """How many processes read batches of their own."""
-    return int(found.get("replicas", len(found["processes"])))
-
-
-def reasons_against(found: Mapping[str, Any], processes: int, replicas: int, anew: list[str]) -> Iterator[str]:
+def reasons_against(found: Mapping[str, Any], processes: int, anew: list[str]) -> Iterator[str]:
     """Why this resume cannot be exact. `anew` names loaders that cannot go on in an epoch's middle."""
     if found["kind"] == "batch" and anew:
         yield (
@@ -200,8 +193,6 @@ def reasons_against(found: Mapping[str, Any], processes: int, replicas: int, ane
         )
     if processes != len(found["processes"]):
         yield f"the checkpoint was written by {len(found['processes'])} processes and is read by {processes}"
-    elif replicas != _replicas(found):
-        yield f"the checkpoint was written by {_replicas(found)} groups of processes and is read by {replicas}"
     if not found["at_step"]:
         yield "the checkpoint lies between the batches of one optimizer step, whose gradients it does not hold"
     if found["validates_next"]:

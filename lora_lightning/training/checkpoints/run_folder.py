@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from zipfile import is_zipfile
@@ -13,11 +17,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.training.checkpoints.checkpoint_folder import PREVIOUS, is_folder_checkpoint
-from lora_lightning.training.checkpoints.damage import DamagedCheckpointError
-from lora_lightning.training.checkpoints.file_io import read_checkpoint
+from lora_lightning.training.checkpoints.file_io import PREVIOUS, read_checkpoint
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
+LOCK = ".lock"
+_HELD: set[Path] = set()
+"""Run folders that this process trains in: closing a second handle of a file would give its lock away."""
 
 
 def run_dir(trainer: Trainer) -> Path | None:
@@ -31,9 +41,54 @@ def run_dir(trainer: Trainer) -> Path | None:
     return Path(first.save_dir or trainer.default_root_dir) / str(first.name) / str(first.version)
 
 
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """Within the block no other process of this machine, or of one that shares the disk, trains in this run folder.
+
+    The lock is the system's own, on the file `.lock`: it ends with the process, however that ends.
+
+    Raises:
+        LoRAError: another process has it, by its number.
+    """
+    if folder is None or fcntl is None or folder in _HELD:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    with file.open("a+", encoding="utf-8") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            handle.seek(0)
+            who = handle.read().strip() or "another process"
+            raise LoRAError(
+                f"{who} trains in '{folder}': wait until it has ended, or give this run another --name"
+            ) from None
+        except OSError:  # a file system without locks
+            yield
+            return
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        handle.flush()
+        _HELD.add(folder)
+        try:
+            yield
+        finally:
+            _HELD.discard(folder)
+            file.unlink(missing_ok=True)
+
+
 def run_of_checkpoint(checkpoint: Path) -> Path:
     """The run folder that a checkpoint belongs to: the one above `checkpoints/`, else the file's own folder."""
     return checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINTS else checkpoint.parent
+
+
+def test_dir(trainer: Trainer) -> Path | None:
+    """Where a test's figures go: to the run that the checkpoint is of, those on other data to a folder of their own."""
+    own = run_dir(trainer)
+    if trainer.ckpt_path is None or (own is not None and own.name.startswith("test_")):
+        return own
+    return run_of_checkpoint(Path(str(trainer.ckpt_path)))
 
 
 def is_run(folder: Path) -> bool:
@@ -42,7 +97,7 @@ def is_run(folder: Path) -> bool:
 
 
 def find_checkpoint(path: str | Path, which: str = "best") -> Path:
-    """A checkpoint, a file or a folder in parts, from its path, that of a run, or of the folder with a run's versions.
+    """A checkpoint file, from its path, that of a run, or of the folder with a run's versions.
 
     Args:
         path: `.../best.ckpt`, `runs/demo/version_3` or `runs/demo` (its newest version that has checkpoints).
@@ -54,7 +109,8 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
     path = Path(path)
     if path.is_file() and not (is_zipfile(path) or _before(path).exists()):
         raise LoRAError(f"'{path}' is not a whole checkpoint{_what_else(path)}")
-    if path.is_file() or is_folder_checkpoint(path) or (path.suffix == ".ckpt" and _before(path).exists()):
+    refuse_folder(path)
+    if path.is_file() or (path.suffix == ".ckpt" and _before(path).exists()):
         return path
     if not path.is_dir():
         near = beside(path) or did_you_mean(str(path), ("best", "last"))
@@ -68,7 +124,33 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         return _pick(loose, which)
     if (path / "adapter_config.json").is_file():
         raise LoRAError(f"'{path}' is an adapter's directory and no run: fit starts from it with --model.init_adapter")
+    if runs := _runs_in(path):
+        shown = ", ".join(f"'{run}'" for run in runs[:8]) + (f" and {len(runs) - 8} more" if len(runs) > 8 else "")
+        raise LoRAError(f"'{path}' holds {len(runs)} runs, the newest first {shown}: name one of them")
     raise LoRAError(f"no checkpoints under '{path}': run `lora-lightning fit` first, or name a .ckpt file")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    """Folders of runs right below, such as `runs/demo`, of which the one that was trained last comes first."""
+    found: dict[Path, float] = {}
+    for run in (entry for entry in folder.iterdir() if entry.is_dir()):
+        kept = [version / CHECKPOINTS for version in _newest_first(run)]
+        if times := [checkpoints.stat().st_mtime for checkpoints in kept if _checkpoints(checkpoints)]:
+            found[run] = max(times)
+    return sorted(found, key=lambda run: found[run], reverse=True)
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise where the path is a checkpoint in torch.distributed.checkpoint's form.
+
+    Raises:
+        LoRAError: with what to do.
+    """
+    if path.is_dir() and (path.suffix == ".ckpt" or (path / ".metadata").is_file()):
+        raise LoRAError(
+            f"'{path}' is a checkpoint in parts, and files are read here: go on from it, or export it, with the version"
+            " of lora_lightning that wrote it"
+        )
 
 
 def _what_else(file: Path) -> str:
@@ -170,11 +252,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = read_checkpoint(Path(path))
     except FileNotFoundError as error:
         raise LoRAError(f"no checkpoint '{path}'") from error
-    except DamagedCheckpointError:
-        raise
-    except Exception as error:  # pickle, zip and torch each have their own
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoRAError(f"'{path}' is not a whole checkpoint ({reason})") from error
     if not isinstance(content, dict) or "state_dict" not in content:
         raise LoRAError(f"'{path}' is not a Lightning checkpoint: it has no state_dict")
     return content

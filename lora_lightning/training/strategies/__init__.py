@@ -1,1 +1,4 @@
-"""Training over several processes: FSDP2 with adapters, and what must hold across ranks."""
+"""Training over several processes: `base` is all that the module knows, `fsdp2/` the one implementation.
+
+DDP is Lightning's own. Imports `checkpoints` and `distributed`.
+"""

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lora_lightning.export.probe_batch import first_batch
+from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_bytes
+from lora_lightning.lora.report import InjectionReport
+from lora_lightning.tasks.modes import evaluating
 from lora_lightning.training.callbacks.export_on_fit_end import best_in
+from lora_lightning.training.callbacks.prediction_writer import rows
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.tracking import wandb_run
-from lora_lightning.training.tracking.prediction_table import prediction_table
+from lora_lightning.training.tracking.wandb_logger import go_on_with
 
 
 class Tracking(Callback):
@@ -37,7 +49,7 @@ class Tracking(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what trains."""
         if trainer.is_global_zero and isinstance(pl_module, LoRAModule):
-            wandb_run.log_start(trainer, pl_module.report, adapter_bytes(pl_module.backbone))
+            log_start(trainer, pl_module.report, adapter_bytes(pl_module.backbone))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Every process predicts, since a sharded model needs them all; the first one logs."""
@@ -55,20 +67,20 @@ class Tracking(Callback):
         loggers = self._loggers(trainer)
         if folder is None or not loggers or not trainer.is_global_zero or not isinstance(pl_module, LoRAModule):
             return
-        report = wandb_run.log_report(loggers, folder)
+        report = log_report(loggers, folder)
         if self.artifacts:
             self._log_adapters(trainer, pl_module, folder)
             if exported := [report[key] for key in ("adapter_dir", "merged_dir") if report.get(key)]:
-                wandb_run.log_export(loggers, folder, Path(exported[0]).parent)
+                log_export(loggers, folder, Path(exported[0]).parent)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The test's figures, in the summary of the run that was tested."""
-        if trainer.is_global_zero and trainer.ckpt_path:
-            wandb_run.log_report(self._loggers(trainer), run.run_of_checkpoint(Path(str(trainer.ckpt_path))))
+        if trainer.is_global_zero and trainer.ckpt_path and (folder := run.test_dir(trainer)) is not None:
+            log_report(self._loggers(trainer), folder)
 
     @staticmethod
     def _loggers(trainer: Trainer) -> list[Any]:
-        return [] if trainer.fast_dev_run else wandb_run.wandb_loggers(trainer.loggers)  # type: ignore[attr-defined]
+        return [] if trainer.fast_dev_run else wandb_loggers(trainer.loggers)  # type: ignore[attr-defined]
 
     def _log_adapters(self, trainer: Trainer, module: LoRAModule, folder: Path) -> None:
         """The best first: W&B gives `latest` to what is logged last."""
@@ -76,15 +88,183 @@ class Tracking(Callback):
         best = kept.best_model_path if isinstance(kept, ModelCheckpoint) else ""
         if is_in_parts(module):
             if best and Path(best).exists():
-                wandb_run.log_checkpoint(loggers, Path(best), folder, ["best", "latest"])
+                log_checkpoint(loggers, Path(best), folder, ["best", "latest"])
             return
         task = module.task.peft_task_type
         with best_in(trainer, module) as is_last:
-            wandb_run.log_adapter(loggers, module.backbone, folder, ["best", "latest"] if is_last else ["best"], task)
+            log_adapter(loggers, module.backbone, folder, ["best", "latest"] if is_last else ["best"], task)
         if not is_last:
-            wandb_run.log_adapter(loggers, module.backbone, folder, ["latest"], task)
+            log_adapter(loggers, module.backbone, folder, ["latest"], task)
 
 
 def is_in_parts(module: LoRAModule) -> bool:
     """Whether this process has only a part of the adapter's tensors."""
     return any(isinstance(p, DTensor) for p in module.backbone.parameters())
+
+
+LARGE = 2 * 10**9
+"""Bytes of a file beyond which an artifact holds where it lies in place of a copy."""
+
+
+def wandb_loggers(loggers: Iterable[Any]) -> list[WandbLogger]:
+    """Those that log to W&B."""
+    return [logger for logger in loggers if isinstance(logger, WandbLogger)]
+
+
+def log_config(loggers: Iterable[Any], file: Path) -> None:
+    """The whole resolved config, key by key as in the file."""
+    for logger in wandb_loggers(loggers):
+        logger.log_hyperparams(yaml.safe_load(file.read_text(encoding="utf-8")))
+
+
+def log_start(trainer: Trainer, report: InjectionReport, adapter_bytes: int) -> None:
+    """Counts in config and summary, and the injection table with a row for each adapted module."""
+    counts = {"trainable": report.trainable, "frozen": report.frozen, "share": report.share}
+    values = {f"params/{name}": x for name, x in {**counts, "adapter_bytes": adapter_bytes}.items()}
+    rows = [list(asdict(module).values()) for module in report.modules]
+    rows += [[name, "in full", None, None, None, n, "modules_to_save"] for name, n in report.saved.items()]
+    rows += [[name, "rows in full", None, None, None, n, "tokens"] for name, n in report.tokens.items()]
+    columns = ["module", "kind", "r", "alpha", "dropout", "parameters", "why"]
+    for logger in wandb_loggers(trainer.loggers):
+        logger.log_hyperparams(values)
+        logger.experiment.summary.update(values)
+        logger.log_table("injection", columns=columns, data=rows, step=trainer.global_step)
+
+
+def log_report(loggers: Iterable[Any], folder: Path) -> dict[str, Any]:
+    """What `report.json` says, in the run's summary as `report`; returns its plain values."""
+    file = folder / run.REPORT
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    plain = {key: value for key, value in known.items() if isinstance(value, str | int | float | bool)}
+    for logger in wandb_loggers(loggers):
+        logger.experiment.summary.update({"report": plain})
+    return plain
+
+
+def log_adapter(
+    loggers: Iterable[Any], backbone: nn.Module, folder: Path, aliases: Sequence[str], task_type: str | None = None
+) -> None:
+    """The adapter that is in `backbone` as PEFT reads it, with the run's report, page and config, as one artifact."""
+    ours = wandb_loggers(loggers)
+    if not ours:
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        files = {file.name: file for file in _beside(folder)}
+        written = save_adapter(backbone, Path(scratch) / "adapter", task_type=task_type)
+        files |= {file.name: file for file in sorted(Path(written).iterdir())}
+        for logger in ours:
+            _log(logger, "adapter", files, aliases, log_report([], folder))
+
+
+def log_checkpoint(loggers: Iterable[Any], checkpoint: Path, folder: Path, aliases: Sequence[str]) -> None:
+    """A checkpoint in the adapter's place, where the adapter's parts lie with several processes."""
+    parts = [checkpoint] if checkpoint.is_file() else sorted(p for p in checkpoint.rglob("*") if p.is_file())
+    files = {file.name: file for file in _beside(folder)}
+    files |= {f"{checkpoint.name}/{p.relative_to(checkpoint)}" if p != checkpoint else p.name: p for p in parts}
+    for logger in wandb_loggers(loggers):
+        _log(logger, "adapter", files, aliases, log_report([], folder))
+
+
+def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
+    """All that an export wrote, and the run's report and page as they are now."""
+    files = {file.name: file for file in _beside(folder)}
+    files |= {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
+    for logger in wandb_loggers(loggers):
+        _log(logger, "export", files, ["best", "latest"], log_report([logger], folder))
+
+
+def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
+    """Let what is found on a trained run go to the W&B or MLflow run that trained it, unless the config names one."""
+    from lora_lightning.training.checkpoints.resume import KEY  # callbacks import the trainer, which imports this file
+
+    given = list(loggers)
+    ours = [logger for logger in wandb_loggers(given) if hasattr(logger, "go_on_with")]
+    flows = [logger for logger in given if isinstance(logger, MLFlowLogger)]
+    if not (ours or flows) or not Path(checkpoint).exists():
+        return
+    found = run.load_checkpoint(checkpoint).get(KEY, {})
+    go_on_with(flows, found.get("loggers", []), 0)
+    runs = [which for kind, which in found.get("loggers", []) if kind == "WandbLogger"] or found.get("wandb", [])
+    for logger, version in zip(ours, runs, strict=False):
+        logger.go_on_with(str(version))
+
+
+def _beside(folder: Path) -> list[Path]:
+    return [folder / name for name in (run.CONFIG, run.REPORT, run.PAGE) if (folder / name).is_file()]
+
+
+def _log(
+    logger: WandbLogger, kind: str, files: Mapping[str, Path], aliases: Sequence[str], metadata: dict[str, Any]
+) -> None:
+    """`log_artifact` links it to the run; the name carries the run's id, so that aliases are of one run."""
+    import wandb
+
+    experiment = logger.experiment
+    artifact = wandb.Artifact(f"{kind}-{experiment.id}", type=kind, metadata=metadata)
+    for name, file in files.items():
+        if file.stat().st_size > LARGE:
+            artifact.add_reference(file.resolve().as_uri(), name=name, checksum=False)
+        else:
+            artifact.add_file(str(file), name=name)
+    experiment.log_artifact(artifact, aliases=list(aliases))
+
+
+SHOWN = 1000
+"""Characters of a text that are shown."""
+
+
+@torch.no_grad()
+def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[list[str], list[list[Any]]] | None:
+    """Columns and rows for the first `count` examples of this process; None where nothing is validated.
+
+    Before what the task predicts stand the input, a text or a picture where it can be shown, and the target where it is
+    one number.
+    """
+    batch = first_batch([trainer.val_dataloaders], module)
+    if batch is None:
+        return None
+    with evaluating(module.backbone), trainer.precision_plugin.forward_context():
+        said = module.task.predict(module.backbone, batch)
+    names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
+    size = min(count, *(len(values) for values in said.values()))
+    told = [dict(row) for row in rows([said], [range(size)], names)]  # type: ignore[list-item]
+    shown = _inputs(batch, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
+    targets = _targets(batch, names)
+    for row, example, target in zip(told, shown or [None] * size, targets or [None] * size, strict=False):
+        row.pop("row")  # in this batch; the set's own number is not known here
+        row.update({"input": example} if shown else {})
+        row.update({"target": target} if targets else {})
+    columns = [name for name in ("input", "target") if name in told[0]]
+    columns += [name for name in told[0] if name not in columns]
+    return columns, [[_cell(row.get(name)) for name in columns] for row in told]
+
+
+def _inputs(batch: Mapping[str, Any], tokenizer: Any) -> list[Any]:
+    ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
+    if tokenizer is not None and isinstance(ids, Tensor):
+        return [text[:SHOWN] for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[1] in (1, 3):
+        return list(_pictures(pixels))
+    return []
+
+
+def _pictures(pixels: Tensor) -> Iterator[Any]:
+    """Each brought back to 0 to 255 by its own least and greatest value."""
+    import wandb
+
+    for one in pixels.float().cpu():
+        low, high = one.min(), one.max()
+        yield wandb.Image(((one - low) / (high - low).clamp(min=1e-9) * 255).byte().permute(1, 2, 0).numpy())
+
+
+def _targets(batch: Mapping[str, Any], names: list[str] | None) -> list[Any]:
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 1:
+        return []
+    values = labels.tolist()
+    return [names[v] if names and isinstance(v, int) and 0 <= v < len(names) else v for v in values]
+
+
+def _cell(value: Any) -> Any:
+    """Lists as text: a table's column has one type."""
+    return str(value)[:SHOWN] if isinstance(value, list | dict) else value

@@ -1,17 +1,16 @@
-"""PEFT's `adapter_config.json`: reading it with every field checked, and the rules by which PEFT resolves its names."""
+"""PEFT's `adapter_config.json`: read with every field checked, and the rules by which PEFT resolves its names."""
 
 from __future__ import annotations
 
 import json
 import re
 import reprlib
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.lora.errors import AdapterError, AdapterWarning, did_you_mean, some
-from lora_lightning.lora.targets.regexes import refusal
+from lora_lightning.lora.errors import AdapterError, did_you_mean, some, warn
+from lora_lightning.lora.targets.patterns import regex_refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
 
@@ -27,24 +26,6 @@ WITHOUT_COUNTERPART = {
     "kasa_config": "adds singular values of its own to the update",
     "monteclora_config": "draws the update at random",
     "velora_config": "compresses what the backward pass keeps",
-}
-
-OTHER_METHODS = {
-    "ADALORA": "B diag(E) A with ranks that training moves",
-    "BOFT": "W0 times an orthogonal matrix",
-    "FOURIERFT": "an update in the Fourier domain",
-    "IA3": "activations rescaled, without A and B",
-    "LOHA": "a product of two low-rank updates",
-    "LOKR": "a Kronecker product",
-    "LN_TUNING": "norms trained in full",
-    "MULTITASK_PROMPT_TUNING": "trained prompts",
-    "OFT": "W0 times an orthogonal matrix",
-    "P_TUNING": "trained prompts",
-    "PREFIX_TUNING": "trained prefixes",
-    "PROMPT_TUNING": "trained prompts",
-    "TRAINABLE_TOKENS": "rows of an embedding alone; here trainable_token_indices of a LoRA adapter",
-    "VERA": "fixed A and B with trained scales",
-    "XLORA": "a mixture of several adapters",
 }
 
 # Fields that say nothing about the arithmetic of a trained adapter, or are read elsewhere.
@@ -73,40 +54,22 @@ def read_config(path: Path) -> dict[str, Any]:
         raise AdapterError(f"{path} is not JSON ({str(error)[:200]})") from error
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        what = f" ({OTHER_METHODS[str(got).upper()]})" if str(got).upper() in OTHER_METHODS else ""
-        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {shown(got)}{what}")
+        raise AdapterError(f"{path} must describe a LoRA adapter (peft_type LORA), got {shorten(got)}")
     for name, what in WITHOUT_COUNTERPART.items():
         if config.get(name) not in (None, False):
             raise AdapterError(
-                f"the adapter's setting {name}={shown(config[name])} {what}, which has no counterpart here"
+                f"the adapter's setting {name}={shorten(config[name])} {what}, which has no counterpart here"
             )
     unknown = {name: value for name, value in config.items() if value and name not in {*HARMLESS, *CHECKS}}
     if unknown:
-        said = some([f"{name[:40]}={shown(value)}" for name, value in unknown.items()], 10)
-        warnings.warn(f"{path} has settings that are unknown here and not used: {said}", AdapterWarning, stacklevel=3)
+        listed = some([f"{name[:40]}={shorten(value)}" for name, value in unknown.items()], 10)
+        warn(f"{path} has settings that are unknown here and not used: {listed}")
     for name, (check, expected) in CHECKS.items():
-        left_out = config.get(name) is None and (name not in config or name not in NUMBERS)
-        if not left_out and not check(config[name]):
-            why = _why_no_regex(config[name]) if name in WITH_REGEXES else ""
-            raise AdapterError(f"{path}: {name} must be {expected}, got {shown(config[name])}{why}")
+        is_left_out = config.get(name) is None and (name not in config or name not in NUMBERS)
+        if not is_left_out and not check(config[name]):
+            why = _why_no_regex(config[name]) if "regular expression" in expected else ""
+            raise AdapterError(f"{path}: {name} must be {expected}, got {shorten(config[name])}{why}")
     return config
-
-
-def _why_no_regex(value: Any) -> str:
-    """The reason for which one of a field's regular expressions is refused."""
-    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
-    refused = ((pattern, refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
-    return next((f": {shown(pattern)} {reason}" for pattern, reason in refused if reason), "")
-
-
-def shown(value: Any) -> str:
-    """A value of a file for one line of an error, cut where it is long or deep."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-_SHORT.maxlist = _SHORT.maxdict = 10
 
 
 def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,6 +78,23 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"'{next(n for n in names if names.count(n) > 1)[:40]}' stands there twice")
     return found
+
+
+def _why_no_regex(value: Any) -> str:
+    """The reason for which one of a field's regular expressions is refused."""
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
+    refused = ((pattern, regex_refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
+    return next((f": {shorten(pattern)} {reason}" for pattern, reason in refused if reason), "")
+
+
+def shorten(value: Any) -> str:
+    """A value of a file for one line of an error, cut where it is long or deep."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlist = _SHORT.maxdict = 10
 
 
 def _is_bool(value: Any) -> bool:
@@ -134,7 +114,7 @@ def _is_names(value: Any) -> bool:
 
 
 def _is_regex(value: Any) -> bool:
-    return isinstance(value, str) and refusal(value) is None
+    return isinstance(value, str) and regex_refusal(value) is None
 
 
 def _is_selection(value: Any) -> bool:
@@ -160,7 +140,6 @@ def _is_tokens(value: Any) -> bool:
     return all(isinstance(numbers, list) and all(_is_int(n) for n in numbers) for numbers in lists)
 
 
-WITH_REGEXES = ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern")
 NUMBERS = ("r", "lora_alpha")
 """Fields that PEFT never leaves at null."""
 
@@ -169,10 +148,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_int, "a whole number"),
     "lora_alpha": (_is_number, "a number"),
     "lora_dropout": (_is_number, "a number"),
-    "use_rslora": (_is_bool, "true or false"),
-    "use_dora": (_is_bool, "true or false"),
-    "lora_bias": (_is_bool, "true or false"),
-    "fan_in_fan_out": (_is_bool, "true or false"),
+    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is_bool, "true or false")),
     "target_parameters": (_is_names, "a list of names"),
     "trainable_token_indices": (_is_tokens, "a list of token numbers, or one for each embedding's name"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
@@ -187,7 +163,7 @@ CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def peft_adapts(peft: dict[str, Any], targets: str | list[str], name: str) -> bool:
+def peft_adapts(peft: Mapping[str, Any], targets: str | list[str], name: str) -> bool:
     """PEFT's `check_target_module_exists`: blocks count only for entries that are not a full name."""
     if peft_selects(peft.get("exclude_modules") or [], name) or not peft_selects(targets, name):
         return False
@@ -214,20 +190,74 @@ def peft_selects(pattern: str | list[str], name: str) -> bool:
 def dotted_ends(name: str) -> list[str]:
     """`a.b.c`, `b.c` and `c` of `a.b.c`."""
     parts = name.split(".")
-    return [".".join(parts[at:]) for at in range(len(parts))]
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def holder(key: str, listed: list[str]) -> str | None:
-    """The outermost module around `key` that PEFT wraps: its name ends in an entry, even within a word."""
-    parts = key.split(".")
-    around = [".".join(parts[:i]) for i in range(1, len(parts))]
-    return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
+def matches(patterns: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
+    """The entries of a pattern that match: PEFT's rule is a regular expression on the name or on a dotted end of it."""
+    return {key: value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)}
 
 
-def start_in_file(peft: dict[str, Any]) -> str:
-    """The start whose B0 A0 the file's factors count on, `gaussian` where there is none.
+def refuse_other_rank(peft: Mapping[str, Any], name: str, peft_name: str, rank: int) -> None:
+    """Raise an AdapterError unless some order of the config's entries gives `name` the rank of its tensors."""
+    allowed = set(matches(peft.get("rank_pattern"), peft_name).values()) or {peft.get("r", 8)}
+    if rank and rank not in allowed:  # a rank of 0 is refused with the config
+        listed = " or ".join(str(r) for r in sorted(allowed))
+        raise AdapterError(
+            f"'{name}': lora_A has a shape of rank {rank}, and {CONFIG} says {listed}: its scale would be wrong;"
+            f" the two files are not of one adapter, or one was edited"
+        )
 
-    PEFT takes s B0 A0 out of W0 for some starts and writes A and B as they are; pissa and olora follow from W0 alone.
+
+def find_alphas(
+    peft: Mapping[str, Any], names: Mapping[str, str], ranks: Mapping[str, int], chosen: Mapping[str, float]
+) -> dict[str, float]:
+    """The alpha of every adapted module, by name.
+
+    In training PEFT takes the first entry that matches a module, in the order in which the user wrote them. Its file
+    holds them in alphabetical order, of which PEFT itself then takes the first. The tensors' shapes tell the rank that
+    was in force; where entries of different alphas match one module, the file does not say which one was.
+
+    Args:
+        names: what PEFT looks each module up by.
+        ranks: those of the tensors, to name the likelier entry in the error.
+        chosen: the user's answer where the file does not say.
+
+    Raises:
+        AdapterError: entries of different values match one module and `chosen` does not have it, or has one too many.
+    """
+    hits = {name: matches(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
+    doubtful = {name: found for name, found in hits.items() if len({float(v) for v in found.values()}) > 1}
+    for name in chosen:
+        if name not in names:
+            raise AdapterError(f"alphas: the adapter has no module '{name}'{did_you_mean(name, names)}")
+        if name not in doubtful:
+            raise AdapterError(f"alphas: {CONFIG} leaves no doubt about '{name}': leave it out")
+    if unanswered := [name for name in doubtful if name not in chosen]:
+        first = unanswered[0]
+        entries = " and ".join(f"'{key}' ({value:g})" for key, value in doubtful[first].items())
+        by_rank = [k for k, r in matches(peft.get("rank_pattern"), names[first]).items() if r == ranks[first]]
+        likely = [key for key in by_rank if key in doubtful[first]]
+        evidence = f"; in rank_pattern '{likely[0]}' won, by the tensors' rank" if len(likely) == 1 else ""
+        raise AdapterError(
+            f"alpha_pattern: {entries} match '{first}'{evidence}; PEFT trained with the one that was written first and"
+            f" saves them in another order, so the file does not say which alpha counts: pass"
+            f" alphas={{'{first}': ...}}; in doubt: {some(unanswered, 10)}"
+        )
+    default = float(peft.get("lora_alpha", 8))
+    return {
+        name: float(chosen[name]) if name in chosen else float(next(iter(found.values()), default))
+        for name, found in hits.items()
+    }
+
+
+def subtracted_init(peft: Mapping[str, Any]) -> str:
+    """The init whose B0 A0 the file's factors count on, `gaussian` where there is none.
+
+    PEFT takes s B0 A0 out of W0 for some inits and writes A and B as they are; pissa and olora follow from W0 alone.
+
+    Raises:
+        AdapterError: one that changed the base in a way that cannot be computed again.
     """
     init = peft.get("init_lora_weights", True)
     if init in ("pissa", "olora"):
@@ -240,7 +270,7 @@ def start_in_file(peft: dict[str, Any]) -> str:
     return "gaussian"
 
 
-def token_ids(peft: dict[str, Any], name: str) -> list[int]:
+def token_ids(peft: Mapping[str, Any], name: str) -> list[int]:
     """The token numbers of an embedding's rows, in the file's order.
 
     Raises:

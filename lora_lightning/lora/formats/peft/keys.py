@@ -1,46 +1,53 @@
-"""Other spellings of PEFT's keys, turned into the one in which it writes its files.
+"""The keys of PEFT's files: what each tensor is called, and which parts of a key are PEFT's own and no module's.
 
-A raw `state_dict` of a PEFT model carries the adapter's name, `q_proj.lora_A.default.weight`; wrappers for compiling,
-sharding and checkpointing put names of their own in between; a model wrapped twice has the prefix twice.
+With `m` for `base_model.model.<module>`, r the rank, (out, in) the shape of W0:
+
+    m.lora_A.weight            (r, in); of a convolution (r, in, *kernel)
+    m.lora_B.weight            (out, r); of a convolution (out, r / groups, 1...)
+    m.lora_B.bias              (out,), where `lora_bias` is set
+    m.lora_embedding_A, _B     (r, V) and (width, r) of an embedding of V rows
+    m.lora_magnitude_vector    (out,), or (1, out, 1...) of a convolution, where `use_dora` is set
+    m.token_adapter.trainable_tokens_delta   (tokens, width): the trained rows themselves, in the config's order
+    m.base_layer.bias          a trained bias of an adapted module; `m.bias` of any other
+    m.<any other name>         a tensor of a module that `modules_to_save` lists
+
+PEFT wraps what it adapts in a module whose original is `base_layer`: an attention holds its out_proj's factors at
+`m.base_layer.out_proj`, and of several adapted parameters of one module the last registered has the factors at `m`, the
+one before it at `m.base_layer`, and so on. A stack of E experts has A (r E, in) with the rows of an expert together and
+B (out, r E) with column `rank * E + expert`.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Container, Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lora_lightning.lora.errors import AdapterError, some
-from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS
-from lora_lightning.lora.formats.peft.packing import PREFIX
-from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 
-WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+PREFIX = "base_model.model."
+WRAPPER = "base_layer"
+COPIES = ("original_module", "modules_to_save")
+A_ENDS = (".lora_A.weight", ".lora_embedding_A")
+OTHER_ENDS = (".lora_B.weight", ".lora_embedding_B", ".lora_B.bias", ".lora_magnitude_vector")
+TOKENS_END = ".token_adapter.trainable_tokens_delta"
+
+# What compiling, sharding and checkpointing put into keys.
+OTHER_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# A raw state dict of a PEFT model carries the adapter's name: `q_proj.lora_A.default.weight`.
 NAMED = re.compile(
     r"\.(?:lora_[AB]\.(?P<a>[^.]+)\.(?:weight|bias)|lora_embedding_[AB]\.(?P<b>[^.]+)"
     r"|lora_magnitude_vector\.(?P<c>(?!weight$)[^.]+)(?:\.weight)?)$"
 )
 
 
-def read_weights(directory: Path) -> tuple[Path, dict[str, Tensor], dict[str, str]]:
-    """The file, tensors and metadata of a directory's weights: safetensors where there is one, else the old pickle.
-
-    Raises:
-        AdapterError: there is neither, or the file is torn or holds anything but tensors.
-    """
-    weights, pickled = directory / WEIGHTS, directory / PICKLED
-    if pickled.is_file() and not weights.exists():
-        return pickled, read_pickled(pickled), {}
-    if not weights.exists():
-        raise AdapterError(f"no file {weights}, and no {PICKLED} beside it: an adapter's directory holds one of them")
-    return weights, *read_tensors(weights)
-
-
-def as_written(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) -> dict[str, Tensor]:
     """The tensors by the keys that PEFT's `save_pretrained` would have given them.
+
+    Args:
+        modules: names of the model's modules, which tell a model called `base_model` from a model wrapped twice.
 
     Raises:
         AdapterError: the keys hold several adapters, or two of them become one.
@@ -48,12 +55,11 @@ def as_written(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Ten
     adapters = {name for key in tensors if (match := NAMED.search(key)) for name in match.groups() if name}
     if len(adapters) > 1:
         raise AdapterError(f"the file holds {len(adapters)} adapters ({some(sorted(adapters))}): save one of them")
-    twice = PREFIX + PREFIX
-    nested = bool(tensors) and all(key.startswith(twice) for key in tensors) and "base_model" not in model._modules
+    is_nested = bool(tensors) and all(k.startswith(PREFIX + PREFIX) for k in tensors) and "base_model" not in modules
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        plain = WRAPPERS.sub("", key)
-        plain = plain.removeprefix(PREFIX) if nested else plain
+        plain = OTHER_WRAPPERS.sub("", key)
+        plain = plain.removeprefix(PREFIX) if is_nested else plain
         for name in adapters:
             plain = _without_adapter(plain, name)
         if plain in renamed:
@@ -69,22 +75,47 @@ def _without_adapter(key: str, name: str) -> str:
     return key.replace(f".modules_to_save.{name}.", ".")
 
 
-def prefix_hint(unknown: list[str], model: nn.Module) -> str:
-    """How the adapter's names would fit: it was made on this model's backbone, or on a model around this one."""
-    modules = dict(model.named_modules())
-    for outer in modules:
-        if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
-            return f"; it was made on the part '{outer}' of this model: load it into model.get_submodule('{outer}')"
-    if any(re.search(r"\.experts\.\d+\.", name) for name in unknown):
-        return (
-            "; the adapter has its experts apart, as before transformers 5: load it in PEFT, which fuses them, and save"
-            " it from there"
-        )
-    firsts = [name.partition(".")[0] for name in unknown if name.partition(".")[2] in modules]
-    if 2 * len(firsts) >= len(unknown):
-        first = Counter(firsts).most_common(1)[0][0]
-        return (
-            f"; it was made on a larger model that holds this one as '{first}': load it into a model of that class,"
-            f" as {CONFIG} or its author says"
-        )
-    return ""
+def strip_wrappers(path: str, modules: Container[str]) -> tuple[str, int]:
+    """`path` by the model's names, and how many of PEFT's wrappers it went through.
+
+    A part `base_layer` is a wrapper unless the model has a module of that name there: `layer.base_layers.0` and timm's
+    `base_layer.0` are modules, and `base_layer.0.base_layer` is one of them, wrapped.
+    """
+    plain, depth = "", 0
+    for part in path.split("."):
+        longer = f"{plain}.{part}" if plain else part
+        if part == WRAPPER and longer not in modules:
+            depth += 1
+        else:
+            plain = longer
+    return plain, depth
+
+
+def is_peft_copy(name: str, modules: Container[str]) -> bool:
+    """Whether a key is one of those under which `bias: all` writes a wrapped module's biases a second time."""
+    parts = strip_wrappers(name, modules)[0].split(".")
+    return any(part in COPIES and ".".join(parts[: at + 1]) not in modules for at, part in enumerate(parts[:-1]) if at)
+
+
+def is_trained_bias(name: str, peft: Mapping[str, Any], modules: Container[str]) -> bool:
+    """Whether a key is of a bias that `bias` trained, and not of a module that is saved in full."""
+    plain, depth = strip_wrappers(name, modules)
+    wanted = {"all": True, "lora_only": depth > 0}.get(str(peft.get("bias")), False)
+    return wanted and f".{plain}".endswith(".bias") and saved_module(plain, peft.get("modules_to_save") or []) is None
+
+
+def saved_module(key: str, listed: list[str]) -> str | None:
+    """The outermost module around `key` that PEFT saves in full: its name ends in an entry, even within a word."""
+    parts = key.split(".")
+    around = [".".join(parts[:i]) for i in range(1, len(parts))]
+    return next((name for name in around if any(name.endswith(entry) for entry in listed)), None)
+
+
+def copy_key(key: str) -> str:
+    """PEFT's key, less the prefix, of a tensor of `modules_to_save`; any other key stays."""
+    return f".{key}".replace(".lora_copy.", ".", 1)[1:]
+
+
+def token_key(name: str) -> str:
+    """PEFT's key, less the prefix, of the trained rows of the embedding `name`."""
+    return f"{name}{TOKENS_END}".removeprefix(".")

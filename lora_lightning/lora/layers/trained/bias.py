@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.class_swap import Grafted
+from lora_lightning.lora.layers.class_swap import Grafted, graft
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -31,30 +31,26 @@ class TrainedBias(Grafted):
         # A view where no cast makes a tensor of its own: bitsandbytes sets `.data` of what it gets here.
         return self.lora_trained_bias.view_as(self.lora_trained_bias).to(own.dtype)
 
-    def add_bias(self, copies: dict[int, nn.Parameter]) -> None:
-        """Copy the bias, in float32 or wider, and train the copy. `copies` by the original's id: ties stay."""
-        own = self._parameters["bias"]
+    @classmethod
+    def attach(cls, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
+        """Copy the module's bias, in float32 or wider, and train the copy. `copies` by the original's id: ties stay."""
+        graft(module, cls)
+        own = module._parameters["bias"]
         assert own is not None
         if id(own) not in copies:
             copies[id(own)] = nn.Parameter(own.detach().clone().to(wide_dtype(own)))
-        self.lora_trained_bias = copies[id(own)]
-
-    def drop_bias(self) -> None:
-        """Forget the trained copy."""
-        self._parameters.pop("lora_trained_bias", None)
-        self.__dict__.pop("lora_enabled", None)
+        module.lora_trained_bias = copies[id(own)]
 
     @torch.no_grad()
-    def keep_bias(self, kept: dict[int, nn.Parameter]) -> None:
-        """Make the trained values this module's own, in a new parameter. `kept` by the copy's id: ties stay."""
+    def fold(self, folded: dict[int, nn.Parameter]) -> None:
+        """Make the trained values the module's own, in a new parameter. `folded` by the copy's id: ties stay."""
         own = self._parameters["bias"]
         assert own is not None
         trained = self.lora_trained_bias
-        if id(trained) not in kept:
+        if id(trained) not in folded:
             value = trained.detach().clone().to(own.dtype)
-            kept[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad)
-        self._parameters["bias"] = kept[id(trained)]
-        self.drop_bias()
+            folded[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad)
+        self._parameters["bias"] = folded[id(trained)]
 
     def reset_lora_parameters(self) -> None:
         """Start the copy anew from the original."""

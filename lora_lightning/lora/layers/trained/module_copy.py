@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from lora_lightning.lora.layers.class_swap import Grafted, ungraft
+from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
 from lora_lightning.lora.layers.functional import wide_dtype
 
 COPY = "lora_copy"
@@ -28,21 +28,23 @@ class SavedCopy(Grafted):
 
     lora_copy: nn.Module
 
-    def add_copy(self, twins: dict[int, Any] | None = None) -> None:
-        """Copy this module, its class and values, and train the copy.
+    @staticmethod
+    def attach(module: nn.Module, twins: dict[int, Any] | None = None) -> None:
+        """Copy the module, its class and values, and train the copy.
 
         `twins` is deepcopy's memo: with one for all copies, what was tied is tied among the copies.
         """
-        twin = copy.deepcopy(self, twins)
+        graft(module, SavedSequence if isinstance(module, nn.Sequential) else SavedCopy)
+        twin = copy.deepcopy(module, twins)
         ungraft(twin, SavedCopy)
-        # Hooks on this module run around its own call, which calls the copy: there they would run twice.
+        # Hooks on the module run around its own call, which calls the copy: there they would run twice.
         for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
             hooks.clear()
         for parameter in twin.parameters():
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(wide_dtype(parameter))
                 parameter.requires_grad_(True)
-        self.lora_copy = twin
+        module.lora_copy = twin
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if not self.lora_enabled:
@@ -56,22 +58,20 @@ class SavedCopy(Grafted):
         return functional_call(self.lora_copy, cast, args, kwargs)
 
     @torch.no_grad()
-    def keep_copy(self, kept: dict[int, torch.Tensor] | None = None) -> None:
-        """Make the trained values this module's own, and drop the copy.
+    def fold(self, folded: dict[int, torch.Tensor]) -> None:
+        """Make the trained values this module's own.
 
-        The parameters are replaced, not written into: a tensor tied to another module stays as it was there. `kept`
+        The parameters are replaced, not written into: a tensor tied to another module stays as it was there. `folded`
         holds what other copies have brought, by the id of the trained tensor, so that tied copies stay tied.
         """
-        kept = {} if kept is None else kept
         for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
             assert own.shape == trained.shape, path
             owner = self.get_submodule(path.rpartition(".")[0])
-            if id(trained) not in kept:
+            if id(trained) not in folded:
                 value = trained.detach().clone().to(own.dtype)
                 is_parameter = isinstance(own, nn.Parameter)
-                kept[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
-            setattr(owner, path.rpartition(".")[2], kept[id(trained)])
-        self.drop_copy()
+                folded[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad) if is_parameter else value
+            setattr(owner, path.rpartition(".")[2], folded[id(trained)])
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -79,11 +79,6 @@ class SavedCopy(Grafted):
         for (_, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
             trained.copy_(own)
         super().reset_lora_parameters()
-
-    def drop_copy(self) -> None:
-        """Forget the trained copy."""
-        self._modules.pop(COPY, None)
-        self.__dict__.pop("lora_enabled", None)
 
 
 class SavedSequence(SavedCopy):
@@ -102,11 +97,6 @@ class SavedSequence(SavedCopy):
     def __getitem__(self, index: int | slice) -> nn.Module:
         chosen = self._shown()[index]
         return nn.Sequential(*chosen) if isinstance(chosen, list) else chosen
-
-
-def saved_kind(module: nn.Module) -> type[SavedCopy]:
-    """The class that gives this module a trained copy."""
-    return SavedSequence if isinstance(module, nn.Sequential) else SavedCopy
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

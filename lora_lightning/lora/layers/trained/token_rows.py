@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super, ungraft
+from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -23,13 +23,19 @@ class TokenRows(Grafted, nn.Embedding):
     lora_tokens: nn.Parameter
     lora_token_ids: Tensor
 
-    def add_rows(self, token_ids: list[int]) -> None:
-        """Allocate the rows and start them."""
-        shape, dtype = (len(token_ids), self.embedding_dim), wide_dtype(self.weight)
-        self.lora_tokens = nn.Parameter(torch.empty(shape, dtype=dtype, device=self.weight.device))
-        self.__dict__["lora_token_numbers"] = sorted(token_ids)
-        self.register_buffer("lora_token_ids", torch.empty(0), persistent=False)
-        self.reset_lora_parameters()
+    @classmethod
+    def attach(cls, module: nn.Module, token_ids: list[int], tied: list[nn.Module]) -> None:
+        """Train these rows of `module`, in place; `tied` are the heads and embeddings that share its weight."""
+        graft(module, cls)
+        assert isinstance(module, cls)
+        shape, dtype = (len(token_ids), module.embedding_dim), wide_dtype(module.weight)
+        module.lora_tokens = nn.Parameter(torch.empty(shape, dtype=dtype, device=module.weight.device))
+        module.__dict__["lora_token_numbers"] = sorted(token_ids)
+        module.register_buffer("lora_token_ids", torch.empty(0), persistent=False)
+        module.reset_lora_parameters()
+        for other in tied:
+            graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
+            other.lora_followed = (module,)  # in a tuple, so that the embedding does not become a child of this module
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -63,31 +69,15 @@ class TokenRows(Grafted, nn.Embedding):
         return self.lora_tokens - self.weight[self.lora_token_ids]
 
     @torch.no_grad()
-    def keep_rows(self) -> None:
+    def fold(self) -> None:
         """Write the rows into the weight, for it and for every module that is tied to it."""
         self.weight[self.lora_token_ids] = self.lora_tokens.to(self.weight.dtype)
-
-    def drop_rows(self) -> None:
-        """Forget the rows."""
-        for store in (self._parameters, self._buffers, self.__dict__):
-            for name in ("lora_tokens", "lora_token_ids", "lora_token_numbers", "lora_enabled"):
-                store.pop(name, None)
-        self._non_persistent_buffers_set.discard("lora_token_ids")
 
 
 class TokenFollower(Grafted):
     """A module tied to such an embedding, which follows its rows."""
 
     lora_followed: tuple[TokenRows]
-
-    def follow(self, rows: TokenRows) -> None:
-        """Take the rows of `rows`, which shares this module's weight."""
-        self.lora_followed = (rows,)  # in a tuple, so that the embedding does not become a child of this module
-
-    def drop_rows(self) -> None:
-        """Forget the embedding."""
-        for name in ("lora_followed", "lora_enabled"):
-            self.__dict__.pop(name, None)
 
 
 class TokenHead(TokenFollower, nn.Linear):
@@ -124,23 +114,3 @@ def token_refusal(module: nn.Module, token_ids: list[int]) -> str | None:
     if beyond:
         return f"has rows 0 to {module.num_embeddings - 1}, got {beyond[0]}: resize the embedding first"
     return None
-
-
-def attach_rows(module: nn.Module, token_ids: list[int], tied: list[nn.Module]) -> None:
-    """Train these rows of `module`, in place; `tied` are the heads and embeddings that share its weight."""
-    graft(module, TokenRows)
-    assert isinstance(module, TokenRows)
-    module.add_rows(token_ids)
-    for other in tied:
-        graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
-        assert isinstance(other, TokenFollower)
-        other.follow(module)
-
-
-def detach_rows(model: nn.Module) -> None:
-    """Take every token row out of `model`, in place."""
-    for module in list(model.modules()):
-        for kind in (TokenRows, TokenFollower):
-            if isinstance(module, kind):
-                module.drop_rows()
-                ungraft(module, kind)

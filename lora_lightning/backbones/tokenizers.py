@@ -1,0 +1,49 @@
+"""A tokenizer by one line of YAML."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lora_lightning.backbones.gguf import directory_and_file
+from lora_lightning.backbones.hub import refuse_not_there
+from lora_lightning.backbones.locate import resolve
+from lora_lightning.lora.errors import LoRAError
+
+FILES = r"tokenizer|vocab|\.model$|tekken"
+"""In the names of the files that hold one."""
+
+
+TRUSTED: set[str] = set()
+"""Names of models whose own code the config lets run, by `trust_remote_code` of the backbone; so it may here."""
+
+
+def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
+    """By a hub name, a directory, a GGUF file or `package:NAME/path`; one without a padding token pads with its end.
+
+    Args:
+        options: more arguments for `from_pretrained`.
+
+    Raises:
+        LoRAError: there is none.
+    """
+    found, gguf = directory_and_file(resolve(name))
+    refuse_not_there("tokenizer", found)
+    options = {"trust_remote_code": name in TRUSTED, **gguf, **options}
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(found, **options)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise LoRAError(
+                f"the tokenizer of '{name}' brings code of its own, which is not run unasked: read it, and then give"
+                " the backbone of that name model_kwargs: {trust_remote_code: true}"
+            ) from error
+        if Path(found).is_dir() and not any(re.search(FILES, file.name) for file in Path(found).iterdir()):
+            raise LoRAError(f"no tokenizer in '{name}', such as tokenizer.json: name the folder that has it") from error
+        raise LoRAError(f"no tokenizer '{name}': {' '.join(str(error).split())}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -1,0 +1,158 @@
+"""How the command ends: with one line that says why, and an exit code that says what kind of end it was."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import CodeType
+
+from lora_lightning.cli.config_files import named
+from lora_lightning.cli.known_errors import meaning
+from lora_lightning.lora.errors import LoRAError, MissingPackageError
+
+DONE, FAILED, MISTAKE, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
+CODES = {
+    DONE: "done",
+    FAILED: "an exception in a class of your own or in this program: the line names its place",
+    MISTAKE: "a mistake in what was asked: the line says what to do",
+    SAVED: "stopped by SIGTERM after a checkpoint was saved: go on with --ckpt_path auto",
+    INTERRUPTED: "stopped by Ctrl-C",
+}
+"""What each exit code means."""
+
+CLOSED = 141
+"""As a shell reports a program whose reader, such as `head`, has gone: nothing is amiss."""
+
+DEBUG = "LORA_LIGHTNING_DEBUG"
+"""The environment variable that shows tracebacks; `--debug` sets it, also for the processes that a command starts."""
+
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+"""A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
+
+
+def ended(error: BaseException, args: Sequence[str] = ()) -> int:
+    """Say in one line why the command ends, with the traceback where it is asked for; returns the exit code.
+
+    Args:
+        error: that nothing has caught.
+        args: the words of the command.
+    """
+    if os.environ.get(DEBUG, "0") not in ("", "0"):
+        traceback.print_exception(error)
+    code, text = told(error)
+    if code == MISTAKE:
+        text += _from_another_folder(text, args)
+    if text:
+        print(f"lora-lightning: error: {text}", file=sys.stderr)
+    return code
+
+
+def told(error: BaseException) -> tuple[int, str]:
+    """Exit code and line."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED, "stopped by Ctrl-C"
+    ours = isinstance(error, LoRAError | MissingPackageError) or not raised_by_the_user(error)
+    if ours and (known := _known(error)) is not None:
+        return MISTAKE, known
+    if ours and isinstance(error, OSError) and error.errno in DISK:
+        return MISTAKE, of_the_disk(error)
+    said = " ".join(str(error).split())
+    kind = type(error).__name__
+    return FAILED, f"{kind}{f': {said}' if said else ''} ({place(error)}; --debug shows the traceback)"
+
+
+def _known(error: BaseException) -> str | None:
+    """A mistake that one line says all about."""
+    text = " ".join(str(error).split())
+    if isinstance(error, LoRAError | MissingPackageError):
+        return text
+    if (meant := meaning(text)) is not None:
+        return meant
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return text if "MisconfigurationException" in names else None
+
+
+def _from_another_folder(text: str, args: Sequence[str]) -> str:
+    """Paths of a run's own config are taken from the folder where the command runs, as those of every config."""
+    found = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
+    if found is None or Path(found[1]).is_absolute():
+        return ""
+    from lora_lightning.cli.config_overrides import with_run_config
+    from lora_lightning.training.checkpoints import run_folder as run
+
+    files = [Path(file) for file in named(with_run_config(list(args)))]
+    config = next((file for file in reversed(files) if file.name == run.CONFIG and run.is_run(file.parent)), None)
+    if config is None:
+        return ""
+    return (
+        f" (the path stands in {config} and is taken from the folder where the command runs: run it where the fit ran,"
+        " or give another, such as --data.path FILE)"
+    )
+
+
+def of_the_disk(error: OSError) -> str:
+    """One line; that of a checkpoint that could not be written, where a log failed after it for the same reason."""
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, LoRAError):
+            return " ".join(str(before).split())
+        before = before.__context__
+    file = f"'{_from_here(Path(error.filename))}'" if isinstance(error.filename, str) else "a file"
+    if error.errno == errno.ENOTDIR:
+        return f"{file} cannot be a folder, for a part of its path is a file: give another --runs_dir"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{file} cannot be written or read ({error.strerror}): change its rights, or give another --runs_dir"
+    if error.errno == errno.ENOENT:
+        return f"there is no {file}"
+    return (
+        f"{error.strerror}: {file}; make room or give another --runs_dir, and go on with --ckpt_path auto: checkpoints"
+        " that were written are whole"
+    )
+
+
+def _from_here(file: Path) -> Path:
+    return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
+
+
+def raised_by_the_user(error: BaseException) -> bool:
+    """Whether code of the user's own has raised it: then its type, message and place are what they need."""
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and _of_the_user(frames[-1])
+
+
+def place(error: BaseException) -> str:
+    """`FILE:LINE, in FUNCTION` of the last frame in the user's own code; without one in ours; else where it rose."""
+    frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    if not frames:
+        return "no place"
+    own = [frame for frame in frames if _of_the_user(frame[0])]
+    ours = [frame for frame in frames if _package() in Path(frame[0].co_filename).parents]
+    code, line = (own or ours or frames)[-1]
+    return f"{_short(code)}:{line}, in {code.co_qualname}"
+
+
+def _package() -> Path:
+    return Path(__file__).parents[1]
+
+
+def _of_the_user(code: CodeType) -> bool:
+    """Neither this package nor one that is installed, nor Python's own."""
+    file = Path(code.co_filename)
+    others = {_package(), Path(sysconfig.get_paths()["stdlib"])}
+    installed = {"site-packages", "dist-packages"} & set(file.parts)
+    return file.is_file() and not installed and others.isdisjoint(file.parents)
+
+
+def _short(code: CodeType) -> str:
+    """From the folder where the command runs, or from the package's own."""
+    file = Path(code.co_filename)
+    for base in (Path.cwd(), _package().parent):
+        if base in file.parents and "site-packages" not in file.relative_to(base).parts:
+            return str(file.relative_to(base))
+    return "/".join(file.parts[-2:])

@@ -1,0 +1,107 @@
+"""A sweep as a person sees it: a line when a fit begins and when it ends, a bar, and the ranked table."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lora_lightning.commands.registry_commands import rows_table
+from lora_lightning.commands.sweep.report import PAGE, next_command, table
+from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
+from lora_lightning.commands.sweep.search_space import plainly, short_names
+from lora_lightning.commands.sweep.study import Trial
+from lora_lightning.commands.sweep.sweep import Outcome, Request, Sweep, prepare
+from lora_lightning.lora.errors import LoRAError
+
+
+def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
+    """Run a sweep and print what comes of it.
+
+    Raises:
+        LoRAError: it cannot be, or no fit of it came to a figure.
+        SystemExit: it was interrupted; the same command goes on.
+    """
+    sweep = prepare(Request(seeds=_seeds(seeds), **asked))
+    screen = Console(soft_wrap=True)
+    for line in _notes(sweep):
+        screen.print(line, highlight=False, markup=False)
+    try:
+        with _lines(screen, sweep) as say:
+            outcome = sweep.run(say)
+    except (KeyboardInterrupt, Stopped) as stopped:
+        number = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
+        print(f"lora-lightning: stopped; the same command goes on with '{sweep.folder}'", file=sys.stderr)
+        raise SystemExit(128 + number) from None
+    _close(screen, outcome)
+
+
+def _close(screen: Console, outcome: Outcome) -> None:
+    rows = table(str(outcome.folder), outcome.points, outcome.keys, outcome.metric, outcome.goal)
+    plain = [[escape(cell) for cell in row] for row in rows.rows]  # `[query]` is no markup of rich's
+    Console().print(rows_table(replace(rows, rows=plain)))
+    screen.print(rows.below, highlight=False, markup=False)
+    if outcome.points[0].state != "complete":
+        raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{outcome.folder}/*/{LOG}'")
+    screen.print(f"then: {next_command(outcome.points)}", highlight=False)
+    screen.print(f"numbers, page and figures: {outcome.folder / PAGE}", highlight=False)
+
+
+def _notes(sweep: Sweep) -> Iterator[str]:
+    """What is worth knowing before hours of fits."""
+    yield f"{sweep.count} fits, ranked by {sweep.metric} ({'largest' if sweep.goal == 'max' else 'smallest'} first)"
+    alpha = sweep.base.config["model"]["lora"]["alpha"]
+    if "model.lora.r" in sweep.keys and "model.lora.alpha" not in sweep.keys and alpha is not None:
+        yield (
+            f"alpha is {alpha:g} for every r, as in the paper, so the scale alpha / r falls as r grows;"
+            " --model.lora.alpha null gives every r alpha = 2 r"
+        )
+
+
+@contextmanager
+def _lines(screen: Console, sweep: Sweep) -> Iterator[Say]:
+    """A line for each beginning and end, above a bar where the screen is a terminal."""
+    names = short_names(sweep.keys)
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
+        task = bar.add_task("fits", total=sweep.count)
+
+        def say(trial: Trial, what: str) -> None:
+            told = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
+            told += "" if trial.seed is None else f", seed {trial.seed}"
+            if what == "begins":
+                screen.print(f"begins: {told} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
+                return
+            bar.advance(task)
+            screen.print(f"{trial.state}: {told}: {_result(trial, sweep.metric)}", highlight=False, markup=False)
+
+        yield say
+
+
+def _result(trial: Trial, metric: str) -> str:
+    if trial.error:
+        return trial.error
+    value = "no figure" if trial.value is None else f"{metric} {trial.value:.4f}"
+    return value + ("" if trial.seconds is None else f" in {trial.seconds / 60:.1f} minutes")
+
+
+def _seeds(text: str | None) -> Sequence[int]:
+    if text is None:
+        return []
+    parts = text.strip("[] ").split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise LoRAError(f"seeds are whole numbers with commas between, such as 1,2,3; got {text}")
+    return [int(part) for part in parts]

@@ -1,0 +1,135 @@
+"""What came of a sweep: its points ranked, as a table, a CSV file, `sweep.json`, and a page with the figures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.analysis import drawing
+from lora_lightning.analysis.page import page
+from lora_lightning.analysis.tables import Rows
+from lora_lightning.commands.sweep.figures import figures
+from lora_lightning.commands.sweep.ranking import Point
+from lora_lightning.commands.sweep.search_space import plainly, short_names
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+
+NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not used, so that it can still judge"
+RESULTS, CSV, PAGE = "sweep.json", "sweep.csv", "index.html"
+TITLE = "A sweep"
+INTRO = """Fits of one config with other values of some flags, ranked by what their best checkpoints reached on the
+validation set. Of many figures the best is a little lucky, more so the more there are: the test set, on which no fit
+of the sweep was measured, tells what the chosen one is worth."""
+
+
+def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, goal: str) -> Rows:
+    """A row for each point, the best first."""
+    names = short_names(keys)
+    repeated = any(len(point.trials) > 1 for point in points)
+    deviation = ["sd", "n"] if repeated else []
+    header = ["", *(names[key] for key in keys), metric, *deviation, "trainable", "minutes", "folder"]
+    rows = []
+    for place, point in enumerate(points, 1):
+        cells = [str(place) if point.state == "complete" else point.state]
+        cells += [plainly(point.values[key]) for key in keys]
+        cells += [_figure(point.mean)]
+        cells += [_figure(point.deviation), str(len(point.figures))] if repeated else []
+        cells += ["-" if point.trainable is None else f"{point.trainable:,}"]
+        cells += ["-" if point.minutes is None else f"{point.minutes:.1f}", point.trials[0].name]
+        rows.append(cells)
+    best = "largest" if goal == "max" else "smallest"
+    below = [f"{NOT_TEST}; the {best} {metric} is the best", *_faults(points)]
+    return Rows(name, header, rows, "\n".join(below))
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.3g}"
+
+
+def _faults(points: Sequence[Point]) -> list[str]:
+    return [f"{trial.name} failed: {trial.error}" for point in points for trial in point.trials if trial.error]
+
+
+def next_command(points: Sequence[Point]) -> str:
+    """What is to be done with the best."""
+    best = next((trial for point in points[:1] for trial in point.trials if trial.run), None)
+    return "" if best is None else f"lora-lightning test --ckpt_path {best.run}"
+
+
+def csv_of(points: Sequence[Point], keys: Sequence[str], metric: str) -> str:
+    """A row for each fit, with its point's place and mean."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["place", *keys, "seed", "state", metric, "mean", "sd", "trainable", "seconds", "run", "error"])
+    for place, point in enumerate(points, 1):
+        for t in point.trials:
+            own = [t.value, point.mean, point.deviation, t.trainable, t.seconds, t.run, t.error]
+            writer.writerow([place, *(point.values[key] for key in keys), t.seed, t.state, *map(_empty, own)])
+    return text.getvalue()
+
+
+def _empty(value: object) -> object:
+    return "" if value is None else value
+
+
+def write(
+    folder: Path,
+    about: dict[str, Any],
+    points: Sequence[Point],
+    *,
+    plots: bool,
+) -> None:
+    """All of it; figures of an earlier state that there are no more of are taken away.
+
+    Args:
+        about: what `sweep.json` begins with: the metric, its goal, the budget, the flags (`keys`), the config.
+    """
+    metric, goal, keys = about["metric"], about["goal"], about["keys"]
+    files: dict[str, bytes] = {}
+    shown: dict[str, tuple[str, bytes]] = {}
+    if plots:
+        with drawing.styled():
+            for name, (title, caption, figure) in figures(points, keys, metric, goal, about["budget"]).items():
+                pictures = drawing.files_of(figure)
+                files |= {f"{name}.{ending}": data for ending, data in pictures.items()}
+                shown[title] = (caption, pictures["svg"])
+    ranking = [
+        {
+            "place": place,
+            "values": point.values,
+            "state": point.state,
+            "mean": point.mean,
+            "sd": point.deviation,
+            "trainable": point.trainable,
+            "minutes": point.minutes,
+            "trials": [asdict(trial) for trial in point.trials],
+        }
+        for place, point in enumerate(points, 1)
+    ]
+    _clear(folder, keep=files)
+    content = {**about, "ranking": ranking, "pictures": sorted(files)}
+    write_bytes(folder / RESULTS, (json.dumps(content, indent=2) + "\n").encode())
+    write_bytes(folder / CSV, csv_of(points, keys, metric).encode())
+    for name, data in files.items():
+        write_bytes(folder / name, data)
+    rows = table(folder.name, points, keys, metric, goal)
+    write_bytes(folder / PAGE, page([rows], [], shown, title=TITLE, intro=INTRO))
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `sweep.json` says; nothing where there is none that can be read."""
+    try:
+        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _clear(folder: Path, keep: dict[str, bytes]) -> None:
+    for name in read(folder).get("pictures", []):
+        if name not in keep and name == Path(str(name)).name and name.endswith(drawing.ENDINGS):
+            (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,228 @@
+"""An adapter in PEFT's layout: what each adapted layer is called there, with which rank, alpha and tensors.
+
+Where PEFT has no form for ours, the same update is written in a form that it has, of a larger rank and with zeros:
+chosen parts of a fused projection, an attention of which only one projection is adapted, grouped convolutions, and
+inits, whose `s (B A - B0 A0)` is [A; A0] and [B, -B0] of twice the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
+from lora_lightning.lora.frozen.tensors import adapter_tensors, joined, named_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter, TokenRows, TrainedBias
+from lora_lightning.lora.layers.parameter import CHILD
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerLayout:
+    """One adapted layer as PEFT sees it."""
+
+    name: str
+    """What is adapted, by its name in the backbone: a module, or a bare parameter."""
+    path: str
+    """Where the layer's tensors are in our `state_dict`."""
+    peft_name: str
+    """What PEFT's config calls it: an attention's `out_proj` goes by the attention's name."""
+    prefix: str
+    """Where the layer's tensors are in PEFT's file."""
+    layer: AdaptedLayer
+    has_init: bool
+    """Whether an init, (A0, B0), is written with it."""
+    rank: int
+    """PEFT's."""
+    scale: float
+    """PEFT's. Where it is not the layer's own, B is written larger by the ratio."""
+    one_alpha: float | None = None
+    """PEFT's alpha, where one rank and one scale are written for all layers: the file is then what is loaded."""
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """PEFT's keys by the names of our tensors."""
+        own = self.layer.lora_tensors()
+        return {name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items() if name in own}
+
+    @property
+    def loaded_settings(self) -> tuple[int, float]:
+        """Rank and alpha of the layer that the file's tensors make: an init has become a part of A and B."""
+        s = self.layer.lora_settings
+        if self.one_alpha is not None:
+            return self.rank, self.one_alpha
+        return (self.rank, self.alpha(rslora=s.scale != s.alpha / s.r)) if self.has_init else (s.r, s.alpha)
+
+    def alpha(self, *, rslora: bool) -> float:
+        """alpha such that PEFT's scale is ours."""
+        if self.one_alpha is not None:
+            return self.one_alpha
+        s = self.layer.lora_settings
+        if self.scale != s.scale:
+            return self.scale * (math.sqrt(self.rank) if rslora else self.rank)
+        grown = self.rank / s.r
+        return s.alpha * (math.sqrt(grown) if rslora else grown)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By PEFT's keys."""
+        tensors = self.layer.to_peft()
+        if self.has_init:
+            own = self.layer.lora_tensors()
+            tensors |= {"lora_A": torch.cat([own["lora_A"], own["lora_A0"]])}
+            tensors |= {"lora_B": torch.cat([own["lora_B"], -own["lora_B0"]], dim=1)}
+        more = self.rank - self.layer.peft_rank() * (1 + self.has_init)
+        if more:
+            tensors |= {"lora_A": F.pad(tensors["lora_A"], (0, 0, 0, more))}
+            tensors |= {"lora_B": F.pad(tensors["lora_B"], (0, more))}
+        if self.scale != self.layer.lora_settings.scale:
+            tensors |= {"lora_B": _times(tensors["lora_B"], self.layer.lora_settings.scale / self.scale)}
+        return {self.keys[name]: tensor for name, tensor in tensors.items()}
+
+    def to_ours(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of `tensors`, by our keys, from a file whose keys and shapes were checked."""
+        tensors = {name: file[key] for name, key in self.keys.items()}
+        own = self.layer.peft_rank()
+        if self.rank != own:
+            tensors |= {"lora_A": tensors["lora_A"][:own], "lora_B": tensors["lora_B"][:, :own]}
+        if self.scale != self.layer.lora_settings.scale:
+            tensors |= {"lora_B": _times(tensors["lora_B"], self.scale / self.layer.lora_settings.scale)}
+        ours = self.layer.from_peft(tensors)
+        return {f"{self.path}.{name}" if self.path else name: tensor for name, tensor in ours.items()}
+
+
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    """Rounded once: torch would round the factor to the tensor's dtype first."""
+    return (tensor.double() * factor).to(tensor.dtype)
+
+
+def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
+    """Every adapted layer of `model`, in its order; without their inits for a file that has none.
+
+    PEFT has one rank and one scale for the two projections of an attention: the larger rank, and in_proj's scale.
+    """
+    layers = dict(adapted_layers(model))
+    modules = dict(named_modules(model, remove_duplicate=False))
+    found = []
+    for path, layer in layers.items():
+        parent, _, last = path.rpartition(".")
+        name = peft_name = prefix = path
+        scale, partner = layer.lora_settings.scale, None
+        if isinstance(layer, LoRAParameter):
+            name = peft_name = layer.lora_name(path)
+            prefix = parent + ".base_layer" * _count_later(layer, modules[parent])
+        elif isinstance(modules[parent], nn.MultiheadAttention) and last == "out_proj":
+            peft_name, prefix, partner = parent, joined(parent, "base_layer.out_proj"), layers.get(parent)
+            scale = partner.lora_settings.scale if partner else scale
+        elif isinstance(layer, LoRAMultiheadAttention):
+            partner = layers.get(joined(path, "out_proj"))
+        has_init = inits and layer.lora_A0 is not None
+        rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
+        found.append(
+            LayerLayout(
+                name=name,
+                path=path,
+                peft_name=peft_name,
+                prefix=prefix,
+                layer=layer,
+                has_init=has_init,
+                rank=rank,
+                scale=scale,
+            )
+        )
+    return found
+
+
+def _count_later(layer: LoRAParameter, holder: nn.Module) -> int:
+    """Adapted parameters of the same module that were registered after this one: PEFT wraps it by each of them."""
+    adapted = [name for name in holder._parameters if CHILD + name in holder._modules]
+    return len(adapted) - 1 - adapted.index(layer.lora_settings.parameter)
+
+
+def zero_factors(layouts: list[LayerLayout]) -> dict[str, Tensor]:
+    """Zeros for the projection of an attention that is not adapted: PEFT adapts both or none."""
+    there = {key for one in layouts for key in one.keys.values()}
+    made: dict[str, Tensor] = {}
+    for one in layouts:
+        is_in = isinstance(one.layer, LoRAMultiheadAttention)
+        if isinstance(one.layer, LoRAParameter) or (not is_in and one.name == one.peft_name):
+            continue
+        keys = AdaptedLayer.peft_keys(joined(one.peft_name, "base_layer.out_proj" if is_in else ""))
+        if keys["lora_A"] not in there:
+            width = one.layer.get_parameter("out_proj.weight").shape[0] if is_in else one.layer.lora_B.shape[0]
+            made[keys["lora_A"]] = one.layer.lora_A.new_zeros(one.rank, width)
+            made[keys["lora_B"]] = one.layer.lora_A.new_zeros(width if is_in else 3 * width, one.rank)
+    return made
+
+
+def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
+    """PEFT's key of each trained bias, by ours: inside the wrapper where PEFT wraps the module."""
+    inside = {one.path: f"{one.prefix}.base_layer" for one in layouts}
+    for one in layouts:
+        if isinstance(one.layer, LoRAParameter):
+            owner = one.path.rpartition(".")[0]
+            inside[owner] = inside.get(owner, owner) + ".base_layer"
+        elif isinstance(one.layer, LoRAMultiheadAttention):
+            inside.setdefault(joined(one.path, "out_proj"), joined(one.path, "base_layer.out_proj.base_layer"))
+    return {
+        joined(name, "lora_trained_bias"): joined(inside.get(name, name).removeprefix("."), "bias")
+        for name, _ in grafted_modules(model, TrainedBias)
+    }
+
+
+def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
+    """Everything that a file of this adapter holds, by PEFT's keys."""
+    own = adapter_tensors(model)
+    tensors = zero_factors(layouts)
+    for one in layouts:
+        tensors |= one.tensors()
+    tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
+    tensors |= {theirs: own[ours] for ours, theirs in bias_keys(model, layouts).items()}
+    tensors |= {copy_key(key): tensor for key, tensor in own.items() if copy_key(key) != key}
+    return {PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[[str], list[int]]) -> dict[str, Tensor]:
+    """The file's tensors by our names; `token_ids` gives the order of an embedding's rows in the file.
+
+    Raises:
+        AdapterError: with the list of all keys that are missing, left over or wrongly shaped.
+    """
+    layouts = layer_layouts(model, inits=False)
+    optional = {PREFIX + key for key in zero_factors(layouts)} - set(file)
+    refuse_misfits({k: t for k, t in to_peft(model, layouts).items() if k not in optional}, file)
+    file = {key.removeprefix(PREFIX): tensor for key, tensor in file.items()}
+    ours: dict[str, Tensor] = {}
+    for one in layouts:
+        ours |= one.to_ours(file)
+    for name, _ in grafted_modules(model, TokenRows):
+        ids = token_ids(name)
+        rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+        ours[joined(name, "lora_tokens")] = file[token_key(name)][rising]
+    ours |= {key: file[theirs] for key, theirs in bias_keys(model, layouts).items()}
+    ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}
+    return ours
+
+
+def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise an AdapterError with the list of all keys that are missing, left over, wrongly shaped or of no numbers."""
+    problems = [f"missing '{key}'" for key in expected if key not in tensors]
+    problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
+    both = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
+    problems += [
+        f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        for key, (want, got) in both.items()
+        if got.shape != want.shape
+    ]
+    problems += [
+        f"'{key}' holds {got.dtype}, expected {want.dtype}"
+        for key, (want, got) in both.items()
+        if got.dtype.is_floating_point != want.is_floating_point()
+    ]
+    if problems:
+        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems, 10)}")

@@ -1,0 +1,202 @@
+"""The one way in which an adapter gets into a model: read, resolve, inject, fill.
+
+`AdapterFiles.read` reads a directory, `resolve` turns its keys and config into the model's names and our config,
+`inject_and_fill` puts the layers in and the numbers into them. A warm start, a model on the meta device and loralib's
+checkpoints take the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, some
+from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, read_config, token_ids
+from lora_lightning.lora.formats.peft.layout import from_peft, refuse_misfits
+from lora_lightning.lora.formats.peft.resolve import Read, config_for, find_contents, refuse_other_targets, resolve
+from lora_lightning.lora.formats.provenance import Record, check_base, read_record
+from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
+from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module
+from lora_lightning.lora.init import from_weight
+from lora_lightning.lora.inject import adapted_layers, inject, remove
+from lora_lightning.lora.layers import Grafted
+from lora_lightning.lora.report import InjectionReport
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+) -> InjectionReport:
+    """Inject what a PEFT directory describes into a plain `model` and load its weights.
+
+    An old `adapter_model.bin` is unpickled as tensors and nothing else. Ranks come from the tensors, alphas from PEFT's
+    patterns. An adapter without a fingerprint of W0, as PEFT writes it, is loaded with a notice.
+
+    Args:
+        alphas: by full module name, where entries of PEFT's `alpha_pattern` contradict each other about a module: its
+            file does not say which was in force in training, and the error that asks for this names the modules.
+
+    Raises:
+        AdapterError: a file is missing, torn or was changed since; a key is missing, left over or wrongly shaped;
+            a setting has no counterpart here; the model has no module that the adapter names; the adapter was
+            made on another W0 and `allow_other_base` is False. The model is then as before.
+        LoRAError: the model is adapted already.
+    """
+    files = AdapterFiles.read(Path(directory))
+    refuse_meta(model)
+    check_base(files.record, model, allow_other_base=allow_other_base, replaced=files.peft.get("modules_to_save") or ())
+    return load_files(model, files, allow_other_base=allow_other_base, alphas=alphas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFiles:
+    """What an adapter's directory holds, read once."""
+
+    directory: Path
+    peft: dict[str, Any]
+    """PEFT's config."""
+    tensors: dict[str, Tensor]
+    """By their keys in the file."""
+    record: Record | None
+    """What we noted beside it; None in a file of PEFT's own."""
+
+    @classmethod
+    def read(cls, directory: Path) -> AdapterFiles:
+        """Read safetensors where there are some, else the old pickle.
+
+        Raises:
+            AdapterError: a file is missing or torn, was changed since it was saved, or holds more than tensors, or
+                numbers that are not finite.
+        """
+        peft = read_config(directory / CONFIG)
+        weights, pickled, metadata = directory / WEIGHTS, directory / PICKLED, dict[str, str]()
+        if weights.exists():
+            tensors, metadata = read_tensors(weights)
+        elif pickled.is_file():
+            tensors = read_pickled(pickled)
+        else:
+            raise AdapterError(
+                f"no file {weights}, and no {PICKLED} beside it: an adapter's directory holds one of them"
+            )
+        record = read_record(metadata)
+        if record and not record.holds(tensors):
+            raise AdapterError(f"{weights} was changed since it was saved: export or download it again")
+        if record:
+            record.refuse_changed(peft, directory / CONFIG)
+        refuse_not_finite(tensors)
+        return cls(directory=directory, peft=peft, tensors=tensors, record=record)
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise an AdapterError with the list of all keys that hold a NaN or an infinity."""
+    floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
+    wrong = [f"'{key}'" for key, tensor in floating.items() if not torch.isfinite(tensor.float()).all()]
+    if wrong:
+        raise AdapterError(f"the adapter holds values that are not finite, in {some(wrong, 10)}: use an earlier one")
+
+
+def refuse_meta(model: nn.Module, why: str = "would drop what is loaded") -> None:
+    """Raise an AdapterError for a model whose tensors have no values yet."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise AdapterError(f"the model is on the meta device and {why}: give it its weights first")
+
+
+def load_files(
+    model: nn.Module,
+    files: AdapterFiles,
+    *,
+    read: Read | None = None,
+    make_real: Callable[[nn.Module], None] | None = None,
+    allow_other_base: bool = False,
+    alphas: Mapping[str, float] | None = None,
+) -> InjectionReport:
+    """Resolve, inject and fill; W0's fingerprint is the caller's to check.
+
+    Args:
+        read, make_real: for a model on the meta device, what reads W0's tensor of a name, and what gives memory to the
+            adapter once it is injected.
+
+    Raises:
+        AdapterError: as `load_adapter`. The model is then as before.
+    """
+    peft, tensors = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
+    found = find_contents(tensors, peft, model)
+    refuse_other_targets(peft, found, model)
+    return inject_and_fill(
+        model,
+        f"the adapter in {files.directory}",
+        lambda: config_for(peft, found, files.record, model, alphas or {}),
+        lambda: from_peft(model, tensors, lambda name: token_ids(peft, name)),
+        make_real,
+    )
+
+
+def inject_and_fill(
+    model: nn.Module,
+    source: str,
+    config: Callable[[], LoRAConfig],
+    tensors: Callable[[], Mapping[str, Tensor]],
+    make_real: Callable[[nn.Module], None] | None = None,
+) -> InjectionReport:
+    """Inject what `config` makes and load what `tensors` makes, by names in the model.
+
+    Factors that an init subtracts are in no file: they are computed from W0, where that is there.
+
+    Raises:
+        AdapterError: the two do not fit the model, which is then plain again, with what trained before.
+    """
+    trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_plain = not any(isinstance(module, Grafted) for module in model.modules())
+    try:
+        own = config()
+        report = inject(model, own, start=make_real is None and from_weight.from_weight(own.init), any_rank=True)
+        if make_real is not None:
+            make_real(model)
+        load_tensors(model, {**_subtracted_factors(model), **tensors()})
+    except BaseException as error:
+        if was_plain:
+            remove(model)
+            for parameter in trained_before:
+                parameter.requires_grad_(True)
+        if isinstance(error, ConfigError | TargetError):
+            raise AdapterError(f"{source} does not fit this model: {error}") from error
+        raise
+    return report
+
+
+def _subtracted_factors(model: nn.Module) -> dict[str, Tensor]:
+    """A0 and B0 by their names."""
+    layers = adapted_layers(model)
+    return {f"{n}.{o}": t for n, m in layers for o, t in m.lora_tensors().items() if o in ("lora_A0", "lora_B0")}
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy the adapter's tensors, by their names, into an adapted model.
+
+    Copies of tied modules are tied here, and PEFT trains them apart: where their values differ, each gets a parameter
+    of its own.
+
+    Raises:
+        AdapterError: with the list of all keys that are missing, left over or wrongly shaped. Nothing is loaded then.
+    """
+    own = adapter_tensors(model)
+    refuse_misfits(own, tensors)
+    first: dict[int, str] = {}
+    for key, tensor in list(own.items()):
+        twin = first.setdefault(id(tensor), key)
+        if twin != key and not torch.equal(tensors[key], tensors[twin]):
+            module, _, name = key.rpartition(".")
+            own[key] = nn.Parameter(tensor.detach().clone(), requires_grad=tensor.requires_grad)
+            setattr(get_module(model, module), name, own[key])
+    for key, tensor in own.items():
+        tensor.data.copy_(tensors[key])

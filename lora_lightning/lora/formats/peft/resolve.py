@@ -1,0 +1,355 @@
+"""From a PEFT directory to the model's own names and to the config that injects what the file holds."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.formats.peft.config import (
+    CONFIG,
+    WEIGHTS,
+    find_alphas,
+    peft_adapts,
+    peft_selects,
+    refuse_other_rank,
+    subtracted_init,
+    token_ids,
+)
+from lora_lightning.lora.formats.peft.keys import (
+    A_ENDS,
+    OTHER_ENDS,
+    PREFIX,
+    TOKENS_END,
+    canonical_keys,
+    is_peft_copy,
+    is_trained_bias,
+    saved_module,
+    strip_wrappers,
+)
+from lora_lightning.lora.formats.provenance import Record
+from lora_lightning.lora.frozen.tensors import get_module, named_modules, plain_state
+from lora_lightning.lora.layers import kind_of
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
+
+Read = Callable[[str], Tensor | None]
+"""W0's tensor of a name in the model, None where there is none."""
+
+
+def resolve(
+    peft: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    read: Read | None = None,
+    *,
+    allow_other_base: bool = False,
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and tensors as they are meant for `model`: canonical keys, ties resolved, copies of W0 left out.
+
+    Raises:
+        AdapterError: the keys are of several adapters; one pair of factors adapts two modules that share a weight; a
+            copy of W0 is not this model's, and `allow_other_base` is False.
+    """
+    modules = dict(named_modules(model, remove_duplicate=False))
+    named = canonical_keys(tensors, modules)
+    named = {key: tensor for key, tensor in named.items() if not is_peft_copy(key.removeprefix(PREFIX), modules)}
+    peft = _resolve_ties(_without_tied_rows(peft, named, modules), named, modules)
+    return peft, _without_base_copies(named, peft, model, read, allow_other_base=allow_other_base)
+
+
+def _resolve_ties(
+    peft: dict[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """The config with the tied partners that it leaves out.
+
+    With `ensure_weight_tying` PEFT adapts input and output embeddings by one pair of factors, or trains one copy for
+    both, lists the embedding alone in its config and writes the tensors of both.
+    """
+    if not peft.get("ensure_weight_tying"):
+        return peft
+    plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    listed = list(peft.get("modules_to_save") or [])
+    saved = [t for name, t in plain.items() if name.endswith(".weight") and saved_module(name, listed)]
+    for name in modules:
+        own = plain.get(f"{name}.weight")
+        if own is not None and not saved_module(f"{name}.weight", listed) and any(_equal(own, t) for t in saved):
+            listed.append(name)
+    peft = {**peft, "modules_to_save": listed}
+    ends = (".lora_A.weight", ".lora_embedding_A")
+    heads, tables = ([key.removesuffix(end) for key in plain if key.endswith(end)] for end in ends)
+    for table in tables:
+        for head in heads:
+            pairs = (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A"))
+            factors = [(plain.get(f"{head}.{one}"), plain.get(f"{table}.{other}")) for one, other in pairs]
+            if not all(a is not None and b is not None and b.dim() == 2 and _equal(a, b.t()) for a, b in factors):
+                continue
+            if head in modules and table in modules and _weight(modules[head]) is _weight(modules[table]):
+                raise AdapterError(
+                    f"PEFT trained one update for '{table}' and '{head}', which share one weight (ensure_weight_tying):"
+                    f" a layer here has its own. Load the base untied and the two are adapted alike:"
+                    f" config.tie_word_embeddings=False, and a clone of the embedding's weight in '{head}'"
+                )
+            targets = peft.get("target_modules")
+            if targets and targets != "all-linear":
+                is_regex = isinstance(targets, str)
+                peft["target_modules"] = f"(?:{targets})|{re.escape(head)}" if is_regex else [*targets, head]
+    return peft
+
+
+def _without_tied_rows(
+    peft: dict[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> dict[str, Any]:
+    """Less the entries of `trainable_token_indices` whose module follows, by a shared weight, one that has rows."""
+    indices = peft.get("trainable_token_indices")
+    if not isinstance(indices, dict):
+        return peft
+    names = {entry: [name for name in modules if peft_selects([entry], name)] for entry in indices}
+    rows = {key.removeprefix(PREFIX).removesuffix(TOKENS_END) for key in tensors if key.endswith(TOKENS_END)}
+    leading = [entry for entry in indices if rows & set(names[entry])]
+    heads = {id(_weight(modules[name])): entry for entry in leading for name in names[entry]}
+    kept = {}
+    for entry, numbers in indices.items():
+        lead = next((heads.get(id(_weight(modules[name]))) for name in names[entry]), None)
+        if entry in leading or lead is None or list(indices[lead]) != list(numbers):
+            kept[entry] = numbers
+    return {**peft, "trainable_token_indices": kept}
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    return module._parameters.get("weight")
+
+
+def _without_base_copies(
+    tensors: Mapping[str, Tensor],
+    peft: Mapping[str, Any],
+    model: nn.Module,
+    read: Read | None,
+    *,
+    allow_other_base: bool,
+) -> dict[str, Tensor]:
+    """The file's tensors less what PEFT writes of W0 itself: embeddings and output layer, where they are adapted, were
+    resized, or `save_embedding_layers` asked for them."""
+    state, listed = plain_state(model), peft.get("modules_to_save") or []
+    head = model.get_output_embeddings() if is_a(model, HF_MODEL) else None  # type: ignore[operator]
+    modules = dict(named_modules(model, remove_duplicate=False))
+    tables = {name for name, module in modules.items() if isinstance(module, nn.Embedding) or module is head}
+    kept: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        full = key.removeprefix(PREFIX)
+        name, wrappers = strip_wrappers(full, modules)
+        is_ours = name not in state or saved_module(name, listed) or is_trained_bias(full, peft, modules)
+        here = None if is_ours else read(name) if read else state[name]
+        if here is None:
+            kept[key] = tensor
+        elif here.shape == tensor.shape and torch.equal(tensor.to(here.dtype), here.cpu()):
+            continue
+        elif not (name.endswith(".weight") and (wrappers or name.removesuffix(".weight") in tables)):
+            kept[key] = tensor
+        elif not allow_other_base:
+            raise AdapterError(
+                f"the adapter holds a weight of '{name.removesuffix('.weight')}' that is not this model's: load the"
+                f" base that it was made on (resized as it was there), or pass allow_other_base=True to keep this"
+                f" model's"
+            )
+    return kept
+
+
+@dataclass
+class Contents:
+    """What an adapter's file is about, by names in the backbone."""
+
+    modules: dict[str, int] = field(default_factory=dict)
+    """Adapted modules, with PEFT's rank."""
+    parameters: dict[str, int] = field(default_factory=dict)
+    """Adapted bare parameters, with the rank."""
+    tokens: list[str] = field(default_factory=list)
+    """Embeddings with trained rows."""
+    saved: list[str] = field(default_factory=list)
+    """Modules saved in full."""
+
+
+def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model: nn.Module) -> Contents:
+    """Sort the file's keys.
+
+    Raises:
+        AdapterError: a key without PEFT's prefix, or for a module that the model does not have.
+    """
+    if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
+        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {some(strangers, 10)}")
+    found, rest = Contents(), list[str]()
+    modules = dict(named_modules(model, remove_duplicate=False))
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        end = next((end for end in (*A_ENDS, *OTHER_ENDS, TOKENS_END) if f".{name}".endswith(end)), "")
+        path = f".{name}".removesuffix(end).removeprefix(".")  # empty for the model itself
+        if end in A_ENDS:
+            _add_adapted(path, tensor, peft, modules, found)
+        elif end == TOKENS_END:
+            found.tokens.append(path)
+        elif not end and not is_trained_bias(name, peft, modules):
+            rest.append(name)
+    unknown = [name for name in (*found.modules, *found.tokens) if name not in modules]
+    if unknown:
+        hint = _where_it_fits(unknown, modules) or did_you_mean(unknown[0], modules)
+        named = some([f"'{name}'" for name in unknown], 10)
+        raise AdapterError(f"the model has no module {named}: {len(unknown)} of the adapter's are missing{hint}")
+    found.saved = _saved_modules(rest, peft.get("modules_to_save") or [], modules)
+    return found
+
+
+def _add_adapted(
+    path: str, A: Tensor, peft: Mapping[str, Any], modules: Mapping[str, nn.Module], found: Contents
+) -> None:
+    """Note a module or a bare parameter by the path of its A."""
+    plain, depth = strip_wrappers(path, modules)
+    rank = A.shape[0] if A.dim() else 0
+    holder, parent = modules.get(plain), modules.get(plain.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention) or holder is None:
+        found.modules[plain] = rank
+        return
+    entries = peft.get("target_parameters") or []
+    full = {f"{plain}.{n}".removeprefix("."): n for n in holder._parameters}
+    own = [name for name in full if peft_selects(entries, name)]
+    if depth < len(own):
+        name = own[len(own) - 1 - depth]
+        parameter = holder._parameters[full[name]]
+        assert parameter is not None
+        found.parameters[name] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)
+    else:
+        found.modules[plain] = rank
+
+
+def _where_it_fits(unknown: list[str], modules: Collection[str]) -> str:
+    """How the adapter's names would fit: it was made on this model's backbone, or on a model around this one."""
+    for outer in modules:
+        if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
+            return f"; it was made on the part '{outer}' of this model: load it into model.get_submodule('{outer}')"
+    if any(re.search(r"\.experts\.\d+\.", name) for name in unknown):
+        return (
+            "; the adapter has its experts apart, as before transformers 5: load it in PEFT, which fuses them, and save"
+            " it from there"
+        )
+    firsts = [name.partition(".")[0] for name in unknown if name.partition(".")[2] in modules]
+    if 2 * len(firsts) >= len(unknown):
+        first = Counter(firsts).most_common(1)[0][0]
+        return (
+            f"; it was made on a larger model that holds this one as '{first}': load it into a model of that class,"
+            f" as {CONFIG} or its author says"
+        )
+    return ""
+
+
+def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Full names of the modules saved in full: those that hold `keys` and that the config lists."""
+    holders = {key: saved_module(key, listed) for key in keys}
+    if strangers := [key for key, holder in holders.items() if holder is None]:
+        raise AdapterError(
+            f"the adapter does not fit this model ({len(strangers)} keys): left over {some(strangers, 10)}, which are"
+            f" neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
+        )
+    for entry in listed:
+        hits = [name for name in modules if name == entry] or [n for n in modules if n.endswith(f".{entry}")]
+        for name in hits:
+            if modules[name].state_dict() and not any(key.startswith(f"{name}.") for key in keys):
+                raise AdapterError(f"{CONFIG} saves '{name}' in full and {WEIGHTS} has no tensors for it")
+    return sorted({holder for holder in holders.values() if holder is not None})
+
+
+def refuse_other_targets(peft: Mapping[str, Any], found: Contents, model: nn.Module) -> None:
+    """Raise where the config and the file's tensors name different modules, parameters or rows."""
+    for entry in peft.get("target_parameters") or []:
+        if not any(peft_selects([entry], name) for name in found.parameters):
+            raise AdapterError(f"{CONFIG} lists '{entry}' in target_parameters and {WEIGHTS} has no tensors for it")
+    tokens = peft.get("trainable_token_indices") or []
+    for entry in tokens if isinstance(tokens, dict) else [""] if tokens else []:
+        if not any(not entry or peft_selects([entry], name) for name in found.tokens):
+            raise AdapterError(f"{CONFIG} has trainable_token_indices '{entry}' and {WEIGHTS} has no rows for them")
+    targets = peft.get("target_modules")
+    if not targets or targets == "all-linear":
+        return  # the file's keys are all there is to go by
+    saved = peft.get("modules_to_save") or []
+    for name, module in named_modules(model):
+        is_selected = peft_adapts(peft, targets, _peft_name(name, model))
+        if name in found.modules and not is_selected:
+            raise AdapterError(f"{WEIGHTS} has left over tensors for '{name}', which {CONFIG} does not adapt")
+        if not is_selected or name in found.modules or kind_of(module) is None:
+            continue
+        if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):
+            raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
+
+
+def config_for(
+    peft: Mapping[str, Any],
+    found: Contents,
+    record: Record | None,
+    model: nn.Module,
+    alphas_in_doubt: Mapping[str, float],
+) -> LoRAConfig:
+    """The config that injects what the file holds.
+
+    Ranks come from the tensors, alphas from PEFT's patterns; what PEFT's layout cannot say (`slices`, an
+    attention of which one projection is adapted, dropouts by layer) from our record, where there is one.
+
+    Raises:
+        AdapterError: the config was changed since we wrote it, or does not go with the tensors' ranks, or leaves an
+            alpha in doubt.
+    """
+    r, alpha, rslora = int(peft.get("r", 8)), float(peft.get("lora_alpha", 8)), bool(peft.get("use_rslora"))
+    adapted = {**found.modules, **found.parameters}
+    names = {name: _peft_name(name, model) for name in adapted}
+    for name, rank in adapted.items():
+        refuse_other_rank(peft, name, names[name], rank)
+    alphas = find_alphas(peft, names, adapted, alphas_in_doubt)
+    if record:
+        # A projection that only fills PEFT's form is not in the record.
+        adapted = {name: rank for name, rank in adapted.items() if name in record.settings}
+        for name, peft_rank in adapted.items():
+            own_r, own_alpha, written = record.settings[name]
+            if not math.isclose(alphas[name] / (math.sqrt(peft_rank) if rslora else peft_rank), written, rel_tol=1e-9):
+                raise AdapterError(f"{CONFIG} was changed since it was saved: its ranks or alphas")
+            adapted[name], alphas[name] = own_r, own_alpha
+    modules = [name for name in found.modules if name in adapted]
+    dropouts, slices = (record.dropouts, record.slices) if record else ({}, {})
+    return LoRAConfig(
+        r=r,
+        alpha=alpha,
+        dropout=float(peft.get("lora_dropout") or 0.0),
+        dropout_pattern={exactly(n): p for n, p in dropouts.items() if n in adapted},
+        # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
+        target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
+        target_parameters=list(found.parameters) or None,
+        trainable_token_indices={name: token_ids(peft, name) for name in found.tokens} or None,
+        modules_to_save=found.saved or None,
+        slices={exactly(n): spec for n, spec in slices.items() if n in modules},
+        rank_pattern={exactly(n): rank for n, rank in adapted.items() if rank != r},
+        alpha_pattern={exactly(n): alphas[n] for n in adapted if alphas[n] != alpha},
+        use_rslora=rslora,
+        use_dora=bool(peft.get("use_dora")),
+        init=subtracted_init(peft),
+        bias=peft.get("bias") or "none",
+        lora_bias=bool(peft.get("lora_bias")),
+    )
+
+
+def exactly(name: str) -> str:
+    """The pattern that matches this module alone."""
+    return f"^{re.escape(name)}$"
+
+
+def _peft_name(name: str, model: nn.Module) -> str:
+    """The name by which PEFT looks up a rank and an alpha."""
+    parent, _, last = name.rpartition(".")
+    is_in_attention = last == "out_proj" and isinstance(get_module(model, parent), nn.MultiheadAttention)
+    return parent if is_in_attention else name

@@ -1,0 +1,239 @@
+"""An adapter written as a directory that PEFT opens on the plain backbone, and what PEFT would read otherwise."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lora_lightning.lora.errors import AdapterError, did_you_mean, some, warn
+from lora_lightning.lora.formats.atomic_dir import write_together
+from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, dotted_ends
+from lora_lightning.lora.formats.peft.layout import LayerLayout, layer_layouts, to_peft
+from lora_lightning.lora.formats.peft.load import refuse_meta
+from lora_lightning.lora.formats.peft.resolve import exactly
+from lora_lightning.lora.formats.provenance import write_record
+from lora_lightning.lora.formats.tensor_files import file_content, file_size
+from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
+from lora_lightning.lora.frozen.tensors import get_module, named_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRAConv1D, LoRALinear, LoRAParameter, SavedCopy, TokenRows, TrainedBias
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
+
+CLASSIFIERS = ("classifier", "score")
+TASKS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": CLASSIFIERS,
+    "TOKEN_CLS": CLASSIFIERS,
+    "QUESTION_ANS": ("qa_outputs",),
+    "SEQ_2_SEQ_LM": (),
+    "CAUSAL_LM": (),
+    "FEATURE_EXTRACTION": (),
+}
+"""By PEFT's name of a task, the ends of names of what it adds to `modules_to_save` (0.21.2, peft_model.py)."""
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    base_model_name_or_path: str | None = None,
+    task_type: str | None = None,
+    serving: Literal["vllm"] | None = None,
+) -> Path:
+    """Write the adapter of `model` as a directory that PEFT opens on the plain backbone. Same adapter, same bytes.
+
+    Ranks, alphas and module names are written out in full, so that nothing depends on the order of patterns.
+    The weights' metadata hold the fingerprint of W0. What PEFT would read otherwise is said in an `AdapterWarning`
+    with the modules' names; `load_adapter` reads all of it. Other files in the directory stay.
+
+    Args:
+        base_model_name_or_path: what PEFT's `Auto` classes should load as the backbone; a transformers
+            model's own name is taken when left out.
+        task_type: PEFT's name of the task, such as `SEQ_CLS`; left out, with a warning, where PEFT would then look
+            for a trained head that this adapter does not bring.
+        serving: `vllm` writes one rank and one alpha for all modules, which is what vLLM applies: patterns, rslora,
+            slices and subtracted inits are folded into A and B, and what it cannot serve is refused.
+
+    Raises:
+        AdapterError: the model has no adapter, or its values are not finite or on the meta device, or vLLM cannot
+            serve it, or the directory cannot be written, which is then as it was.
+    """
+    refuse_meta(model, "has no values to save")
+    layouts = layer_layouts(model)
+    if not all(one.peft_name for one in layouts):
+        raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
+    if serving not in (None, "vllm"):
+        raise AdapterError(f"serving must be 'vllm' or left out, got {serving!r}")
+    if serving == "vllm":
+        layouts = for_vllm(model, layouts)
+    tensors = to_peft(model, layouts)
+    if not tensors:
+        raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise AdapterError(f"'{key}' is not finite: training diverged; save an earlier checkpoint")
+    if serving is None:
+        _warn_of_limits(model, layouts)
+    config = _config(model, layouts, base_model_name_or_path, task_type)
+    if serving == "vllm":
+        config["target_modules"] = vllm_targets(model, layouts)
+    record = write_record(model, layouts, tensors, other_dropouts(layouts), config)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    write_together(Path(directory), {WEIGHTS: file_content(tensors, record), CONFIG: text.encode()})
+    return Path(directory)
+
+
+def adapter_file_bytes(
+    model: nn.Module, *, base_model_name_or_path: str | None = None, task_type: str | None = None
+) -> int:
+    """The size of the `adapter_model.safetensors` that `save_adapter` writes of this model, on any device."""
+    layouts = layer_layouts(model)
+    tensors = to_peft(model, layouts)
+    config = _config(model, layouts, base_model_name_or_path, task_type)
+    return file_size(tensors, write_record(model, layouts, tensors, other_dropouts(layouts), config, digests=False))
+
+
+def _config(
+    model: nn.Module, layouts: list[LayerLayout], base_model_name_or_path: str | None, task_type: str | None
+) -> dict[str, Any]:
+    """PEFT's config in full."""
+    settings = [one.layer.lora_settings for one in layouts]
+    is_folded = any(one.one_alpha is not None for one in layouts)
+    rslora = not is_folded and any(s.scale != s.alpha / s.r for s in settings)  # at r = 1 the two scales are one
+    parameters = [one.peft_name for one in layouts if isinstance(one.layer, LoRAParameter)]
+    ranks = {one.peft_name: one.rank for one in layouts}
+    alphas = {one.peft_name: one.alpha(rslora=rslora) for one in layouts}
+    own_name = getattr(getattr(get_module(model, ""), "config", None), "_name_or_path", None)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model_name_or_path or own_name or None,
+        "task_type": _task(model, task_type),
+        **ranks_and_alphas(ranks, alphas),
+        "lora_dropout": common_dropout(layouts),
+        "target_modules": _selection([name for name in ranks if name not in parameters], model),
+        "target_parameters": parameters or None,
+        "trainable_token_indices": {n: m.lora_token_ids.tolist() for n, m in grafted_modules(model, TokenRows)} or None,
+        "modules_to_save": [name for name, _ in grafted_modules(model, SavedCopy)] or None,
+        "use_rslora": rslora,
+        "init_lora_weights": True,
+        "bias": _bias(model, layouts),
+        # PEFT refuses it beside bare parameters, and sets it for Conv1D by itself there.
+        "fan_in_fan_out": any(isinstance(one.layer, LoRAConv1D) for one in layouts) and not parameters,
+        "use_dora": any(s.use_dora for s in settings),
+        "lora_bias": any(s.lora_bias for s in settings),
+        "inference_mode": True,
+    }
+
+
+def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
+    """Those of the first module as the config's own, and a pattern for each module that has others."""
+    r, alpha = next(iter(ranks.values()), 8), next(iter(alphas.values()), 16)
+    return {
+        "r": r,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {exactly(name): rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {exactly(name): _number(a) for name, a in alphas.items() if a != alpha},
+    }
+
+
+def _number(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else value
+
+
+def _bias(model: nn.Module, layouts: list[LayerLayout]) -> str:
+    biased = {module for _, module in grafted_modules(model, TrainedBias)}
+    if not biased:
+        return "none"
+    return "lora_only" if biased <= {one.layer.lora_owner for one in layouts} else "all"
+
+
+def _selection(names: list[str], model: nn.Module) -> list[str] | str:
+    """Full names; where one is also the dotted end of another module's name, one anchored regex instead."""
+    chosen = set(names)
+    everything = [name for name, _ in named_modules(model, remove_duplicate=False)]
+    if any(other not in chosen and not chosen.isdisjoint(dotted_ends(other)) for other in everything):
+        return "|".join(map(re.escape, names))
+    return sorted(names)
+
+
+def common_dropout(layouts: list[LayerLayout]) -> float:
+    """The dropout of most layers, for PEFT's config, which holds one."""
+    counts = Counter(one.layer.lora_settings.dropout for one in layouts)
+    return max(counts, key=lambda dropout: (counts[dropout], dropout)) if counts else 0.0
+
+
+def other_dropouts(layouts: list[LayerLayout]) -> dict[str, float]:
+    """By module, the dropouts that differ from `common_dropout`; they go into the metadata."""
+    common, own = common_dropout(layouts), {one.name: one.layer.lora_settings.dropout for one in layouts}
+    return {name: dropout for name, dropout in own.items() if dropout != common}
+
+
+def _task(model: nn.Module, task_type: str | None) -> str | None:
+    """The task as it may stand in the file: None where PEFT would look for a head that this adapter does not bring."""
+    if task_type is None:
+        return None
+    if task_type not in TASKS:
+        raise AdapterError(
+            f"task_type must be one of {', '.join(TASKS)}, got '{task_type}'{did_you_mean(task_type, TASKS)}"
+        )
+    brought = {inner for _, saved in grafted_modules(model, SavedCopy) for inner in saved.modules()}
+    ends = TASKS[task_type]
+    missed = [n for n, m in named_modules(model) if ends and n.endswith(ends) and m not in brought]
+    if not missed:
+        return task_type
+    warn(
+        f"PEFT takes {some([repr(name) for name in missed])} for trained in full wherever task_type is {task_type}, and"
+        f" this adapter brings no values for that: task_type is left out of its config, so that"
+        f" PeftModel.from_pretrained opens it; to keep it, train the head: modules_to_save"
+    )
+    return None
+
+
+def _warn_of_limits(model: nn.Module, layouts: list[LayerLayout]) -> None:
+    """Give one AdapterWarning for each thing that PEFT reads otherwise than it is meant, with the modules' names.
+
+    Seen with PEFT 0.21.2 and transformers 5.24; the tests would notice when one of these limits goes.
+    """
+    for what, names in _limits(model, layouts):
+        if names:
+            warn(f"PEFT {what}: {some([repr(name) for name in names])}; load_adapter reads all of it")
+
+
+def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str, list[str]]]:
+    saved = [name for name, _ in grafted_modules(model, SavedCopy)]
+    others = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
+    caught = [other for other in others if any(other.endswith(name) for name in saved)]
+    yield "matches modules_to_save by the ends of names, within a word too, and misses tensors for", caught
+    places = Counter(module for _, module in named_modules(model, remove_duplicate=False))
+    twice = [one.name for one in layouts if places[one.layer.lora_owner] > 1]
+    yield "adapts one place of a module that stands in several", twice
+    dropouts = list(other_dropouts(layouts))
+    yield f"knows one dropout, {common_dropout(layouts):g}, and would train on with it in", dropouts
+    in_attention = [one.name for one in layouts if isinstance(one.layer, LoRALinear) and one.name != one.peft_name]
+    yield "counts the update of an attention's out_proj twice (its issue 3774)", in_attention
+    owners = {one.name: one.layer.lora_owner for one in layouts}
+    attentions = {name: m for name, m in owners.items() if isinstance(m, nn.MultiheadAttention)}
+    yield "refuses an attention with kdim or vdim", [n for n, m in attentions.items() if not m._qkv_same_embed_dim]
+    convs = {name: m for name, m in owners.items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
+    yield "cannot run an adapted convolution with dilation", [n for n, m in convs.items() if set(m.dilation) != {1}]
+    padded = [name for name, module in convs.items() if module.padding_mode != "zeros"]
+    yield "pads an adapted convolution's update with zeros, whatever its padding_mode", padded
+    fused = _taken_for_experts(model, owners)
+    yield "may take these for fused experts as it reads the config, and drop their update", fused
+
+
+def _taken_for_experts(model: nn.Module, owners: Mapping[str, nn.Module]) -> list[str]:
+    """Dense and shared layers of a transformers model with stacked experts, by the names that PEFT fuses there."""
+    if not is_a(get_module(model, ""), HF_MODEL):
+        return []
+    stacks = {n for _, m in named_modules(model) for n, p in m._parameters.items() if p is not None and p.dim() == 3}
+    if "down_proj" not in stacks:
+        return []
+    ends = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+    return [n for n, m in owners.items() if isinstance(m, nn.Linear) and n.rpartition(".")[2] in ends]

@@ -1,0 +1,73 @@
+"""What a logged optimizer step was made of: its learning rates, and how large the gradients of A and of B are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from lora_lightning.lora.inject import adapted_layers
+
+
+class StepFigures(Callback):
+    """Logs `lr`, `grad_norm/A`, `grad_norm/B` and `grad_norm/all` every `log_every_n_steps`, before clipping.
+
+    `grad_norm/all` is over everything that trains: what `gradient_clip_val` is compared with. `lr` is the first
+    group's; others, such as B's in LoRA+, have lines of their own where theirs is another.
+    """
+
+    def __init__(self) -> None:
+        self._other_rates: set[str] = set()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not trainer._logger_connector.should_update_logs or not trainer.loggers:
+            return
+        figures = self._rates(optimizer)
+        for name, gradients in parts_of_gradients(pl_module, optimizer).items():
+            figures[f"grad_norm/{name}"] = norm_of(gradients)
+        pl_module.log_dict(figures, batch_size=1)
+
+    def _rates(self, optimizer: Optimizer) -> dict[str, Any]:
+        groups = [(group.get("name", f"group_{i}"), group) for i, group in enumerate(optimizer.param_groups)]
+        first = groups[0][1]
+        for name, group in groups[1:]:
+            if any(group.get(key) != first.get(key) for key in ("lr", "initial_lr")):
+                self._other_rates.add(name)
+        return {"lr": float(first["lr"])} | {
+            f"lr/{name}": float(group["lr"]) for name, group in groups if name in self._other_rates
+        }
+
+
+def parts_of_gradients(module: LightningModule, optimizer: Optimizer) -> dict[str, list[Tensor]]:
+    """The gradients of A, of B, and all of them, as far as there are any."""
+    layers = [layer for _, layer in adapted_layers(module)]
+    parts: dict[str, list[Tensor | None]] = {
+        "A": [layer.lora_A.grad for layer in layers],
+        "B": [layer.lora_B.grad for layer in layers],
+        "all": [p.grad for group in optimizer.param_groups for p in group["params"]],
+    }
+    found = {name: [gradient for gradient in own if gradient is not None] for name, own in parts.items()}
+    return {name: own for name, own in found.items() if own}
+
+
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all entries together, of whole tensors or of shards of them, as one number on the device.
+
+    Every process must ask where tensors are sharded.
+    """
+    kinds = groupby(sorted(tensors, key=_kind), key=_kind)
+    norms = [torch.nn.utils.get_total_norm(list(same)) for _, same in kinds]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total: Tensor = torch.stack([norm.float() for norm in whole]).norm()
+    return total
+
+
+def _kind(tensor: Tensor) -> str:
+    """Norms of sharded tensors add up by themselves only where they are sharded over the same processes."""
+    return str(getattr(tensor, "device_mesh", ""))

@@ -1,0 +1,92 @@
+"""What the module and its callbacks know of a strategy that shards W0: that it does, and how to look at W0 then.
+
+Law 2 under sharding: the fingerprint is the one that a single process finds. Each tensor is gathered by one process,
+the next by the next, which hash at the same time; none ever holds more than one. Whether W0 has moved needs no
+gathering: each process compares its own shards with what they were.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, of_digests, of_tensors
+from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one_process
+from lora_lightning.lora.frozen.tensors import base_tensors
+from lora_lightning.training.distributed import gathered, processes, rank
+
+
+class ShardedStrategy(ABC):
+    """A strategy under which each process holds its shard of W0, of the adapter and of the optimizer's state."""
+
+    @abstractmethod
+    def shard_module(self, module: Any) -> None:
+        """Shard the backbone of a `LoRAModule` in place, from process 0's values.
+
+        Raises:
+            LoRAError: something cannot be sharded, by name.
+        """
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds its shard of the model alone."""
+    return isinstance(model, FSDPModule)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def fingerprint(model: nn.Module) -> Fingerprint:
+    """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
+    if not is_sharded(model):
+        return of_one_process(model)
+    tensors, found = base_tensors(model), dict[str, str]()
+    waiting: dict[str, Future[dict[str, str]]] = {}
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        for number, (name, tensor) in enumerate(tensors.items()):
+            to = number % processes()
+            for earlier in waiting.values() if to == rank() else ():
+                earlier.result()  # which lets go of the tensor before the next one comes
+            whole = gathered_by(tensor, to)
+            if whole is not None:
+                waiting[name] = pool.submit(digests, {name: whole})
+        for one in waiting.values():
+            found |= one.result()
+    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+    return of_digests({name: every[name] for name in tensors})
+
+
+def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
+    """The whole tensor in one process, and None in the others; all must call it."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor) or processes() == 1:
+        return local(tensor) if to == rank() else None
+    rows = -(-tensor.shape[0] // processes())  # of a chunk; the last may be short or empty
+    row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
+    own = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
+    mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
+    own[: mine.numel()] = mine
+    pieces = [torch.empty_like(own) for _ in range(processes())] if to == rank() else None
+    if own.numel():
+        distributed.gather(own, pieces, dst=to)
+    if pieces is None:
+        return None
+    return torch.cat(pieces)[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)
+
+
+def of_own_shards(model: nn.Module) -> Fingerprint:
+    """The fingerprint of what this process holds of W0."""
+    return of_tensors({name: local(tensor) for name, tensor in base_tensors(model).items()})
+
+
+def moved_in_any(before: Fingerprint, after: Fingerprint) -> list[str]:
+    """Names of tensors of which any process's shard differs, in all processes."""
+    return list(dict.fromkeys(name for part in gathered(before.differences(after)) for name in part))

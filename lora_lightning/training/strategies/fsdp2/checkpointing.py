@@ -1,0 +1,134 @@
+"""Checkpoints of a sharded module: the adapter and its optimizer, as one file; W0 is never gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.optim import Optimizer
+
+from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_misfits
+from lora_lightning.training.checkpoints.file_io import is_remote, whole_file
+from lora_lightning.training.distributed import by_first, rank, together
+from lora_lightning.training.strategies.fsdp2.wrapping import as_stored
+
+if TYPE_CHECKING:
+    from lora_lightning.training.module import LoRAModule
+
+
+class AdapterCheckpoints(ModelParallelStrategy):
+    """Saves and loads what trains, in place of Lightning's way, which drops frozen keys and then misses them."""
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """After the module has looked at the checkpoint, as with other strategies."""
+        return True
+
+    @property
+    def _saved(self) -> LoRAModule:
+        module: Any = self.lightning_module
+        return module  # type: ignore[no-any-return]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """What trains, whole and in process 0 only."""
+        return _whole_state(adapter_only(self._saved, self._saved.state_dict()))
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The same of an optimizer, in the form of a single process."""
+        return _whole_state(_plain(optimizer).state_dict())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+        """Write the file in process 0.
+
+        Raises:
+            LoRAError: in all processes, where it could not be written.
+        """
+        path = by_first(lambda: str(filepath))
+        together(lambda: self._write(checkpoint, path, storage_options))
+
+    def _write(self, checkpoint: dict[str, Any], path: str, options: Any) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=options)
+
+    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read the same file in every process.
+
+        Raises:
+            DamagedCheckpointError: there is no whole one; in all processes.
+        """
+        path = by_first(lambda: str(checkpoint_path))
+        if not is_remote(path):
+            path = by_first(lambda: str(whole_file(Path(path))))
+        return together(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Put the adapter into the shards.
+
+        Raises:
+            AdapterError: keys are missing, left over or wrongly shaped; nothing was changed.
+        """
+        module, state = self._saved, checkpoint["state_dict"]
+        if strict:
+            refuse_misfits(module, module.state_dict(), state)
+        own = adapter_only(module, module.state_dict())
+        shards = {key: _as_sharded(value, own[key]) for key, value in state.items() if key in own}
+        with as_stored(module.backbone):
+            module.load_state_dict(shards, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put each optimizer's state where its parameters' shards are."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            plain = _plain(optimizer)
+            here = [p for group in plain.param_groups for p in group["params"]]
+            there = [i for group in state["param_groups"] for i in group["params"]]
+            parameters = dict(zip(there, here, strict=False))
+            shards = {
+                i: {name: _as_sharded(value, parameters[i]) for name, value in own.items()}
+                for i, own in state["state"].items()
+                if own and i in parameters
+            }
+            plain.load_state_dict({"state": shards, "param_groups": state["param_groups"]})
+
+
+def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+
+
+def _whole_state(state: Any) -> Any:
+    """Every sharded tensor of a nested state gathered, one at a time, and kept by process 0; {} in the others.
+
+    All processes must call it. A copy on the CPU, which the next step does not write into.
+    """
+    found = _gathered(state)
+    return found if rank() == 0 else {}
+
+
+def _gathered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _gathered(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_gathered(inner) for inner in value]
+    if not isinstance(value, Tensor):
+        return value
+    whole = value.full_tensor() if isinstance(value, DTensor) else value
+    return whole.detach().cpu() if rank() == 0 else None
+
+
+def _as_sharded(value: Any, like: Any) -> Any:
+    """A whole tensor in the shards of the parameter that it belongs to; scalars and what is no tensor as they are.
+
+    A state of another shape, as a factored second moment's row, is laid into every process whole. No process tells
+    another anything.
+    """
+    if not isinstance(value, Tensor) or not isinstance(like, DTensor) or not value.dim():
+        return value
+    placements = like.placements if value.shape == like.shape else [Replicate()]
+    with torch.no_grad():
+        return distribute_tensor(value.to(like.device), like.device_mesh, placements, src_data_rank=None)

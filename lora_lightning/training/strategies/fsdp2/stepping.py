@@ -1,0 +1,125 @@
+"""Steps and evaluation of a sharded model: whatever one process calls, all call, and as often."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.training.distributed import gathered
+from lora_lightning.training.strategies.base import is_sharded
+
+if TYPE_CHECKING:
+    from lora_lightning.training.module import LoRAModule
+
+
+class EvaluatesTogether(ParallelStrategy):
+    """Lets evaluation end in all processes at once, also where one has more batches than another."""
+
+    _most: Sequence[int] = ()
+    """Batches of each loader of the running evaluation, in the process that has most."""
+
+    @property
+    def _module(self) -> LoRAModule:
+        module: Any = self.lightning_module
+        return module  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._evaluated("validation_step", batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._evaluated("test_step", batch, batch_idx, dataloader_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        return self._evaluated("predict_step", batch, batch_idx, dataloader_idx)
+
+    def _evaluated(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+        """The step; after a process's last batch it runs the model on, unheard, for those that have one more."""
+        found = self._called(step, batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
+        own = self._batches()[dataloader_idx]
+        if self._most and batch_idx + 1 == own:
+            for _ in range(self._most[dataloader_idx] - int(own)):
+                self._called("unheard_step", batch, step == "predict_step")
+        return found
+
+    def _called(self, step: str, *args: Any) -> Any:
+        """A method of the module, as Lightning calls it."""
+        with self.precision_plugin.forward_context():
+            return getattr(self._module, step)(*args)
+
+    def _batches(self) -> list[int | float]:
+        """How many batches this process has of each loader of the running loop."""
+        trainer = self._module.trainer
+        if trainer.state.fn == TrainerFn.PREDICTING:
+            return trainer.num_predict_batches
+        if trainer.state.fn == TrainerFn.TESTING:
+            return trainer.num_test_batches
+        return trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+
+    def on_validation_start(self) -> None:
+        self._count_batches()
+
+    def on_test_start(self) -> None:
+        self._count_batches()
+
+    def on_predict_start(self) -> None:
+        self._count_batches()
+
+    def _count_batches(self) -> None:
+        if not is_sharded(self._module.backbone):
+            return
+        every = gathered(self._batches())
+        loaders = list(zip(*every, strict=True))
+        if any(float("inf") in counts or (0 in counts and any(counts)) for counts in loaders):
+            raise LoRAError(
+                "where W0 lies in parts, it must be known how many batches each process evaluates, at least one: take a"
+                " set that is not streamed, or fewer devices, or --trainer.limit_val_batches 0"
+            )
+        self._most = [int(max(loader)) for loader in loaders]
+
+
+class StepsTogether(EvaluatesTogether, ModelParallelStrategy):
+    """Gathers what lies outside of the blocks before each step."""
+
+    @property
+    def _root(self) -> Any:
+        root: nn.Module = self._module.backbone
+        assert isinstance(root, FSDPModule)
+        return root
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._root.unshard()
+        return super().training_step(*args, **kwargs)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """All gradients are added up over the processes, or an optimizer would step over those that are not.
+
+        Raises:
+            LoRAError: the task's loss did not come through the backbone's own call.
+        """
+        super().post_backward(closure_loss)
+        left = [n for n, p in self._module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
+        if left:
+            raise LoRAError(
+                f"FSDP2 saw no backward of {some(left)}: the task's loss must come from a call of the backbone or of"
+                " its blocks; or train with ddp"
+            )
+
+    def _called(self, step: str, *args: Any) -> Any:
+        self._root.unshard()
+        return super()._called(step, *args)
+
+    def on_validation_end(self) -> None:
+        self._root.reshard()
+
+    def on_test_end(self) -> None:
+        self._root.reshard()
+
+    def on_predict_end(self) -> None:
+        self._root.reshard()

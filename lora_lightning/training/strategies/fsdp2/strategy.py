@@ -1,0 +1,110 @@
+"""FSDP2 for `LoRAModule`: W0 and the adapter lie in parts, one for each process, and checkpoints hold the adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.tensor import DTensor
+
+from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.training.checkpoints.file_io import WholeFiles
+from lora_lightning.training.initialization import refuse_measured
+from lora_lightning.training.strategies.base import ShardedStrategy, is_sharded
+from lora_lightning.training.strategies.fsdp2.checkpointing import AdapterCheckpoints
+from lora_lightning.training.strategies.fsdp2.stepping import StepsTogether
+from lora_lightning.training.strategies.fsdp2.wrapping import as_stored, shard
+
+if TYPE_CHECKING:
+    from lora_lightning.training.module import LoRAModule
+
+
+class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
+    """Lightning's `ModelParallelStrategy`, with the sharding, the checkpoints and the guards that LoRA needs.
+
+    Args:
+        reshard_after_forward: let a block's gathered weights go between forward and backward. `False` needs the memory
+            of W0 for a step, and gathers once in place of twice.
+        cpu_offload: keep the shards in the memory of the CPU, and on the GPU only what is gathered.
+        blocks: names of the modules that are gathered one by one, with `*` for anything, such as
+            `encoder.layer.*.attention`; by default the backbone's repeated blocks.
+        process_group_backend: torch's; by default what suits the device.
+        timeout: of collective calls.
+    """
+
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        cpu_offload: bool = False,
+        blocks: Sequence[str] | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = default_pg_timeout,
+    ) -> None:
+        if cpu_offload and process_group_backend is None:
+            process_group_backend = "cuda:nccl,cpu:gloo"  # norms of the offloaded gradients are added up on the CPU
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self.reshard_after_forward, self.cpu_offload, self.blocks = reshard_after_forward, cpu_offload, blocks
+        self._checkpoint_io = WholeFiles()
+
+    def setup_environment(self) -> None:
+        """Lay the mesh over all processes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard_module(self, module: LoRAModule) -> None:
+        """Called by `LoRAModule.configure_model`, more than once.
+
+        Raises:
+            LoRAError: something cannot be sharded.
+        """
+        if is_sharded(module.backbone):
+            return
+        self._refuse(module)
+        shard(
+            module.backbone,
+            self.device_mesh["data_parallel"],
+            self.root_device,
+            blocks=self.blocks,
+            reshard_after_forward=self.reshard_after_forward,
+            cpu_offload=self.cpu_offload,
+        )
+
+    def _refuse(self, module: LoRAModule) -> None:
+        if self.cpu_offload and self.root_device.type == "cpu":
+            raise LoRAError("cpu_offload keeps shards off the GPU, and this run is on the CPU: leave it out")
+        refuse_measured(module, "FSDP2")
+        named = module.named_parameters()
+        beside = [name for name, p in named if p.requires_grad and not name.startswith("backbone.")]
+        if beside:
+            raise LoRAError(f"FSDP2 shards the backbone alone, and {some(beside)} trains beside it: train with ddp")
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        with as_stored(self._root):
+            # The first module that runs would be taken for the root, and a step may begin with a part of the backbone.
+            self._root._get_fsdp_state()._lazy_init()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._module.w0_fingerprint()  # by all: later one process may ask alone
+
+    def model_to_device(self) -> None:
+        """Offloaded shards stay where they are."""
+        if not self.cpu_offload:
+            with as_stored(self._root):
+                super().model_to_device()
+            return
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(self.root_device)
+
+
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="W0 and the adapter in parts, one for each process")

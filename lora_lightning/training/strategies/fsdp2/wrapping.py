@@ -1,0 +1,181 @@
+"""FSDP2 on an adapted backbone: what is sharded, what stays whole, and what is refused by name.
+
+Each block and the rest are gathered for their own forward and backward, and lie sharded in between; of `adapters` and
+W0 alike every process keeps its rows. The rest (embeddings, the head, what stands between) is gathered when a step
+begins and let go after its backward, so that a task may read a head's weight beside the forward.
+
+What the fused arithmetic keeps of a weight for backward is the gathered tensor, which FSDP2 fills again before a
+block's backward. An input that would be computed anew from another block's norm is not, for that norm's weight lies
+sharded then; and no process measures products for itself, so that all round alike and a resumed fit as before.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.frozen.quantization import scheme
+from lora_lightning.lora.inject import disabled
+from lora_lightning.training.activations.blocks import repeated_blocks
+from lora_lightning.training.distributed import processes
+
+
+def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
+    """Within the block FSDP2, which looks parameters up as attributes, finds a bias where a trained copy is shown."""
+    return disabled(backbone)
+
+
+def shard(
+    backbone: nn.Module,
+    mesh: DeviceMesh,
+    device: torch.device,
+    *,
+    blocks: Sequence[str] | None = None,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Shard a backbone over a mesh of one dimension, in place; all start from process 0's values.
+
+    Args:
+        blocks: patterns of module names, in place of the blocks that are found; none shards the backbone as one.
+        reshard_after_forward: whether blocks are let go between forward and backward.
+        cpu_offload: keep the shards in the CPU's memory.
+
+    Raises:
+        LoRAError: something in the backbone cannot be sharded, by name.
+    """
+    _refuse_quantized(backbone)
+    chosen = groups_of(backbone) if blocks is None else named_blocks(backbone, blocks)
+    whole = parameters_left_whole(backbone, chosen)
+    _say(backbone, chosen, whole, mesh.size())
+    options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(whole.values())}
+    options["offload_policy"] = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    done: set[int] = set()
+    for module in chosen.values():
+        same_everywhere(module, device, done)
+        fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
+    same_everywhere(backbone, device, done)
+    root = fully_shard(backbone, reshard_after_forward=False, **options)
+    # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
+    root.set_reduce_scatter_unused_params(True)
+    gather_before(root, "generate")
+
+
+def _refuse_quantized(backbone: nn.Module) -> None:
+    quantised = [name for name, module in backbone.named_modules() if scheme(module) is not None]
+    if quantised:
+        raise LoRAError(
+            f"FSDP2 shards plain weights, and {some(quantised)} are quantised: load the backbone in bfloat16, or"
+            " train it with --trainer.strategy ddp"
+        )
+
+
+def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Frozen parameters that cannot be sharded: scalars, and those that several blocks share.
+
+    Raises:
+        LoRAError: one of them trains, so that its gradients would not be added up over the processes.
+    """
+    found = homeless(backbone, blocks)
+    trained = [name for name, parameter in found.items() if parameter.requires_grad]
+    if trained:
+        raise LoRAError(
+            f"FSDP2 cannot train what has no rows or stands in several blocks: {some(trained)}; exclude it from"
+            " lora.target_modules or lora.modules_to_save, or train with --trainer.strategy ddp"
+        )
+    return found
+
+
+def homeless(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """Scalars, and parameters that stand in several blocks, or in one and outside of all."""
+    homes: dict[int, set[int]] = {}
+    found: dict[str, nn.Parameter] = {}
+    blocks_of: dict[int, set[int]] = {}
+    for number, block in enumerate(blocks.values()):
+        for module in block.modules():
+            blocks_of.setdefault(id(module), set()).add(number)
+    for path, module in backbone.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            own = homes.setdefault(id(parameter), set())
+            own |= blocks_of.get(id(module), {-1})
+            if not parameter.dim() or len(own) > 1:
+                found[f"{path}.{name}" if path else name] = parameter
+    return found
+
+
+def same_everywhere(module: nn.Module, device: torch.device, done: set[int]) -> None:
+    """Put what was not sharded before on the device, with process 0's values: each process drew its own A."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if isinstance(tensor, DTensor) or tensor.is_meta or id(tensor) in done:
+            continue
+        done.add(id(tensor))
+        tensor.data = tensor.data.to(device).contiguous()  # FSDP2 takes no other
+        if processes() > 1 and tensor.numel():
+            distributed.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
+
+
+def gather_before(root: Any, method: str) -> None:
+    """Let a method of the backbone find gathered what lies outside of the blocks: it may call parts of the model."""
+    own = getattr(root, method, None)
+    if not callable(own):
+        return
+
+    @functools.wraps(own)
+    def gathered(*args: Any, **kwargs: Any) -> Any:
+        root.unshard()
+        return own(*args, **kwargs)
+
+    setattr(root, method, gathered)
+
+
+def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
+    if blocks:
+        kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks.values()))
+        rank_zero_info(f"FSDP2: W0 and the adapter lie in {count} parts; gathered one by one: {len(blocks)} x {kinds}")
+    else:
+        rank_zero_warn(
+            f"FSDP2: no repeated blocks were found in {type(backbone).__name__}, so it is gathered as one, all of W0 at"
+            " a time; FSDP2Strategy.blocks names modules to gather one by one"
+        )
+    if whole:
+        rank_zero_info(f"FSDP2: every process holds the whole of {some(list(whole))}, scalars or shared by blocks")
+
+
+def groups_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks that can be called: a bare list has no forward before which it could be gathered."""
+    lists = (nn.ModuleList, nn.ModuleDict)
+    return {name: block for name, block in repeated_blocks(model).items() if not isinstance(block, lists)}
+
+
+def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Strategy") -> dict[str, nn.Module]:
+    """The modules whose names a pattern fits; `*` stands for anything.
+
+    Raises:
+        LoRAError: a pattern fits nothing, or what it fits has no parameters.
+    """
+    modules, found = dict(model.named_modules()), dict[str, nn.Module]()
+    for pattern in patterns:
+        fits = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
+        if not any(_has_parameters(module) for module in fits.values()):
+            raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near(pattern, modules)}")
+        found |= {name: module for name, module in fits.items() if _has_parameters(module)}
+    return {name: found[name] for name in modules if name in found}
+
+
+def _near(pattern: str, names: dict[str, nn.Module]) -> str:
+    return did_you_mean(pattern, (name for name in names if name))
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None

@@ -1,0 +1,99 @@
+"""metrics.csv of a run that goes on, and of one that is tested again."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+
+
+class ContinuedCSVLogger(CSVLogger):
+    """Lightning's CSVLogger, which goes on with the file that is there in place of deleting it."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            Path(self.log_dir).mkdir(parents=True, exist_ok=True)
+            self._experiment = _ContinuedWriter(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @rank_zero_only
+    def go_on_from(self, step: int) -> None:
+        """Forget what an interrupted fit wrote after its last checkpoint, which is made anew.
+
+        Args:
+            step: the number that the next step is logged under.
+        """
+        self.save()
+        self.experiment.keep_before(step)  # type: ignore[attr-defined]
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """What was written twice, such as the counts at each start, is kept once."""
+        super().finalize(status)
+        if self._experiment is not None:
+            self.experiment.keep_before(None)  # type: ignore[attr-defined]
+
+
+class RepeatedCSVLogger(CSVLogger):
+    """Lightning's CSVLogger, which leaves an earlier log alone until there is a row to put in its place.
+
+    Lightning deletes it before a checkpoint is looked at: a refused `test` would take the last one's figures along.
+    """
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        if self._experiment is None:
+            self._experiment = _RepeatedWriter(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+
+class _RepeatedWriter(ExperimentWriter):
+    _is_fresh = False
+
+    def _check_log_dir_exists(self) -> None:
+        """It may, and nothing in it is deleted yet."""
+
+    def save(self) -> None:
+        if self.metrics and not self._is_fresh:
+            Path(self.metrics_file_path).unlink(missing_ok=True)
+            self._is_fresh = True
+        super().save()
+
+
+class _ContinuedWriter(ExperimentWriter):
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.metrics_keys = list(self._rows()[0])
+
+    def _check_log_dir_exists(self) -> None:
+        """It should, and nothing in it is deleted."""
+
+    def _rows(self) -> tuple[list[str], list[dict[str, str]]]:
+        """The header and the whole rows; the last may be torn."""
+        file = Path(self.metrics_file_path)
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+        rows = [row for row in reader if None not in row and None not in row.values()]
+        return list(reader.fieldnames or []), rows
+
+    def keep_before(self, step: int | None) -> None:
+        """Each row once, of steps before this one."""
+        keys, rows = self._rows()
+        past = [row for row in rows if step is None or (row["step"].isdigit() and int(row["step"]) < step)]
+        kept = list({tuple(row.items()): row for row in past}.values())
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=keys)
+        writer.writeheader()
+        writer.writerows(kept)
+        if keys:
+            write_bytes(Path(self.metrics_file_path), text.getvalue().encode())

@@ -1,0 +1,105 @@
+"""W&B's logger, which needs no account; and how each logger goes on with the run that a fit resumes."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
+from lightning.pytorch.loggers import WandbLogger as LightningWandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+
+from lora_lightning.lora.errors import LoRAError
+
+
+class WandbLogger(LightningWandbLogger):
+    """Lightning's WandbLogger, which goes offline by itself where W&B has no key, and asks nothing.
+
+    Args:
+        offline: keep the run on disk, for `wandb sync`. Left out: offline where there is no key.
+        save_dir: where W&B's own folder goes; made where it is missing.
+
+    Raises:
+        LoRAError: `offline: false`, and no key: W&B would ask for one.
+    """
+
+    def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
+        if offline is False and os.environ.get("WANDB_MODE") is None and not has_wandb_key():
+            raise LoRAError(
+                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out: the run then"
+                " stays on this disk until `wandb sync`"
+            )
+        if offline is None:
+            offline = os.environ.get("WANDB_MODE") != "disabled" and not has_wandb_key()
+            if offline:
+                rank_zero_info("W&B: no key found, so this run stays on disk; `wandb sync` uploads it later")
+        Path(save_dir).mkdir(parents=True, exist_ok=True)
+        if kwargs.get("settings") is None:
+            kwargs["settings"] = {"quiet": True}  # it would end with all figures over again
+        super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
+        if self._wandb_init.get("anonymous") is None:
+            del self._wandb_init["anonymous"]  # W&B warns of the word, whatever its value
+
+    def go_on_with(self, version: str) -> None:
+        """Log into the run of this id, unless the config names one itself.
+
+        Offline, what follows lies in a folder of its own, which `wandb sync --append` adds to the run.
+        """
+        if self._id is None:
+            self._id = self._wandb_init["id"] = version
+            self._wandb_init["resume"] = "allow"
+
+
+def runs_of(loggers: Iterable[Logger]) -> list[list[Any]]:
+    """What a checkpoint notes of the runs that were logged into, so that a fit that goes on finds them: kind, id."""
+    found: list[list[Any]] = []
+    for logger in loggers:
+        if isinstance(logger, LightningWandbLogger | TensorBoardLogger):
+            found.append([_kind(logger), logger.version])
+        elif isinstance(logger, MLFlowLogger):
+            found.append([_kind(logger), logger.run_id])
+    return [[kind, which] for kind, which in found if which is not None]
+
+
+def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int) -> None:
+    """Let each logger log into its own kind's run of the checkpoint, in their order, unless the config names one.
+
+    Args:
+        runs: what `runs_of` gave.
+        step: the number that the next step is logged under; TensorBoard hides what an interrupted fit wrote after it.
+    """
+    left = [list(run) for run in runs]
+    for logger in loggers:
+        mine = next((run for run in left if run[0] == _kind(logger)), None)
+        if mine is None:
+            continue
+        left.remove(mine)
+        if isinstance(logger, WandbLogger):
+            logger.go_on_with(str(mine[1]))
+        elif isinstance(logger, TensorBoardLogger) and logger._version is None:
+            logger._version = mine[1]
+            if logger._kwargs.get("purge_step") is None:  # the command's parser notes each of SummaryWriter's defaults
+                logger._kwargs["purge_step"] = step
+        elif isinstance(logger, MLFlowLogger) and logger._run_id is None:
+            logger._run_id = mine[1]
+
+
+def _kind(logger: Any) -> str:
+    kinds = (LightningWandbLogger, TensorBoardLogger, MLFlowLogger)
+    return next((kind.__name__ for kind in kinds if isinstance(logger, kind)), "")
+
+
+def has_wandb_key() -> bool:
+    """Whether W&B can log in without asking: by environment or by netrc, unless WANDB_MODE says offline."""
+    if os.environ.get("WANDB_MODE", "") in ("offline", "disabled"):
+        return False
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

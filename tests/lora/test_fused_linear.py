@@ -1,0 +1,545 @@
+"""`fused_linear` is the formula, in every dtype, mode and order of calls, and keeps what it says it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import lora_lightning
+from lora_lightning import LoRAConfig, LoRAError, LoRAModule, inject
+from lora_lightning.lora.layers import fused_linear as fused
+from lora_lightning.lora.layers.fused_linear import eager_arithmetic, fused_linear
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+DTYPES = list(TOLERANCE)
+MANY = 60
+"""Rows that fold W0 of 5 by 6."""
+
+
+def formula(x: Tensor, W: Tensor, b: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """`x W0^T + b + s x A^T B^T`, from the paper."""
+    out = x @ W.t() + scale * (x @ A.t()) @ B.t()
+    return out if b is None else out + b
+
+
+def operands(rows: tuple[int, ...] = (4, 3), *, bias: bool = True, m: int = 5, k: int = 6) -> list[Tensor | None]:
+    """x, W0, b, A and B, in float64; all but W0 train."""
+    torch.manual_seed(0)
+    shapes = [(*rows, k), (m, k), (m,) if bias else None, (2, k), (m, 2)]
+    made = [None if shape is None else torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    return [t if t is None or i == 1 else t.requires_grad_() for i, t in enumerate(made)]
+
+
+def mask_of(x: Tensor, dropped: int, seed: int) -> Tensor:
+    return torch.cat([mask.clone() for _, mask in fused._masks(x.reshape(-1, x.shape[-1]), dropped, seed)]).view(
+        x.shape
+    )
+
+
+def next_seed() -> int:
+    return int(torch.randint(2**62, (), dtype=torch.int64))
+
+
+class Readers(nn.Module):
+    """Three layers on one input, one on another, as in attention."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(width, width), nn.Linear(width, 8, bias=False), nn.Linear(width, width)
+        self.o = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.q(x).sigmoid() * self.v(x) * self.k(x).mean(-1, keepdim=True))
+
+
+def adapted(model: nn.Module, dtype: torch.dtype = torch.float64, **options: object) -> nn.Module:
+    torch.manual_seed(1)
+    model = model.to(dtype)
+    inject(model, LoRAConfig(r=3, target_modules=".+", **options))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def everything(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The output, dX and the gradient of every trained parameter."""
+    model.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    out = model(x * 1.0)
+    (out.double() * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)).sum().backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert x.grad is not None
+    assert all(g is not None for g in grads)
+    return [out.detach(), x.grad, *[g for g in grads if g is not None]]
+
+
+def assert_alike(ours: list[Tensor], wanted: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(ours, wanted, strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape)
+        largest = max([1.0, *b.double().abs().flatten().tolist()])
+        torch.testing.assert_close(a.double(), b.double(), rtol=0, atol=tolerance * largest)
+
+
+def compare(model: nn.Module, x: Tensor, tolerance: float) -> None:
+    """The fused form beside the eager one."""
+    ours = everything(model, x)
+    with eager_arithmetic():
+        assert_alike(ours, everything(model, x), tolerance)
+
+
+# The function itself, against arithmetic of its own.
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(), (3,), (2, 3), (0,), (MANY,), (2, MANY)])
+def test_output_and_gradients_are_the_formulas(transposed: bool, bias: bool, rows: tuple[int, ...]) -> None:
+    x, W, b, A, B = operands(rows, bias=bias)
+    weight = W.t().contiguous() if transposed else W
+    ours = fused_linear(x, weight, b, A, B, 0.7, transposed=transposed)
+    wanted = formula(x, W, b, A, B, 0.7)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+    g, trained = torch.randn_like(wanted), [t for t in (x, b, A, B) if t is not None]
+    for a, c in zip(torch.autograd.grad(ours, trained, g), torch.autograd.grad(wanted, trained, g), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [3, MANY])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradcheck_once_and_twice(rows: int, dropout: float, transposed: bool) -> None:
+    x, W, b, A, B = operands((rows,), m=3, k=4)
+    weight = W.t().contiguous() if transposed else W
+
+    def call(x: Tensor, b: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        torch.manual_seed(5)
+        return fused_linear(x, weight, b, A, B, 0.7, transposed=transposed, dropout=dropout)
+
+    assert torch.autograd.gradcheck(call, (x, b, A, B), fast_mode=rows == MANY)
+    assert torch.autograd.gradgradcheck(call, (x, b, A, B), fast_mode=rows == MANY)
+
+
+def test_many_rows_fold_and_others_do_not() -> None:
+    """Else the shapes here would be one case. Under dropout, autocast and in bfloat16 nothing is folded."""
+    _, W, _, A, B = operands()
+    for rows, x_dtype, dtype, folds in (
+        (MANY, torch.float64, torch.float64, True),
+        (3, torch.float64, torch.float64, False),
+        (MANY, torch.bfloat16, torch.bfloat16, False),
+        (MANY, torch.float32, torch.float64, False),
+    ):
+        x = torch.randn(rows, 6, dtype=x_dtype)
+        assert fused._pays_to_fold(rows, W.to(dtype), x, A.to(dtype), B.to(dtype)) is folds
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.randn(MANY, 6)
+        assert not fused._pays_to_fold(MANY, W.float(), x, A.float(), B.float())
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_dropout_drops_what_it_says_and_keeps_the_expectation(p: float) -> None:
+    x, dropped = torch.ones(400, 500), round(256 * p)
+    masks = [mask_of(x, dropped, seed) for seed in range(4)]
+    exact = dropped / 256
+    bound = 5 * (exact * (1 - exact) / (4 * x.numel())) ** 0.5
+    assert abs(exact - p) <= 1 / 512
+    assert abs(float(torch.stack(masks).double().mean()) - (1 - exact)) < bound
+    assert torch.equal(mask_of(x, dropped, 1), masks[1])  # the same mask in backward
+    assert not torch.equal(masks[1], masks[2])
+
+
+@pytest.mark.parametrize("rows", [(40,), (3, 400)])
+def test_dropout_is_the_formula_with_its_mask(rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one block of rows, or in several."""
+    monkeypatch.setattr(fused, "BLOCK", 2**10)
+    x, W, b, A, B = operands(rows)
+    torch.manual_seed(7)
+    out = fused_linear(x, W, b, A, B, 0.7, dropout=0.25)
+    grads = torch.autograd.grad(out.square().sum(), (x, b, A, B))
+    torch.manual_seed(7)
+    mask = mask_of(x, 64, next_seed()) / 0.75
+    wanted = formula(x, W, b, A, B, 0.0) + 0.7 * ((x * mask) @ A.t()) @ B.t()
+    torch.testing.assert_close(out, wanted, rtol=1e-12, atol=1e-12)
+    for a, c in zip(grads, torch.autograd.grad(wanted.square().sum(), (x, b, A, B)), strict=True):
+        torch.testing.assert_close(a, c, rtol=1e-11, atol=1e-11)
+
+
+# Law 1: with B = 0 the output and dX are the backbone's, bit for bit.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(384, 384), (1536, 384), (384, 1536), (768, 768), (192, 576), (37, 100)])
+@pytest.mark.parametrize("rows", [(1, 16), (4, 64), (2000,), (40, 64)])
+def test_a_fresh_adapter_changes_no_bit(rows: tuple[int, ...], m: int, k: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(k, m)).to(dtype).requires_grad_(False), torch.randn(*rows, k).to(dtype)
+    x.requires_grad_()
+    wanted = model(x)
+    g = torch.randn_like(wanted)
+    (dx,) = torch.autograd.grad(wanted, x, g)
+    inject(model, LoRAConfig(r=8, target_modules=["0"]))
+    out = model(x)
+    assert torch.equal(out, wanted)
+    assert torch.equal(torch.autograd.grad(out, x, g)[0], dx)
+
+
+# Layers, against their eager form.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [(2, 5), (9, 9)])
+def test_a_layer_is_its_eager_form(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    compare(adapted(Readers(), dtype), torch.randn(*rows, 12, dtype=dtype), TOLERANCE[dtype])
+
+
+OPTIONS: dict[str, dict[str, object]] = {
+    "dora": {"use_dora": True},
+    "dora and biases": {"use_dora": True, "bias": "all"},
+    "biases": {"bias": "lora_only"},
+    "lora_bias": {"lora_bias": True, "exclude_modules": ["k"]},
+    "slices": {"slices": {"[qv]": {"of": ["a", "b", "c"], "take": ["a", "c"], "heads": 2}}},
+    "start": {"init": "pissa"},
+    "start and dora": {"init": "olora", "use_dora": True},
+}
+options = pytest.mark.parametrize("name", OPTIONS)
+
+
+@options
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_under_every_option_too(name: str, dtype: torch.dtype) -> None:
+    compare(adapted(Readers(), dtype, **OPTIONS[name]), torch.randn(2, 5, 12, dtype=dtype), 4 * TOLERANCE[dtype])
+
+
+def test_the_eager_form_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the comparisons here would compare a thing with itself."""
+    model, calls, apply = adapted(Readers()), [], fused.FusedLinear.apply
+    monkeypatch.setattr(fused.FusedLinear, "apply", lambda *args: calls.append(1) or apply(*args))
+    everything(model, torch.randn(2, 12).double())
+    assert len(calls) == 4
+    with eager_arithmetic():
+        everything(model, torch.randn(2, 12).double())
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [(2, 5), (9, 9)])
+def test_under_autocast_the_eager_form_to_rounding(dtype: torch.dtype, rows: tuple[int, ...]) -> None:
+    model, x = adapted(Readers(), dtype), torch.randn(*rows, 12, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        compare(model, x, TOLERANCE[torch.bfloat16])
+        assert everything(model, x)[0].dtype == torch.bfloat16
+
+
+def test_float64_stays_so_under_autocast() -> None:
+    model, x = adapted(Readers()), torch.randn(2, 12).double()
+    wanted = everything(model, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_alike(everything(model, x), wanted, 1e-12)
+
+
+def test_bfloat16_base_trains_float32_factors() -> None:
+    model = adapted(Readers(), torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
+    everything(model, torch.randn(2, 5, 12).bfloat16())
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_dtypes_that_torch_does_not_multiply_are_not_multiplied() -> None:
+    model = adapted(Readers(), torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        model(torch.randn(3, 12))
+
+
+@pytest.mark.parametrize("rows", [(0, 12), (2, 0, 12), (12,)])
+def test_empty_batches_and_single_rows(rows: tuple[int, ...]) -> None:
+    compare(adapted(Readers()), torch.randn(rows).double(), 1e-12)
+
+
+def test_inputs_that_are_no_rows_in_memory() -> None:
+    model, x = adapted(Readers()), torch.randn(12, 5, 2).double()
+    for view in (x.permute(2, 1, 0), x.permute(1, 2, 0)[::2], x[:, :1].expand(12, 5, 2).permute(2, 1, 0)):
+        inputs = view.detach().requires_grad_()
+        (ours,) = torch.autograd.grad(model(inputs).sum(), inputs)
+        with eager_arithmetic():
+            (wanted,) = torch.autograd.grad(model(inputs).sum(), inputs)
+        torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [2, 100])
+def test_no_gradient_where_none_is_wanted(rows: int) -> None:
+    model, x = adapted(Readers()), torch.randn(rows, 12).double()
+    model.q.lora_A.requires_grad_(False)
+    model.k.lora_B.requires_grad_(False)
+    model(x).sum().backward()
+    assert x.grad is model.q.lora_A.grad is model.k.lora_B.grad is None
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    with eager_arithmetic():
+        model(x).sum().backward()
+    assert_alike(grads, [p.grad for p in model.parameters() if p.grad is not None], 1e-11)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    inputs = x.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(model(inputs).sum(), inputs)
+    with eager_arithmetic():
+        (wanted,) = torch.autograd.grad(model(inputs).sum(), inputs)
+    torch.testing.assert_close(ours, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [(4, 12), (2, 3, 12), (9, 9, 12)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_outputs_may_be_written_into(rows: tuple[int, ...], bias: bool) -> None:
+    """ReLU in place, `out[..., :2] += 1`: as on a plain layer."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = nn.Linear(12, 12, bias=bias), nn.Linear(12, 12, bias=bias)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k = self.q(x).relu_(), self.k(x)
+            k[..., :2] += 1
+            k.view(-1)[:3].mul_(2)
+            return q + k
+
+    compare(adapted(InPlace()), torch.randn(rows).double(), 1e-12)
+
+
+def test_a_step_between_forward_and_backward_raises() -> None:
+    """As torch does of what it saved."""
+    model = adapted(Readers())
+    out = model(torch.randn(3, 12).double())
+    with torch.no_grad():
+        model.k.lora_A.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_subclass_with_a_forward_of_its_own_keeps_it() -> None:
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.weight * 2.0, self.bias)
+
+    model, x = adapted(nn.Sequential(Own(12, 5))), torch.randn(3, 12).double()
+    layer = model[0]
+    delta = layer.lora_settings.scale * layer.lora_B @ layer.lora_A
+    torch.testing.assert_close(model(x), x @ (2 * layer.weight + delta).t() + layer.bias)
+
+
+# What is around: checkpointing, compilation, transforms, copies, threads.
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_activation_checkpointing_gives_the_same(reentrant: bool, dropout: float) -> None:
+    """Under dropout too, whose mask is drawn again: bit for bit."""
+    model, x = adapted(Readers(), dropout=dropout).train(), torch.randn(3, 12).double()
+    again = copy.deepcopy(model)
+    forward = again.forward
+    again.forward = lambda x: checkpoint(forward, x, use_reentrant=reentrant)  # type: ignore[method-assign]
+    torch.manual_seed(3)
+    wanted = everything(model, x)
+    torch.manual_seed(3)
+    assert_alike(everything(again, x), wanted, 0.0)
+
+
+def test_offloaded_activations_give_the_same() -> None:
+    model, x = adapted(Readers()), torch.randn(3, 12).double()
+    wanted = everything(model, x)
+    with torch.autograd.graph.save_on_cpu():
+        assert_alike(everything(model, x), wanted, 0.0)
+
+
+def test_selective_checkpointing_and_the_meta_device_take_the_eager_form() -> None:
+    model, x = adapted(Readers()), torch.randn(2, 3, 12).double()
+    wanted, forward = everything(model, x), model.forward
+    contexts = lambda: create_selective_checkpoint_contexts(  # noqa: E731
+        lambda ctx, op, *args, **kwargs: (
+            CheckpointPolicy.MUST_SAVE
+            if op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+    )
+    model.forward = lambda x: checkpoint(forward, x, use_reentrant=False, context_fn=contexts)  # type: ignore[method-assign]
+    assert_alike(everything(model, x), wanted, 1e-12)
+    model.forward = forward  # type: ignore[method-assign]
+    assert copy.deepcopy(model).to("meta")(torch.empty(3, 12, dtype=torch.float64, device="meta")).shape == (3, 12)
+
+
+@options
+def test_compile_gives_the_same_without_a_graph_break(name: str) -> None:
+    model, x = adapted(Readers(), **OPTIONS[name]), torch.randn(2, 5, 12).double()
+    wanted = everything(model, x)
+    compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
+    assert_alike(everything(compiled, x), wanted, 1e-11)
+    torch.compiler.reset()
+
+
+def test_torch_func_takes_the_eager_form() -> None:
+    model, x = adapted(Readers()), torch.randn(4, 3, 12).double()
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x), rtol=1e-12, atol=1e-12)
+    _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    step = 1e-6
+    torch.testing.assert_close(tangent, (model(x + step) - model(x - step)) / (2 * step), rtol=1e-6, atol=1e-6)
+
+
+def test_wrappers_that_hang_tensors_where_parameters_were() -> None:
+    """DataParallel does so in its replicas."""
+    model, x = adapted(Readers()), torch.randn(3, 12).double()
+    wanted = model(x)
+    for layer in model.children():
+        for name, value in list(layer._parameters.items()):
+            if value is not None:
+                del layer._parameters[name]
+                layer.__dict__[name] = value.detach().clone().requires_grad_(name.startswith("lora_"))
+    torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_and_pickles_compute_alike() -> None:
+    model, x = adapted(Readers()), torch.randn(3, 12).double()
+    wanted = everything(model, x)
+    assert_alike(everything(copy.deepcopy(model), x), wanted, 0.0)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert_alike(everything(torch.load(file, weights_only=False), x), wanted, 0.0)
+
+
+def test_passes_beside_each_other_on_one_graph_and_threads_do_not_mix() -> None:
+    model, x = adapted(Readers(), dropout=0.3).train(), torch.randn(3, 12).double().requires_grad_()
+    out = model(x).sum()
+    (wanted,) = torch.autograd.grad(out, x, retain_graph=True)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: torch.autograd.grad(out, x, retain_graph=True)[0], range(50)):
+            assert torch.equal(found, wanted)
+
+
+def test_an_optimizer_that_steps_within_backward_changes_no_gradient() -> None:
+    def gradient(eagerly: bool) -> Tensor:
+        torch.manual_seed(0)
+        model = adapted(Readers())
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda p: (p.data.add_(p.grad, alpha=-0.1), None)[1])
+        x = torch.linspace(-1, 1, 36, dtype=torch.float64).view(3, 12).requires_grad_()
+        with eager_arithmetic() if eagerly else contextlib.nullcontext():
+            model(x).sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    torch.testing.assert_close(gradient(eagerly=False), gradient(eagerly=True), rtol=1e-12, atol=1e-12)
+
+
+def test_the_seed_decides_the_mask() -> None:
+    model, x = adapted(Readers(), dropout=0.3).train(), torch.randn(2, 5, 12).double()
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        results.append(everything(model, x))
+    assert_alike(results[0], results[1], 0.0)
+    assert not torch.equal(results[0][0], results[2][0])
+    model.eval()
+    assert torch.equal(everything(model, x)[0], everything(model, x)[0])
+
+
+def test_a_probability_that_no_byte_can_decide_takes_torchs_dropout() -> None:
+    torch.manual_seed(0)
+    model = adapted(nn.Sequential(nn.Linear(100, 4)), dropout=0.001).train()
+    x = torch.randn(500, 100).double()
+    assert not torch.equal(model(x), model.eval()(x))
+
+
+# What backward keeps, and for how long.
+
+
+def kept(model: nn.Module, x: Tensor) -> int:
+    """Bytes that backward keeps beyond the parameters and the input, each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in (x, *model.parameters())}
+    sizes: dict[int, int] = {}
+    held: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        held.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = model(x)
+    assert out is not None
+    assert held
+    return sum(sizes.values())
+
+
+class Three(nn.Module):
+    """Query, key and value of one input."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(width, out) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.q(x) + self.k(x) + self.v(x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"lora_bias": True}], ids=str)
+def test_backward_keeps_rank_sized_numbers_alone(
+    dropout: float, dtype: torch.dtype, options: dict[str, object]
+) -> None:
+    """The input is there anyway."""
+    model, n = adapted(Three(64, 64), dtype, dropout=dropout, **options).train(), 50
+    x = torch.randn(n, 64, dtype=dtype, requires_grad=True) * 1.0
+    assert kept(model, x) == 3 * n * 3 * x.element_size()
+
+
+def test_layers_on_one_input_keep_it_once_under_autocast() -> None:
+    model = adapted(Three(64, 64), torch.float32)
+    x = torch.randn(50, 64, requires_grad=True) * 1.0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert kept(model, x) == 2 * 3 * 50 * 3
+
+
+def test_many_rows_keep_nothing_of_their_own() -> None:
+    assert kept(adapted(Three(16, 16), torch.float32), torch.randn(500, 16, requires_grad=True) * 1.0) == 0
+
+
+def test_the_graph_is_let_go() -> None:
+    model, x = adapted(Readers()), torch.randn(3, 12).double().requires_grad_()
+    for backward in (True, False):
+        middle = x * 2
+        seen = weakref.ref(middle)
+        out = model(middle)
+        if backward:
+            out.sum().backward()
+        del middle, out
+        gc.collect()
+        assert seen() is None
+
+
+# What went with it.
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("prepare_weights", "leave it out"), ("recompute_inputs", "activation_")]
+)
+def test_options_that_are_gone_say_what_to_take(name: str, instead: str) -> None:
+    with pytest.raises(ImportError, match=f"{name} is gone: .*{instead}"):
+        getattr(lora_lightning, name)
+    with pytest.raises(LoRAError, match=f"{name} .*{instead}"):
+        LoRAModule(nn.Linear(2, 2), None, **{name: True})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lorra'"):
+        LoRAModule(nn.Linear(2, 2), None, lorra=1)  # type: ignore[arg-type]
