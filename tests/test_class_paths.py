@@ -15,7 +15,7 @@ from lora_lightning.cli.class_paths import explained, wrong_path
         ("SequenceClasification", "is no path to a class, such as module.Class; did you mean 'lora_lightning.Sequence"),
         (
             "lora_lightning.tasks.sequence_clasification.X",
-            "did you mean 'lora_lightning.tasks.sequence_classification'",
+            "did you mean 'lora_lightning.tasks.classification'",
         ),
         ("lora_lightnin.LoRAModule", "there is no module 'lora_lightnin'; did you mean 'lora_lightning'"),
         ("torch.optim.AdmW", "there is no 'torch.optim.AdmW'; did you mean 'torch.optim.AdamW'"),

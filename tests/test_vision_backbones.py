@@ -5,7 +5,7 @@ import torch
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule
 from lora_lightning.backbones.vision import timm_model, torchvision_model
-from lora_lightning.tasks.image_classification import ImageClassification
+from lora_lightning.tasks.classification import ImageClassification
 
 IMAGES = torch.zeros(2, 3, 32, 32)
 

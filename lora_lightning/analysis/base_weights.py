@@ -11,7 +11,7 @@ from lora_lightning.analysis.adapters import Factors
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.frozen.spectrum import Pair, subtract_init, weight_matrices
-from lora_lightning.lora.init.from_weight import from_weight, start_from_weight
+from lora_lightning.lora.init.from_weight import factors_from_weight, is_from_weight
 
 Read = Callable[[nn.Module, str, str], Tensor | None]
 """A module's parameter by its own name and its full name; None where there are no values."""
@@ -78,7 +78,7 @@ def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> li
     Raises:
         AdapterError: there is such a start and no W0 to compute it from.
     """
-    if not from_weight(init):
+    if not is_from_weight(init):
         return layers
     return [replace(layer, pairs=[_less_start(layer, init, weights)]) for layer in layers]
 
@@ -89,6 +89,6 @@ def _less_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
         raise AdapterError(
             f"the adapter counts on the start '{init}', which follows from W0: name its base with --base_model"
         )
-    A0, B0 = start_from_weight(init, W0[0], layer.r, layer.scale)
+    A0, B0 = factors_from_weight(init, W0[0], layer.r, layer.scale)
     A, B = layer.pairs[0]
     return subtract_init((A, B), A0.to(A.dtype), B0.to(B.dtype))

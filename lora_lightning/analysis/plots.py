@@ -3,23 +3,108 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lora_lightning.analysis.drawing import COLOURS, figure, rank_ticks, ticks
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.similarity import GroupSimilarity, LayerSimilarity, PairSimilarity
+from lora_lightning.analysis.truncation import Truncation
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.spectrum import similarity
+from lora_lightning.reports.figures import COLORS, PAGE, Drawing, figure, rank_ticks, styled, ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE = 6.8
-"""Inches of a page's text."""
+MOST_PAIRS = 6
+"""Pairs of adapters that are drawn; the numbers are of all."""
+SHOWN = 7
+"""Layers in a figure of phi, unless they are named."""
 MOST_PANELS = 12
 MAP = "viridis"
+
+
+@dataclass(kw_only=True)
+class Analysis:
+    """All that was found."""
+
+    adapters: list[AdapterMeasures]
+    pairs: list[PairSimilarity] = field(default_factory=list)
+    groups: dict[str, list[GroupSimilarity]] = field(default_factory=dict)
+    """By adapter, phi between its layers."""
+    truncation: Truncation | None = None
+
+
+def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
+    """By file name, title, caption and figure."""
+    drawn: dict[str, Drawing] = {}
+    with styled():
+        if all(layer.base for adapter in found.adapters for layer in adapter.layers):
+            panels = by_layer(found.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
+        else:
+            panels = by_layer(found.adapters, lambda m: m.norm, "||sBA||")
+        drawn["norms"] = Drawing(
+            "Which layers hold the update",
+            "Frobenius norms of s B A, beside W0's where that is known.",
+            panels,
+        )
+        caption = "The share of ||s B A||_F^2 in the top k directions. Thin: a layer. Thick: the median of a group."
+        drawn["energy"] = Drawing("How many directions hold it", caption, energies(found.adapters))
+        for number, adapter in enumerate(found.adapters):
+            end = f"-{number + 1}" if len(found.adapters) > 1 else ""
+            title = f"The rank that would do, {adapter.label}"
+            drawn[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
+            if groups := found.groups[adapter.label]:
+                caption = f"phi(k, k) of A's first k directions; of random subspaces it is {groups[0].chance:.2g}."
+                title = f"Directions that layers share, {adapter.label}"
+                drawn[f"layers{end}"] = Drawing(title, caption, between(adapter.label, groups))
+        _draw_amplification(found, drawn)
+        _draw_pairs(found, layers, drawn)
+    return drawn
+
+
+def _draw_amplification(found: Analysis, drawn: dict[str, Drawing]) -> None:
+    adapters = [adapter for adapter in found.adapters if any(layer.base for layer in adapter.layers)]
+    if adapters:
+        caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
+        panels = by_layer(adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
+        drawn["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
+
+
+def _draw_pairs(found: Analysis, layers: str | None, drawn: dict[str, Drawing]) -> None:
+    for number, pair in enumerate(found.pairs[:MOST_PAIRS]):
+        for side, name in (("A", "A"), ("update_out", "BA's outputs")):
+            own = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
+            if not own:
+                continue
+            end = f"-{number + 1}" if len(found.pairs) > 1 else ""
+            title = f"Directions of {name} that {pair.labels[0]} and {pair.labels[1]} share"
+            caption = (
+                "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
+            )
+            drawn[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, _chosen(own, found, layers)))
+
+
+def _chosen(own: list[LayerSimilarity], found: Analysis, layers: str | None) -> list[LayerSimilarity]:
+    """Those that are named; else of each group the layer with the largest update, the strongest groups first.
+
+    Raises:
+        LoRAError: `layers` matches none.
+    """
+    if layers is not None:
+        named = [layer for layer in own if re.fullmatch(layers, layer.name)]
+        if not named:
+            raise LoRAError(f"layers: no adapted layer matches '{layers}', such as '{own[0].name}'")
+        return named[: MOST_PANELS - 1]
+    norms = {layer.name: layer.norm for layer in found.adapters[0].layers}
+    best: dict[str, LayerSimilarity] = {}
+    for layer in sorted(own, key=lambda layer: -norms.get(layer.name, 0.0)):
+        best.setdefault(layer.group, layer)
+    return list(best.values())[:SHOWN]
 
 
 def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures], float], label: str) -> Figure:
@@ -35,7 +120,7 @@ def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures
         for number, adapter in enumerate(adapters):
             found = {layer.block: value(layer) for layer in adapter.layers if layer.group == group}
             at = [blocks.index(block) + (number - (len(adapters) - 1) / 2) * width for block in found]
-            axis.bar(at, list(found.values()), width, color=COLOURS[number % len(COLOURS)], label=adapter.label)
+            axis.bar(at, list(found.values()), width, color=COLORS[number % len(COLORS)], label=adapter.label)
         axis.set_title(group)
         axis.set_xticks(*ticks(blocks if any(blocks) else [""] * len(blocks)))
     _hide(axes[len(groups) :])
@@ -53,11 +138,11 @@ def energies(adapters: Sequence[AdapterMeasures]) -> Figure:
     drawn = figure(PAGE if columns > 1 else 4.6, 0.4 + 2.3 * rows)
     axes = drawn.subplots(rows, columns, sharey=True, squeeze=False).flatten().tolist()
     groups = list(dict.fromkeys(layer.group for adapter in adapters for layer in adapter.layers))
-    colours = {group: COLOURS[i % len(COLOURS)] for i, group in enumerate(groups)}
+    colors = {group: COLORS[i % len(COLORS)] for i, group in enumerate(groups)}
     for axis, adapter in zip(axes, adapters, strict=False):
         for group in groups:
             curves = [layer.energy for layer in adapter.layers if layer.group == group and layer.energy]
-            _curves(axis, curves, colours[group], group)
+            _curves(axis, curves, colors[group], group)
         for share in SHARES:
             axis.axhline(share, color="#999999", linewidth=0.5, linestyle=":", zorder=0)
         axis.set_title(adapter.label)
@@ -66,20 +151,20 @@ def energies(adapters: Sequence[AdapterMeasures]) -> Figure:
         axis.xaxis.get_major_locator().set_params(integer=True)
     _hide(axes[len(adapters) :])
     axes[0].set_ylabel("share of the energy")
-    if len(groups) <= len(COLOURS):
+    if len(groups) <= len(COLORS):
         axes[len(adapters) - 1].legend(loc="lower right", frameon=False, handlelength=1.2)
     return drawn
 
 
-def _curves(axis: Any, curves: list[list[float]], colour: str, label: str) -> None:
+def _curves(axis: Any, curves: list[list[float]], color: str, label: str) -> None:
     if not curves:
         return
     for curve in curves:
-        axis.plot(range(1, len(curve) + 1), curve, color=colour, linewidth=0.4, alpha=0.35)
+        axis.plot(range(1, len(curve) + 1), curve, color=color, linewidth=0.4, alpha=0.35)
     longest = max(map(len, curves))
     filled = torch.tensor([curve + [1.0] * (longest - len(curve)) for curve in curves]).median(0).values
     marker = "." if longest <= 16 else ""
-    axis.plot(range(1, longest + 1), filled, color=colour, linewidth=1.6, label=label, marker=marker)
+    axis.plot(range(1, longest + 1), filled, color=color, linewidth=1.6, label=label, marker=marker)
 
 
 def ranks(adapter: AdapterMeasures, share: float = 0.95) -> Figure:

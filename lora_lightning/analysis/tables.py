@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.similarity import SIDES, LayerSimilarity, PairSimilarity, Side
 from lora_lightning.analysis.truncation import Truncation
+from lora_lightning.reports.table import Table
 
 LEGEND = (
     "share: of ||s B A||_F squared over all layers; norm: ||s B A||_F {norm}; stable: stable rank (medians);"
@@ -19,17 +19,7 @@ AMPLIFICATION = "; ampl.: ||s B A||_F over ||U^T W0 V||_F (median)"
 NAMES = {"A": "A", "B": "B", "update_in": "BA in", "update_out": "BA out"}
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A table; the first column is text, the others are figures."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    below: str = ""
-
-
-def by_group(adapter: AdapterMeasures) -> Rows:
+def by_group(adapter: AdapterMeasures) -> Table:
     """A row for each group of layers: medians, and ranks from the least to the most."""
     has_base = any(layer.base for layer in adapter.layers)
     header = ["layers", "n", "r", "share", "norm", "stable", *(percent(s) for s in SHARES)]
@@ -46,7 +36,8 @@ def by_group(adapter: AdapterMeasures) -> Rows:
         rows.append(row)
     legend = LEGEND.format(norm="over ||W0||_F" if has_base else "of a layer")
     below = f"{legend}{AMPLIFICATION if has_base else ''}\n{_below(adapter)}"
-    return Rows(f"{adapter.label}: {len(adapter.layers)} adapted layers", header, rows, below)
+    title = f"{adapter.label}: {len(adapter.layers)} adapted layers"
+    return Table(title=title, header=header, rows=rows, note=below, code=True)
 
 
 def _below(adapter: AdapterMeasures) -> str:
@@ -58,13 +49,14 @@ def _below(adapter: AdapterMeasures) -> str:
     return "\n".join([*lines, *([f"most of the update: {held}"] if held else []), *adapter.notes])
 
 
-def by_layer(adapter: AdapterMeasures) -> Rows:
+def by_layer(adapter: AdapterMeasures) -> Table:
     """A row for each layer."""
     header = ["layer", "kind", "r", "s", "||sBA||", "||sBA||_2", "stable rank", *(f"k at {percent(s)}" for s in SHARES)]
     has_base = any(layer.base for layer in adapter.layers)
     if has_base:
         header += ["||W0||", "/ ||W0||", "U'W0V", "W0's own", "random", "amplification"]
-    return Rows(f"{adapter.label}, layer by layer", header, [_layer_row(m, has_base) for m in adapter.layers])
+    rows = [_layer_row(m, has_base) for m in adapter.layers]
+    return Table(title=f"{adapter.label}, layer by layer", header=header, rows=rows, text=(0, 1), code=True)
 
 
 def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
@@ -80,7 +72,7 @@ def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
     return row
 
 
-def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Rows:
+def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Table:
     """A row for each group of layers: the share of directions in common, on each side."""
     groups = list(dict.fromkeys(layer.group for layer in pair.layers))
     header = ["layers", "n", *(f"{NAMES[side]} {at}" for side in sides for at in ("1,1", "r,r")), "chance"]
@@ -96,7 +88,8 @@ def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Rows:
     below = "phi(1, 1) and phi(r, r) of A's right and B's left singular vectors (medians); chance: of phi(1, 1)"
     if pair.left_out:
         below += f"; {len(pair.left_out)} layers are not in both, or of other shapes"
-    return Rows(f"directions that {pair.labels[0]} and {pair.labels[1]} share", header, rows, below)
+    title = f"directions that {pair.labels[0]} and {pair.labels[1]} share"
+    return Table(title=title, header=header, rows=rows, note=below, code=True)
 
 
 def _last(layer: LayerSimilarity) -> float:
@@ -105,7 +98,7 @@ def _last(layer: LayerSimilarity) -> float:
     return layer.phi[q - 1][q - 1]
 
 
-def of_truncation(told: Truncation) -> Rows:
+def of_truncation(told: Truncation) -> Table:
     """What was cut and what it costs."""
     before, after = told.parameters
     rows = [
@@ -119,7 +112,7 @@ def of_truncation(told: Truncation) -> Rows:
         rows += [[name, f"{x:.5g} to {found['after'][name]:.5g}"] for name, x in found["before"].items()]
     if "not_measured" in told.cost:
         rows.append(["cost", f"not measured: {told.cost['not_measured']}"])
-    return Rows(f"truncated: {told.directory}", ["what", "figure"], rows)
+    return Table(title=f"truncated: {told.directory}", rows=rows)
 
 
 def number(value: float) -> str:

@@ -17,13 +17,13 @@ from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
 from lora_lightning.lora.bank.combine import padded, truncated
 from lora_lightning.lora.errors import AdapterError, LoRAError
-from lora_lightning.lora.formats.atomic_dir import write_together
+from lora_lightning.lora.formats.atomic_dir import Content, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
 from lora_lightning.lora.formats.peft.save import ranks_and_alphas
 from lora_lightning.lora.formats.tensor_files import file_content
 from lora_lightning.lora.frozen.spectrum import Pair
-from lora_lightning.lora.init.from_weight import from_weight
+from lora_lightning.lora.init.from_weight import is_from_weight
 
 MARK = "truncation.json"
 """Lies beside a truncated adapter, and says how it was made."""
@@ -100,7 +100,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
             sum(layer.cost(ranks[layer.name]) for layer in adapter.factors),
         ),
     )
-    files = {
+    files: dict[str, Content] = {
         MARK: _json({"share": share, "ranks": ranks}),
         WEIGHTS: file_content(tensors, metadata),
         CONFIG: _json(config),
@@ -154,7 +154,7 @@ def _config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
         {layer.peft_name: alphas[layer.name] for layer in adapter.factors},
     )
     config = {**adapter.files.peft, **own}
-    if from_weight(str(config.get("init_lora_weights"))):
+    if is_from_weight(str(config.get("init_lora_weights"))):
         config["init_lora_weights"] = True  # what was taken out of W0 is in A and B
     return config
 

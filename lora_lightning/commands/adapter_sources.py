@@ -10,9 +10,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_lightning.analysis.adapters import Adapter, read_factors
+from lora_lightning.analysis.adapters import Adapter, factors_in_state, read_factors
 from lora_lightning.analysis.base_weights import Weights, with_starts
-from lora_lightning.analysis.state import factors_in_state
 from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
 from lora_lightning.backbones.checkpoint import BaseFiles
 from lora_lightning.backbones.key_mapping import groups_of

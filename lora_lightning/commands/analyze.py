@@ -14,11 +14,10 @@ from typing import Any
 
 from rich.progress import Progress
 
-from lora_lightning.analysis import drawing, tables
+from lora_lightning.analysis import tables
 from lora_lightning.analysis.adapters import Adapter
-from lora_lightning.analysis.figures import Analysis, figures
 from lora_lightning.analysis.measures import AdapterMeasures, measured_adapter
-from lora_lightning.analysis.page import page
+from lora_lightning.analysis.plots import Analysis, figures
 from lora_lightning.analysis.similarity import (
     GroupSimilarity,
     between_adapters,
@@ -32,8 +31,16 @@ from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
 from lora_lightning.lora.inject import remove
 from lora_lightning.lora.targets.patterns import regex_refusal
+from lora_lightning.reports.figures import ENDINGS, refuse_missing, write_figures
+from lora_lightning.reports.html import Block, Section, figure_sections, page, table_section
+from lora_lightning.reports.table import Table
 
 RESULTS, PAGE, TRUNCATED = "analysis.json", "index.html", "truncated"
+TITLE = "The rank that is used"
+INTRO = """An adapted layer computes h = W0 x + s B A x. Told here is what the update s B A is made of, by the measures
+of section 7 of the paper (Hu et al. 2021, arXiv 2106.09685): how many directions hold its energy, ||s B A||_F squared;
+how much larger it is than W0 in those directions (amplification); and which directions two adapters share (phi, from 0
+to 1)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +73,7 @@ class Request:
         if not known and any(path.name != TRUNCATED for path in self.output_dir.iterdir()):
             raise LoRAError(f"'{self.output_dir}' holds other files: name a new folder with --output_dir")
         if self.plots:
-            drawing.refuse_missing()
+            refuse_missing()
 
 
 def analyze(request: Request) -> Analysis:
@@ -130,34 +137,26 @@ def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
 def write(found: Analysis, request: Request) -> None:
     """The numbers, the page and the figures."""
     folder = request.output_dir
-    drawn = figures(found, request.layers) if request.plots else {}
-    pictures = [f"{name}.{ending}" for name in drawn for ending in drawing.ENDINGS]
+    drawings = figures(found, request.layers) if request.plots else {}
+    svgs = write_figures(folder, drawings, earlier=_earlier(folder))
+    pictures = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]
     values = {**asdict(found), "base_model": request.wanted.base_model, "pictures": pictures}
-    clear_pictures(folder)
     write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
-    shown = {}
-    with drawing.styled() if drawn else _nothing():
-        for name, (title, caption, figure) in drawn.items():
-            files = drawing.files_of(figure)
-            for ending, data in files.items():
-                write_bytes(folder / f"{name}.{ending}", data)
-            shown[title] = (caption, files["svg"])
+    sections = [table_section(table) for table in screens(found)] + figure_sections(drawings, svgs)
     long = [*map(tables.of_pair, found.pairs), *map(tables.by_layer, found.adapters)]
-    write_bytes(folder / PAGE, page(screens(found), long, shown))
+    sections.append(Section("In full", [Block(table=table, fold=table.title) for table in long]))
+    write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
 
 
-def clear_pictures(folder: Path) -> None:
-    """Take away those of an earlier analysis, of which there may have been more."""
+def _earlier(folder: Path) -> Any:
+    """The figures of an earlier analysis, of which there may have been more."""
     try:
-        named = json.loads((folder / RESULTS).read_text(encoding="utf-8"))["pictures"]
+        return json.loads((folder / RESULTS).read_text(encoding="utf-8"))["pictures"]
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    for name in named if isinstance(named, list) else []:
-        if isinstance(name, str) and name == Path(name).name and name.endswith(drawing.ENDINGS):
-            (folder / name).unlink(missing_ok=True)
+        return None
 
 
-def screens(found: Analysis) -> list[tables.Rows]:
+def screens(found: Analysis) -> list[Table]:
     """The tables that a person sees first."""
     rows = [tables.by_group(adapter) for adapter in found.adapters]
     rows += [tables.of_pair(pair, ("A", "B")) for pair in found.pairs]
@@ -183,11 +182,6 @@ def _progress(sources: list[Source]) -> Iterator[Any]:
     with Progress(transient=True) as bar:
         task = bar.add_task("analysing", total=total)
         yield lambda count: bar.advance(task, count)
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 __all__ = ["AUTO", "Analysis", "Request", "Wanted", "analyze", "screens"]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
-from rich.table import Table
 
 from lora_lightning.cli.registry import COMMANDS
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.meta.merge_files import StreamReport
-
-if TYPE_CHECKING:
-    from lora_lightning.analysis.tables import Rows
+from lora_lightning.reports.table import Table
 
 
 def merge(
@@ -90,7 +87,7 @@ def analyze(
         )
     )
     for rows in analysis.screens(found):
-        Console().print(rows_table(rows), rows.below, sep="\n")
+        Console().print(rows)
     Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
 
 
@@ -127,7 +124,7 @@ def sweep(
         seeds: `1,2,3`: fit every combination with each, and rank by the mean.
         budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
         storage: where Optuna keeps the study, so that several processes or machines work on it: a file for its journal,
-            or a database such as postgresql://user@host/name; by default a journal in the sweep's folder.
+            or a database such as postgresql+psycopg://user@host/name; by default a journal in the sweep's folder.
         name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
         runs_dir: folder of all runs.
         plots: draw the figures; needs matplotlib.
@@ -181,31 +178,20 @@ def plan(
     plan_on_screen(fit, json=json, **asked, precisions=precisions, processes=processes)
 
 
-def rows_table(rows: Rows) -> Table:
-    """One of the analysis's tables for the screen."""
-    table = Table(title=rows.title, title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for number, name in enumerate(rows.header):
-        width = None if number else min(22, max(len(row[0]) for row in rows.rows))
-        table.add_column(name, justify="right" if number else "left", overflow="fold", min_width=width)
-    for row in rows.rows:
-        table.add_row(*row)
-    return table
-
-
 def merge_table(report: StreamReport, output_dir: str) -> Table:
     """One fact a row."""
-    table = Table(title=f"Merged into {output_dir}", title_justify="left", show_header=False, box=None)
-    table.add_row("tensors that hold the update", f"{report.changed:,}")
-    table.add_row("tensors copied to the bit", f"{report.copied:,}")
-    table.add_row("size", f"{report.size / 1e6:,.1f} MB in {len(report.files)} files")
+    rows = []
+    rows.append(("tensors that hold the update", f"{report.changed:,}"))
+    rows.append(("tensors copied to the bit", f"{report.copied:,}"))
+    rows.append(("size", f"{report.size / 1e6:,.1f} MB in {len(report.files)} files"))
     checked = "is the one that the adapter was made on" if report.base_checked else "not checked"
-    table.add_row("base", checked)
+    rows.append(("base", checked))
     if report.new:
-        table.add_row("new tensors", ", ".join(report.new))
+        rows.append(("new tensors", ", ".join(report.new)))
     if report.kept:
         name, share = min(report.kept.items(), key=lambda item: item[1])
-        table.add_row("update kept after rounding", f"{share:.1%} at least ({name})")
-    return table
+        rows.append(("update kept after rounding", f"{share:.1%} at least ({name})"))
+    return Table(title=f"Merged into {output_dir}", rows=rows)
 
 
 __all__ = ["COMMANDS", "analyze", "merge", "plan", "sweep"]

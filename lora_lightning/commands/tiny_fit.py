@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.export.export import export
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.tasks.sequence_classification import SequenceClassification
+from lora_lightning.tasks.classification import SequenceClassification
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
 from lora_lightning.training.module import LoRAModule

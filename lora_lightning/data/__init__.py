@@ -2,6 +2,6 @@
 
 from lora_lightning.data.base import TableData
 from lora_lightning.data.loading.sampler import EpochSampler
-from lora_lightning.data.text.base import TextData
+from lora_lightning.data.text import TextData
 
 __all__ = ["EpochSampler", "TableData", "TextData"]

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of, with_row_numbers
 from lora_lightning.data.io.splits import SplitConfig, first_in_place, split_rows
+from lora_lightning.data.io.summary import summarize
 from lora_lightning.data.io.tables import Readers, check_columns, doubled_columns, read_tables, source_of
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
 from lora_lightning.data.loading.sampler import EpochSampler
-from lora_lightning.data.summary import summarize
 from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80

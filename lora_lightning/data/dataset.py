@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.data.io.stream_loader import StreamLoader
+from lora_lightning.data.io.streams import StreamLoader
 from lora_lightning.data.loading.loader import ResumableLoader, own_generator
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError, did_you_mean

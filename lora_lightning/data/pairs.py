@@ -11,7 +11,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.text.base import TextData
+from lora_lightning.data.text import TextData
 
 GROUP = "__group__"
 PARTS = ("anchor", "positive", "negative")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
-from lora_lightning.data.text.base import TextData
+from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 

@@ -25,7 +25,7 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.kept import rounding_told
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.modes import evaluating
+from lora_lightning.tasks.positions import evaluating
 
 BESIDE = 32_000_000
 """Bytes for what is written beside weights: tokenizers are up to this large."""

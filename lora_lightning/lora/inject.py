@@ -14,7 +14,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
 from lora_lightning.lora.frozen.tensors import named_modules
-from lora_lightning.lora.init.from_data import Loss, check_data, start_from_data
+from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     Grafted,
@@ -27,6 +27,7 @@ from lora_lightning.lora.layers import (
 from lora_lightning.lora.layers.fastpath import open_hosts
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
 
 Kind = TypeVar("Kind", bound=Grafted)
@@ -69,7 +70,7 @@ def inject(
     if kind := next((type(m).__name__ for m in modules if "lora_A" in m._parameters or "lora_A" in m._modules), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
     if start:
-        check_data(config.init, data)
+        refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
@@ -78,16 +79,36 @@ def inject(
             parameter.requires_grad_(False)
         rows = _graft_all(model, selection, start=start)
         if data is not None and start:
-            start_from_data(model, adapted_layers(model), config.init, data, loss)
+            init_from_data(model, adapted_layers(model), config.init, data, loss)
         copies: dict[int, nn.Parameter] = {}
         for module in selection.biases:  # outside whatever else was grafted
             TrainedBias.attach(module, copies)
+        guard_saving(model, is_adapted=True)
         return _report(model, rows, selection)
     except BaseException:
         remove(model)
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
+
+
+def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
+    """Have `save_pretrained` of the transformers models in `model` refuse while there is an adapter, and not after.
+
+    It is an attribute of the instance: transformers looks up settings by a model's class, which so stays its own.
+    """
+    for module in model.modules():
+        if is_a(module, HF_MODEL):
+            module.__dict__.pop("save_pretrained", None)
+            if is_adapted:
+                module.__dict__["save_pretrained"] = _refuse_save_pretrained
+
+
+def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
+    raise LoRAError(
+        "save_pretrained would write W0 with stray lora_ keys that nothing opens: save_adapter(model, directory) writes"
+        " the adapter, and merge(model) makes a model that save_pretrained writes"
+    )
 
 
 def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
@@ -137,6 +158,7 @@ def remove(model: nn.Module) -> nn.Module:
     for _, module in grafted_modules(model):
         take_out(module)
     allow_packing(model)
+    guard_saving(model, is_adapted=False)
     return model
 
 

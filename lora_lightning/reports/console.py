@@ -1,55 +1,42 @@
-"""What a person sees: the first screen of a run and the table that closes it."""
+"""The screens of a run: what is adapted, on what and in which dtypes, the data, and the table that closes it."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path, PurePath
 from typing import Any
 
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.lora.formats.atomic_dir import human_size
+from lora_lightning.lora.frozen.dtype import base_dtypes, short
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.kept import KEPT
+from lora_lightning.lora.layers import SavedCopy
+from lora_lightning.lora.layers.class_swap import Grafted
 from lora_lightning.lora.report import InjectionReport
+from lora_lightning.reports.table import Table
 
 BEFORE = "_before"
 """Ends the name of a figure from before training."""
 
 
-ROWS = 7
-"""Of the injection table on the first screen, which with what stands around it is to have at most 15 lines."""
+# ---- the first screen
 
 
-def injection_table(report: InjectionReport) -> Table:
-    """The grouped injection table, blocks folded into one row each, and what is too much into a last one."""
-    table = Table(caption_justify="left", box=None, padding=(0, 1, 0, 0))
-    header, *lines = report.shown()
-    for name in header:
-        table.add_column(name, justify="left" if name in ("module", "kind") else "right", overflow="ellipsis")
-    for line in lines if len(lines) <= ROWS else folded(header, lines):
-        table.add_row(*line)
-    table.caption = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
-    return table
-
-
-def folded(header: tuple[str, ...], lines: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The first rows, and one for the others: how many modules and parameters they are."""
-    first, rest = lines[: ROWS - 1], lines[ROWS - 1 :]
-    sums = {name: sum(int(line[header.index(name)].replace(",", "") or 0) for line in rest) for name in TOTALS}
-    told = {"module": f"... {len(rest)} more rows, all in the run's page", **{k: f"{n:,}" for k, n in sums.items()}}
-    return [*first, tuple(told.get(name, "") for name in header)]
-
-
-TOTALS = ("count", "parameters")
-
-
-def show_run(lines: Iterable[str], console: Console) -> None:
-    """The first lines of a run's first screen: what is adapted, on what, and where results go."""
+def show_lines(lines: Iterable[str], console: Console) -> None:
+    """Lines as they are: brackets are no markup, and the terminal folds long ones, so that paths can be copied."""
     for line in lines:
         console.print(line, soft_wrap=True, highlight=False, markup=False)
 
@@ -78,15 +65,161 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
 
 
 def show_injection(report: InjectionReport, console: Console) -> None:
-    """The rest of it: the injection table, and a line on what was left out."""
-    console.print(injection_table(report))
-    for line in report.left_out():
-        console.print(line, soft_wrap=True)
+    """All rows of the injection table, blocks folded into one row each, and what was left out."""
+    header, *rows = report.shown()
+    text = [i for i, name in enumerate(header) if name in ("module", "kind")]
+    note = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
+    console.print(Table(header=header, rows=rows, text=text, note=note))
+    show_lines(report.left_out(), console)
 
 
-def show_report(values: dict[str, Any], console: Console, save_svg: Path | None = None) -> None:
+def adapted_rows(report: InjectionReport) -> list[dict[str, Any]]:
+    """The grouped injection table as plain data, one mapping of its columns a row."""
+    header, *lines = report.shown()
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def first_lines(trainer: Trainer, backbone: nn.Module, report: InjectionReport, folder: Path | None) -> list[str]:
+    """Backbone and size; device, precision and processes; where results go."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    where = f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
+    told = "nowhere" if folder is None else str(folder)
+    others = [_place(logger) for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
+    told += f" and {', '.join(others)}" if others and folder is not None else ""
+    return [
+        f"{backbone_name(backbone)}, {short_count(report.frozen)} frozen parameters",
+        f"on {where} in {trainer.precision}; results go to {told}",
+    ]
+
+
+def _place(logger: Logger) -> str:
+    """Where this logger's results are found."""
+    if not isinstance(logger, WandbLogger):
+        return type(logger).__name__
+    return f"W&B (wandb sync {Path(logger.experiment.dir).parent})" if logger._offline else "W&B"
+
+
+def backbone_name(backbone: nn.Module) -> str:
+    """The backbone's class, and where its weights come from if it says so: a hub name, or a path's last two parts."""
+    kind = type(backbone)
+    while issubclass(kind, Grafted) or FSDPModule in kind.__bases__:
+        kind = kind.grafted_from[1] if issubclass(kind, Grafted) else kind.__bases__[1]  # fully_shard puts itself first
+    name = kind.__name__
+    config = getattr(backbone, "config", None)
+    source = getattr(config, "_name_or_path", None) or getattr(config, "name_or_path", None)
+    if not isinstance(source, str) or not source:
+        return name
+    return f"{name} ({'/'.join(PurePath(source.replace('package:', '')).parts[-2:])})"
+
+
+def short_count(number: int) -> str:
+    """A number of parameters as people say it: 22.7M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= size * 0.9995:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+# ---- which dtype each part of a run has, and which mode the backbone is in
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartDtypes:
+    """Dtypes by part, as they are while the fit runs."""
+
+    w0: dict[str, int]
+    """Numbers of W0 by dtype or quantization, the most first."""
+    adapter: list[str]
+    """Of A, B and what else trains beside W0; one but for odd models."""
+    saved: dict[str, list[str]]
+    """Of each module of `modules_to_save`."""
+    autocast: str | None
+    """The dtype in which autocast computes; None without it."""
+    precision: str
+    """As the Trainer has it."""
+    asked: str | None
+    """As it was asked for, where that is another word."""
+    backbone_mode: str
+    dropout: list[float]
+    """LoRA's own, which is on in training whatever the backbone's mode."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for the report."""
+        return asdict(self)
+
+    def lines(self) -> tuple[str, str]:
+        """What a person reads: dtypes, then modes."""
+        total = max(1, sum(self.w0.values()))
+        shares = [name if len(self.w0) == 1 else f"{name} {_percent(n / total)}" for name, n in self.w0.items()]
+        told = [f"W0 {', '.join(shares)}", f"A and B {', '.join(self.adapter)}"]
+        told += [f"{name} {', '.join(dtypes)}" for name, dtypes in self.saved.items()]
+        told.append(f"{self.autocast} autocast" if self.autocast else "no autocast")
+        cpu = ", which CPUs do not have" if self.asked in ("16-mixed", "16") else ""
+        asked = "" if self.asked is None else f", for {self.asked}{cpu}"
+        own = "off" if self.backbone_mode == "eval" else "on"
+        ours = f", LoRA's {' and '.join(f'{p:g}' for p in self.dropout)} on" if self.dropout else ""
+        return (
+            f"dtypes: {'; '.join(told)} (precision {self.precision}{asked})",
+            f"modes: the backbone in {self.backbone_mode} (backbone_mode): its own dropout {own}{ours}",
+        )
+
+
+def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> PartDtypes:
+    """Those of a module that a trainer has set up."""
+    asked, precision = getattr(trainer, "precision_asked", None), str(trainer.precision)
+    copies = grafted_modules(backbone, SavedCopy)
+    heads = {id(t) for _, saved in copies for t in saved.lora_copy.parameters()}
+    factors = [t for t in adapter_tensors(backbone).values() if id(t) not in heads and t.is_floating_point()]
+    kind = trainer.strategy.root_device.type
+    with trainer.precision_plugin.forward_context():
+        autocast = short(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+    return PartDtypes(
+        w0=base_dtypes(backbone),
+        adapter=_dtypes(factors),
+        saved={name: _dtypes(saved.lora_copy.parameters()) for name, saved in copies},
+        autocast=autocast,
+        precision=precision,
+        asked=None if asked is None or str(asked) in (precision, precision.partition("-")[0]) else str(asked),
+        backbone_mode=backbone_mode,
+        dropout=sorted({layer.lora_settings.dropout for _, layer in adapted_layers(backbone)} - {0.0}),
+    )
+
+
+def _dtypes(tensors: Iterable[torch.Tensor]) -> list[str]:
+    return sorted({short(tensor.dtype) for tensor in tensors})
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}" if 0.01 <= share <= 0.99 else f"{share:.2%}"
+
+
+# ---- the data
+
+
+def data_table(summary: Mapping[str, Any]) -> Table:
+    """What a DataModule says of its rows.
+
+    Args:
+        summary: `rows` by split, `labels` by split (by label how many), `cut` by split (the share of texts that
+            max_length cuts), and `warnings`, each a line; what is not known is left out.
+    """
+    splits = list(summary.get("rows", {}))
+    labels, cut = summary.get("labels", {}), summary.get("cut", {})
+    rows = [["rows", *(f"{summary['rows'][split]:,}" for split in splits)]]
+    for label in dict.fromkeys(name for counts in labels.values() for name in counts):
+        rows.append([f"labeled {label}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)])
+    if cut:
+        rows.append(["texts cut", *(f"{cut[split]:.1%}" if split in cut else "" for split in splits)])
+    return Table(header=["data", *splits], rows=rows, note="\n".join(summary.get("warnings", [])))
+
+
+# ---- the closing table
+
+
+def show_report(values: Mapping[str, Any], console: Console, save_svg: Path | None = None) -> None:
     """Print all that is known of a run as one table; also as a picture where a file is named."""
-    table = report_table(values)
+    table = Table(title=f"Run {values.get('run_dir', '')}", rows=report_rows(values))
     console.print(table)
     if save_svg is not None:
         recorder = Console(record=True, width=92, file=io.StringIO())
@@ -96,40 +229,18 @@ def show_report(values: dict[str, Any], console: Console, save_svg: Path | None 
         save_svg.write_text(picture, encoding="utf-8")
 
 
-def report_table(values: dict[str, Any]) -> Table:
-    """The closing table: one fact a row, in the order in which a reader asks."""
-    table = Table(
-        title=f"Run {values.get('run_dir', '')}",
-        title_justify="left",
-        show_header=False,
-        box=None,
-        padding=(0, 3, 0, 0),
-    )
-    table.add_column("what", style="bold", no_wrap=True)
-    table.add_column("figure", overflow="fold")
-    for name, text in report_rows(values):
-        table.add_row(name, text)
-    return table
-
-
-def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
-    """The rows of the closing table, for the facts that are known."""
+def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The rows of the closing table, for the facts that are known, in the order in which a reader asks."""
     rows = [_accuracies(v, "LoRA", "val_accuracy", "test_accuracy")]
     rows.append(_accuracies(v, "linear probe", "probe_accuracy", "probe_test_accuracy"))
     rows.append(_accuracies(v, "raw pixels", "pixels_accuracy", "pixels_test_accuracy"))
     rows.append(_accuracies(v, "majority class", "majority_accuracy", "majority_test_accuracy"))
-    other = {"val_accuracy", "test_accuracy"}
-    rows += [
-        (k.replace("_", " ", 1), f"{x:.4f}{_before(v, k, '.4f')}")
-        for k, x in v.items()
-        if k.startswith(("val_", "test_")) and k not in other and not k.endswith(BEFORE) and isinstance(x, float)
-    ]
+    rows += _figures(v)
     if "test_rows" in v:
         rows.append(("rows tested", f"{v['test_rows']:,} of {v['test_data']}"))
     if "trainable" in v:
-        rows.append(
-            ("trainable parameters", f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})")
-        )
+        share = f"{v['trainable']:,} of {v['total']:,} ({v['trainable'] / v['total']:.2%})"
+        rows.append(("trainable parameters", share))
     if v.get("w0_before"):
         verdict = "unchanged" if v.get("w0_unchanged") else "MOVED"
         rows.append(("W0 before, after", f"{v['w0_before'][:8]}, {v['w0_after'][:8]}: {verdict}"))
@@ -151,19 +262,30 @@ def report_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
     return [row for row in rows if row[1]]
 
 
-def _accuracies(v: dict[str, Any], name: str, validation: str, test: str) -> tuple[str, str]:
+def _accuracies(v: Mapping[str, Any], name: str, validation: str, test: str) -> tuple[str, str]:
     both = (("validation", validation), ("test", test))
     parts = [f"{label} {v[key]:.1%}{_before(v, key, '.1%')}" for label, key in both if key in v]
     return f"accuracy, {name}", ", ".join(parts)
 
 
-def _before(v: dict[str, Any], key: str, form: str) -> str:
+def _figures(v: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The stages' other figures, under what `metric_titles` calls them: `val F1 (macro)`."""
+    rows, titles = [], v.get("metric_titles") or {}
+    for key, value in v.items():
+        stage, _, metric = key.partition("_")
+        if stage not in ("val", "test") or metric == "accuracy" or key.endswith(BEFORE) or not isinstance(value, float):
+            continue
+        rows.append((f"{stage} {titles.get(metric, metric)}", f"{value:.4f}{_before(v, key, '.4f')}"))
+    return rows
+
+
+def _before(v: Mapping[str, Any], key: str, form: str) -> str:
     """What the same figure was before training, where `MeasureBefore` has measured it."""
     before = v.get(f"{key}{BEFORE}")
     return f" ({before:{form}} before)" if isinstance(before, float) else ""
 
 
-def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
+def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     """How near the exported files are to what was trained."""
     rows = []
     if "export_max_rel_diff" in v:
@@ -172,13 +294,15 @@ def _export_rows(v: dict[str, Any]) -> list[tuple[str, str]]:
         limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
         what = "merged against adapted" if merged else "adapter read back"
         rows.append((what, f"{v['export_max_rel_diff']:.1e} relative (allowed {limit})"))
-    if v.get("merged_dir") and v.get("merged_bytes"):
+    if not v.get("merged_dir"):
+        return rows
+    if v.get("merged_bytes"):
         files = v.get("export_files", 1)
         split = f" in {files} files" if files > 1 else ""
         rows.append(("merged weights", f"{v.get('export_dtype')}, {human_size(v['merged_bytes'])}{split}"))
-    if v.get("merged_dir") and v.get("export_kept_least", 1.0) < 0.9995:
+    if v.get("export_kept_least", 1.0) < 0.9995:
         low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
-    if v.get("merged_dir") and v.get("export_dequantised"):
-        rows.append(("dequantised", f"{v['export_dequantised']} layers, plain in the merged model"))
+    if v.get("export_dequantised"):
+        rows.append(("dequantized", f"{v['export_dequantised']} layers, plain in the merged model"))
     return rows

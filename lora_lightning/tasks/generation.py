@@ -1,13 +1,16 @@
-"""Texts that a transformers model writes, for validation and prediction: greedy or by beams, always the same."""
+"""Texts that a model writes: how they are generated, and the tasks that train by target tokens and compare texts."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import MetricCollection
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -16,6 +19,11 @@ from transformers import (
 )
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_and_labels, inputs_of
+from lora_lightning.tasks.losses.lm_head import aligned_loss, shifted_loss
+from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy
+from lora_lightning.tasks.metrics.generation import LESS_IS_BETTER, generation_metrics
+from lora_lightning.tasks.metrics.tokens import TokenAccuracy
 
 MAX_NEW_TOKENS = 64
 """Where neither the task nor the model's own generation config says how long a text may be."""
@@ -109,3 +117,219 @@ def generation_config(own: Any, tokenizer: PreTrainedTokenizerBase, options: Map
     if config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     return config
+
+
+METRICS = ("bleu", "rouge1", "rouge2", "rougeL", "exact_match")
+
+
+@dataclass
+class WrittenOutput(StepOutput):
+    """A batch's loss over target tokens, and in evaluation what was written for it."""
+
+    correct: Tensor | None = None
+    """Of `weight` target tokens, how many have the largest logit."""
+    texts: list[str] = field(default_factory=list)
+    references: list[list[str]] = field(default_factory=list)
+    """Of each text, what it might have been."""
+
+
+class GeneratingTask(Task):
+    """Teacher-forced cross-entropy; in validation and test also texts, held to their references.
+
+    Args:
+        tokenizer: which the texts are read with. The data's own by default.
+        generation: options of transformers' `generate` by name, such as num_beams, max_new_tokens, length_penalty and
+            no_repeat_ngram_size. By default greedy, of at most 64 tokens.
+        metrics: of bleu, chrf, ter, rouge1, rouge2, rougeL, rougeLsum and exact_match. The first says which checkpoint
+            is best.
+        label_smoothing: share of the target spread over the vocabulary, in training alone.
+        generate_in_validation: whether validation writes texts; without, the best checkpoint has the least loss, and
+            only test and predict write.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        generation: dict[str, Any] | None = None,
+        metrics: Sequence[str] = METRICS,
+        label_smoothing: float = 0.0,
+        generate_in_validation: bool = True,
+    ) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
+        # Each is updated by itself, so torchmetrics must not take two for one.
+        written = generation_metrics(metrics)
+        super().__init__(MetricCollection({"token_accuracy": TokenAccuracy(), **written}, compute_groups=False))
+        self.written = tuple(written)
+        self.tokenizer, self.label_smoothing = tokenizer, label_smoothing
+        self.generation = check_options(generation)
+        self.generate_in_validation = generate_in_validation
+        self._stage: Stage = "test"
+        if metrics and generate_in_validation:
+            self.monitor = f"val/{metrics[0]}"
+            self.monitor_mode = "min" if metrics[0] in LESS_IS_BETTER else "max"
+
+    @abstractmethod
+    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
+        """The sum of the loss over target tokens, their number, and how many of them are guessed."""
+
+    @abstractmethod
+    def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """What `generate` goes on from, a row for each of the batch's."""
+
+    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
+        return self._counted(self.token_loss(backbone, batch, self.label_smoothing))
+
+    def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
+        """The loss over all targets, unsmoothed; and one text for each row that has references.
+
+        `references` holds a list of texts for each row. Data with several targets to a source give one of its rows all
+        of them, and the others none, so that a source is written for once. Without the entry each row has its target.
+        """
+        out = self._counted(self.token_loss(backbone, batch, 0.0))
+        if not self.writes(self._stage):
+            return out
+        references = batch.get("references") or [[text] for text in self._targets(batch["labels"])]
+        rows = [i for i, own in enumerate(references) if own]
+        if rows:
+            sources = {key: value[rows] for key, value in self.sources(batch).items()}
+            out.texts = generate_texts(backbone, sources, self.tokenizer, self.generation)
+            out.references = [list(references[i]) for i in rows]
+        return out
+
+    @torch.no_grad()
+    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The text that is written for each row."""
+        return {"prediction": generate_texts(backbone, self.sources(batch), self.tokenizer, self.generation)}
+
+    def writes(self, stage: Stage) -> bool:
+        """Whether this stage writes texts: `test` or `val`, or a further set of one of them."""
+        kind = stage.partition("_")[0]
+        return kind == "test" or (kind == "val" and self.generate_in_validation)
+
+    def reset(self, stage: Stage) -> None:
+        """Start counting anew; the stage that begins also says whether `evaluate` writes."""
+        super().reset(stage)
+        self._stage = stage
+
+    def update(self, stage: Stage, out: StepOutput) -> dict[str, Any]:
+        assert isinstance(out, WrittenOutput)
+        metrics = self.metrics[f"{stage}_"]
+        assert isinstance(metrics, MetricCollection)
+        if out.correct is not None:
+            metrics["token_accuracy"].update(out.correct, out.weight)
+        for name in self.written if out.texts else ():
+            metrics[name].update(out.texts, out.references)
+        shown = self.logged(stage)
+        return {name: metric for name, metric in super().update(stage, out).items() if name in shown}
+
+    def logged(self, stage: Stage) -> list[str]:
+        """Without figures of texts that the stage does not write."""
+        silent = set() if self.writes(stage) else {f"{stage}/{name}" for name in self.written}
+        return [name for name in super().logged(stage) if name not in silent]
+
+    def _counted(self, out: LinearCrossEntropy) -> WrittenOutput:
+        return WrittenOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)
+
+    def _targets(self, labels: Tensor) -> list[str]:
+        kept = [[token for token in row if token != IGNORED] for row in labels.tolist()]
+        return [text.strip() for text in self.tokenizer.batch_decode(kept, skip_special_tokens=True)]
+
+
+PROMPT = "prompt_"
+"""What stands before the name of an input that holds prompts alone."""
+
+
+class TextGeneration(GeneratingTask):
+    """Cross-entropy of each token of the completion given the prompt and what comes before; BLEU, ROUGE, exact match.
+
+    Args:
+        tokenizer: which the texts are read with. The data's own by default.
+        generation: options of transformers' `generate` by name, such as num_beams, max_new_tokens, length_penalty and
+            no_repeat_ngram_size. By default greedy, of at most 64 tokens.
+        metrics: of bleu, chrf, ter, rouge1, rouge2, rougeL, rougeLsum and exact_match. The first says which checkpoint
+            is best.
+        label_smoothing: share of the target spread over the vocabulary, in training alone.
+        generate_in_validation: whether validation writes texts; without, the best checkpoint has the least loss, and
+            only test and predict write.
+    """
+
+    peft_task_type = "CAUSAL_LM"
+
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return inputs_of(batch, "labels", "references", *(key for key in batch if key.startswith(PROMPT)))
+
+    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
+        """`batch` holds the backbone's keyword arguments and `labels` (b, t), -100 on the prompt and on padding.
+
+        Raises:
+            LoRAError: there are no labels, or nothing is trained on.
+        """
+        _, labels = inputs_and_labels(batch)
+        return shifted_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
+
+    def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The prompts, `prompt_input_ids` and `prompt_attention_mask`, padded on the left.
+
+        Raises:
+            LoRAError: the batch has none.
+        """
+        prompts = {key.removeprefix(PROMPT): value for key, value in batch.items() if key.startswith(PROMPT)}
+        if "input_ids" not in prompts:
+            raise LoRAError(
+                "to write texts, the batch needs prompt_input_ids and prompt_attention_mask, padded on the left; it has"
+                f" {', '.join(batch)}"
+            )
+        return prompts
+
+
+NOT_INPUTS = ("labels", "references")
+"""Entries of a batch that are not the backbone's."""
+DECODER = ("decoder_input_ids", "decoder_attention_mask")
+
+
+class SequenceToSequence(GeneratingTask):
+    """Cross-entropy of each target token given the source and the target before it; BLEU, ROUGE and exact match.
+
+    Args:
+        tokenizer: which the texts are read with. The data's own by default.
+        generation: options of transformers' `generate` by name, such as num_beams, max_new_tokens, length_penalty and
+            no_repeat_ngram_size. By default the model's own, of at most 64 tokens.
+        metrics: of bleu, chrf, ter, rouge1, rouge2, rougeL, rougeLsum and exact_match. The first says which checkpoint
+            is best.
+        label_smoothing: share of the target spread over the vocabulary, in training alone.
+        generate_in_validation: whether validation writes texts; without, the best checkpoint has the least loss, and
+            only test and predict write.
+    """
+
+    peft_task_type = "SEQ_2_SEQ_LM"
+
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The encoder's inputs, and what the decoder is given: the labels shifted by the model, unless it is there.
+
+        Raises:
+            LoRAError: the model does not shift labels.
+        """
+        inputs = inputs_of(batch, *NOT_INPUTS)
+        if "decoder_input_ids" not in inputs:
+            shift = getattr(backbone, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:
+                raise LoRAError(
+                    f"{type(backbone).__name__} does not say what its decoder starts from"
+                    " (prepare_decoder_input_ids_from_labels): take a transformers model for sequence to sequence"
+                    " (auto_class: AutoModelForSeq2SeqLM), or put decoder_input_ids into the batch"
+                )
+            inputs["decoder_input_ids"] = shift(labels=batch["labels"])
+        return inputs
+
+    def token_loss(self, backbone: nn.Module, batch: Mapping[str, Any], label_smoothing: float) -> LinearCrossEntropy:
+        """`batch` holds the encoder's inputs and `labels` (b, t), -100 where nothing is trained on.
+
+        Raises:
+            LoRAError: there are no labels; the model does not shift them; or nothing is trained on.
+        """
+        _, labels = inputs_and_labels(batch)
+        return aligned_loss(backbone, self.inputs(backbone, batch), labels, label_smoothing=label_smoothing)
+
+    def sources(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        return inputs_of(batch, *NOT_INPUTS, *DECODER)

@@ -14,8 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import StepOutput, Task, inputs_of, logits_of, refuse_no_count
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.metrics.entities import EntityF1, EntityPrecision, EntityRecall
-from lora_lightning.tasks.spans import Tagging
+from lora_lightning.tasks.metrics.entities import EntityF1, EntityPrecision, EntityRecall, Tagging
 
 NOT_INPUTS = ("labels", "word_ids", "words")
 """Entries of a batch that are not the backbone's."""

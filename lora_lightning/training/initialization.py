@@ -17,7 +17,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.config import CONFIG
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.init.from_data import start_from_data
+from lora_lightning.lora.init.from_data import init_from_data
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.warm_start import WarmStart, start_from_directory, start_from_state
 from lora_lightning.tasks.base import Task
@@ -76,9 +76,9 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     loaders: Any = trainer.train_dataloader
     batches = [trainer.strategy.batch_to_device(batch, device) for batch in islice(iter(loaders), BATCHES)]
     if init == "eva":
-        start_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
+        init_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
-        start_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
+        init_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
     take_first_ones(adapter_tensors(backbone).values(), trainer)
 
 

@@ -133,11 +133,13 @@ class LoRAModule(LightningModule):
             out = self._step("train", batch)
         return self._mean.weigh(self.trainer, out.loss, out.weight, batch_idx)
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._step(self._stage("val", dataloader_idx), batch)
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """What the task found, for callbacks."""
+        return vars(self._step(self._stage("val", dataloader_idx), batch))
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._step(self._stage("test", dataloader_idx), batch)
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """What the task found, for callbacks."""
+        return vars(self._step(self._stage("test", dataloader_idx), batch))
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int, dataloader_idx: int = 0) -> Mapping[str, Any]:
         refuse_too_long(self.backbone, batch)

@@ -13,10 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.analysis.adapters import Adapter, read_factors
+from lora_lightning.analysis.adapters import Adapter, factors_in_state, read_factors
 from lora_lightning.analysis.base_weights import Weights
 from lora_lightning.analysis.measures import common_rank, measured_adapter
-from lora_lightning.analysis.state import factors_in_state
 from lora_lightning.analysis.truncation import truncate
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.load import AdapterFiles

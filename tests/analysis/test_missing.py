@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lora_lightning.analysis.drawing import refuse_missing
+from lora_lightning.reports.figures import refuse_missing
 
 
 def test_missing_matplotlib_is_said_with_both_ways_out(monkeypatch):

@@ -155,7 +155,7 @@ def test_truncation_keeps_the_planted_rank(trained, tmp_path):
     cut = found["truncation"]
     assert cut["ranks"] == {"beside": [16, 3], "first": [16, 3], "second": [16, 3]}
     assert all(layer["ranks"] == {"90%": 3, "95%": 3, "99%": 3} for layer in found["adapters"][0]["layers"])
-    assert "no base" in cut["cost"]["not_measured"]
+    assert "name the run" in cut["cost"]["not_measured"]
     small, full = regression(), regression()
     load_adapter(small, tmp_path / "out" / "truncated")
     load_adapter(full, directory)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from lora_lightning import huggingface, load_adapter
-from lora_lightning.analysis.drawing import files_of
 from lora_lightning.cli.build import open_run
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.cli.parser import run_command
+from lora_lightning.reports.figures import image_bytes
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
 from tests.command.test_merge import called
 
@@ -129,13 +129,13 @@ def test_mistakes_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    from lora_lightning.analysis.drawing import figure, styled
+    from lora_lightning.reports.figures import figure, styled
 
     def drawn():
         with styled():
             made = figure(2, 1)
             made.subplots().plot([1, 2, 3])
-            return files_of(made)
+            return image_bytes(made)
 
     assert drawn() == drawn()
 

@@ -30,7 +30,7 @@ def config_of(file, folder, backbone, lora, **data):
                 "model": {
                     "backbone": backbone,
                     "lora": lora,
-                    "task": {"class_path": "lora_lightning.tasks.image_classification.ImageClassification"},
+                    "task": {"class_path": "lora_lightning.tasks.classification.ImageClassification"},
                     "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.03}},
                 },
                 "data": {

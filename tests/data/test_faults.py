@@ -11,9 +11,8 @@ import datasets
 import pytest
 
 from lora_lightning import LoRAError, TextClassificationData
+from lora_lightning.data.classification import MultiLabelTextData, TextRegressionData
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.text.multi_label import MultiLabelTextData
-from lora_lightning.data.text.regression import TextRegressionData
 from tests.data.files import ready, write
 
 KINDS = (".csv", ".tsv", ".jsonl", ".parquet")

@@ -14,7 +14,7 @@ from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.data.loading.packing import CausalCollator, cut, pack, pack_rows, pack_table
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.language_model import CausalLM
 from tests.tiny_lm import VOCABULARY, make_model
 
 LENGTH = 16

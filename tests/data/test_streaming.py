@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, Resume
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.io.streaming import Endless, share_of
+from lora_lightning.data.io.streams import Endless, share_of
 from lora_lightning.data.language_modelling import LanguageModellingData
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.training.optim import WarmupDecay
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lora_lightning import DatasetData, TextClassificationData
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.summary import summarize
+from lora_lightning.data.io.summary import summarize
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.console import show_data
 

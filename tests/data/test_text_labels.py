@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lora_lightning import LoRAError
+from lora_lightning.data.classification import MultiLabelTextData
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.text.multi_label import MultiLabelTextData
 from tests.data.files import ready, write
 
 LABELS = [["sport"], ["money", "sport"], [], ["tech", "money"]]

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lora_lightning import huggingface
+from lora_lightning.data.classification import TextRegressionData
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.text.regression import TextRegressionData
 from tests.data.files import ready, write
 
 ROWS = [{"one": f"the film is {'fine' if i % 2 else 'dull'}", "two": "the end", "score": i / 4} for i in range(30)]

@@ -9,7 +9,7 @@ from transformers import BertTokenizer, RobertaTokenizer
 
 from lora_lightning import LoRAError
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.text.token_classification import TokenClassificationData
+from lora_lightning.data.token_classification import TokenClassificationData
 from tests.tiny import make_bert
 
 SENTENCES = [

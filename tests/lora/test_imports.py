@@ -24,11 +24,11 @@ STDLIB = sys.stdlib_module_names
 BELOW: dict[str, set[str]] = {
     "lora": {"lora"},
     "backbones": {"backbones", "lora"},
-    "analysis": {"analysis", "lora"},
+    "analysis": {"analysis", "reports", "lora"},
     "tasks": {"tasks", "data", "lora", "backbones"},
     "data": {"tasks", "data", "lora", "backbones"},
     "export": {"export", "tasks", "data", "lora", "backbones"},
-    "reports": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
+    "reports": {"reports", "lora"},
     "training": {"export", "training", "tasks", "data", "lora", "backbones", "analysis", "reports"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, ConfigError, TargetError
-from lora_lightning.lora.init import from_weight as starts
+from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.inject import adapted_layers
 from tests.lora.options_support import DTYPES, batches, inputs, net, shake, square_loss
 
@@ -41,8 +41,8 @@ def test_fast_pissa_nears_pissa():
     torch.manual_seed(0)
     U, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
     weight = U @ torch.diag(2.0 ** -torch.arange(20.0, dtype=torch.float64)) @ U.T
-    A, B = starts.pissa(weight, 4, 1.5)
-    fast_A, fast_B = starts.pissa(weight, 4, 1.5, niter=16)
+    A, B = inits.pissa(weight, 4, 1.5)
+    fast_A, fast_B = inits.pissa(weight, 4, 1.5, niter=16)
     torch.testing.assert_close(fast_B @ fast_A, B @ A, rtol=1e-8, atol=1e-10)
 
 
@@ -68,7 +68,7 @@ def test_first_factors_are_pefts(init):
     base[0].weight.data.copy_(weight)
     theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=init))
     layer = theirs.base_model.model[0]
-    A, B = starts.start_from_weight(init, weight, 3, 2.0)
+    A, B = inits.factors_from_weight(init, weight, 3, 2.0)
     their_delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     torch.testing.assert_close(B @ A, their_delta.detach(), rtol=1e-4, atol=1e-5)
     # What PEFT writes over W0 with, ours computes beside it.
@@ -109,7 +109,7 @@ def test_lora_ga_follows_the_gradient_of_w0():
     sum(square_loss(plain, batch) for batch in batches(torch.float64)).backward()
     for name, layer in adapted_layers(model):
         U, _, Vh = torch.linalg.svd(plain.get_submodule(name).weight.grad)
-        size = math.sqrt(math.sqrt(layer.weight.shape[0]) / starts.LORA_GA_GAMMA)
+        size = math.sqrt(math.sqrt(layer.weight.shape[0]) / inits.LORA_GA_GAMMA)
         A, B = layer.lora_A.data / size, layer.lora_B.data / size
         eye = torch.eye(2, dtype=torch.float64)
         torch.testing.assert_close((A @ Vh[:2].T).abs(), eye, rtol=0, atol=1e-6)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lora_lightning import LoRAConfig, inject
+from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import (
     adapter_tensors,
@@ -68,6 +68,24 @@ def test_wrapped_blocks_have_the_plain_models_names(wrap):
     assert all(get_module(own, name) is module for name, module in named_modules(own))
     x = torch.randn(3, 8)
     assert torch.equal(own(x), plain(x))
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("options", [{"modules_to_save": ["1.out"], "bias": "lora_only"}, {"use_dora": True}], ids=str)
+@torch.no_grad()
+def test_an_adapter_travels_between_wrapped_and_plain_models(wrap, options, tmp_path):
+    own, x = wrapped(wrap), torch.randn(3, 8)
+    inject(own, LoRAConfig(r=2, **options))
+    for parameter in own.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(own, tmp_path)
+    for other in (model(), wrapped(wrap)):
+        load_adapter(other, tmp_path)
+        assert torch.equal(other(x), own(x))
+    adapted = own(x)
+    merge(own)
+    assert torch.allclose(own(x), adapted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_wrapped_whole_model_has_the_plain_models_names():

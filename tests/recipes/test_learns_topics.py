@@ -8,8 +8,8 @@ import torch
 
 from lora_lightning import LoRAConfig, LoRAModule, WarmupDecay, huggingface
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.data.text.multi_label import MultiLabelTextData
-from lora_lightning.tasks.multi_label import MultiLabelClassification
+from lora_lightning.data.classification import MultiLabelTextData
+from lora_lightning.tasks.classification import MultiLabelClassification
 from lora_lightning.training.precision import best_precision
 from tests.data.files import write
 from tests.training.test_module import trainer_of

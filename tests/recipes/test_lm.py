@@ -14,7 +14,7 @@ from lora_lightning.cli.main import LoRACLI
 from lora_lightning.data.io import tables
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.language_model import CausalLM
 from tests.chats import CHATML, GEMMA, LLAMA3, MISTRAL, assistant, make_tokenizer, user
 from tests.command.process import REPOSITORY
 

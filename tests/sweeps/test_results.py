@@ -9,12 +9,12 @@ import re
 import pytest
 from PIL import Image
 
-from lora_lightning.analysis import drawing
 from lora_lightning.commands.sweep.figures import figures
 from lora_lightning.commands.sweep.ranking import rank_points
 from lora_lightning.commands.sweep.report import NOT_TEST, table, write
 from lora_lightning.commands.sweep.search_space import MATRICES, RANK
 from lora_lightning.commands.sweep.study import Trial, folder_name
+from lora_lightning.reports import figures as drawing
 
 METRIC = "val/accuracy"
 
@@ -73,7 +73,7 @@ def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_no
     rows = table("sweep", rank_points(over_ranks(seeds=(1, 2)), "max"), [MATRICES, RANK], METRIC, "max")
     assert rows.header == ["", "target_modules", "r", METRIC, "sd", "n", "trainable", "minutes", "folder"]
     assert rows.rows[0][:6] == ["1", "query, value", "64", "0.6790", "0.0071", "2"]
-    assert NOT_TEST in rows.below
+    assert NOT_TEST in rows.note
 
 
 def drawn(trials, keys, budget=None):

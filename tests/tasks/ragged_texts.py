@@ -14,9 +14,8 @@ from lora_lightning import LoRAConfig, LoRAModule, huggingface
 from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.seq2seq import SequenceToSequenceData
-from lora_lightning.data.text.token_classification import TokenClassificationData
-from lora_lightning.tasks.sequence_to_sequence import SequenceToSequence
-from lora_lightning.tasks.text_generation import TextGeneration
+from lora_lightning.data.token_classification import TokenClassificationData
+from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration
 from lora_lightning.tasks.token_classification import TokenClassification
 from tests.tiny_text import make_model, make_tagger, restaurants, sentences, write_rows
 

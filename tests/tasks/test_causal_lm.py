@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.language_model import CausalLM
 from tests.tiny_lm import VOCABULARY, make_model
 
 

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTConfig, ViTForImageClassification
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.image_classification import ImageClassification
-from lora_lightning.tasks.image_segmentation import ImageSegmentation
+from lora_lightning.tasks.classification import ImageClassification
+from lora_lightning.tasks.segmentation import ImageSegmentation
 
 
 class Says(nn.Module):

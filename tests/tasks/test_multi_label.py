@@ -6,7 +6,7 @@ from sklearn.metrics import f1_score
 from torch import nn
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.multi_label import MultiLabelClassification
+from lora_lightning.tasks.classification import MultiLabelClassification
 from lora_lightning.training.callbacks.prediction_writer import rows
 
 

@@ -6,8 +6,8 @@ import transformers
 from torch import nn
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.causal_lm import CausalLM
-from lora_lightning.tasks.packed import as_packed, flash_lengths, refuse_mixing
+from lora_lightning.tasks.language_model import CausalLM
+from lora_lightning.tasks.positions import as_packed, flash_lengths, refuse_mixing
 from tests.tiny_lm import VOCABULARY, make_model
 
 IDS = torch.arange(3, len(VOCABULARY))[None]

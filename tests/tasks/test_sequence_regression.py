@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.sequence_regression import SequenceRegression
+from lora_lightning.tasks.regression import SequenceRegression
 
 
 class Says(nn.Module):

@@ -9,10 +9,13 @@ from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.seq2seq import SequenceToSequenceData
-from lora_lightning.tasks.generating import WrittenOutput
-from lora_lightning.tasks.generation import generate_texts, generation_config
-from lora_lightning.tasks.sequence_to_sequence import SequenceToSequence
-from lora_lightning.tasks.text_generation import TextGeneration
+from lora_lightning.tasks.generation import (
+    SequenceToSequence,
+    TextGeneration,
+    WrittenOutput,
+    generate_texts,
+    generation_config,
+)
 from tests.tiny_text import make_model, make_tokenizer, restaurants, write_rows
 
 KINDS = ["t5", "bart", "gpt2"]

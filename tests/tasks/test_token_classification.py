@@ -8,8 +8,7 @@ from torch import nn
 from torchmetrics import MetricCollection
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.metrics.entities import EntityF1, EntityPrecision, EntityRecall
-from lora_lightning.tasks.spans import Span, Tagging
+from lora_lightning.tasks.metrics.entities import EntityF1, EntityPrecision, EntityRecall, Span, Tagging
 from lora_lightning.tasks.token_classification import TokenClassification
 
 IOB2 = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]

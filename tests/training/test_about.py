@@ -3,7 +3,7 @@
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lora_lightning.reports.about import backbone_name
+from lora_lightning.reports.console import backbone_name
 
 
 class Net(nn.Module):

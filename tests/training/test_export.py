@@ -372,7 +372,7 @@ def test_no_space_leaves_no_trace(moved, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lora_lightning.export.model_files.save_file", full)
+    monkeypatch.setattr("lora_lightning.export.model_files.write_tensors", full)
     with pytest.raises(LoRAError, match="no space was left for"):
         export_of(moved, tmp_path / "out", BATCH)
     assert list(tmp_path.iterdir()) == []
@@ -420,11 +420,11 @@ def test_the_merged_transformer_is_let_go_before_its_files_are_read(make_module,
 
 
 def test_a_tensor_that_the_file_lacks_fails_the_proof(moved, tmp_path, monkeypatch):
-    real = merged_module.save_file
+    real = merged_module.write_tensors
     monkeypatch.setattr(
         merged_module,
-        "save_file",
-        lambda tensors, *args: real({k: tensors[k] for k in tensors if k != "head.bias"}, *args),
+        "write_tensors",
+        lambda file, tensors, *args: real(file, {k: tensors[k] for k in tensors if k != "head.bias"}, *args),
     )
     with pytest.raises(MergeError, match="the merged model read back differs"):
         export_of(moved, tmp_path / "out", BATCH)

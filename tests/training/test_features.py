@@ -11,7 +11,7 @@ from lora_lightning import Baselines, FreezeBase, LoRAConfig, LoRAError, LoRAMod
 from lora_lightning.data.images.data import ImageData
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.inject import disabled
-from lora_lightning.tasks.image_classification import ImageClassification
+from lora_lightning.tasks.classification import ImageClassification
 from lora_lightning.training.callbacks.baselines import features, pixels
 from tests.pictures import class_folders
 from tests.tasks.test_images import timm_net, vit

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.reports.about import backbone_name
+from lora_lightning.reports.console import backbone_name
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy

@@ -18,7 +18,7 @@ from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.language_model import CausalLM
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
 
 STEPS, ROWS, BATCH, ACCUMULATED = 20, 50, 4, 2

@@ -42,7 +42,7 @@ def config(folder, llama, path, **data):
                 "init_args": {"pretrained_model_name_or_path": str(llama), "auto_class": "AutoModelForCausalLM"},
             },
             "lora": {"r": 8},
-            "task": {"class_path": "lora_lightning.tasks.causal_lm.CausalLM"},
+            "task": {"class_path": "lora_lightning.tasks.language_model.CausalLM"},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.02}},
         },
         "data": {

@@ -13,8 +13,8 @@ from lora_lightning.cli.main import LoRACLI
 from lora_lightning.data.chat.data import ChatData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import adapted_layers, disabled
-from lora_lightning.tasks.causal_lm import CausalLM
-from lora_lightning.tasks.modes import evaluating
+from lora_lightning.tasks.language_model import CausalLM
+from lora_lightning.tasks.positions import evaluating
 from lora_lightning.training.callbacks.generation_samples import Sample, Samples, answers, page_of, stops
 from tests.chats import CHATML, make_llama, write_chats
 
@@ -33,7 +33,7 @@ model:
     class_path: lora_lightning.huggingface
     init_args: {{pretrained_model_name_or_path: {llama}, auto_class: AutoModelForCausalLM}}
   lora: {{r: 16, modules_to_save: [lm_head]}}
-  task: {{class_path: lora_lightning.tasks.causal_lm.CausalLM}}
+  task: {{class_path: lora_lightning.tasks.language_model.CausalLM}}
   optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: 0.005}}}}
 data:
   class_path: lora_lightning.data.chat.data.ChatData

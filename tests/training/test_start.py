@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.training.initialization import start_from_batches
 from tests.tiny_lm import VOCABULARY, make_model
 

@@ -17,8 +17,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, Progress, inject
 from lora_lightning.cli.log_filters import RECORDS, quieten
-from lora_lightning.reports.about import first_lines, short_count
-from lora_lightning.reports.console import show_injection, show_run
+from lora_lightning.reports.console import first_lines, short_count, show_injection, show_lines
 
 
 def shown(model: nn.Module, **options: object) -> str:
@@ -34,29 +33,27 @@ def blocks(kinds: int, layers: int = 3) -> nn.Module:
     return nn.ModuleList(nn.ModuleDict({n: nn.Linear(4, 4 + i) for i, n in enumerate(names)}) for _ in range(layers))
 
 
-@pytest.mark.parametrize("kinds", [1, 7, 8, 40])
-def test_the_first_screen_has_at_most_15_lines_whatever_the_model(kinds: int) -> None:
-    """Two lines stand before it, and two on dtypes and modes may follow."""
-    text = shown(blocks(kinds), target_modules=r".+\.projection_\d+")
-    lines = text.rstrip("\n").splitlines()
-    assert 2 + len(lines) + 2 <= 15
-    total = sum(3 * (4 * 2 + 2 * (4 + i)) for i in range(kinds))
-    assert lines[-1].split()[0] == f"{total:,}"
-    rows = [line.split() for line in lines[1:-1]]
-    assert sum(int(row[-1].replace(",", "")) for row in rows) == total, "nothing is left out of the sums"
-    if kinds > 7:
-        assert f"... {kinds - 6} more rows" in text
-        assert f" {3 * (kinds - 6)} " in lines[-2]
+@pytest.mark.parametrize("kinds", [1, 8, 40])
+def test_the_first_screen_shows_every_row_the_head_among_them(kinds: int) -> None:
+    model = nn.ModuleDict({"blocks": blocks(kinds), "head": nn.Linear(4, 2)})
+    text = shown(model, target_modules=r"blocks.+\.projection_\d+", modules_to_save=["head"])
+    header, *rows, total = (line.split() for line in text.rstrip("\n").splitlines())
+    assert header[0] == "module"
+    assert [row[0] for row in rows] == [*(f"blocks.*.projection_{i}" for i in range(kinds)), "head"]
+    assert [row[1] for row in rows] == ["3"] * kinds + ["1"]
+    trained = sum(3 * (4 * 2 + 2 * (4 + i)) for i in range(kinds)) + 10
+    assert total[0] == f"{trained:,}"
+    assert sum(int(row[-1].replace(",", "")) for row in rows) == trained
 
 
 def test_the_first_lines_name_backbone_size_device_precision_and_place(tmp_path, make_module) -> None:
     module = make_module()
     trainer = Trainer(accelerator="cpu", logger=CSVLogger(tmp_path, name="a [run]"), barebones=False)
-    first, second = first_lines(trainer, module.backbone, module.report)
+    first, second = first_lines(trainer, module.backbone, module.report, tmp_path / "a [run]" / "version_0")
     assert re.fullmatch(r"BertForSequenceClassification \(\w+/bert\), 20\.2K frozen parameters", first)
     assert second == f"on cpu in 32-true; results go to {tmp_path}/a [run]/version_0"
     console = Console(file=io.StringIO(), width=40, record=True)
-    show_run([first, second], console)
+    show_lines([first, second], console)
     assert console.export_text() == f"{first}\n{second}\n", "brackets are no markup, and paths can be copied"
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 
 from lora_lightning import LoRAConfig, LoRAModule
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.language_model import CausalLM
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
 from tests.training.ragged import Record
 

@@ -10,19 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.causal_lm import CausalLM
+from lora_lightning.tasks.base import PIXELS, Task
+from lora_lightning.tasks.classification import ImageClassification, MultiLabelClassification, SequenceClassification
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
-from lora_lightning.tasks.image_classification import ImageClassification
-from lora_lightning.tasks.image_segmentation import ImageSegmentation
-from lora_lightning.tasks.images import PIXELS
+from lora_lightning.tasks.generation import SequenceToSequence, TextGeneration
+from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.multi_label import MultiLabelClassification
 from lora_lightning.tasks.preference import PreferenceTuning
-from lora_lightning.tasks.sequence_classification import SequenceClassification
-from lora_lightning.tasks.sequence_regression import SequenceRegression
-from lora_lightning.tasks.sequence_to_sequence import SequenceToSequence
-from lora_lightning.tasks.text_generation import TextGeneration
+from lora_lightning.tasks.regression import SequenceRegression
+from lora_lightning.tasks.segmentation import ImageSegmentation
 from lora_lightning.tasks.token_classification import TokenClassification
 
 IMAGE_TASKS = (ImageClassification, ImageSegmentation)

@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+__all__ = ["FakeTensor", "FakeTensorMode", "MemoryTracker", "bytes_of", "fake_mode", "put_stand_ins"]
+
 aten: Any = torch.ops.aten
 
 WHOLE = (aten.arange, aten.randint, aten.randperm)
@@ -54,7 +56,7 @@ def put_stand_ins(model: nn.Module, mode: FakeTensorMode, device: torch.device) 
 
     Real tensors, such as buffers that a model computes for itself, stay what they are.
     """
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id stays taken
+    made: dict[int, tuple[Tensor, Any]] = {}  # with the original, so that its id stays taken
     for module in model.modules():
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
@@ -62,7 +64,9 @@ def put_stand_ins(model: nn.Module, mode: FakeTensorMode, device: torch.device) 
                     continue
                 if id(tensor) not in made:
                     with mode:
-                        like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+                        like: Any = torch.empty_strided(
+                            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
+                        )
                     if isinstance(tensor, nn.Parameter):
                         like = nn.Parameter(like, requires_grad=tensor.requires_grad)
                     made[id(tensor)] = tensor, like

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from lora_lightning.commands.plan.report import Plan
 from lora_lightning.lora.formats.atomic_dir import human_size
-from lora_lightning.reports.about import short_count
+from lora_lightning.reports.console import short_count
 
 
 def show(plan: Plan, console: Console) -> None:

@@ -6,14 +6,11 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lora_lightning.commands.registry_commands import rows_table
 from lora_lightning.commands.sweep.report import PAGE, next_command, table
 from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
 from lora_lightning.commands.sweep.search_space import plainly, short_names
@@ -45,9 +42,7 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
 
 def _close(screen: Console, outcome: Outcome) -> None:
     rows = table(str(outcome.folder), outcome.points, outcome.keys, outcome.metric, outcome.goal)
-    plain = [[escape(cell) for cell in row] for row in rows.rows]  # `[query]` is no markup of rich's
-    Console().print(rows_table(replace(rows, rows=plain)))
-    screen.print(rows.below, highlight=False, markup=False)
+    Console().print(rows)
     if outcome.points[0].state != "complete":
         raise LoRAError(f"no fit of the sweep came to its end; what each said is in '{outcome.folder}/*/{LOG}'")
     screen.print(f"then: {next_command(outcome.points)}", highlight=False)

@@ -10,17 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_lightning.analysis.drawing import COLOURS, figure
 from lora_lightning.commands.sweep.ranking import Point
 from lora_lightning.commands.sweep.search_space import MATRICES, RANK, number, plainly, short_names
+from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PAGE, COLUMN = 6.8, 4.4
-"""Inches of a page's width, and of a figure with one panel."""
-Figures = dict[str, tuple[str, str, "Figure"]]
-"""By file name: title, caption, figure."""
+Figures = dict[str, Drawing]
+"""By file name."""
 
 
 def figures(points: Sequence[Point], keys: Sequence[str], metric: str, goal: str, budget: int | None) -> Figures:
@@ -35,18 +33,18 @@ def figures(points: Sequence[Point], keys: Sequence[str], metric: str, goal: str
     if budget is not None:
         title = "Which matrices, at an equal number of parameters"
         caption = f"Each set at the rank with which nearest to {budget:,} parameters train (the paper's Table 5)."
-        made["matrices"] = title, caption + note, matrices(_best(done, [MATRICES, RANK]), metric)
+        made["matrices"] = Drawing(title, caption + note, matrices(_best(done, [MATRICES, RANK]), metric))
     elif RANK in keys and MATRICES in keys:
         figure_of = table6(_best(done, [MATRICES, RANK]), metric)
-        made["rank"] = "Rank against which matrices", "The paper's Table 6." + note, figure_of
+        made["rank"] = Drawing("Rank against which matrices", "The paper's Table 6." + note, figure_of)
     elif RANK in keys:
-        made["rank"] = "Rank", f"{metric} by r." + note, rank_curve(_best(done, [RANK]), metric)
+        made["rank"] = Drawing("Rank", f"{metric} by r." + note, rank_curve(_best(done, [RANK]), metric))
     elif MATRICES in keys:
         figure_of = matrices(_best(done, [MATRICES]), metric)
-        made["matrices"] = "Which matrices", "All at the same rank." + note, figure_of
+        made["matrices"] = Drawing("Which matrices", "All at the same rank." + note, figure_of)
     names = short_names(keys)
     for key in others:
-        made[names[key].replace(".", "-")] = (
+        made[names[key].replace(".", "-")] = Drawing(
             names[key],
             f"{metric} of every point by {key}.",
             scatter(done, key, metric),
@@ -58,7 +56,7 @@ def rank_curve(points: Sequence[Point], metric: str) -> Figure:
     """The metric over r, with the number of trained parameters beside each point."""
     made = figure(COLUMN, 2.8)
     axis = made.subplots()
-    _draw_line(axis, points, COLOURS[0])
+    _draw_line(axis, points, COLORS[0])
     axis.margins(y=0.2)
     for point in points:
         if point.trainable is not None:
@@ -79,7 +77,7 @@ def table6(points: Sequence[Point], metric: str) -> Figure:
     cells = np.full((len(sets), len(ranks)), np.nan)
     for row, name in enumerate(sets):
         own = [point for point in points if point.values[MATRICES] == name]
-        _draw_line(left, own, COLOURS[row % len(COLOURS)], plainly(name))
+        _draw_line(left, own, COLORS[row % len(COLORS)], plainly(name))
         for point in own:
             cells[row, ranks.index(int(float(point.values[RANK])))] = _mean(point)
     _label_ranks(left, points)
@@ -111,7 +109,7 @@ def matrices(points: Sequence[Point], metric: str) -> Figure:
     means = np.array([_mean(point) for point in ordered])
     spread = np.array([point.deviation or 0.0 for point in ordered])
     error = {"elinewidth": 0.8, "capthick": 0.8, "capsize": 2}
-    axis.bar(range(len(ordered)), means, 0.6, color=COLOURS[0], yerr=spread if spread.any() else None, error_kw=error)
+    axis.bar(range(len(ordered)), means, 0.6, color=COLORS[0], yerr=spread if spread.any() else None, error_kw=error)
     low, high = (means - spread).min(), (means + spread).max()
     room = (high - low) or abs(high) or 1.0
     # Differences between sets are small beside the value itself; the label says that the axis does not begin at zero.
@@ -135,7 +133,7 @@ def scatter(points: Sequence[Point], key: str, metric: str) -> Figure:
     elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
         axis.set_xscale("log")
     means = [_mean(point) for point in points]
-    axis.errorbar(numbers, means, _spread(points), fmt="o", ms=4, color=COLOURS[0], lw=0.8)
+    axis.errorbar(numbers, means, _spread(points), fmt="o", ms=4, color=COLORS[0], lw=0.8)
     axis.set_xlabel(key)
     axis.set_ylabel(metric)
     return made

@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.analysis import drawing
-from lora_lightning.analysis.page import page
-from lora_lightning.analysis.tables import Rows
-from lora_lightning.commands.sweep.figures import figures
+from lora_lightning.commands.sweep.figures import Figures, figures
 from lora_lightning.commands.sweep.ranking import Point
 from lora_lightning.commands.sweep.search_space import plainly, short_names
 from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.reports.figures import ENDINGS, styled, write_figures
+from lora_lightning.reports.html import figure_sections, page, table_section
+from lora_lightning.reports.table import Table
 
 NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not used, so that it can still judge"
 RESULTS, CSV, PAGE = "sweep.json", "sweep.csv", "index.html"
@@ -26,7 +26,7 @@ validation set. Of many figures the best is a little lucky, more so the more the
 of the sweep was measured, tells what the chosen one is worth."""
 
 
-def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, goal: str) -> Rows:
+def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, goal: str) -> Table:
     """A row for each point, the best first."""
     names = short_names(keys)
     repeated = any(len(point.trials) > 1 for point in points)
@@ -43,7 +43,7 @@ def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, 
         rows.append(cells)
     best = "largest" if goal == "max" else "smallest"
     below = [f"{NOT_TEST}; the {best} {metric} is the best", *_faults(points)]
-    return Rows(name, header, rows, "\n".join(below))
+    return Table(title=name, header=header, rows=rows, text=(0, *range(1, 1 + len(keys))), note="\n".join(below))
 
 
 def _figure(value: float | None) -> str:
@@ -89,14 +89,12 @@ def write(
         about: what `sweep.json` begins with: the metric, its goal, the budget, the flags (`keys`), the config.
     """
     metric, goal, keys = about["metric"], about["goal"], about["keys"]
-    files: dict[str, bytes] = {}
-    shown: dict[str, tuple[str, bytes]] = {}
+    drawings: Figures = {}
     if plots:
-        with drawing.styled():
-            for name, (title, caption, figure) in figures(points, keys, metric, goal, about["budget"]).items():
-                pictures = drawing.files_of(figure)
-                files |= {f"{name}.{ending}": data for ending, data in pictures.items()}
-                shown[title] = (caption, pictures["svg"])
+        with styled():
+            drawings = figures(points, keys, metric, goal, about["budget"])
+    svgs = write_figures(folder, drawings, earlier=read(folder).get("pictures"))
+    files = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]
     ranking = [
         {
             "place": place,
@@ -110,14 +108,11 @@ def write(
         }
         for place, point in enumerate(points, 1)
     ]
-    _clear(folder, keep=files)
     content = {**about, "ranking": ranking, "pictures": sorted(files)}
     write_bytes(folder / RESULTS, (json.dumps(content, indent=2) + "\n").encode())
     write_bytes(folder / CSV, csv_of(points, keys, metric).encode())
-    for name, data in files.items():
-        write_bytes(folder / name, data)
-    rows = table(folder.name, points, keys, metric, goal)
-    write_bytes(folder / PAGE, page([rows], [], shown, title=TITLE, intro=INTRO))
+    sections = [table_section(table(folder.name, points, keys, metric, goal)), *figure_sections(drawings, svgs)]
+    write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -127,9 +122,3 @@ def read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _clear(folder: Path, keep: dict[str, bytes]) -> None:
-    for name in read(folder).get("pictures", []):
-        if name not in keep and name == Path(str(name)).name and name.endswith(drawing.ENDINGS):
-            (folder / name).unlink(missing_ok=True)

@@ -351,15 +351,30 @@ class Study:
                 f" --storage {Path(storage).stem}.log"
             )
         try:
-            return self.optuna.storages.RDBStorage(storage)
+            return self._database(storage)
         except ImportError as error:
-            raise MissingPackageError(f"--storage {_without_password(storage)} needs a package: {error}") from error
+            missing = error.__cause__ or error  # SQLAlchemy's, which names the driver
+            raise MissingPackageError(
+                f"--storage {_without_password(storage)} needs its database's driver ({missing}); for PostgreSQL:"
+                " pip install 'psycopg[binary]' and --storage postgresql+psycopg://user@host/name"
+            ) from error
         except Exception as error:
             first = str(error).strip().splitlines()[0]
             raise LoRAError(
                 f"--storage {_without_password(storage)} cannot be opened ({first}): expected a file for Optuna's"
-                " journal, or a database as SQLAlchemy writes it, such as postgresql://user@host/name"
+                " journal, or a database as SQLAlchemy writes it, such as postgresql+psycopg://user@host/name"
             ) from error
+
+    def _database(self, url: str) -> Any:
+        """Optuna's storage; tried again, since of processes that make its tables at once all but one fail."""
+        for _ in range(2):
+            try:
+                return self.optuna.storages.RDBStorage(url)
+            except ImportError:
+                raise
+            except Exception:
+                time.sleep(2)
+        return self.optuna.storages.RDBStorage(url)
 
 
 def first_difference(before: Any, now: Any, where: str = "") -> str | None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from lora_lightning.analysis import drawing
 from lora_lightning.commands.sweep.base_config import Base, opened
 from lora_lightning.commands.sweep.processes import FIT
 from lora_lightning.commands.sweep.rank_budget import rank_for
@@ -30,6 +29,7 @@ from lora_lightning.commands.sweep.search_space import (
 from lora_lightning.commands.sweep.study import Pruner, Sampler, Study, Values
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.reports.figures import refuse_missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Request:
         if self.metric is not None and not self.metric.startswith("val"):
             raise LoRAError(f"a sweep chooses by validation, so that the test set can still judge; got {self.metric}")
         if self.plots:
-            drawing.refuse_missing()
+            refuse_missing()
 
     @property
     def points(self) -> int:

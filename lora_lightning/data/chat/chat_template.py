@@ -22,8 +22,8 @@ from lora_lightning.data.chat.answers import (
 from lora_lightning.data.chat.conversations import Message, conversation_of, last_answer, tools_of
 from lora_lightning.data.chat.prompt_completion import REFERENCES
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.text_generation import PROMPT
 
 TrainOn = Literal["answers", "last_answer", "all"]
 

@@ -36,10 +36,10 @@ from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import check_columns
 from lora_lightning.data.loading.packing import CausalCollator, pack_table
-from lora_lightning.data.text.base import TextData
+from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.text_generation import PROMPT
 
 FEW = 50
 """Rows that show how answers end."""

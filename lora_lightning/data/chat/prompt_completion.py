@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.images.targets import TargetData, one_target_each, references_of
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.seq2seq import TargetData, one_target_each, references_of
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.text_generation import PROMPT
 
 REFERENCES = "references"
 

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 
 from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.classification import OneLabel
 from lora_lightning.data.images.files import (
     folders_by_split,
     is_imagefolder,
@@ -28,7 +29,6 @@ from lora_lightning.data.images.transforms import (
 from lora_lightning.data.io.rows import values_of
 from lora_lightning.data.io.splits import SPLITS, SplitConfig
 from lora_lightning.data.io.tables import NAMES, READERS, read_tables
-from lora_lightning.data.text.labels import OneLabel
 from lora_lightning.lora.errors import LoRAError
 
 

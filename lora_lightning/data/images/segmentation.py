@@ -17,6 +17,7 @@ from lora_lightning.data.io.rows import values_of
 from torchvision import tv_tensors
 
 from lora_lightning.backbones.locate import resolve
+from lora_lightning.data.classification import LabelNames
 from lora_lightning.data.images.files import folders_by_split, read_mask_folders
 from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, said
 from lora_lightning.data.images.table import ImageTable, Verify
@@ -28,7 +29,6 @@ from lora_lightning.data.images.transforms import (
 )
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.io.tables import NAMES
-from lora_lightning.data.text.labels import LabelNames
 from lora_lightning.lora.errors import LoRAError, some
 
 ONE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")

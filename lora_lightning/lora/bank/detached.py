@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.quantization import hold_packing
-from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.inject import grafted_modules, guard_saving
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, class_swap
 from lora_lightning.lora.layers.parameter import CHILD
 from lora_lightning.lora.layers.trained.module_copy import COPY
@@ -132,6 +132,7 @@ def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
     held = see(model)
     for share in held.shares:
         class_swap.take_out(share.module)
+    guard_saving(model, is_adapted=False)
     send(held, device)
     return held
 
@@ -161,6 +162,7 @@ def put_in(model: nn.Module, held: Held) -> None:
         bring(held)
         for share in held.shares:
             share.put_in(share.module)
+        guard_saving(model, is_adapted=bool(held.shares))
     except BaseException:
         for share in held.shares:
             class_swap.take_out(share.module)

@@ -7,7 +7,6 @@ every name below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprin
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -25,11 +24,15 @@ _WRAPPED_CHILD = {
 }
 
 
-@cache
+_FOUND: dict[type[nn.Module], str | None] = {}
+
+
 def _wrapped_child(cls: type[nn.Module]) -> str | None:
     """Under which name a wrapper holds what it wraps; None for any other class."""
-    found = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
-    return next((child for child in found if child), None)
+    if cls not in _FOUND:
+        found = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
+        _FOUND[cls] = next((child for child in found if child), None)
+    return _FOUND[cls]
 
 
 def plain_name(model: nn.Module, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Starts that need data: what the layers see, and what the loss asks of W0, measured on a few batches."""
+"""Inits that need data: what the layers see, and what the loss asks of W0, measured on a few batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.init import from_weight as starts
+from lora_lightning.lora.init.from_weight import eva, loftq, lora_ga
 from lora_lightning.lora.layers import AdaptedLayer
 from lora_lightning.lora.layers.functional import wide_dtype
 
@@ -18,12 +18,8 @@ Layers = list[tuple[str, AdaptedLayer]]
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
-def check_data(init: str, data: Any) -> None:
-    """Refuse a start that lacks its data, and data that no start reads.
-
-    Raises:
-        LoRAError: with what to give.
-    """
+def refuse_data(init: str, data: Any) -> None:
+    """Raise a LoRAError for an init that lacks its data, and for data that no init reads."""
     needs = {
         "eva": "an iterable of batches that the model is called with",
         "lora_ga": "an iterable of batches that the model is called with and makes a loss of",
@@ -35,43 +31,43 @@ def check_data(init: str, data: Any) -> None:
         raise LoRAError(f"data is read by init {', '.join(needs)} only, and init is '{init}': leave one of them out")
 
 
-def start_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss: Loss | None) -> None:
-    """Put the data-driven start `init` into freshly adapted layers. The model computes in eval mode meanwhile.
+def init_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss: Loss | None) -> None:
+    """Put the data-driven `init` into freshly adapted layers. The model computes in eval mode meanwhile.
 
     Raises:
         LoRAError: the data does not serve: no batch, no loss, a layer that is never called, a wrong shape.
     """
     if init == "loftq":
-        _start_loftq(layers, data)
+        _init_loftq(layers, data)
         return
     with _eval_mode(model):
-        found = _main_inputs(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
+        found = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
     for name, layer in layers:
         if name not in found:
             raise LoRAError(f"init '{init}': the data never reached '{name}': give batches that use it, or exclude it")
         r, A = layer.lora_settings.r, layer.lora_A
         if init == "eva":
-            layer.set_start(*starts.eva(found[name], layer.lora_B, r))
+            layer.set_init(*eva(found[name], layer.lora_B, r))
         else:
-            layer.set_start(*starts.lora_ga(found[name].to(A.dtype), r))
+            layer.set_init(*lora_ga(found[name].to(A.dtype), r))
 
 
-def _start_loftq(layers: Layers, original: Any) -> None:
+def _init_loftq(layers: Layers, original: Any) -> None:
     weights = original.state_dict() if isinstance(original, nn.Module) else original
     if not isinstance(weights, Mapping):
         raise LoRAError(
             f"init 'loftq' needs the model before quantisation or its state dict, got {type(weights).__name__}"
         )
     for name, layer in layers:
-        weight, quantised = weights.get(f"{name}.weight"), layer.base_matrix().to(layer.lora_A.dtype)
-        if weight is None or weight.shape != quantised.shape:
+        weight, quantized = weights.get(f"{name}.weight"), layer.base_matrix().to(layer.lora_A.dtype)
+        if weight is None or weight.shape != quantized.shape:
             got = "nothing" if weight is None else f"shape {tuple(weight.shape)}"
-            raise LoRAError(f"init 'loftq' needs '{name}.weight' of shape {tuple(quantised.shape)}, got {got}")
+            raise LoRAError(f"init 'loftq' needs '{name}.weight' of shape {tuple(quantized.shape)}, got {got}")
         settings = layer.lora_settings
-        layer.set_start(*starts.loftq(quantised, weight.to(quantised.device), settings.r, settings.scale))
+        layer.set_init(*loftq(quantized, weight.to(quantized.device), settings.r, settings.scale))
 
 
-def _main_inputs(model: nn.Module, layers: Layers, data: Iterable[Any]) -> dict[str, Tensor]:
+def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> dict[str, Tensor]:
     """The main directions (q, k) of each layer's inputs, best first, by one SVD per batch and layer.
 
     4 r directions are carried from batch to batch, so that memory does not grow with the data.
@@ -156,17 +152,17 @@ def _batches(model: nn.Module, data: Iterable[Any]) -> Iterator[Any]:
     empty = True
     for batch in data:
         empty = False
-        yield _moved(batch, device)
+        yield _to_device(batch, device)
     if empty:
         raise LoRAError("data holds no batch: give at least one")
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in batch.items()}
-    return [_moved(value, device) for value in batch] if isinstance(batch, tuple | list) else batch
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    return [_to_device(value, device) for value in batch] if isinstance(batch, tuple | list) else batch
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Starts for A and B other than B = 0, in plain linear algebra.
+"""Inits of A and B other than B = 0, in plain linear algebra.
 
 Each returns factors (A, B) of a layer with W0 (m, k), rank r and scale s. Where B A is not zero the layer keeps them as
 (A0, B0) and computes `W0 x + s (B A - B0 A0) x`: W0 stays as it was and the first output too. A is (r, k), B is (m, r).
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,29 +18,28 @@ from lora_lightning.lora.layers.functional import wide_dtype
 Factors = tuple[Tensor, Tensor]
 
 FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
-DATA_STARTS = ("eva", "lora_ga", "loftq")
-"""Starts that need more than W0: inputs, gradients, the weights before quantisation."""
+DATA_INITS = ("eva", "lora_ga", "loftq")
+"""Inits that need more than W0: inputs, gradients, the weights before quantization."""
 
 # LoRA-GA's stability constant, the value in the paper's experiments and in its code (Wang et al. 2024, 2407.05000).
 LORA_GA_GAMMA = 16.0
 
 
-@cache  # it is asked for each layer
-def from_weight(init: str) -> bool:
-    """True for the starts that W0 alone decides."""
+def is_from_weight(init: str) -> bool:
+    """True for the inits that W0 alone decides."""
     return init in _FROM_WEIGHT or FAST_PISSA.fullmatch(init) is not None
 
 
 def is_subtracted(init: str) -> bool:
     """True where the layer keeps and subtracts its first factors.
 
-    eva starts at B = 0. loftq's first update is the quantisation error that it is there to take back.
+    eva has B = 0. loftq's first update is the quantization error that it is there to take back.
     """
-    return from_weight(init) or init == "lora_ga"
+    return is_from_weight(init) or init == "lora_ga"
 
 
-def why_not(init: str, r: int, shape: tuple[int, int]) -> str | None:
-    """What a start cannot do at this rank on a weight of this shape, None where it can."""
+def refusal(init: str, r: int, shape: tuple[int, int]) -> str | None:
+    """Why an init cannot be had at this rank on a weight of this shape, None where it can."""
     if init == "orthogonal" and r % 2:
         return f"init 'orthogonal' splits an orthogonal matrix in two halves and needs an even r, got r={r}"
     if init == "lora_ga" and 2 * r > min(shape):
@@ -53,8 +51,8 @@ def why_not(init: str, r: int, shape: tuple[int, int]) -> str | None:
 
 
 @torch.no_grad()
-def start_from_weight(init: str, weight: Tensor, r: int, scale: float) -> Factors:
-    """The named start from W0, in float32 or wider."""
+def factors_from_weight(init: str, weight: Tensor, r: int, scale: float) -> Factors:
+    """The named init from W0, in float32 or wider."""
     weight = weight.detach().to(wide_dtype(weight))
     fast = FAST_PISSA.fullmatch(init)
     if fast:
@@ -65,7 +63,7 @@ def start_from_weight(init: str, weight: Tensor, r: int, scale: float) -> Factor
 def pissa(weight: Tensor, r: int, scale: float, niter: int | None = None) -> Factors:
     """The r largest singular triples of W0, `s B A = U_r S_r V_r^T` (Meng et al. 2024, arXiv 2404.02948).
 
-    With `niter`, by that many subspace iterations of a randomised SVD (Halko et al. 2009, arXiv 0909.4061).
+    With `niter`, by that many subspace iterations of a randomized SVD (Halko et al. 2009, arXiv 0909.4061).
     """
     if niter is None:
         U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
@@ -116,12 +114,12 @@ def lora_ga(gradient: Tensor, r: int) -> Factors:
     return V[:, :r].T * size, U[:, r : 2 * r] * size
 
 
-def loftq(quantised: Tensor, original: Tensor, r: int, scale: float) -> Factors:
-    """The best rank-r approximation of what quantisation took away: `s B A = (W - W0)_r`.
+def loftq(quantized: Tensor, original: Tensor, r: int, scale: float) -> Factors:
+    """The best rank-r approximation of what quantization took away: `s B A = (W - W0)_r`.
 
     One step of LoftQ (Li et al. 2023, arXiv 2310.08659) with W0's bytes left alone.
     """
-    return pissa(original.to(quantised.dtype) - quantised, r, scale)
+    return pissa(original.to(quantized.dtype) - quantized, r, scale)
 
 
 _FROM_WEIGHT: dict[str, Callable[[Tensor, int, float], Factors]] = {

@@ -1,4 +1,4 @@
-"""How A starts. B starts at zero, so that a fresh adapter changes nothing."""
+"""A drawn at random and B zero, so that a fresh adapter changes nothing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ def kaiming_(A: Tensor) -> Tensor:
     return nn.init.kaiming_uniform_(A, a=math.sqrt(5))
 
 
-STARTS: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian_, "kaiming": kaiming_}
+RANDOM_INITS: dict[str, Callable[[Tensor], Tensor]] = {"gaussian": gaussian_, "kaiming": kaiming_}
 
 
-def start_(A: Tensor, B: Tensor, init: str) -> None:
-    """Draw A by the named start and set B to zero, both in place; to be called without gradients."""
-    STARTS[init](A)
+def init_random_(A: Tensor, B: Tensor, init: str) -> None:
+    """Draw A and set B to zero, both in place; where `init` is of another kind, A is Gaussian until that comes.
+
+    To be called without gradients.
+    """
+    RANDOM_INITS.get(init, gaussian_)(A)
     B.zero_()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.init import from_weight
-from lora_lightning.lora.init.random import STARTS, start_
+from lora_lightning.lora.init.random import init_random_
 from lora_lightning.lora.layers.class_swap import Grafted, graft
 from lora_lightning.lora.layers.dora import channel_norms, dora_factor, dora_update, rescale
 from lora_lightning.lora.layers.functional import wide_dtype
@@ -58,7 +58,7 @@ class AdaptedLayer(Grafted):
     """The dimension along which the update can be computed in parts; None where it comes whole."""
     has_lora_bias: ClassVar[bool] = False
     """True where B may have a bias."""
-    has_starts: ClassVar[bool] = False
+    has_inits: ClassVar[bool] = False
     """True where A and B are the factors of one matrix in W0's shape, as `init/from_weight.py` needs."""
 
     lora_names: ClassVar[tuple[str, ...]] = (
@@ -148,40 +148,40 @@ class AdaptedLayer(Grafted):
         if start:
             self.reset_lora_parameters()
         else:
-            self.start_plainly()
+            self.init_plainly()
 
     def reset_lora_parameters(self) -> None:
         """Start A, B and the rest anew: also what a model filled from the meta device needs.
 
-        An init that needs data is a plain start here; `set_start` puts it in.
+        An init that needs data is a plain start here; `set_init` puts it in.
         """
         settings = self.lora_settings
-        if from_weight.from_weight(settings.init) and self.lora_A.device.type != "meta":
-            found = from_weight.start_from_weight(settings.init, self.base_matrix(), settings.r, settings.scale)
-            self.set_start(*found)
+        if from_weight.is_from_weight(settings.init) and self.lora_A.device.type != "meta":
+            found = from_weight.factors_from_weight(settings.init, self.base_matrix(), settings.r, settings.scale)
+            self.set_init(*found)
         else:
-            self.start_plainly()
+            self.init_plainly()
 
     @torch.no_grad()
-    def start_plainly(self) -> None:
+    def init_plainly(self) -> None:
         """Start with a drawn A and a B of zero; inits of another kind are put in later."""
         self.draw_factors()
-        self._start_options()
+        self._init_options()
 
     @torch.no_grad()
-    def set_start(self, A: Tensor, B: Tensor) -> None:
+    def set_init(self, A: Tensor, B: Tensor) -> None:
         """Start at these factors, and keep them to subtract where that is the init's way."""
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
-        self._start_options()
+        self._init_options()
 
     def draw_factors(self) -> None:
         """Draw A and set B to zero."""
         init = self.lora_settings.init
         for A, B in self.factor_pairs():
-            start_(A, B, init if init in STARTS else "gaussian")
+            init_random_(A, B, init)
 
-    def _start_options(self) -> None:
+    def _init_options(self) -> None:
         if self.lora_A0 is not None and self.lora_B0 is not None:
             self.lora_A0.copy_(self.lora_A)
             self.lora_B0.copy_(self.lora_B)

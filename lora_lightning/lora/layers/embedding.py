@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.init.random import start_
+from lora_lightning.lora.init.random import init_random_
 from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
 from lora_lightning.lora.layers.functional import embedding_update, lora_delta, renormed
@@ -78,7 +78,7 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
 
     def draw_factors(self) -> None:
         """A and B change places: A is zero, B is drawn."""
-        start_(self.lora_B.t(), self.lora_A, self.lora_settings.init)
+        init_random_(self.lora_B.t(), self.lora_A, self.lora_settings.init)
 
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
         """Parts are of the rows."""

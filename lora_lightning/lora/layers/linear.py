@@ -39,7 +39,7 @@ class _Projection(AdaptedLayer):
     linear_like = True
     weight_is_transposed = False
     has_lora_bias = True
-    has_starts = True
+    has_inits = True
 
     @classmethod
     def _shape(cls, module: nn.Module) -> tuple[int, int]:

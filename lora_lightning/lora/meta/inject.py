@@ -18,8 +18,8 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
-from lora_lightning.lora.init.from_data import check_data
-from lora_lightning.lora.init.from_weight import from_weight
+from lora_lightning.lora.init.from_data import refuse_data
+from lora_lightning.lora.init.from_weight import is_from_weight
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.meta.build import builds_bare
@@ -77,7 +77,7 @@ def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
 @torch.no_grad()
 def start_from_present(layer: AdaptedLayer) -> None:
     """Compute the factors (A0, B0) that W0 alone decides, from the W0 that is present; what was loaded stays."""
-    if not from_weight(layer.lora_settings.init):
+    if not is_from_weight(layer.lora_settings.init):
         return
     loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in OF_W0}
     layer.reset_lora_parameters()
@@ -115,7 +115,7 @@ def inject_anywhere(model: nn.Module, config: LoRAConfig, *, start: bool = True)
     if files is None:
         return inject(model, config, start=start and not builds_bare())
     if start:
-        check_data(config.init, None)
+        refuse_data(config.init, None)
     read = files.reader(model)
     report = inject(model, config, start=False)
     try:
@@ -135,7 +135,7 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
     """The tensors of W0 on the meta device from which the adapter's tensors in a module start."""
     names: list[str] = []
     if isinstance(module, AdaptedLayer):
-        follows = module.lora_magnitude_vector is not None or from_weight(module.lora_settings.init)
+        follows = module.lora_magnitude_vector is not None or is_from_weight(module.lora_settings.init)
         names += adapted_names(path, module).values() if follows else []
     if isinstance(module, TrainedBias):
         names.append(joined(path, "bias"))

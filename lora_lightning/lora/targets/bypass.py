@@ -7,7 +7,6 @@ whatever else the forward goes past, for such an adapter gets no gradient.
 from __future__ import annotations
 
 import re
-from functools import cache
 
 from torch import nn
 
@@ -48,7 +47,6 @@ BYPASSES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 
 
-@cache
 def _children_read(parent: type[nn.Module]) -> frozenset[str]:
     """Names of the children whose weight the class reads."""
     found: set[str] = set()

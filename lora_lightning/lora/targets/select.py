@@ -15,7 +15,7 @@ from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
-from lora_lightning.lora.init import from_weight as starts
+from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
 from lora_lightning.lora.report import OUTPUT_HEAD
 from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
@@ -198,7 +198,9 @@ def _unused_target(entry: str, pattern: str | list[str], names: Names, inside_sa
     return no_match("target_modules", entry, flat(names.values()), is_regex=not listed)
 
 
-def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection) -> Names:
+def _all_linear(
+    model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection
+) -> dict[nn.Module, str]:
     heads = output_head(model)
     found: dict[nn.Module, str] = {}
     for module, group in candidates.items():
@@ -328,7 +330,7 @@ def _wide_enough(
 def _options_refusal(wanted: _Wanted, settings: LayerSettings) -> str | None:
     """Why the layer cannot take DoRA, `lora_bias` or the start asked for; None where it can."""
     name, module, kind, init = wanted.names[0], wanted.module, wanted.kind, settings.init
-    needs_w0 = starts.from_weight(init) or init in starts.DATA_STARTS
+    needs_w0 = inits.is_from_weight(init) or init in inits.DATA_INITS
     what = f"a {type(module).__name__}" if not settings.parameter else "a bare parameter"
     if settings.slices and (settings.use_dora or settings.lora_bias or needs_w0):
         option = "use_dora" if settings.use_dora else "lora_bias" if settings.lora_bias else f"init '{init}'"
@@ -339,7 +341,7 @@ def _options_refusal(wanted: _Wanted, settings: LayerSettings) -> str | None:
         return f"lora_bias: '{name}', {what}, takes no bias on B: exclude it"
     if not needs_w0:
         return None
-    if not kind.has_starts:
+    if not kind.has_inits:
         return f"init '{init}' is made for linear layers; '{name}' is {what}: exclude it, or use init 'gaussian'"
     if init == "loftq" and scheme(module) is None:
         return (
@@ -347,7 +349,7 @@ def _options_refusal(wanted: _Wanted, settings: LayerSettings) -> str | None:
             f" is not quantised: load the base in 4 or 8 bits, or use init 'pissa'"
         )
     shape_a, shape_b = kind.factor_shapes(module, settings)
-    reason = starts.why_not(init, settings.r, (shape_b[0], shape_a[1]))
+    reason = inits.refusal(init, settings.r, (shape_b[0], shape_a[1]))
     return f"{reason} (module '{name}')" if reason else None
 
 

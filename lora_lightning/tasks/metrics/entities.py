@@ -1,15 +1,95 @@
-"""Precision, recall and F1 of whole entities, as torchmetrics that sum over batches and processes."""
+"""From a sentence's tags to its entities; their precision, recall and F1, which sum over batches and processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.spans import Tagging
+
+OUTSIDE = "O"
+"""The tag of words in no entity."""
+PREFIXES = {"B": "B", "I": "I", "E": "E", "S": "S", "L": "E", "U": "S"}
+"""Begin, inside, end and single of IOB2 and IOBES; last and unit are BILOU's names of the latter two."""
+
+
+class Span(NamedTuple):
+    """An entity: words `start` up to `end`, which is the first word after it."""
+
+    kind: str
+    start: int
+    end: int
+
+
+class Tag(NamedTuple):
+    """A label taken apart: `B-PER` is (B, PER), `O` is (O, "")."""
+
+    prefix: str
+    kind: str
+
+
+class Tagging:
+    """How labels mark entities: IOB2, IOBES, BILOU, or without prefixes, where like neighbours join.
+
+    By default every word whose tag is not O is in some entity, as in `conlleval`, the script of the CoNLL shared tasks,
+    and in seqeval: an entity begins at B and S, after E and S, after O, and where the kind changes.
+
+    Args:
+        names: the labels, in the order of their numbers.
+        strict: count well-formed entities alone, as seqeval's strict mode does: in IOB2 B and then insides of one
+            kind; in IOBES S, or B to E.
+
+    Raises:
+        LoRAError: some labels have a prefix and others have none; or `strict` where there are no prefixes.
+    """
+
+    def __init__(self, names: Sequence[str], *, strict: bool = False) -> None:
+        read = {name: _split(name) for name in names if name != OUTSIDE}
+        bare = [name for name, tag in read.items() if tag is None]
+        if bare and len(bare) < len(read):
+            prefixed = next(name for name, tag in read.items() if tag is not None)
+            raise LoRAError(
+                f"label '{prefixed}' has a prefix as in IOB2 and IOBES, '{bare[0]}' has none: give all labels but"
+                f" '{OUTSIDE}' one, or none; or entities: false for labels that mark no entities"
+            )
+        if bare and strict:
+            raise LoRAError(f"strict needs labels with prefixes, such as B-{bare[0]}; got '{bare[0]}'")
+        self.tags = [Tag(OUTSIDE, "") if name == OUTSIDE else read[name] or Tag("I", name) for name in names]
+        self.strict = strict
+        self._ends_are_marked = any(tag.prefix in "ES" for tag in self.tags)
+
+    def spans(self, labels: Sequence[int]) -> list[Span]:
+        """The entities of one sentence, in order, from its words' label numbers."""
+        tags = [self.tags[label] for label in labels]
+        starts = [i for i, tag in enumerate(tags) if tag.prefix != OUTSIDE and (i == 0 or _parts(tags[i - 1], tag))]
+        stops = [i + 1 for i, tag in enumerate(tags) if tag.prefix != OUTSIDE and _parts_after(tags, i)]
+        spans = [Span(tags[start].kind, start, stop) for start, stop in zip(starts, stops, strict=True)]
+        return [span for span in spans if self._well_formed(tags[span.start : span.end])] if self.strict else spans
+
+    def _well_formed(self, tags: Sequence[Tag]) -> bool:
+        prefixes = "".join(tag.prefix for tag in tags)
+        if not self._ends_are_marked:
+            return prefixes[0] == "B"
+        return prefixes == "S" or (prefixes[0] == "B" and prefixes[-1] == "E")
+
+
+def _split(name: str) -> Tag | None:
+    prefix, dash, kind = name.partition("-")
+    return Tag(PREFIXES[prefix], kind) if dash and kind and prefix in PREFIXES else None
+
+
+def _parts(before: Tag, tag: Tag) -> bool:
+    """Whether two neighbours are not of one entity."""
+    return before.prefix in "ESO" or tag.prefix in "BSO" or before.kind != tag.kind
+
+
+def _parts_after(tags: Sequence[Tag], i: int) -> bool:
+    return i + 1 == len(tags) or _parts(tags[i], tags[i + 1])
 
 
 def count_entities(predictions: Tensor, targets: Tensor, tagging: Tagging) -> tuple[int, int, int]:

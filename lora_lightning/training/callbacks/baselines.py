@@ -18,7 +18,7 @@ from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.layers.trained.module_copy import COPY
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.sequence_classification import mean_features
+from lora_lightning.tasks.classification import mean_features
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded

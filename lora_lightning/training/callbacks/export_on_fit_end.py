@@ -23,7 +23,7 @@ from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.console import show_report
-from lora_lightning.reports.page import write_page
+from lora_lightning.reports.html import write_page
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule

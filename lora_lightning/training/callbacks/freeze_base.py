@@ -17,9 +17,8 @@ from torch.optim import Optimizer
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
-from lora_lightning.reports.about import first_lines
-from lora_lightning.reports.console import show_data, show_injection, show_run
-from lora_lightning.reports.parts import parts_of
+from lora_lightning.reports.console import first_lines, part_dtypes, show_data, show_injection, show_lines
+from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import agreed, gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import fingerprint, is_sharded, local, moved_in_any, of_own_shards
@@ -62,11 +61,10 @@ class FreezeBase(Callback):
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
-            show_run(first_lines(trainer, module.backbone, report), Console())
+            show_lines(first_lines(trainer, module.backbone, report, run.run_dir(trainer)), Console())
             show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
             show_injection(report, Console())
-            for line in parts_of(module, trainer).lines():
-                Console().print(line, soft_wrap=True, highlight=False)
+            show_lines(part_dtypes(module.backbone, module.backbone_mode, trainer).lines(), Console())
         counts = {"params/trainable": report.trainable, "params/frozen": report.frozen, "params/share": report.share}
         for logger in trainer.loggers:
             logger.log_hyperparams({"lora": module.lora.to_dict(), "w0": self.before.digest, **counts})

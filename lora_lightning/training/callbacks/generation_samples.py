@@ -21,7 +21,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.generation import generate_texts
-from lora_lightning.tasks.modes import evaluating
+from lora_lightning.tasks.positions import evaluating
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lora_lightning.analysis.rank_measures import (
+from lora_lightning.analysis.measures import (
     NAMES,
     RankMeasures,
     base_norm,

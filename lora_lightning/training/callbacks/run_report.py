@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import operator
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import nn
 
 from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
-from lora_lightning.reports.about import adapted_rows, backbone_name
-from lora_lightning.reports.console import show_report
-from lora_lightning.reports.page import write_page
-from lora_lightning.reports.parts import parts_of
+from lora_lightning.reports.classes import MOST_CLASSES, ClassCounts
+from lora_lightning.reports.console import adapted_rows, backbone_name, part_dtypes, show_report
+from lora_lightning.reports.html import CLASSES, write_page
+from lora_lightning.tasks.base import Task
+from lora_lightning.tasks.classification import ImageClassification, SequenceClassification
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
 
@@ -35,22 +42,87 @@ class RunReport(Callback):
         self._seconds = 0.0
         self._before = 0.0
         self._by_step: dict[int, dict[str, float]] = {}
+        self._classes: ClassCounts | None = None
+        """Of the evaluation that runs, where a classifier is evaluated."""
+        self._best: float | None = None
+        """The monitored figure of the validation whose classes were written last."""
 
     def state_dict(self) -> dict[str, Any]:
         """Seconds and figures so far, for a fit that goes on from the checkpoint."""
-        return {"seconds": self._before + time.perf_counter() - self._started, "by_step": dict(self._by_step)}
+        seconds = self._before + time.perf_counter() - self._started
+        return {"seconds": seconds, "by_step": dict(self._by_step), "best": self._best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before, self._by_step = float(state_dict["seconds"]), dict(state_dict["by_step"])
+        self._best = state_dict.get("best")
         self._seconds = self._before  # where nothing is left to train, no more come to it
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = time.perf_counter()
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._classes = class_counts(pl_module)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._classes = class_counts(pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Count the classes of the first set's batches."""
+        self._count(trainer, outputs, batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """As in validation."""
+        self._count(trainer, outputs, batch, dataloader_idx)
+
+    def _count(self, trainer: Trainer, outputs: Any, batch: Any, dataloader_idx: int) -> None:
+        if self._classes is not None and dataloader_idx == 0 and isinstance(outputs, Mapping):
+            tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+            self._classes.add(outputs["predictions"], outputs["targets"], batch, tokenizer)
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember each validation's figures: which of them were best is known at the end."""
-        if not trainer.sanity_checking:
-            self._by_step[trainer.global_step] = metrics_of(trainer, "val")
+        """Remember each validation's figures: which of them were best is known at the end.
+
+        The classes of the best one so far, which are many numbers, are written at once.
+        """
+        if trainer.sanity_checking:
+            return
+        self._by_step[trainer.global_step] = metrics_of(trainer, "val")
+        if self._classes is None or trainer.state.fn != TrainerFn.FITTING:
+            return
+        task: Any = pl_module.task
+        figure = trainer.callback_metrics.get(task.monitor)
+        value = None if figure is None else float(figure)
+        better = operator.gt if task.monitor_mode == "max" else operator.lt
+        if self._best is None or value is None or better(value, self._best):
+            self._best = value
+            self._write_classes(trainer, run.run_dir(trainer), "val")
+
+    def _write_classes(self, trainer: Trainer, folder: Path | None, stage: str) -> None:
+        """All processes bring theirs together; the first one writes."""
+        if self._classes is None:
+            return
+        own, *others = gathered(self._classes)
+        if folder is None or not trainer.is_global_zero:
+            return
+        names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
+        found = own.join(others).to_dict(None if names is None else list(names))
+        write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(found) + "\n").encode())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds = self._before + time.perf_counter() - self._started
@@ -79,7 +151,7 @@ class RunReport(Callback):
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,
             "precision": str(trainer.precision),
-            "dtypes": parts_of(pl_module, trainer).to_dict(),
+            "dtypes": part_dtypes(pl_module.backbone, pl_module.backbone_mode, trainer).to_dict(),
             "full_checkpoint_bytes": _full_bytes(pl_module.backbone),
         }
         if summary := getattr(trainer.datamodule, "data_summary", None):  # type: ignore[attr-defined]
@@ -106,16 +178,19 @@ class RunReport(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Test metrics, into the report of the run that the checkpoint came from; of other data into one beside it."""
         folder = run.test_dir(trainer)
-        if trainer.fast_dev_run or not trainer.is_global_zero or folder is None:  # type: ignore[attr-defined]
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        values = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
+        self._write_classes(trainer, folder, "test")
+        if folder is None or not trainer.is_global_zero:
+            return
+        values: dict[str, Any] = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
         data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, TableData) and (count := data.rows_of("test")) is not None:
             values |= {"test_rows": count, "test_data": data.place("test")}
-        if trainer.ckpt_path is None or folder == run.run_of_checkpoint(Path(str(trainer.ckpt_path))):
-            show_report(self._written(folder, values), Console())
-        else:
-            show_report(run.update_report(folder, {**values, "run_dir": str(folder)}), Console())
+        beside = trainer.ckpt_path is not None and folder != run.run_of_checkpoint(Path(str(trainer.ckpt_path)))
+        if beside and isinstance(pl_module, LoRAModule):
+            values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
+        show_report(self._written(folder, values), Console())
 
     def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
@@ -136,6 +211,22 @@ def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     }
 
 
+def class_counts(module: LightningModule) -> ClassCounts | None:
+    """An empty count for a task that gives each example one class; None for any other, and for very many classes."""
+    task = getattr(module, "task", None)
+    if not isinstance(task, SequenceClassification | ImageClassification) or task.num_classes > MOST_CLASSES:
+        return None
+    return ClassCounts(task.num_classes)
+
+
+def metric_titles(task: Task) -> dict[str, str]:
+    """What metrics are called by the way in which they average over classes: `{"f1": "F1 (macro)"}`."""
+    collection: Any = task.metrics["val_"]
+    averages = {name: getattr(metric, "average", None) for name, metric in collection.items(keep_base=True)}
+    names = {"f1": "F1", "precision": "precision", "recall": "recall"}
+    return {n: f"{names[n]} ({average})" for n, average in averages.items() if n in names and average is not None}
+
+
 def subject(module: LoRAModule) -> dict[str, Any]:
     """What was adapted, and how."""
     return {
@@ -143,6 +234,7 @@ def subject(module: LoRAModule) -> dict[str, Any]:
         "task": type(module.task).__name__,
         "lora": module.lora.to_dict(),
         "adapted": adapted_rows(module.report),
+        "metric_titles": metric_titles(module.task),
         "adapter_tensor_bytes": adapter_bytes(module.backbone),
     }
 

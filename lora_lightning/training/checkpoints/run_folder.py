@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses
 from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.reports import html
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, read_checkpoint
 
 try:
@@ -24,7 +25,8 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-CONFIG, CHECKPOINTS, REPORT, PAGE, EXPORT = "config.yaml", "checkpoints", "report.json", "report.html", "export"
+CONFIG, REPORT, PAGE = html.CONFIG, html.REPORT, html.PAGE
+CHECKPOINTS, EXPORT = "checkpoints", "export"
 LOCK = ".lock"
 _HELD: set[Path] = set()
 """Run folders that this process trains in: closing a second handle of a file would give its lock away."""

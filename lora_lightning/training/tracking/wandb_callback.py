@@ -21,7 +21,7 @@ from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.lora.report import InjectionReport
-from lora_lightning.tasks.modes import evaluating
+from lora_lightning.tasks.positions import evaluating
 from lora_lightning.training.callbacks.export_on_fit_end import best_in
 from lora_lightning.training.callbacks.prediction_writer import rows
 from lora_lightning.training.checkpoints import run_folder as run

@@ -158,7 +158,7 @@ def inject_and_fill(
     was_plain = not any(isinstance(module, Grafted) for module in model.modules())
     try:
         own = config()
-        report = inject(model, own, start=make_real is None and from_weight.from_weight(own.init), any_rank=True)
+        report = inject(model, own, start=make_real is None and from_weight.is_from_weight(own.init), any_rank=True)
         if make_real is not None:
             make_real(model)
         load_tensors(model, {**_subtracted_factors(model), **tensors()})

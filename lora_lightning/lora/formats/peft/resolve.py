@@ -142,8 +142,9 @@ def _without_base_copies(
     """The file's tensors less what PEFT writes of W0 itself: embeddings and output layer, where they are adapted, were
     resized, or `save_embedding_layers` asked for them."""
     state, listed = plain_state(model), peft.get("modules_to_save") or []
-    head = model.get_output_embeddings() if is_a(model, HF_MODEL) else None  # type: ignore[operator]
     modules = dict(named_modules(model, remove_duplicate=False))
+    root = modules[""]
+    head = root.get_output_embeddings() if is_a(root, HF_MODEL) else None  # type: ignore[operator]
     tables = {name for name, module in modules.items() if isinstance(module, nn.Embedding) or module is head}
     kept: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -330,7 +331,7 @@ def config_for(
         # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
         target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
         target_parameters=list(found.parameters) or None,
-        trainable_token_indices={name: token_ids(peft, name) for name in found.tokens} or None,
+        trainable_token_indices={name: [*token_ids(peft, name)] for name in found.tokens} or None,
         modules_to_save=found.saved or None,
         slices={exactly(n): spec for n, spec in slices.items() if n in modules},
         rank_pattern={exactly(n): rank for n, rank in adapted.items() if rank != r},

@@ -13,14 +13,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
+from lora_lightning.data.classification import LabelNames, check_order, numbers_of
 from lora_lightning.data.io import conll
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.text.base import TextData
-from lora_lightning.data.text.labels import LabelNames, check_order, numbers_of
+from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
-from lora_lightning.tasks.spans import OUTSIDE
+from lora_lightning.tasks.metrics.entities import OUTSIDE
 
 
 class TokenClassificationData(LabelNames, TextData):

@@ -11,8 +11,15 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.base import StepOutput, Task, inputs_and_labels, logits_of, refuse_no_count
-from lora_lightning.tasks.images import PIXELS, image_inputs
+from lora_lightning.tasks.base import (
+    PIXELS,
+    StepOutput,
+    Task,
+    image_inputs,
+    inputs_and_labels,
+    logits_of,
+    refuse_no_count,
+)
 
 IGNORED = 255
 """The value of pixels that nobody labelled, as in Pascal VOC, Cityscapes and ADE20K."""

@@ -14,7 +14,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
 from lora_lightning.tasks.losses.lm_head import shifted_loss, shifted_losses
 from lora_lightning.tasks.metrics.tokens import Perplexity, TokenAccuracy
-from lora_lightning.tasks.packed import as_packed, is_packed, unpacked
+from lora_lightning.tasks.positions import as_packed, is_packed, unpacked
 
 
 @dataclass

@@ -1,20 +1,24 @@
-"""Figures that a paper could print, as PNG and SVG. matplotlib is loaded here, when the first is drawn."""
+"""Figures that a paper could print, as PNG and SVG, in one style; matplotlib is loaded when the first is drawn."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lora_lightning.lora.errors import MissingPackageError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5D3A9B", "#8C6D31", "#555555", "#F0E442")
-"""Okabe and Ito's, told apart by people who do not see all colours, and some more."""
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5D3A9B", "#8C6D31", "#555555", "#F0E442")
+"""Okabe and Ito's, told apart by people who do not see all colors, and some more."""
+PAGE, COLUMN = 6.8, 4.4
+"""Inches of a page's text, and of a figure with one panel."""
 STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -31,6 +35,14 @@ STYLE: dict[str, Any] = {
 }
 DPI = 200
 ENDINGS = ("png", "svg")
+
+
+class Drawing(NamedTuple):
+    """A figure with its words."""
+
+    title: str
+    caption: str
+    figure: Figure
 
 
 def refuse_missing() -> None:
@@ -56,13 +68,13 @@ def styled() -> Iterator[None]:
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of this size in inches; a column of a paper is 3.3 wide, a page 6.8."""
+    """An empty figure of this size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def files_of(drawn: Figure) -> dict[str, bytes]:
+def image_bytes(drawn: Figure) -> dict[str, bytes]:
     """PNG and SVG by their endings; the same figure gives the same bytes."""
     drawn.draw_without_rendering()
     drawn.set_layout_engine("none")  # the places are found: once for both
@@ -75,6 +87,26 @@ def files_of(drawn: Figure) -> dict[str, bytes]:
         drawn.savefig(buffer, format=ending, facecolor="white", **options)  # type: ignore[arg-type]
         files[ending] = buffer.getvalue()
     return files
+
+
+def write_figures(folder: Path, drawings: Mapping[str, Drawing], earlier: Any = ()) -> dict[str, bytes]:
+    """Write each figure as `NAME.png` and `NAME.svg`; returns the SVG by name.
+
+    Args:
+        drawings: by file name without its ending.
+        earlier: names of the files that an earlier call left here, as some JSON file says: they are taken away.
+    """
+    for name in earlier if isinstance(earlier, list) else []:
+        if isinstance(name, str) and name == Path(name).name and name.endswith(ENDINGS):
+            (folder / name).unlink(missing_ok=True)
+    if not drawings:
+        return {}
+    with styled():
+        files = {name: image_bytes(drawing.figure) for name, drawing in drawings.items()}
+    for name, own in files.items():
+        for ending, data in own.items():
+            write_bytes(folder / f"{name}.{ending}", data)
+    return {name: own["svg"] for name, own in files.items()}
 
 
 def ticks(labels: list[str], most: int = 12) -> tuple[list[int], list[str]]:

@@ -1,0 +1,432 @@
+"""Labels and their numbers, for whatever has them; and texts with one label, several labels or a number each."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from lora_lightning.data.base import TableData
+from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.text import TextPairData
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+
+MOST_NAMED = 10
+"""Labels that an error lists."""
+
+
+class LabelNames(TableData):
+    """A `TableData` whose targets have names; they and their count flow to the backbone and the task by linking.
+
+    A subclass sets `given_label_names`, None where they are to be read off train.
+    """
+
+    given_label_names: list[str] | None
+    _label_names: list[str] | None = None
+
+    @abstractmethod
+    def names_in_train(self) -> list[str]:
+        """Names in the order of their numbers where none are given."""
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        tables = super().read()
+        if "train" not in tables and not self.given_label_names:
+            raise LoRAError(
+                f"the set has no train split, only {', '.join(tables)}: labels are read off train; without it, give"
+                " data.init_args.label_names"
+            )
+        return tables
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the labels, in the order of their numbers."""
+        if self._label_names is None:
+            names = list(self.given_label_names or self.names_in_train())
+            if len(set(names)) < len(names):
+                raise LoRAError(f"label_names holds a name twice: {names}")
+            self._label_names = names
+        return self._label_names
+
+    @property
+    def num_classes(self) -> int:
+        """How many labels there are."""
+        return len(self.label_names)
+
+    def label_counts(self, split: str) -> dict[str, int]:
+        encoded: Any = self._encoded.get(split)
+        labels = getattr(encoded, "labels", None)  # of images
+        if isinstance(encoded, datasets.Dataset) and "labels" in encoded.column_names:
+            column = encoded.select_columns(["labels"]).with_format("arrow")[:]["labels"]
+            labels = pc.list_flatten(column) if pa.types.is_list(column.type) else column
+        if labels is None:
+            return {}
+        numbers = np.asarray(labels)
+        if numbers.dtype.kind == "f":  # a 0 or 1 for each label
+            counts = numbers.reshape(-1, self.num_classes).sum(0)
+        else:
+            counts = np.bincount(numbers[numbers >= 0], minlength=self.num_classes)
+        return {name: int(count) for name, count in zip(self.label_names, counts, strict=True)}
+
+    def read_off_train(self) -> dict[str, Any]:
+        return {"label_names": self.label_names}
+
+    def unknown_label(self, split: str, row: int, column: str, label: object, numbers: Iterable[str]) -> LoRAError:
+        """The error for a label that is none of `numbers`, which is what the column's labels are looked up in."""
+        names = self.label_names
+        more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        expected = f"one of the labels {', '.join(names[:MOST_NAMED])}{more}"
+        if not set(names) & set(numbers):
+            expected += f", as 0 to {len(names) - 1}"
+        return self.bad_cell(split, row, column, expected, label, did_you_mean(str(label), names))
+
+
+class OneLabel(LabelNames):
+    """One label for each row, a name or a number, in the column `label_column`."""
+
+    label_column: str
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        return without_hidden_labels(super().read(), self.label_column)
+
+    def names_in_train(self) -> list[str]:
+        train = self.tables["train"]
+        feature = train.features[self.label_column]
+        if isinstance(feature, datasets.ClassLabel):
+            return list(feature.names)
+        names = [str(value) for value in sorted(set(values_of(train, self.label_column)))]
+        if len(names) == 1:
+            raise LoRAError(
+                f"{self.place('train')}, column '{self.label_column}': expected at least 2 labels, got '{names[0]}' in"
+                " every row: name another with label_column, or all labels as label_names"
+            )
+        return names
+
+    def check_labels(self, table: datasets.Dataset, split: str) -> None:
+        """Raise where a row has no label, or where it is neither a name nor a number, as the rows before have."""
+        kinds = "a label, a name or a number"
+        first: type | None = None
+        for row, label in cells_of(table, ROW, self.label_column):
+            if not isinstance(label, str | int | float) or (isinstance(label, float) and not math.isfinite(label)):
+                raise self.bad_cell(split, row, self.label_column, kinds, label)
+            first = first or type(label)
+            if type(label) is not first:
+                kind = "a name" if first is str else "a number"
+                raise self.bad_cell(split, row, self.label_column, f"{kind}, as in the rows before", label)
+
+    def label_numbers(self, table: datasets.Dataset, split: str) -> list[int]:
+        """The number of each row's label.
+
+        Raises:
+            LoRAError: a label is none of the names, or a number that none of them has, with its row.
+        """
+        feature, values = table.features[self.label_column], list(values_of(table, self.label_column))
+        check_order(self.label_names, feature)
+        numbers = numbers_of(self.label_names, values, feature)
+        for row, label in zip(values_of(table, ROW), values, strict=True):
+            if str(label) not in numbers:
+                raise self.unknown_label(split, row, self.label_column, label, numbers)
+        return [numbers[str(label)] for label in values]
+
+    def majority_share(self, split: str) -> float:
+        """Accuracy on `split` of always saying the label that is most common in train."""
+        train = list(values_of(self.encoded("train"), "labels"))
+        most_common = max(set(train), key=train.count)
+        labels = list(values_of(self.encoded(split), "labels"))
+        return labels.count(most_common) / len(labels)
+
+
+def numbers_of(names: Sequence[str], values: Sequence[Any], feature: Any = None) -> dict[str, int]:
+    """The number of each label as a column holds it, by its text.
+
+    A column of whole numbers of which none is a name holds the labels' numbers, as one of `ClassLabel` always does.
+    Where the names are numbers themselves, a number is a name: rows of 0 alone are not the first of 1 and 2.
+    """
+    by_name = {name: i for i, name in enumerate(names)}
+    whole = all(isinstance(value, int) for value in values) and not all(_is_number(name) for name in names)
+    if isinstance(feature, datasets.ClassLabel) or (whole and not any(str(value) in by_name for value in values)):
+        return {str(i): i for i in range(len(names))}
+    return by_name
+
+
+def _is_number(name: str) -> bool:
+    try:
+        float(name)
+    except ValueError:
+        return False
+    return True
+
+
+def check_order(names: list[str], feature: Any) -> None:
+    """Raise where names are the set's own in another order: that would rename the classes."""
+    if isinstance(feature, datasets.ClassLabel) and sorted(names) == sorted(feature.names) and names != feature.names:
+        raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {names}")
+
+
+def _hidden(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, int | float) and value == -1 for value in values)
+
+
+def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
+    """Splits with labels, and for prediction those whose labels a hub set hides by -1, unless others are for that."""
+    used: dict[str, datasets.Dataset] = {}
+    for split, table in tables.items():
+        hidden = split != "train" and label_column in table.column_names and _hidden(values_of(table, label_column))
+        if not hidden:
+            used[split] = table
+        elif "predict" not in tables:
+            _, _, name = split.partition("_")
+            used[f"predict_{name}" if name else "predict"] = table
+    return used
+
+
+class TextClassificationData(OneLabel, TextPairData):
+    """Files or a Hugging Face set to batches of token ids, attention masks and label numbers.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        text_column: the text.
+        text_pair_column: a second text, for sentence pairs.
+        label_column: the label, a name or a number.
+        label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
+        drop_labels: rows with these labels are left out.
+        drop_duplicates: keep the first of rows with the same text.
+        min_words: leave out shorter texts.
+        max_length: tokens per example at most; what is over is cut.
+        table: arguments of `TableData` by name.
+
+    Raises:
+        LoRAError: a missing file or column, an empty text or label, a label that training never saw.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        text_column: str = "text",
+        text_pair_column: str | None = None,
+        label_column: str = "label",
+        label_names: list[str] | None = None,
+        drop_labels: list[str] | None = None,
+        drop_duplicates: bool = False,
+        min_words: int = 0,
+        max_length: int = 128,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, tokenizer, text_column, text_pair_column, max_length, **table)
+        self.label_column, self.given_label_names = label_column, label_names
+        self.drop_labels, self.drop_duplicates, self.min_words = set(drop_labels or ()), drop_duplicates, min_words
+
+    @property
+    def target_columns(self) -> Sequence[str]:
+        return [self.label_column]
+
+    def targets(self, table: datasets.Dataset, split: str) -> list[int]:
+        return self.label_numbers(table, split)
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        """Raise at a value of a row that is not dropped anyway."""
+        labels = values_of(table, self.label_column) if split != "predict" else ()
+        dropped = [str(label) in self.drop_labels for label in labels]
+        self.check_texts(table, split, [self.text_column, self.text_pair_column], dropped)
+        if split != "predict":
+            self.check_labels(table, split)
+
+    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        if split == "predict":
+            return table
+        labels = [str(value) for value in values_of(table, self.label_column)]
+        missing = self.drop_labels - set(labels)
+        if split == "train" and missing:
+            unknown = min(missing)
+            raise LoRAError(f"drop_labels: no row is labelled '{unknown}'{did_you_mean(unknown, labels)}")
+        seen: set[tuple[str, str | None]] = set()
+        rows = []
+        pairs = values_of(table, self.text_pair_column) if self.text_pair_column else [None] * len(table)
+        for row, (text, pair, label) in enumerate(zip(values_of(table, self.text_column), pairs, labels, strict=True)):
+            if label in self.drop_labels or len(text.split()) < self.min_words:
+                continue
+            if self.drop_duplicates and (text, pair) in seen:
+                continue
+            seen.add((text, pair))
+            rows.append(row)
+        if not rows:
+            raise LoRAError(f"no row of the {split} set is left after drop_labels, drop_duplicates and min_words")
+        return table if len(rows) == len(table) else table.select(rows)
+
+
+class MultiLabelTextData(LabelNames, TextPairData):
+    """Files or a Hugging Face set to batches of token ids, attention masks and `labels` (n, num_classes) of 0 and 1.
+
+    Labels come in one of three forms: a column of lists, a column of texts such as `sport;politics`, or a column of 0
+    and 1 for each label. A row may have none.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        text_column: the text.
+        text_pair_column: a second text, for sentence pairs.
+        label_column: the labels, names or numbers, in a list or in one text.
+        separator: what stands between labels in one text.
+        label_columns: in place of `label_column`, a column of 0 and 1 for each label, whose name is the label's.
+        label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
+        max_length: tokens per example at most; what is over is cut.
+        table: arguments of `TableData` by name.
+
+    Raises:
+        LoRAError: a missing file or column, an empty text, a cell that holds no labels, an unknown label.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        text_column: str = "text",
+        text_pair_column: str | None = None,
+        label_column: str = "labels",
+        separator: str = ";",
+        label_columns: list[str] | None = None,
+        label_names: list[str] | None = None,
+        max_length: int = 128,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, tokenizer, text_column, text_pair_column, max_length, **table)
+        if label_columns and label_names and list(label_names) != list(label_columns):
+            raise LoRAError(f"label_columns name the labels, {label_columns}: leave label_names out, got {label_names}")
+        if not separator:
+            raise LoRAError("separator must be what stands between two labels, such as ';', got an empty text")
+        self.label_column, self.separator, self.label_columns = label_column, separator, label_columns
+        self.given_label_names = label_columns or label_names
+
+    @property
+    def target_columns(self) -> Sequence[str]:
+        return self.label_columns or [self.label_column]
+
+    def names_in_train(self) -> list[str]:
+        feature = getattr(self.tables["train"].features[self.label_column], "feature", None)
+        if isinstance(feature, datasets.ClassLabel):
+            return list(feature.names)
+        labels = {label for row in self._rows(self.tables["train"]) for label in row}
+        return list(dict.fromkeys(map(str, sorted(labels, key=lambda label: (isinstance(label, str), label)))))
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        super().check(table, split)
+        if split == "predict":
+            return
+        for column in self.target_columns:
+            for row, value in cells_of(table, ROW, column):
+                if expected := self._fault(value):
+                    raise self.bad_cell(split, row, column, expected, value)
+
+    def targets(self, table: datasets.Dataset, split: str) -> list[list[float]]:
+        """0 or 1 for each label.
+
+        Raises:
+            LoRAError: a label is none of the names, or a number that none of them has, with its row.
+        """
+        if self.label_columns:
+            return [[float(flag) for flag in row] for row in cells_of(table, *self.label_columns)]
+        rows = self._rows(table)
+        feature = getattr(table.features[self.label_column], "feature", None)
+        numbers = numbers_of(self.label_names, [label for row in rows for label in row], feature)
+        targets = [[0.0] * self.num_classes for _ in rows]
+        for row, labels, target in zip(table[ROW], rows, targets, strict=True):
+            for label in labels:
+                if str(label) not in numbers:
+                    raise self.unknown_label(split, row, self.label_column, label, numbers)
+                target[numbers[str(label)]] = 1.0
+        return targets
+
+    def _rows(self, table: datasets.Dataset) -> list[list[Any]]:
+        return [self._apart(value) for value in values_of(table, self.label_column)]
+
+    def _apart(self, value: list[Any] | str | int | None) -> list[Any]:
+        """A cell's labels; an empty cell of a CSV is None, and one number in each of its cells makes them numbers."""
+        if isinstance(value, list | int):
+            return value if isinstance(value, list) else [value]
+        return [part for text in (value or "").split(self.separator) if (part := text.strip())]
+
+    def _fault(self, value: object) -> str | None:
+        """What was expected where a cell holds something else."""
+        if self.label_columns:
+            return None if isinstance(value, int | float) and value in (0, 1) else "0 or 1"
+        if value is None or isinstance(value, str | int):
+            return None
+        whole = isinstance(value, list) and all(isinstance(label, str | int) for label in value)
+        return None if whole else f"a list of labels, or labels with '{self.separator}' between"
+
+
+class TextRegressionData(TextPairData):
+    """Files or a Hugging Face set to batches of token ids, attention masks and numbers.
+
+    Args:
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        text_column: the text.
+        text_pair_column: a second text, for sentence pairs.
+        number_column: the number, in whatever unit it is to be predicted in.
+        max_length: tokens per example at most; what is over is cut.
+        table: arguments of `TableData` by name.
+
+    Raises:
+        LoRAError: a missing file or column, an empty text, a number that is missing, no number or not finite.
+    """
+
+    num_classes = 1
+    """Outputs of the head."""
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        text_column: str = "text",
+        text_pair_column: str | None = None,
+        number_column: str = "label",
+        max_length: int = 128,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, tokenizer, text_column, text_pair_column, max_length, **table)
+        self.number_column = number_column
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        return without_hidden_labels(super().read(), self.number_column)
+
+    @property
+    def label_names(self) -> list[str]:
+        """What the head's one output is: one name makes a head of one output, by the link that names classes."""
+        return [self.number_column]
+
+    @property
+    def target_columns(self) -> Sequence[str]:
+        return [self.number_column]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        super().check(table, split)
+        if split == "predict":
+            return
+        for row, value in cells_of(table, ROW, self.number_column):
+            number = number_in(value)
+            if number is None or not math.isfinite(number):
+                raise self.bad_cell(split, row, self.number_column, "a finite number", value)
+
+    def targets(self, table: datasets.Dataset, split: str) -> list[float]:
+        return [number for value in table[self.number_column] if (number := number_in(value)) is not None]
+
+
+def number_in(value: object) -> float | None:
+    """The number that a cell holds, None where it holds none. One stray word makes a CSV's whole column text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        return float(value)
+    except ValueError:
+        return None

@@ -1,0 +1,125 @@
+"""What every DataModule over texts has: a tokenizer, a greatest length, padding; and pairs of texts with a target."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from lora_lightning.backbones.tokenizers import load_tokenizer
+from lora_lightning.data.base import TableData
+from lora_lightning.data.io.rows import encode_rows, lengths_of
+from lora_lightning.lora.errors import LoRAError
+
+SAMPLE = 1000
+"""Texts of full length at most that are looked at again, to see how many of them were cut."""
+
+
+class TextData(TableData):
+    """A `TableData` whose rows become token ids.
+
+    Args:
+        path: as `TableData` takes it.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        max_length: tokens per example at most.
+        table: arguments of `TableData` by name.
+    """
+
+    def __init__(self, path: str | dict[str, str], tokenizer: str, max_length: int, **table: Any) -> None:
+        super().__init__(path, **table)
+        if max_length < 1:
+            raise LoRAError(f"max_length must be at least 1 token, got {max_length}")
+        self.tokenizer_name, self.max_length = tokenizer, max_length
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loaded on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.tokenizer_name)
+        return self._tokenizer
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The number that fills short texts up."""
+        number = self.tokenizer.pad_token_id
+        return None if number is None else int(number)
+
+    def share_cut(self, split: str, tokenized: Callable[[dict[str, Any]], Any]) -> float | None:
+        """The share of texts that are longer than `max_length`.
+
+        Args:
+            split: which is encoded row by row.
+            tokenized: rows as columns to what the tokenizer makes of them without a cut.
+        """
+        encoded, table = self._encoded.get(split), self.tables[split]
+        if encoded is None or len(encoded) != len(table):
+            return None
+        full = np.flatnonzero(np.array(lengths_of(encoded)) >= self.max_length)
+        if not len(full):
+            return 0.0
+        sample = full[:: -(-len(full) // SAMPLE)]
+        whole = tokenized(table.select(sample)[:])["input_ids"]
+        return len(full) / len(table) * sum(len(ids) > self.max_length for ids in whole) / len(sample)
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return DataCollatorWithPadding(self.tokenizer)
+
+
+class TextPairData(TextData):
+    """A `TextData` that gives token ids, attention masks and, but for prediction, `labels`.
+
+    Args:
+        path: as `TableData` takes it.
+        tokenizer: a hub name, a directory or `package:NAME/path`.
+        text_column: the text.
+        text_pair_column: a second text, for sentence pairs.
+        max_length: tokens per example at most; what is over is cut.
+        table: arguments of `TableData` by name.
+    """
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        tokenizer: str,
+        text_column: str = "text",
+        text_pair_column: str | None = None,
+        max_length: int = 128,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, tokenizer, max_length, **table)
+        self.text_column, self.text_pair_column = text_column, text_pair_column
+
+    @property
+    @abstractmethod
+    def target_columns(self) -> Sequence[str]:
+        """Columns that the targets are read from."""
+
+    @abstractmethod
+    def targets(self, table: datasets.Dataset, split: str) -> list[Any]:
+        """`labels` of each row."""
+
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [self.text_column, self.text_pair_column, *([] if split == "predict" else self.target_columns)]
+
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        self.check_texts(table, split, [self.text_column, self.text_pair_column])
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Tokens, which are cached by the texts alone, and the targets beside them."""
+        columns = (self.text_column, self.text_pair_column)
+        options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": self.max_length}
+        tokens = self.encode_by(encode_rows, table, split, **options)
+        return tokens if split == "predict" else tokens.add_column("labels", self.targets(table, split))
+
+    def cut_share(self, split: str) -> float | None:
+        def tokenized(rows: dict[str, Any]) -> Any:
+            pairs = rows[self.text_pair_column] if self.text_pair_column else None
+            return self.tokenizer(rows[self.text_column], pairs, verbose=False)
+
+        return self.share_cut(split, tokenized)

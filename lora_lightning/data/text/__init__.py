@@ -1,1 +1,0 @@
-"""Texts: classification, regression, tokens, several labels."""

@@ -1,0 +1,136 @@
+"""Which classes a classifier mixes up: counts by true and predicted class, and its most confident mistakes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lora_lightning.reports.table import Table
+
+MISTAKES = 20
+"""How many mistakes are remembered, the most confident first."""
+MOST_CLASSES = 1000
+"""Beyond this nothing is counted: the matrix grows with the square."""
+MOST_SHOWN = 20
+"""Classes of a matrix that is shown whole; of more, the pairs that are mixed up most."""
+CHARACTERS, PIXELS = 600, 96
+"""Of a text, and of a picture's longer side."""
+
+
+class ClassCounts:
+    """Counts (C, C) at [true, predicted], and mistakes, over the batches of one evaluation."""
+
+    def __init__(self, classes: int) -> None:
+        self.counts = torch.zeros(classes, classes, dtype=torch.long)
+        self.mistakes: list[dict[str, Any]] = []
+
+    def add(self, logits: Tensor, labels: Tensor, batch: Mapping[str, Any], tokenizer: Any = None) -> None:
+        """Count one batch in.
+
+        Args:
+            logits: (n, C).
+            labels: (n,); those that are no class count for nothing.
+            batch: the batch itself, of which mistakes show the text or the picture.
+            tokenizer: what its `input_ids` were made by.
+        """
+        classes = len(self.counts)
+        labels = labels.cpu()
+        rows = ((labels >= 0) & (labels < classes)).nonzero().flatten()
+        confidence, predicted = logits.float().softmax(-1).max(-1)
+        confidence, predicted = confidence.cpu(), predicted.cpu()
+        pairs = labels[rows] * classes + predicted[rows]
+        self.counts += torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+        wrong = rows[(predicted != labels)[rows]]
+        for i in wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist():
+            if len(self.mistakes) >= MISTAKES and float(confidence[i]) <= self.mistakes[-1]["confidence"]:
+                break
+            told = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
+            self._keep([{**told, **shown_input(batch, i, tokenizer)}])
+
+    def join(self, others: Iterable[ClassCounts]) -> ClassCounts:
+        """Count in what other processes counted."""
+        for other in others:
+            self.counts += other.counts
+            self._keep(other.mistakes)
+        return self
+
+    def _keep(self, mistakes: list[dict[str, Any]]) -> None:
+        both = sorted([*self.mistakes, *mistakes], key=lambda mistake: -mistake["confidence"])
+        self.mistakes = both[:MISTAKES]
+
+    def to_dict(self, names: list[str] | None = None) -> dict[str, Any]:
+        """Plain data, for a JSON file of the run.
+
+        Args:
+            names: what the classes are called, in their order; their numbers by default.
+        """
+        labels = names if names is not None and len(names) == len(self.counts) else range(len(self.counts))
+        return {"labels": list(map(str, labels)), "counts": self.counts.tolist(), "mistakes": self.mistakes}
+
+
+def shown_input(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
+    """The text, or the picture as a `data:` address, of one row of a batch; nothing where it is neither."""
+    ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
+    if tokenizer is not None and isinstance(ids, Tensor):
+        text = " ".join(tokenizer.decode(ids[row], skip_special_tokens=True).split())
+        return {"text": text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]} ..."}
+    if isinstance(pixels, Tensor) and pixels.dim() == 4 and pixels.shape[1] in (1, 3):
+        return {"picture": _picture(pixels[row])}
+    return {}
+
+
+def _picture(pixels: Tensor) -> str:
+    """A picture (c, h, w), brought back to 0 to 255 by its own least and greatest value, as a small PNG."""
+    from PIL import Image  # what gave the pixels needs it too
+
+    one = pixels.detach().float().cpu()
+    factor = min(1.0, PIXELS / max(one.shape[1:]))
+    one = F.interpolate(one[None], scale_factor=factor, mode="area")[0] if factor < 1 else one
+    low, high = one.min(), one.max()
+    values = ((one - low) / (high - low).clamp(min=1e-9) * 255).byte().expand(3, -1, -1).permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(values.numpy()).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def class_table(found: Mapping[str, Any]) -> Table:
+    """Precision, recall, F1 and support of each class, and their plain (macro) means."""
+    counts = torch.tensor(found["counts"], dtype=torch.float64)
+    hits, support, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
+    precision, recall = hits / predicted.clamp(min=1), hits / support.clamp(min=1)
+    f1 = 2 * hits / (support + predicted).clamp(min=1)
+    rows = [
+        [name, *(f"{float(value[i]):.3f}" for value in (precision, recall, f1)), f"{int(support[i]):,}"]
+        for i, name in enumerate(found["labels"])
+    ]
+    # As torchmetrics has it, a class that is neither there nor predicted is left out of the means.
+    seen = (support + predicted) > 0
+    means = [f"{float(value[seen].mean()) if seen.any() else 0.0:.3f}" for value in (precision, recall, f1)]
+    rows.append(["mean over classes (macro)", *means, f"{int(support.sum()):,}"])
+    return Table(header=["class", "precision", "recall", "F1", "support"], rows=rows)
+
+
+def confusions(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int, str]]]]:
+    """The matrix's rows: true class, and for each predicted one the count, its shade from 0 to 9, and words."""
+    labels, rows = found["labels"], []
+    for name, counts in zip(labels, found["counts"], strict=True):
+        total = max(1, sum(counts))
+        told = [f"{n:,} of {total:,} {name} taken for {other}" for other, n in zip(labels, counts, strict=True)]
+        rows.append((name, [(n, min(9, round(9 * n / total)), tip) for n, tip in zip(counts, told, strict=True)]))
+    return rows
+
+
+def mixed_up(found: Mapping[str, Any]) -> Table:
+    """The pairs of classes that are mixed up most, where there are too many classes for a matrix."""
+    labels = found["labels"]
+    pairs = [
+        (n, labels[i], labels[j]) for i, row in enumerate(found["counts"]) for j, n in enumerate(row) if i != j and n
+    ]
+    rows = [[true, predicted, f"{n:,}"] for n, true, predicted in sorted(pairs, reverse=True)[:MISTAKES]]
+    return Table(header=["true class", "taken for", "how often"], rows=rows, text=(0, 1))

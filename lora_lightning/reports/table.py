@@ -1,0 +1,48 @@
+"""One table for every screen and every page: text cells under a header, or facts, one a row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table as RichTable
+from rich.text import Text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Rows of text. rich prints it, and the template of the pages shows it."""
+
+    title: str = ""
+    header: Sequence[str] = ()
+    """Empty of a table of facts, whose first column says what the second is."""
+    rows: Sequence[Sequence[str]]
+    text: Sequence[int] = (0,)
+    """The columns that hold text, which stand to the left; the others hold figures."""
+    code: bool = False
+    """Whether the first column holds names out of code, which pages set in a fixed width."""
+    note: str = ""
+    """What stands below."""
+
+    def __rich__(self) -> RenderableType:
+        """For `Console().print`."""
+        gap = 1 if self.header else 3
+        table = RichTable(
+            title=Text(self.title) if self.title else None,
+            title_justify="left",
+            show_header=bool(self.header),
+            box=None,
+            padding=(0, gap, 0, 0),
+        )
+        if self.header:
+            widest = max((len(row[0]) for row in self.rows), default=0)
+            for i, name in enumerate(self.header):
+                justify = "left" if i in self.text else "right"
+                table.add_column(name, justify=justify, overflow="fold", min_width=None if i else min(22, widest))
+        else:
+            table.add_column(style="bold", no_wrap=True)
+            table.add_column(overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(Text, row))
+        return Group(table, Text(self.note)) if self.note else table
