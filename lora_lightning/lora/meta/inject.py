@@ -49,7 +49,7 @@ def load_on_meta(
 @contextmanager
 def present(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block, `model` holds these tensors under these names, in place of those on the meta device."""
-    places = {name: _place(model, name) for name in tensors}
+    places = {name: place_of(model, name) for name in tensors}
     before = {name: store[own] for name, (store, own) in places.items()}
     try:
         for name, (store, own) in places.items():
@@ -61,7 +61,7 @@ def present(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
             store[own] = before[name]
 
 
-def _place(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+def place_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """The store that holds a tensor of the model, and its key there."""
     path, _, own = name.rpartition(".")
     module = model.get_submodule(path)
@@ -93,7 +93,7 @@ def make_adapter_real(model: nn.Module) -> None:
     for key, tensor in adapter_tensors(model).items():
         if not tensor.is_meta:
             continue
-        store, name = _place(model, key)
+        store, name = place_of(model, key)
         if id(tensor) not in real:
             empty = torch.zeros_like(tensor, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
@@ -143,7 +143,7 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
         names.append(joined(path, "weight"))
     if isinstance(module, SavedCopy):
         names += [joined(path, own) for own in module.lora_copy.state_dict()]
-    return [name for name in names if (place := _place(model, name))[0][place[1]].is_meta]
+    return [name for name in names if (place := place_of(model, name))[0][place[1]].is_meta]
 
 
 def _needed(read: Read, name: str) -> Tensor:

@@ -28,6 +28,7 @@ from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import (
     adapted_names,
     load_on_meta,
+    place_of,
     present,
     start_from_present,
 )
@@ -294,7 +295,8 @@ class Changes:
                 name = joined(path, "weight")
                 refuse_overflow(f"'{name}'", module.lora_tokens, W0[name].dtype)
                 module.fold()
-            now = {name: self.model.get_parameter(name).detach() for name in names if name not in merged}
+            stores = {name: place_of(self.model, name) for name in names if name not in merged}
+            now = {name: store[own].detach() for name, (store, own) in stores.items()}
         return {**merged, **now}
 
     def _must_read(self, name: str, *, wide: bool) -> Tensor:
