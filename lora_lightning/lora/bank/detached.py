@@ -83,7 +83,7 @@ class Share:
         holder.to(device)
 
 
-def beside(module: nn.Module, share: Share | None) -> Any:
+def twin_of(module: nn.Module, share: Share | None) -> Any:
     """The adapted module beside the plain `module`: another object over the same tensors, W0's among them.
 
     Args:
@@ -100,7 +100,7 @@ def beside(module: nn.Module, share: Share | None) -> Any:
 
 
 @dataclass
-class Held:
+class DetachedAdapter:
     """An adapter as it waits, by the modules that it touches."""
 
     shares: list[Share]
@@ -111,7 +111,7 @@ class Held:
         for share in self.shares:
             found |= share.layers
             if issubclass(share.grafted, AdaptedLayer):
-                found[share.path] = beside(share.module, share)
+                found[share.path] = twin_of(share.module, share)
         return found
 
     def nbytes(self) -> int:
@@ -119,25 +119,25 @@ class Held:
         return sum({id(t): t.nbytes for share in self.shares for t in share.tensors()}.values())
 
 
-def see(model: nn.Module) -> Held:
+def find_adapter(model: nn.Module) -> DetachedAdapter:
     """The adapter that `model` has, as it is in place; no shares where there is none."""
-    return Held([_share(path, module) for path, module in grafted_modules(model) if not is_inside(path)])
+    return DetachedAdapter([_share(path, module) for path, module in grafted_modules(model) if not is_inside(path)])
 
 
-def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
+def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAdapter:
     """Take the adapter out: the model is plain, as after `remove`. `device` is where the adapter waits.
 
     Only a 4-bit base is still kept from being repacked, which would round the W0 that the adapter belongs to.
     """
-    held = see(model)
+    held = find_adapter(model)
     for share in held.shares:
         class_swap.take_out(share.module)
     guard_saving(model, is_adapted=False)
-    send(held, device)
+    to_device(held, device)
     return held
 
 
-def bring(held: Held) -> None:
+def to_modules(held: DetachedAdapter) -> None:
     """Move each share to the device of the module that it belongs to."""
     for share in held.shares:
         own = next(iter((*share.module.parameters(), *share.module.buffers())), None)
@@ -145,21 +145,21 @@ def bring(held: Held) -> None:
             share.move(own.device)
 
 
-def send(held: Held, device: torch.device | None) -> None:
+def to_device(held: DetachedAdapter, device: torch.device | None) -> None:
     """Move the adapter to where it waits; None leaves it where it is."""
     if device is not None:
         for share in held.shares:
             share.move(device)
 
 
-def put_in(model: nn.Module, held: Held) -> None:
+def put_in(model: nn.Module, held: DetachedAdapter) -> None:
     """Put the adapter into the plain `model`, on the device of each module that it touches.
 
     Where that fails, as where the device has no room, the model is plain.
     """
     hold_packing(model)
     try:
-        bring(held)
+        to_modules(held)
         for share in held.shares:
             share.put_in(share.module)
         guard_saving(model, is_adapted=bool(held.shares))
@@ -169,7 +169,7 @@ def put_in(model: nn.Module, held: Held) -> None:
         raise
 
 
-def check(model: nn.Module, held: Held) -> None:
+def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
     """Raise an AdapterError where a module that the adapter belongs to is no longer in the model, adapted or plain."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for share in held.shares:

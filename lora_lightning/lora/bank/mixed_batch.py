@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.bank.detached import Held, Share, beside
+from lora_lightning.lora.bank.detached import DetachedAdapter, Share, twin_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers import (
     Grafted,
@@ -144,7 +144,7 @@ def _output(twin: Grafted, x: Tensor, base: Tensor) -> Tensor:
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, sources: Mapping[str, Held], batch: Batch) -> Iterator[None]:
+def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch: Batch) -> Iterator[None]:
     """Within the block the plain `model`, in eval mode, computes every row by its own adapter, without gradients.
 
     Raises:
@@ -173,7 +173,9 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, Held], batch: Batch) -> 
                 module.__dict__.pop(name, None)
 
 
-def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, Held]) -> dict[nn.Module, dict[str, Grafted]]:
+def _twins(
+    names: Mapping[nn.Module, str], sources: Mapping[str, DetachedAdapter]
+) -> dict[nn.Module, dict[str, Grafted]]:
     """The adapted modules beside the plain ones, by the plain one and the adapter's name."""
     hosts = {module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)}
     twins: dict[nn.Module, dict[str, Any]] = {}
@@ -183,9 +185,9 @@ def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, Held]) -> dict[
             _refuse(adapter, share)
             if any(True for _ in share.tensors()):  # others only make room for what is adapted inside
                 unit = hosts.get(module, module)  # an attention reads the weights of its out_proj
-                twin = twins.setdefault(unit, {}).setdefault(adapter, beside(unit, shares.get(unit)))
+                twin = twins.setdefault(unit, {}).setdefault(adapter, twin_of(unit, shares.get(unit)))
                 if unit is not module:
-                    twin._modules["out_proj"] = beside(module, share)
+                    twin._modules["out_proj"] = twin_of(module, share)
     return twins
 
 

@@ -225,7 +225,7 @@ class BaseCheck:
         if not self.allow_other_base:
             raise AdapterError(f"{told}. Name the base that it was made on, or allow another: allow_other_base")
         if whole:
-            warn_of_other_base(told, 3)
+            warn_of_other_base(told)
 
     def _is(self, tensor: Tensor, digests: set[str]) -> bool:
         """Whether the tensor, in its own dtype or as the adapter's base was loaded in another, has these digests."""

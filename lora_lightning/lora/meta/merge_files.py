@@ -102,7 +102,7 @@ class StreamedMerge:
         if unknown := unknown_format(record.base):
             if not allow_other_base:
                 raise AdapterError(f"{unknown}; allow_other_base does without")
-            warn_of_other_base(unknown, 4)
+            warn_of_other_base(unknown)
             return None
         buffers = {name for name, _ in self.plain.named_buffers()}
         return BaseCheck(record.base.tensors, self.base, buffers, allow_other_base=allow_other_base)
