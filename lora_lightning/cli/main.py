@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
 from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_by_flag, with_run_config
-from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
+from lora_lightning.cli.diagnostics import refuse_config
 from lora_lightning.cli.exit_codes import raised_by_the_user
 from lora_lightning.cli.parser import CommandLine, OneLine
 from lora_lightning.cli.registry import FROM_CHECKPOINT
@@ -191,11 +191,8 @@ class LoRACLI(LightningCLI):
         if name is None:
             return
         config = self.config[name]
-        refuse_no_keys(config, full)
-        refuse_no_name(str(config.get("name", "lora")))
-        strategy = config.get("trainer.strategy")
-        refuse_no_class(strategy)
-        refuse_unsupported_name(getattr(strategy, "class_path", None))
+        refuse_config(config, full)
+        refuse_unsupported_name(getattr(config.get("trainer.strategy"), "class_path", None))
         if name != "export" and config.get("data") is None:
             raise LoRAError(f"{name} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if words and self.until != "module":
