@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
 from lora_lightning.lora.init.from_data import refuse_data
@@ -28,22 +27,6 @@ from lora_lightning.lora.report import InjectionReport
 
 OF_W0 = ("lora_A0", "lora_B0")
 """The factors that no file holds: they follow from W0."""
-
-
-def load_on_meta(
-    model: nn.Module,
-    files: AdapterFiles,
-    read: Read,
-    *,
-    allow_other_base: bool = False,
-    alphas: Mapping[str, float] | None = None,
-) -> None:
-    """Like `load_adapter`, for a `model` on the meta device; the fingerprint of W0 is the caller's to check.
-
-    Raises:
-        AdapterError: as `load_adapter`.
-    """
-    load_files(model, files, read=read, make_real=make_adapter_real, allow_other_base=allow_other_base, alphas=alphas)
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError, MergeError, some
-from lora_lightning.lora.formats.peft.load import AdapterFiles
+from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format, warn_of_other_base
 from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, in_file_order, write_file
@@ -27,7 +28,7 @@ from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import (
     adapted_names,
-    load_on_meta,
+    make_adapter_real,
     place_of,
     present,
     start_from_present,
@@ -88,7 +89,8 @@ class StreamedMerge:
         self.base = Base(checkpoint, groups, self.plain)
         for one in (self.plain, model):
             self.base.part_unequal(one)
-        load_on_meta(model, adapter, self.base, allow_other_base=allow_other_base, alphas=alphas)
+        options: dict[str, Any] = {"allow_other_base": allow_other_base, "alphas": alphas}
+        load_files(model, adapter, read=self.base, make_real=make_adapter_real, **options)
         self.check = self._check_of(adapter.record, allow_other_base=allow_other_base)
         self.changes = Changes(model, self.base, dtype)
         self.untied = part_as_merged(self.plain, self.changes.parts)
@@ -233,7 +235,7 @@ class Changes:
     """The tensors that a merge changes, computed one module at a time by the arithmetic of `merge`.
 
     Args:
-        model: with an adapter that `load_on_meta` gave it.
+        model: on the meta device, with a real adapter.
         dtype: that the results are rounded to, once; None for each tensor's own.
 
     Raises:
