@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.formats import atomic_dir as staging
-from lora_lightning.lora.formats.atomic_dir import human_size, staged
+from lora_lightning.lora.formats.atomic_dir import human_size, stage_folder
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def fill(target, text, needed=1, error=None):
-    with staged(target, needed) as folder:
+    with stage_folder(target, needed) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file.txt").write_text(text)
         if error is not None:
@@ -45,7 +45,7 @@ def test_files_have_the_rights_that_the_umask_gives(umask, tmp_path):
     """safetensors gives its files to their owner alone, whom a model that others shall open does not help."""
     before = os.umask(umask)
     try:
-        with staged(tmp_path / "out", 0) as folder:
+        with stage_folder(tmp_path / "out", 0) as folder:
             (folder / "inner").mkdir()
             for file in (folder / "model.safetensors", folder / "inner" / "adapter_model.safetensors"):
                 save_file({"weight": torch.ones(2)}, file)
@@ -95,7 +95,7 @@ if when == "between the moves":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, to)
     Path.replace = replace
-with staging.staged(target, 1) as folder:
+with staging.stage_folder(target, 1) as folder:
     (folder / "half").write_text("two")
     if when == "while writing":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -163,7 +163,7 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path):
-    with pytest.raises(LoRAError, match=r"out' cannot be written \(no\): nothing was; name a folder"):
+    with pytest.raises(LoRAError, match=r"out' cannot be written \(Permission denied\): nothing was; name a folder"):
         fill(tmp_path / "out", "one", error=PermissionError(errno.EACCES, "no"))
     assert list(tmp_path.iterdir()) == []
 

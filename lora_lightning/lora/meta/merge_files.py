@@ -17,14 +17,14 @@ from lora_lightning.lora.errors import AdapterError, LoRAError, MergeError, some
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format, warn_of_other_base
-from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, in_file_order, write_file
+from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, sort_entries, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import joined
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.merge import fold_bias, merged_weights
-from lora_lightning.lora.merge_refusals import refuse, refuse_codes
+from lora_lightning.lora.merge_checks import refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import (
     adapted_names,
@@ -134,7 +134,7 @@ class StreamedMerge:
         files = {file: {key: self._header(key, state) for key in keys} for file, keys in self.checkpoint.files.items()}
         last = list(files)[-1]
         files[last] |= {name: self._sized(state[name].dtype, tuple(state[name].shape)) for name in self.new}
-        self.files = {file: in_file_order(entries) for file, entries in files.items()}
+        self.files = {file: sort_entries(entries) for file, entries in files.items()}
         groups = {id(group): group for group in self.base.of_name.values()}.values()
         written = [name for group in groups if self._is_changed(group) for name in group.names] + self.new
         self.wanted = [name for name in written if name in self.changed]
