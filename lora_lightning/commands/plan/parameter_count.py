@@ -6,7 +6,7 @@ matrix (m, k) it is L (k + m) r; a kind is what is alike but for the number of i
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,20 +22,20 @@ class Term:
 
     name: str
     """Of its modules, with `*` for a number."""
-    count: int
-    """L."""
     parts: int
     """Matrices in one module: parts of a fused projection, else 1."""
     inputs: int
     outputs: int
     """Of one matrix."""
     r: int
-    factors: int
-    """A and B together, of all."""
-    more: int
-    """What trains beside A and B there: DoRA's magnitudes, B's bias."""
     is_matrix: bool
     """Whether A is (r, inputs) and B (outputs, r)."""
+    count: int = 0
+    """L."""
+    factors: int = 0
+    """A and B together, of all."""
+    more: int = 0
+    """What trains beside A and B there: DoRA's magnitudes, B's bias."""
 
     @property
     def is_square(self) -> bool:
@@ -60,24 +60,17 @@ class Term:
 def terms_of(model: nn.Module, report: InjectionReport) -> list[Term]:
     """A term for each kind of matrix, in the order of the injection table."""
     layers = {layer.lora_name(name): layer for name, layer in adapted_layers(model)}
-    counts: dict[tuple[Any, ...], list[tuple[int, int]]] = {}
+    terms: dict[Term, Term] = {}
     for row in report.modules:
-        layer = layers[row.module]
+        layer, name = layers[row.module], without_numbers(row.module)
         more = row.parameters - layer.lora_A.numel() - layer.lora_B.numel()
-        for number, (parts, inputs, outputs, is_matrix) in enumerate(_matrices(layer)):
-            own = parts * (inputs + outputs) * row.r if is_matrix else row.parameters - more
-            key = (without_numbers(row.module), parts, inputs, outputs, row.r, is_matrix)
-            counts.setdefault(key, []).append((own, 0 if number else more))
-    names = ("name", "parts", "inputs", "outputs", "r", "is_matrix")
-    return [
-        Term(
-            **dict(zip(names, key, strict=True)),
-            count=len(own),
-            factors=sum(factors for factors, _ in own),
-            more=sum(more for _, more in own),
-        )
-        for key, own in counts.items()
-    ]
+        for parts, inputs, outputs, is_matrix in _matrices(layer):
+            kind = Term(name=name, parts=parts, inputs=inputs, outputs=outputs, r=row.r, is_matrix=is_matrix)
+            factors = parts * (inputs + outputs) * row.r if is_matrix else row.parameters - more
+            last = terms.get(kind, kind)
+            terms[kind] = replace(last, count=last.count + 1, factors=last.factors + factors, more=last.more + more)
+            more = 0  # of the module, once
+    return list(terms.values())
 
 
 def _matrices(layer: AdaptedLayer) -> list[tuple[int, int, int, bool]]:
