@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,6 @@ from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.kept import rounding_told
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import evaluating
 
@@ -103,8 +101,6 @@ def export(
             report.merged_bytes, report.merged_files = _weights(folder / "merged")
             report.merged_dir = str(target / "merged")
         write_bytes(folder / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
-    if told := rounding_told(report.kept, str(report.dtype)):
-        warnings.warn(told, stacklevel=2)
     return report
 
 

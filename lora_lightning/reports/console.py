@@ -20,9 +20,9 @@ from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.frozen.dtype import base_dtypes, short
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
-from lora_lightning.lora.kept import KEPT
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
+from lora_lightning.lora.merge_checks import LEAST_KEPT
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.table import Table
 
@@ -292,7 +292,7 @@ def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
         split = f" in {files} files" if files > 1 else ""
         rows.append(("merged weights", f"{v.get('export_dtype')}, {human_size(v['merged_bytes'])}{split}"))
     if v.get("export_kept_least", 1.0) < 0.9995:
-        low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
+        low = f"{v['export_kept_low']} of {v['export_layers']} layers below {LEAST_KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
     if v.get("export_dequantised"):
         rows.append(("dequantized", f"{v['export_dequantised']} layers, plain in the merged model"))

@@ -8,7 +8,7 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, huggingface
+from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
 from lora_lightning.__main__ import main
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint

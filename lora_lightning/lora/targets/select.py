@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from torch import nn
@@ -117,6 +117,8 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
         all_used(field_name, getattr(config, field_name), [w.names for w in wanted])
     for w in wanted:
         name, own = w.names[0], settings[w.names[0]]
+        if not w.kind.has_input and (any_rank or w.why == ALL_LINEAR):
+            own = replace(own, dropout=0.0)  # the one of all layers is not meant for it; the report shows 0
         if reason := _options_refusal(w, own):
             raise TargetError(reason)
         if any(p is not None and is_lazy(p) for p in w.module._parameters.values()):
