@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.dtype import refuse_overflow
-from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
@@ -59,9 +59,9 @@ class Changes:
 
     def _add_layer(self, path: str, layer: AdaptedLayer) -> None:
         owner = layer.lora_name(path).rpartition(".")[0] if layer.lora_owner is not layer else path
-        places = {n: joined(owner, n) for n in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
+        places = {n: full_name(owner, n) for n in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
         if layer.lora_B_bias is not None or (layer.lora_owner is layer and isinstance(layer, TrainedBias)):
-            places["bias"] = joined(path, "bias")
+            places["bias"] = full_name(path, "bias")
         for own, name in places.items():
             self.makers[name] = lambda: self._layer(path, layer, places)
             self.parts.setdefault(name, (id(layer), own))
@@ -77,7 +77,7 @@ class Changes:
             refuse_codes(label, layer)
             start_from_present(layer)
             if isinstance(layer, TrainedBias):
-                refuse_overflow(f"'{joined(path, 'bias')}'", layer.lora_trained_bias, tensors["bias"].dtype)
+                refuse_overflow(f"'{full_name(path, 'bias')}'", layer.lora_trained_bias, tensors["bias"].dtype)
                 layer.fold({})
             merged, self.kept[label] = merged_weights(layer, self.dtype, label=label)
             if "bias" in places:
@@ -89,7 +89,7 @@ class Changes:
 
     @torch.no_grad()
     def _bias(self, name: str, module: TrainedBias) -> dict[str, Tensor]:
-        key = joined(name, "bias")
+        key = full_name(name, "bias")
         before = self._wide(self._must_read(key))
         refuse_overflow(f"'{key}'", module.lora_trained_bias, before.dtype)
         with present(module, {"bias": before}):
@@ -100,7 +100,7 @@ class Changes:
 
     @torch.no_grad()
     def _rows(self, name: str, module: TokenRows) -> dict[str, Tensor]:
-        key = joined(name, "weight")
+        key = full_name(name, "weight")
         weight = self._wide(self._must_read(key))
         refuse_overflow(f"'{key}'", module.lora_tokens, weight.dtype)
         with present(module, {"weight": weight}):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
@@ -66,7 +66,7 @@ def _w0_present(layer: AdaptedLayer, name: str, read: Read, *, start: bool) -> I
     """The adapted tensors of W0 for the block, where the start depends on them."""
     follows = layer.lora_magnitude_vector is not None or (start and inits.is_from_weight(layer.lora_settings.init))
     parts = layer.adapted_parameters(layer.lora_owner, layer.lora_settings) if follows else {}
-    tensors = {own: _needed(read, joined(name, own)) for own, tensor in parts.items() if tensor.is_meta}
+    tensors = {own: _needed(read, full_name(name, own)) for own, tensor in parts.items() if tensor.is_meta}
     with present(layer.lora_owner, tensors):
         yield
 
@@ -77,15 +77,15 @@ def _copy(model: nn.Module, read: Read) -> None:
     own, wanted = model.state_dict(keep_vars=True), dict[str, Tensor]()
     for name, module in grafted_modules(model, SavedCopy):
         inner = module.lora_copy.state_dict(keep_vars=True)
-        wanted |= {joined(name, key): tensor for key, tensor in inner.items() if isinstance(tensor, Tensor)}
+        wanted |= {full_name(name, key): tensor for key, tensor in inner.items() if isinstance(tensor, Tensor)}
     for name, biased in grafted_modules(model, TrainedBias):
-        wanted[joined(name, "bias")] = biased.lora_trained_bias
+        wanted[full_name(name, "bias")] = biased.lora_trained_bias
     for name, tensor in wanted.items():
         if own[name].is_meta:
             tensor.copy_(_needed(read, name))
     for name, rows in grafted_modules(model, TokenRows):
         if rows.weight.is_meta:
-            rows.lora_tokens.copy_(_needed(read, joined(name, "weight"))[rows.lora_token_ids])
+            rows.lora_tokens.copy_(_needed(read, full_name(name, "weight"))[rows.lora_token_ids])
 
 
 def _needed(read: Read, name: str) -> Tensor:
