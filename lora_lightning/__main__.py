@@ -6,8 +6,9 @@ import os
 import select
 import sys
 
+from lora_lightning.cli.config_files import check
 from lora_lightning.cli.exit_codes import CLOSED, DEBUG, ended
-from lora_lightning.cli.front_page import answered, reordered
+from lora_lightning.cli.help import answered, reordered
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def run(args: list[str]) -> None:
     """One command."""
     if answered(args):
         return
+    check(args)  # what is no YAML is told before torch is imported
     from lora_lightning.cli.log_filters import quieten
     from lora_lightning.cli.registry import COMMANDS, ENTRIES, named
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.__main__ import main
-from lora_lightning.cli.class_paths import explained, wrong_path
+from lora_lightning.cli.diagnostics import wrong_path
 
 
 @pytest.mark.parametrize(
@@ -42,15 +42,6 @@ def test_files_of_ones_own(tmp_path, monkeypatch):
     assert "did you mean 'my_tasks_1'" in wrong_path("my_task_1.Judge")
     assert wrong_path("my_broken_1.X") == "'my_broken_1' cannot be imported: No module named 'nothing_here'"
     assert wrong_path("my_broken_2.X") == "'my_broken_2' cannot be imported: ZeroDivisionError: division by zero"
-
-
-def test_messages_that_are_about_something_else_are_let_be():
-    assert explained('Parser key "model.lora.r": Expected int', []) is None
-
-
-def test_a_key_beside_class_path_is_told_where_it_belongs():
-    said = "unknown key x: a class is given by class_path, and its arguments by init_args"
-    assert explained("Option 'x' is not accepted", ["--config", "none.yaml"]) == said
 
 
 @pytest.mark.parametrize(

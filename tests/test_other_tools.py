@@ -60,7 +60,6 @@ def test_no_name_of_another_tool_is_one_of_ours(options):
         ("--model.lora.loftq_config", ": here it is --model.lora.init loftq"),
         ("--lora_target_linear", ": leave it out, all linear layers are adapted unless model.lora.target_modules says"),
         ("--model.lora.megatron_config", ": --help lora tells what there is"),
-        ("--model.lora.rnak", "; did you mean 'rank'? here it is --model.lora.r"),
         (
             "--model.lora.target_module",
             "; did you mean '--model.lora.target_modules' or '--model.lora.target_parameters",

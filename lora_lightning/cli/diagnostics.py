@@ -1,187 +1,204 @@
-"""What a parser says of a mistake, said plainly: where it stands, what was expected, what came, and what to do."""
+"""What is wrong with a command line: found in its words and config files, and said with file, line and near miss.
+
+A parser's message says that something is wrong; what it is, is looked up in what was given: an unknown flag or key, a
+class path that leads nowhere, an argument that a class does not take, a value of another type. What is none of these
+keeps the parser's own words, on one line.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
+import inspect
+import pkgutil
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from lora_lightning.cli.class_paths import KEY, explained, meant_class, wrong_path
-from lora_lightning.cli.config_files import named
-from lora_lightning.cli.config_places import place_of, whole_key
-from lora_lightning.cli.other_tools import instead_of, misspelt
-from lora_lightning.cli.registry import FROM_CHECKPOINT, POSITIONAL
-from lora_lightning.lora.errors import REMOVED, did_you_mean
+import yaml
 
-TUPLE = re.compile(r"Parser key \"([^\"]*)\": Expected a tuple with (\d+) elements\. Got value: (.*)")
-UNION = re.compile(r"Parser key \"([^\"]*)\": .*?Subtypes: \[(.*)\] Errors: .*Given value: (.*)")
-LITERAL = re.compile(r"Parser key \"([^\"]*)\": Expected a (?:typing\.)?(Literal\[.*\])\. Got value: (.*)")
-PLAIN = re.compile(r"Parser key \"([^\"]*)\": Expected an? (<class '[\w.]+'>)\. Got value: ?(.*)")
-NESTED = re.compile(r"Parser key \"([^\"]*)\": Unable to load config '(.*?)' - ")
-NO_FUNCTION = re.compile(r"Parser key \"([^\"]*)\": .*Import path (\S+) does not correspond to a subclass of (\w+)")
-NO_CLASS = re.compile(
-    r"Parser key \"([^\"]*)\": .*?Not a valid subclass of (\w+)\. Got value: (None|\{.*?\}) Subclass types"
-)
-SEVERAL = re.compile(r"Parser key \"([^\"]*)\": .*?Multiple subclasses with name (\w+)\. .*? ambiguity: (.*?)\. ")
-OF_ANOTHER_KIND = re.compile(
-    r"Parser key \"([^\"]*)\": .*?Expected '([\w.]+)' to be a subclass of <class '(?:\w+\.)*(\w+)'>"
-)
-LACKS = re.compile(
-    r"Parser key \"([^\"]*)\": .*?(?:callable class|class_path '[^']+'): the following arguments are required:"
-    r" ([\w, ]+?)(?: - |$)"
-)
-NO_FUNCTION_AT_ALL = re.compile(r"Parser key \"([^\"]*)\": .*or a subclass spec, but got None")
-IN_A_FILE = re.compile(r"Subcommand '(\w+)' does not accept option '([^']+)'|^Key '([^']+)' is not expected")
-REQUIRED = re.compile(r"the following arguments are required: (.*)")
+import lora_lightning
+from lora_lightning.cli.config_files import named, tree
+from lora_lightning.cli.other_tools import instead_of
+from lora_lightning.cli.registry import ENTRIES, FROM_CHECKPOINT
+from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses, some
+
+REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
 UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
-INNER = re.compile(
-    r".*(?:Problem with given class_path '[^']+'|expects a function or a callable class): "
-    r"((?:Parser key|Option|unrecognized arguments|Key ).*)"
-)
-"""What a class's own parser says, within what is said of the types that were tried."""
+KEY = re.compile(r"Parser key \"([^\"]*)\": ")
+VALUE = re.compile(r"(?:Got|Given) value: (.*)$")
+EXPECTED = re.compile(r"Subtypes: \[(.*)\] Errors:|Expected an? (?:typing\.)?(<class '[\w.]+'>|Literal\[[^\]]*\])")
+"""The types that a value was tried for."""
 AROUND = re.compile(
-    r"(?: - Expected an? <class 'NoneType'>| - Not a valid subclass|\. Got value: Namespace\("
-    r"| Given value type: <class '(?:dict|list|jsonargparse)).*"
+    r"(?: - Expected an? <class 'NoneType'>| - Not a valid|\.? Got value: Namespace\(| Given value type: )"
+    r".*?(?= Given value: (?!\{)|$)"
 )
-"""What comes after that."""
-A_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*|[A-Z]\w+")
-HYDRA = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.+)")
-"""One of its overrides."""
-OF_HELP = re.compile(r"(--[\w.]+\.help): module '([\w.]+)' has no attribute '(\w+)'")
-NO_VALUE = re.compile(r"argument (?:-\w/)?(--[\w.]+)(?:/\S+)?: expected one argument")
+"""What a message goes on with of the values around."""
+BY_NAME = (
+    *(f"lightning.pytorch.{part}" for part in ("callbacks", "loggers", "strategies", "plugins.precision", "profilers")),
+    *("torch.optim", "torch.optim.lr_scheduler"),
+)
+"""Where classes are that go by their short names too."""
 TYPES = {
     "int": "a whole number",
-    "positiveint": "a whole number above 0",
+    "PositiveInt": "a whole number above 0",
     "float": "a number",
     "bool": "true or false",
     "str": "a text",
     "list": "a list such as [a, b]",
-    "tuple": "a list such as [a, b]",
     "dict": "keys with values such as {a: 1}",
-    "path": "a path",
-    "tensor": "",  # which torch's optimizers take too, and a config cannot hold
 }
+PRECISIONS = ("auto", "float32", "bf16-base", "nf4-base", "bf16-mixed", "16-mixed", "64-true")
+"""Those that can train an adapter: Lightning's others round it too, or need a package that is not for adapters."""
+OWN_KEYS = ("class_path", "init_args", "dict_kwargs")
+MODEL = (
+    ": a model of the hub or of a folder is class_path lora_lightning.huggingface with its name as"
+    " init_args.pretrained_model_name_or_path"
+)
 
 
-def told(message: str, args: Sequence[str], known: Iterable[str], command: str = "") -> str:
+@dataclass(frozen=True)
+class Said:
+    """One key that the command line or a config file gives."""
+
+    key: str
+    """Dotted; keys of a list's maps are counted as the list's."""
+    value: str | None
+    """The text that stands there; None for a list or a map."""
+    place: str
+    """`FILE, line N: `, or nothing for a flag."""
+    inside: tuple[str, ...] = ()
+    """The keys of a map."""
+
+
+def told(message: str, words: Sequence[str], known: Iterable[str], command: str = "") -> str:
     """A parser's message as one line that says what to do.
 
     Args:
         message: of jsonargparse.
-        args: of the command.
+        words: of the command line.
         known: option strings of the parser that complains.
         command: its name.
     """
-    text = " ".join(line.strip() for line in str(message).splitlines() if line.strip())
-    if found := INNER.fullmatch(text):
-        union = re.match(r"Parser key \"[^\"]*\": Does not validate .*? Given value: ", found[1])
-        text = (union[0] if union else "") + AROUND.sub("", found[1][union.end() if union else 0 :])
-    keys = {option.removeprefix("--") for option in known if option.startswith("--")}
-    if found := REQUIRED.fullmatch(text):
-        return _required(found[1].split(", "), args, command)
-    if found := UNKNOWN.fullmatch(text):
-        return _unknown_flag(found[1], keys, args)
-    if found := IN_A_FILE.search(text):
-        return _unknown_key(found[2] or found[3], keys, args)
-    if found := TUPLE.search(text):
-        return f"{_placed(whole_key(found[1], None, args), args)}expected {found[2]} values, got {found[3]}"
-    if found := PLAIN.search(text):
-        return _unfit(found[1], found[2], found[3], args)
-    if "from_pretrained does not correspond" in text:
-        key = KEY.search(text)
-        start = f"{key[1]}: " if key else ""
-        return f"{start}write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
-    if found := NO_FUNCTION.search(text):
-        return _no_function(found[1], found[2], found[3])
-    if found := OF_ANOTHER_KIND.search(text):
-        return f"{_placed(found[1], args)}'{found[2]}' is no subclass of {found[3]}: name one that is"
-    if found := SEVERAL.search(text):
-        return f"{found[1]}: there are several classes {found[2]}: write {' or '.join(found[3].split(', '))} in full"
-    if found := LACKS.search(text):
-        return f"{_placed(found[1], args)}the class needs {_listed(found[2].split(', '))} in its init_args"
-    unfit = UNION.search(text) or LITERAL.search(text)
-    if unfit and not A_CLASS.fullmatch(unfit[3]) and "<class '" in unfit[2] and unfit[3][0] not in "[{":
-        return _unfit(unfit[1], unfit[2], unfit[3], args)
-    if (said := explained(text, args)) is not None:
-        return said
-    if found := NO_CLASS.search(text):
-        got = "null" if found[3] == "None" else f"{found[3]} without it"
-        return f"{_placed(found[1], args)}expected a {found[2].lower()}, as class_path: and its init_args:, got {got}"
-    if found := NO_FUNCTION_AT_ALL.search(text):
-        return f"{_placed(found[1], args)}expected a class_path and its init_args, got null: leave it out"
-    if unfit:
-        return _unfit(unfit[1], unfit[2], unfit[3], args)
-    if (found := OF_HELP.search(text)) and (wrong := wrong_path(f"{found[2]}.{found[3]}")):
-        return f"{found[1]}: {wrong}"
-    if found := NO_VALUE.fullmatch(text):
-        return f"{found[1]} needs a value: {found[1]} {found[1].lstrip('-').rpartition('.')[2].upper()}"
-    if found := NESTED.search(text):
-        got = f"expected keys with values such as {{r: 8}}, or a YAML file, got '{found[2]}'"
-        return f"{_placed(found[1], args)}{got}"
-    return re.sub(r'^Parser key "([^"]*)": ', r"\1: ", text)
+    text = " ".join(str(message).split())
+    keys = [option.removeprefix("--") for option in known if option.startswith("--") and not option.endswith("+")]
+    if text.startswith("the following") and (found := REQUIRED.match(text)):
+        return _required(found[1].split(", "), words, command)
+    if (found := UNKNOWN.match(text)) and not found[1].startswith("-"):
+        return _stray(found[1].split(maxsplit=1)[0], words)
+    said = list(given(words))
+    for line in (_unknown(said, keys), _wrong_class(said, keys), _wrong_argument(said, keys)):
+        if line is not None:
+            return line
+    if found := UNKNOWN.match(text):
+        option = found[1].partition("=")[0].partition(" ")[0]
+        return f"unknown option {option}{_instead(option.lstrip('-').replace('-', '_'), keys, '--')}"
+    return _unfit(text, said)
 
 
-def _required(names: Sequence[str], args: Sequence[str], command: str) -> str:
+def given(words: Sequence[str]) -> Iterator[Said]:
+    """All that is said, in the order in which it wins: flags, the last first, then the config files, the last first."""
+    flags = []
+    for word, follower in zip(words, [*words[1:], ""], strict=True):
+        if word.startswith("--"):
+            name, equals, value = word.removeprefix("--").partition("=")
+            flags.append(Said(name.removesuffix("+"), value if equals else follower, ""))
+    yield from reversed(flags)
+    for file in reversed(list(map(Path, named(words)))):
+        if file.is_file():
+            yield from _leaves(tree(file), "", str(file))
+
+
+def _leaves(node: yaml.Node | None, path: str, file: str) -> Iterator[Said]:
+    """Outer ones first."""
+    pairs = node.value if isinstance(node, yaml.MappingNode) else []
+    for key, value in pairs:
+        inner = f"{path}.{key.value}" if path else str(key.value)
+        yield _said(inner, value, file, key)
+        yield from _leaves(value, inner, file)
+    for value in node.value if isinstance(node, yaml.SequenceNode) else []:
+        if isinstance(value, yaml.MappingNode):
+            yield _said(path, value, file, value)
+        yield from _leaves(value, path, file)
+
+
+def _said(path: str, value: yaml.Node, file: str, at: yaml.Node) -> Said:
+    inside = tuple(str(key.value) for key, _ in value.value) if isinstance(value, yaml.MappingNode) else ()
+    text = str(value.value) if isinstance(value, yaml.ScalarNode) else None
+    return Said(path, text, f"{file}, line {at.start_mark.line + 1}: ", inside)
+
+
+# ---- what is missing, and what stands alone
+
+
+def _required(names: Sequence[str], words: Sequence[str], command: str) -> str:
     if not any("." in name for name in names):
-        wanted = [name.upper().removesuffix("S") if name == POSITIONAL.get(command) else f"--{name}" for name in names]
-        return f"{command} needs {_listed(wanted)}: see lora-lightning {command} --help"
-    command = args[0] if args else command
-    keys = [name.removeprefix(f"{command}.") for name in names]
-    files = named(args)
+        own = ENTRIES[command].positional if command in ENTRIES else None
+        wanted = [name.upper().removesuffix("S") if name == own else f"--{name}" for name in names]
+        return f"{command} needs {' and '.join(wanted)}: see lora-lightning {command} --help"
+    command = words[0] if words else command
+    files = named(words)
     if not files and command in FROM_CHECKPOINT:
         return f"{command} needs a trained run: lora-lightning {command} --ckpt_path RUN, such as runs/demo, or a .ckpt"
     if not files:
         return f"{command} needs a config: lora-lightning {command} -c CONFIG, such as configs/demo.yaml"
-    where = f"{_listed(files)} {'says' if len(files) == 1 else 'say'}"
-    return f"{where} nothing of {_listed(keys)}: add it, as configs/demo.yaml does, or put the run's config before it"
+    keys = " and ".join(name.removeprefix(f"{command}.") for name in names)
+    where = f"{' and '.join(files)} {'says' if len(files) == 1 else 'say'}"
+    return f"{where} nothing of {keys}: add it, as configs/demo.yaml does, or put the run's config before it"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def _stray(word: str, words: Sequence[str]) -> str:
+    if Path(word).suffix in (".yaml", ".yml"):
+        return f"'{word}' stands alone: a config is given as -c {word}"
+    if words[0] in FROM_CHECKPOINT and not any(one.startswith("--ckpt_path") for one in words):
+        return f"'{word}' stands alone: a run is given as --ckpt_path {word}"
+    name, equals, value = word.lstrip("+").partition("=")
+    option = f"--{name} {value}" if equals else "--name value, several values as [a,b]"
+    return f"'{word}' stands alone: an option is given as {option}"
 
 
-def _unknown_flag(given: str, keys: Iterable[str], args: Sequence[str]) -> str:
-    first = given.split(maxsplit=1)[0]
-    if not first.startswith("-"):
-        if Path(first).suffix in (".yaml", ".yml"):
-            return f"'{first}' stands alone: a config is given as -c {first}"
-        if hydra := HYDRA.fullmatch(first):
-            return f"'{first}' stands alone: an option is given as --{hydra[1]} {hydra[2]}"
-        if args[0] in FROM_CHECKPOINT and not any(arg.startswith("--ckpt_path") for arg in args):
-            return f"'{first}' stands alone: a run is given as --ckpt_path {first}"
-        return f"'{first}' stands alone: an option is given as --name value, several values as [a,b]"
-    shown = first.partition("=")[0]
-    if shown not in (arg.partition("=")[0] for arg in args):  # of a class within the config
-        whole = whole_key(shown.lstrip("-"), None, args)
-        return f"unknown option --{whole}: --{whole.partition('.')[0]}.help tells what there is"
-    if len(shown) == 2:
-        return f"unknown option {shown}: --help tells what there is"
-    return f"unknown option {shown}{_instead(shown.lstrip('-').replace('-', '_'), keys, '--')}"
+# ---- flags and keys that there are not
 
 
-def _unknown_key(key: str, keys: Iterable[str], args: Sequence[str]) -> str:
-    place = place_of(key, args)
-    return f"{f'{place}: ' if place else ''}unknown key {key}{_instead(key, keys, '')}"
+def _holder(key: str, keys: Sequence[str]) -> str | None:
+    """The option that a deeper key belongs to: one that takes a class or a map; None within a group of options."""
+    parts = key.split(".")
+    for count in range(len(parts) - 1, 0, -1):
+        outer = ".".join(parts[:count])
+        if outer in keys:
+            group = any(one.startswith(f"{outer}.") and one != f"{outer}.help" for one in keys)
+            return None if group else outer
+    return None
 
 
-def _instead(name: str, keys: Iterable[str], dashes: str) -> str:
+def _unknown(said: Sequence[Said], keys: Sequence[str]) -> str | None:
+    """The first key that is no option, no group of them and nothing within one."""
+    for one in said:
+        known = one.key in keys or any(key.startswith(f"{one.key}.") for key in keys)
+        if known or not keys or _holder(one.key, keys) is not None:
+            continue
+        if one.place:
+            return f"{one.place}unknown key {one.key}{_instead(one.key, keys, '')}"
+        return f"unknown option --{one.key}{_instead(one.key.replace('-', '_'), keys, '--')}"
+    return None
+
+
+def _instead(name: str, keys: Sequence[str], dashes: str) -> str:
     """What to write for a name that means nothing: what it is called here, or what is near."""
-    keys = [key for key in keys if not key.endswith("+")]
-    last = name.rpartition(".")[2]
-    if last in REMOVED:
-        return f": {REMOVED[last]}"
+    last, group, first = name.rpartition(".")[2], name.rpartition(".")[0], name.partition(".")[0]
     if (other := instead_of(last, keys, dashes)) is not None:
         return other
-    group, first = name.rpartition(".")[0], name.partition(".")[0]
-    beside = [key for key in keys if key.rpartition(".")[0] == group]
     same = [key for key in keys if key.rpartition(".")[2] == last]
+    beside = [key for key in keys if key.rpartition(".")[0] == group]
     within = [key for key in keys if key.startswith(f"{first}.")] if group else []
     found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
     if found or within:
         part = "lora" if group == "model.lora" else first
-        return found or misspelt(last, keys, dashes) or f": --help {part} tells what there is"
-    outer = _near(first, {key.partition(".")[0] for key in keys}, dashes) if group else ""
-    return _near(name, keys, dashes) or outer or ": --help tells what there is"
+        return found or f": --help {part} tells what there is"
+    return _near(name, keys, dashes) or ": --help tells what there is"
 
 
 def _near(name: str, keys: Iterable[str], dashes: str) -> str:
@@ -191,37 +208,188 @@ def _near(name: str, keys: Iterable[str], dashes: str) -> str:
     return re.sub(r"'(\w+)'", lambda end: f"'{dashes}{ends[end[1]]}'", close)
 
 
-def _unfit(key: str, types: str, given: str, args: Sequence[str]) -> str:
-    """A value that fits none of the types that a key takes, said without the types' Python names."""
-    given = "null" if given == "None" else given.strip("'\"")
-    key = whole_key(key, given, args)
-    choices = list(dict.fromkeys(re.findall(r"'([^']+)'", re.sub(r"<class '[\w.]+'>", "", types))))
-    classes = [name for name in re.findall(r"<class '(?:\w+\.)*(\w+)'>", types) if name != "NoneType"]
-    classes += [kind for kind in ("list", "dict") if f"{kind}[" in types and kind not in classes]
-    kinds = [name for name in classes if name.lower() not in TYPES]
-    if key.endswith("precision"):
+# ---- classes and their arguments
+
+
+def _classes(said: Sequence[Said], keys: Sequence[str]) -> Iterator[tuple[str, Said]]:
+    """Key and class path of each option that takes a class."""
+    for one in said:
+        key = one.key.removesuffix(".class_path")
+        if one.value and key.rpartition(".init_args.")[2].rpartition(".")[2] != "help" and f"{key}.help" in keys:
+            yield key, one
+
+
+def _wrong_class(said: Sequence[Said], keys: Sequence[str]) -> str | None:
+    """The first class path that leads nowhere."""
+    for key, one in _classes(said, keys):
+        path = str(one.value)
+        words = ("true", "false", "null", "None")
+        if path in words or path.startswith(("{", "[")) or (one.key == key and key == "trainer.strategy"):
+            continue
+        if one.key == key and key == "trainer.logger" and path.islower() and "." not in path:
+            near = [f"lora_lightning.{name}" for name in lora_lightning.__all__ if name.lower().startswith(path)]
+            return f"{one.place}{key}: expected a class_path, true or false, got '{path}'{_meant(near)}"
+        if path.endswith(".from_pretrained"):
+            how = "write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
+            return f"{one.place}{key}: {how}"
+        if (wrong := wrong_path(path)) is not None:
+            model = MODEL if key == "model.backbone" and "is no path to a class" in wrong else ""
+            return f"{one.place}{key}: {wrong}{model}"
+    return None
+
+
+def _wrong_argument(said: Sequence[Said], keys: Sequence[str]) -> str | None:
+    """The first argument that its class does not take, or key beside `class_path` and `init_args`."""
+    for one in said:
+        holder = _holder(one.key, keys)
+        if f"{one.key}.help" in keys:
+            odd = [name for name in one.inside if name not in OWN_KEYS]
+            if odd:
+                meant = did_you_mean(odd[0], OWN_KEYS) or ": a class is given by class_path, its arguments by init_args"
+                return f"{one.place}unknown key {one.key}.{odd[0]}{meant}"
+            if one.inside and "class_path" not in one.inside and not _class_of(one.key, said):
+                return f"{one.place}{one.key}: expected a class_path beside its init_args"
+        if holder is None or f"{holder}.help" not in keys:
+            continue
+        name = one.key.removeprefix(f"{holder}.").removeprefix("init_args.")
+        if "." in name or name in (*OWN_KEYS, "help"):
+            continue
+        paths = [path for path in (_class_of(holder, said, one.place),) if path]
+        taken = _taken(paths[0]) if paths else None
+        if taken and name not in taken:
+            hint = did_you_mean(name, taken) or f" (it takes {some(taken, 20)})"
+            return f"{one.place}{paths[0]} takes no '{name}'{hint}"
+    return None
+
+
+def _class_of(key: str, said: Sequence[Said], place: str = "") -> str | None:
+    """The class path of an option; in a list of several the one that stands last before a place of the same file."""
+    found = [one for one in said if one.key in (f"{key}.class_path", key) and one.value]
+    file, _, line = place.removesuffix(": ").partition(", line ")
+    above = [one for one in found if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
+    best = max(above, key=_line) if above else found[0] if found else None
+    return None if best is None else best.value
+
+
+def _line(one: Said) -> int:
+    return int(one.place.rpartition(" ")[0].rpartition(" ")[2].rstrip(":") or 0) if one.place else 0
+
+
+def _taken(path: str) -> list[str]:
+    """Names of a class's arguments; those that go on to a base class as `**kwargs` are of that class."""
+    full = short_names().get(path, path)
+    module, _, name = full.rpartition(".")
+    made_by = getattr(importlib.import_module(module), name, None) if module and wrong_path(full) is None else None
+    taken: list[str] = []
+    for one in inspect.getmro(made_by)[:-1] if inspect.isclass(made_by) else [made_by] if made_by else []:
+        parameters = inspect.signature(one).parameters.values()
+        taken += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return list(dict.fromkeys(taken))
+
+
+def short_names() -> dict[str, str]:
+    """Lightning's callbacks and loggers, torch's optimizers and so on: a config may name them without their modules."""
+    found = {}
+    for part in BY_NAME:
+        names = getattr(importlib.import_module(part), "__all__", [])
+        found.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
+    return found
+
+
+def wrong_path(path: str) -> str | None:
+    """Why `path` names nothing, with near misses; None where it names something.
+
+    Modules on the way are imported: they are what the command would import next.
+    """
+    parts = path.split(".")
+    if len(parts) == 1:
+        known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
+        near = [known[name] for name in near_misses(path, known, 2)]
+        return None if path in known else f"'{path}' is no path to a class, such as module.Class{_meant(near)}"
+    held: Any = None
+    for count, name in enumerate(parts):
+        before = ".".join(parts[:count])
+        if held is not None and hasattr(held, name):
+            held = getattr(held, name)
+            continue
+        whole = f"{before}.{name}" if before else name
+        if held is None or isinstance(held, ModuleType):
+            try:
+                held = importlib.import_module(whole)
+                continue
+            except ModuleNotFoundError as error:
+                if error.name != whole:
+                    return f"'{whole}' cannot be imported: {error}"
+            except Exception as error:  # whatever a file of the user's own raises
+                return f"'{whole}' cannot be imported: {type(error).__name__}: {error}"
+        return _nothing_there(whole, before, name, held)
+    return None
+
+
+def _nothing_there(whole: str, before: str, name: str, held: Any) -> str:
+    if held is None:
+        beside = [file.stem for file in Path.cwd().glob("*.py")]
+        installed = {"lora_lightning", *importlib.metadata.packages_distributions()}
+        near = near_misses(name, beside, 1) or near_misses(name, installed, 1)
+        hint = _meant(near) or f": a file {name}.py of your own is looked for in the folder where the command runs"
+        return f"there is no module '{name}'{hint}"
+    inner = [module.name for module in pkgutil.iter_modules(getattr(held, "__path__", []))]
+    public = [n for n in dir(held) if not n.startswith("_") and callable(getattr(held, n, None))]
+    return f"there is no '{whole}'{_meant([f'{before}.{n}' for n in near_misses(name, [*inner, *public])])}"
+
+
+def _meant(names: Sequence[str]) -> str:
+    return "; did you mean " + " or ".join(f"'{name}'" for name in names) + "?" if names else ""
+
+
+# ---- values
+
+
+def _unfit(text: str, said: Sequence[Said]) -> str:
+    """A value of another type than its key takes; where the types have no plain words, the parser's own."""
+    found = list(KEY.finditer(text))
+    if not found:
+        return text
+    key, tail = found[-1][1], AROUND.sub("", text[found[-1].end() :])  # the innermost parser's, less the outer ones'
+    got = VALUE.search(tail)
+    value = got[1].strip("'\" ") if got else None
+    places = [one for one in said if f".{one.key}".endswith(f".{key}")]
+    whole = next((one for one in places if value in (None, one.value)), places[0] if places else None)
+    start = f"{whole.place}{whole.key}: " if whole else f"{key}: "
+    types = " ".join(part for pair in EXPECTED.findall(tail) for part in pair)
+    choices = list(dict.fromkeys(re.findall(r"'([^' ]+)'", re.sub(r"<class '[\w.]+'>", "", types))))
+    if start.endswith("precision: "):
         choices = [choice for choice in choices if choice in PRECISIONS]
-    wanted = (TYPES.get(name.lower(), f"a {name} (its class_path and init_args)") for name in classes)
-    expected = " or ".join(filter(None, [", ".join(choices), *wanted]))
-    if not expected and "Callable" in types:
-        expected = "a class_path and its init_args"
-    short = given if len(given) < 60 else f"{given[:60]}..."
-    said = f"{_placed(key, args)}expected {expected or 'another value'}, got '{short}'"
-    return said + (did_you_mean(given, choices) or meant_class(given, kinds))
+    names = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>", types))
+    plain = [TYPES[name] for name in names if name in TYPES and not choices]
+    if value is None or value.startswith(("{", "[")) or not (plain or choices):
+        short = tail.split(" - ")[-1].strip()
+        return f"{start}{short if len(short) < 240 else short[:240] + ' ...'}"
+    expected = ", ".join(choices) or " or ".join(plain)
+    return f"{start}expected {expected}, got '{'null' if value == 'None' else value}'{did_you_mean(value, choices)}"
 
 
-def _placed(key: str, args: Sequence[str]) -> str:
-    """The key, behind the file and line that say it, in front of what is wrong with it."""
-    place = place_of(key, args)
-    return f"{f'{place}: ' if place else ''}{key}: "
+# ---- what jsonargparse takes, and fails on only where it makes the classes, or not at all
 
 
-PRECISIONS = ("auto", "float32", "bf16-base", "nf4-base", "bf16-mixed", "16-mixed", "64-true")
-"""Those that can train an adapter: Lightning's others round it too, or need a package that is not for adapters."""
+def refuse_config(config: Any, words: Sequence[str]) -> None:
+    """Groups of keys, the run's name and the strategy.
 
-
-def _no_function(key: str, path: str, kind: str) -> str:
-    return (
-        f"{key}: '{path}' is no subclass of {kind} and no function that says with '-> {kind}' that it returns one: name"
-        f" a class, or annotate the function"
-    )
+    Raises:
+        LoRAError: trainer, model or model.lora is no map; the run would not lie in `runs_dir`; a strategy's path leads
+            nowhere.
+    """
+    for key in ("trainer", "model", "model.lora"):
+        value = config.get(key)
+        if value is None or isinstance(value, str | list | int | float):
+            place = next((one.place for one in given(words) if one.key == key), "")
+            got = "null: leave it out for its defaults" if value is None else repr(value)
+            raise LoRAError(f"{place}{key}: expected keys with values such as {{r: 8}}, got {got}")
+    name = str(config.get("name", "lora"))
+    if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise LoRAError(f"name: expected that of a folder within runs_dir, got '{name}': --runs_dir says where runs go")
+    strategy = config.get("trainer.strategy")
+    if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
+        raise LoRAError(f"trainer.strategy: {wrong}")

@@ -13,8 +13,7 @@ from pathlib import Path
 from types import CodeType
 
 from lora_lightning.cli.config_files import named
-from lora_lightning.cli.known_errors import meaning
-from lora_lightning.lora.errors import LoRAError, MissingPackageError
+from lora_lightning.lora.errors import LoRAError, MissingPackageError, did_you_mean
 
 DONE, FAILED, MISTAKE, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
 CODES = {
@@ -34,6 +33,63 @@ DEBUG = "LORA_LIGHTNING_DEBUG"
 
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
 """A disk that is full, or a folder that cannot be written or is none: a user's to mend, and no fault of the code."""
+
+KNOWN = (
+    (
+        r"out of memory|OutOfMemory",
+        "the device's memory is full: lower the data's batch_size (and raise trainer.accumulate_grad_batches by as"
+        " much), or set model.activation_checkpointing, or precision bf16-base",
+    ),
+    (
+        r"No supported gpu backend found",
+        "--trainer.accelerator gpu, and torch sees no GPU here: leave it at auto, or see lora-lightning doctor",
+    ),
+    (r"`(\w+)Accelerator` can not run on your system", "torch sees no {1} here: leave --trainer.accelerator at auto"),
+    (
+        r"requested gpu: (\[.*?\]).*machine only has: (\[.*?\])",
+        "--trainer.devices asks for the GPUs {1}, and there are {2}: give as many as there are",
+    ),
+    (
+        r"`devices` selected with `CPUAccelerator`|value is not a valid input using \w+ accelerator",
+        "--trainer.devices must be a whole number above 0, a list of devices such as [0, 1], -1 or auto; on a CPU a"
+        " whole number or auto",
+    ),
+    (r"Requirement '([\w.-]+)[^']*' not met\. HINT: Try running `(pip install [^`]*)`", "{1} is not installed: {2}"),
+    (
+        r"Target (-?\d+) is out of bounds",
+        "a batch has the label {1}, for which the model has no output: number the data's labels from 0, or raise"
+        " num_classes and the head's outputs",
+    ),
+    (
+        r"device-side assert triggered",
+        "a number was out of its range on the GPU, most often a label beyond num_classes or a token beyond the"
+        " vocabulary: the same command with --trainer.accelerator cpu says which",
+    ),
+    (
+        r"EADDRINUSE|address already in use",
+        "the port of an earlier or another run is still taken: set MASTER_PORT to another one, or leave it unset",
+    ),
+    (
+        r"argument after \*\* must be a mapping, not NoneType",
+        "a section that holds keys, such as data.split, is set to null: leave it out for its defaults, or give it keys",
+    ),
+    (
+        r"^(Invalid (?:learning rate|beta parameter|\w+_decay|eps|momentum).*)",
+        "the optimizer says: {1}; see model.optimizer.init_args",
+    ),
+)
+"""What Lightning and torch say of mistakes that a user can mend, and what to do."""
+
+
+def meaning(text: str) -> str | None:
+    """What an exception's message, on one line, means for the user; None where it is none of these."""
+    if found := re.search(r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)", text):
+        names = sorted(["gpu", *found[2].split(", ")])
+        return f"no accelerator '{found[1]}'{did_you_mean(found[1], names)} (there are {', '.join(names)})"
+    for pattern, said in KNOWN:
+        if found := re.search(pattern, text, re.IGNORECASE):
+            return said.format(found[0], *found.groups())
+    return None
 
 
 def ended(error: BaseException, args: Sequence[str] = ()) -> int:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
 from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_by_flag, with_run_config
-from lora_lightning.cli.config_refusals import refuse_no_class, refuse_no_keys, refuse_no_name
+from lora_lightning.cli.diagnostics import refuse_config
 from lora_lightning.cli.exit_codes import raised_by_the_user
 from lora_lightning.cli.parser import CommandLine, OneLine
 from lora_lightning.cli.registry import FROM_CHECKPOINT
@@ -30,8 +30,9 @@ from lora_lightning.training.callbacks.progress_bar import Progress
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
-from lora_lightning.training.checkpoints.resume import KEY, Resume, next_logged
+from lora_lightning.training.checkpoints.resume import Resume, next_logged
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.preflight import (
     refuse_other_count,
@@ -191,11 +192,8 @@ class LoRACLI(LightningCLI):
         if name is None:
             return
         config = self.config[name]
-        refuse_no_keys(config, full)
-        refuse_no_name(str(config.get("name", "lora")))
-        strategy = config.get("trainer.strategy")
-        refuse_no_class(strategy)
-        refuse_unsupported_name(getattr(strategy, "class_path", None))
+        refuse_config(config, full)
+        refuse_unsupported_name(getattr(config.get("trainer.strategy"), "class_path", None))
         if name != "export" and config.get("data") is None:
             raise LoRAError(f"{name} needs a data section in its config: data: {{class_path: ..., init_args: ...}}")
         if words and self.until != "module":
@@ -328,7 +326,7 @@ def resume_loggers(loggers: Any, checkpoint: str) -> None:
     if not loggers or "://" in checkpoint or not run.is_newest_state(Path(checkpoint)):
         return
     content = run.load_checkpoint(checkpoint)
-    if KEY in content:
+    if RESUME_KEY in content:
         stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         given = loggers if isinstance(loggers, list) else [loggers]
-        go_on_with(given, content[KEY].get("loggers", []), next_logged(content[KEY], stepped))
+        go_on_with(given, content[RESUME_KEY].get("loggers", []), next_logged(content[RESUME_KEY], stepped))

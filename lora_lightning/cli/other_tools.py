@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 
 HERE: Mapping[str, str] = {
     "model.lora.r": "lora_r lora_rank rank",
@@ -91,13 +90,6 @@ NOT_NEEDED: Mapping[str, str] = {
 """Why there is nothing to say, and what says it there."""
 
 
-def _by_name(table: Mapping[str, str]) -> dict[str, str]:
-    return {name: said for said, names in table.items() for name in names.split()}
-
-
-_HERE, _NOT_NEEDED = _by_name(HERE), _by_name(NOT_NEEDED)
-
-
 def instead_of(name: str, keys: Iterable[str], dashes: str) -> str | None:
     """What to do in place of another tool's name; None where it is none, or of another command than the one asked.
 
@@ -107,16 +99,10 @@ def instead_of(name: str, keys: Iterable[str], dashes: str) -> str | None:
         dashes: of a flag, or none for a key of a file.
     """
     groups = {key.partition(".")[0] for key in keys}
-    if name in _NOT_NEEDED and "model" in groups:
-        return f": leave it out, {_NOT_NEEDED[name]}"
-    if name in _HERE and _HERE[name].partition(" ")[0].partition(".")[0].rstrip(",") in groups:
-        return f": here it is {dashes}{_HERE[name]}"
-    return None
-
-
-def misspelt(name: str, keys: Iterable[str], dashes: str) -> str | None:
-    """The same for a name that is nearly one of theirs, such as `rnak`; None where none is near."""
-    for close in get_close_matches(name, [*_HERE, *_NOT_NEEDED], 1, 0.75):
-        if (said := instead_of(close, keys, dashes)) is not None:
-            return f"; did you mean '{close}'? {said.removeprefix(': ')}"
+    for reason, names in NOT_NEEDED.items():
+        if name in names.split() and "model" in groups:
+            return f": leave it out, {reason}"
+    for here, names in HERE.items():
+        if name in names.split() and here.partition(" ")[0].partition(".")[0].rstrip(",") in groups:
+            return f": here it is {dashes}{here}"
     return None

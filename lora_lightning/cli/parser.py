@@ -14,8 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from lora_lightning.cli.diagnostics import told
-from lora_lightning.cli.help_all import whole
-from lora_lightning.cli.help_screens import ShowHelp
+from lora_lightning.cli.help import ShowHelp, whole
 from lora_lightning.cli.registry import COMMANDS, ENTRIES, Command
 
 
@@ -69,7 +68,11 @@ class OneLine(ArgumentParser):
     def options_of(self, command: str) -> list[str]:
         """The flags of a subcommand, or of the parser itself where there is none of the name."""
         inner = {getattr(parser, "subcommand", None): parser for parser in self.line.parsers}
-        return [option for action in inner.get(command, self)._actions for option in action.option_strings]
+        return [option for action in inner.get(command, self).options() for option in action.option_strings]
+
+    def options(self) -> list[argparse.Action]:
+        """What has been added, also by classes and functions: argparse has no public way to ask for it."""
+        return list(self._actions)
 
 
 def command_parser(name: str) -> OneLine:
@@ -90,7 +93,7 @@ def command_parser(name: str) -> OneLine:
     if isinstance(parser, PassingOn):
         parser.passed_as = str(entry.rest)
         parser.lists = frozenset(f"--{key}" for key, one in parameters.items() if "list[str] | None" in one.annotation)
-    parser.needed = [action.dest for action in parser._actions if action.required]
+    parser.needed = [action.dest for action in parser.options() if action.required]
     return parser
 
 
@@ -114,13 +117,14 @@ class PassingOn(OneLine):
 
     def _divided(self, words: list[str]) -> tuple[list[str], list[str]]:
         own: dict[str, list[str]] = {}
+        flags = self.options_of("")
         others: list[str] = []
         current = None
         for word in words:
             option, equals, value = word.partition("=")
             if not word.startswith("-"):
                 (others if current is None else own[current]).append(word)
-            elif option not in self._option_string_actions:
+            elif option not in flags:
                 current = None
                 others.append(word)
             else:

@@ -17,11 +17,11 @@ from lora_lightning.backbones.key_mapping import groups_of, name_of
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.export.merge_output import REPORT, refuse_target, write_report
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
-from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
+from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype, short
-from lora_lightning.lora.kept import rounding_told
+from lora_lightning.lora.merge_checks import rounding_warning
 from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
 
@@ -64,14 +64,14 @@ def merge_on_disk(
     merge, written = _planned(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
     try:
         # headers, tokenizer and config beside the tensors
-        with staged(target, merge.size + merge.size // 100 + 2**24) as folder:
+        with stage_folder(target, merge.size + merge.size // 100 + 2**24) as folder:
             with _progress(merge.size) as advance:
                 report = merge.write(folder, advance)
             _write_side_files(base, folder, merge, report, written)
             write_report(folder, report)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
-    if told := rounding_told(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
+    if told := rounding_warning(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
         warnings.warn(told, AdapterWarning, stacklevel=2)
     return report
 

@@ -80,7 +80,7 @@ def test_all_is_everything(monkeypatch, capsys):
 @pytest.mark.parametrize("name", list(COMMANDS))
 def test_each_option_of_a_small_command_is_told_of_with_its_default(name, monkeypatch, capsys):
     page = " ".join(shown(monkeypatch, capsys, name, "--help").split())
-    for action in command_parser(name)._actions:
+    for action in command_parser(name).options():
         assert action.help, f"{name} {action.dest} has no docstring"
         assert (action.option_strings or [action.dest.upper().removesuffix("S")])[-1] in page
 

@@ -10,7 +10,7 @@ import pytest
 
 from lora_lightning import __main__ as entry
 from lora_lightning.cli.exit_codes import CODES, DEBUG, told
-from lora_lightning.cli.front_page import front_page
+from lora_lightning.cli.help import front_page
 from lora_lightning.lora.errors import LoRAError
 from tests.command.process import REPOSITORY, command
 

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.formats import atomic_dir as staging
-from lora_lightning.lora.formats.atomic_dir import human_size, staged
+from lora_lightning.lora.formats.atomic_dir import human_size, stage_folder
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def fill(target, text, needed=1, error=None):
-    with staged(target, needed) as folder:
+    with stage_folder(target, needed) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file.txt").write_text(text)
         if error is not None:
@@ -74,7 +74,7 @@ if when == "between the moves":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, to)
     Path.replace = replace
-with staging.staged(target, 1) as folder:
+with staging.stage_folder(target, 1) as folder:
     (folder / "half").write_text("two")
     if when == "while writing":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -142,7 +142,7 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path):
-    with pytest.raises(LoRAError, match=r"out' cannot be written \(no\): nothing was; name a folder"):
+    with pytest.raises(LoRAError, match=r"out' cannot be written \(Permission denied\): nothing was; name a folder"):
         fill(tmp_path / "out", "one", error=PermissionError(errno.EACCES, "no"))
     assert list(tmp_path.iterdir()) == []
 

@@ -135,7 +135,7 @@ def file_header(entries: Mapping[str, Stored], metadata: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def in_file_order(entries: Mapping[str, Stored]) -> dict[str, Stored]:
+def sort_entries(entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """Wide dtypes first, so that every tensor lies at a multiple of its own width; else the order that they have."""
     return dict(sorted(entries.items(), key=lambda item: -item[1].width))
 
@@ -147,7 +147,7 @@ def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
         tensor = tensors[key]
         size = tensor.numel() * tensor.element_size()
         entries[key] = Stored(dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), size=size)
-    return in_file_order(entries)
+    return sort_entries(entries)
 
 
 def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:

@@ -16,7 +16,7 @@ from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_con
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.merge import fold_bias, merged_weights
-from lora_lightning.lora.merge_refusals import refuse, refuse_codes
+from lora_lightning.lora.merge_checks import refuse, refuse_codes
 from lora_lightning.lora.meta.inject import present, start_from_present
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError, LoRAError, some
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format
-from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, in_file_order, write_file
+from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, sort_entries, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.meta.changes import Changes, part_as_merged
 from lora_lightning.lora.meta.checkpoint import Checkpoint
@@ -123,7 +123,7 @@ class StreamedMerge:
         files = {file: {key: self._header(key, state) for key in keys} for file, keys in self.checkpoint.files.items()}
         last = list(files)[-1]
         files[last] |= {name: self._sized(state[name].dtype, tuple(state[name].shape)) for name in self.new}
-        self.files = {file: in_file_order(entries) for file, entries in files.items()}
+        self.files = {file: sort_entries(entries) for file, entries in files.items()}
         groups = {id(g): g for g in self.base.of_name.values()}.values()
         wanted = [name for group in groups if self._is_changed(group) for name in group.names] + self.new
         makers = [self.changed[name] for name in wanted if name in self.changed]

@@ -1,0 +1,359 @@
+"""What a person reads: the first screen, `COMMAND --help`, and all that is told of one group or of everything.
+
+Nothing heavy is imported here: the first screen and a mistyped command are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import sys
+import textwrap
+from argparse import SUPPRESS, Action
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lora_lightning.cli.exit_codes import CODES
+from lora_lightning.cli.registry import ENTRIES, FROM_CHECKPOINT
+from lora_lightning.cli.registry import GROUPS as COMMAND_GROUPS
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+
+ELSEWHERE = {
+    **dict.fromkeys(("train", "finetune", "sft", "tune"), "fit"),
+    **dict.fromkeys(("eval", "evaluate"), "test"),
+    **dict.fromkeys(("generate", "infer", "inference"), "predict"),
+}
+"""What other tools call a command."""
+
+GONE = {"completion": "bash completes commands and files by one line of ~/.bashrc, which docs/command.md has"}
+"""Commands of earlier versions, and what to take."""
+
+EXAMPLES = """\
+examples
+  lora-lightning fit -c configs/demo.yaml --model.lora.r 16 --name wider
+  lora-lightning test --ckpt_path runs/wider
+  lora-lightning export --ckpt_path runs/wider --formats adapter"""
+
+OPTIONS = """\
+options
+  -h, --help    this screen; lora-lightning COMMAND --help tells of a command
+  --version     of this package
+  --debug       with any command: show the traceback of what goes wrong (LORA_LIGHTNING_DEBUG=1 does the same)"""
+
+
+def front_page() -> str:
+    """Every command with a line, examples, and what the exit codes mean."""
+    parts = [
+        "usage: lora-lightning COMMAND [options]",
+        "LoRA fine-tuning on PyTorch Lightning: a YAML file describes a run.",
+    ]
+    for title, commands in COMMAND_GROUPS.items():
+        parts.append("\n".join([title, *(f"  {name:<12}{command.line}" for name, command in commands.items())]))
+    codes = [f"  {code:<5}{meaning}" for code, meaning in CODES.items()]
+    return "\n\n".join([*parts, EXAMPLES, OPTIONS, "\n".join(["exit codes", *codes])])
+
+
+def answered(args: list[str]) -> bool:
+    """Whether the arguments ask for no command, and have been answered here.
+
+    Raises:
+        LoRAError: the first word is no command.
+        SystemExit: with 2 where there are no arguments at all.
+    """
+    if not args:
+        print(front_page(), file=sys.stderr)
+        sys.exit(2)
+    first = args[0]
+    if first in ("-h", "--help", "help") and not args[1:]:
+        print(front_page())
+        return True
+    if first in ("--version", "-V"):
+        print(f"lora_lightning {version('lora_lightning')}")
+        return True
+    refuse_no_command(args)
+    return False
+
+
+def refuse_no_command(args: list[str]) -> None:
+    """As `answered` raises."""
+    first = args[0]
+    if first in ENTRIES:
+        return
+    if first in GONE:
+        raise LoRAError(f"'{first}' is no command any more: {GONE[first]}")
+    named = next((arg for arg in args if arg in ENTRIES), None)
+    if Path(first).suffix in (".yaml", ".yml"):
+        raise LoRAError(f"a command comes first: lora-lightning {named or 'fit'} -c {first}")
+    if first.startswith("-"):
+        rest = " ".join(arg for arg in args if arg != named)
+        raise LoRAError(f"a command comes first: lora-lightning {named or 'fit'} {rest}")
+    meant = f": here it is '{ELSEWHERE[first]}'" if first in ELSEWHERE else did_you_mean(first, ENTRIES)
+    raise LoRAError(f"no command '{first}'{meant} (there are {', '.join(ENTRIES)})")
+
+
+def reordered(args: list[str]) -> list[str]:
+    """`help fit` and `--help fit` as `fit --help`."""
+    if args[1:] and args[0] in ("-h", "--help", "help"):
+        return [args[1], "--help", *args[2:]]
+    return args
+
+
+# ---- a command's own screen
+
+TRAINER = {
+    "max_epochs": "epochs to train",
+    "max_steps": "optimizer steps to train; -1: the epochs' own",
+    "max_time": "stop after this time, as DD:HH:MM:SS",
+    "accelerator": "cpu, gpu, mps, tpu, ... or auto",
+    "devices": "how many, [their numbers], -1 for all, or auto",
+    "num_nodes": "machines",
+    "strategy": "auto, ddp, fsdp2; configs/strategy/ has overlays",
+    "precision": "float32, bf16-base, nf4-base, bf16-mixed, auto, ...",
+    "accumulate_grad_batches": "batches to a step",
+    "gradient_clip_val": "largest norm of the gradients",
+    "val_check_interval": "epoch's share or batches between validations",
+    "check_val_every_n_epoch": "epochs between them",
+    "limit_train_batches": "share or number of batches to train on",
+    "log_every_n_steps": "steps between two lines of metrics.csv",
+    "fast_dev_run": "one batch of each set, leaving no run",
+    "callbacks": "list of {class_path, init_args}",
+    "logger": "list of classes beside metrics.csv; false: none",
+    "enable_progress_bar": "the bar on the screen",
+}
+"""Of the Trainer's options those that most runs set, each in a line."""
+
+TO_TRAIN = (
+    *("max_epochs", "max_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val", "val_check_interval"),
+    *("check_val_every_n_epoch", "limit_train_batches", "log_every_n_steps"),
+)
+"""Those of them that say nothing where nothing trains."""
+
+RUN = {
+    "config": "a YAML file; of several a later one wins",
+    "print_config": "print the whole config as a file, and end",
+    "seed_everything": "seed of everything that is drawn",
+    "ckpt_path": "where to go on or what to use: last, best, a run folder, a .ckpt file",
+    "weights_only": "false: a checkpoint may hold objects too",
+    "verbose": "print the metrics",
+    "return_predictions": "keep predictions in memory too",
+}
+"""What Lightning tells at length."""
+
+COLUMN = 31
+"""Where what is told of an option begins, behind all but the longest."""
+FIT_PATH = "go on from auto (the newest), last, best, a run or .ckpt"
+GROUPS = ("run", "model", "lora", "data", "trainer")
+
+
+class ShowHelp(argparse.Action):
+    """`--help`, `--help all` and `--help GROUP`."""
+
+    def __init__(self, option_strings: list[str], dest: str = SUPPRESS, **_: Any) -> None:
+        super().__init__(option_strings, SUPPRESS, nargs="?", default=SUPPRESS, metavar="all", help="this screen")
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        print(screen(parser, values))
+        parser.exit()
+
+
+def screen(parser: Any, word: str | None = None) -> str:
+    """What `--help` shows: the short screen, everything, or one group."""
+    everything = str(parser.format_help())
+    if word == "all" or not (word or has_groups(parser)):
+        return everything
+    if word is None:
+        return short(parser)
+    if word not in GROUPS or not has_groups(parser):
+        words = ["all", *(GROUPS if has_groups(parser) else ())]
+        return f"--help {word}: no such group{did_you_mean(word, words)} ({', '.join(words)})"
+    return "\n\n".join(part for part in everything.split("\n\n") if _group_of(_first_flag(part)) == word)
+
+
+def _first_flag(section: str) -> str:
+    found = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
+    return found[1] if found and "-->" not in section else "-"
+
+
+def _group_of(key: str) -> str:
+    if key.startswith("model.lora"):
+        return "lora"
+    first = key.partition(".")[0]
+    return first if first in GROUPS else "" if key == "-" else "run"
+
+
+# ---- the short screen
+
+
+TITLES = {
+    "run": "the run",
+    "model": "model: what is trained, and how",
+    "lora": "model.lora: what is adapted",
+    "data": "data: where the rows are",
+    "trainer": "trainer: Lightning's own",
+}
+
+
+def short(parser: Any) -> str:
+    """A line for each option that most runs set, in groups."""
+    command = parser.prog.rpartition(" ")[2]
+    lines = [usage(parser), "", *_head(command), ""]
+    actions = list(_actions(parser))
+    hidden = [action for action in actions if _hidden(action, command)]
+    for group, title in TITLES.items():
+        own = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
+        lines += [title, *(_row(action, command) for action in own)]
+        if group == "trainer" and hidden:
+            lines.append(f"  and {len(hidden)} more: lora-lightning {command} --help trainer")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _head(command: str) -> list[str]:
+    """What the command is for, and where the rest is told."""
+    example = "For example: fit -c configs/demo.yaml"
+    if command in FROM_CHECKPOINT:
+        example = f"For example: {command} --ckpt_path runs/demo"
+    line = ENTRIES[command].line if command in ENTRIES else ""
+    return [
+        f"{line[:1].upper()}{line[1:]}.",
+        example,
+        "",
+        f"  {command} --help all        every option with all that is told of it, or of a group:",
+        f"  {command} --help trainer    run, model, lora, data or trainer",
+        f"  {command} --data.help CLASS the arguments of a class; so do --model.task.help,",
+        "        --model.backbone.help, --model.optimizer.help, --trainer.callbacks.help ...",
+    ]
+
+
+def _actions(parser: Any) -> Iterator[Action]:
+    """Options that hold a value; those that jsonargparse adds to them are told of at the top."""
+    groups = {action.dest.rpartition(".")[0] for action in parser.options() if not action.dest.endswith(".help")}
+    for action in parser.options():
+        own = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
+        if own and action.help != SUPPRESS and action.dest not in ("help", SUPPRESS):
+            yield action
+
+
+def _hidden(action: Action, command: str) -> bool:
+    """Whether it is left to `--help trainer`: most runs leave it alone, or the command does not train."""
+    group, _, name = action.dest.partition(".")
+    return group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN))
+
+
+def _row(action: Action, command: str) -> str:
+    name = action.dest.removeprefix("trainer.")
+    told = TRAINER[name] if action.dest.startswith("trainer.") else RUN.get(name) or sentence(action.help or "")
+    if name == "ckpt_path" and command == "fit":
+        told = FIT_PATH
+    if action.dest in ("data", "model.task"):
+        told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
+    flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
+    end = _default(action)
+    few: dict[str, Any] = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
+    return textwrap.fill(
+        told + end,
+        _width(),
+        initial_indent=f"  {flags:<{COLUMN - 3}} ",
+        subsequent_indent=" " * COLUMN,
+        break_on_hyphens=False,
+        break_long_words=False,
+        **few,
+    )
+
+
+def _width() -> int:
+    return min(max(shutil.get_terminal_size().columns, 72), 120)
+
+
+def sentence(text: str) -> str:
+    """The first of a docstring, without the markup."""
+    text = re.sub(r" \([^()]*arXiv[^()]*\)", "", " ".join(text.split()))
+    first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0]
+    return first.replace("``", "").replace("`", "")
+
+
+def _default(action: Action) -> str:
+    value = action.default
+    if isinstance(value, dict) and "class_path" in value:
+        value = str(value["class_path"]).rpartition(".")[2]
+    if value in (None, SUPPRESS, "", [], {}) or not isinstance(value, str | int | float | list):
+        return ""
+    return f" ({str(value).lower() if isinstance(value, bool) else value})"
+
+
+def classes_of(key: str) -> list[str]:
+    """Our own for `data` or `model.task`, by name, but for what users subclass."""
+    import lora_lightning
+
+    where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
+    return sorted(
+        name
+        for name, module in lora_lightning._WHERE.items()
+        if module.startswith(where) and name.endswith(ending) and name not in ("TableData", "Task", "StepOutput")
+    )
+
+
+# ---- everything: jsonargparse's own screen, in another order and rid of what no one reads
+
+KNOWN = re.compile(r",\s+known\s+subclasses:([^()]*)(?=\)\n)")
+
+
+def has_groups(parser: Any) -> bool:
+    """Whether it is of a command over a whole config."""
+    return any(action.dest == "model.lora.r" for action in parser.options())
+
+
+def usage(parser: Any) -> str:
+    """Without the hundred flags."""
+    prog = parser.prog.replace(" [options]", "").replace("__main__.py", "lora-lightning")
+    name = prog.rpartition(" ")[2]
+    if has_groups(parser):
+        wants = "--ckpt_path RUN [-c CONFIG ...]" if name in FROM_CHECKPOINT else "-c CONFIG [-c CONFIG ...]"
+        return f"usage: {prog} {wants} [options]"
+    wanted = []
+    for action in parser.options():
+        if not action.option_strings:
+            one = action.dest.upper().removesuffix("S")
+            wanted.append(f"{one} [{one} ...]" if action.nargs == "+" else action.dest.upper())
+        elif action.dest in parser.needed:
+            wanted.append(f"{action.option_strings[-1]} {action.dest.upper()}")
+    return " ".join([f"usage: {prog}", *wanted, "[options]"])
+
+
+def whole(parser: Any, text: str) -> str:
+    """jsonargparse's own screen, the command's options first, without the names of every nn.Module that is loaded."""
+    _, _, rest = text.partition("\n\n")
+    sections = _own_first(rest) if has_groups(parser) else _of_a_function(rest, str(parser.description))
+    return f"{usage(parser)}\n\n{KNOWN.sub(_shorter, sections)}"
+
+
+def _of_a_function(sections: str, description: str) -> str:
+    """jsonargparse gives a function's options the function's own line as their title; `--help` goes last."""
+    described, *parts = sections.rstrip().split("\n\n")
+    last = [part.partition("\n")[2] for part in parts if part.startswith("options:\n")]
+    kept = [part for part in parts if not part.startswith("options:\n")]
+    kept = [re.sub(rf"^{re.escape(description.rstrip('.'))}[.:]*\n", "options:\n", part) for part in kept]
+    return "\n\n".join([described, *kept]) + "\n" + "\n".join(last) + "\n"
+
+
+def _shorter(listed: re.Match[str]) -> str:
+    """A list of known subclasses that a person can take in, without the parts that ours are made of; or nothing."""
+    names = re.sub(r"\s+", "", listed[1]).split(",")
+    public = [name for name in names if not re.match(r"lora_lightning(\.\w+){2,}$|accelerate\.|transformers\.", name)]
+    if len(public) > 30:
+        return ""
+    filled = textwrap.fill(", ".join(public), 54, break_long_words=False)
+    return ", known subclasses:\n" + textwrap.indent(filled, " " * 24)
+
+
+def _own_first(sections: str) -> str:
+    """A command's own options in front of those that it shares with all others, which fill ten screens."""
+    parts = sections.split("\n\n")
+    starts = [part.partition("\n")[0] for part in parts]
+    if "Linked arguments:" in starts[:-1] and "options:" in starts:
+        _, _, own = parts.pop().partition("\n")
+        parts.insert(starts.index("options:"), f"options of this command:\n{own.rstrip()}")
+    return "\n\n".join(parts).rstrip() + "\n"
