@@ -14,13 +14,12 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
-from lora_lightning.backbones.hub import refuse_not_there
-from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.meta.bare import builds_bare
+from lora_lightning.lora.meta.build import builds_bare
 
 
 def huggingface(

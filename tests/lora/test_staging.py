@@ -4,12 +4,15 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections import namedtuple
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.formats import atomic_dir as staging
@@ -35,6 +38,24 @@ def test_a_folder_comes_whole_and_replaces_the_older(tmp_path):
         fill(tmp_path / "made" / "out", text)
         assert (tmp_path / "made" / "out" / "deep" / "file.txt").read_text() == text
     assert names(tmp_path / "made") == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_rights_that_the_umask_gives(umask, tmp_path):
+    """safetensors gives its files to their owner alone, whom a model that others shall open does not help."""
+    before = os.umask(umask)
+    try:
+        with stage_folder(tmp_path / "out", 0) as folder:
+            (folder / "inner").mkdir()
+            for file in (folder / "model.safetensors", folder / "inner" / "adapter_model.safetensors"):
+                save_file({"weight": torch.ones(2)}, file)
+                file.chmod(0o600)
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) == 3
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)], ids=repr)

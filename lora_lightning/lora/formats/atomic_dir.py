@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -136,9 +137,17 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold every file before the folder gets its name."""
+    """Have the disk hold every file, with the rights that the umask gives, before the folder gets its name.
+
+    safetensors gives its files to their owner alone.
+    """
+    sample = folder / ".rights"
+    sample.touch()
+    rights = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(rights)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
 

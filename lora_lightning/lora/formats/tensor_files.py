@@ -117,9 +117,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header, metadata = read_header(path)
     if strange := next((key for key, at in header.items() if at.dtype not in DTYPES), None):
         raise AdapterError(f"{path} holds '{strange}' as {header[strange].dtype}, a dtype that torch cannot read")
+    first = min((at.start for at in header.values()), default=0)
+    # In one piece of memory, which goes back to the system as one: many small ones would stay with the process.
+    data = read_bytes(path, next(iter(header), ""), first, sum(at.size for at in header.values()))
     tensors = {}
     for key, at in header.items():
-        tensors[key] = read_bytes(path, key, at.start, at.size).view(DTYPES[at.dtype]).reshape(at.shape)
+        own = data[at.start - first : at.start - first + at.size]
+        own = own if own.storage_offset() % at.width == 0 else own.clone()
+        tensors[key] = own.view(DTYPES[at.dtype]).reshape(at.shape)
     return tensors, metadata
 
 
