@@ -20,7 +20,7 @@ from lora_lightning.lora.errors import AdapterWarning, LoRAError, some
 from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.dtype import DType, checked_dtype, short
+from lora_lightning.lora.frozen.dtype import DType, parse_dtype, short
 from lora_lightning.lora.merge_checks import rounding_warning
 from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
@@ -62,7 +62,7 @@ def merge_on_disk(
         LoRAError: the base cannot be read or is quantised; something is in the way; the disk is too small.
     """
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
-    to_dtype = checked_dtype(dtype)
+    to_dtype = parse_dtype(dtype)
     _refuse_target(target, {"base": base, "adapter": adapter})
     merge, written = _planned(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
     try:

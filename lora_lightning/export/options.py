@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.lora.frozen.dtype import DType, checked_dtype
+from lora_lightning.lora.frozen.dtype import DType, parse_dtype
 
 FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"
@@ -28,7 +28,7 @@ def checked_options(
     Raises:
         LoRAError: an option has a value that means nothing, or none beside the others.
     """
-    wanted, to_dtype = checked_formats(formats), checked_dtype(dtype)
+    wanted, to_dtype = checked_formats(formats), parse_dtype(dtype)
     if max_shard_size is not None and not _is_size(max_shard_size):
         raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
     if serving not in (None, "vllm"):

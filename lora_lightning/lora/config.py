@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
 from lora_lightning.lora.init.from_weight import FAST_PISSA
-from lora_lightning.lora.targets.fused_projections import SliceSpec, check_spec
+from lora_lightning.lora.targets.fused_projections import SliceSpec, refuse_spec
 
 ALL_LINEAR = "all-linear"
 INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")
@@ -145,7 +145,7 @@ class LoRAConfig:
             if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
                 raise ConfigError(f"dropout_pattern['{pattern}'] must be at least 0 and below 1, got {dropout!r}")
         for pattern, spec in self.slices.items():
-            check_spec(pattern, spec)
+            refuse_spec(pattern, spec)
 
     def _check_layers(self) -> None:
         layers = self.layers_to_transform

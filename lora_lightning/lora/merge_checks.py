@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.frozen.dtype import float_dtype, refuse_dtype, refuse_overflow, refuse_wide
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
-from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 
@@ -79,7 +79,7 @@ def refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
     plain_dtype = float_dtype(model)
     for name, module in model.named_modules():
         for own, trained, place in _trained_tensors(module):
-            refuse_overflow(f"'{joined(name, own)}'", trained, dtype or place.dtype)
+            refuse_overflow(f"'{full_name(name, own)}'", trained, dtype or place.dtype)
         if scheme(module) is not None and (dtype or plain_dtype) == torch.float16:
             refuse_overflow(f"'{name}', dequantised,", plain_weight(module), torch.float16)
     for path, layer in adapted_layers(model):

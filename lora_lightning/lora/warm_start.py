@@ -24,7 +24,7 @@ from lora_lightning.lora.formats.peft.load import AdapterFiles, load_tensors
 from lora_lightning.lora.formats.peft.resolve import resolve
 from lora_lightning.lora.formats.provenance import Record, refuse_other_base, warn_of_no_fingerprint
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
-from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
+from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.layers.trained.module_copy import COPY
@@ -109,7 +109,7 @@ def start_from_state(
 
 def _fill(model: nn.Module, tensors: Mapping[str, Tensor], left: dict[str, str]) -> WarmStart:
     load_tensors(model, tensors)
-    heads = tuple(f"{joined(name, COPY)}." for name in left)
+    heads = tuple(f"{full_name(name, COPY)}." for name in left)
     return WarmStart(tensors=sum(not key.startswith(heads) for key in tensors), own_start=left)
 
 
@@ -136,7 +136,7 @@ def _with_own_heads(
     """
     own, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
     for name, _ in grafted_modules(model, SavedCopy):
-        head = {keys[key]: tensor for key, tensor in own.items() if key.startswith(f"{joined(name, COPY)}.")}
+        head = {keys[key]: tensor for key, tensor in own.items() if key.startswith(f"{full_name(name, COPY)}.")}
         others = [(tensors[k].shape, t.shape) for k, t in head.items() if k in tensors and tensors[k].shape != t.shape]
         if not head.keys() & tensors.keys():
             left[name] = "the adapter brings none"

@@ -20,7 +20,7 @@ from torch import nn
 from lora_lightning.lora.errors import AdapterError, LoRAError
 from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers.class_swap import own_class
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
@@ -182,7 +182,7 @@ def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
         if not is_a(module, HF_MODEL) or path.startswith(inside):
             continue
         inside = (*inside, f"{path}." if path else "")
-        found |= {joined(path, key): own for key, own in _exceptions(module, dtype).items()}
+        found |= {full_name(path, key): own for key, own in _exceptions(module, dtype).items()}
     return found
 
 

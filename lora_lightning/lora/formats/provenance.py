@@ -17,7 +17,7 @@ from lora_lightning.lora.formats.peft.config import HARMLESS, shorten
 from lora_lightning.lora.formats.peft.layout import LayerLayout
 from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, of_tensors
 from lora_lightning.lora.frozen.tensors import base_tensors
-from lora_lightning.lora.targets.fused_projections import check_spec
+from lora_lightning.lora.targets.fused_projections import refuse_spec
 
 PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
 
@@ -131,7 +131,7 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
             raise ValueError("it was changed since it was saved")
         slices = dict(record.get("slices", {}))
         for name, spec in slices.items():
-            check_spec(name, spec)
+            refuse_spec(name, spec)
         return Record(
             base=Fingerprint.from_json(json.dumps(record["base"])),
             adapter=str(record["adapter"]),

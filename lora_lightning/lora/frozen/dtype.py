@@ -18,7 +18,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 """What a person asks for; `auto` leaves each tensor its own."""
 
 
-def checked_dtype(name: str) -> torch.dtype | None:
+def parse_dtype(name: str) -> torch.dtype | None:
     """The dtype of that name, None for `auto`.
 
     Raises:

@@ -87,8 +87,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     state = plain_state(model)
     grafted = [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
-    factors = {joined(name, own) for name, module in grafted for own in module.lora_tensors()}
-    copies = tuple(joined(name, "lora_copy.") for name, module in grafted if isinstance(module, SavedCopy))
+    factors = {full_name(name, own) for name, module in grafted for own in module.lora_tensors()}
+    copies = tuple(full_name(name, "lora_copy.") for name, module in grafted if isinstance(module, SavedCopy))
     if hidden := sorted(factors - state.keys()):
         raise AdapterError(f"'{hidden[0]}' is not in the model's state_dict: a wrapper inside renames its keys")
     return {key: tensor for key, tensor in state.items() if key in factors or key.startswith(copies)}
@@ -142,11 +142,11 @@ def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
         ours: tuple[str, ...] = ()
         if isinstance(module, Grafted):
             ours = module.lora_all_names
-            copies += (joined(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
+            copies += (full_name(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
         saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
         for own, tensor in (*module._parameters.items(), *saved.items()):
             if tensor is not None and own not in ours:
-                yield BaseTensor(joined(path, own), module, own, tensor)
+                yield BaseTensor(full_name(path, own), module, own, tensor)
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:
@@ -155,6 +155,6 @@ def _adapter_keys(model: nn.Module) -> set[str]:
     return {key for key, tensor in plain_state(model).items() if id(tensor) in ours}
 
 
-def joined(*parts: str) -> str:
+def full_name(*parts: str) -> str:
     """A name in a model from its parts, of which the model's own is empty."""
     return ".".join(part for part in parts if part)

@@ -48,10 +48,10 @@ def untie_config(model: nn.Module) -> None:
         for config in (module.config, module.config.get_text_config(decoder=True)):  # type: ignore[union-attr,operator]
             config.tie_word_embeddings = False  # type: ignore[union-attr]
         tied = module.get_expanded_tied_weights_keys(all_submodels=True)  # type: ignore[operator]
-        _part(module, {*tied, *tied.values()})
+        _untie(module, {*tied, *tied.values()})
 
 
-def _part(model: nn.Module, still_tied: set[str]) -> None:
+def _untie(model: nn.Module, still_tied: set[str]) -> None:
     """Give each place of a shared parameter its own copy, but for one, and for those that loading ties again."""
     names = {module: name for name, module in named_modules(model)}
     for group in shared_parameters(model).values():

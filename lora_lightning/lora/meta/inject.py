@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.resolve import Read
-from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
+from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.init.from_weight import is_from_weight
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
@@ -54,7 +54,7 @@ def place_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
 def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
     """The names in the model of the tensors of W0 that a layer at `path` adapts, by their names in their module."""
     owner = path if layer.lora_owner is layer else layer.lora_name(path).rpartition(".")[0]
-    return {own: joined(owner, own) for own in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
+    return {own: full_name(owner, own) for own in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
 
 
 @torch.no_grad()
@@ -121,11 +121,11 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
         follows = module.lora_magnitude_vector is not None or is_from_weight(module.lora_settings.init)
         names += adapted_names(path, module).values() if follows else []
     if isinstance(module, TrainedBias):
-        names.append(joined(path, "bias"))
+        names.append(full_name(path, "bias"))
     if isinstance(module, TokenRows):
-        names.append(joined(path, "weight"))
+        names.append(full_name(path, "weight"))
     if isinstance(module, SavedCopy):
-        names += [joined(path, own) for own in module.lora_copy.state_dict()]
+        names += [full_name(path, own) for own in module.lora_copy.state_dict()]
     return [name for name in names if (place := place_of(model, name))[0][place[1]].is_meta]
 
 

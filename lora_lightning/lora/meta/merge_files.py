@@ -19,7 +19,7 @@ from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format, warn_of_other_base
 from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, sort_entries, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
-from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
@@ -259,7 +259,7 @@ class Changes:
 
     def _add_copy(self, path: str, module: SavedCopy) -> None:
         for own, tensor in module.lora_copy.state_dict(keep_vars=True).items():
-            name = joined(path, own)
+            name = full_name(path, own)
             self.makers[name] = lambda n=name, t=tensor: {n: t.detach()}  # type: ignore[misc]
             self.parts[name] = id(tensor)
 
@@ -267,10 +267,10 @@ class Changes:
         parts: dict[str, Hashable] = {}
         if isinstance(module, AdaptedLayer):
             parts |= {name: (id(module), own) for own, name in adapted_names(path, module).items()}
-            parts |= {joined(path, "bias"): id(module)} if module.lora_B_bias is not None else {}
+            parts |= {full_name(path, "bias"): id(module)} if module.lora_B_bias is not None else {}
         if isinstance(module, TrainedBias):
-            parts[joined(path, "bias")] = id(module.lora_trained_bias)
-        names = [*parts, joined(path, "weight")] if isinstance(module, TokenRows) else [*parts]
+            parts[full_name(path, "bias")] = id(module.lora_trained_bias)
+        names = [*parts, full_name(path, "weight")] if isinstance(module, TokenRows) else [*parts]
         self.parts |= parts
         self.makers |= dict.fromkeys(names, lambda: self._fold(path, module, names))
 
@@ -288,13 +288,13 @@ class Changes:
                 sums, self.kept[label] = merged_weights(module, self.dtype, label=label)
                 merged = {weights[own]: tensor for own, tensor in sums.items()}
             if isinstance(module, TrainedBias):
-                name = joined(path, "bias")
+                name = full_name(path, "bias")
                 refuse_overflow(f"'{name}'", module.lora_trained_bias, W0[name].dtype)
                 module.fold({})
             if isinstance(module, AdaptedLayer):
                 fold_bias(module, module.lora_name(path))
             if isinstance(module, TokenRows):
-                name = joined(path, "weight")
+                name = full_name(path, "weight")
                 refuse_overflow(f"'{name}'", module.lora_tokens, W0[name].dtype)
                 module.fold()
             stores = {name: place_of(self.model, name) for name in names if name not in merged}

@@ -53,7 +53,7 @@ class Slices:
         }
 
 
-def check_spec(pattern: str, spec: Any) -> None:
+def refuse_spec(pattern: str, spec: Any) -> None:
     """Raise a ConfigError unless `spec` is well formed."""
     what = f"slices['{pattern}']"
     take = spec
@@ -76,7 +76,7 @@ def check_spec(pattern: str, spec: Any) -> None:
         raise ConfigError(f"{what} must list the parts to adapt, such as [q, v], got {take!r}")
 
 
-def resolve(name: str, module: nn.Module, parent: nn.Module | None, rows: int, spec: SliceSpec) -> Slices:
+def resolve_slices(name: str, module: nn.Module, parent: nn.Module | None, rows: int, spec: SliceSpec) -> Slices:
     """The layout of one module.
 
     Raises:
@@ -87,7 +87,7 @@ def resolve(name: str, module: nn.Module, parent: nn.Module | None, rows: int, s
         sizes = tuple(spec.get("sizes") or (rows // (heads * len(names)),) * len(names))
         take = list(spec["take"])
     else:
-        names, sizes, heads = _known(name, module, parent, rows)
+        names, sizes, heads = _known_layout(name, module, parent, rows)
         take = list(spec)
     for part in take:
         if part not in names:
@@ -101,7 +101,7 @@ def resolve(name: str, module: nn.Module, parent: nn.Module | None, rows: int, s
 Layout = tuple[tuple[str, ...], tuple[int, ...], int]
 
 
-def _known(name: str, module: nn.Module, parent: nn.Module | None, rows: int) -> Layout:
+def _known_layout(name: str, module: nn.Module, parent: nn.Module | None, rows: int) -> Layout:
     """Names, sizes and heads of the layouts that are known by the class of the layer that holds the module."""
     if isinstance(module, nn.MultiheadAttention):
         return ("q", "k", "v"), (module.embed_dim,) * 3, 1

@@ -79,7 +79,7 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
     return patterns[hits[0]]
 
 
-def all_used(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
+def refuse_unused(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
     """Raise for a pattern that matches none of the selected names."""
     for pattern in patterns:
         if not any(_hits(pattern, group) for group in selected):

@@ -19,10 +19,9 @@ from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
 from lora_lightning.lora.report import OUTPUT_HEAD
 from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
-from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, resolve
+from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, resolve_slices
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.patterns import (
-    all_used,
     block_number,
     by_pattern,
     flat,
@@ -30,6 +29,7 @@ from lora_lightning.lora.targets.patterns import (
     matches,
     matches_any,
     no_match,
+    refuse_unused,
 )
 from lora_lightning.lora.targets.presets import PRESETS, preset_parts, preset_pattern
 from lora_lightning.lora.targets.token_rows import TokenTarget, token_targets
@@ -100,12 +100,12 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     for name, module in named_modules(model, remove_duplicate=False):
         names.setdefault(module, []).append(name)
     bypassed = bypassed_modules(names)
-    selection = Selection(saved=_saved(names, config, bypassed))
+    selection = Selection(saved=_modules_to_save(names, config, bypassed))
     found = _without_excluded(
-        _found(model, names, config, selection, computed_modules(names) | bypassed), names, config
+        _target_modules(model, names, config, selection, computed_modules(names) | bypassed), names, config
     )
     wanted = [_Wanted(names[module], module, why) for module, why in found.items()]
-    wanted = _in_layers(wanted + _parameters(names, config, selection), config)
+    wanted = _in_layers(wanted + _target_parameters(names, config, selection), config)
     settings = _settings(wanted, names, config, preset_parts(model, config.target_modules) if found else [])
     if not any_rank:
         wanted = _wide_enough(wanted, settings, config, selection)
@@ -114,7 +114,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     if not wanted and not selection.tokens:
         raise TargetError(_nothing_left(names, config, selection))
     for field_name in ("rank_pattern", "alpha_pattern", "dropout_pattern", "slices"):
-        all_used(field_name, getattr(config, field_name), [w.names for w in wanted])
+        refuse_unused(field_name, getattr(config, field_name), [w.names for w in wanted])
     for w in wanted:
         name, own = w.names[0], settings[w.names[0]]
         if not w.kind.has_input and (any_rank or w.why == ALL_LINEAR):
@@ -136,7 +136,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
 # What each field of the config names.
 
 
-def _saved(names: Names, config: LoRAConfig, bypassed: dict[nn.Module, str]) -> list[tuple[str, nn.Module]]:
+def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module, str]) -> list[tuple[str, nn.Module]]:
     """The outermost modules of `modules_to_save`: one inside another is in its copy already."""
     chosen: dict[str, nn.Module] = {}
     for entry in config.modules_to_save or []:
@@ -167,7 +167,7 @@ def _saved(names: Names, config: LoRAConfig, bypassed: dict[nn.Module, str]) -> 
     return outermost
 
 
-def _found(
+def _target_modules(
     model: nn.Module, names: Names, config: LoRAConfig, selection: Selection, unfit: dict[nn.Module, str]
 ) -> dict[nn.Module, str]:
     """Each module that `target_modules` selects with the entry that selected it, in the model's order."""
@@ -235,7 +235,7 @@ def _without_excluded(found: dict[nn.Module, str], names: Names, config: LoRACon
     return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
 
 
-def _parameters(names: Names, config: LoRAConfig, selection: Selection) -> list[_Wanted]:
+def _target_parameters(names: Names, config: LoRAConfig, selection: Selection) -> list[_Wanted]:
     """The parameters that `target_parameters` selects, in the model's order."""
     entries, inside_saved = config.target_parameters or [], selection.inside_saved
     used, known, wanted = set[str](), list[str](), list[_Wanted]()
@@ -314,7 +314,7 @@ def _slices(wanted: _Wanted, spec: SliceSpec, modules: dict[str, nn.Module]) -> 
     name, rows = wanted.names[0], wanted.kind.output_rows(wanted.module)
     if rows is None:
         raise TargetError(f"slices: '{name}', a {wanted.kind.kind}, has no parts to choose from")
-    return resolve(name, wanted.module, modules.get(name.rpartition(".")[0]), rows, spec)
+    return resolve_slices(name, wanted.module, modules.get(name.rpartition(".")[0]), rows, spec)
 
 
 def _wide_enough(

@@ -33,7 +33,7 @@ def token_targets(
     if not wanted:
         return []
     if isinstance(wanted, dict):
-        found = [(_named(entry, names), numbers) for entry, numbers in wanted.items()]
+        found = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
     else:
         found = [(_input(model, names), wanted)]
     targets = []
@@ -57,7 +57,7 @@ def _number(model: nn.Module, token: int | str) -> int:
     return added[token]
 
 
-def _named(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
+def _by_name(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
     hits = [m for m, group in names.items() if any(n == entry or n.endswith(f".{entry}") for n in group)]
     if len(hits) == 1:
         return hits[0]

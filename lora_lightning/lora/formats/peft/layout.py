@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lora_lightning.lora.errors import AdapterError, did_you_mean, some
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
-from lora_lightning.lora.frozen.tensors import adapter_tensors, joined, named_modules
+from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, named_modules
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter, TokenRows, TrainedBias
 from lora_lightning.lora.layers.parameter import CHILD
@@ -117,10 +117,10 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
             name = peft_name = layer.lora_name(path)
             prefix = parent + ".base_layer" * _count_later(layer, modules[parent])
         elif isinstance(modules[parent], nn.MultiheadAttention) and last == "out_proj":
-            peft_name, prefix, partner = parent, joined(parent, "base_layer.out_proj"), layers.get(parent)
+            peft_name, prefix, partner = parent, full_name(parent, "base_layer.out_proj"), layers.get(parent)
             scale = partner.lora_settings.scale if partner else scale
         elif isinstance(layer, LoRAMultiheadAttention):
-            partner = layers.get(joined(path, "out_proj"))
+            partner = layers.get(full_name(path, "out_proj"))
         has_init = inits and layer.lora_A0 is not None
         rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
         found.append(
@@ -152,7 +152,7 @@ def zero_factors(layouts: list[LayerLayout]) -> dict[str, Tensor]:
         is_in = isinstance(one.layer, LoRAMultiheadAttention)
         if isinstance(one.layer, LoRAParameter) or (not is_in and one.name == one.peft_name):
             continue
-        keys = AdaptedLayer.peft_keys(joined(one.peft_name, "base_layer.out_proj" if is_in else ""))
+        keys = AdaptedLayer.peft_keys(full_name(one.peft_name, "base_layer.out_proj" if is_in else ""))
         if keys["lora_A"] not in there:
             width = one.layer.get_parameter("out_proj.weight").shape[0] if is_in else one.layer.lora_B.shape[0]
             made[keys["lora_A"]] = one.layer.lora_A.new_zeros(one.rank, width)
@@ -168,9 +168,9 @@ def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
             owner = one.path.rpartition(".")[0]
             inside[owner] = inside.get(owner, owner) + ".base_layer"
         elif isinstance(one.layer, LoRAMultiheadAttention):
-            inside.setdefault(joined(one.path, "out_proj"), joined(one.path, "base_layer.out_proj.base_layer"))
+            inside.setdefault(full_name(one.path, "out_proj"), full_name(one.path, "base_layer.out_proj.base_layer"))
     return {
-        joined(name, "lora_trained_bias"): joined(inside.get(name, name).removeprefix("."), "bias")
+        full_name(name, "lora_trained_bias"): full_name(inside.get(name, name).removeprefix("."), "bias")
         for name, _ in grafted_modules(model, TrainedBias)
     }
 
@@ -203,7 +203,7 @@ def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[
     for name, _ in grafted_modules(model, TokenRows):
         ids = token_ids(name)
         rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
-        ours[joined(name, "lora_tokens")] = file[token_key(name)][rising]
+        ours[full_name(name, "lora_tokens")] = file[token_key(name)][rising]
     ours |= {key: file[theirs] for key, theirs in bias_keys(model, layouts).items()}
     ours |= {key: file[copy_key(key)] for key in adapter_tensors(model) if copy_key(key) != key}
     return ours
