@@ -73,3 +73,7 @@ from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy as F
 from lora_lightning.training.tracking.wandb_callback import Tracking as Tracking
 from lora_lightning.training.tracking.wandb_logger import WandbLogger as WandbLogger
 from lora_lightning.training.trainer import LoRATrainer as LoRATrainer
+
+__all__: list[str]
+_WHERE: dict[str, str]
+GONE: dict[str, str]

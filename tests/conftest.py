@@ -15,6 +15,7 @@ import wandb
 from lora_lightning import LoRAConfig, LoRAModule, SequenceClassification, TextClassificationData, huggingface
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.data.io.splits import SplitConfig
+from lora_lightning.lora.layers import fused_linear
 from tests.factories import FAMILIES, Family
 from tests.lora.coverage import COVERED
 from tests.tiny import config_text, make_bert, make_reviews
@@ -26,6 +27,8 @@ logging.getLogger("lightning.pytorch").propagate = True  # else it depends on wh
 
 datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0.1  # it waits for seconds after each stream of Parquet files
 
+
+fused_linear.FEW_ROWS = 0  # the small inputs of tests stand for large ones
 
 RENDEZVOUS = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK", "LOCAL_RANK", "NODE_RANK")
 

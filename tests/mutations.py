@@ -69,8 +69,8 @@ MUTATIONS = (
         "law 2: W0 at the start is that of this fit",
         "training/module.py",
         """        self._w0 = None
-        if self._trainer is not None:""",
-        """        if self._trainer is not None:""",
+        if (trainer := trainer_of(self)) is not None:""",
+        """        if (trainer := trainer_of(self)) is not None:""",
         (f"{MODULE}::test_a_second_fit_on_a_w0_that_was_written_to_starts_from_that",),
     ),
     Mutation(
@@ -127,22 +127,22 @@ MUTATIONS = (
     ),
     Mutation(
         "law 7: missing keys",
-        "training/module.py",
-        "if k not in state_dict and k not in frozen]",
+        "training/checkpoints/adapter_state.py",
+        "if k not in state and k not in frozen]",
         "if False]",
         (f"{MISFIT}[<lambda>-missing0]", f"{MISFIT}[<lambda>-missing1]"),
     ),
     Mutation(
         "law 7: keys left over",
-        "training/module.py",
-        "for k in state_dict if k not in own]",
-        "for k in state_dict if False]",
+        "training/checkpoints/adapter_state.py",
+        "for k in state if k not in own]",
+        "for k in state if False]",
         (f"{MISFIT}[<lambda>-left over 'extra']",),
     ),
     Mutation(
         "law 7: shapes",
-        "training/module.py",
-        "isinstance(own[k], Tensor) and state_dict[k].shape != own[k].shape",
+        "training/checkpoints/adapter_state.py",
+        "isinstance(own[k], Tensor) and state[k].shape != own[k].shape",
         "False",
         (f"{MISFIT}[<lambda>-has shape \\\\(3,\\\\), expected]",),
     ),
@@ -155,7 +155,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 7: other settings",
-        "training/module.py",
+        "training/checkpoints/adapter_state.py",
         "if trained.get(name) != here.get(name) and name not in",
         "if False and name not in",
         (f"{MODULE}::test_a_checkpoint_of_other_settings_is_refused",),
@@ -268,7 +268,7 @@ MUTATIONS = (
     Mutation(
         "law 10: it is looked at when a fit starts",
         FREEZE,
-        "        check_optimizers(trainer.optimizers, pl_module, stepped_together(trainer.strategy))\n",
+        "        check_optimizers(trainer.optimizers, pl_module)\n",
         "",
         (f"{GUARDS}::test_an_optimizer_of_everything_stops_the_fit_before_its_first_step",),
     ),
@@ -303,7 +303,7 @@ MUTATIONS = (
     Mutation(
         "files: the move is synced",
         IO,
-        "        sync(path.parent)\n",
+        "        _sync(path.parent)\n",
         "",
         (f"{GUARDS}::test_a_file_is_synced_before_it_is_moved_and_the_move_after_it",),
     ),
@@ -403,7 +403,7 @@ MUTATIONS = (
     ),
     Mutation(
         "loggers: the run of the newest state goes on",
-        "training/tracking/loggers.py",
+        "training/tracking/wandb_logger.py",
         "            logger.go_on_with(str(mine[1]))",
         "            pass",
         (f"{LOGGERS}::test_only_the_newest_state_of_a_run_is_that_run_going_on",),

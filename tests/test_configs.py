@@ -9,7 +9,7 @@ import yaml
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from tests.command.process import REPOSITORY, run
+from tests.command.process import REPOSITORY, command, run
 
 CONFIGS = REPOSITORY / "configs"
 OVERLAYS = ["debug.yaml"]
@@ -50,6 +50,52 @@ def test_strategy_overlay_works_with_test_and_export(trained, tmp_path):
     run("test", *config, cwd=tmp_path)
     run("export", *config, "--output_dir", tmp_path / "out", cwd=tmp_path)
     assert (tmp_path / "out" / "merged" / "config.json").is_file()
+
+
+DEMOS = ["demo.yaml", "demo-lm.yaml", "demo-vision.yaml", "demo-vision-dinov2.yaml"]
+BRIEF = """
+trainer:
+  {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1, log_every_n_steps: 1, enable_progress_bar: false,
+   callbacks: []}
+"""
+NOT_LOADED = "precision nf4-base is for a backbone that is quantised as it is loaded"
+NOT_QUANTIZED = {
+    "demo-lm.yaml": "is a GGUF file, which transformers reads as plain numbers and does not quantize",
+    "demo-vision.yaml": NOT_LOADED,
+    "demo-vision-dinov2.yaml": NOT_LOADED,
+}
+"""What these demos say of the nf4-base overlay."""
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize("demo", DEMOS)
+def test_every_demo_goes_with_every_overlay(demo, overlay, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "fit", "-c", f"configs/{demo}", "-c", f"configs/{overlay}", "--print_config")
+    assert ended.value.code in (0, None)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    wanted = yaml.safe_load((CONFIGS / overlay).read_text())["trainer"]
+    for name in ("precision", "devices", "num_nodes", "max_steps", "fast_dev_run"):
+        if name in wanted:
+            assert printed["trainer"][name] == wanted[name]
+
+
+@pytest.mark.slow  # each trains a demo's own model
+@pytest.mark.parametrize("overlay", [o for o in OVERLAYS if o != "strategy/multi-node.yaml"])
+@pytest.mark.parametrize("demo", DEMOS)
+def test_every_demo_trains_with_every_overlay_or_says_why_not(demo, overlay, tmp_path):
+    (tmp_path / "brief.yaml").write_text(BRIEF)
+    configs = ["-c", CONFIGS / demo, "-c", CONFIGS / overlay, "-c", tmp_path / "brief.yaml"]
+    if overlay == "precision/nf4-base.yaml" and demo in NOT_QUANTIZED:
+        refused = run("fit", *configs, cwd=tmp_path, ok=False)
+        assert refused.returncode == 2
+        assert NOT_QUANTIZED[demo] in refused.stderr
+        return
+    run("fit", *configs, cwd=tmp_path)
+    if overlay != "debug.yaml":
+        report = json.loads(next((tmp_path / "runs").rglob("version_0/report.json")).read_text())
+        assert report["w0_unchanged"]
 
 
 def test_every_field_of_the_config_is_a_flag_with_a_help(capsys):

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from lora_lightning import LoRAError
-from lora_lightning.backbones.hub import refuse_not_there
+from lora_lightning.backbones.locate import refuse_not_there
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
 from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.meta_start import inject_anywhere
+from lora_lightning.lora.meta.inject import inject_anywhere
 from tests.factories import export_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}

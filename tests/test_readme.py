@@ -111,11 +111,17 @@ def test_the_python_of_the_readme_runs(number):
 
 
 def test_the_tree_of_the_readme_is_the_tree():
+    """Each folder that it shows is there, and it shows each folder of the package."""
     tree = next(block for block in blocks("text") if block.startswith("lora_lightning/\n"))
-    for path in ("lora", "tasks", "data", "training", "backbones.py", "cli.py"):
-        assert path in tree
-        assert (REPOSITORY / "lora_lightning" / path).exists()
-    for path in ("configs", "tests", "benchmarks"):
-        assert (REPOSITORY / path).is_dir()
+    shown, above = set(), {}
+    for line in tree.splitlines():
+        name, depth = line.split()[0].rstrip("/"), (len(line) - len(line.lstrip())) // 2
+        above[depth] = name
+        shown.add("/".join(above[level] for level in range(depth + 1)))
+    for path in shown:
+        assert (REPOSITORY / path).is_dir(), path
+    package = REPOSITORY / "lora_lightning"
+    folders = [p for top in (package, package / "lora") for p in top.iterdir() if (p / "__init__.py").is_file()]
+    assert {str(p.relative_to(REPOSITORY)) for p in folders} <= shown
     for link in re.findall(r"\]\(([^)h][^)]*)\)", README):
         assert (REPOSITORY / link).exists(), link

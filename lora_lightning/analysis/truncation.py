@@ -88,7 +88,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     record = adapter.files.record
     alphas = _alphas(adapter, ranks)
     settings = {layer.name: (ranks[layer.name], alphas[layer.name], layer.scale) for layer in adapter.factors}
-    metadata = {"format": "pt"} if record is None else record.of_changed_file(tensors, settings, config).to_metadata()
+    metadata = {"format": "pt"} if record is None else record.for_changed_file(tensors, settings, config).to_metadata()
     told = Truncation(
         directory=str(directory),
         share=share,

@@ -14,12 +14,12 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
-from lora_lightning.backbones.hub import refuse_not_there
-from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError, did_you_mean
-from lora_lightning.lora.meta.bare import builds_bare
+from lora_lightning.lora.frozen.quantization import scheme
+from lora_lightning.lora.meta.build import builds_bare
 
 
 def huggingface(
@@ -71,6 +71,11 @@ def huggingface(
     dtype = dtype or "float32"
     name, gguf = directory_and_file(resolve(pretrained_model_name_or_path))
     kwargs = {"trust_remote_code": False, **(model_kwargs or {})} | gguf
+    if gguf and kwargs.get("quantization_config"):
+        raise LoRAError(
+            f"'{gguf['gguf_file']}' is a GGUF file, which transformers reads as plain numbers and does not quantize:"
+            " use precision bf16-base, or name the model's safetensors directory or hub name"
+        )
     if "cache_dir" not in kwargs:  # where it may lie in another place than the hub's cache
         refuse_not_there("model", name)
     if label_names:
@@ -150,7 +155,19 @@ def _load(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:
     model, info = cls.from_pretrained(name, dtype=getattr(torch, dtype), output_loading_info=True, **kwargs)
     mismatched = [entry[0] for entry in info["mismatched_keys"]]
     model.new_keys = _new_keys(model, sorted({*info["missing_keys"], *mismatched}))
+    _unquantize(model, {key.rpartition(".")[0] for key in model.new_keys})
     return model
+
+
+def _unquantize(model: nn.Module, new: set[str]) -> None:
+    """Put plain layers in the place of new ones that transformers made for quantization: they have no state for it."""
+    for name in new:
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Linear) and type(layer) is not nn.Linear and scheme(layer) is None:
+            parent, _, own = name.rpartition(".")
+            plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+            plain.load_state_dict(layer.state_dict(), assign=True)
+            setattr(model.get_submodule(parent), own, plain)
 
 
 def _from_config(cls: Any, name: str, dtype: str, kwargs: dict[str, Any]) -> Any:

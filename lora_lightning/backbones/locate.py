@@ -1,13 +1,16 @@
-"""Where files are: on disk, or inside an installed package."""
+"""Where files are: on disk, inside an installed package, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, near_misses
 
 SCHEME = "package:"
+
+FILES = {"model": "config.json", "dataset": "README.md"}
+"""What is asked for on the hub; any file would do."""
 
 
 def resolve(path: str) -> str:
@@ -26,3 +29,63 @@ def resolve(path: str) -> str:
     if not found.exists():
         raise LoRAError(f"the package '{name}' holds no '{inner}'")
     return str(found)
+
+
+def refuse_not_there(kind: str, name: str) -> None:
+    """Ask the hub once, before `from_pretrained` and `load_dataset` ask it for file after file, each for half a minute.
+
+    What the hub's cache holds, in part at least, is left to them.
+
+    Args:
+        kind: model, tokenizer or set, for the error.
+        name: a file or folder, or a name on the hub.
+
+    Raises:
+        LoRAError: it can only be on this disk and is not, or the hub cannot be asked.
+    """
+    if Path(name).exists() or "://" in name:
+        return
+    # Here, since these take seconds to import and most of what asks for a file needs none of them.
+    import datasets
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.file_download import repo_folder_name
+
+    if name.startswith((".", "/", "~")):
+        raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}")
+    repo_type = "dataset" if kind == "set" else "model"
+    try:
+        url = hf_hub_url(name, FILES[repo_type], repo_type=repo_type)
+    except HFValidationError as error:
+        raise LoRAError(f"no {kind} '{name}': there is no such folder{_near(name)}") from error
+    caches = [Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=repo_type)]
+    if kind == "set":
+        caches.append(Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___"))  # as read before
+    if any(cache.is_dir() for cache in caches):
+        return
+    nowhere = f"no {kind} '{name}': there is no such folder here{_near(name, ' (', ')')}"
+    if constants.is_offline_mode():
+        raise LoRAError(f"{nowhere}, nor is it in the hub's cache, and HF_HUB_OFFLINE is set: unset it to ask the hub")
+    try:
+        get_hf_file_metadata(url)
+    except HfHubHTTPError:  # it answers, if with no: the loader says what, and may have a token of its own
+        return
+    except Exception as error:  # of whichever client the hub's package has
+        raise LoRAError(
+            f"{nowhere}, and the hub cannot be reached ({' '.join(str(error).split()) or type(error).__name__}): give a"
+            " folder on this disk, or set HF_ENDPOINT to a mirror"
+        ) from error
+
+
+def _near(name: str, before: str = "; ", after: str = "") -> str:
+    """Paths on this disk that were probably meant: of the folder, or of one in a folder of nearly that name."""
+    path = Path(name).expanduser()
+    folders = [path.parent]
+    if not path.parent.is_dir() and path.parent.parent.is_dir():
+        folders = [path.parent.with_name(n) for n in near_misses(path.parent.name, _folders_in(path.parent.parent), 2)]
+    found = [f"'{folder / n}'" for folder in folders for n in near_misses(path.name, _folders_in(folder), 2)]
+    return f"{before}did you mean {' or '.join(found)}?{after}" if found else ""
+
+
+def _folders_in(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []

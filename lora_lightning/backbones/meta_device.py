@@ -21,8 +21,7 @@ from transformers import PreTrainedModel, modeling_utils
 from lora_lightning.backbones.key_mapping import groups_to_load
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.tensor_files import DTYPES
-from lora_lightning.lora.meta.key_mapping import Base
-from lora_lightning.lora.meta.weight_files import WeightFiles, keep_files
+from lora_lightning.lora.meta.key_mapping import Base, WeightFiles, keep_files
 
 
 def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_lightning.backbones.gguf import directory_and_file
-from lora_lightning.backbones.hub import refuse_not_there
-from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.lora.errors import LoRAError
 
 FILES = r"tokenizer|vocab|\.model$|tekken"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
-from lora_lightning.lora.meta.bare import builds_bare
+from lora_lightning.lora.meta.build import builds_bare
 
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 """Under which training scripts of timm and torchvision store a state dict."""

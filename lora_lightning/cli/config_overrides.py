@@ -60,7 +60,10 @@ def handed_down(command: Any) -> Iterator[None]:
     if precision == "nf4-base":
         if importlib.util.find_spec("bitsandbytes") is None:
             raise LoRAError("precision nf4-base needs bitsandbytes: pip install 'lora_lightning[qlora]'")
-        args["model_kwargs"] = {"quantization_config": dict(NF4), **(before["model_kwargs"] or {})}
+        # What trains in full is not quantized; a list of one's own takes the place of transformers' own, the head.
+        saved = command.get("model.lora.modules_to_save")
+        skipped = {"llm_int8_skip_modules": [*saved, "lm_head"]} if saved else {}
+        args["model_kwargs"] = {"quantization_config": NF4 | skipped, **(before["model_kwargs"] or {})}
     try:
         yield
     finally:

@@ -30,8 +30,9 @@ from lora_lightning.training.callbacks.progress_bar import Progress
 from lora_lightning.training.callbacks.run_report import RunReport
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
-from lora_lightning.training.checkpoints.resume import KEY, Resume, next_logged
+from lora_lightning.training.checkpoints.resume import Resume, next_logged
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.preflight import (
     refuse_other_count,
@@ -325,7 +326,7 @@ def resume_loggers(loggers: Any, checkpoint: str) -> None:
     if not loggers or "://" in checkpoint or not run.is_newest_state(Path(checkpoint)):
         return
     content = run.load_checkpoint(checkpoint)
-    if KEY in content:
+    if RESUME_KEY in content:
         stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         given = loggers if isinstance(loggers, list) else [loggers]
-        go_on_with(given, content[KEY].get("loggers", []), next_logged(content[KEY], stepped))
+        go_on_with(given, content[RESUME_KEY].get("loggers", []), next_logged(content[RESUME_KEY], stepped))

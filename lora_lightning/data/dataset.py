@@ -77,7 +77,8 @@ class DatasetData(LightningDataModule):
     @property
     def data_summary(self) -> dict[str, Any]:
         """How many examples each set with a length has."""
-        return {"rows": {split: len(data) for split, data in self.sets.items() if isinstance(data, Sized)}}
+        sets: dict[str, Any] = self.sets
+        return {"rows": {split: len(data) for split, data in sets.items() if isinstance(data, Sized)}}
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.batch_size, training=True)

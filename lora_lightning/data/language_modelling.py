@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of
-from lora_lightning.data.io.splits import SplitConfig, first_in_place
+from lora_lightning.data.io.splits import first_in_place
 from lora_lightning.data.io.streams import (
     AT_ONCE,
     StreamLoader,
@@ -31,51 +30,125 @@ from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
+DOCUMENT = "document"
+"""The column that says of a row or of a piece of it which row of its file it is, counted from 1."""
+MOST_NAMED = 5
+"""Rows that a warning names."""
 
-class StreamedTextData(TextData):
-    """A `TextData` that reads its rows as they are needed, where `streaming` is on.
 
-    Its own splits are used as they are, and none is split off. Rows of `predict` are read as a table in any case.
+class LanguageModellingData(TextData, GivesPrompts):
+    """Texts of files or of a Hugging Face set, one document a row, to batches for `CausalLM`.
+
+    Each document ends with the tokenizer's end of text. One that is longer than `max_length` is cut into pieces, so
+    that no token is lost. Packed, several documents share a row and do not see each other; loss and gradients are those
+    of rows of their own, for less padding. For `predict` each piece is a row of its own.
 
     Args:
-        path: as `TableData` takes it.
+        path: a file (.txt, CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the
+            hub; `package:NAME/path` is a file inside an installed package.
         tokenizer: a hub name, a directory or `package:NAME/path`.
+        text_column: the text; of a .txt it is `text`.
+        text_by: what a document of a .txt is: a `line`, a `paragraph` between blank lines, or the whole `document`.
         max_length: tokens per row at most.
-        streaming: read rows as they are needed; training goes on to `trainer.max_steps`.
-        shuffle_buffer: rows that training's stream is shuffled within, all held in memory.
+        packing: put several documents into one row.
+        end_of_text: end each document with the tokenizer's end-of-text token, so that the model learns to stop.
+        streaming: read the set as it is needed, to `trainer.max_steps`; see `data/io/streams.py`. Its own splits
+            are used as they are, and none is split off. Rows of `predict` are read as a table in any case.
+        shuffle_buffer: documents that a stream is shuffled within, all held in memory.
+        batch_size: rows per batch and process in training.
         table: arguments of `TableData` by name.
+
+    Raises:
+        LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
     """
+
+    predicts_rows = False  # but pieces of documents, each with the number of its `document`
 
     def __init__(
         self,
         path: str | dict[str, str],
         tokenizer: str,
-        max_length: int,
-        streaming: bool,
-        shuffle_buffer: int,
+        text_column: str = "text",
+        text_by: TextBy = "line",
+        max_length: int = 1024,
+        packing: bool = True,
+        end_of_text: bool = True,
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
+        batch_size: int = 8,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, **table)
+        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self._streams: dict[str, datasets.IterableDataset] | None = None
+        if max_length < 2:
+            raise LoRAError(f"max_length must be at least 2, one token to tell the next one from, got {max_length}")
+        self.text_column, self.text_by, self.packing, self.end_of_text = text_column, text_by, packing, end_of_text
 
-    @abstractmethod
-    def open(self) -> dict[str, datasets.IterableDataset]:
-        """Streams by split, as they stand in the files."""
+    def read(self) -> dict[str, datasets.Dataset]:
+        return read_tables(self.path, self.name, self.text_by)
 
-    @abstractmethod
-    def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
-        """Rows as they are collated into batches, checked on the way.
+    def columns(self, split: str) -> Sequence[str | None]:
+        return [self.text_column]
 
-        Args:
-            names: the stream's columns; another, `ROW`, has each row's number.
-        """
+    def check(self, table: datasets.Dataset, split: str) -> None:
+        self.check_texts(table, split, [self.text_column])
+
+    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Without blank texts, as between the paragraphs of a .txt."""
+        if split == "predict":
+            return table
+        rows = [i for i, text in enumerate(values_of(table, self.text_column)) if text.strip()]
+        if not rows:
+            raise LoRAError(f"{self.place(split)}: expected texts in column '{self.text_column}', all are blank")
+        return table if len(rows) == len(table) else table.select(rows)
+
+    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        documents = self.documents(table, split)
+        if split == "predict":
+            return self._cut(documents, split)
+        documents = self._trained(documents, split)
+        if self.packing:
+            return pack_table(documents, self.max_length, split)
+        return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
+
+    def documents(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Each row's `input_ids` and `labels`, whole, and its number in its file."""
+        return self.encode_by(encode_texts, table, split, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        end = end_of(self.tokenizer, self.tokenizer_name) if self.end_of_text else None
+        return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
+
+    def _trained(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Those with a token to train on: one that stands alone is predicted by nothing."""
+        lengths, numbers = lengths_of(documents), list(documents[DOCUMENT])
+        kept = [i for i, length in enumerate(lengths) if length > 1]
+        left_out = [number for number, length in zip(numbers, lengths, strict=True) if length < 2]
+        if not kept:
+            raise LoRAError(f"{self.place(split)}: no row has two tokens, so there is nothing to train on")
+        if left_out:
+            named = ", ".join(map(str, left_out[:MOST_NAMED])) + (", ..." if len(left_out) > MOST_NAMED else "")
+            rank_zero_warn(
+                f"{self.place(split)}: {len(left_out)} of {len(documents)} rows have a single token, of which nothing"
+                f" can be learnt, and are left out: row {named}"
+            )
+        return documents.select(kept) if left_out else documents
+
+    def _cut(
+        self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
+    ) -> datasets.Dataset:
+        return documents.map(cut, batched=True, fn_kwargs={"max_length": self.max_length}, desc=f"cut {split}")
+
+    @property
+    def collate(self) -> Callable[[list[Any]], Any]:
+        return CausalCollator(self.pad_token_id or 0)
 
     @property
     def streams(self) -> dict[str, datasets.IterableDataset]:
         """Encoded rows by split, opened on first use."""
         if self._streams is None:
-            opened = self.open()
+            opened = read_streams(self.path, self.name, self.text_by)
             named = first_in_place(list(opened))
             self._called = {new: old for old, new in named.items()}
             renamed = {named.get(split, split): stream for split, stream in opened.items()}
@@ -147,148 +220,6 @@ class StreamedTextData(TextData):
             "generator": own_generator(self.seed),
         }
 
-
-DOCUMENT = "document"
-"""The column that says of a row or of a piece of it which row of its file it is, counted from 1."""
-MOST_NAMED = 5
-"""Rows that a warning names."""
-
-
-class LanguageModellingData(StreamedTextData, GivesPrompts):
-    """Texts of files or of a Hugging Face set, one document a row, to batches for `CausalLM`.
-
-    Each document ends with the tokenizer's end of text. One that is longer than `max_length` is cut into pieces, so
-    that no token is lost. Packed, several documents share a row and do not see each other; loss and gradients are those
-    of rows of their own, for less padding. For `predict` each piece is a row of its own.
-
-    Args:
-        path: a file (.txt, CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the
-            hub; `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
-        text_column: the text; of a .txt it is `text`.
-        text_by: what a document of a .txt is: a `line`, a `paragraph` between blank lines, or the whole `document`.
-        max_length: tokens per row at most.
-        packing: put several documents into one row.
-        end_of_text: end each document with the tokenizer's end-of-text token, so that the model learns to stop.
-        streaming: read the set as it is needed, to `trainer.max_steps`; see `data/streaming.py`. Its own splits are
-            used as they are, and none is split off.
-        shuffle_buffer: documents that a stream is shuffled within, all held in memory.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
-        batch_size: rows per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        length_grouped: put rows of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
-
-    Raises:
-        LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
-    """
-
-    predicts_rows = False  # but pieces of documents, each with the number of its `document`
-
-    def __init__(
-        self,
-        path: str | dict[str, str],
-        tokenizer: str,
-        text_column: str = "text",
-        text_by: TextBy = "line",
-        max_length: int = 1024,
-        packing: bool = True,
-        end_of_text: bool = True,
-        streaming: bool = False,
-        shuffle_buffer: int = 10_000,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
-        batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            streaming,
-            shuffle_buffer,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
-        if max_length < 2:
-            raise LoRAError(f"max_length must be at least 2, one token to tell the next one from, got {max_length}")
-        self.text_column, self.text_by, self.packing, self.end_of_text = text_column, text_by, packing, end_of_text
-
-    def read(self) -> dict[str, datasets.Dataset]:
-        return read_tables(self.path, self.name, self.text_by)
-
-    def columns(self, split: str) -> Sequence[str | None]:
-        return [self.text_column]
-
-    def check(self, table: datasets.Dataset, split: str) -> None:
-        self.check_texts(table, split, [self.text_column])
-
-    def filter(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Without blank texts, as between the paragraphs of a .txt."""
-        if split == "predict":
-            return table
-        rows = [i for i, text in enumerate(values_of(table, self.text_column)) if text.strip()]
-        if not rows:
-            raise LoRAError(f"{self.place(split)}: expected texts in column '{self.text_column}', all are blank")
-        return table if len(rows) == len(table) else table.select(rows)
-
-    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        documents = self.documents(table, split)
-        if split == "predict":
-            return self._cut(documents, split)
-        documents = self._trained(documents, split)
-        if self.packing:
-            return pack_table(documents, self.max_length, split)
-        return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
-
-    def documents(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Each row's `input_ids` and `labels`, whole, and its number in its file."""
-        return self.encode_by(encode_texts, table, split, **self._options())
-
-    def _options(self) -> dict[str, Any]:
-        end = end_of(self.tokenizer, self.tokenizer_name) if self.end_of_text else None
-        return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
-
-    def _trained(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Those with a token to train on: one that stands alone is predicted by nothing."""
-        lengths, numbers = lengths_of(documents), list(documents[DOCUMENT])
-        kept = [i for i, length in enumerate(lengths) if length > 1]
-        left_out = [number for number, length in zip(numbers, lengths, strict=True) if length < 2]
-        if not kept:
-            raise LoRAError(f"{self.place(split)}: no row has two tokens, so there is nothing to train on")
-        if left_out:
-            named = ", ".join(map(str, left_out[:MOST_NAMED])) + (", ..." if len(left_out) > MOST_NAMED else "")
-            rank_zero_warn(
-                f"{self.place(split)}: {len(left_out)} of {len(documents)} rows have a single token, of which nothing"
-                f" can be learnt, and are left out: row {named}"
-            )
-        return documents.select(kept) if left_out else documents
-
-    def _cut(
-        self, documents: datasets.Dataset, split: str, cut: Callable[..., dict[str, list[Any]]] = cut
-    ) -> datasets.Dataset:
-        return documents.map(cut, batched=True, fn_kwargs={"max_length": self.max_length}, desc=f"cut {split}")
-
-    @property
-    def collate(self) -> Callable[[list[Any]], Any]:
-        return CausalCollator(self.pad_token_id or 0)
-
-    def open(self) -> dict[str, datasets.IterableDataset]:
-        return read_streams(self.path, self.name, self.text_by)
-
     def encode_stream(self, stream: datasets.IterableDataset, names: list[str], split: str) -> datasets.IterableDataset:
         of_texts = {**self._options(), "place": self.place(split)}
         stream = stream.map(
@@ -309,7 +240,7 @@ class LanguageModellingData(StreamedTextData, GivesPrompts):
     def prompts(self, count: int) -> list[Prompt]:
         """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
         if self.streaming:
-            streams = self.open()
+            streams = read_streams(self.path, self.name, self.text_by)
             rows = list(streams[held_out(streams)].take(count))
         else:
             rows = list(from_all_over(self.tables[held_out(self.tables)], count))

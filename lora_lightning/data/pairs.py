@@ -10,7 +10,6 @@ import torch
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.text import TextData
 
 GROUP = "__group__"
@@ -34,14 +33,8 @@ class PairData(TextData):
         anchor_prefix: put before each anchor, as E5 has `query: `.
         positive_prefix: put before each positive and negative, as E5 has `passage: `.
         max_length: tokens per text at most; what is over is cut.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
         batch_size: pairs per batch and process in training: the more, the more negatives.
-        eval_batch_size: the same in evaluation, where it changes nothing but the time; `batch_size` by default.
-        length_grouped: put pairs of like length into one batch, which pads less.
-        num_workers: processes that prepare batches.
-        num_proc: processes that tokenise, once, before training; none beside this one by default.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, an empty text, a negative that is its own row's positive.
@@ -58,28 +51,10 @@ class PairData(TextData):
         anchor_prefix: str = "",
         positive_prefix: str = "",
         max_length: int = 128,
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        length_grouped: bool = True,
-        num_workers: int = 0,
-        num_proc: int | None = None,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        super().__init__(
-            path,
-            tokenizer,
-            max_length,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            length_grouped=length_grouped,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            seed=seed,
-        )
+        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
         self.anchor_column, self.positive_column, self.negative_column = anchor_column, positive_column, negative_column
         self.group_column = group_column
         self.anchor_prefix, self.positive_prefix = anchor_prefix, positive_prefix

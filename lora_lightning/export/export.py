@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,13 +16,12 @@ from lora_lightning.export.options import FORMATS, REPORT, checked_options, chec
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.errors import MergeError
-from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
+from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.kept import rounding_told
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import evaluating
 
@@ -78,7 +76,7 @@ def export(
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in backbone.parameters())
     needed = bytes_needed(backbone, wanted, to_dtype)
-    with evaluating(backbone), torch.no_grad(), staged(target, needed) as folder:
+    with evaluating(backbone), torch.no_grad(), stage_folder(target, needed) as folder:
         _check_w0(backbone, w0, report)
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
         own = [tokenizer, image_processor if is_transformers(backbone) else None]
@@ -103,8 +101,6 @@ def export(
             report.merged_bytes, report.merged_files = _weights(folder / "merged")
             report.merged_dir = str(target / "merged")
         write_bytes(folder / REPORT, (json.dumps(asdict(report), indent=2) + "\n").encode())
-    if told := rounding_told(report.kept, str(report.dtype)):
-        warnings.warn(told, stacklevel=2)
     return report
 
 

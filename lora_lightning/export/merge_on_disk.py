@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lora_lightning.backbones.checkpoint import CONFIG, BaseFiles, main_dtype
 from lora_lightning.backbones.key_mapping import groups_of, name_of
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.export.merge_output import REPORT, refuse_target, write_report
-from lora_lightning.lora.errors import AdapterWarning, LoRAError
-from lora_lightning.lora.formats.atomic_dir import staged, write_bytes
+from lora_lightning.lora.errors import AdapterWarning, LoRAError, some
+from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, checked_dtype, short
-from lora_lightning.lora.kept import rounding_told
+from lora_lightning.lora.merge_checks import rounding_warning
 from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
+
+REPORT = "merge_report.json"
+"""What was done, and to which files: by it a later merge knows what it may replace."""
 
 OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
 """Ends of files that hold W0 in other forms, which a merged directory must not have beside it."""
@@ -60,18 +63,18 @@ def merge_on_disk(
     """
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
     to_dtype = checked_dtype(dtype)
-    refuse_target(target, {"base": base, "adapter": adapter})
+    _refuse_target(target, {"base": base, "adapter": adapter})
     merge, written = _planned(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
     try:
         # headers, tokenizer and config beside the tensors
-        with staged(target, merge.size + merge.size // 100 + 2**24) as folder:
+        with stage_folder(target, merge.size + merge.size // 100 + 2**24) as folder:
             with _progress(merge.size) as advance:
                 report = merge.write(folder, advance)
             _write_side_files(base, folder, merge, report, written)
-            write_report(folder, report)
+            _write_report(folder, report)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
-    if told := rounding_told(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
+    if told := rounding_warning(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
         warnings.warn(told, AdapterWarning, stacklevel=2)
     return report
 
@@ -158,3 +161,41 @@ def _edited(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, 
             if isinstance(part, dict) and getattr(merge.plain.config, name, None) is text:
                 edited[name] = {**part, "tie_word_embeddings": False}
     return edited
+
+
+def _refuse_target(target: Path, read: Mapping[str, Path]) -> None:
+    """Raise where writing there would take away what is not an earlier merge's, or what is read."""
+    if target.is_file():
+        raise LoRAError(f"'{target}' is a file: name a folder")
+    if target.is_dir() and any(target.iterdir()):
+        if not (target / REPORT).is_file():
+            raise LoRAError(f"'{target}' is not empty: name an empty or new folder")
+        strangers = sorted(_files(target) - _written_before(target))
+        if strangers:
+            raise LoRAError(f"'{target}' holds files that no merge wrote ({some(strangers)}): name another folder")
+    for what, path in read.items():
+        if path.resolve().is_relative_to(target.resolve()):
+            raise LoRAError(f"'{target}' holds the {what}, which would go: name another folder")
+    if target.resolve().is_relative_to(read["base"].resolve()):
+        raise LoRAError(
+            f"'{target}' lies in the base, whose later merges would take it for a part: name another folder"
+        )
+
+
+def _files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def _written_before(folder: Path) -> set[str]:
+    """The files that an earlier merge notes as its own."""
+    try:
+        return {*json.loads((folder / REPORT).read_text(encoding="utf-8"))["written"], REPORT}
+    except (ValueError, KeyError, TypeError, OSError):
+        return set()
+
+
+def _write_report(folder: Path, report: StreamReport) -> None:
+    """What was done, and to which files: so the next merge knows which of them it may replace."""
+    facts = {name: value for name, value in asdict(report).items() if name != "files"}
+    text = json.dumps({**facts, "written": sorted(_files(folder))}, indent=2, ensure_ascii=False)
+    write_bytes(folder / REPORT, (text + "\n").encode())

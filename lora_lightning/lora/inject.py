@@ -24,7 +24,7 @@ from lora_lightning.lora.layers import (
     graft,
     take_out,
 )
-from lora_lightning.lora.layers.fastpath import open_hosts
+from lora_lightning.lora.layers.attention import hold_kernels_off
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.report import AdaptedModule, InjectionReport
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
@@ -146,7 +146,7 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
             and module not in inside_saved
         ):
             graft(module, FrozenStatistics)
-    open_hosts(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
+    hold_kernels_off(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.errors import warn
 from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow, widen
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias, take_out
-from lora_lightning.lora.merge_refusals import refuse_before, refuse_infinite
+from lora_lightning.lora.merge_checks import refuse_before, refuse_infinite, rounding_warning
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
 
     Classes and keys are the original ones. A weight that is shared with a module which is not adapted is
     given to the adapted one as its own, for only that one was trained, and a transformers config no longer says
-    that they are tied. Nothing can be unmerged: keep the adapter.
+    that they are tied. Nothing can be unmerged: keep the adapter. An AdapterWarning names the layers of which rounding
+    erased more than a tenth of the update.
 
     Args:
         dequantize: turn quantised layers into plain ones, adapted or not, in the dtype of the model's own
@@ -82,6 +84,8 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
         untie_config(model)
     if dtype:
         cast(model, dtype)
+    if told := rounding_warning(report.kept, str(dtype or plain_dtype).removeprefix("torch.")):
+        warn(told)
     return report
 
 

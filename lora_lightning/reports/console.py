@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePath
@@ -22,9 +20,9 @@ from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.frozen.dtype import base_dtypes, short
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
-from lora_lightning.lora.kept import KEPT
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
+from lora_lightning.lora.merge_checks import LEAST_KEPT
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.table import Table
 
@@ -217,16 +215,9 @@ def data_table(summary: Mapping[str, Any]) -> Table:
 # ---- the closing table
 
 
-def show_report(values: Mapping[str, Any], console: Console, save_svg: Path | None = None) -> None:
-    """Print all that is known of a run as one table; also as a picture where a file is named."""
-    table = Table(title=f"Run {values.get('run_dir', '')}", rows=report_rows(values))
-    console.print(table)
-    if save_svg is not None:
-        recorder = Console(record=True, width=92, file=io.StringIO())
-        recorder.print(table)
-        # The fonts that rich names would be fetched from the network; a reader's own monospace font does.
-        picture = re.sub(r"@font-face \{.*?\}\s*", "", recorder.export_svg(title="lora-lightning"), flags=re.S)
-        save_svg.write_text(picture, encoding="utf-8")
+def show_report(values: Mapping[str, Any], console: Console) -> None:
+    """Print all that is known of a run as one table."""
+    console.print(Table(title=f"Run {values.get('run_dir', '')}", rows=report_rows(values)))
 
 
 def report_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -301,7 +292,7 @@ def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
         split = f" in {files} files" if files > 1 else ""
         rows.append(("merged weights", f"{v.get('export_dtype')}, {human_size(v['merged_bytes'])}{split}"))
     if v.get("export_kept_least", 1.0) < 0.9995:
-        low = f"{v['export_kept_low']} of {v['export_layers']} layers below {KEPT:.0%}"
+        low = f"{v['export_kept_low']} of {v['export_layers']} layers below {LEAST_KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
     if v.get("export_dequantised"):
         rows.append(("dequantized", f"{v['export_dequantised']} layers, plain in the merged model"))

@@ -38,8 +38,8 @@ class Table:
         if self.header:
             widest = max((len(row[0]) for row in self.rows), default=0)
             for i, name in enumerate(self.header):
-                justify = "left" if i in self.text else "right"
-                table.add_column(name, justify=justify, overflow="fold", min_width=None if i else min(22, widest))
+                width = None if i else min(22, widest)
+                table.add_column(name, justify="left" if i in self.text else "right", overflow="fold", min_width=width)
         else:
             table.add_column(style="bold", no_wrap=True)
             table.add_column(overflow="fold")

@@ -140,6 +140,7 @@ class _Watch(threading.Thread):
         self.line: str | None = None
         """What is to be said of a child that died without a word."""
         self._store: Any = None
+        self._heard, self._lock = False, threading.Lock()
 
     def store(self) -> Any:
         """A connection of one's own to torch's store; None before there is a process group."""
@@ -177,7 +178,14 @@ class _Watch(threading.Thread):
         elif store.check([self.key]):
             self.first = self.claim(CODE)
         if self.first is not None:
-            store.add(f"{self.key}/heard", 1)
+            self._hear(store)
+
+    def _hear(self, store: Any) -> int:
+        """Count this process among those that know, once, whichever thread says it; returns how many do."""
+        with self._lock:
+            self._heard, more = True, int(not self._heard)
+        count: int = store.add(f"{self.key}/heard", more)
+        return count
 
     def what_to_raise(self, error: BaseException) -> BaseException:
         """What this process ends with, where `error` came out of its main thread."""
@@ -190,12 +198,9 @@ class _Watch(threading.Thread):
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else CODE
         limit = time.monotonic() + CLAIM
         with suppress(RuntimeError, ValueError):
-            heard, knew = f"{self.key}/heard", self.first is not None
-            self.first = self.first if knew else self.claim(code)
-            count = self.store().add(heard, 0 if knew else 1)
-            while rank() == 0 and count < processes() and time.monotonic() < limit:
+            self.first = self.first or self.claim(code)
+            while self._hear(self.store()) < processes() and rank() == 0 and time.monotonic() < limit:
                 time.sleep(0.05)  # this one holds the store: the others are to read it
-                count = self.store().add(heard, 0)
         if self.first is not None and self.first[0] != rank():
             return StoppedError(self.first[1])
         return LostProcessError(self.line or lost(None, None)) if broken else error

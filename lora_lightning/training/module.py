@@ -24,7 +24,7 @@ from lora_lightning.lora.frozen.tensors import plain_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.meta_start import inject_anywhere
+from lora_lightning.lora.meta.inject import inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task
 from lora_lightning.tasks.positions import refuse_long_rows, refuse_too_long
 from lora_lightning.training.activations.compilation import TrainingForward
@@ -43,7 +43,7 @@ from lora_lightning.training.initialization import (
 )
 from lora_lightning.training.loss_weighting import UnitMean, is_padding
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
-from lora_lightning.training.precision import convert, explained_by_precision, precision_of
+from lora_lightning.training.precision import convert, explained_by_precision, precision_of, trainer_of
 from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint, is_sharded
 
 
@@ -220,7 +220,7 @@ class LoRAModule(LightningModule):
 
         Lightning calls this before each of its loops, and where a checkpoint is loaded without a trainer.
         """
-        if self._trainer is not None:
+        if trainer_of(self) is not None:
             self._shard()
         fill_from_files(self.backbone, self.device)
 
@@ -284,9 +284,9 @@ class LoRAModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Bring W0 to the precision's dtype; what was found of it before says nothing of what it is then."""
         self._w0 = None
-        if self._trainer is not None:
-            refuse_long_rows(self.backbone, self._trainer.datamodule)  # type: ignore[attr-defined]
-            convert(self, self._trainer.precision_plugin)
+        if (trainer := trainer_of(self)) is not None:
+            refuse_long_rows(self.backbone, trainer.datamodule)  # type: ignore[attr-defined]
+            convert(self, trainer.precision_plugin)
 
     def w0_fingerprint(self) -> Fingerprint:
         """Of the frozen backbone, taken on first use and kept: law 2 says that it does not change in a fit."""
@@ -296,8 +296,10 @@ class LoRAModule(LightningModule):
 
     def _in_fit(self) -> bool:
         """Where W0 is as it was at the start, or the fit ends in an error."""
-        state = None if self._trainer is None else self._trainer.state
-        return state is not None and state.fn == TrainerFn.FITTING and state.status == TrainerStatus.RUNNING
+        trainer = trainer_of(self)
+        if trainer is None:
+            return False
+        return trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the adapter's tensors and plain settings; leave W0 out."""

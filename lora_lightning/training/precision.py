@@ -145,7 +145,13 @@ def convert(module: LightningModule, plugin: Precision) -> None:
 
 def precision_of(module: LightningModule) -> str | None:
     """What the module's trainer computes in; None without one."""
-    return None if module._trainer is None else str(module._trainer.precision)
+    trainer = trainer_of(module)
+    return None if trainer is None else str(trainer.precision)
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """The module's trainer; the public property raises where there is none."""
+    return module._trainer
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def in_one_process(accelerator: Any) -> dict[str, Any]:
 
 def logging_interval(steps: float) -> int:
     """Optimizer steps between two rows of the log, of a fit of so many: 50 rows or more, and Lightning's 50 at most."""
-    return int(min(50, max(1, steps // 50)))
+    return 50 if steps >= 2500 else max(1, int(steps) // 50)
 
 
 class LoRATrainer(Trainer):
@@ -160,7 +160,7 @@ class LoRATrainer(Trainer):
             "serving": serving,
         }
         result = export_module(model, datamodule, target, batch=batch, **options)
-        show_report(record_export(folder, result), Console(), save_svg=folder / "report.svg")
+        show_report(record_export(folder, result), Console())
         log_export(self.loggers, folder, target)
         return result
 

@@ -132,8 +132,9 @@ def test_output_and_gradients_are_torchs_with_the_dense_update(mask, need_weight
     zero = torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
     delta = torch.cat([dense(model, part) if part in chosen else zero for part in "qkv"])
     out_delta = 1.5 * attn.out_proj.lora_B @ attn.out_proj.lora_A
-    args = (q, q, q, WIDTH, HEADS, attn.in_proj_weight + delta, attn.in_proj_bias, attn.bias_k, attn.bias_v, True, 0.0)
-    want = F.multi_head_attention_forward(*args, attn.out_proj.weight + out_delta, attn.out_proj.bias, **call)
+    W0, out_W0 = attn._parameters["in_proj_weight"], attn.out_proj._parameters["weight"]
+    args = (q, q, q, WIDTH, HEADS, W0 + delta, attn.in_proj_bias, attn.bias_k, attn.bias_v, True, 0.0)
+    want = F.multi_head_attention_forward(*args, out_W0 + out_delta, attn.out_proj.bias, **call)
     want = torch.cat([w.flatten() for w in want if w is not None])
     assert relative(got, want) < 1e-12
     weights = torch.randn_like(want)
@@ -163,18 +164,29 @@ def test_the_attentions_own_dropout_is_torchs_in_training(need_weights):
     assert torch.equal(model(q, k, v), want)
 
 
-def test_dropout_is_honoured_in_training_only():
-    model = Attention()
-    inject(model, config(dropout=0.5))
-    stir(model)
-    run = run_with()
-    assert not torch.equal(run(model.train()), run(model))
-    assert torch.equal(run(model.eval()), run(model))
-    for only in (["attn"], ["out_proj"]):
-        model = Attention()
-        inject(model, config(dropout=0.5, target_modules=only))
-        stir(model).train()
-        assert not torch.equal(run(model), run(model))
+@pytest.mark.parametrize("only", ["attn", "out_proj"])
+def test_dropout_is_refused_for_weights_that_are_read(only):
+    with pytest.raises(TargetError, match=f"'attn.*{only.removeprefix('attn')}'.*dropout_pattern"):
+        inject(Attention(), config(dropout=0.5, target_modules=[only]))
+    inject(Attention(), config(dropout=0.5, target_modules=[only], dropout_pattern={only: 0.0}))
+
+
+def test_all_linear_says_that_the_dropout_of_the_other_layers_is_not_theirs():
+    report = inject(
+        nn.Sequential(nn.TransformerEncoderLayer(WIDTH, HEADS, 16), nn.Linear(WIDTH, 2)), config(dropout=0.5)
+    )
+    assert {row.module: row.dropout for row in report.modules} == {
+        "0.self_attn": 0.0,
+        "0.self_attn.out_proj": 0.0,
+        "0.linear1": 0.5,
+        "0.linear2": 0.5,
+    }
+
+
+def test_an_adapter_that_names_a_dropout_for_all_layers_is_loaded(tmp_path):
+    theirs = peft.get_peft_model(Attention(), peft.LoraConfig(r=2, lora_dropout=0.1, target_modules=["attn"]))
+    theirs.save_pretrained(tmp_path)
+    load_adapter(Attention(), tmp_path)
 
 
 def test_all_linear_adapts_both_projections():
@@ -293,17 +305,44 @@ def test_disabled_is_the_plain_model_where_only_out_proj_is_adapted():
         assert torch.equal(run_with()(model), run_with()(plain))
 
 
-def test_an_attention_with_a_forward_of_its_own_is_refused_by_name():
+def test_an_attention_with_a_forward_of_its_own_reads_the_adapted_weights():
     class Own(nn.MultiheadAttention):
         def forward(self, x):
-            return F.linear(x, self.out_proj.weight)
+            return F.linear(F.linear(x, self.in_proj_weight)[..., :WIDTH], self.out_proj.weight) + self.out_proj(x)
 
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), Own(WIDTH, HEADS), nn.Linear(WIDTH, 2))
-    for target in ("1", "out_proj"):
-        with pytest.raises(TargetError, match="Own has a forward of its own"):
-            inject(model, config(target_modules=[target]))
-    report = inject(model, config())
-    assert set(report.skipped) == {"1", "1.out_proj", "2"}
+    model, x = nn.Sequential(Own(WIDTH, HEADS)), torch.randn(3, WIDTH)
+    before = model(x)
+    inject(model, config(target_modules=["0", "out_proj"]))
+    assert torch.equal(model(x), before)
+    stir(model)
+    adapted = model(x)
+    assert relative(adapted, before) > 1e-2
+    merge(model)
+    assert relative(model(x), adapted) < 1e-5
+
+
+def test_an_out_proj_that_attention_would_not_read_as_adapted_is_refused_by_name():
+    model = Attention()
+    model.attn.out_proj = nn.Linear(WIDTH, WIDTH)
+    with pytest.raises(TargetError, match=r"attn\.out_proj.*reads its weight"):
+        inject(model, config(target_modules=["out_proj"]))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_copy_of_out_proj_is_what_attention_reads(training):
+    model = nn.ModuleDict({"attention": Attention(batch_first=True), "body": nn.Linear(WIDTH, WIDTH)}).train(training)
+    q = inputs(torch.float32)[0]
+    plain = model["attention"](q, q, q)
+    inject(model, config(target_modules=["body"], modules_to_save=["attention.attn.out_proj"]))
+    assert torch.equal(model["attention"](q, q, q), plain)
+    with torch.no_grad():
+        model["attention"].attn.out_proj.lora_copy.bias.add_(torch.arange(float(WIDTH)))
+        out = model["attention"](q, q, q)
+        assert relative(out, plain) > 1e-2
+        with disabled(model):
+            assert torch.equal(model["attention"](q, q, q), plain)
+    merge(model)
+    assert torch.equal(model["attention"](q, q, q), out)
 
 
 def test_unknown_parts_are_refused():

@@ -141,6 +141,22 @@ def test_peft_opens_ours_and_we_open_pefts(dims, tmp_path):
     check_we_open_pefts(make, run, peft.LoraConfig(r=2, lora_alpha=5, target_modules=["0", "2"]), tmp_path)
 
 
+@dtypes
+@pytest.mark.parametrize(("dims", "groups"), [(1, 1), (2, 2), (3, 1)])
+def test_laws_with_a_bias_of_b(dims, groups, dtype, tmp_path):
+    make, chosen = net(dims, padding=1, groups=groups), config(target_modules=["0"], lora_bias=True)
+    report = check_laws(make, run_on(dims), chosen, dtype, tmp_path)
+    assert report.modules[0].parameters == 2 * (4 // groups) * 3**dims + 6 * (2 // groups) + 6
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_bias_of_b_is_pefts_both_ways(dims, tmp_path):
+    make, run = net(dims, stride=2, padding=1), run_on(dims)
+    check_peft_opens_ours(make, run, config(target_modules=["0", "2"], lora_bias=True), tmp_path)
+    theirs = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["0", "2"], lora_bias=True)
+    check_we_open_pefts(make, run, theirs, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
 def test_peft_opens_ours_of_a_grouped_convolution(tmp_path):
     theirs = check_peft_opens_ours(net(2, groups=2), run_on(2), config(target_modules=["0"]), tmp_path)

@@ -23,7 +23,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.meta import checkpoint
 from lora_lightning.lora.meta.build import on_meta
 from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.lora.meta.meta_start import inject_anywhere
+from lora_lightning.lora.meta.inject import inject_anywhere
 from tests.distributed import one_process
 
 

@@ -460,6 +460,15 @@ def test_a_probability_that_no_byte_can_decide_takes_torchs_dropout() -> None:
     assert not torch.equal(model(x), model.eval()(x))
 
 
+def test_on_a_cpu_few_rows_take_the_eager_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "FEW_ROWS", 128)
+    layer = adapted(nn.Sequential(nn.Linear(6, 5)))[0]
+    for rows, fuses in ((0, False), (127, False), (128, True)):
+        x = torch.randn(rows, 6).double()
+        assert layer._fuses(x) is layer._fuses(x.view(1, rows, 6)) is fuses
+        torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.delta_weight(), layer.bias))
+
+
 # What backward keeps, and for how long.
 
 

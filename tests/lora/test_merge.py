@@ -3,6 +3,7 @@ from __future__ import annotations
 import collections
 import copy
 import itertools
+import warnings
 
 import peft
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, merge
-from lora_lightning.lora.errors import MergeError
+from lora_lightning.lora.errors import AdapterWarning, MergeError
 from tests.factories import Own, assert_same, bert, distance, folded, llama, move, output, sequential, snapshot
 from tests.lora.test_inject import HEADS
 
@@ -74,6 +75,23 @@ def test_peft_merges_to_the_same_weights():
     merge(ours)
     for key, value in theirs.merge_and_unload().state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 1e-3), (torch.float16, 1e-4)])
+def test_a_merge_that_erases_more_than_a_tenth_of_an_update_names_the_layer(dtype, size):
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    inject(model, LoRAConfig(r=2, target_modules=["0", "1"]))
+    move(model[0], size)
+    move(model[1], 1.0)
+    wide, name = copy.deepcopy(model), str(dtype).removeprefix("torch.")
+    lost = rf"rounding to {name} kept less than 90% .* in 1 of 2 layers, least in 0 "
+    with pytest.warns(AdapterWarning, match=lost) as said:
+        report = merge(model, dtype=dtype)
+    assert len(said) == 1
+    assert report.kept["0"] < 0.9 < report.kept["1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(wide)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ from torch import nn
 from lora_lightning import disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
+from lora_lightning.lora.layers import LoRAParameter
 from tests.lora.laws import check_laws, check_meta, check_peft_opens_ours, check_we_open_pefts, config, dtypes, stir
 
 
@@ -92,16 +93,14 @@ def test_delta_and_gradients_are_the_formulas(transposed):
 
 
 def test_the_parameter_stays_under_its_name_and_is_computed_once_in_a_forward(monkeypatch):
-    from lora_lightning.lora.layers.parameter import LoRAParameter
-
     model = Mixture()
     before, W0 = fingerprint(model).digest, model.experts.up
     inject(model, only("up"))
     assert model.state_dict(keep_vars=True)["experts.up"] is W0
     assert dict(model.named_parameters())["experts.up"] is W0
     calls = []
-    applied = LoRAParameter.applied_to
-    monkeypatch.setattr(LoRAParameter, "applied_to", lambda self, w: calls.append(1) or applied(self, w))
+    updated = LoRAParameter.updated_weights
+    monkeypatch.setattr(LoRAParameter, "updated_weights", lambda self: calls.append(1) or updated(self))
     run(model)
     assert len(calls) == 1
     assert fingerprint(model).digest == before

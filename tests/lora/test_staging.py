@@ -4,22 +4,25 @@ import errno
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections import namedtuple
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from lora_lightning import LoRAError
 from lora_lightning.lora.formats import atomic_dir as staging
-from lora_lightning.lora.formats.atomic_dir import human_size, staged
+from lora_lightning.lora.formats.atomic_dir import human_size, stage_folder
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def fill(target, text, needed=1, error=None):
-    with staged(target, needed) as folder:
+    with stage_folder(target, needed) as folder:
         (folder / "deep").mkdir()
         (folder / "deep" / "file.txt").write_text(text)
         if error is not None:
@@ -35,6 +38,24 @@ def test_a_folder_comes_whole_and_replaces_the_older(tmp_path):
         fill(tmp_path / "made" / "out", text)
         assert (tmp_path / "made" / "out" / "deep" / "file.txt").read_text() == text
     assert names(tmp_path / "made") == ["out"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_rights_that_the_umask_gives(umask, tmp_path):
+    """safetensors gives its files to their owner alone, whom a model that others shall open does not help."""
+    before = os.umask(umask)
+    try:
+        with stage_folder(tmp_path / "out", 0) as folder:
+            (folder / "inner").mkdir()
+            for file in (folder / "model.safetensors", folder / "inner" / "adapter_model.safetensors"):
+                save_file({"weight": torch.ones(2)}, file)
+                file.chmod(0o600)
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) == 3
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
@@ -74,7 +95,7 @@ if when == "between the moves":
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, to)
     Path.replace = replace
-with staging.staged(target, 1) as folder:
+with staging.stage_folder(target, 1) as folder:
     (folder / "half").write_text("two")
     if when == "while writing":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -142,7 +163,7 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path):
 
 
 def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path):
-    with pytest.raises(LoRAError, match=r"out' cannot be written \(no\): nothing was; name a folder"):
+    with pytest.raises(LoRAError, match=r"out' cannot be written \(Permission denied\): nothing was; name a folder"):
         fill(tmp_path / "out", "one", error=PermissionError(errno.EACCES, "no"))
     assert list(tmp_path.iterdir()) == []
 

@@ -1,10 +1,12 @@
 """What is exported is what was trained, or nothing is left behind."""
 
 import copy
+import errno
 import gc
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import timm
 import torch
 import torchvision
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model
 from torch import nn
 
@@ -376,6 +379,52 @@ def test_no_space_leaves_no_trace(moved, tmp_path, monkeypatch):
     with pytest.raises(LoRAError, match="no space was left for"):
         export_of(moved, tmp_path / "out", BATCH)
     assert list(tmp_path.iterdir()) == []
+
+
+DISKS = {
+    "a limit on file sizes": (
+        SafetensorError("File too large (os error 27)"),
+        "ulimit -f.*--max_shard_size",
+    ),
+    "a disk to read from": (OSError(errno.EROFS, "Read-only file system"), "cannot be written.*--output_dir"),
+}
+
+
+@pytest.mark.parametrize("disk", DISKS)
+def test_a_disk_that_does_not_take_the_files_is_one_line_with_the_right_cure(disk, moved, tmp_path, monkeypatch):
+    error, cure = DISKS[disk]
+
+    def refuses(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("lora_lightning.export.model_files.write_tensors", refuses)
+    with pytest.raises(LoRAError, match=cure) as refused:
+        export_of(moved, tmp_path / "out", BATCH)
+    assert f"'{tmp_path / 'out'}'" in str(refused.value)
+    assert "nothing was" in str(refused.value)
+    assert not re.search(r"\n|\.part|runs_dir", str(refused.value))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_file_limit_stops_an_export_with_that_line(moved, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(LoRAError, match="limit on file sizes"):
+            export_of(moved, tmp_path / "out", BATCH, formats=["merged"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_export_stands_where_the_runs_folder_cannot_be_written(moved, tmp_path, monkeypatch):
+    def refuses(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    result = export_of(moved, tmp_path / "out", BATCH)
+    monkeypatch.setattr("lora_lightning.training.checkpoints.run_folder.update_report", refuses)
+    with pytest.warns(UserWarning, match="the export is whole"):
+        assert record_export(tmp_path / "run", result)["merged_dir"] == str(tmp_path / "out" / "merged")
 
 
 def test_there_is_never_more_than_one_other_copy_of_w0(make_module, tmp_path, monkeypatch):

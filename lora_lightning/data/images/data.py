@@ -19,15 +19,13 @@ from lora_lightning.data.images.files import (
     read_imagefolder,
 )
 from lora_lightning.data.images.rows import Rows
-from lora_lightning.data.images.table import ImageTable, Verify
+from lora_lightning.data.images.table import ImageTable
 from lora_lightning.data.images.transforms import (
-    Augmentation,
-    Interpolation,
     evaluation_transform,
     training_transform,
 )
 from lora_lightning.data.io.rows import values_of
-from lora_lightning.data.io.splits import SPLITS, SplitConfig
+from lora_lightning.data.io.splits import SPLITS
 from lora_lightning.data.io.tables import NAMES, READERS, read_tables
 from lora_lightning.lora.errors import LoRAError
 
@@ -42,29 +40,10 @@ class ImageData(OneLabel, ImageTable):
         image_column: the image.
         label_column: the label, a name or a number.
         label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
-        image_root: what relative paths in a table start from; the table's own folder by default.
         reader: for other forms, a function of your own by its `module.name`: from `path` to (images, labels), or to
             such pairs by split. Images are arrays (h, w), (h, w, 3) or (h, w, 4) of uint8, or (h, w) of uint16.
-        preprocessing: whose size, mean, standard deviation and resizing to take: `timm:NAME`,
-            `torchvision:ResNet50_Weights.DEFAULT`, or a transformers model's name or directory. ImageNet's usual
-            ones by default.
-        image_size: of the backbone's input in pixels, one number or height and width.
-        mean: of red, green and blue in [0, 1].
-        std: the same.
-        interpolation: of resizing.
-        crop_share: how much of the resized image's shorter side the centre crop shows; 1 squeezes the whole image into
-            `image_size`.
-        augment: what changes at random in training: a function of (seed, epoch, row), the same with any number of
-            workers and processes; null for nothing.
         drop_duplicates: keep the first of images with the same content.
-        max_train_rows: of training rows at most so many, drawn once by `split.seed`.
-        verify: before training, whether each file opens as an image (its header: quick), decodes (all of it), or none.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
-        batch_size: images per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        num_workers: processes that decode.
-        seed: of the order and of the augmentation.
+        images: arguments of `ImageTable` and `TableData` by name.
 
     Raises:
         LoRAError: an image that does not open, an empty folder of a class, a missing column, a label that is missing or
@@ -77,44 +56,11 @@ class ImageData(OneLabel, ImageTable):
         image_column: str = "image",
         label_column: str = "label",
         label_names: list[str] | None = None,
-        image_root: str | None = None,
         reader: Callable[[str], Any] | None = None,
-        preprocessing: str | None = None,
-        image_size: int | list[int] | None = None,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        interpolation: Interpolation | None = None,
-        crop_share: float | None = None,
-        augment: Augmentation | None = Augmentation(),  # noqa: B008  (frozen)
         drop_duplicates: bool = False,
-        max_train_rows: int | None = None,
-        verify: Verify = "open",
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
-        batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        **images: Any,
     ) -> None:
-        super().__init__(
-            path,
-            preprocessing=preprocessing,
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            interpolation=interpolation,
-            crop_share=crop_share,
-            augment=augment,
-            image_root=image_root,
-            max_train_rows=max_train_rows,
-            verify=verify,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(path, **images)
         self.image_column, self.label_column = image_column, label_column
         self.given_label_names, self.reader, self.drop_duplicates = label_names, reader, drop_duplicates
 

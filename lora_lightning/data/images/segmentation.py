@@ -20,14 +20,11 @@ from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import LabelNames
 from lora_lightning.data.images.files import folders_by_split, read_mask_folders
 from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, said
-from lora_lightning.data.images.table import ImageTable, Verify
+from lora_lightning.data.images.table import ImageTable
 from lora_lightning.data.images.transforms import (
-    Augmentation,
-    Interpolation,
     evaluation_transform,
     training_transform,
 )
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.io.tables import NAMES
 from lora_lightning.lora.errors import LoRAError, some
 
@@ -54,22 +51,8 @@ class SegmentationData(LabelNames, ImageTable):
         num_classes: how many labels there are; their number of names by default. One of the two is needed.
         ignore_index: value of pixels without a label.
         reduce_labels: for sets whose 0 is what has no label, such as ADE20K: 0 is ignored and 1 is the first label.
-        image_root: what relative paths in a table start from; the table's own folder by default.
-        preprocessing: as `ImageData` takes it.
-        image_size: of the backbone's input in pixels, one number or height and width.
-        mean: of red, green and blue in [0, 1].
-        std: the same.
-        interpolation: of resizing images; masks take the nearest pixel.
-        augment: what changes at random in training, a function of (seed, epoch, row); null for nothing.
-        max_train_rows: of training rows at most so many, drawn once by `split.seed`.
-        verify: before training, whether each file opens as an image (its header: quick); decodes, has its mask's size
-            and allowed values (all of it); or none.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
         batch_size: images per batch and process in training.
-        eval_batch_size: the same in evaluation; `batch_size` by default.
-        num_workers: processes that decode.
-        seed: of the order and of the augmentation.
+        images: arguments of `ImageTable` and `TableData` by name; the whole image is always shown.
 
     Raises:
         LoRAError: an image or a mask that is missing or does not open, a mask of another size than its image, a value
@@ -87,41 +70,10 @@ class SegmentationData(LabelNames, ImageTable):
         num_classes: int | None = None,
         ignore_index: int = 255,
         reduce_labels: bool = False,
-        image_root: str | None = None,
-        preprocessing: str | None = None,
-        image_size: int | list[int] | None = None,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        interpolation: Interpolation | None = None,
-        augment: Augmentation | None = Augmentation(),  # noqa: B008  (frozen)
-        max_train_rows: int | None = None,
-        verify: Verify = "open",
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 8,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        **images: Any,
     ) -> None:
-        super().__init__(
-            path,
-            preprocessing=preprocessing,
-            image_size=image_size,
-            mean=mean,
-            std=std,
-            interpolation=interpolation,
-            crop_share=1,
-            augment=augment,
-            image_root=image_root,
-            max_train_rows=max_train_rows,
-            verify=verify,
-            name=name,
-            split=split,
-            batch_size=batch_size,
-            eval_batch_size=eval_batch_size,
-            num_workers=num_workers,
-            seed=seed,
-        )
+        super().__init__(path, batch_size=batch_size, crop_share=1, **images)
         if not label_names and num_classes is None:
             raise LoRAError("SegmentationData needs label_names, or num_classes: they are not read off the masks")
         if label_names and num_classes not in (None, len(label_names)):

@@ -30,10 +30,18 @@ class ImageTable(TableData):
 
     Args:
         path: as `TableData` takes it, or a folder of images.
-        preprocessing: name of the model whose preprocessing is used, see `preprocessing_of`.
-        image_size, mean, std, interpolation, crop_share: in place of what `preprocessing` says.
-        augment: in training; None does nothing at random.
-        image_root: what relative paths start from; the folder of their table by default.
+        preprocessing: whose size, mean, standard deviation and resizing to take: `timm:NAME`,
+            `torchvision:ResNet50_Weights.DEFAULT`, or a transformers model's name or directory. ImageNet's usual
+            ones by default.
+        image_size: of the backbone's input in pixels, one number or height and width.
+        mean: of red, green and blue in [0, 1].
+        std: the same.
+        interpolation: of resizing images; masks take the nearest pixel.
+        crop_share: how much of the resized image's shorter side the center crop shows; 1 squeezes the whole image into
+            `image_size`.
+        augment: what changes at random in training: a function of (seed, epoch, row), the same with any number of
+            workers and processes; null for nothing.
+        image_root: what relative paths in a table start from; the table's own folder by default.
         max_train_rows: of training rows at most so many, drawn once by `split.seed`.
         verify: before training, whether each file opens as an image (its header: quick), decodes (all of it), or none.
         table: arguments of `TableData` by name.
@@ -44,17 +52,16 @@ class ImageTable(TableData):
     def __init__(
         self,
         path: str | dict[str, str],
-        *,
-        preprocessing: str | None,
-        image_size: int | Sequence[int] | None,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        interpolation: Interpolation | None,
-        crop_share: float | None,
-        augment: Augmentation | None,
-        image_root: str | None,
-        max_train_rows: int | None,
-        verify: Verify,
+        preprocessing: str | None = None,
+        image_size: int | list[int] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: Interpolation | None = None,
+        crop_share: float | None = None,
+        augment: Augmentation | None = Augmentation(),  # noqa: B008  (frozen)
+        image_root: str | None = None,
+        max_train_rows: int | None = None,
+        verify: Verify = "open",
         **table: Any,
     ) -> None:
         super().__init__(path, length_grouped=False, num_proc=None, **table)
@@ -87,13 +94,13 @@ class ImageTable(TableData):
                 found = found.whole()
             elif self.crop_share is not None:
                 found = replace(found, resize=round(min(found.size) / self.crop_share))
-            given = {name: value for name, value in self.given.items() if value is not None}
+            given: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
             for name in ("mean", "std"):
                 if name in given:
-                    given[name] = tuple(float(x) for x in given[name])  # type: ignore[union-attr]
+                    given[name] = tuple(float(x) for x in given[name])
                     if len(given[name]) != 3:
                         raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
-            self._preprocessing = replace(found, **given)  # type: ignore[arg-type]
+            self._preprocessing = replace(found, **given)
         return self._preprocessing
 
     @property

@@ -20,7 +20,6 @@ from PIL import Image
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.base import TableData
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.pairs import GROUP, groups_of
 from lora_lightning.lora.errors import LoRAError
 
@@ -43,12 +42,8 @@ class ImageTextData(TableData):
         image_root: what relative paths start from; the table's own folder by default.
         max_length: tokens per text at most; the tokenizer's own limit by default.
         padding: to the `longest` text of a batch, or to `max_length`, as SigLIP was trained.
-        name: which configuration of a hub set.
-        split: how to split off validation and test where the set has none.
         batch_size: pairs per batch and process in training: the more, the more negatives.
-        eval_batch_size: the same in evaluation, where it changes nothing but the time; `batch_size` by default.
-        num_workers: processes that open images.
-        seed: of the order in training.
+        table: arguments of `TableData` by name.
 
     Raises:
         LoRAError: a missing file or column, an image that does not open, an empty text, with file, row and column.
@@ -64,15 +59,10 @@ class ImageTextData(TableData):
         image_root: str | None = None,
         max_length: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",
-        name: str | None = None,
-        split: SplitConfig = SplitConfig(),  # noqa: B008  (frozen)
         batch_size: int = 32,
-        eval_batch_size: int | None = None,
-        num_workers: int = 0,
-        seed: int = 0,
+        **table: Any,
     ) -> None:
-        options: dict[str, Any] = {"name": name, "split": split, "num_workers": num_workers, "seed": seed}
-        super().__init__(path, batch_size=batch_size, eval_batch_size=eval_batch_size, length_grouped=False, **options)
+        super().__init__(path, batch_size=batch_size, length_grouped=False, num_proc=None, **table)
         self.processor_name, self.image_column, self.text_column = processor, image_column, text_column
         self.group_column, self.image_root = group_column, image_root
         self.max_length, self.padding = max_length, padding

@@ -189,9 +189,8 @@ def _of_torchvision(name: str) -> Preprocessing:
 def _of_transformers(name: str) -> Preprocessing:
     import transformers
 
-    from lora_lightning.backbones.hub import refuse_not_there
     from lora_lightning.backbones.huggingface import quiet
-    from lora_lightning.backbones.locate import resolve
+    from lora_lightning.backbones.locate import refuse_not_there, resolve
 
     path = resolve(name)
     refuse_not_there("image processor", path)

@@ -18,8 +18,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.backbones.hub import refuse_not_there
-from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.data.io.splits import split_name
 from lora_lightning.data.io.tables import TextBy, files_of, known_split, reader_of
 from lora_lightning.lora.errors import LoRAError

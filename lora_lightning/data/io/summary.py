@@ -24,9 +24,10 @@ MUCH = 0.05
 class Rows(Protocol):
     """What is asked of a DataModule, after its setup."""
 
-    given_splits: Collection[str]
-    doubled_columns: Mapping[str, list[str]]
-
+    @property
+    def given_splits(self) -> Collection[str]: ...
+    @property
+    def doubled_columns(self) -> Mapping[str, list[str]]: ...
     @property
     def tables(self) -> Mapping[str, datasets.Dataset]: ...
     def columns(self, split: str) -> Sequence[str | None]: ...

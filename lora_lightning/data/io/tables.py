@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 import datasets
 
-from lora_lightning.backbones.hub import refuse_not_there
-from lora_lightning.backbones.locate import resolve
+from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.data.io.faults import fault_in, header_of, separated_by_another, wide_first_row
 from lora_lightning.data.io.rows import ROW
 from lora_lightning.data.io.splits import CALLED, split_name

@@ -1,7 +1,7 @@
 """Several adapters beside one frozen base: held as data, one of them in the model at a time, or one for each row.
 
 The layers know nothing of it. An adapter that is not active waits outside the model with its own classes, settings
-and tensors (`shelf.py`), so that any two may differ in everything: rank, targets, options, heads.
+and tensors (`detached.py`), so that any two may differ in everything: rank, targets, options, heads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from lora_lightning.lora.bank.combine import (
     report,
     saved_tensors,
 )
-from lora_lightning.lora.bank.detached import Held, bring, check, put_in, see, send, take_out
+from lora_lightning.lora.bank.detached import (
+    DetachedAdapter,
+    find_adapter,
+    put_in,
+    refuse_replaced,
+    take_out,
+    to_device,
+    to_modules,
+)
 from lora_lightning.lora.bank.mixed_batch import Batch, mixed_batch
 from lora_lightning.lora.errors import AdapterError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -51,13 +59,13 @@ class AdapterBank:
         model = model._modules.get("_orig_mod") or model  # torch.compile(model) is a wrapper
         self.model = model
         self.device = None if device is None else torch.device(device)
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, DetachedAdapter] = {}
         self._active: str | None = None
         self._within: str | None = None
         self._batch_first: set[str] = set()
         hold_packing(model)  # the base that waits must not be rounded either
         self._base = base_versions(model)
-        if see(model).shares:
+        if find_adapter(model).shares:
             self.add(first)
 
     @property
@@ -68,7 +76,7 @@ class AdapterBank:
     @property
     def active(self) -> str | None:
         """The adapter that the model computes with; None for the plain base."""
-        self._look()
+        self._check_model()
         return self._active
 
     def load(
@@ -87,8 +95,8 @@ class AdapterBank:
         Raises:
             AdapterError: as `load_adapter`; the name is taken. The bank is then as before.
         """
-        self._new(name)
-        with self._plain("load"):
+        self._refuse_taken(name)
+        with self._plain_model("load"):
             report = load_adapter(self.model, directory, allow_other_base=allow_other_base, alphas=alphas)
             self._held[name] = take_out(self.model, self.device)
         return report
@@ -103,9 +111,9 @@ class AdapterBank:
         serving: Literal["vllm"] | None = None,
     ) -> Path:
         """Write a held adapter as `save_adapter` does, with the same settings. What is active stays so."""
-        self._get(name)
-        with self._plain("save"):
-            check(self.model, self._held[name])
+        self._detached(name)
+        with self._plain_model("save"):
+            refuse_replaced(self.model, self._held[name])
             put_in(self.model, self._held[name])
             try:
                 return save_adapter(
@@ -124,10 +132,10 @@ class AdapterBank:
         Raises:
             LoRAError: the model has none, or its adapter is held already.
         """
-        self._new(name)
-        self._free("add")
+        self._refuse_taken(name)
+        self._refuse_within("add")
         refuse_moved(self.model, self._base)
-        held = see(self.model)
+        held = find_adapter(self.model)
         if not held.shares:
             raise LoRAError("the model has no adapter to add: inject(model, config) first, or load a directory")
         if self._active is not None and self._in_place(self._active):
@@ -144,16 +152,16 @@ class AdapterBank:
         Raises:
             LoRAError: no such adapter; the base moved; the model has an adapter that the bank does not hold.
         """
-        self._free("activate")
+        self._refuse_within("activate")
         if name is not None:
-            self._get(name)
+            self._detached(name)
         self._switch(name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Within the block the model computes as the plain base."""
-        self._free("disabled")
-        self._look()
+        self._refuse_within("disabled")
+        self._check_model()
         self._within = "disabled"
         try:
             with disabled(self.model):
@@ -180,13 +188,13 @@ class AdapterBank:
             raise LoRAError(f"rows must name an adapter or None for every row of the batch, got {names!r}")
         if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
             raise LoRAError(f"repeats must be a whole number of at least 1, got {repeats!r}")
-        self._free("rows")
+        self._refuse_within("rows")
         for name in names:
             if name is not None:
-                self._get(name)
+                self._detached(name)
         batch = Batch(list(names), repeats, self._batch_first)
         several = len(set(names)) > 1  # else it does not matter which row is which
-        with self._beside("rows", [name for name in names if several and name is not None]) as sources:
+        with self._sources("rows", [name for name in names if several and name is not None]) as sources:
             self._switch(None if several else names[0])
             self._within = "rows"
             try:
@@ -197,8 +205,8 @@ class AdapterBank:
 
     def remove(self, name: str) -> None:
         """Forget an adapter; where it is active, the plain base is left."""
-        self._free("remove")
-        self._get(name)
+        self._refuse_within("remove")
+        self._detached(name)
         if self.active == name:
             self._switch(None)
         del self._held[name]
@@ -223,9 +231,9 @@ class AdapterBank:
         Raises:
             LoRAError: there is no such adapter, or no such combination of these. The bank is then as before.
         """
-        self._new(name)
+        self._refuse_taken(name)
         check_request(weights, self.names, method, rank, removed)
-        with self._beside("combine", weights) as sources:
+        with self._sources("combine", weights) as sources:
             combined = combine_layers(sources, weights, rank)
             saved = saved_tensors(sources, combined)
             inject(self.model, config_of(combined, list(saved)), start=False, any_rank=True)
@@ -249,9 +257,9 @@ class AdapterBank:
     # What is in the model.
 
     @contextmanager
-    def _plain(self, what: str) -> Iterator[None]:
+    def _plain_model(self, what: str) -> Iterator[None]:
         """Within the block the model is plain; what was active is put back. `what` names the call."""
-        self._free(what)
+        self._refuse_within(what)
         before = self.active
         self._switch(None)
         try:
@@ -260,24 +268,24 @@ class AdapterBank:
             self._switch(before)
 
     @contextmanager
-    def _beside(self, what: str, names: Iterable[str]) -> Iterator[dict[str, Held]]:
+    def _sources(self, what: str, names: Iterable[str]) -> Iterator[dict[str, DetachedAdapter]]:
         """Within the block the model is plain, and these adapters are on its device beside it."""
-        with self._plain(what):
+        with self._plain_model(what):
             sources = {name: self._held[name] for name in names}
             for held in sources.values():
-                bring(held)
+                to_modules(held)
             try:
                 yield sources
             finally:
                 for held in sources.values():
-                    send(held, self.device)
+                    to_device(held, self.device)
 
     def _switch(self, name: str | None) -> None:
-        self._look()
+        self._check_model()
         if name == self._active:
             return
         if name is not None:
-            check(self.model, self._held[name])  # before anything is taken out
+            refuse_replaced(self.model, self._held[name])  # before anything is taken out
         before, self._active = self._active, None
         if before is not None:
             self._held[before] = take_out(self.model, self.device)
@@ -289,14 +297,14 @@ class AdapterBank:
         try:
             put_in(self.model, self._held[name])
         except BaseException:
-            send(self._held[name], self.device)
+            to_device(self._held[name], self.device)
             if before is not None:
                 put_in(self.model, self._held[before])
                 self._active = before
             raise
         self._active = name
 
-    def _look(self) -> None:
+    def _check_model(self) -> None:
         """Whether the model is as the bank left it: its base untouched, its adapter the active one."""
         refuse_moved(self.model, self._base)
         if not any(isinstance(module, Grafted) for module in self.model.modules()):
@@ -308,17 +316,17 @@ class AdapterBank:
     def _in_place(self, name: str) -> bool:
         return all(share.holds_same() for share in self._held[name].shares)
 
-    def _free(self, what: str) -> None:
+    def _refuse_within(self, what: str) -> None:
         if self._within:
             raise LoRAError(f"{what}: not within `with bank.{self._within}(...)`: leave the block first")
 
-    def _new(self, name: str) -> None:
+    def _refuse_taken(self, name: str) -> None:
         if not isinstance(name, str) or not name:
             raise AdapterError(f"an adapter's name must be a text, got {name!r}")
         if name in self._held:
             raise AdapterError(f"the bank holds '{name}' already: remove it first, or take another name")
 
-    def _get(self, name: str) -> Held:
+    def _detached(self, name: str) -> DetachedAdapter:
         if name not in self._held:
             known = ", ".join(self._held) or "none"
             raise AdapterError(f"the bank holds no '{name}', it has {known}{did_you_mean(str(name), self._held)}")

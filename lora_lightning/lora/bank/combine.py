@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.bank.detached import Held
+from lora_lightning.lora.bank.detached import DetachedAdapter
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_tensors
@@ -109,7 +109,7 @@ def check_request(
 
 
 def combine_layers(
-    sources: Mapping[str, Held], weights: Mapping[str, float], rank: int | None
+    sources: Mapping[str, DetachedAdapter], weights: Mapping[str, float], rank: int | None
 ) -> dict[str, CombinedLayer]:
     """Every layer of the weighted sum by its path, with its factors: of `rank`, or with the ranks added up.
 
@@ -188,7 +188,7 @@ def _groups(layer: AdaptedLayer) -> int:
     return layer.groups if isinstance(layer, CONVS) else 1
 
 
-def _refuse(name: str, held: Held) -> None:
+def _refuse(name: str, held: DetachedAdapter) -> None:
     reasons = {
         "lora_magnitude_vector": "has DoRA's magnitudes, which rescale W0 and are no term of a sum",
         "lora_B_bias": "has a bias of B, which is no part of the weight's update",
@@ -201,7 +201,9 @@ def _refuse(name: str, held: Held) -> None:
                 raise LoRAError(f"cannot combine '{name}': its '{share.path}' {reason}: leave it out")
 
 
-def saved_tensors(sources: Mapping[str, Held], combined: Mapping[str, CombinedLayer]) -> dict[str, dict[str, Tensor]]:
+def saved_tensors(
+    sources: Mapping[str, DetachedAdapter], combined: Mapping[str, CombinedLayer]
+) -> dict[str, dict[str, Tensor]]:
     """The copies of `modules_to_save` by the module's name: those that one adapter has, or that are equal in all.
 
     Raises:

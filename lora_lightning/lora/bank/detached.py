@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.inject import grafted_modules, guard_saving
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter
-from lora_lightning.lora.layers.class_swap import own_class
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, class_swap
 from lora_lightning.lora.layers.parameter import CHILD
 from lora_lightning.lora.layers.trained.module_copy import COPY
 
@@ -60,14 +59,6 @@ class Share:
             for name, value in self.stores[store].items()
         )
 
-    def take_out(self) -> None:
-        """Give the module its own class and entries back."""
-        for store, entries in self.stores.items():
-            for name in entries:
-                _store(self.module, store).pop(name, None)
-        self.module._non_persistent_buffers_set -= self.transient
-        self.module.__class__ = self.plain
-
     def put_in(self, module: nn.Module) -> None:
         """Extend `module` by this share; new children run in the mode of what they belong to."""
         module.__class__ = self.grafted
@@ -92,7 +83,7 @@ class Share:
         holder.to(device)
 
 
-def beside(module: nn.Module, share: Share | None) -> Any:
+def twin_of(module: nn.Module, share: Share | None) -> Any:
     """The adapted module beside the plain `module`: another object over the same tensors, W0's among them.
 
     Args:
@@ -109,7 +100,7 @@ def beside(module: nn.Module, share: Share | None) -> Any:
 
 
 @dataclass
-class Held:
+class DetachedAdapter:
     """An adapter as it waits, by the modules that it touches."""
 
     shares: list[Share]
@@ -120,7 +111,7 @@ class Held:
         for share in self.shares:
             found |= share.layers
             if issubclass(share.grafted, AdaptedLayer):
-                found[share.path] = beside(share.module, share)
+                found[share.path] = twin_of(share.module, share)
         return found
 
     def nbytes(self) -> int:
@@ -128,25 +119,25 @@ class Held:
         return sum({id(t): t.nbytes for share in self.shares for t in share.tensors()}.values())
 
 
-def see(model: nn.Module) -> Held:
+def find_adapter(model: nn.Module) -> DetachedAdapter:
     """The adapter that `model` has, as it is in place; no shares where there is none."""
-    return Held([_share(path, module) for path, module in grafted_modules(model) if not is_inside(path)])
+    return DetachedAdapter([_share(path, module) for path, module in grafted_modules(model) if not is_inside(path)])
 
 
-def take_out(model: nn.Module, device: torch.device | None = None) -> Held:
+def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAdapter:
     """Take the adapter out: the model is plain, as after `remove`. `device` is where the adapter waits.
 
     Only a 4-bit base is still kept from being repacked, which would round the W0 that the adapter belongs to.
     """
-    held = see(model)
+    held = find_adapter(model)
     for share in held.shares:
-        share.take_out()
+        class_swap.take_out(share.module)
     guard_saving(model, is_adapted=False)
-    send(held, device)
+    to_device(held, device)
     return held
 
 
-def bring(held: Held) -> None:
+def to_modules(held: DetachedAdapter) -> None:
     """Move each share to the device of the module that it belongs to."""
     for share in held.shares:
         own = next(iter((*share.module.parameters(), *share.module.buffers())), None)
@@ -154,35 +145,35 @@ def bring(held: Held) -> None:
             share.move(own.device)
 
 
-def send(held: Held, device: torch.device | None) -> None:
+def to_device(held: DetachedAdapter, device: torch.device | None) -> None:
     """Move the adapter to where it waits; None leaves it where it is."""
     if device is not None:
         for share in held.shares:
             share.move(device)
 
 
-def put_in(model: nn.Module, held: Held) -> None:
+def put_in(model: nn.Module, held: DetachedAdapter) -> None:
     """Put the adapter into the plain `model`, on the device of each module that it touches.
 
     Where that fails, as where the device has no room, the model is plain.
     """
     hold_packing(model)
     try:
-        bring(held)
+        to_modules(held)
         for share in held.shares:
             share.put_in(share.module)
         guard_saving(model, is_adapted=bool(held.shares))
     except BaseException:
         for share in held.shares:
-            share.take_out()
+            class_swap.take_out(share.module)
         raise
 
 
-def check(model: nn.Module, held: Held) -> None:
+def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
     """Raise an AdapterError where a module that the adapter belongs to is no longer in the model, adapted or plain."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for share in held.shares:
-        if modules.get(share.path) is not share.module or own_class(type(share.module)) is not share.plain:
+        if modules.get(share.path) is not share.module or class_swap.own_class(type(share.module)) is not share.plain:
             raise AdapterError(
                 f"'{share.path}' is not the module that the adapter belongs to: it was replaced since; make a new bank"
             )
@@ -190,12 +181,8 @@ def check(model: nn.Module, held: Held) -> None:
 
 def _share(path: str, module: Grafted) -> Share:
     stores = {store: _ours(_store(module, store)) for store in (*STORES, "__dict__")}
-    plain: type[nn.Module] = type(module)
-    while "grafted_from" in vars(plain):
-        assert issubclass(plain, Grafted)
-        plain = plain.grafted_from[1]
     transient = module._non_persistent_buffers_set & stores["_buffers"].keys()
-    return Share(path, module, plain, type(module), stores, transient)
+    return Share(path, module, class_swap.own_class(type(module)), type(module), stores, transient)
 
 
 def _ours(entries: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """A batch whose rows have different adapters: `with bank.rows([...]):`.
 
 The rule: rows are the first dimension of what every adapted module is given; anything else is refused by name. Linear
-layers compute the base once for all rows, and each group of rows adds its own adapter's update. Every other kind of
-module runs once more for each group, as the adapted module that stands beside the plain one.
+layers and convolutions compute the base once for all rows, and each group of rows adds its own adapter's update. Every
+other kind of module runs once more for each group, as the adapted module that stands beside the plain one.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.bank.detached import Held, Share, beside
+from lora_lightning.lora.bank.detached import DetachedAdapter, Share, twin_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers import (
     Grafted,
     LoRAConv1D,
+    LoRAConv1d,
+    LoRAConv2d,
+    LoRAConv3d,
     LoRALinear,
     ParameterHost,
     SavedCopy,
@@ -106,10 +109,8 @@ class MixedForward(Grafted):
             raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
         for adapter, rows in groups.items():
             twin = self.lora_twins.get(adapter)
-            if twin is not None and _adds(twin):
-                out.index_add_(0, rows, twin.lora_finish(twin.lora_update(x[rows])).to(out.dtype))  # type: ignore[operator]
-            elif twin is not None:
-                out = out.index_copy(0, rows, twin.forward(x[rows]))
+            if twin is not None:
+                out = out.index_copy(0, rows, _output(twin, x[rows], out[rows]))
         return out
 
     def _attend(self, out: tuple[Tensor, Tensor | None], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -132,15 +133,18 @@ class MixedForward(Grafted):
         return out
 
 
-def _adds(twin: Grafted) -> bool:
-    """Whether the adapted module gives the plain one's output plus an update of its own."""
-    linear = isinstance(twin, LoRALinear | LoRAConv1D) and twin.lora_magnitude_vector is None
+def _output(twin: Grafted, x: Tensor, base: Tensor) -> Tensor:
+    """What the adapted module gives for some rows: from the plain one's output where it is that plus an update."""
+    has_update = isinstance(twin, (LoRALinear, LoRAConv1D, LoRAConv1d, LoRAConv2d, LoRAConv3d))
     is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass goes on with the sum
-    return linear and is_outermost and not isinstance(twin, TrainedBias | SavedCopy)
+    if has_update and is_outermost and not isinstance(twin, TrainedBias | SavedCopy):
+        return twin.lora_finish(base + twin.lora_update(x).to(base.dtype))
+    out: Tensor = twin.forward(x)
+    return out
 
 
 @contextmanager
-def mixed_batch(model: nn.Module, sources: Mapping[str, Held], batch: Batch) -> Iterator[None]:
+def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch: Batch) -> Iterator[None]:
     """Within the block the plain `model`, in eval mode, computes every row by its own adapter, without gradients.
 
     Raises:
@@ -169,7 +173,9 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, Held], batch: Batch) -> 
                 module.__dict__.pop(name, None)
 
 
-def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, Held]) -> dict[nn.Module, dict[str, Grafted]]:
+def _twins(
+    names: Mapping[nn.Module, str], sources: Mapping[str, DetachedAdapter]
+) -> dict[nn.Module, dict[str, Grafted]]:
     """The adapted modules beside the plain ones, by the plain one and the adapter's name."""
     hosts = {module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)}
     twins: dict[nn.Module, dict[str, Any]] = {}
@@ -179,9 +185,9 @@ def _twins(names: Mapping[nn.Module, str], sources: Mapping[str, Held]) -> dict[
             _refuse(adapter, share)
             if any(True for _ in share.tensors()):  # others only make room for what is adapted inside
                 unit = hosts.get(module, module)  # an attention reads the weights of its out_proj
-                twin = twins.setdefault(unit, {}).setdefault(adapter, beside(unit, shares.get(unit)))
+                twin = twins.setdefault(unit, {}).setdefault(adapter, twin_of(unit, shares.get(unit)))
                 if unit is not module:
-                    twin._modules["out_proj"] = beside(module, share)
+                    twin._modules["out_proj"] = twin_of(module, share)
     return twins
 
 

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,9 @@ from lora_lightning.lora.errors import AdapterError, LoRAError
 Content = bytes | Iterable[bytes | memoryview]
 """What a file shall hold, in one piece or piece by piece."""
 
-NO_SPACE = ("os error 28", "os error 122", "No space left on device", "Disk quota exceeded")
-"""How safetensors, which is written in Rust, says ENOSPC and EDQUOT."""
+NO_SPACE = ("No space left on device", "Disk quota exceeded")
+RUST = re.compile(r"os error (\d+)")
+"""How safetensors, which is written in Rust, says the number of an error."""
 
 
 def write_bytes(path: Path, content: Content) -> None:
@@ -81,7 +83,7 @@ def _exchange(parts: Mapping[Path, Path]) -> None:
     """Move the old files away, the last one first, and the new ones in; all the way back where a step fails."""
     old = {path: _beside(path, "old") for path in parts}
     try:
-        for path in reversed(parts):
+        for path in reversed(list(parts)):
             if path.exists():
                 path.replace(old[path])
         for path, part in parts.items():
@@ -98,7 +100,7 @@ def _exchange(parts: Mapping[Path, Path]) -> None:
 
 
 @contextlib.contextmanager
-def staged(target: Path, needed: int) -> Iterator[Path]:
+def stage_folder(target: Path, needed: int) -> Iterator[Path]:
     """A folder to write into, which takes the place of `target` once the block is through.
 
     Where the block raises, `target` is as it was and nothing new is left. What a process that was killed left behind
@@ -127,26 +129,25 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
         _sync(aside)
         _move(aside, target)
     except Exception as error:
-        if is_no_space(error):
-            free = human_size(_free(target)[0])
-            raise LoRAError(
-                f"no space was left for '{target}' ({human_size(needed)} are needed, {free} are free now): nothing was"
-                " written; free some, or name another --output_dir"
-            ) from error
-        if isinstance(error, PermissionError):
-            raise LoRAError(
-                f"'{target}' cannot be written ({error.strerror or error}): nothing was; name a folder that may be"
-                " written, --output_dir"
-            ) from error
+        if (cure := _cure(error, target, needed)) is not None:
+            raise LoRAError(cure) from error
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
-    """Have the disk hold every file before the folder gets its name."""
+    """Have the disk hold every file, with the rights that the umask gives, before the folder gets its name.
+
+    safetensors gives its files to their owner alone.
+    """
+    sample = folder / ".rights"
+    sample.touch()
+    rights = stat.S_IMODE(sample.stat().st_mode)
+    sample.unlink()
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(rights)
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
 
@@ -223,11 +224,22 @@ def _free(target: Path) -> tuple[int, Path]:
     return shutil.disk_usage(disk).free, disk
 
 
-def is_no_space(error: Exception) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(text in str(error) for text in NO_SPACE)
+def _cure(error: Exception, target: Path, needed: int) -> str | None:
+    """What a disk's error says of `target`, and what to do; None of any other error."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (said := RUST.search(str(error))):
+        number = int(said[1])
+    if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in NO_SPACE):
+        sizes = f"{human_size(needed)} are needed, {human_size(_free(target)[0])} are free now"
+        cure = "nothing was written; free some, or name another --output_dir"
+        return f"no space was left for '{target}' ({sizes}): {cure}"
+    if number == errno.EFBIG:
+        cure = "nothing was written; raise it (ulimit -f), or split the weights by --max_shard_size"
+        return f"a file in '{target}' would be beyond this process's limit on file sizes: {cure}"
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        cure = "nothing was; name a folder that may be written, --output_dir"
+        return f"'{target}' cannot be written ({os.strerror(number)}): {cure}"
+    return None
 
 
 def human_size(size: float) -> str:

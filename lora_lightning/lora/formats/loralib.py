@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.config import Bias, LoRAConfig
 from lora_lightning.lora.errors import AdapterError, did_you_mean, some
 from lora_lightning.lora.formats.peft.load import inject_and_fill, refuse_meta, refuse_not_finite
-from lora_lightning.lora.formats.peft.resolve import exactly
+from lora_lightning.lora.formats.peft.resolve import exact_pattern
 from lora_lightning.lora.formats.provenance import warn_of_no_fingerprint, warn_of_other_base
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, named_modules, plain_state
@@ -77,10 +77,10 @@ def load_loralib(
             r=r,
             alpha=float(alpha),
             dropout=dropout,
-            target_modules="|".join(exactly(name) for name in factors),
-            slices={exactly(name): one.slices for name, one in factors.items() if one.slices is not None},
-            rank_pattern={exactly(name): rank for name, rank in larger.items()},
-            alpha_pattern={exactly(name): float(alpha) * rank / r for name, rank in larger.items()},
+            target_modules="|".join(exact_pattern(name) for name in factors),
+            slices={exact_pattern(name): one.slices for name, one in factors.items() if one.slices is not None},
+            rank_pattern={exact_pattern(name): rank for name, rank in larger.items()},
+            alpha_pattern={exact_pattern(name): float(alpha) * rank / r for name, rank in larger.items()},
             modules_to_save=saved or None,
             bias=bias,
         ),
@@ -89,7 +89,7 @@ def load_loralib(
 
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Tensors by names of the model."""
+    """Read the tensors by the names that the model has for them."""
     wrappers = ("state_dict", "model_state_dict", "model")
     tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else read_pickled(path, wrappers=wrappers)
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in tensors):
@@ -250,14 +250,13 @@ def _check_rest(
     Raises:
         AdapterError: keys that the model does not have, or weights that are not its own.
     """
-    own = {key: tensor.detach() for key, tensor in plain_state(model).items()}
+    own = plain_state(model)
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
     if strangers := [key for key in rest if key not in own]:
         hint = did_you_mean(strangers[0], own)
         raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {some(strangers, 10)}{hint}")
     moved = [key for key, tensor in rest.items() if not _is_same(tensor, own[key])]
-    parameters = {key for key, tensor in plain_state(model).items() if isinstance(tensor, nn.Parameter)}
-    biases = [key for key in moved if key.rpartition(".")[2] == "bias" and key in parameters]
+    biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(own[key], nn.Parameter)]
     others = [key for key in moved if key not in biases]
     if others and allow_other_base:
         warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}")
@@ -285,7 +284,7 @@ def _is_merged(key: str, tensor: Tensor, own: Tensor, factors: Mapping[str, Fact
     if one is None or tensor.shape != own.shape:
         return False
     delta = one.delta()
-    merged = own.double().cpu() + scale * (delta if delta.shape == own.shape else delta.T)
+    merged = own.detach().double().cpu() + scale * (delta if delta.shape == own.shape else delta.T)
     return torch.allclose(merged, tensor.double(), rtol=1e-4, atol=1e-5 * float(own.abs().max()))
 
 

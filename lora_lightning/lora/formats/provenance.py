@@ -30,7 +30,7 @@ class Record:
     """One adapter's record, by names in the backbone."""
 
     base: Fingerprint
-    """That of W0."""
+    """The fingerprint of W0."""
     adapter: str
     """Digest of the file's tensors, in the format of `base`."""
     settings: dict[str, tuple[int, float, float]]
@@ -57,7 +57,7 @@ class Record:
                 f" again; {some(sorted(FREE), 8)} may be changed"
             )
 
-    def of_changed_file(
+    def for_changed_file(
         self, tensors: Mapping[str, Tensor], settings: dict[str, tuple[int, float, float]], config: Mapping[str, Any]
     ) -> Record:
         """The record of a file that was made from this one's for the same base, its parts in A and B as they lie."""

@@ -117,9 +117,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     header, metadata = read_header(path)
     if strange := next((key for key, at in header.items() if at.dtype not in DTYPES), None):
         raise AdapterError(f"{path} holds '{strange}' as {header[strange].dtype}, a dtype that torch cannot read")
+    first = min((at.start for at in header.values()), default=0)
+    # In one piece of memory, which goes back to the system as one: many small ones would stay with the process.
+    data = read_bytes(path, next(iter(header), ""), first, sum(at.size for at in header.values()))
     tensors = {}
     for key, at in header.items():
-        tensors[key] = read_bytes(path, key, at.start, at.size).view(DTYPES[at.dtype]).reshape(at.shape)
+        own = data[at.start - first : at.start - first + at.size]
+        own = own if own.storage_offset() % at.width == 0 else own.clone()
+        tensors[key] = own.view(DTYPES[at.dtype]).reshape(at.shape)
     return tensors, metadata
 
 
@@ -135,7 +140,7 @@ def file_header(entries: Mapping[str, Stored], metadata: Mapping[str, str]) -> b
     return len(text).to_bytes(8, "little") + text
 
 
-def in_file_order(entries: Mapping[str, Stored]) -> dict[str, Stored]:
+def sort_entries(entries: Mapping[str, Stored]) -> dict[str, Stored]:
     """Wide dtypes first, so that every tensor lies at a multiple of its own width; else the order that they have."""
     return dict(sorted(entries.items(), key=lambda item: -item[1].width))
 
@@ -147,7 +152,7 @@ def entries_of(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
         tensor = tensors[key]
         size = tensor.numel() * tensor.element_size()
         entries[key] = Stored(dtype=NAMES[tensor.dtype], shape=tuple(tensor.shape), size=size)
-    return in_file_order(entries)
+    return sort_entries(entries)
 
 
 def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:

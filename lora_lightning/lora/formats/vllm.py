@@ -22,7 +22,7 @@ MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 DEFAULT_MAX_RANK = 16
 
 
-def for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLayout]:
+def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLayout]:
     """`layouts` with one rank R and one scale S for all: `S B' A' = s B A` with A' = [A; 0], B' = [s / S B, 0].
 
     S is the scale that most layers have, if some whole number over R is it, and 1 otherwise. B' is B itself where s is

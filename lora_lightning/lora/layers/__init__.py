@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora_lightning.lora.layers.attention import AttentionHost, LoRAMultiheadAttention
+from lora_lightning.lora.layers.attention import LoRAMultiheadAttention, LoRAOutProj, OutProj
 from lora_lightning.lora.layers.base import AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out, ungraft
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
-from lora_lightning.lora.layers.encoder import EncoderHost, EncoderLayerHost
 from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
 from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
 from lora_lightning.lora.layers.trained.bias import TrainedBias
@@ -18,6 +17,7 @@ from lora_lightning.lora.layers.trained.token_rows import TokenRows
 
 KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Linear: LoRALinear,
+    OutProj: LoRAOutProj,
     nn.Conv1d: LoRAConv1d,
     nn.Conv2d: LoRAConv2d,
     nn.Conv3d: LoRAConv3d,
@@ -39,9 +39,6 @@ def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
 __all__ = [
     "KINDS",
     "AdaptedLayer",
-    "AttentionHost",
-    "EncoderHost",
-    "EncoderLayerHost",
     "Grafted",
     "LayerSettings",
     "LoRAConv1D",

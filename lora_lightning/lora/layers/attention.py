@@ -1,122 +1,85 @@
-"""`nn.MultiheadAttention`: its projections are weights that it reads, not layers that it calls.
+"""torch's own attention: `nn.MultiheadAttention`, whose projections are weights that it reads and no layers it calls.
 
-Grafted, it computes the same with its projections called, so that in_proj's update is added to what in_proj gives
-and `out_proj`, adapted as the `nn.Linear` that it is, counts once. W0 is only read.
+So an adapted projection is a weight that reads as `W0 + s B A`; W0 stays where it is, under its name. Whatever computes
+with it, torch's fused kernels too, sees the update once. `nn.TransformerEncoderLayer` and `nn.TransformerEncoder` have
+kernels that read the weights of layers which they would call: those are held off where such a layer is adapted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import ClassVar
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_lightning.lora.layers import kernel
-from lora_lightning.lora.layers.attention_kernel import attend, float_mask, length_first
 from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
-from lora_lightning.lora.layers.class_swap import Grafted
-from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, unblock_rows
+from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
+from lora_lightning.lora.layers.functional import block_rows, lora_delta, unblock_rows
+from lora_lightning.lora.layers.linear import LoRALinear
 from lora_lightning.lora.targets.fused_projections import Slices
 
 PARTS = ("q", "k", "v")
+IN_PROJ = "in_proj_weight"
+OutProj = NonDynamicallyQuantizableLinear
+"""The class of `out_proj`, which nothing else has."""
 
 
-class AttentionHost(Grafted, nn.MultiheadAttention):
-    """`nn.MultiheadAttention` that calls its projections, also where torch would take its fused kernel."""
+class ReadWeight(AdaptedLayer):
+    """An adapted layer whose weights are read by others as `W0 + s B A`, computed for each reading."""
 
-    as_kernel: ClassVar[bool] = True
-    """Whether it then rounds as that kernel does, with one product for q, k and v."""
+    has_input = False
 
-    def forward(  # torch's signature
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention.forward`."""
-        if not self.lora_enabled:
-            return super().forward(
-                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
-            )
-        if self.as_kernel and kernel.takes(self, (query, key, value), attn_mask, key_padding_mask):
-            return self._as_kernel(query, attn_mask, key_padding_mask, need_weights, average_attn_weights)
-        if query.is_nested:
-            raise TypeError("adapted attention takes nested tensors on the CPU in eval without gradients: pad them")
-        if is_causal and attn_mask is None:
-            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        inputs, batched = length_first((query, key, value), self.batch_first)
-        padding = float_mask(key_padding_mask, query.dtype)
-        if padding is not None and not batched:
-            padding = padding.unsqueeze(0)
-        hint = is_causal and padding is None and not need_weights  # then SDPA makes the mask itself, as in torch
-        out, weights = attend(
-            *self.project(*inputs),
-            self.out_proj,
-            num_heads=self.num_heads,
-            attn_mask=None if hint else float_mask(attn_mask, query.dtype),
-            key_padding_mask=padding,
-            bias_k=self.bias_k,
-            bias_v=self.bias_v,
-            add_zero_attn=self.add_zero_attn,
-            dropout=self.dropout if self.training else 0.0,
-            is_causal=hint,
-            need_weights=need_weights,
-            average_attn_weights=average_attn_weights,
-        )
-        if not batched:
-            return out.squeeze(1), None if weights is None else weights.squeeze(0)
-        return out.transpose(0, 1) if self.batch_first else out, weights
+    @classmethod
+    def read_names(cls, module: nn.Module, settings: LayerSettings) -> tuple[str, ...]:
+        """The weights that read so."""
+        return tuple(cls.adapted_parameters(module, settings))
 
-    def _as_kernel(
-        self, x: Tensor, attn_mask: Tensor | None, padding: Tensor | None, need_weights: bool, average: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Self-attention of x (n, length, width) with the roundings of torch's fused kernel."""
-        mask: Tensor | None = None
-        mask_type: int | None = None
-        if not x.is_nested:
-            mask, mask_type = self.merge_masks(attn_mask, padding, x)
-        return kernel.attend(
-            x,
-            self.project_as_one,
-            self.in_proj_bias,
-            self.out_proj,
-            num_heads=self.num_heads,
-            mask=mask,
-            mask_type=mask_type,
-            need_weights=need_weights,
-            average_attn_weights=average,
-        )
+    @classmethod
+    def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
+        graft(module, cls, cls.read_names(module, settings))
+        assert isinstance(module, AdaptedLayer)
+        module.add_factors(settings, start=start)
+        return module
 
-    def project_as_one(self, x: Tensor) -> Tensor:
-        """`x W0^T` of q, k and v side by side, (..., 3 width), without the bias."""
-        return F.linear(x, self.in_proj_weight)
+    def lora_read(self, name: str) -> Tensor:
+        own = self._parameters[name]
+        assert own is not None
+        is_there = self.lora_enabled and "lora_settings" in self.__dict__
+        return self.updated_weights()[name].to(own.dtype) if is_there else own
 
-    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x W0^T + b` of each input, (length, n, width), with as few products as torch takes."""
-        bias = self.in_proj_bias
-        if self.in_proj_weight is None:
-            biases = (None, None, None) if bias is None else bias.chunk(3)
-            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-            q, k, v = (F.linear(*parts) for parts in zip((query, key, value), weights, biases, strict=True))
-        elif query is key and key is value:
-            q, k, v = _parted(F.linear(query, self.in_proj_weight, bias), 3)
-        else:
-            sizes = [self.embed_dim, 2 * self.embed_dim] if key is value else [self.embed_dim] * 3
-            inputs = (query, key) if key is value else (query, key, value)
-            biases = [None] * len(sizes) if bias is None else torch.split(bias, sizes)
-            outs = [F.linear(*p) for p in zip(inputs, torch.split(self.in_proj_weight, sizes), biases, strict=True)]
-            q, k, v = [outs[0], *_parted(outs[1], 2)] if key is value else outs
-        return q, k, v
+    def base_weight(self) -> Tensor:
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    @contextmanager
+    def _as_w0(self) -> Iterator[None]:
+        """Within the block the weights read as W0."""
+        enabled, self.lora_enabled = self.lora_enabled, False
+        try:
+            yield
+        finally:
+            self.lora_enabled = enabled
 
 
-class LoRAMultiheadAttention(AdaptedLayer, AttentionHost):
+class LoRAOutProj(ReadWeight, LoRALinear):
+    """The `out_proj` of `nn.MultiheadAttention`, an `nn.Linear` that is never called."""
+
+    has_lora_bias = False
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """As `nn.Linear`, for whoever calls it all the same: its weight reads as the adapted one."""
+        return nn.Linear.forward(self, input)
+
+    def reset_parameters(self) -> None:
+        with self._as_w0():  # what resets the module means W0
+            super().reset_parameters()
+
+
+class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
     """`nn.MultiheadAttention` with in_proj adapted.
 
     As one (PEFT's way): A (r, width) is shared by q, k and v, B is (3 width, r). With chosen parts, or with `kdim` or
@@ -145,30 +108,9 @@ class LoRAMultiheadAttention(AdaptedLayer, AttentionHost):
         return min(int(_attention(module).embed_dim), *(_inputs(module)[part] for part in taken))
 
     @classmethod
-    def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
-        return host_refusal(module)
-
-    @classmethod
     def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
-        if _attention(module).in_proj_weight is not None:
-            return {"in_proj_weight": _attention(module).in_proj_weight}
-        names = [f"{part}_proj_weight" for part in _taken(module, settings) or PARTS]
-        return {name: module.get_parameter(name) for name in names}
-
-    def project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x W0^T + b + s (x A^T) B^T` of each input."""
-        out = dict(zip(PARTS, super().project(query, key, value), strict=True))
-        inputs = dict(zip(PARTS, (query, key, value), strict=True))
-        for part, (A, B) in self._pairs().items():
-            out[part] = out[part] + lora_update(self.lora_input(inputs[part]), A, B, self.lora_settings.scale)
-        return out["q"], out["k"], out["v"]
-
-    def project_as_one(self, x: Tensor) -> Tensor:
-        """`x W0^T + s (x A^T) B^T`, the update in the columns of each adapted part."""
-        out = dict(zip(PARTS, super().project_as_one(x).chunk(3, dim=-1), strict=True))
-        for part, (A, B) in self._pairs().items():
-            out[part] = out[part] + lora_update(self.lora_input(x), A, B, self.lora_settings.scale)
-        return torch.cat([out[part] for part in PARTS], dim=-1)
+        names = [IN_PROJ] if _is_one(module) else [f"{p}_proj_weight" for p in _taken(module, settings) or PARTS]
+        return {name: module._parameters[name] for name in names}  # type: ignore[misc]
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, in) and B (width, r) of each adapted part."""
@@ -182,25 +124,24 @@ class LoRAMultiheadAttention(AdaptedLayer, AttentionHost):
         return super().factor_pairs() if _taken(self, self.lora_settings) is None else list(self._pairs().values())
 
     def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
-        weights = self.adapted_parameters(self, self.lora_settings)
-        for name, delta in self.weight_deltas().items():
-            yield name, (), weights[name].to(delta.dtype), delta
-
-    def weight_deltas(self) -> dict[str, Tensor]:
-        """The update of each weight, by its name."""
         dtype, scale = self._lora_dtype(), self.lora_settings.scale
-        if self.in_proj_weight is not None:
+        if _is_one(self):
             factors = self.to_peft()
-            return {"in_proj_weight": lora_delta(factors["lora_A"], factors["lora_B"], scale, dtype)}
-        return {f"{part}_proj_weight": lora_delta(A, B, scale, dtype) for part, (A, B) in self._pairs().items()}
+            deltas = {IN_PROJ: lora_delta(factors["lora_A"], factors["lora_B"], scale, dtype)}
+        else:
+            deltas = {f"{part}_proj_weight": lora_delta(A, B, scale, dtype) for part, (A, B) in self._pairs().items()}
+        for name, weight in self.adapted_parameters(self, self.lora_settings).items():
+            yield name, (), weight.to(dtype), deltas[name]
 
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
         """Of q, k and v, one above the other, where the weight is one."""
-        return self.weight_deltas()["in_proj_weight"]
+        ((_, _, _, delta),) = self.updates()
+        return delta
 
     def reset_parameters(self) -> None:
         """Called for modules from the meta device; torch names its own differently here."""
-        self._reset_parameters()
+        with self._as_w0():
+            self._reset_parameters()
         self.reset_lora_parameters()
 
     def peft_rank(self) -> int:
@@ -208,7 +149,7 @@ class LoRAMultiheadAttention(AdaptedLayer, AttentionHost):
 
     def _slices(self) -> Slices | None:
         """The layout, where the parts of one weight are adapted apart. PEFT has no form for three weights."""
-        return self.lora_settings.slices if self.in_proj_weight is not None else None
+        return self.lora_settings.slices if _is_one(self) else None
 
     def to_peft(self) -> dict[str, Tensor]:
         slices = self._slices()
@@ -225,26 +166,16 @@ class LoRAMultiheadAttention(AdaptedLayer, AttentionHost):
         return {**tensors, "lora_A": A, "lora_B": unblock_rows(tensors["lora_B"], slices)}
 
 
-def host_refusal(module: nn.Module) -> str | None:
-    """Why this attention's projections cannot be adapted; None where they can."""
-    if type(module).forward not in (nn.MultiheadAttention.forward, AttentionHost.forward):
-        return (
-            f"{type(module).__name__} has a forward of its own that reads the projections' weights, so the adapter"
-            f" would be ignored: exclude it"
-        )
-    return None
-
-
-def _parted(projected: Tensor, count: int) -> list[Tensor]:
-    """Equal parts of the last dimension, each in one piece of memory as in torch: products then round alike."""
-    return [part.contiguous() for part in projected.chunk(count, dim=-1)]
+def _is_one(module: nn.Module) -> bool:
+    """Whether q, k and v are one weight."""
+    return module._parameters.get(IN_PROJ) is not None
 
 
 def _taken(module: nn.Module, settings: LayerSettings) -> tuple[str, ...] | None:
     """The parts with an A of their own; None where all of them share one."""
     if settings.slices is not None:
         return settings.slices.taken
-    return None if _attention(module).in_proj_weight is not None else PARTS
+    return None if _is_one(module) else PARTS
 
 
 def _inputs(module: nn.Module) -> dict[str, int]:
@@ -255,3 +186,35 @@ def _inputs(module: nn.Module) -> dict[str, int]:
 def _attention(module: nn.Module) -> nn.MultiheadAttention:
     assert isinstance(module, nn.MultiheadAttention)
     return module
+
+
+def _withheld(name: str, value: int) -> property:
+    """An attribute that reads as `value` while adapters are on, and as the module's own when they are off."""
+
+    def read(module: Any) -> Any:
+        return value if module.lora_enabled else module.__dict__[name]
+
+    return property(read, lambda module, own: module.__dict__.update({name: own}))
+
+
+class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):
+    """`nn.TransformerEncoderLayer` that calls what it holds: by torch's own rule its kernel takes no activation 0."""
+
+    activation_relu_or_gelu = _withheld("activation_relu_or_gelu", 0)  # type: ignore[assignment]
+
+
+class EncoderHost(Grafted, nn.TransformerEncoder):
+    """`nn.TransformerEncoder` that packs no padded batch into nested tensors, which only its layers' kernels take."""
+
+    use_nested_tensor = _withheld("use_nested_tensor", False)  # type: ignore[assignment]
+
+
+def hold_kernels_off(modules: list[nn.Module], adapted: list[nn.Module]) -> None:
+    """Let torch's encoders call the adapted or saved modules that they hold, but for attention, whose weights read."""
+    called = {m for m in adapted if not isinstance(m, nn.MultiheadAttention | OutProj)}
+    for module in modules:
+        for kind, host in ((nn.TransformerEncoderLayer, EncoderLayerHost), (nn.TransformerEncoder, EncoderHost)):
+            # One with a forward all its own takes none of torch's kernels.
+            is_torchs = isinstance(module, kind) and own_forward_calls_super(type(module), kind)
+            if is_torchs and called.intersection(module.modules()) - {module}:
+                graft(module, host)

@@ -58,6 +58,8 @@ class AdaptedLayer(Grafted):
     """The dimension along which the update can be computed in parts; None where it comes whole."""
     has_lora_bias: ClassVar[bool] = False
     """True where B may have a bias."""
+    has_input: ClassVar[bool] = True
+    """False where the adapted weight is read by others, so that A never sees an input that dropout could be on."""
     has_inits: ClassVar[bool] = False
     """True where A and B are the factors of one matrix in W0's shape, as `init/from_weight.py` needs."""
 
@@ -101,6 +103,11 @@ class AdaptedLayer(Grafted):
     @classmethod
     def refusal(cls, module: nn.Module, settings: LayerSettings) -> str | None:
         """Why this very module cannot be adapted so, and what to do; None where it can."""
+        if settings.dropout and not cls.has_input:
+            return (
+                "others read its weight and its input is not known, so LoRA's dropout cannot be honoured: set dropout"
+                " to 0, or for it alone by dropout_pattern"
+            )
         return None
 
     @classmethod
@@ -281,6 +288,14 @@ class AdaptedLayer(Grafted):
                 own_factor = factor[part] if self.part_dim == self.dora_dim else factor
                 delta = dora_update(before, delta, own_factor, self.dora_dim)
             yield name, place, before, delta
+
+    def updated_weights(self) -> dict[str, Tensor]:
+        """`W0 + s B A` by the weights' names, in float32 or wider, for code that reads them."""
+        parts: dict[str, list[Tensor]] = {}
+        with _no_autocast(self.lora_A):  # the dtype of a weight must not change
+            for name, _, before, delta in self.updates():
+                parts.setdefault(name, []).append(before + delta)
+        return {n: own[0] if len(own) == 1 else torch.cat(own, dim=self.part_dim or 0) for n, own in parts.items()}
 
     def update_bias(self) -> Tensor | None:
         """What a merge adds to the bias, in float32 or wider; None without `lora_bias`."""

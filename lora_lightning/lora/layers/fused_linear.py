@@ -32,6 +32,10 @@ from lora_lightning.lora.layers.tracing import is_ordinary, is_traced
 BLOCK = 2**17
 """Elements of x that dropout works on at once on a CPU, so that they stay in its cache."""
 
+FEW_ROWS = 128
+"""Below, on a CPU, a function of our own costs more than it saves: three layers of width 384 with 16 rows take 2.5
+times the frozen step, and 1.8 by torch's operations; of width 768 with 2048 rows 1.24 and 1.38 (one Xeon core)."""
+
 _eager = ContextVar("eager", default=False)
 
 
@@ -46,7 +50,7 @@ def eager_arithmetic() -> Iterator[None]:
 
 
 def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether these are ordinary tensors that torch would multiply, under none of its transforms and tracers."""
+    """Whether these are ordinary tensors that torch would multiply, of enough rows, and no transform is on."""
     return (
         not (torch.compiler.is_compiling() or _eager.get())
         # Without public names in torch: vmap and jvp, which this function has no rules for, and modes that see each
@@ -56,6 +60,7 @@ def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
         and (is_traced() or not torch._C._len_torch_dispatch_stack())
         and all(is_ordinary(t) for t in (x, weight, *others) if t is not None)
         and x.dim() > 0
+        and (x.device.type != "cpu" or x.numel() >= FEW_ROWS * x.shape[-1])
         and x.layout is torch.strided
         and not (x.is_nested or x.is_meta)
         and (x.dtype == weight.dtype or (_product_dtype(x) != x.dtype and weight.dtype != torch.float64))

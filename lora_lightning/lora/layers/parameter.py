@@ -38,7 +38,7 @@ class ParameterHost(Grafted):
             adapter = self._modules[CHILD + name]
             assert W0 is not None
             assert isinstance(adapter, LoRAParameter)
-            values[name] = adapter.applied_to(W0) if adapter.lora_enabled else W0
+            values[name] = adapter.updated_weights()[name].to(W0.dtype) if adapter.lora_enabled else W0
         value: Tensor = values[name]
         return value
 
@@ -53,6 +53,7 @@ class LoRAParameter(AdaptedLayer):
 
     kind = "Parameter"
     part_dim = 0
+    has_input = False
     _owner: tuple[nn.Module]
 
     def __init__(self, owner: nn.Module) -> None:
@@ -85,8 +86,6 @@ class LoRAParameter(AdaptedLayer):
         assert parameter is not None
         if parameter.dim() not in (2, 3) or not parameter.is_floating_point():
             return f"it is {parameter.dtype} of shape {tuple(parameter.shape)}; expected a matrix or a stack of them"
-        if settings.dropout:
-            return "its input is not known, so LoRA's dropout cannot be honoured: set dropout to 0"
         return super().refusal(module, settings)
 
     @classmethod
@@ -103,10 +102,6 @@ class LoRAParameter(AdaptedLayer):
         _regraft(module)
         return adapter
 
-    def applied_to(self, W0: Tensor) -> Tensor:
-        """`W0 + s B A` in W0's dtype, added in float32 or wider."""
-        return (W0 + self.delta_weight()).to(W0.dtype)
-
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         count, _, _ = _layout(self.lora_owner, self.lora_settings.parameter)
         columns = torch.unflatten(self.lora_B, 1, (-1, count)).unbind(2)
@@ -116,13 +111,12 @@ class LoRAParameter(AdaptedLayer):
         """Parts are of the matrix's rows or the stack's entries."""
         name, scale, dtype = self.lora_settings.parameter, self.lora_settings.scale, self._lora_dtype()
         parameter = self.adapted_parameters(self.lora_owner, self.lora_settings)[name]
-        with torch.autocast(parameter.device.type, enabled=False):  # the dtype of a weight must not change
-            if parameter.dim() == 2:
-                return lora_delta(self.lora_A, self.lora_B[part], scale, dtype)
-            A, B = stack_factors(self.lora_A, self.lora_B, len(parameter))
-            if _is_transposed(self.lora_owner):
-                return lora_delta(B[part].mT, A[part].mT, scale, dtype)
-            return lora_delta(A[part], B[part], scale, dtype)
+        if parameter.dim() == 2:
+            return lora_delta(self.lora_A, self.lora_B[part], scale, dtype)
+        A, B = stack_factors(self.lora_A, self.lora_B, len(parameter))
+        if _is_transposed(self.lora_owner):
+            return lora_delta(B[part].mT, A[part].mT, scale, dtype)
+        return lora_delta(A[part], B[part], scale, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.lora_settings.parameter}{super().extra_repr()}"

@@ -14,7 +14,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.lora.meta.checkpoint import INDEX, Checkpoint
-from lora_lightning.lora.meta.weight_files import WeightFiles, keep_files
+from lora_lightning.lora.meta.key_mapping import WeightFiles, keep_files, names_by_tensor
+
+
+def builds_bare() -> bool:
+    """Whether torch's default device is `meta`, so that a model is wanted for its shapes alone."""
+    return torch.get_default_device().type == "meta"
 
 
 def on_meta(make: Callable[[], nn.Module], weights: str | Path) -> nn.Module:
@@ -70,12 +75,8 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def _check(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
-    own: dict[str, Any] = model.state_dict(keep_vars=True)
-    tied: dict[int, list[str]] = {}
-    for name, tensor in own.items():
-        tied.setdefault(id(tensor), []).append(name)
-    stored = checkpoint.stored
-    problems = [f"no '{names[0]}'" for names in tied.values() if not any(name in stored for name in names)]
+    own, stored = model.state_dict(), checkpoint.stored
+    problems = [f"no '{names[0]}'" for names in names_by_tensor(model) if not any(name in stored for name in names)]
     problems += [f"'{key}', which the module has not" for key in stored if key not in own]
     problems += [
         f"'{key}' of shape {stored[key].shape} instead of {tuple(own[key].shape)}"

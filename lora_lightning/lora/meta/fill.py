@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.key_mapping import Base, Group
-from lora_lightning.lora.meta.weight_files import ATTRIBUTE, files_of
+from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, Base, Group, files_of
 
 
 @dataclass

@@ -8,53 +8,61 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
+from lora_lightning.lora.config import LoRAConfig
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.resolve import Read
-from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.init import from_weight as inits
-from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import AdaptedLayer, TokenRows
+from lora_lightning.lora.frozen.tensors import adapter_tensors, joined
+from lora_lightning.lora.init.from_data import refuse_data
+from lora_lightning.lora.init.from_weight import is_from_weight
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
+from lora_lightning.lora.meta.build import builds_bare
+from lora_lightning.lora.meta.key_mapping import files_of
+from lora_lightning.lora.report import InjectionReport
 
-
-def load_on_meta(
-    model: nn.Module,
-    files: AdapterFiles,
-    read: Read,
-    *,
-    allow_other_base: bool = False,
-    alphas: Mapping[str, float] | None = None,
-) -> None:
-    """Like `load_adapter`, for a `model` on the meta device; the fingerprint of W0 is the caller's to check.
-
-    Raises:
-        AdapterError: as `load_adapter`.
-    """
-    load_files(model, files, read=read, make_real=make_adapter_real, allow_other_base=allow_other_base, alphas=alphas)
+OF_W0 = ("lora_A0", "lora_B0")
+"""The factors that no file holds: they follow from W0."""
 
 
 @contextmanager
-def present(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block, `module` holds these tensors as its parameters of these names."""
-    before = {name: module._parameters[name] for name in tensors}
+def present(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block, `model` holds these tensors under these names, in place of those on the meta device."""
+    places = {name: place_of(model, name) for name in tensors}
+    before = {name: store[own] for name, (store, own) in places.items()}
     try:
-        module._parameters.update({n: nn.Parameter(tensor, requires_grad=False) for n, tensor in tensors.items()})
+        for name, (store, own) in places.items():
+            is_parameter = isinstance(before[name], nn.Parameter)
+            store[own] = nn.Parameter(tensors[name], requires_grad=False) if is_parameter else tensors[name]
         yield
     finally:
-        module._parameters.update(before)
+        for name, (store, own) in places.items():
+            store[own] = before[name]
+
+
+def place_of(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """The store that holds a tensor of the model, and its key there."""
+    path, _, own = name.rpartition(".")
+    module = model.get_submodule(path)
+    return module._parameters if own in module._parameters else module._buffers, own
+
+
+def adapted_names(path: str, layer: AdaptedLayer) -> dict[str, str]:
+    """The names in the model of the tensors of W0 that a layer at `path` adapts, by their names in their module."""
+    owner = path if layer.lora_owner is layer else layer.lora_name(path).rpartition(".")[0]
+    return {own: joined(owner, own) for own in layer.adapted_parameters(layer.lora_owner, layer.lora_settings)}
 
 
 @torch.no_grad()
 def start_from_present(layer: AdaptedLayer) -> None:
-    """Compute the start (A0, B0) that W0 alone decides, from the W0 that is present; what was loaded stays."""
-    if not inits.is_from_weight(layer.lora_settings.init):
+    """Compute the factors (A0, B0) that W0 alone decides, from the W0 that is present; what was loaded stays."""
+    if not is_from_weight(layer.lora_settings.init):
         return
-    loaded = {
-        name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in ("lora_A0", "lora_B0")
-    }
+    loaded = {name: tensor.clone() for name, tensor in layer.lora_tensors().items() if name not in OF_W0}
     layer.reset_lora_parameters()
     own = layer.lora_tensors()
     for name, tensor in loaded.items():
@@ -68,12 +76,61 @@ def make_adapter_real(model: nn.Module) -> None:
     for key, tensor in adapter_tensors(model).items():
         if not tensor.is_meta:
             continue
-        module, _, name = key.rpartition(".")
-        owner = model.get_submodule(module)
+        store, name = place_of(model, key)
         if id(tensor) not in real:
             empty = torch.zeros_like(tensor, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
             real[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-        (owner._parameters if name in owner._parameters else owner._buffers)[name] = real[id(tensor)]  # type: ignore[assignment]
+        store[name] = real[id(tensor)]
     for _, rows in grafted_modules(model, TokenRows):
         rows.lora_token_ids = torch.tensor(rows.__dict__["lora_token_numbers"])
+
+
+def inject_anywhere(model: nn.Module, config: LoRAConfig, *, start: bool = True) -> InjectionReport:
+    """`inject`, also into a model whose weights are on the meta device and lie in files that it knows.
+
+    The adapter is real and complete at once: A is drawn from torch's generator in the same order, and what follows from
+    W0, as DoRA's magnitudes, PiSSA's factors and the copies of `modules_to_save` do, is computed from the tensors of W0
+    that it takes, read for the moment. W0 itself stays away; `fill_from_files` brings it. Within `torch.device("meta")`
+    nothing has numbers, and an init that is computed from W0 is left out.
+    """
+    files = files_of(model)
+    if files is None:
+        return inject(model, config, start=start and not builds_bare())
+    if start:
+        refuse_data(config.init, None)
+    read = files.reader(model)
+    report = inject(model, config, start=False)
+    try:
+        make_adapter_real(model)
+        layers = {layer.lora_name(path): (path, layer) for path, layer in adapted_layers(model)}
+        others = [(path, module) for path, module in grafted_modules(model) if not isinstance(module, AdaptedLayer)]
+        for path, module in [*(layers[row.module] for row in report.modules), *others]:  # in the order of `inject`
+            with present(model, {name: _needed(read, name) for name in _names_to_start(model, path, module)}):
+                module.reset_lora_parameters()
+    except BaseException:
+        remove(model)
+        raise
+    return report
+
+
+def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
+    """The tensors of W0 on the meta device from which the adapter's tensors in a module start."""
+    names: list[str] = []
+    if isinstance(module, AdaptedLayer):
+        follows = module.lora_magnitude_vector is not None or is_from_weight(module.lora_settings.init)
+        names += adapted_names(path, module).values() if follows else []
+    if isinstance(module, TrainedBias):
+        names.append(joined(path, "bias"))
+    if isinstance(module, TokenRows):
+        names.append(joined(path, "weight"))
+    if isinstance(module, SavedCopy):
+        names += [joined(path, own) for own in module.lora_copy.state_dict()]
+    return [name for name in names if (place := place_of(model, name))[0][place[1]].is_meta]
+
+
+def _needed(read: Read, name: str) -> Tensor:
+    found = read(name)
+    if found is None:
+        raise LoRAError(f"'{name}' is on the meta device, and the model's files have no values for it")
+    return found

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError, some
+from lora_lightning.lora.errors import AdapterError, LoRAError, some
+from lora_lightning.lora.formats.provenance import warn_of_other_base
 from lora_lightning.lora.frozen.fingerprint import of_tensors
 from lora_lightning.lora.frozen.tied_weights import shared_parameters
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 
 Tensors = dict[str, Tensor]
+
+ATTRIBUTE = "weight_files"
+"""Under this name the model keeps them until it is filled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,10 @@ class Group:
     """Whether the files hold the one tensor as the model does, so that any part of it can be read by itself."""
 
 
+GroupsOf = Callable[..., list[Group]]
+"""A function of (model, checkpoint), by its import path so that a model can be pickled."""
+
+
 def alone(key: str, name: str) -> Group:
     """A tensor that the files hold as the model does."""
     return Group(
@@ -44,6 +52,15 @@ def alone(key: str, name: str) -> Group:
     )
 
 
+def names_by_tensor(model: nn.Module) -> list[list[str]]:
+    """The names of each tensor in the model's state dict: several where it is tied."""
+    found: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            found.setdefault(id(tensor), []).append(name)
+    return list(found.values())
+
+
 class Base:
     """W0, read on demand; what a module needs at once is kept until `forget`."""
 
@@ -51,10 +68,7 @@ class Base:
         self.checkpoint = checkpoint
         self.of_name = {name: group for group in groups for name in group.names}
         self.of_key = {key: group for group in groups for key in group.stored}
-        same: dict[int, list[str]] = {}
-        for name, tensor in plain.state_dict(keep_vars=True).items():
-            same.setdefault(id(tensor), []).append(name)
-        self.ties = {name: names for names in same.values() for name in names}
+        self.ties = {name: names for names in names_by_tensor(plain) for name in names}
         """By name, all names of the same tensor in the model before a merge."""
         self._kept: dict[int, Tensors] = {}
 
@@ -113,11 +127,58 @@ class Base:
                 )
 
 
-def warn_of_other_base(told: str) -> None:
-    """Say that another base was allowed, and in what it differs."""
-    warnings.warn(
-        f"allow_other_base: {told}. Its outputs are not those that were trained", AdapterWarning, stacklevel=2
-    )
+def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
+    """The files' tensors have the model's own names."""
+    state = model.state_dict()
+    return [alone(key, key) for key in checkpoint.stored if key in state]
+
+
+class WeightFiles:
+    """Safetensors files beside each other, and how their tensors make up a model's.
+
+    Args:
+        files: of one folder.
+        groups_of: what says which tensors of the files make up which of the model's.
+
+    Raises:
+        LoRAError: a file is missing, torn or no safetensors file.
+    """
+
+    def __init__(self, files: Sequence[Path], groups_of: GroupsOf = by_name) -> None:
+        wrong = next((file for file in files if file.suffix != ".safetensors"), None)
+        if wrong is not None:
+            raise LoRAError(
+                f"a model on the meta device is filled from safetensors files, got {wrong.name}: load it the ordinary"
+                " way and save it as safetensors, or leave on_meta out"
+            )
+        self.checkpoint = Checkpoint(files[0].parent, [file.name for file in files])
+        self.groups_of = groups_of
+
+    def base(self, model: nn.Module) -> Base:
+        """The model's W0, read on demand."""
+        return Base(self.checkpoint, self.groups_of(model, self.checkpoint), model)
+
+    def reader(self, model: nn.Module) -> Callable[[str], Tensor | None]:
+        """What gives W0's tensor of a name, in the dtype that it has in the model; None where the files have none."""
+        base, state = self.base(model), model.state_dict()
+
+        def read(name: str) -> Tensor | None:
+            found = base(name)
+            base.forget()
+            return None if found is None else found.to(state[name].dtype)
+
+        return read
+
+
+def keep_files(model: nn.Module, files: WeightFiles) -> None:
+    """Note where the model's weights lie."""
+    model.__dict__[ATTRIBUTE] = files
+
+
+def files_of(model: nn.Module) -> WeightFiles | None:
+    """Where the model's weights lie; None for a model that has them, or that came from elsewhere."""
+    found = model.__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, WeightFiles) else None
 
 
 class BaseCheck:

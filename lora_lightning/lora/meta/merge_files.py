@@ -5,22 +5,35 @@ Of W0 at most one module's tensors are in memory. What the adapter does not chan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, LoRAError, some
-from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format
-from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, in_file_order, write_file
+from lora_lightning.lora.errors import AdapterError, LoRAError, MergeError, some
+from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
+from lora_lightning.lora.formats.peft.resolve import Read
+from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format, warn_of_other_base
+from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, sort_entries, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
-from lora_lightning.lora.meta.changes import Changes, part_as_merged
+from lora_lightning.lora.frozen.tensors import joined
+from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
+from lora_lightning.lora.merge import fold_bias, merged_weights
+from lora_lightning.lora.merge_checks import refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.inject import load_on_meta
-from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, warn_of_other_base
+from lora_lightning.lora.meta.inject import (
+    adapted_names,
+    make_adapter_real,
+    place_of,
+    present,
+    start_from_present,
+)
+from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, names_by_tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +89,10 @@ class StreamedMerge:
         self.base = Base(checkpoint, groups, self.plain)
         for one in (self.plain, model):
             self.base.part_unequal(one)
-        load_on_meta(model, adapter, self.base, allow_other_base=allow_other_base, alphas=alphas)
+        options: dict[str, Any] = {"allow_other_base": allow_other_base, "alphas": alphas}
+        load_files(model, adapter, read=self.base, make_real=make_adapter_real, **options)
         self.check = self._check_of(adapter.record, allow_other_base=allow_other_base)
-        self.changes = Changes.of(model, self.base, dtype)
+        self.changes = Changes(model, self.base, dtype)
         self.untied = part_as_merged(self.plain, self.changes.parts)
         self._plan()
 
@@ -97,15 +111,12 @@ class StreamedMerge:
 
     def _plan(self) -> None:
         """Which key goes where, and which tensors change."""
-        state = {n: t for n, t in self.plain.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-        shared: dict[int, list[str]] = {}
-        for name, tensor in state.items():
-            shared.setdefault(id(tensor), []).append(name)
+        state = self.plain.state_dict(keep_vars=True)
         self.changed: dict[str, str] = {}
         """Name to the name of the maker that computes it: its own, or that of one that it is tied to."""
         self.new: list[str] = []
         missing: list[str] = []
-        for names in shared.values():
+        for names in names_by_tensor(self.plain):
             maker = next((name for name in names if name in self.changes.makers), None)
             self.changed |= {} if maker is None else dict.fromkeys(names, maker)
             if any(name in self.base.of_name for name in names):
@@ -123,13 +134,14 @@ class StreamedMerge:
         files = {file: {key: self._header(key, state) for key in keys} for file, keys in self.checkpoint.files.items()}
         last = list(files)[-1]
         files[last] |= {name: self._sized(state[name].dtype, tuple(state[name].shape)) for name in self.new}
-        self.files = {file: in_file_order(entries) for file, entries in files.items()}
-        groups = {id(g): g for g in self.base.of_name.values()}.values()
-        wanted = [name for group in groups if self._is_changed(group) for name in group.names] + self.new
-        makers = [self.changed[name] for name in wanted if name in self.changed]
-        self.uses = {maker: makers.count(maker) for maker in makers}
+        self.files = {file: sort_entries(entries) for file, entries in files.items()}
+        groups = {id(group): group for group in self.base.of_name.values()}.values()
+        written = [name for group in groups if self._is_changed(group) for name in group.names] + self.new
+        self.wanted = [name for name in written if name in self.changed]
+        """Changed names, each of which is asked for once."""
         self.made: dict[str, Tensor] = {}
         self.waiting: dict[str, Tensor] = {}
+        """Made together with another tensor and not written yet: by name in the model, and by key in the files."""
 
     @property
     def size(self) -> int:
@@ -212,8 +224,105 @@ class StreamedMerge:
             W0 = self.base(name)
             assert W0 is not None, name
             return W0
-        if maker not in self.made:
-            self.made |= self.changes.makers[maker]()
+        if name not in self.made:
+            done = self.changes.makers[maker]()
             self.base.forget()
-        self.uses[maker] -= 1
-        return self.made[maker] if self.uses[maker] else self.made.pop(maker)
+            self.made |= {wanted: done[own] for wanted in self.wanted if (own := self.changed[wanted]) in done}
+        return self.made.pop(name)
+
+
+class Changes:
+    """The tensors that a merge changes, computed one module at a time by the arithmetic of `merge`.
+
+    Args:
+        model: on the meta device, with a real adapter.
+        dtype: that the results are rounded to, once; None for each tensor's own.
+
+    Raises:
+        MergeError: the adapter is not finite, or W0 has no place for it.
+    """
+
+    def __init__(self, model: nn.Module, read: Read, dtype: torch.dtype | None) -> None:
+        refuse(model)
+        self.model, self.read, self.dtype = model, read, dtype
+        self.kept: dict[str, float] = {}
+        """By module, the share of the update that rounding kept; filled as they are computed."""
+        self.makers: dict[str, Callable[[], dict[str, Tensor]]] = {}
+        """By a tensor's name in the model, what computes it, and those that are computed with it."""
+        self.parts: dict[str, Hashable] = {}
+        """Of those that become tensors of their own: equal values are one tensor."""
+        for path, module in grafted_modules(model):
+            if isinstance(module, SavedCopy):
+                self._add_copy(path, module)
+            else:
+                self._add(path, module)
+
+    def _add_copy(self, path: str, module: SavedCopy) -> None:
+        for own, tensor in module.lora_copy.state_dict(keep_vars=True).items():
+            name = joined(path, own)
+            self.makers[name] = lambda n=name, t=tensor: {n: t.detach()}  # type: ignore[misc]
+            self.parts[name] = id(tensor)
+
+    def _add(self, path: str, module: Grafted) -> None:
+        parts: dict[str, Hashable] = {}
+        if isinstance(module, AdaptedLayer):
+            parts |= {name: (id(module), own) for own, name in adapted_names(path, module).items()}
+            parts |= {joined(path, "bias"): id(module)} if module.lora_B_bias is not None else {}
+        if isinstance(module, TrainedBias):
+            parts[joined(path, "bias")] = id(module.lora_trained_bias)
+        names = [*parts, joined(path, "weight")] if isinstance(module, TokenRows) else [*parts]
+        self.parts |= parts
+        self.makers |= dict.fromkeys(names, lambda: self._fold(path, module, names))
+
+    @torch.no_grad()
+    def _fold(self, path: str, module: Grafted, names: list[str]) -> dict[str, Tensor]:
+        """What a merge makes of a module's tensors of these names, with its W0 put in for the moment."""
+        weights = adapted_names(path, module) if isinstance(module, AdaptedLayer) else {}
+        W0 = {name: self._must_read(name, wide=name not in weights.values()) for name in names}
+        with present(self.model, W0):
+            merged: dict[str, Tensor] = {}
+            if isinstance(module, AdaptedLayer):
+                label = module.lora_name(path)
+                refuse_codes(label, module)
+                start_from_present(module)
+                sums, self.kept[label] = merged_weights(module, self.dtype, label=label)
+                merged = {weights[own]: tensor for own, tensor in sums.items()}
+            if isinstance(module, TrainedBias):
+                name = joined(path, "bias")
+                refuse_overflow(f"'{name}'", module.lora_trained_bias, W0[name].dtype)
+                module.fold({})
+            if isinstance(module, AdaptedLayer):
+                fold_bias(module, module.lora_name(path))
+            if isinstance(module, TokenRows):
+                name = joined(path, "weight")
+                refuse_overflow(f"'{name}'", module.lora_tokens, W0[name].dtype)
+                module.fold()
+            stores = {name: place_of(self.model, name) for name in names if name not in merged}
+            now = {name: store[own].detach() for name, (store, own) in stores.items()}
+        return {**merged, **now}
+
+    def _must_read(self, name: str, *, wide: bool) -> Tensor:
+        """W0's tensor; `wide`: in the wider of its dtype and that of the results, so that it is rounded once."""
+        tensor = self.read(name)
+        if tensor is None:
+            raise MergeError(f"the files have no '{name}', which the adapter changes")
+        return tensor.to(torch.promote_types(tensor.dtype, self.dtype)) if wide and self.dtype else tensor
+
+
+def part_as_merged(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]:
+    """Give a plain model on the meta device the ties that the merged one has, and its config; returns what it untied.
+
+    `parts` as in `Changes`: as in `merge`, what is adapted or brought whole no longer shares its tensor.
+    """
+    ties = shared_parameters(plain)
+    fresh: dict[Hashable, nn.Parameter] = {}
+    for name, part in parts.items():
+        module, _, own = name.rpartition(".")
+        place = plain.get_submodule(module)._parameters
+        before = place.get(own)
+        if before is not None:  # else a buffer, which is not tied
+            place[own] = fresh.setdefault(part, nn.Parameter(torch.empty_like(before), requires_grad=False))
+    untied = untied_since(plain, ties)
+    if untied:
+        untie_config(plain)
+    return untied

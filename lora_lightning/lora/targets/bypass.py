@@ -11,7 +11,7 @@ import re
 from torch import nn
 
 from lora_lightning.lora.layers import kind_of
-from lora_lightning.lora.layers.attention import host_refusal
+from lora_lightning.lora.layers.attention import OutProj
 
 # Package, the end of the parent's full class name (a regular expression), its children. Read off the forwards of
 # transformers 5.24, timm 1.0.31 and torchvision 0.28. State space models hand weights to a fused kernel on a GPU, and
@@ -61,9 +61,8 @@ def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules whose parent reads their weight, each with the reason not to adapt it."""
     bypassed: dict[nn.Module, str] = {}
     for module in names:
-        if isinstance(module, nn.MultiheadAttention) and (reason := host_refusal(module)):
-            bypassed |= {module: reason, module.out_proj: reason}
-        for child in _children_read(type(module)):
+        own = {"out_proj"} if _reads_out_proj(module) else set()
+        for child in own | _children_read(type(module)):
             read = module._modules.get(child)
             if read is not None and kind_of(read) is not None:
                 reason = f"{type(module).__name__} reads its weight and may never call it, so an adapter there would be"
@@ -71,6 +70,13 @@ def bypassed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
                     read, f"{reason} ignored: name '{child}.weight' in target_parameters, or leave it out"
                 )
     return bypassed
+
+
+def _reads_out_proj(module: nn.Module) -> bool:
+    """Whether this is torch's attention with another layer than its own in the place of `out_proj`."""
+    if not isinstance(module, nn.MultiheadAttention) or type(module).forward is not nn.MultiheadAttention.forward:
+        return False
+    return not isinstance(module.out_proj, OutProj)
 
 
 def computed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:

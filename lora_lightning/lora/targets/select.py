@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from torch import nn
@@ -117,6 +117,8 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
         all_used(field_name, getattr(config, field_name), [w.names for w in wanted])
     for w in wanted:
         name, own = w.names[0], settings[w.names[0]]
+        if not w.kind.has_input and (any_rank or w.why == ALL_LINEAR):
+            own = replace(own, dropout=0.0)  # the one of all layers is not meant for it; the report shows 0
         if reason := _options_refusal(w, own):
             raise TargetError(reason)
         if any(p is not None and is_lazy(p) for p in w.module._parameters.values()):
@@ -150,6 +152,12 @@ def _saved(names: Names, config: LoRAConfig, bypassed: dict[nn.Module, str]) -> 
     for name, module in outermost:
         if module in bypassed:
             raise TargetError(f"modules_to_save: cannot train '{name}': {bypassed[module]}")
+        if quantized := [own for own, inner in module.named_modules() if scheme(inner)]:
+            inside = f"{name}.{quantized[0]}".removesuffix(".")
+            raise TargetError(
+                f"modules_to_save: '{inside}' is quantized, and a copy of it cannot train: leave it out of the"
+                " quantization (llm_int8_skip_modules of transformers' quantization_config)"
+            )
         if type(module).forward is nn.Module.forward:
             inside = ", ".join([f"{name}.{child}" for child, _ in module.named_children()][:4])
             raise TargetError(

@@ -19,7 +19,7 @@ from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.layout import layer_layouts
-from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
+from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.reports.console import show_report
@@ -75,7 +75,7 @@ class ExportAtEnd(Callback):
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said when it is written
-                vllm_targets(pl_module.backbone, for_vllm(pl_module.backbone, layer_layouts(pl_module.backbone)))
+                vllm_targets(pl_module.backbone, fold_for_vllm(pl_module.backbone, layer_layouts(pl_module.backbone)))
 
     def _target(self, folder: Path) -> Path:
         return Path(self.output_dir) if self.output_dir else folder / run.EXPORT
@@ -94,7 +94,7 @@ class ExportAtEnd(Callback):
         with best_in(trainer, pl_module):
             result = export_module(pl_module, data, self._target(folder), batch=batch, **self.options)
         closes = any(isinstance(c, RunReport) for c in trainer.callbacks)  # type: ignore[attr-defined]  # with all of it
-        show_report(record_export(folder, result), Console(quiet=closes), save_svg=folder / "report.svg")
+        show_report(record_export(folder, result), Console(quiet=closes))
         for logger in trainer.loggers:
             logger.log_metrics(result.metrics(), step=trainer.global_step)
             logger.save()
@@ -104,15 +104,25 @@ def export_module(
     module: LoRAModule, datamodule: Any, target: Path, *, batch: dict[str, Any] | None, **options: Any
 ) -> ExportReport:
     """Export the module's backbone, with the DataModule's tokenizer, image processor and labels beside it."""
-    own = {name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")}
+    own: dict[str, Any] = {
+        name: getattr(datamodule, name, None) for name in ("tokenizer", "image_processor", "label_names")
+    }
     w0, example = module.w0_fingerprint(), module.example_input_array
     return export(module.backbone, module.task, w0, target, batch=batch, example=example, **options, **own)
 
 
 def record_export(folder: Path, result: ExportReport) -> dict[str, Any]:
-    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it."""
-    known = run.update_report(folder, {**result.facts(), "run_dir": str(folder)})
-    write_page(folder)
+    """Put an export's figures into the run's report, in the place of an earlier one's, and return the whole of it.
+
+    Where the run's folder cannot be written, as on a disk to read from, the export stands without that, with a warning.
+    """
+    values = {**result.facts(), "run_dir": str(folder)}
+    try:
+        known = run.update_report(folder, values)
+        write_page(folder)
+    except OSError as error:
+        rank_zero_warn(f"the export is whole, and the run's report in '{folder}' is as it was: {error.strerror}")
+        return values
     return known
 
 

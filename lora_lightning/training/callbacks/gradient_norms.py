@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.training.checkpoints.loop_state import is_logged
 
 
 class StepFigures(Callback):
@@ -26,7 +26,7 @@ class StepFigures(Callback):
         self._other_rates: set[str] = set()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not trainer._logger_connector.should_update_logs or not trainer.loggers:
+        if not trainer.loggers or not (is_logged(trainer) or trainer.should_stop):
             return
         figures = self._rates(optimizer)
         for name, gradients in parts_of_gradients(pl_module, optimizer).items():
@@ -61,13 +61,5 @@ def norm_of(tensors: Iterable[Tensor]) -> Tensor:
 
     Every process must ask where tensors are sharded.
     """
-    kinds = groupby(sorted(tensors, key=_kind), key=_kind)
-    norms = [torch.nn.utils.get_total_norm(list(same)) for _, same in kinds]
-    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total: Tensor = torch.stack([norm.float() for norm in whole]).norm()
-    return total
-
-
-def _kind(tensor: Tensor) -> str:
-    """Norms of sharded tensors add up by themselves only where they are sharded over the same processes."""
-    return str(getattr(tensor, "device_mesh", ""))
+    norm = torch.nn.utils.get_total_norm(list(tensors))
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).float()

@@ -46,7 +46,7 @@ class PredictionWriter(BasePredictionWriter):
             name = set_name(trainer.datamodule, "predict", index)  # type: ignore[attr-defined]
             self._write(trainer, batches, indices, name, self._columns(trainer, index))
 
-    def _columns(self, trainer: Trainer, index: int) -> dict[str, Sequence[Any]]:
+    def _columns(self, trainer: Trainer, index: int) -> Mapping[str, Sequence[Any]]:
         """The values of the columns that are written beside the predictions, of the set with this number.
 
         Raises:

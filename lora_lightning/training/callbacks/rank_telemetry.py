@@ -24,6 +24,7 @@ from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.checkpoints.loop_state import logged_steps
 from lora_lightning.training.module import LoRAModule
 
 FILE = "rank.csv"
@@ -83,13 +84,13 @@ class RankTelemetry(Callback):
         """After an optimizer step that is to be looked at."""
         step = trainer.global_step
         if self.every_n_steps is not None and step != self._step and step % self.every_n_steps == 0:
-            self._look(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._look(trainer, pl_module, logged_steps(trainer))
         self._step = step
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.every_n_steps is None:
             # the number of the epoch's last step, as Lightning logs an epoch's figures
-            self._look(trainer, pl_module, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+            self._look(trainer, pl_module, logged_steps(trainer) - 1)
 
     def _look(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """All processes bring their shards together; the first one computes and writes."""

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
+from lora_lightning.training.checkpoints.loop_state import is_between_steps, is_logged, logged_steps
 from lora_lightning.training.loss_weighting import is_padding
 
 MIB = 2**20
@@ -64,11 +65,10 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop._should_accumulate():
+        if is_between_steps(trainer):
             return
-        step, every = trainer.fit_loop.epoch_loop._batches_that_stepped + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logged = bool(every) and step % every == 0
-        if logged or (step & (step - 1) == 0 and step < every):
+        step, logged = logged_steps(trainer) + 1, is_logged(trainer)
+        if logged or (step & (step - 1) == 0 and step < trainer.log_every_n_steps):  # type: ignore[attr-defined]
             self._tell(trainer, pl_module, logged)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
@@ -234,14 +233,14 @@ def _first_line(error: BaseException) -> str:
 class WholeFiles(TorchCheckpointIO):
     """Lightning's way to write and read checkpoint files, with the above for those on a local file system."""
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if is_remote(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
             write_checkpoint(checkpoint, Path(path))
 
     def load_checkpoint(
-        self, path: _PATH, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         if is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
@@ -249,12 +248,12 @@ class WholeFiles(TorchCheckpointIO):
         found: dict[str, Any] = read_checkpoint(Path(path), weights_only=only, map_location=map_location)
         return found
 
-    def remove_checkpoint(self, path: _PATH) -> None:
+    def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)
         if not is_remote(path):
             Path(f"{path}{PREVIOUS}").unlink(missing_ok=True)
 
 
-def is_remote(path: _PATH) -> bool:
+def is_remote(path: str | Path) -> bool:
     """Whether fsspec takes it to another place than this machine's files."""
     return "://" in str(path)

@@ -1,5 +1,8 @@
 """Where in a fit a checkpoint lies, and Lightning's loops put to one of two places from which they go on exactly.
 
+All private names of Lightning's loops stand in this file: there is no public way to where a fit is within a step, nor
+to a loop that is to go on as if it had not been loaded. `tests/training/test_loop_state.py` pins them.
+
 A checkpoint may be written in many hooks, and Lightning's loops resume from some of them with a step, a validation or
 an epoch more or less. So their state is written down as one of two:
 
@@ -14,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
@@ -45,16 +47,14 @@ def place_of(trainer: Trainer) -> Place:
     epochs, batches = loop.epoch_progress.current, loop.epoch_loop.batch_progress
     whole = batches.is_last_batch or batches.current.ready >= trainer.num_training_batches  # type: ignore[attr-defined]
     inside = epochs.ready == epochs.started and epochs.processed == epochs.started - 1  # type: ignore[attr-defined]
+    fetcher = _fetcher(trainer)
     validates = (
-        inside
-        and not trainer.validating
-        and loop._data_fetcher is not None
-        and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        inside and not trainer.validating and fetcher is not None and loop.epoch_loop._should_check_val_fx(fetcher)
     )
     return Place(
         kind="epoch" if whole else "batch",
         epochs=epochs.started if whole else epochs.started - 1,  # type: ignore[attr-defined]
-        at_step=not loop._should_accumulate(),
+        at_step=not is_between_steps(trainer),
         validates_next=bool(validates and trainer.enable_validation),
         in_epoch_loop=inside,
     )
@@ -98,11 +98,10 @@ def begin_epoch_anew(trainer: Trainer) -> None:
     The loops forget that they were loaded, and the loader begins an iteration now, after its sampler was told the
     epoch; Lightning began one before.
     """
-    loop = trainer.fit_loop
-    loop._restarting = False  # its own setter says True whenever max_steps is given
-    loop.epoch_loop.restarting = False
-    if loop._data_fetcher is not None:
-        iter(loop._data_fetcher)
+    forget_restart(trainer)
+    trainer.fit_loop.epoch_loop.restarting = False
+    if (fetcher := _fetcher(trainer)) is not None:
+        iter(fetcher)
 
 
 def starting_over(trainer: Trainer) -> list[str]:
@@ -112,7 +111,9 @@ def starting_over(trainer: Trainer) -> list[str]:
 
 
 def _keeps_place(loader: Any) -> bool:
-    return loader.keeps_place if isinstance(loader, ResumableLoader) else isinstance(loader, _Stateful)
+    if isinstance(loader, ResumableLoader):
+        return loader.keeps_place
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def repeat_epoch_start(trainer: Trainer) -> None:
@@ -125,7 +126,33 @@ def repeat_epoch_start(trainer: Trainer) -> None:
 def load_left_places(trainer: Trainer) -> None:
     """Tell loaders their places where they were made before the checkpoint was read: Lightning does so in time only
     where no schedule has asked for the number of steps."""
-    loop = trainer.fit_loop
-    if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
+    loop, fetcher = trainer.fit_loop, _fetcher(trainer)
+    if loop._combined_loader_states_to_load and fetcher is not None:
         loop._load_combined_loader_states()
-        iter(loop._data_fetcher)
+        iter(fetcher)
+
+
+def is_between_steps(trainer: Trainer) -> bool:
+    """Whether gradients of the micro-batch that is over wait for others of their optimizer step."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def logged_steps(trainer: Trainer) -> int:
+    """Steps that are over, as the log counts them: the number that the next one is logged under."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def is_logged(trainer: Trainer) -> bool:
+    """Whether the optimizer step that is under way gets a row in the log."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and (logged_steps(trainer) + 1) % every == 0
+
+
+def forget_restart(trainer: Trainer) -> None:
+    """Let the fit loop forget that it was loaded."""
+    trainer.fit_loop._restarting = False  # its own setter says True whenever max_steps is given
+
+
+def _fetcher(trainer: Trainer) -> Any:
+    """What fetches batches; None before the loaders are made."""
+    return trainer.fit_loop._data_fetcher

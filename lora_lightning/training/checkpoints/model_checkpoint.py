@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.checkpoints.file_io import is_remote
-from lora_lightning.training.checkpoints.loop_state import place_of
+from lora_lightning.training.checkpoints.loop_state import is_between_steps, place_of
 
 REQUEUE = 75
 """What a pre-empted fit exits with: EX_TEMPFAIL of sysexits.h, "try again later"."""
@@ -105,7 +105,7 @@ class Checkpoints(ModelCheckpoint):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save in an epoch's middle. Where a validation or the epoch's end follows, what comes after it saves."""
-        if trainer.fit_loop._should_accumulate() or trainer.global_step == self._steps:
+        if is_between_steps(trainer) or trainer.global_step == self._steps:
             return  # between steps, or where a loss scaler has skipped one
         self._steps = trainer.global_step
         place = place_of(trainer)

@@ -19,11 +19,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
 from lora_lightning.lora.errors import some
+from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.loop_state import (
     Place,
     begin_epoch_anew,
     canonical,
+    forget_restart,
     load_left_places,
+    logged_steps,
     place_of,
     repeat_epoch_start,
     starting_over,
@@ -32,8 +35,6 @@ from lora_lightning.training.checkpoints.rng_state import random_state, set_rand
 from lora_lightning.training.distributed import gathered
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.tracking.wandb_logger import runs_of
-
-KEY = "lora_lightning_resume"
 
 MOVES = {"base_lrs", "last_epoch", "best", "num_bad_epochs", "cooldown_counter"}
 MOVES |= {"_last_lr", "_step_count", "_get_lr_called_within_step", "_is_initial"}
@@ -58,7 +59,7 @@ class Resume(Callback):
         place = place_of(trainer)
         own = {"random": random_state(), "figures": dict(figures_of(pl_module)) if place.kind == "batch" else {}}
         checkpoint["loops"]["fit_loop"] = canonical(checkpoint["loops"]["fit_loop"], place)
-        checkpoint[KEY] = {
+        checkpoint[RESUME_KEY] = {
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
@@ -73,7 +74,7 @@ class Resume(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn != TrainerFn.FITTING:
             return
-        self._found = checkpoint.get(KEY)
+        self._found = checkpoint.get(RESUME_KEY)
         if self._found is None:
             rank_zero_warn(
                 "this checkpoint holds no random states: it was written without the callback Resume, so the fit goes on"
@@ -93,7 +94,7 @@ class Resume(Callback):
         for told in overruled(self._found["settings"], self._settings):
             rank_zero_info(f"resumed: the checkpoint's {told}")
         self._settings = self._settings | self._found["settings"]
-        steps = next_logged(self._found, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        steps = next_logged(self._found, logged_steps(trainer))
         for logger in trainer.loggers:
             if isinstance(logger, ContinuedCSVLogger):
                 logger.go_on_from(steps)
@@ -117,7 +118,7 @@ class Resume(Callback):
         assert self._found is not None
         states = self._found["processes"]
         self._found = None
-        trainer.fit_loop._restarting = False  # else Lightning tells no plateau at this epoch's end
+        forget_restart(trainer)  # else Lightning tells no plateau at this epoch's end
         if trainer.world_size == len(states):
             own = states[trainer.global_rank]
             put_figures(module, own["figures"])

@@ -25,6 +25,7 @@ from lora_lightning.tasks.positions import evaluating
 from lora_lightning.training.callbacks.export_on_fit_end import best_in
 from lora_lightning.training.callbacks.prediction_writer import rows
 from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.tracking.wandb_logger import go_on_with
 
@@ -158,9 +159,7 @@ def log_adapter(
 
 def log_checkpoint(loggers: Iterable[Any], checkpoint: Path, folder: Path, aliases: Sequence[str]) -> None:
     """A checkpoint in the adapter's place, where the adapter's parts lie with several processes."""
-    parts = [checkpoint] if checkpoint.is_file() else sorted(p for p in checkpoint.rglob("*") if p.is_file())
-    files = {file.name: file for file in _beside(folder)}
-    files |= {f"{checkpoint.name}/{p.relative_to(checkpoint)}" if p != checkpoint else p.name: p for p in parts}
+    files = {file.name: file for file in (*_beside(folder), checkpoint)}
     for logger in wandb_loggers(loggers):
         _log(logger, "adapter", files, aliases, log_report([], folder))
 
@@ -175,16 +174,14 @@ def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
 
 def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
     """Let what is found on a trained run go to the W&B or MLflow run that trained it, unless the config names one."""
-    from lora_lightning.training.checkpoints.resume import KEY  # callbacks import the trainer, which imports this file
-
     given = list(loggers)
     ours = [logger for logger in wandb_loggers(given) if hasattr(logger, "go_on_with")]
     flows = [logger for logger in given if isinstance(logger, MLFlowLogger)]
     if not (ours or flows) or not Path(checkpoint).exists():
         return
-    found = run.load_checkpoint(checkpoint).get(KEY, {})
+    found = run.load_checkpoint(checkpoint).get(RESUME_KEY, {})
     go_on_with(flows, found.get("loggers", []), 0)
-    runs = [which for kind, which in found.get("loggers", []) if kind == "WandbLogger"] or found.get("wandb", [])
+    runs = [which for kind, which in found.get("loggers", []) if kind == "WandbLogger"]
     for logger, version in zip(ours, runs, strict=False):
         logger.go_on_with(str(version))
 

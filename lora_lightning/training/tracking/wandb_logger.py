@@ -37,8 +37,9 @@ class WandbLogger(LightningWandbLogger):
         if kwargs.get("settings") is None:
             kwargs["settings"] = {"quiet": True}  # it would end with all figures over again
         super().__init__(*args, offline=offline, save_dir=save_dir, **kwargs)  # type: ignore[misc]
-        if self._wandb_init.get("anonymous") is None:
-            del self._wandb_init["anonymous"]  # W&B warns of the word, whatever its value
+        init = self._wandb_init  # Lightning has no public way to what it hands to wandb.init
+        if init.get("anonymous") is None:
+            del init["anonymous"]  # W&B warns of the word, whatever its value
 
     def go_on_with(self, version: str) -> None:
         """Log into the run of this id, unless the config names one itself.
@@ -46,8 +47,8 @@ class WandbLogger(LightningWandbLogger):
         Offline, what follows lies in a folder of its own, which `wandb sync --append` adds to the run.
         """
         if self._id is None:
-            self._id = self._wandb_init["id"] = version
-            self._wandb_init["resume"] = "allow"
+            self._id = version
+            self._wandb_init.update(id=version, resume="allow")
 
 
 def runs_of(loggers: Iterable[Logger]) -> list[list[Any]]:
@@ -78,8 +79,9 @@ def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int)
             logger.go_on_with(str(mine[1]))
         elif isinstance(logger, TensorBoardLogger) and logger._version is None:
             logger._version = mine[1]
-            if logger._kwargs.get("purge_step") is None:  # the command's parser notes each of SummaryWriter's defaults
-                logger._kwargs["purge_step"] = step
+            options = logger._kwargs
+            if options.get("purge_step") is None:  # the command's parser notes each of SummaryWriter's defaults
+                options["purge_step"] = step
         elif isinstance(logger, MLFlowLogger) and logger._run_id is None:
             logger._run_id = mine[1]
 

@@ -39,15 +39,15 @@ class LayerLayout:
     has_init: bool
     """Whether an init, (A0, B0), is written with it."""
     rank: int
-    """PEFT's."""
+    """The rank that the file's tensors have."""
     scale: float
-    """PEFT's. Where it is not the layer's own, B is written larger by the ratio."""
+    """The scale that PEFT gives them. Where it is not the layer's own, B is written larger by the ratio."""
     one_alpha: float | None = None
-    """PEFT's alpha, where one rank and one scale are written for all layers: the file is then what is loaded."""
+    """The one alpha of all layers, where vLLM's form is written: the file is then what is loaded."""
 
     @property
     def keys(self) -> dict[str, str]:
-        """PEFT's keys by the names of our tensors."""
+        """The layer's keys in PEFT's file, by the names of our tensors."""
         own = self.layer.lora_tensors()
         return {name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items() if name in own}
 
@@ -60,7 +60,7 @@ class LayerLayout:
         return (self.rank, self.alpha(rslora=s.scale != s.alpha / s.r)) if self.has_init else (s.r, s.alpha)
 
     def alpha(self, *, rslora: bool) -> float:
-        """alpha such that PEFT's scale is ours."""
+        """The alpha that PEFT's config needs for the layer's scale: alpha / rank, or alpha / sqrt(rank) with rslora."""
         if self.one_alpha is not None:
             return self.one_alpha
         s = self.layer.lora_settings
@@ -70,7 +70,7 @@ class LayerLayout:
         return s.alpha * (math.sqrt(grown) if rslora else grown)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By PEFT's keys."""
+        """The layer's tensors as the file holds them, by PEFT's keys."""
         tensors = self.layer.to_peft()
         if self.has_init:
             own = self.layer.lora_tensors()
@@ -97,7 +97,7 @@ class LayerLayout:
 
 
 def _times(tensor: Tensor, factor: float) -> Tensor:
-    """Rounded once: torch would round the factor to the tensor's dtype first."""
+    """Multiply and round once: torch would round the factor to the tensor's dtype first."""
     return (tensor.double() * factor).to(tensor.dtype)
 
 

@@ -327,15 +327,15 @@ def config_for(
         r=r,
         alpha=alpha,
         dropout=float(peft.get("lora_dropout") or 0.0),
-        dropout_pattern={exactly(n): p for n, p in dropouts.items() if n in adapted},
+        dropout_pattern={exact_pattern(n): p for n, p in dropouts.items() if n in adapted},
         # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
         target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
         target_parameters=list(found.parameters) or None,
         trainable_token_indices={name: [*token_ids(peft, name)] for name in found.tokens} or None,
         modules_to_save=found.saved or None,
-        slices={exactly(n): spec for n, spec in slices.items() if n in modules},
-        rank_pattern={exactly(n): rank for n, rank in adapted.items() if rank != r},
-        alpha_pattern={exactly(n): alphas[n] for n in adapted if alphas[n] != alpha},
+        slices={exact_pattern(n): spec for n, spec in slices.items() if n in modules},
+        rank_pattern={exact_pattern(n): rank for n, rank in adapted.items() if rank != r},
+        alpha_pattern={exact_pattern(n): alphas[n] for n in adapted if alphas[n] != alpha},
         use_rslora=rslora,
         use_dora=bool(peft.get("use_dora")),
         init=subtracted_init(peft),
@@ -344,7 +344,7 @@ def config_for(
     )
 
 
-def exactly(name: str) -> str:
+def exact_pattern(name: str) -> str:
     """The pattern that matches this module alone."""
     return f"^{re.escape(name)}$"
 

@@ -17,10 +17,10 @@ from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, dotted_ends
 from lora_lightning.lora.formats.peft.layout import LayerLayout, layer_layouts, to_peft
 from lora_lightning.lora.formats.peft.load import refuse_meta
-from lora_lightning.lora.formats.peft.resolve import exactly
+from lora_lightning.lora.formats.peft.resolve import exact_pattern
 from lora_lightning.lora.formats.provenance import write_record
 from lora_lightning.lora.formats.tensor_files import file_content, file_size
-from lora_lightning.lora.formats.vllm import for_vllm, vllm_targets
+from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import LoRAConv1D, LoRALinear, LoRAParameter, SavedCopy, TokenRows, TrainedBias
@@ -71,7 +71,7 @@ def save_adapter(
     if serving not in (None, "vllm"):
         raise AdapterError(f"serving must be 'vllm' or left out, got {serving!r}")
     if serving == "vllm":
-        layouts = for_vllm(model, layouts)
+        layouts = fold_for_vllm(model, layouts)
     tensors = to_peft(model, layouts)
     if not tensors:
         raise AdapterError("nothing to save: this model has no adapter; call inject(model, config) first")
@@ -137,8 +137,8 @@ def ranks_and_alphas(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> d
     return {
         "r": r,
         "lora_alpha": _number(alpha),
-        "rank_pattern": {exactly(name): rank for name, rank in ranks.items() if rank != r},
-        "alpha_pattern": {exactly(name): _number(a) for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {exact_pattern(name): rank for name, rank in ranks.items() if rank != r},
+        "alpha_pattern": {exact_pattern(name): _number(a) for name, a in alphas.items() if a != alpha},
     }
 
 

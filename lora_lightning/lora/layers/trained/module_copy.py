@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
 from lora_lightning.lora.layers.functional import wide_dtype
@@ -34,7 +35,10 @@ class SavedCopy(Grafted):
 
         `twins` is deepcopy's memo: with one for all copies, what was tied is tied among the copies.
         """
-        graft(module, SavedSequence if isinstance(module, nn.Sequential) else SavedCopy)
+        if isinstance(module, NonDynamicallyQuantizableLinear):  # an attention's out_proj, which is read, not called
+            graft(module, SavedProjection, tuple(n for n, p in module._parameters.items() if p is not None))
+        else:
+            graft(module, SavedSequence if isinstance(module, nn.Sequential) else SavedCopy)
         twin = copy.deepcopy(module, twins)
         ungraft(twin, SavedCopy)
         # Hooks on the module run around its own call, which calls the copy: there they would run twice.
@@ -97,6 +101,15 @@ class SavedSequence(SavedCopy):
     def __getitem__(self, index: int | slice) -> nn.Module:
         chosen = self._shown()[index]
         return nn.Sequential(*chosen) if isinstance(chosen, list) else chosen
+
+
+class SavedProjection(SavedCopy):
+    """The same for the `out_proj` of `nn.MultiheadAttention`: whoever reads its weight and bias gets the copy's."""
+
+    def lora_read(self, name: str) -> torch.Tensor:
+        own = self._parameters[name]
+        assert own is not None
+        return self.lora_copy.get_parameter(name).to(own.dtype) if self.lora_enabled and COPY in self._modules else own
 
 
 def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

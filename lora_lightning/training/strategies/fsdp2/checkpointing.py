@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
@@ -44,7 +43,9 @@ class AdapterCheckpoints(ModelParallelStrategy):
         """The same of an optimizer, in the form of a single process."""
         return _whole_state(_plain(optimizer).state_dict())
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any | None = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
         """Write the file in process 0.
 
         Raises:
@@ -57,7 +58,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(checkpoint, path, storage_options=options)
 
-    def load_checkpoint(self, checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the same file in every process.
 
         Raises:
@@ -98,7 +99,7 @@ class AdapterCheckpoints(ModelParallelStrategy):
 
 
 def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
-    return optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
 def _whole_state(state: Any) -> Any:

@@ -1,8 +1,8 @@
-"""What a merge refuses, before it writes anything: so the model stays as it was."""
+"""What a merge refuses before it writes anything, so that the model stays as it was; and what it says of rounding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, Train
 
 LARGE = 1e9
 """Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""
+LEAST_KEPT = 0.9
+"""A smaller share of an update kept by rounding is warned of."""
 
 
 def refuse_before(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> None:
@@ -76,7 +78,7 @@ def refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
     """
     plain_dtype = float_dtype(model)
     for name, module in model.named_modules():
-        for own, trained, place in _brought(module):
+        for own, trained, place in _trained_tensors(module):
             refuse_overflow(f"'{joined(name, own)}'", trained, dtype or place.dtype)
         if scheme(module) is not None and (dtype or plain_dtype) == torch.float16:
             refuse_overflow(f"'{name}', dequantised,", plain_weight(module), torch.float16)
@@ -108,7 +110,7 @@ def refuse_infinite(name: str, delta: Tensor) -> None:
         raise MergeError(f"s B A of '{name}' is not finite: training diverged; merge an earlier checkpoint")
 
 
-def _brought(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What a module was trained to hold: the name of the tensor that it takes the place of, its values, that tensor."""
     if isinstance(module, TrainedBias):
         yield "bias", module.lora_trained_bias, module._parameters["bias"]  # type: ignore[misc]
@@ -118,3 +120,26 @@ def _brought(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
         own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
         for name, trained in (*module.lora_copy.named_parameters(), *module.lora_copy.named_buffers()):
             yield name, trained, own[name]
+
+
+def count_low(kept: Mapping[str, float]) -> int:
+    """In how many layers rounding erased more than a tenth of the update."""
+    return sum(share < LEAST_KEPT for share in kept.values())
+
+
+def rounding_warning(kept: Mapping[str, float], dtype: str) -> str | None:
+    """What to say where rounding erased more than a tenth of some layers' updates, the worst of them named.
+
+    Args:
+        kept: by module, the share that was left.
+        dtype: that was rounded to.
+    """
+    low = count_low(kept)
+    if not low:
+        return None
+    worst = sorted((share, name) for name, share in kept.items())[: min(3, low)]
+    return (
+        f"rounding to {dtype} kept less than {LEAST_KEPT:.0%} of the update in {low} of {len(kept)} layers, least in"
+        f" {', '.join(f'{name} ({share:.0%})' for share, name in worst)}: merge into float32 (dtype=torch.float32,"
+        f" --dtype float32), or use the adapter, which lost nothing"
+    )
