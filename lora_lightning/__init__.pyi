@@ -38,6 +38,9 @@ from lora_lightning.lora.meta.build import on_meta as on_meta
 from lora_lightning.lora.meta.fill import fill_from_files as fill_from_files
 from lora_lightning.tasks.base import StepOutput as StepOutput
 from lora_lightning.tasks.base import Task as Task
+from lora_lightning.tasks.base import image_inputs as image_inputs
+from lora_lightning.tasks.base import inputs_of as inputs_of
+from lora_lightning.tasks.base import logits_of as logits_of
 from lora_lightning.tasks.classification import ImageClassification as ImageClassification
 from lora_lightning.tasks.classification import MultiLabelClassification as MultiLabelClassification
 from lora_lightning.tasks.classification import SequenceClassification as SequenceClassification

@@ -390,6 +390,12 @@ def refuse_config(config: Any, words: Sequence[str]) -> None:
     name = str(config.get("name", "lora"))
     if not name.strip() or Path(name).is_absolute() or ".." in Path(name).parts:
         raise LoRAError(f"name: expected that of a folder within runs_dir, got '{name}': --runs_dir says where runs go")
+    loggers = config.get("trainer.logger")  # of a list jsonargparse would tell all types that it tried, and not why
+    for logger in loggers if isinstance(loggers, list) else []:
+        if str(logger.get("class_path")).endswith("WandbLogger") and logger.get("init_args.offline") is False:
+            from lora_lightning.training.tracking.wandb_logger import refuse_no_key
+
+            refuse_no_key()
     strategy = config.get("trainer.strategy")
     if isinstance(strategy, str) and "." in strategy and (wrong := wrong_path(strategy)):
         raise LoRAError(f"trainer.strategy: {wrong}")

@@ -509,6 +509,16 @@ MISTAKES = {
         "then stays on this disk until `wandb sync`",
         env={"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": "."},
     ),
+    "W&B without a key, in a list of loggers": Mistake(
+        OVER,
+        "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out: the run "
+        "then stays on this disk until `wandb sync`",
+        {
+            "over.yaml": "trainer:\n  logger:\n    - class_path: lora_lightning.WandbLogger\n"
+            "      init_args: {offline: false}\n"
+        },
+        env={"WANDB_MODE": None, "WANDB_API_KEY": None, "HOME": "."},
+    ),
     "a format that torch writes": Mistake(
         "export --ckpt_path runs/tiny --formats onnx",
         "export writes no ONNX: export merged, and write ONNX from it with torch, as docs/export.md shows",

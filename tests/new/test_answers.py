@@ -12,8 +12,10 @@ import pytest
 from packaging.requirements import Requirement
 
 from lora_lightning.commands.new import PACKAGE, new
+from lora_lightning.commands.projects import checks
 from lora_lightning.commands.projects.checks import questions, requirement
 from tests.command.process import REPOSITORY
+from tests.new.test_git import told_by_pip
 from tests.recipes.recipe import parse
 
 
@@ -71,9 +73,19 @@ def test_without_a_licence_there_is_none_and_an_upload_is_refused(tmp_path):
         ("git+https://example.org/l.git@v1", "lora_lightning @ git+https://example.org/l.git@v1"),
     ],
 )
-def test_a_project_depends_on_what_package_says(package, needs):
+def test_a_project_depends_on_what_package_says(package, needs, monkeypatch):
+    monkeypatch.setattr(checks, "installable", lambda: None)  # as from an index
     assert requirement(package) == needs
     assert Requirement(needs)
+
+
+def test_a_package_that_is_on_no_index_is_asked_for_where_it_came_from(monkeypatch):
+    told_by_pip(monkeypatch, url="https://example.org/l.git", vcs_info={"vcs": "git", "commit_id": "abc123"})
+    assert requirement(None) == "lora_lightning @ git+https://example.org/l.git@abc123"
+    told_by_pip(monkeypatch, url=REPOSITORY.as_uri(), dir_info={"editable": True})
+    assert Requirement(requirement(None)).url.startswith((REPOSITORY.as_uri(), "git+"))
+    told_by_pip(monkeypatch)  # of a clone that is on the path alone
+    assert Requirement(requirement(None)).url.startswith((REPOSITORY.as_uri(), "git+"))
 
 
 def test_a_clone_is_depended_on_where_it_is_asked_for(tmp_path, monkeypatch):

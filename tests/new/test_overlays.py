@@ -12,4 +12,5 @@ def test_an_overlay_of_the_template_is_that_of_configs(name):
 
 def test_the_template_has_no_other_overlays_than_these_and_a_projects_own():
     own = {"experiment.yaml.jinja", "own.yaml.jinja", "{{ offline_yaml }}.jinja"}
+    own |= {"experiments/wider.yaml.jinja", "logger/tensorboard.yaml.jinja"}
     assert {str(p.relative_to(THERE)) for p in THERE.rglob("*.jinja")} == own | {f"{name}.jinja" for name in COPIED}

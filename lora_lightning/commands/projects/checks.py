@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lora_lightning.commands.projects.origin import installable
 from lora_lightning.commands.projects.render import TEMPLATE
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 
@@ -80,11 +81,13 @@ def requirement(package: str | None) -> str:
     """What a project asks pip for.
 
     Args:
-        package: a folder or a file, an URL, versions such as `==0.1.0`; None for a range of versions.
+        package: a folder or a file, an URL, versions such as `==0.1.0`; None for what this package was installed
+            from, or a range of versions where that was an index.
 
     Raises:
         LoRAError: it is none of these.
     """
+    package = package or installable()
     if package is None:
         return str(questions()["requirement"]["default"])
     if "://" in package:

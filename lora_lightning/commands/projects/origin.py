@@ -40,6 +40,29 @@ def _installed_from(template: Path) -> dict[str, str]:
     return _clone(there) if "dir_info" in said and _same(there, template) else {}
 
 
+def installable() -> str | None:
+    """What pip installs this very package from, where it came from no index: a repository's commit, or a folder.
+
+    A clone is named by its remote where that has the commit, and by its folder otherwise.
+    """
+    try:
+        text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    said = json.loads(text) if text else {}
+    if commit := said.get("vcs_info", {}).get("commit_id"):
+        return f"git+{said['url']}@{commit}"
+    here = Path(__file__).parents[3]
+    folder = Path(url2pathname(urlparse(said["url"]).path)) if "dir_info" in said else here
+    if not (folder / "pyproject.toml").is_file():
+        return str(said["url"]) if "archive_info" in said else None
+    pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
+    remote = git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
+    if remote and "://" in remote:
+        return f"git+{remote}@{git('rev-parse', 'HEAD', cwd=folder)}"
+    return folder.as_uri()
+
+
 def _same(folder: Path, other: Path) -> bool:
     """Whether two folders hold the same files."""
     held, others = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (folder, other))

@@ -190,7 +190,7 @@ def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[st
         return None
     return (
         f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
-        f" {len(names)} of {len(here.tensors)} tensors differ, first {some(names)}"
+        f" {len(names)} of {len(here.tensors.keys() | made_on.tensors)} tensors differ, first {some(names)}"
     )
 
 

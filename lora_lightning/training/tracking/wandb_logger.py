@@ -27,11 +27,8 @@ class WandbLogger(LightningWandbLogger):
     """
 
     def __init__(self, *args: Any, offline: bool | None = None, save_dir: str = "runs", **kwargs: Any) -> None:
-        if offline is False and os.environ.get("WANDB_MODE") is None and not has_wandb_key():
-            raise LoRAError(
-                "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out: the run then"
-                " stays on this disk until `wandb sync`"
-            )
+        if offline is False:
+            refuse_no_key()
         if offline is None:
             offline = os.environ.get("WANDB_MODE") != "disabled" and not has_wandb_key()
             if offline:
@@ -92,6 +89,19 @@ def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int)
 def _kind(logger: Any) -> str:
     kinds = (LightningWandbLogger, TensorBoardLogger, MLFlowLogger)
     return next((kind.__name__ for kind in kinds if isinstance(logger, kind)), "")
+
+
+def refuse_no_key() -> None:
+    """Raise where a run is to be online and W&B would ask for a key.
+
+    Raises:
+        LoRAError: with the three ways out.
+    """
+    if os.environ.get("WANDB_MODE") is None and not has_wandb_key():
+        raise LoRAError(
+            "W&B has no key here: run `wandb login`, set WANDB_API_KEY, or leave `offline` out: the run then stays on"
+            " this disk until `wandb sync`"
+        )
 
 
 def has_wandb_key() -> bool:
