@@ -94,9 +94,14 @@ class LoRATrainer(Trainer):
         fits = self.state.fn == TrainerFn.FITTING
         if fits and self._chooses_logging:
             self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
-        folder = run.run_dir(self) if fits and self.is_global_zero else None
+        folder = run.run_dir(self) if fits and self._is_first_process() else None
         with ending_together(self, unless=(PreemptedError,)), run.locked(folder):
             return super()._run(*args, **kwargs)
+
+    def _is_first_process(self) -> bool:
+        """Known before the strategy has set its ranks, when `is_global_zero` is still true in every process."""
+        environment = getattr(self.strategy, "cluster_environment", None)
+        return environment is None or (environment.node_rank(), environment.local_rank()) == (0, 0)
 
     def _run_stage(self) -> Any:
         """After Lightning has set its signal handlers."""

@@ -28,8 +28,9 @@ except ImportError:  # on Windows
 CONFIG, REPORT, PAGE = html.CONFIG, html.REPORT, html.PAGE
 CHECKPOINTS, EXPORT = "checkpoints", "export"
 LOCK = ".lock"
-_HELD: set[Path] = set()
-"""Run folders that this process trains in: closing a second handle of a file would give its lock away."""
+HELD = "LORA_LIGHTNING_RUN_FOLDERS"
+"""In the environment the run folders that this process trains in, for itself and for the processes that it spawns or
+forks as ranks of its run; closing a second handle of a file would give its lock away."""
 
 
 def run_dir(trainer: Trainer) -> Path | None:
@@ -52,7 +53,8 @@ def locked(folder: Path | None) -> Iterator[None]:
     Raises:
         LoRAError: another process has it, by its number.
     """
-    if folder is None or fcntl is None or folder in _HELD:
+    held = str(folder) in os.environ.get(HELD, "").split(os.pathsep)
+    if folder is None or fcntl is None or held:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +74,15 @@ def locked(folder: Path | None) -> Iterator[None]:
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}")
         handle.flush()
-        _HELD.add(folder)
+        before = os.environ.get(HELD)
+        os.environ[HELD] = str(folder) if before is None else os.pathsep.join([before, str(folder)])
         try:
             yield
         finally:
-            _HELD.discard(folder)
+            if before is None:
+                os.environ.pop(HELD, None)
+            else:
+                os.environ[HELD] = before
             file.unlink(missing_ok=True)
 
 
