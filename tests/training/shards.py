@@ -154,7 +154,13 @@ CASES: dict[str, Case] = {
     ),
     "attention of torch": (
         lambda: Stack(encoder),
-        {"r": 2, "target_modules": ["self_attn", "linear1"]},
+        {"r": 2, "target_modules": ["self_attn", "out_proj", "linear1"]},
+        IDS,
+        torch.float32,
+    ),
+    "bare parameters": (
+        lambda: Stack(lambda: Attention(8)),
+        {"r": 2, "target_modules": ["v"], "target_parameters": ["q.weight"]},
         IDS,
         torch.float32,
     ),

@@ -6,6 +6,7 @@ Mutations that were made once, and what then fails:
 |---|---|
 | no broadcast of process 0's values | the same, all cases |
 | `moved` looks at one process's parts only | the same, by the write into one part |
+| a weight that reads as adapted is read so as a shard too | the same, "attention of torch" and "bare parameters" |
 | no `gather_before` of `generate` | test_texts_of_unlike_length... |
 | what lies outside of the blocks stays gathered after a validation | all that rest on `lived`, by law 10's check |
 | a process with a batch less does not run on | the same: it hangs, and is ended after the time limit |

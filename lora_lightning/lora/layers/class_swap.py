@@ -95,7 +95,14 @@ def _grafted_class(added: type[Grafted], base: type[nn.Module], read: tuple[str,
 
 
 def _reader(name: str) -> property:
-    return property(lambda module: module.lora_read(name))
+    def read(module: Any) -> Tensor:
+        own = module._parameters.get(name)
+        # FSDP2 asks a module for its shards, and would take what reads in a shard's place for a new W0. Nothing is
+        # computed with a shard: by its name, since importing torch's class takes longer than this package.
+        value: Tensor = own if type(own).__name__ == "DTensor" else module.lora_read(name)
+        return value
+
+    return property(read)
 
 
 def _goes_below(added: type[Grafted], base: type[nn.Module]) -> bool:
