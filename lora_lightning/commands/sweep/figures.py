@@ -61,7 +61,7 @@ def rank_curve(points: Sequence[Point], metric: str) -> Figure:
     for point in points:
         if point.trainable is not None:
             top = (float(point.values[RANK]), _mean(point) + (point.deviation or 0))
-            style = {"textcoords": "offset points", "ha": "center", "fontsize": 6, "color": "#555"}
+            style: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 6, "color": "#555"}
             axis.annotate(_count(point.trainable), top, (0, 6), **style)
     _label_ranks(axis, points)
     axis.set_xlabel("rank r, with the number of parameters that train")

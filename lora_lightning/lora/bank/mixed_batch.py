@@ -138,7 +138,9 @@ def _output(twin: Grafted, x: Tensor, base: Tensor) -> Tensor:
     has_update = isinstance(twin, (LoRALinear, LoRAConv1D, LoRAConv1d, LoRAConv2d, LoRAConv3d))
     is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass goes on with the sum
     if has_update and is_outermost and not isinstance(twin, TrainedBias | SavedCopy):
-        return twin.lora_finish(base + twin.lora_update(x).to(base.dtype))
+        layer: Any = twin
+        finished: Tensor = layer.lora_finish(base + layer.lora_update(x).to(base.dtype))
+        return finished
     out: Tensor = twin.forward(x)
     return out
 
@@ -177,7 +179,9 @@ def _twins(
     names: Mapping[nn.Module, str], sources: Mapping[str, DetachedAdapter]
 ) -> dict[nn.Module, dict[str, Grafted]]:
     """The adapted modules beside the plain ones, by the plain one and the adapter's name."""
-    hosts = {module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)}
+    hosts: dict[nn.Module, nn.Module] = {
+        module.out_proj: module for module in names if isinstance(module, nn.MultiheadAttention)
+    }
     twins: dict[nn.Module, dict[str, Any]] = {}
     for adapter, held in sources.items():
         shares = {share.module: share for share in held.shares}
