@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -185,7 +185,15 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.lora_enabled = enabled
 
 
-def grafted_modules(model: nn.Module, kind: type[Kind] = Grafted) -> list[tuple[str, Kind]]:  # type: ignore[assignment]
+@overload
+def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]: ...
+
+
+@overload
+def grafted_modules(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]: ...
+
+
+def grafted_modules(model: nn.Module, kind: type[Grafted] = Grafted) -> list[tuple[str, Any]]:
     """Every module onto which a class of this kind was grafted, with its full name, once each."""
     return [(name, module) for name, module in named_modules(model) if isinstance(module, kind)]
 
