@@ -65,7 +65,7 @@ def can_fuse(x: Any, weight: Tensor, *others: Tensor | None) -> bool:
         and not (x.is_nested or x.is_meta)
         and (x.dtype == weight.dtype or (_product_dtype(x) != x.dtype and weight.dtype != torch.float64))
         and not (x.is_inference() and torch.is_grad_enabled())
-        and not torch.jit.is_tracing()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
 
@@ -150,7 +150,7 @@ class FusedLinear(torch.autograd.Function):
                 dA = _add_dropped_(dX, rows, dz, a, ctx.dropped, ctx.seed)
             elif dz is not None:
                 dA = torch.mm(dz, rows) if needs_A else None
-                dX = dX.addmm_(dz.t(), a) if needs_x and not ctx.folds else dX
+                dX = dX.addmm_(dz.t(), a) if dX is not None and not ctx.folds else dX
             if needs_B:
                 dB = torch.mm(torch.mm(a, rows.t()) if z is None else z, g).t().to(B.dtype)
             dA = (dA * ctx.scale).to(A.dtype) if needs_A else None
@@ -195,7 +195,8 @@ def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     else:
         out = F.linear(x, weight, bias).contiguous()
     # The same memory, but no view in torch's books: a view that a function returns may not be written into.
-    return torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
+    own: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
+    return own
 
 
 def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor]]:
@@ -239,14 +240,14 @@ def _differentiable_gradients(
     needed = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     with torch.enable_grad():
         # Views, so that an input which was computed from another does not pass its gradient on here.
-        inputs = [t.view_as(t) for t in (x, A, B)]
-        seen = cast = inputs[0].to(ctx.dtype)
+        x_, A_, B_ = inputs = [t.view_as(t) for t in (x, A, B)]
+        seen = cast = x_.to(ctx.dtype)
         if ctx.dropped:
             rows = x.to(ctx.dtype).reshape(-1, x.shape[-1])
             masks = [mask.clone() for _, mask in _masks(rows, ctx.dropped, ctx.seed)]
             seen = cast * torch.cat([rows[:0], *masks]).view(x.shape)
         W0 = weight.to(ctx.dtype)
-        out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, *inputs[1:], ctx.scale)
+        out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, A_, B_, ctx.scale)
         wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, g, create_graph=True) if wanted else ())
     return [next(found) if need else None for need in needed]

@@ -88,7 +88,7 @@ class _Projection(AdaptedLayer):
             return False
         return (
             can_fuse(x, weight, *own.values(), *self._buffers.values())
-            and _has_torchs_forward(type(self))
+            and _has_torchs_forward(type(self))  # type: ignore[arg-type]  # mypy takes no metaclass for hashable
             and drops_by_bytes(self.lora_settings.dropout)
         )
 

@@ -35,7 +35,7 @@ class TokenRows(Grafted, nn.Embedding):
         module.reset_lora_parameters()
         for other in tied:
             graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
-            other.lora_followed = (module,)  # in a tuple, so that the embedding does not become a child of this module
+            other.__dict__["lora_followed"] = (module,)  # a tuple, so that it is no child of this one
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
