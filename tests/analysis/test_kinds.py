@@ -86,10 +86,19 @@ def opened(directory, label="adapter"):
     return Adapter(label=label, source=str(directory), factors=layers, files=files, tensors=tensors)
 
 
+def weight_deltas(layer):
+    """What a merge adds to each weight of a layer, whole."""
+    weights, deltas = layer.adapted_parameters(layer.lora_owner, layer.lora_settings), {}
+    for name, place, _, delta in layer.updates():
+        whole = deltas.setdefault(name, torch.zeros(weights[name].shape, dtype=delta.dtype))
+        whole[place] = delta
+    return deltas
+
+
 def dense(layer):
     """By torch's own layout of each kind, the matrices of `s (B A - B0 A0)` that a merge would add."""
     dora = layer.lora_magnitude_vector is not None
-    deltas = [layer.delta_weight()] if dora else layer.weight_deltas().values()
+    deltas = [layer.delta_weight()] if dora else weight_deltas(layer).values()
     return [matrix for delta in deltas for matrix in _matrices(layer, delta.detach().double())]
 
 
@@ -195,7 +204,7 @@ def test_peft_opens_what_was_truncated(kind, tmp_path):
     theirs = peft.PeftModel.from_pretrained(made(kind, adapted=False), tmp_path / "small", autocast_adapter_dtype=False)
     plain = theirs.merge_and_unload()
     for path, layer in adapted_layers(ours):
-        for name, delta in layer.weight_deltas().items():
+        for name, delta in weight_deltas(layer).items():
             W0 = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)[name]
             owner = path if layer.kind != "Parameter" else path.rpartition(".")[0]
             assert relative(plain.get_parameter(f"{owner}.{name}"), W0 + delta) < 1e-9

@@ -113,7 +113,8 @@ def _is_4bit(module: nn.Module) -> bool:
 def plain_weight(module: nn.Module) -> Tensor:
     """W0 as numbers: the weight itself, or what its quantised form stands for."""
     found = _find(module)
-    weight = module.weight
+    own = module._parameters.get("weight")  # of an adapted attention `.weight` reads as W0 + s B A
+    weight = module.weight if own is None else own
     assert isinstance(weight, Tensor)
     return found[1](module) if found else weight
 
