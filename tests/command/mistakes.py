@@ -179,7 +179,7 @@ MISTAKES = {
     ),
     "runs where a file is": Mistake(
         f"{FIT} --runs_dir reviews.csv",
-        "'reviews.csv/tiny' cannot be a folder, for a part of its path is a file: give another --runs_dir",
+        "'reviews.csv/tiny/version_0' cannot be a folder, for a part of its path is a file: give another --runs_dir",
     ),
     "a run's data from another folder": Mistake(
         "test --ckpt_path runs/tiny --data.path old/reviews.csv",
@@ -403,10 +403,9 @@ MISTAKES = {
         "modules_to_save: no module matches 'clasifier'; did you mean 'classifier' or 'layer'?",
     ),
     "a rank too large": Mistake(
-        f"{FIT} --model.lora.r 64",
-        "r=64 is larger than the layer 'bert.encoder.layer.0.attention.self.query' allows (32, the "
-        'smaller side of its weight), nor do 12 more: lower r, or add rank_pattern={"query": 32, "key": '
-        '32, "value": 32, "dense": 32}, or add exclude_modules=["query", "key", "value", "dense"]',
+        f"{FIT} --model.lora.r 64 --model.lora.target_modules [query]",
+        "r=64 is larger than the layer 'bert.encoder.layer.0.attention.self.query' allows (32, the smaller side of its"
+        ' weight), nor do 1 more: lower r, or add rank_pattern={"query": 32}, or add exclude_modules=["query"]',
     ),
     "another number of labels": Mistake(
         f"{FIT} --model.backbone.init_args.num_labels 5",

@@ -101,7 +101,7 @@ def test_exporting_twice_gives_the_same_bytes(moved, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export_of(moved, tmp_path, monkeypatch):
+def test_a_merge_that_is_wrong_fails_and_leaves_the_older_export(moved, tmp_path, monkeypatch):
     export_of(moved, tmp_path / "out", BATCH)
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     real = proof.merge
@@ -538,7 +538,7 @@ def test_a_runs_report_is_of_its_latest_export_alone(moved, tmp_path):
     assert rows["merged weights"].startswith("float32")
 
 
-def test_the_closing_table_says_what_a_person_asks_of_an_export_of(make_module, moved, tmp_path):
+def test_the_closing_table_says_what_a_person_asks_of_an_export(make_module, moved, tmp_path):
     with pytest.warns(UserWarning, match="rounding to bfloat16"):
         result = export_of(
             shaken(make_module(Vision(), LoRAConfig(r=2)), 1e-3), tmp_path / "out", BATCH, dtype="bfloat16"
