@@ -145,7 +145,8 @@ class _Watch(threading.Thread):
     def store(self) -> Any:
         """A connection of one's own to torch's store; None before there is a process group."""
         if self._store is None and processes() > 1:
-            self._store = distributed.distributed_c10d._get_default_store().clone()  # there is no public way to it
+            store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
+            self._store = store.clone()
         return self._store
 
     def claim(self, code: int) -> tuple[int, int]:

@@ -94,7 +94,9 @@ class LoRATrainer(Trainer):
         fits = self.state.fn == TrainerFn.FITTING
         if fits and self._chooses_logging:
             self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
-        folder = run.run_dir(self) if fits and self.is_global_zero else None
+        # Forked and spawned processes know their local rank here, and their global one only once they are connected.
+        is_first = self.is_global_zero and self.local_rank == 0
+        folder = run.run_dir(self) if fits and is_first else None
         with ending_together(self, unless=(PreemptedError,)), run.locked(folder):
             return super()._run(*args, **kwargs)
 

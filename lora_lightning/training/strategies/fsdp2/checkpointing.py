@@ -37,11 +37,13 @@ class AdapterCheckpoints(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains, whole and in process 0 only."""
-        return _whole_state(adapter_only(self._saved, self._saved.state_dict()))
+        state: dict[str, Any] = _whole_state(adapter_only(self._saved, self._saved.state_dict()))
+        return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer, in the form of a single process."""
-        return _whole_state(_plain(optimizer).state_dict())
+        state: dict[str, Any] = _whole_state(_plain(optimizer).state_dict())
+        return state
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
