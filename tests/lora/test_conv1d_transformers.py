@@ -90,7 +90,7 @@ def test_peft_opens_ours_and_we_open_pefts(tmp_path):
 
 def test_rank_is_bounded():
     with pytest.raises(TargetError, match=r"r=7 is larger than the layer 'up' allows \(6"):
-        inject(Two(), config(r=7))
+        inject(Two(), config(r=7, target_modules=["up", "down"]))
 
 
 def test_the_report_names_the_parts():

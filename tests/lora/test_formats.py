@@ -70,7 +70,8 @@ def test_what_is_saved_is_what_is_loaded(family, dtype, tmp_path, rslora):
     ours, theirs = adapter_tensors(model), adapter_tensors(other)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
-    assert all(row.dropout == 0.2 for row in report.modules)
+    # Weights of an attention are read, not called: there is no input to drop from.
+    assert all(row.dropout == (0 if "self_attn" in row.module else 0.2) for row in report.modules)
     assert [n for n, p in other.named_parameters() if p.requires_grad] == [
         n for n, p in model.named_parameters() if p.requires_grad
     ]
