@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
 
-from lora_lightning import LoRAConfig, inject
+from lora_lightning import LoRAConfig, inject, merge
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.targets.select import select
 from tests.factories import FAMILIES, Own, bert, llama, sequential
@@ -68,8 +68,8 @@ def test_all_linear_says_what_it_left_out():
     selection = select(
         nn.ModuleDict({"own": OwnAttention(8, 2), "up": nn.Linear(8, 8), "q": nn.Linear(8, 2)}), LoRAConfig(r=1)
     )
-    assert [t.name for t in selection.targets] == ["up"]
-    assert selection.skipped.keys() == {"own", "own.out_proj", "q"}
+    assert [t.name for t in selection.targets] == ["own", "own.out_proj", "up"]
+    assert selection.skipped.keys() == {"q"}
 
 
 def test_each_module_carries_the_entry_that_selected_it():
@@ -141,10 +141,20 @@ class OwnAttention(nn.MultiheadAttention):
 
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
-def test_an_attention_that_reads_its_projections_itself_is_refused_by_name(field):
-    model = nn.ModuleDict({"own": OwnAttention(8, 2), "up": nn.Linear(8, 8)})
-    with pytest.raises(TargetError, match=r"own\.out_proj.*OwnAttention has a forward of its own"):
-        inject(model, LoRAConfig(r=1, **{"target_modules": ["up"], field: ["own.out_proj"]}))
+def test_an_attention_that_reads_its_projections_itself_reads_the_adapted_ones(field):
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"own": OwnAttention(8, 2), "up": nn.Linear(8, 8)}).double()
+    x = torch.randn(3, 8, dtype=torch.float64)
+    plain = model["own"](x)
+    inject(model, LoRAConfig(r=1, **{"target_modules": ["up"], field: ["own.out_proj"]}))
+    assert torch.equal(model["own"](x), plain)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    adapted = model["own"](x)
+    assert not torch.allclose(adapted, plain)
+    merge(model)
+    torch.testing.assert_close(model["own"](x), adapted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal, weight_norm])
