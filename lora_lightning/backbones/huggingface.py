@@ -34,7 +34,7 @@ def huggingface(
     random_weights: bool = False,
     on_meta: bool = False,
     add_tokens: list[str] | None = None,
-    tokenizer: transformers.PreTrainedTokenizerBase | None = None,
+    tokenizer: Any = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A transformers model, by `AutoModel...from_pretrained`; within `torch.device("meta")` its architecture alone.
