@@ -109,8 +109,10 @@ class MixedForward(Grafted):
             raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
         for adapter, rows in groups.items():
             twin = self.lora_twins.get(adapter)
-            if twin is not None:
-                out = out.index_copy(0, rows, _output(twin, x[rows], out[rows]))
+            if twin is not None and _adds(twin):  # in place: a copy of all rows for each group would cost more than it
+                _add_update(out, rows, twin, x.index_select(0, rows))
+            elif twin is not None:
+                out = out.index_copy(0, rows, twin.forward(x.index_select(0, rows)))
         return out
 
     def _attend(self, out: tuple[Tensor, Tensor | None], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -133,16 +135,20 @@ class MixedForward(Grafted):
         return out
 
 
-def _output(twin: Grafted, x: Tensor, base: Tensor) -> Tensor:
-    """What the adapted module gives for some rows: from the plain one's output where it is that plus an update."""
+def _adds(twin: Grafted) -> bool:
+    """Whether the adapted module gives the plain one's output, which is a tensor of its own, plus an update."""
     has_update = isinstance(twin, (LoRALinear, LoRAConv1D, LoRAConv1d, LoRAConv2d, LoRAConv3d))
     is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass goes on with the sum
-    if has_update and is_outermost and not isinstance(twin, TrainedBias | SavedCopy):
-        layer: Any = twin
-        finished: Tensor = layer.lora_finish(base + layer.lora_update(x).to(base.dtype))
-        return finished
-    out: Tensor = twin.forward(x)
-    return out
+    return has_update and is_outermost and not isinstance(twin, TrainedBias | SavedCopy)
+
+
+def _add_update(out: Tensor, rows: Tensor, layer: Any, x: Tensor) -> None:
+    """Add to these rows of `out`, in place, what the adapted layer gives beyond the plain one for x."""
+    update = layer.lora_update(x).to(out.dtype)
+    if layer.lora_magnitude_vector is None and layer.lora_B_bias is None:
+        out.index_add_(0, rows, update)
+    else:  # B's bias and DoRA's factor come after the sum
+        out.index_copy_(0, rows, layer.lora_finish(out.index_select(0, rows) + update))
 
 
 @contextmanager
