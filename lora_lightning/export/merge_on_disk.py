@@ -21,7 +21,7 @@ from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype, short
-from lora_lightning.lora.merge_checks import rounding_warning
+from lora_lightning.lora.merge import rounding_warning
 from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
 
@@ -74,7 +74,7 @@ def merge_on_disk(
             _write_report(folder, report)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
-    if told := rounding_warning(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
+    if told := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
         warnings.warn(told, AdapterWarning, stacklevel=2)
     return report
 

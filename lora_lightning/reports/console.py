@@ -22,7 +22,7 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
-from lora_lightning.lora.merge_checks import LEAST_KEPT
+from lora_lightning.lora.merge import LEAST_KEPT
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.table import Table
 
