@@ -59,7 +59,7 @@ def merge_on_disk(
     Raises:
         AdapterError: the adapter is torn, does not fit the base, or was made on another one.
         MergeError: the update cannot be folded into W0; a number is beyond the range of what is written.
-        LoRAError: the base cannot be read or is quantised; something is in the way; the disk is too small.
+        LoRAError: the base cannot be read or is quantized; something is in the way; the disk is too small.
     """
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
     to_dtype = parse_dtype(dtype)
