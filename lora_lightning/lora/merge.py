@@ -25,7 +25,7 @@ from lora_lightning.lora.frozen.dtype import (
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove, scaled
 from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias, take_out
 
 LARGE = 1e9
@@ -48,7 +48,9 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
+def merge(
+    model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> MergeReport:
     """Make the model plain again, in place, with `W0 + s B A` in its weights.
 
     Classes and keys are the original ones. A weight that is shared with a module which is not adapted is
@@ -60,12 +62,19 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
         dequantize: turn quantized layers into plain ones, adapted or not, in the dtype of the model's own
             floating-point tensors. A quantized weight is never written into: it would round most of the update away.
         dtype: of the merged model; W0's own by default. The sum is rounded to it once.
+        scale: the strength of the update, as in `scaled`: 1 merges what was trained, 0.5 half of it, 0 nothing.
 
     Raises:
+        LoRAError: a scale that is no finite number of at least 0, or that a layer cannot have.
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantized layer and `dequantize`
             is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
             device. The model is then as it was.
     """
+    with scaled(model, scale):
+        return _merge(model, dequantize=dequantize, dtype=dtype)
+
+
+def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> MergeReport:
     _refuse_before(model, dequantize=dequantize, dtype=dtype)
     layers, saved, tokens = adapted_layers(model), grafted_modules(model, SavedCopy), grafted_modules(model, TokenRows)
     if dtype is not None:

@@ -285,6 +285,8 @@ def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
         limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
         what = "merged against adapted" if merged else "adapter read back"
         rows.append((what, f"{v['export_max_rel_diff']:.1e} relative (allowed {limit})"))
+    if v.get("export_scale", 1.0) != 1.0:
+        rows.append(("strength of the update", f"{v['export_scale']:g} of what was trained"))
     if not v.get("merged_dir"):
         return rows
     if v.get("merged_bytes"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
+from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, own_forward_calls_super
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -44,6 +44,10 @@ class TokenRows(Grafted, nn.Embedding):
         self.lora_token_ids = torch.tensor(numbers, device=self.weight.device)
         self.lora_tokens.copy_(self.weight[self.lora_token_ids])
         super().reset_lora_parameters()
+
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        interpolate_(self.lora_tokens, self.weight[self.lora_token_ids], strength, done)
+        super().rescale_update(strength, done)
 
     def reset_parameters(self) -> None:
         """Lightning and torch call this on modules that come from the meta device."""
