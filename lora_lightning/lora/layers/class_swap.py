@@ -19,8 +19,8 @@ class Grafted(nn.Module):
     """A module whose class was extended in place. Derived classes add parameters and override `forward`.
 
     A derived class has the whole life of what it adds: `attach` puts it into a module, `lora_tensors` are its tensors,
-    `reset_lora_parameters` starts them anew, `rescale_update` gives them another strength, `fold` makes them the module's own where a merge needs that, and
-    `take_out` below removes whatever was added.
+    `reset_lora_parameters` starts them anew, `rescale_update` gives them another strength, `fold` makes them the
+    module's own where a merge needs that, and `take_out` below removes whatever was added.
     """
 
     lora_enabled: bool = True

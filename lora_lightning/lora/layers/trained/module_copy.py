@@ -85,14 +85,13 @@ class SavedCopy(Grafted):
             trained.copy_(own)
         super().reset_lora_parameters()
 
-
     def rescale_update(self, strength: float, done: set[int]) -> None:
         for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
             interpolate_(trained, own, strength, done)
             if path.endswith("running_var") and bool((trained < 0).any()):
                 raise LoRAError(
-                    f"at a strength of {strength:g} the variance '{path}' of a module of modules_to_save is below 0: take a"
-                    " smaller one"
+                    f"at a strength of {strength:g} the variance '{path}' of a module of modules_to_save is below 0:"
+                    " take a smaller one"
                 )
         super().rescale_update(strength, done)
 
