@@ -134,18 +134,18 @@ def of_strengths(found: Strengths) -> Table:
     rows = []
     for one in found.found:
         figures = [_with_error(one.drift.figures[name], share=name == "changed") for name in names]
-        words = ["best"] if one.scale == found.best else []
-        words += ["enough"] if one.scale == found.chosen else []
-        rows.append([f"{one.scale:g}", _with_error(one.metrics[found.metric]), *figures, ", ".join(words)])
-    header = ["strength", f"val/{found.metric}", *(SHORT[name] for name in names), ""]
+        words = [f"{one.scale:g}", *(["enough"] if one.scale == found.chosen else [])]
+        words += ["best"] if one.scale == found.best else []
+        rows.append([", ".join(words), _with_error(one.metrics[found.metric]), *figures])
+    header = ["strength", f"val/{found.metric}", *(SHORT[name] for name in names)]
     note = (
         f"{found.chosen:g} is the smallest strength within one standard error of the best, {found.best:g}:"
-        f" lora-lightning export --scale {found.chosen:g} writes it. After +-: standard errors, of the metric by"
+        f" lora-lightning export --scale {found.chosen:g} writes it. After ±: standard errors, of the metric by"
         " leaving out a tenth of the batches, of the others over texts."
     )
     if found.chosen == 0:
         note = note.replace(": lora-lightning export --scale 0 writes it", ", and is the base itself")
-    return Table(title="Gain against drift", header=header, rows=rows, text=(0, len(header) - 1), note=note)
+    return Table(title="Gain against drift", header=header, rows=rows, note=note)
 
 
 def of_blocks(found: Strengths) -> Table:
@@ -188,8 +188,8 @@ def _with_error(mean: Mean, *, share: bool = False) -> str:
     error = mean.error * factor
     digits = max(0, 1 - math.floor(math.log10(error)))
     if digits > 6:
-        return f"{value:.2e} +- {error:.0e}{end}"
-    return f"{value:.{digits}f}{end} +- {error:.{digits}f}"
+        return f"{value:.2e} ± {error:.0e}{end}"
+    return f"{value:.{digits}f}{end} ± {error:.{digits}f}"
 
 
 def number(value: float) -> str:

@@ -104,13 +104,13 @@ def _compared(
         shown = bar.add_task("validation", total=len(drifts))
         for scale, drift in drifts.items():
             with scaled(run.module.backbone, scale):
-                metrics = validation_metrics(run.module.backbone, task, _validation(run), forward=forward)
+                metrics = validation_metrics(run.module.backbone, task, validation_batches(run), forward=forward)
             found.append(Strength(scale=scale, drift=drift, metrics=metrics))
             bar.advance(shown)
     return choose(source, found, metric if metric in found[0].metrics else "loss", task.monitor_mode)
 
 
-def _validation(run: Run) -> Iterator[Any]:
+def validation_batches(run: Run) -> Iterator[Any]:
     """Batches of the first validation set, on the module's device and in the dtype of its precision."""
     assert run.data is not None
     assert run.trainer is not None
@@ -134,7 +134,7 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
     source = asked.source if asked.source != AUTO else NEUTRAL if is_causal else RUN
     tokenizer = getattr(data, "tokenizer", None)
     if source == RUN:
-        batches, names = run_batches(_validation(run), task, backbone, tokenizer, asked.most)
+        batches, names = run_batches(validation_batches(run), task, backbone, tokenizer, asked.most)
         return "the run's validation inputs", batches, names
     if tokenizer is None:
         raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
