@@ -101,7 +101,7 @@ def analyze(request: Request) -> Analysis:
     if found.pairs and not any(pair.layers for pair in found.pairs):
         raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
     if request.drift is not None:
-        found.drift = measured_drift(sources[0].run, request.drift)
+        found.drift = measured_drift(sources[0].run, request.drift, sources[0].notes)
     if request.truncate is not None:
         found.truncation = _truncated(sources[0], request)
     svgs = write(found, request)

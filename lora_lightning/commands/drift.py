@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -62,14 +62,22 @@ class Asked:
         return cls(source=source or AUTO, column=column, most=most, scales=own)
 
 
-def measured_drift(run: Run | None, asked: Asked) -> Strengths:
+def measured_drift(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
     """The drift of a run's adapter, and with several strengths its validation metric at each.
+
+    Args:
+        run: None where the model could not be opened.
+        asked: on what, and at which strengths.
+        notes: why it could not.
 
     Raises:
         LoRAError: no run, or one without what it is to be measured on.
     """
     if run is None or run.trainer is None:
-        raise LoRAError("drift runs the model, and an adapter's directory has none: name a run's folder or checkpoint")
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise LoRAError(
+            f"drift runs the model, and there is none here{why}: name a run's folder or checkpoint and no --base_model"
+        )
     if run.data is None:
         raise LoRAError("drift reads the run's data or its tokenizer, and its config has no data section: add one")
     module, plugin = run.module, run.trainer.precision_plugin

@@ -116,7 +116,7 @@ def test_mistakes_end_in_one_line(trained, measured, tmp_path, monkeypatch, caps
         ("analyze", [trained, "--drift", tmp_path / "a.csv"], "no column 'text'.*body"),
         ("analyze", [trained, "--drift", "run", "--drift_texts", "0"], "drift_texts"),
         ("analyze", [trained, trained, "--drift", "run"], "drift takes one run"),
-        ("analyze", [adapter / "truncated", "--base_model", "none", "--drift", "run"], "name a run's folder"),
+        ("analyze", [adapter / "truncated", "--base_model", "none", "--drift", "run"], "name a run"),
         ("export", ["--ckpt_path", trained, "--scale", "0"], "scale must be above 0"),
         ("export", ["--ckpt_path", trained, "--scale", "-1"], "finite number of at least 0"),
     ]:

@@ -22,6 +22,7 @@ from lora_lightning.analysis.drift_inputs import (
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.checkpoints.loop_state import logged_steps
+from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
 
 
@@ -31,7 +32,7 @@ class DriftMonitor(Callback):
     Of causal language models `drift/kl`, the mean KL(base || adapted) per token, `drift/perplexity_base`,
     `drift/perplexity` and `drift/changed`, the share of tokens whose top prediction changed; of others `drift/cosine`,
     one minus the cosine of the pooled output, and `drift/relative_l2`. They go to every logger of the run. Nothing that
-    trains is touched and nothing random is drawn. docs/analyze.md says what each means and what it costs.
+    trains is touched and nothing random is drawn. docs/analyze.md says what each means.
 
     Args:
         every_n_steps: optimizer steps between two looks; left out, one at each epoch's end.
@@ -93,6 +94,8 @@ class DriftMonitor(Callback):
             batches = [trainer.precision_plugin.convert_input(move_data_to_device(b, pl_module.device)) for b in found]
             tokenizer = getattr(data, "tokenizer", None)
             self._batches, self._names = run_batches(batches, pl_module.task, pl_module.backbone, tokenizer, self.count)
+            # A sharded model runs in all processes at once, of which one may have a batch less.
+            self._batches = self._batches[: min(gathered(len(self._batches)))]
         else:
             longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
             self._batches = text_batches(self._names, data.tokenizer, pl_module.task, pl_module.backbone, longest)
