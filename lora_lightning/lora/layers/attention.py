@@ -34,15 +34,7 @@ class ReadWeight(AdaptedLayer):
 
     @classmethod
     def read_names(cls, module: nn.Module, settings: LayerSettings) -> tuple[str, ...]:
-        """The weights that read so."""
         return tuple(cls.adapted_parameters(module, settings))
-
-    @classmethod
-    def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
-        graft(module, cls, cls.read_names(module, settings))
-        assert isinstance(module, AdaptedLayer)
-        module.add_factors(settings, start=start)
-        return module
 
     def lora_read(self, name: str) -> Tensor:
         own = self._parameters[name]

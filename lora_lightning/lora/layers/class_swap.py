@@ -141,5 +141,4 @@ def take_out(module: nn.Module) -> None:
     for store in (module._parameters, module._buffers, module._modules, module.__dict__):
         for name in [name for name in store if name.startswith("lora_")]:
             del store[name]
-    module._non_persistent_buffers_set = {n for n in module._non_persistent_buffers_set if not n.startswith("lora_")}
     module.__class__ = own_class(type(module))  # type: ignore[assignment]
