@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, overload
 
 from torch import nn
@@ -159,15 +159,11 @@ def remove(model: nn.Module) -> nn.Module:
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes as before `inject`: a reference model that costs no memory."""
-    grafted = [module for module in model.modules() if isinstance(module, Grafted)]
-    before = [module.lora_enabled for module in grafted]
-    try:
-        for module in grafted:
-            module.lora_enabled = False
+    with ExitStack() as switches:
+        for module in model.modules():
+            if isinstance(module, Grafted):
+                switches.enter_context(module.lora_disabled())
         yield
-    finally:
-        for module, enabled in zip(grafted, before, strict=True):
-            module.lora_enabled = enabled
 
 
 @overload
