@@ -99,8 +99,8 @@ class LoRAConfig:
     learning rate); `kaiming`, A uniform in +-1/sqrt(in), what loralib and PEFT draw; `eva`, A from the data's main
     directions. With B A not zero and subtracted, so that W0 and the first output stay: `orthogonal`; `pissa` or the
     quicker `pissa_niter_4` (any number of iterations), W0's main directions; `olora`, W0's QR; `lora_ga`, the
-    gradient's main directions. `loftq` starts at what the base's quantisation lost, so there the first output moves,
-    towards the unquantised model's. `eva`, `lora_ga` and `loftq` need `inject(model, config, data=...)`."""
+    gradient's main directions. `loftq` starts at what the base's quantization lost, so there the first output moves,
+    towards the unquantized model's. `eva`, `lora_ga` and `loftq` need `inject(model, config, data=...)`."""
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:

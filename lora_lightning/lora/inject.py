@@ -50,7 +50,7 @@ def inject(
 
     Args:
         data: what the starts eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
-            arguments) or what loftq approximates (the model before quantisation or its state dict).
+            arguments) or what loftq approximates (the model before quantization or its state dict).
         loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
         start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
             cost or the data of `config.init`.

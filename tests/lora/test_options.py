@@ -105,7 +105,7 @@ def test_merged_equals_adapted(option, dtype):
     assert list(model.state_dict()) == list(plain.state_dict())
     assert_close(model(x), expected, dtype)
     assert not report.untied
-    assert not report.dequantised
+    assert not report.dequantized
 
 
 @each_option

@@ -353,8 +353,8 @@ def _options_refusal(wanted: _Wanted, settings: LayerSettings) -> str | None:
         return f"init '{init}' is made for linear layers; '{name}' is {what}: exclude it, or use init 'gaussian'"
     if init == "loftq" and scheme(module) is None:
         return (
-            f"init 'loftq' takes back what quantisation lost, and '{name}', {what},"
-            f" is not quantised: load the base in 4 or 8 bits, or use init 'pissa'"
+            f"init 'loftq' takes back what quantization lost, and '{name}', {what},"
+            f" is not quantized: load the base in 4 or 8 bits, or use init 'pissa'"
         )
     shape_a, shape_b = kind.factor_shapes(module, settings)
     reason = inits.refusal(init, settings.r, (shape_b[0], shape_a[1]))
