@@ -62,7 +62,7 @@ def huggingface(
 
     Raises:
         LoRAError: no such class, no such model, weights that leave part of the backbone without values; or, with
-            `on_meta`, weights that are quantised, random or no safetensors, or tokens to add.
+            `on_meta`, weights that are quantized, random or no safetensors, or tokens to add.
     """
     cls = getattr(transformers, auto_class, None)
     if cls is None:

@@ -2,7 +2,7 @@
 
 The model runs as always, hooks and all, except that its head is handed the last position alone. What the head would
 have been handed, the hidden states of all positions, then goes through `linear_cross_entropy`; or, where the head is
-adapted, trains as a copy or is quantised, through the head itself in chunks, whose logits backward makes again.
+adapted, trains as a copy or is quantized, through the head itself in chunks, whose logits backward makes again.
 
 Whether that gives the model's own logits is found out on its first batch (`head_probe.py`). A model that does something
 else to them, one that is compiled as a whole, and any `nn.Module` that is not of transformers compute all their logits;
