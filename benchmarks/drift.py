@@ -44,9 +44,13 @@ def measured(folder: Path, count: int, rounds: int) -> dict[str, float]:
         texts = list(islice(cycle(neutral_texts()), count))
         batches = text_batches(texts, data.tokenizer, task, backbone, 512)
     else:
-        batches, texts = run_batches(validation, task, backbone, data.tokenizer, count)
+        batches, texts = run_batches([batch for _, batch in validation], task, backbone, data.tokenizer, count)
     drift = seconds(lambda: measure_drift(backbone, batches, texts, forward=forward), rounds)
-    found = {"texts": len(texts), "drift_seconds": drift, "validation_rows": sum(map(task.examples, validation))}
+    found = {
+        "texts": len(texts),
+        "drift_seconds": drift,
+        "validation_rows": sum(task.examples(batch) for _, batch in validation),
+    }
     spent = seconds(lambda: validation_metrics(backbone, task, validation, forward=forward), rounds)
     return {**found, "validation_seconds": spent, "ratio": drift / spent}
 

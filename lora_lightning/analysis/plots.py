@@ -92,7 +92,7 @@ def gain_against_drift(found: Strengths) -> Drawing:
         best = y[scales.index(found.best)]
         if best.error:
             limit = best.value - best.error if found.mode == "max" else best.value + best.error
-            axis.axhline(limit, color="#888", lw=0.7, ls=":", label="best less one standard error")
+            axis.axhline(limit, color="#888", lw=0.7, ls=":", label="one standard error from the best")
         axis.set_xlabel(
             "KL(base || adapted) per token" if found.found[0].drift.kind == "kl" else "1 - cosine to the base"
         )

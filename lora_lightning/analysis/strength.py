@@ -19,7 +19,7 @@ from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import evaluating, refuse_too_long
 
 GROUPS = 10
-"""Parts of the validation batches, each of which is left out once."""
+"""Parts of the validation set, each of which is left out once."""
 WITHOUT = "val_without"
 
 
@@ -71,17 +71,29 @@ def checked_scales(given: Any) -> list[float]:
     return sorted(set(scales))
 
 
+def random_groups(rows: int) -> list[list[int]]:
+    """The rows of a set in `GROUPS` random parts of like size, the same each time; of fewer rows, one each."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
+    return [order[i::GROUPS] for i in range(min(GROUPS, rows))]
+
+
 def validation_metrics(
     backbone: nn.Module,
     task: Task,
-    batches: Iterable[Any],
+    batches: Iterable[tuple[int, Any]],
     *,
     forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, Mean]:
     """The task's validation metrics as the backbone is now, each with its standard error.
 
-    The error is the jackknife's: the metric anew without each tenth of the batches, `sqrt((g - 1) / g sum_i (m_i -
-    mean)^2)` over the g tenths. It serves means, and metrics that are none, such as F1. Of one batch there is none.
+    The error is the jackknife's: the metric anew without each group, `sqrt((g - 1) / g sum_i (m_i - mean)^2)` over g
+    groups. It serves means, and metrics that are none, such as F1. Of one group there is none.
+
+    Args:
+        backbone: adapted, in the strength that is asked about.
+        task: whose metrics; it counts nothing itself.
+        batches: each with its group, from 0: groups of rows that were drawn at random.
+        forward: a context for each forward, such as autocast.
     """
     task = copy.deepcopy(task)
     stages = [f"{WITHOUT}{i}" for i in range(GROUPS)]
@@ -89,20 +101,19 @@ def validation_metrics(
         task.add_stage(stage)
     task.reset("val")
     known: dict[str, dict[str, Any]] = {}
-    count = 0
+    seen: set[int] = set()
     with evaluating(backbone), torch.no_grad():
-        for number, batch in enumerate(batches):
+        for group, batch in batches:
             refuse_too_long(backbone, batch)
             with forward():
                 out = task.evaluate(backbone, batch)
-            own = number % GROUPS
-            for stage in ["val", *(stage for i, stage in enumerate(stages) if i != own)]:
+            for stage in ["val", *(stage for i, stage in enumerate(stages) if i != group)]:
                 known[stage] = task.update(stage, out)
-            count += 1
-    if not count:
+            seen.add(group)
+    if not seen:
         raise LoRAError("the validation set has no batch")
     values = {stage: _computed(known[stage], stage) for stage in known}
-    without = [values[stage] for stage in stages[: min(count, GROUPS)] if stage in values] if count > 1 else []
+    without = [values[stages[group]] for group in sorted(seen)] if len(seen) > 1 else []
     return {name: Mean(value=x, error=_jackknife([one[name] for one in without])) for name, x in values["val"].items()}
 
 

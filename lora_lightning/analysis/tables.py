@@ -141,7 +141,7 @@ def of_strengths(found: Strengths) -> Table:
     note = (
         f"{found.chosen:g} is the smallest strength within one standard error of the best, {found.best:g}:"
         f" lora-lightning export --scale {found.chosen:g} writes it. After ±: standard errors, of the metric by"
-        " leaving out a tenth of the batches, of the others over texts."
+        " leaving out a tenth of the rows, of the others over texts."
     )
     if found.chosen == 0:
         note = note.replace(": lora-lightning export --scale 0 writes it", ", and is the base itself")
@@ -189,7 +189,7 @@ def _with_error(mean: Mean, *, share: bool = False) -> str:
     digits = max(0, 1 - math.floor(math.log10(error)))
     if digits > 6:
         return f"{value:.2e} ± {error:.0e}{end}"
-    return f"{value:.{digits}f}{end} ± {error:.{digits}f}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}{end}"
 
 
 def number(value: float) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.progress import Progress
+from torch.utils.data import DataLoader, IterableDataset
 
 from lora_lightning.analysis import tables
 from lora_lightning.analysis.drift import Batch, Drift, measure_drift
@@ -27,8 +28,17 @@ from lora_lightning.analysis.drift_inputs import (
     spread,
     text_batches,
 )
-from lora_lightning.analysis.strength import Strength, Strengths, checked_scales, choose, validation_metrics
+from lora_lightning.analysis.strength import (
+    GROUPS,
+    Strength,
+    Strengths,
+    checked_scales,
+    choose,
+    random_groups,
+    validation_metrics,
+)
 from lora_lightning.cli.build import Run
+from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
@@ -118,21 +128,47 @@ def _compared(
     return choose(source, found, metric if metric in found[0].metrics else "loss", task.monitor_mode)
 
 
-def validation_batches(run: Run) -> Iterator[Any]:
-    """Batches of the first validation set, on the module's device and in the dtype of its precision."""
+def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
+    """Batches of the first validation set, on the module's device and in the dtype of its precision, each with its group.
+
+    A group is a random tenth of the rows, which are within it in the order of their lengths: so that texts of like
+    length are padded together, and a group is like any other. The batches of a stream take turns.
+    """
     assert run.data is not None
     assert run.trainer is not None
-    if not hasattr(run.data, "drift_is_set_up"):
-        if getattr(run.data, "packing", False):
-            run.data.packing = False  # type: ignore[attr-defined]  # a row for each text, whose tokens weigh the same
-        run.data.prepare_data()
-        run.data.setup("fit")
-        run.data.drift_is_set_up = True  # type: ignore[attr-defined]
-    if getattr(run.data, "has_validation", True) is False:
+    loader = _validation_loader(run.data)
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not loader.batch_size:
+        batches = ((number % GROUPS, batch) for number, batch in enumerate(loader))
+    else:
+        groups = enumerate(random_groups(len(dataset)))
+        parts = [(group, part) for group, rows in groups for part in _parts(loader, rows)]
+        again: Any = DataLoader(dataset, batch_sampler=[rows for _, rows in parts], collate_fn=loader.collate_fn)
+        batches = ((part[0], batch) for part, batch in zip(parts, again, strict=True))
+    for group, batch in batches:
+        yield group, run.trainer.precision_plugin.convert_input(move_data_to_device(batch, run.module.device))
+
+
+def _validation_loader(data: Any) -> Any:
+    """Of the first validation set, of data that are set up once."""
+    if not hasattr(data, "drift_is_set_up"):
+        if getattr(data, "packing", False):
+            data.packing = False  # a row for each text, whose tokens weigh the same
+        data.prepare_data()
+        data.setup("fit")
+        data.drift_is_set_up = True
+    if getattr(data, "has_validation", True) is False:
         raise LoRAError("the run's data have no validation set: give --drift a file of texts, and leave --scales out")
-    loader = next(loaders_of(run.data))
-    for batch in loader[0] if isinstance(loader, list | tuple) else loader:
-        yield run.trainer.precision_plugin.convert_input(move_data_to_device(batch, run.module.device))
+    loader = next(loaders_of(data))
+    return loader[0] if isinstance(loader, list | tuple) else loader
+
+
+def _parts(loader: Any, rows: list[int]) -> list[list[int]]:
+    """A group's rows in batches, those of like length together where the rows are token numbers."""
+    if "input_ids" in getattr(loader.dataset, "column_names", []):
+        lengths = lengths_of(loader.dataset)
+        rows = sorted(rows, key=lambda row: lengths[row])
+    return [rows[start : start + loader.batch_size] for start in range(0, len(rows), loader.batch_size)]
 
 
 def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
@@ -142,7 +178,8 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
     source = asked.source if asked.source != AUTO else NEUTRAL if is_causal else RUN
     tokenizer = getattr(data, "tokenizer", None)
     if source == RUN:
-        batches, names = run_batches(validation_batches(run), task, backbone, tokenizer, asked.most)
+        own = [batch for _, batch in validation_batches(run)]
+        batches, names = run_batches(own, task, backbone, tokenizer, asked.most)
         return "the run's validation inputs", batches, names
     if tokenizer is None:
         raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")

@@ -294,12 +294,12 @@ def test_the_metrics_error_is_that_of_its_examples():
     labels = torch.randint(0, 2, (2000,), generator=random)
     logits = nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).float() * 4
     rows = zip(logits.split(20), labels.split(20), strict=True)
-    found = validation_metrics(Known(), task, [{"logits": z, "labels": y} for z, y in rows])
+    found = validation_metrics(Known(), task, [(i % 10, {"logits": z, "labels": y}) for i, (z, y) in enumerate(rows)])
     p = float(right.double().mean())
     assert found["accuracy"].value == pytest.approx(p, abs=1e-6)
     assert found["accuracy"].error == pytest.approx((p * (1 - p) / 2000) ** 0.5, rel=0.5)
     assert {"loss", "f1"} <= found.keys()
-    one = validation_metrics(Known(), task, [{"logits": logits, "labels": labels}])
+    one = validation_metrics(Known(), task, [(0, {"logits": logits, "labels": labels})])
     assert one["accuracy"].error is None, "of one batch there is none"
     assert set(task.stages("val")) == {"val"}, "the task itself counts nothing"
 
