@@ -129,7 +129,7 @@ def _compared(
 
 
 def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
-    """Batches of the first validation set, on the module's device and in the dtype of its precision, each with its group.
+    """Batches of the first validation set, on the module's device, each with its group.
 
     A group is a random tenth of the rows, which are within it in the order of their lengths: so that texts of like
     length are padded together, and a group is like any other. The batches of a stream take turns.

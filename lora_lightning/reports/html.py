@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -283,21 +283,16 @@ def _classes(found: Mapping[str, Any], words: str, *, fold: bool = False) -> lis
 
 def _drift(folder: Path) -> list[Section]:
     """How far the adapter moved the model, and the strengths of it, where `analyze --drift` has measured that."""
-    tables = json.loads(_text(folder / DRIFT) or "{}").get("tables", [])
-    blocks = [_drift_block(Table(**table)) for table in tables]
-    if not blocks:
-        return []
+    tables = [Table(**table) for table in json.loads(_text(folder / DRIFT) or "{}").get("tables", [])]
+    sections = [table_section(table) for table in tables if table.note or not table.header]
+    folded = [Block(table=table, fold=table.title) for table in tables if table.header and not table.note]
     if figure := _text(folder / DRIFT_FIGURE):
         address = f"data:image/svg+xml;base64,{base64.b64encode(figure.encode()).decode()}"
-        blocks.insert(2, Block(figure=address, text="The validation metric over the drift, by strength of the update."))
-    return [Section(tables[0]["title"], blocks)]
-
-
-def _drift_block(table: Table) -> Block:
-    """The facts and the strengths stand open; what is long is folded away."""
-    if not table.header:
-        return Block(facts=table)
-    return Block(table=table, fold="" if table.note else table.title)
+        words = "The validation metric over the drift, by strength of the update."
+        folded.insert(0, Block(figure=address, text=words))
+    if sections:
+        sections[-1] = replace(sections[-1], blocks=[*sections[-1].blocks, *folded])
+    return sections
 
 
 def _adapted(v: Mapping[str, Any]) -> list[Section]:

@@ -33,7 +33,7 @@ def test_each_look_is_in_the_log_and_the_last_is_what_is_measured(fits):
     trainer, _, look = fits
     with (run.run_dir(trainer) / "metrics.csv").open(newline="") as file:
         logged = [row for row in csv.DictReader(file) if row.get("drift/cosine")]
-    assert [int(row["step"]) for row in logged] == list(range(2, trainer.global_step + 1, 2))
+    assert [int(row["step"]) + 1 for row in logged] == list(range(2, trainer.global_step + 1, 2))
     assert {name for name in logged[-1] if name.startswith("drift/")} == {"drift/cosine", "drift/relative_l2"}
     assert 0 < float(logged[0]["drift/cosine"]) < float(logged[-1]["drift/cosine"])
     if trainer.global_step % 2 == 0:
