@@ -17,7 +17,7 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
-from lora_lightning.lora.report import OUTPUT_HEAD
+from lora_lightning.lora.report import OUTPUT_HEAD, STACK
 from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
 from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, resolve_slices
 from lora_lightning.lora.targets.output_heads import output_head
@@ -60,7 +60,7 @@ class Selection:
     biases: list[nn.Module] = field(default_factory=list)
     """Modules whose parameter `bias` trains, in the model's order; those in `saved` train theirs anyway."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Modules that `all-linear` would have taken but for the reason given."""
+    """Modules and stacks of matrices that `all-linear` would have taken but for the reason given."""
 
     @property
     def inside_saved(self) -> dict[nn.Module, str]:
@@ -106,6 +106,8 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     )
     wanted = [_Wanted(names[module], module, why) for module, why in found.items()]
     wanted = _in_layers(wanted + _target_parameters(names, config, selection), config)
+    if config.target_modules == ALL_LINEAR:
+        selection.skipped |= dict.fromkeys(_stacks(names, wanted, config, selection), STACK)
     settings = _settings(wanted, names, config, preset_parts(model, config.target_modules) if found else [])
     if not any_rank:
         wanted = _wide_enough(wanted, settings, config, selection)
@@ -221,6 +223,24 @@ def _all_linear(
             selection.skipped[group[0]] = unfit[module]
         else:
             found[module] = ALL_LINEAR
+    return found
+
+
+def _stacks(names: Names, wanted: list[_Wanted], config: LoRAConfig, selection: Selection) -> list[str]:
+    """Parameters that hold a matrix for each expert and are not adapted: `all-linear` sees modules alone."""
+    taken, inside_saved = {(w.module, w.parameter) for w in wanted}, selection.inside_saved
+    found = []
+    for module, group in names.items():
+        if kind_of(module) is not None or module in inside_saved or type(module).__module__.startswith("torch."):
+            continue
+        for own, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, own) in taken:
+                continue
+            full = [f"{name}.{own}" if name else own for name in group]
+            layers = config.layers_to_transform
+            asked_for = layers is None or block_number(full[0]) in layers  # type: ignore[operator]  # checked to be a list
+            if asked_for and not any(matches(config.exclude_modules or [], name) for name in (*full, *group)):
+                found.append(full[0])
     return found
 
 
