@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,6 +21,9 @@ from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.targets.fused_projections import refuse_spec
 
 PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
+
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")
+"""What `torch.compile` and `DataParallel` put into names."""
 
 FREE = HARMLESS - {"ensure_weight_tying"}
 """Fields of PEFT's config that may be edited: they change nothing of what is loaded."""
@@ -182,16 +186,27 @@ def refuse_other_base(
 
 
 def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[str]) -> str | None:
-    # A head that the adapter brings whole is here alone, under each of its names.
+    made_on = _by_plain_names(made_on, here)
+    # A head that the adapter brings whole is here alone, under each of its names; or there alone.
     heads = tuple(f"{name}." for name in replaced)
-    brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)} if heads else set()
+    brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)}
     names = [n for n in here.differences(made_on) if n in made_on.tensors or here.tensors[n] not in brought]
+    names = [name for name in names if not name.startswith(heads)]
     if not names:
         return None
     return (
         f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
         f" {len(names)} of {len(here.tensors.keys() | made_on.tensors)} tensors differ, first {some(names)}"
     )
+
+
+def _by_plain_names(made_on: Fingerprint, here: Fingerprint) -> Fingerprint:
+    """`made_on` by the names of `here`: of a wrapped model it once noted them with `_orig_mod.` or `module.` inside."""
+    plain = {WRAPPERS.sub("", name): name for name in here.tensors}
+    found = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
+    if len({*found.values()}) < len(found):
+        return made_on
+    return replace(made_on, tensors={found[name]: digest for name, digest in made_on.tensors.items()})
 
 
 def warn_of_no_fingerprint() -> None:
