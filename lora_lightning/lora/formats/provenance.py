@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, ConfigError, some, warn
-from lora_lightning.lora.formats.peft.config import HARMLESS, shorten
+from lora_lightning.lora.formats.peft.config import CONFIG, HARMLESS, WEIGHTS, shorten
 from lora_lightning.lora.formats.peft.layout import LayerLayout
 from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, of_tensors
 from lora_lightning.lora.frozen.tensors import base_tensors
@@ -43,22 +43,19 @@ class Record:
     """Dropouts that differ from the most common one, for which PEFT's config has no place."""
     slices: dict[str, Any]
     """The chosen parts of fused layers, written out in full."""
-    config: dict[str, str] | None = None
-    """Digests of what PEFT's config said beside it, by field; None in records of older versions."""
+    config: dict[str, str]
+    """Digests of what PEFT's config said beside it, by field."""
 
-    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the file's tensors are as they were saved, as far as a digest of that format can tell."""
-        return self.base.format != FORMAT or self.adapter == of_tensors(tensors).digest
-
-    def refuse_changed(self, config: Mapping[str, Any], path: Path) -> None:
-        """Raise an AdapterError where the config at `path` means another thing than it did when it was saved."""
+    def refuse_changed(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:
+        """Raise an AdapterError where the files in `directory` say another thing than they did when they were saved."""
+        if self.adapter != of_tensors(tensors).digest:
+            raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
         here = config_digests(config)
-        before = here if self.config is None else self.config
-        if changed := sorted(name for name in {*here, *before} if here.get(name) != before.get(name)):
+        if changed := sorted(n for n in {*here, *self.config} if here.get(n) != self.config.get(n)):
             fields = some([f"{name[:40]}={shorten(config.get(name))}" for name in changed])
             raise AdapterError(
-                f"{path} was changed since it was saved, in {fields}: put back what it said, or export or download it"
-                f" again; {some(sorted(FREE), 8)} may be changed"
+                f"{directory / CONFIG} was changed since it was saved, in {fields}: put back what it said, or export or"
+                f" download it again; {some(sorted(FREE), 8)} may be changed"
             )
 
     def for_changed_file(
@@ -129,20 +126,23 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
         return None
     try:
         record = json.loads(metadata[PROVENANCE])
-        # A record of the first format had no checksum, and is told by its fingerprint's.
-        has_checksum = CHECKSUM in metadata or "format" in record["base"]
-        if has_checksum and metadata.get(CHECKSUM) != _sha256(metadata[PROVENANCE]):
+        base = Fingerprint.from_json(json.dumps(record["base"]))
+        if base.format != FORMAT:
+            raise ValueError(
+                f"it is of format {base.format} and this version reads format {FORMAT}; PEFT opens the adapter, and what"
+                " it saves opens here"
+            )
+        if metadata.get(CHECKSUM) != _sha256(metadata[PROVENANCE]):
             raise ValueError("it was changed since it was saved")
-        slices = dict(record.get("slices", {}))
-        for name, spec in slices.items():
+        for name, spec in record["slices"].items():
             refuse_spec(name, spec)
         return Record(
-            base=Fingerprint.from_json(json.dumps(record["base"])),
+            base=base,
             adapter=str(record["adapter"]),
             settings={name: (int(r), float(a), float(s)) for name, (r, a, s) in record["settings"].items()},
-            dropouts={name: float(p) for name, p in record.get("dropouts", {}).items()},
-            slices=slices,
-            config={name: str(d) for name, d in record["config"].items()} if "config" in record else None,
+            dropouts={name: float(p) for name, p in record["dropouts"].items()},
+            slices=record["slices"],
+            config={name: str(digest) for name, digest in record["config"].items()},
         )
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"the adapter's record of its base cannot be read ({str(error)[:200]})") from error
@@ -175,9 +175,9 @@ def refuse_other_base(
     With `allow_other_base` it warns instead.
 
     Raises:
-        AdapterError: another base, or one whose fingerprint is of another format.
+        AdapterError: another base.
     """
-    why = unknown_format(made_on) or _difference(made_on, here, replaced)
+    why = _difference(made_on, here, replaced)
     if why and not allow_other_base:
         way_out = "pass allow_other_base=True (--model.allow_other_base true on the command line) to do without"
         raise AdapterError(f"{why}. Load the base that it was made on, or {way_out}")
@@ -220,13 +220,3 @@ def warn_of_no_fingerprint() -> None:
 def warn_of_other_base(why: str) -> None:
     """Say that an adapter is loaded on another base than its own, as it was asked for."""
     warn(f"allow_other_base: {why}. Its outputs are not those that were trained")
-
-
-def unknown_format(made_on: Fingerprint) -> str | None:
-    """Why a fingerprint cannot be compared with those of this version, None where it can."""
-    if made_on.format == FORMAT:
-        return None
-    return (
-        f"the adapter notes its base by a fingerprint of format {made_on.format}, this version of lora_lightning takes"
-        f" format {FORMAT}: whether this is that base cannot be told"
-    )
