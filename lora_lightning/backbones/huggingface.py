@@ -15,7 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.quantization import scheme
@@ -87,6 +86,8 @@ def huggingface(
         kwargs["attn_implementation"] = attn_implementation
     if revision:
         kwargs["revision"] = revision
+    from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta  # models take a second
+
     on_meta = on_meta and not builds_bare()
     if on_meta and add_tokens:
         raise LoRAError("add_tokens makes rows of the embedding, which on_meta has not read yet: leave on_meta out")
