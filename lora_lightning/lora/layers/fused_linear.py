@@ -132,7 +132,10 @@ class FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, z = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        g, dX, dA, dB, dz = grads[0].reshape(-1, grads[0].shape[-1]), None, None, None, None
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        dX: Tensor | None = None
+        dA: Tensor | None = None
+        dB: Tensor | None = None
         with torch.autocast(x.device.type, enabled=False):
             dbias = g.sum(0) if needs_bias else None
             if torch.is_grad_enabled():
@@ -142,20 +145,20 @@ class FusedLinear(torch.autograd.Function):
             if ctx.folds and needs_x:
                 both = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
                 dX, dz = both[:, : x.shape[-1]], both[:, x.shape[-1] :]
-            elif needs_x or needs_A:
+            else:
                 dz = _thin_product(g, b.t())
-            if needs_x and not ctx.folds:
-                W0 = weight.to(ctx.dtype)
-                dX = torch.mm(g, W0.t() if ctx.transposed else W0)
-            if ctx.dropped and dz is not None:
+                if needs_x:
+                    W0 = weight.to(ctx.dtype)
+                    dX = torch.mm(g, W0.t() if ctx.transposed else W0)
+                    dX = dX if ctx.dropped else dX.addmm_(dz, a)
+            if ctx.dropped:
                 dA = _add_dropped_(dX, rows, dz, a, ctx.dropped, ctx.seed)
-            elif dz is not None:
-                dA = torch.mm(dz.t(), rows) if needs_A else None
-                dX = dX.addmm_(dz, a) if dX is not None and not ctx.folds else dX
+            elif needs_A:
+                dA = torch.mm(dz.t(), rows)
             if needs_B:
                 z = _thin_product(rows, a) if z is None else z
                 dB = torch.mm(z.t(), g).t().to(B.dtype)
-            dA = (dA * ctx.scale).to(A.dtype) if needs_A else None
+            dA = (dA * ctx.scale).to(A.dtype) if dA is not None and needs_A else None
         return None if dX is None else dX.view(x.shape).to(x.dtype), None, dbias, dA, dB, None, None, None
 
 
@@ -174,16 +177,10 @@ def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
 
 
 def _folded_beside(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
-    """`[W0 + s B A, B]` (m, k + r)."""
-    m, r = B.shape
-    k = A.shape[1]
-    if transposed:  # as it lies, which is what torch's own product reads
-        both = B.new_empty(k + r, m)
-        torch.addmm(weight, A.t(), B.t(), alpha=scale, out=both[:k])
-        both[k:] = B.t()
-        return both.t()
-    both = B.new_empty(m, k + r)
-    torch.addmm(weight, B, A, alpha=scale, out=both[:, :k])
+    """`[W0 + s B A, B]` (m, k + r), in memory as W0 lies, which is what torch's own product reads."""
+    (m, r), k = B.shape, A.shape[1]
+    both = B.new_empty(k + r, m).t() if transposed else B.new_empty(m, k + r)
+    torch.addmm(weight.t() if transposed else weight, B, A, alpha=scale, out=both[:, :k])
     both[:, k:] = B
     return both
 
@@ -244,17 +241,16 @@ def _differentiable_gradients(
     ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, g: Tensor
 ) -> list[Tensor | None]:
     """The gradients of x, A and B by operations that can be differentiated again, for `create_graph=True`."""
-    needed = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     with torch.enable_grad():
         # Views, so that an input which was computed from another does not pass its gradient on here.
         x_, A_, B_ = inputs = [t.view_as(t) for t in (x, A, B)]
         seen = cast = x_.to(ctx.dtype)
         if ctx.dropped:
-            rows = x.to(ctx.dtype).reshape(-1, x.shape[-1])
+            rows = cast.detach().reshape(-1, x.shape[-1])
             masks = [mask.clone() for _, mask in _masks(rows, ctx.dropped, ctx.seed)]
             seen = cast * torch.cat([rows[:0], *masks]).view(x.shape)
         W0 = weight.to(ctx.dtype)
         out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, A_, B_, ctx.scale)
-        wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+        wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, g, create_graph=True) if wanted else ())
-    return [next(found) if need else None for need in needed]
+    return [next(found) if t.requires_grad else None for t in inputs]
