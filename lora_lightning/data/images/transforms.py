@@ -189,7 +189,7 @@ def _of_torchvision(name: str) -> Preprocessing:
 def _of_transformers(name: str) -> Preprocessing:
     import transformers
 
-    from lora_lightning.backbones.huggingface import quiet
+    from lora_lightning.backbones.tokenizers import quiet
     from lora_lightning.backbones.locate import refuse_not_there, resolve
 
     path = resolve(name)
