@@ -58,7 +58,7 @@ trainer:
   {max_epochs: 1, limit_train_batches: 2, limit_val_batches: 1, log_every_n_steps: 1, enable_progress_bar: false,
    callbacks: []}
 """
-NOT_LOADED = "precision nf4-base is for a backbone that is quantised as it is loaded"
+NOT_LOADED = "precision nf4-base is for a backbone that is quantized as it is loaded"
 NOT_QUANTIZED = {
     "demo-lm.yaml": "is a GGUF file, which transformers reads as plain numbers and does not quantize",
     "demo-vision.yaml": NOT_LOADED,

@@ -1,7 +1,5 @@
 """The factors of every adapted layer, read from an adapter's files by PEFT's keys, without its model.
 
-Also of a checkpoint's own state dict, for one whose config or base is not at hand.
-
 What only a model could tell is refused: of several adapted parameters of one module, which is which (but for the
 stacks of transformers' experts), and the three weights of an attention with `kdim` or `vdim`.
 """
@@ -10,11 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, some
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
@@ -26,9 +23,7 @@ from lora_lightning.lora.formats.peft.config import (
 )
 from lora_lightning.lora.formats.peft.keys import A_ENDS, PREFIX, WRAPPER, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, stack_pairs, subtract_init
-from lora_lightning.lora.layers.parameter import CHILD
-from lora_lightning.lora.targets.patterns import by_pattern
+from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, stack_pairs
 
 OUT = f".{WRAPPER}.out_proj"
 REGISTERED = ("gate_up_proj", "down_proj")
@@ -106,9 +101,8 @@ class Adapter:
     source: str
     """Where it lies."""
     factors: list[Factors]
-    files: AdapterFiles | None = None
-    """None of a checkpoint that was read without its model."""
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    files: AdapterFiles
+    tensors: dict[str, Tensor]
     """All of the file's, by PEFT's own keys."""
 
 
@@ -251,43 +245,4 @@ def _factors(layer: _Found, scale: float, *, dora: bool) -> Factors:
         peft_name=layer.peft_name,
         groups=groups,
         dora=dora,
-    )
-
-
-def factors_in_state(state: Mapping[str, Tensor], config: LoRAConfig) -> list[Factors]:
-    """Every adapted layer of a state dict by our keys, in the order of their names.
-
-    Raises:
-        AdapterError: parts of a fused weight, whose places only the model knows; or nothing is adapted.
-    """
-    end = ".lora_A"
-    paths = [key.removesuffix(end) for key in state if key.endswith(end)]
-    if not paths:
-        raise AdapterError("the checkpoint has no A and B: nothing to analyse")
-    return sorted((_state_layer(path, state, config) for path in paths), key=lambda layer: natural(layer.name))
-
-
-def _state_layer(path: str, state: Mapping[str, Tensor], config: LoRAConfig) -> Factors:
-    A, B = state[f"{path}.lora_A"], state[f"{path}.lora_B"]
-    parent, _, last = path.rpartition(".")
-    name = f"{parent}.{last.removeprefix(CHILD)}".removeprefix(".")
-    r = by_pattern("rank_pattern", config.rank_pattern, [name], config.r)
-    alpha = by_pattern("alpha_pattern", config.alpha_pattern, [name], config.scaling_alpha)
-    is_stack = last.startswith(CHILD) and A.shape[0] != r
-    if A.dim() == 2 and A.shape[0] != B.shape[1]:
-        raise AdapterError(
-            f"'{name}' is adapted in parts, whose places only its model knows: analyse the run with its config.yaml"
-        )
-    if is_stack:
-        pairs = stack_pairs(A, B, A.shape[0] // r)
-    else:
-        pairs = [subtract_init(matrix_pair(A, B), state.get(f"{path}.lora_A0"), state.get(f"{path}.lora_B0"))]
-    return Factors(
-        name=name,
-        kind="Parameter" if last.startswith(CHILD) else "Linear" if A.dim() == 2 else f"Conv{A.dim() - 2}d",
-        r=r,
-        scale=config.scale(r, alpha),
-        pairs=pairs,
-        groups=A.shape[0] // B.shape[1] if A.dim() > 2 else 1,
-        dora=config.use_dora,
     )

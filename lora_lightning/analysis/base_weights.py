@@ -68,8 +68,8 @@ class Weights:
 
 
 def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
-    quantised = own == "weight" and scheme(module) is not None
-    return plain_weight(module) if quantised else module._parameters[own]  # `.weight` may be one that is adapted
+    quantized = own == "weight" and scheme(module) is not None
+    return plain_weight(module) if quantized else module._parameters[own]  # `.weight` may be one that is adapted
 
 
 def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:

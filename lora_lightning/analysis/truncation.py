@@ -16,7 +16,7 @@ from torch import Tensor
 from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
 from lora_lightning.lora.bank.combine import padded, truncated
-from lora_lightning.lora.errors import AdapterError, LoRAError
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import Content, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.peft.keys import PREFIX
@@ -67,13 +67,10 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     Each layer's s stays. What is no A or B (heads, biases, magnitudes, token rows) is written as it was.
 
     Raises:
-        AdapterError: the adapter's file holds more of a layer than its factors, or cannot be written.
-        LoRAError: `share` is none, or the directory holds something else.
+        LoRAError: `share` is none, the directory holds something else, or the adapter cannot be written.
     """
     check_share(share)
     refuse_occupied(directory)
-    if adapter.files is None:
-        raise AdapterError("a checkpoint without its model cannot be truncated: analyse the run with its config.yaml")
     ranks = _ranks(adapter.factors, share)
     tensors, errors, lost, whole = dict(adapter.tensors), dict[str, float](), 0.0, 0.0
     for layer in adapter.factors:
@@ -139,7 +136,6 @@ def _untouched(pair: Pair, A: Tensor, B: Tensor) -> Pair:
 
 def _alphas(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, float]:
     """By layer, the alpha that gives its s at its new rank."""
-    assert adapter.files is not None
     rslora = bool(adapter.files.peft.get("use_rslora"))
     sizes = {layer.name: math.sqrt(ranks[layer.name]) if rslora else ranks[layer.name] for layer in adapter.factors}
     return {layer.name: layer.scale * sizes[layer.name] for layer in adapter.factors}
@@ -147,7 +143,6 @@ def _alphas(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, float]:
 
 def _config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """PEFT's, with every rank and alpha written out, so that nothing depends on the order of patterns."""
-    assert adapter.files is not None
     alphas = _alphas(adapter, ranks)
     own = ranks_and_alphas(
         {layer.peft_name: ranks[layer.name] for layer in adapter.factors},

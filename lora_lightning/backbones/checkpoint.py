@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_lightning.backbones.huggingface import quiet
+from lora_lightning.backbones.tokenizers import quiet
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.keys import PREFIX, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
@@ -37,7 +37,7 @@ class BaseFiles:
     """The files of one base.
 
     Raises:
-        LoRAError: there are none, or they are torn, quantised, or of no model that transformers has.
+        LoRAError: there are none, or they are torn, quantized, or of no model that transformers has.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -93,12 +93,12 @@ def _config(base: Path) -> PretrainedConfig:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise LoRAError(f"{base / CONFIG} is no config of a transformers model ({error})") from error
-    quantised = getattr(config, "quantization_config", None)
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else type(quantized).__name__
         raise LoRAError(
-            f"'{base}' is quantised ({method}), and rounding to its grid would lose most of the update: name the"
-            f" unquantised base"
+            f"'{base}' is quantized ({method}), and rounding to its grid would lose most of the update: name the"
+            f" unquantized base"
         )
     return config  # type: ignore[no-any-return]
 

@@ -31,7 +31,7 @@ def directory_and_file(name: str) -> tuple[str, dict[str, str]]:
 
 
 def forget_gguf(model: Any) -> None:
-    """Let transformers save a model that it read from GGUF: plain numbers, which it still takes for quantised."""
+    """Let transformers save a model that it read from GGUF: plain numbers, which it still takes for quantized."""
     for name in ("hf_quantizer", "quantization_method"):
         model.__dict__.pop(name, None)
     model.config.__dict__.pop("quantization_config", None)

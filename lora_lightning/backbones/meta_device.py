@@ -102,10 +102,10 @@ def finish_on_meta(model: PreTrainedModel, files: list[Path]) -> None:
     """Tie what loading ties only once it has seen that the values are the same, and note where the weights lie.
 
     Raises:
-        LoRAError: the weights are quantised, or were read in another way.
+        LoRAError: the weights are quantized, or were read in another way.
     """
     if getattr(model, "hf_quantizer", None) is not None:
-        raise LoRAError("on_meta fills plain weights, and these are quantised: leave on_meta out")
+        raise LoRAError("on_meta fills plain weights, and these are quantized: leave on_meta out")
     if not files or not any(p.is_meta for p in model.parameters()):
         raise LoRAError(
             f"{type(model).__name__} was not built on the meta device: its weights are no safetensors files, or this"

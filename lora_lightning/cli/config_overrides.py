@@ -1,7 +1,7 @@
 """What one part of a command's config says to another, before anything is made of it.
 
 The precision says of W0 how a backbone can load itself: a cast after loading would hold the float32 weights first, and
-what is to be quantised has to be when it is loaded. A checkpoint's run says what its labels are.
+what is to be quantized has to be when it is loaded. A checkpoint's run says what its labels are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NF4 = {
     "bnb_4bit_use_double_quant": True,
     "bnb_4bit_compute_dtype": "bfloat16",
 }
-"""QLoRA's own (arXiv 2305.14314): 4-bit NormalFloat, its constants quantised too."""
+"""QLoRA's own (arXiv 2305.14314): 4-bit NormalFloat, its constants quantized too."""
 
 HUGGINGFACE = ("lora_lightning.backbones.huggingface", "huggingface")
 """By name: transformers is not to be loaded for every command."""
@@ -39,11 +39,11 @@ HUGGINGFACE = ("lora_lightning.backbones.huggingface", "huggingface")
 def handed_down(command: Any) -> Iterator[None]:
     """Within the block, a `huggingface` backbone in the command's config has what `trainer.precision` means.
 
-    What the config itself says of dtype or quantisation stays. Afterwards the config is as it was: each command works
+    What the config itself says of dtype or quantization stays. Afterwards the config is as it was: each command works
     it out anew, and another precision over a run's own config finds nothing of this one.
 
     Raises:
-        LoRAError: quantisation is asked for and bitsandbytes is not installed.
+        LoRAError: quantization is asked for and bitsandbytes is not installed.
     """
     precision, backbone = command.get("trainer.precision"), command.get("model.backbone")
     if not _is_huggingface(backbone):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from lora_lightning.analysis.adapters import Adapter, factors_in_state, read_factors
+from lora_lightning.analysis.adapters import Adapter, read_factors
 from lora_lightning.analysis.base_weights import Weights, with_starts
 from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
 from lora_lightning.backbones.checkpoint import BaseFiles
@@ -18,7 +18,6 @@ from lora_lightning.backbones.key_mapping import groups_of
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.cli.build import Run, open_run
 from lora_lightning.export.model_files import is_transformers
-from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, LoRAError
 from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, subtracted_init
 from lora_lightning.lora.formats.peft.load import AdapterFiles
@@ -26,7 +25,6 @@ from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.formats.provenance import Record
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX
 
 AUTO, NONE = "auto", "none"
 
@@ -145,22 +143,18 @@ def _check(record: Record | None, base: Base, plain: nn.Module, *, allow_other_b
 
 
 def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
-    """A run's checkpoint: with its model where that can be made, else by its tensors alone."""
+    """A run's checkpoint, with the model that its config describes."""
     if wanted.base_model not in (AUTO, NONE):
         raise LoRAError(f"'{checkpoint}' is of a run, whose config names its base: leave --base_model out, or say none")
-    note = ""
-    if wanted.base_model == AUTO:
-        try:
-            return _opened(open_run(checkpoint), checkpoint, label)
-        except LoRAError as error:
-            note = f"without W0: {error}"
-    content = run.load_checkpoint(checkpoint)
-    if CHECKPOINT_KEY not in content:
-        raise AdapterError(f"'{checkpoint}' was not written by lora_lightning: it has no adapter in it")
-    config = LoRAConfig.from_dict(content[CHECKPOINT_KEY]["config"])
-    state = {key.removeprefix(PREFIX): tensor for key, tensor in content["state_dict"].items()}
-    adapter = Adapter(label=label, source=str(checkpoint), factors=factors_in_state(state, config))
-    return Source(adapter, notes=[note] if note else [])
+    try:
+        opened = open_run(checkpoint)
+    except LoRAError as error:
+        raise LoRAError(
+            f"'{checkpoint}' is analysed with the model that its run's config describes, and that cannot be opened"
+            f" ({error}): analyse an adapter's directory, which `lora-lightning export` writes, with --base_model none"
+        ) from error
+    source = _opened(opened, checkpoint, label)
+    return source if wanted.base_model == AUTO else replace(source, weights=None)
 
 
 def _opened(opened: Run, checkpoint: Path, label: str) -> Source:

@@ -105,7 +105,7 @@ def export(
 
 
 def bytes_needed(backbone: nn.Module, formats: Iterable[str], dtype: torch.dtype | None) -> int:
-    """About what an export takes on the disk: each tensor once, quantised layers as the plain ones they become."""
+    """About what an export takes on the disk: each tensor once, quantized layers as the plain ones they become."""
     adapter = {id(t): t.numel() * t.element_size() for t in adapter_tensors(backbone).values()}
     needed = BESIDE + 2 * sum(adapter.values())  # PEFT's form may be of twice the rank
     if "merged" in formats:

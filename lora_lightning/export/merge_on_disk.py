@@ -21,7 +21,7 @@ from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype, short
-from lora_lightning.lora.merge_checks import rounding_warning
+from lora_lightning.lora.merge import rounding_warning
 from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
 
@@ -59,7 +59,7 @@ def merge_on_disk(
     Raises:
         AdapterError: the adapter is torn, does not fit the base, or was made on another one.
         MergeError: the update cannot be folded into W0; a number is beyond the range of what is written.
-        LoRAError: the base cannot be read or is quantised; something is in the way; the disk is too small.
+        LoRAError: the base cannot be read or is quantized; something is in the way; the disk is too small.
     """
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
     to_dtype = parse_dtype(dtype)
@@ -74,7 +74,7 @@ def merge_on_disk(
             _write_report(folder, report)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
-    if told := rounding_warning(report.kept, short(to_dtype or main_dtype(merge.checkpoint))):
+    if told := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
         warnings.warn(told, AdapterWarning, stacklevel=2)
     return report
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.backbones.huggingface import quiet
+from lora_lightning.backbones.tokenizers import quiet
 from lora_lightning.lora.errors import MergeError, some
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.tensor_files import DTYPES, read_bytes, read_header, write_tensors
@@ -48,7 +48,7 @@ def write_merged(
         _name_labels(config, label_names)
         if problem_type is not None:
             config.problem_type = problem_type
-        _forget_quantisation(plain)
+        _forget_quantization(plain)
         shards = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
         try:
             with quiet():
@@ -141,8 +141,8 @@ def _name_labels(config: Any, names: list[str] | None) -> None:
         config.label2id = {name: i for i, name in enumerate(names)}
 
 
-def _forget_quantisation(model: nn.Module) -> None:
-    """Once every layer is plain, what transformers notes of its quantisation would quantise the files anew."""
+def _forget_quantization(model: nn.Module) -> None:
+    """Once every layer is plain, what transformers notes of its quantization would quantize the files anew."""
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

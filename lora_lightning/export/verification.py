@@ -20,8 +20,7 @@ from lora_lightning.lora.frozen.dtype import float_dtype, short
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
-from lora_lightning.lora.merge import merge
-from lora_lightning.lora.merge_checks import count_low
+from lora_lightning.lora.merge import count_low, merge
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest |exported - adapted| over the largest |adapted|, of each output. In half precision rounding W0 + s B A alone
@@ -164,8 +163,8 @@ class ExportReport:
     """By module, the share of the update that rounding to the merged model's dtype kept."""
     untied: list[str] = field(default_factory=list)
     """Modules whose weight was tied to another's and is their own in the merged model."""
-    dequantised: list[str] = field(default_factory=list)
-    """Modules that were quantised and are plain in the merged model."""
+    dequantized: list[str] = field(default_factory=list)
+    """Modules that were quantized and are plain in the merged model."""
 
     @property
     def kept_least(self) -> float:
@@ -183,7 +182,7 @@ class ExportReport:
         values = {name: getattr(self, name) for name in (*same, "w0_before", "w0_after", "w0_unchanged")}
         own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe")
         values |= {f"export_{name}": getattr(self, name) for name in (*own, "kept_least", "kept_low")}
-        values |= {"export_dequantised": len(self.dequantised), "export_layers": len(self.kept)}
+        values |= {"export_dequantized": len(self.dequantized), "export_layers": len(self.kept)}
         return values | {"export_files": self.merged_files, "share": self.trainable / self.total}
 
     def metrics(self) -> dict[str, float]:
@@ -215,7 +214,7 @@ class Proof:
         plain = copy.deepcopy(self.backbone)
         merged = merge(plain, dequantize=True, dtype=self.dtype)
         self.report.kept, self.report.untied = merged.kept, merged.untied
-        self.report.dequantised, self.report.dtype = merged.dequantised, short(float_dtype(plain))
+        self.report.dequantized, self.report.dtype = merged.dequantized, short(float_dtype(plain))
         inputs = self.inputs if self.dtype is None else cast_floats(self.inputs, self.dtype)
         self._compare("the merged model", plain, inputs)
         write_merged(plain, folder, **options)

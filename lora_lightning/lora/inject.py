@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, overload
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.errors import LoRAError, TargetError, some, warn
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
-from lora_lightning.lora.frozen.tensors import named_modules
+from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
@@ -26,7 +24,7 @@ from lora_lightning.lora.layers import (
 )
 from lora_lightning.lora.layers.attention import hold_kernels_off
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
-from lora_lightning.lora.report import AdaptedModule, InjectionReport
+from lora_lightning.lora.report import STACK, AdaptedModule, InjectionReport, without_numbers
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
 
@@ -50,7 +48,7 @@ def inject(
 
     Args:
         data: what the starts eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
-            arguments) or what loftq approximates (the model before quantisation or its state dict).
+            arguments) or what loftq approximates (the model before quantization or its state dict).
         loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
         start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
             cost or the data of `config.init`.
@@ -73,6 +71,8 @@ def inject(
         refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
+    if not any_rank:
+        _warn_of_stacks(model, selection)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
@@ -90,6 +90,22 @@ def inject(
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
+
+
+def _warn_of_stacks(model: nn.Module, selection: Selection) -> None:
+    """Say which experts stay frozen under `all-linear`, and what share of the model they are."""
+    stacks = [name for name, reason in selection.skipped.items() if reason == STACK]
+    if not stacks:
+        return
+    places = [name.rpartition(".") for name in stacks]
+    held = sum(getattr(get_module(model, module), own).numel() for module, _, own in places)
+    share = held / sum(p.numel() for p in model.parameters())
+    kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
+    ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
+    warn(
+        f"all-linear adapts layers; {some(kinds)}, stacks of matrices as fused experts are, stay frozen, {share:.0%} of"
+        f" the parameters; to adapt them too: target_parameters: [{ends}]"
+    )
 
 
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
@@ -140,11 +156,7 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     modules = list(model.modules())
     for module in modules:
-        if (
-            isinstance(module, _BatchNorm | _InstanceNorm)
-            and module.running_mean is not None
-            and module not in inside_saved
-        ):
+        if FrozenStatistics.is_needed(module) and module not in inside_saved:
             graft(module, FrozenStatistics)
     hold_kernels_off(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
@@ -162,27 +174,14 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-def restart(model: nn.Module) -> None:
-    """Start every adapter anew from the W0 that is there now: for a model injected on the meta device and then filled.
-
-    The starts eva, lora_ga and loftq need their data: there, inject after filling instead.
-    """
-    for _, module in grafted_modules(model):
-        module.reset_lora_parameters()
-
-
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes as before `inject`: a reference model that costs no memory."""
-    grafted = [module for module in model.modules() if isinstance(module, Grafted)]
-    before = [module.lora_enabled for module in grafted]
-    try:
-        for module in grafted:
-            module.lora_enabled = False
+    with ExitStack() as switches:
+        for module in model.modules():
+            if isinstance(module, Grafted):
+                switches.enter_context(module.lora_disabled())
         yield
-    finally:
-        for module, enabled in zip(grafted, before, strict=True):
-            module.lora_enabled = enabled
 
 
 @overload
@@ -204,7 +203,8 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
 
 
 def _adapt(target: Target, *, start: bool) -> AdaptedModule:
-    layer, parts = target.kind.attach(target.module, target.settings, start=start), target.settings.slices
+    layer, parts = target.kind.attach(target.module, target.settings), target.settings.slices
+    layer.reset_lora_parameters(from_w0=start)
     return AdaptedModule(
         module=target.name,
         kind=layer.kind if parts is None else f"{layer.kind}[{', '.join(parts.taken)}]",

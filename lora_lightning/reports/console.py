@@ -22,7 +22,7 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
-from lora_lightning.lora.merge_checks import LEAST_KEPT
+from lora_lightning.lora.merge import LEAST_KEPT
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.table import Table
 
@@ -294,6 +294,6 @@ def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     if v.get("export_kept_least", 1.0) < 0.9995:
         low = f"{v['export_kept_low']} of {v['export_layers']} layers below {LEAST_KEPT:.0%}"
         rows.append(("update kept by rounding", f"at least {v['export_kept_least']:.1%} ({low})"))
-    if v.get("export_dequantised"):
-        rows.append(("dequantized", f"{v['export_dequantised']} layers, plain in the merged model"))
+    if v.get("export_dequantized"):
+        rows.append(("dequantized", f"{v['export_dequantized']} layers, plain in the merged model"))
     return rows

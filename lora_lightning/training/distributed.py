@@ -9,6 +9,7 @@ process looks there, also while the main thread is stuck, and ends the process w
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import re
@@ -102,6 +103,8 @@ collective; and the same where the process that holds the store is gone, which m
 CODE = 2
 BROKEN = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket Timeout|process group", re.I)
 """How torch says that another process does not answer."""
+FITS = itertools.count()
+"""A fit after one that failed, in the same processes, has an entry of its own; all of them count alike."""
 
 
 class LostProcessError(LoRAError):
@@ -112,99 +115,80 @@ class StoppedError(SystemExit):
     """Another process has failed, and says why."""
 
 
-def lost(number: int | None, code: int | None) -> str:
+def lost(number: int | None = None, code: int | None = None) -> str:
     """What to say of a process that is gone without a word."""
     who = "another process" if number is None else f"process {number}"
-    how = " is gone" if code is None else f" ended with exit code {code}"
+    how = "is gone" if code is None else f"ended with exit code {code}"
     if code is not None and code < 0:
-        how = f" was ended by signal {-code} ({signal.Signals(-code).name})"
+        how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
     hint = ", as the system does where memory runs out" if code == -signal.SIGKILL else ""
-    return f"{who}{how}{hint}: all processes stop; --ckpt_path last, or auto, goes on from the last checkpoint"
+    return f"{who} {how}{hint}: all processes stop; --ckpt_path last, or auto, goes on from the last checkpoint"
 
 
 class _Watch(threading.Thread):
-    """Looks for another process's failure in the store, and at the processes that this one has started.
+    """Looks in torch's store for a process that has failed, and at the processes that this one has started.
 
-    The store's entry is `rank:exit code` of the first that failed, which is the one that says why.
+    The store's entry is `rank:exit code` of the first that failed, which alone says why.
     """
-
-    fits = itertools.count()
-    """A fit after one that failed, in the same processes, has an entry of its own; all of them count alike."""
 
     def __init__(self, children: list[subprocess.Popen[bytes]]) -> None:
         super().__init__(daemon=True, name="lora-lightning-watch")
-        self.children, self.key = children, f"lora_lightning/failed/{next(self.fits)}"
+        self.children, self.key = children, f"lora_lightning/failed/{next(FITS)}"
         self.over = threading.Event()
         self.first: tuple[int, int] | None = None
-        """Rank and exit code of the first that failed, once it is known."""
         self.line: str | None = None
-        """What is to be said of a child that died without a word."""
-        self._store: Any = None
-        self._heard, self._lock = False, threading.Lock()
+        """What is to be said of a process that died without a word."""
 
+    @functools.cached_property
     def store(self) -> Any:
-        """A connection of one's own to torch's store; None before there is a process group."""
-        if self._store is None and processes() > 1:
-            store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
-            self._store = store.clone()
-        return self._store
+        """A connection of one's own to torch's store, once there is a process group."""
+        store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
+        return store.clone()
 
-    def claim(self, code: int) -> tuple[int, int]:
+    def claim(self, code: int) -> None:
         """Be the first that failed, unless another one was."""
-        first, _, its = self.store().compare_set(self.key, "", f"{rank()}:{code}").decode().partition(":")
-        return int(first), int(its)
+        if self.first is None:
+            first, _, its = self.store.compare_set(self.key, "", f"{rank()}:{code}").decode().partition(":")
+            self.first = int(first), int(its)
 
     def run(self) -> None:
-        while not self.over.wait(PERIOD):
+        while self.first is None and not self.over.wait(PERIOD):
             grace = GRACE
             try:
                 self._look()
             except (RuntimeError, ValueError):  # the store is gone, and with it the process that held it
-                self.first, self.line, grace = (rank(), CODE), lost(0, None), ALONE
-            if self.first is not None:
-                if not self.over.wait(grace):  # the main thread is stuck
-                    if self.first[0] == rank() and self.line:
-                        print(f"lora-lightning: error: {self.line}", file=sys.stderr, flush=True)
-                    os._exit(self.first[1])
-                return
+                self.first, self.line, grace = (rank(), CODE), lost(0), ALONE
+        if self.first is not None and not self.over.wait(grace):  # the main thread is stuck
+            if self.first[0] == rank() and self.line:
+                print(f"lora-lightning: error: {self.line}", file=sys.stderr, flush=True)
+            os._exit(self.first[1])
 
     def _look(self) -> None:
-        if (store := self.store()) is None:
-            return
         dead = next(((i, c.returncode) for i, c in enumerate(self.children, 1) if c.poll()), None)
-        if dead is not None:
-            time.sleep(CLAIM / 2)  # its word may be on its way
-            self.line = lost(*dead)
-            self.first = self.claim(CODE)
-        elif store.check([self.key]):
-            self.first = self.claim(CODE)
-        if self.first is not None:
-            self._hear(store)
-
-    def _hear(self, store: Any) -> int:
-        """Count this process among those that know, once, whichever thread says it; returns how many do."""
-        with self._lock:
-            self._heard, more = True, int(not self._heard)
-        count: int = store.add(f"{self.key}/heard", more)
-        return count
+        if processes() > 1 and (dead is not None or self.store.check([self.key])):
+            if dead is not None:
+                time.sleep(CLAIM / 2)  # its word may be on its way
+                self.line = lost(*dead)
+            self.claim(CODE)
 
     def what_to_raise(self, error: BaseException) -> BaseException:
         """What this process ends with, where `error` came out of its main thread."""
-        if self.store() is None:
+        if processes() == 1:
             return error
         broken = isinstance(error, distributed.DistError | RuntimeError) and BROKEN.search(str(error)) is not None
         limit = time.monotonic() + CLAIM
         while broken and self.first is None and time.monotonic() < limit:  # who broke the connection may say so
             time.sleep(0.05)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) and error.code else CODE
-        limit = time.monotonic() + CLAIM
         with suppress(RuntimeError, ValueError):
-            self.first = self.first or self.claim(code)
-            while self._hear(self.store()) < processes() and rank() == 0 and time.monotonic() < limit:
-                time.sleep(0.05)  # this one holds the store: the others are to read it
+            self.claim(code)
+            heard, limit = self.store.add(f"{self.key}/heard", 1), time.monotonic() + CLAIM
+            while rank() == 0 and heard < processes() and time.monotonic() < limit:  # the store is to live till then
+                time.sleep(0.05)
+                heard = self.store.add(f"{self.key}/heard", 0)
         if self.first is not None and self.first[0] != rank():
             return StoppedError(self.first[1])
-        return LostProcessError(self.line or lost(None, None)) if broken else error
+        return LostProcessError(self.line or lost()) if broken else error
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX, refuse_damaged_fields
 
 MEASURED = ("eva", "lora_ga")
-"""Starts that need batches. (`loftq` needs the model before quantisation, which no DataModule has.)"""
+"""Starts that need batches. (`loftq` needs the model before quantization, which no DataModule has.)"""
 BATCHES = 8
 """Training batches to measure on; lora_ga's paper (2407.05000) uses as few, eva's (2410.07170) some more."""
 

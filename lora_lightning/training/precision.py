@@ -1,7 +1,7 @@
 """Precision in one word: Lightning's, and the two that suit LoRA, in which only W0 is narrow.
 
 `bf16-base`: W0 in bfloat16, A, B and `modules_to_save` in float32, products in bfloat16 by autocast. `nf4-base`: the
-same over a W0 that was quantised when it was loaded (QLoRA, arXiv 2305.14314).
+same over a W0 that was quantized when it was loaded (QLoRA, arXiv 2305.14314).
 """
 
 from __future__ import annotations
@@ -60,11 +60,11 @@ class HalfBase(MixedPrecision):
         """Cast W0 in place.
 
         Raises:
-            LoRAError: nothing is quantised where the word says that W0 is.
+            LoRAError: nothing is quantized where the word says that W0 is.
         """
         if self.precision == "nf4-base" and not any(scheme(m) == "bitsandbytes 4-bit" for m in module.modules()):  # type: ignore[comparison-overlap]
             raise LoRAError(
-                "precision nf4-base is for a backbone that is quantised as it is loaded, and this one is not: name"
+                "precision nf4-base is for a backbone that is quantized as it is loaded, and this one is not: name"
                 " lora_lightning.huggingface in the config, give it model_kwargs.quantization_config, put"
                 " bitsandbytes.nn.Linear4bit into your own model, or use bf16-base"
             )
@@ -138,7 +138,7 @@ def convert(module: LightningModule, plugin: Precision) -> None:
     plugin.convert_module(module)
     if len(grafted_modules(module)) < before:
         raise LoRAError(
-            f"{type(plugin).__name__} put layers of its own in the place of adapted ones: quantise the backbone before"
+            f"{type(plugin).__name__} put layers of its own in the place of adapted ones: quantize the backbone before"
             " it is adapted, or use precision nf4-base"
         )
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.analysis.adapters import Adapter, factors_in_state, read_factors
+from lora_lightning.analysis.adapters import Adapter, read_factors
 from lora_lightning.analysis.base_weights import Weights
 from lora_lightning.analysis.measures import common_rank, measured_adapter
 from lora_lightning.analysis.truncation import truncate
@@ -208,23 +208,6 @@ def test_peft_opens_what_was_truncated(kind, tmp_path):
             W0 = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)[name]
             owner = path if layer.kind != "Parameter" else path.rpartition(".")[0]
             assert relative(plain.get_parameter(f"{owner}.{name}"), W0 + delta) < 1e-9
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "embedding", "stacks", "rslora", "pissa"])
-def test_a_checkpoints_state_gives_the_same(kind, tmp_path):
-    model = made(kind)
-    save_adapter(model, tmp_path / "adapter")
-    config = LoRAConfig(r=4, alpha=3.0, **KINDS[kind][1])
-    state = factors_in_state(adapter_tensors(model), config)
-    for a, b in zip(state, opened(tmp_path / "adapter").factors, strict=True):
-        assert (a.name, a.scale) == (b.name, b.scale)
-        for (A, B), (A2, B2) in zip(a.pairs, b.pairs, strict=True):
-            torch.testing.assert_close(a.scale * B @ A, b.scale * B2 @ A2)
-
-
-def test_a_checkpoint_in_parts_asks_for_its_model():
-    with pytest.raises(AdapterError, match="adapted in parts"):
-        factors_in_state(adapter_tensors(made("parts")), LoRAConfig(r=4, alpha=3.0))
 
 
 @pytest.mark.parametrize("turn", [1, -1])

@@ -66,10 +66,15 @@ def test_pictures_and_page_are_there_and_the_page_needs_no_network(analyzed):
     assert f"{layer['norm']:.3g}" in page
 
 
-def test_two_adapters_are_compared_without_their_models(trained, tmp_path, monkeypatch, capsys):
-    """A checkpoint beside a run: the same one, so that all is shared; with no base at all."""
-    copy = tmp_path / "copy.ckpt"
+def test_two_adapters_are_compared_without_w0(trained, tmp_path, monkeypatch, capsys):
+    """A checkpoint beside a run: the same one, so that all is shared; it needs the config that says what it is of."""
+    copy = tmp_path / "copied" / "copy.ckpt"
+    copy.parent.mkdir()
     shutil.copyfile(next((trained / "checkpoints").glob("best*.ckpt")), copy)
+    code, said = called(monkeypatch, capsys, "analyze", copy, "--output_dir", tmp_path / "out", "--plots", "false")
+    assert code == 2
+    assert "analyse an adapter's directory, which `lora-lightning export` writes" in said
+    shutil.copy(trained / "config.yaml", copy.parent)
     args = ["analyze", trained, copy, "--output_dir", tmp_path / "out", "--base_model", "none"]
     code, said = called(monkeypatch, capsys, *args)
     assert code == 0, said

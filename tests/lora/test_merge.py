@@ -137,7 +137,7 @@ def test_what_is_not_finite_is_not_merged(name, value):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float8_e4m3fn])
-def test_a_quantised_weight_is_not_merged_into(dtype):
+def test_a_quantized_weight_is_not_merged_into(dtype):
     model = sequential()
     inject(model, LoRAConfig(r=2, target_modules=["0", "2"]))
     model[2].weight = nn.Parameter(torch.ones(12, 16).to(dtype), requires_grad=False)

@@ -258,7 +258,7 @@ def test_a_layer_that_the_data_never_reaches_is_named():
     [
         ({"init": "orthogonal", "r": 3}, r"needs an even r, got r=3 \(module 'up'\)"),
         ({"init": "lora_ga", "r": 7}, r"takes 2 r = 14 singular directions .* set r to 6 or less \(module 'up'\)"),
-        ({"init": "loftq", "r": 2}, "'up', a Linear, is not quantised"),
+        ({"init": "loftq", "r": 2}, "'up', a Linear, is not quantized"),
     ],
 )
 def test_what_a_start_cannot_do_is_refused(options, message):

@@ -345,9 +345,9 @@ REFUSED = {
     "a base that lacks a tensor": (drop_one, "no values for 1 tensors of LlamaForCausalLM.*model.norm.weight"),
     "pickles only": (only_pickles, "holds neither model.safetensors nor"),
     "no config": (lambda base: (base / "config.json").unlink(), "no file .*config.json"),
-    "a quantised base": (
+    "a quantized base": (
         lambda base: edit(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is quantised .gptq.: *.*name the unquantised base|is quantised",
+        "is quantized .gptq.: *.*name the unquantized base|is quantized",
     ),
     "an unknown architecture": (
         lambda base: edit(base / "config.json", architectures=["FooForBar"]),

@@ -40,7 +40,6 @@ def test_what_is_written_is_a_plain_torch_file_and_a_sound_zip(file):
     assert torch.equal(torch.load(file, weights_only=True, mmap=True)["state_dict"]["a"], torch.ones(64))
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None
-        assert archive.comment.startswith(b"lora_lightning sha256 ")
     assert [p.name for p in file.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -49,12 +48,22 @@ def test_the_same_content_gives_the_same_bytes(file, tmp_path):
     assert (tmp_path / "other" / "last.ckpt").read_bytes() == file.read_bytes()
 
 
-def test_any_flipped_bit_is_found(file):
-    whole = file.read_bytes()
-    for place in range(0, len(whole), 13):
-        file.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-        with pytest.raises(DamagedCheckpointError, match="not a whole checkpoint"):
-            check_whole(file)
+def same(found, wanted) -> bool:
+    return torch.equal(found.pop("state_dict")["a"], wanted.pop("state_dict")["a"]) and found == wanted
+
+
+def test_any_flipped_bit_of_what_a_file_holds_is_found(file):
+    """One between two entries, or of what a zip says twice, changes nothing of what is read."""
+    whole, found = file.read_bytes(), 0
+    with zipfile.ZipFile(file) as archive:
+        held = sum(entry.file_size for entry in archive.infolist())
+    for place in range(0, len(whole), 3):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        try:
+            assert same(read_checkpoint(file), content(1.0)), place
+        except DamagedCheckpointError:
+            found += 1
+    assert found >= held // 3
 
 
 def test_a_file_that_is_cut_anywhere_is_found(file):
@@ -150,7 +159,7 @@ def test_killed_while_writing_there_is_a_whole_file_and_litter_goes_with_the_nex
 
 
 def test_the_trainer_writes_so_and_removes_both(trained, tmp_path):
-    assert (trained / "checkpoints" / "best.ckpt").read_bytes()[-86:].startswith(b"lora_lightning sha256 ")
+    check_whole(trained / "checkpoints" / "best.ckpt")
     path = tmp_path / "a.ckpt"
     for value in (1.0, 2.0):
         write_checkpoint(content(value), path)

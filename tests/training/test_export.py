@@ -350,14 +350,14 @@ def test_what_rounding_erased_is_told_with_the_way_out(dtype, size, make_module,
     assert layer.weight.dtype == torch.float32, "the trained model stays as it is"
 
 
-def test_a_quantised_base_becomes_plain_and_is_said(make_module, tmp_path):
+def test_a_quantized_base_becomes_plain_and_is_said(make_module, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from tests.lora.test_quantised import QUANTISED, base, inputs
+    from tests.lora.test_quantized import QUANTISED, base, inputs
 
     backbone = base("nf4")
     module = shaken(make_module(backbone, LoRAConfig(r=2, target_modules=["up", "square"], modules_to_save=["head"])))
     report = export_of(module, tmp_path / "out", {"x": inputs()})
-    assert sorted(report.dequantised) == sorted(QUANTISED), "one of them without an adapter"
+    assert sorted(report.dequantized) == sorted(QUANTISED), "one of them without an adapter"
     assert report.rule == "for 4-bit products in float32"
     tensors = load_file(tmp_path / "out" / "merged" / "model.safetensors")
     assert tensors["down.weight"].shape == (64, 128)

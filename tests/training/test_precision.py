@@ -222,7 +222,7 @@ def test_a_model_of_ones_own(tmp_path, make_module):
 
 
 def test_nf4_is_for_a_base_that_was_loaded_so(tmp_path, make_module, make_data):
-    with pytest.raises(LoRAError, match="nf4-base is for a backbone that is quantised as it is loaded"):
+    with pytest.raises(LoRAError, match="nf4-base is for a backbone that is quantized as it is loaded"):
         quiet(tmp_path, "nf4-base").fit(make_module(), make_data())
     pytest.importorskip("bitsandbytes")
     config = transformers.LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128})

@@ -22,7 +22,7 @@ from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankT
 from lora_lightning.training.checkpoints import run_folder as run
 from tests.distributed import one_process
 from tests.lora.laws import stir
-from tests.lora.test_quantised import SCHEMES, Net
+from tests.lora.test_quantized import SCHEMES, Net
 from tests.training.resuming import EveryState, fit
 
 
@@ -178,7 +178,7 @@ def test_mistakes_are_named(make_module):
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
-def test_a_quantised_base_is_seen_as_what_it_stands_for(scheme):
+def test_a_quantized_base_is_seen_as_what_it_stands_for(scheme):
     torch.manual_seed(0)
     model = SCHEMES[scheme](Net())
     inject(model, LoRAConfig(r=4, target_modules=["square"]))

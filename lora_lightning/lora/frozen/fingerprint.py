@@ -97,7 +97,7 @@ def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]
     if tensor.device.type == "meta":
         raise ValueError("a tensor on the meta device has no bytes to take a fingerprint of")
     if is_traceable_wrapper_subclass(tensor):
-        # torchao's quantised weights are tensors made of tensors.
+        # torchao's quantized weights are tensors made of tensors.
         names, context = tensor.__tensor_flatten__()
         header, pieces = f"{context} {names}".encode(), []
         for name in names:

@@ -1,4 +1,4 @@
-"""Quantised base layers: which scheme a module has, and its weight as plain numbers.
+"""Quantized base layers: which scheme a module has, and its weight as plain numbers.
 
 Recognised by the qualified name of a class, so that neither bitsandbytes nor torchao is imported here.
 """
@@ -21,7 +21,7 @@ def _bnb_4bit(module: nn.Module) -> Tensor:
     weight, state = module.weight, _quant_state(module)
     assert isinstance(weight, Tensor)
     if state is None:
-        return weight.data  # quantised only when it is moved to a device
+        return weight.data  # quantized only when it is moved to a device
     functional = importlib.import_module("bitsandbytes.functional")
     dense: Tensor = functional.dequantize_4bit(weight.data, state)
     return dense
@@ -71,7 +71,7 @@ def _torchao_weight(module: nn.Module) -> bool:
 
 
 def scheme(module: nn.Module) -> str | None:
-    """The name of a module's quantisation, None where its weight is plain."""
+    """The name of a module's quantization, None where its weight is plain."""
     found = _find(module)
     return found[0] if found else None
 
@@ -111,7 +111,7 @@ def _is_4bit(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def plain_weight(module: nn.Module) -> Tensor:
-    """W0 as numbers: the weight itself, or what its quantised form stands for."""
+    """W0 as numbers: the weight itself, or what its quantized form stands for."""
     found = _find(module)
     own = module._parameters.get("weight")  # of an adapted attention `.weight` reads as W0 + s B A
     weight = module.weight if own is None else own
@@ -120,7 +120,7 @@ def plain_weight(module: nn.Module) -> Tensor:
 
 
 def make_plain(module: nn.Module, weight: Tensor) -> None:
-    """Turn a quantised linear into an `nn.Linear` with this weight, in place."""
+    """Turn a quantized linear into an `nn.Linear` with this weight, in place."""
     if any(_qualified(cls) in _BNB for cls in type(module).__mro__):
         module.__class__ = nn.Linear
         for name in _BNB_ATTRIBUTES:

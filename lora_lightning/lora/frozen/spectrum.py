@@ -64,7 +64,7 @@ def update_pairs(layer: AdaptedLayer) -> list[Pair]:
 
 
 def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
-    """W0 of each of them, (m, k), in its own dtype; dequantised where the base is quantised.
+    """W0 of each of them, (m, k), in its own dtype; dequantized where the base is quantized.
 
     Args:
         whole: brings a sharded tensor together.

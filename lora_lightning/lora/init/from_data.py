@@ -23,7 +23,7 @@ def refuse_data(init: str, data: Any) -> None:
     needs = {
         "eva": "an iterable of batches that the model is called with",
         "lora_ga": "an iterable of batches that the model is called with and makes a loss of",
-        "loftq": "the model before quantisation, or its state dict",
+        "loftq": "the model before quantization, or its state dict",
     }
     if init in needs and data is None:
         raise LoRAError(f"init '{init}' needs inject(model, config, data=...): {needs[init]}; got none")
@@ -56,7 +56,7 @@ def _init_loftq(layers: Layers, original: Any) -> None:
     weights = original.state_dict() if isinstance(original, nn.Module) else original
     if not isinstance(weights, Mapping):
         raise LoRAError(
-            f"init 'loftq' needs the model before quantisation or its state dict, got {type(weights).__name__}"
+            f"init 'loftq' needs the model before quantization or its state dict, got {type(weights).__name__}"
         )
     for name, layer in layers:
         weight, quantized = weights.get(f"{name}.weight"), layer.base_matrix().to(layer.lora_A.dtype)

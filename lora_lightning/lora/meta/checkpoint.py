@@ -93,7 +93,7 @@ class Checkpoint:
         """
         name = self.stored[key].dtype
         if name not in DTYPES:
-            raise LoRAError(f"'{key}' is stored as {name}, which is quantised: name the unquantised base")
+            raise LoRAError(f"'{key}' is stored as {name}, which is quantized: name the unquantized base")
         return DTYPES[name]
 
 

@@ -23,8 +23,7 @@ from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
-from lora_lightning.lora.merge import fold_bias, merged_weights
-from lora_lightning.lora.merge_checks import refuse, refuse_codes
+from lora_lightning.lora.merge import fold_bias, merged_weights, refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import (
     adapted_names,

@@ -1,4 +1,4 @@
-"""Cross-entropy through a head that is more than one frozen product: adapted, trained as a copy, or quantised."""
+"""Cross-entropy through a head that is more than one frozen product: adapted, trained as a copy, or quantized."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class RankTelemetry(Callback):
     Args:
         every_n_steps: optimizer steps between two looks; left out, one at each epoch's end.
         amplification: also `||s B A||_F / ||U^T W0 V||_F`, which reads all of W0 once a look: about what a forward of
-            r tokens costs, a dequantisation where the base is quantised, and a gathering where it is sharded.
+            r tokens costs, a dequantization where the base is quantized, and a gathering where it is sharded.
 
     Raises:
         LoRAError: `every_n_steps` below 1.

@@ -1,19 +1,18 @@
 """Checkpoint files that are whole or absent, and that say so of themselves.
 
-A file is what `torch.save` writes, a zip, and in the place where a zip keeps its comment the SHA-256 of all bytes in
-front of it. `torch.load` and `zipfile` read it as any other. It is written aside, synced and moved; what stood there
-before stays beside it as `NAME.ckpt.previous`, and is what is read where the newer one turns out to be damaged.
+A file is what `torch.save` writes: a zip, whose sums of what it holds torch itself does not compare. It is written
+aside, synced and moved; what stood there before stays beside it as `NAME.ckpt.previous`, and is what is read where the
+newer one turns out to be damaged.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import re
 import shutil
-import struct
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lora_lightning.lora.errors import LoRAError
 
-MARK = b"lora_lightning sha256 "
-SEAL = len(MARK) + 64
-"""Bytes of the comment: the mark and a hexadecimal digest."""
-PIECE = 1 << 20
 PREVIOUS = ".previous"
 FOREIGN = re.compile(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)")
 """What torch names of a pickle that would run something."""
@@ -49,15 +44,13 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
         for left in path.parent.glob(f".{path.name}.*.part"):  # by one that was killed while it wrote
             if not _is_written(left):
                 left.unlink(missing_ok=True)
-        with aside.open("w+b") as file:
+        with aside.open("wb") as file:
             torch.save(content, file)
-            _seal(file)
             file.flush()
             os.fsync(file.fileno())
         _keep(path)
         aside.replace(path)
         _sync(path.parent)
-        _OURS[path] = _mark(path)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
         cause = error if isinstance(error, OSError) else error.__cause__ or error.__context__ or error
         raise LoRAError(
@@ -95,34 +88,14 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _seal(file: Any) -> None:
-    """Announce a comment in the zip's last two bytes, then write it: the digest of all that is in front of it."""
-    file.seek(-2, os.SEEK_END)
-    if file.read(2) != b"\0\0":
-        raise RuntimeError("torch.save wrote no zip without a comment")
-    file.seek(-2, os.SEEK_END)
-    file.write(struct.pack("<H", SEAL))
-    file.seek(0)
-    digest = _digest(file, None)
-    file.seek(0, os.SEEK_END)
-    file.write(MARK + digest.encode())
-
-
-def _digest(file: Any, count: int | None) -> str:
-    """Of the next `count` bytes, or of all that follow."""
-    sha = hashlib.sha256()
-    while piece := file.read(PIECE if count is None else min(PIECE, count)):
-        sha.update(piece)
-        count = None if count is None else count - len(piece)
-    return sha.hexdigest()
-
-
 def _keep(path: Path) -> None:
     """Give the file that is about to be replaced a second name, so that at no moment there is none.
 
     A damaged one is not worth the place of the one before it, from which this fit may have gone on.
     """
-    if not _is_worth_keeping(path):
+    try:
+        check_whole(path)
+    except (FileNotFoundError, DamagedCheckpointError):
         return
     second = path.with_name(f".{path.name}{PREVIOUS}.{os.getpid()}.part")
     try:
@@ -136,52 +109,19 @@ def _keep(path: Path) -> None:
         second.unlink(missing_ok=True)
 
 
-_OURS: dict[Path, tuple[int, int, int]] = {}
-"""Marks of the files that this process wrote: they need not be read to be known as whole."""
-
-
-def _mark(path: Path) -> tuple[int, int, int]:
-    """By which a file is known as the same."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
-
-
-def _is_worth_keeping(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    if _OURS.get(path) == _mark(path):
-        return True
-    try:
-        check_whole(path)
-    except DamagedCheckpointError:
-        return False
-    return True
-
-
 def check_whole(path: Path) -> None:
-    """Raise unless the file is what was written. One without a digest, by plain Lightning, is asked for its own sums.
+    """Raise unless all that the file holds has the sums that were written with it.
 
     Raises:
         DamagedCheckpointError: with what is wrong.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            file.seek(max(size - SEAL, 0))
-            seal = file.read()
-            if seal.startswith(MARK):
-                file.seek(0)
-                if _digest(file, size - SEAL).encode() != seal[len(MARK) :]:
-                    raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint: its bytes have changed")
-                return
         with zipfile.ZipFile(path) as archive:
-            if archive.comment:  # torch writes none: a mark with a flipped bit
-                raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint: its digest is damaged")
             if damaged := archive.testzip():
                 raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint: '{damaged}' fails its checksum")
     except FileNotFoundError:
         raise
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint ({_first_line(error)})") from error
 
 

@@ -73,10 +73,10 @@ def shard(
 
 
 def _refuse_quantized(backbone: nn.Module) -> None:
-    quantised = [name for name, module in backbone.named_modules() if scheme(module) is not None]
-    if quantised:
+    quantized = [name for name, module in backbone.named_modules() if scheme(module) is not None]
+    if quantized:
         raise LoRAError(
-            f"FSDP2 shards plain weights, and {some(quantised)} are quantised: load the backbone in bfloat16, or"
+            f"FSDP2 shards plain weights, and {some(quantized)} are quantized: load the backbone in bfloat16, or"
             " train it with --trainer.strategy ddp"
         )
 

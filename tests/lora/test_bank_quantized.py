@@ -1,4 +1,4 @@
-"""The bank on quantised bases: W0's bytes stay, adapters follow each other bit for bit, rows have their own."""
+"""The bank on quantized bases: W0's bytes stay, adapters follow each other bit for bit, rows have their own."""
 
 import pytest
 import torch
@@ -9,12 +9,12 @@ pytest.importorskip("torchao.quantization")
 from lora_lightning import AdapterBank
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.lora.bank_support import trained
-from tests.lora.test_quantised import SCHEMES, adapted, float_net, inputs
+from tests.lora.test_quantized import SCHEMES, adapted, float_net, inputs
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_adapters_on_a_quantised_base(scheme):
+def test_adapters_on_a_quantized_base(scheme):
     model = SCHEMES[scheme](float_net())
     wanted = fingerprint(adapted(scheme)).digest
     x = inputs().repeat(2, 1, 1)[:3]

@@ -1,4 +1,4 @@
-"""Adapters on quantised bases: bitsandbytes NF4 and int8, torchao weight-only int8, on the CPU and on CUDA."""
+"""Adapters on quantized bases: bitsandbytes NF4 and int8, torchao weight-only int8, on the CPU and on CUDA."""
 
 import copy
 import io
@@ -58,7 +58,7 @@ def _swap(model, make):
         if new.bias is not None:
             new.bias.data = new.bias.data.to(old.bias.dtype)
         setattr(model, name, new)
-    return model.to(HERE).eval()  # bitsandbytes quantises on the way to a device
+    return model.to(HERE).eval()  # bitsandbytes quantizes on the way to a device
 
 
 def _nf4(model):
@@ -159,7 +159,7 @@ def test_w0s_bytes_never_move(scheme_name, dtype, options):
 
 
 @each_scheme
-def test_gradients_are_those_on_the_dequantised_base(scheme_name):
+def test_gradients_are_those_on_the_dequantized_base(scheme_name):
     model, x = shake(adapted(scheme_name)), inputs().requires_grad_()
     twin, y = copy.deepcopy(model), inputs().requires_grad_()
     for name in QUANTISED:
@@ -184,11 +184,11 @@ def test_gradients_are_those_on_the_dequantised_base(scheme_name):
 
 @each_scheme
 @each_option
-def test_a_merge_is_refused_unless_asked_to_dequantise(scheme_name, options):
+def test_a_merge_is_refused_unless_asked_to_dequantize(scheme_name, options):
     model, x = shake(adapted(scheme_name, **options)), inputs()
     expected, before = model(x), fingerprint(model)
     with pytest.raises(
-        MergeError, match=rf"'up' is quantised \({NAMES[scheme_name]}\).*merge\(model, dequantize=True\)"
+        MergeError, match=rf"'up' is quantized \({NAMES[scheme_name]}\).*merge\(model, dequantize=True\)"
     ):
         merge(model)
     assert torch.equal(model(x), expected)
@@ -198,11 +198,11 @@ def test_a_merge_is_refused_unless_asked_to_dequantise(scheme_name, options):
 @each_dtype
 @each_scheme
 @each_option
-def test_a_dequantising_merge_makes_plain_layers_that_equal_the_adapted(scheme_name, dtype, options):
+def test_a_dequantizing_merge_makes_plain_layers_that_equal_the_adapted(scheme_name, dtype, options):
     model, x = shake(adapted(scheme_name, dtype, **options)), inputs(dtype)
     expected = model(x)
     report = merge(model, dequantize=True)
-    assert report.dequantised == QUANTISED
+    assert report.dequantized == QUANTISED
     assert [type(m) for m in model.modules()] == [type(m) for m in float_net().modules()]
     assert list(model.state_dict()) == list(float_net().state_dict())
     assert all(type(p) is nn.Parameter and p.dtype == dtype for p in model.parameters())
@@ -291,7 +291,7 @@ def test_a_base_that_was_packed_before_the_injection_is_unpacked():
 
 @pytest.mark.parametrize("as_state_dict", [False, True])
 @each_scheme
-def test_loftq_takes_back_what_quantisation_lost(scheme_name, as_state_dict):
+def test_loftq_takes_back_what_quantization_lost(scheme_name, as_state_dict):
     original = float_net()
     data = {key: tensor.cpu() for key, tensor in original.state_dict().items()} if as_state_dict else original
     model = base(scheme_name)
@@ -317,12 +317,12 @@ def test_loftq_needs_each_weight_in_its_shape():
 
 
 @each_scheme
-def test_a_dequantising_merge_leaves_no_quantised_layer_adapted_or_not(scheme_name):
+def test_a_dequantizing_merge_leaves_no_quantized_layer_adapted_or_not(scheme_name):
     model, x = base(scheme_name), inputs()
     inject(model, LoRAConfig(r=4, target_modules=["square"]))
     expected = shake(model)(x)
     report = merge(model, dequantize=True, dtype=torch.float32)
-    assert sorted(report.dequantised) == sorted(QUANTISED)
+    assert sorted(report.dequantized) == sorted(QUANTISED)
     assert all(type(p) is nn.Parameter and p.dtype == torch.float32 for p in model.parameters())
     close = 0.03 if scheme_name == "int8" else 1e-4
     assert (model(x) - expected).norm() < close * expected.norm()
