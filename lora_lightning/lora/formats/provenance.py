@@ -129,8 +129,8 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
         base = Fingerprint.from_json(json.dumps(record["base"]))
         if base.format != FORMAT:
             raise ValueError(
-                f"it is of format {base.format} and this version reads format {FORMAT}; PEFT opens the adapter, and what"
-                " it saves opens here"
+                f"it is of format {base.format} and this version reads format {FORMAT}; PEFT opens the adapter, and"
+                " what it saves opens here"
             )
         if metadata.get(CHECKSUM) != _sha256(metadata[PROVENANCE]):
             raise ValueError("it was changed since it was saved")

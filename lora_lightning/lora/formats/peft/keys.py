@@ -67,7 +67,8 @@ def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) 
 
 def _without_adapter(key: str, name: str) -> str:
     key = re.sub(rf"\.(lora_\w+|trainable_tokens_delta)\.{re.escape(name)}(?=\.|$)", r".\1", key)
-    return key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector").replace(f".modules_to_save.{name}.", ".")
+    key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
+    return key.replace(f".modules_to_save.{name}.", ".")
 
 
 def strip_wrappers(path: str, modules: Container[str]) -> tuple[str, int]:

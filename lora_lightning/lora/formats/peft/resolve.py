@@ -194,7 +194,7 @@ def _where_it_fits(unknown: list[str], modules: Collection[str]) -> str:
     parts = [name.partition(".") for name in unknown]
     firsts = [first for first, dot, rest in parts if dot and rest in modules]
     if 2 * len(firsts) >= len(unknown):
-        return f"; it was made on a larger model that holds this one as '{firsts[0]}': load it into a model of that class"
+        return f"; it was made on a larger model that holds this one as '{firsts[0]}': load it into one of that class"
     return ""
 
 
