@@ -12,6 +12,7 @@ of a transformers model it is said aloud.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,14 +20,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.tracing import is_traced
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.head_in_chunks import module_cross_entropy
 from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
-from lora_lightning.tasks.losses.linear_cross_entropy import linear_cross_entropy
+from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_cross_entropy
 from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
 _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
@@ -120,7 +120,9 @@ def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
     rows, labels = _trained("hidden states", hidden, labels), labels.to(hidden.device)
     if not _is_one_product(head, hidden):
-        return module_cross_entropy(head, hidden[rows], labels[rows], vocabulary, terms)
+        parts = in_chunks(head, hidden[rows], labels[rows], vocabulary, partial(cross_entropy_of_logits, terms=terms))
+        loss, correct = torch.stack([part.loss for part in parts]), torch.stack([part.correct for part in parts])
+        return LinearCrossEntropy(loss.sum(), sum(part.count for part in parts), correct.sum())
     assert isinstance(head, nn.Linear)
     weight, bias = head.weight, head.bias
     return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
@@ -140,7 +142,6 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
     """The head, where the model's logits come from it by known terms; else None."""
     why = why_all_logits(backbone)
     if why is None:
-        assert isinstance(backbone, PreTrainedModel)
         head = _head(backbone)
         if backbone not in _FOUND:
             _FOUND[backbone] = declared_terms(backbone) if is_traced() else terms_of(backbone, head, inputs)
@@ -148,7 +149,7 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
         if terms is not None:
             return head, terms
         why = "it does more to its logits than bound or scale them as its config says"
-    if isinstance(backbone, PreTrainedModel) and backbone not in _SAID:
+    if is_a(backbone, HF_MODEL) and backbone not in _SAID:
         _SAID.add(backbone)
         rank_zero_warn(
             f"{type(backbone).__name__} computes the logits of all tokens at once, which takes memory: {why}"
@@ -156,9 +157,9 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
     return None, Terms()
 
 
-def why_all_logits(backbone: nn.Module) -> str | None:
+def why_all_logits(backbone: Any) -> str | None:
     """Why this model's head cannot be taken apart, as far as can be seen before it runs; None where it may."""
-    if not isinstance(backbone, PreTrainedModel):
+    if not is_a(backbone, HF_MODEL):
         return "it is no transformers model"
     if backbone._compiled_call_impl is not None:
         return "it is compiled as a whole, head and all; compile its layers or its body instead"
@@ -172,8 +173,8 @@ def why_all_logits(backbone: nn.Module) -> str | None:
     return None
 
 
-def _head(backbone: PreTrainedModel) -> Any:
-    return backbone.get_output_embeddings()  # type: ignore[no-untyped-call]
+def _head(backbone: Any) -> Any:
+    return backbone.get_output_embeddings()
 
 
 def _is_one_product(head: nn.Module, hidden: Tensor) -> bool:
