@@ -12,6 +12,7 @@ of a transformers model it is said aloud.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -24,9 +25,8 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.tracing import is_traced
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.head_in_chunks import module_cross_entropy
 from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
-from lora_lightning.tasks.losses.linear_cross_entropy import linear_cross_entropy
+from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_cross_entropy
 from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
 _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
@@ -120,7 +120,9 @@ def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
     rows, labels = _trained("hidden states", hidden, labels), labels.to(hidden.device)
     if not _is_one_product(head, hidden):
-        return module_cross_entropy(head, hidden[rows], labels[rows], vocabulary, terms)
+        parts = in_chunks(head, hidden[rows], labels[rows], vocabulary, partial(cross_entropy_of_logits, terms=terms))
+        loss, correct = torch.stack([part.loss for part in parts]), torch.stack([part.correct for part in parts])
+        return LinearCrossEntropy(loss.sum(), sum(part.count for part in parts), correct.sum())
     assert isinstance(head, nn.Linear)
     weight, bias = head.weight, head.bias
     return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
