@@ -86,7 +86,7 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
             take_out(owner)
             make_plain(owner, merged["weight"])
         else:
-            _put(owner, merged)
+            _set_weights(owner, merged)
     for _, embedding in tokens:
         embedding.fold()
     for _, module in saved:
@@ -144,7 +144,7 @@ def merged_weights(
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
-def _put(module: nn.Module, merged: dict[str, Tensor]) -> None:
+def _set_weights(module: nn.Module, merged: dict[str, Tensor]) -> None:
     """The weights as parameters in memory of their own: W0's may be another module's or another model's too."""
     for name, weight in merged.items():
         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
