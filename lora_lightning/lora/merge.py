@@ -95,7 +95,7 @@ def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> 
             take_out(owner)
             make_plain(owner, merged["weight"])
         else:
-            _put(owner, merged)
+            _set_weights(owner, merged)
     for _, embedding in tokens:
         embedding.fold()
     for _, module in saved:
@@ -146,14 +146,14 @@ def merged_weights(
         merged[name][place] = after.to(merged[name].dtype)
         stored = merged[name][place].to(rounded).to(delta.dtype)
         norm = float(torch.linalg.vector_norm(delta))
-        if not math.isfinite(norm):  # or its square is beyond float32
-            refuse_infinite(label, delta)
+        if not math.isfinite(norm) and not torch.isfinite(delta).all():  # else its square is beyond float32
+            raise MergeError(f"s B A of '{label}' is not finite: training diverged; merge an earlier checkpoint")
         wanted += norm**2
         lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
-def _put(module: nn.Module, merged: dict[str, Tensor]) -> None:
+def _set_weights(module: nn.Module, merged: dict[str, Tensor]) -> None:
     """The weights as parameters in memory of their own: W0's may be another module's or another model's too."""
     for name, weight in merged.items():
         module._parameters[name] = nn.Parameter(weight, requires_grad=False)
@@ -238,24 +238,17 @@ def _refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
         name, is_quantized = layer.lora_name(path), scheme(layer) is not None
         if not is_quantized:
             refuse_codes(name, layer)
-        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-        target = {own: dtype or (plain_dtype if is_quantized else weight.dtype) for own, weight in weights.items()}
+        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values()
+        dtypes = {dtype or (plain_dtype if is_quantized else weight.dtype) for weight in weights}
         is_large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
-        for own, _, before, delta in layer.updates() if is_large or torch.float16 in target.values() else ():
-            refuse_infinite(name, delta)
-            refuse_overflow(f"W0 + s B A of '{name}'", before + delta, target[own])
+        if is_large or torch.float16 in dtypes:
+            merged_weights(layer, plain_dtype if is_quantized else None, dtype, label=name)
         update, bias = layer.update_bias(), layer._parameters.get("bias")
         if update is not None and bias is not None:
             base = layer.lora_trained_bias if isinstance(layer, TrainedBias) else bias
             refuse_overflow(f"the bias of '{name}' with lora_bias", base + update, dtype or bias.dtype)
     if dtype is not None:
         refuse_wide(model, dtype)
-
-
-def refuse_infinite(name: str, delta: Tensor) -> None:
-    """Raise a MergeError where finite A and B make an update that is not."""
-    if not torch.isfinite(delta).all():
-        raise MergeError(f"s B A of '{name}' is not finite: training diverged; merge an earlier checkpoint")
 
 
 def _trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
