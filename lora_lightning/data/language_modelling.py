@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -24,8 +25,9 @@ from lora_lightning.data.io.streams import (
     share_of,
 )
 from lora_lightning.data.io.tables import TextBy, check_names, read_tables
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.loading.loader import own_generator
-from lora_lightning.data.loading.packing import CausalCollator, cut, cut_to_train, pack_rows, pack_table
+from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
@@ -45,9 +47,6 @@ class LanguageModellingData(TextData, GivesPrompts):
     of rows of their own, for less padding. For `predict` each piece is a row of its own.
 
     Args:
-        path: a file (.txt, CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the
-            hub; `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         text_column: the text; of a .txt it is `text`.
         text_by: what a document of a .txt is: a `line`, a `paragraph` between blank lines, or the whole `document`.
         max_length: tokens per row at most.
@@ -57,7 +56,7 @@ class LanguageModellingData(TextData, GivesPrompts):
             are used as they are, and none is split off. Rows of `predict` are read as a table in any case.
         shuffle_buffer: documents that a stream is shuffled within, all held in memory.
         batch_size: rows per batch and process in training.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`.
 
     Raises:
         LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
@@ -68,8 +67,7 @@ class LanguageModellingData(TextData, GivesPrompts):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         text_column: str = "text",
         text_by: TextBy = "line",
         max_length: int = 1024,
@@ -80,7 +78,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         batch_size: int = 8,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
+        super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self._streams: dict[str, datasets.IterableDataset] | None = None
         if max_length < 2:
@@ -144,7 +142,7 @@ class LanguageModellingData(TextData, GivesPrompts):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return CausalCollator(self.pad_token_id or 0)
+        return partial(pad_batch, pad_token_id=self.pad_token_id or 0)
 
     @property
     def streams(self) -> dict[str, datasets.IterableDataset]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import datasets
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
 from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 
@@ -61,9 +62,6 @@ class SequenceToSequenceData(TargetData):
     In evaluation, rows of one source are written for once and held to all of their targets.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         source_column: the text that is given.
         target_column: the text to make of it; or a list of texts, each as good.
         prefix: what is put before each source, such as `summarize: ` for T5.
@@ -71,7 +69,7 @@ class SequenceToSequenceData(TargetData):
         max_target_length: the same of targets.
         source_lang: of a tokenizer for many languages (mBART, NLLB), the sources' language code.
         target_lang: the targets' language code.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`.
 
     Raises:
         LoRAError: a missing file or column, or a value that is no text.
@@ -81,8 +79,7 @@ class SequenceToSequenceData(TargetData):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         source_column: str = "source",
         target_column: str = "target",
         prefix: str = "",
@@ -92,7 +89,7 @@ class SequenceToSequenceData(TargetData):
         target_lang: str | None = None,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, **table)
+        super().__init__(*texts, max_length=max_length, **table)
         for what, number in (("max_length", max_length), ("max_target_length", max_target_length)):
             if number < 2:
                 raise LoRAError(f"{what} must be at least 2, a token and the end, got {number}")
@@ -137,7 +134,7 @@ class SequenceToSequenceData(TargetData):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return PairCollator(self.tokenizer)
+        return partial(pad_batch, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
 
 def encode_pairs(
@@ -159,18 +156,3 @@ def encode_pairs(
     if REFERENCES in rows:
         encoded[REFERENCES] = rows[REFERENCES]
     return encoded
-
-
-@dataclass
-class PairCollator:
-    """`DataCollatorForSeq2Seq`, with the references beside it."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        tokens = [{key: value for key, value in row.items() if key != REFERENCES} for row in rows]
-        padded = DataCollatorForSeq2Seq(self.tokenizer)(tokens)
-        batch = {key: value for key, value in padded.items() if value is not None}  # labels are, of rows to predict
-        if REFERENCES in rows[0]:
-            batch[REFERENCES] = [row[REFERENCES] for row in rows]
-        return batch

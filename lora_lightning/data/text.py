@@ -19,13 +19,14 @@ class TextData(TableData):
     """A `TableData` whose rows become token ids.
 
     Args:
-        path: as `TableData` takes it.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
-        max_length: tokens per example at most.
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the latter.
+        max_length: tokens per example at most; what is over is cut.
         table: arguments of `TableData` by name.
     """
 
-    def __init__(self, path: str | dict[str, str], tokenizer: str, max_length: int, **table: Any) -> None:
+    def __init__(self, path: str | dict[str, str], tokenizer: str, max_length: int = 128, **table: Any) -> None:
         super().__init__(path, **table)
         if max_length < 1:
             raise LoRAError(f"max_length must be at least 1 token, got {max_length}")
@@ -54,24 +55,15 @@ class TextPairData(TextData):
     """A `TextData` that gives token ids, attention masks and, but for prediction, `labels`.
 
     Args:
-        path: as `TableData` takes it.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         text_column: the text.
         text_pair_column: a second text, for sentence pairs.
-        max_length: tokens per example at most; what is over is cut.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`.
     """
 
     def __init__(
-        self,
-        path: str | dict[str, str],
-        tokenizer: str,
-        text_column: str = "text",
-        text_pair_column: str | None = None,
-        max_length: int = 128,
-        **table: Any,
+        self, *texts: Any, text_column: str = "text", text_pair_column: str | None = None, **table: Any
     ) -> None:
-        super().__init__(path, tokenizer, max_length, **table)
+        super().__init__(*texts, **table)
         self.text_column, self.text_pair_column = text_column, text_pair_column
 
     @property

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, overload
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
@@ -140,11 +138,7 @@ def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[A
     inside_saved = {m for _, saved in selection.saved for m in saved.modules()}
     modules = list(model.modules())
     for module in modules:
-        if (
-            isinstance(module, _BatchNorm | _InstanceNorm)
-            and module.running_mean is not None
-            and module not in inside_saved
-        ):
+        if FrozenStatistics.is_needed(module) and module not in inside_saved:
             graft(module, FrozenStatistics)
     hold_kernels_off(modules, [t.module for t in selection.targets] + [module for _, module in selection.saved])
     return rows
@@ -162,27 +156,14 @@ def remove(model: nn.Module) -> nn.Module:
     return model
 
 
-def restart(model: nn.Module) -> None:
-    """Start every adapter anew from the W0 that is there now: for a model injected on the meta device and then filled.
-
-    The starts eva, lora_ga and loftq need their data: there, inject after filling instead.
-    """
-    for _, module in grafted_modules(model):
-        module.reset_lora_parameters()
-
-
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the model computes as before `inject`: a reference model that costs no memory."""
-    grafted = [module for module in model.modules() if isinstance(module, Grafted)]
-    before = [module.lora_enabled for module in grafted]
-    try:
-        for module in grafted:
-            module.lora_enabled = False
+    with ExitStack() as switches:
+        for module in model.modules():
+            if isinstance(module, Grafted):
+                switches.enter_context(module.lora_disabled())
         yield
-    finally:
-        for module, enabled in zip(grafted, before, strict=True):
-            module.lora_enabled = enabled
 
 
 @overload
@@ -204,7 +185,8 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
 
 
 def _adapt(target: Target, *, start: bool) -> AdaptedModule:
-    layer, parts = target.kind.attach(target.module, target.settings, start=start), target.settings.slices
+    layer, parts = target.kind.attach(target.module, target.settings), target.settings.slices
+    layer.reset_lora_parameters(from_w0=start)
     return AdaptedModule(
         module=target.name,
         kind=layer.kind if parts is None else f"{layer.kind}[{', '.join(parts.taken)}]",

@@ -164,7 +164,7 @@ def _check_settings(model: nn.Module, peft: Mapping[str, Any], record: Record | 
         if there != here:
             raise AdapterError(f"the adapter was trained on the parts {there} of '{one.name}', this run says {here}")
     for name, embedding in grafted_modules(model, TokenRows):
-        if sorted(token_ids(peft, name)) != embedding.__dict__["lora_token_numbers"]:
+        if sorted(token_ids(peft, name)) != embedding.lora_token_ids.tolist():
             raise AdapterError(f"the adapter trains other tokens of '{name}' than lora.trainable_token_indices names")
 
 

@@ -35,8 +35,6 @@ class Share:
     """Its classes without and with the adapter."""
     stores: dict[str, dict[str, Any]]
     """What the adapter adds to the module's parameters, buffers, children and attributes."""
-    transient: set[str]
-    """The buffers that go into no state dict."""
 
     @property
     def layers(self) -> dict[str, LoRAParameter]:
@@ -64,7 +62,6 @@ class Share:
         module.__class__ = self.grafted
         for store, entries in self.stores.items():
             _store(module, store).update(entries)
-        module._non_persistent_buffers_set |= self.transient
         for name, child in self.stores["_modules"].items():
             if name == COPY:
                 own = [m for path, m in module.named_modules(remove_duplicate=False) if not _within_copy(path)]
@@ -93,7 +90,6 @@ def twin_of(module: nn.Module, share: Share | None) -> Any:
     twin.__dict__.update(vars(module))
     for store in STORES:
         twin.__dict__[store] = dict(vars(module)[store])
-    twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     if share is not None:
         share.put_in(twin)
     return twin
@@ -181,8 +177,7 @@ def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
 
 def _share(path: str, module: Grafted) -> Share:
     stores = {store: _ours(_store(module, store)) for store in (*STORES, "__dict__")}
-    transient = module._non_persistent_buffers_set & stores["_buffers"].keys()
-    return Share(path, module, class_swap.own_class(type(module)), type(module), stores, transient)
+    return Share(path, module, class_swap.own_class(type(module)), type(module), stores)
 
 
 def _ours(entries: dict[str, Any]) -> dict[str, Any]:

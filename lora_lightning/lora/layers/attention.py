@@ -8,7 +8,6 @@ kernels that read the weights of layers which they would call: those are held of
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,15 +33,7 @@ class ReadWeight(AdaptedLayer):
 
     @classmethod
     def read_names(cls, module: nn.Module, settings: LayerSettings) -> tuple[str, ...]:
-        """The weights that read so."""
         return tuple(cls.adapted_parameters(module, settings))
-
-    @classmethod
-    def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
-        graft(module, cls, cls.read_names(module, settings))
-        assert isinstance(module, AdaptedLayer)
-        module.add_factors(settings, start=start)
-        return module
 
     def lora_read(self, name: str) -> Tensor:
         own = self._parameters[name]
@@ -55,15 +46,6 @@ class ReadWeight(AdaptedLayer):
         assert weight is not None
         return weight
 
-    @contextmanager
-    def _as_w0(self) -> Iterator[None]:
-        """Within the block the weights read as W0."""
-        enabled, self.lora_enabled = self.lora_enabled, False
-        try:
-            yield
-        finally:
-            self.lora_enabled = enabled
-
 
 class LoRAOutProj(ReadWeight, LoRALinear):
     """The `out_proj` of `nn.MultiheadAttention`, an `nn.Linear` that is never called."""
@@ -75,7 +57,7 @@ class LoRAOutProj(ReadWeight, LoRALinear):
         return nn.Linear.forward(self, input)
 
     def reset_parameters(self) -> None:
-        with self._as_w0():  # what resets the module means W0
+        with self.lora_disabled():  # what resets the module means W0
             super().reset_parameters()
 
 
@@ -140,7 +122,7 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
 
     def reset_parameters(self) -> None:
         """Called for modules from the meta device; torch names its own differently here."""
-        with self._as_w0():
+        with self.lora_disabled():
             self._reset_parameters()
         self.reset_lora_parameters()
 

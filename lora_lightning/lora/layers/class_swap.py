@@ -10,6 +10,8 @@ below the subclass: what the subclass does, it does to `W0 x + s B A x`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -47,6 +49,15 @@ class Grafted(nn.Module):
 
     def reset_lora_parameters(self) -> None:
         """Start the adapter's tensors anew, from what the module's own tensors are now."""
+
+    @contextmanager
+    def lora_disabled(self) -> Iterator[None]:
+        """Within the block this module is as it was before the adapter."""
+        enabled, self.lora_enabled = self.lora_enabled, False
+        try:
+            yield
+        finally:
+            self.lora_enabled = enabled
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and deepcopy by the classes that the made one stands for: it has no import path itself."""
@@ -141,5 +152,4 @@ def take_out(module: nn.Module) -> None:
     for store in (module._parameters, module._buffers, module._modules, module.__dict__):
         for name in [name for name in store if name.startswith("lora_")]:
             del store[name]
-    module._non_persistent_buffers_set = {n for n in module._non_persistent_buffers_set if not n.startswith("lora_")}
     module.__class__ = own_class(type(module))  # type: ignore[assignment]

@@ -121,9 +121,6 @@ class _Projection(AdaptedLayer):
     def base_matrix(self) -> Tensor:
         return self.base_weight().mT if self.weight_is_transposed else self.base_weight()
 
-    def _channels(self) -> int:
-        return self._shape(self)[0]
-
     def peft_rank(self) -> int:
         """PEFT knows no parts: chosen parts are one adapter of the rank of all together."""
         return self.lora_A.shape[0]

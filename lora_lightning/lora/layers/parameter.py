@@ -95,9 +95,9 @@ class LoRAParameter(AdaptedLayer):
         return {settings.parameter: parameter}
 
     @classmethod
-    def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
+    def attach(cls, module: nn.Module, settings: LayerSettings) -> AdaptedLayer:
         adapter = cls(module).train(module.training)
-        adapter.add_factors(settings, start=start)
+        adapter.add_factors(settings)
         module.add_module(CHILD + settings.parameter, adapter)
         _regraft(module)
         return adapter

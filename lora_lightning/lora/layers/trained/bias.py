@@ -62,10 +62,7 @@ class TrainedBias(Grafted):
 
     def reset_parameters(self) -> None:
         """What resets the module means its own bias, not the copy."""
-        enabled, self.lora_enabled = self.lora_enabled, False
-        try:
+        with self.lora_disabled():
             super().reset_parameters()  # type: ignore[misc]
-        finally:
-            self.lora_enabled = enabled
         with torch.no_grad():
             self.lora_trained_bias.copy_(self._parameters["bias"])  # type: ignore[arg-type]
