@@ -9,9 +9,9 @@ from typing import Any, TypeVar, overload
 from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError, TargetError
+from lora_lightning.lora.errors import LoRAError, TargetError, some, warn
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
-from lora_lightning.lora.frozen.tensors import named_modules
+from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
 from lora_lightning.lora.layers import (
     AdaptedLayer,
@@ -24,7 +24,7 @@ from lora_lightning.lora.layers import (
 )
 from lora_lightning.lora.layers.attention import hold_kernels_off
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
-from lora_lightning.lora.report import AdaptedModule, InjectionReport
+from lora_lightning.lora.report import STACK, AdaptedModule, InjectionReport, without_numbers
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
 
@@ -71,6 +71,8 @@ def inject(
         refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
+    if not any_rank:
+        _warn_of_stacks(model, selection)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
@@ -88,6 +90,22 @@ def inject(
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
+
+
+def _warn_of_stacks(model: nn.Module, selection: Selection) -> None:
+    """Say which experts stay frozen under `all-linear`, and what share of the model they are."""
+    stacks = [name for name, reason in selection.skipped.items() if reason == STACK]
+    if not stacks:
+        return
+    places = [name.rpartition(".") for name in stacks]
+    held = sum(getattr(get_module(model, module), own).numel() for module, _, own in places)
+    share = held / sum(p.numel() for p in model.parameters())
+    kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
+    ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
+    warn(
+        f"all-linear adapts layers; {some(kinds)}, stacks of matrices as fused experts are, stay frozen, {share:.0%} of"
+        f" the parameters; to adapt them too: target_parameters: [{ends}]"
+    )
 
 
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 OUTPUT_HEAD = "the output head"
 """The reason for which `all-linear` leaves out a head."""
+STACK = "a stack of matrices, as fused experts are: name it in target_parameters"
+"""The reason for which `all-linear` leaves out a bare parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class InjectionReport:
     tokens: dict[str, int] = field(default_factory=dict)
     """Embeddings with rows that train in full, with the parameters of those rows."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Linear layers that `all-linear` left out, with the reason."""
+    """Linear layers and stacks of matrices that `all-linear` left out, with the reason."""
     biases: int = 0
     """Entries of biases that train, in number."""
     trainable: int

@@ -215,7 +215,7 @@ class AdaptedLayer(Grafted):
         return self
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Each A of rank r with its B, as views: one pair, or one for each adapted part."""
+        """Each A with the B that it is multiplied by, as matrices and views: one pair, or one for each part."""
         return [(self.lora_A, self.lora_B)]
 
     # Forward: `h = lora_finish(W0 x + b + lora_update(x))`.

@@ -17,7 +17,7 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modules
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
-from lora_lightning.lora.report import OUTPUT_HEAD
+from lora_lightning.lora.report import OUTPUT_HEAD, STACK
 from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
 from lora_lightning.lora.targets.fused_projections import SliceSpec, resolve_slices
 from lora_lightning.lora.targets.output_heads import output_head
@@ -78,7 +78,7 @@ class Selection:
     biases: list[nn.Module] = field(default_factory=list)
     """Modules whose parameter `bias` trains, in the model's order; those in `saved` train theirs anyway."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Modules that `all-linear` would have taken but for the reason given."""
+    """Modules and stacks of matrices that `all-linear` would have taken but for the reason given."""
 
     @property
     def inside_saved(self) -> dict[nn.Module, str]:
@@ -106,6 +106,8 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
     targets = _target_modules(model, names, config, selection, computed_modules(names) | bypassed)
     parts = preset_parts(model, config.target_modules) if targets else []
     targets = _in_layers(targets + _target_parameters(names, config, selection), config)
+    if config.target_modules == ALL_LINEAR:
+        selection.skipped |= dict.fromkeys(_stacks(targets, names, config, selection), STACK)
     modules = {group[0]: module for module, group in names.items()}
     for target in targets:
         target.settings = _settings(target, config, parts, modules)
@@ -228,6 +230,23 @@ def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str]
             selection.skipped[group[0]] = unfit[module]
         else:
             found.append(Target(group, module, ALL_LINEAR))
+    return found
+
+
+def _stacks(targets: list[Target], names: Names, config: LoRAConfig, selection: Selection) -> list[str]:
+    """Parameters that hold a matrix for each expert and are not adapted: `all-linear` sees modules alone."""
+    taken, inside_saved = {(target.module, target.parameter) for target in targets}, selection.inside_saved
+    layers, found = config.layers_to_transform, []
+    for module, group in names.items():
+        if kind_of(module) is not None or module in inside_saved or type(module).__module__.startswith("torch."):
+            continue
+        for own, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, own) in taken:
+                continue
+            places = [full_name(name, own) for name in group]
+            outside = isinstance(layers, list) and block_number(places[0]) not in layers
+            if not outside and not any(matches(config.exclude_modules or [], name) for name in (*places, *group)):
+                found.append(places[0])
     return found
 
 

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
-from lora_lightning.data.base import TableData
+from lora_lightning.data import table_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.fingerprint import fingerprint
@@ -190,8 +190,8 @@ class RunReport(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         values: dict[str, Any] = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, TableData) and (count := data.rows_of("test")) is not None:
+        data = table_of(trainer.datamodule)  # type: ignore[attr-defined]
+        if data is not None and (count := data.rows_of("test")) is not None:
             values |= {"test_rows": count, "test_data": data.place("test")}
         if _of_other_data(trainer) and isinstance(pl_module, LoRAModule):
             values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
