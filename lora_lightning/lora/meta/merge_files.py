@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, LoRAError, MergeError, some
+from lora_lightning.lora.errors import LoRAError, MergeError, some
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
-from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format, warn_of_other_base
+from lora_lightning.lora.formats.provenance import Record, check_base
 from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, sort_entries, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import full_name
@@ -99,11 +99,6 @@ class StreamedMerge:
         """What compares the base with the adapter's record of it; None, with a notice, where that cannot be done."""
         if record is None:
             check_base(None, self.plain, allow_other_base=allow_other_base)
-            return None
-        if unknown := unknown_format(record.base):
-            if not allow_other_base:
-                raise AdapterError(f"{unknown}; allow_other_base does without")
-            warn_of_other_base(unknown)
             return None
         buffers = {name for name, _ in self.plain.named_buffers()}
         return BaseCheck(record.base.tensors, self.base, buffers, allow_other_base=allow_other_base)
