@@ -128,13 +128,14 @@ MISTAKES = {
     ),
     "a quote that is not closed": Mistake(
         OVER,
-        "over.yaml, line 3: no YAML: while scanning a quoted scalar that begins in line 2, found unexpected end of stream",
+        "over.yaml, line 3: no YAML: while scanning a quoted scalar that begins in line 2, found unexpected end of"
+        " stream",
         {"over.yaml": 'seed_everything: 1\nname: "demo\n'},
     ),
     "an indent": Mistake(
         OVER,
-        "over.yaml, line 4: no YAML: while parsing a block mapping that begins in line 2, expected <block end>, but found"
-        " '<block mapping start>'",
+        "over.yaml, line 4: no YAML: while parsing a block mapping that begins in line 2, expected <block end>, but"
+        " found '<block mapping start>'",
         {"over.yaml": "model:\n  lora:\n    r: 4\n   alpha: 8\n"},
     ),
     "two colons": Mistake(

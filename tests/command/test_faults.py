@@ -128,7 +128,7 @@ EDITS = {
         lambda text: text.replace("model:", "model: [", 1),
         "no YAML: while parsing a flow",
     ),
-    "a tab": (lambda text: text.replace("  max_epochs:", "\tmax_epochs:", 1), "line 11: no YAML: while scanning for the next token"),
+    "a tab": (lambda text: text.replace("  max_epochs:", "\tmax_epochs:", 1), "line 11: no YAML: "),
     "a key with a letter less": (
         lambda text: text.replace("max_epochs", "max_epoch", 1),
         "unknown key trainer.max_epoch;",
