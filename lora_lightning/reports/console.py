@@ -64,16 +64,16 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
 
 def show_injection(report: InjectionReport, console: Console) -> None:
     """All rows of the injection table, blocks folded into one row each, and what was left out."""
-    header, *rows = report.shown()
+    header, *rows = report.table()
     text = [i for i, name in enumerate(header) if name in ("module", "kind")]
     note = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
     console.print(Table(header=header, rows=rows, text=text, note=note))
-    show_lines(report.left_out(), console)
+    show_lines(report.exclusions(), console)
 
 
 def adapted_rows(report: InjectionReport) -> list[dict[str, Any]]:
     """The grouped injection table as plain data, one mapping of its columns a row."""
-    header, *lines = report.shown()
+    header, *lines = report.table()
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
@@ -293,6 +293,8 @@ def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
         limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
         what = "merged against adapted" if merged else "adapter read back"
         rows.append((what, f"{v['export_max_rel_diff']:.1e} relative (allowed {limit})"))
+    if v.get("export_scale", 1.0) != 1.0:
+        rows.append(("strength of the update", f"{v['export_scale']:g} of what was trained"))
     if not v.get("merged_dir"):
         return rows
     if v.get("merged_bytes"):
