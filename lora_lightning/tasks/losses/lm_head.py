@@ -33,6 +33,8 @@ _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
 """What `terms_of` found of each model."""
 _SAID: WeakSet[nn.Module] = WeakSet()
 """Models of which it was said that they compute all their logits."""
+_ROUTED: WeakSet[nn.Module] = WeakSet()
+"""Models of which it was said that their router's loss is not added."""
 
 
 def shifted_loss(
@@ -83,12 +85,25 @@ def _losses(
     backbone: nn.Module, inputs: Mapping[str, Any], parts: Sequence[tuple[slice, Tensor]], label_smoothing: float
 ) -> list[LinearCrossEntropy]:
     """One forward, and the loss of each part of its rows, which are all of them together, with that part's labels."""
+    _warn_of_router_loss(backbone)
     before = before_head(backbone, inputs)
     if before is not None:
         terms = before.terms._replace(label_smoothing=label_smoothing)
         return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
     logits = logits_of(backbone(**inputs))
     return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
+
+
+def _warn_of_router_loss(backbone: nn.Module) -> None:
+    """Say that a mixture's config asks for a second loss, of how its router shares out tokens, which is not added."""
+    config = getattr(backbone, "config", None)
+    share = getattr(config, "router_aux_loss_coef", 0)
+    if share and getattr(config, "output_router_logits", False) is True and backbone not in _ROUTED:
+        _ROUTED.add(backbone)
+        rank_zero_warn(
+            "the model's config has output_router_logits, and its router's auxiliary loss (router_aux_loss_coef"
+            f" {share}) is not added: the loss is the cross-entropy alone, as where output_router_logits is false"
+        )
 
 
 def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
