@@ -167,12 +167,12 @@ def merged_weights(
         rounded = rounded_to or merged[name].dtype
         refuse_overflow(f"W0 + s B A of '{label}'", after, rounded)
         merged[name][place] = after.to(merged[name].dtype)
-        stored = merged[name][place].to(rounded).to(delta.dtype)
+        error = after.copy_(merged[name][place].to(rounded)).sub_(before).sub_(delta)  # no more memory for it
         norm = float(torch.linalg.vector_norm(delta))
         if not math.isfinite(norm):  # or its square is beyond float32
             refuse_infinite(label, delta)
         wanted += norm**2
-        lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
+        lost += float(torch.linalg.vector_norm(error)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
