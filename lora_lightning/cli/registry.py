@@ -47,7 +47,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "fold an adapter into a model's files, shard by shard", "lora_lightning.commands.registry_commands:merge"
         ),
         "analyze": Command(
-            "how much of its rank an adapter uses, and what adapters share",
+            "how much of its rank an adapter uses, and how far it moved its model",
             "lora_lightning.commands.registry_commands:analyze",
             "adapters",
             "Adapters: directories, run folders or checkpoints.",

@@ -26,7 +26,7 @@ from lora_lightning.lora.frozen.dtype import (
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove, scaled
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, take_out
 
 LARGE = 1e9
@@ -49,7 +49,9 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
+def merge(
+    model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> MergeReport:
     """Make the model plain again, in place, with `W0 + s B A` in its weights.
 
     Classes and keys are the original ones. A weight that is shared with a module which is not adapted is
@@ -61,12 +63,19 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
         dequantize: turn quantized layers into plain ones, adapted or not, in the dtype of the model's own
             floating-point tensors. A quantized weight is never written into: it would round most of the update away.
         dtype: of the merged model; W0's own by default. The sum is rounded to it once.
+        scale: the strength of the update, as in `scaled`: 1 merges what was trained, 0.5 half of it, 0 nothing.
 
     Raises:
+        LoRAError: a scale that is no finite number of at least 0, or that a layer cannot have.
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantized layer and `dequantize`
             is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
             device. The model is then as it was.
     """
+    with scaled(model, scale):
+        return _merge(model, dequantize=dequantize, dtype=dtype)
+
+
+def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> MergeReport:
     _refuse_before(model, dequantize=dequantize, dtype=dtype)
     if dtype is not None:
         widen(model, dtype)
@@ -169,8 +178,8 @@ def merged_weights(
         merged[name][place] = after.to(merged[name].dtype)
         error = after.copy_(merged[name][place].to(rounded)).sub_(before).sub_(delta)  # no more memory for it
         norm = float(torch.linalg.vector_norm(delta))
-        if not math.isfinite(norm):  # or its square is beyond float32
-            refuse_infinite(label, delta)
+        if not math.isfinite(norm) and not torch.isfinite(delta).all():  # else its square is beyond float32
+            raise MergeError(f"s B A of '{label}' is not finite: training diverged; merge an earlier checkpoint")
         wanted += norm**2
         lost += float(torch.linalg.vector_norm(error)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
@@ -255,24 +264,17 @@ def _refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
         name, is_quantized = layer.lora_name(path), scheme(layer) is not None
         if not is_quantized:
             refuse_codes(name, layer)
-        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-        target = {own: dtype or (plain_dtype if is_quantized else weight.dtype) for own, weight in weights.items()}
+        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values()
+        dtypes = {dtype or (plain_dtype if is_quantized else weight.dtype) for weight in weights}
         is_large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
-        for own, _, before, delta in layer.updates() if is_large or torch.float16 in target.values() else ():
-            refuse_infinite(name, delta)
-            refuse_overflow(f"W0 + s B A of '{name}'", before + delta, target[own])
+        if is_large or torch.float16 in dtypes:
+            merged_weights(layer, plain_dtype if is_quantized else None, dtype, label=name)
         update, bias = layer.update_bias(), layer._parameters.get("bias")
         if update is not None and bias is not None:
             base = layer.lora_trained_bias if isinstance(layer, TrainedBias) else bias
             refuse_overflow(f"the bias of '{name}' with lora_bias", base + update, dtype or bias.dtype)
     if dtype is not None:
         refuse_wide(model, dtype)
-
-
-def refuse_infinite(name: str, delta: Tensor) -> None:
-    """Raise a MergeError where finite A and B make an update that is not."""
-    if not torch.isfinite(delta).all():
-        raise MergeError(f"s B A of '{name}' is not finite: training diverged; merge an earlier checkpoint")
 
 
 def _trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError, ConfigError, some, warn
 from lora_lightning.lora.formats.peft.config import CONFIG, HARMLESS, WEIGHTS, shorten
 from lora_lightning.lora.formats.peft.layout import LayerLayout
-from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, of_tensors
+from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, fingerprint_of_tensors
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.targets.fused_projections import refuse_spec
 
@@ -48,7 +48,7 @@ class Record:
 
     def refuse_changed(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:
         """Raise an AdapterError where the files in `directory` say another thing than they did when they were saved."""
-        if self.adapter != of_tensors(tensors).digest:
+        if self.adapter != fingerprint_of_tensors(tensors).digest:
             raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
         here = config_digests(config)
         if changed := sorted(n for n in {*here, *self.config} if here.get(n) != self.config.get(n)):
@@ -62,7 +62,7 @@ class Record:
         self, tensors: Mapping[str, Tensor], settings: dict[str, tuple[int, float, float]], config: Mapping[str, Any]
     ) -> Record:
         """The record of a file that was made from this one's for the same base, its parts in A and B as they lie."""
-        adapter = of_tensors(tensors).digest
+        adapter = fingerprint_of_tensors(tensors).digest
         return replace(self, adapter=adapter, settings=settings, config=config_digests(config), slices={})
 
     def to_metadata(self) -> dict[str, str]:
@@ -106,7 +106,7 @@ def write_record(
     blank = Fingerprint("0" * 64, {} if digests else dict.fromkeys(base_tensors(model), "0" * 16))
     return Record(
         base=fingerprint(model) if digests else blank,
-        adapter=of_tensors(tensors).digest if digests else blank.digest,
+        adapter=fingerprint_of_tensors(tensors).digest if digests else blank.digest,
         settings={one.name: (*one.loaded_settings, one.scale) for one in layouts},
         dropouts=dropouts,
         config=config_digests(config),

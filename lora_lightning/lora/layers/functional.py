@@ -120,7 +120,7 @@ def embedding_update(
 
 
 @torch.no_grad()
-def renormed(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+def bounded_rows(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
     """Rows (..., width) with norms of at most `max_norm`, by the kernel with which `nn.Embedding` rewrites W0."""
     flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
     index = torch.arange(flat.shape[0], device=flat.device)

@@ -18,13 +18,13 @@ from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modu
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
 from lora_lightning.lora.report import OUTPUT_HEAD, STACK
-from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
+from lora_lightning.lora.targets.bypass import bypassed_modules, parametrized_modules
 from lora_lightning.lora.targets.fused_projections import SliceSpec, resolve_slices
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.patterns import (
+    all_names,
     block_number,
     by_pattern,
-    flat,
     has_match,
     matches,
     matches_any,
@@ -103,7 +103,7 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
         names.setdefault(module, []).append(name)
     bypassed = bypassed_modules(names)
     selection = Selection(saved=_modules_to_save(names, config, bypassed))
-    targets = _target_modules(model, names, config, selection, computed_modules(names) | bypassed)
+    targets = _target_modules(model, names, config, selection, parametrized_modules(names) | bypassed)
     parts = preset_parts(model, config.target_modules) if targets else []
     targets = _in_layers(targets + _target_parameters(names, config, selection), config)
     if config.target_modules == ALL_LINEAR:
@@ -142,7 +142,7 @@ def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module,
         exact = [m for m, group in names.items() if entry in group]
         hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
         if not hits:
-            raise TargetError(no_match("modules_to_save", entry, flat(names.values())))
+            raise TargetError(no_match("modules_to_save", entry, all_names(names.values())))
         if len(hits) > 1:
             several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
             raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
@@ -176,7 +176,7 @@ def _target_modules(
         found = _all_linear(model, candidates, unfit, selection)
     else:
         found = _by_name(model, names, candidates, config, unfit)
-    excluded, everything = config.exclude_modules or [], flat(names.values())
+    excluded, everything = config.exclude_modules or [], all_names(names.values())
     for entry in [excluded] if isinstance(excluded, str) else excluded:
         if not any(matches([entry] if isinstance(excluded, list) else entry, name) for name in everything):
             raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(excluded, str)))
@@ -214,7 +214,7 @@ def _unused_target(entry: str, pattern: str | list[str], names: Names, candidate
     if "," not in entry and (close := get_close_matches(word, (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8)):
         note = " (as a string, not in a list)" if listed else ""
         return f"target_modules: no module matches '{entry}'; did you mean '{close[0]}'?{note}"
-    return no_match("target_modules", entry, flat(names.values()), is_regex=not listed)
+    return no_match("target_modules", entry, all_names(names.values()), is_regex=not listed)
 
 
 def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection) -> list[Target]:
