@@ -83,11 +83,11 @@ def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> 
     ties, plain_dtype = shared_parameters(model), float_dtype(model)
     folded: dict[int, Any] = {}
     for path, module in grafted_modules(model):
+        name = module.lora_name(path) if isinstance(module, AdaptedLayer) else path
         is_quantized = isinstance(module, AdaptedLayer) and scheme(module) is not None
         share = fold(path, module, folded, plain_dtype if is_quantized else None, dtype)
-        if isinstance(module, AdaptedLayer) and share is not None:
-            report.kept[module.lora_name(path)] = share
-        report.dequantized.extend([path] if is_quantized else [])
+        report.kept.update({} if share is None else {name: share})
+        report.dequantized.extend([name] if is_quantized else [])
     for name, module in model.named_modules() if dequantize else ():
         if scheme(module) is not None:
             report.dequantized.append(name)
