@@ -20,7 +20,6 @@ from lora_lightning.data.io.streams import (
     endless,
     first_row,
     numbered,
-    read_streams,
     refuse_endless,
     share_of,
 )
@@ -148,7 +147,7 @@ class LanguageModellingData(TextData, GivesPrompts):
     def streams(self) -> dict[str, datasets.IterableDataset]:
         """Encoded rows by split, opened on first use."""
         if self._streams is None:
-            opened = read_streams(self.path, self.name, self.text_by)
+            opened = read_tables(self.path, self.name, self.text_by, streaming=True)
             named = first_in_place(list(opened))
             self._called = {new: old for old, new in named.items()}
             renamed = {named.get(split, split): stream for split, stream in opened.items()}
@@ -240,7 +239,7 @@ class LanguageModellingData(TextData, GivesPrompts):
     def prompts(self, count: int) -> list[Prompt]:
         """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
         if self.streaming:
-            streams = read_streams(self.path, self.name, self.text_by)
+            streams = read_tables(self.path, self.name, self.text_by, streaming=True)
             rows = list(streams[held_out(streams)].take(count))
         else:
             rows = list(from_all_over(self.tables[held_out(self.tables)], count))

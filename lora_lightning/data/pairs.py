@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
-from lora_lightning.data.loading.collate import Side, pad_batch
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 
 GROUP = "__group__"
@@ -98,7 +98,7 @@ class PairData(TextData):
         return partial(collate_parts, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
 
-def collate_parts(rows: list[dict[str, Any]], *, pad_token_id: int, side: Side) -> dict[str, Any]:
+def collate_parts(rows: list[dict[str, Any]], *, pad_token_id: int, side: str) -> dict[str, Any]:
     """The encoder's arguments (n, t) of `anchor`, `positive` and `negative`, and the groups as `labels` (n, 1 or 2)."""
     parts = [name for name in PARTS if name in rows[0]]
     padding: dict[str, Any] = {"pad_token_id": pad_token_id, "side": side}

@@ -26,7 +26,7 @@ class TextData(TableData):
         table: arguments of `TableData` by name.
     """
 
-    def __init__(self, path: str | dict[str, str], tokenizer: str, max_length: int = 128, **table: Any) -> None:
+    def __init__(self, path: str | dict[str, str], tokenizer: str, *, max_length: int = 128, **table: Any) -> None:
         super().__init__(path, **table)
         if max_length < 1:
             raise LoRAError(f"max_length must be at least 1 token, got {max_length}")
