@@ -132,7 +132,9 @@ def grow(model: Any, tokens: list[str], tokenizer: transformers.PreTrainedTokeni
         raise LoRAError(f"add_tokens holds a token twice: {tokens}")
     rows = model.get_input_embeddings().num_embeddings
     tokenizer.add_tokens(tokens)
-    numbers = {token: int(tokenizer.convert_tokens_to_ids([token])[0]) for token in tokens}
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    assert isinstance(ids, list)  # as tokens are one
+    numbers = dict(zip(tokens, map(int, ids), strict=True))
     fresh = [number for number in numbers.values() if number >= rows]
     if fresh and min(fresh) > rows:
         raise LoRAError(f"the tokenizer has {min(fresh)} words and the model {rows} rows: name its own tokenizer")

@@ -181,7 +181,7 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without --config, a command on a trained run takes the config that the run was made with."""
         if self.until == "parser":
-            self.config = Namespace(subcommand=None, seed_everything=False)
+            self.config = Namespace(subcommand=None, seed_everything=False)  # type: ignore[no-untyped-call]
             return
         words = self.line.words
         self.line.words = full = with_run_config(words)

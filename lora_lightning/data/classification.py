@@ -28,6 +28,7 @@ class LabelNames(TableData):
     """
 
     given_label_names: list[str] | None
+    one_label_each: bool = True
     _label_names: list[str] | None = None
 
     @abstractmethod
@@ -57,6 +58,16 @@ class LabelNames(TableData):
     def num_classes(self) -> int:
         """How many labels there are."""
         return len(self.label_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        counts = self.label_counts("train").values() if "train" in self.tables else ()
+        rows = sum(counts) if self.one_label_each else len(self.tables["train"])
+        if counts and all(count in (0, rows) for count in counts):
+            raise LoRAError(
+                f"{self.place('train')}: all {rows:,} rows have the same label, of {len(self.label_names)} that there"
+                " are, and nothing can be learnt: give rows of each"
+            )
 
     def label_counts(self, split: str) -> dict[str, int]:
         encoded: Any = self._encoded.get(split)
@@ -269,6 +280,8 @@ class MultiLabelTextData(LabelNames, TextPairData):
         LoRAError: a missing file or column, an empty text, a cell that holds no labels, an unknown label.
     """
 
+    one_label_each = False
+
     def __init__(
         self,
         *texts: Any,
@@ -384,7 +397,13 @@ class TextRegressionData(TextPairData):
                 raise self.bad_cell(split, row, self.number_column, "a finite number", value)
 
     def targets(self, table: datasets.Dataset, split: str) -> list[float]:
-        return [number for value in table[self.number_column] if (number := number_in(value)) is not None]
+        numbers = [number for value in table[self.number_column] if (number := number_in(value)) is not None]
+        if split == "train" and len(set(numbers)) == 1 and len(numbers) > 1:
+            raise LoRAError(
+                f"{self.place('train')}, column '{self.number_column}': expected at least 2 numbers, got"
+                f" {numbers[0]:g} in every row: name another with number_column"
+            )
+        return numbers
 
 
 def number_in(value: object) -> float | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from lora_lightning.data.io.streams import (
     endless,
     first_row,
     numbered,
-    read_streams,
     refuse_endless,
     share_of,
 )
@@ -34,6 +33,7 @@ from lora_lightning.tasks.losses.token_loss import IGNORED
 
 DOCUMENT = "document"
 """The column that says of a row or of a piece of it which row of its file it is, counted from 1."""
+IN_PIECES = "documents in pieces"
 MOST_NAMED = 5
 """Rows that a warning names."""
 
@@ -61,6 +61,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
     """
 
+    cut_by: Mapping[str, str | None] = {IN_PIECES: None}
     predicts_rows = False  # but pieces of documents, each with the number of its `document`
 
     def __init__(
@@ -97,8 +98,6 @@ class LanguageModellingData(TextData, GivesPrompts):
         if split == "predict":
             return table
         rows = [i for i, text in enumerate(values_of(table, self.text_column)) if text.strip()]
-        if not rows:
-            raise LoRAError(f"{self.place(split)}: expected texts in column '{self.text_column}', all are blank")
         return table if len(rows) == len(table) else table.select(rows)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
@@ -106,6 +105,8 @@ class LanguageModellingData(TextData, GivesPrompts):
         if split == "predict":
             return self._cut(documents, split)
         documents = self._trained(documents, split)
+        longer = [length > self.max_length for length in lengths_of(documents)]
+        self._cut_shares[split] = {IN_PIECES: sum(longer) / len(longer)}
         if self.packing:
             return pack_table(documents, self.max_length, split)
         return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
@@ -146,7 +147,7 @@ class LanguageModellingData(TextData, GivesPrompts):
     def streams(self) -> dict[str, datasets.IterableDataset]:
         """Encoded rows by split, opened on first use."""
         if self._streams is None:
-            opened = read_streams(self.path, self.name, self.text_by)
+            opened = read_tables(self.path, self.name, self.text_by, streaming=True)
             named = first_in_place(list(opened))
             self._called = {new: old for old, new in named.items()}
             renamed = {named.get(split, split): stream for split, stream in opened.items()}
@@ -238,7 +239,7 @@ class LanguageModellingData(TextData, GivesPrompts):
     def prompts(self, count: int) -> list[Prompt]:
         """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
         if self.streaming:
-            streams = read_streams(self.path, self.name, self.text_by)
+            streams = read_tables(self.path, self.name, self.text_by, streaming=True)
             rows = list(streams[held_out(streams)].take(count))
         else:
             rows = list(from_all_over(self.tables[held_out(self.tables)], count))

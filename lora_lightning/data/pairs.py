@@ -10,8 +10,8 @@ import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
-from lora_lightning.data.loading.collate import Side, pad_batch
+from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 
 GROUP = "__group__"
@@ -77,7 +77,7 @@ class PairData(TextData):
             named = list(values_of(table, self.group_column)) if self.group_column else None
             negatives = list(values_of(table, self.negative_column)) if self.negative_column else None
             table = table.add_column(GROUP, groups_of(list(values_of(table, self.positive_column)), negatives, named))
-        return self.encode_by(
+        encoded = self.encode_by(
             encode_texts,
             table,
             split,
@@ -86,6 +86,7 @@ class PairData(TextData):
             prefixes=(self.anchor_prefix, self.positive_prefix, self.positive_prefix),
             max_length=self.max_length,
         )
+        return self.without_cuts(encoded, split)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The tokens of a row's texts together."""
@@ -97,7 +98,7 @@ class PairData(TextData):
         return partial(collate_parts, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
 
-def collate_parts(rows: list[dict[str, Any]], *, pad_token_id: int, side: Side) -> dict[str, Any]:
+def collate_parts(rows: list[dict[str, Any]], *, pad_token_id: int, side: str) -> dict[str, Any]:
     """The encoder's arguments (n, t) of `anchor`, `positive` and `negative`, and the groups as `labels` (n, 1 or 2)."""
     parts = [name for name in PARTS if name in rows[0]]
     padding: dict[str, Any] = {"pad_token_id": pad_token_id, "side": side}
@@ -113,12 +114,13 @@ def encode_texts(
     prefixes: Sequence[str],
     max_length: int,
 ) -> dict[str, Any]:
-    """Token ids of each part; groups stay."""
+    """Token ids of each part, and which of them were cut; groups stay."""
     out: dict[str, Any] = {GROUP: rows[GROUP]} if GROUP in rows else {}
     for name, column, prefix in zip(PARTS, columns, prefixes, strict=False):
         if column is not None:
             texts = [prefix + text for text in rows[column]]
-            out[name] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            tokens, out[f"{name}_cut"] = tokenize_cut(tokenizer, max_length, text=texts)
+            out[name] = tokens["input_ids"]
     return out
 
 

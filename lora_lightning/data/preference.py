@@ -102,7 +102,7 @@ class PreferenceData(TextData):
                 f"the tokenizer '{self.tokenizer_name}' has no chat template, which messages are put into: take an"
                 " instruction-tuned model's, or columns of texts without as_chat"
             )
-        return self.encode_by(
+        encoded = self.encode_by(
             encode_pairs,
             table,
             split,
@@ -112,6 +112,7 @@ class PreferenceData(TextData):
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
         )
+        return self.without_cuts(encoded, split)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The longer of a row's two texts."""
@@ -138,10 +139,10 @@ def encode_pairs(
     as_chat: bool,
     max_length: int,
     max_prompt_length: int,
-) -> dict[str, list[list[int]]]:
-    """Token ids of prompts and of both answers."""
+) -> dict[str, list[Any]]:
+    """Token ids of prompts and of both answers, and which rows lost something of the one or the other."""
     prompt_column, chosen_column, rejected_column = columns
-    out: dict[str, list[list[int]]] = {"prompt": [], "chosen": [], "rejected": []}
+    out: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", "prompt_cut", "answer_cut")}
     for i, (chosen, rejected) in enumerate(zip(rows[chosen_column], rows[rejected_column], strict=True)):
         prompt = None if prompt_column is None else rows[prompt_column][i]
         plain = isinstance(chosen, str) and not as_chat
@@ -152,8 +153,9 @@ def encode_pairs(
         first = _ids(tokenizer, asked, special=plain)  # a template writes its own special tokens
         answers = [_ids(tokenizer, text) for text in answered]
         cut = fitted(first, answers, max_length, max_prompt_length, tokenizer.bos_token_id)
-        for column, ids in zip(out, cut, strict=True):
-            out[column].append(ids)
+        lost = [len(ids) > len(left) for ids, left in zip([first, *answers], cut, strict=True)]
+        for column, value in zip(out, [*cut, lost[0], any(lost[1:])], strict=True):
+            out[column].append(value)
     return out
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.classification import LabelNames, check_order, numbers_of
 from lora_lightning.data.io import conll
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
@@ -112,15 +112,11 @@ class TokenClassificationData(LabelNames, TextData):
             max_length=self.max_length,
         )
         self._warn_of_unseen_words(table, encoded, split)
-        return encoded
+        return self.without_cuts(encoded, split)
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         return partial(pad_batch, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
-
-    def cut_share(self, split: str) -> float | None:
-        split_words = {"is_split_into_words": True, "verbose": False}
-        return self.share_cut(split, lambda rows: self.tokenizer(rows[self.words_column], **split_words))
 
     def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
         """What the set itself says of its tags."""
@@ -170,8 +166,8 @@ def encode_words(
     """
     words_column, tags_column = columns
     words = rows[words_column]
-    tokens = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-    encoded: dict[str, Any] = dict(tokens)
+    tokens, cut = tokenize_cut(tokenizer, max_length, text=words, is_split_into_words=True)
+    encoded: dict[str, Any] = {**tokens, "text_cut": cut}
     pieces = [tokens.word_ids(i) for i in range(len(words))]
     encoded["word_ids"] = [
         [-1 if word is None or (i and word == own[i - 1]) else word for i, word in enumerate(own)] for own in pieces

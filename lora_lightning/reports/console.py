@@ -52,10 +52,10 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
         if len(counts) > MOST_LABELS:
             told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
         else:
-            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            told = ", ".join(f"{shown_label(name)} {count:,}" for name, count in counts.items())
         lines.append(f"labels in {split}: {told}")
-    if cut := summary.get("cut"):
-        lines.append("cut at max_length: " + ", ".join(f"{share:.1%} of {split}" for split, share in cut.items()))
+    for what, shares in cut_by_what(summary).items():
+        lines.append(f"{what}: " + ", ".join(f"{share:.1%} of {split}" for split, share in shares.items()))
     text = Text("\n".join(lines))
     for warning in summary.get("warnings", ()):
         text.append(f"\nwarning: {warning}", style="yellow")
@@ -195,20 +195,35 @@ def _percent(share: float) -> str:
 # ---- the data
 
 
+def shown_label(name: str) -> str:
+    """In quotes where blanks would not be seen."""
+    return name if name and name == name.strip() else repr(name)
+
+
+def cut_by_what(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of `texts cut`, `sources cut` and so on, the share by split."""
+    found: dict[str, dict[str, float]] = {}
+    for split, shares in summary.get("cut", {}).items():
+        for what, share in shares.items():
+            found.setdefault(what, {})[split] = share
+    return found
+
+
 def data_table(summary: Mapping[str, Any]) -> Table:
     """What a DataModule says of its rows.
 
     Args:
-        summary: `rows` by split, `labels` by split (by label how many), `cut` by split (the share of texts that
-            max_length cuts), and `warnings`, each a line; what is not known is left out.
+        summary: what `summarize` gives; what is not known is left out.
     """
     splits = list(summary.get("rows", {}))
-    labels, cut = summary.get("labels", {}), summary.get("cut", {})
+    labels = summary.get("labels", {})
     rows = [["rows", *(f"{summary['rows'][split]:,}" for split in splits)]]
     for label in dict.fromkeys(name for counts in labels.values() for name in counts):
-        rows.append([f"labeled {label}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)])
-    if cut:
-        rows.append(["texts cut", *(f"{cut[split]:.1%}" if split in cut else "" for split in splits)])
+        rows.append(
+            [f"labeled {shown_label(label)}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)]
+        )
+    for what, shares in cut_by_what(summary).items():
+        rows.append([what, *(f"{shares[split]:.1%}" if split in shares else "" for split in splits)])
     return Table(header=["data", *splits], rows=rows, note="\n".join(summary.get("warnings", [])))
 
 

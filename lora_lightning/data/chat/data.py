@@ -115,6 +115,12 @@ class ChatData(TextData, GivesPrompts):
         given = self.given_columns or {}
         return [column for part, column in given.items() if part != "answer" or not self._only_prompts(split)]
 
+    def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]:
+        layout = layout_of(table.column_names, self.given_columns, answers=not self._only_prompts(split))
+        parts = (("messages", "prompt", "context"), ("answer",))
+        inputs, answers = ([layout[part] for part in group if part in layout] for group in parts)
+        return inputs, answers
+
     def _only_prompts(self, split: str) -> bool:
         return self.with_prompts and kind_of(split) == "predict"
 
@@ -183,10 +189,12 @@ class ChatData(TextData, GivesPrompts):
     def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
         """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
         trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
+        lost = [left < all_ for left, all_ in zip(trained, whole, strict=True)]
+        self._cut_shares[split] = {"answers cut": sum(lost) / len(lost)}
         kept = [number for number, count in enumerate(trained) if count]
         if len(kept) < len(encoded):
             first = next(number for number, count in enumerate(trained) if not count)
-            cut = sum(not some and bool(all_) for some, all_ in zip(trained, whole, strict=True))
+            cut = sum(not left and short for left, short in zip(trained, lost, strict=True))
             said = (
                 f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
                 f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"

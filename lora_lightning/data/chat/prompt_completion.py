@@ -8,7 +8,6 @@ from string import Formatter
 from typing import Any
 
 import datasets
-from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
@@ -33,7 +32,7 @@ class PromptCompletionData(TargetData):
         completion: a template of the completion. Its column may hold a list of texts, each as good. Byte-level
             tokenizers such as GPT-2's want a blank before the first word.
         max_length: tokens of prompt and completion at most; of what is over, the prompt loses its beginning, then the
-            completion its end, with a warning of how many did.
+            completion its end.
         texts: arguments of `TextData`.
 
     Raises:
@@ -95,12 +94,7 @@ class PromptCompletionData(TargetData):
             if not length:
                 column = ", ".join(self.prompt_columns)
                 raise self.bad_cell(split, row, column, "a prompt of at least one token", "")
-        if cut := sum(values_of(encoded, "cut")):
-            rank_zero_warn(
-                f"{self.place(split)}: {cut} of {len(encoded)} examples are longer than max_length={self.max_length}"
-                " and cut"
-            )
-        return encoded.remove_columns(["cut", "prompt_length"])
+        return self.without_cuts(encoded, split).remove_columns("prompt_length")
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
@@ -144,20 +138,22 @@ def encode_prompts(
 ) -> dict[str, Any]:
     """Token ids of prompt, completion and end, with labels on the latter two; and the prompts alone where wanted.
 
-    `cut` says of each row whether it was longer than `max_length`, `prompt_length` how many tokens its prompt has.
+    `prompt_cut` and `completion_cut` say of each row whether a part of it was lost, `prompt_length` how many tokens its
+    prompt has.
     """
 
     prompts: list[list[int]] = tokenizer(filled(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
     encoded: dict[str, Any] = {"prompt_length": [len(ids) for ids in prompts]}
-    encoded["cut"] = [len(ids) > max_length for ids in prompts]
+    encoded["prompt_cut"] = [len(ids) > max_length for ids in prompts]
     if with_prompts:
         encoded[f"{PROMPT}input_ids"] = [ids[-max_length:] for ids in prompts]
     if templates[1] is not None:
         texts = filled(templates[1], rows)
         plain: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
         ended = [[*ids, int(tokenizer.eos_token_id)] for ids in plain]  # type: ignore[arg-type]
-        encoded["cut"] = [len(ids) + len(own) > max_length for ids, own in zip(prompts, ended, strict=True)]
         completions = [ids[: max_length - 1] for ids in ended]
+        encoded["completion_cut"] = [len(ids) >= max_length for ids in ended]
+        encoded["prompt_cut"] = [len(ids) + len(o) > max_length for ids, o in zip(prompts, completions, strict=True)]
         kept = [ids[-(max_length - len(own)) :] for ids, own in zip(prompts, completions, strict=True)]
         encoded["input_ids"] = [[*ids, *own] for ids, own in zip(kept, completions, strict=True)]
         encoded["labels"] = [[*([IGNORED] * len(ids)), *own] for ids, own in zip(kept, completions, strict=True)]

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
-Side = Literal["left", "right"]
-
 FILL = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED, "word_ids": -1}
 """What a short row's entry of each name is filled up with; `input_ids` are with the padding token."""
 
 
-def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: Side = "right") -> dict[str, Any]:
+def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: str = "right") -> dict[str, Any]:
     """Rows by name to a batch by name: lists of token ids become (n, t), single numbers (n,); lists of texts stay.
 
     `input_ids` get an `attention_mask` beside them. Not so in packed rows, which are those with `position_ids`: there
@@ -27,7 +25,7 @@ def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: Sid
     for name in rows[0]:
         values = [row[name] for row in rows]
         prompt, kind = name.startswith(PROMPT), name.removeprefix(PROMPT)
-        where: Side = "left" if prompt else side
+        where = "left" if prompt else side
         mask = f"{PROMPT if prompt else ''}attention_mask"
         if isinstance(values[0], int | float):
             batch[name] = torch.tensor(values)
@@ -45,7 +43,7 @@ def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: Sid
     return batch
 
 
-def _padded(rows: list[list[int]], value: int, side: Side) -> torch.Tensor:
+def _padded(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     longest = max(map(len, rows))
     filling = [[value] * (longest - len(row)) for row in rows]
     pairs = zip(rows, filling, strict=True)
