@@ -81,14 +81,16 @@ def gain_against_drift(found: Strengths) -> Drawing:
         y = [one.metrics[found.metric] for one in found.found]
         xs, ys = [mean.value for mean in x], [mean.value for mean in y]
         errors = [[mean.error or 0.0 for mean in means] for means in (x, y)]
-        style = {"elinewidth": 0.7, "capsize": 2, "lw": 1.2, "marker": "o", "ms": 4}
+        style: dict[str, Any] = {"elinewidth": 0.7, "capsize": 2, "lw": 1.2, "marker": "o", "ms": 4}
         axis.errorbar(xs, ys, xerr=errors[0], yerr=errors[1], color=COLORS[0], **style)
         for one, at in zip(found.found, zip(xs, ys, strict=True), strict=True):
             place = (7, -11 if found.mode == "max" else 7)
             axis.annotate(f"{one.scale:g}", at, place, textcoords="offset points", fontsize=7, color="#444")
-        scales = [one.scale for one in found.found]
-        at = scales.index(found.chosen)
-        axis.plot(xs[at], ys[at], "o", ms=9, mfc="none", mec=COLORS[1], mew=1.4, label=f"enough: {found.chosen:g}")
+        scales: list[float | None] = [one.scale for one in found.found]
+        chosen = scales.index(found.chosen)
+        axis.plot(
+            xs[chosen], ys[chosen], "o", ms=9, mfc="none", mec=COLORS[1], mew=1.4, label=f"enough: {found.chosen:g}"
+        )
         best = y[scales.index(found.best)]
         if best.error:
             limit = best.value - best.error if found.mode == "max" else best.value + best.error
