@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lora_lightning.cli.parser import command_parser, with_values
-from lora_lightning.commands.registry_commands import COMMANDS
+from lora_lightning.cli.registry import COMMANDS, function_of
 from tests.command.process import REPOSITORY
 from tests.recipes.recipe import parse
 
@@ -63,7 +63,7 @@ def overlays(args):
 def test_a_command_of_a_page_is_parsed(line):
     name, *args = shlex.split(line)
     if name in COMMANDS:
-        given = command_parser(name).parse_args(with_values(args, COMMANDS[name].__annotations__))
+        given = command_parser(name).parse_args(with_values(args, function_of(name).__annotations__))
         if name == "plan":
             files, rest = overlays(given.fit)
             assert parse(files or [BASE], *rest).data.class_path

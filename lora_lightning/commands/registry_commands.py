@@ -7,7 +7,6 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
-from lora_lightning.cli.registry import COMMANDS
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.meta.merge_files import StreamReport
 from lora_lightning.reports.table import Table
@@ -204,6 +203,3 @@ def merge_table(report: StreamReport, output_dir: str) -> Table:
         name, share = min(report.kept.items(), key=lambda item: item[1])
         rows.append(("update kept after rounding", f"{share:.1%} at least ({name})"))
     return Table(title=f"Merged into {output_dir}", rows=rows)
-
-
-__all__ = ["COMMANDS", "analyze", "merge", "plan", "sweep"]
