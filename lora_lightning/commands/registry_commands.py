@@ -47,7 +47,6 @@ def analyze(
     base_model: str = "auto",
     truncate: float | None = None,
     layers: str | None = None,
-    directions: int = 4,
     plots: bool = True,
     allow_other_base: bool = False,
     alphas: dict[str, float] | None = None,
@@ -65,7 +64,6 @@ def analyze(
         truncate: a share of the energy, such as 0.95: write the adapter of the smallest ranks that keep it in each
             layer to output_dir/truncated, and measure what it costs.
         layers: a regular expression on full names: the layers in the figures of shared directions.
-        directions: how many are compared between the layers of one adapter.
         plots: draw the figures; needs matplotlib.
         allow_other_base: also where the adapter's fingerprint is of another base.
         alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
@@ -81,7 +79,6 @@ def analyze(
             output_dir=Path(output_dir),
             wanted=wanted,
             truncate=truncate,
-            directions=directions,
             layers=layers,
             plots=plots,
         )
