@@ -13,6 +13,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no
 export OMP_WAIT_POLICY ?= PASSIVE
 export GOMP_SPINCOUNT ?= 0
 
+# Run a command and say in the last line how long it took, the installation aside, also where it fails.
+timed = @start=$$(date +%s); $(1); status=$$?; echo "make $@ took $$(( $$(date +%s) - start )) s"; exit $$status
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-lm demo-vision test test-all coverage check format bench bench-demo docs clean
 
@@ -38,18 +41,16 @@ demo-vision: .venv/demo-vision ## Fine-tune EfficientNet-Lite0 and DINOv2 on sil
 	$(LORA) export --config configs/demo-vision-dinov2.yaml --ckpt_path best
 
 test: .venv/dev ## Run the tests (minutes)
-	$(PYTEST) -m "not slow"
+	$(call timed,$(PYTEST) -m "not slow")
 
 test-all: .venv/dev ## Run all tests, the slow ones too
-	$(PYTEST)
+	$(call timed,$(PYTEST))
 
 coverage: .venv/dev ## Run the tests and report which lines and branches they reach (no number is chased)
 	$(PYTEST) -m "not slow" --cov --cov-report=term --cov-report=html:build/coverage
 
 check: .venv/dev ## Lint, check the format and the types
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(call timed,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy)
 
 format: .venv/dev ## Put the code into the one format
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""The README is true: its commands run, its Python runs, its tree is there."""
+"""The README is true, and the page of recipes: their commands run, their Python runs, the tree is there."""
 
 import re
 import shlex
@@ -11,10 +11,16 @@ from tests.command.process import REPOSITORY, run
 from tests.recipes.recipe import parse
 
 README = (REPOSITORY / "README.md").read_text()
+RECIPES_PAGE = (REPOSITORY / "docs" / "recipes.md").read_text()
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.S | re.M)
+    return re.findall(rf"^```{language}\n(.*?)^```", README + RECIPES_PAGE, flags=re.S | re.M)
+
+
+def test_the_readme_is_short():
+    """One page: what it is, how it begins, when not to take it."""
+    assert len(README.splitlines()) <= 150
 
 
 def lines(language):

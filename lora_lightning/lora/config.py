@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -103,13 +103,26 @@ class LoRAConfig:
     towards the unquantized model's. `eva`, `lora_ga` and `loftq` need `inject(model, config, data=...)`."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"r must be a whole number of at least 1, got {self.r!r}")
+        for name in ("rank_pattern", "alpha_pattern", "dropout_pattern", "slices"):
+            self._set(name, _as_patterns(name, getattr(self, name)))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                _refuse_bad_regex(name, value)
+            else:
+                self._set(name, _as_list(name, value))
+        for name in ("target_parameters", "modules_to_save"):
+            self._set(name, _as_list(name, getattr(self, name)))
+        for name, rank in self._values_of("r", "rank_pattern"):
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {rank!r}")
         if self.alpha is None:
-            object.__setattr__(self, "alpha", 2.0 * self.r)
-        _check_alpha("alpha", self.alpha)
-        if not _is_number(self.dropout) or not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+            self._set("alpha", 2.0 * self.r)
+        for name, alpha in self._values_of("alpha", "alpha_pattern"):
+            if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
+                raise ConfigError(f"{name} must be a finite number above 0, got {alpha!r}")
+        for name, dropout in self._values_of("dropout", "dropout_pattern"):
+            if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+                raise ConfigError(f"{name} must be at least 0 and below 1, got {dropout!r}")
         for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
@@ -124,39 +137,27 @@ class LoRAConfig:
             raise ConfigError(
                 "use_dora and lora_bias exclude each other (no format holds both): switch one of them off"
             )
-        for name in ("target_modules", "exclude_modules"):
-            object.__setattr__(self, name, _check_names(name, getattr(self, name)))
-        if self.target_parameters is not None:
-            object.__setattr__(self, "target_parameters", _check_list("target_parameters", self.target_parameters))
-        self._check_tokens()
+        self._refuse_bad_tokens()
         if not (self.target_modules or self.target_parameters or self.trainable_token_indices):
             raise ConfigError(f"target_modules selects nothing: write '{ALL_LINEAR}' or a list of names")
-        if self.modules_to_save is not None:
-            object.__setattr__(self, "modules_to_save", _check_list("modules_to_save", self.modules_to_save))
-        self._check_layers()
-        for name in ("rank_pattern", "alpha_pattern", "dropout_pattern", "slices"):
-            object.__setattr__(self, name, _check_patterns(name, getattr(self, name)))
-        for pattern, rank in self.rank_pattern.items():
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ConfigError(f"rank_pattern['{pattern}'] must be a whole number of at least 1, got {rank!r}")
-        for pattern, alpha in self.alpha_pattern.items():
-            _check_alpha(f"alpha_pattern['{pattern}']", alpha)
-        for pattern, dropout in self.dropout_pattern.items():
-            if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
-                raise ConfigError(f"dropout_pattern['{pattern}'] must be at least 0 and below 1, got {dropout!r}")
+        if (layers := self.layers_to_transform) is not None:
+            numbers = list(layers) if isinstance(layers, Sequence) else [layers]
+            if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+                raise ConfigError(f"layers_to_transform must be block numbers from 0 on, got {layers!r}")
+            self._set("layers_to_transform", numbers)
         for pattern, spec in self.slices.items():
             refuse_spec(pattern, spec)
 
-    def _check_layers(self) -> None:
-        layers = self.layers_to_transform
-        if layers is None:
-            return
-        numbers = list(layers) if isinstance(layers, Sequence) else [layers]
-        if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-            raise ConfigError(f"layers_to_transform must be block numbers from 0 on, got {layers!r}")
-        object.__setattr__(self, "layers_to_transform", numbers)
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # past the frozen dataclass, which is being made
 
-    def _check_tokens(self) -> None:
+    def _values_of(self, name: str, patterns: str) -> Iterator[tuple[str, Any]]:
+        """A field's value and those of its patterns, each by the name that an error gives it."""
+        yield name, getattr(self, name)
+        for pattern, value in getattr(self, patterns).items():
+            yield f"{patterns}['{pattern}']", value
+
+    def _refuse_bad_tokens(self) -> None:
         tokens = self.trainable_token_indices
         for numbers in tokens.values() if isinstance(tokens, dict) else [tokens] if tokens is not None else []:
             wrong = isinstance(numbers, str) or not isinstance(numbers, Sequence) or not numbers
@@ -199,32 +200,20 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _check_alpha(name: str, alpha: Any) -> None:
-    if not _is_number(alpha) or not math.isfinite(alpha) or alpha <= 0:
-        raise ConfigError(f"{name} must be a finite number above 0, got {alpha!r}")
-
-
-def _check_names(name: str, value: Any) -> str | list[str] | None:
+def _as_list(name: str, value: Any) -> list[str] | None:
+    """Names of modules, each once, in the user's order; None stays."""
     if value is None:
         return None
-    if isinstance(value, str):
-        _check_regex(name, value)
-        return value
-    return _check_list(name, value)
-
-
-def _check_list(name: str, value: Any) -> list[str]:
     if isinstance(value, str) or not isinstance(value, Sequence | set | frozenset):
         raise ConfigError(f"{name} must be a list of module names, got {value!r}")
-    # A set has no order of its own; a list keeps the user's.
-    names = sorted(value, key=str) if isinstance(value, set | frozenset) else list(value)
+    names = sorted(value, key=str) if isinstance(value, set | frozenset) else value  # a set has no order of its own
     for entry in names:
         if not isinstance(entry, str) or not entry:
             raise ConfigError(f"{name} must hold module names, got {entry!r} in {value!r}")
     return list(dict.fromkeys(names))
 
 
-def _check_patterns(name: str, value: Any) -> dict[str, Any]:
+def _as_patterns(name: str, value: Any) -> dict[str, Any]:
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -232,11 +221,11 @@ def _check_patterns(name: str, value: Any) -> dict[str, Any]:
     for pattern in value:
         if not isinstance(pattern, str) or not pattern:
             raise ConfigError(f"{name} must map module names or regular expressions, got {pattern!r}")
-        _check_regex(name, pattern)
+        _refuse_bad_regex(name, pattern)
     return dict(value)
 
 
-def _check_regex(name: str, pattern: str) -> None:
+def _refuse_bad_regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:

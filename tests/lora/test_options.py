@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
-from lora_lightning.lora.inject import restart
+from lora_lightning.lora.inject import grafted_modules
 from tests.lora.options_support import DTYPES, assert_close, batches, inputs, net, shake, square_loss, trained_tensors
 
 OPTIONS = {
@@ -206,7 +206,8 @@ def test_injection_on_the_meta_device_then_filling(option):
     model.to_empty(device="cpu")
     missing = model.load_state_dict(net().state_dict(), strict=False).missing_keys
     assert set(missing) == set(adapter_tensors(model))
-    restart(model)
+    for _, module in grafted_modules(model):
+        module.reset_lora_parameters()
     assert torch.equal(model(inputs()), net()(inputs()))
     assert not torch.equal(shake(model)(inputs()), net()(inputs()))
 

@@ -35,8 +35,6 @@ class Share:
     """Its classes without and with the adapter."""
     stores: dict[str, dict[str, Any]]
     """What the adapter adds to the module's parameters, buffers, children and attributes."""
-    transient: set[str]
-    """The buffers that go into no state dict."""
 
     @property
     def layers(self) -> dict[str, LoRAParameter]:
@@ -64,7 +62,6 @@ class Share:
         module.__class__ = self.grafted
         for store, entries in self.stores.items():
             _store(module, store).update(entries)
-        module._non_persistent_buffers_set |= self.transient
         for name, child in self.stores["_modules"].items():
             if name == COPY:
                 own = [m for path, m in module.named_modules(remove_duplicate=False) if not _within_copy(path)]
@@ -93,7 +90,6 @@ def twin_of(module: nn.Module, share: Share | None) -> Any:
     twin.__dict__.update(vars(module))
     for store in STORES:
         twin.__dict__[store] = dict(vars(module)[store])
-    twin.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
     if share is not None:
         share.put_in(twin)
     return twin
@@ -121,7 +117,8 @@ class DetachedAdapter:
 
 def find_adapter(model: nn.Module) -> DetachedAdapter:
     """The adapter that `model` has, as it is in place; no shares where there is none."""
-    return DetachedAdapter([_share(path, module) for path, module in grafted_modules(model) if not is_inside(path)])
+    own = [(path, module) for path, module in grafted_modules(model) if not _is_adapter_part(path)]
+    return DetachedAdapter([_share(path, module) for path, module in own])
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAdapter:
@@ -180,12 +177,11 @@ def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
 
 
 def _share(path: str, module: Grafted) -> Share:
-    stores = {store: _ours(_store(module, store)) for store in (*STORES, "__dict__")}
-    transient = module._non_persistent_buffers_set & stores["_buffers"].keys()
-    return Share(path, module, class_swap.own_class(type(module)), type(module), stores, transient)
+    stores = {store: _lora_entries(_store(module, store)) for store in (*STORES, "__dict__")}
+    return Share(path, module, class_swap.own_class(type(module)), type(module), stores)
 
 
-def _ours(entries: dict[str, Any]) -> dict[str, Any]:
+def _lora_entries(entries: dict[str, Any]) -> dict[str, Any]:
     """Whatever a graft adds starts so."""
     return {name: value for name, value in entries.items() if name.startswith("lora_")}
 
@@ -195,7 +191,7 @@ def _store(module: nn.Module, store: str) -> dict[str, Any]:
     return entries
 
 
-def is_inside(path: str) -> bool:
+def _is_adapter_part(path: str) -> bool:
     """Whether this is a part of the adapter itself, which goes with the module that holds it."""
     return any(part == COPY or part.startswith(CHILD) for part in path.split("."))
 

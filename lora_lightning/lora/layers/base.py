@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.init import from_weight
 from lora_lightning.lora.init.random import init_random_
@@ -117,34 +119,42 @@ class AdaptedLayer(Grafted):
         assert weight is not None
         return {"weight": weight}
 
+    @classmethod
+    def read_names(cls, module: nn.Module, settings: LayerSettings) -> tuple[str, ...]:
+        """The weights that others read instead of calling the module, and that read as `W0 + s B A`."""
+        return ()
+
     # Make and start.
 
     @classmethod
-    def attach(cls, module: nn.Module, settings: LayerSettings, *, start: bool = True) -> AdaptedLayer:
-        """Adapt `module` in place; returns the adapted layer, which for most kinds is the module itself."""
-        graft(module, cls)
+    def attach(cls, module: nn.Module, settings: LayerSettings) -> AdaptedLayer:
+        """Adapt `module` in place; returns the adapted layer, which for most kinds is the module itself.
+
+        A and B have no values until `reset_lora_parameters`.
+        """
+        graft(module, cls, cls.read_names(module, settings))
         assert isinstance(module, AdaptedLayer)
-        module.add_factors(settings, start=start)
+        module.add_factors(settings)
         return module
 
-    def add_factors(self, settings: LayerSettings, *, start: bool = True) -> None:
-        """Allocate A, B and what the settings ask for, and start them; plainly where they will be loaded over."""
+    def add_factors(self, settings: LayerSettings) -> None:
+        """Allocate A, B and what the settings ask for."""
         shape_a, shape_b = self.factor_shapes(self.lora_owner, settings)
         frozen = next(iter(self.adapted_parameters(self.lora_owner, settings).values()))
+        is_subtracted = from_weight.is_subtracted(settings.init)
 
         def empty(*shape: int) -> Tensor:
             return torch.empty(shape, dtype=wide_dtype(frozen), device=frozen.device)
 
-        subtracts = from_weight.is_subtracted(settings.init)
         # Into the stores that nn.Module keeps: over hundreds of layers its attribute checks are what takes the time.
         self._parameters.update(
             lora_A=nn.Parameter(empty(*shape_a)),
             lora_B=nn.Parameter(empty(*shape_b)),
             lora_B_bias=nn.Parameter(empty(shape_b[0])) if settings.lora_bias else None,
-            lora_magnitude_vector=nn.Parameter(empty(self._channels())) if settings.use_dora else None,
+            lora_magnitude_vector=nn.Parameter(empty(shape_b[0])) if settings.use_dora else None,
         )
         self._buffers.update(
-            lora_A0=empty(*shape_a) if subtracts else None, lora_B0=empty(*shape_b) if subtracts else None
+            lora_A0=empty(*shape_a) if is_subtracted else None, lora_B0=empty(*shape_b) if is_subtracted else None
         )
         self.__dict__["lora_settings"] = settings
         # A module of its own, so that the adapter's mode is set apart from the base's.
@@ -152,46 +162,36 @@ class AdaptedLayer(Grafted):
             self._modules["lora_dropout"] = nn.Dropout(settings.dropout).train(self.training)
         else:
             self.__dict__["lora_dropout"] = None
-        if start:
-            self.reset_lora_parameters()
-        else:
-            self.init_plainly()
-
-    def reset_lora_parameters(self) -> None:
-        """Start A, B and the rest anew: also what a model filled from the meta device needs.
-
-        An init that needs data is a plain start here; `set_init` puts it in.
-        """
-        settings = self.lora_settings
-        if from_weight.is_from_weight(settings.init) and self.lora_A.device.type != "meta":
-            found = from_weight.factors_from_weight(settings.init, self.base_matrix(), settings.r, settings.scale)
-            self.set_init(*found)
-        else:
-            self.init_plainly()
 
     @torch.no_grad()
-    def init_plainly(self) -> None:
-        """Start with a drawn A and a B of zero; inits of another kind are put in later."""
-        self.draw_factors()
-        self._init_options()
+    def reset_lora_parameters(self, *, from_w0: bool = True) -> None:
+        """Start A, B and the rest anew: also what a model filled from the meta device needs.
+
+        An init that needs data is a drawn A and a B of zero here, and `set_init` puts it in; so is an init that W0
+        decides where `from_w0` is False, since an adapter will be loaded.
+        """
+        settings = self.lora_settings
+        A: Tensor = self.lora_A
+        B: Tensor = self.lora_B
+        if from_w0 and from_weight.is_from_weight(settings.init) and not A.is_meta:
+            A, B = from_weight.factors_from_weight(settings.init, self.base_matrix(), settings.r, settings.scale)
+        else:
+            self.draw_factors()
+        self.set_init(A, B)
+
+    def draw_factors(self) -> None:
+        """Draw A and set B to zero."""
+        for A, B in self.factor_pairs():
+            init_random_(A, B, self.lora_settings.init)
 
     @torch.no_grad()
     def set_init(self, A: Tensor, B: Tensor) -> None:
         """Start at these factors, and keep them to subtract where that is the init's way."""
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
-        self._init_options()
-
-    def draw_factors(self) -> None:
-        """Draw A and set B to zero."""
-        init = self.lora_settings.init
-        for A, B in self.factor_pairs():
-            init_random_(A, B, init)
-
-    def _init_options(self) -> None:
         if self.lora_A0 is not None and self.lora_B0 is not None:
-            self.lora_A0.copy_(self.lora_A)
-            self.lora_B0.copy_(self.lora_B)
+            self.lora_A0.copy_(A)
+            self.lora_B0.copy_(B)
         if self.lora_B_bias is not None:
             self.lora_B_bias.zero_()
         if self.lora_magnitude_vector is not None:
@@ -205,9 +205,34 @@ class AdaptedLayer(Grafted):
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
 
-    def _channels(self) -> int:
-        assert self.dora_dim is not None
-        return int(self._parameters["weight"].shape[self.dora_dim])  # type: ignore[union-attr]
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        """Give the layer the alpha and the scale s of `strength` times its own.
+
+        With DoRA's factor f = m / ||W0 + s B A||, `W0 + c (W' - W0)` is `(1 + c (f - 1)) W0 + c f s B A`: DoRA again,
+        with c s for s, `f / (1 + c (f - 1))` times each row of B, and the m that makes its factor `1 + c (f - 1)`.
+
+        Raises:
+            LoRAError: a channel of DoRA's would have nothing left of W0, which no magnitude can say.
+        """
+        s, magnitude = self.lora_settings, self.lora_magnitude_vector
+        factor = None if magnitude is None else self.dora_factor()
+        alpha = strength * s.alpha
+        # By the formula, not by a product: a scale that rounds otherwise would be taken for rslora's in a file.
+        scale = alpha / s.r if s.scale == s.alpha / s.r else alpha / math.sqrt(s.r)
+        self.__dict__["lora_settings"] = replace(s, alpha=alpha, scale=scale)
+        if factor is not None and magnitude is not None:
+            of_base = 1 + strength * (factor - 1)
+            if not bool(of_base.all()):
+                raise LoRAError(f"a DoRA layer has a channel without W0 at a strength of {strength:g}: take another")
+            for B in (self.lora_B, self.lora_B0):
+                if B is not None:
+                    B.copy_(self.scale_channels(B, (factor / of_base).to(B.dtype)))
+            magnitude.copy_(of_base * self.updated_norms())
+        super().rescale_update(strength, done)
+
+    def scale_channels(self, B: Tensor, factor: Tensor) -> Tensor:
+        """B with the row of each output channel times its factor (channels,)."""
+        return B * factor.view(-1, *[1] * (B.dim() - 1))
 
     # Where it stands.
 
@@ -221,7 +246,7 @@ class AdaptedLayer(Grafted):
         return self
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Each A of rank r with its B, as views: one pair, or one for each adapted part."""
+        """Each A with the B that it is multiplied by, as matrices and views: one pair, or one for each part."""
         return [(self.lora_A, self.lora_B)]
 
     # Forward: `h = lora_finish(W0 x + b + lora_update(x))`.

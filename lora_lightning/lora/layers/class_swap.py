@@ -10,6 +10,8 @@ below the subclass: what the subclass does, it does to `W0 x + s B A x`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ class Grafted(nn.Module):
     """A module whose class was extended in place. Derived classes add parameters and override `forward`.
 
     A derived class has the whole life of what it adds: `attach` puts it into a module, `lora_tensors` are its tensors,
-    `reset_lora_parameters` starts them anew, `fold` makes them the module's own where a merge needs that, and
-    `take_out` below removes whatever was added.
+    `reset_lora_parameters` starts them anew, `rescale_update` gives them another strength, `fold` makes them the
+    module's own where a merge needs that, and `take_out` below removes whatever was added.
     """
 
     lora_enabled: bool = True
@@ -47,6 +49,23 @@ class Grafted(nn.Module):
 
     def reset_lora_parameters(self) -> None:
         """Start the adapter's tensors anew, from what the module's own tensors are now."""
+
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        """Make each trained W, in place, `W0 + strength (W - W0)`; `inject.scaled` calls it and puts all back.
+
+        Args:
+            strength: c, at least 0.
+            done: ids of the tensors that are scaled already, which several modules may share.
+        """
+
+    @contextmanager
+    def lora_disabled(self) -> Iterator[None]:
+        """Within the block this module is as it was before the adapter."""
+        enabled, self.lora_enabled = self.lora_enabled, False
+        try:
+            yield
+        finally:
+            self.lora_enabled = enabled
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickle and deepcopy by the classes that the made one stands for: it has no import path itself."""
@@ -136,10 +155,24 @@ def ungraft(module: nn.Module, added: type[Grafted]) -> None:
     module.__class__ = cls  # type: ignore[assignment]
 
 
+def interpolate_(trained: Tensor, own: Tensor, strength: float, done: set[int]) -> None:
+    """Make a tensor that trains in full `W0 + strength (W - W0)`, once; at 0 it is W0 to the bit.
+
+    Whole numbers, such as a norm's count of batches, have nothing in between: they stay, and are W0's at 0.
+    """
+    if id(trained) in done:
+        return
+    done.add(id(trained))
+    wide = own.to(trained.dtype)
+    if strength == 0:
+        trained.copy_(wide)
+    elif trained.is_floating_point():
+        trained.copy_(wide + strength * (trained - wide))
+
+
 def take_out(module: nn.Module) -> None:
     """Give the module its own class back, and forget what was grafted: all that a graft adds is named `lora_...`."""
     for store in (module._parameters, module._buffers, module._modules, module.__dict__):
         for name in [name for name in store if name.startswith("lora_")]:
             del store[name]
-    module._non_persistent_buffers_set = {n for n in module._non_persistent_buffers_set if not n.startswith("lora_")}
     module.__class__ = own_class(type(module))  # type: ignore[assignment]

@@ -1,9 +1,10 @@
 """`h = x W0^T + b + s (x A^T) B^T` as one autograd function: `functional.lora_update` in fewer passes over memory.
 
 - The update is added into the base's own output, and its share of dX into the base's, without a tensor of that width.
-- Backward keeps x as it came in, and z = s A x^T. A and B are cast to the dtype of the product, never x to theirs;
+- Backward keeps x as it came in, and z = s x A^T. A and B are cast to the dtype of the product, never x to theirs;
   under autocast x is cast inside, so that layers on one input keep one x.
-- What is of rank's size lies as (r, n), in which all thin products around it are quick.
+- z and its gradient, which are of rank's size, lie in the order in which the thin products around them are quick:
+  column after column in float32 and float64, row after row in half precision.
 - Dropout comes from random bytes: eight bits decide about an element, so p is rounded to a multiple of 1/256 and the
   scale corrected to it. A seed is kept and the mask is drawn again in backward, some rows at a time.
 - Where rows are many, `W' = W0 + s B A` is folded first, in float32 or float64, and one product with it takes the place
@@ -12,7 +13,7 @@
 With B = 0 the output is the backbone's own, bit for bit. Second derivatives take the eager form, and so do callers for
 whom `can_fuse` is false.
 
-Shapes: n rows, k inputs, m outputs, rank r; x (..., k), W0 (m, k) or its transpose, A (r, k), B (m, r), z (r, n).
+Shapes: n rows, k inputs, m outputs, rank r; x (..., k), W0 (m, k) or its transpose, A (r, k), B (m, r), z (n, r).
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ class FusedLinear(torch.autograd.Function):
             out = _base_output(cast, torch.addmm(W0, left, right, alpha=scale), b, transposed)
         else:
             out, a = _base_output(cast, W0, b, transposed), A.to(dtype) * ctx.scale
-            z = _dropped_product(a, rows, dropped, ctx.seed) if dropped else torch.mm(a, rows.t())
-            out.view(-1, out.shape[-1]).addmm_(z.t(), B.to(dtype).t())
+            z = _dropped_product(rows, a, dropped, ctx.seed) if dropped else _thin_product(rows, a)
+            out.view(-1, out.shape[-1]).addmm_(z, B.to(dtype).t())
         ctx.save_for_backward(x, weight, A, B, z)
         return out
 
@@ -131,7 +132,10 @@ class FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, z = ctx.saved_tensors
         needs_x, _, needs_bias, needs_A, needs_B = ctx.needs_input_grad[:5]
-        g, dX, dA, dB, dz = grads[0].reshape(-1, grads[0].shape[-1]), None, None, None, None
+        g = grads[0].reshape(-1, grads[0].shape[-1])
+        dX: Tensor | None = None
+        dA: Tensor | None = None
+        dB: Tensor | None = None
         with torch.autocast(x.device.type, enabled=False):
             dbias = g.sum(0) if needs_bias else None
             if torch.is_grad_enabled():
@@ -140,20 +144,21 @@ class FusedLinear(torch.autograd.Function):
             rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
             if ctx.folds and needs_x:
                 both = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
-                dX, dz = both[:, : x.shape[-1]], both[:, x.shape[-1] :].t()
-            elif needs_x or needs_A:
-                dz = torch.mm(b.t(), g.t())
-            if needs_x and not ctx.folds:
-                W0 = weight.to(ctx.dtype)
-                dX = torch.mm(g, W0.t() if ctx.transposed else W0)
-            if ctx.dropped and dz is not None:
+                dX, dz = both[:, : x.shape[-1]], both[:, x.shape[-1] :]
+            else:
+                dz = _thin_product(g, b.t())
+                if needs_x:
+                    W0 = weight.to(ctx.dtype)
+                    dX = torch.mm(g, W0.t() if ctx.transposed else W0)
+                    dX = dX if ctx.dropped else dX.addmm_(dz, a)
+            if ctx.dropped:
                 dA = _add_dropped_(dX, rows, dz, a, ctx.dropped, ctx.seed)
-            elif dz is not None:
-                dA = torch.mm(dz, rows) if needs_A else None
-                dX = dX.addmm_(dz.t(), a) if dX is not None and not ctx.folds else dX
+            elif needs_A:
+                dA = torch.mm(dz.t(), rows)
             if needs_B:
-                dB = torch.mm(torch.mm(a, rows.t()) if z is None else z, g).t().to(B.dtype)
-            dA = (dA * ctx.scale).to(A.dtype) if needs_A else None
+                z = _thin_product(rows, a) if z is None else z
+                dB = torch.mm(z.t(), g).t().to(B.dtype)
+            dA = (dA * ctx.scale).to(A.dtype) if dA is not None and needs_A else None
         return None if dX is None else dX.view(x.shape).to(x.dtype), None, dbias, dA, dB, None, None, None
 
 
@@ -172,16 +177,10 @@ def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
 
 
 def _folded_beside(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
-    """`[W0 + s B A, B]` (m, k + r)."""
-    m, r = B.shape
-    k = A.shape[1]
-    if transposed:  # as it lies, which is what torch's own product reads
-        both = B.new_empty(k + r, m)
-        torch.addmm(weight, A.t(), B.t(), alpha=scale, out=both[:k])
-        both[k:] = B.t()
-        return both.t()
-    both = B.new_empty(m, k + r)
-    torch.addmm(weight, B, A, alpha=scale, out=both[:, :k])
+    """`[W0 + s B A, B]` (m, k + r), in memory as W0 lies, which is what torch's own product reads."""
+    (m, r), k = B.shape, A.shape[1]
+    both = B.new_empty(k + r, m).t() if transposed else B.new_empty(m, k + r)
+    torch.addmm(weight.t() if transposed else weight, B, A, alpha=scale, out=both[:, :k])
     both[:, k:] = B
     return both
 
@@ -215,21 +214,26 @@ def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tenso
         yield slice(start, start + size), torch.ge(random.view(size, k), dropped, out=mask[:size])
 
 
-def _dropped_product(a: Tensor, rows: Tensor, dropped: int, seed: int) -> Tensor:
-    """`a (mask x)^T` (r, n)."""
-    z = a.new_empty(len(a), len(rows))
+def _thin_product(rows: Tensor, a: Tensor) -> Tensor:
+    """`rows a^T` (n, r), in the order of memory that the module's docstring names."""
+    return torch.mm(rows, a.t()) if a.dtype.itemsize == 2 else torch.mm(a, rows.t()).t()
+
+
+def _dropped_product(rows: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
+    """`(mask x) a^T` (n, r)."""
+    z = a.new_empty(len(a), len(rows)).t()
     for part, mask in _masks(rows, dropped, seed):
-        torch.mm(a, mask.mul_(rows[part]).t(), out=z[:, part])
+        z[part] = _thin_product(mask.mul_(rows[part]), a)
     return z
 
 
 def _add_dropped_(dX: Tensor | None, rows: Tensor, dz: Tensor, a: Tensor, dropped: int, seed: int) -> Tensor:
-    """Add `mask (dz^T a)` to dX; returns `dz (mask x)`, added up in float32 or wider."""
+    """Add `mask (dz a)` to dX; returns `dz^T (mask x)`, added up in float32 or wider."""
     dA = torch.zeros(a.shape, dtype=torch.promote_types(a.dtype, torch.float32), device=a.device)
     for part, mask in _masks(rows, dropped, seed):
         if dX is not None:
-            dX[part].addcmul_(torch.mm(dz[:, part].t(), a), mask)
-        dA += torch.mm(dz[:, part], mask.mul_(rows[part]))
+            dX[part].addcmul_(torch.mm(dz[part], a), mask)
+        dA += torch.mm(dz[part].t(), mask.mul_(rows[part]))
     return dA
 
 
@@ -237,17 +241,16 @@ def _differentiable_gradients(
     ctx: Any, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, g: Tensor
 ) -> list[Tensor | None]:
     """The gradients of x, A and B by operations that can be differentiated again, for `create_graph=True`."""
-    needed = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
     with torch.enable_grad():
         # Views, so that an input which was computed from another does not pass its gradient on here.
         x_, A_, B_ = inputs = [t.view_as(t) for t in (x, A, B)]
         seen = cast = x_.to(ctx.dtype)
         if ctx.dropped:
-            rows = x.to(ctx.dtype).reshape(-1, x.shape[-1])
+            rows = cast.detach().reshape(-1, x.shape[-1])
             masks = [mask.clone() for _, mask in _masks(rows, ctx.dropped, ctx.seed)]
             seen = cast * torch.cat([rows[:0], *masks]).view(x.shape)
         W0 = weight.to(ctx.dtype)
         out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, A_, B_, ctx.scale)
-        wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+        wanted = [t for t in inputs if t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, g, create_graph=True) if wanted else ())
-    return [next(found) if need else None for need in needed]
+    return [next(found) if t.requires_grad else None for t in inputs]

@@ -82,8 +82,6 @@ def make_adapter_real(model: nn.Module) -> None:
             is_parameter = isinstance(tensor, nn.Parameter)
             real[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
         store[name] = real[id(tensor)]
-    for _, rows in grafted_modules(model, TokenRows):
-        rows.lora_token_ids = torch.tensor(rows.__dict__["lora_token_numbers"])
 
 
 def inject_anywhere(model: nn.Module, config: LoRAConfig, *, start: bool = True) -> InjectionReport:

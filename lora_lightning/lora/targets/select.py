@@ -14,17 +14,17 @@ from torch.nn.parameter import is_lazy
 from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.quantization import scheme
-from lora_lightning.lora.frozen.tensors import get_module, named_modules
+from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modules
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
-from lora_lightning.lora.report import OUTPUT_HEAD
-from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
-from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, resolve_slices
+from lora_lightning.lora.report import OUTPUT_HEAD, STACK
+from lora_lightning.lora.targets.bypass import bypassed_modules, parametrized_modules
+from lora_lightning.lora.targets.fused_projections import SliceSpec, resolve_slices
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.patterns import (
+    all_names,
     block_number,
     by_pattern,
-    flat,
     has_match,
     matches,
     matches_any,
@@ -38,16 +38,34 @@ Names = dict[nn.Module, list[str]]
 """Every name of each module, in the model's order: a module in two places has two and is adapted once."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Target:
-    """One module to adapt."""
+    """One module, or one bare parameter of it, to adapt."""
 
-    name: str
+    names: list[str]
+    """Every name that it has, the model's first one first."""
     module: nn.Module
-    kind: type[AdaptedLayer]
-    settings: LayerSettings
     why: str
     """The entry of the config that selected it."""
+    parameter: str = ""
+    settings: LayerSettings = field(init=False)
+
+    @property
+    def name(self) -> str:
+        """The one name that reports and errors give."""
+        return self.names[0]
+
+    @property
+    def kind(self) -> type[AdaptedLayer]:
+        """The class of the adapted layer."""
+        kind = LoRAParameter if self.parameter else kind_of(self.module)
+        assert kind is not None
+        return kind
+
+    @property
+    def largest_rank(self) -> int:
+        """The smaller side of its weight."""
+        return self.kind.largest_rank(self.module, self.settings)
 
 
 @dataclass
@@ -60,28 +78,12 @@ class Selection:
     biases: list[nn.Module] = field(default_factory=list)
     """Modules whose parameter `bias` trains, in the model's order; those in `saved` train theirs anyway."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Modules that `all-linear` would have taken but for the reason given."""
+    """Modules and stacks of matrices that `all-linear` would have taken but for the reason given."""
 
     @property
     def inside_saved(self) -> dict[nn.Module, str]:
         """Every module within `modules_to_save`, with the name of the saved one."""
         return {module: name for name, saved in self.saved for module in saved.modules()}
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """One thing to adapt, by every name that it has."""
-
-    names: list[str]
-    module: nn.Module
-    why: str
-    parameter: str = ""
-
-    @property
-    def kind(self) -> type[AdaptedLayer]:
-        kind = LoRAParameter if self.parameter else kind_of(self.module)
-        assert kind is not None
-        return kind
 
 
 def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> Selection:
@@ -101,31 +103,28 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
         names.setdefault(module, []).append(name)
     bypassed = bypassed_modules(names)
     selection = Selection(saved=_modules_to_save(names, config, bypassed))
-    found = _without_excluded(
-        _target_modules(model, names, config, selection, computed_modules(names) | bypassed), names, config
-    )
-    wanted = [_Wanted(names[module], module, why) for module, why in found.items()]
-    wanted = _in_layers(wanted + _target_parameters(names, config, selection), config)
-    settings = _settings(wanted, names, config, preset_parts(model, config.target_modules) if found else [])
+    targets = _target_modules(model, names, config, selection, parametrized_modules(names) | bypassed)
+    parts = preset_parts(model, config.target_modules) if targets else []
+    targets = _in_layers(targets + _target_parameters(names, config, selection), config)
+    if config.target_modules == ALL_LINEAR:
+        selection.skipped |= dict.fromkeys(_stacks(targets, names, config, selection), STACK)
+    modules = {group[0]: module for module, group in names.items()}
+    for target in targets:
+        target.settings = _settings(target, config, parts, modules)
     if not any_rank:
-        wanted = _wide_enough(wanted, settings, config, selection)
+        targets = _without_narrow(targets, config, selection)
     selection.tokens = token_targets(model, names, config.trainable_token_indices)
     _refuse_rows(selection, bypassed)
-    if not wanted and not selection.tokens:
+    if not targets and not selection.tokens:
         raise TargetError(_nothing_left(names, config, selection))
     for field_name in ("rank_pattern", "alpha_pattern", "dropout_pattern", "slices"):
-        refuse_unused(field_name, getattr(config, field_name), [w.names for w in wanted])
-    for w in wanted:
-        name, own = w.names[0], settings[w.names[0]]
-        if not w.kind.has_input and (any_rank or w.why == ALL_LINEAR):
-            own = replace(own, dropout=0.0)  # the one of all layers is not meant for it; the report shows 0
-        if reason := _options_refusal(w, own):
-            raise TargetError(reason)
-        if any(p is not None and is_lazy(p) for p in w.module._parameters.values()):
-            raise TargetError(f"cannot adapt '{name}': it is lazy and has no shape yet: run the model on a batch first")
-        if reason := w.kind.refusal(w.module, own):
-            raise TargetError(f"cannot adapt '{name}': {reason}")
-        selection.targets.append(Target(name, w.module, w.kind, own, w.why))
+        refuse_unused(field_name, getattr(config, field_name), [target.names for target in targets])
+    for target in targets:
+        if not target.kind.has_input and (any_rank or target.why == ALL_LINEAR):
+            # The dropout of all layers is not meant for it; the report shows 0.
+            target.settings = replace(target.settings, dropout=0.0)
+        _refuse_unfit(target)
+    selection.targets = targets
     if not any_rank:
         _refuse_ranks(selection.targets)
         _refuse_lost_biases(selection.targets)
@@ -143,7 +142,7 @@ def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module,
         exact = [m for m, group in names.items() if entry in group]
         hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
         if not hits:
-            raise TargetError(no_match("modules_to_save", entry, flat(names.values())))
+            raise TargetError(no_match("modules_to_save", entry, all_names(names.values())))
         if len(hits) > 1:
             several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
             raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
@@ -169,15 +168,27 @@ def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module,
 
 def _target_modules(
     model: nn.Module, names: Names, config: LoRAConfig, selection: Selection, unfit: dict[nn.Module, str]
-) -> dict[nn.Module, str]:
-    """Each module that `target_modules` selects with the entry that selected it, in the model's order."""
+) -> list[Target]:
+    """The modules that `target_modules` selects and `exclude_modules` leaves."""
     inside_saved = selection.inside_saved
     candidates = {m: group for m, group in names.items() if m not in inside_saved}
     if config.target_modules == ALL_LINEAR:
-        return _all_linear(model, candidates, unfit, selection)
+        found = _all_linear(model, candidates, unfit, selection)
+    else:
+        found = _by_name(model, names, candidates, config, unfit)
+    excluded, everything = config.exclude_modules or [], all_names(names.values())
+    for entry in [excluded] if isinstance(excluded, str) else excluded:
+        if not any(matches([entry] if isinstance(excluded, list) else entry, name) for name in everything):
+            raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(excluded, str)))
+    return [f for f in found if not any(matches(excluded, name) for name in f.names)]
+
+
+def _by_name(
+    model: nn.Module, names: Names, candidates: Names, config: LoRAConfig, unfit: dict[nn.Module, str]
+) -> list[Target]:
     preset = preset_pattern(model, config.target_modules)
     pattern = config.target_modules if preset is None else preset
-    found: dict[nn.Module, str] = {}
+    found: list[Target] = []
     used: set[str] = set()
     for module, group in candidates.items():
         hits = matches_any(pattern, group)
@@ -188,29 +199,27 @@ def _target_modules(
             raise TargetError(f"cannot adapt '{group[0]}': {unfit[module]}")
         if kind_of(module) is None:
             raise TargetError(_unknown_kind(group[0], module, hits[0], candidates))
-        found[module] = hits[0] if preset is None else str(config.target_modules)
+        found.append(Target(group, module, hits[0] if preset is None else str(config.target_modules)))
     for entry in [pattern] if isinstance(pattern, str) else pattern:
         if entry not in used:
-            raise TargetError(_unused_target(entry, pattern, names, inside_saved))
+            raise TargetError(_unused_target(entry, pattern, names, candidates))
     return found
 
 
-def _unused_target(entry: str, pattern: str | list[str], names: Names, inside_saved: dict[nn.Module, str]) -> str:
+def _unused_target(entry: str, pattern: str | list[str], names: Names, candidates: Names) -> str:
     listed = isinstance(pattern, list)
-    if any(matches([entry] if listed else entry, n) for m in inside_saved for n in names.get(m, [])):
+    if any(matches([entry] if listed else entry, n) for m in names if m not in candidates for n in names[m]):
         return f"target_modules: '{entry}' is in modules_to_save, which trains it in full: name it once"
     word = ALL_LINEAR if entry == "all" else entry.replace("_", "-")
     if "," not in entry and (close := get_close_matches(word, (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8)):
         note = " (as a string, not in a list)" if listed else ""
         return f"target_modules: no module matches '{entry}'; did you mean '{close[0]}'?{note}"
-    return no_match("target_modules", entry, flat(names.values()), is_regex=not listed)
+    return no_match("target_modules", entry, all_names(names.values()), is_regex=not listed)
 
 
-def _all_linear(
-    model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection
-) -> dict[nn.Module, str]:
+def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection) -> list[Target]:
     heads = output_head(model)
-    found: dict[nn.Module, str] = {}
+    found: list[Target] = []
     for module, group in candidates.items():
         kind = kind_of(module)
         if kind is None or not kind.linear_like:
@@ -220,52 +229,57 @@ def _all_linear(
         elif module in unfit:
             selection.skipped[group[0]] = unfit[module]
         else:
-            found[module] = ALL_LINEAR
+            found.append(Target(group, module, ALL_LINEAR))
     return found
 
 
-def _without_excluded(found: dict[nn.Module, str], names: Names, config: LoRAConfig) -> dict[nn.Module, str]:
-    pattern = config.exclude_modules
-    if not pattern:
-        return found
-    everything = flat(names.values())
-    for entry in [pattern] if isinstance(pattern, str) else pattern:
-        if not any(matches([entry] if isinstance(pattern, list) else entry, name) for name in everything):
-            raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(pattern, str)))
-    return {m: why for m, why in found.items() if not any(matches(pattern, name) for name in names[m])}
+def _stacks(targets: list[Target], names: Names, config: LoRAConfig, selection: Selection) -> list[str]:
+    """Parameters that hold a matrix for each expert and are not adapted: `all-linear` sees modules alone."""
+    taken, inside_saved = {(target.module, target.parameter) for target in targets}, selection.inside_saved
+    layers, found = config.layers_to_transform, []
+    for module, group in names.items():
+        if kind_of(module) is not None or module in inside_saved or type(module).__module__.startswith("torch."):
+            continue
+        for own, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, own) in taken:
+                continue
+            places = [full_name(name, own) for name in group]
+            outside = isinstance(layers, list) and block_number(places[0]) not in layers
+            if not outside and not any(matches(config.exclude_modules or [], name) for name in (*places, *group)):
+                found.append(places[0])
+    return found
 
 
-def _target_parameters(names: Names, config: LoRAConfig, selection: Selection) -> list[_Wanted]:
-    """The parameters that `target_parameters` selects, in the model's order."""
+def _target_parameters(names: Names, config: LoRAConfig, selection: Selection) -> list[Target]:
+    """The parameters that `target_parameters` selects and `exclude_modules` leaves."""
     entries, inside_saved = config.target_parameters or [], selection.inside_saved
-    used, known, wanted = set[str](), list[str](), list[_Wanted]()
+    used, known, found = set[str](), list[str](), list[Target]()
     for module, group in names.items() if entries else ():
         for own in module._parameters if module not in inside_saved else ():
-            full = [f"{name}.{own}" if name else own for name in group]
-            known += full
-            hits = matches_any(entries, full)
+            places = [full_name(name, own) for name in group]
+            known += places
+            hits = matches_any(entries, places)
             used.update(hits)
-            excluded = any(matches(config.exclude_modules or [], name) for name in full)
+            excluded = any(matches(config.exclude_modules or [], name) for name in places)
             if hits and module._parameters[own] is not None and not excluded:
-                wanted.append(_Wanted(full, module, hits[0], own))
+                found.append(Target(places, module, hits[0], own))
     for entry in entries:
         if entry not in used:
             raise TargetError(no_match("target_parameters", entry, known, what="parameter"))
-    return wanted
+    return found
 
 
-def _in_layers(wanted: list[_Wanted], config: LoRAConfig) -> list[_Wanted]:
+def _in_layers(found: list[Target], config: LoRAConfig) -> list[Target]:
     layers = config.layers_to_transform
     if layers is None:
-        return wanted
+        return found
     assert isinstance(layers, list)
-    numbers = [block_number(w.names[0]) for w in wanted]
+    numbers = [block_number(f.names[0]) for f in found]
     there = sorted({n for n in numbers if n is not None})
-    missing = sorted(set(layers) - set(there))
-    if missing:
+    if missing := sorted(set(layers) - set(there)):
         blocks = f"{there[0]} to {there[-1]}" if there else "none: no selected module has a number in its name"
         raise TargetError(f"layers_to_transform: no selected module is in block {missing[0]}; blocks there: {blocks}")
-    return [w for w, n in zip(wanted, numbers, strict=True) if n in layers]
+    return [f for f, n in zip(found, numbers, strict=True) if n in layers]
 
 
 def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, required: bool) -> list[nn.Module]:
@@ -284,62 +298,69 @@ def _biases(model: nn.Module, config: LoRAConfig, selection: Selection, *, requi
 # Each layer's share of the config.
 
 
-def _settings(wanted: list[_Wanted], names: Names, config: LoRAConfig, parts: list[str]) -> dict[str, LayerSettings]:
-    """Each layer's settings by its first name; `parts` are taken of a fused layer where `slices` says nothing.
+def _settings(target: Target, config: LoRAConfig, parts: list[str], modules: dict[str, nn.Module]) -> LayerSettings:
+    """One layer's settings; `parts` are taken of a fused layer where `slices` says nothing.
 
     Raises:
         TargetError: two patterns of one length disagree, or the parts are not there.
     """
-    modules = {group[0]: module for module, group in names.items()}
-    found: dict[str, LayerSettings] = {}
-    for w in wanted:
-        r = by_pattern("rank_pattern", config.rank_pattern, w.names, config.r)
-        alpha = by_pattern("alpha_pattern", config.alpha_pattern, w.names, config.scaling_alpha)
-        spec: SliceSpec = by_pattern("slices", config.slices, w.names, [] if w.parameter else parts)
-        found[w.names[0]] = LayerSettings(
-            r=r,
-            alpha=alpha,
-            scale=config.scale(r, alpha),
-            dropout=by_pattern("dropout_pattern", config.dropout_pattern, w.names, config.dropout),
-            init=config.init,
-            use_dora=config.use_dora,
-            lora_bias=config.lora_bias,
-            slices=_slices(w, spec, modules) if spec else None,
-            parameter=w.parameter,
-        )
-    return found
+    name, names = target.name, target.names
+    r = by_pattern("rank_pattern", config.rank_pattern, names, config.r)
+    alpha = by_pattern("alpha_pattern", config.alpha_pattern, names, config.scaling_alpha)
+    spec: SliceSpec = by_pattern("slices", config.slices, names, [] if target.parameter else parts)
+    slices = None
+    if spec:
+        rows = target.kind.output_rows(target.module)
+        if rows is None:
+            raise TargetError(f"slices: '{name}', a {target.kind.kind}, has no parts to choose from")
+        slices = resolve_slices(name, target.module, modules.get(name.rpartition(".")[0]), rows, spec)
+    return LayerSettings(
+        r=r,
+        alpha=alpha,
+        scale=config.scale(r, alpha),
+        dropout=by_pattern("dropout_pattern", config.dropout_pattern, names, config.dropout),
+        init=config.init,
+        use_dora=config.use_dora,
+        lora_bias=config.lora_bias,
+        slices=slices,
+        parameter=target.parameter,
+    )
 
 
-def _slices(wanted: _Wanted, spec: SliceSpec, modules: dict[str, nn.Module]) -> Slices:
-    name, rows = wanted.names[0], wanted.kind.output_rows(wanted.module)
-    if rows is None:
-        raise TargetError(f"slices: '{name}', a {wanted.kind.kind}, has no parts to choose from")
-    return resolve_slices(name, wanted.module, modules.get(name.rpartition(".")[0]), rows, spec)
-
-
-def _wide_enough(
-    wanted: list[_Wanted], settings: dict[str, LayerSettings], config: LoRAConfig, selection: Selection
-) -> list[_Wanted]:
+def _without_narrow(targets: list[Target], config: LoRAConfig, selection: Selection) -> list[Target]:
     """Leave out what `all-linear` found and r is too large for, unless `rank_pattern` names it: that is refused."""
-    kept = []
-    for w in wanted:
-        own = settings[w.names[0]]
-        named = w.why != ALL_LINEAR or has_match(config.rank_pattern, w.names)
-        if named or own.r <= (largest := w.kind.largest_rank(w.module, own)):
-            kept.append(w)
+    wide = []
+    for target in targets:
+        named = target.why != ALL_LINEAR or has_match(config.rank_pattern, target.names)
+        if named or target.settings.r <= target.largest_rank:
+            wide.append(target)
         else:
-            selection.skipped[w.names[0]] = f"r={own.r} is larger than the smaller side of its weight, {largest}"
-    return kept
+            selection.skipped[target.name] = (
+                f"r={target.settings.r} is larger than the smaller side of its weight, {target.largest_rank}"
+            )
+    return wide
 
 
 # What is refused: a layer that cannot take an option, each with what to do.
 
 
-def _options_refusal(wanted: _Wanted, settings: LayerSettings) -> str | None:
-    """Why the layer cannot take DoRA, `lora_bias` or the start asked for; None where it can."""
-    name, module, kind, init = wanted.names[0], wanted.module, wanted.kind, settings.init
+def _refuse_unfit(target: Target) -> None:
+    """Raise a TargetError for a layer that cannot be adapted, or not with the options asked for."""
+    if reason := _option_refusal(target):
+        raise TargetError(reason)
+    if any(p is not None and is_lazy(p) for p in target.module._parameters.values()):
+        reason = "it is lazy and has no shape yet: run the model on a batch first"
+    else:
+        reason = target.kind.refusal(target.module, target.settings)
+    if reason:
+        raise TargetError(f"cannot adapt '{target.name}': {reason}")
+
+
+def _option_refusal(target: Target) -> str | None:
+    """Why the layer cannot take DoRA, `lora_bias` or the init asked for; None where it can."""
+    name, module, kind, settings = target.name, target.module, target.kind, target.settings
+    init, what = settings.init, "a bare parameter" if target.parameter else f"a {type(module).__name__}"
     needs_w0 = inits.is_from_weight(init) or init in inits.DATA_INITS
-    what = f"a {type(module).__name__}" if not settings.parameter else "a bare parameter"
     if settings.slices and (settings.use_dora or settings.lora_bias or needs_w0):
         option = "use_dora" if settings.use_dora else "lora_bias" if settings.lora_bias else f"init '{init}'"
         return f"{option} has no form for chosen slices yet, and '{name}' has some: leave one of them out"
@@ -363,7 +384,7 @@ def _options_refusal(wanted: _Wanted, settings: LayerSettings) -> str | None:
 
 def _refuse_ranks(targets: list[Target]) -> None:
     """Raise a TargetError where r is above the smaller side of a weight: all of them in one, with lines to copy."""
-    largest = {t.name: t.kind.largest_rank(t.module, t.settings) for t in targets}
+    largest = {target.name: target.largest_rank for target in targets}
     narrow = [t for t in targets if t.settings.r > largest[t.name]]
     if not narrow:
         return

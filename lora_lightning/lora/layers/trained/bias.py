@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft
+from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -52,6 +52,12 @@ class TrainedBias(Grafted):
             folded[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad)
         self._parameters["bias"] = folded[id(trained)]
 
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        own = self._parameters["bias"]
+        assert own is not None
+        interpolate_(self.lora_trained_bias, own, strength, done)
+        super().rescale_update(strength, done)
+
     def reset_lora_parameters(self) -> None:
         """Start the copy anew from the original."""
         own = self._parameters["bias"]
@@ -62,10 +68,7 @@ class TrainedBias(Grafted):
 
     def reset_parameters(self) -> None:
         """What resets the module means its own bias, not the copy."""
-        enabled, self.lora_enabled = self.lora_enabled, False
-        try:
+        with self.lora_disabled():
             super().reset_parameters()  # type: ignore[misc]
-        finally:
-            self.lora_enabled = enabled
         with torch.no_grad():
             self.lora_trained_bias.copy_(self._parameters["bias"])  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
+from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, own_forward_calls_super
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -22,6 +22,7 @@ class TokenRows(Grafted, nn.Embedding):
     lora_names = ("lora_tokens",)
     lora_tokens: nn.Parameter
     lora_token_ids: Tensor
+    """Their numbers. No buffer, since no state dict holds them."""
 
     @classmethod
     def attach(cls, module: nn.Module, token_ids: list[int], tied: list[nn.Module]) -> None:
@@ -30,8 +31,7 @@ class TokenRows(Grafted, nn.Embedding):
         assert isinstance(module, cls)
         shape, dtype = (len(token_ids), module.embedding_dim), wide_dtype(module.weight)
         module.lora_tokens = nn.Parameter(torch.empty(shape, dtype=dtype, device=module.weight.device))
-        module.__dict__["lora_token_numbers"] = sorted(token_ids)
-        module.register_buffer("lora_token_ids", torch.empty(0), persistent=False)
+        module.lora_token_ids = torch.tensor(sorted(token_ids), device="cpu")
         module.reset_lora_parameters()
         for other in tied:
             graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
@@ -40,10 +40,12 @@ class TokenRows(Grafted, nn.Embedding):
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
         """Start from W0's rows as they are now; on the meta device there is nothing to copy yet."""
-        numbers = self.__dict__["lora_token_numbers"]
-        self.lora_token_ids = torch.tensor(numbers, device=self.weight.device)
-        self.lora_tokens.copy_(self.weight[self.lora_token_ids])
+        self.lora_tokens.copy_(self.weight[self.token_ids()])
         super().reset_lora_parameters()
+
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        interpolate_(self.lora_tokens, self.weight[self.lora_token_ids], strength, done)
+        super().rescale_update(strength, done)
 
     def reset_parameters(self) -> None:
         """Lightning and torch call this on modules that come from the meta device."""
@@ -60,18 +62,23 @@ class TokenRows(Grafted, nn.Embedding):
 
     def put_in(self, out: Tensor, ids: Tensor) -> Tensor:
         """`out` (..., width), as looked up for `ids` (...), with the trained rows at the chosen tokens."""
-        place = torch.searchsorted(self.lora_token_ids, ids).clamp(max=len(self.lora_token_ids) - 1)
-        chosen = (self.lora_token_ids[place] == ids).unsqueeze(-1)
+        own = self.token_ids()
+        place = torch.searchsorted(own, ids).clamp(max=len(own) - 1)
+        chosen = (own[place] == ids).unsqueeze(-1)
         return torch.where(chosen, F.embedding(place, self.lora_tokens).to(out.dtype), out)
 
-    def token_deltas(self) -> Tensor:
-        """rows - W0, (number of tokens, width)."""
-        return self.lora_tokens - self.weight[self.lora_token_ids]
+    def token_ids(self) -> Tensor:
+        """The chosen token numbers on W0's device, where they stay from then on."""
+        if self.weight.is_meta:  # where numbers would be lost
+            return self.lora_token_ids.to("meta")
+        if self.lora_token_ids.device != self.weight.device:
+            self.lora_token_ids = self.lora_token_ids.to(self.weight.device)
+        return self.lora_token_ids
 
     @torch.no_grad()
     def fold(self) -> None:
         """Write the rows into the weight, for it and for every module that is tied to it."""
-        self.weight[self.lora_token_ids] = self.lora_tokens.to(self.weight.dtype)
+        self.weight[self.token_ids()] = self.lora_tokens.to(self.weight.dtype)
 
 
 class TokenFollower(Grafted):
@@ -89,8 +96,9 @@ class TokenHead(TokenFollower, nn.Linear):
         if not self.lora_enabled:
             return out
         rows = self.lora_followed[0]
-        update = F.linear(input, rows.token_deltas().to(input.dtype))
-        return out.index_add(-1, rows.lora_token_ids, update.to(out.dtype))
+        ids = rows.token_ids()
+        update = F.linear(input, (rows.lora_tokens - rows.weight[ids]).to(input.dtype))
+        return out.index_add(-1, ids, update.to(out.dtype))
 
 
 class TokenTwin(TokenFollower, nn.Embedding):

@@ -1,0 +1,1 @@
+"""What W0 is once adapters were merged into it, or begun from it."""

@@ -1,0 +1,1 @@
+"""What is adapted: less, or more, than the config says."""
