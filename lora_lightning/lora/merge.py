@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, sc
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove, scaled
-from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias, take_out
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, take_out
 
 LARGE = 1e9
 """Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""
@@ -76,30 +77,17 @@ def merge(
 
 def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> MergeReport:
     _refuse_before(model, dequantize=dequantize, dtype=dtype)
-    layers, saved, tokens = adapted_layers(model), grafted_modules(model, SavedCopy), grafted_modules(model, TokenRows)
     if dtype is not None:
         widen(model, dtype)
     report = MergeReport()
-    ties = shared_parameters(model)
-    folded_biases: dict[int, nn.Parameter] = {}
-    folded_copies: dict[int, Tensor] = {}
-    for _, biased in grafted_modules(model, TrainedBias):
-        biased.fold(folded_biases)
-    plain_dtype = float_dtype(model)
-    for path, layer in layers:
-        name, owner, quantized = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
-        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantized else None, dtype, label=name)
-        fold_bias(layer, name)
-        if quantized:
-            report.dequantized.append(name)
-            take_out(owner)
-            make_plain(owner, merged["weight"])
-        else:
-            _set_weights(owner, merged)
-    for _, embedding in tokens:
-        embedding.fold()
-    for _, module in saved:
-        module.fold(folded_copies)
+    ties, plain_dtype = shared_parameters(model), float_dtype(model)
+    folded: dict[int, Any] = {}
+    for path, module in grafted_modules(model):
+        name = module.lora_name(path) if isinstance(module, AdaptedLayer) else path
+        is_quantized = isinstance(module, AdaptedLayer) and scheme(module) is not None
+        share = fold(path, module, folded, plain_dtype if is_quantized else None, dtype)
+        report.kept.update({} if share is None else {name: share})
+        report.dequantized.extend([name] if is_quantized else [])
     for name, module in model.named_modules() if dequantize else ():
         if scheme(module) is not None:
             report.dequantized.append(name)
@@ -113,6 +101,50 @@ def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> 
     if lost := rounding_warning(report.kept, dtype or plain_dtype):
         warn(lost)
     return report
+
+
+def fold(
+    path: str,
+    module: Grafted,
+    folded: dict[int, Any],
+    dtype: torch.dtype | None = None,
+    rounded_to: torch.dtype | None = None,
+) -> float | None:
+    """Make the sum of W0 and what one module was trained to add, or what it was trained to hold, its own, in place.
+
+    This is the one arithmetic of merging: `merge` calls it for each module, and the merge of files for a module whose
+    W0 it has put in for the moment.
+
+    Args:
+        path: of the module.
+        folded: what was folded before, by the id of the trained tensor: one for a whole model keeps its ties.
+        dtype, rounded_to: as in `merged_weights`.
+
+    Returns:
+        The share of the update that rounding kept; None where nothing is added to W0's weights.
+
+    Raises:
+        MergeError: the update is not finite, or rounding would make a number infinite.
+    """
+    share = None
+    for own, trained, place in _trained_tensors(module):
+        refuse_overflow(f"'{full_name(path, own)}'", trained, place.dtype)
+    if isinstance(module, TrainedBias):
+        TrainedBias.fold(module, folded)
+    if isinstance(module, AdaptedLayer):
+        label, owner = module.lora_name(path), module.lora_owner
+        merged, share = merged_weights(module, dtype, rounded_to, label=label)
+        _fold_bias(module, label)
+        if scheme(module) is not None:
+            take_out(owner)
+            make_plain(owner, merged["weight"])
+        else:  # in memory of their own: W0's may be another module's or another model's too
+            owner._parameters.update({n: nn.Parameter(w, requires_grad=False) for n, w in merged.items()})
+    if isinstance(module, TokenRows):
+        TokenRows.fold(module)
+    if isinstance(module, SavedCopy):
+        SavedCopy.fold(module, folded)
+    return share
 
 
 def merged_weights(
@@ -144,22 +176,16 @@ def merged_weights(
         rounded = rounded_to or merged[name].dtype
         refuse_overflow(f"W0 + s B A of '{label}'", after, rounded)
         merged[name][place] = after.to(merged[name].dtype)
-        stored = merged[name][place].to(rounded).to(delta.dtype)
+        error = after.copy_(merged[name][place].to(rounded)).sub_(before).sub_(delta)  # no more memory for it
         norm = float(torch.linalg.vector_norm(delta))
         if not math.isfinite(norm) and not torch.isfinite(delta).all():  # else its square is beyond float32
             raise MergeError(f"s B A of '{label}' is not finite: training diverged; merge an earlier checkpoint")
         wanted += norm**2
-        lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
+        lost += float(torch.linalg.vector_norm(error)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
-def _set_weights(module: nn.Module, merged: dict[str, Tensor]) -> None:
-    """The weights as parameters in memory of their own: W0's may be another module's or another model's too."""
-    for name, weight in merged.items():
-        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-
-
-def fold_bias(layer: AdaptedLayer, label: str = "a layer") -> None:
+def _fold_bias(layer: AdaptedLayer, label: str) -> None:
     """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied.
 
     Raises:
