@@ -54,6 +54,7 @@ from lora_lightning.tasks.segmentation import ImageSegmentation as ImageSegmenta
 from lora_lightning.tasks.supervised import Supervised as Supervised
 from lora_lightning.tasks.token_classification import TokenClassification as TokenClassification
 from lora_lightning.training.callbacks.baselines import Baselines as Baselines
+from lora_lightning.training.callbacks.drift_monitor import DriftMonitor as DriftMonitor
 from lora_lightning.training.callbacks.export_on_fit_end import ExportAtEnd as ExportAtEnd
 from lora_lightning.training.callbacks.freeze_base import FreezeBase as FreezeBase
 from lora_lightning.training.callbacks.generation_samples import Samples as Samples

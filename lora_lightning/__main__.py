@@ -44,12 +44,10 @@ def run(args: list[str]) -> None:
         return
     check(args)  # what is no YAML is told before torch is imported
     from lora_lightning.cli.log_filters import quieten
-    from lora_lightning.cli.registry import COMMANDS, ENTRIES, named
+    from lora_lightning.cli.registry import COMMANDS
 
     quieten()
-    if own := ENTRIES[args[0]].main:
-        named(own)(args[1:])
-    elif args[0] in COMMANDS:
+    if args[0] in COMMANDS:
         from lora_lightning.cli.parser import run_command
 
         run_command(args[0], args[1:])

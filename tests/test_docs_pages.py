@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from lora_lightning.cli.parser import command_parser, with_values
-from lora_lightning.commands.registry_commands import COMMANDS
+from lora_lightning.cli.registry import COMMANDS, function_of
 from tests.command.process import REPOSITORY
 from tests.recipes.recipe import parse
 
@@ -63,7 +63,7 @@ def overlays(args):
 def test_a_command_of_a_page_is_parsed(line):
     name, *args = shlex.split(line)
     if name in COMMANDS:
-        given = command_parser(name).parse_args(with_values(args, COMMANDS[name].__annotations__))
+        given = command_parser(name).parse_args(with_values(args, function_of(name).__annotations__))
         if name == "plan":
             files, rest = overlays(given.fit)
             assert parse(files or [BASE], *rest).data.class_path
@@ -117,7 +117,9 @@ def test_every_target_of_make_that_a_page_names_is_there():
 def test_every_module_that_a_page_runs_is_there():
     found = named(r"python -m ((?:benchmarks|tests)\.\w+)")
     assert len(found) > 5
-    assert [name for _, name in found if not (REPOSITORY / f"{name.replace('.', '/')}.py").is_file()] == []
+    files = {name: REPOSITORY / name.replace(".", "/") for _, name in found}
+    missing = [n for n, at in files.items() if not (at.with_suffix(".py").is_file() or (at / "__main__.py").is_file())]
+    assert missing == []
 
 
 def test_every_extra_that_a_page_names_is_there():

@@ -33,7 +33,8 @@ def takes(key, options):
     place, _, argument = key.partition(".init_args.")
     if not argument:
         return f"--{key}".removesuffix("+=EarlyStopping") in options
-    names = {name for one in CLASSES[place] for name in inspect.signature(one).parameters}
+    made_by = [base for one in CLASSES[place] for base in (inspect.getmro(one)[:-1] if inspect.isclass(one) else [one])]
+    names = {name for one in made_by for name in inspect.signature(one).parameters}
     return argument.partition(".")[0] in names | {"batch_size", "eval_batch_size", "num_workers", "seed", "split"} | (
         {"length_grouped"}
     )

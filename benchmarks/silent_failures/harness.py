@@ -135,7 +135,7 @@ def table(rows: dict[str, dict[str, Outcome]]) -> str:
     lines = [f"| failure | thread | {' | '.join(WAYS.values())} |", "|---|---|---|---|---|"]
     for name, found in rows.items():
         module = modules[name]
-        cells = " | ".join(_cell(found[way]) for way in WAYS)
+        cells = " | ".join(cell(found[way]) for way in WAYS)
         lines.append(f"| `{name}`: {module.TITLE} | {link(module.THREAD)} | {cells} |")
     counts = {way: [found[way].kind for found in rows.values()] for way in WAYS}
     for kind in ("right", "refused", "warned", "silently wrong"):
@@ -143,7 +143,7 @@ def table(rows: dict[str, dict[str, Outcome]]) -> str:
     return "\n".join(lines)
 
 
-def _cell(outcome: Outcome) -> str:
+def cell(outcome: Outcome) -> str:
     if outcome.kind in ("right", "refused"):
         return outcome.kind
     kind = f"**{outcome.kind}**" if outcome.kind == "silently wrong" else outcome.kind

@@ -23,7 +23,8 @@ from lora_lightning.lora.formats.peft.config import (
 )
 from lora_lightning.lora.formats.peft.keys import A_ENDS, PREFIX, WRAPPER, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair, stack_pairs
+from lora_lightning.lora.frozen.spectrum import Pair, matrix_pair
+from lora_lightning.lora.layers.functional import stack_factors
 
 OUT = f".{WRAPPER}.out_proj"
 REGISTERED = ("gate_up_proj", "down_proj")
@@ -233,6 +234,12 @@ def _scales(found: list[_Found], files: AdapterFiles, alphas: Mapping[str, float
     return {name: own[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
 
 
+def _pairs(layer: _Found) -> list[Pair]:
+    if layer.count == 1:
+        return [matrix_pair(layer.A, layer.B)]
+    return list(zip(*stack_factors(layer.A, layer.B, layer.count), strict=True))
+
+
 def _factors(layer: _Found, scale: float, *, dora: bool) -> Factors:
     groups = layer.A.shape[0] // layer.B.shape[1] if layer.A.dim() > 2 else 1
     return Factors(
@@ -240,7 +247,7 @@ def _factors(layer: _Found, scale: float, *, dora: bool) -> Factors:
         kind=layer.kind,
         r=layer.rank,
         scale=scale,
-        pairs=stack_pairs(layer.A, layer.B, layer.count) if layer.count > 1 else [matrix_pair(layer.A, layer.B)],
+        pairs=_pairs(layer),
         keys=layer.keys,
         peft_name=layer.peft_name,
         groups=groups,

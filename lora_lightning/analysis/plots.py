@@ -12,10 +12,11 @@ import torch
 
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.similarity import GroupSimilarity, LayerSimilarity, PairSimilarity
+from lora_lightning.analysis.strength import Strengths
 from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.spectrum import similarity
-from lora_lightning.reports.figures import COLORS, PAGE, Drawing, figure, rank_ticks, styled, ticks
+from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure, rank_ticks, styled, ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,6 +38,8 @@ class Analysis:
     groups: dict[str, list[GroupSimilarity]] = field(default_factory=dict)
     """By adapter, phi between its layers."""
     truncation: Truncation | None = None
+    drift: Strengths | None = None
+    """How far the first adapter moved its model, where that was asked for."""
 
 
 def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
@@ -64,7 +67,43 @@ def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
                 drawn[f"layers{end}"] = Drawing(title, caption, between(adapter.label, groups))
         _draw_amplification(found, drawn)
         _draw_pairs(found, layers, drawn)
+    if found.drift is not None and found.drift.metric:
+        drawn["drift"] = gain_against_drift(found.drift)
     return drawn
+
+
+def gain_against_drift(found: Strengths) -> Drawing:
+    """The validation metric over the drift, a point for each strength with standard errors of both."""
+    with styled():
+        drawn = figure(COLUMN, 3.0)
+        axis = drawn.subplots()
+        x = [one.drift.main for one in found.found]
+        y = [one.metrics[found.metric] for one in found.found]
+        xs, ys = [mean.value for mean in x], [mean.value for mean in y]
+        errors = [[mean.error or 0.0 for mean in means] for means in (x, y)]
+        style = {"elinewidth": 0.7, "capsize": 2, "lw": 1.2, "marker": "o", "ms": 4}
+        axis.errorbar(xs, ys, xerr=errors[0], yerr=errors[1], color=COLORS[0], **style)
+        for one, at in zip(found.found, zip(xs, ys, strict=True), strict=True):
+            place = (7, -11 if found.mode == "max" else 7)
+            axis.annotate(f"{one.scale:g}", at, place, textcoords="offset points", fontsize=7, color="#444")
+        scales = [one.scale for one in found.found]
+        at = scales.index(found.chosen)
+        axis.plot(xs[at], ys[at], "o", ms=9, mfc="none", mec=COLORS[1], mew=1.4, label=f"enough: {found.chosen:g}")
+        best = y[scales.index(found.best)]
+        if best.error:
+            limit = best.value - best.error if found.mode == "max" else best.value + best.error
+            axis.axhline(limit, color="#888", lw=0.7, ls=":", label="one standard error from the best")
+        axis.set_xlabel(
+            "KL(base || adapted) per token" if found.found[0].drift.kind == "kl" else "1 - cosine to the base"
+        )
+        axis.set_ylabel(f"val/{found.metric}")
+        axis.margins(0.1)
+        drawn.legend(loc="outside lower center", ncols=2, frameon=False)
+    caption = (
+        "Each point is a strength of the update, from the base (0) to what was trained (1) and beyond; bars are"
+        f" standard errors. The ring is the smallest strength within one standard error of the best, {found.best:g}."
+    )
+    return Drawing("Gain against drift", caption, drawn)
 
 
 def _draw_amplification(found: Analysis, drawn: dict[str, Drawing]) -> None:

@@ -6,8 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from statistics import median
 
+from lora_lightning.analysis.drift import Mean
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
 from lora_lightning.analysis.similarity import SIDES, LayerSimilarity, PairSimilarity, Side
+from lora_lightning.analysis.strength import Strengths
 from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.reports.table import Table
 
@@ -113,6 +115,81 @@ def of_truncation(told: Truncation) -> Table:
     if "not_measured" in told.cost:
         rows.append(["cost", f"not measured: {told.cost['not_measured']}"])
     return Table(title=f"truncated: {told.directory}", rows=rows)
+
+
+def of_drift(found: Strengths) -> Table:
+    """How far the update of full strength, or the strongest that was measured, moved the model."""
+    one = next((one for one in found.found if one.scale == 1), found.found[-1])
+    rows = [[FIGURES[name], _with_error(mean, share=name == "changed")] for name, mean in one.drift.figures.items()]
+    counted = f"{one.drift.texts:,} texts" + (f", {one.drift.tokens:,} tokens" if one.drift.tokens else "")
+    rows.append(["measured on", f"{found.source}: {counted}"])
+    at = "" if one.scale == 1 else f" at a strength of {one.scale:g}"
+    return Table(title=f"How far it moved from the base{at}", rows=rows)
+
+
+def of_strengths(found: Strengths) -> Table:
+    """A row for each strength: what it gains in validation, what it moves, and which one would do."""
+    kind = found.found[0].drift.kind
+    names = ["kl", "perplexity", "changed"] if kind == "kl" else ["cosine", "relative_l2"]
+    rows = []
+    for one in found.found:
+        figures = [_with_error(one.drift.figures[name], share=name == "changed") for name in names]
+        words = [f"{one.scale:g}", *(["enough"] if one.scale == found.chosen else [])]
+        words += ["best"] if one.scale == found.best else []
+        rows.append([", ".join(words), _with_error(one.metrics[found.metric]), *figures])
+    header = ["strength", f"val/{found.metric}", *(SHORT[name] for name in names)]
+    note = (
+        f"{found.chosen:g} is the smallest strength within one standard error of the best, {found.best:g}:"
+        f" lora-lightning export --scale {found.chosen:g} writes it. After ±: standard errors, of the metric by"
+        " leaving out a tenth of the rows, of the others over texts."
+    )
+    if found.chosen == 0:
+        note = note.replace(": lora-lightning export --scale 0 writes it", ", and is the base itself")
+    return Table(title="Gain against drift", header=header, rows=rows, note=note)
+
+
+def of_blocks(found: Strengths) -> Table:
+    """The drift of each block's pooled output."""
+    one = next((one for one in found.found if one.scale == 1), found.found[-1])
+    rows = [[name, *(_with_error(own[figure]) for figure in own)] for name, own in one.drift.layers.items()]
+    return Table(title="By block", header=["block", "1 - cosine", "relative L2"], rows=rows, code=True)
+
+
+def of_moved(found: Strengths) -> Table:
+    """The texts that moved most."""
+    one = next((one for one in found.found if one.scale == 1), found.found[-1])
+    rows = [[number(moved.value), moved.text] for moved in one.drift.most]
+    return Table(title="The texts that moved most", header=[SHORT[one.drift.kind], "text"], rows=rows, text=(1,))
+
+
+FIGURES = {
+    "kl": "KL(base || adapted) per token, in nats",
+    "perplexity_base": "perplexity of the base",
+    "perplexity": "perplexity of the adapted model",
+    "changed": "tokens whose top prediction changed",
+    "cosine": "1 - cosine of the pooled output",
+    "relative_l2": "its relative L2",
+}
+SHORT = {
+    "kl": "KL per token",
+    "perplexity": "perplexity",
+    "changed": "top changed",
+    "cosine": "1 - cosine",
+    "relative_l2": "relative L2",
+}
+
+
+def _with_error(mean: Mean, *, share: bool = False) -> str:
+    """The figure with as many digits as its error allows."""
+    factor, end = (100, "%") if share else (1, "")
+    value = mean.value * factor
+    if not mean.error:
+        return f"{value:.4g}{end}"
+    error = mean.error * factor
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    if digits > 6:
+        return f"{value:.2e} ± {error:.0e}{end}"
+    return f"{value:.{digits}f} ± {error:.{digits}f}{end}"
 
 
 def number(value: float) -> str:

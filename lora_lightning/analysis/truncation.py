@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora_lightning.analysis.adapters import OUT, Adapter, Factors
 from lora_lightning.analysis.measures import common_rank
-from lora_lightning.lora.bank.combine import padded, truncated
+from lora_lightning.lora.bank.combine import pad_pair, truncate_pair
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import Content, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
@@ -120,8 +120,8 @@ def _cut(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
     missing = wanted = 0.0
     pairs = []
     for A, B in layer.parts:
-        pair, (lost, whole) = truncated(A.double(), B.double(), rank // layer.groups)
-        pairs.append(padded(_untouched(pair, A, B), rank // layer.groups))
+        pair, (lost, whole) = truncate_pair(A.double(), B.double(), rank // layer.groups)
+        pairs.append(pad_pair(_untouched(pair, A, B), rank // layer.groups))
         missing, wanted = missing + lost, wanted + whole
     rows, columns = torch.cat([A for A, _ in pairs]), [B for _, B in pairs]
     if layer.kind == "Parameter" and len(pairs) > 1:

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lora_lightning.backbones.huggingface import quiet
+from lora_lightning.backbones.tokenizers import quiet
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.keys import PREFIX, canonical_keys
 from lora_lightning.lora.formats.peft.load import AdapterFiles

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,12 +9,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers.utils import logging as transformers_logging
 
 from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
-from lora_lightning.backbones.tokenizers import load_tokenizer
+from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.meta.build import builds_bare
@@ -135,7 +132,9 @@ def grow(model: Any, tokens: list[str], tokenizer: transformers.PreTrainedTokeni
         raise LoRAError(f"add_tokens holds a token twice: {tokens}")
     rows = model.get_input_embeddings().num_embeddings
     tokenizer.add_tokens(tokens)
-    numbers = {token: int(tokenizer.convert_tokens_to_ids([token])[0]) for token in tokens}
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    assert isinstance(ids, list)  # as tokens are one
+    numbers = dict(zip(tokens, map(int, ids), strict=True))
     fresh = [number for number in numbers.values() if number >= rows]
     if fresh and min(fresh) > rows:
         raise LoRAError(f"the tokenizer has {min(fresh)} words and the model {rows} rows: name its own tokenizer")
@@ -193,22 +192,6 @@ def _new_keys(model: Any, without: list[str]) -> list[str]:
             " incomplete or belong to another architecture"
         )
     return without
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' load report: the new head it warns of is expected, other gaps are refused above."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    bars = transformers_logging.is_progress_bar_enabled()
-    if bars:
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _not_found(name: str, error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,31 +11,11 @@ import yaml
 from lora_lightning.lora.errors import LoRAError, near_misses
 
 ENDINGS = {".yaml", ".yml"}
-
-PLAINLY = (
-    (r"found character '?\\?t?'? ?that cannot start any token", "a tab cannot indent YAML: put spaces in its place"),
-    (r"found unexpected end of stream", "a quote or bracket that was opened is not closed before the file ends"),
-    (r"mapping values are not allowed", "a second ': ' in one line: put the value into quotes, or begin a new line"),
-    (r"could not find expected ':'", "a key without ': ' after it"),
-    (
-        r"did not find expected key|expected <block end>|did not find expected '-' indicator",
-        "this line does not stand under those above it: indent it as its neighbours are",
-    ),
-    (
-        r"did not find expected ',' or|expected ',' or",
-        "a list or map in brackets lacks a comma or its closing bracket",
-    ),
-    (
-        r"found undefined alias",
-        "an alias (*name) without its anchor (&name): put a text with * in front into quotes",
-    ),
-    (r"expected a single document", "a second document begins here (---): keep one in a file"),
-    (r"expected '?<document start>", "a config is YAML: 'key: value' in each line"),
+GONE = dict.fromkeys(
+    ("deepspeed-zero2.yaml", "deepspeed-zero3.yaml", "fsdp1.yaml", "fsdp2-folder.yaml", "fsdp2-tp.yaml"),
+    ": it is gone, take configs/strategy/fsdp2.yaml, or ddp.yaml where W0 fits on one device",
 )
-"""What YAML's own messages mean."""
-
-
-VARIABLE = re.compile(r"\$\{(?:oc\.\w+|env|hydra|now):[^}]*\}?")
+"""Configs of earlier versions, and what to take."""
 NULL = "tag:yaml.org,2002:null"
 
 
@@ -68,7 +47,7 @@ def check_file(file: Path) -> None:
         held = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
         raise LoRAError(f"--config {file} is a folder{held}; name a file")
     if not file.is_file():
-        raise LoRAError(f"no config file {file}{_meant(file)}")
+        raise LoRAError(f"no config file {file}{GONE.get(file.name) or _meant(file)}")
     root = tree(file)
     if root is None or (root.tag == NULL and not root.value):  # or of --- alone
         raise LoRAError(f"{file} is empty: a config holds keys with values, such as those of configs/demo.yaml")
@@ -78,41 +57,30 @@ def check_file(file: Path) -> None:
     for node in _mappings(root):
         _refuse_twice(file, node)
     _refuse_all_empty(file, root)
-    _refuse_variables(file, root)
-
-
-def text_of(file: Path) -> str:
-    """A file's text.
-
-    Raises:
-        LoRAError: it is no UTF-8.
-    """
-    content = file.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise LoRAError(f"{file}, line {line}: not UTF-8: save the file as UTF-8 in your editor") from error
 
 
 def tree(file: Path) -> yaml.Node | None:
     """A file's YAML with its lines; None where it is empty.
 
     Raises:
-        LoRAError: it is no UTF-8 or no YAML.
+        LoRAError: it is no UTF-8 or no YAML, in YAML's own words.
     """
-    text = text_of(file)
+    content = file.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise LoRAError(f"{file}, line {line}: not UTF-8: save the file as UTF-8 in your editor") from error
     if file.suffix == ".json":  # which may be indented by tabs, and can have none elsewhere
         text = text.replace("\t", " ")
     try:
         return yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        told = f"{error.context or ''} {error.problem or ''}".strip()
-        plain = next((said for pattern, said in PLAINLY if re.search(pattern, told)), told)
-        opened = plain.startswith("a quote") and error.context_mark
-        mark = error.context_mark if opened else error.problem_mark or error.context_mark
+        mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
-        raise LoRAError(f"{file}{where}: {plain}") from error
+        begun = f" that begins in line {error.context_mark.line + 1}" if error.context_mark else ""
+        told = f"{error.context}{begun}, " if error.context else ""
+        raise LoRAError(f"{file}{where}: no YAML: {told}{error.problem}") from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise LoRAError(f"{file}, line {line}: a character that no text holds: is this a YAML file?") from error
@@ -121,8 +89,9 @@ def tree(file: Path) -> yaml.Node | None:
 def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
     if isinstance(node, yaml.MappingNode):
         yield node
-    for inner in _inner(node):
-        yield from _mappings(inner)
+    for child in node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []:
+        for inner in child if isinstance(child, tuple) else (child,):
+            yield from _mappings(inner)
 
 
 def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
@@ -146,45 +115,18 @@ def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
         raise LoRAError(f"{file}, line {line}: '{key.value}' holds nothing: give it keys or a value, or leave it out")
 
 
-def _refuse_variables(file: Path, root: yaml.Node) -> None:
-    """OmegaConf's and Hydra's: here they would be taken as they stand, as the name of a folder, say."""
-    for node in _scalars(root):
-        if found := VARIABLE.search(node.value):
-            raise LoRAError(
-                f"{file}, line {node.start_mark.line + 1}: a config has no variables such as {found[0]}: write the"
-                ' value, or give it as a flag, where a shell fills in "$NAME"'
-            )
-
-
-def _scalars(node: yaml.Node) -> Iterator[yaml.ScalarNode]:
-    if isinstance(node, yaml.ScalarNode):
-        yield node
-    for inner in _inner(node):
-        yield from _scalars(inner)
-
-
-def _inner(node: yaml.Node) -> Iterator[yaml.Node]:
-    """The entries of a list, keys and values of a map, and nothing else's."""
-    for child in node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []:
-        yield from child if isinstance(child, tuple) else (child,)
-
-
 def _meant(file: Path) -> str:
-    """Files of about this name in that folder, or of this name further down."""
-    if not file.parent.is_dir():
-        near = near_misses(file.parent.name, [p.name for p in _entries(file.parent.parent) if p.is_dir()], 1)
-        beside = [file.parent.parent / name / file.name for name in near]
-        found = [path for path in beside if path.is_file()] or [path.parent for path in beside]
+    """Files of about this name in that folder, or of this name in a folder of about that name or below configs/."""
+    folder = file.parent
+    if not folder.is_dir():
+        above = folder.parent
+        near = near_misses(folder.name, [p.name for p in above.iterdir() if p.is_dir()], 1) if above.is_dir() else []
+        found = [above / name / file.name for name in near if (above / name / file.name).is_file()]
     else:
-        files = [path for path in _entries(file.parent) if path.suffix in {*ENDINGS, ".json"}]
-        same = [path for path in files if path.stem == file.stem]
-        found = same or [file.parent / name for name in near_misses(file.name, [path.name for path in files], 2)]
-        below = Path("configs").rglob(file.name) if file.name == str(file) else ()
-        found = sorted(below)[:2] or found
+        files = [path.name for path in folder.iterdir() if path.suffix in {*ENDINGS, ".json"}]
+        same = [name for name in files if Path(name).stem == file.stem]
+        below = sorted(Path("configs").rglob(file.name))[:2] if file.name == str(file) else []
+        found = below or [folder / name for name in same or near_misses(file.name, files, 2)]
     if not found:
-        return f": looked for in {'this folder' if str(file.parent) == '.' else file.parent}"
+        return f": looked for in {'this folder' if str(folder) == '.' else folder}"
     return "; did you mean " + " or ".join(f"'{path}'" for path in found) + "?"
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []

@@ -24,7 +24,7 @@ import lora_lightning
 from lora_lightning.cli.config_files import named, tree
 from lora_lightning.cli.other_tools import instead_of
 from lora_lightning.cli.registry import ENTRIES, FROM_CHECKPOINT
-from lora_lightning.lora.errors import LoRAError, did_you_mean, near_misses, some
+from lora_lightning.lora.errors import REMOVED, LoRAError, did_you_mean, near_misses, some
 
 REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
 UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
@@ -257,7 +257,8 @@ def _wrong_argument(said: Sequence[Said], keys: Sequence[str]) -> str | None:
         paths = [path for path in (_class_of(holder, said, one.place),) if path]
         taken = _taken(paths[0]) if paths else None
         if taken and name not in taken:
-            hint = did_you_mean(name, taken) or f" (it takes {some(taken, 20)})"
+            gone = f" any more: {REMOVED[name]}" if name in REMOVED else ""
+            hint = gone or did_you_mean(name, taken) or f" (it takes {some(taken, 20)})"
             return f"{one.place}{paths[0]} takes no '{name}'{hint}"
     return None
 
@@ -282,6 +283,8 @@ def _taken(path: str) -> list[str]:
     made_by = getattr(importlib.import_module(module), name, None) if module and wrong_path(full) is None else None
     taken: list[str] = []
     for one in inspect.getmro(made_by)[:-1] if inspect.isclass(made_by) else [made_by] if made_by else []:
+        if inspect.isclass(one) and "__init__" not in vars(one):
+            continue  # a mixin, whose signature is that of a class further on
         parameters = inspect.signature(one).parameters.values()
         taken += [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -304,6 +307,8 @@ def wrong_path(path: str) -> str | None:
     Modules on the way are imported: they are what the command would import next.
     """
     parts = path.split(".")
+    if parts[0] == "lora_lightning" and parts[-1] in (gone := {**REMOVED, **lora_lightning.GONE}):
+        return f"'{path}': {gone[parts[-1]]}"
     if len(parts) == 1:
         known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
         near = [known[name] for name in near_misses(path, known, 2)]
@@ -324,6 +329,8 @@ def wrong_path(path: str) -> str | None:
                     return f"'{whole}' cannot be imported: {error}"
             except Exception as error:  # whatever a file of the user's own raises
                 return f"'{whole}' cannot be imported: {type(error).__name__}: {error}"
+        if parts[0] == "lora_lightning" and parts[-1] in lora_lightning.__all__:  # by its former module
+            return f"there is no '{whole}': take 'lora_lightning.{parts[-1]}'"
         return _nothing_there(whole, before, name, held)
     return None
 

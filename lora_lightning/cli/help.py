@@ -103,27 +103,12 @@ def reordered(args: list[str]) -> list[str]:
 
 # ---- a command's own screen
 
-TRAINER = {
-    "max_epochs": "epochs to train",
-    "max_steps": "optimizer steps to train; -1: the epochs' own",
-    "max_time": "stop after this time, as DD:HH:MM:SS",
-    "accelerator": "cpu, gpu, mps, tpu, ... or auto",
-    "devices": "how many, [their numbers], -1 for all, or auto",
-    "num_nodes": "machines",
-    "strategy": "auto, ddp, fsdp2; configs/strategy/ has overlays",
-    "precision": "float32, bf16-base, nf4-base, bf16-mixed, auto, ...",
-    "accumulate_grad_batches": "batches to a step",
-    "gradient_clip_val": "largest norm of the gradients",
-    "val_check_interval": "epoch's share or batches between validations",
-    "check_val_every_n_epoch": "epochs between them",
-    "limit_train_batches": "share or number of batches to train on",
-    "log_every_n_steps": "steps between two lines of metrics.csv",
-    "fast_dev_run": "one batch of each set, leaving no run",
-    "callbacks": "list of {class_path, init_args}",
-    "logger": "list of classes beside metrics.csv; false: none",
-    "enable_progress_bar": "the bar on the screen",
-}
-"""Of the Trainer's options those that most runs set, each in a line."""
+TRAINER = (
+    *("max_epochs", "max_steps", "accelerator", "devices", "num_nodes", "strategy", "precision"),
+    *("accumulate_grad_batches", "gradient_clip_val", "val_check_interval", "check_val_every_n_epoch"),
+    *("limit_train_batches", "log_every_n_steps", "fast_dev_run", "callbacks", "logger"),
+)
+"""Of the Trainer's options those that most runs set."""
 
 TO_TRAIN = (
     *("max_epochs", "max_steps", "max_time", "accumulate_grad_batches", "gradient_clip_val", "val_check_interval"),
@@ -131,20 +116,14 @@ TO_TRAIN = (
 )
 """Those of them that say nothing where nothing trains."""
 
-RUN = {
-    "config": "a YAML file; of several a later one wins",
-    "print_config": "print the whole config as a file, and end",
-    "seed_everything": "seed of everything that is drawn",
-    "ckpt_path": "where to go on or what to use: last, best, a run folder, a .ckpt file",
-    "weights_only": "false: a checkpoint may hold objects too",
-    "verbose": "print the metrics",
-    "return_predictions": "keep predictions in memory too",
+CHECKPOINT = {
+    "fit": "go on from auto (the newest), last, best, a run folder or a .ckpt file",
+    "other": "what to use: best, last, a run folder or a .ckpt file",
 }
-"""What Lightning tells at length."""
+"""What Lightning tells of its own words alone."""
 
 COLUMN = 31
 """Where what is told of an option begins, behind all but the longest."""
-FIT_PATH = "go on from auto (the newest), last, best, a run or .ckpt"
 GROUPS = ("run", "model", "lora", "data", "trainer")
 
 
@@ -199,7 +178,7 @@ TITLES = {
 def short(parser: Any) -> str:
     """A line for each option that most runs set, in groups."""
     command = parser.prog.rpartition(" ")[2]
-    lines = [usage(parser), "", *_head(command), ""]
+    lines = [f"usage: {usage_of_run(parser.prog)}", "", *_head(command), ""]
     actions = list(_actions(parser))
     hidden = [action for action in actions if _hidden(action, command)]
     for group, title in TITLES.items():
@@ -244,10 +223,9 @@ def _hidden(action: Action, command: str) -> bool:
 
 
 def _row(action: Action, command: str) -> str:
-    name = action.dest.removeprefix("trainer.")
-    told = TRAINER[name] if action.dest.startswith("trainer.") else RUN.get(name) or sentence(action.help or "")
-    if name == "ckpt_path" and command == "fit":
-        told = FIT_PATH
+    told = sentence(action.help or "")
+    if action.dest == "ckpt_path":
+        told = CHECKPOINT.get(command, CHECKPOINT["other"])
     if action.dest in ("data", "model.task"):
         told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
     flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
@@ -284,15 +262,19 @@ def _default(action: Action) -> str:
     return f" ({str(value).lower() if isinstance(value, bool) else value})"
 
 
+BASES = ("TableData", "Task", "StepOutput")
+"""What users subclass."""
+
+
 def classes_of(key: str) -> list[str]:
-    """Our own for `data` or `model.task`, by name, but for what users subclass."""
+    """Our own for `data` or `model.task`, by name."""
     import lora_lightning
 
     where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
     return sorted(
         name
         for name, module in lora_lightning._WHERE.items()
-        if module.startswith(where) and name.endswith(ending) and name not in ("TableData", "Task", "StepOutput")
+        if module.startswith(where) and name.endswith(ending) and name[0].isupper() and name not in BASES
     )
 
 
@@ -306,40 +288,14 @@ def has_groups(parser: Any) -> bool:
     return any(action.dest == "model.lora.r" for action in parser.options())
 
 
-def usage(parser: Any) -> str:
+def usage_of_run(prog: str) -> str:
     """Without the hundred flags."""
-    prog = parser.prog.replace(" [options]", "").replace("__main__.py", "lora-lightning")
-    name = prog.rpartition(" ")[2]
-    if has_groups(parser):
-        wants = "--ckpt_path RUN [-c CONFIG ...]" if name in FROM_CHECKPOINT else "-c CONFIG [-c CONFIG ...]"
-        return f"usage: {prog} {wants} [options]"
-    wanted = []
-    for action in parser.options():
-        if not action.option_strings:
-            one = action.dest.upper().removesuffix("S")
-            wanted.append(f"{one} [{one} ...]" if action.nargs == "+" else action.dest.upper())
-        elif action.dest in parser.needed:
-            wanted.append(f"{action.option_strings[-1]} {action.dest.upper()}")
-    return " ".join([f"usage: {prog}", *wanted, "[options]"])
+    prog = prog.replace(" [options]", "").replace("__main__.py", "lora-lightning")
+    trained = prog.rpartition(" ")[2] in FROM_CHECKPOINT
+    return f"{prog} {'--ckpt_path RUN [-c CONFIG ...]' if trained else '-c CONFIG [-c CONFIG ...]'} [options]"
 
 
-def whole(parser: Any, text: str) -> str:
-    """jsonargparse's own screen, the command's options first, without the names of every nn.Module that is loaded."""
-    _, _, rest = text.partition("\n\n")
-    sections = _own_first(rest) if has_groups(parser) else _of_a_function(rest, str(parser.description))
-    return f"{usage(parser)}\n\n{KNOWN.sub(_shorter, sections)}"
-
-
-def _of_a_function(sections: str, description: str) -> str:
-    """jsonargparse gives a function's options the function's own line as their title; `--help` goes last."""
-    described, *parts = sections.rstrip().split("\n\n")
-    last = [part.partition("\n")[2] for part in parts if part.startswith("options:\n")]
-    kept = [part for part in parts if not part.startswith("options:\n")]
-    kept = [re.sub(rf"^{re.escape(description.rstrip('.'))}[.:]*\n", "options:\n", part) for part in kept]
-    return "\n\n".join([described, *kept]) + "\n" + "\n".join(last) + "\n"
-
-
-def _shorter(listed: re.Match[str]) -> str:
+def shorter(listed: re.Match[str]) -> str:
     """A list of known subclasses that a person can take in, without the parts that ours are made of; or nothing."""
     names = re.sub(r"\s+", "", listed[1]).split(",")
     public = [name for name in names if not re.match(r"lora_lightning(\.\w+){2,}$|accelerate\.|transformers\.", name)]
@@ -347,13 +303,3 @@ def _shorter(listed: re.Match[str]) -> str:
         return ""
     filled = textwrap.fill(", ".join(public), 54, break_long_words=False)
     return ", known subclasses:\n" + textwrap.indent(filled, " " * 24)
-
-
-def _own_first(sections: str) -> str:
-    """A command's own options in front of those that it shares with all others, which fill ten screens."""
-    parts = sections.split("\n\n")
-    starts = [part.partition("\n")[0] for part in parts]
-    if "Linked arguments:" in starts[:-1] and "options:" in starts:
-        _, _, own = parts.pop().partition("\n")
-        parts.insert(starts.index("options:"), f"options of this command:\n{own.rstrip()}")
-    return "\n\n".join(parts).rstrip() + "\n"

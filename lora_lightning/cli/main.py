@@ -20,7 +20,6 @@ from lora_lightning.cli.diagnostics import refuse_config
 from lora_lightning.cli.exit_codes import raised_by_the_user
 from lora_lightning.cli.parser import CommandLine, OneLine
 from lora_lightning.cli.registry import FROM_CHECKPOINT
-from lora_lightning.data.base import TableData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.gradient_norms import StepFigures
@@ -86,9 +85,9 @@ class SaveRunConfig(SaveConfigCallback):
             shared = self.config.clone()
             for own in ("ckpt_path", "weights_only"):  # arguments of fit; without them the file serves every command
                 shared.pop(own, None)
-            if isinstance(trainer.datamodule, TableData):  # type: ignore[attr-defined]
-                for name, value in trainer.datamodule.read_off_train().items():  # type: ignore[attr-defined]
-                    shared.data.init_args[name] = value
+            read_off_train = getattr(trainer.datamodule, "read_off_train", dict)  # type: ignore[attr-defined]
+            for name, value in read_off_train().items():
+                shared.data.init_args[name] = value
             for target in LINKS:  # a value that the config gave is kept: the data may have none
                 if shared.get(target) is None:
                     shared.pop(target, None)
@@ -182,7 +181,7 @@ class LoRACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Without --config, a command on a trained run takes the config that the run was made with."""
         if self.until == "parser":
-            self.config = Namespace(subcommand=None, seed_everything=False)
+            self.config = Namespace(subcommand=None, seed_everything=False)  # type: ignore[no-untyped-call]
             return
         words = self.line.words
         self.line.words = full = with_run_config(words)

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser
 
 from lora_lightning.cli.diagnostics import told
-from lora_lightning.cli.help import ShowHelp, whole
-from lora_lightning.cli.registry import COMMANDS, ENTRIES, Command
+from lora_lightning.cli.help import KNOWN, ShowHelp, has_groups, shorter, usage_of_run
+from lora_lightning.cli.registry import COMMANDS, function_of
 
 
 @dataclass
@@ -31,9 +31,6 @@ class CommandLine:
 class OneLine(ArgumentParser):
     """Answers a mistake with one line instead of a screen of usage."""
 
-    needed: Sequence[str] = ()
-    """What has to be given, for the usage line."""
-
     def __init__(self, *args: Any, line: CommandLine | None = None, **kwargs: Any) -> None:
         kwargs["allow_abbrev"] = False  # `--model.lora.rank` must not be taken for rank_pattern
         wanted = kwargs.pop("add_help", True)
@@ -45,7 +42,9 @@ class OneLine(ArgumentParser):
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         """All options, each with all that is told of it."""
-        return whole(self, str(super().format_help(*args, **kwargs)))
+        if has_groups(self):
+            self.usage = usage_of_run(self.prog)
+        return KNOWN.sub(shorter, str(super().format_help(*args, **kwargs)))
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """As jsonargparse does; a class's own parser gets `null` as it was given, and not as the text None."""
@@ -71,15 +70,24 @@ class OneLine(ArgumentParser):
         return [option for action in inner.get(command, self).options() for option in action.option_strings]
 
     def options(self) -> list[argparse.Action]:
-        """What has been added, also by classes and functions: argparse has no public way to ask for it."""
-        return list(self._actions)
+        """What has been added, also by classes and functions, as argparse tells it to what formats the usage."""
+        found: list[argparse.Action] = []
+
+        class Reader(argparse.HelpFormatter):
+            def add_usage(self, usage: Any, actions: Any, *args: Any, **kwargs: Any) -> None:
+                found.extend(actions)
+
+        before, self.formatter_class = self.formatter_class, Reader
+        self.format_usage()
+        self.formatter_class = before
+        return found
 
 
 def command_parser(name: str) -> OneLine:
     """The parser of a command that needs no config."""
-    function, entry = COMMANDS[name], ENTRIES[name]
+    function, entry = function_of(name), COMMANDS[name]
     described = (inspect.getdoc(function) or "").partition("\n")[0]
-    parser = _kind(entry)(prog=f"lora-lightning {name}", description=described)
+    parser = (PassingOn if entry.rest else OneLine)(prog=f"lora-lightning {name}", description=described)
     own = entry.positional
     parameters = inspect.signature(function).parameters
     several = own is not None and str(parameters[own].annotation).startswith("list")
@@ -89,16 +97,21 @@ def command_parser(name: str) -> OneLine:
         skip: set[str | int] | None = {own}
     else:
         skip = {entry.rest} if entry.rest else None
-    parser.add_function_arguments(function, skip=skip, as_positional=own is not None and skip is None)
+    parser.add_function_arguments(function, as_group=False, skip=skip, as_positional=own is not None and skip is None)
     if isinstance(parser, PassingOn):
         parser.passed_as = str(entry.rest)
         parser.lists = frozenset(f"--{key}" for key, one in parameters.items() if "list[str] | None" in one.annotation)
-    parser.needed = [action.dest for action in parser.options() if action.required]
+    needed = [action for action in parser.options() if action.required]
+    parser.usage = " ".join([parser.prog, *map(_usage, needed), "[options]"])
     return parser
 
 
-def _kind(entry: Command) -> type[OneLine]:
-    return PassingOn if entry.rest else OneLine
+def _usage(action: argparse.Action) -> str:
+    """An argument that has to be given, as the usage line shows it."""
+    word = action.dest.upper()
+    if action.option_strings:
+        return f"{action.option_strings[-1]} {word}"
+    return f"{word.removesuffix('S')} [{word.removesuffix('S')} ...]" if action.nargs == "+" else word
 
 
 class PassingOn(OneLine):
@@ -141,8 +154,9 @@ class PassingOn(OneLine):
 
 def run_command(name: str, args: list[str]) -> None:
     """Run a command that needs no config."""
-    given = command_parser(name).parse_args(with_values(args, COMMANDS[name].__annotations__))
-    COMMANDS[name](**given.as_dict())
+    function = function_of(name)
+    given = command_parser(name).parse_args(with_values(args, function.__annotations__))
+    function(**given.as_dict())
 
 
 def with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:

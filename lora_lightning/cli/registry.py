@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
@@ -20,8 +20,6 @@ class Command(NamedTuple):
     """Of a list that is given so, what it holds."""
     rest: str | None = None
     """The argument that takes every flag that is not the command's own."""
-    main: str | None = None
-    """`module:function` that takes the words after the command's name itself."""
 
 
 GROUPS: dict[str, dict[str, Command]] = {
@@ -47,7 +45,7 @@ GROUPS: dict[str, dict[str, Command]] = {
             "fold an adapter into a model's files, shard by shard", "lora_lightning.commands.registry_commands:merge"
         ),
         "analyze": Command(
-            "how much of its rank an adapter uses, and what adapters share",
+            "how much of its rank an adapter uses, and how far it moved its model",
             "lora_lightning.commands.registry_commands:analyze",
             "adapters",
             "Adapters: directories, run folders or checkpoints.",
@@ -74,34 +72,12 @@ FROM_CHECKPOINT = ("validate", "test", "predict", "export")
 
 ENTRIES: dict[str, Command] = {name: command for group in GROUPS.values() for name, command in group.items()}
 
+COMMANDS = {name: command for name, command in ENTRIES.items() if command.function}
+"""Those that need no config."""
 
-def named(path: str) -> Callable[..., Any]:
-    """The function of a `module:function`."""
-    module, _, function = path.partition(":")
+
+def function_of(name: str) -> Callable[..., Any]:
+    """The function of one of `COMMANDS`, which is imported here."""
+    module, _, function = str(COMMANDS[name].function).partition(":")
     found: Callable[..., Any] = getattr(importlib.import_module(module), function)
     return found
-
-
-class Functions(Mapping[str, Callable[..., Any]]):
-    """The commands that need no config, by name; each is imported where it is asked for."""
-
-    def __init__(self, entries: Mapping[str, Command]) -> None:
-        self._paths = {name: entry.function for name, entry in entries.items() if entry.function}
-
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        return named(self._paths[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._paths)
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._paths
-
-
-COMMANDS = Functions(ENTRIES)
-
-POSITIONAL = {name: entry.positional for name, entry in ENTRIES.items() if entry.positional}
-"""The argument that is given without its name."""

@@ -26,6 +26,7 @@ from lora_lightning.analysis.similarity import (
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
 from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
+from lora_lightning.commands.drift import Asked, drift_tables, measured_drift, write_record
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -34,6 +35,7 @@ from lora_lightning.lora.targets.patterns import regex_refusal
 from lora_lightning.reports.figures import ENDINGS, refuse_missing, write_figures
 from lora_lightning.reports.html import Block, Section, figure_sections, page, table_section
 from lora_lightning.reports.table import Table
+from lora_lightning.training.checkpoints.run_folder import run_of_checkpoint
 
 RESULTS, PAGE, TRUNCATED = "analysis.json", "index.html", "truncated"
 TITLE = "The rank that is used"
@@ -54,6 +56,7 @@ class Request:
     directions: int = 4
     layers: str | None = None
     plots: bool = True
+    drift: Asked | None = None
 
     def __post_init__(self) -> None:
         if not self.adapters:
@@ -67,6 +70,8 @@ class Request:
             if len(self.adapters) > 1:
                 raise LoRAError(f"truncate takes one adapter, got {len(self.adapters)}: name the one to be cut")
             refuse_occupied(self.output_dir / TRUNCATED)
+        if self.drift is not None and len(self.adapters) > 1:
+            raise LoRAError(f"drift takes one run, got {len(self.adapters)}: name the one to be measured")
         if self.output_dir.is_file():
             raise LoRAError(f"'{self.output_dir}' is a file: name a folder")
         known = not self.output_dir.is_dir() or (self.output_dir / RESULTS).is_file()
@@ -95,9 +100,13 @@ def analyze(request: Request) -> Analysis:
             found.pairs.append(between_adapters(first.adapter, second.adapter, advance))
     if found.pairs and not any(pair.layers for pair in found.pairs):
         raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
+    if request.drift is not None:
+        found.drift = measured_drift(sources[0].run, request.drift, sources[0].notes)
     if request.truncate is not None:
         found.truncation = _truncated(sources[0], request)
-    write(found, request)
+    svgs = write(found, request)
+    if found.drift is not None and sources[0].run is not None:
+        write_record(run_of_checkpoint(Path(sources[0].adapter.source)), found.drift, svgs.get("drift"))
     return found
 
 
@@ -134,8 +143,8 @@ def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
     return {"validation": {"before": before, "after": run.validate()}}
 
 
-def write(found: Analysis, request: Request) -> None:
-    """The numbers, the page and the figures."""
+def write(found: Analysis, request: Request) -> dict[str, bytes]:
+    """The numbers, the page and the figures; returns the latter as SVG, by name."""
     folder = request.output_dir
     drawings = figures(found, request.layers) if request.plots else {}
     svgs = write_figures(folder, drawings, earlier=_earlier(folder))
@@ -143,9 +152,11 @@ def write(found: Analysis, request: Request) -> None:
     values = {**asdict(found), "base_model": request.wanted.base_model, "pictures": pictures}
     write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
     sections = [table_section(table) for table in screens(found)] + figure_sections(drawings, svgs)
-    long = [*map(tables.of_pair, found.pairs), *map(tables.by_layer, found.adapters)]
+    long = drift_tables(found.drift)[2 if found.drift.metric else 1 :] if found.drift is not None else []
+    long += [*map(tables.of_pair, found.pairs), *map(tables.by_layer, found.adapters)]
     sections.append(Section("In full", [Block(table=table, fold=table.title) for table in long]))
     write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
+    return svgs
 
 
 def _earlier(folder: Path) -> Any:
@@ -158,7 +169,8 @@ def _earlier(folder: Path) -> Any:
 
 def screens(found: Analysis) -> list[Table]:
     """The tables that a person sees first."""
-    rows = [tables.by_group(adapter) for adapter in found.adapters]
+    rows = drift_tables(found.drift)[: 2 if found.drift.metric else 1] if found.drift is not None else []
+    rows += [tables.by_group(adapter) for adapter in found.adapters]
     rows += [tables.of_pair(pair, ("A", "B")) for pair in found.pairs]
     return rows + ([tables.of_truncation(found.truncation)] if found.truncation is not None else [])
 

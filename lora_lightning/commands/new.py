@@ -8,19 +8,15 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from datetime import date
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from jsonargparse import ArgumentError, ArgumentParser
 
 from lora_lightning.commands.projects.checks import check_choices, checked_name, refuse_occupied, requirement
 from lora_lightning.commands.projects.render import render
 from lora_lightning.commands.projects.repository import git as run_git
 from lora_lightning.commands.projects.repository import start_repository
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError
 
 PACKAGE = "LORA_LIGHTNING_PACKAGE"
 """Environment variable in place of `--package`."""
@@ -98,36 +94,3 @@ def _told(target: Path, answers: dict[str, Any], *, committed: bool) -> str:
         f"  cd {shlex.quote(str(target))}",
     ]
     return "\n".join([*lines, *(f"  {command:<13}{what}" for command, what in steps)])
-
-
-def parser() -> ArgumentParser:
-    """Of the command alone: that of the others needs Lightning, which takes seconds to import."""
-    made = ArgumentParser(
-        prog="lora-lightning new", description="Make a project of your own.", exit_on_error=False, allow_abbrev=False
-    )
-    made.add_argument("folder", nargs="?", type=str, help="A new or empty folder, by whose name the project is called.")
-    made.add_function_arguments(new, skip={"folder"})
-    return made
-
-
-def _with_values(args: list[str]) -> Iterator[str]:
-    """`--defaults` alone is `--defaults=true`, which is all that jsonargparse takes."""
-    for arg, following in pairwise([*args, ""]):
-        yield "--defaults=true" if arg == "--defaults" and following not in ("true", "false") else arg
-
-
-def main(args: list[str]) -> None:
-    """Run the command.
-
-    Raises:
-        LoRAError, MissingPackageError: as `new` does, or an argument that there is not.
-    """
-    made = parser()
-    try:
-        given = made.parse_args([*_with_values(args)])
-    except ArgumentError as error:
-        known = [option for action in made._actions for option in action.option_strings]
-        wrong = next((arg.split("=")[0] for arg in args if arg.startswith("--") and arg.split("=")[0] not in known), "")
-        hint = did_you_mean(wrong, known) if wrong else ""
-        raise LoRAError(f"{' '.join(str(error).split())}{hint} (see --help)") from error
-    new(**given.as_dict())

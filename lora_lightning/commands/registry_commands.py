@@ -7,7 +7,6 @@ from typing import Literal
 from jsonargparse.typing import PositiveInt
 from rich.console import Console
 
-from lora_lightning.cli.registry import COMMANDS
 from lora_lightning.lora.frozen.dtype import DType
 from lora_lightning.lora.meta.merge_files import StreamReport
 from lora_lightning.reports.table import Table
@@ -51,8 +50,12 @@ def analyze(
     plots: bool = True,
     allow_other_base: bool = False,
     alphas: dict[str, float] | None = None,
+    drift: str | None = None,
+    drift_column: str = "text",
+    drift_texts: PositiveInt = 200,
+    scales: str | None = None,
 ) -> None:
-    """How much of its rank an adapter uses, and which directions several share: the paper's section 7.
+    """How much of its rank an adapter uses, which directions several share, and how far it moved its model.
 
     Written are analysis.json, index.html and each figure as PNG and SVG. Adapters are directories as PEFT and this
     package write them, run folders, or checkpoints.
@@ -69,6 +72,13 @@ def analyze(
         plots: draw the figures; needs matplotlib.
         allow_other_base: also where the adapter's fingerprint is of another base.
         alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
+        drift: of a run, how far it moved from its base, on texts: a file (.txt, CSV, JSONL, Parquet), a set, `run` for
+            the run's own validation inputs, `neutral` for this package's text, or `auto`: `neutral` for a causal
+            language model, `run` for others. Goes into the run's report.html too.
+        drift_column: the column that holds the texts.
+        drift_texts: how many at most, from all over the file.
+        scales: strengths of the update, such as 0,0.25,0.5,0.75,1,1.25: the validation metric and the drift at each,
+            and the smallest strength that would do, for `export --scale`. Without drift, that is `auto`.
     """
     from pathlib import Path
 
@@ -84,6 +94,7 @@ def analyze(
             directions=directions,
             layers=layers,
             plots=plots,
+            drift=analysis.Asked.of(drift, drift_column, drift_texts, scales),
         )
     )
     for rows in analysis.screens(found):
@@ -203,6 +214,3 @@ def merge_table(report: StreamReport, output_dir: str) -> Table:
         name, share = min(report.kept.items(), key=lambda item: item[1])
         rows.append(("update kept after rounding", f"{share:.1%} at least ({name})"))
     return Table(title=f"Merged into {output_dir}", rows=rows)
-
-
-__all__ = ["COMMANDS", "analyze", "merge", "plan", "sweep"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,6 +46,8 @@ class TableData(LightningDataModule, ABC):
     """What says in which order training takes the rows."""
     readers: Readers | None = None
     """Ways to read files of other suffixes than the usual, or of these in another way."""
+    cut_by: Mapping[str, str | None] = {}
+    """What is cut, where the option is not `max_length`; None where nothing is lost by it."""
     predicts_rows: bool = True
     """Whether there is one prediction for each row of the table, in its order."""
 
@@ -72,6 +74,7 @@ class TableData(LightningDataModule, ABC):
         self.length_grouped, self.num_workers, self.num_proc = length_grouped, num_workers, num_proc
         self._tables: dict[str, datasets.Dataset] | None = None
         self._encoded: dict[str, datasets.Dataset] = {}
+        self._cut_shares: dict[str, dict[str, float]] = {}
         self._called: dict[str, str] = {}
         self._summary: dict[str, Any] | None = None
         self.given_splits: frozenset[str] = frozenset()
@@ -131,6 +134,8 @@ class TableData(LightningDataModule, ABC):
                     check_columns(table, self.columns(kind), self.place(kind), vars(self))
                     self._check_header(split, kind)
                     self.check(table, kind)
+                    if kind != "predict":
+                        self._check_not_blank(table, kind)
                     tables[split] = self.filter(table, kind)
             named = first_in_place(list(tables))
             self._called = {new: old for old, new in named.items()}
@@ -144,6 +149,13 @@ class TableData(LightningDataModule, ABC):
                 f"{self.place(kind)}: the header has the column '{min(map(str, double))}' twice: rename one"
             )
 
+    def _check_not_blank(self, table: datasets.Dataset, kind: str) -> None:
+        """Raise where the inputs or the targets of all rows are blank: nothing can be learnt or measured."""
+        for columns in self.text_columns(table, kind) if len(table) else ():
+            of_texts = columns and all(table.features[column] == datasets.Value("string") for column in columns)
+            if of_texts and not any(text and text.strip() for name in columns for text in values_of(table, name)):
+                raise LoRAError(f"{self.place(kind)}: expected texts in column '{columns[0]}', all are blank")
+
     @property
     def data_summary(self) -> dict[str, Any]:
         """Counts, and what looks wrong, as plain data; made once, after `setup`. See `summarize`."""
@@ -155,9 +167,21 @@ class TableData(LightningDataModule, ABC):
         """Rows of each label in an encoded split; none where rows have no labels."""
         return {}
 
-    def cut_share(self, split: str) -> float | None:
-        """The share of an encoded split's texts that are cut at a greatest length; None where none are, or unknown."""
-        return None
+    def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]:
+        """Columns whose texts a model reads, and those whose texts it is to write."""
+        return [column for column in self.columns("predict") if column is not None], []
+
+    def cut_shares(self, split: str) -> dict[str, float]:
+        """Of an encoded split, the share of the texts that a greatest length cuts, by what that is: `sources cut`."""
+        return self._cut_shares.get(split, {})
+
+    def without_cuts(self, encoded: datasets.Dataset, split: str) -> datasets.Dataset:
+        """Encoded rows without the columns `source_cut` and so on, whose shares are kept for `cut_shares`."""
+        names = [name for name in encoded.column_names if name.endswith("_cut")]
+        shares = {f"{name.removesuffix('_cut')}s cut": float(np.mean(list(values_of(encoded, name)))) for name in names}
+        if names and split != "predict":
+            self._cut_shares[split] = shares
+        return encoded.remove_columns(names)
 
     def sets(self, split: str) -> list[str]:
         """All sets of a split, which `split` itself names first: `[validation, validation_mismatched]`.

@@ -28,6 +28,7 @@ class LabelNames(TableData):
     """
 
     given_label_names: list[str] | None
+    one_label_each: bool = True
     _label_names: list[str] | None = None
 
     @abstractmethod
@@ -57,6 +58,16 @@ class LabelNames(TableData):
     def num_classes(self) -> int:
         """How many labels there are."""
         return len(self.label_names)
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        counts = self.label_counts("train").values() if "train" in self.tables else ()
+        rows = sum(counts) if self.one_label_each else len(self.tables["train"])
+        if counts and all(count in (0, rows) for count in counts):
+            raise LoRAError(
+                f"{self.place('train')}: all {rows:,} rows have the same label, of {len(self.label_names)} that there"
+                " are, and nothing can be learnt: give rows of each"
+            )
 
     def label_counts(self, split: str) -> dict[str, int]:
         encoded: Any = self._encoded.get(split)
@@ -189,18 +200,12 @@ class TextClassificationData(OneLabel, TextPairData):
     """Files or a Hugging Face set to batches of token ids, attention masks and label numbers.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
-        text_column: the text.
-        text_pair_column: a second text, for sentence pairs.
         label_column: the label, a name or a number.
         label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
         drop_labels: rows with these labels are left out.
         drop_duplicates: keep the first of rows with the same text.
         min_words: leave out shorter texts.
-        max_length: tokens per example at most; what is over is cut.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextPairData`.
 
     Raises:
         LoRAError: a missing file or column, an empty text or label, a label that training never saw.
@@ -208,19 +213,15 @@ class TextClassificationData(OneLabel, TextPairData):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
-        text_column: str = "text",
-        text_pair_column: str | None = None,
+        *texts: Any,
         label_column: str = "label",
         label_names: list[str] | None = None,
         drop_labels: list[str] | None = None,
         drop_duplicates: bool = False,
         min_words: int = 0,
-        max_length: int = 128,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, text_column, text_pair_column, max_length, **table)
+        super().__init__(*texts, **table)
         self.label_column, self.given_label_names = label_column, label_names
         self.drop_labels, self.drop_duplicates, self.min_words = set(drop_labels or ()), drop_duplicates, min_words
 
@@ -269,36 +270,28 @@ class MultiLabelTextData(LabelNames, TextPairData):
     and 1 for each label. A row may have none.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
-        text_column: the text.
-        text_pair_column: a second text, for sentence pairs.
         label_column: the labels, names or numbers, in a list or in one text.
         separator: what stands between labels in one text.
         label_columns: in place of `label_column`, a column of 0 and 1 for each label, whose name is the label's.
         label_names: names in the order of their numbers. By default the set's own, else the sorted values in train.
-        max_length: tokens per example at most; what is over is cut.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextPairData`.
 
     Raises:
         LoRAError: a missing file or column, an empty text, a cell that holds no labels, an unknown label.
     """
 
+    one_label_each = False
+
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
-        text_column: str = "text",
-        text_pair_column: str | None = None,
+        *texts: Any,
         label_column: str = "labels",
         separator: str = ";",
         label_columns: list[str] | None = None,
         label_names: list[str] | None = None,
-        max_length: int = 128,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, text_column, text_pair_column, max_length, **table)
+        super().__init__(*texts, **table)
         if label_columns and label_names and list(label_names) != list(label_columns):
             raise LoRAError(f"label_columns name the labels, {label_columns}: leave label_names out, got {label_names}")
         if not separator:
@@ -368,14 +361,8 @@ class TextRegressionData(TextPairData):
     """Files or a Hugging Face set to batches of token ids, attention masks and numbers.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
-        text_column: the text.
-        text_pair_column: a second text, for sentence pairs.
         number_column: the number, in whatever unit it is to be predicted in.
-        max_length: tokens per example at most; what is over is cut.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextPairData`.
 
     Raises:
         LoRAError: a missing file or column, an empty text, a number that is missing, no number or not finite.
@@ -384,17 +371,8 @@ class TextRegressionData(TextPairData):
     num_classes = 1
     """Outputs of the head."""
 
-    def __init__(
-        self,
-        path: str | dict[str, str],
-        tokenizer: str,
-        text_column: str = "text",
-        text_pair_column: str | None = None,
-        number_column: str = "label",
-        max_length: int = 128,
-        **table: Any,
-    ) -> None:
-        super().__init__(path, tokenizer, text_column, text_pair_column, max_length, **table)
+    def __init__(self, *texts: Any, number_column: str = "label", **table: Any) -> None:
+        super().__init__(*texts, **table)
         self.number_column = number_column
 
     def read(self) -> dict[str, datasets.Dataset]:
@@ -419,7 +397,13 @@ class TextRegressionData(TextPairData):
                 raise self.bad_cell(split, row, self.number_column, "a finite number", value)
 
     def targets(self, table: datasets.Dataset, split: str) -> list[float]:
-        return [number for value in table[self.number_column] if (number := number_in(value)) is not None]
+        numbers = [number for value in table[self.number_column] if (number := number_in(value)) is not None]
+        if split == "train" and len(set(numbers)) == 1 and len(numbers) > 1:
+            raise LoRAError(
+                f"{self.place('train')}, column '{self.number_column}': expected at least 2 numbers, got"
+                f" {numbers[0]:g} in every row: name another with number_column"
+            )
+        return numbers
 
 
 def number_in(value: object) -> float | None:

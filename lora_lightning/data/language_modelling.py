@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -19,19 +20,20 @@ from lora_lightning.data.io.streams import (
     endless,
     first_row,
     numbered,
-    read_streams,
     refuse_endless,
     share_of,
 )
 from lora_lightning.data.io.tables import TextBy, check_names, read_tables
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.loading.loader import own_generator
-from lora_lightning.data.loading.packing import CausalCollator, cut, cut_to_train, pack_rows, pack_table
+from lora_lightning.data.loading.packing import cut, cut_to_train, pack_rows, pack_table
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
 DOCUMENT = "document"
 """The column that says of a row or of a piece of it which row of its file it is, counted from 1."""
+IN_PIECES = "documents in pieces"
 MOST_NAMED = 5
 """Rows that a warning names."""
 
@@ -44,9 +46,6 @@ class LanguageModellingData(TextData, GivesPrompts):
     of rows of their own, for less padding. For `predict` each piece is a row of its own.
 
     Args:
-        path: a file (.txt, CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the
-            hub; `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         text_column: the text; of a .txt it is `text`.
         text_by: what a document of a .txt is: a `line`, a `paragraph` between blank lines, or the whole `document`.
         max_length: tokens per row at most.
@@ -56,18 +55,18 @@ class LanguageModellingData(TextData, GivesPrompts):
             are used as they are, and none is split off. Rows of `predict` are read as a table in any case.
         shuffle_buffer: documents that a stream is shuffled within, all held in memory.
         batch_size: rows per batch and process in training.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`.
 
     Raises:
         LoRAError: a missing file or column, a row that is not text, or no row that anything can be learnt from.
     """
 
+    cut_by: Mapping[str, str | None] = {IN_PIECES: None}
     predicts_rows = False  # but pieces of documents, each with the number of its `document`
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         text_column: str = "text",
         text_by: TextBy = "line",
         max_length: int = 1024,
@@ -78,7 +77,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         batch_size: int = 8,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
+        super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self._streams: dict[str, datasets.IterableDataset] | None = None
         if max_length < 2:
@@ -99,8 +98,6 @@ class LanguageModellingData(TextData, GivesPrompts):
         if split == "predict":
             return table
         rows = [i for i, text in enumerate(values_of(table, self.text_column)) if text.strip()]
-        if not rows:
-            raise LoRAError(f"{self.place(split)}: expected texts in column '{self.text_column}', all are blank")
         return table if len(rows) == len(table) else table.select(rows)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
@@ -108,6 +105,8 @@ class LanguageModellingData(TextData, GivesPrompts):
         if split == "predict":
             return self._cut(documents, split)
         documents = self._trained(documents, split)
+        longer = [length > self.max_length for length in lengths_of(documents)]
+        self._cut_shares[split] = {IN_PIECES: sum(longer) / len(longer)}
         if self.packing:
             return pack_table(documents, self.max_length, split)
         return self._cut(documents, split, cut_to_train).remove_columns(DOCUMENT)
@@ -142,13 +141,13 @@ class LanguageModellingData(TextData, GivesPrompts):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return CausalCollator(self.pad_token_id or 0)
+        return partial(pad_batch, pad_token_id=self.pad_token_id or 0)
 
     @property
     def streams(self) -> dict[str, datasets.IterableDataset]:
         """Encoded rows by split, opened on first use."""
         if self._streams is None:
-            opened = read_streams(self.path, self.name, self.text_by)
+            opened = read_tables(self.path, self.name, self.text_by, streaming=True)
             named = first_in_place(list(opened))
             self._called = {new: old for old, new in named.items()}
             renamed = {named.get(split, split): stream for split, stream in opened.items()}
@@ -240,7 +239,7 @@ class LanguageModellingData(TextData, GivesPrompts):
     def prompts(self, count: int) -> list[Prompt]:
         """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
         if self.streaming:
-            streams = read_streams(self.path, self.name, self.text_by)
+            streams = read_tables(self.path, self.name, self.text_by, streaming=True)
             rows = list(streams[held_out(streams)].take(count))
         else:
             rows = list(from_all_over(self.tables[held_out(self.tables)], count))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
 import torch
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 
 GROUP = "__group__"
@@ -23,18 +25,13 @@ class PairData(TextData):
     with the same positive, or those that agree in `group_column`.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package. A file to predict on needs the anchor alone.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
-        anchor_column: what is to find.
+        anchor_column: what is to find. A file to predict on needs it alone.
         positive_column: what is to be found.
         negative_column: what must not be found, for rows to learn from that are hard to tell apart.
         group_column: rows that agree in it belong together.
         anchor_prefix: put before each anchor, as E5 has `query: `.
         positive_prefix: put before each positive and negative, as E5 has `passage: `.
-        max_length: tokens per text at most; what is over is cut.
-        batch_size: pairs per batch and process in training: the more, the more negatives.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`. Of `batch_size` pairs, the more the more negatives.
 
     Raises:
         LoRAError: a missing file or column, an empty text, a negative that is its own row's positive.
@@ -42,19 +39,16 @@ class PairData(TextData):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         anchor_column: str = "anchor",
         positive_column: str = "positive",
         negative_column: str | None = None,
         group_column: str | None = None,
         anchor_prefix: str = "",
         positive_prefix: str = "",
-        max_length: int = 128,
-        batch_size: int = 32,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
+        super().__init__(*texts, **table)
         self.anchor_column, self.positive_column, self.negative_column = anchor_column, positive_column, negative_column
         self.group_column = group_column
         self.anchor_prefix, self.positive_prefix = anchor_prefix, positive_prefix
@@ -83,7 +77,7 @@ class PairData(TextData):
             named = list(values_of(table, self.group_column)) if self.group_column else None
             negatives = list(values_of(table, self.negative_column)) if self.negative_column else None
             table = table.add_column(GROUP, groups_of(list(values_of(table, self.positive_column)), negatives, named))
-        return self.encode_by(
+        encoded = self.encode_by(
             encode_texts,
             table,
             split,
@@ -92,6 +86,7 @@ class PairData(TextData):
             prefixes=(self.anchor_prefix, self.positive_prefix, self.positive_prefix),
             max_length=self.max_length,
         )
+        return self.without_cuts(encoded, split)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The tokens of a row's texts together."""
@@ -100,24 +95,15 @@ class PairData(TextData):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return PartCollator(self.tokenizer)
+        return partial(collate_parts, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
 
-class PartCollator:
-    """Rows to a padded batch of each part, and the groups of the candidates as `labels`."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.pad = DataCollatorWithPadding(tokenizer)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """`anchor`, `positive` and `negative`, each the encoder's arguments (n, t), and `labels` (n, 1 or 2)."""
-        batch: dict[str, Any] = {}
-        for name in PARTS:
-            if name in rows[0]:
-                batch[name] = dict(self.pad([{"input_ids": row[name]} for row in rows]))
-        if GROUP in rows[0]:
-            batch["labels"] = torch.tensor([row[GROUP] for row in rows])
-        return batch
+def collate_parts(rows: list[dict[str, Any]], *, pad_token_id: int, side: str) -> dict[str, Any]:
+    """The encoder's arguments (n, t) of `anchor`, `positive` and `negative`, and the groups as `labels` (n, 1 or 2)."""
+    parts = [name for name in PARTS if name in rows[0]]
+    padding: dict[str, Any] = {"pad_token_id": pad_token_id, "side": side}
+    batch: dict[str, Any] = {name: pad_batch([{"input_ids": row[name]} for row in rows], **padding) for name in parts}
+    return batch | ({"labels": torch.tensor([row[GROUP] for row in rows])} if GROUP in rows[0] else {})
 
 
 def encode_texts(
@@ -128,12 +114,13 @@ def encode_texts(
     prefixes: Sequence[str],
     max_length: int,
 ) -> dict[str, Any]:
-    """Token ids of each part; groups stay."""
+    """Token ids of each part, and which of them were cut; groups stay."""
     out: dict[str, Any] = {GROUP: rows[GROUP]} if GROUP in rows else {}
     for name, column, prefix in zip(PARTS, columns, prefixes, strict=False):
         if column is not None:
             texts = [prefix + text for text in rows[column]]
-            out[name] = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+            tokens, out[f"{name}_cut"] = tokenize_cut(tokenizer, max_length, text=texts)
+            out[name] = tokens["input_ids"]
     return out
 
 

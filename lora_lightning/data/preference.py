@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
@@ -34,9 +34,6 @@ class PreferenceData(TextData):
     enough. Both answers follow the same prompt.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         prompt_column: what was asked; null where the answers' columns hold it.
         chosen_column: the answer that was preferred.
         rejected_column: the other.
@@ -44,7 +41,7 @@ class PreferenceData(TextData):
         max_length: tokens of prompt and answer at most.
         max_prompt_length: tokens of a prompt that are kept where a pair is too long; half of `max_length` by default.
         batch_size: pairs per batch and process in training.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`.
 
     Raises:
         LoRAError: a missing file or column, an empty answer, a row that mixes texts and messages.
@@ -52,8 +49,7 @@ class PreferenceData(TextData):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         prompt_column: str | None = "prompt",
         chosen_column: str = "chosen",
         rejected_column: str = "rejected",
@@ -63,7 +59,7 @@ class PreferenceData(TextData):
         batch_size: int = 8,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
+        super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
         kept = max_length // 2 if max_prompt_length is None else max_prompt_length
         if not 1 <= kept < max_length:
             raise LoRAError(f"max_prompt_length must be from 1 to max_length - 1 = {max_length - 1}, got {kept}")
@@ -106,7 +102,7 @@ class PreferenceData(TextData):
                 f"the tokenizer '{self.tokenizer_name}' has no chat template, which messages are put into: take an"
                 " instruction-tuned model's, or columns of texts without as_chat"
             )
-        return self.encode_by(
+        encoded = self.encode_by(
             encode_pairs,
             table,
             split,
@@ -116,6 +112,7 @@ class PreferenceData(TextData):
             max_length=self.max_length,
             max_prompt_length=self.max_prompt_length,
         )
+        return self.without_cuts(encoded, split)
 
     def lengths(self, table: datasets.Dataset) -> list[int]:
         """The longer of a row's two texts."""
@@ -124,27 +121,14 @@ class PreferenceData(TextData):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return PairCollator(self.pad_token_id or 0)
+        return partial(collate_pairs, pad_token_id=self.pad_token_id or 0)
 
 
-class PairCollator:
-    """Rows of n pairs to 2n padded texts."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Token ids, attention mask and labels, (2n, t) each, the chosen answers first."""
-        answers = [(row["prompt"], row[which]) for which in ("chosen", "rejected") for row in rows]
-        length = max(len(prompt) + len(answer) for prompt, answer in answers)
-        ids = torch.full((len(answers), length), self.pad_token_id)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for i, (prompt, answer) in enumerate(answers):
-            end = len(prompt) + len(answer)
-            ids[i, :end] = torch.tensor(prompt + answer)
-            mask[i, :end] = 1
-            labels[i, len(prompt) : end] = torch.tensor(answer)
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def collate_pairs(rows: list[dict[str, list[int]]], *, pad_token_id: int) -> dict[str, Any]:
+    """Rows of n pairs to token ids, attention mask and labels, (2n, t) each, the chosen answers first."""
+    answers = [(row["prompt"], row[which]) for which in ("chosen", "rejected") for row in rows]
+    texts = [{"input_ids": prompt + own, "labels": [IGNORED] * len(prompt) + own} for prompt, own in answers]
+    return pad_batch(texts, pad_token_id=pad_token_id)
 
 
 def encode_pairs(
@@ -155,10 +139,10 @@ def encode_pairs(
     as_chat: bool,
     max_length: int,
     max_prompt_length: int,
-) -> dict[str, list[list[int]]]:
-    """Token ids of prompts and of both answers."""
+) -> dict[str, list[Any]]:
+    """Token ids of prompts and of both answers, and which rows lost something of the one or the other."""
     prompt_column, chosen_column, rejected_column = columns
-    out: dict[str, list[list[int]]] = {"prompt": [], "chosen": [], "rejected": []}
+    out: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", "prompt_cut", "answer_cut")}
     for i, (chosen, rejected) in enumerate(zip(rows[chosen_column], rows[rejected_column], strict=True)):
         prompt = None if prompt_column is None else rows[prompt_column][i]
         plain = isinstance(chosen, str) and not as_chat
@@ -169,8 +153,9 @@ def encode_pairs(
         first = _ids(tokenizer, asked, special=plain)  # a template writes its own special tokens
         answers = [_ids(tokenizer, text) for text in answered]
         cut = fitted(first, answers, max_length, max_prompt_length, tokenizer.bos_token_id)
-        for column, ids in zip(out, cut, strict=True):
-            out[column].append(ids)
+        lost = [len(ids) > len(left) for ids, left in zip([first, *answers], cut, strict=True)]
+        for column, value in zip(out, [*cut, lost[0], any(lost[1:])], strict=True):
+            out[column].append(value)
     return out
 
 

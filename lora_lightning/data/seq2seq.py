@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
-from lightning.pytorch.utilities import rank_zero_warn
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
 from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 
@@ -25,6 +25,10 @@ class TargetData(TextData):
             several = value if isinstance(value, list) else [value]
             if not several or not all(isinstance(text, str) for text in several):
                 raise self.bad_cell(split, row, column, "text, or a list of texts", value)
+
+    def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]:
+        inputs, _ = super().text_columns(table, split)
+        return inputs, [column for column in self.columns(split) if column not in (None, *inputs)]  # type: ignore[misc]
 
 
 def one_target_each(table: datasets.Dataset, column: str) -> datasets.Dataset:
@@ -49,23 +53,6 @@ def references_of(pairs: Sequence[tuple[str, str]]) -> list[list[str]]:
     return references
 
 
-def tokenize_up_to(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int, *, target: bool = False
-) -> tuple[list[list[int]], list[bool]]:
-    """Token ids of each text, cut where there are more than `max_length`, and which texts were cut."""
-
-    def ids_of(texts: list[str], **cut: Any) -> list[list[int]]:
-        given: dict[str, Any] = {"text_target" if target else "text": texts}
-        return list(tokenizer(**given, **cut, verbose=False)["input_ids"])
-
-    ids = ids_of(texts)
-    long = [i for i, own in enumerate(ids) if len(own) > max_length]
-    if long:
-        for i, own in zip(long, ids_of([texts[i] for i in long], truncation=True, max_length=max_length), strict=True):
-            ids[i] = own
-    return ids, [i in set(long) for i in range(len(ids))]
-
-
 REFERENCES = "references"
 
 
@@ -75,26 +62,24 @@ class SequenceToSequenceData(TargetData):
     In evaluation, rows of one source are written for once and held to all of their targets.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         source_column: the text that is given.
         target_column: the text to make of it; or a list of texts, each as good.
         prefix: what is put before each source, such as `summarize: ` for T5.
-        max_length: tokens per source at most; what is over is cut, with a warning of how many were.
+        max_length: tokens per source at most; what is over is cut.
         max_target_length: the same of targets.
         source_lang: of a tokenizer for many languages (mBART, NLLB), the sources' language code.
         target_lang: the targets' language code.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`.
 
     Raises:
         LoRAError: a missing file or column, or a value that is no text.
     """
 
+    cut_by: Mapping[str, str | None] = {"targets cut": "max_target_length"}
+
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         source_column: str = "source",
         target_column: str = "target",
         prefix: str = "",
@@ -104,7 +89,7 @@ class SequenceToSequenceData(TargetData):
         target_lang: str | None = None,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, **table)
+        super().__init__(*texts, max_length=max_length, **table)
         for what, number in (("max_length", max_length), ("max_target_length", max_target_length)):
             if number < 2:
                 raise LoRAError(f"{what} must be at least 2, a token and the end, got {number}")
@@ -145,18 +130,11 @@ class SequenceToSequenceData(TargetData):
             prefix=self.prefix,
             max_lengths=(self.max_length, self.max_target_length),
         )
-        for what, limit in (("source", "max_length"), ("target", "max_target_length")):
-            cut = sum(encoded[f"{what}_cut"]) if f"{what}_cut" in encoded.column_names else 0
-            if cut:
-                rank_zero_warn(
-                    f"{self.place(split)}: {cut} of {len(encoded)} {what}s are cut off by"
-                    f" {limit}={getattr(self, limit)}"
-                )
-        return encoded.remove_columns([name for name in encoded.column_names if name.endswith("_cut")])
+        return self.without_cuts(encoded, split)
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return PairCollator(self.tokenizer)
+        return partial(pad_batch, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
 
 def encode_pairs(
@@ -169,25 +147,12 @@ def encode_pairs(
 ) -> dict[str, Any]:
     """Token ids of sources and targets, which of them were cut, and the references as they are."""
     source, target = columns
-    ids, cut = tokenize_up_to(tokenizer, [f"{prefix}{text}" for text in rows[source]], max_lengths[0])
+    sources, cut = tokenize_cut(tokenizer, max_lengths[0], text=[f"{prefix}{text}" for text in rows[source]])
+    ids = sources["input_ids"]
     encoded: dict[str, Any] = {"input_ids": ids, "attention_mask": [[1] * len(own) for own in ids], "source_cut": cut}
     if target is not None:
-        encoded["labels"], encoded["target_cut"] = tokenize_up_to(tokenizer, rows[target], max_lengths[1], target=True)
+        targets, encoded["target_cut"] = tokenize_cut(tokenizer, max_lengths[1], text_target=rows[target])
+        encoded["labels"] = targets["input_ids"]
     if REFERENCES in rows:
         encoded[REFERENCES] = rows[REFERENCES]
     return encoded
-
-
-@dataclass
-class PairCollator:
-    """`DataCollatorForSeq2Seq`, with the references beside it."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        tokens = [{key: value for key, value in row.items() if key != REFERENCES} for row in rows]
-        padded = DataCollatorForSeq2Seq(self.tokenizer)(tokens)
-        batch = {key: value for key, value in padded.items() if value is not None}  # labels are, of rows to predict
-        if REFERENCES in rows[0]:
-            batch[REFERENCES] = [row[REFERENCES] for row in rows]
-        return batch

@@ -7,29 +7,26 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
-import numpy as np
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.base import TableData
-from lora_lightning.data.io.rows import encode_rows, lengths_of
+from lora_lightning.data.io.rows import encode_rows
 from lora_lightning.lora.errors import LoRAError
-
-SAMPLE = 1000
-"""Texts of full length at most that are looked at again, to see how many of them were cut."""
 
 
 class TextData(TableData):
     """A `TableData` whose rows become token ids.
 
     Args:
-        path: as `TableData` takes it.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
-        max_length: tokens per example at most.
+        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
+            `package:NAME/path` is a file inside an installed package.
+        tokenizer: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the latter.
+        max_length: tokens per example at most; what is over is cut.
         table: arguments of `TableData` by name.
     """
 
-    def __init__(self, path: str | dict[str, str], tokenizer: str, max_length: int, **table: Any) -> None:
+    def __init__(self, path: str | dict[str, str], tokenizer: str, *, max_length: int = 128, **table: Any) -> None:
         super().__init__(path, **table)
         if max_length < 1:
             raise LoRAError(f"max_length must be at least 1 token, got {max_length}")
@@ -49,23 +46,6 @@ class TextData(TableData):
         number = self.tokenizer.pad_token_id
         return None if number is None else int(number)
 
-    def share_cut(self, split: str, tokenized: Callable[[dict[str, Any]], Any]) -> float | None:
-        """The share of texts that are longer than `max_length`.
-
-        Args:
-            split: which is encoded row by row.
-            tokenized: rows as columns to what the tokenizer makes of them without a cut.
-        """
-        encoded, table = self._encoded.get(split), self.tables[split]
-        if encoded is None or len(encoded) != len(table):
-            return None
-        full = np.flatnonzero(np.array(lengths_of(encoded)) >= self.max_length)
-        if not len(full):
-            return 0.0
-        sample = full[:: -(-len(full) // SAMPLE)]
-        whole = tokenized(table.select(sample)[:])["input_ids"]
-        return len(full) / len(table) * sum(len(ids) > self.max_length for ids in whole) / len(sample)
-
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         return DataCollatorWithPadding(self.tokenizer)
@@ -75,24 +55,15 @@ class TextPairData(TextData):
     """A `TextData` that gives token ids, attention masks and, but for prediction, `labels`.
 
     Args:
-        path: as `TableData` takes it.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         text_column: the text.
         text_pair_column: a second text, for sentence pairs.
-        max_length: tokens per example at most; what is over is cut.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`.
     """
 
     def __init__(
-        self,
-        path: str | dict[str, str],
-        tokenizer: str,
-        text_column: str = "text",
-        text_pair_column: str | None = None,
-        max_length: int = 128,
-        **table: Any,
+        self, *texts: Any, text_column: str = "text", text_pair_column: str | None = None, **table: Any
     ) -> None:
-        super().__init__(path, tokenizer, max_length, **table)
+        super().__init__(*texts, **table)
         self.text_column, self.text_pair_column = text_column, text_pair_column
 
     @property
@@ -114,12 +85,5 @@ class TextPairData(TextData):
         """Tokens, which are cached by the texts alone, and the targets beside them."""
         columns = (self.text_column, self.text_pair_column)
         options = {"tokenizer": self.tokenizer, "columns": columns, "max_length": self.max_length}
-        tokens = self.encode_by(encode_rows, table, split, **options)
+        tokens = self.without_cuts(self.encode_by(encode_rows, table, split, **options), split)
         return tokens if split == "predict" else tokens.add_column("labels", self.targets(table, split))
-
-    def cut_share(self, split: str) -> float | None:
-        def tokenized(rows: dict[str, Any]) -> Any:
-            pairs = rows[self.text_pair_column] if self.text_pair_column else None
-            return self.tokenizer(rows[self.text_column], pairs, verbose=False)
-
-        return self.share_cut(split, tokenized)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import datasets
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.backbones.tokenizers import load_tokenizer
 from lora_lightning.data.classification import LabelNames, check_order, numbers_of
 from lora_lightning.data.io import conll
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
 from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.loading.collate import pad_batch
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.losses.token_loss import IGNORED
@@ -30,16 +29,12 @@ class TokenClassificationData(LabelNames, TextData):
     the hub), tags are names or numbers. CoNLL files (.conll, .iob, .bio, .txt) hold a word and its tag on each line.
 
     Args:
-        path: files by split, one file, a directory or a set on the hub; `package:NAME/path` is a file inside an
-            installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`; one of the fast kind.
         words_column: a list of words.
         tags_column: a list of tags, one for each word.
         tag_field: of CoNLL files, which field of a line is the tag, from 0; -1 is the last.
         label_names: names in the order of their numbers. By default the set's own, else the sorted tags in train.
         label_all_pieces: give a word's label to all of its pieces in training; predictions and metrics take the first.
-        max_length: tokens per example at most; what is over is cut, with a warning of how many words that are.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`. The tokenizer is one of the fast kind.
 
     Raises:
         LoRAError: a missing file or column, words and tags of different number, an empty sentence, a tag that training
@@ -48,17 +43,15 @@ class TokenClassificationData(LabelNames, TextData):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         words_column: str = "tokens",
         tags_column: str = "ner_tags",
         tag_field: int = -1,
         label_names: list[str] | None = None,
         label_all_pieces: bool = False,
-        max_length: int = 128,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, **table)
+        super().__init__(*texts, **table)
         self.words_column, self.tags_column = words_column, tags_column
         self.given_label_names, self.label_all_pieces = label_names, label_all_pieces
         reader = partial(conll.read_conll, words=words_column, tags=tags_column, tag_field=tag_field)
@@ -119,15 +112,11 @@ class TokenClassificationData(LabelNames, TextData):
             max_length=self.max_length,
         )
         self._warn_of_unseen_words(table, encoded, split)
-        return encoded
+        return self.without_cuts(encoded, split)
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return WordCollator(self.tokenizer)
-
-    def cut_share(self, split: str) -> float | None:
-        split_words = {"is_split_into_words": True, "verbose": False}
-        return self.share_cut(split, lambda rows: self.tokenizer(rows[self.words_column], **split_words))
+        return partial(pad_batch, pad_token_id=self.pad_token_id or 0, side=self.tokenizer.padding_side)
 
     def _tag_feature(self, table: datasets.Dataset) -> datasets.ClassLabel | None:
         """What the set itself says of its tags."""
@@ -177,8 +166,8 @@ def encode_words(
     """
     words_column, tags_column = columns
     words = rows[words_column]
-    tokens = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
-    encoded: dict[str, Any] = dict(tokens)
+    tokens, cut = tokenize_cut(tokenizer, max_length, text=words, is_split_into_words=True)
+    encoded: dict[str, Any] = {**tokens, "text_cut": cut}
     pieces = [tokens.word_ids(i) for i in range(len(words))]
     encoded["word_ids"] = [
         [-1 if word is None or (i and word == own[i - 1]) else word for i, word in enumerate(own)] for own in pieces
@@ -192,25 +181,3 @@ def encode_words(
         for own, tags in zip(labelled, rows[tags_column], strict=True)
     ]
     return encoded
-
-
-@dataclass
-class WordCollator:
-    """`DataCollatorForTokenClassification`, which pads labels, and the words' numbers beside them."""
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        own = ("word_ids", "words")
-        padded = DataCollatorForTokenClassification(self.tokenizer)
-        batch = dict(padded([{key: value for key, value in row.items() if key not in own} for row in rows]))
-        length = batch["input_ids"].shape[1]
-        left = self.tokenizer.padding_side == "left"
-        ids = torch.full((len(rows), length), -1)
-        for row, target in zip(rows, ids, strict=True):
-            numbers = torch.tensor(row["word_ids"])
-            target[slice(length - len(numbers), None) if left else slice(len(numbers))] = numbers
-        batch["word_ids"] = ids
-        if "words" in rows[0]:
-            batch["words"] = [row["words"] for row in rows]
-        return batch

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
-from lora_lightning.export.options import FORMATS, REPORT, checked_options, checked_target
+from lora_lightning.export.options import FORMATS, REPORT, checked_options, checked_target, refuse_base_alone
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.errors import MergeError
@@ -22,6 +22,7 @@ from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.lora.inject import scaled
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import evaluating
 
@@ -44,6 +45,7 @@ def export(
     dtype: DType = "auto",
     max_shard_size: int | str | None = None,
     serving: Literal["vllm"] | None = None,
+    scale: float = 1.0,
 ) -> ExportReport:
     """Write the adapter, the merged model, or both, and compare the outputs of each with the adapted model's.
 
@@ -65,6 +67,7 @@ def export(
         dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
         max_shard_size: of a transformers model's weight files, such as `5GB`.
         serving: write the adapter in the form that this server takes.
+        scale: the strength of the update, as in `lora.inject.scaled`: it is written into the adapter's alpha.
 
     Raises:
         LoRAError: an option that means nothing, a folder in the way that is no export, no probe, too little space.
@@ -72,11 +75,12 @@ def export(
     """
     wanted, to_dtype = checked_options(formats, dtype, max_shard_size, serving)
     target = checked_target(Path(output_dir))
-    report = ExportReport(str(target), wanted, label_names=label_names)
+    refuse_base_alone(scale)
+    report = ExportReport(str(target), wanted, label_names=label_names, scale=float(scale))
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in backbone.parameters())
     needed = bytes_needed(backbone, wanted, to_dtype)
-    with evaluating(backbone), torch.no_grad(), stage_folder(target, needed) as folder:
+    with evaluating(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
         _check_w0(backbone, w0, report)
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
         own = [tokenizer, image_processor if is_transformers(backbone) else None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.backbones.huggingface import quiet
+from lora_lightning.backbones.tokenizers import quiet
 from lora_lightning.lora.errors import MergeError, some
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.tensor_files import DTYPES, read_bytes, read_header, write_tensors

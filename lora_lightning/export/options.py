@@ -10,6 +10,7 @@ import torch
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype
+from lora_lightning.lora.inject import refuse_strength
 
 FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"
@@ -61,6 +62,13 @@ def checked_formats(formats: str | Iterable[str]) -> list[str]:
     if not wanted:
         raise LoRAError(f"no export format given: name some of {', '.join(FORMATS)}")
     return wanted
+
+
+def refuse_base_alone(scale: float) -> None:
+    """Raise a LoRAError for a strength of 0, with which nothing of the adapter is left, or for what is none."""
+    refuse_strength(scale)
+    if scale == 0:
+        raise LoRAError("scale must be above 0, got 0: an export of it would be the base that the run began with")
 
 
 def _is_size(size: int | str) -> bool:

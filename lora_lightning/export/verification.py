@@ -144,6 +144,8 @@ class ExportReport:
     """Each comparison with the adapted model, by what was compared."""
     dtype: str | None = None
     """Of the merged model."""
+    scale: float = 1.0
+    """The strength of the update that was written: 1 is what was trained."""
     w0_before: str = ""
     """SHA-256 of W0 as recorded when training started."""
     w0_after: str = ""
@@ -180,7 +182,7 @@ class ExportReport:
         """What a run's report says of it."""
         same = ("adapter_dir", "adapter_bytes", "merged_dir", "merged_bytes", "trainable", "total")
         values = {name: getattr(self, name) for name in (*same, "w0_before", "w0_after", "w0_unchanged")}
-        own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe")
+        own = ("formats", "max_abs_diff", "max_rel_diff", "tolerance", "rule", "dtype", "probe", "scale")
         values |= {f"export_{name}": getattr(self, name) for name in (*own, "kept_least", "kept_low")}
         values |= {"export_dequantized": len(self.dequantized), "export_layers": len(self.kept)}
         return values | {"export_files": self.merged_files, "share": self.trainable / self.total}

@@ -47,6 +47,11 @@ def warn(message: str) -> None:
 REMOVED = {
     "prepare_weights": "leave it out, the products with W0 are torch's own",
     "recompute_inputs": "leave it out, or take activation_checkpointing: true",
+    **dict.fromkeys(
+        ("tensor_parallel_size", "tensor_parallel_plan", "data_parallel_size"),
+        "leave it out, weights and batches are sharded over all devices",
+    ),
+    "save_distributed_checkpoint": "leave it out, a checkpoint is one file, and holds what trains alone",
 }
 """Names of functions, arguments and keys of a config that were there once, and what to take in their place."""
 

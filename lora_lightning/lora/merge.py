@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from lora_lightning.lora.frozen.dtype import (
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
-from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias, take_out
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove, scaled
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, take_out
 
 LARGE = 1e9
 """Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""
@@ -48,7 +49,9 @@ class MergeReport:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | None = None) -> MergeReport:
+def merge(
+    model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | None = None, scale: float = 1.0
+) -> MergeReport:
     """Make the model plain again, in place, with `W0 + s B A` in its weights.
 
     Classes and keys are the original ones. A weight that is shared with a module which is not adapted is
@@ -60,37 +63,31 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
         dequantize: turn quantized layers into plain ones, adapted or not, in the dtype of the model's own
             floating-point tensors. A quantized weight is never written into: it would round most of the update away.
         dtype: of the merged model; W0's own by default. The sum is rounded to it once.
+        scale: the strength of the update, as in `scaled`: 1 merges what was trained, 0.5 half of it, 0 nothing.
 
     Raises:
+        LoRAError: a scale that is no finite number of at least 0, or that a layer cannot have.
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantized layer and `dequantize`
             is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
             device. The model is then as it was.
     """
+    with scaled(model, scale):
+        return _merge(model, dequantize=dequantize, dtype=dtype)
+
+
+def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> MergeReport:
     _refuse_before(model, dequantize=dequantize, dtype=dtype)
-    layers, saved, tokens = adapted_layers(model), grafted_modules(model, SavedCopy), grafted_modules(model, TokenRows)
     if dtype is not None:
         widen(model, dtype)
     report = MergeReport()
-    ties = shared_parameters(model)
-    folded_biases: dict[int, nn.Parameter] = {}
-    folded_copies: dict[int, Tensor] = {}
-    for _, biased in grafted_modules(model, TrainedBias):
-        biased.fold(folded_biases)
-    plain_dtype = float_dtype(model)
-    for path, layer in layers:
-        name, owner, quantized = layer.lora_name(path), layer.lora_owner, scheme(layer) is not None
-        merged, report.kept[name] = merged_weights(layer, plain_dtype if quantized else None, dtype, label=name)
-        fold_bias(layer, name)
-        if quantized:
-            report.dequantized.append(name)
-            take_out(owner)
-            make_plain(owner, merged["weight"])
-        else:
-            _put(owner, merged)
-    for _, embedding in tokens:
-        embedding.fold()
-    for _, module in saved:
-        module.fold(folded_copies)
+    ties, plain_dtype = shared_parameters(model), float_dtype(model)
+    folded: dict[int, Any] = {}
+    for path, module in grafted_modules(model):
+        name = module.lora_name(path) if isinstance(module, AdaptedLayer) else path
+        is_quantized = isinstance(module, AdaptedLayer) and scheme(module) is not None
+        share = fold(path, module, folded, plain_dtype if is_quantized else None, dtype)
+        report.kept.update({} if share is None else {name: share})
+        report.dequantized.extend([name] if is_quantized else [])
     for name, module in model.named_modules() if dequantize else ():
         if scheme(module) is not None:
             report.dequantized.append(name)
@@ -104,6 +101,50 @@ def merge(model: nn.Module, *, dequantize: bool = False, dtype: torch.dtype | No
     if lost := rounding_warning(report.kept, dtype or plain_dtype):
         warn(lost)
     return report
+
+
+def fold(
+    path: str,
+    module: Grafted,
+    folded: dict[int, Any],
+    dtype: torch.dtype | None = None,
+    rounded_to: torch.dtype | None = None,
+) -> float | None:
+    """Make the sum of W0 and what one module was trained to add, or what it was trained to hold, its own, in place.
+
+    This is the one arithmetic of merging: `merge` calls it for each module, and the merge of files for a module whose
+    W0 it has put in for the moment.
+
+    Args:
+        path: of the module.
+        folded: what was folded before, by the id of the trained tensor: one for a whole model keeps its ties.
+        dtype, rounded_to: as in `merged_weights`.
+
+    Returns:
+        The share of the update that rounding kept; None where nothing is added to W0's weights.
+
+    Raises:
+        MergeError: the update is not finite, or rounding would make a number infinite.
+    """
+    share = None
+    for own, trained, place in _trained_tensors(module):
+        refuse_overflow(f"'{full_name(path, own)}'", trained, place.dtype)
+    if isinstance(module, TrainedBias):
+        TrainedBias.fold(module, folded)
+    if isinstance(module, AdaptedLayer):
+        label, owner = module.lora_name(path), module.lora_owner
+        merged, share = merged_weights(module, dtype, rounded_to, label=label)
+        _fold_bias(module, label)
+        if scheme(module) is not None:
+            take_out(owner)
+            make_plain(owner, merged["weight"])
+        else:  # in memory of their own: W0's may be another module's or another model's too
+            owner._parameters.update({n: nn.Parameter(w, requires_grad=False) for n, w in merged.items()})
+    if isinstance(module, TokenRows):
+        TokenRows.fold(module)
+    if isinstance(module, SavedCopy):
+        SavedCopy.fold(module, folded)
+    return share
 
 
 def merged_weights(
@@ -135,22 +176,16 @@ def merged_weights(
         rounded = rounded_to or merged[name].dtype
         refuse_overflow(f"W0 + s B A of '{label}'", after, rounded)
         merged[name][place] = after.to(merged[name].dtype)
-        stored = merged[name][place].to(rounded).to(delta.dtype)
+        error = after.copy_(merged[name][place].to(rounded)).sub_(before).sub_(delta)  # no more memory for it
         norm = float(torch.linalg.vector_norm(delta))
-        if not math.isfinite(norm):  # or its square is beyond float32
-            refuse_infinite(label, delta)
+        if not math.isfinite(norm) and not torch.isfinite(delta).all():  # else its square is beyond float32
+            raise MergeError(f"s B A of '{label}' is not finite: training diverged; merge an earlier checkpoint")
         wanted += norm**2
-        lost += float(torch.linalg.vector_norm(stored - before - delta)) ** 2
+        lost += float(torch.linalg.vector_norm(error)) ** 2
     return merged, max(0.0, 1.0 - math.sqrt(lost / wanted)) if wanted > 0 else 1.0
 
 
-def _put(module: nn.Module, merged: dict[str, Tensor]) -> None:
-    """The weights as parameters in memory of their own: W0's may be another module's or another model's too."""
-    for name, weight in merged.items():
-        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
-
-
-def fold_bias(layer: AdaptedLayer, label: str = "a layer") -> None:
+def _fold_bias(layer: AdaptedLayer, label: str) -> None:
     """Add `lora_bias` to the layer's bias, in a new parameter: the old one may be tied.
 
     Raises:
@@ -229,24 +264,17 @@ def _refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
         name, is_quantized = layer.lora_name(path), scheme(layer) is not None
         if not is_quantized:
             refuse_codes(name, layer)
-        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)
-        target = {own: dtype or (plain_dtype if is_quantized else weight.dtype) for own, weight in weights.items()}
+        weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values()
+        dtypes = {dtype or (plain_dtype if is_quantized else weight.dtype) for weight in weights}
         is_large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
-        for own, _, before, delta in layer.updates() if is_large or torch.float16 in target.values() else ():
-            refuse_infinite(name, delta)
-            refuse_overflow(f"W0 + s B A of '{name}'", before + delta, target[own])
+        if is_large or torch.float16 in dtypes:
+            merged_weights(layer, plain_dtype if is_quantized else None, dtype, label=name)
         update, bias = layer.update_bias(), layer._parameters.get("bias")
         if update is not None and bias is not None:
             base = layer.lora_trained_bias if isinstance(layer, TrainedBias) else bias
             refuse_overflow(f"the bias of '{name}' with lora_bias", base + update, dtype or bias.dtype)
     if dtype is not None:
         refuse_wide(model, dtype)
-
-
-def refuse_infinite(name: str, delta: Tensor) -> None:
-    """Raise a MergeError where finite A and B make an update that is not."""
-    if not torch.isfinite(delta).all():
-        raise MergeError(f"s B A of '{name}' is not finite: training diverged; merge an earlier checkpoint")
 
 
 def _trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -10,6 +10,8 @@ from typing import Any
 
 OUTPUT_HEAD = "the output head"
 """The reason for which `all-linear` leaves out a head."""
+STACK = "a stack of matrices, as fused experts are: name it in target_parameters"
+"""The reason for which `all-linear` leaves out a bare parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class InjectionReport:
     tokens: dict[str, int] = field(default_factory=dict)
     """Embeddings with rows that train in full, with the parameters of those rows."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Linear layers that `all-linear` left out, with the reason."""
+    """Linear layers and stacks of matrices that `all-linear` left out, with the reason."""
     biases: int = 0
     """Entries of biases that train, in number."""
     trainable: int
@@ -82,14 +84,14 @@ class InjectionReport:
             table.append(("biases", "", "in full", "", "", "", f"{self.biases:,}"))
         return table
 
-    def shown(self) -> list[tuple[str, ...]]:
+    def table(self) -> list[tuple[str, ...]]:
         """`HEADER` and `lines`, without the column of dropouts where all are 0, which costs names room."""
-        table, dropout = self.lines(), self.HEADER.index("dropout")
-        if any(line[dropout] not in ("", "0") for line in table):
-            return [self.HEADER, *table]
-        return [(*row[:dropout], *row[dropout + 1 :]) for row in (self.HEADER, *table)]
+        lines, dropout = self.lines(), self.HEADER.index("dropout")
+        if any(line[dropout] not in ("", "0") for line in lines):
+            return [self.HEADER, *lines]
+        return [(*row[:dropout], *row[dropout + 1 :]) for row in (self.HEADER, *lines)]
 
-    def left_out(self) -> list[str]:
+    def exclusions(self) -> list[str]:
         """A line for each kind of layer that `all-linear` left out, with the reason; none for the output head."""
         groups = Counter((without_numbers(name), reason) for name, reason in self.skipped.items())
         return [
@@ -99,11 +101,11 @@ class InjectionReport:
     HEADER = ("module", "count", "kind", "r", "alpha", "dropout", "parameters")
 
     def __str__(self) -> str:
-        rows = self.shown()
+        rows = self.table()
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"trainable {self.trainable:,} of {self.total:,} ({self.share:.2%})")
-        return "\n".join([*lines, *self.left_out()])
+        return "\n".join([*lines, *self.exclusions()])
 
 
 def without_numbers(name: str) -> str:

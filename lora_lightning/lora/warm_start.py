@@ -6,23 +6,21 @@ over whole, and W0 stays; a head that is trained in full and has another shape f
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats.peft.config import find_alphas, subtracted_init, token_ids
+from lora_lightning.lora.formats.peft.config import subtracted_init, token_ids
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key
-from lora_lightning.lora.formats.peft.layout import from_peft, layer_layouts, refuse_misfits
+from lora_lightning.lora.formats.peft.layout import from_peft, refuse_misfits
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_tensors
-from lora_lightning.lora.formats.peft.resolve import resolve
-from lora_lightning.lora.formats.provenance import Record, refuse_other_base, warn_of_no_fingerprint
+from lora_lightning.lora.formats.peft.resolve import config_for, find_contents, resolve
+from lora_lightning.lora.formats.provenance import check_base, refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
@@ -60,15 +58,21 @@ def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base:
             f"lora.init subtracts a start, in '{with_init[0]}', that an adapter in PEFT's format does not have: leave"
             " lora.init out, or start from a checkpoint of a run with the same"
         )
-    if files.record is None:
-        warn_of_no_fingerprint()
-    else:
-        _check_base(files.record.base, model, allow_other_base=allow_other_base)
+    # W0 less what this run trains in full, which may be more than the earlier one did.
+    check_base(files.record, model, allow_other_base=allow_other_base, replaced=_heads(model))
     peft, tensors = resolve(files.peft, files.tensors, model, allow_other_base=allow_other_base)
+    trained = config_for(peft, find_contents(tensors, peft, model), files.record, model, {})
     tensors, left = _with_own_heads(model, tensors, {key: PREFIX + copy_key(key) for key in adapter_tensors(model)})
     ours = from_peft(model, tensors, lambda name: token_ids(peft, name))
-    _check_settings(model, peft, files.record)
-    return _fill(model, ours, left)
+    for path, layer in adapted_layers(model):
+        name, parts = layer.lora_name(path), layer.lora_settings.slices
+        there, here = files.record and files.record.slices.get(name), parts and parts.to_spec()
+        if there != here:
+            raise AdapterError(f"the adapter was trained on the parts {there} of '{name}', this run says {here}")
+    for name, embedding in grafted_modules(model, TokenRows):
+        if sorted(token_ids(peft, name)) != embedding.lora_token_ids.tolist():
+            raise AdapterError(f"the adapter trains other tokens of '{name}' than lora.trainable_token_indices names")
+    return _fill(model, ours, trained, left)
 
 
 def start_from_state(
@@ -91,7 +95,7 @@ def start_from_state(
         AdapterError: another base; tensors that are missing, left over or of other shapes; a scale, part or token row
             that is another here. Nothing is loaded then.
     """
-    _check_base(base, model, allow_other_base=allow_other_base)
+    refuse_other_base(base, fingerprint(model), allow_other_base=allow_other_base, replaced=_heads(model))
     tensors, left = _with_own_heads(model, tensors, {key: key for key in adapter_tensors(model)})
     has_slices = trained.slices or any(layer.lora_settings.slices for _, layer in adapted_layers(model))
     for name in ["trainable_token_indices", "slices", *(["target_modules"] if has_slices else [])]:
@@ -99,26 +103,27 @@ def start_from_state(
         if there != here:
             raise AdapterError(f"the adapter was trained with lora.{name}={there!r}, this run says {here!r}")
     refuse_misfits(adapter_tensors(model), tensors)
-    scales = {}
+    return _fill(model, tensors, trained, left)
+
+
+def _fill(model: nn.Module, tensors: Mapping[str, Tensor], trained: LoRAConfig, left: dict[str, str]) -> WarmStart:
+    """Load the tensors, unless a layer's s is another than in training: the update would be another."""
     for path, layer in adapted_layers(model):
-        alpha = by_pattern("alpha_pattern", trained.alpha_pattern, [layer.lora_name(path)], trained.scaling_alpha)
-        scales[path] = trained.scale(layer.lora_settings.r, alpha)
-    _check_scales(model, scales)
-    return _fill(model, tensors, left)
-
-
-def _fill(model: nn.Module, tensors: Mapping[str, Tensor], left: dict[str, str]) -> WarmStart:
+        name, here = layer.lora_name(path), layer.lora_settings
+        alpha = by_pattern("alpha_pattern", trained.alpha_pattern, [name], trained.scaling_alpha)
+        there = trained.scale(here.r, alpha)
+        if not math.isclose(there, here.scale, rel_tol=1e-9):
+            raise AdapterError(
+                f"the adapter was trained with a scale of {there:g} in '{name}', this run's is {here.scale:g}: set"
+                " lora.alpha (and use_rslora) as it was there"
+            )
     load_tensors(model, tensors)
     heads = tuple(f"{full_name(name, COPY)}." for name in left)
     return WarmStart(tensors=sum(not key.startswith(heads) for key in tensors), own_start=left)
 
 
-def _check_base(made_on: Fingerprint, model: nn.Module, *, allow_other_base: bool) -> None:
-    """Compare W0, less what this run trains in full: that may be more than the earlier one did."""
-    heads = tuple(f"{name}." for name, _ in grafted_modules(model, SavedCopy))
-    tensors = {name: digest for name, digest in made_on.tensors.items() if not name.startswith(heads)}
-    made_on = dataclasses.replace(made_on, tensors=tensors)
-    refuse_other_base(made_on, fingerprint(model), allow_other_base=allow_other_base)
+def _heads(model: nn.Module) -> list[str]:
+    return [name for name, _ in grafted_modules(model, SavedCopy)]
 
 
 def _with_own_heads(
@@ -135,7 +140,7 @@ def _with_own_heads(
         The tensors, and why each such head keeps its own init.
     """
     own, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
-    for name, _ in grafted_modules(model, SavedCopy):
+    for name in _heads(model):
         head = {keys[key]: tensor for key, tensor in own.items() if key.startswith(f"{full_name(name, COPY)}.")}
         others = [(tensors[k].shape, t.shape) for k, t in head.items() if k in tensors and tensors[k].shape != t.shape]
         if not head.keys() & tensors.keys():
@@ -146,34 +151,3 @@ def _with_own_heads(
             continue
         filled = {**{key: tensor for key, tensor in filled.items() if key not in head}, **head}
     return filled, left
-
-
-def _check_settings(model: nn.Module, peft: Mapping[str, Any], record: Record | None) -> None:
-    """Raise where PEFT's config says what the tensors' shapes do not, and this run another thing."""
-    layouts = layer_layouts(model, inits=False)
-    alphas = find_alphas(peft, {o.name: o.peft_name for o in layouts}, {o.name: o.rank for o in layouts}, {})
-    scales = {}
-    for one in layouts:
-        root = math.sqrt(one.rank) if peft.get("use_rslora") else one.rank
-        # PEFT's scale of two projections that share one may be another than ours, which B then makes up for.
-        scales[one.path] = alphas[one.name] / root * one.layer.lora_settings.scale / one.scale
-    _check_scales(model, scales)
-    for one in layouts:
-        parts = one.layer.lora_settings.slices
-        there, here = record.slices.get(one.name) if record else None, parts.to_spec() if parts else None
-        if there != here:
-            raise AdapterError(f"the adapter was trained on the parts {there} of '{one.name}', this run says {here}")
-    for name, embedding in grafted_modules(model, TokenRows):
-        if sorted(token_ids(peft, name)) != embedding.lora_token_ids.tolist():
-            raise AdapterError(f"the adapter trains other tokens of '{name}' than lora.trainable_token_indices names")
-
-
-def _check_scales(model: nn.Module, trained: Mapping[str, float]) -> None:
-    """Raise where a layer's s is another than in training: the update would be another."""
-    for path, layer in adapted_layers(model):
-        here = layer.lora_settings.scale
-        if not math.isclose(trained[path], here, rel_tol=1e-9):
-            raise AdapterError(
-                f"the adapter was trained with a scale of {trained[path]:g} in '{layer.lora_name(path)}', this run's is"
-                f" {here:g}: set lora.alpha (and use_rslora) as it was there"
-            )

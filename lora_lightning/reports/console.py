@@ -52,10 +52,10 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
         if len(counts) > MOST_LABELS:
             told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
         else:
-            told = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+            told = ", ".join(f"{shown_label(name)} {count:,}" for name, count in counts.items())
         lines.append(f"labels in {split}: {told}")
-    if cut := summary.get("cut"):
-        lines.append("cut at max_length: " + ", ".join(f"{share:.1%} of {split}" for split, share in cut.items()))
+    for what, shares in cut_by_what(summary).items():
+        lines.append(f"{what}: " + ", ".join(f"{share:.1%} of {split}" for split, share in shares.items()))
     text = Text("\n".join(lines))
     for warning in summary.get("warnings", ()):
         text.append(f"\nwarning: {warning}", style="yellow")
@@ -64,16 +64,16 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
 
 def show_injection(report: InjectionReport, console: Console) -> None:
     """All rows of the injection table, blocks folded into one row each, and what was left out."""
-    header, *rows = report.shown()
+    header, *rows = report.table()
     text = [i for i, name in enumerate(header) if name in ("module", "kind")]
     note = f"{report.trainable:,} of {report.total:,} parameters train ({report.share:.2%})"
     console.print(Table(header=header, rows=rows, text=text, note=note))
-    show_lines(report.left_out(), console)
+    show_lines(report.exclusions(), console)
 
 
 def adapted_rows(report: InjectionReport) -> list[dict[str, Any]]:
     """The grouped injection table as plain data, one mapping of its columns a row."""
-    header, *lines = report.shown()
+    header, *lines = report.table()
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
@@ -195,20 +195,35 @@ def _percent(share: float) -> str:
 # ---- the data
 
 
+def shown_label(name: str) -> str:
+    """In quotes where blanks would not be seen."""
+    return name if name and name == name.strip() else repr(name)
+
+
+def cut_by_what(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of `texts cut`, `sources cut` and so on, the share by split."""
+    found: dict[str, dict[str, float]] = {}
+    for split, shares in summary.get("cut", {}).items():
+        for what, share in shares.items():
+            found.setdefault(what, {})[split] = share
+    return found
+
+
 def data_table(summary: Mapping[str, Any]) -> Table:
     """What a DataModule says of its rows.
 
     Args:
-        summary: `rows` by split, `labels` by split (by label how many), `cut` by split (the share of texts that
-            max_length cuts), and `warnings`, each a line; what is not known is left out.
+        summary: what `summarize` gives; what is not known is left out.
     """
     splits = list(summary.get("rows", {}))
-    labels, cut = summary.get("labels", {}), summary.get("cut", {})
+    labels = summary.get("labels", {})
     rows = [["rows", *(f"{summary['rows'][split]:,}" for split in splits)]]
     for label in dict.fromkeys(name for counts in labels.values() for name in counts):
-        rows.append([f"labeled {label}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)])
-    if cut:
-        rows.append(["texts cut", *(f"{cut[split]:.1%}" if split in cut else "" for split in splits)])
+        rows.append(
+            [f"labeled {shown_label(label)}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)]
+        )
+    for what, shares in cut_by_what(summary).items():
+        rows.append([what, *(f"{shares[split]:.1%}" if split in shares else "" for split in splits)])
     return Table(header=["data", *splits], rows=rows, note="\n".join(summary.get("warnings", [])))
 
 
@@ -285,6 +300,8 @@ def _export_rows(v: Mapping[str, Any]) -> list[tuple[str, str]]:
         limit = f"{v.get('export_tolerance', 0.0):.0e}{' ' if rule.startswith(('in', 'for')) else ', '}{rule}"
         what = "merged against adapted" if merged else "adapter read back"
         rows.append((what, f"{v['export_max_rel_diff']:.1e} relative (allowed {limit})"))
+    if v.get("export_scale", 1.0) != 1.0:
+        rows.append(("strength of the update", f"{v['export_scale']:g} of what was trained"))
     if not v.get("merged_dir"):
         return rows
     if v.get("merged_bytes"):

@@ -10,7 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lora_lightning.reports.table import Table
 
 PAGE, REPORT, CONFIG = "report.html", "report.json", "config.yaml"
 METRICS, SAMPLES, CLASSES = "metrics.csv", "samples.jsonl", "classes_{stage}.json"
+DRIFT, DRIFT_FIGURE = "drift.json", "drift.svg"
 """Files of a run's folder: the page, and what it is made from."""
 FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 """What neither HTML nor XML allows in text."""
@@ -148,7 +149,13 @@ def run_page(folder: Path) -> str:
     classes = {stage: json.loads(_text(folder / CLASSES.format(stage=stage)) or "{}") for stage in ("val", "test")}
     sections += _classes(classes["val"], "validation", fold=bool(classes["test"]))
     sections += _classes(classes["test"], "test")
-    sections += [*_adapted(v), *_answers(_lines(folder / SAMPLES)), *_facts(v), *_config(_text(folder / CONFIG))]
+    sections += [
+        *_drift(folder),
+        *_adapted(v),
+        *_answers(_lines(folder / SAMPLES)),
+        *_facts(v),
+        *_config(_text(folder / CONFIG)),
+    ]
     return page(
         name,
         sentence(v),
@@ -271,6 +278,20 @@ def _classes(found: Mapping[str, Any], words: str, *, fold: bool = False) -> lis
         title = f"The most confident mistakes, {words}"
         folded = f"The {len(named)} mistakes of which the model was surest" if fold else ""
         sections.append(Section(title, [Block(cards=named, fold=folded)]))
+    return sections
+
+
+def _drift(folder: Path) -> list[Section]:
+    """How far the adapter moved the model, and the strengths of it, where `analyze --drift` has measured that."""
+    tables = [Table(**table) for table in json.loads(_text(folder / DRIFT) or "{}").get("tables", [])]
+    sections = [table_section(table) for table in tables if table.note or not table.header]
+    folded = [Block(table=table, fold=table.title) for table in tables if table.header and not table.note]
+    if figure := _text(folder / DRIFT_FIGURE):
+        address = f"data:image/svg+xml;base64,{base64.b64encode(figure.encode()).decode()}"
+        words = "The validation metric over the drift, by strength of the update."
+        folded.insert(0, Block(figure=address, text=words))
+    if sections:
+        sections[-1] = replace(sections[-1], blocks=[*sections[-1].blocks, *folded])
     return sections
 
 

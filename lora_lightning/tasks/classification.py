@@ -23,8 +23,25 @@ from lora_lightning.tasks.base import (
 )
 from lora_lightning.tasks.metrics.classification import metrics_of
 
+TOP5_FROM = 10
+"""From so many classes on a top-5 accuracy says something."""
 
-class SequenceClassification(Task):
+
+class Classification(Task):
+    """What all classifications share: logits (n, num_classes) of the backbone, and their number."""
+
+    monitor_mode = "max"
+
+    def __init__(self, num_classes: int, metrics: MetricCollection) -> None:
+        super().__init__(metrics)
+        self.num_classes = self.outputs = num_classes
+
+    def logits(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """(n, num_classes), in float32."""
+        return logits_each(backbone(**self.inputs(backbone, batch)), self.num_classes, self.output_is)
+
+
+class OneLabel(Classification):
     """Cross-entropy over `num_classes` logits, two for a binary task.
 
     Args:
@@ -35,72 +52,10 @@ class SequenceClassification(Task):
             best checkpoint.
 
     Raises:
-        LoRAError: fewer than two classes, or an unknown metric.
-    """
-
-    monitor_mode = "max"
-    peft_task_type = "SEQ_CLS"
-    problem_type = "single_label_classification"
-
-    def __init__(
-        self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
-    ) -> None:
-        refuse_no_count(num_classes, "num_classes")
-        if num_classes < 2:
-            raise LoRAError(
-                f"classification needs at least 2 classes, got {num_classes}: are the labels in data.label_column, or"
-                " name them all as data.label_names"
-            )
-        super().__init__(metrics_of(metrics, num_classes))
-        self.monitor = f"val/{metrics[0]}"
-        self.num_classes = self.outputs = num_classes
-        self.label_smoothing = label_smoothing
-
-    def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds the backbone's keyword arguments and `labels` (n,) in [0, num_classes)."""
-        inputs, labels = inputs_and_labels(batch)
-        logits = logits_each(backbone(**inputs), self.num_classes, "class")
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return StepOutput(loss=loss, weight=len(labels), predictions=logits, targets=labels)
-
-    def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Probabilities (n, num_classes) and the most probable label (n,)."""
-        output = backbone(**inputs_of(batch, "labels"))
-        probabilities = logits_each(output, self.num_classes, "class").softmax(-1)
-        return {"prediction": probabilities.argmax(-1), "probabilities": probabilities}
-
-
-@torch.no_grad()
-def mean_features(backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Mean of a transformers backbone's last hidden states over each text's tokens, (n, d), in float32."""
-    hidden = backbone(**inputs_of(batch, "labels"), output_hidden_states=True).hidden_states[-1].float()
-    mask = batch["attention_mask"].unsqueeze(-1).float()
-    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
-    return mean
-
-
-MANY = 10
-"""From so many classes on a top-5 accuracy says something."""
-
-
-class ImageClassification(Task):
-    """Cross-entropy over `num_classes` logits.
-
-    The backbone takes `pixel_values` (n, 3, h, w) by that name, as transformers' models do, or as its first argument,
-    as those of timm and torchvision do.
-
-    Args:
-        num_classes: number of labels. The data's own count by default.
-        label_smoothing: share of the target spread over all classes.
-        metrics: some of `accuracy` over images, `f1` (the mean of the classes' own), `binary_f1` (of class 1 of two)
-            and `matthews`. The first chooses the best checkpoint. From 10 classes on `accuracy_top5` is told too: the
-            share of images whose label is among the five likeliest.
-
-    Raises:
         LoRAError: fewer than two classes, an unknown metric, or a share that is none.
     """
 
-    monitor_mode = "max"
+    tells_top5 = False
 
     def __init__(
         self, num_classes: int, label_smoothing: float = 0.0, metrics: Sequence[str] = ("accuracy", "f1")
@@ -114,33 +69,47 @@ class ImageClassification(Task):
         if not 0 <= label_smoothing < 1:
             raise LoRAError(f"label_smoothing must be at least 0 and below 1, got {label_smoothing}")
         collection = metrics_of(metrics, num_classes)
-        if num_classes >= MANY:
+        if self.tells_top5 and num_classes >= TOP5_FROM:
             collection.add_metrics({"accuracy_top5": MulticlassAccuracy(num_classes, average="micro", top_k=5)})
-        super().__init__(collection)
+        super().__init__(num_classes, collection)
         self.monitor = f"val/{metrics[0]}"
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        self.outputs = num_classes
-
-    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return image_inputs(backbone, batch)
+        self.label_smoothing = label_smoothing
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
-        """`batch` holds `pixel_values` (n, 3, h, w) and `labels` (n,) in [0, num_classes)."""
+        """`batch` holds what the backbone takes and `labels` (n,) in [0, num_classes)."""
         _, labels = inputs_and_labels(batch)
-        logits = self._logits(backbone, batch)
+        logits = self.logits(backbone, batch)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return StepOutput(loss=loss, weight=len(labels), predictions=logits, targets=labels)
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Probabilities (n, num_classes) and the most probable label (n,)."""
-        probabilities = self._logits(backbone, batch).softmax(-1)
+        probabilities = self.logits(backbone, batch).softmax(-1)
         return {"prediction": probabilities.argmax(-1), "probabilities": probabilities}
 
-    def _logits(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return logits_each(backbone(**self.inputs(backbone, batch)), self.num_classes, "class")
+
+class SequenceClassification(OneLabel):
+    """Cross-entropy over `num_classes` logits of a text or a pair of texts, two for a binary task."""
+
+    peft_task_type = "SEQ_CLS"
+    problem_type = "single_label_classification"
 
 
-class MultiLabelClassification(Task):
+class ImageClassification(OneLabel):
+    """Cross-entropy over `num_classes` logits of an image.
+
+    The backbone takes `pixel_values` (n, 3, h, w) by that name, as transformers' models do, or as its first argument,
+    as those of timm and torchvision do. From 10 classes on `accuracy_top5` is told too: the share of images whose label
+    is among the five likeliest.
+    """
+
+    tells_top5 = True
+
+    def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return image_inputs(backbone, batch)
+
+
+class MultiLabelClassification(Classification):
     """Binary cross-entropy of each label, and F1 over all decisions (micro) and as the mean of the labels' own (macro).
 
     For logits z and targets t in {0, 1}, `-t log sigmoid(z) - (1 - t) log sigmoid(-z)`, the mean over examples.
@@ -156,7 +125,6 @@ class MultiLabelClassification(Task):
     """
 
     monitor = "val/micro_f1"
-    monitor_mode = "max"
     peft_task_type = "SEQ_CLS"
     problem_type = "multi_label_classification"
     output_is = "label"
@@ -176,30 +144,31 @@ class MultiLabelClassification(Task):
             "macro_f1": MultilabelF1Score(num_classes, average="macro"),
             "subset_accuracy": MultilabelExactMatch(num_classes),
         }
-        super().__init__(MetricCollection(dict(metrics)))
-        self.num_classes, self.threshold, self.over_labels = num_classes, threshold, over_labels
-        self.outputs = num_classes
+        super().__init__(num_classes, MetricCollection(dict(metrics)))
+        self.threshold, self.over_labels = threshold, over_labels
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """`batch` holds the backbone's keyword arguments and `labels` (n, num_classes), each 0 or 1."""
-        inputs, labels = inputs_and_labels(batch)
-        logits = logits_each(backbone(**inputs), self.num_classes, "label")
+        _, labels = inputs_and_labels(batch)
+        logits = self.logits(backbone, batch)
         if labels.shape != logits.shape:
             raise LoRAError(f"labels must be {tuple(logits.shape)}, a 0 or 1 for each label, got {tuple(labels.shape)}")
         loss = F.binary_cross_entropy_with_logits(logits, labels.float())
-        if self.over_labels == "sum":
-            loss = loss * self.num_classes
-        return StepOutput(
-            loss=loss, weight=len(labels), predictions=self._chosen(logits.sigmoid()), targets=labels.int()
-        )
+        loss = loss * self.num_classes if self.over_labels == "sum" else loss
+        chosen = (logits.sigmoid() > self.threshold).int()
+        return StepOutput(loss=loss, weight=len(labels), predictions=chosen, targets=labels.int())
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
         """The numbers of each example's labels, a tensor for each example, and probabilities (n, num_classes)."""
-        output = backbone(**inputs_of(batch, "labels"))
-        probabilities = logits_each(output, self.num_classes, "label").sigmoid()
-        numbers = [row.nonzero().flatten() for row in self._chosen(probabilities)]
+        probabilities = self.logits(backbone, batch).sigmoid()
+        numbers = [row.nonzero().flatten() for row in probabilities > self.threshold]
         return {"prediction": numbers, "probabilities": probabilities}
 
-    def _chosen(self, probabilities: Tensor) -> Tensor:
-        """1 where a label is given, else 0."""
-        return (probabilities > self.threshold).int()
+
+@torch.no_grad()
+def mean_features(backbone: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """Mean of a transformers backbone's last hidden states over each text's tokens, (n, d), in float32."""
+    hidden = backbone(**inputs_of(batch, "labels"), output_hidden_states=True).hidden_states[-1].float()
+    mask = batch["attention_mask"].unsqueeze(-1).float()
+    mean: Tensor = (hidden * mask).sum(1) / mask.sum(1)
+    return mean

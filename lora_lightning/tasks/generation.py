@@ -241,18 +241,7 @@ PROMPT = "prompt_"
 
 
 class TextGeneration(GeneratingTask):
-    """Cross-entropy of each token of the completion given the prompt and what comes before; BLEU, ROUGE, exact match.
-
-    Args:
-        tokenizer: which the texts are read with. The data's own by default.
-        generation: options of transformers' `generate` by name, such as num_beams, max_new_tokens, length_penalty and
-            no_repeat_ngram_size. By default greedy, of at most 64 tokens.
-        metrics: of bleu, chrf, ter, rouge1, rouge2, rougeL, rougeLsum and exact_match. The first says which checkpoint
-            is best.
-        label_smoothing: share of the target spread over the vocabulary, in training alone.
-        generate_in_validation: whether validation writes texts; without, the best checkpoint has the least loss, and
-            only test and predict write.
-    """
+    """Cross-entropy of each token of the completion given the prompt and what comes before; metrics of the texts."""
 
     peft_task_type = "CAUSAL_LM"
 
@@ -289,18 +278,7 @@ DECODER = ("decoder_input_ids", "decoder_attention_mask")
 
 
 class SequenceToSequence(GeneratingTask):
-    """Cross-entropy of each target token given the source and the target before it; BLEU, ROUGE and exact match.
-
-    Args:
-        tokenizer: which the texts are read with. The data's own by default.
-        generation: options of transformers' `generate` by name, such as num_beams, max_new_tokens, length_penalty and
-            no_repeat_ngram_size. By default the model's own, of at most 64 tokens.
-        metrics: of bleu, chrf, ter, rouge1, rouge2, rougeL, rougeLsum and exact_match. The first says which checkpoint
-            is best.
-        label_smoothing: share of the target spread over the vocabulary, in training alone.
-        generate_in_validation: whether validation writes texts; without, the best checkpoint has the least loss, and
-            only test and predict write.
-    """
+    """Cross-entropy of each target token given the source and the target before it; BLEU, ROUGE and exact match."""
 
     peft_task_type = "SEQ_2_SEQ_LM"
 

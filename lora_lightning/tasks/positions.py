@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.tracing import is_traced
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
 
 
@@ -91,8 +91,8 @@ def learned_positions(backbone: nn.Module) -> int | None:
     return _FOUND[backbone]
 
 
-def _learned_positions(backbone: nn.Module) -> int | None:
-    if not isinstance(backbone, PreTrainedModel):
+def _learned_positions(backbone: Any) -> int | None:
+    if not is_a(backbone, HF_MODEL):
         return None
     limit = getattr(backbone.config.get_text_config(), "max_position_embeddings", None)
     named = ((name.rpartition(".")[2], module) for name, module in backbone.named_modules())
@@ -150,9 +150,9 @@ def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return _arguments(backbone, inputs)
 
 
-def _arguments(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(backbone: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     own = {name: value for name, value in inputs.items() if name != "attention_mask"}
-    if not isinstance(backbone, PreTrainedModel):
+    if not is_a(backbone, HF_MODEL):
         return own
     own["use_cache"] = False  # with a cache, transformers does not look at positions for where documents begin
     if "flash" in str(backbone.config._attn_implementation):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lora_lightning.data.base import TableData
+from lora_lightning.data import table_of
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
@@ -342,9 +342,10 @@ def set_name(datamodule: Any, stage: str, index: int) -> str:
     """
     if not index:
         return ""
-    sets: list[str] = datamodule.sets(SPLITS[stage]) if isinstance(datamodule, TableData) else []
-    if stage == "predict" and isinstance(datamodule, TableData) and not sets:
-        sets = datamodule.sets("test")
+    table = table_of(datamodule)
+    sets: list[str] = table.sets(SPLITS[stage]) if table is not None else []
+    if stage == "predict" and table is not None and not sets:
+        sets = table.sets("test")
     named = sets[index].partition("_")[2] if index < len(sets) else ""
     return named.replace(".", "_") or str(index)
 

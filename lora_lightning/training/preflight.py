@@ -27,9 +27,9 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import ShardedStrategy
@@ -233,7 +233,7 @@ def refuse_other_count(config: Any, data: Any) -> None:
             )
 
 
-def refuse_other_size(backbone: nn.Module, task: Task, data: Any = None) -> None:
+def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
     """Compare the outputs of a transformers model's head with those that the task asks for.
 
     Of other backbones, and of a head in which no layer's size says it, the first batch tells.
@@ -245,7 +245,7 @@ def refuse_other_size(backbone: nn.Module, task: Task, data: Any = None) -> None
         LoRAError: there are fewer or more, with both numbers.
     """
     count = task.wanted_outputs()
-    if count is None or not isinstance(backbone, PreTrainedModel):
+    if count is None or not is_a(backbone, HF_MODEL):
         return
     sizes = _sizes_beside_the_body(backbone)
     if not sizes or count in sizes:
@@ -259,7 +259,7 @@ def refuse_other_size(backbone: nn.Module, task: Task, data: Any = None) -> None
     )
 
 
-def _sizes_beside_the_body(backbone: PreTrainedModel) -> list[int]:
+def _sizes_beside_the_body(backbone: Any) -> list[int]:
     """Outputs of the layers of the head, the last at the end; a model that is all body has none."""
     body = f"{backbone.base_model_prefix}."
     named = dict(backbone.named_modules())

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from lora_lightning.export.options import checked_options
+from lora_lightning.export.options import checked_options, refuse_base_alone
 from lora_lightning.export.probe_batch import first_batch, loaders_of
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
@@ -132,6 +132,7 @@ class LoRATrainer(Trainer):
         dtype: DType = "auto",
         max_shard_size: int | str | None = None,
         serving: Literal["vllm"] | None = None,
+        scale: float = 1.0,
     ) -> ExportReport:
         """Write a trained run as a PEFT adapter and as a merged model, each compared with the adapted model.
 
@@ -146,7 +147,9 @@ class LoRATrainer(Trainer):
             dtype: of the merged model; `auto` is the backbone's own. Sums are taken in float32 in any case.
             max_shard_size: split a merged transformers model into files of at most this size, such as `5GB`.
             serving: `vllm` writes the adapter with one rank and one alpha for all modules, as vLLM reads them.
+            scale: strength of the update, such as 0.5 for half of it; the adapter's alpha says it.
         """
+        refuse_base_alone(scale)
         wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
@@ -163,6 +166,7 @@ class LoRATrainer(Trainer):
             "dtype": dtype,
             "max_shard_size": max_shard_size,
             "serving": serving,
+            "scale": scale,
         }
         result = export_module(model, datamodule, target, batch=batch, **options)
         show_report(record_export(folder, result), Console())

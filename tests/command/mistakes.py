@@ -122,22 +122,25 @@ MISTAKES = {
     ),
     "a tab": Mistake(
         OVER,
-        "over.yaml, line 2: a tab cannot indent YAML: put spaces in its place",
+        "over.yaml, line 2: no YAML: while scanning for the next token, found character '\\t' that"
+        " cannot start any token",
         {"over.yaml": "trainer:\n\tmax_epochs: 1\n"},
     ),
     "a quote that is not closed": Mistake(
         OVER,
-        "over.yaml, line 2: a quote or bracket that was opened is not closed before the file ends",
+        "over.yaml, line 3: no YAML: while scanning a quoted scalar that begins in line 2, found unexpected end of"
+        " stream",
         {"over.yaml": 'seed_everything: 1\nname: "demo\n'},
     ),
     "an indent": Mistake(
         OVER,
-        "over.yaml, line 4: this line does not stand under those above it: indent it as its neighbours are",
+        "over.yaml, line 4: no YAML: while parsing a block mapping that begins in line 2, expected <block end>, but"
+        " found '<block mapping start>'",
         {"over.yaml": "model:\n  lora:\n    r: 4\n   alpha: 8\n"},
     ),
     "two colons": Mistake(
         OVER,
-        "over.yaml, line 1: a second ': ' in one line: put the value into quotes, or begin a new line",
+        "over.yaml, line 1: no YAML: mapping values are not allowed here",
         {"over.yaml": "name: demo: second\n"},
     ),
     "a key twice": Mistake(

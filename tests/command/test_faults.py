@@ -126,9 +126,9 @@ def test_a_newest_that_is_gone_is_found_by_the_one_before_it(again):
 EDITS = {
     "a bracket left open": (
         lambda text: text.replace("model:", "model: [", 1),
-        "line 46: a list or map in brackets lacks",
+        "no YAML: while parsing a flow",
     ),
-    "a tab": (lambda text: text.replace("  max_epochs:", "\tmax_epochs:", 1), "line 11: a tab cannot indent YAML"),
+    "a tab": (lambda text: text.replace("  max_epochs:", "\tmax_epochs:", 1), "line 11: no YAML: "),
     "a key with a letter less": (
         lambda text: text.replace("max_epochs", "max_epoch", 1),
         "unknown key trainer.max_epoch;",

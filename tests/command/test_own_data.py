@@ -100,9 +100,14 @@ def test_all_rows_of_a_named_file_are_tested_beside_the_run(trained, hold_out, p
     before = (trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes()
     capsys.readouterr()
     command(monkeypatch, "test", "--ckpt_path", trained, "--data.path", path, *names)
-    assert "20 of hold.csv" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "20 of hold.csv" in shown
+    assert "rows: test 20" in shown
     assert (trained / "test_hold/metrics.csv").is_file()
-    assert json.loads((trained / "test_hold/report.json").read_text())["test_rows"] == 20
+    report = json.loads((trained / "test_hold/report.json").read_text())
+    assert report["test_rows"] == 20
+    assert report["data"]["rows"] == {"test": 20}
+    assert "Data" in (trained / "test_hold/report.html").read_text()
     assert before == ((trained / "report.json").read_bytes(), (trained / "test/metrics.csv").read_bytes())
 
 

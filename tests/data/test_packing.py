@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from functools import partial
 from itertools import pairwise
 
 import datasets
@@ -12,13 +13,14 @@ from hypothesis import strategies as st
 
 from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.data.io.rows import lengths_of
-from lora_lightning.data.loading.packing import CausalCollator, cut, pack, pack_rows, pack_table
+from lora_lightning.data.loading.collate import pad_batch
+from lora_lightning.data.loading.packing import cut, pack, pack_rows, pack_table
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.language_model import CausalLM
 from tests.tiny_lm import VOCABULARY, make_model
 
 LENGTH = 16
-COLLATE = CausalCollator(pad_token_id=2)
+COLLATE = partial(pad_batch, pad_token_id=2)
 
 
 def documents(count, *, longest=40, seed=0):
@@ -171,8 +173,9 @@ def test_what_documents_see_of_each_other_would_show():
 def test_the_filling_of_a_short_row_changes_nothing():
     model, columns = adapted("llama"), documents(7, longest=9)
     rows = as_rows(pack_rows(columns, max_length=LENGTH))
-    plain, filled = COLLATE(rows), CausalCollator(pad_token_id=5, multiple_of=8)([*rows, rows[0]])
-    assert filled["input_ids"].shape[1] % 8 == 0
+    longer = {name: [*values, *values] for name, values in rows[0].items()}
+    plain, filled = COLLATE(rows), pad_batch([*rows, longer], pad_token_id=5)
+    assert filled["input_ids"].shape[1] > plain["input_ids"].shape[1]
     filled = {name: tensor[:-1] for name, tensor in filled.items()}
     one, two = loss_and_gradients(model, [plain]), loss_and_gradients(model, [filled])
     assert one[1] == two[1]

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_lightning import LoRAError
-from lora_lightning.data import EpochSampler
+from lora_lightning.data.loading.sampler import EpochSampler
 
 sizes = st.integers(1, 300)
 

@@ -121,15 +121,14 @@ def test_rows_to_predict_need_no_target(tmp_path, t5, gpt2, make):
 
 def test_what_is_too_long_is_cut_and_said(tmp_path, t5, gpt2):
     files = {"train": write_rows(tmp_path / "train.jsonl", ROWS)}
-    with pytest.warns(UserWarning, match="sources") as said:
-        data = pairs_of(files, t5, max_length=5, max_target_length=6)
-    told = " ".join(str(warning.message) for warning in said)
-    assert "train.jsonl, the train set: 1 of 3 sources are cut off by max_length=5" in told
-    assert "1 of 3 targets are cut off by max_target_length=6" in told
+    data = pairs_of(files, t5, max_length=5, max_target_length=6)
+    sources, targets = data.data_summary["warnings"]
+    assert "33% of the sources in train are cut at 5 tokens: raise data.init_args.max_length" in sources
+    assert "33% of the targets in train are cut at 6 tokens: raise data.init_args.max_target_length" in targets
     tokens = data.tokenizer.convert_ids_to_tokens(data.encoded("train")[1]["labels"])
     assert tokens == ["Cotto", "is", "in", "the", "riverside", "</s>"]
-    with pytest.warns(UserWarning, match="1 of 3 examples are longer than max_length=10 and cut"):
-        data = prompts_of(files, gpt2, max_length=10)
+    data = prompts_of(files, gpt2, max_length=10)
+    assert data.data_summary["cut"]["train"] == {"prompts cut": 1 / 3, "completions cut": 0}
     tokens = data.tokenizer.convert_ids_to_tokens(data.encoded("train")[1]["input_ids"])
     assert tokens == [":", "riverside", "</s>", "Cotto", "is", "in", "the", "riverside", ".", "</s>"]
 

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, Resume
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.io.streams import Endless, share_of
+from lora_lightning.data.io.streams import Endless, endless, share_of
 from lora_lightning.data.language_modelling import LanguageModellingData
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.language_model import CausalLM
@@ -102,6 +102,14 @@ def test_processes_share_the_rows(tmp_path, tokenizer, files):
     ]
     assert shares[0] + shares[1] == pieces(encoded)
     assert all(shares)
+
+
+def test_processes_take_turns_over_the_ends_of_a_stream_in_one_file(path, tokenizer):
+    """As N processes equal one: an odd number of rows moves nobody's turn."""
+    stream = data_of(path, tokenizer, packing=False).streams["train"]
+    nodes = [SimpleNamespace(strategy=None, world_size=2, global_rank=rank) for rank in range(2)]
+    one, two = (list(islice(endless(stream, node), 150)) for node in nodes)
+    assert [row for pair in zip(one, two, strict=True) for row in pair] == list(islice(Endless(stream), 300))
 
 
 def fit(path, tokenizer, folder, steps, ckpt_path=None, **options):

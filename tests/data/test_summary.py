@@ -2,17 +2,31 @@
 
 import csv
 import io
+import json
 import time
 
 import datasets
 import pytest
 from rich.console import Console
 
-from lora_lightning import DatasetData, TextClassificationData
+from lora_lightning import (
+    ChatData,
+    DatasetData,
+    LanguageModellingData,
+    MultiLabelTextData,
+    PairData,
+    PreferenceData,
+    PromptCompletionData,
+    SequenceToSequenceData,
+    TextClassificationData,
+    TextRegressionData,
+    TokenClassificationData,
+)
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.io.summary import summarize
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.console import show_data
+from tests.tiny_pairs import make_tokenizer
 
 ROWS = [
     ("the film is lovely and warm", "Billing"),
@@ -49,7 +63,7 @@ def test_rows_and_labels_are_counted_by_split(told):
     assert told["rows"] == {"train": 8, "validation": 2, "test": 1}
     assert told["labels"]["train"] == {"Billing": 4, "billing ": 3, "rare": 1}
     assert told["labels"]["test"] == {"Billing": 1, "billing ": 0, "rare": 0}
-    assert told["cut"] == {"train": pytest.approx(1 / 8), "validation": 0.0, "test": 0.0}
+    assert told["cut"] == {"train": {"texts cut": 1 / 8}, "validation": {"texts cut": 0.0}, "test": {"texts cut": 0.0}}
     assert told["in_two_splits"] == {"validation in train": 1}
 
 
@@ -114,3 +128,120 @@ def test_many_rows_take_a_moment(tiny, tmp_path):
     began = time.perf_counter()
     assert summarize(data)["in_two_splits"] == {"test in train": 100_000}
     assert time.perf_counter() - began < 5
+
+
+LONG, SHORT = " ".join(["story"] * 40), "a story"
+TEXTS = {
+    TextClassificationData: ([{"text": t, "label": n} for t, n in ((LONG, 0), (SHORT, 1))], {"texts cut": 0.5}),
+    MultiLabelTextData: ([{"text": t, "labels": n} for t, n in ((LONG, ["a"]), (SHORT, []))], {"texts cut": 0.5}),
+    TextRegressionData: ([{"text": t, "label": n} for t, n in ((LONG, 0.5), (SHORT, 1.5))], {"texts cut": 0.5}),
+    TokenClassificationData: (
+        [{"tokens": t.split(), "ner_tags": n * len(t.split())} for t, n in ((LONG, ["A"]), (SHORT, ["B"]))],
+        {"texts cut": 0.5},
+    ),
+    PairData: (
+        [{"anchor": t, "positive": SHORT + n} for t, n in ((LONG, ""), (SHORT, " of friends"))],
+        {"anchors cut": 0.5, "positives cut": 0.0},
+    ),
+    SequenceToSequenceData: (
+        [{"source": SHORT, "target": t} for t in (LONG, SHORT)],
+        {"sources cut": 0.0, "targets cut": 0.5},
+    ),
+    PromptCompletionData: (
+        [{"prompt": t, "completion": n} for t, n in ((LONG, SHORT), (SHORT, LONG), (SHORT, SHORT), (LONG, SHORT))],
+        {"prompts cut": 0.75, "completions cut": 0.25},
+    ),
+    PreferenceData: (
+        [{"prompt": p, "chosen": c, "rejected": "no"} for p, c in ((LONG, SHORT), (SHORT, LONG), (SHORT, SHORT))],
+        {"prompts cut": 1 / 3, "answers cut": 1 / 3},
+    ),
+    ChatData: ([{"question": SHORT, "answer": t} for t in (LONG, SHORT)], {"answers cut": 0.5}),
+    LanguageModellingData: ([{"text": t} for t in (LONG, SHORT)], {"documents in pieces": 0.5}),
+}
+"""Rows of each text task, and what of them is cut at 20 tokens."""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """A tokenizer of whole words with ends and a chat template."""
+    folder = tmp_path_factory.mktemp("words")
+    text_tokenizer = make_tokenizer(folder)
+    text_tokenizer.add_tokens(["a", "story", "of", "friends"])
+    text_tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("task", TEXTS)
+def test_each_task_of_texts_tells_what_is_cut(task, tiny, words, tmp_path):
+    rows, expected = TEXTS[task]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    of_words = task in (PromptCompletionData, PreferenceData, ChatData, LanguageModellingData)
+    further = {"max_target_length": 20} if task is SequenceToSequenceData else {}
+    options = {"max_length": 20, "split": SplitConfig(validation=0, test=0)}
+    data = task(str(tmp_path / "train.jsonl"), words if of_words else tiny.bert, **options, **further)
+    data.setup()
+    told = data.data_summary
+    assert told["cut"]["train"] == pytest.approx(expected)
+    for what, share in expected.items():
+        lines = [line for line in told["warnings"] if f"of the {what.removesuffix(' cut')} in train are cut" in line]
+        assert len(lines) == (share > 0 and what != "documents in pieces")
+        assert all("at 20 tokens: raise data.init_args.max_" in line for line in lines)
+    assert not {name for name in getattr(data.encoded("train"), "column_names", []) if name.endswith("_cut")}
+    screen = Console(file=io.StringIO(), width=200)
+    show_data(told, screen)
+    assert all(f"{what}: {share:.1%} of train" in screen.file.getvalue() for what, share in expected.items())
+
+
+ALIKE = [{"text": f"story {i}", "label": "x", "labels": "x", "tokens": ["story"], "ner_tags": ["O"]} for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        (TextClassificationData, {}),
+        (TextClassificationData, {"label_names": ["x", "y"]}),
+        (MultiLabelTextData, {"label_names": ["x", "y"]}),
+        (TokenClassificationData, {}),
+        (TokenClassificationData, {"label_names": ["O", "B"]}),
+        (TextRegressionData, {"number_column": "number"}),
+    ],
+)
+def test_labels_that_are_all_one_are_an_error(task, options, tiny, tmp_path):
+    rows = [row | {"number": 3} for row in ALIKE]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = task(str(tmp_path / "train.jsonl"), tiny.bert, **options)
+    with pytest.raises(LoRAError, match=r"train.jsonl.*(at least 2|the same label)"):
+        data.setup()
+
+
+@pytest.mark.parametrize(
+    ("task", "column"),
+    [
+        (TextClassificationData, "text"),
+        (SequenceToSequenceData, "source"),
+        (SequenceToSequenceData, "target"),
+        (PromptCompletionData, "completion"),
+        (LanguageModellingData, "text"),
+    ],
+)
+def test_texts_that_are_all_blank_are_an_error_and_some_a_warning(task, column, tiny, words, tmp_path):
+    whole = {"text": "story", "source": "a", "target": "b", "prompt": "a", "completion": "b"}
+    rows = [whole | {"text": f"story {i}", "label": i % 2} for i in range(20)]
+    of_words = task in (PromptCompletionData, LanguageModellingData)
+
+    def data_of(name, rows):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return task(str(tmp_path / name), words if of_words else tiny.bert, split=SplitConfig(validation=0, test=0))
+
+    with pytest.raises(LoRAError, match=rf"all.jsonl, the train set: expected texts in column '{column}', all are"):
+        data_of("all.jsonl", [row | {column: " "} for row in rows]).setup()
+    some = data_of("some.jsonl", [row | {column: " "} if i < 3 else row for i, row in enumerate(rows)])
+    some.setup()
+    lines = [line for line in some.data_summary["warnings"] if f"column '{column}': 3 texts are blank" in line]
+    assert len(lines) == (task is not LanguageModellingData), "which leaves them out"
+
+
+def test_a_blank_label_is_told(tiny, tmp_path):
+    data = TextClassificationData(write(tmp_path / "train.csv", [("a", " "), ("b", "x")] * 20), tiny.bert)
+    data.setup()
+    assert [line for line in data.data_summary["warnings"] if "the blank label ' '" in line]

@@ -13,7 +13,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.inject import adapted_layers, scaled
 from tests.lora.coverage import note
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-2}
@@ -98,6 +98,7 @@ def check_laws(make, run, config, dtype, tmp_path, *, grads=True, adapted_differ
     written = (directory / "adapter_model.safetensors").read_bytes()
     assert (save_adapter(again, tmp_path / "b") / "adapter_model.safetensors").read_bytes() == written
 
+    check_strength(plain, model, run, tmp_path)
     merged = copy.deepcopy(model)
     merge(merged)
     assert relative(run(merged), adapted) <= TOLERANCE[dtype], "merged equals adapted"
@@ -109,6 +110,39 @@ def check_laws(make, run, config, dtype, tmp_path, *, grads=True, adapted_differ
     assert fingerprint(model).digest == before.digest
     note(dtype=dtype, report=report)
     return report
+
+
+def check_strength(plain, model, run, tmp_path):
+    """Strength 0 is the base and 1 the adapter, bit for bit; at 0.4 merged, saved and live models compute the same."""
+    base, adapted, dtype = still(run, plain), still(run, model), still(run, plain).dtype
+    tensors = {key: tensor.detach().clone() for key, tensor in adapter_tensors(model).items()}
+    with scaled(model, 0):
+        assert torch.equal(still(run, model), base), "at strength 0 the model is its base"
+    with scaled(model, 1):
+        assert torch.equal(still(run, model), adapted), "at strength 1 it is what was trained"
+    with scaled(model, 0.4):
+        part, folder = still(run, model), save_adapter(model, tmp_path / "part")
+    assert all(torch.equal(tensor, tensors[key]) for key, tensor in adapter_tensors(model).items())
+    assert torch.equal(still(run, model), adapted), "and afterwards again"
+    again, merged, nothing = copy.deepcopy(plain), copy.deepcopy(model), copy.deepcopy(model)
+    load_adapter(again, folder)
+    assert relative(still(run, again), part) <= TOLERANCE[dtype], "what is saved at a strength is loaded with it"
+    merge(merged, scale=0.4)
+    partly, fully = (dict(m.named_parameters(remove_duplicate=False)) for m in (merged, merge_of(model)))
+    for name, weight in plain.named_parameters(remove_duplicate=False):
+        want = weight.double() + 0.4 * (fully[name].double() - weight.double())
+        assert relative(partly[name], want) <= TOLERANCE[dtype], f"{name} is W0 + 0.4 (W - W0)"
+    assert relative(still(run, merged), part) <= TOLERANCE[dtype], "merged at a strength equals scaled to it"
+    merge(nothing, scale=0)
+    nothing = dict(nothing.named_parameters(remove_duplicate=False))
+    assert all(torch.equal(nothing[n], weight) for n, weight in plain.named_parameters(remove_duplicate=False))
+
+
+def merge_of(model):
+    """A merged copy."""
+    merged = copy.deepcopy(model)
+    merge(merged)
+    return merged
 
 
 def factors(model):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning import AdapterBank, LoRAError, merge, save_adapter
-from lora_lightning.lora.bank.combine import truncated
+from lora_lightning.lora.bank.combine import truncate_pair
 from lora_lightning.lora.errors import ConfigError
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, adapters, base, run_net, shake, trained
@@ -121,7 +121,7 @@ def test_the_svd_never_forms_the_update():
 
     A, B = torch.randn(12, 300, dtype=torch.float64), torch.randn(200, 12, dtype=torch.float64)
     with Largest() as largest:
-        (low_a, low_b), (lost, wanted) = truncated(A, B, 5)
+        (low_a, low_b), (lost, wanted) = truncate_pair(A, B, 5)
     assert largest.size == 12 * 300
     sigma = torch.linalg.svdvals(B @ A)
     assert lost == pytest.approx(float(sigma[5:].square().sum()))

@@ -147,9 +147,39 @@ def test_a_fingerprint_of_the_first_format_is_answered_as_such(made):
     record["adapter"] = record["base"]["digest"] = "0" * 64
     del metadata[CHECKSUM]
     save_file(load_file(file), file, {**metadata, PROVENANCE: json.dumps(record)})
-    with pytest.raises(AdapterError, match=r"format 1, this version .* takes format 2.*allow_other_base=True"):
-        load_adapter(base(weights), directory)
     model = base(weights)
-    with pytest.warns(UserWarning, match="cannot be told"):
-        load_adapter(model, directory, allow_other_base=True)
-    assert torch.equal(output(model, TOKENS), expected)
+    for options in ({}, {"allow_other_base": True}):
+        with pytest.raises(AdapterError, match=r"of format 1 and this version reads format 2; PEFT opens the adapter"):
+            load_adapter(model, directory, **options)
+    theirs = peft.PeftModel.from_pretrained(base(weights), directory).eval()
+    assert distance(output(theirs, TOKENS), expected) < 1e-6
+
+
+class Wrapped(nn.Module):
+    """A block of which `torch.compile` or `DataParallel` would make this."""
+
+    def __init__(self, block, name):
+        super().__init__()
+        self.add_module(name, block)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module"])
+def test_a_base_that_was_noted_by_the_names_of_a_wrapped_model_is_the_plain_one(wrapper, tmp_path):
+    def build(wrap=None):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+        if wrap:  # of a class that is not known as a wrapper, so that the names stay inside
+            model[1] = Wrapped(model[1], wrap)
+        return model
+
+    old, x = build(wrapper), torch.randn(2, 4)
+    inject(old, LoRAConfig(r=2, target_modules="0"))
+    save_adapter(move(old), tmp_path)
+    model = build()
+    load_adapter(model, tmp_path)
+    assert torch.equal(model[0](x), old[0](x))
+    other = build()
+    with torch.no_grad():
+        other[1][0].weight[0, 0] += 1
+    with pytest.raises(AdapterError, match=r"1 of 6 tensors differ, first 1\.0\.weight"):
+        load_adapter(other, tmp_path)

@@ -69,19 +69,13 @@ def refused(directory, match, model=None, **options):
 # ---- tied embeddings
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"], ".*(embed_tokens|q_proj)"])
-def test_one_update_of_a_tied_pair_is_refused_on_a_tied_model_and_counts_once_in_each_place_untied(tmp_path, targets):
-    theirs = of_peft(tmp_path, build(tie_word_embeddings=True), target_modules=targets, ensure_weight_tying=True)
-    refused(
-        tmp_path,
-        r"PEFT trained one update for 'model.embed_tokens' and 'lm_head'|PEFT trained one update for 'lm_head' and",
-        build(tie_word_embeddings=True),
-    )
-    untied, tied = build(tie_word_embeddings=False), build(tie_word_embeddings=True)
-    untied.load_state_dict(tied.state_dict())
-    load_adapter(untied, tmp_path)
-    assert distance(output(untied, TOKENS), output(theirs, TOKENS)) < 1e-12
-    assert distance(output(tied, TOKENS), output(theirs, TOKENS)) > 1e-3
+def test_one_update_of_a_tied_pair_is_refused(tmp_path, targets, tied):
+    of_peft(tmp_path, build(tie_word_embeddings=True), target_modules=targets, ensure_weight_tying=True)
+    ours = build(tie_word_embeddings=tied)
+    ours.load_state_dict(build(tie_word_embeddings=True).state_dict())
+    refused(tmp_path, "ensure_weight_tying trained one update for two layers", ours)
 
 
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
@@ -100,7 +94,7 @@ def test_one_copy_of_a_tied_pair_is_loaded_into_both(tmp_path, saved, tied):
     assert torch.equal(output(again, TOKENS), output(ours, TOKENS))
 
 
-@pytest.mark.parametrize("indices", [[3, 1], {"embed_tokens": [3, 1]}, {"embed_tokens": [3, 1], "lm_head": [3, 1]}])
+@pytest.mark.parametrize("indices", [[3, 1], {"embed_tokens": [3, 1]}])
 @pytest.mark.parametrize("ensure", [False, True])
 def test_token_rows_of_a_tied_pair_reach_both(tmp_path, indices, ensure):
     model = build(tie_word_embeddings=True)
@@ -108,9 +102,8 @@ def test_token_rows_of_a_tied_pair_reach_both(tmp_path, indices, ensure):
     ours = build(tie_word_embeddings=True)
     load_adapter(ours, tmp_path)
     assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
-    if isinstance(indices, dict) and len(indices) == 2:
-        edit(tmp_path, trainable_token_indices={"embed_tokens": [3, 1], "lm_head": [3, 2]})
-        refused(tmp_path, "trainable_token_indices 'lm_head'", build(tie_word_embeddings=True))
+    edit(tmp_path, trainable_token_indices={"embed_tokens": [3, 1], "lm_head": [3, 1]})
+    refused(tmp_path, "trainable_token_indices 'lm_head'.*leave that entry out", build(tie_word_embeddings=True))
 
 
 @pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
@@ -211,7 +204,7 @@ def test_experts_of_transformers_4_go_by_way_of_peft_which_fuses_them(tmp_path):
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"]}
     (tmp_path / CONFIG).write_text(json.dumps(config))
     refused(
-        tmp_path, "experts apart, as before transformers 5: load it in PEFT, which fuses them, and save it", mixtral()
+        tmp_path, "experts are apart, as before transformers 5: load it in PEFT, which fuses them, and save", mixtral()
     )
     theirs = peft.PeftModel.from_pretrained(mixtral(), tmp_path).eval()
     theirs.save_pretrained(tmp_path / "fused")

@@ -24,7 +24,7 @@ STDLIB = sys.stdlib_module_names
 BELOW: dict[str, set[str]] = {
     "lora": {"lora"},
     "backbones": {"backbones", "lora"},
-    "analysis": {"analysis", "reports", "lora"},
+    "analysis": {"analysis", "reports", "tasks", "data", "lora"},
     "tasks": {"tasks", "data", "lora", "backbones"},
     "data": {"tasks", "data", "lora", "backbones"},
     "export": {"export", "tasks", "data", "lora", "backbones"},

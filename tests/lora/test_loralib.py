@@ -100,7 +100,7 @@ def test_outputs_are_loralibs(tmp_path, wrap, legacy):
 @pytest.mark.parametrize("flags", [(True, False, False), (False, True, True), (True, True, True), (False, False, True)])
 def test_parts_of_a_merged_linear_are_slices(tmp_path, flags):
     model = theirs(enable=flags)
-    ours, _ = load(write(tmp_path, model), enable_lora={"qkv": list(flags)})
+    ours, _ = load(write(tmp_path, model), enable_lora=list(flags))
     assert distance(ours(IDS), model(IDS)) < 1e-12
     assert ours.qkv.lora_settings.slices.taken == tuple(n for n, flag in zip("qkv", flags, strict=True) if flag)
     if all(flags):
@@ -135,15 +135,10 @@ def test_a_state_saved_in_eval_mode_is_refused_with_the_reason_and_its_factors_a
     model = theirs()
     wanted = model(IDS)
     path = write(tmp_path, model.eval(), whole=True)
-    with pytest.raises(AdapterError, match=r"4 weights .*folds the update into W0 in eval\(\) mode and this was"):
+    with pytest.raises(AdapterError, match=r"4 weights .*saved in eval\(\) mode.*allow_other_base=True"):
         load(path)
     ours, _ = load(path, allow_other_base=True)
     assert distance(ours(IDS), wanted) < 1e-12
-    moved = plain()
-    with torch.no_grad():
-        moved.table.weight.add_(1)
-    with pytest.raises(AdapterError, match=r"4 weights .*the base is another"):
-        load(path, moved)
 
 
 def test_safetensors_and_wrapped_keys_load(tmp_path):
@@ -156,11 +151,9 @@ def test_safetensors_and_wrapped_keys_load(tmp_path):
 @pytest.mark.parametrize(
     ("channels", "out", "k", "r"), [(3, 20, 3, 1), (3, 20, 2, 2), (2, 4, 3, 2), (1, 30, 5, 1), (4, 8, 1, 3)]
 )
-@pytest.mark.parametrize("groups", [1, 2])
-def test_convolutions_of_any_rank_and_size_are_the_same_update(tmp_path, channels, out, k, r, groups):
-    channels *= groups
+def test_convolutions_of_any_rank_and_size_are_the_same_update(tmp_path, channels, out, k, r):
     torch.manual_seed(6)
-    options = {"groups": groups, "stride": 2, "padding": 1, "bias": False}
+    options = {"stride": 2, "padding": 1, "bias": False}
     model = nn.Sequential(loralib.Conv2d(channels, out, k, r=r, lora_alpha=3, **options)).double()
     nn.init.normal_(model[0].lora_B)
     ours = nn.Sequential(nn.Conv2d(channels, out, k, **options)).double()
@@ -170,7 +163,7 @@ def test_convolutions_of_any_rank_and_size_are_the_same_update(tmp_path, channel
     load_loralib(ours, write(tmp_path, model), r=r, alpha=3)
     assert distance(ours(x), model(x)) < 1e-12
     assert distance(base, model(x)) > 1e-2
-    assert ours[0].lora_A.shape[0] == (r * k * k if groups == 1 and r * k * k < out else out)
+    assert ours[0].lora_A.shape[0] == r * k * k
 
 
 def test_gpt2s_fused_attention_as_in_the_papers_own_code(tmp_path):
@@ -187,7 +180,7 @@ def test_gpt2s_fused_attention_as_in_the_papers_own_code(tmp_path):
         nn.init.normal_(fused.lora_B)
         block.attn.c_attn = fused
     path = write(tmp_path, model, wrap="model_state_dict", whole=True)
-    load_loralib(ours, path, r=4, alpha=32, enable_lora={"c_attn": [True, False, True]})
+    load_loralib(ours, path, r=4, alpha=32, enable_lora=[True, False, True])
     ids = torch.arange(1, 7)[None]
     assert distance(ours(ids).logits, model(ids).logits) < 1e-12
 
@@ -203,7 +196,7 @@ REFUSALS = {
     "alpha": (lambda s: s, {"alpha": 0}, "alpha must be a finite number above 0"),
     "which parts": (lambda s: s, {"enable_lora": None}, r"'qkv' is a MergedLinear with 2 of 3 parts adapted, and the"),
     "other parts": (lambda s: s, {"enable_lora": [True, False]}, r"enable_lora: 'qkv' has 2 of 3 parts"),
-    "no such layer": (lambda s: s, {"enable_lora": {"qvk": [True]}}, "no adapted module matches 'qvk'; did you mean"),
+    "parts by names": (lambda s: s, {"enable_lora": {"qkv": [True]}}, "enable_lora is one list for every MergedLinear"),
     "missing": (lambda s: s.pop("out.lora_B"), {}, r"lacks 1 tensors: out.lora_B"),
     "half of the biases": (lambda s: s.update({"out.bias": torch.ones(8)}), {}, r"lacks 1 tensors: qkv.bias"),
     "no head": (lambda s: s, {"modules_to_save": ["head"]}, r"lacks 2 tensors: head.weight, head.bias"),
@@ -285,6 +278,10 @@ def test_convolutions_that_loralib_cannot_run_are_refused_by_name(tmp_path):
     torch.save({"0.lora_A": torch.ones(6, 6), "0.lora_B": torch.ones(6, 6)}, tmp_path / "x.pt")
     with pytest.raises(AdapterError, match=r"'0' is a Conv1d: in loralib only Conv2d can run"):
         load_loralib(nn.Sequential(nn.Conv1d(2, 2, 3)), tmp_path / "x.pt", r=2, alpha=4)
+    for options, match in (({"groups": 2}, "2 groups: .*no form here"), ({"kernel_size": (3, 5)}, r"kernel \(3, 5\)")):
+        conv = nn.Conv2d(**{"in_channels": 2, "out_channels": 2, "kernel_size": 3, **options})
+        with pytest.raises(AdapterError, match=match):
+            load_loralib(nn.Sequential(conv), tmp_path / "x.pt", r=2, alpha=4)
     torch.save({"0.lora_A": torch.ones(2, 5), "0.lora_B": torch.ones(4, 2)}, tmp_path / "x.pt")
     with pytest.raises(AdapterError, match=r"'0' has max_norm"):
         load_loralib(nn.Sequential(nn.Embedding(5, 4, max_norm=1.0)), tmp_path / "x.pt", r=2, alpha=4)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 
 import peft
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from torch.nn.utils import parametrizations, weight_norm
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_lightning import LoRAConfig, inject, merge
-from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.errors import AdapterWarning, TargetError
+from lora_lightning.lora.report import STACK
 from lora_lightning.lora.targets.select import select
 from tests.factories import FAMILIES, Own, bert, llama, sequential
 
@@ -59,6 +62,30 @@ def test_all_linear_selects_what_peft_selects(name):
     ]
     assert names(model, target_modules="all-linear") == wanted
     assert len(wanted) >= 8
+
+
+def test_all_linear_warns_of_experts_that_are_bare_stacks_until_target_parameters_names_them():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+
+    def model():
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+        return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
+
+    stacks = [f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    with pytest.warns(AdapterWarning, match=r"57% of .*target_parameters: \[experts.gate_up_proj, experts.down_proj\]"):
+        report = inject(model(), LoRAConfig(r=2))
+    assert [name for name, reason in report.skipped.items() if reason == STACK] == stacks
+    assert "left out model.layers.*.mlp.experts.gate_up_proj (2)" in str(report)
+    for settled in (
+        {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        {"exclude_modules": ["experts"]},
+        {"target_modules": "attention"},
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", AdapterWarning)
+            assert STACK not in inject(model(), LoRAConfig(r=2, **settled)).skipped.values()
+    only = select(model(), LoRAConfig(r=2, layers_to_transform=[1])).skipped
+    assert [name for name, reason in only.items() if reason == STACK] == stacks[2:]
 
 
 def test_all_linear_says_what_it_left_out():

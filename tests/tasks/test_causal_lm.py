@@ -1,10 +1,12 @@
 """The next token's loss and what is counted of it, against arithmetic of its own on the model's logits."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_lightning import LoRAError
 from lora_lightning.tasks.language_model import CausalLM
@@ -88,6 +90,25 @@ class Plain(nn.Module):
 
     def forward(self, input_ids):
         return self.head(self.embed(input_ids))
+
+
+def test_a_routers_loss_that_the_config_asks_for_and_nobody_adds_is_said_once():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+    task, ids = CausalLM(), torch.arange(8)[None]
+
+    def step(**config):
+        model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, **config))
+        return [task.step(model, {"input_ids": ids, "labels": ids}) for _ in range(2)]
+
+    with pytest.warns(UserWarning, match="router's auxiliary loss") as said:
+        step(output_router_logits=True)
+    assert sum("router" in str(warning.message) for warning in said) == 1
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        step()
+        step(output_router_logits=True, router_aux_loss_coef=0.0)
+    assert not [w for w in said if "router" in str(w.message)]
 
 
 def test_any_module_that_gives_logits_will_do():

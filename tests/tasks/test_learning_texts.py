@@ -116,10 +116,11 @@ def test_random_models_learn_to_say_attributes_in_new_combinations(tmp_path, kin
     lightning.seed_everything(0)
     generation = {"num_beams": 4, "max_new_tokens": 16}
     if kind == "gpt2":
-        data = PromptCompletionData(files, str(tmp_path), "{context} </s>", "{completion}", **options)
+        data = PromptCompletionData(files, str(tmp_path), prompt="{context} </s>", completion="{completion}", **options)
         task, auto_class = TextGeneration(data.tokenizer, generation), "AutoModelForCausalLM"
     else:
-        data = SequenceToSequenceData(files, str(tmp_path), "context", "completion", **options)
+        columns = {"source_column": "context", "target_column": "completion"}
+        data = SequenceToSequenceData(files, str(tmp_path), **columns, **options)
         task, auto_class = SequenceToSequence(data.tokenizer, generation), "AutoModelForSeq2SeqLM"
     backbone = huggingface(str(tmp_path), auto_class=auto_class)
     module = LoRAModule(backbone, task, LoRAConfig(r=32), lambda params: torch.optim.AdamW(params, lr=3e-3))

@@ -1,16 +1,11 @@
 """Linear and cross-entropy in one: the plain way's loss and gradients, in less memory."""
 
-import sys
-from types import ModuleType, SimpleNamespace
-
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning import LoRAError
-from lora_lightning.tasks.losses import liger
 from lora_lightning.tasks.losses import linear_cross_entropy as module
 from lora_lightning.tasks.losses.linear_cross_entropy import linear_cross_entropy
 
@@ -176,87 +171,3 @@ def test_shapes_that_do_not_go_together_are_refused():
         given = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias} | wrong
         with pytest.raises(LoRAError, match=r"expected hidden \(n, d\), weight \(V, d\), labels \(n,\) and bias"):
             linear_cross_entropy(**given)
-
-
-class StandIn(nn.Module):
-    """liger-kernel's class by its published signature and meaning; the kernel itself needs a GPU."""
-
-    def __init__(
-        self,
-        ce_weight=None,
-        ignore_index=-100,
-        lse_square_scale=0.0,
-        label_smoothing=0.0,
-        reduction="mean",
-        softcap=None,
-        return_z_loss=False,
-        accum_dtype=None,
-        use_token_scaling=False,
-        return_token_accuracy=False,
-    ):
-        super().__init__()
-        assert reduction == "sum"
-        self.options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "softcap": softcap}
-        self.return_token_accuracy = return_token_accuracy
-
-    def forward(self, lin_weight, _input, target, bias=None):
-        loss, correct = plain(_input, lin_weight, target, bias=bias, **self.options)
-        StandIn.called = True
-        accuracy = correct.float() / len(target) if self.return_token_accuracy else None
-        return SimpleNamespace(loss=loss, z_loss=None, token_accuracy=accuracy)
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """As if liger-kernel were installed and a CPU would do for it."""
-    name = "liger_kernel.transformers.fused_linear_cross_entropy"
-    made = ModuleType(name)
-    made.LigerFusedLinearCrossEntropyLoss = StandIn
-    for parent in ("liger_kernel", "liger_kernel.transformers"):
-        monkeypatch.setitem(sys.modules, parent, ModuleType(parent))
-    monkeypatch.setitem(sys.modules, name, made)
-    monkeypatch.setattr(liger, "DEVICES", ("cpu",))
-    StandIn.called = False
-    liger._kernel.cache_clear()
-    yield
-    liger._kernel.cache_clear()
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_ligers_kernel_is_asked_for_the_same(stand_in, options):
-    hidden, weight, _, labels = data(dtype=torch.float32, ignore_index=options.get("ignore_index", -100))
-    hidden.requires_grad_(True)
-    ours = linear_cross_entropy(hidden, weight, labels, **options)
-    assert StandIn.called
-    loss, correct = plain(hidden, weight, labels, **options)
-    assert float(ours.loss.detach()) == pytest.approx(float(loss.detach()), rel=1e-6)
-    assert (ours.count, int(ours.correct)) == (int((labels != options.get("ignore_index", -100)).sum()), int(correct))
-    (got,), (expected,) = torch.autograd.grad(ours.loss, hidden), torch.autograd.grad(loss, hidden)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_ligers_kernel_is_left_out_where_it_does_not_fit(stand_in):
-    hidden, weight, bias, labels = data(dtype=torch.float32)
-    linear_cross_entropy(hidden, weight.requires_grad_(True), labels)
-    weight.requires_grad_(False)
-    linear_cross_entropy(hidden.double(), weight.double(), labels)
-    linear_cross_entropy(hidden, weight, labels, bias=bias, logit_scale=0.5)
-    linear_cross_entropy(hidden, weight, torch.full_like(labels, -100))
-    assert not StandIn.called
-    linear_cross_entropy(hidden, weight, labels, bias=bias)
-    assert StandIn.called
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_ligers_kernel_on_a_gpu_is_the_plain_way():
-    pytest.importorskip("liger_kernel")
-    hidden, weight, _, labels = (t.cuda() for t in data(n=300, d=64, vocabulary=5000, dtype=torch.float32))
-    hidden.requires_grad_(True)
-    ours, (loss, correct) = (
-        linear_cross_entropy(hidden, weight, labels, softcap=30.0),
-        plain(hidden, weight, labels, softcap=30.0),
-    )
-    assert float(ours.loss) == pytest.approx(float(loss), rel=1e-3)
-    assert int(ours.correct) == int(correct)
-    (got,), (expected,) = torch.autograd.grad(ours.loss, hidden), torch.autograd.grad(loss, hidden)
-    assert float((got - expected).norm()) < 1e-2 * float(expected.norm())

@@ -2,16 +2,19 @@
 
 import csv
 import json
+from contextlib import nullcontext
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch import nn
 
-from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError
+from lora_lightning import CausalLM, ExportAtEnd, FreezeBase, LoRAConfig, LoRAError, LoRAModule
 from lora_lightning.training.callbacks.freeze_base import W0MovedError, check_gradients, check_optimizers
 from tests.factories import export_of
+from tests.tiny_lm import make_model
 from tests.training.test_module import Vision, loader, trainer_of
 
 
@@ -103,6 +106,21 @@ def test_an_optimizer_that_holds_too_much_or_too_little_is_refused(make_module):
     with pytest.raises(LoRAError, match="lacks 3 parameters"):
         check_optimizers([torch.optim.SGD(trains[:1], lr=1)], module)
     check_optimizers([torch.optim.SGD(trains, lr=1)], module)
+
+
+@pytest.mark.parametrize("lost", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_that_a_later_change_of_the_model_lost_stops_the_fit(tmp_path, lost):
+    fields = {"target_modules": ["q_proj", "lm_head"]} if lost == "lm_head" else {"trainable_token_indices": [1, 2]}
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+    for resized in (False, True):
+        module = LoRAModule(make_model("llama"), CausalLM(), LoRAConfig(r=2, **fields))
+        if resized:
+            module.backbone.resize_token_embeddings(module.backbone.config.vocab_size + 8)
+        trainer = lightning.Trainer(
+            max_steps=1, callbacks=[FreezeBase()], logger=False, default_root_dir=tmp_path, accelerator="cpu"
+        )
+        with pytest.raises(LoRAError, match=f"'{lost}' is gone") if resized else nullcontext():
+            trainer.fit(module, torch.utils.data.DataLoader(rows, batch_size=2))
 
 
 def test_a_parameter_that_someone_thaws_is_frozen_again(tmp_path, make_module):

@@ -107,7 +107,7 @@ def test_what_the_data_say_of_themselves_is_on_the_page(tmp_path):
     data = {
         "rows": {"train": 1234, "test": 5},
         "labels": {"train": {"<b>": 3}},
-        "cut": {"test": 0.25},
+        "cut": {"test": {"texts cut": 0.25}},
         "warnings": ["w!"],
     }
     (tmp_path / "report.json").write_text(json.dumps({"data": data}))

@@ -69,6 +69,20 @@ def test_a_loss_that_is_not_finite_stops_the_fit_though_its_gradients_are(tiny, 
     assert load_checkpoint(checkpoints(tmp_path) / "last.ckpt")["global_step"] == 7
 
 
+def test_before_there_is_a_checkpoint_none_is_called_good(tiny, tmp_path):
+    class First(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            infinite_loss(pl_module)
+
+    given = [FreezeBase(False), First(), StopOnNonFinite(), Checkpoints(save_every=1)]
+    with pytest.raises(
+        NotFiniteError, match=r"optimizer step 1 .* and nothing is saved yet: lower the learning"
+    ) as said:
+        fit(tiny, tmp_path, callbacks=given)
+    assert "is good" not in str(said.value)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_of_accumulated_batches_the_bad_one_is_named(tiny, tmp_path):
     class Second(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

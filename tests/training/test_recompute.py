@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from benchmarks.measure import kept_bytes
 from lora_lightning import LoRAConfig, LoRAError, inject, merge
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
-from lora_lightning.training.activations.blocks import repeated_blocks
+from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.training.activations.checkpointing import Recomputation, without_cache
 from tests.distributed import one_process
 from tests.factories import encoder, move, snapshot

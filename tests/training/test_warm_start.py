@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,21 @@ def test_what_is_no_adapter_is_refused_before_training(tmp_path, make_module, ma
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
     with pytest.raises(LoRAError, match="has no adapter in it"):
         trainer_of(tmp_path, enable_checkpointing=False).fit(make_module(init_adapter="plain.ckpt"), make_data())
+
+
+def test_another_base_is_told_with_as_many_tensors_as_there_are(trained, tiny, tmp_path, make_module):
+    """Of all that the base and the adapter's base have, the head aside, which the adapter brings whole."""
+    with torch.no_grad():
+        module = make_module()
+        frozen = fingerprint(module.backbone).tensors
+        changed = [name for name in frozen if "classifier" not in name]
+        for name, tensor in module.backbone.state_dict().items():
+            if name in changed and tensor.is_floating_point():
+                tensor.add_(1e-3)
+    with pytest.raises(LoRAError, match=r"another base") as said:
+        start_from_adapter(module.backbone, str(trained), module.lora, allow_other_base=False)
+    differ, total = map(int, re.search(r"(\d+) of (\d+) tensors differ", str(said.value)).groups())
+    assert differ <= len(changed) <= total == len(frozen)
 
 
 def test_two_starts_are_refused(make_module):

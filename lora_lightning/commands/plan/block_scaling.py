@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost
-from lora_lightning.training.activations.blocks import repeated_blocks
+from lora_lightning.lora.targets.blocks import repeated_blocks
 
 FEW = 8
 """Blocks up to which a backbone is traced as it is."""

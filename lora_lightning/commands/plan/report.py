@@ -14,8 +14,8 @@ from lora_lightning.commands.plan.step_cost import StepCost
 from lora_lightning.lora.formats.peft.save import adapter_file_bytes
 from lora_lightning.lora.frozen.tensors import adapter_bytes, base_tensors
 from lora_lightning.lora.report import InjectionReport
+from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.reports.console import adapted_rows, backbone_name
-from lora_lightning.training.activations.blocks import repeated_blocks
 from lora_lightning.training.module import LoRAModule
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.commands.plan.memory_tracker import FakeTensor, FakeTensorMode, MemoryTracker, bytes_of
-from lora_lightning.lora.layers.tracing import traced
+from lora_lightning.lora.layers.tracing import tracing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def step_cost(
     """
     parameters, buffers = list(model.parameters()), list(model.buffers())
     trained = [p for p in parameters if p.requires_grad]
-    with traced(FakeTensor), mode, MemoryTracker([*parameters, *buffers]) as tracker:
+    with tracing(FakeTensor), mode, MemoryTracker([*parameters, *buffers]) as tracker:
         optimizer = make_optimizer()
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)

@@ -37,11 +37,11 @@ def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
 def _adapted(plan: Plan) -> Table:
     """What trains, and how large it is."""
     report = plan.report
-    header, *rows = report.shown()
+    header, *rows = report.table()
     total = f"trainable {report.trainable:,} of {report.total:,} ({report.share:.3%})"
     sizes = {"adapter": plan.adapter_file, "checkpoint": plan.checkpoint, "W0": plan.w0_file}
     files = ", ".join(f"{name} {human_size(size)}" for name, size in sizes.items())
-    return Table(header=header, rows=rows, note="\n".join([*report.left_out(), f"{total}; on disk: {files}"]))
+    return Table(header=header, rows=rows, note="\n".join([*report.exclusions(), f"{total}; on disk: {files}"]))
 
 
 def _formula(plan: Plan) -> Table:

@@ -20,7 +20,7 @@ from lora_lightning.data.chat.answers import (
     up_to_turns_end,
 )
 from lora_lightning.data.chat.conversations import Message, conversation_of, last_answer, tools_of
-from lora_lightning.data.chat.prompt_completion import REFERENCES
+from lora_lightning.data.seq2seq import REFERENCES
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED

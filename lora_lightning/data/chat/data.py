@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import datasets
@@ -30,15 +31,15 @@ from lora_lightning.data.chat.conversations import (
     tools_of,
 )
 from lora_lightning.data.chat.dialogues import is_dialogues, read_dialogues
-from lora_lightning.data.chat.prompt_completion import REFERENCES, PromptCollator
 from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, from_all_over, held_out
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import check_columns
-from lora_lightning.data.loading.packing import CausalCollator, pack_table
+from lora_lightning.data.loading.collate import pad_batch
+from lora_lightning.data.loading.packing import pack_table
+from lora_lightning.data.seq2seq import REFERENCES
 from lora_lightning.data.text import TextData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED
 
 FEW = 50
@@ -53,10 +54,6 @@ class ChatData(TextData, GivesPrompts):
     answer's, its turn's last one included, and -100 elsewhere.
 
     Args:
-        path: a file (JSONL, JSON, Parquet, CSV, TSV, also compressed), files by split, a directory, or a set on the
-            hub; `package:NAME/path` is a file inside an installed package. A `.yml` file or a directory of them is
-            read as ChatterBot's corpora are written.
-        tokenizer: a hub name, a directory, a GGUF file, or `package:NAME/path` for one of the latter.
         columns: which columns a row's parts stand in, by part: `messages`, or `prompt` and `answer` with an optional
             `context`; and `tools` and `system`. By default the names that such sets use.
         train_on: `answers` all of a conversation's, the `last_answer` alone, or `all` tokens.
@@ -69,7 +66,7 @@ class ChatData(TextData, GivesPrompts):
             `TextGeneration` to answer; these are not packed. Rows of `predict` then need no answer of their own, and
             their prompts are not cut.
         batch_size: conversations per batch and process in training.
-        table: arguments of `TableData` by name.
+        texts: arguments of `TextData`. A `.yml` file or a directory of them is read as ChatterBot's corpora.
 
     Raises:
         LoRAError: a missing file or column, a row that is no conversation, a template that does not take one.
@@ -77,8 +74,7 @@ class ChatData(TextData, GivesPrompts):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         columns: dict[str, str] | None = None,
         train_on: TrainOn = "answers",
         system: str | None = None,
@@ -90,7 +86,7 @@ class ChatData(TextData, GivesPrompts):
         batch_size: int = 8,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, batch_size=batch_size, **table)
+        super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
         self.given_columns, self.train_on, self.system = checked_columns(columns), train_on, system
         self.packing, self.with_prompts = packing, with_prompts
         self.chat_template, self.template_options = chat_template, dict(template_options or {})
@@ -118,6 +114,12 @@ class ChatData(TextData, GivesPrompts):
     def columns(self, split: str) -> Sequence[str | None]:
         given = self.given_columns or {}
         return [column for part, column in given.items() if part != "answer" or not self._only_prompts(split)]
+
+    def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]:
+        layout = layout_of(table.column_names, self.given_columns, answers=not self._only_prompts(split))
+        parts = (("messages", "prompt", "context"), ("answer",))
+        inputs, answers = ([layout[part] for part in group if part in layout] for group in parts)
+        return inputs, answers
 
     def _only_prompts(self, split: str) -> bool:
         return self.with_prompts and kind_of(split) == "predict"
@@ -187,10 +189,12 @@ class ChatData(TextData, GivesPrompts):
     def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
         """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
         trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
+        lost = [left < all_ for left, all_ in zip(trained, whole, strict=True)]
+        self._cut_shares[split] = {"answers cut": sum(lost) / len(lost)}
         kept = [number for number, count in enumerate(trained) if count]
         if len(kept) < len(encoded):
             first = next(number for number, count in enumerate(trained) if not count)
-            cut = sum(not some and bool(all_) for some, all_ in zip(trained, whole, strict=True))
+            cut = sum(not left and short for left, short in zip(trained, lost, strict=True))
             said = (
                 f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
                 f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"
@@ -213,7 +217,7 @@ class ChatData(TextData, GivesPrompts):
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        return ChatCollator(self.pad_token_id or 0)
+        return partial(pad_batch, pad_token_id=self.pad_token_id or 0)
 
     def predict_dataloader(self) -> DataLoader[Any] | list[Any]:
         """A row for each conversation, never packed."""
@@ -248,16 +252,6 @@ class ChatData(TextData, GivesPrompts):
             ids = self.template.prompt_ids(messages[:end], tools)
             found.append(Prompt(text=_asked(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
         return found
-
-
-class ChatCollator:
-    """Rows to a batch: by `PromptCollator` those with prompts to answer, others by `CausalCollator`."""
-
-    def __init__(self, pad_token_id: int) -> None:
-        self.plain, self.prompts = CausalCollator(pad_token_id), PromptCollator(pad_token_id)
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return (self.prompts if f"{PROMPT}input_ids" in rows[0] else self.plain)(rows)
 
 
 def _asked(messages: Sequence[Message]) -> str:

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from string import Formatter
 from typing import Any
 
 import datasets
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
-from lora_lightning.data.seq2seq import TargetData, one_target_each, references_of
+from lora_lightning.data.loading.collate import pad_batch
+from lora_lightning.data.seq2seq import REFERENCES, TargetData, one_target_each, references_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.generation import PROMPT
 from lora_lightning.tasks.losses.token_loss import IGNORED
-
-REFERENCES = "references"
 
 
 class PromptCompletionData(TargetData):
@@ -32,16 +27,13 @@ class PromptCompletionData(TargetData):
     once and held to all of its completions.
 
     Args:
-        path: a file (CSV, TSV, JSONL, Parquet, also compressed), files by split, a directory, or a set on the hub;
-            `package:NAME/path` is a file inside an installed package.
-        tokenizer: a hub name, a directory or `package:NAME/path`.
         prompt: a template with columns in braces, such as `{meaning_representation} || `. Special tokens may be
             written out. `{{` is a brace.
         completion: a template of the completion. Its column may hold a list of texts, each as good. Byte-level
             tokenizers such as GPT-2's want a blank before the first word.
         max_length: tokens of prompt and completion at most; of what is over, the prompt loses its beginning, then the
-            completion its end, with a warning of how many did.
-        table: arguments of `TableData` by name.
+            completion its end.
+        texts: arguments of `TextData`.
 
     Raises:
         LoRAError: a missing file or column, a value that is no text, a prompt without tokens, or a tokenizer without
@@ -50,14 +42,13 @@ class PromptCompletionData(TargetData):
 
     def __init__(
         self,
-        path: str | dict[str, str],
-        tokenizer: str,
+        *texts: Any,
         prompt: str = "{prompt}",
         completion: str = "{completion}",
         max_length: int = 512,
         **table: Any,
     ) -> None:
-        super().__init__(path, tokenizer, max_length, **table)
+        super().__init__(*texts, max_length=max_length, **table)
         if max_length < 2:
             raise LoRAError(f"max_length must be at least 2, a token of the prompt and the end, got {max_length}")
         self.prompt, self.completion = prompt, completion
@@ -103,17 +94,12 @@ class PromptCompletionData(TargetData):
             if not length:
                 column = ", ".join(self.prompt_columns)
                 raise self.bad_cell(split, row, column, "a prompt of at least one token", "")
-        if cut := sum(values_of(encoded, "cut")):
-            rank_zero_warn(
-                f"{self.place(split)}: {cut} of {len(encoded)} examples are longer than max_length={self.max_length}"
-                " and cut"
-            )
-        return encoded.remove_columns(["cut", "prompt_length"])
+        return self.without_cuts(encoded, split).remove_columns("prompt_length")
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
         pad = self.pad_token_id
-        return PromptCollator(int(self.tokenizer.eos_token_id) if pad is None else pad)
+        return partial(pad_batch, pad_token_id=int(self.tokenizer.eos_token_id) if pad is None else pad)
 
 
 def columns_of(what: str, template: str) -> list[str]:
@@ -152,48 +138,25 @@ def encode_prompts(
 ) -> dict[str, Any]:
     """Token ids of prompt, completion and end, with labels on the latter two; and the prompts alone where wanted.
 
-    `cut` says of each row whether it was longer than `max_length`, `prompt_length` how many tokens its prompt has.
+    `prompt_cut` and `completion_cut` say of each row whether a part of it was lost, `prompt_length` how many tokens its
+    prompt has.
     """
 
     prompts: list[list[int]] = tokenizer(filled(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
     encoded: dict[str, Any] = {"prompt_length": [len(ids) for ids in prompts]}
-    encoded["cut"] = [len(ids) > max_length for ids in prompts]
+    encoded["prompt_cut"] = [len(ids) > max_length for ids in prompts]
     if with_prompts:
         encoded[f"{PROMPT}input_ids"] = [ids[-max_length:] for ids in prompts]
     if templates[1] is not None:
         texts = filled(templates[1], rows)
         plain: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
         ended = [[*ids, int(tokenizer.eos_token_id)] for ids in plain]  # type: ignore[arg-type]
-        encoded["cut"] = [len(ids) + len(own) > max_length for ids, own in zip(prompts, ended, strict=True)]
         completions = [ids[: max_length - 1] for ids in ended]
+        encoded["completion_cut"] = [len(ids) >= max_length for ids in ended]
+        encoded["prompt_cut"] = [len(ids) + len(o) > max_length for ids, o in zip(prompts, completions, strict=True)]
         kept = [ids[-(max_length - len(own)) :] for ids, own in zip(prompts, completions, strict=True)]
         encoded["input_ids"] = [[*ids, *own] for ids, own in zip(kept, completions, strict=True)]
         encoded["labels"] = [[*([IGNORED] * len(ids)), *own] for ids, own in zip(kept, completions, strict=True)]
     if REFERENCES in rows:
         encoded[REFERENCES] = rows[REFERENCES]
     return encoded
-
-
-@dataclass
-class PromptCollator:
-    """Pads whole examples on the right, where padding is not seen, and prompts on the left, for texts to go on from."""
-
-    pad_token_id: int
-
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {}
-        for prefix, side in (("", "right"), (PROMPT, "left")):
-            if f"{prefix}input_ids" in rows[0]:
-                ids = [row[f"{prefix}input_ids"] for row in rows]
-                batch[f"{prefix}input_ids"] = _padded(ids, self.pad_token_id, side)
-                batch[f"{prefix}attention_mask"] = _padded([[1] * len(own) for own in ids], 0, side)
-        if "labels" in rows[0]:
-            batch["labels"] = _padded([row["labels"] for row in rows], IGNORED, "right")
-        if REFERENCES in rows[0]:
-            batch[REFERENCES] = [row[REFERENCES] for row in rows]
-        return batch
-
-
-def _padded(rows: list[list[int]], value: int, side: str) -> Tensor:
-    tensors = [torch.tensor(row) for row in rows]
-    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

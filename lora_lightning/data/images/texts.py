@@ -19,7 +19,7 @@ from PIL import Image
 
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.base import TableData
-from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
 from lora_lightning.data.pairs import GROUP, groups_of
 from lora_lightning.lora.errors import LoRAError
 
@@ -116,9 +116,10 @@ class ImageTextData(TableData):
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """The rows as they are, with their groups: pixels would take more room than the files."""
         named = list(values_of(table, self.group_column)) if self.group_column and split != "predict" else None
-        return table.add_column(GROUP, groups_of(list(values_of(table, self.text_column)), None, named)).add_column(
-            "__split__", [split] * len(table)
-        )
+        texts = list(values_of(table, self.text_column))
+        _, cut = tokenize_cut(self.processor.tokenizer, self.max_length, text=texts)
+        self._cut_shares[split] = {"texts cut": sum(cut) / len(cut)}
+        return table.add_column(GROUP, groups_of(texts, None, named)).add_column("__split__", [split] * len(table))
 
     def lengths(self, table: datasets.Dataset) -> None:
         return None

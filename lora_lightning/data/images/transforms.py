@@ -189,8 +189,8 @@ def _of_torchvision(name: str) -> Preprocessing:
 def _of_transformers(name: str) -> Preprocessing:
     import transformers
 
-    from lora_lightning.backbones.huggingface import quiet
     from lora_lightning.backbones.locate import refuse_not_there, resolve
+    from lora_lightning.backbones.tokenizers import quiet
 
     path = resolve(name)
     refuse_not_there("image processor", path)

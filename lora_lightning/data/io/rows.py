@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow.compute
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 ROW = "__row__"
 """A column that keeps each example's row in its file, counted from 1, so that an error can name it."""
@@ -34,9 +34,21 @@ def lengths_of(table: datasets.Dataset, column: str = "input_ids") -> list[int]:
 def encode_rows(
     rows: dict[str, list[Any]], *, tokenizer: PreTrainedTokenizerBase, columns: tuple[str, str | None], max_length: int
 ) -> dict[str, Any]:
-    """Token ids of a batch of texts, or of pairs of texts."""
+    """Token ids of a batch of texts, or of pairs of texts, and which of them were cut."""
     text, pair = columns
-    return dict(tokenizer(rows[text], rows[pair] if pair else None, truncation=True, max_length=max_length))
+    tokens, cut = tokenize_cut(tokenizer, max_length, text=rows[text], text_pair=rows[pair] if pair else None)
+    return {**tokens, "text_cut": cut}
+
+
+def tokenize_cut(
+    tokenizer: PreTrainedTokenizerBase, max_length: int | None, **texts: Any
+) -> tuple[BatchEncoding, list[bool]]:
+    """What the tokenizer makes of texts, cut at `max_length` (None: its own limit), and which of them were cut."""
+    tokens = tokenizer(**texts, truncation=True, max_length=max_length)
+    if tokens.encodings is not None:
+        return tokens, [bool(one.overflowing) for one in tokens.encodings]
+    whole, limit = tokenizer(**texts, verbose=False), max_length or tokenizer.model_max_length
+    return tokens, [len(ids) > limit for ids in whole["input_ids"]]
 
 
 def with_row_numbers(table: datasets.Dataset) -> datasets.Dataset:

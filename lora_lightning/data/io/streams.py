@@ -1,15 +1,15 @@
 """Sets that are read as they are needed, for those that do not fit on a disk or need not be read to their end.
 
 Rows are shuffled within a buffer, tokenized and packed on the way. Training's stream has no end: it begins anew in
-another order when the set is through, and `trainer.max_steps` says when to stop. N processes take turns within one
-order, or take files in turn where there are files for all.
+another order when the set is through, and `trainer.max_steps` says when to stop. N processes share a stream by
+datasets' `split_dataset_by_node`. One that begins anew and has not a file for each they share by turns that go on over
+its ends, since N processes are to equal one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import count, islice
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,55 +18,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.data.io.splits import split_name
-from lora_lightning.data.io.tables import TextBy, files_of, known_split, reader_of
 from lora_lightning.lora.errors import LoRAError
 
 AT_ONCE = 1000
 """Rows that are tokenised, and packed, together."""
-
-
-def read_streams(
-    path: str | dict[str, str], name: str | None = None, text_by: TextBy = "line"
-) -> dict[str, datasets.IterableDataset]:
-    """Streams by split; `path` as `read_tables` takes it.
-
-    Raises:
-        LoRAError: a file that is missing, empty, or of a kind that is not read here.
-    """
-    if isinstance(path, dict):
-        return {known_split(split): _of_file(resolve(file), text_by) for split, file in path.items()}
-    found = Path(resolve(path))
-    if (found / "dataset_dict.json").is_file() or (found / "state.json").is_file():
-        saved = datasets.load_from_disk(str(found))
-        tables = {"train": saved} if isinstance(saved, datasets.Dataset) else saved
-        return _by_split({split: table.to_iterable_dataset() for split, table in tables.items()})
-    if found.is_dir():
-        return {split: _of_file(str(file), text_by) for split, file in files_of(found).items()}
-    if found.is_file() or found.suffix:
-        return {"train": _of_file(str(found), text_by)}
-    return _from_hub(path, name)
-
-
-def _of_file(file: str, text_by: TextBy) -> datasets.IterableDataset:
-    kind, options = reader_of(file, text_by)
-    return datasets.load_dataset(kind, data_files={"train": file}, streaming=True, **options)["train"]
-
-
-def _from_hub(path: str, name: str | None) -> dict[str, datasets.IterableDataset]:
-    refuse_not_there("set", path)
-    try:
-        loaded = datasets.load_dataset(path, name, streaming=True)
-    except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoRAError(f"no set '{path}': neither a file nor a directory nor found on the hub ({reason})") from error
-    return _by_split(loaded)
-
-
-def _by_split(streams: Mapping[Any, datasets.IterableDataset]) -> dict[str, datasets.IterableDataset]:
-    named = {split_name(str(split)): stream for split, stream in streams.items()}
-    return {split: stream for split, stream in named.items() if split}
 
 
 def numbered(stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
@@ -80,7 +35,7 @@ def _with_number(row: dict[str, Any], i: int, column: str) -> dict[str, Any]:
 
 
 def share_of(stream: datasets.IterableDataset, trainer: Trainer | None) -> datasets.IterableDataset:
-    """What falls to this process, of a stream that ends."""
+    """What falls to this process."""
     if trainer is None or trainer.world_size == 1:
         return stream
     return split_dataset_by_node(stream, rank=trainer.global_rank, world_size=trainer.world_size)

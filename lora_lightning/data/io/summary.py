@@ -24,16 +24,18 @@ MUCH = 0.05
 class Rows(Protocol):
     """What is asked of a DataModule, after its setup."""
 
+    cut_by: Mapping[str, str | None]
+
     @property
     def given_splits(self) -> Collection[str]: ...
     @property
     def doubled_columns(self) -> Mapping[str, list[str]]: ...
     @property
     def tables(self) -> Mapping[str, datasets.Dataset]: ...
-    def columns(self, split: str) -> Sequence[str | None]: ...
+    def text_columns(self, table: datasets.Dataset, split: str) -> tuple[list[str], list[str]]: ...
     def place(self, split: str) -> str: ...
     def label_counts(self, split: str) -> dict[str, int]: ...
-    def cut_share(self, split: str) -> float | None: ...
+    def cut_shares(self, split: str) -> Mapping[str, float]: ...
 
 
 def summarize(data: Rows) -> dict[str, Any]:
@@ -42,17 +44,22 @@ def summarize(data: Rows) -> dict[str, Any]:
     Vectorized over Arrow: a million rows of texts take about a second.
 
     Returns:
-        `rows` by split; `labels`: by split the rows of each; `cut`: by split the share of texts that `max_length` cuts;
-        `in_two_splits`: how many rows of a split stand in another, by `"test in train"`; `warnings`.
+        `rows` by split; `labels`: by split the rows of each; `cut`: by split and by what that is (`sources cut`) the
+        share of texts that `max_length` cuts; `in_two_splits`: how many rows of a split stand in another, by
+        `"test in train"`; `warnings`.
     """
-    texts = {split: _texts(table, data.columns("predict")) for split, table in data.tables.items()}
+    inputs, targets = {}, {}
+    for split, table in data.tables.items():
+        read, written = data.text_columns(table, "predict" if split.startswith("predict") else split)
+        inputs[split], targets[split] = _texts(table, read), _texts(table, written)
     summary: dict[str, Any] = {
         "rows": {split: len(table) for split, table in data.tables.items()},
         "labels": {split: counts for split in data.tables if (counts := data.label_counts(split))},
-        "cut": {split: share for split in data.tables if (share := data.cut_share(split)) is not None},
-        "in_two_splits": dict(_in_two(texts)),
+        "cut": {split: dict(shares) for split in data.tables if (shares := data.cut_shares(split))},
+        "in_two_splits": dict(_in_two(inputs)),
     }
-    lines = [*_of_columns(data), *_of_texts(data, texts), *_of_splits(data, summary), *_of_labels(summary)]
+    lines = [*_of_columns(data), *_of_texts(data, inputs), *_of_texts(data, targets), *_of_splits(data, summary)]
+    lines += [*_of_cuts(data, summary["cut"]), *_of_labels(summary)]
     return {**summary, "warnings": lines}
 
 
@@ -81,10 +88,19 @@ def _of_splits(data: Rows, summary: dict[str, Any]) -> Iterator[str]:
             else "set data.init_args.split.group_by to the column that tells them, or remove what is double"
         )
         yield f"{count:,} of {summary['rows'][split]:,} rows of {split} stand in {other} too, which flatters: {cure}"
-    for split, share in summary["cut"].items():
-        if share >= MUCH:
-            length = getattr(data, "max_length", None)
-            yield f"{share:.0%} of the texts in {split} are cut at {length} tokens: raise data.init_args.max_length"
+
+
+def _of_cuts(data: Rows, cut: dict[str, dict[str, float]]) -> Iterator[str]:
+    for split, shares in cut.items():
+        for what, share in shares.items():
+            option = data.cut_by.get(what, "max_length")
+            if share < MUCH or option is None:
+                continue
+            length = getattr(data, option, None)
+            where = (
+                f"at {length} tokens: raise data.init_args.{option}" if length else "at the model's end: shorten them"
+            )
+            yield f"{share:.0%} of the {what.removesuffix(' cut')} in {split} are cut {where}"
 
 
 def _of_labels(summary: dict[str, Any]) -> Iterator[str]:
@@ -96,15 +112,17 @@ def _of_labels(summary: dict[str, Any]) -> Iterator[str]:
         if len(names) > 1:
             shown = ", ".join(map(repr, names))
             yield f"the labels {shown} differ by case or blanks only and are {len(names)} classes: write them alike"
+    if blank := [name for name in labels if not name.strip()]:
+        yield f"{labels[blank[0]]:,} rows in train have the blank label {blank[0]!r}, a class: name it, or remove them"
     rare = [f"{name} ({count})" for name, count in labels.items() if count < FEW]
     if rare:
         yield f"fewer than {FEW} rows in train have the label {some(rare)}: add rows, or leave the label out"
 
 
-def _texts(table: datasets.Dataset, names: Sequence[str | None]) -> dict[str, Any]:
+def _texts(table: datasets.Dataset, names: Sequence[str]) -> dict[str, Any]:
     """These columns as Arrow has them, lists of words as one text each; without those of other types."""
     columns = {}
-    for name in filter(None, names):
+    for name in names:
         if name not in table.column_names or isinstance(table.features[name], datasets.Image):
             continue
         column = table.select_columns([name]).with_format("arrow")[:][name]

@@ -36,9 +36,14 @@ Readers = Mapping[str, Callable[[str], datasets.Dataset]]
 
 
 def read_tables(
-    path: str | dict[str, str], name: str | None = None, text_by: TextBy = "line", readers: Readers | None = None
-) -> dict[str, datasets.Dataset]:
-    """Tables by split.
+    path: str | dict[str, str],
+    name: str | None = None,
+    text_by: TextBy = "line",
+    readers: Readers | None = None,
+    *,
+    streaming: bool = False,
+) -> dict[str, Any]:
+    """Tables by split; with `streaming` streams, of which nothing is read yet.
 
     Args:
         path: one file; files by split (`train`, `validation`, `test`, `predict`, and further sets such as
@@ -54,13 +59,15 @@ def read_tables(
     """
     own = readers or {}
     if isinstance(path, dict):
-        return {known_split(split): _read_part(file, name, text_by, own) for split, file in path.items()}
+        return {known_split(split): _read_part(file, name, text_by, own, streaming) for split, file in path.items()}
     found = Path(resolve(path))
     if found.is_dir():
-        return _read_directory(found, text_by, own)
+        if (found / "dataset_dict.json").is_file() or (found / "state.json").is_file():
+            return _from_disk(str(found), streaming)
+        return {split: _read_file(str(file), text_by, own, streaming) for split, file in files_of(found, own).items()}
     if found.is_file() or found.suffix in (*READERS, *COMPRESSED, *own):
-        return {"train": _read_file(str(found), text_by, own)}
-    return _from_hub(path, name)
+        return {"train": _read_file(str(found), text_by, own, streaming)}
+    return _from_hub(path, name, streaming)
 
 
 def files_read(path: str | dict[str, str], more: Collection[str] = ()) -> dict[str, Path]:
@@ -145,12 +152,14 @@ def _files_by_split(folder: Path, more: Collection[str] = ()) -> dict[str, Path]
     return dict(sorted(named.items()))
 
 
-def _read_file(file: str, text_by: TextBy, own: Readers) -> datasets.Dataset:
+def _read_file(file: str, text_by: TextBy, own: Readers, streaming: bool) -> Any:
     suffix = Path(file).suffix.lower()
     if suffix in own:
         check_file(file)
         return own[suffix](file)
     kind, options = reader_of(file, text_by, own)
+    if streaming:
+        return datasets.load_dataset(kind, data_files={"train": file}, streaming=True, **options)["train"]
     try:
         table = datasets.load_dataset(kind, data_files={"train": file}, **options)["train"]
         if kind == "json":
@@ -203,12 +212,6 @@ def reader_of(file: str, text_by: TextBy = "line", more: Collection[str] = ()) -
     return READERS[kind], options
 
 
-def _read_directory(path: Path, text_by: TextBy, own: Readers) -> dict[str, datasets.Dataset]:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        return _by_split(datasets.load_from_disk(str(path)))
-    return {split: _read_file(str(file), text_by, own) for split, file in files_of(path, own).items()}
-
-
 def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
     """A directory's files by split.
 
@@ -227,33 +230,38 @@ def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
     return files
 
 
-def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers) -> datasets.Dataset:
+def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers, streaming: bool) -> Any:
     """One split: a file, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
         found = resolve(file)
         if (Path(found) / "state.json").is_file():  # what save_to_disk made of one table
-            return datasets.load_from_disk(found)
-        return _read_file(found, text_by, own)
+            return _from_disk(found, streaming)["train"]
+        return _read_file(found, text_by, own, streaming)
     refuse_not_there("set", on_hub)
     try:
-        return datasets.load_dataset(on_hub, name, split=part)
+        return datasets.load_dataset(on_hub, name, split=part, streaming=streaming)
     except Exception as error:  # many kinds, as below
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoRAError(f"no part '{part}' of a set '{on_hub}' found on the hub ({reason})") from error
 
 
-def _from_hub(path: str, name: str | None) -> dict[str, datasets.Dataset]:
+def _from_hub(path: str, name: str | None, streaming: bool) -> dict[str, Any]:
     refuse_not_there("set", path)
     try:
-        return _by_split(datasets.load_dataset(path, name))
+        return _by_split(datasets.load_dataset(path, name, streaming=streaming))
     except Exception as error:  # many kinds: no network, no such set, a set that needs a configuration
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoRAError(f"no set '{path}': neither a file nor a directory nor found on the hub ({reason})") from error
 
 
-def _by_split(loaded: datasets.Dataset | datasets.DatasetDict) -> dict[str, datasets.Dataset]:
-    if isinstance(loaded, datasets.Dataset):
-        return {"train": loaded}
+def _from_disk(path: str, streaming: bool) -> dict[str, Any]:
+    """What `save_to_disk` made."""
+    loaded = datasets.load_from_disk(path)
+    tables = _by_split({"train": loaded} if isinstance(loaded, datasets.Dataset) else loaded)
+    return {split: table.to_iterable_dataset() for split, table in tables.items()} if streaming else tables
+
+
+def _by_split(loaded: Mapping[Any, Any]) -> dict[str, Any]:
     named = {split_name(str(split)): table for split, table in loaded.items()}
     return {split: table for split, table in named.items() if split}

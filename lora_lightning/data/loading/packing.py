@@ -1,4 +1,4 @@
-"""Several documents in one row, so that little of a batch is padding; and rows of token ids to batches.
+"""Several documents in one row, so that little of a batch is padding.
 
 A row is a mapping with `input_ids` and `labels` of one length (-100 where nothing is trained on). Documents longer than
 a row are cut into pieces, so that no token is lost. Where a document or piece begins, `position_ids` restart at 0 and
@@ -13,9 +13,7 @@ from itertools import chain, compress
 from typing import Any
 
 import datasets
-import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.lora.errors import LoRAError
@@ -118,36 +116,3 @@ def pack_table(table: datasets.Dataset, max_length: int, split: str) -> datasets
     empty = 1 - sum(lengths_of(packed)) / (max_length * len(packed))
     rank_zero_info(f"{split}: {len(table):,} documents in {len(packed):,} rows of {max_length:,}, {empty:.1%} empty")
     return packed
-
-
-class CausalCollator:
-    """Rows to a batch (b, t) of `input_ids`, `labels` and `attention_mask`, or `position_ids` where rows are packed.
-
-    Short rows are filled up on the right. In a packed row the filling is a document of its own, of which nothing is
-    trained on. Single whole numbers, such as each row's `document`, become a tensor (b,).
-
-    Args:
-        pad_token_id: what is filled up with; any number will do, as nothing sees it.
-        multiple_of: lengths are rounded up to it.
-    """
-
-    def __init__(self, pad_token_id: int, multiple_of: int = 1) -> None:
-        self.pad_token_id, self.multiple_of = pad_token_id, multiple_of
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        longest += -longest % self.multiple_of
-        batch = {
-            "input_ids": _filled([row["input_ids"] for row in rows], longest, self.pad_token_id),
-            "labels": _filled([row["labels"] for row in rows], longest, IGNORED),
-        }
-        batch |= {n: torch.tensor([row[n] for row in rows]) for n, value in rows[0].items() if isinstance(value, int)}
-        if "position_ids" in rows[0]:
-            filling = [range(longest - len(row["position_ids"])) for row in rows]
-            whole = [[*row["position_ids"], *more] for row, more in zip(rows, filling, strict=True)]
-            return {**batch, "position_ids": torch.tensor(whole)}
-        return {**batch, "attention_mask": _filled([[1] * len(row["input_ids"]) for row in rows], longest, 0)}
-
-
-def _filled(rows: Sequence[Sequence[int]], length: int, value: int) -> Tensor:
-    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])

@@ -111,7 +111,7 @@ class AdapterBank:
         serving: Literal["vllm"] | None = None,
     ) -> Path:
         """Write a held adapter as `save_adapter` does, with the same settings. What is active stays so."""
-        self._detached(name)
+        self._find(name)
         with self._plain_model("save"):
             refuse_replaced(self.model, self._held[name])
             put_in(self.model, self._held[name])
@@ -154,7 +154,7 @@ class AdapterBank:
         """
         self._refuse_within("activate")
         if name is not None:
-            self._detached(name)
+            self._find(name)
         self._switch(name)
 
     @contextmanager
@@ -191,7 +191,7 @@ class AdapterBank:
         self._refuse_within("rows")
         for name in names:
             if name is not None:
-                self._detached(name)
+                self._find(name)
         batch = Batch(list(names), repeats, self._batch_first)
         several = len(set(names)) > 1  # else it does not matter which row is which
         with self._sources("rows", [name for name in names if several and name is not None]) as sources:
@@ -206,7 +206,7 @@ class AdapterBank:
     def remove(self, name: str) -> None:
         """Forget an adapter; where it is active, the plain base is left."""
         self._refuse_within("remove")
-        self._detached(name)
+        self._find(name)
         if self.active == name:
             self._switch(None)
         del self._held[name]
@@ -326,7 +326,7 @@ class AdapterBank:
         if name in self._held:
             raise AdapterError(f"the bank holds '{name}' already: remove it first, or take another name")
 
-    def _detached(self, name: str) -> DetachedAdapter:
+    def _find(self, name: str) -> DetachedAdapter:
         if name not in self._held:
             known = ", ".join(self._held) or "none"
             raise AdapterError(f"the bank holds no '{name}', it has {known}{did_you_mean(str(name), self._held)}")

@@ -20,7 +20,7 @@ from lora_lightning.lora.bank.detached import DetachedAdapter
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_tensors
-from lora_lightning.lora.frozen.spectrum import Pair, subtract_init
+from lora_lightning.lora.frozen.spectrum import Pair, spectrum, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, SavedCopy
@@ -141,27 +141,22 @@ def _combine_layer(path: str, layers: list[AdaptedLayer], weights: Sequence[floa
     for block in zip(*(_scaled_blocks(layer, whole=whole) for layer in layers), strict=True):
         A, B = torch.cat([A for A, _ in block]), torch.cat([B * w for (_, B), w in zip(block, weights, strict=True)], 1)
         if rank is not None:
-            (A, B), loss = truncated(A, B, rank // groups)
+            (A, B), loss = truncate_pair(A, B, rank // groups)
             lost, wanted = lost + loss[0], wanted + loss[1]
         pairs.append((A, B))
     most = max(A.shape[0] for A, _ in pairs)
-    return CombinedLayer(name, like, whole, [padded(pair, most) for pair in pairs], (lost, wanted))
+    return CombinedLayer(name, like, whole, [pad_pair(pair, most) for pair in pairs], (lost, wanted))
 
 
-def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
-    """The best approximation of `B A` of rank `rank` (Eckart and Young), and what it lacks.
-
-    Through the QR of the factors: never larger than they are, and r by r where the SVD is taken.
-    """
-    left, upper = torch.linalg.qr(B)
-    right, lower = torch.linalg.qr(A.mT)
-    U, S, Vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
-    root, squares = S[:rank].sqrt(), S.square()
-    pair = (root.unsqueeze(1) * (Vh @ right.mT)[:rank], (left @ U)[:, :rank] * root)
-    return pair, (float(squares[rank:].sum()), float(squares.sum()))
+def truncate_pair(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
+    """The best approximation of `B A` of rank `rank` (Eckart and Young), and what it lacks."""
+    found = spectrum(A, B)
+    root, squares = found.S[:rank].sqrt(), found.S.square()
+    pair = ((found.V[:, :rank] * root).mT.to(A), (found.U[:, :rank] * root).to(B))
+    return pad_pair(pair, min(rank, len(A))), (float(squares[rank:].sum()), float(squares.sum()))
 
 
-def padded(pair: Pair, rank: int) -> Pair:
+def pad_pair(pair: Pair, rank: int) -> Pair:
     """The same update with zeros up to `rank`."""
     more = rank - pair[0].shape[0]
     return (F.pad(pair[0], (0, 0, 0, more)), F.pad(pair[1], (0, more))) if more else pair
@@ -171,17 +166,9 @@ def _scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
     """The layer's update as the products `B A` of its blocks, with s in B; a subtracted init is a part of A and B."""
     scale, dtype = layer.lora_settings.scale, wide_dtype(layer.lora_A)
     own = layer.to_peft() if whole else {}
-    first, *more = [(own["lora_A"], own["lora_B"])] if whole else _blocks(layer)
+    first, *more = [(own["lora_A"], own["lora_B"])] if whole else layer.factor_pairs()
     pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]  # subtracted from layers of one block only
     return [(A.detach().to(dtype), B.detach().to(dtype) * scale) for A, B in pairs]
-
-
-def _blocks(layer: AdaptedLayer) -> list[Pair]:
-    """Views of A and B, block by block: what is written into them is written into the layer."""
-    if not isinstance(layer, CONVS):
-        return layer.factor_pairs()
-    A, B = (torch.unflatten(factor.flatten(1), 0, (_groups(layer), -1)) for factor in (layer.lora_A, layer.lora_B))
-    return list(zip(A, B, strict=True))
 
 
 def _groups(layer: AdaptedLayer) -> int:
@@ -252,7 +239,7 @@ def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRACo
 def fill(model: nn.Module, combined: Mapping[str, CombinedLayer], saved: Mapping[str, dict[str, Tensor]]) -> None:
     """Write the combination into the model that was injected for it."""
     for path, layer in adapted_layers(model):
-        for (A, B), (own_a, own_b) in zip(combined[path].pairs, _blocks(layer), strict=True):
+        for (A, B), (own_a, own_b) in zip(combined[path].pairs, layer.factor_pairs(), strict=True):
             own_a.copy_(A)
             own_b.copy_(B)
     copies = {f"{path}.{COPY}.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}

@@ -117,7 +117,8 @@ class DetachedAdapter:
 
 def find_adapter(model: nn.Module) -> DetachedAdapter:
     """The adapter that `model` has, as it is in place; no shares where there is none."""
-    return DetachedAdapter([_share(path, module) for path, module in grafted_modules(model) if not is_inside(path)])
+    own = [(path, module) for path, module in grafted_modules(model) if not _is_adapter_part(path)]
+    return DetachedAdapter([_share(path, module) for path, module in own])
 
 
 def take_out(model: nn.Module, device: torch.device | None = None) -> DetachedAdapter:
@@ -176,11 +177,11 @@ def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
 
 
 def _share(path: str, module: Grafted) -> Share:
-    stores = {store: _ours(_store(module, store)) for store in (*STORES, "__dict__")}
+    stores = {store: _lora_entries(_store(module, store)) for store in (*STORES, "__dict__")}
     return Share(path, module, class_swap.own_class(type(module)), type(module), stores)
 
 
-def _ours(entries: dict[str, Any]) -> dict[str, Any]:
+def _lora_entries(entries: dict[str, Any]) -> dict[str, Any]:
     """Whatever a graft adds starts so."""
     return {name: value for name, value in entries.items() if name.startswith("lora_")}
 
@@ -190,7 +191,7 @@ def _store(module: nn.Module, store: str) -> dict[str, Any]:
     return entries
 
 
-def is_inside(path: str) -> bool:
+def _is_adapter_part(path: str) -> bool:
     """Whether this is a part of the adapter itself, which goes with the module that holds it."""
     return any(part == COPY or part.startswith(CHILD) for part in path.split("."))
 

@@ -19,7 +19,6 @@ from lora_lightning.lora.errors import AdapterError, LoRAError
 Content = bytes | Iterable[bytes | memoryview]
 """What a file shall hold, in one piece or piece by piece."""
 
-NO_SPACE = ("No space left on device", "Disk quota exceeded")
 RUST = re.compile(r"os error (\d+)")
 """How safetensors, which is written in Rust, says the number of an error."""
 
@@ -79,24 +78,31 @@ def _parts(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
             part.unlink(missing_ok=True)
 
 
-def _exchange(parts: Mapping[Path, Path]) -> None:
-    """Move the old files away, the last one first, and the new ones in; all the way back where a step fails."""
-    old = {path: _beside(path, "old") for path in parts}
+def _exchange(new: Mapping[Path, Path]) -> None:
+    """Move old files or folders away, the last one first, and the new ones in; all the way back where a step fails."""
+    old = {path: _beside(path, "old") for path in new}
     try:
-        for path in reversed(list(parts)):
+        for path in reversed(list(new)):
             if path.exists():
                 path.replace(old[path])
-        for path, part in parts.items():
+        for path, part in new.items():
             part.replace(path)
     except BaseException:
-        for path in parts:
+        for path, part in new.items():
+            if not part.exists():  # it has its new name
+                _remove(path)
             if old[path].exists():
                 old[path].replace(path)
-            elif not parts[path].exists():  # the new one of a file that was not there before
-                path.unlink(missing_ok=True)
         raise
     for part in old.values():
-        part.unlink(missing_ok=True)
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -120,14 +126,19 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
             f"'{target}' is a mount point, which cannot be replaced: name a folder in it ('{target}/export')"
         )
     clear_leftovers(target)
-    check_space(target, needed)
+    free, disk = _free_space(target)
+    if free < needed:
+        raise LoRAError(
+            f"'{target}' needs about {human_size(needed)} and '{disk}' has {human_size(free)} free: free some, or name"
+            " another --output_dir; nothing was written"
+        )
     aside = _beside(target, "new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
         yield aside
         _sync(aside)
-        _move(aside, target)
+        _exchange({target: aside})
     except Exception as error:
         if (cure := _cure(error, target, needed)) is not None:
             raise LoRAError(cure) from error
@@ -152,20 +163,6 @@ def _sync(folder: Path) -> None:
                 os.fsync(opened.fileno())
 
 
-def _move(aside: Path, target: Path) -> None:
-    """Put the new folder in the place of the old one, which goes only once the new one stands."""
-    old = _beside(target, "old")
-    if target.exists():
-        target.replace(old)
-    try:
-        aside.replace(target)
-    except BaseException:
-        if old.exists():
-            old.replace(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def clear_leftovers(target: Path) -> None:
     """Remove what processes of this machine that are no more left beside `target`.
 
@@ -177,12 +174,10 @@ def clear_leftovers(target: Path) -> None:
         found = form.fullmatch(path.name)
         if found is None or path.is_symlink() or _runs(int(found[1])):
             continue
-        if path.is_file():
-            path.unlink(missing_ok=True)
-        elif found[2] == "old" and not target.exists():
+        if path.is_dir() and found[2] == "old" and not target.exists():
             path.replace(target)
         else:
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
 
 def _beside(target: Path, kind: str) -> Path:
@@ -209,28 +204,18 @@ def _runs(pid: int) -> bool:
     return True
 
 
-def check_space(target: Path, needed: int) -> None:
-    """Raise where the disk of `target` has less than `needed` bytes free."""
-    free, disk = _free(target)
-    if free < needed:
-        raise LoRAError(
-            f"'{target}' needs about {human_size(needed)} and '{disk}' has {human_size(free)} free: free some, or name"
-            " another --output_dir; nothing was written"
-        )
-
-
-def _free(target: Path) -> tuple[int, Path]:
+def _free_space(target: Path) -> tuple[int, Path]:
+    """Bytes free for `target`, and the folder that says so."""
     disk = next(path for path in (target, *target.parents) if path.exists())
     return shutil.disk_usage(disk).free, disk
 
 
 def _cure(error: Exception, target: Path, needed: int) -> str | None:
     """What a disk's error says of `target`, and what to do; None of any other error."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (said := RUST.search(str(error))):
-        number = int(said[1])
-    if number in (errno.ENOSPC, errno.EDQUOT) or any(text in str(error) for text in NO_SPACE):
-        sizes = f"{human_size(needed)} are needed, {human_size(_free(target)[0])} are free now"
+    said = RUST.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        sizes = f"{human_size(needed)} are needed, {human_size(_free_space(target)[0])} are free now"
         cure = "nothing was written; free some, or name another --output_dir"
         return f"no space was left for '{target}' ({sizes}): {cure}"
     if number == errno.EFBIG:

@@ -8,7 +8,7 @@ of a square kernel, g groups.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,6 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, name
 from lora_lightning.lora.layers import LoRAConv1D, kind_of
 from lora_lightning.lora.report import InjectionReport
 
-Enabled = Sequence[bool] | None
-
 
 def load_loralib(
     model: nn.Module,
@@ -36,7 +34,7 @@ def load_loralib(
     r: int,
     alpha: float,
     dropout: float = 0.0,
-    enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None = None,
+    enable_lora: Sequence[bool] | None = None,
     modules_to_save: list[str] | None = None,
     allow_other_base: bool = False,
 ) -> InjectionReport:
@@ -49,18 +47,22 @@ def load_loralib(
 
     Args:
         r, alpha: as the loralib layers were made; the file holds neither, and r is checked against it.
-        enable_lora: of `MergedLinear`, such as `[True, False, True]` for query and value of a fused projection; for
-            several kinds by module name or dotted end of it. Not needed where every part is adapted.
+        enable_lora: of every `MergedLinear`, such as `[True, False, True]` for query and value of a fused projection.
+            Not needed where each part is adapted.
         modules_to_save: modules that were trained in full beside A and B and are in the file, such as a head.
         allow_other_base: load A and B, with a warning, though weights of the base in the file are not this model's.
             A file that holds less than the whole base is loaded with a notice.
 
     Raises:
         AdapterError: the file is torn, or holds more than tensors or numbers that are not finite; keys are missing,
-            left over or wrongly shaped; r contradicts the shapes; W0 in the file is another, or merged. The model is
-            then as before.
+            left over or wrongly shaped; r contradicts the shapes; W0 in the file is another, or merged; a convolution
+            has groups, whose channels loralib's product runs across. The model is then as before.
     """
     refuse_meta(model)
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise AdapterError(f"r must be a whole number of at least 1, got {r!r}")
+    if isinstance(enable_lora, Mapping):
+        raise AdapterError("enable_lora is one list for every MergedLinear, such as [True, False, True], got names")
     tensors = _read(Path(path), model)
     factors = _find_factors(tensors, model, r, enable_lora)
     saved = modules_to_save or []
@@ -68,7 +70,7 @@ def load_loralib(
     inner = {f"{name}.conv.": f"{name}." for name, one in factors.items() if one.A.dim() == 4}
     renamed = {next((inner[p] + k.removeprefix(p) for p in inner if k.startswith(p)), k): t for k, t in tensors.items()}
     rest = {key: tensor for key, tensor in renamed.items() if not key.endswith((".lora_A", ".lora_B"))}
-    bias = _check_rest(rest, factors, saved, model, scale=alpha / r, allow_other_base=allow_other_base)
+    bias = _check_rest(rest, factors, saved, model, allow_other_base=allow_other_base)
     larger = {name: one.r for name, one in factors.items() if one.r != r}
     return inject_and_fill(
         model,
@@ -112,19 +114,12 @@ class Factors:
     r: int
     slices: dict[str, Any] | None = None
     """The adapted parts of a `MergedLinear`."""
-    delta: Callable[[], Tensor]
-    """What loralib's `eval()` adds to W0, less the scale, in float64; it is (out, in) for a linear layer."""
 
 
 def _find_factors(
-    tensors: Mapping[str, Tensor],
-    model: nn.Module,
-    r: int,
-    enable_lora: Sequence[bool] | Mapping[str, Sequence[bool]] | None,
+    tensors: Mapping[str, Tensor], model: nn.Module, r: int, enable_lora: Sequence[bool] | None
 ) -> dict[str, Factors]:
     """A and B of every adapted module in our form, in the file's order."""
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise AdapterError(f"r must be a whole number of at least 1, got {r!r}")
     modules = dict(named_modules(model))
     names = list(dict.fromkeys(k.rpartition(".")[0] for k in tensors if k.endswith((".lora_A", ".lora_B"))))
     if unknown := [name for name in names if name not in modules]:
@@ -132,19 +127,11 @@ def _find_factors(
         raise AdapterError(f"the model has no module {missing}{did_you_mean(unknown[0], modules)}")
     if lonely := [f"{n}.{x}" for n in names for x in ("lora_A", "lora_B") if f"{n}.{x}" not in tensors]:
         raise AdapterError(f"the checkpoint lacks {len(lonely)} tensors: {some(lonely, 10)}")
-    by_name = enable_lora if isinstance(enable_lora, Mapping) else {}
-    for entry in by_name:
-        if not any(_ends_in(name, entry) for name in names):
-            raise AdapterError(f"enable_lora: no adapted module matches '{entry}'{did_you_mean(entry, names)}")
-    found = {}
-    for name in names:
-        enabled: Enabled = None if isinstance(enable_lora, Mapping) else enable_lora
-        enabled = next((parts for entry, parts in by_name.items() if _ends_in(name, entry)), enabled)
-        found[name] = _factors(name, modules[name], tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], r, enabled)
-    return found
+    pairs = {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
+    return {name: _factors(name, modules[name], A, B, r, enable_lora) for name, (A, B) in pairs.items()}
 
 
-def _factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled: Enabled) -> Factors:
+def _factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled: Sequence[bool] | None) -> Factors:
     if A.dim() != 2 or B.dim() != 2:
         raise AdapterError(f"'{name}': lora_A and lora_B must be matrices, got {tuple(A.shape)} and {tuple(B.shape)}")
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -155,7 +142,7 @@ def _factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled
             raise AdapterError(
                 f"'{name}' has max_norm, under which loralib rewrites A as it looks rows up: no form here"
             )
-        return Factors(A=A, B=B, r=r, delta=lambda: (B.double() @ A.double()).T)
+        return Factors(A=A, B=B, r=r)
     kind = kind_of(module)
     if kind is None or not kind.linear_like:
         raise AdapterError(f"'{name}', a {type(module).__name__}, is of no kind that loralib adapts")
@@ -163,7 +150,9 @@ def _factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int, enabled
     return _linear_factors(name, (width, out) if kind is LoRAConv1D else (out, width), A, B, r, enabled)
 
 
-def _linear_factors(name: str, shape: tuple[int, int], A: Tensor, B: Tensor, r: int, enabled: Enabled) -> Factors:
+def _linear_factors(
+    name: str, shape: tuple[int, int], A: Tensor, B: Tensor, r: int, enabled: Sequence[bool] | None
+) -> Factors:
     """`Linear`: A (r, in), B (out, r). `MergedLinear` of n parts, p of them adapted: A (p r, in), B (p out / n, r).
 
     Both hold the parts' A one below the other and B likewise, in order, as chosen slices do here.
@@ -171,7 +160,7 @@ def _linear_factors(name: str, shape: tuple[int, int], A: Tensor, B: Tensor, r: 
     (out, width), rows, count = shape, B.shape[0], max(A.shape[0] // r, 1)
     _expect(name, A, B, (count * r, width), (rows, r), r)
     if count == 1 and rows == out:
-        return Factors(A=A, B=B, r=r, delta=lambda: B.double() @ A.double())
+        return Factors(A=A, B=B, r=r)
     each = rows // count
     total = out // each if each else 0
     if each * count != rows or each * total != out or count > total:
@@ -183,46 +172,32 @@ def _linear_factors(name: str, shape: tuple[int, int], A: Tensor, B: Tensor, r: 
             f" enable_lora as the layer had it, such as {example} for the first and the last"
         )
     flags = list(enabled) if enabled is not None else [True] * total
-    taken = [i for i, flag in enumerate(flags) if flag]
-    if len(flags) != total or len(taken) != count:
-        raise AdapterError(f"enable_lora: '{name}' has {count} of {total} parts adapted by its shapes, got {flags}")
     names = ["q", "k", "v"] if total == 3 else [f"part{i}" for i in range(total)]
-
-    def delta() -> Tensor:
-        parts = torch.unflatten(B.double(), 0, (count, each)) @ torch.unflatten(A.double(), 0, (count, r))
-        whole = parts.new_zeros(total, each, width)
-        whole[taken] = parts
-        return whole.flatten(0, 1)
-
-    return Factors(A=A, B=B, r=r, slices={"of": names, "take": [names[i] for i in taken]}, delta=delta)
+    if len(flags) != total or sum(map(bool, flags)) != count:
+        raise AdapterError(f"enable_lora: '{name}' has {count} of {total} parts adapted by its shapes, got {flags}")
+    taken = [part for part, flag in zip(names, flags, strict=True) if flag]
+    return Factors(A=A, B=B, r=r, slices={"of": names, "take": taken})
 
 
 def _conv_factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int) -> Factors:
-    """`Conv2d`: the update is `(B A).view(out, in / g, k, k)` of A (r k, in k) and B (out k / g, r k).
+    """`Conv2d`: the update is `(B A).view(out, in, k, k)` of A (r k, in k) and B (out k, r k).
 
-    Without groups, the k rows of B A that make up an output channel are k segments of its kernel, one after the other.
-    So A at each segment, zero elsewhere, and B's k rows side by side are a convolution's A (r k^2, in, k, k) and
-    B (out, r k^2). Where that is more than W0's own size, and under groups, whose channels the view runs across, A is
-    the update itself and B picks its channel.
+    The k rows of B A that make up an output channel are k segments of its kernel, one after the other. So A at each
+    segment, zero elsewhere, and B's k rows side by side are a convolution's A (r k^2, in, k, k) and B (out, r k^2).
     """
     if not isinstance(module, nn.Conv2d):
         raise AdapterError(f"'{name}' is a {type(module).__name__}: in loralib only Conv2d can run")
-    k, g = module.kernel_size[0], module.groups
-    out, shape = module.out_channels, module.weight.shape
-    if module.kernel_size != (k, k):
-        raise AdapterError(f"'{name}' has the kernel {module.kernel_size}: loralib adapts square ones")
-    _expect(name, A, B, (r * k, module.in_channels * k), (out // g * k, r * k), r, k)
-
-    def delta() -> Tensor:
-        return (B.double() @ A.double()).view(shape)
-
-    if g == 1 and r * k * k < out:
-        placed = A.new_zeros(k, r * k, k, A.shape[1])
-        segments = torch.arange(k)
-        placed[segments, :, segments] = A
-        return Factors(A=placed.reshape(-1, *shape[1:]), B=B.reshape(out, r * k * k, 1, 1), r=r * k * k, delta=delta)
-    channel = torch.eye(out // g, dtype=B.dtype).repeat(g, 1)
-    return Factors(A=(B @ A).view(shape), B=channel[:, :, None, None], r=out, delta=delta)
+    k, out, width = module.kernel_size[0], module.out_channels, module.in_channels
+    if module.kernel_size != (k, k) or module.groups != 1:
+        raise AdapterError(
+            f"'{name}' has the kernel {module.kernel_size} and {module.groups} groups: loralib adapts square kernels,"
+            " and under groups its update has no form here; merge it in loralib (model.eval()) and load it as W0"
+        )
+    _expect(name, A, B, (r * k, width * k), (out * k, r * k), r, k)
+    placed = A.new_zeros(k, r * k, k, width * k)
+    segments = torch.arange(k)
+    placed[segments, :, segments] = A
+    return Factors(A=placed.reshape(-1, width, k, k), B=B.reshape(out, r * k * k, 1, 1), r=r * k * k)
 
 
 def _expect(
@@ -242,7 +217,6 @@ def _check_rest(
     saved: list[str],
     model: nn.Module,
     *,
-    scale: float,
     allow_other_base: bool,
 ) -> Bias:
     """Compare what is of the base with the model's W0, and tell which biases were trained.
@@ -258,34 +232,19 @@ def _check_rest(
     moved = [key for key, tensor in rest.items() if not _is_same(tensor, own[key])]
     biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(own[key], nn.Parameter)]
     others = [key for key in moved if key not in biases]
-    if others and allow_other_base:
-        warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}")
-    elif others:
-        is_merged = all(_is_merged(key, rest[key], own[key], factors, scale) for key in others)
-        why = (
-            "loralib folds the update into W0 in eval() mode and this was saved so: W0 + (alpha / r) B A"
-            if is_merged
-            else "the base is another, or these were trained too (then name them in modules_to_save), or the file was"
-            " saved in eval() mode, trained on and so holds an older update in W0"
-        )
+    if others and not allow_other_base:
         raise AdapterError(
-            f"{len(others)} weights in the checkpoint are not this model's: {some(others, 10)}; {why}."
-            f" Pass allow_other_base=True to put A and B on this model's own weights"
+            f"{len(others)} weights in the checkpoint are not this model's: {some(others, 10)}; it was saved in eval()"
+            " mode, in which loralib folds the update into W0, or the base is another, or these were trained too (then"
+            " name them in modules_to_save). Pass allow_other_base=True to put A and B on this model's own weights"
         )
+    if others:
+        warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}")
     if any(key not in rest and not any(_is_within(key, name) for name in saved) for key in own):
         warn_of_no_fingerprint()
     if not biases:
         return "none"
     return "lora_only" if all(key.rpartition(".")[0] in factors for key in biases) else "all"
-
-
-def _is_merged(key: str, tensor: Tensor, own: Tensor, factors: Mapping[str, Factors], scale: float) -> bool:
-    one = factors.get(key.removesuffix(".weight"))
-    if one is None or tensor.shape != own.shape:
-        return False
-    delta = one.delta()
-    merged = own.detach().double().cpu() + scale * (delta if delta.shape == own.shape else delta.T)
-    return torch.allclose(merged, tensor.double(), rtol=1e-4, atol=1e-5 * float(own.abs().max()))
 
 
 def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -308,10 +267,6 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
 
 def _is_same(tensor: Tensor, own: Tensor) -> bool:
     return tensor.shape == own.shape and torch.equal(tensor.to(own.dtype), own.cpu())
-
-
-def _ends_in(name: str, entry: str) -> bool:
-    return name == entry or name.endswith(f".{entry}")
 
 
 def _is_within(key: str, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -13,13 +14,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, ConfigError, some, warn
-from lora_lightning.lora.formats.peft.config import HARMLESS, shorten
+from lora_lightning.lora.formats.peft.config import CONFIG, HARMLESS, WEIGHTS, shorten
 from lora_lightning.lora.formats.peft.layout import LayerLayout
-from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, of_tensors
+from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, fingerprint_of_tensors
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.targets.fused_projections import refuse_spec
 
 PROVENANCE, CHECKSUM = "lora_lightning", "lora_lightning_sha256"
+
+WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|module)\.")
+"""What `torch.compile` and `DataParallel` put into names."""
 
 FREE = HARMLESS - {"ensure_weight_tying"}
 """Fields of PEFT's config that may be edited: they change nothing of what is loaded."""
@@ -39,29 +43,26 @@ class Record:
     """Dropouts that differ from the most common one, for which PEFT's config has no place."""
     slices: dict[str, Any]
     """The chosen parts of fused layers, written out in full."""
-    config: dict[str, str] | None = None
-    """Digests of what PEFT's config said beside it, by field; None in records of older versions."""
+    config: dict[str, str]
+    """Digests of what PEFT's config said beside it, by field."""
 
-    def holds(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether the file's tensors are as they were saved, as far as a digest of that format can tell."""
-        return self.base.format != FORMAT or self.adapter == of_tensors(tensors).digest
-
-    def refuse_changed(self, config: Mapping[str, Any], path: Path) -> None:
-        """Raise an AdapterError where the config at `path` means another thing than it did when it was saved."""
+    def refuse_changed(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], directory: Path) -> None:
+        """Raise an AdapterError where the files in `directory` say another thing than they did when they were saved."""
+        if self.adapter != fingerprint_of_tensors(tensors).digest:
+            raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
         here = config_digests(config)
-        before = here if self.config is None else self.config
-        if changed := sorted(name for name in {*here, *before} if here.get(name) != before.get(name)):
+        if changed := sorted(n for n in {*here, *self.config} if here.get(n) != self.config.get(n)):
             fields = some([f"{name[:40]}={shorten(config.get(name))}" for name in changed])
             raise AdapterError(
-                f"{path} was changed since it was saved, in {fields}: put back what it said, or export or download it"
-                f" again; {some(sorted(FREE), 8)} may be changed"
+                f"{directory / CONFIG} was changed since it was saved, in {fields}: put back what it said, or export or"
+                f" download it again; {some(sorted(FREE), 8)} may be changed"
             )
 
     def for_changed_file(
         self, tensors: Mapping[str, Tensor], settings: dict[str, tuple[int, float, float]], config: Mapping[str, Any]
     ) -> Record:
         """The record of a file that was made from this one's for the same base, its parts in A and B as they lie."""
-        adapter = of_tensors(tensors).digest
+        adapter = fingerprint_of_tensors(tensors).digest
         return replace(self, adapter=adapter, settings=settings, config=config_digests(config), slices={})
 
     def to_metadata(self) -> dict[str, str]:
@@ -105,7 +106,7 @@ def write_record(
     blank = Fingerprint("0" * 64, {} if digests else dict.fromkeys(base_tensors(model), "0" * 16))
     return Record(
         base=fingerprint(model) if digests else blank,
-        adapter=of_tensors(tensors).digest if digests else blank.digest,
+        adapter=fingerprint_of_tensors(tensors).digest if digests else blank.digest,
         settings={one.name: (*one.loaded_settings, one.scale) for one in layouts},
         dropouts=dropouts,
         config=config_digests(config),
@@ -125,20 +126,23 @@ def read_record(metadata: Mapping[str, str]) -> Record | None:
         return None
     try:
         record = json.loads(metadata[PROVENANCE])
-        # A record of the first format had no checksum, and is told by its fingerprint's.
-        has_checksum = CHECKSUM in metadata or "format" in record["base"]
-        if has_checksum and metadata.get(CHECKSUM) != _sha256(metadata[PROVENANCE]):
+        base = Fingerprint.from_json(json.dumps(record["base"]))
+        if base.format != FORMAT:
+            raise ValueError(
+                f"it is of format {base.format} and this version reads format {FORMAT}; PEFT opens the adapter, and"
+                " what it saves opens here"
+            )
+        if metadata.get(CHECKSUM) != _sha256(metadata[PROVENANCE]):
             raise ValueError("it was changed since it was saved")
-        slices = dict(record.get("slices", {}))
-        for name, spec in slices.items():
+        for name, spec in record["slices"].items():
             refuse_spec(name, spec)
         return Record(
-            base=Fingerprint.from_json(json.dumps(record["base"])),
+            base=base,
             adapter=str(record["adapter"]),
             settings={name: (int(r), float(a), float(s)) for name, (r, a, s) in record["settings"].items()},
-            dropouts={name: float(p) for name, p in record.get("dropouts", {}).items()},
-            slices=slices,
-            config={name: str(d) for name, d in record["config"].items()} if "config" in record else None,
+            dropouts={name: float(p) for name, p in record["dropouts"].items()},
+            slices=record["slices"],
+            config={name: str(digest) for name, digest in record["config"].items()},
         )
     except (ConfigError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"the adapter's record of its base cannot be read ({str(error)[:200]})") from error
@@ -171,9 +175,9 @@ def refuse_other_base(
     With `allow_other_base` it warns instead.
 
     Raises:
-        AdapterError: another base, or one whose fingerprint is of another format.
+        AdapterError: another base.
     """
-    why = unknown_format(made_on) or _difference(made_on, here, replaced)
+    why = _difference(made_on, here, replaced)
     if why and not allow_other_base:
         way_out = "pass allow_other_base=True (--model.allow_other_base true on the command line) to do without"
         raise AdapterError(f"{why}. Load the base that it was made on, or {way_out}")
@@ -182,16 +186,27 @@ def refuse_other_base(
 
 
 def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[str]) -> str | None:
-    # A head that the adapter brings whole is here alone, under each of its names.
+    made_on = _by_plain_names(made_on, here)
+    # A head that the adapter brings whole is here alone, under each of its names; or there alone.
     heads = tuple(f"{name}." for name in replaced)
-    brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)} if heads else set()
+    brought = {digest for name, digest in here.tensors.items() if name.startswith(heads)}
     names = [n for n in here.differences(made_on) if n in made_on.tensors or here.tensors[n] not in brought]
+    names = [name for name in names if not name.startswith(heads)]
     if not names:
         return None
     return (
         f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
         f" {len(names)} of {len(here.tensors.keys() | made_on.tensors)} tensors differ, first {some(names)}"
     )
+
+
+def _by_plain_names(made_on: Fingerprint, here: Fingerprint) -> Fingerprint:
+    """`made_on` by the names of `here`: of a wrapped model it once noted them with `_orig_mod.` or `module.` inside."""
+    plain = {WRAPPERS.sub("", name): name for name in here.tensors}
+    found = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
+    if len({*found.values()}) < len(found):
+        return made_on
+    return replace(made_on, tensors={found[name]: digest for name, digest in made_on.tensors.items()})
 
 
 def warn_of_no_fingerprint() -> None:
@@ -205,13 +220,3 @@ def warn_of_no_fingerprint() -> None:
 def warn_of_other_base(why: str) -> None:
     """Say that an adapter is loaded on another base than its own, as it was asked for."""
     warn(f"allow_other_base: {why}. Its outputs are not those that were trained")
-
-
-def unknown_format(made_on: Fingerprint) -> str | None:
-    """Why a fingerprint cannot be compared with those of this version, None where it can."""
-    if made_on.format == FORMAT:
-        return None
-    return (
-        f"the adapter notes its base by a fingerprint of format {made_on.format}, this version of lora_lightning takes"
-        f" format {FORMAT}: whether this is that base cannot be told"
-    )

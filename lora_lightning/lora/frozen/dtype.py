@@ -68,15 +68,15 @@ def cast_base(model: nn.Module, dtype: torch.dtype, other: Mapping[str, torch.dt
         other: names of tensors that get a dtype of their own.
     """
     layers = [module for _, module in named_modules(model) if isinstance(module, AdaptedLayer)]
-    fresh = [layer for layer in layers if _follows_its_base(layer)]
+    fresh = [layer for layer in layers if _has_base_norms(layer)]
     for place in base_floats(model):
-        _put(place, place.tensor.to((other or {}).get(place.name, dtype)))
+        _set_tensor(place, place.tensor.to((other or {}).get(place.name, dtype)))
     for layer in fresh:
         assert layer.lora_magnitude_vector is not None
         layer.lora_magnitude_vector.copy_(layer.updated_norms())
 
 
-def _follows_its_base(layer: AdaptedLayer) -> bool:
+def _has_base_norms(layer: AdaptedLayer) -> bool:
     magnitude = layer.lora_magnitude_vector
     return magnitude is not None and not magnitude.is_meta and torch.equal(magnitude, layer.updated_norms())
 
@@ -96,13 +96,13 @@ def base_floats(model: nn.Module) -> Iterator[BaseTensor]:
 def widen(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring W0, in place, to a dtype that holds both its own values and those of `dtype`: nothing is rounded."""
     for place in _plain_floats(model):
-        _put(place, place.tensor.to(torch.promote_types(place.tensor.dtype, dtype)))
+        _set_tensor(place, place.tensor.to(torch.promote_types(place.tensor.dtype, dtype)))
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Round all that is saved to `dtype`, in place. Ties stay; buffers that no file holds are left as they are."""
     for place in _plain_floats(model):
-        _put(place, place.tensor.to(dtype))
+        _set_tensor(place, place.tensor.to(dtype))
 
 
 def _plain_floats(model: nn.Module) -> Iterator[BaseTensor]:
@@ -111,7 +111,7 @@ def _plain_floats(model: nn.Module) -> Iterator[BaseTensor]:
             yield place
 
 
-def _put(place: BaseTensor, value: Tensor) -> None:
+def _set_tensor(place: BaseTensor, value: Tensor) -> None:
     if not place.is_parameter:
         place.module._buffers[place.own] = value
     elif place.tensor.dtype != value.dtype:

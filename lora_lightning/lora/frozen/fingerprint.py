@@ -67,12 +67,12 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     Each call hashes the bytes anew, about 0.5 s per GiB: torch does not count writes through `.data` or numpy, so
     nothing that was found before could be trusted.
     """
-    return of_tensors(base_tensors(model))
+    return fingerprint_of_tensors(base_tensors(model))
 
 
-def of_tensors(tensors: Mapping[str, Tensor]) -> Fingerprint:
+def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> Fingerprint:
     """The same for tensors by name, as read from a file."""
-    return of_digests(digests(tensors))
+    return fingerprint_of_digests(digests(tensors))
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -85,7 +85,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         }
 
 
-def of_digests(found: Mapping[str, str]) -> Fingerprint:
+def fingerprint_of_digests(found: Mapping[str, str]) -> Fingerprint:
     """The whole's, of tensors whose own digests are known, in the model's order."""
     whole = "".join(f"{name}={found[name]}\n" for name in sorted(found))
     return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in found.items()})

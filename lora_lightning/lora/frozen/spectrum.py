@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.frozen.quantization import plain_weight
 from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
 from lora_lightning.lora.layers.conv import CONVS
+from lora_lightning.lora.layers.functional import without_groups
 from lora_lightning.lora.layers.linear import CONV1D
 
 EPS = torch.finfo(torch.float64).eps
@@ -41,12 +42,6 @@ def matrix_pair(A: Tensor, B: Tensor) -> Pair:
     if groups > 1:
         B = torch.block_diag(*B.chunk(groups))  # type: ignore[no-untyped-call]
     return A, B
-
-
-def stack_pairs(A: Tensor, B: Tensor, count: int) -> list[Pair]:
-    """The pairs of a stack's entries: rows of A lie together, columns of B are `rank * count + entry`."""
-    columns = torch.unflatten(B, 1, (-1, count)).unbind(2)
-    return list(zip(A.chunk(count), columns, strict=True))
 
 
 def subtract_init(pair: Pair, A0: Tensor | None, B0: Tensor | None) -> Pair:
@@ -82,25 +77,12 @@ def weight_matrices(module: nn.Module, weight: Tensor, *, stacked: bool = False)
     if stacked:
         turned = bool(getattr(module, "is_transposed", False)) and weight.dim() == 3
         return list((weight.mT if turned else weight).unbind()) if weight.dim() == 3 else [weight]
-    if isinstance(module, nn.Embedding) or _is_conv1d(module):
+    is_conv1d = any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(module).__mro__)
+    if isinstance(module, nn.Embedding) or is_conv1d:
         return [weight.mT]
     if isinstance(module, CONVS):
-        return [_ungrouped(weight, module.groups) if module.groups > 1 else weight.flatten(1)]
+        return [without_groups(weight, module.groups).flatten(1)]
     return [weight]
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' linear layer that holds its transpose, adapted or plain."""
-    return CONV1D in {f"{cls.__module__}.{cls.__qualname__}" for cls in type(module).__mro__}
-
-
-def _ungrouped(weight: Tensor, groups: int) -> Tensor:
-    """W0 of a convolution with groups as one that sees all channels, with zeros at those of other groups."""
-    out, channels, *kernel = weight.shape
-    wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
-    own = torch.arange(groups)
-    wide[own, :, own] = torch.unflatten(weight, 0, (groups, -1))
-    return wide.flatten(2, 3).flatten(0, 1).flatten(1)
 
 
 # The spectrum of an update.

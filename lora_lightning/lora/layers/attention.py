@@ -74,40 +74,41 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
     @classmethod
     def output_rows(cls, module: nn.Module) -> int:
         """Outputs of the in-projection, for the layout of its parts."""
-        return 3 * int(_attention(module).embed_dim)
+        return 3 * int(_as_attention(module).embed_dim)
 
     @classmethod
     def factor_shapes(cls, module: nn.Module, settings: LayerSettings) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        width, taken = _attention(module).embed_dim, _taken(module, settings)
+        width, taken = _as_attention(module).embed_dim, _own_parts(module, settings)
         if taken is None:
             return (settings.r, width), (3 * width, settings.r)
-        inputs = sum(_inputs(module)[part] for part in taken)
+        inputs = sum(_input_widths(module)[part] for part in taken)
         return (settings.r, inputs), (len(taken) * width, settings.r)
 
     @classmethod
     def largest_rank(cls, module: nn.Module, settings: LayerSettings) -> int:
-        taken = _taken(module, settings) or PARTS
-        return min(int(_attention(module).embed_dim), *(_inputs(module)[part] for part in taken))
+        taken = _own_parts(module, settings) or PARTS
+        return min(int(_as_attention(module).embed_dim), *(_input_widths(module)[part] for part in taken))
 
     @classmethod
     def adapted_parameters(cls, module: nn.Module, settings: LayerSettings) -> dict[str, nn.Parameter]:
-        names = [IN_PROJ] if _is_one(module) else [f"{p}_proj_weight" for p in _taken(module, settings) or PARTS]
+        parts = _own_parts(module, settings) or PARTS
+        names = [IN_PROJ] if _has_one_weight(module) else [f"{part}_proj_weight" for part in parts]
         return {name: module._parameters[name] for name in names}  # type: ignore[misc]
 
     def _pairs(self) -> dict[str, tuple[Tensor, Tensor]]:
         """A (r, in) and B (width, r) of each adapted part."""
-        taken = _taken(self, self.lora_settings)
+        taken = _own_parts(self, self.lora_settings)
         if taken is None:
             return dict(zip(PARTS, ((self.lora_A, B) for B in self.lora_B.chunk(3)), strict=True))
-        own = torch.split(self.lora_A, [_inputs(self)[part] for part in taken], dim=1)
+        own = torch.split(self.lora_A, [_input_widths(self)[part] for part in taken], dim=1)
         return dict(zip(taken, zip(own, torch.split(self.lora_B, self.embed_dim), strict=True), strict=True))
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return super().factor_pairs() if _taken(self, self.lora_settings) is None else list(self._pairs().values())
+        return super().factor_pairs() if _own_parts(self, self.lora_settings) is None else list(self._pairs().values())
 
     def updates(self) -> Iterator[tuple[str, tuple[slice, ...], Tensor, Tensor]]:
         dtype, scale = self._lora_dtype(), self.lora_settings.scale
-        if _is_one(self):
+        if _has_one_weight(self):
             factors = self.to_peft()
             deltas = {IN_PROJ: lora_delta(factors["lora_A"], factors["lora_B"], scale, dtype)}
         else:
@@ -131,7 +132,7 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
 
     def _slices(self) -> Slices | None:
         """The layout, where the parts of one weight are adapted apart. PEFT has no form for three weights."""
-        return self.lora_settings.slices if _is_one(self) else None
+        return self.lora_settings.slices if _has_one_weight(self) else None
 
     def to_peft(self) -> dict[str, Tensor]:
         slices = self._slices()
@@ -148,29 +149,29 @@ class LoRAMultiheadAttention(ReadWeight, nn.MultiheadAttention):
         return {**tensors, "lora_A": A, "lora_B": unblock_rows(tensors["lora_B"], slices)}
 
 
-def _is_one(module: nn.Module) -> bool:
+def _has_one_weight(module: nn.Module) -> bool:
     """Whether q, k and v are one weight."""
     return module._parameters.get(IN_PROJ) is not None
 
 
-def _taken(module: nn.Module, settings: LayerSettings) -> tuple[str, ...] | None:
+def _own_parts(module: nn.Module, settings: LayerSettings) -> tuple[str, ...] | None:
     """The parts with an A of their own; None where all of them share one."""
     if settings.slices is not None:
         return settings.slices.taken
-    return None if _is_one(module) else PARTS
+    return None if _has_one_weight(module) else PARTS
 
 
-def _inputs(module: nn.Module) -> dict[str, int]:
-    attention = _attention(module)
+def _input_widths(module: nn.Module) -> dict[str, int]:
+    attention = _as_attention(module)
     return {"q": attention.embed_dim, "k": attention.kdim, "v": attention.vdim}
 
 
-def _attention(module: nn.Module) -> nn.MultiheadAttention:
+def _as_attention(module: nn.Module) -> nn.MultiheadAttention:
     assert isinstance(module, nn.MultiheadAttention)
     return module
 
 
-def _withheld(name: str, value: int) -> property:
+def _switched_attribute(name: str, value: int) -> property:
     """An attribute that reads as `value` while adapters are on, and as the module's own when they are off."""
 
     def read(module: Any) -> Any:
@@ -182,13 +183,13 @@ def _withheld(name: str, value: int) -> property:
 class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):
     """`nn.TransformerEncoderLayer` that calls what it holds: by torch's own rule its kernel takes no activation 0."""
 
-    activation_relu_or_gelu = _withheld("activation_relu_or_gelu", 0)  # type: ignore[assignment]
+    activation_relu_or_gelu = _switched_attribute("activation_relu_or_gelu", 0)  # type: ignore[assignment]
 
 
 class EncoderHost(Grafted, nn.TransformerEncoder):
     """`nn.TransformerEncoder` that packs no padded batch into nested tensors, which only its layers' kernels take."""
 
-    use_nested_tensor = _withheld("use_nested_tensor", False)  # type: ignore[assignment]
+    use_nested_tensor = _switched_attribute("use_nested_tensor", False)  # type: ignore[assignment]
 
 
 def hold_kernels_off(modules: list[nn.Module], adapted: list[nn.Module]) -> None:

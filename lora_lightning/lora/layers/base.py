@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.init import from_weight
 from lora_lightning.lora.init.random import init_random_
@@ -203,6 +205,35 @@ class AdaptedLayer(Grafted):
         if "lora_A" in self._parameters:
             self.reset_lora_parameters()
 
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        """Give the layer the alpha and the scale s of `strength` times its own.
+
+        With DoRA's factor f = m / ||W0 + s B A||, `W0 + c (W' - W0)` is `(1 + c (f - 1)) W0 + c f s B A`: DoRA again,
+        with c s for s, `f / (1 + c (f - 1))` times each row of B, and the m that makes its factor `1 + c (f - 1)`.
+
+        Raises:
+            LoRAError: a channel of DoRA's would have nothing left of W0, which no magnitude can say.
+        """
+        s, magnitude = self.lora_settings, self.lora_magnitude_vector
+        factor = None if magnitude is None else self.dora_factor()
+        alpha = strength * s.alpha
+        # By the formula, not by a product: a scale that rounds otherwise would be taken for rslora's in a file.
+        scale = alpha / s.r if s.scale == s.alpha / s.r else alpha / math.sqrt(s.r)
+        self.__dict__["lora_settings"] = replace(s, alpha=alpha, scale=scale)
+        if factor is not None and magnitude is not None:
+            of_base = 1 + strength * (factor - 1)
+            if not bool(of_base.all()):
+                raise LoRAError(f"a DoRA layer has a channel without W0 at a strength of {strength:g}: take another")
+            for B in (self.lora_B, self.lora_B0):
+                if B is not None:
+                    B.copy_(self.scale_channels(B, (factor / of_base).to(B.dtype)))
+            magnitude.copy_(of_base * self.updated_norms())
+        super().rescale_update(strength, done)
+
+    def scale_channels(self, B: Tensor, factor: Tensor) -> Tensor:
+        """B with the row of each output channel times its factor (channels,)."""
+        return B * factor.view(-1, *[1] * (B.dim() - 1))
+
     # Where it stands.
 
     def lora_name(self, path: str) -> str:
@@ -215,7 +246,7 @@ class AdaptedLayer(Grafted):
         return self
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Each A of rank r with its B, as views: one pair, or one for each adapted part."""
+        """Each A with the B that it is multiplied by, as matrices and views: one pair, or one for each part."""
         return [(self.lora_A, self.lora_B)]
 
     # Forward: `h = lora_finish(W0 x + b + lora_update(x))`.

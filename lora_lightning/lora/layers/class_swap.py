@@ -21,8 +21,8 @@ class Grafted(nn.Module):
     """A module whose class was extended in place. Derived classes add parameters and override `forward`.
 
     A derived class has the whole life of what it adds: `attach` puts it into a module, `lora_tensors` are its tensors,
-    `reset_lora_parameters` starts them anew, `fold` makes them the module's own where a merge needs that, and
-    `take_out` below removes whatever was added.
+    `reset_lora_parameters` starts them anew, `rescale_update` gives them another strength, `fold` makes them the
+    module's own where a merge needs that, and `take_out` below removes whatever was added.
     """
 
     lora_enabled: bool = True
@@ -49,6 +49,14 @@ class Grafted(nn.Module):
 
     def reset_lora_parameters(self) -> None:
         """Start the adapter's tensors anew, from what the module's own tensors are now."""
+
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        """Make each trained W, in place, `W0 + strength (W - W0)`; `inject.scaled` calls it and puts all back.
+
+        Args:
+            strength: c, at least 0.
+            done: ids of the tensors that are scaled already, which several modules may share.
+        """
 
     @contextmanager
     def lora_disabled(self) -> Iterator[None]:
@@ -145,6 +153,21 @@ def ungraft(module: nn.Module, added: type[Grafted]) -> None:
     for kind, read in grafts[:last] + grafts[last + 1 :]:
         cls = _grafted_class(kind, cls, read)
     module.__class__ = cls  # type: ignore[assignment]
+
+
+def interpolate_(trained: Tensor, own: Tensor, strength: float, done: set[int]) -> None:
+    """Make a tensor that trains in full `W0 + strength (W - W0)`, once; at 0 it is W0 to the bit.
+
+    Whole numbers, such as a norm's count of batches, have nothing in between: they stay, and are W0's at 0.
+    """
+    if id(trained) in done:
+        return
+    done.add(id(trained))
+    wide = own.to(trained.dtype)
+    if strength == 0:
+        trained.copy_(wide)
+    elif trained.is_floating_point():
+        trained.copy_(wide + strength * (trained - wide))
 
 
 def take_out(module: nn.Module) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
-from lora_lightning.lora.layers.functional import conv_delta, conv_update
+from lora_lightning.lora.layers.functional import conv_delta, conv_update, without_groups
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -63,21 +63,20 @@ class _Conv(AdaptedLayer):
         out: Tensor = self._conv_forward(x, weight, None)  # type: ignore[operator]  # torch's, with every padding mode
         return out
 
+    def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """One for each group of channels: A (r / groups, in / groups times kernel), B (out / groups, r / groups)."""
+        factors = (torch.unflatten(factor.flatten(1), 0, (_groups(self), -1)) for factor in (self.lora_A, self.lora_B))
+        return list(zip(*factors, strict=True))
+
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
         return conv_delta(self.lora_A, self.lora_B, self.lora_settings.scale, self._lora_dtype())
 
     def to_peft(self) -> dict[str, Tensor]:
         """PEFT's A sees all channels, (r, in, kernel...): ours has zeros at the channels of other groups."""
-        groups, tensors = _groups(self), super().to_peft()
+        tensors = super().to_peft()
         if self.lora_magnitude_vector is not None:
             tensors["lora_magnitude_vector"] = self.lora_magnitude_vector.view(1, -1, *self.lora_B.shape[2:])
-        if groups == 1:
-            return tensors
-        r, in_group, *kernel = self.lora_A.shape
-        wide = self.lora_A.new_zeros(groups, r // groups, groups, in_group, *kernel)
-        own = torch.arange(groups, device=wide.device)
-        wide[own, :, own] = torch.unflatten(self.lora_A.detach(), 0, (groups, -1))
-        return {**tensors, "lora_A": wide.flatten(2, 3).flatten(0, 1)}
+        return tensors if _groups(self) == 1 else {**tensors, "lora_A": without_groups(self.lora_A, _groups(self))}
 
     def from_peft(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if "lora_magnitude_vector" in tensors:

@@ -94,6 +94,17 @@ def conv_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor
     return torch.unflatten(lora_delta(a, b, scale, dtype).flatten(0, 1), 1, A.shape[1:])
 
 
+def without_groups(weight: Tensor, groups: int) -> Tensor:
+    """A kernel (out, in / groups, kernel...) as one that sees all channels, with zeros at those of other groups."""
+    if groups == 1:
+        return weight
+    out, channels, *kernel = weight.shape
+    wide = weight.new_zeros(groups, out // groups, groups, channels, *kernel)
+    own = torch.arange(groups, device=weight.device)
+    wide[own, :, own] = torch.unflatten(weight, 0, (groups, -1))
+    return wide.flatten(2, 3).flatten(0, 1)
+
+
 # Embeddings: A is (r, number of rows), B is (width, r).
 
 
@@ -109,7 +120,7 @@ def embedding_update(
 
 
 @torch.no_grad()
-def renormed(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+def bounded_rows(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
     """Rows (..., width) with norms of at most `max_norm`, by the kernel with which `nn.Embedding` rewrites W0."""
     flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
     index = torch.arange(flat.shape[0], device=flat.device)

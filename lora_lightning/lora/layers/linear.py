@@ -106,6 +106,10 @@ class _Projection(AdaptedLayer):
     def _all_rows(self, B: Tensor) -> Tensor:
         return B if self.lora_settings.slices is None else block_rows(B, self.lora_settings.slices)
 
+    def scale_channels(self, B: Tensor, factor: Tensor) -> Tensor:
+        slices, whole = self.lora_settings.slices, super().scale_channels(self._all_rows(B), factor)
+        return whole if slices is None else unblock_rows(whole, slices)
+
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         s = self.lora_settings
         if s.slices is None:

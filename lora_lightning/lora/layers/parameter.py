@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
@@ -104,8 +103,7 @@ class LoRAParameter(AdaptedLayer):
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         count, _, _ = _layout(self.lora_owner, self.lora_settings.parameter)
-        columns = torch.unflatten(self.lora_B, 1, (-1, count)).unbind(2)
-        return list(zip(torch.split(self.lora_A, self.lora_settings.r), columns, strict=True))
+        return list(zip(*stack_factors(self.lora_A, self.lora_B, count), strict=True))
 
     def delta_weight(self, part: slice = WHOLE) -> Tensor:
         """Parts are of the matrix's rows or the stack's entries."""

@@ -24,7 +24,7 @@ _trace = _Trace()
 
 
 @contextmanager
-def traced(kind: type[Tensor]) -> Iterator[None]:
+def tracing(kind: type[Tensor]) -> Iterator[None]:
     """Within the block, tensors of this class stand for ordinary ones."""
     before, _trace.kind = _trace.kind, kind
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError, LoRAError, some
 from lora_lightning.lora.formats.provenance import warn_of_other_base
-from lora_lightning.lora.frozen.fingerprint import of_tensors
+from lora_lightning.lora.frozen.fingerprint import fingerprint_of_tensors
 from lora_lightning.lora.frozen.tied_weights import shared_parameters
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 
@@ -234,7 +234,7 @@ class BaseCheck:
             own += [torch.float32, torch.bfloat16, torch.float16, torch.float64]
         for dtype in dict.fromkeys([self.dtype, *own] if self.dtype in own else own):
             assert dtype is not None
-            if set(of_tensors({"": tensor.to(dtype)}).tensors.values()) == digests:
+            if set(fingerprint_of_tensors({"": tensor.to(dtype)}).tensors.values()) == digests:
                 self.dtype = dtype
                 return True
         return False

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, LoRAError, MergeError, some
+from lora_lightning.lora.errors import LoRAError, MergeError, some
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
-from lora_lightning.lora.formats.provenance import Record, check_base, unknown_format, warn_of_other_base
+from lora_lightning.lora.formats.provenance import Record, check_base
 from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_bytes, sort_entries, write_file
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
-from lora_lightning.lora.merge import fold_bias, merged_weights, refuse, refuse_codes
+from lora_lightning.lora.merge import fold, refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.inject import (
     adapted_names,
@@ -99,11 +99,6 @@ class StreamedMerge:
         """What compares the base with the adapter's record of it; None, with a notice, where that cannot be done."""
         if record is None:
             check_base(None, self.plain, allow_other_base=allow_other_base)
-            return None
-        if unknown := unknown_format(record.base):
-            if not allow_other_base:
-                raise AdapterError(f"{unknown}; allow_other_base does without")
-            warn_of_other_base(unknown)
             return None
         buffers = {name for name, _ in self.plain.named_buffers()}
         return BaseCheck(record.base.tensors, self.base, buffers, allow_other_base=allow_other_base)
@@ -276,29 +271,17 @@ class Changes:
     @torch.no_grad()
     def _fold(self, path: str, module: Grafted, names: list[str]) -> dict[str, Tensor]:
         """What a merge makes of a module's tensors of these names, with its W0 put in for the moment."""
-        weights = adapted_names(path, module) if isinstance(module, AdaptedLayer) else {}
-        W0 = {name: self._must_read(name, wide=name not in weights.values()) for name in names}
+        weights = adapted_names(path, module).values() if isinstance(module, AdaptedLayer) else ()
+        W0 = {name: self._must_read(name, wide=name not in weights) for name in names}
         with present(self.model, W0):
-            merged: dict[str, Tensor] = {}
             if isinstance(module, AdaptedLayer):
-                label = module.lora_name(path)
-                refuse_codes(label, module)
+                refuse_codes(module.lora_name(path), module)
                 start_from_present(module)
-                sums, self.kept[label] = merged_weights(module, self.dtype, label=label)
-                merged = {weights[own]: tensor for own, tensor in sums.items()}
-            if isinstance(module, TrainedBias):
-                name = full_name(path, "bias")
-                refuse_overflow(f"'{name}'", module.lora_trained_bias, W0[name].dtype)
-                module.fold({})
-            if isinstance(module, AdaptedLayer):
-                fold_bias(module, module.lora_name(path))
-            if isinstance(module, TokenRows):
-                name = full_name(path, "weight")
-                refuse_overflow(f"'{name}'", module.lora_tokens, W0[name].dtype)
-                module.fold()
-            stores = {name: place_of(self.model, name) for name in names if name not in merged}
-            now = {name: store[own].detach() for name, (store, own) in stores.items()}
-        return {**merged, **now}
+            share = fold(path, module, {}, self.dtype)
+            if isinstance(module, AdaptedLayer) and share is not None:
+                self.kept[module.lora_name(path)] = share
+            places = {name: place_of(self.model, name) for name in names}
+            return {name: store[own].detach() for name, (store, own) in places.items()}
 
     def _must_read(self, name: str, *, wide: bool) -> Tensor:
         """W0's tensor; `wide`: in the wider of its dtype and that of the results, so that it is rounded once."""

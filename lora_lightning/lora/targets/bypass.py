@@ -79,7 +79,7 @@ def _reads_out_proj(module: nn.Module) -> bool:
     return not isinstance(module.out_proj, OutProj)
 
 
-def computed_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
+def parametrized_modules(names: dict[nn.Module, list[str]]) -> dict[nn.Module, str]:
     """Modules under a parametrization such as weight norm: an update folded into their weight would be lost."""
     reason = "its weight is computed from other parameters (a parametrization), so no update can be folded into it"
     weights = {m: "in_proj_weight" if isinstance(m, nn.MultiheadAttention) else "weight" for m in names if kind_of(m)}

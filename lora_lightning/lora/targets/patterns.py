@@ -42,7 +42,7 @@ def regex_refusal(pattern: str) -> str | None:
     return None
 
 
-def flat(names: Iterable[list[str]]) -> list[str]:
+def all_names(names: Iterable[list[str]]) -> list[str]:
     """All names but the model's own, which is empty."""
     return [name for group in names for name in group if name]
 
@@ -83,7 +83,7 @@ def refuse_unused(field_name: str, patterns: Iterable[str], selected: list[list[
     """Raise for a pattern that matches none of the selected names."""
     for pattern in patterns:
         if not any(_hits(pattern, group) for group in selected):
-            raise TargetError(no_match(field_name, pattern, flat(selected), what="adapted module"))
+            raise TargetError(no_match(field_name, pattern, all_names(selected), what="adapted module"))
 
 
 def no_match(field_name: str, entry: str, names: list[str], *, is_regex: bool = False, what: str = "module") -> str:

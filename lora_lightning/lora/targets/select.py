@@ -17,14 +17,14 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modules
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
-from lora_lightning.lora.report import OUTPUT_HEAD
-from lora_lightning.lora.targets.bypass import bypassed_modules, computed_modules
+from lora_lightning.lora.report import OUTPUT_HEAD, STACK
+from lora_lightning.lora.targets.bypass import bypassed_modules, parametrized_modules
 from lora_lightning.lora.targets.fused_projections import SliceSpec, resolve_slices
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.patterns import (
+    all_names,
     block_number,
     by_pattern,
-    flat,
     has_match,
     matches,
     matches_any,
@@ -78,7 +78,7 @@ class Selection:
     biases: list[nn.Module] = field(default_factory=list)
     """Modules whose parameter `bias` trains, in the model's order; those in `saved` train theirs anyway."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """Modules that `all-linear` would have taken but for the reason given."""
+    """Modules and stacks of matrices that `all-linear` would have taken but for the reason given."""
 
     @property
     def inside_saved(self) -> dict[nn.Module, str]:
@@ -103,9 +103,11 @@ def select(model: nn.Module, config: LoRAConfig, *, any_rank: bool = False) -> S
         names.setdefault(module, []).append(name)
     bypassed = bypassed_modules(names)
     selection = Selection(saved=_modules_to_save(names, config, bypassed))
-    targets = _target_modules(model, names, config, selection, computed_modules(names) | bypassed)
+    targets = _target_modules(model, names, config, selection, parametrized_modules(names) | bypassed)
     parts = preset_parts(model, config.target_modules) if targets else []
     targets = _in_layers(targets + _target_parameters(names, config, selection), config)
+    if config.target_modules == ALL_LINEAR:
+        selection.skipped |= dict.fromkeys(_stacks(targets, names, config, selection), STACK)
     modules = {group[0]: module for module, group in names.items()}
     for target in targets:
         target.settings = _settings(target, config, parts, modules)
@@ -140,7 +142,7 @@ def _modules_to_save(names: Names, config: LoRAConfig, bypassed: dict[nn.Module,
         exact = [m for m, group in names.items() if entry in group]
         hits = exact or [m for m, group in names.items() if any(matches([entry], n) for n in group)]
         if not hits:
-            raise TargetError(no_match("modules_to_save", entry, flat(names.values())))
+            raise TargetError(no_match("modules_to_save", entry, all_names(names.values())))
         if len(hits) > 1:
             several = ", ".join(f"'{names[m][0]}'" for m in hits[:4])
             raise TargetError(f"modules_to_save: '{entry}' is the end of several names: write in full {several}")
@@ -174,7 +176,7 @@ def _target_modules(
         found = _all_linear(model, candidates, unfit, selection)
     else:
         found = _by_name(model, names, candidates, config, unfit)
-    excluded, everything = config.exclude_modules or [], flat(names.values())
+    excluded, everything = config.exclude_modules or [], all_names(names.values())
     for entry in [excluded] if isinstance(excluded, str) else excluded:
         if not any(matches([entry] if isinstance(excluded, list) else entry, name) for name in everything):
             raise TargetError(no_match("exclude_modules", entry, everything, is_regex=isinstance(excluded, str)))
@@ -212,7 +214,7 @@ def _unused_target(entry: str, pattern: str | list[str], names: Names, candidate
     if "," not in entry and (close := get_close_matches(word, (ALL_LINEAR, *PRESETS), n=1, cutoff=0.8)):
         note = " (as a string, not in a list)" if listed else ""
         return f"target_modules: no module matches '{entry}'; did you mean '{close[0]}'?{note}"
-    return no_match("target_modules", entry, flat(names.values()), is_regex=not listed)
+    return no_match("target_modules", entry, all_names(names.values()), is_regex=not listed)
 
 
 def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str], selection: Selection) -> list[Target]:
@@ -228,6 +230,23 @@ def _all_linear(model: nn.Module, candidates: Names, unfit: dict[nn.Module, str]
             selection.skipped[group[0]] = unfit[module]
         else:
             found.append(Target(group, module, ALL_LINEAR))
+    return found
+
+
+def _stacks(targets: list[Target], names: Names, config: LoRAConfig, selection: Selection) -> list[str]:
+    """Parameters that hold a matrix for each expert and are not adapted: `all-linear` sees modules alone."""
+    taken, inside_saved = {(target.module, target.parameter) for target in targets}, selection.inside_saved
+    layers, found = config.layers_to_transform, []
+    for module, group in names.items():
+        if kind_of(module) is not None or module in inside_saved or type(module).__module__.startswith("torch."):
+            continue
+        for own, p in module._parameters.items():
+            if p is None or is_lazy(p) or p.dim() != 3 or min(p.shape) < 2 or (module, own) in taken:
+                continue
+            places = [full_name(name, own) for name in group]
+            outside = isinstance(layers, list) and block_number(places[0]) not in layers
+            if not outside and not any(matches(config.exclude_modules or [], name) for name in (*places, *group)):
+                found.append(places[0])
     return found
 
 

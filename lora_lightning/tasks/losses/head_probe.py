@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.token_loss import Terms, with_terms
@@ -65,7 +64,7 @@ def one_position(head: nn.Module, *, loud: bool = False) -> Iterator[list[HeadCa
 
 
 @torch.no_grad()
-def terms_of(backbone: PreTrainedModel, head: nn.Module, inputs: Mapping[str, Any]) -> Terms | None:
+def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms | None:
     """The bound and scale between the head's logits and the model's; None where its config has none that fit.
 
     The model is run for it, on random numbers that are put back: a resumed run is not to differ for having asked again.
@@ -96,12 +95,12 @@ def _loudness(head: nn.Module, last: Tensor) -> float:
     return min(LOUD / logit, LARGEST / value) if logit > 0 and value > 0 else 1.0
 
 
-def declared_terms(backbone: PreTrainedModel) -> Terms:
+def declared_terms(backbone: Any) -> Terms:
     """The bound and scale that its config has, unproven."""
     return _declared(backbone)[0]
 
 
-def _declared(backbone: PreTrainedModel) -> list[Terms]:
+def _declared(backbone: Any) -> list[Terms]:
     """What transformers' configs call bounds and scales, and neither."""
     config = backbone.config.get_text_config().to_dict()
     divisor = config.get("logits_scaling")  # Granite divides by it, others multiply

@@ -8,21 +8,23 @@ For trained rows i with logits `z_i = cap tanh(scale (W h_i + b) / cap)` and smo
 and scale and bound add the factors of their own slopes. Rows are taken in chunks: the gradient is there as soon as the
 loss is, so it is multiplied by W at once, and the chunk's logits are gone before the next's. Kept for backward: a
 gradient the size of h, and one the size of W only where W trains. The idea is that of "Cut Your Losses" (arXiv
-2411.09009) and liger-kernel (arXiv 2410.10989), whose kernel is taken where it can be (`liger.py`).
+2411.09009) and liger-kernel (arXiv 2410.10989); torch's own `F.linear_cross_entropy` neither bounds logits nor counts
+what is right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.functional import wide_dtype
-from lora_lightning.tasks.losses.liger import can_go_liger, liger_cross_entropy
 from lora_lightning.tasks.losses.token_loss import LinearCrossEntropy, Terms, refuse_labels
 
 FLOOR = 2**25
@@ -72,8 +74,6 @@ def _loss_and_correct(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms
 ) -> tuple[Tensor, Tensor]:
     with torch.autocast(hidden.device.type, enabled=False):
-        if can_go_liger(hidden, weight, bias, terms):
-            return liger_cross_entropy(hidden, weight, bias, labels, terms)
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
             loss, correct = _GradientInForward.apply(hidden, weight, bias, labels, terms)  # type: ignore[no-untyped-call]
             return loss, correct
@@ -168,6 +168,34 @@ def loss_of_logits_(logits: Tensor, labels: Tensor, terms: Terms, *, gradient: b
         if scale != 1.0:
             logits.mul_(scale)
     return losses, best.squeeze(1) == labels
+
+
+def in_chunks(
+    head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, of_logits: Callable[[Tensor, Tensor], Any]
+) -> list[Any]:
+    """A function of logits and labels through the head's own forward in chunks of rows, whose logits backward remakes.
+
+    For a head that is more than one frozen product: adapted, trained as a copy, or quantised.
+
+    Args:
+        head: (1, n, d) to (1, n, V).
+        hidden: (n, d).
+        labels: (n,), of which none is left out.
+        vocabulary: V, for the size of the chunks.
+        of_logits: of (m, V) and (m,), to a tensor or several.
+
+    Returns:
+        What it gives for each chunk.
+    """
+
+    def of(h: Tensor, y: Tensor) -> Any:
+        return of_logits(head(h.unsqueeze(0)).squeeze(0), y)
+
+    size = rows_at_once(hidden, vocabulary)
+    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+    if torch.is_grad_enabled():
+        return [checkpoint(of, h, y, use_reentrant=False) for h, y in chunks]
+    return [of(h, y) for h, y in chunks]
 
 
 def rows_at_once(hidden: Tensor, vocabulary: int) -> int:

@@ -12,6 +12,7 @@ of a transformers model it is said aloud.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,20 +20,21 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.tracing import is_traced
+from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.head_in_chunks import module_cross_entropy
 from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
-from lora_lightning.tasks.losses.linear_cross_entropy import linear_cross_entropy
+from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_cross_entropy
 from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
 _FOUND: WeakKeyDictionary[nn.Module, Terms | None] = WeakKeyDictionary()
 """What `terms_of` found of each model."""
 _SAID: WeakSet[nn.Module] = WeakSet()
 """Models of which it was said that they compute all their logits."""
+_ROUTED: WeakSet[nn.Module] = WeakSet()
+"""Models of which it was said that their router's loss is not added."""
 
 
 def shifted_loss(
@@ -83,12 +85,25 @@ def _losses(
     backbone: nn.Module, inputs: Mapping[str, Any], parts: Sequence[tuple[slice, Tensor]], label_smoothing: float
 ) -> list[LinearCrossEntropy]:
     """One forward, and the loss of each part of its rows, which are all of them together, with that part's labels."""
+    _warn_of_router_loss(backbone)
     before = before_head(backbone, inputs)
     if before is not None:
         terms = before.terms._replace(label_smoothing=label_smoothing)
         return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
     logits = logits_of(backbone(**inputs))
     return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
+
+
+def _warn_of_router_loss(backbone: nn.Module) -> None:
+    """Say that a mixture's config asks for a second loss, of how its router shares out tokens, which is not added."""
+    config = getattr(backbone, "config", None)
+    share = getattr(config, "router_aux_loss_coef", 0)
+    if share and getattr(config, "output_router_logits", False) is True and backbone not in _ROUTED:
+        _ROUTED.add(backbone)
+        rank_zero_warn(
+            "the model's config has output_router_logits, and its router's auxiliary loss (router_aux_loss_coef"
+            f" {share}) is not added: the loss is the cross-entropy alone, as where output_router_logits is false"
+        )
 
 
 def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
@@ -120,7 +135,9 @@ def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
     rows, labels = _trained("hidden states", hidden, labels), labels.to(hidden.device)
     if not _is_one_product(head, hidden):
-        return module_cross_entropy(head, hidden[rows], labels[rows], vocabulary, terms)
+        parts = in_chunks(head, hidden[rows], labels[rows], vocabulary, partial(cross_entropy_of_logits, terms=terms))
+        loss, correct = torch.stack([part.loss for part in parts]), torch.stack([part.correct for part in parts])
+        return LinearCrossEntropy(loss.sum(), sum(part.count for part in parts), correct.sum())
     assert isinstance(head, nn.Linear)
     weight, bias = head.weight, head.bias
     return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
@@ -140,7 +157,6 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
     """The head, where the model's logits come from it by known terms; else None."""
     why = why_all_logits(backbone)
     if why is None:
-        assert isinstance(backbone, PreTrainedModel)
         head = _head(backbone)
         if backbone not in _FOUND:
             _FOUND[backbone] = declared_terms(backbone) if is_traced() else terms_of(backbone, head, inputs)
@@ -148,7 +164,7 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
         if terms is not None:
             return head, terms
         why = "it does more to its logits than bound or scale them as its config says"
-    if isinstance(backbone, PreTrainedModel) and backbone not in _SAID:
+    if is_a(backbone, HF_MODEL) and backbone not in _SAID:
         _SAID.add(backbone)
         rank_zero_warn(
             f"{type(backbone).__name__} computes the logits of all tokens at once, which takes memory: {why}"
@@ -156,9 +172,9 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
     return None, Terms()
 
 
-def why_all_logits(backbone: nn.Module) -> str | None:
+def why_all_logits(backbone: Any) -> str | None:
     """Why this model's head cannot be taken apart, as far as can be seen before it runs; None where it may."""
-    if not isinstance(backbone, PreTrainedModel):
+    if not is_a(backbone, HF_MODEL):
         return "it is no transformers model"
     if backbone._compiled_call_impl is not None:
         return "it is compiled as a whole, head and all; compile its layers or its body instead"
@@ -172,8 +188,8 @@ def why_all_logits(backbone: nn.Module) -> str | None:
     return None
 
 
-def _head(backbone: PreTrainedModel) -> Any:
-    return backbone.get_output_embeddings()  # type: ignore[no-untyped-call]
+def _head(backbone: Any) -> Any:
+    return backbone.get_output_embeddings()
 
 
 def _is_one_product(head: nn.Module, hidden: Tensor) -> bool:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.linear_cross_entropy import rows_at_once
+from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks
 from lora_lightning.tasks.losses.lm_head import before_head
 from lora_lightning.tasks.losses.token_loss import IGNORED, Terms, refuse_labels, with_terms
 
@@ -58,23 +58,11 @@ def sequence_log_probs(backbone: nn.Module, inputs: Mapping[str, Any], labels: T
     if before is None:
         each = _of_logits(states[trained], targets[trained], Terms())
     else:
-        each = _in_chunks(before.head, states[trained], targets[trained], before.vocabulary, before.terms)
+        of_logits = partial(_of_logits, terms=before.terms)
+        each = torch.cat(in_chunks(before.head, states[trained], targets[trained], before.vocabulary, of_logits))
     text = trained.nonzero()[:, 0]
     total = torch.zeros(len(labels), dtype=each.dtype, device=each.device).index_add(0, text, each)
     return LogProbs(total, trained.sum(1))
-
-
-def _in_chunks(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> Tensor:
-    """Log-probabilities (n,) through the head's own forward, whose logits backward makes again."""
-
-    def of(h: Tensor, y: Tensor) -> Tensor:
-        return _of_logits(head(h.unsqueeze(0)).squeeze(0), y, terms)
-
-    size = rows_at_once(hidden, vocabulary)
-    chunks = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([checkpoint(of, h, y, use_reentrant=False) for h, y in chunks])
-    return torch.cat([of(h, y) for h, y in chunks])
 
 
 def _of_logits(logits: Tensor, labels: Tensor, terms: Terms) -> Tensor:

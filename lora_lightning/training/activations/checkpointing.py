@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
-from lora_lightning.training.activations.blocks import repeated_blocks
+from lora_lightning.lora.targets.blocks import repeated_blocks
 
 CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "cache")
 """Arguments by which layers are handed what earlier tokens left; a block that runs twice would add to it twice."""

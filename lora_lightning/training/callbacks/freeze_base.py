@@ -14,9 +14,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, some
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy, TokenRows
+from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.console import first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.distributed import agreed, gathered
@@ -54,8 +57,9 @@ class FreezeBase(Callback):
             freeze(_lora_module(pl_module).backbone)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the fingerprint, say what trains."""
+        """Refuse an adapter that is no longer whole, take the fingerprint, say what trains."""
         module = _lora_module(pl_module)
+        refuse_lost(module.report, module.backbone)
         self.before = module.w0_fingerprint()
         self._own = of_own_shards(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
@@ -122,6 +126,23 @@ def freeze(backbone: nn.Module) -> None:
     for name, parameter in backbone.named_parameters(remove_duplicate=False):
         if plain_name(backbone, name) in frozen:
             parameter.requires_grad_(False)
+
+
+def refuse_lost(report: InjectionReport, backbone: nn.Module) -> None:
+    """Raise where an adapter that was put in is gone, or token rows no longer train.
+
+    Raises:
+        LoRAError: names what was replaced since, as `resize_token_embeddings` does with a head.
+    """
+    there = {layer.lora_name(path) for path, layer in adapted_layers(backbone)}
+    there |= {name for name, _ in grafted_modules(backbone, SavedCopy)}
+    there |= {name for name, rows in grafted_modules(backbone, TokenRows) if rows.lora_tokens.requires_grad}
+    lost = [n for n in (*[row.module for row in report.modules], *report.saved, *report.tokens) if n not in there]
+    if lost:
+        raise LoRAError(
+            f"what was to train of {some([repr(name) for name in lost])} is gone: the model was changed after it was"
+            " adapted, as resize_token_embeddings does; change it first, then make the LoRAModule"
+        )
 
 
 def check_optimizers(optimizers: Sequence[Optimizer], module: nn.Module) -> None:

@@ -10,8 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lora_lightning.data.base import TableData
-from lora_lightning.data.io.rows import ROW
+from lora_lightning.data import table_of
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.distributed import agreed
@@ -90,9 +89,11 @@ class StopOnNonFinite(Callback):
 
 def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
     """Numbers, in their file, of the rows that this process had in a batch of this epoch; none where unknown."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
+    from lora_lightning.data.io.rows import ROW
+
+    data = table_of(trainer.datamodule)  # type: ignore[attr-defined]
     sampler = getattr(trainer.train_dataloader, "sampler", None)
-    if not isinstance(data, TableData) or not isinstance(sampler, EpochSampler):
+    if data is None or not isinstance(sampler, EpochSampler):
         return []
     table = data.tables["train"]
     if len(table) != sampler.count or ROW not in table.column_names:  # cut or packed: rows are no rows of the file

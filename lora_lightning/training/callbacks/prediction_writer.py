@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
-from lora_lightning.data.base import TableData
+from lora_lightning.data import table_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
@@ -53,8 +53,8 @@ class PredictionWriter(BasePredictionWriter):
             LoRAError: the data have no such column.
         """
         data, wanted = trainer.datamodule, getattr(trainer, "predict_columns", None)  # type: ignore[attr-defined]
-        if isinstance(data, TableData):
-            return data.columns_to_join(index, wanted)
+        if (table := table_of(data)) is not None:
+            return table.columns_to_join(index, wanted)
         if wanted:
             raise LoRAError(f"--columns is for data that are tables; {type(data).__name__} has no columns")
         return {}

@@ -16,13 +16,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 
-from lora_lightning.data.base import TableData
+from lora_lightning.data import table_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.reports.classes import MOST_CLASSES, ClassCounts
-from lora_lightning.reports.console import adapted_rows, backbone_name, part_dtypes, show_report
+from lora_lightning.reports.console import adapted_rows, backbone_name, part_dtypes, show_data, show_report
 from lora_lightning.reports.html import CLASSES, write_page
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.classification import ImageClassification, SequenceClassification
@@ -64,7 +64,10 @@ class RunReport(Callback):
         self._classes = class_counts(pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of other data than the run's own, say what they tell."""
         self._classes = class_counts(pl_module)
+        if trainer.is_global_zero and _of_other_data(trainer):
+            show_data(getattr(trainer.datamodule, "data_summary", None), Console())  # type: ignore[attr-defined]
 
     def on_validation_batch_end(
         self,
@@ -187,18 +190,25 @@ class RunReport(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         values: dict[str, Any] = {**metrics_of(trainer, "test"), "test_checkpoint": str(trainer.ckpt_path)}
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(data, TableData) and (count := data.rows_of("test")) is not None:
+        data = table_of(trainer.datamodule)  # type: ignore[attr-defined]
+        if data is not None and (count := data.rows_of("test")) is not None:
             values |= {"test_rows": count, "test_data": data.place("test")}
-        beside = trainer.ckpt_path is not None and folder != run.run_of_checkpoint(Path(str(trainer.ckpt_path)))
-        if beside and isinstance(pl_module, LoRAModule):
+        if _of_other_data(trainer) and isinstance(pl_module, LoRAModule):
             values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
+            values["data"] = getattr(data, "data_summary", None)
         show_report(self._written(folder, values), Console())
 
     def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
         write_page(folder)
         return known
+
+
+def _of_other_data(trainer: Trainer) -> bool:
+    """Whether a test's figures go to a folder beside the run that the checkpoint is of."""
+    return trainer.ckpt_path is not None and run.test_dir(trainer) != run.run_of_checkpoint(
+        Path(str(trainer.ckpt_path))
+    )
 
 
 def _full_bytes(model: nn.Module) -> int:

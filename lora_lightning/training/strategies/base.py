@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, of_digests, of_tensors
+from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, fingerprint_of_digests, fingerprint_of_tensors
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one_process
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.training.distributed import gathered, processes, rank
@@ -61,7 +61,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
         for one in waiting.values():
             found |= one.result()
     every = {name: digest for part in gathered(found) for name, digest in part.items()}
-    return of_digests({name: every[name] for name in tensors})
+    return fingerprint_of_digests({name: every[name] for name in tensors})
 
 
 def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
@@ -84,7 +84,7 @@ def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
 
 def of_own_shards(model: nn.Module) -> Fingerprint:
     """The fingerprint of what this process holds of W0."""
-    return of_tensors({name: local(tensor) for name, tensor in base_tensors(model).items()})
+    return fingerprint_of_tensors({name: local(tensor) for name, tensor in base_tensors(model).items()})
 
 
 def moved_in_any(before: Fingerprint, after: Fingerprint) -> list[str]:

@@ -97,10 +97,6 @@ _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlist = _SHORT.maxdict = 10
 
 
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool)
-
-
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -109,57 +105,51 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(entry, str) and entry for entry in value)
-
-
 def _is_regex(value: Any) -> bool:
     return isinstance(value, str) and regex_refusal(value) is None
 
 
-def _is_selection(value: Any) -> bool:
-    return _is_names(value) or _is_regex(value)
+def _is_list(value: Any, check: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(check, value))
 
 
-def _is_patterns(value: Any) -> bool:
-    return isinstance(value, dict) and all(_is_regex(k) and _is_number(v) for k, v in value.items())
-
-
-def _is_blocks(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, list) and all(_is_int(entry) for entry in value))
-
-
-def _is_blocks_pattern(value: Any) -> bool:
-    """Without groups of its own, for PEFT takes the first group as the block's number."""
-    patterns = value if isinstance(value, list) else [value]
-    return all(_is_regex(pattern) and re.compile(pattern).groups == 0 for pattern in patterns)
-
-
-def _is_tokens(value: Any) -> bool:
-    lists = value.values() if isinstance(value, dict) else [value]
-    return all(isinstance(numbers, list) and all(_is_int(n) for n in numbers) for numbers in lists)
+def _is_names(value: Any) -> bool:
+    return _is_list(value, lambda entry: isinstance(entry, str) and entry != "")
 
 
 NUMBERS = ("r", "lora_alpha")
 """Fields that PEFT never leaves at null."""
 
+Check = tuple[Callable[[Any], bool], str]
+
+NAMES: Check = (_is_names, "a list of names")
+SELECTION: Check = (lambda v: _is_names(v) or _is_regex(v), "a list of names or a regular expression")
+PATTERNS: Check = (
+    lambda v: isinstance(v, dict) and all(map(_is_regex, v)) and all(map(_is_number, v.values())),
+    "a map of regular expressions to numbers",
+)
+
 # What is read of PEFT's config, each by a check and by what it expects.
-CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+CHECKS: dict[str, Check] = {
     "r": (_is_int, "a whole number"),
-    "lora_alpha": (_is_number, "a number"),
-    "lora_dropout": (_is_number, "a number"),
-    **dict.fromkeys(("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (_is_bool, "true or false")),
-    "target_parameters": (_is_names, "a list of names"),
-    "trainable_token_indices": (_is_tokens, "a list of token numbers, or one for each embedding's name"),
-    "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "target_modules": (_is_selection, "a list of names or a regular expression"),
-    "exclude_modules": (_is_selection, "a list of names or a regular expression"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "rank_pattern": (_is_patterns, "a map of regular expressions to numbers"),
-    "alpha_pattern": (_is_patterns, "a map of regular expressions to numbers"),
-    "layers_to_transform": (_is_blocks, "a block number or a list of them"),
-    "layers_pattern": (_is_blocks_pattern, "regular expressions without groups"),
-    "init_lora_weights": (lambda value: isinstance(value, bool | str), "true, false or a name"),
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), (_is_number, "a number")),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"), (lambda v: isinstance(v, bool), "true or false")
+    ),
+    **dict.fromkeys(("target_parameters", "modules_to_save"), NAMES),
+    **dict.fromkeys(("target_modules", "exclude_modules"), SELECTION),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), PATTERNS),
+    "trainable_token_indices": (
+        lambda v: all(_is_list(numbers, _is_int) for numbers in (v.values() if isinstance(v, dict) else [v])),
+        "a list of token numbers, or one for each embedding's name",
+    ),
+    "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
+    "layers_to_transform": (lambda v: _is_int(v) or _is_list(v, _is_int), "a block number or a list of them"),
+    "layers_pattern": (  # PEFT takes the first group as the block's number
+        lambda v: all(_is_regex(p) and re.compile(p).groups == 0 for p in (v if isinstance(v, list) else [v])),
+        "regular expressions without groups",
+    ),
+    "init_lora_weights": (lambda v: isinstance(v, bool | str), "true, false or a name"),
 }
 
 

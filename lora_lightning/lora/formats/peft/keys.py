@@ -37,10 +37,7 @@ TOKENS_END = ".token_adapter.trainable_tokens_delta"
 # What compiling, sharding and checkpointing put into keys.
 OTHER_WRAPPERS = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # A raw state dict of a PEFT model carries the adapter's name: `q_proj.lora_A.default.weight`.
-NAMED = re.compile(
-    r"\.(?:lora_[AB]\.(?P<a>[^.]+)\.(?:weight|bias)|lora_embedding_[AB]\.(?P<b>[^.]+)"
-    r"|lora_magnitude_vector\.(?P<c>(?!weight$)[^.]+)(?:\.weight)?)$"
-)
+NAMED = re.compile(r"\.(?:lora_(?:embedding_)?[AB]|lora_magnitude_vector)\.(?!(?:weight|bias)$)([^.]+)(?:\.\w+)?$")
 
 
 def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) -> dict[str, Tensor]:
@@ -52,7 +49,7 @@ def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) 
     Raises:
         AdapterError: the keys hold several adapters, or two of them become one.
     """
-    adapters = {name for key in tensors if (match := NAMED.search(key)) for name in match.groups() if name}
+    adapters = {match[1] for key in tensors if (match := NAMED.search(key))}
     if len(adapters) > 1:
         raise AdapterError(f"the file holds {len(adapters)} adapters ({some(sorted(adapters))}): save one of them")
     is_nested = bool(tensors) and all(k.startswith(PREFIX + PREFIX) for k in tensors) and "base_model" not in modules
@@ -69,9 +66,8 @@ def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) 
 
 
 def _without_adapter(key: str, name: str) -> str:
-    key = re.sub(rf"\.(lora_[AB])\.{re.escape(name)}\.(weight|bias)$", r".\1.\2", key)
-    key = re.sub(rf"\.(lora_embedding_[AB]|trainable_tokens_delta)\.{re.escape(name)}$", r".\1", key)
-    key = re.sub(rf"\.lora_magnitude_vector\.{re.escape(name)}(\.weight)?$", ".lora_magnitude_vector", key)
+    key = re.sub(rf"\.(lora_\w+|trainable_tokens_delta)\.{re.escape(name)}(?=\.|$)", r".\1", key)
+    key = key.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")
     return key.replace(f".modules_to_save.{name}.", ".")
 
 

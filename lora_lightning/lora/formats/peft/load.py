@@ -88,10 +88,8 @@ class AdapterFiles:
                 f"no file {weights}, and no {PICKLED} beside it: an adapter's directory holds one of them"
             )
         record = read_record(metadata)
-        if record and not record.holds(tensors):
-            raise AdapterError(f"{weights} was changed since it was saved: export or download it again")
         if record:
-            record.refuse_changed(peft, directory / CONFIG)
+            record.refuse_changed(tensors, peft, directory)
         refuse_not_finite(tensors)
         return cls(directory=directory, peft=peft, tensors=tensors, record=record)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,80 +54,33 @@ def resolve(
     """Config and tensors as they are meant for `model`: canonical keys, ties resolved, copies of W0 left out.
 
     Raises:
-        AdapterError: the keys are of several adapters; one pair of factors adapts two modules that share a weight; a
-            copy of W0 is not this model's, and `allow_other_base` is False.
+        AdapterError: the keys are of several adapters; a copy of W0 is not this model's, and `allow_other_base` is
+            False.
     """
     modules = dict(named_modules(model, remove_duplicate=False))
     named = canonical_keys(tensors, modules)
     named = {key: tensor for key, tensor in named.items() if not is_peft_copy(key.removeprefix(PREFIX), modules)}
-    peft = _resolve_ties(_without_tied_rows(peft, named, modules), named, modules)
+    peft = {**peft, "modules_to_save": _with_tied_copies(peft, named, modules)}
     return peft, _without_base_copies(named, peft, model, read, allow_other_base=allow_other_base)
 
 
-def _resolve_ties(
-    peft: dict[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> dict[str, Any]:
-    """The config with the tied partners that it leaves out.
+def _with_tied_copies(
+    peft: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
+) -> list[str]:
+    """`modules_to_save`, with the tied partners that it leaves out.
 
-    With `ensure_weight_tying` PEFT adapts input and output embeddings by one pair of factors, or trains one copy for
-    both, lists the embedding alone in its config and writes the tensors of both.
+    With `ensure_weight_tying` PEFT trains one copy for input and output embeddings, lists one of them in its config and
+    writes the tensors of both.
     """
-    if not peft.get("ensure_weight_tying"):
-        return peft
-    plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     listed = list(peft.get("modules_to_save") or [])
+    if not peft.get("ensure_weight_tying"):
+        return listed
+    plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     saved = [t for name, t in plain.items() if name.endswith(".weight") and saved_module(name, listed)]
-    for name in modules:
-        own = plain.get(f"{name}.weight")
-        if own is not None and not saved_module(f"{name}.weight", listed) and any(_equal(own, t) for t in saved):
-            listed.append(name)
-    peft = {**peft, "modules_to_save": listed}
-    ends = (".lora_A.weight", ".lora_embedding_A")
-    heads, tables = ([key.removesuffix(end) for key in plain if key.endswith(end)] for end in ends)
-    for table in tables:
-        for head in heads:
-            pairs = (("lora_A.weight", "lora_embedding_B"), ("lora_B.weight", "lora_embedding_A"))
-            factors = [(plain.get(f"{head}.{one}"), plain.get(f"{table}.{other}")) for one, other in pairs]
-            if not all(a is not None and b is not None and b.dim() == 2 and _equal(a, b.t()) for a, b in factors):
-                continue
-            if head in modules and table in modules and _weight(modules[head]) is _weight(modules[table]):
-                raise AdapterError(
-                    f"PEFT trained one update for '{table}' and '{head}', which share one weight (ensure_weight_tying):"
-                    f" a layer here has its own. Load the base untied and the two are adapted alike:"
-                    f" config.tie_word_embeddings=False, and a clone of the embedding's weight in '{head}'"
-                )
-            targets = peft.get("target_modules")
-            if targets and targets != "all-linear":
-                is_regex = isinstance(targets, str)
-                peft["target_modules"] = f"(?:{targets})|{re.escape(head)}" if is_regex else [*targets, head]
-    return peft
-
-
-def _without_tied_rows(
-    peft: dict[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
-) -> dict[str, Any]:
-    """Less the entries of `trainable_token_indices` whose module follows, by a shared weight, one that has rows."""
-    indices = peft.get("trainable_token_indices")
-    if not isinstance(indices, dict):
-        return peft
-    names = {entry: [name for name in modules if peft_selects([entry], name)] for entry in indices}
-    rows = {key.removeprefix(PREFIX).removesuffix(TOKENS_END) for key in tensors if key.endswith(TOKENS_END)}
-    leading = [entry for entry in indices if rows & set(names[entry])]
-    heads = {id(_weight(modules[name])): entry for entry in leading for name in names[entry]}
-    kept = {}
-    for entry, numbers in indices.items():
-        lead = next((heads.get(id(_weight(modules[name]))) for name in names[entry]), None)
-        if entry in leading or lead is None or list(indices[lead]) != list(numbers):
-            kept[entry] = numbers
-    return {**peft, "trainable_token_indices": kept}
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
-
-
-def _weight(module: nn.Module) -> Tensor | None:
-    return module._parameters.get("weight")
+    weights = {name: plain[f"{name}.weight"] for name in modules if f"{name}.weight" in plain}
+    others = {name: own for name, own in weights.items() if not saved_module(f"{name}.weight", listed)}
+    twins = [n for n, own in others.items() if any(own.shape == t.shape and torch.equal(own, t) for t in saved)]
+    return listed + twins
 
 
 def _without_base_copies(
@@ -238,17 +190,11 @@ def _where_it_fits(unknown: list[str], modules: Collection[str]) -> str:
         if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
             return f"; it was made on the part '{outer}' of this model: load it into model.get_submodule('{outer}')"
     if any(re.search(r"\.experts\.\d+\.", name) for name in unknown):
-        return (
-            "; the adapter has its experts apart, as before transformers 5: load it in PEFT, which fuses them, and save"
-            " it from there"
-        )
-    firsts = [name.partition(".")[0] for name in unknown if name.partition(".")[2] in modules]
+        return "; its experts are apart, as before transformers 5: load it in PEFT, which fuses them, and save it there"
+    parts = [name.partition(".") for name in unknown]
+    firsts = [first for first, dot, rest in parts if dot and rest in modules]
     if 2 * len(firsts) >= len(unknown):
-        first = Counter(firsts).most_common(1)[0][0]
-        return (
-            f"; it was made on a larger model that holds this one as '{first}': load it into a model of that class,"
-            f" as {CONFIG} or its author says"
-        )
+        return f"; it was made on a larger model that holds this one as '{firsts[0]}': load it into one of that class"
     return ""
 
 
@@ -276,7 +222,10 @@ def refuse_other_targets(peft: Mapping[str, Any], found: Contents, model: nn.Mod
     tokens = peft.get("trainable_token_indices") or []
     for entry in tokens if isinstance(tokens, dict) else [""] if tokens else []:
         if not any(not entry or peft_selects([entry], name) for name in found.tokens):
-            raise AdapterError(f"{CONFIG} has trainable_token_indices '{entry}' and {WEIGHTS} has no rows for them")
+            raise AdapterError(
+                f"{CONFIG} has trainable_token_indices '{entry}' and {WEIGHTS} has no rows for them: leave that entry"
+                " out if its module shares the weight of another that has rows"
+            )
     targets = peft.get("target_modules")
     if not targets or targets == "all-linear":
         return  # the file's keys are all there is to go by
@@ -284,7 +233,9 @@ def refuse_other_targets(peft: Mapping[str, Any], found: Contents, model: nn.Mod
     for name, module in named_modules(model):
         is_selected = peft_adapts(peft, targets, _peft_name(name, model))
         if name in found.modules and not is_selected:
-            raise AdapterError(f"{WEIGHTS} has left over tensors for '{name}', which {CONFIG} does not adapt")
+            why = "; ensure_weight_tying trained one update for two layers, which have their own here: train without it"
+            hint = why if peft.get("ensure_weight_tying") else ""
+            raise AdapterError(f"{WEIGHTS} has left over tensors for '{name}', which {CONFIG} does not adapt{hint}")
         if not is_selected or name in found.modules or kind_of(module) is None:
             continue
         if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):

@@ -206,6 +206,7 @@ def _warn_of_limits(model: nn.Module, layouts: list[LayerLayout]) -> None:
 
 
 def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str, list[str]]]:
+    """What PEFT would compute otherwise without an error, and where."""
     saved = [name for name, _ in grafted_modules(model, SavedCopy)]
     others = [n for n, _ in named_modules(model) if not any(n == s or n.startswith(f"{s}.") for s in saved)]
     caught = [other for other in others if any(other.endswith(name) for name in saved)]
@@ -218,10 +219,7 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     in_attention = [one.name for one in layouts if isinstance(one.layer, LoRALinear) and one.name != one.peft_name]
     yield "counts the update of an attention's out_proj twice (its issue 3774)", in_attention
     owners = {one.name: one.layer.lora_owner for one in layouts}
-    attentions = {name: m for name, m in owners.items() if isinstance(m, nn.MultiheadAttention)}
-    yield "refuses an attention with kdim or vdim", [n for n, m in attentions.items() if not m._qkv_same_embed_dim]
     convs = {name: m for name, m in owners.items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
-    yield "cannot run an adapted convolution with dilation", [n for n, m in convs.items() if set(m.dilation) != {1}]
     padded = [name for name, module in convs.items() if module.padding_mode != "zeros"]
     yield "pads an adapted convolution's update with zeros, whatever its padding_mode", padded
     fused = _taken_for_experts(model, owners)

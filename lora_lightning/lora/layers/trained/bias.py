@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft
+from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -51,6 +51,12 @@ class TrainedBias(Grafted):
             value = trained.detach().clone().to(own.dtype)
             folded[id(trained)] = nn.Parameter(value, requires_grad=own.requires_grad)
         self._parameters["bias"] = folded[id(trained)]
+
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        own = self._parameters["bias"]
+        assert own is not None
+        interpolate_(self.lora_trained_bias, own, strength, done)
+        super().rescale_update(strength, done)
 
     def reset_lora_parameters(self) -> None:
         """Start the copy anew from the original."""

@@ -11,7 +11,8 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, ungraft
 from lora_lightning.lora.layers.functional import wide_dtype
 
 COPY = "lora_copy"
@@ -83,6 +84,16 @@ class SavedCopy(Grafted):
         for (_, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
             trained.copy_(own)
         super().reset_lora_parameters()
+
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        for (path, own), (_, trained) in zip(_named_tensors(self), _named_tensors(self.lora_copy), strict=True):
+            interpolate_(trained, own, strength, done)
+            if path.endswith("running_var") and bool((trained < 0).any()):
+                raise LoRAError(
+                    f"at a strength of {strength:g} the variance '{path}' of a module of modules_to_save is below 0:"
+                    " take a smaller one"
+                )
+        super().rescale_update(strength, done)
 
 
 class SavedSequence(SavedCopy):

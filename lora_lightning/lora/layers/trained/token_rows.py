@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
+from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, own_forward_calls_super
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -42,6 +42,10 @@ class TokenRows(Grafted, nn.Embedding):
         """Start from W0's rows as they are now; on the meta device there is nothing to copy yet."""
         self.lora_tokens.copy_(self.weight[self.token_ids()])
         super().reset_lora_parameters()
+
+    def rescale_update(self, strength: float, done: set[int]) -> None:
+        interpolate_(self.lora_tokens, self.weight[self.lora_token_ids], strength, done)
+        super().rescale_update(strength, done)
 
     def reset_parameters(self) -> None:
         """Lightning and torch call this on modules that come from the meta device."""

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import disabled
-from lora_lightning.training.activations.blocks import repeated_blocks
+from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.training.distributed import processes
 
 

@@ -1,0 +1,377 @@
+"""How far an adapter moved the model: it beside itself with the adapter switched off, text by text.
+
+Of a language model each position that predicts a token is compared: KL(p0 || p) of the base's next-token distribution
+p0 and the adapted p, the loss of both on the text's own token, and whether their largest logits differ. Of any other
+model the pooled output is compared, and that of each repeated block: `1 - cos(h0, h)` and `||h - h0|| / ||h0||`.
+
+A text is the unit. A figure per token is the ratio R = sum_i y_i / sum_i t_i of what the texts hold together (y_i of
+text i, over its t_i tokens); its standard error is that of a ratio estimator, linearized:
+`sqrt(n / (n - 1) sum_i (y_i - R t_i)^2) / sum_i t_i`. With t_i = 1 it is the mean and its usual error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.frozen.tensors import get_module
+from lora_lightning.lora.inject import disabled, grafted_modules, scaled
+from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.lora.targets.blocks import repeated_blocks
+from lora_lightning.lora.targets.output_heads import output_head
+from lora_lightning.tasks.base import logits_of
+from lora_lightning.tasks.losses.linear_cross_entropy import rows_at_once
+from lora_lightning.tasks.losses.lm_head import before_head
+from lora_lightning.tasks.losses.token_loss import IGNORED, refuse_labels, with_terms
+from lora_lightning.tasks.positions import evaluating
+
+MOST_NAMED = 5
+"""Texts that are named as those that moved most."""
+EXCERPT = 160
+"""Characters of a text that are shown."""
+KL, COSINE = "kl", "cosine"
+"""The figure that stands for the drift: of language models, and of all others."""
+
+
+class Batch(NamedTuple):
+    """Some texts, or images, as the backbone takes them."""
+
+    inputs: Mapping[str, Any]
+    """The backbone's arguments by name."""
+    labels: Tensor | None
+    """(b, t): the token that each output predicts, -100 where none is; None where pooled outputs are compared."""
+    numbers: Sequence[int]
+    """The number of each row's text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mean:
+    """A figure over texts."""
+
+    value: float
+    error: float | None
+    """Its standard error over texts; None of a single one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved:
+    """A text that moved far."""
+
+    number: int
+    """From 0, in the order in which the texts were given."""
+    value: float
+    """Its own KL per token, or 1 - cosine."""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drift:
+    """What was found at one strength of the update."""
+
+    kind: str
+    """`kl` of language models, `cosine` of all others."""
+    figures: dict[str, Mean]
+    """`kl`, `perplexity_base`, `perplexity` and `changed`; or `cosine` (1 - cosine) and `relative_l2`."""
+    texts: int
+    tokens: int | None = None
+    layers: dict[str, dict[str, Mean]] = field(default_factory=dict)
+    """By block, `cosine` and `relative_l2` of its pooled output."""
+    most: list[Moved] = field(default_factory=list)
+
+    @property
+    def main(self) -> Mean:
+        """The figure that stands for all."""
+        return self.figures[self.kind]
+
+
+def ratio(totals: Tensor, counts: Tensor) -> Mean:
+    """`sum totals / sum counts` over texts, (n,) each, with the standard error of a ratio estimator."""
+    n, whole = len(totals), counts.sum()
+    value = totals.sum() / whole
+    if n < 2:
+        return Mean(value=float(value), error=None)
+    spread = (totals - value * counts).square().sum() * n / (n - 1)
+    return Mean(value=float(value), error=float(spread.sqrt() / whole))
+
+
+def measure_drift(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    texts: Sequence[str],
+    scales: Sequence[float] = (1.0,),
+    *,
+    forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    advance: Callable[[], None] = lambda: None,
+) -> dict[float, Drift]:
+    """The drift at each strength of the update; the model and its modes are afterwards as before.
+
+    The base runs once a batch and the adapted model once for each strength; logits are made in chunks of tokens, in
+    float32 or wider, where the model's head can be taken apart.
+
+    Args:
+        model: adapted.
+        batches: on the model's device; each text once.
+        texts: what each is called, by number.
+        scales: strengths as in `lora.inject.scaled`: 1 is what was trained.
+        forward: a context for each forward, such as autocast.
+        advance: called after each batch.
+
+    Raises:
+        LoRAError: the model has no adapter; nothing to compare; a model without a pooled output.
+    """
+    if not grafted_modules(model):
+        raise LoRAError("this model has no adapter, so nothing has moved it: call inject or load_adapter first")
+    found: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
+    kind = KL
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            kind = COSINE if batch.labels is None else KL
+            with forward():
+                compare = _pooled if batch.labels is None else _next_tokens
+                for scale, sums in compare(model, batch, scales):
+                    found[scale].append((batch.numbers, sums))
+            advance()
+    return {scale: _drift(kind, parts, texts) for scale, parts in found.items()}
+
+
+def _drift(kind: str, parts: list[tuple[Sequence[int], dict[str, Tensor]]], texts: Sequence[str]) -> Drift:
+    """The figures from each text's sums."""
+    if not parts:
+        raise LoRAError("there are no texts to compare on")
+    numbers = torch.tensor([number for own, _ in parts for number in own])
+    sums = {name: torch.cat([own[name] for _, own in parts]) for name in parts[0][1]}
+    counts = sums.pop("tokens", torch.ones(len(numbers), dtype=torch.float64))
+    seen = counts > 0
+    numbers, counts = numbers[seen], counts[seen]
+    sums = {name: own[seen] for name, own in sums.items()}
+    if not len(numbers):
+        raise LoRAError("no text has two tokens, so that nothing is predicted: give longer texts")
+    each = sums[kind] / counts
+    top = torch.argsort(each, descending=True, stable=True)[:MOST_NAMED].tolist()
+    most = [Moved(number=n, value=float(each[i]), text=excerpt(texts[n])) for i in top for n in [int(numbers[i])]]
+    means = {name: ratio(own, counts) for name, own in sums.items()}
+    if kind == KL:
+        figures = {KL: means[KL], **{name: _perplexity(means[name]) for name in ("perplexity_base", "perplexity")}}
+        figures["changed"] = means["changed"]
+        return Drift(kind=kind, figures=figures, texts=len(numbers), tokens=int(counts.sum()), most=most)
+    layers: dict[str, dict[str, Mean]] = {}
+    for name, mean in means.items():
+        figure, _, layer = name.partition(" ")
+        if layer:
+            layers.setdefault(layer, {})[figure] = mean
+    own = {name: means[name] for name in (COSINE, "relative_l2")}
+    return Drift(kind=kind, figures=own, texts=len(numbers), layers=layers, most=most)
+
+
+def _perplexity(loss: Mean) -> Mean:
+    """exp of a mean loss; its error by the derivative."""
+    value = math.exp(min(loss.value, 700.0))
+    return Mean(value=value, error=None if loss.error is None else value * loss.error)
+
+
+def excerpt(text: str) -> str:
+    """One line of a text's beginning."""
+    line = " ".join(text.split())
+    return line if len(line) <= EXCERPT else f"{line[: EXCERPT - 3]}..."
+
+
+# Language models.
+
+
+def _next_tokens(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """By strength, of each row the sums over its predicted tokens."""
+    assert batch.labels is not None
+    with disabled(model):
+        base = _States.of(model, batch)
+    rows = base.predicted.nonzero()[:, 0]
+    for scale in scales:
+        with scaled(model, scale):
+            states = _States.of(model, batch)
+            parts = []
+            for part in base.chunks():
+                with disabled(model):
+                    before = base.logits(part)
+                parts.append(token_figures(before, states.logits(part), base.labels[part]))
+        each = torch.cat(parts).double()
+        sums = torch.zeros(len(batch.labels), each.shape[1] + 1, dtype=torch.float64, device=each.device)
+        sums.index_add_(0, rows, torch.cat([each, torch.ones_like(each[:, :1])], 1))
+        yield scale, dict(zip((KL, "perplexity_base", "perplexity", "changed", "tokens"), sums.T.cpu(), strict=True))
+
+
+def token_figures(base: Tensor, adapted: Tensor, labels: Tensor) -> Tensor:
+    """Of each token KL(base || adapted) in nats, -log p of its label under both, and whether the top one differs.
+
+    Shapes: logits (n, V) and labels (n,); returns (n, 4), in float32 or wider.
+    """
+    refuse_labels(labels, base.shape[-1])
+    p, q = (logits.to(wide_dtype(logits)).log_softmax(-1) for logits in (base, adapted))
+    # What the base gives no probability adds nothing, whatever the adapted model gives it.
+    kl = torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1)
+    losses = [-x.gather(-1, labels.unsqueeze(-1)).squeeze(-1) for x in (p, q)]
+    return torch.stack([kl, *losses, (p.argmax(-1) != q.argmax(-1)).to(kl.dtype)], 1)
+
+
+@dataclass
+class _States:
+    """What logits are made of, at the positions that predict a token: hidden states, or the logits themselves."""
+
+    values: Tensor
+    """(n, d)."""
+    head: Callable[[Tensor], Tensor]
+    vocabulary: int
+    predicted: Tensor
+    """(b, t): which positions these are."""
+    labels: Tensor
+    """(n,)."""
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Batch) -> _States:
+        assert batch.labels is not None
+        before = before_head(model, batch.inputs)
+        states = logits_of(model(**batch.inputs)) if before is None else before.hidden
+        if states.dim() != 3 or states.shape[:2] != batch.labels.shape:
+            raise LoRAError(
+                f"a language model gives one row of logits for each token, {tuple(batch.labels.shape)}, got"
+                f" {tuple(states.shape)}: its task is another one"
+            )
+        labels = batch.labels.to(states.device)
+        predicted = labels != IGNORED
+        if before is None:
+            return cls(states[predicted], lambda z: z, states.shape[-1], predicted, labels[predicted])
+        head, terms = before.head, before.terms
+
+        def logits(hidden: Tensor) -> Tensor:
+            out = head(hidden.unsqueeze(0)).squeeze(0)
+            return with_terms(out.to(wide_dtype(out)), terms)
+
+        return cls(states[predicted], logits, before.vocabulary, predicted, labels[predicted])
+
+    def chunks(self) -> Iterator[slice]:
+        """Rows whose logits are made at once."""
+        size = rows_at_once(self.values, self.vocabulary)
+        return (slice(start, start + size) for start in range(0, max(len(self.values), 1), size))
+
+    def logits(self, part: slice) -> Tensor:
+        return self.head(self.values[part])
+
+
+# All other models.
+
+
+def _pooled(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """By strength, of each row the figures of the pooled output and of each block's."""
+    with disabled(model):
+        base = pooled_outputs(model, batch)
+    for scale in scales:
+        with scaled(model, scale):
+            adapted = pooled_outputs(model, batch)
+        found: dict[str, Tensor] = {}
+        for name, before in base.items():
+            for figure, values in vector_figures(before, adapted[name]).items():
+                found[f"{figure} {name}".rstrip()] = values.double().cpu()
+        yield scale, found
+
+
+def vector_figures(base: Tensor, adapted: Tensor) -> dict[str, Tensor]:
+    """`1 - cos` and `||adapted - base|| / ||base||` of each row; both 0 where nothing moved. (b, d) to (b,)."""
+    h0, h = base.double(), adapted.double()
+    norm0, norm = h0.norm(dim=-1), h.norm(dim=-1)
+    # By the distance of the unit vectors, 1 - cos = ||u - v||^2 / 2: exact near 0, where a product would cancel.
+    apart = h / norm.clamp_min(1e-300).unsqueeze(-1) - h0 / norm0.clamp_min(1e-300).unsqueeze(-1)
+    far = (h - h0).norm(dim=-1)
+    return {COSINE: apart.square().sum(-1) / 2, "relative_l2": far / norm0.clamp_min(1e-300)}
+
+
+def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """The pooled output, by the name "", and that of each repeated block: one vector (b, d) for each row.
+
+    The pooled output is what the model hands its head; without a head, its `last_hidden_state`, its embeddings, or the
+    tensor that it returns. Tokens (b, t, d) are averaged where `attention_mask` is 1, the places of an image too.
+
+    Raises:
+        LoRAError: there is none of these.
+    """
+    mask, rows = batch.inputs.get("attention_mask"), len(batch.numbers)
+    found: dict[str, Tensor] = {}
+    handed: list[Tensor] = []
+
+    def pool(value: Any, module: nn.Module | None = None) -> Tensor | None:
+        return pooled(first_tensor(value), rows, mask, module)
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            if (one := pool(out, module)) is not None:
+                found[name] = one
+
+        return hook
+
+    def before(module: nn.Module, args: Any) -> None:
+        if args and (one := pool(args[0])) is not None:
+            handed.append(one)
+
+    handles = [block.register_forward_hook(keep(name)) for name, block in repeated_blocks(model).items()]
+    handles += [get_module(model, name).register_forward_pre_hook(before) for name in output_head(model)]
+    try:
+        out = model(**batch.inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    whole = handed[0] if handed else _pooled_of(out, pool)
+    if whole is None:
+        raise LoRAError(
+            f"{type(model).__name__} has no pooled output: no head that is handed features, no last_hidden_state, no"
+            " embeddings, and no tensor with a row for each input; the drift of such a model is not measured"
+        )
+    return {"": whole, **found}
+
+
+def _pooled_of(out: Any, pool: Callable[[Any], Tensor | None]) -> Tensor | None:
+    if isinstance(out, Mapping):
+        if all(isinstance(out.get(name), Tensor) for name in ("image_embeds", "text_embeds")):
+            return torch.cat([out["image_embeds"], out["text_embeds"]], -1)
+        return pool(out.get("last_hidden_state"))
+    return pool(out)
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """A tensor, or the first of a tuple, a list or a transformers output."""
+    if isinstance(value, Mapping):
+        value = next(iter(value.values()), None)
+    if isinstance(value, tuple | list):
+        value = value[0] if value else None
+    return value if isinstance(value, Tensor) else None
+
+
+def pooled(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
+    """One vector (b, d) for each row, in float32 or wider; None of what has no row for each.
+
+    Args:
+        h: (b, d), tokens (b, t, d), or an image (b, d, height, width), with d last where the module's norms say so.
+        rows: b.
+        mask: (b, t), 1 where a token counts.
+        module: which gave it.
+    """
+    if h is None or not h.is_floating_point() or h.dim() not in (2, 3, 4) or len(h) != rows:
+        return None
+    h = h.to(wide_dtype(h))
+    if h.dim() == 2:
+        return h
+    if h.dim() == 4:
+        return h.mean((1, 2)) if _channels_last(h, module) else h.mean((2, 3))
+    if isinstance(mask, Tensor) and mask.shape == h.shape[:2]:
+        weights = mask.to(h.dtype).unsqueeze(-1)
+        return (h * weights).sum(1) / weights.sum(1).clamp_min(1.0)
+    return h.mean(1)
+
+
+def _channels_last(h: Tensor, module: nn.Module | None) -> bool:
+    norms = (m for m in module.modules() if isinstance(m, nn.LayerNorm)) if module is not None else ()
+    shapes = {tuple(norm.normalized_shape) for norm in norms}
+    return (h.shape[-1],) in shapes and (h.shape[1],) not in shapes

@@ -1,0 +1,137 @@
+"""What a drift is measured on: neutral text of this package, texts of a file or a set, or the run's own inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora_lightning.analysis.drift import Batch
+from lora_lightning.data.io.rows import values_of
+from lora_lightning.data.io.splits import kind_of
+from lora_lightning.data.io.tables import check_names, read_tables, source_of
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.base import Task
+from lora_lightning.tasks.losses.lm_head import shifted
+from lora_lightning.tasks.losses.token_loss import IGNORED
+from lora_lightning.tasks.positions import is_packed, learned_positions
+
+NEUTRAL, RUN = "neutral", "run"
+"""Words in the place of a file: the package's own text, and the run's validation inputs."""
+MOST = 200
+"""Texts, unless another number is asked for."""
+ROWS = 8
+"""Texts that run together."""
+LONGEST = 512
+"""Tokens of a text, where neither the model nor the data says less."""
+CAUSAL, SEQ2SEQ = "CAUSAL_LM", "SEQ_2_SEQ_LM"
+
+
+def neutral_texts() -> list[str]:
+    """Paragraphs on everyday matters, written for this package and under its license."""
+    text = Path(__file__).with_name("neutral.txt").read_text(encoding="utf-8")
+    return [" ".join(paragraph.split()) for paragraph in text.split("\n\n") if paragraph.strip()]
+
+
+def read_texts(source: str, column: str = "text", most: int = MOST) -> list[str]:
+    """Texts of a file (.txt one a line, CSV, TSV, JSONL, Parquet), a directory or a set on the hub; blank ones are left
+    out. Of a set with splits its test, else its validation, else its train. Of more than `most`, from all over it.
+
+    Raises:
+        LoRAError: there is nothing of the kind, no such column, a value that is no text, or only blank ones.
+    """
+    tables = read_tables(source)
+    split = next((name for kind in ("test", "validation", "train") for name in tables if kind_of(name) == kind), None)
+    if split is None:
+        raise LoRAError(f"'{source}' has no set of texts (it has {', '.join(tables) or 'none'})")
+    table, where = tables[split], source_of(source, split)
+    check_names(table.column_names, [column], where, {"drift_column": column})
+    values = list(values_of(table, column))
+    for number, value in enumerate(values, 1):
+        if not isinstance(value, str):
+            raise LoRAError(f"{where}, row {number}, column '{column}': expected text, got {value!r:.80}")
+    texts = [value for value in values if value.strip()]
+    if not texts:
+        raise LoRAError(f"{where}: expected texts in column '{column}', all are blank")
+    return spread(texts, most)
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many, at even distances from all over."""
+    if len(items) <= most:
+        return list(items)
+    return [items[i * len(items) // most] for i in range(most)]
+
+
+def text_batches(texts: Sequence[str], tokenizer: Any, task: Task, backbone: nn.Module, longest: int) -> list[Batch]:
+    """Texts as the backbone takes them, those of like length together, cut at `longest` tokens.
+
+    Raises:
+        LoRAError: the task's model takes other things than one text.
+    """
+    if task.peft_task_type == SEQ2SEQ:
+        raise LoRAError(f"a model from text to text has a target for each text: measure its drift on {RUN}")
+    limit = min(longest, learned_positions(backbone) or longest)
+    rows = [tokenizer(text, truncation=True, max_length=limit, verbose=False) for text in texts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    device = next(backbone.parameters()).device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    batches = []
+    for start in range(0, len(order), ROWS):
+        numbers = order[start : start + ROWS]
+        width = max(len(rows[i]["input_ids"]) for i in numbers)
+        inputs = {
+            name: torch.tensor(
+                [
+                    [*rows[i][name], *[pad if name == "input_ids" else 0] * (width - len(rows[i][name]))]
+                    for i in numbers
+                ],
+                dtype=torch.long,
+                device=device,
+            )
+            for name in rows[0]
+        }
+        if width:
+            labels = _labels(inputs) if task.peft_task_type == CAUSAL else None
+            batches.append(Batch(inputs, labels, numbers))
+    return batches
+
+
+def _labels(inputs: Mapping[str, Tensor]) -> Tensor:
+    """Each output is held to the next token of its text."""
+    return shifted(inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED))
+
+
+def run_batches(
+    batches: Iterable[Any], task: Task, backbone: nn.Module, tokenizer: Any = None, most: int = MOST
+) -> tuple[list[Batch], list[str]]:
+    """A run's own inputs, and what each is called: of all batches some at even distances, until there are `most` rows.
+
+    Of a language model the tokens that its task trains on are compared.
+    """
+    every = list(batches)
+    sizes = [task.examples(batch) for batch in every]
+    wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
+    found: list[Batch] = []
+    names: list[str] = []
+    for batch in spread(every, wanted):
+        inputs, labels = dict(task.inputs(backbone, batch)), None
+        if task.peft_task_type == CAUSAL:
+            labels = _labels(inputs) if is_packed(batch) else shifted(batch["labels"])
+        elif task.peft_task_type == SEQ2SEQ:
+            labels = batch["labels"]
+        rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+        found.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
+        names += _called(inputs, len(names), rows, tokenizer)
+    return found, names
+
+
+def _called(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:
+    """The texts of token numbers, else numbers."""
+    ids = inputs.get("input_ids")
+    if tokenizer is None or not isinstance(ids, Tensor):
+        return [f"input {before + i + 1}" for i in range(rows)]
+    return list(tokenizer.batch_decode(ids, skip_special_tokens=True))

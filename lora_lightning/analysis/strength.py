@@ -1,0 +1,138 @@
+"""The strength of an update as a dial: what each gains in validation and costs in drift, and the least that does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.analysis.drift import Drift, Mean
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.inject import refuse_strength
+from lora_lightning.tasks.base import Task
+from lora_lightning.tasks.positions import evaluating, refuse_too_long
+
+GROUPS = 10
+"""Parts of the validation set, each of which is left out once."""
+WITHOUT = "val_without"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strength:
+    """One strength of the update."""
+
+    scale: float
+    drift: Drift
+    metrics: dict[str, Mean] = field(default_factory=dict)
+    """Of the validation set, by name; empty where it was not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strengths:
+    """All that were measured, and the choice among them where there were several."""
+
+    source: str
+    """Of the texts or inputs that the drift was measured on."""
+    found: list[Strength]
+    metric: str = ""
+    """What the run's best checkpoint is chosen by, such as `accuracy`; empty without a choice."""
+    mode: str = ""
+    """`max` or `min`."""
+    chosen: float | None = None
+    """The smallest scale whose metric is within one standard error of the best one's."""
+    best: float | None = None
+
+
+def checked_scales(given: Any) -> list[float]:
+    """Strengths from `0,0.5,1` or a list of numbers, in rising order, each once.
+
+    Raises:
+        LoRAError: something that is no finite number of at least 0.
+    """
+    names = given.split(",") if isinstance(given, str) else list(given)
+    scales = []
+    for name in names:
+        try:
+            scale = float(name)
+            refuse_strength(scale)
+        except (ValueError, TypeError, LoRAError) as error:
+            raise LoRAError(
+                f"scales are numbers of at least 0 with commas between, such as 0,0.5,1, got {str(name).strip()!r}"
+            ) from error
+        scales.append(scale)
+    if not scales:
+        raise LoRAError("scales are numbers of at least 0 with commas between, such as 0,0.5,1, got none")
+    return sorted(set(scales))
+
+
+def random_groups(rows: int) -> list[list[int]]:
+    """The rows of a set in `GROUPS` random parts of like size, the same each time; of fewer rows, one each."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(0)).tolist()
+    return [order[i::GROUPS] for i in range(min(GROUPS, rows))]
+
+
+def validation_metrics(
+    backbone: nn.Module,
+    task: Task,
+    batches: Iterable[tuple[int, Any]],
+    *,
+    forward: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> dict[str, Mean]:
+    """The task's validation metrics as the backbone is now, each with its standard error.
+
+    The error is the jackknife's: the metric anew without each group, `sqrt((g - 1) / g sum_i (m_i - mean)^2)` over g
+    groups. It serves means, and metrics that are none, such as F1. Of one group there is none.
+
+    Args:
+        backbone: adapted, in the strength that is asked about.
+        task: whose metrics; it counts nothing itself.
+        batches: each with its group, from 0: groups of rows that were drawn at random.
+        forward: a context for each forward, such as autocast.
+    """
+    task = copy.deepcopy(task)
+    stages = [f"{WITHOUT}{i}" for i in range(GROUPS)]
+    for stage in stages:
+        task.add_stage(stage)
+    task.reset("val")
+    known: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
+    with evaluating(backbone), torch.no_grad():
+        for group, batch in batches:
+            refuse_too_long(backbone, batch)
+            with forward():
+                out = task.evaluate(backbone, batch)
+            for stage in ["val", *(stage for i, stage in enumerate(stages) if i != group)]:
+                known[stage] = task.update(stage, out)
+            seen.add(group)
+    if not seen:
+        raise LoRAError("the validation set has no batch")
+    values = {stage: _computed(known[stage], stage) for stage in known}
+    without = [values[stages[group]] for group in sorted(seen)] if len(seen) > 1 else []
+    return {name: Mean(value=x, error=_jackknife([one[name] for one in without])) for name, x in values["val"].items()}
+
+
+def _computed(metrics: dict[str, Any], stage: str) -> dict[str, float]:
+    return {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
+
+
+def _jackknife(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt((len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values))
+
+
+def choose(source: str, found: Sequence[Strength], metric: str, mode: str) -> Strengths:
+    """The smallest strength within one standard error of the best; of an error that is unknown, the best itself."""
+    sign = 1 if mode == "max" else -1
+    values = {one.scale: sign * one.metrics[metric].value for one in found}
+    best = max(found, key=lambda one: (values[one.scale], -one.scale))
+    near = values[best.scale] - (best.metrics[metric].error or 0.0)
+    chosen = min(scale for scale, value in values.items() if value >= near)
+    return Strengths(source=source, metric=metric, mode=mode, found=list(found), chosen=chosen, best=best.scale)

@@ -1,0 +1,214 @@
+"""`analyze --drift` and `--scales`: the texts, a run's own inputs and validation set, and the record in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch.utilities import rank_zero_warn
+from rich.progress import Progress
+from torch.utils.data import DataLoader, IterableDataset
+
+from lora_lightning.analysis import tables
+from lora_lightning.analysis.drift import Batch, Drift, measure_drift
+from lora_lightning.analysis.drift_inputs import (
+    CAUSAL,
+    LONGEST,
+    MOST,
+    NEUTRAL,
+    RUN,
+    neutral_texts,
+    read_texts,
+    run_batches,
+    spread,
+    text_batches,
+)
+from lora_lightning.analysis.strength import (
+    GROUPS,
+    Strength,
+    Strengths,
+    checked_scales,
+    choose,
+    random_groups,
+    validation_metrics,
+)
+from lora_lightning.cli.build import Run
+from lora_lightning.data.io.rows import lengths_of
+from lora_lightning.export.probe_batch import loaders_of
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.lora.inject import scaled
+from lora_lightning.reports.html import DRIFT, DRIFT_FIGURE, write_page
+from lora_lightning.reports.table import Table
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What to measure, checked before anything is opened."""
+
+    source: str = AUTO
+    column: str = "text"
+    most: int = MOST
+    scales: tuple[float, ...] = ()
+    """Strengths to compare; none measures what was trained."""
+
+    @classmethod
+    def of(cls, source: str | None, column: str, most: int, scales: str | None) -> Asked | None:
+        """From the command's options; None where neither drift nor scales are asked for.
+
+        Raises:
+            LoRAError: scales that are no numbers.
+        """
+        if source is None and scales is None:
+            return None
+        own = tuple(checked_scales(scales)) if scales is not None else ()
+        return cls(source=source or AUTO, column=column, most=most, scales=own)
+
+
+def measured_drift(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
+    """The drift of a run's adapter, and with several strengths its validation metric at each.
+
+    Args:
+        run: None where the model could not be opened.
+        asked: on what, and at which strengths.
+        notes: why it could not.
+
+    Raises:
+        LoRAError: no run, or one without what it is to be measured on.
+    """
+    if run is None or run.trainer is None:
+        why = f" ({'; '.join(notes)})" if notes else ""
+        raise LoRAError(
+            f"drift runs the model, and there is none here{why}: name a run's folder or checkpoint and no --base_model"
+        )
+    if run.data is None:
+        raise LoRAError("drift reads the run's data or its tokenizer, and its config has no data section: add one")
+    module, plugin = run.module, run.trainer.precision_plugin
+    module.to(run.trainer.strategy.root_device)
+    try:
+        source, batches, texts = _inputs(run, asked)
+        scales = asked.scales or (1.0,)
+        with Progress(transient=True) as bar:
+            task = bar.add_task("drift", total=len(batches))
+            drifts = measure_drift(
+                module.backbone,
+                batches,
+                texts,
+                scales,
+                forward=plugin.forward_context,
+                advance=lambda: bar.advance(task),
+            )
+        if not asked.scales:
+            return Strengths(source=source, found=[Strength(scale=1.0, drift=drifts[1.0])])
+        return _compared(run, source, drifts, plugin.forward_context)
+    finally:
+        module.cpu()
+
+
+def _compared(
+    run: Run, source: str, drifts: dict[float, Drift], forward: Callable[[], AbstractContextManager[Any]]
+) -> Strengths:
+    """The validation metric at each strength."""
+    task, found = run.module.task, []
+    metric = task.monitor.partition("/")[2]
+    with Progress(transient=True) as bar:
+        shown = bar.add_task("validation", total=len(drifts))
+        for scale, drift in drifts.items():
+            with scaled(run.module.backbone, scale):
+                metrics = validation_metrics(run.module.backbone, task, validation_batches(run), forward=forward)
+            found.append(Strength(scale=scale, drift=drift, metrics=metrics))
+            bar.advance(shown)
+    return choose(source, found, metric if metric in found[0].metrics else "loss", task.monitor_mode)
+
+
+def validation_batches(run: Run) -> Iterator[tuple[int, Any]]:
+    """Batches of the first validation set, on the module's device, each with its group.
+
+    A group is a random tenth of the rows, which are within it in the order of their lengths: so that texts of like
+    length are padded together, and a group is like any other. The batches of a stream take turns.
+    """
+    assert run.data is not None
+    assert run.trainer is not None
+    loader = _validation_loader(run.data)
+    dataset = loader.dataset
+    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__") or not loader.batch_size:
+        batches = ((number % GROUPS, batch) for number, batch in enumerate(loader))
+    else:
+        groups = enumerate(random_groups(len(dataset)))
+        parts = [(group, part) for group, rows in groups for part in _parts(loader, rows)]
+        again: Any = DataLoader(dataset, batch_sampler=[rows for _, rows in parts], collate_fn=loader.collate_fn)
+        batches = ((part[0], batch) for part, batch in zip(parts, again, strict=True))
+    for group, batch in batches:
+        yield group, run.trainer.precision_plugin.convert_input(move_data_to_device(batch, run.module.device))
+
+
+def _validation_loader(data: Any) -> Any:
+    """Of the first validation set, of data that are set up once."""
+    if not hasattr(data, "drift_is_set_up"):
+        if getattr(data, "packing", False):
+            data.packing = False  # a row for each text, whose tokens weigh the same
+        data.prepare_data()
+        data.setup("fit")
+        data.drift_is_set_up = True
+    if getattr(data, "has_validation", True) is False:
+        raise LoRAError("the run's data have no validation set: give --drift a file of texts, and leave --scales out")
+    loader = next(loaders_of(data))
+    return loader[0] if isinstance(loader, list | tuple) else loader
+
+
+def _parts(loader: Any, rows: list[int]) -> list[list[int]]:
+    """A group's rows in batches, those of like length together where the rows are token numbers."""
+    if "input_ids" in getattr(loader.dataset, "column_names", []):
+        lengths = lengths_of(loader.dataset)
+        rows = sorted(rows, key=lambda row: lengths[row])
+    return [rows[start : start + loader.batch_size] for start in range(0, len(rows), loader.batch_size)]
+
+
+def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
+    """What they are called, the batches, and what each text is called."""
+    task, backbone, data = run.module.task, run.module.backbone, run.data
+    is_causal = task.peft_task_type == CAUSAL
+    source = asked.source if asked.source != AUTO else NEUTRAL if is_causal else RUN
+    tokenizer = getattr(data, "tokenizer", None)
+    if source == RUN:
+        own = [batch for _, batch in validation_batches(run)]
+        batches, names = run_batches(own, task, backbone, tokenizer, asked.most)
+        return "the run's validation inputs", batches, names
+    if tokenizer is None:
+        raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
+    texts = spread(neutral_texts(), asked.most) if source == NEUTRAL else read_texts(source, asked.column, asked.most)
+    longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
+    told = "neutral text of this package" if source == NEUTRAL else source
+    return told, text_batches(texts, tokenizer, task, backbone, longest), texts
+
+
+def drift_tables(found: Strengths) -> list[Table]:
+    """The facts, the strengths where there are several, the blocks, and the texts that moved most."""
+    shown = [tables.of_drift(found)]
+    shown += [tables.of_strengths(found)] if found.metric else []
+    shown += [tables.of_blocks(found)] if found.found[0].drift.layers else []
+    return [*shown, tables.of_moved(found)]
+
+
+def write_record(folder: Path, found: Strengths, figure: bytes | None) -> None:
+    """Keep it in the run's folder, for its page, in the place of what was measured earlier."""
+    record = {**asdict(found), "tables": [asdict(table) for table in drift_tables(found)]}
+    try:
+        write_bytes(folder / DRIFT, (json.dumps(record) + "\n").encode())
+        if figure is not None:
+            write_bytes(folder / DRIFT_FIGURE, figure)
+        else:
+            (folder / DRIFT_FIGURE).unlink(missing_ok=True)
+        write_page(folder)
+    except OSError as error:
+        rank_zero_warn(f"the drift is measured, and the run's page in '{folder}' is as it was: {error.strerror}")
+
+
+__all__ = ["Asked", "drift_tables", "measured_drift", "write_record"]

@@ -1,0 +1,124 @@
+"""How far the adapter has moved the model, while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lora_lightning.analysis.drift import Batch, measure_drift
+from lora_lightning.analysis.drift_inputs import (
+    CAUSAL,
+    LONGEST,
+    NEUTRAL,
+    RUN,
+    neutral_texts,
+    read_texts,
+    run_batches,
+    spread,
+    text_batches,
+)
+from lora_lightning.export.probe_batch import loaders_of
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.checkpoints.loop_state import logged_steps
+from lora_lightning.training.distributed import gathered
+from lora_lightning.training.module import LoRAModule
+
+
+class DriftMonitor(Callback):
+    """Logs how far the model has moved from its base, which is the model with its adapter switched off.
+
+    Of causal language models `drift/kl`, the mean KL(base || adapted) per token, `drift/perplexity_base`,
+    `drift/perplexity` and `drift/changed`, the share of tokens whose top prediction changed; of others `drift/cosine`,
+    one minus the cosine of the pooled output, and `drift/relative_l2`. They go to every logger of the run. Nothing that
+    trains is touched and nothing random is drawn. docs/analyze.md says what each means.
+
+    Args:
+        every_n_steps: optimizer steps between two looks; left out, one at each epoch's end.
+        texts: a file of texts, a set, `neutral` for this package's own text, or `run` for inputs of the validation
+            set. Left out, `neutral` for a causal language model and `run` for others.
+        text_column: the column that holds the texts.
+        count: texts or inputs at most.
+
+    Raises:
+        LoRAError: a number below 1.
+    """
+
+    def __init__(
+        self, every_n_steps: int | None = None, texts: str | None = None, text_column: str = "text", count: int = 32
+    ) -> None:
+        for name, number in (("every_n_steps", every_n_steps), ("count", count)):
+            if number is not None and number < 1:
+                raise LoRAError(f"DriftMonitor.{name} must be at least 1, got {number}")
+        self.every_n_steps, self.texts, self.text_column, self.count = every_n_steps, texts, text_column, count
+        self.last: dict[str, float] = {}
+        """What the last look found."""
+        self._batches: list[Batch] = []
+        self._names: list[str] = []
+        self._step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse before the fit what cannot be looked at.
+
+        Raises:
+            LoRAError: a module that is no LoRAModule; texts without a tokenizer, or a file that cannot be read.
+        """
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, LoRAModule):
+            raise LoRAError(f"DriftMonitor looks at a LoRAModule, got {type(pl_module).__name__}")
+        self._names = self._read(trainer, pl_module)
+
+    def _source(self, module: LoRAModule) -> str:
+        return self.texts or (NEUTRAL if module.task.peft_task_type == CAUSAL else RUN)
+
+    def _read(self, trainer: Trainer, module: LoRAModule) -> list[str]:
+        source = self._source(module)
+        if source == RUN:
+            return []
+        if getattr(trainer.datamodule, "tokenizer", None) is None:  # type: ignore[attr-defined]
+            raise LoRAError(f"DriftMonitor: the data have no tokenizer to read texts with: set texts to {RUN}")
+        if source == NEUTRAL:
+            return spread(neutral_texts(), self.count)
+        return read_texts(source, self.text_column, self.count)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The batches, on the module's device: the same in every process."""
+        assert isinstance(pl_module, LoRAModule)  # see setup
+        self._step = trainer.global_step
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if self._source(pl_module) == RUN:
+            loader = next(loaders_of(data))
+            found = loader[0] if isinstance(loader, list | tuple) else loader
+            batches = [trainer.precision_plugin.convert_input(move_data_to_device(b, pl_module.device)) for b in found]
+            tokenizer = getattr(data, "tokenizer", None)
+            self._batches, self._names = run_batches(batches, pl_module.task, pl_module.backbone, tokenizer, self.count)
+            # A sharded model runs in all processes at once, of which one may have a batch less.
+            self._batches = self._batches[: min(gathered(len(self._batches)))]
+        else:
+            longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
+            self._batches = text_batches(self._names, data.tokenizer, pl_module.task, pl_module.backbone, longest)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an optimizer step that is to be looked at."""
+        step = trainer.global_step
+        if self.every_n_steps is not None and step != self._step and step % self.every_n_steps == 0:
+            self._look(trainer, pl_module, logged_steps(trainer))
+        self._step = step
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.every_n_steps is None:
+            # the number of the epoch's last step, as Lightning logs an epoch's figures
+            self._look(trainer, pl_module, logged_steps(trainer) - 1)
+
+    def _look(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """All processes run the model, since a sharded one needs them all; each logger writes in the first."""
+        assert isinstance(module, LoRAModule)
+        forward = trainer.precision_plugin.forward_context
+        (found,) = measure_drift(module.backbone, self._batches, self._names, forward=forward).values()
+        self.last = {f"drift/{name}": mean.value for name, mean in found.figures.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(self.last, step=step)

@@ -1,0 +1,313 @@
+"""How far an adapter moved its model, against arithmetic of its own; and the strengths of an update."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+
+import pytest
+import torch
+from torch import nn
+
+from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
+from lora_lightning.analysis.drift import Batch, Drift, Mean, measure_drift, pooled, ratio, token_figures
+from lora_lightning.analysis.drift_inputs import neutral_texts, read_texts, run_batches, spread, text_batches
+from lora_lightning.analysis.strength import Strength, checked_scales, choose, validation_metrics
+from lora_lightning.lora.inject import disabled, scaled
+from lora_lightning.tasks.language_model import CausalLM
+from tests.factories import bert, move
+from tests.tiny_lm import make_model, make_texts, make_tokenizer
+
+
+def language_model(kind="llama", dtype=torch.float64, **fields):
+    model = make_model(kind, dtype=dtype)
+    inject(model, LoRAConfig(r=2, **fields))
+    return move(model, 0.2)
+
+
+def texts_of(model, count=24):
+    texts = make_texts(count)
+    return texts, text_batches(texts, make_tokenizer(), CausalLM(), model, 32)
+
+
+def by_hand(model, texts):
+    """KL, both losses and changes of every predicted token by text: one text at a time, with Python's sums."""
+    tokenizer, found = make_tokenizer(), []
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            q = model(ids).logits[0].double()
+            with disabled(model):
+                p = model(ids).logits[0].double()
+        rows = []
+        for at in range(ids.shape[1] - 1):
+            a, b = (_log_softmax(x[at].tolist()) for x in (p, q))
+            kl = math.fsum(math.exp(x) * (x - y) for x, y in zip(a, b, strict=True))
+            label = int(ids[0, at + 1])
+            rows.append((kl, -a[label], -b[label], float(a.index(max(a)) != b.index(max(b)))))
+        found.append(rows)
+    return found
+
+
+def _log_softmax(values):
+    top = max(values)
+    total = math.log(math.fsum(math.exp(v - top) for v in values)) + top
+    return [v - total for v in values]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_the_kl_is_that_of_independent_arithmetic(kind):
+    """To 1e-10 in float64, over texts of other lengths in padded batches; and the rest with it."""
+    model = language_model(kind)
+    texts, batches = texts_of(model)
+    (found,) = measure_drift(model, batches, texts).values()
+    rows = by_hand(model, texts)
+    tokens = [row for text in rows for row in text]
+    for place, (name, finish) in enumerate(
+        [("kl", float), ("perplexity_base", math.exp), ("perplexity", math.exp), ("changed", float)]
+    ):
+        want = finish(math.fsum(row[place] for row in tokens) / len(tokens))
+        assert abs(found.figures[name].value - want) <= 1e-10 * max(1, abs(want)), name
+    assert found.tokens == len(tokens)
+    assert found.texts == sum(bool(text) for text in rows), "a text of a single token predicts nothing"
+    assert found.figures["kl"].value > 1e-3
+    sums, counts = [math.fsum(r[0] for r in text) for text in rows if text], [len(text) for text in rows if text]
+    R, n = math.fsum(sums) / sum(counts), len(counts)
+    squares = math.fsum((s - R * c) ** 2 for s, c in zip(sums, counts, strict=True))
+    assert found.figures["kl"].error == pytest.approx(math.sqrt(n / (n - 1) * squares) / sum(counts), rel=1e-8)
+    means = {number: math.fsum(r[0] for r in text) / len(text) for number, text in enumerate(rows) if text}
+    assert [moved.number for moved in found.most] == sorted(means, key=means.get, reverse=True)[:5]
+    assert found.most[0].text == texts[found.most[0].number]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_strength_0_has_not_moved_and_strength_1_is_the_adapter(dtype):
+    model = language_model(dtype=dtype)
+    texts, batches = texts_of(model)
+    found = measure_drift(model, batches, texts, [0.0, 0.5, 1.0])
+    assert found[0.0].figures["kl"].value == 0.0, "bit for bit the base"
+    assert found[0.0].figures["changed"].value == 0.0
+    assert found[0.0].figures["perplexity"] == found[0.0].figures["perplexity_base"]
+    assert found[1.0] == measure_drift(model, batches, texts)[1.0]
+    assert 0 < found[0.5].figures["kl"].value < found[1.0].figures["kl"].value
+
+
+def test_a_head_that_is_adapted_or_copied_is_compared_with_the_bases():
+    for fields in ({"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}):
+        model = language_model(**fields)
+        texts, batches = texts_of(model, 6)
+        rows = [row for text in by_hand(model, texts) for row in text]
+        found = measure_drift(model, batches, texts)[1.0].figures["kl"].value
+        assert found == pytest.approx(math.fsum(row[0] for row in rows) / len(rows), rel=1e-10)
+
+
+def test_a_token_that_the_base_rules_out_adds_nothing():
+    base, adapted = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([[0.0, 1.0, 2.0]], dtype=torch.float64)
+    base[0, 2] = -math.inf
+    (kl, *_) = token_figures(base, adapted, torch.tensor([0]))[0].tolist()
+    q = _log_softmax([0.0, 1.0, 2.0])
+    assert kl == pytest.approx(sum(0.5 * (math.log(0.5) - q[i]) for i in range(2)), abs=1e-14)
+
+
+def test_the_error_of_a_ratio_is_that_of_many_draws():
+    """Texts of other lengths, drawn anew a thousand times: the spread of the ratio is the error that one draw gives."""
+    random = torch.Generator().manual_seed(0)
+    ratios, errors = [], []
+    for _ in range(1000):
+        counts = torch.randint(2, 40, (60,), generator=random).double()
+        level = torch.rand(60, generator=random, dtype=torch.float64)
+        mean = ratio(counts * level, counts)
+        ratios.append(mean.value)
+        errors.append(mean.error)
+    assert statistics.mean(errors) == pytest.approx(statistics.stdev(ratios), rel=0.1)
+    assert ratio(torch.ones(1), torch.ones(1)).error is None
+
+
+def encoder():
+    model = bert().double().eval()
+    inject(model, LoRAConfig(r=2, modules_to_save=["classifier"]))
+    return move(model, 0.2)
+
+
+def encoder_batches():
+    ids = torch.randint(1, 40, (6, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    return [Batch({"input_ids": ids, "attention_mask": mask}, None, range(6))]
+
+
+def test_an_encoders_figures_are_those_of_its_pooled_output_and_of_each_block():
+    model, batches = encoder(), encoder_batches()
+    inputs = batches[0].inputs
+    found = measure_drift(model, batches, list("abcdef"))[1.0]
+    with torch.no_grad():
+        h = model.bert(**inputs, output_hidden_states=True)
+        with disabled(model):
+            h0 = model.bert(**inputs, output_hidden_states=True)
+    cosine = 1 - torch.cosine_similarity(h0.pooler_output, h.pooler_output)
+    assert found.figures["cosine"].value == pytest.approx(float(cosine.mean()), abs=1e-12)
+    assert found.figures["cosine"].error == pytest.approx(float(cosine.std() / 6**0.5), rel=1e-8)
+    mask = inputs["attention_mask"].double().unsqueeze(-1)
+    for number in range(2):
+        a, b = ((x.hidden_states[number + 1] * mask).sum(1) / mask.sum(1) for x in (h0, h))
+        own = found.layers[f"bert.encoder.layer.{number}"]
+        assert own["relative_l2"].value == pytest.approx(float(((b - a).norm(dim=1) / a.norm(dim=1)).mean()), rel=1e-10)
+    order = cosine.argsort(descending=True)[:5].tolist()
+    assert [moved.text for moved in found.most] == [list("abcdef")[i] for i in order]
+
+
+def test_an_encoder_at_strength_0_has_not_moved():
+    found = measure_drift(encoder(), encoder_batches(), list("abcdef"), [0.0])[0.0]
+    means = [*found.figures.values(), *(mean for layer in found.layers.values() for mean in layer.values())]
+    assert {mean.value for mean in means} == {0.0}
+
+
+def test_an_images_places_are_averaged_wherever_the_channels_lie():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(5)
+
+    h = torch.randn(2, 5, 3, 4)
+    torch.testing.assert_close(pooled(h, 2), h.mean((2, 3)))
+    torch.testing.assert_close(pooled(h.permute(0, 2, 3, 1), 2, None, Last()), h.mean((2, 3)))
+    assert pooled(h, 3) is None
+
+
+def test_the_model_and_its_modes_are_as_before():
+    model = encoder().train()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
+    measure_drift(model, encoder_batches(), list("abcdef"), [0.0, 0.5, 1.25])
+    assert torch.equal(torch.get_rng_state(), state), "nothing random is drawn"
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert all(module.training for module in model.bert.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_what_cannot_be_compared_is_refused_in_one_line():
+    plain = make_model("llama")
+    with pytest.raises(LoRAError, match="no adapter"):
+        measure_drift(plain, [], [])
+    model = language_model()
+    with pytest.raises(LoRAError, match="two tokens"):
+        measure_drift(model, text_batches(["one"], make_tokenizer(), CausalLM(), model, 8), ["one"])
+
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.ModuleList([nn.Linear(3, 3)])
+
+        def forward(self, x):
+            return {"score": self.body[0](x).sum()}
+
+    scalar = Scalar()
+    inject(scalar, LoRAConfig(r=1))
+    with pytest.raises(LoRAError, match="Scalar has no pooled output"):
+        measure_drift(scalar, [Batch({"x": torch.ones(2, 3)}, None, range(2))], ["a", "b"])
+
+
+# Texts.
+
+
+def test_the_neutral_set_is_paragraphs_of_some_length():
+    texts = neutral_texts()
+    assert len(texts) > 50
+    assert len(set(texts)) == len(texts)
+    assert all(20 < len(text.split()) < 70 for text in texts)
+
+
+def test_texts_are_read_from_files_and_mistakes_name_the_place(tmp_path):
+    (tmp_path / "a.txt").write_text("one two\n\nthree four\n")
+    assert read_texts(str(tmp_path / "a.txt")) == ["one two", "three four"]
+    (tmp_path / "a.csv").write_text("body,n\nfirst,1\nsecond,2\n")
+    assert read_texts(str(tmp_path / "a.csv"), "body") == ["first", "second"]
+    for name, text, column, match in [
+        ("a.csv", None, "text", "no column 'text'.*columns: body, n"),
+        ("a.csv", None, "n", "row 1, column 'n': expected text, got 1"),
+        ("b.txt", " \n \n", "text", "all are blank|holds no rows"),
+        ("empty.txt", "", "text", "is empty"),
+        ("none.txt", None, "text", "no file"),
+    ]:
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(LoRAError, match=match):
+            read_texts(str(tmp_path / name), column)
+
+
+def test_more_texts_than_asked_for_come_from_all_over():
+    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
+    assert spread(range(3), 5) == [0, 1, 2]
+
+
+def test_a_runs_own_inputs_are_compared_where_its_task_trains():
+    model = language_model()
+    ids = torch.tensor([[3, 4, 5, 6], [4, 5, 6, 7]])
+    labels = ids.clone()
+    labels[0, :3] = -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    (found,), names = run_batches([batch], CausalLM(), model, make_tokenizer())
+    assert found.labels.tolist() == [[-100, -100, 6, -100], [5, 6, 7, -100]]
+    assert names[0] == "one two three four"
+    assert measure_drift(model, [found], names)[1.0].tokens == 4
+
+
+# Strengths.
+
+
+def test_scales_are_numbers_with_commas_between():
+    assert checked_scales("1, 0.5,0,1") == [0.0, 0.5, 1.0]
+    for wrong in ("0,half", "-1", "", "0,,1", "nan", "inf"):
+        with pytest.raises(LoRAError, match="scales are numbers of at least 0"):
+            checked_scales(wrong)
+
+
+def strength(scale, value, error):
+    drift = Drift(kind="kl", figures={"kl": Mean(value=scale, error=None)}, texts=1)
+    return Strength(scale=scale, drift=drift, metrics={"accuracy": Mean(value=value, error=error)})
+
+
+def test_the_smallest_strength_within_one_standard_error_of_the_best_is_chosen():
+    found = [strength(0.0, 0.5, 0.02), strength(0.5, 0.88, 0.02), strength(1.0, 0.9, 0.03), strength(1.25, 0.89, 0.03)]
+    told = choose("texts", found, "accuracy", "max")
+    assert (told.best, told.chosen) == (1.0, 0.5)
+    less = [strength(one.scale, -one.metrics["accuracy"].value, one.metrics["accuracy"].error) for one in found]
+    assert choose("texts", less, "accuracy", "min").chosen == 0.5
+    unknown = [strength(one.scale, one.metrics["accuracy"].value, None) for one in found]
+    assert choose("texts", unknown, "accuracy", "max").chosen == 1.0, "without an error the best itself"
+
+
+def test_the_metrics_error_is_that_of_its_examples():
+    """Of an accuracy over n examples about sqrt(p (1 - p) / n); and the value is that of the examples."""
+    task, random = SequenceClassification(2), torch.Generator().manual_seed(0)
+
+    class Known(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(1))
+
+        def forward(self, logits):
+            return logits
+
+    right = torch.rand(2000, generator=random) < 0.8
+    labels = torch.randint(0, 2, (2000,), generator=random)
+    logits = nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).float() * 4
+    rows = zip(logits.split(20), labels.split(20), strict=True)
+    found = validation_metrics(Known(), task, [(i % 10, {"logits": z, "labels": y}) for i, (z, y) in enumerate(rows)])
+    p = float(right.double().mean())
+    assert found["accuracy"].value == pytest.approx(p, abs=1e-6)
+    assert found["accuracy"].error == pytest.approx((p * (1 - p) / 2000) ** 0.5, rel=0.5)
+    assert {"loss", "f1"} <= found.keys()
+    one = validation_metrics(Known(), task, [(0, {"logits": logits, "labels": labels})])
+    assert one["accuracy"].error is None, "of one batch there is none"
+    assert set(task.stages("val")) == {"val"}, "the task itself counts nothing"
+
+
+def test_a_copy_at_a_strength_gives_the_drift_of_that_strength():
+    model = language_model()
+    texts, batches = texts_of(model, 6)
+    want = measure_drift(model, batches, texts, [0.3])[0.3]
+    twin = copy.deepcopy(model)
+    with scaled(twin, 0.3):
+        assert measure_drift(twin, batches, texts)[1.0] == want
