@@ -68,6 +68,8 @@ from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints as 
 from lora_lightning.training.checkpoints.resume import Resume as Resume
 from lora_lightning.training.module import LoRAModule as LoRAModule
 from lora_lightning.training.optim import WarmupDecay as WarmupDecay
+from lora_lightning.training.population.halving import Halving as Halving
+from lora_lightning.training.population.population import Population as Population
 from lora_lightning.training.precision import HalfBase as HalfBase
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy as FSDP2Strategy
 from lora_lightning.training.tracking.wandb_callback import Tracking as Tracking

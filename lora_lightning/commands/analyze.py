@@ -177,4 +177,4 @@ def _progress(sources: list[Source]) -> Iterator[Any]:
         yield lambda count: bar.advance(task, count)
 
 
-__all__ = ["AUTO", "Analysis", "Request", "Wanted", "analyze", "screens"]
+__all__ = ["AUTO", "Analysis", "Asked", "Request", "Wanted", "analyze", "screens"]

@@ -112,6 +112,9 @@ def sweep(
     seeds: str | None = None,
     budget: int | None = None,
     storage: str | None = None,
+    together: bool = False,
+    halving: int | None = None,
+    rungs: str = "1/8,1/4,1/2",
     name: str | None = None,
     runs_dir: str = "runs",
     plots: bool = True,
@@ -133,6 +136,11 @@ def sweep(
         budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
         storage: where Optuna keeps the study, so that several processes or machines work on it: a file for its journal,
             or a database such as postgresql+psycopg://user@host/name; by default a journal in the sweep's folder.
+        together: all points of the grid in one process over one W0, taking turns on each batch; each ends in the bytes
+            of a fit of its own. For flags of model.lora, model.optimizer, model.lr_scheduler and gradient clipping.
+        halving: with together: at each rung the better 1 / N go on, and of the others whoever cannot be told from them;
+            2 keeps the better half.
+        rungs: shares of the steps after which members are compared on the validation set.
         name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
         runs_dir: folder of all runs.
         plots: draw the figures; needs matplotlib.
@@ -152,6 +160,9 @@ def sweep(
         seeds=seeds,
         budget=budget,
         storage=storage,
+        together=together,
+        halving=halving,
+        rungs=rungs.split(","),
         name=name,
         runs_dir=runs_dir,
         plots=plots,
