@@ -21,6 +21,7 @@ GONE = {
     "FSDP1Strategy": "it is gone, since torch no longer develops FSDP1: take FSDP2Strategy",
     "ZeRO2Strategy": "it is gone, since an adapter's optimizer is a few megabytes: take DDP, or FSDP2Strategy",
     "ZeRO3Strategy": "it is gone, since it saved nothing over FSDP2: take FSDP2Strategy",
+    "Baselines": "it is in the repository's folder demos: run from a clone and take demos.baselines.Baselines",
     "read_animals": "it is in the repository's folder demos: run from a clone and take demos.animals.read_animals",
     "dinov2_small": "it is in the repository's folder demos: run from a clone and take demos.dinov2.dinov2_small",
     "efficientnet_lite0": "it is in the repository's folder demos: take demos.efficientnet.efficientnet_lite0",

@@ -53,7 +53,6 @@ from lora_lightning.tasks.regression import SequenceRegression as SequenceRegres
 from lora_lightning.tasks.segmentation import ImageSegmentation as ImageSegmentation
 from lora_lightning.tasks.supervised import Supervised as Supervised
 from lora_lightning.tasks.token_classification import TokenClassification as TokenClassification
-from lora_lightning.training.callbacks.baselines import Baselines as Baselines
 from lora_lightning.training.callbacks.drift_monitor import DriftMonitor as DriftMonitor
 from lora_lightning.training.callbacks.export_on_fit_end import ExportAtEnd as ExportAtEnd
 from lora_lightning.training.callbacks.freeze_base import FreezeBase as FreezeBase
@@ -69,6 +68,8 @@ from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints as 
 from lora_lightning.training.checkpoints.resume import Resume as Resume
 from lora_lightning.training.module import LoRAModule as LoRAModule
 from lora_lightning.training.optim import WarmupDecay as WarmupDecay
+from lora_lightning.training.population.halving import Halving as Halving
+from lora_lightning.training.population.population import Population as Population
 from lora_lightning.training.precision import HalfBase as HalfBase
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy as FSDP2Strategy
 from lora_lightning.training.tracking.wandb_callback import Tracking as Tracking

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lora_lightning.analysis.measures import SHARES, AdapterMeasures, LayerMeasures, percent
-from lora_lightning.analysis.similarity import GroupSimilarity, LayerSimilarity, PairSimilarity
+from lora_lightning.analysis.similarity import LayerSimilarity, PairSimilarity
 from lora_lightning.analysis.strength import Strengths
 from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.lora.errors import LoRAError
@@ -35,8 +35,6 @@ class Analysis:
 
     adapters: list[AdapterMeasures]
     pairs: list[PairSimilarity] = field(default_factory=list)
-    groups: dict[str, list[GroupSimilarity]] = field(default_factory=dict)
-    """By adapter, phi between its layers."""
     truncation: Truncation | None = None
     drift: Strengths | None = None
     """How far the first adapter moved its model, where that was asked for."""
@@ -61,10 +59,6 @@ def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
             end = f"-{number + 1}" if len(found.adapters) > 1 else ""
             title = f"The rank that would do, {adapter.label}"
             drawn[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
-            if groups := found.groups[adapter.label]:
-                caption = f"phi(k, k) of A's first k directions; of random subspaces it is {groups[0].chance:.2g}."
-                title = f"Directions that layers share, {adapter.label}"
-                drawn[f"layers{end}"] = Drawing(title, caption, between(adapter.label, groups))
         _draw_amplification(found, drawn)
         _draw_pairs(found, layers, drawn)
     if found.drift is not None and found.drift.metric:
@@ -267,30 +261,6 @@ def _random_like(layer: LayerSimilarity) -> torch.Tensor:
 
 def _side(side: str) -> str:
     return {"A": "A", "B": "B", "update_in": "BA's inputs", "update_out": "BA's outputs"}[side]
-
-
-def between(label: str, groups: Sequence[GroupSimilarity]) -> Figure:
-    """phi(k, k) of A between the layers of each group; of a layer with itself it is 1, which is left grey."""
-    groups = groups[:MOST_PANELS]
-    tables = [torch.tensor(group.phi).fill_diagonal_(math.nan) for group in groups]
-    top = max(2 * groups[0].chance, *(float(table.nan_to_num(0.0).max()) for table in tables))
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    drawn = figure(PAGE, 0.55 + 1.95 * rows)
-    axes = drawn.subplots(rows, columns, squeeze=False).flatten().tolist()
-    image: Any = None
-    for axis, group, table in zip(axes, groups, tables, strict=False):
-        image = axis.imshow(table, cmap=MAP, vmin=0, vmax=min(1.0, top), origin="lower")
-        axis.set_facecolor("#bbbbbb")
-        blocks = [".".join(part for part in name.split(".") if part.isdigit()) for name in group.names]
-        axis.set_title(f"{group.group}, k = {group.directions}")
-        axis.set_xticks(*ticks(blocks, 8))
-        axis.set_yticks(*ticks(blocks, 8))
-        axis.spines[:].set_visible(False)
-    _hide(axes[len(groups) :])
-    drawn.colorbar(image, ax=axes, shrink=0.8, label=r"$\phi(k, k)$ of A")
-    drawn.suptitle(f"{label}: directions that layers share", fontsize=8)
-    return drawn
 
 
 def _wrapped(title: str, width: int = 26) -> str:

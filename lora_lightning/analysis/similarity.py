@@ -1,8 +1,8 @@
-"""Which directions two adapters share, or two layers of one (the paper's section 7.2)."""
+"""Which directions two adapters share (the paper's section 7.2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,40 +95,3 @@ def _phi(ones: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]])
     rows = torch.cat([S for _, S in ones]).argsort(descending=True)
     columns = torch.cat([S for _, S in others]).argsort(descending=True)
     return accumulate_similarity(squares[rows][:, columns])
-
-
-@dataclass(frozen=True, kw_only=True)
-class GroupSimilarity:
-    """Layers of one adapter that do the same in each block."""
-
-    group: str
-    names: list[str]
-    directions: int
-    """k."""
-    phi: list[list[float]]
-    """`phi(k, k)` of A's right singular vectors, layer by layer."""
-    chance: float
-    """Of random subspaces."""
-
-
-def between_layers(layers: Sequence[Factors], group: str, k: int) -> GroupSimilarity | None:
-    """phi between layers of one shape, by their first k directions of A; None where there are not two of them."""
-    plain = [layer for layer in layers if len(layer.pairs) == 1 and layer.shape[1] == layers[0].shape[1]]
-    if len(plain) < 2:
-        return None
-    found = [sided(layer.pairs[0], "A")[0] for layer in plain]
-    k = max(1, min([k, *(U.shape[1] for U in found)]))
-    frames = torch.stack([_first(U, k) for U in found])
-    overlaps = torch.einsum("ank,bnl->abkl", frames, frames).square().sum((2, 3)) / k
-    return GroupSimilarity(
-        group=group,
-        names=[layer.name for layer in plain],
-        directions=k,
-        phi=overlaps.tolist(),
-        chance=random_similarity(k, k, plain[0].shape[1]),
-    )
-
-
-def _first(U: Tensor, k: int) -> Tensor:
-    """The first k directions, with zeros where there are fewer."""
-    return U[:, :k] if U.shape[1] >= k else torch.cat([U, U.new_zeros(U.shape[0], k - U.shape[1])], dim=1)

@@ -15,14 +15,9 @@ from typing import Any
 from rich.progress import Progress
 
 from lora_lightning.analysis import tables
-from lora_lightning.analysis.adapters import Adapter
-from lora_lightning.analysis.measures import AdapterMeasures, measured_adapter
+from lora_lightning.analysis.measures import measured_adapter
 from lora_lightning.analysis.plots import Analysis, figures
-from lora_lightning.analysis.similarity import (
-    GroupSimilarity,
-    between_adapters,
-    between_layers,
-)
+from lora_lightning.analysis.similarity import between_adapters
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
 from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
@@ -53,7 +48,6 @@ class Request:
     output_dir: Path
     wanted: Wanted = field(default_factory=Wanted)
     truncate: float | None = None
-    directions: int = 4
     layers: str | None = None
     plots: bool = True
     drift: Asked | None = None
@@ -61,8 +55,6 @@ class Request:
     def __post_init__(self) -> None:
         if not self.adapters:
             raise LoRAError("analyze needs an adapter's directory, a run or a checkpoint")
-        if self.directions < 1:
-            raise LoRAError(f"directions must be at least 1, got {self.directions}")
         if self.layers is not None and (reason := regex_refusal(self.layers)):
             raise LoRAError(f"layers: {self.layers!r} {reason}")
         if self.truncate is not None:
@@ -95,7 +87,6 @@ def analyze(request: Request) -> Analysis:
             measures = measured_adapter(source.adapter, source.weights, advance)
             measures.notes.extend(source.notes)
             found.adapters.append(measures)
-            found.groups[source.adapter.label] = _within(source.adapter, measures, request.directions)
         for first, second in combinations(sources, 2):
             found.pairs.append(between_adapters(first.adapter, second.adapter, advance))
     if found.pairs and not any(pair.layers for pair in found.pairs):
@@ -107,16 +98,6 @@ def analyze(request: Request) -> Analysis:
     svgs = write(found, request)
     if found.drift is not None and sources[0].run is not None:
         write_record(run_of_checkpoint(Path(sources[0].adapter.source)), found.drift, svgs.get("drift"))
-    return found
-
-
-def _within(adapter: Adapter, measures: AdapterMeasures, k: int) -> list[GroupSimilarity]:
-    """phi between the layers of each group, those that hold most of the update first."""
-    found = []
-    for group in sorted(measures.shares, key=lambda group: -measures.shares[group]):
-        own = {layer.name for layer in measures.layers if layer.group == group}
-        similar = between_layers([layer for layer in adapter.factors if layer.name in own], group, k)
-        found += [similar] if similar is not None else []
     return found
 
 

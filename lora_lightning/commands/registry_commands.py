@@ -46,7 +46,6 @@ def analyze(
     base_model: str = "auto",
     truncate: float | None = None,
     layers: str | None = None,
-    directions: int = 4,
     plots: bool = True,
     allow_other_base: bool = False,
     alphas: dict[str, float] | None = None,
@@ -68,7 +67,6 @@ def analyze(
         truncate: a share of the energy, such as 0.95: write the adapter of the smallest ranks that keep it in each
             layer to output_dir/truncated, and measure what it costs.
         layers: a regular expression on full names: the layers in the figures of shared directions.
-        directions: how many are compared between the layers of one adapter.
         plots: draw the figures; needs matplotlib.
         allow_other_base: also where the adapter's fingerprint is of another base.
         alphas: by full module name, where PEFT's `alpha_pattern` leaves one in doubt: the error names the modules.
@@ -91,7 +89,6 @@ def analyze(
             output_dir=Path(output_dir),
             wanted=wanted,
             truncate=truncate,
-            directions=directions,
             layers=layers,
             plots=plots,
             drift=analysis.Asked.of(drift, drift_column, drift_texts, scales),
@@ -115,6 +112,9 @@ def sweep(
     seeds: str | None = None,
     budget: int | None = None,
     storage: str | None = None,
+    together: bool = False,
+    halving: int | None = None,
+    rungs: str = "1/8,1/4,1/2",
     name: str | None = None,
     runs_dir: str = "runs",
     plots: bool = True,
@@ -136,6 +136,11 @@ def sweep(
         budget: trainable parameters: for each set of target_modules take the r that comes nearest to it.
         storage: where Optuna keeps the study, so that several processes or machines work on it: a file for its journal,
             or a database such as postgresql+psycopg://user@host/name; by default a journal in the sweep's folder.
+        together: all points of the grid in one process over one W0, taking turns on each batch; each ends in the bytes
+            of a fit of its own. For flags of model.lora, model.optimizer, model.lr_scheduler and gradient clipping.
+        halving: with together: at each rung the better 1 / N go on, and of the others whoever cannot be told from them;
+            2 keeps the better half.
+        rungs: shares of the steps after which members are compared on the validation set.
         name: of the sweep's folder in runs_dir; by default the config's own name with -sweep behind it.
         runs_dir: folder of all runs.
         plots: draw the figures; needs matplotlib.
@@ -155,6 +160,9 @@ def sweep(
         seeds=seeds,
         budget=budget,
         storage=storage,
+        together=together,
+        halving=halving,
+        rungs=rungs.split(","),
         name=name,
         runs_dir=runs_dir,
         plots=plots,

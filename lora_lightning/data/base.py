@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -22,6 +23,20 @@ from lora_lightning.lora.errors import LoRAError
 
 MOST_SHOWN = 80
 """Characters of a faulty value that an error shows."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A function of rows with a version, as datasets caches by a function's name: an earlier release's rows stay away.
+
+    Raise the version when what an encoding function gives is changed.
+    """
+
+    function: Callable[..., Any]
+    version: int = 2
+
+    def __call__(self, rows: Any, **options: Any) -> Any:
+        return self.function(rows, **options)
 
 
 class TableData(LightningDataModule, ABC):
@@ -326,7 +341,8 @@ class TableData(LightningDataModule, ABC):
             options: its keyword arguments.
         """
         described = {"remove_columns": table.column_names, "desc": f"encode {split}"}
-        return table.map(function, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)
+        made = Encoding(function)
+        return table.map(made, batched=True, fn_kwargs=options, num_proc=self.num_proc, **described)
 
     def _loader(
         self, table: datasets.Dataset, batch_size: int, *, shuffle: bool = False, lengths: list[int] | None = None

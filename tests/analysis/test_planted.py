@@ -82,18 +82,6 @@ def test_planted_spectrum_overlap_and_amplification_are_found(tmp_path):
     assert math.isclose(sides["B"][2, 2], 1.0, abs_tol=1e-6)
 
 
-def test_shared_directions_between_layers_are_found(tmp_path):
-    rng = np.random.default_rng(1)
-    V, names = frame(rng, SIDE, 6), [f"encoder.layer.{i}.attention.self.query" for i in (0, 2, 10)]
-    spans = [V[:, :2], V[:, [1, 0]], V[:, [0, 5]]]
-    made = {n: factors(rng, frame(rng, SIDE, 2), np.ones(2), v, 4, 1.0) for n, v in zip(names, spans, strict=True)}
-    write(tmp_path / "one", made, r=4, alpha=4)
-    found = told([tmp_path / "one"], tmp_path / "out", directions=2)
-    (group,) = found["groups"]["one"]
-    assert group["names"] == names
-    np.testing.assert_allclose(group["phi"], [[1, 1, 0.5], [1, 1, 0.5], [0.5, 0.5, 1]], atol=1e-6)
-
-
 class Regression(nn.Module):
     """Two linear layers in a row and one beside them."""
 
@@ -263,7 +251,6 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(trained, tmp_path):
         "above 0 and at most 1": {"truncate": 1.5},
         "takes one adapter": {"truncate": 0.5, "adapters": [str(good), str(plain)]},
         "no layer of one name": {"adapters": [str(good), str(plain)]},
-        "at least 1": {"directions": 0},
         "needs an adapter": {"adapters": []},
         "no folder": {"wanted": Wanted(base_model=str(tmp_path / "nowhere"))},
         "layers": {"layers": "("},

@@ -20,7 +20,7 @@ from lora_lightning.reports.figures import image_bytes
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
 from tests.command.test_merge import called
 
-PICTURES = ["norms", "energy", "ranks", "layers", "amplification"]
+PICTURES = ["norms", "energy", "ranks", "amplification"]
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def end_of(folder, name):
 
 def everything_on(tiny):
     """All callbacks, a plateau and W&B, as srun starts it."""
-    callbacks = [f"lora_lightning.{n}" for n in ("MeasureBefore", "Baselines", "ExportAtEnd")]
+    callbacks = ["lora_lightning.MeasureBefore", "demos.baselines.Baselines", "lora_lightning.ExportAtEnd"]
     plateau = {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau", "init_args": {"monitor": "val/loss"}}
     given = ["--trainer.callbacks", json.dumps(callbacks), "--model.lr_scheduler", json.dumps(plateau)]
     return fit(tiny, "everything", "--config", REPOSITORY / "configs/logger/wandb.yaml", *given, launcher="srun")

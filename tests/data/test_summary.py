@@ -7,6 +7,7 @@ import time
 
 import datasets
 import pytest
+from datasets.fingerprint import Hasher
 from rich.console import Console
 
 from lora_lightning import (
@@ -22,6 +23,8 @@ from lora_lightning import (
     TextRegressionData,
     TokenClassificationData,
 )
+from lora_lightning.data.base import Encoding
+from lora_lightning.data.io.rows import encode_rows
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.io.summary import summarize
 from lora_lightning.lora.errors import LoRAError
@@ -245,3 +248,9 @@ def test_a_blank_label_is_told(tiny, tmp_path):
     data = TextClassificationData(write(tmp_path / "train.csv", [("a", " "), ("b", "x")] * 20), tiny.bert)
     data.setup()
     assert [line for line in data.data_summary["warnings"] if "the blank label ' '" in line]
+
+
+def test_rows_that_an_earlier_release_has_encoded_are_not_taken_from_the_cache():
+    """datasets caches by the hash of what it maps, which of an importable function is its name."""
+    assert Hasher.hash(Encoding(encode_rows)) == Hasher.hash(Encoding(encode_rows))
+    assert Hasher.hash(Encoding(encode_rows)) != Hasher.hash(Encoding(encode_rows, version=1))

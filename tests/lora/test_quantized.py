@@ -203,6 +203,7 @@ def test_a_dequantizing_merge_makes_plain_layers_that_equal_the_adapted(scheme_n
     expected = model(x)
     report = merge(model, dequantize=True)
     assert report.dequantized == QUANTISED
+    assert report.kept.keys() >= set(QUANTISED), "the share kept is noted for quantized layers too"
     assert [type(m) for m in model.modules()] == [type(m) for m in float_net().modules()]
     assert list(model.state_dict()) == list(float_net().state_dict())
     assert all(type(p) is nn.Parameter and p.dtype == dtype for p in model.parameters())

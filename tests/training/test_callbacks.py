@@ -90,7 +90,7 @@ class Headless(nn.Module):
 
 
 def test_baselines_say_before_the_fit_what_they_cannot_do(tmp_path, make_module, make_data):
-    from lora_lightning import Baselines
+    from demos.baselines import Baselines
 
     with pytest.raises(LoRAError, match=r"such as TextClassificationData: drop it from trainer\.callbacks"):
         fit(tmp_path, make_module(Vision(), LoRAConfig(r=2)), Baselines())
@@ -142,7 +142,8 @@ def test_counts_reach_the_log_and_the_report(trained):
 
 
 def test_baselines_are_above_chance_and_beside_the_majority(tmp_path, make_module, make_data):
-    from lora_lightning import Baselines, RunReport
+    from demos.baselines import Baselines
+    from lora_lightning import RunReport
 
     callbacks = [FreezeBase(show_table=False), RunReport(), Baselines()]
     trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(), data := make_data())

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torchvision.models import get_model
 
-from lora_lightning import Baselines, FreezeBase, LoRAConfig, LoRAError, LoRAModule, RunReport, inject
+from demos.baselines import Baselines, features, pixels
+from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, RunReport, inject
 from lora_lightning.data.images.data import ImageData
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.classification import ImageClassification
-from lora_lightning.training.callbacks.baselines import features, pixels
 from tests.pictures import class_folders
 from tests.tasks.test_images import timm_net, vit
 from tests.training.test_module import trainer_of

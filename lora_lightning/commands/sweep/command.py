@@ -16,7 +16,9 @@ from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
 from lora_lightning.commands.sweep.search_space import plainly, short_names
 from lora_lightning.commands.sweep.study import Trial
 from lora_lightning.commands.sweep.sweep import Outcome, Request, Sweep, prepare
+from lora_lightning.commands.sweep.together import Watch, progress
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.population.population import Population
 
 
 def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
@@ -31,8 +33,8 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
     for line in _notes(sweep):
         screen.print(line, highlight=False, markup=False)
     try:
-        with _lines(screen, sweep) as say:
-            outcome = sweep.run(say)
+        with _lines(screen, sweep) as (say, watch):
+            outcome = sweep.run(say, watch)
     except (KeyboardInterrupt, Stopped) as stopped:
         number = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
         print(f"lora-lightning: stopped; the same command goes on with '{sweep.folder}'", file=sys.stderr)
@@ -61,7 +63,7 @@ def _notes(sweep: Sweep) -> Iterator[str]:
 
 
 @contextmanager
-def _lines(screen: Console, sweep: Sweep) -> Iterator[Say]:
+def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
     """A line for each beginning and end, above a bar where the screen is a terminal."""
     names = short_names(sweep.keys)
     columns = [
@@ -80,10 +82,14 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[Say]:
             if what == "begins":
                 screen.print(f"begins: {told} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
                 return
-            bar.advance(task)
+            if not sweep.request.together:
+                bar.advance(task)
             screen.print(f"{trial.state}: {told}: {_result(trial, sweep.metric)}", highlight=False, markup=False)
 
-        yield say
+        def watch(population: Population) -> None:
+            bar.update(task, **progress(population))
+
+        yield say, watch
 
 
 def _result(trial: Trial, metric: str) -> str:

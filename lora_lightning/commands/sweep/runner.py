@@ -77,7 +77,7 @@ class Runner:
             self._end_all()
 
     def _start(self, trial: Trial, slot: int, environment: dict[str, str]) -> None:
-        if self._take_result(trial):  # the sweep was killed between a fit's end and its record
+        if take_result(trial, self.folder, self.metric):  # the sweep was killed between a fit's end and its record
             self._close(trial)
             return
         own = [f"--{key}={value}" for key, value in trial.values.items()]
@@ -104,27 +104,13 @@ class Runner:
                     fit.ask_to_leave()
                 continue
             del self._running[slot]
-            if not (code == 0 and self._take_result(trial)) and trial.state != "pruned":
+            if not (code == 0 and take_result(trial, self.folder, self.metric)) and trial.state != "pruned":
                 trial.state, trial.error = "failed", fit.fault() if code else self._no_metric(trial)
             self._close(trial)
 
     def _close(self, trial: Trial) -> None:
         self.study.finish(trial)
         self.say(trial, "ends")
-
-    def _take_result(self, trial: Trial) -> bool:
-        """Read the run's report, which a fit writes at its end; whether it has the metric."""
-        try:
-            report = json.loads((self.folder / trial.name / REPORT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        value = report.get(_in_report(self.metric))
-        if value is None:
-            return False
-        trial.state, trial.error = "complete", None
-        trial.value = float(value) if math.isfinite(float(value)) else None
-        trial.trainable, trial.seconds, trial.run = report["trainable"], report["train_seconds"], report["run_dir"]
-        return True
 
     def _no_metric(self, trial: Trial) -> str:
         return (
@@ -139,6 +125,21 @@ class Runner:
         for trial, fit in self._running.values():
             fit.end()
             self.study.release(trial.number)
+
+
+def take_result(trial: Trial, folder: Path, metric: str) -> bool:
+    """Read the run's report, which a fit writes at its end; whether it has the metric."""
+    try:
+        report = json.loads((folder / trial.name / REPORT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    value = report.get(_in_report(metric))
+    if value is None:
+        return False
+    trial.state, trial.error = "complete", None
+    trial.value = float(value) if math.isfinite(float(value)) else None
+    trial.trainable, trial.seconds, trial.run = report["trainable"], report["train_seconds"], report["run_dir"]
+    return True
 
 
 def _in_report(metric: str) -> str:

@@ -27,9 +27,11 @@ from lora_lightning.commands.sweep.search_space import (
     space,
 )
 from lora_lightning.commands.sweep.study import Pruner, Sampler, Study, Values
+from lora_lightning.commands.sweep.together import Together, Watch, refuse_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.figures import refuse_missing
+from lora_lightning.training.population.halving import RUNGS, Halving
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,9 @@ class Request:
     name: str | None = None
     runs_dir: str = "runs"
     plots: bool = True
+    together: bool = False
+    halving: int | None = None
+    rungs: Sequence[str] = RUNGS
     swept: list[Swept] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,8 +86,26 @@ class Request:
             raise LoRAError(f"seeds are to differ, got {', '.join(map(str, self.seeds))}")
         if self.metric is not None and not self.metric.startswith("val"):
             raise LoRAError(f"a sweep chooses by validation, so that the test set can still judge; got {self.metric}")
+        if self.together:
+            self._check_together()
+        elif self.halving is not None:
+            raise LoRAError("--halving compares the members of one fit: give --together with it")
         if self.plots:
             refuse_missing()
+
+    def _check_together(self) -> None:
+        given = {
+            "--sampler": self.sampler != "grid",
+            "--jobs": self.jobs > 1,
+            "--seeds": bool(self.seeds),
+            "--pruner": self.pruner != "none",
+            "--storage": self.storage is not None,
+        }
+        if unfit := [flag for flag, is_given in given.items() if is_given]:
+            raise LoRAError(f"--together fits one grid in one process: leave {', '.join(unfit)} out, or --together")
+        refuse_keys([one.key for one in self.swept], self.fit, self.grid)
+        if self.halving is not None:
+            Halving(self.halving, self.rungs)
 
     @property
     def points(self) -> int:
@@ -128,7 +151,7 @@ class Sweep:
         """Fits that it has when it is done."""
         return self.request.points * len(self.seeds)
 
-    def run(self, say: Say) -> Outcome:
+    def run(self, say: Say, watch: Watch = lambda _: None) -> Outcome:
         """Fit what is not done yet, and write what came of it, also where it is interrupted."""
         request = self.request
         study = Study(
@@ -146,18 +169,25 @@ class Sweep:
             study.add((values, seed) for seed in self.seeds for values in points)
         else:
             study.add_proposals(request.points, self.seeds)
-        runner = Runner(
-            folder=self.folder,
-            args=request.fit,
-            metric=self.metric,
-            study=study,
-            claim=lambda: study.next(self.seeds, self._complete),
-            say=say,
-            jobs=request.jobs,
-            watched=request.pruner != "none",
-            command=self.command,
-            gpus=torch.cuda.device_count(),
-        )
+        shared: dict[str, Any] = {
+            "folder": self.folder,
+            "args": request.fit,
+            "metric": self.metric,
+            "study": study,
+            "claim": lambda: study.next(self.seeds, self._complete),
+            "say": say,
+        }
+        runner: Runner | Together
+        if request.together:
+            runner = Together(**shared, goal=self.goal, watch=watch, eta=request.halving, rungs=request.rungs)
+        else:
+            runner = Runner(
+                **shared,
+                jobs=request.jobs,
+                watched=request.pruner != "none",
+                command=self.command,
+                gpus=torch.cuda.device_count(),
+            )
         try:
             runner.run()
         finally:

@@ -94,6 +94,10 @@ class Checkpoints(ModelCheckpoint):
             signal.signal(signal.SIGTERM, self._take_note)  # Lightning puts back what was there before
 
     def _take_note(self, number: int, frame: FrameType | None) -> None:
+        self.ask_to_leave()
+
+    def ask_to_leave(self) -> None:
+        """Save after the step that is under way, and end the fit as SIGTERM does."""
         self._sent_sigterm = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

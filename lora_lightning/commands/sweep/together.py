@@ -1,0 +1,188 @@
+"""A grid as one fit: members over one W0 that take turns on each batch, and halving at rungs (`--together`)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch import LightningDataModule
+
+from lora_lightning.cli.build import build_run
+from lora_lightning.cli.main import SaveRunConfig
+from lora_lightning.commands.sweep.runner import LOG, Say, Stopped, take_result
+from lora_lightning.commands.sweep.study import Study, Trial
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.training.checkpoints import run_folder as run
+from lora_lightning.training.population.halving import RUNGS, Halving
+from lora_lightning.training.population.population import Interrupted, Member, Population
+from lora_lightning.training.preflight import refuse_other_count, refuse_other_size, refuse_unlogged
+
+VARY = (
+    "model.lora.",
+    "model.optimizer",
+    "model.lr_scheduler",
+    "model.b_lr_ratio",
+    "model.init_adapter",
+    "trainer.gradient_clip_",
+)
+"""Flags that may differ between members; all else belongs to the one W0, the one set of data or the number of steps."""
+Watch = Callable[[Population], None]
+
+
+def refuse_keys(keys: Sequence[str], fit: Sequence[str], grid: Sequence[str]) -> None:
+    """Raise where a swept flag cannot vary within one fit.
+
+    Raises:
+        LoRAError: its name, and the command that sweeps it.
+    """
+    for key in keys:
+        if not key.startswith(VARY):
+            alone = shlex.join(["lora-lightning", "sweep", *fit, *(word for one in grid for word in ("--grid", one))])
+            raise LoRAError(
+                f"--together: '{key}' cannot differ between members, which share W0, data, precision, strategy and the"
+                f" number of steps; each in a fit of its own: {alone}"
+            )
+
+
+@dataclass(kw_only=True)
+class Together:
+    """The study's trials as one population.
+
+    Args:
+        folder: the sweep's, in which each member has its own.
+        args: of `fit`, the same for all.
+        metric, goal: what ranks, and what members are dropped by.
+        eta, rungs: of the halving; eta None drops nobody.
+    """
+
+    folder: Path
+    args: Sequence[str]
+    metric: str
+    goal: str
+    study: Study
+    claim: Callable[[], Trial | None]
+    say: Say
+    watch: Watch = lambda _: None
+    eta: int | None = None
+    rungs: Sequence[str] = RUNGS
+    _trials: dict[str, Trial] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Fit what is not done yet.
+
+        Raises:
+            Stopped: by SIGTERM, once all members have saved.
+            KeyboardInterrupt: by Ctrl-C, likewise.
+        """
+        halving = None if self.eta is None else Halving(self.eta, self.rungs, self.metric, self.goal)
+        while (trial := self.claim()) is not None:
+            self._trials[trial.name] = trial
+        if not self._trials:
+            return
+        try:
+            members, data = self._members()
+            population = Population(members, halving=halving, folder=self.folder)
+            for trial in self._trials.values():
+                self.say(trial, "begins")
+            with _quiet_lightning():
+                population.fit(data, self._look)
+        except Interrupted as interrupted:
+            raise (KeyboardInterrupt if interrupted.number == signal.SIGINT else Stopped) from None
+        finally:
+            for number in [trial.number for trial in self._trials.values()]:
+                self.study.release(number)
+
+    def _members(self) -> tuple[list[Member], LightningDataModule]:
+        members: list[Member] = []
+        data: LightningDataModule | None = None
+        for name, trial in self._trials.items():
+            own = [f"--{key}={value}" for key, value in trial.values.items()]
+            own += [f"--runs_dir={self.folder}", f"--name={name}", "--ckpt_path=auto"]
+
+            built = build_run(["fit", *self.args, *own], functools.partial(_as_member, data=data))
+            if data is None:
+                assert built.data is not None
+                assert built.trainer is not None
+                _refuse_processes(built.trainer.num_devices * built.trainer.num_nodes)
+                data = built.data
+                refuse_other_count(built.config, data)
+                refuse_other_size(built.module.backbone, built.module.task, data)
+                refuse_unlogged(built.trainer, built.module, built.config.get("model.lr_scheduler.init_args.monitor"))
+            for callback in built.trainer.callbacks:  # type: ignore[union-attr]
+                if isinstance(callback, SaveRunConfig):
+                    callback.config = built.config
+            members.append(
+                Member(
+                    name=name,
+                    module=built.module,
+                    trainer=built.trainer,  # type: ignore[arg-type]
+                    ckpt_path=built.config.ckpt_path,
+                    folder=self.folder / name,
+                    log=self.folder / name / LOG,
+                )
+            )
+        assert data is not None
+        return members, data
+
+    def _look(self, population: Population) -> None:
+        """Record the members that have come to their end."""
+        for member in population.members:
+            if member.name in self._trials and member.is_over:
+                self._record(self._trials.pop(member.name), member)
+        self.watch(population)
+
+    def _record(self, trial: Trial, member: Member) -> None:
+        has_figure = take_result(trial, self.folder, self.metric)
+        if member.state == "dropped":
+            trial.state = "pruned"
+            if (folder := run.run_dir(member.trainer)) is not None:
+                run.update_report(folder, {"dropped": member.reason})
+        elif member.state == "failed" or not has_figure:
+            trial.state, trial.error = "failed", member.reason or f"the fit ended without {self.metric}"
+        self.study.finish(trial)
+        self.say(trial, "ends")
+
+
+def _refuse_processes(count: int) -> None:
+    if count > 1:
+        raise LoRAError(
+            f"--together fits in one process, and this config asks for {count}: add --trainer.devices 1"
+            " --trainer.num_nodes 1, or leave --together out, where each fit has them all"
+        )
+
+
+def _as_member(config: Namespace, data: LightningDataModule | None) -> None:
+    """What a member's config has of its own: no bar beside the one of all, and data that are there already."""
+    config.trainer.enable_progress_bar = False
+    if data is not None:
+        config.data = data
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Within the block Lightning's notes of each fit, such as that its steps are done, do not reach the screen."""
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def progress(population: Population) -> dict[str, Any]:
+    """What a progress bar shows of a population: members left, rung, and the step that is reached of all."""
+    left = [member for member in population.members if member.is_left]
+    text = f"{len(left)} of {len(population.members)} members"
+    if population.halving is not None:
+        text += f", rung {len(population.decisions)} of {len(population.halving.rungs)}"
+    steps = max(member.trainer.global_step for member in population.members)
+    return {"description": text, "completed": steps, "total": population.steps}

@@ -1,0 +1,199 @@
+"""Which members of a population go on: successive halving that drops only what it can tell apart.
+
+After a share of the steps (a rung) all members that are left are evaluated on the same validation examples, and those
+beyond the better 1 / eta are dropped (Jamieson and Talwalkar 2016, arXiv 1502.07943), each only where it is behind the
+last one kept by more than one standard error of the paired difference: in the metric or, where the metric ties, in the
+loss.
+
+The standard error is a jackknife's over G blocks of examples (Efron and Stein 1981): with d_j the difference without
+block j, `se^2 = (G - 1) / G sum_j (d_j - mean d)^2`. It holds for any metric, also one that is no mean, such as F1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.distributed import gathered
+from lora_lightning.training.module import LoRAModule
+
+RUNGS = ("1/8", "1/4", "1/2")
+"""Shares of the steps after which members are dropped."""
+BLOCKS = 20
+"""Of validation batches, each left out once."""
+
+
+class Halving:
+    """When members are evaluated, and who is dropped then.
+
+    Args:
+        eta: of the members that are left, at least one in `eta` goes on at each rung.
+        rungs: shares of all steps, such as 1/8.
+        metric: by which members are compared; that of the task by default.
+        goal: whether it should become `min` or `max`.
+
+    Raises:
+        LoRAError: numbers that mean nothing.
+    """
+
+    def __init__(
+        self, eta: int = 2, rungs: Sequence[str] = RUNGS, metric: str | None = None, goal: str | None = None
+    ) -> None:
+        if eta < 2:
+            raise LoRAError(f"halving must be at least 2, which keeps the better half, got {eta}")
+        self.eta, self.rungs, self.metric, self.goal = eta, parse_rungs(rungs), metric, goal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What a member came to at a rung."""
+
+    value: float
+    """The metric."""
+    loss: float
+    values: list[float]
+    """The metric without each block of the validation examples."""
+    losses: list[float]
+
+
+def parse_rungs(texts: Sequence[str]) -> list[Fraction]:
+    """Shares of all steps, ascending.
+
+    Raises:
+        LoRAError: one is no share, or they do not ascend.
+    """
+    try:
+        shares = [Fraction(text.strip()) for text in texts]
+    except (ValueError, ZeroDivisionError):
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares) or shares != sorted(set(shares)):
+        raise LoRAError(f"rungs must be ascending shares of the steps, such as 1/8,1/4,1/2; got {','.join(texts)}")
+    return shares
+
+
+def rung_steps(rungs: Sequence[Fraction], steps: float) -> list[int]:
+    """After which optimizer step each rung is.
+
+    Raises:
+        LoRAError: the number of steps is not known, or too small to tell the rungs apart.
+    """
+    found = [math.ceil(share * int(steps)) for share in rungs] if math.isfinite(steps) else []
+    if not found or len(set(found)) < len(found) or found[-1] >= steps:
+        raise LoRAError(
+            f"--halving needs a step for each of the rungs {', '.join(map(str, rungs))}, and the run has {steps}: give"
+            " max_epochs or max_steps, or fewer --rungs"
+        )
+    return found
+
+
+def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str, str]:
+    """Who leaves at a rung, and why, among the members that are left.
+
+    Args:
+        keep: how many stay at least.
+        goal: whether the metric should become `max` or `min`.
+    """
+    sign = 1 if goal == "max" else -1
+    order = sorted(standings, key=lambda name: (-sign * standings[name].value, standings[name].loss))
+    found: dict[str, str] = {}
+    if keep >= len(order):
+        return found
+    last = standings[order[keep - 1]]
+    for name in order[keep:]:
+        own = standings[name]
+        gap, error = _paired(last.value, own.value, last.values, own.values)
+        if gap and sign * gap > error:
+            found[name] = f"{own.value:.4f}, {abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
+        elif not gap:
+            gap, error = _paired(own.loss, last.loss, own.losses, last.losses)
+            if gap > error:
+                found[name] = f"loss {own.loss:.4f}, {gap:.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
+    return found
+
+
+def _paired(a: float, b: float, without_a: Sequence[float], without_b: Sequence[float]) -> tuple[float, float]:
+    """`a - b`, and its jackknife standard error."""
+    each = [x - y for x, y in zip(without_a, without_b, strict=True)]
+    mean, count = sum(each) / len(each), len(each)
+    return a - b, math.sqrt((count - 1) / count * sum((d - mean) ** 2 for d in each))
+
+
+def refuse_metric(module: LoRAModule, metric: str) -> None:
+    """Raise where a metric cannot be found anew of the validation set's outputs."""
+    known = module.task.logged("val")
+    if metric not in known:
+        raise LoRAError(
+            f"--halving goes by a figure of the task: {', '.join(known)}; got {metric}{did_you_mean(metric, known)}"
+        )
+
+
+@torch.no_grad()
+def standing(trainer: Trainer, module: LoRAModule, metric: str) -> Standing:
+    """Evaluate a member on the first validation set, and leave no trace in its fit: modes and random states are put
+    back, and its own metrics are not counted into."""
+    before, modes = random_state(), [(inner, inner.training) for inner in module.modules()]
+    module.eval()
+    try:
+        blocks = _blocks(trainer, module)
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+        set_random_state(before)
+    device = module.device
+    found = [_figures(module, metric, blocks, skip, device) for skip in (None, *range(len(blocks)))]
+    return Standing(
+        value=found[0][0], loss=found[0][1], values=[v for v, _ in found[1:]], losses=[x for _, x in found[1:]]
+    )
+
+
+Block = list[tuple[Tensor, int, Tensor | None, Tensor | None]]
+"""Of batches: loss, its weight, predictions and targets, on the CPU."""
+
+
+def _blocks(trainer: Trainer, module: LoRAModule) -> list[Block]:
+    loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    loader = loaders[0] if isinstance(loaders, list) else loaders
+    limit = trainer.limit_val_batches
+    blocks: list[Block] = [[] for _ in range(BLOCKS)]
+    batches = islice(loader, limit) if isinstance(limit, int) else loader
+    for number, read in enumerate(batches):
+        batch = trainer.strategy.batch_to_device(read, module.device)
+        with trainer.precision_plugin.val_step_context():
+            out = module.task.evaluate(module.backbone, batch)
+        if out.weight:
+            rest = [None if t is None else t.detach().cpu() for t in (out.predictions, out.targets)]
+            blocks[number % BLOCKS].append((out.loss.detach().cpu(), out.weight, rest[0], rest[1]))
+    found = [block for own in gathered(blocks) for block in own if block]
+    if len(found) < 2:
+        raise LoRAError(
+            "--halving compares members on blocks of validation batches, and there are fewer than two: a smaller"
+            " data.init_args.eval_batch_size"
+        )
+    return found
+
+
+def _figures(
+    module: LoRAModule, metric: str, blocks: Sequence[Block], skip: int | None, device: torch.device
+) -> tuple[float, float]:
+    """The metric and the loss of all blocks but one."""
+    batches = [batch for number, block in enumerate(blocks) if number != skip for batch in block]
+    units = sum(weight for _, weight, _, _ in batches)
+    loss = sum(float(loss) * weight for loss, weight, _, _ in batches) / units
+    if metric == "val/loss":
+        return loss, loss
+    kept: Any = module.task.metrics["val_"]
+    counted = dict(kept.items(keep_base=False))[metric].clone()
+    counted.reset()
+    for _, _, predictions, targets in batches:
+        counted.update(predictions.to(device), None if targets is None else targets.to(device))  # type: ignore[union-attr]
+    return float(counted.compute()), loss

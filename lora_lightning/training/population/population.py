@@ -1,0 +1,340 @@
+"""Several fits over one W0, which take turns on each batch; those that fall behind are dropped at rungs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from torch import nn
+
+from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.formats.atomic_dir import write_bytes
+from lora_lightning.lora.frozen.tensors import iter_base
+from lora_lightning.tasks.base import Task
+from lora_lightning.training.checkpoints.loop_state import is_between_steps
+from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
+from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.population.halving import (
+    Halving,
+    Standing,
+    dropped,
+    refuse_metric,
+    rung_steps,
+    standing,
+)
+from lora_lightning.training.population.turns import Turns
+from lora_lightning.training.trainer import LoRATrainer
+
+STANDINGS = "rungs.json"
+"""In a member's folder: what it came to at each rung."""
+DECISIONS = "halving.json"
+"""In the population's folder: who was dropped at each rung, and why."""
+
+
+@dataclass(kw_only=True)
+class Member:
+    """One of the fits."""
+
+    name: str
+    module: LoRAModule
+    trainer: LoRATrainer
+    ckpt_path: str | None = None
+    """Of the checkpoint that its fit goes on from."""
+    folder: Path | None = None
+    """Where its standings at the rungs are kept; None keeps them in memory alone."""
+    log: Path | None = None
+    """Where what it prints goes; None leaves it on the screen."""
+    is_over: bool = False
+    """Whether its fit has come to its end, whatever that was."""
+    state: str = "waits"
+    """`waits`, `fits`, `complete`, `dropped` or `failed`."""
+    reason: str = ""
+    """Why it was dropped, or what its fit ended with."""
+    error: BaseException | None = None
+    random: dict[str, Any] = field(default_factory=random_state)
+    """The random states with which its fit begins: those when its parts have just been made."""
+    standings: list[Standing] = field(default_factory=list)
+    """At each rung that it has come to."""
+    rung: int | None = None
+    """The rung at which it waits for the others."""
+
+    @property
+    def is_left(self) -> bool:
+        """Whether it is neither dropped nor at its end."""
+        return self.state in ("waits", "fits")
+
+
+class _TakeTurns(Callback):
+    """In a member's fit: share W0, pause after each batch, stand at rungs."""
+
+    def __init__(self, member: Member, population: Population) -> None:
+        self.member, self.population = member, population
+        self.pause: Callable[[], None] = lambda: None
+        self.steps: list[int] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After W0 was brought to its precision, and filled where it was on the meta device."""
+        first = self.population.members[0].module.backbone
+        share_base(first, self.member.module.backbone)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.population.steps = trainer.estimated_stepping_batches
+        if self.population.halving is not None:
+            refuse_metric(self.member.module, self.population.metric)
+            self.steps = rung_steps(self.population.halving.rungs, trainer.estimated_stepping_batches)
+        self._stand(trainer)
+        self.pause()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if not is_between_steps(trainer):
+            self._stand(trainer)
+        self.pause()
+
+    def _stand(self, trainer: Trainer) -> None:
+        """At a rung: be evaluated, and wait until all others are there."""
+        member = self.member
+        for number, step in enumerate(self.steps):
+            if trainer.global_step < step or self.population.is_decided(number):
+                continue
+            if number == len(member.standings):
+                member.standings.append(standing(trainer, member.module, self.population.metric))
+                self.population.keep_standings(member)
+            member.rung = number
+            self.pause()
+            member.rung = None
+            if member.state == "dropped":
+                trainer.should_stop = True
+                return
+
+
+class Population:
+    """Members that are fitted together, each as its own Trainer would fit it alone, bit for bit.
+
+    W0 is in memory once; a member has its own adapter, optimizer, schedule, random stream, metrics and run folder.
+
+    Args:
+        members: in the order in which they take their turns.
+        halving: None lets all of them go to the end.
+        folder: where decisions are kept, so that a population that was killed goes on; None keeps none.
+
+    Raises:
+        LoRAError: no members, or two of one name.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], *, halving: Halving | None = None, folder: Path | None = None
+    ) -> None:
+        names = [member.name for member in members]
+        if not names or len(set(names)) < len(names):
+            raise LoRAError(f"a population needs members of different names, got {', '.join(names) or 'none'}")
+        self.members, self.halving, self.folder = list(members), halving, folder
+        self.steps: float | None = None
+        """Optimizer steps of each fit, once they are known."""
+        task = members[0].module.task
+        given = halving.metric if halving else None
+        self.metric = given or task.monitor
+        self.goal = (halving.goal if halving else None) or task.monitor_mode
+        self.decisions: list[dict[str, Any]] = _read(folder and folder / DECISIONS) or []
+        for member in members:
+            member.standings = [Standing(**one) for one in _read(member.folder and member.folder / STANDINGS) or []]
+        for decision in self.decisions:
+            for member in members:
+                if member.name in decision["dropped"]:
+                    member.state, member.reason, member.is_over = "dropped", decision["dropped"][member.name], True
+
+    @classmethod
+    def of(
+        cls,
+        backbone: nn.Module,
+        task: Task,
+        adapters: Mapping[str, Mapping[str, Any]],
+        trainer: Callable[[str], LoRATrainer],
+        *,
+        halving: Halving | None = None,
+    ) -> Population:
+        """Members over one plain backbone.
+
+        Args:
+            backbone: plain; its weights are shared and stay as they are.
+            task: a copy of it counts each member's metrics.
+            adapters: by name, what differs: `LoRAModule`'s other arguments, such as `lora` and `optimizer`.
+            trainer: makes a member's Trainer of its name.
+        """
+        start = random_state()
+        members = []
+        for name, options in adapters.items():
+            set_random_state(start)  # each begins as if it were made first
+            module = LoRAModule(copy_over_base(backbone), copy.deepcopy(task), **options)
+            members.append(Member(name=name, module=module, trainer=trainer(name)))
+        return cls(members, halving=halving)
+
+    def fit(self, datamodule: LightningDataModule, say: Callable[[Population], None] = lambda _: None) -> None:
+        """Fit all members to their end; on SIGTERM or Ctrl-C each saves after its step.
+
+        Args:
+            datamodule: read and encoded once.
+            say: called after each round of turns, for a progress bar.
+
+        Raises:
+            Interrupted: by a signal, once all have saved.
+            LoRAError: every member's fit failed; the first one's error.
+        """
+        turns = {member.name: self._turns(member, datamodule) for member in self.members if member.is_left}
+        with _noted_signals() as signals:
+            while not all(one.is_over for one in turns.values()):
+                for member in self.members:
+                    one = turns.get(member.name)
+                    if one is None or one.is_over or (self._waits(member) and not signals):
+                        continue
+                    if signals:
+                        _ask_to_leave(member)
+                    datamodule.trainer = member.trainer
+                    one.resume()
+                    if one.is_over:
+                        self._close(member, one.error)
+                if not signals:
+                    self._decide()
+                say(self)
+            if signals:
+                raise Interrupted(signals[0])
+        if all(member.state == "failed" for member in self.members):
+            error = self.members[0].error
+            assert error is not None
+            raise error
+
+    def is_decided(self, rung: int) -> bool:
+        """Whether members were dropped at a rung already, or none was found to be."""
+        return rung < len(self.decisions)
+
+    def keep_standings(self, member: Member) -> None:
+        """Write down what a member came to, for a population that goes on after it was killed."""
+        if member.folder is not None and member.trainer.is_global_zero:
+            member.folder.mkdir(parents=True, exist_ok=True)
+            kept = [dataclasses.asdict(one) for one in member.standings]
+            write_bytes(member.folder / STANDINGS, json.dumps(kept).encode())
+
+    def _turns(self, member: Member, datamodule: LightningDataModule) -> Turns:
+        callback = _TakeTurns(member, self)
+        member.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # a connector of Lightning sets it
+        member.state = "fits"
+
+        def fit() -> None:
+            member.trainer.fit(member.module, datamodule=datamodule, ckpt_path=member.ckpt_path)
+
+        turns = Turns(fit, member.random, member.log)
+        callback.pause = turns.pause
+        return turns
+
+    def _waits(self, member: Member) -> bool:
+        return member.rung is not None and not self.is_decided(member.rung)
+
+    def _close(self, member: Member, error: BaseException | None) -> None:
+        if isinstance(error, PreemptedError):
+            member.state = "waits"
+            return
+        member.error, member.is_over = error, True
+        if error is not None:
+            member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
+        elif member.state == "fits":
+            member.state = "complete"
+
+    def _decide(self) -> None:
+        """Drop members once all that are left stand at the next rung."""
+        rung = len(self.decisions)
+        left = [member for member in self.members if member.is_left]
+        if self.halving is None or not left or any(member.rung != rung for member in left):
+            return
+        standings = {member.name: member.standings[rung] for member in left}
+        why = dropped(standings, -(-len(left) // self.halving.eta), self.goal)
+        for name, reason in why.items():
+            self._member(name).state, self._member(name).reason = "dropped", f"rung {rung + 1}: {reason}"
+        self.decisions.append(
+            {
+                "rung": str(self.halving.rungs[rung]),
+                "step": left[0].trainer.global_step,
+                "metric": self.metric,
+                "values": {name: one.value for name, one in standings.items()},
+                "losses": {name: one.loss for name, one in standings.items()},
+                "dropped": {name: self._member(name).reason for name in why},
+            }
+        )
+        if self.folder is not None and left[0].trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(self.folder / DECISIONS, json.dumps(self.decisions, indent=2).encode())
+
+    def _member(self, name: str) -> Member:
+        return next(member for member in self.members if member.name == name)
+
+
+class Interrupted(Exception):
+    """A signal came, and all members have saved."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.number = number
+
+
+def share_base(first: nn.Module, other: nn.Module) -> None:
+    """Let `other` hold the tensors of `first` as its W0, once they are seen to be the same numbers.
+
+    Raises:
+        LoRAError: a tensor differs: their backbones are not one.
+    """
+    if first is other:
+        return
+    here = {place.name: place.tensor for place in iter_base(first)}
+    for place in iter_base(other):
+        shared = here.get(place.name)
+        if shared is place.tensor:
+            continue
+        if shared is None or shared.dtype != place.tensor.dtype or not torch.equal(shared, place.tensor):
+            raise LoRAError(f"the members' backbones differ, first in '{place.name}': all of them need one W0")
+        store: dict[str, Any] = place.module._parameters if place.is_parameter else place.module._buffers
+        store[place.own] = shared
+
+
+def copy_over_base(backbone: nn.Module) -> nn.Module:
+    """Other modules over the same tensors."""
+    tensors = (*backbone.parameters(), *backbone.buffers())
+    return copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
+
+
+def _ask_to_leave(member: Member) -> None:
+    for callback in member.trainer.checkpoint_callbacks:
+        if isinstance(callback, Checkpoints):
+            callback.ask_to_leave()
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Within the block SIGINT and SIGTERM are noted, so that they come between two turns."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _read(file: Path | None) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None

@@ -1,0 +1,75 @@
+"""A fit that waits in the middle of its steps while others go on.
+
+Lightning's loop cannot be left and entered again, so each fit runs in a thread of its own, of which at most one goes on
+at a time. What a process has once, the random states and the screen, is put in place for the fit whose turn it is. So a
+fit computes what it computes alone.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+
+
+class Turns:
+    """One fit among several.
+
+    Args:
+        run: the fit; it calls `pause` where others may go on.
+        random: the random states that it begins with.
+        log: where what it prints goes; None leaves it on the screen.
+    """
+
+    def __init__(self, run: Callable[[], object], random: dict[str, Any], log: Path | None = None) -> None:
+        self._log, self._random = log, random
+        self._threads = torch.get_num_threads()
+        self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self.error: BaseException | None = None
+        self.is_over = False
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run, run), daemon=True)
+        self._thread.start()
+
+    def _run(self, run: Callable[[], object]) -> None:
+        self._go.acquire()
+        torch.set_num_threads(self._threads)  # torch keeps their number by thread
+        try:
+            run()
+        except BaseException as error:  # an error ends this fit alone
+            self.error = error
+        self.is_over = True
+        self._back.release()
+
+    def pause(self) -> None:
+        """In the fit: let others go on until it is this one's turn again."""
+        self._back.release()
+        self._go.acquire()
+
+    def resume(self) -> None:
+        """Let the fit go on until it pauses or is over."""
+        before = random_state()
+        set_random_state(self._random)
+        try:
+            if self._log is None:
+                self._turn()
+                return
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+                self._turn()
+        finally:
+            self._random = random_state()
+            set_random_state(before)
+
+    def _turn(self) -> None:
+        self._go.release()
+        self._back.acquire()
+        if self.is_over:
+            self._thread.join()

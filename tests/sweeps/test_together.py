@@ -1,0 +1,140 @@
+"""`sweep --together`: the points of a grid in one process over one W0, each as a fit of its own would make it."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+
+import pytest
+import torch
+
+from tests.command.process import COMMAND, command, logged_rows, run
+
+GRID = ("--grid", "model.lora.r=1,4", "--grid", "model.optimizer.init_args.lr=3e-3,1e-2")
+OPTIONS = (
+    *("--trainer.max_epochs", "2", "--model.lora.dropout", "0.1", "--trainer.gradient_clip_val", "0.5"),
+    *("--trainer.accumulate_grad_batches", "2", "--data.init_args.eval_batch_size", "4", "--save_every", "2"),
+)
+
+
+def adapter(folder):
+    found = torch.load(folder / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    return found["state_dict"], found["optimizer_states"][0]["state"]
+
+
+def same(one, other):
+    (tensors, moments), (own_tensors, own_moments) = adapter(one), adapter(other)
+    return (
+        tensors.keys() == own_tensors.keys()
+        and all(torch.equal(tensors[key], own_tensors[key]) for key in tensors)
+        and all(torch.equal(moments[i]["exp_avg"], own_moments[i]["exp_avg"]) for i in moments)
+    )
+
+
+@pytest.fixture(scope="module")
+def sweep(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("together")
+    options = ["--config", tiny.config, *OPTIONS, *GRID, "--together", "--halving", "2", "--plots", "false"]
+    done = run("sweep", *options, cwd=folder)
+    return folder / "runs" / "tiny-sweep", done.stdout
+
+
+def test_each_member_ends_in_the_bits_of_its_own_fit(sweep, tiny, tmp_path):
+    """Its adapter, its optimizer's moments and its log."""
+    folder, _ = sweep
+    flags = ["--model.lora.r", 4, "--model.optimizer.init_args.lr", "1e-2", "--name", "own"]
+    run("fit", "--config", tiny.config, *OPTIONS, *flags, cwd=tmp_path)
+    member = next(folder.glob("*r-4_lr-1e-2"))
+    assert same(member, tmp_path / "runs" / "own")
+    logs = [next(place.rglob("metrics.csv")) for place in (member, tmp_path / "runs" / "own")]
+    assert logged_rows(logs[0]) == logged_rows(logs[1])
+
+
+def test_a_member_is_an_ordinary_run(sweep, monkeypatch):
+    folder, said = sweep
+    member = next(folder.glob("*r-4_lr-1e-2"))
+    monkeypatch.chdir(folder.parents[1])
+    command(monkeypatch, "test", "--ckpt_path", member)
+    command(monkeypatch, "export", "--ckpt_path", member, "--formats", "adapter")
+    assert (member / "version_0" / "export" / "adapter" / "adapter_model.safetensors").is_file()
+    assert (member / "version_0" / "report.html").is_file()
+    assert "enable_progress_bar: false" in (member / "version_0" / "config.yaml").read_text()  # the config's own
+    assert "4 fits" in said
+
+
+def test_the_record_says_who_stood_where(sweep):
+    folder, _ = sweep
+    decisions = json.loads((folder / "halving.json").read_text())
+    assert [decision["rung"] for decision in decisions] == ["1/8", "1/4", "1/2"]
+    for decision in decisions:
+        assert decision["metric"] == "val/accuracy"
+        assert len(decision["values"]) >= 2
+    ranking = json.loads((folder / "sweep.json").read_text())["ranking"]
+    gone = {name for decision in decisions for name in decision["dropped"]}
+    states = {trial["name"]: trial["state"] for point in ranking for trial in point["trials"]}
+    assert {name for name, state in states.items() if state == "pruned"} == gone
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--grid", "data.init_args.batch_size=8,16"], "'data.init_args.batch_size' cannot differ"),
+        (["--grid", "trainer.max_epochs=1,2"], "'trainer.max_epochs' cannot differ"),
+        (["--grid", "trainer.precision=32-true,bf16-mixed"], "'trainer.precision' cannot differ"),
+        (["--grid", "model.lora.r=1,2", "--seeds", "1,2"], "leave --seeds out"),
+        (["--grid", "model.lora.r=1,2", "--jobs", "2"], "leave --jobs out"),
+        (["--grid", "model.lora.r=1,2", "--halving", "1"], "halving must be at least 2"),
+        (["--grid", "model.lora.r=1,2", "--halving", "2", "--rungs", "1/2,1/4"], "ascending shares"),
+        (["--grid", "model.lora.r=1,2", "--trainer.devices", "2"], "--together fits in one process"),
+    ],
+)
+def test_what_one_fit_cannot_have_is_refused_by_name(flags, said, tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "sweep", "--config", tiny.config, "--together", "--plots", "false", *flags)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_line_that_refuses_a_flag_has_the_command_without_together(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "sweep", "--config", tiny.config, "--together", "--grid", "trainer.max_epochs=1,2")
+    line = capsys.readouterr().err
+    assert f"lora-lightning sweep --config {tiny.config} --grid trainer.max_epochs=1,2" in line
+
+
+def test_halving_without_together_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "sweep", "--config", tiny.config, "--halving", "2", "--grid", "model.lora.r=1,2")
+    assert "give --together" in capsys.readouterr().err
+
+
+def test_a_member_whose_loss_is_not_finite_ends_alone_and_by_name(tiny, tmp_path):
+    grid = ["--grid", "model.optimizer.init_args.lr=1e-2,1e30"]
+    run("sweep", "--config", tiny.config, *OPTIONS, *grid, "--together", "--plots", "false", cwd=tmp_path)
+    ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
+    found = {point["values"]["model.optimizer.init_args.lr"]: point["trials"][0] for point in ranking}
+    assert found["1e-2"]["state"] == "complete"
+    assert found["1e30"]["state"] == "failed"
+    assert "finite" in found["1e30"]["error"]
+
+
+@pytest.mark.slow
+def test_a_population_that_is_killed_goes_on_to_the_same_bytes(sweep, tiny, tmp_path):
+    folder, _ = sweep
+    options = ["--config", tiny.config, *OPTIONS, *GRID, "--together", "--halving", "2", "--plots", "false"]
+    rng = random.Random(0)
+    for _ in range(6):
+        with subprocess.Popen([str(COMMAND), "sweep", *map(str, options)], cwd=tmp_path) as process:
+            try:
+                process.wait(timeout=8 + 12 * rng.random())
+            except subprocess.TimeoutExpired:
+                process.kill()
+    run("sweep", *options, cwd=tmp_path)
+    again = tmp_path / "runs" / "tiny-sweep"
+    assert (again / "halving.json").read_text() == (folder / "halving.json").read_text()
+    for member in folder.glob("0*"):
+        assert same(member, again / member.name), member.name

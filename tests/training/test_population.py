@@ -1,0 +1,251 @@
+"""A population: several fits over one W0 that take turns, each of which ends as it would alone."""
+
+import functools
+import math
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lora_lightning import LoRAConfig, LoRAError, LoRAModule, LoRATrainer, Supervised, WarmupDecay
+from lora_lightning.lora.frozen.tensors import adapter_tensors, iter_base
+from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.population.halving import Standing, dropped, parse_rungs, rung_steps
+from lora_lightning.training.population.population import Halving, Population, copy_over_base
+from tests.factories import bert, llama
+
+STEPS = 8
+
+
+class Pooled(nn.Module):
+    """A model of texts with a head: logits (n, 2) of token ids (n, length)."""
+
+    def __init__(self, body: nn.Module, width: int) -> None:
+        super().__init__()
+        self.body, self.head = body, nn.Linear(width, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).last_hidden_state.mean(1))
+
+
+class Patches(nn.Module):
+    """The shape of a ViT: patches, an encoder, a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 32, 4, stride=4)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(32, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.encoder(self.patch(x).flatten(2).mT).mean(1))
+
+
+class Rows(LightningDataModule):
+    """A few examples that a model can learn, shuffled by torch's own generator."""
+
+    def __init__(self, make, rows=64):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        x = make(rows, generator)
+        self.rows = [(a, int(a.double().mean() > x.double().mean())) for a in x]
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=4, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.rows, batch_size=4)
+
+
+def ids(rows, generator):
+    return torch.randint(5, 30, (rows, 6), generator=generator)
+
+
+def images(rows, generator):
+    return torch.rand(rows, 3, 16, 16, generator=generator)
+
+
+FAMILIES = {"bert": (bert, ids), "llama": (llama, ids), "vit": (Patches, images)}
+
+
+def family(name):
+    make, data = FAMILIES[name]
+    torch.manual_seed(0)
+    model = make()
+    if not isinstance(model, Patches):
+        model = Pooled(model.base_model, model.config.hidden_size)
+    return model.eval(), Rows(data)
+
+
+def adam(lr):
+    return functools.partial(torch.optim.AdamW, lr=lr)
+
+
+ADAPTERS = {
+    f"r={r}, lr={lr}": {
+        "lora": LoRAConfig(r=r, dropout=0.1 if r > 1 else 0.0, modules_to_save=["head"]),
+        "optimizer": adam(lr),
+        "lr_scheduler": functools.partial(WarmupDecay, warmup=0.25),
+    }
+    for r in (1, 2, 4, 8)
+    for lr in (1e-3, 1e-2)
+}
+TASK = functools.partial(Supervised, loss=nn.CrossEntropyLoss())
+
+
+def trainer(tmp_path, name, *callbacks, **options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return LoRATrainer(
+        default_root_dir=tmp_path,
+        max_steps=STEPS,
+        gradient_clip_val=0.5,
+        accumulate_grad_batches=2,
+        callbacks=list(callbacks),
+        **{**quiet, "enable_model_summary": False, "limit_val_batches": 4, **options},
+    )
+
+
+def alone(backbone, data, options, tmp_path):
+    """The adapter that its own fit ends in."""
+    module = LoRAModule(copy_over_base(backbone), TASK(), **options)
+    trainer(tmp_path, "alone").fit(module, datamodule=data)
+    return {name: tensor.detach().clone() for name, tensor in adapter_tensors(module.backbone).items()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_of_eight_members_ends_in_the_bits_of_its_own_fit(name, tmp_path):
+    """With dropout, clipping, accumulation, a warm-up and a head that trains in full."""
+    backbone, data = family(name)
+    start = random_state()
+    population = Population.of(backbone, TASK(), ADAPTERS, functools.partial(trainer, tmp_path))
+    population.fit(data)
+    for member in population.members:
+        set_random_state(start)
+        wanted = alone(backbone, data, ADAPTERS[member.name], tmp_path)
+        got = adapter_tensors(member.module.backbone)
+        assert member.state == "complete"
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted), member.name
+
+
+def test_w0_is_in_memory_once(tmp_path):
+    backbone, data = family("bert")
+    adapters = dict(list(ADAPTERS.items())[:3])
+    population = Population.of(backbone, TASK(), adapters, functools.partial(trainer, tmp_path))
+    population.fit(data)
+    first, *others = [
+        {place.name: place.tensor for place in iter_base(member.module.backbone)} for member in population.members
+    ]
+    for other in others:
+        assert other.keys() == first.keys()
+        assert all(other[name] is first[name] for name in first)
+
+
+def test_halving_leaves_the_bits_of_those_who_go_on(tmp_path):
+    """The evaluation at a rung moves neither random states nor modes."""
+    backbone, data = family("bert")
+    start = random_state()
+    halving = Halving(2, ["1/4", "1/2"], "val/loss", "min")
+    population = Population.of(backbone, TASK(), ADAPTERS, functools.partial(trainer, tmp_path), halving=halving)
+    population.fit(data)
+    assert [decision["step"] for decision in population.decisions] == [2, 4]
+    left = [member for member in population.members if member.state == "complete"]
+    gone = [member for member in population.members if member.state == "dropped"]
+    assert left
+    assert len(left) + len(gone) == len(population.members)
+    for member in gone:
+        assert member.trainer.global_step < STEPS
+        assert member.name in str([decision["dropped"] for decision in population.decisions])
+    set_random_state(start)
+    wanted = alone(backbone, data, ADAPTERS[left[0].name], tmp_path)
+    got = adapter_tensors(left[0].module.backbone)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+class Spoil(Callback):
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 3:
+            raise LoRAError("the loss is not finite")
+
+
+def test_what_ends_one_member_ends_that_one_alone(tmp_path):
+    backbone, data = family("bert")
+    names = list(ADAPTERS)[:3]
+
+    def make(name):
+        return trainer(tmp_path, name, *([Spoil()] if name == names[1] else []))
+
+    start = random_state()
+    population = Population.of(backbone, TASK(), {name: ADAPTERS[name] for name in names}, make)
+    population.fit(data)
+    assert [member.state for member in population.members] == ["complete", "failed", "complete"]
+    assert "not finite" in population.members[1].reason
+    set_random_state(start)
+    wanted = alone(backbone, data, ADAPTERS[names[2]], tmp_path)
+    got = adapter_tensors(population.members[2].module.backbone)
+    assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+def test_members_of_different_bases_are_refused(tmp_path):
+    backbone, data = family("bert")
+    population = Population.of(backbone, TASK(), dict(list(ADAPTERS.items())[:2]), functools.partial(trainer, tmp_path))
+    other = copy_over_base(population.members[1].module.backbone)
+    place = next(iter(iter_base(other)))
+    place.module._parameters[place.own] = nn.Parameter(place.tensor + 1, requires_grad=False)
+    population.members[1].module.backbone = other
+    population.fit(data)
+    assert population.members[1].state == "failed"
+    assert place.name in population.members[1].reason
+
+
+def standings(**values):
+    """Members whose metric is the mean of the given blocks, and whose loss follows it."""
+    found = {}
+    for name, blocks in values.items():
+        without = [(sum(blocks) - one) / (len(blocks) - 1) for one in blocks]
+        mean = sum(blocks) / len(blocks)
+        found[name] = Standing(value=mean, loss=1 - mean, values=without, losses=[1 - one for one in without])
+    return found
+
+
+def test_a_member_that_is_clearly_behind_is_dropped():
+    found = standings(a=[0.9, 0.8, 0.9, 0.8], b=[0.8, 0.7, 0.8, 0.7], c=[0.2, 0.1, 0.2, 0.1], d=[0.3, 0.2, 0.3, 0.2])
+    assert set(dropped(found, 2, "max")) == {"c", "d"}
+    assert set(dropped(found, 2, "min")) == {"a", "b"}
+
+
+def test_a_rung_that_cannot_tell_drops_nobody():
+    assert dropped(standings(a=[0.9, 0.1, 0.8, 0.2], b=[0.1, 0.9, 0.2, 0.79]), 1, "max") == {}
+
+
+def test_where_the_metric_ties_the_loss_decides():
+    """All at the majority's share: the members are told apart by their losses, and where these tie too, not at all."""
+    tied = standings(a=[0.6, 0.5], b=[0.6, 0.5], c=[0.6, 0.5])
+    assert dropped(tied, 1, "max") == {}
+    behind = Standing(value=tied["c"].value, loss=0.9, values=tied["c"].values, losses=[0.91, 0.89])
+    assert set(dropped({**tied, "c": behind}, 2, "max")) == {"c"}
+
+
+def test_the_standard_error_is_that_of_the_paired_difference():
+    """Of means over blocks of one size the jackknife is the classical error of a mean."""
+    a, b = [0.9, 0.7, 0.8, 0.6, 0.95], [0.5, 0.6, 0.4, 0.3, 0.7]
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    mean = sum(differences) / 5
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 4 / 5)
+    assert f"standard error {error:.4f}" in dropped(standings(a=a, b=b), 1, "max")["b"]
+
+
+@pytest.mark.parametrize("texts", [["0"], ["1"], ["1/2", "1/4"], ["half"], []])
+def test_rungs_are_ascending_shares(texts):
+    with pytest.raises(LoRAError, match="ascending shares"):
+        parse_rungs(texts)
+
+
+def test_each_rung_has_a_step():
+    assert rung_steps(parse_rungs(["1/8", "1/4", "1/2"]), 96) == [12, 24, 48]
+    for steps in (1, float("inf")):
+        with pytest.raises(LoRAError, match="step for each of the rungs"):
+            rung_steps(parse_rungs(["1/8", "1/4", "1/2"]), steps)
