@@ -38,9 +38,11 @@ def data(kind, tmp_path_factory):
     options = {"split": SplitConfig(validation=0, test=0), "length_grouped": False}
     files = {"train": path, "test": path}
     if kind == "gpt2":
-        made = PromptCompletionData(files, str(folder), "{context} </s>", "{completion}", **options)
+        made = PromptCompletionData(files, str(folder), prompt="{context} </s>", completion="{completion}", **options)
     else:
-        made = SequenceToSequenceData(files, str(folder), "context", "completion", **options)
+        made = SequenceToSequenceData(
+            files, str(folder), source_column="context", target_column="completion", **options
+        )
     made.prepare_data()
     made.setup()
     return made
