@@ -136,7 +136,8 @@ def test_a_start_that_is_measured_on_images_takes_them_by_the_backbones_own_name
 def test_without_torchvision_one_line_says_what_to_install(tmp_path):
     config_of(tmp_path / "run.yaml", tmp_path, vit_of(tmp_path / "vit"), {"r": 2})
     code = (
-        "import sys, lora_lightning.cli.main, lora_lightning.backbones.huggingface; from lora_lightning.__main__ import main;"
+        "import sys, lora_lightning.cli.main, lora_lightning.backbones.huggingface;"
+        "from lora_lightning.__main__ import main;"
         "[sys.modules.pop(name) for name in list(sys.modules) if name.partition('.')[0] == 'torchvision'];"
         "sys.modules['torchvision'] = None;"
         "sys.argv = ['lora-lightning', 'fit', '-c', 'run.yaml']; main()"
