@@ -76,8 +76,8 @@ def test_rows_and_labels_are_counted_by_split(told):
         ("1 of 2 rows of validation stand in train too", "remove them"),
         ("'Billing', 'billing ' differ by case or blanks only", "write them alike"),
         ("the label rare (1)", "add rows"),
-        ("column 'text': 1 texts are blank", "remove those rows"),
-        ("column 'text': 1 texts hold NUL bytes", "UTF-8"),
+        ("column 'text': 1 text is blank", "remove those rows"),
+        ("column 'text': 1 text holds NUL bytes", "UTF-8"),
         ("12% of the texts in train are cut at 20 tokens", "max_length"),
     ],
 )

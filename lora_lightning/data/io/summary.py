@@ -74,9 +74,11 @@ def _of_texts(data: Rows, texts: dict[str, dict[str, Any]]) -> Iterator[str]:
             if not pa.types.is_string(column.type) and not pa.types.is_large_string(column.type):
                 continue
             if blank := _count(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)):
-                yield f"{data.place(split)}, column '{name}': {blank:,} texts are blank: remove those rows"
+                which = "1 text is" if blank == 1 else f"{blank:,} texts are"
+                yield f"{data.place(split)}, column '{name}': {which} blank: remove those rows"
             if broken := _count(pc.match_substring(column, "\0")):
-                yield f"{data.place(split)}, column '{name}': {broken:,} texts hold NUL bytes: save the file as UTF-8"
+                which = "1 text holds" if broken == 1 else f"{broken:,} texts hold"
+                yield f"{data.place(split)}, column '{name}': {which} NUL bytes: save the file as UTF-8"
 
 
 def _of_splits(data: Rows, summary: dict[str, Any]) -> Iterator[str]:
