@@ -105,6 +105,31 @@ def test_the_line_that_refuses_a_flag_has_the_command_without_together(tiny, tmp
     assert f"lora-lightning sweep --config {tiny.config} --grid trainer.max_epochs=1,2" in line
 
 
+def test_other_rungs_than_those_that_were_decided_at_are_refused(sweep, tiny, monkeypatch, capsys):
+    folder, _ = sweep
+    monkeypatch.chdir(folder.parents[1])
+    flags = ["--together", "--halving", "2", "--plots", "false", "--rungs", "1/2"]
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, "sweep", "--config", tiny.config, *OPTIONS, *GRID, *flags)
+    assert ended.value.code == 2
+    assert "another together.rungs" in capsys.readouterr().err
+
+
+def test_who_was_dropped_before_a_kill_is_recorded_and_not_fitted(tiny, tmp_path, monkeypatch):
+    """The decision stands, and the process was killed before the study knew of it."""
+    (tmp_path / "runs" / "tiny-sweep").mkdir(parents=True)
+    names = ["000_r-1_lr-3e-3", "001_r-1_lr-1e-2", "002_r-4_lr-3e-3", "003_r-4_lr-1e-2"]
+    decision = {"rung": "1/8", "step": 1, "dropped": dict.fromkeys(names, "rung 1: behind")}
+    (tmp_path / "runs" / "tiny-sweep" / "halving.json").write_text(json.dumps([decision]))
+    monkeypatch.chdir(tmp_path)
+    flags = ["--together", "--halving", "2", "--plots", "false"]
+    with pytest.raises(SystemExit):  # none came to its end
+        command(monkeypatch, "sweep", "--config", tiny.config, *OPTIONS, *GRID, *flags)
+    ranking = json.loads((tmp_path / "runs/tiny-sweep/sweep.json").read_text())["ranking"]
+    assert [point["state"] for point in ranking] == ["pruned"] * 4
+    assert not list((tmp_path / "runs" / "tiny-sweep").rglob("*.ckpt"))
+
+
 def test_halving_without_together_is_refused(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):

@@ -143,6 +143,8 @@ class Sweep:
             "keys": self.keys,
             "config": _without(base.config, self.keys, seeds=bool(request.seeds)),
         }
+        if request.together:  # what was decided at a rung is not of other rungs
+            self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
         if request.sampler != "grid":  # Optuna's samplers keep the choices that they began with
             self.about["choices"] = {one.key: list(one.values) for one in request.swept if isinstance(one, Choices)}
 

@@ -94,6 +94,7 @@ class Together:
                 self.say(trial, "begins")
             with _quiet_lightning():
                 population.fit(data, self._look)
+            self._look(population)  # where all that was left had been dropped before a kill
         except Interrupted as interrupted:
             raise (KeyboardInterrupt if interrupted.number == signal.SIGINT else Stopped) from None
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.fabric.utilities.apply_func import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lora_lightning.analysis.drift import Batch, measure_drift
 from lora_lightning.analysis.drift_inputs import (
@@ -21,12 +21,12 @@ from lora_lightning.analysis.drift_inputs import (
 )
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.checkpoints.loop_state import logged_steps
+from lora_lightning.training.callbacks.every_n_steps import EveryNSteps
 from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
 
 
-class DriftMonitor(Callback):
+class DriftMonitor(EveryNSteps):
     """Logs how far the model has moved from its base, which is the model with its adapter switched off.
 
     Of causal language models `drift/kl`, the mean KL(base || adapted) per token, `drift/perplexity_base`,
@@ -48,15 +48,14 @@ class DriftMonitor(Callback):
     def __init__(
         self, every_n_steps: int | None = None, texts: str | None = None, text_column: str = "text", count: int = 32
     ) -> None:
-        for name, number in (("every_n_steps", every_n_steps), ("count", count)):
-            if number is not None and number < 1:
-                raise LoRAError(f"DriftMonitor.{name} must be at least 1, got {number}")
-        self.every_n_steps, self.texts, self.text_column, self.count = every_n_steps, texts, text_column, count
+        super().__init__(every_n_steps)
+        if count < 1:
+            raise LoRAError(f"DriftMonitor.count must be at least 1, got {count}")
+        self.texts, self.text_column, self.count = texts, text_column, count
         self.last: dict[str, float] = {}
         """What the last look found."""
         self._batches: list[Batch] = []
         self._names: list[str] = []
-        self._step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse before the fit what cannot be looked at.
@@ -64,11 +63,9 @@ class DriftMonitor(Callback):
         Raises:
             LoRAError: a module that is no LoRAModule; texts without a tokenizer, or a file that cannot be read.
         """
-        if stage != "fit":
-            return
-        if not isinstance(pl_module, LoRAModule):
-            raise LoRAError(f"DriftMonitor looks at a LoRAModule, got {type(pl_module).__name__}")
-        self._names = self._read(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and isinstance(pl_module, LoRAModule):
+            self._names = self._read(trainer, pl_module)
 
     def _source(self, module: LoRAModule) -> str:
         return self.texts or (NEUTRAL if module.task.peft_task_type == CAUSAL else RUN)
@@ -86,7 +83,7 @@ class DriftMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The batches, on the module's device: the same in every process."""
         assert isinstance(pl_module, LoRAModule)  # see setup
-        self._step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         if self._source(pl_module) == RUN:
             loader = next(loaders_of(data))
@@ -100,23 +97,8 @@ class DriftMonitor(Callback):
             longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
             self._batches = text_batches(self._names, data.tokenizer, pl_module.task, pl_module.backbone, longest)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After an optimizer step that is to be looked at."""
-        step = trainer.global_step
-        if self.every_n_steps is not None and step != self._step and step % self.every_n_steps == 0:
-            self._look(trainer, pl_module, logged_steps(trainer))
-        self._step = step
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.every_n_steps is None:
-            # the number of the epoch's last step, as Lightning logs an epoch's figures
-            self._look(trainer, pl_module, logged_steps(trainer) - 1)
-
-    def _look(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
         """All processes run the model, since a sharded one needs them all; each logger writes in the first."""
-        assert isinstance(module, LoRAModule)
         forward = trainer.precision_plugin.forward_context
         (found,) = measure_drift(module.backbone, self._batches, self._names, forward=forward).values()
         self.last = {f"drift/{name}": mean.value for name, mean in found.figures.items()}

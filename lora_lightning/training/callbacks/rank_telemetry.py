@@ -6,9 +6,8 @@ import csv
 import io
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from lora_lightning.analysis.measures import (
     NAMES,
@@ -19,19 +18,18 @@ from lora_lightning.analysis.measures import (
     whole_base,
     whole_layer,
 )
-from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.training.callbacks.every_n_steps import EveryNSteps
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.checkpoints.loop_state import logged_steps
 from lora_lightning.training.module import LoRAModule
 
 FILE = "rank.csv"
 HEADER = ["step", "layer", *NAMES]
 
 
-class RankTelemetry(Callback):
+class RankTelemetry(EveryNSteps):
     """Logs what the update `s B A` of each layer is made of, and how large it is beside W0.
 
     The loggers get the least, the median and the largest over all layers (`rank/relative`, `rank/stable_rank`,
@@ -49,28 +47,15 @@ class RankTelemetry(Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None, amplification: bool = True) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise LoRAError(f"RankTelemetry.every_n_steps must be at least 1 or left out, got {every_n_steps}")
-        self.every_n_steps, self.amplification = every_n_steps, amplification
+        super().__init__(every_n_steps)
+        self.amplification = amplification
         self.last: dict[str, RankMeasures] = {}
         """By layer, what the last look found; in the first process."""
         self._norms: dict[str, float] = {}
-        self._step = -1
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse before the fit what cannot be looked at.
-
-        Raises:
-            LoRAError: a module that is no LoRAModule.
-        """
-        if stage != "fit":
-            return
-        if not isinstance(pl_module, LoRAModule):
-            raise LoRAError(f"RankTelemetry looks at a LoRAModule, got {type(pl_module).__name__}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """W0's norms; and in a run that goes on, the file without what comes after the checkpoint."""
-        self._step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         assert isinstance(pl_module, LoRAModule)
         for name, layer in adapted_layers(pl_module.backbone):
             self._norms[name] = base_norm(whole_base(layer))
@@ -78,23 +63,8 @@ class RankTelemetry(Callback):
         if file is not None:
             keep_until(file, trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """After an optimizer step that is to be looked at."""
-        step = trainer.global_step
-        if self.every_n_steps is not None and step != self._step and step % self.every_n_steps == 0:
-            self._look(trainer, pl_module, logged_steps(trainer))
-        self._step = step
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.every_n_steps is None:
-            # the number of the epoch's last step, as Lightning logs an epoch's figures
-            self._look(trainer, pl_module, logged_steps(trainer) - 1)
-
-    def _look(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+    def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
         """All processes bring their shards together; the first one computes and writes."""
-        assert isinstance(module, LoRAModule)
         found: dict[str, RankMeasures] = {}
         for name, layer in adapted_layers(module.backbone):
             matrices = whole_base(layer) if self.amplification else []

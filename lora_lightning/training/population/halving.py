@@ -162,6 +162,10 @@ Block = list[tuple[Tensor, int, Tensor | None, Tensor | None]]
 
 def _blocks(trainer: Trainer, module: LoRAModule) -> list[Block]:
     loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    if isinstance(loaders, list) and not loaders:
+        raise LoRAError(
+            "halving compares members on the validation set, and the data have none: give data.split a share"
+        )
     loader = loaders[0] if isinstance(loaders, list) else loaders
     limit = trainer.limit_val_batches
     blocks: list[Block] = [[] for _ in range(BLOCKS)]
