@@ -84,3 +84,9 @@ def test_a_flag_is_not_taken_for_a_key_of_that_name_in_a_config(options, tmp_pat
 def test_a_command_without_a_model_is_not_told_of_one():
     said = told("unrecognized arguments: --lora_r 3", ["--lora_r", "3"], ["--base_model", "--adapter"], "merge")
     assert said == "unknown option --lora_r: --help tells what there is"
+
+
+def test_an_option_that_is_gone_is_answered_with_what_to_do():
+    line = told("unrecognized arguments: --directions 4", ["--directions", "4"], ["--adapters", "--layers"], "analyze")
+    assert "it is gone" in line
+    assert "two adapters" in line

@@ -90,14 +90,24 @@ NOT_NEEDED: Mapping[str, str] = {
 """Why there is nothing to say, and what says it there."""
 
 
+GONE: Mapping[str, str] = {
+    "directions": "the layers of one adapter are no longer compared; analyze compares two adapters that are named",
+}
+"""Options of earlier versions, by what is to be done without them."""
+
+
 def instead_of(name: str, keys: Iterable[str], dashes: str) -> str | None:
-    """What to do in place of another tool's name; None where it is none, or of another command than the one asked.
+    """What to do in place of another tool's name, or of one that is gone.
+
+    None where it is none, or of another command than the one asked.
 
     Args:
         name: without its groups.
         keys: of the command.
         dashes: of a flag, or none for a key of a file.
     """
+    if name in GONE:
+        return f": it is gone; {GONE[name]}"
     groups = {key.partition(".")[0] for key in keys}
     for reason, names in NOT_NEEDED.items():
         if name in names.split() and "model" in groups:
