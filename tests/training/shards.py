@@ -229,8 +229,15 @@ def differing(case: Case) -> list[str]:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data + 1  # rank 0's are taken
     shard(model, init_device_mesh("cpu", (distributed.get_world_size(),)), torch.device("cpu"))
+    inside = ((name, module, own) for name, module in model.named_modules() for own in module._parameters.items())
+    read = [
+        f"{name}.{own[0]}"
+        for name, module, own in inside
+        if isinstance(own[1], DTensor) and getattr(module, own[0]) is not own[1]
+    ]
     got = stepped(model, case)
-    wrong = [name for name in want if not alike(want[name], got[name], is_exact=name.startswith(("out", "eval")))]
+    wrong = [f"'{name}' reads otherwise as a shard" for name in read]
+    wrong += [name for name in want if not alike(want[name], got[name], is_exact=name.startswith(("out", "eval")))]
     fresh = of_one(made(case))
     if isinstance(case[0](), Pictures):
         fresh = of_one(alone)  # batch statistics have moved

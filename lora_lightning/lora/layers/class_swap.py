@@ -113,12 +113,19 @@ def _grafted_class(added: type[Grafted], base: type[nn.Module], read: tuple[str,
     return _MADE[key]
 
 
+def is_shard(tensor: Tensor | None) -> bool:
+    """Whether FSDP2 holds this process's part of it, with which nothing is computed.
+
+    It asks a module for its shards by name, and would take what reads in a shard's place for a new W0. By the class's
+    name, since importing torch's class takes longer than this package.
+    """
+    return type(tensor).__name__ == "DTensor"
+
+
 def _reader(name: str) -> property:
     def read(module: Any) -> Tensor:
         own = module._parameters.get(name)
-        # FSDP2 asks a module for its shards, and would take what reads in a shard's place for a new W0. Nothing is
-        # computed with a shard: by its name, since importing torch's class takes longer than this package.
-        value: Tensor = own if type(own).__name__ == "DTensor" else module.lora_read(name)
+        value: Tensor = own if is_shard(own) else module.lora_read(name)
         return value
 
     return property(read)

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_
+from lora_lightning.lora.layers.class_swap import Grafted, graft, interpolate_, is_shard
 from lora_lightning.lora.layers.functional import wide_dtype
 
 
@@ -23,10 +23,10 @@ class TrainedBias(Grafted):
 
     @property
     def bias(self) -> Tensor | None:
-        """The trained copy in the original's dtype; the original while the adapter is switched off."""
+        """The trained copy in the original's dtype; the original while the adapter is switched off, or as a shard."""
         own = self._parameters["bias"]
         assert own is not None
-        if not self.lora_enabled:
+        if not self.lora_enabled or is_shard(own):
             return own
         # A view where no cast makes a tensor of its own: bitsandbytes sets `.data` of what it gets here.
         return self.lora_trained_bias.view_as(self.lora_trained_bias).to(own.dtype)
