@@ -118,7 +118,7 @@ def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str
         elif not gap:
             gap, error = _paired(own.loss, last.loss, own.losses, last.losses)
             if gap > error:
-                found[name] = f"as '{order[keep - 1]}', with a loss {gap:.4f} above its (standard error {error:.4f})"
+                found[name] = f"like '{order[keep - 1]}', with a loss {gap:.4f} higher (standard error {error:.4f})"
     return found
 
 
