@@ -45,7 +45,7 @@ def fit(arguments: list[str]) -> None:
     """In a child: the command, with a callback that measures."""
     from lightning.pytorch import Callback
 
-    from lora_lightning.cli.main import LoRACLI
+    from lora_lightning.cli.build import build_run
 
     found: dict[str, Any] = {"shape": [0], "peaks": []}
 
@@ -64,15 +64,11 @@ def fit(arguments: list[str]) -> None:
         def on_train_batch_end(self, *_: Any) -> None:
             found["peaks"].append(status("VmHWM"))
 
-    class Command(LoRACLI):
-        def instantiate_trainer(self, **options: Any) -> Any:
-            trainer = super().instantiate_trainer(**options)
-            trainer.callbacks.append(Measure())
-            return trainer
-
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = ["lora-lightning", "fit", *arguments, "--runs_dir", folder]
-        Command()
+        run = build_run(["fit", *arguments, "--runs_dir", folder])
+        assert run.trainer is not None
+        run.trainer.callbacks.append(Measure())
+        run.trainer.fit(run.module, datamodule=run.data)
     print("measured", json.dumps({**found, "peak": found["peaks"][-1]}))
 
 
