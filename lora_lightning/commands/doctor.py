@@ -78,7 +78,7 @@ def findings(runs: Path, *, fit: bool) -> Iterator[Finding]:
     yield from extras()
     yield from surroundings(runs)
     if fit:
-        yield tried()
+        yield trial()
 
 
 def versions() -> Iterator[Finding]:
@@ -166,7 +166,7 @@ def surroundings(runs: Path) -> Iterator[Finding]:
     yield Finding("surroundings", "disk", f"{free / 1e9:.1f} GB free for {runs}{little if free < LITTLE else ''}")
 
 
-def tried() -> Finding:
+def trial() -> Finding:
     """A fit of a few steps and its export, with what came of it."""
     from lora_lightning.commands.tiny_fit import tiny_fit
 

@@ -23,10 +23,10 @@ def origin(template: Path) -> dict[str, str]:
     Args:
         template: the folder that was rendered.
     """
-    return _installed_from(template) or _clone(template) or _named()
+    return _from_direct_url(template) or _from_clone(template) or _from_metadata()
 
 
-def _installed_from(template: Path) -> dict[str, str]:
+def _from_direct_url(template: Path) -> dict[str, str]:
     """What pip leaves in direct_url.json: a repository's commit, or a folder, which may have moved on since."""
     try:
         text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
@@ -37,7 +37,7 @@ def _installed_from(template: Path) -> dict[str, str]:
     if commit:
         return {"_src_path": f"git+{said['url']}", "_commit": commit}
     there = Path(url2pathname(urlparse(said.get("url", "")).path), "lora_lightning", "template")
-    return _clone(there) if "dir_info" in said and _same(there, template) else {}
+    return _from_clone(there) if "dir_info" in said and _hold_the_same(there, template) else {}
 
 
 def installable() -> str | None:
@@ -63,13 +63,13 @@ def installable() -> str | None:
     return folder.as_uri()
 
 
-def _same(folder: Path, other: Path) -> bool:
+def _hold_the_same(folder: Path, other: Path) -> bool:
     """Whether two folders hold the same files."""
     held, others = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (folder, other))
     return held == others
 
 
-def _clone(folder: Path) -> dict[str, str]:
+def _from_clone(folder: Path) -> dict[str, str]:
     root = git("rev-parse", "--show-toplevel", cwd=folder)
     described = git("describe", "--tags", "--always", cwd=folder)
     if not root or not described or not (Path(root) / "copier.yml").is_file():
@@ -81,7 +81,7 @@ def _clone(folder: Path) -> dict[str, str]:
     return {"_src_path": url or root, "_commit": described}
 
 
-def _named() -> dict[str, str]:
+def _from_metadata() -> dict[str, str]:
     try:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
