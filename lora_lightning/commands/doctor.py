@@ -126,11 +126,11 @@ def _memory() -> str:
 def extras() -> Iterator[Finding]:
     """Each extra of the package but the developers' own: there, or what it would add and how it is installed."""
     needed = [Requirement(line) for line in requires("lora_lightning") or []]
-    of_extras = [requirement for requirement in needed if requirement.marker is not None]
+    marked = [(requirement.marker, requirement) for requirement in needed if requirement.marker is not None]
     for extra in metadata("lora_lightning").get_all("Provides-Extra") or []:
         if extra in ("dev", "docs"):
             continue
-        own = [requirement for requirement in of_extras if requirement.marker.evaluate({"extra": extra})]
+        own = [requirement for marker, requirement in marked if marker.evaluate({"extra": extra})]
         missing = [requirement.name for requirement in own if not _is_there(requirement)]
         purpose = EXTRAS.get(extra, ", ".join(requirement.name for requirement in own))
         lacks = f"would add {purpose} (lacks {', '.join(missing)}): pip install 'lora_lightning[{extra}]'"
