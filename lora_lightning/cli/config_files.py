@@ -79,8 +79,8 @@ def yaml_tree(file: Path) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         begun = f" that begins in line {error.context_mark.line + 1}" if error.context_mark else ""
-        told = f"{error.context}{begun}, " if error.context else ""
-        raise LoRAError(f"{file}{where}: no YAML: {told}{error.problem}") from error
+        context = f"{error.context}{begun}, " if error.context else ""
+        raise LoRAError(f"{file}{where}: no YAML: {context}{error.problem}") from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise LoRAError(f"{file}, line {line}: a character that no text holds: is this a YAML file?") from error

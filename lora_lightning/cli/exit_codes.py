@@ -86,9 +86,9 @@ def explain_message(text: str) -> str | None:
     if found := re.search(r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)", text):
         names = sorted(["gpu", *found[2].split(", ")])
         return f"no accelerator '{found[1]}'{did_you_mean(found[1], names)} (there are {', '.join(names)})"
-    for pattern, said in KNOWN:
+    for pattern, line in KNOWN:
         if found := re.search(pattern, text, re.IGNORECASE):
-            return said.format(found[0], *found.groups())
+            return line.format(found[0], *found.groups())
     return None
 
 
@@ -118,9 +118,9 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
         return MISTAKE, known
     if ours and isinstance(error, OSError) and error.errno in DISK:
         return MISTAKE, disk_line(error)
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     kind = type(error).__name__
-    return FAILED, f"{kind}{f': {said}' if said else ''} ({place(error)}; --debug shows the traceback)"
+    return FAILED, f"{kind}{f': {message}' if message else ''} ({place(error)}; --debug shows the traceback)"
 
 
 def _own_line(error: BaseException) -> str | None:

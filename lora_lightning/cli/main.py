@@ -254,10 +254,10 @@ class LoRACLI(LightningCLI):
             causes: list[BaseException] = [error]
             while before := causes[-1].__cause__ or causes[-1].__context__:
                 causes.append(before)
-            said = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
-            if not said:
+            known = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
+            if not known:
                 raise
-            raise said[0] from None
+            raise known[0] from None
 
     def before_fit(self) -> None:
         """What would end a fit only once it runs, found while there is no run folder yet."""

@@ -104,9 +104,9 @@ def analyze(request: Request) -> Analysis:
 def _truncate_adapter(source: Source, request: Request) -> Truncation:
     assert request.truncate is not None
     directory = request.output_dir / TRUNCATED
-    told = truncate(source.adapter, request.truncate, directory)
-    told.cost.update(_cost(source.run, directory))
-    return told
+    truncation = truncate(source.adapter, request.truncate, directory)
+    truncation.cost.update(_cost(source.run, directory))
+    return truncation
 
 
 def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:

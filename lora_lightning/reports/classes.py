@@ -50,8 +50,8 @@ class ClassCounts:
         for i in wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist():
             if len(self.mistakes) >= MISTAKES and float(confidence[i]) <= self.mistakes[-1]["confidence"]:
                 break
-            told = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
-            self._keep([{**told, **input_of(batch, i, tokenizer)}])
+            row = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
+            self._keep([{**row, **input_of(batch, i, tokenizer)}])
 
     def join(self, others: Iterable[ClassCounts]) -> ClassCounts:
         """Count in what other processes counted."""
@@ -121,8 +121,8 @@ def confusions(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int,
     labels, rows = found["labels"], []
     for name, counts in zip(labels, found["counts"], strict=True):
         total = max(1, sum(counts))
-        told = [f"{n:,} of {total:,} {name} taken for {other}" for other, n in zip(labels, counts, strict=True)]
-        rows.append((name, [(n, min(9, round(9 * n / total)), tip) for n, tip in zip(counts, told, strict=True)]))
+        tips = [f"{n:,} of {total:,} {name} taken for {other}" for other, n in zip(labels, counts, strict=True)]
+        rows.append((name, [(n, min(9, round(9 * n / total)), tip) for n, tip in zip(counts, tips, strict=True)]))
     return rows
 
 

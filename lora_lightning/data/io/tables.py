@@ -118,8 +118,10 @@ def check_names(
         if column is not None and column not in names:
             if advice := separator_advice(own):
                 raise LoRAError(f"{where}, has the one column {own[0]!r}: {advice}")
-            said = [name for name, value in (settings or {}).items() if name.endswith("_column") and value == column]
-            guess, by = did_you_mean(column, own), f" with {said[0]}" if said else ""
+            settings_of_column = [
+                name for name, value in (settings or {}).items() if name.endswith("_column") and value == column
+            ]
+            guess, by = did_you_mean(column, own), f" with {settings_of_column[0]}" if settings_of_column else ""
             advice = f"{guess} say so{by}" if guess and by else guess or f": name another{by}"
             raise LoRAError(f"{where}, has no column '{column}'{advice} (columns: {', '.join(own)})")
 
