@@ -212,12 +212,12 @@ def _entry_rank(layer: _Found, files: AdapterFiles) -> int:
     """The rank of one entry of a stack, of which the tensors hold the rank times the number of entries."""
     if files.record and layer.name in files.record.settings:
         return files.record.settings[layer.name][0]
-    said = set(matches(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
-    fitting = sorted(int(r) for r in said if int(r) > 0 and layer.A.shape[0] % int(r) == 0)
+    ranks = set(matches(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
+    fitting = sorted(int(r) for r in ranks if int(r) > 0 and layer.A.shape[0] % int(r) == 0)
     if len(fitting) != 1:
         raise AdapterError(
             f"'{layer.name}': lora_A has {layer.A.shape[0]} rows, and {CONFIG} gives it the rank"
-            f" {' or '.join(map(str, sorted(said)))}: how many entries the stack has cannot be told"
+            f" {' or '.join(map(str, sorted(ranks)))}: how many entries the stack has cannot be told"
         )
     return fitting[0]
 

@@ -100,21 +100,24 @@ def _last(layer: LayerSimilarity) -> float:
     return layer.phi[q - 1][q - 1]
 
 
-def of_truncation(told: Truncation) -> Table:
+def of_truncation(truncation: Truncation) -> Table:
     """What was cut and what it costs."""
-    before, after = told.parameters
+    before, after = truncation.parameters
     rows = [
-        ["energy kept in each layer", f"{told.share:.4g} at least"],
-        ["ranks", f"{span(r for r, _ in told.ranks.values())} to {span(r for _, r in told.ranks.values())}"],
+        ["energy kept in each layer", f"{truncation.share:.4g} at least"],
+        [
+            "ranks",
+            f"{span(r for r, _ in truncation.ranks.values())} to {span(r for _, r in truncation.ranks.values())}",
+        ],
         ["numbers in A and B", f"{before:,} to {after:,} ({after / before:.1%})"],
-        ["missing of the update", f"{told.error:.3g} of its norm"],
+        ["missing of the update", f"{truncation.error:.3g} of its norm"],
     ]
-    if "validation" in told.cost:
-        found = told.cost["validation"]
+    if "validation" in truncation.cost:
+        found = truncation.cost["validation"]
         rows += [[name, f"{x:.5g} to {found['after'][name]:.5g}"] for name, x in found["before"].items()]
-    if "not_measured" in told.cost:
-        rows.append(["cost", f"not measured: {told.cost['not_measured']}"])
-    return Table(title=f"truncated: {told.directory}", rows=rows)
+    if "not_measured" in truncation.cost:
+        rows.append(["cost", f"not measured: {truncation.cost['not_measured']}"])
+    return Table(title=f"truncated: {truncation.directory}", rows=rows)
 
 
 def of_drift(found: Strengths) -> Table:

@@ -50,8 +50,8 @@ class ClassCounts:
         for i in wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist():
             if len(self.mistakes) >= MISTAKES and float(confidence[i]) <= self.mistakes[-1]["confidence"]:
                 break
-            told = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
-            self._keep([{**told, **shown_input(batch, i, tokenizer)}])
+            row = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
+            self._keep([{**row, **input_of(batch, i, tokenizer)}])
 
     def join(self, others: Iterable[ClassCounts]) -> ClassCounts:
         """Count in what other processes counted."""
@@ -74,7 +74,7 @@ class ClassCounts:
         return {"labels": list(map(str, labels)), "counts": self.counts.tolist(), "mistakes": self.mistakes}
 
 
-def shown_input(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
+def input_of(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
     """The text, or the picture as a `data:` address, of one row of a batch; nothing where it is neither."""
     ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
     if tokenizer is not None and isinstance(ids, Tensor):
@@ -121,12 +121,12 @@ def confusions(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int,
     labels, rows = found["labels"], []
     for name, counts in zip(labels, found["counts"], strict=True):
         total = max(1, sum(counts))
-        told = [f"{n:,} of {total:,} {name} taken for {other}" for other, n in zip(labels, counts, strict=True)]
-        rows.append((name, [(n, min(9, round(9 * n / total)), tip) for n, tip in zip(counts, told, strict=True)]))
+        tips = [f"{n:,} of {total:,} {name} taken for {other}" for other, n in zip(labels, counts, strict=True)]
+        rows.append((name, [(n, min(9, round(9 * n / total)), tip) for n, tip in zip(counts, tips, strict=True)]))
     return rows
 
 
-def mixed_up(found: Mapping[str, Any]) -> Table:
+def confused_pairs(found: Mapping[str, Any]) -> Table:
     """The pairs of classes that are mixed up most, where there are too many classes for a matrix."""
     labels = found["labels"]
     pairs = [

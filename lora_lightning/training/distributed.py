@@ -55,7 +55,7 @@ def gathered(own: Any) -> list[Any]:
 
 def agreed(problem: str | None) -> str | None:
     """The first problem that any process has, in all of them; each must call it."""
-    return next((told for told in gathered(problem) if told is not None), None)
+    return next((one for one in gathered(problem) if one is not None), None)
 
 
 def together(run: Callable[[], T]) -> T:
@@ -69,11 +69,11 @@ def together(run: Callable[[], T]) -> T:
         value = run()
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
-    told = agreed(None if error is None else _said(error))
+    message = agreed(None if error is None else _line_of(error))
     if error is not None:
         raise error
-    if told is not None:
-        raise LoRAError(told)
+    if message is not None:
+        raise LoRAError(message)
     return value
 
 
@@ -91,7 +91,7 @@ def by_first(run: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
-def _said(error: Exception) -> str:
+def _line_of(error: Exception) -> str:
     return str(error) if isinstance(error, LoRAError) else f"{type(error).__name__}: {error}"
 
 

@@ -99,14 +99,14 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
         task = bar.add_task("fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
-            told = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
-            told += "" if trial.seed is None else f", seed {trial.seed}"
+            settings = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
+            settings += "" if trial.seed is None else f", seed {trial.seed}"
             if what == "begins":
-                screen.print(f"begins: {told} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
+                screen.print(f"begins: {settings} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
                 return
             if not together:
                 bar.advance(task)
-            screen.print(f"{trial.state}: {told}: {_result(trial, sweep.metric)}", highlight=False, markup=False)
+            screen.print(f"{trial.state}: {settings}: {_result(trial, sweep.metric)}", highlight=False, markup=False)
 
         def watch(population: Population) -> None:
             bar.update(task, **progress(population))

@@ -212,8 +212,8 @@ def _free_space(target: Path) -> tuple[int, Path]:
 
 def _cure(error: Exception, target: Path, needed: int) -> str | None:
     """What a disk's error says of `target`, and what to do; None of any other error."""
-    said = RUST.search(str(error))
-    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    match = RUST.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT):
         sizes = f"{human_size(needed)} are needed, {human_size(_free_space(target)[0])} are free now"
         cure = "nothing was written; free some, or name another --output_dir"

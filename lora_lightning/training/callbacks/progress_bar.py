@@ -20,11 +20,11 @@ class Progress(RichProgressBar):
         found = dict(super().get_metrics(trainer, pl_module))
         found.pop("v_num", None)
         rates = {f"{name}/s": found.pop(f"{name}/s", None) for name in ("tokens", "samples")}
-        told = {"loss": found.pop("train/loss_step", None), **rates}
-        if told["tokens/s"] is not None:
-            del told["samples/s"]
-        told = {name: value for name, value in told.items() if value is not None}
-        return {name: _short(value) for name, value in {**told, **found}.items()}
+        shown = {"loss": found.pop("train/loss_step", None), **rates}
+        if shown["tokens/s"] is not None:
+            del shown["samples/s"]
+        shown = {name: value for name, value in shown.items() if value is not None}
+        return {name: _short(value) for name, value in {**shown, **found}.items()}
 
 
 def _short(value: Any) -> Any:

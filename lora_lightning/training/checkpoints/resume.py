@@ -89,10 +89,10 @@ class Resume(Callback):
         if self._found is None:
             return
         trainer._logger_connector._callback_metrics.update(self._found["metrics"])
-        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):
-            rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
-        for told in overruled(self._found["settings"], self._settings):
-            rank_zero_info(f"resumed: the checkpoint's {told}")
+        for sentence in reasons_against(self._found, trainer.world_size, starting_over(trainer)):
+            rank_zero_warn(f"{sentence}: the fit goes on, and not bit for bit as if it had not been interrupted")
+        for sentence in overruled(self._found["settings"], self._settings):
+            rank_zero_info(f"resumed: the checkpoint's {sentence}")
         self._settings = self._settings | self._found["settings"]
         steps = next_logged(self._found, logged_steps(trainer))
         for logger in trainer.loggers:
