@@ -209,7 +209,7 @@ class _Watch(threading.Thread):
 
     def what_to_raise(self, error: BaseException) -> BaseException:
         """What this process ends with, where `error` came out of its main thread."""
-        if processes() == 1:
+        if processes() == 1 or isinstance(error, LostProcessError):  # which one further in has made of it
             return error
         broken = isinstance(error, distributed.DistError | RuntimeError) and BROKEN.search(str(error)) is not None
         limit = time.monotonic() + CLAIM

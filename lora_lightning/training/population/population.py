@@ -27,7 +27,7 @@ from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import all_arrive, by_first, gathered, in_all_processes
+from lora_lightning.training.distributed import LostProcessError, all_arrive, by_first, gathered, in_all_processes
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.population.halving import (
     Halving,
@@ -259,7 +259,7 @@ class Population:
         if isinstance(error, PreemptedError):
             member.state = "waits"
             return
-        if error is not None and not all_arrive():
+        if isinstance(error, LostProcessError) or (error is not None and not all_arrive()):
             raise error  # in this process alone: the others wait for it in the middle of the member's turn
         member.error, member.is_over = error, True
         if error is not None:
