@@ -93,8 +93,8 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
     """A line for each beginning and end, above a bar where the screen is a terminal."""
     names = short_names(sweep.keys)
     together = sweep.request.together
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(20 if together else 40)]
-    columns += [MofNCompleteColumn(), *([_Rate()] if together else []), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(12 if together else 40)]
+    columns += [MofNCompleteColumn(), _Rate() if together else TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("making the members" if together else "fits", total=sweep.count)
 

@@ -37,7 +37,7 @@ from lora_lightning.training.population.halving import (
     rung_steps,
     standing,
 )
-from lora_lightning.training.population.turns import Turns
+from lora_lightning.training.population.turns import Turns, share_heap
 from lora_lightning.training.precision import convert
 from lora_lightning.training.strategies.base import ShardedStrategy
 from lora_lightning.training.trainer import LoRATrainer
@@ -206,6 +206,7 @@ class Population:
 
     def _take_turns(self, datamodule: LightningDataModule, say: Callable[[Population], None]) -> None:
         """In the same order in all processes, so that what they do together meets its like."""
+        share_heap()
         turns = {member.name: self._turns(member, datamodule) for member in self.members if member.is_left}
         asked: int | None = None  # by a signal to any process
         with _noted_signals() as noted:
