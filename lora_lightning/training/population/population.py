@@ -302,12 +302,16 @@ class Population:
 def refuse_strategy(trainer: Trainer) -> None:
     """Raise where the processes of a strategy cannot go through several fits, or each has but a part of W0."""
     strategy, launcher = trainer.strategy, trainer.strategy.launcher
-    if isinstance(strategy, ShardedStrategy) or isinstance(launcher, _MultiProcessingLauncher):
-        how = "shards W0" if isinstance(strategy, ShardedStrategy) else f"{launcher._start_method}s its processes"
-        raise LoRAError(
-            f"members of one fit share a whole W0, in processes that start once, and {type(strategy).__name__} {how}"
-            " for each: take strategy ddp (configs/strategy/ddp.yaml), or a fit for each"
-        )
+    if isinstance(strategy, ShardedStrategy):
+        how = "shards W0"
+    elif isinstance(launcher, _MultiProcessingLauncher):
+        how = f"{launcher._start_method}s its processes"
+    else:
+        return
+    raise LoRAError(
+        f"members of one fit share a whole W0, in processes that start once, and {type(strategy).__name__} {how}"
+        " for each: take strategy ddp (configs/strategy/ddp.yaml), or a fit for each"
+    )
 
 
 class Interrupted(Exception):
