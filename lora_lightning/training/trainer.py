@@ -21,7 +21,6 @@ from lora_lightning.training.callbacks.export_on_fit_end import export_module, r
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
-from lora_lightning.training.distributed import end_as_they_end, ending_together, leave_on_sigterm
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.preflight import (
@@ -32,6 +31,7 @@ from lora_lightning.training.preflight import (
     refuse_wide_shards,
     warn_of_few_cores,
 )
+from lora_lightning.training.strategies.endings import end_together, leave_on_sigterm, use_ending_launcher
 from lora_lightning.training.strategies.fsdp2 import strategy as _fsdp2  # noqa: F401  (which names it `fsdp2`)
 from lora_lightning.training.tracking.wandb_callback import log_export
 
@@ -84,7 +84,7 @@ class LoRATrainer(Trainer):
         refuse_unsupported(self.strategy)
         warn_of_few_cores(self)
         refuse_unsupported_callbacks(self.callbacks)  # type: ignore[attr-defined]  # a connector of Lightning sets it
-        end_as_they_end(self)
+        use_ending_launcher(self)
         # A plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()
@@ -95,7 +95,7 @@ class LoRATrainer(Trainer):
         if fits and self._chooses_logging:
             self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
         folder = run.run_dir(self) if fits and self._is_first_process() else None
-        with ending_together(self, unless=(PreemptedError,)), run.locked(folder):
+        with end_together(self, unless=(PreemptedError,)), run.locked(folder):
             return super()._run(*args, **kwargs)
 
     def _is_first_process(self) -> bool:

@@ -22,9 +22,9 @@ from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.console import first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.distributed import agreed, gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import fingerprint, is_sharded, local, moved_in_any, of_own_shards
+from lora_lightning.training.strategies.collectives import first_problem, gather
 
 
 class W0MovedError(LoRAError):
@@ -109,7 +109,7 @@ class FreezeBase(Callback):
         else:  # all parts as they were: so is the whole
             changed = moved_in_any(self._own, of_own_shards(module.backbone))
             self.after = None if changed else self.before
-        if told := agreed(_told(changed) if changed else None):
+        if told := first_problem(_told(changed) if changed else None):
             raise W0MovedError(told)
 
 
@@ -188,7 +188,7 @@ def _without_in_parts(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
     if not own:
         return []
     zero = {name for name, p in own if p.grad is not None and not local(p.grad).any()}
-    everywhere = set.intersection(*gathered(zero))
+    everywhere = set.intersection(*gather(zero))
     return [] if len(everywhere) == len(own) else sorted(everywhere)  # a batch of no units gives zeros to all
 
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lora_lightning.data import table_of
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.distributed import agreed
 from lora_lightning.training.strategies.base import is_sharded, local
+from lora_lightning.training.strategies.collectives import first_problem
 
 
 class NotFiniteError(LoRAError):
@@ -60,8 +60,8 @@ class StopOnNonFinite(Callback):
         wrong = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
         told = self._told(trainer, pl_module, wrong)  # in every process, for a forward may need them all
         by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
-        first = agreed(told if by_loss else None)  # whose loss is bad, knows the rows
-        raise NotFiniteError(first or agreed(told if by_gradient else None) or told)
+        first = first_problem(told if by_loss else None)  # whose loss is bad, knows the rows
+        raise NotFiniteError(first or first_problem(told if by_gradient else None) or told)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch = None

@@ -29,9 +29,9 @@ from lora_lightning.tasks.classification import ImageClassification, SequenceCla
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
+from lora_lightning.training.strategies.collectives import gather
 
 
 class RunReport(Callback):
@@ -123,7 +123,7 @@ class RunReport(Callback):
         """All processes bring theirs together; the first one writes."""
         if self._classes is None:
             return
-        own, *others = gathered(self._classes)
+        own, *others = gather(self._classes)
         if folder is None or not trainer.is_global_zero:
             return
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]

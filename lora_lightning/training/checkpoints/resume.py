@@ -32,7 +32,7 @@ from lora_lightning.training.checkpoints.loop_state import (
     starting_over,
 )
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import gathered
+from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.tracking.wandb_logger import runs_of
 
@@ -63,7 +63,7 @@ class Resume(Callback):
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
-            "processes": gathered(own),
+            "processes": gather(own),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.collectives import gather
 
 RUNGS = ("1/8", "1/4", "1/2")
 """Shares of the steps after which members are dropped."""
@@ -177,7 +177,7 @@ def _blocks(trainer: Trainer, module: LoRAModule) -> list[Block]:
         if out.weight:
             rest = [None if t is None else t.detach().cpu() for t in (out.predictions, out.targets)]
             blocks[number % BLOCKS].append((out.loss.detach().cpu(), out.weight, rest[0], rest[1]))
-    found = [block for own in gathered(blocks) for block in own if block]
+    found = [block for own in gather(blocks) for block in own if block]
     if len(found) < 2:
         raise LoRAError(
             "--halving compares members on blocks of validation batches, and there are fewer than two: a smaller"

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, fingerprint_of_digests, fingerprint_of_tensors
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one_process
 from lora_lightning.lora.frozen.tensors import base_tensors
-from lora_lightning.training.distributed import gathered, processes, rank
+from lora_lightning.training.strategies.collectives import gather, rank, world_size
 
 
 class ShardedStrategy(ABC):
@@ -52,7 +52,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     waiting: dict[str, Future[dict[str, str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as pool:
         for number, (name, tensor) in enumerate(tensors.items()):
-            to = number % processes()
+            to = number % world_size()
             for earlier in waiting.values() if to == rank() else ():
                 earlier.result()  # which lets go of the tensor before the next one comes
             whole = gathered_by(tensor, to)
@@ -60,21 +60,21 @@ def fingerprint(model: nn.Module) -> Fingerprint:
                 waiting[name] = pool.submit(digests, {name: whole})
         for one in waiting.values():
             found |= one.result()
-    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+    every = {name: digest for part in gather(found) for name, digest in part.items()}
     return fingerprint_of_digests({name: every[name] for name in tensors})
 
 
 def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
     """The whole tensor in one process, and None in the others; all must call it."""
     tensor = tensor.detach()
-    if not isinstance(tensor, DTensor) or processes() == 1:
+    if not isinstance(tensor, DTensor) or world_size() == 1:
         return local(tensor) if to == rank() else None
-    rows = -(-tensor.shape[0] // processes())  # of a chunk; the last may be short or empty
+    rows = -(-tensor.shape[0] // world_size())  # of a chunk; the last may be short or empty
     row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
     own = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
     mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
     own[: mine.numel()] = mine
-    pieces = [torch.empty_like(own) for _ in range(processes())] if to == rank() else None
+    pieces = [torch.empty_like(own) for _ in range(world_size())] if to == rank() else None
     if own.numel():
         distributed.gather(own, pieces, dst=to)
     if pieces is None:
@@ -89,4 +89,4 @@ def of_own_shards(model: nn.Module) -> Fingerprint:
 
 def moved_in_any(before: Fingerprint, after: Fingerprint) -> list[str]:
     """Names of tensors of which any process's shard differs, in all processes."""
-    return list(dict.fromkeys(name for part in gathered(before.differences(after)) for name in part))
+    return list(dict.fromkeys(name for part in gather(before.differences(after)) for name in part))

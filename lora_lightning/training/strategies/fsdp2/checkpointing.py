@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_misfits
 from lora_lightning.training.checkpoints.file_io import is_remote, whole_file
-from lora_lightning.training.distributed import by_first, rank, together
+from lora_lightning.training.strategies.collectives import rank, run_in_all, run_in_first
 from lora_lightning.training.strategies.fsdp2.wrapping import as_stored
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             LoRAError: in all processes, where it could not be written.
         """
-        path = by_first(lambda: str(filepath))
-        together(lambda: self._write(checkpoint, path, storage_options))
+        path = run_in_first(lambda: str(filepath))
+        run_in_all(lambda: self._write(checkpoint, path, storage_options))
 
     def _write(self, checkpoint: dict[str, Any], path: str, options: Any) -> None:
         if self.is_global_zero:
@@ -66,10 +66,10 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             DamagedCheckpointError: there is no whole one; in all processes.
         """
-        path = by_first(lambda: str(checkpoint_path))
+        path = run_in_first(lambda: str(checkpoint_path))
         if not is_remote(path):
-            path = by_first(lambda: str(whole_file(Path(path))))
-        return together(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+            path = run_in_first(lambda: str(whole_file(Path(path))))
+        return run_in_all(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Put the adapter into the shards.

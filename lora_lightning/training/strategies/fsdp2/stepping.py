@@ -12,8 +12,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError, some
-from lora_lightning.training.distributed import gathered
 from lora_lightning.training.strategies.base import is_sharded
+from lora_lightning.training.strategies.collectives import gather
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -74,7 +74,7 @@ class EvaluatesTogether(ParallelStrategy):
     def _count_batches(self) -> None:
         if not is_sharded(self._module.backbone):
             return
-        every = gathered(self._batches())
+        every = gather(self._batches())
         loaders = list(zip(*every, strict=True))
         if any(float("inf") in counts or (0 in counts and any(counts)) for counts in loaders):
             raise LoRAError(

@@ -28,7 +28,7 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean, some
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.targets.blocks import repeated_blocks
-from lora_lightning.training.distributed import processes
+from lora_lightning.training.strategies.collectives import world_size
 
 
 def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
@@ -121,7 +121,7 @@ def same_everywhere(module: nn.Module, device: torch.device, done: set[int]) -> 
             continue
         done.add(id(tensor))
         tensor.data = tensor.data.to(device).contiguous()  # FSDP2 takes no other
-        if processes() > 1 and tensor.numel():
+        if world_size() > 1 and tensor.numel():
             distributed.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
 
 
