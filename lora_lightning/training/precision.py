@@ -28,6 +28,11 @@ from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 BaseWord = Literal["bf16-base", "nf4-base"]
 Word = Literal["auto", "float32", BaseWord]
 """What is ours beside Lightning's values."""
+LightningsWord = Literal[
+    *("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "transformer-engine"),
+    *("transformer-engine-float16", "16", "32", "64", "bf16", 16, 32, 64),
+]
+"""What Lightning's own Trainer takes."""
 
 INSTEAD = "use bf16-base: W0 in that precision, A and B in float32"
 REFUSED = {
@@ -94,8 +99,8 @@ def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     """`bf16-mixed` where the hardware multiplies bfloat16 itself; on other CPUs it is slower than float32."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
+    has = torch.cpu.get_capabilities()
+    return "bf16-mixed" if has.get("avx512_bf16") or has.get("amx_tile") else "32-true"
 
 
 def lightnings_own(word: Any, accelerator: str) -> Any:
@@ -151,7 +156,10 @@ def precision_of(module: LightningModule) -> str | None:
 
 def trainer_of(module: LightningModule) -> Trainer | None:
     """The module's trainer; the public property raises where there is none."""
-    return module._trainer
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
 
 
 @contextmanager

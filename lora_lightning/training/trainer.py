@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # the Trainer's own type
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
@@ -22,7 +21,7 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
+from lora_lightning.training.precision import LightningsWord, Word, convert, lightnings_own, narrow_base
 from lora_lightning.training.preflight import (
     refuse_listed_cpus,
     refuse_unsupported,
@@ -61,7 +60,7 @@ class LoRATrainer(Trainer):
             callback that is not supported.
     """
 
-    def __init__(self, *args: Any, precision: Word | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, precision: Word | LightningsWord | None = None, **kwargs: Any) -> None:
         refuse_unsupported_name(kwargs.get("strategy"))
         refuse_wide_shards(kwargs.get("strategy"), precision)
         refuse_listed_cpus(kwargs.get("devices"), kwargs.get("accelerator", "auto"))

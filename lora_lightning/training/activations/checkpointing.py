@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.lora.errors import LoRAError
@@ -109,7 +108,7 @@ def _refuse_moving_statistics(name: str, block: nn.Module) -> None:
     """A batch norm that trains would count each batch twice."""
     for inner, module in block.named_modules():
         if (
-            isinstance(module, _BatchNorm)
+            isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
             and not isinstance(module, FrozenStatistics)
             and module.running_mean is not None
             and module.training

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lora_lightning.lora.frozen.version_check import count_writes
+
 SMALL = 2**20
 """Bytes below which a tensor stays on its device."""
 
@@ -73,10 +75,10 @@ class Offload:
             if not self._is_moved(tensor, weights):
                 return tensor
             known = seen.get(id(tensor))
-            if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            if known is not None and known[0]() is tensor and known[1] == count_writes(tensor):
                 return known[2]
             waiting = Waiting(tensor)
-            seen[id(tensor)] = (weakref.ref(tensor), tensor._version, waiting)
+            seen[id(tensor)] = (weakref.ref(tensor), count_writes(tensor), waiting)
             self.moved += tensor.nbytes
             return waiting
 

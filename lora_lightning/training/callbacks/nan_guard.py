@@ -49,15 +49,15 @@ class StopOnNonFinite(Callback):
         named = [(name, local(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
-        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
-        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
+        norm = nn.utils.get_total_norm([grad for _, grad in named])
+        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, norm)])
         bad = ~torch.isfinite(looked_at)
         anywhere = bad.any().float()
         if trainer.world_size > 1:  # all stop at one step, also where gradients are sharded
             anywhere = trainer.strategy.reduce(anywhere, reduce_op="max")
         if not bool(anywhere):
             return
-        wrong = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
+        wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
         told = self._told(trainer, pl_module, wrong)  # in every process, for a forward may need them all
         by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
         first = first_problem(told if by_loss else None)  # whose loss is bad, knows the rows

@@ -88,7 +88,7 @@ class Resume(Callback):
         load_left_places(trainer)
         if self._found is None:
             return
-        trainer._logger_connector._callback_metrics.update(self._found["metrics"])
+        trainer.callback_metrics.update(self._found["metrics"])
         for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):
             rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
         for told in overruled(self._found["settings"], self._settings):
@@ -145,8 +145,8 @@ def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
 def figures_of(module: LightningModule) -> Iterator[tuple[str, Any]]:
     """What the training metrics hold so far."""
     for name, metric in _metrics_in(module):
-        state = {key: _plain(getattr(metric, key)) for key in metric._defaults}
-        yield name, {"state": state, "updates": metric._update_count}
+        state = {key: _plain(value) for key, value in metric.metric_state.items()}
+        yield name, {"state": state, "updates": metric.update_count}
 
 
 def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
