@@ -219,7 +219,7 @@ MUTATIONS = (
     Mutation(
         "law 8: a resume that cannot be exact is said",
         RESUMES,
-        "        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):",
+        "        for told in reasons_against(self._found, trainer.world_size, restarting_loaders(trainer)):",
         "        for told in ():",
         (f"{RESUME}::test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named",),
     ),
@@ -303,7 +303,7 @@ MUTATIONS = (
     Mutation(
         "files: the one before is kept",
         IO,
-        "        _keep(path)\n",
+        "        _keep_previous(path)\n",
         "",
         (f"{FILES}::test_a_damaged_file_gives_way_to_the_one_before_it_aloud",),
     ),
@@ -345,8 +345,8 @@ MUTATIONS = (
     Mutation(
         "not finite: the loss",
         FINITE,
-        "for x in (*self._losses, *norms)])",
-        "for x in (torch.zeros(()), *norms)])",
+        "for x in (*self._losses, norm)])",
+        "for x in (torch.zeros(()), norm)])",
         (
             f"{GUARDS}::test_a_loss_that_is_not_finite_stops_the_fit_though_its_gradients_are",
             f"{GUARDS}::test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_may_not",
@@ -355,7 +355,7 @@ MUTATIONS = (
     Mutation(
         "not finite: a gradient",
         FINITE,
-        "for x in (*self._losses, *norms)])",
+        "for x in (*self._losses, norm)])",
         "for x in self._losses])",
         (f"{RESUME}::test_a_bad_gradient_stops_before_the_optimizer_and_names_the_tensor",),
     ),
@@ -376,7 +376,7 @@ MUTATIONS = (
     Mutation(
         "notice: a checkpoint's settings that win over a flag",
         RESUMES,
-        '        for told in overruled(self._found["settings"], self._settings):',
+        '        for told in overruled_settings(self._found["settings"], self._settings):',
         "        for told in ():",
         (f"{RESUME}::test_what_a_checkpoint_overrules_is_said",),
     ),

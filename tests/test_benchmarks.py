@@ -52,7 +52,7 @@ def test_the_sizes_computed_are_those_of_the_files_but_for_headers(options, tmp_
 def test_the_models_are_those_that_they_are_called():
     with torch.device("meta"):
         base = roberta()
-    inject(base, LoRAConfig(r=8, target_modules=QUERY_VALUE["roberta-base"]), start=False)
+    inject(base, LoRAConfig(r=8, target_modules=QUERY_VALUE["roberta-base"]), run_init=False)
     assert sum(t.numel() for t in adapter_tensors(base).values()) == 294_912  # the paper's 0.3M
     assert sum(p.numel() for p in llama_7b().parameters()) == 6_738_415_616
 

@@ -303,7 +303,7 @@ def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     handed: list[Tensor] = []
 
     def pool(value: Any, module: nn.Module | None = None) -> Tensor | None:
-        return pooled(first_tensor(value), rows, mask, module)
+        return pool_rows(first_tensor(value), rows, mask, module)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -349,7 +349,7 @@ def first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def pooled(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
+def pool_rows(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
     """One vector (b, d) for each row, in float32 or wider; None of what has no row for each.
 
     Args:

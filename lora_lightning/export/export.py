@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
-from lora_lightning.export.options import FORMATS, REPORT, checked_options, checked_target, refuse_base_alone
+from lora_lightning.export.options import FORMATS, REPORT, check_target, parse_options, refuse_base_alone
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
 from lora_lightning.lora.errors import MergeError
@@ -73,8 +73,8 @@ def export(
         LoRAError: an option that means nothing, a folder in the way that is no export, no probe, too little space.
         MergeError: W0 moved in training, or the exported model's outputs differ by more than the tolerance.
     """
-    wanted, to_dtype = checked_options(formats, dtype, max_shard_size, serving)
-    target = checked_target(Path(output_dir))
+    wanted, to_dtype = parse_options(formats, dtype, max_shard_size, serving)
+    target = check_target(Path(output_dir))
     refuse_base_alone(scale)
     report = ExportReport(str(target), wanted, label_names=label_names, scale=float(scale))
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
@@ -92,10 +92,10 @@ def export(
                 part.save_pretrained(folder / "adapter")
             write_labels(label_names, folder / "adapter")
             report.adapter_bytes, _ = _weights(folder / "adapter")
-            proof.of_adapter(folder / "adapter")
+            proof.verify_adapter(folder / "adapter")
             report.adapter_dir = str(target / "adapter")
         if "merged" in wanted:
-            proof.of_merged(
+            proof.verify_merged(
                 folder / "merged",
                 processing=processing,
                 label_names=label_names,

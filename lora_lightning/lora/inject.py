@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError, TargetError, some, warn
+from lora_lightning.lora.errors import LoRAError, TargetError, first_few, warn
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
 from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
@@ -39,7 +39,7 @@ def inject(
     *,
     data: Any = None,
     loss: Loss | None = None,
-    start: bool = True,
+    run_init: bool = True,
     any_rank: bool = False,
 ) -> InjectionReport:
     """Adapt `model` in place: `h = W0 x + s B A x` in every selected layer, all else frozen.
@@ -49,17 +49,17 @@ def inject(
     change it). Works on the meta device.
 
     Args:
-        data: what the starts eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
+        data: what the inits eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
             arguments) or what loftq approximates (the model before quantization or its state dict).
         loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
-        start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
+        run_init: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
             cost or the data of `config.init`.
         any_rank: for an adapter from elsewhere: allow an r above the smaller side of a weight, and `lora_bias` on a
             layer without a bias, which no merge can fold.
 
     Raises:
         TargetError: the config does not fit this model; the model is then as it was.
-        LoRAError: the model is adapted already, or the start lacks its data; the model is then as it was.
+        LoRAError: the model is adapted already, or the init lacks its data; the model is then as it was.
     """
     config = config or LoRAConfig()
     if not isinstance(model, nn.Module):
@@ -69,7 +69,7 @@ def inject(
         raise LoRAError("this model is adapted already: merge(model) or remove(model) first")
     if kind := next((type(m).__name__ for m in modules if "lora_A" in m._parameters or "lora_A" in m._modules), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
-    if start:
+    if run_init:
         refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
@@ -79,8 +79,8 @@ def inject(
     try:
         for parameter in trained_before:
             parameter.requires_grad_(False)
-        rows = _graft_all(model, selection, start=start)
-        if data is not None and start:
+        rows = _graft_all(model, selection, run_init=run_init)
+        if data is not None and run_init:
             init_from_data(model, adapted_layers(model), config.init, data, loss)
         copies: dict[int, nn.Parameter] = {}
         for module in selection.biases:  # outside whatever else was grafted
@@ -105,8 +105,8 @@ def _warn_of_stacks(model: nn.Module, selection: Selection) -> None:
     kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
     ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
     warn(
-        f"all-linear adapts layers; {some(kinds)}, stacks of matrices as fused experts are, stay frozen, {share:.0%} of"
-        f" the parameters; to adapt them too: target_parameters: [{ends}]"
+        f"all-linear adapts layers; {first_few(kinds)}, stacks of matrices as fused experts are, stay frozen,"
+        f" {share:.0%} of the parameters; to adapt them too: target_parameters: [{ends}]"
     )
 
 
@@ -147,9 +147,9 @@ def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -
     )
 
 
-def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[AdaptedModule]:
+def _graft_all(model: nn.Module, selection: Selection, *, run_init: bool) -> list[AdaptedModule]:
     hold_packing(model)
-    rows = [_adapt(target, start=start) for target in selection.targets]
+    rows = [_adapt(target, run_init=run_init) for target in selection.targets]
     for token in selection.tokens:
         TokenRows.attach(token.module, token.token_ids, token.tied)
     twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
@@ -245,9 +245,9 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     return grafted_modules(model, AdaptedLayer)
 
 
-def _adapt(target: Target, *, start: bool) -> AdaptedModule:
+def _adapt(target: Target, *, run_init: bool) -> AdaptedModule:
     layer, parts = target.kind.attach(target.module, target.settings), target.settings.slices
-    layer.reset_lora_parameters(from_w0=start)
+    layer.reset_lora_parameters(from_w0=run_init)
     return AdaptedModule(
         module=target.name,
         kind=layer.kind if parts is None else f"{layer.kind}[{', '.join(parts.taken)}]",

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from lora_lightning.lora.errors import MergeError, warn
 from lora_lightning.lora.frozen.dtype import (
     cast,
+    dtype_name,
     float_dtype,
     refuse_dtype,
     refuse_overflow,
     refuse_wide,
-    short,
     widen,
 )
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
@@ -305,7 +305,7 @@ def rounding_warning(kept: Mapping[str, float], dtype: torch.dtype) -> str | Non
         return None
     worst = sorted((share, name) for name, share in kept.items())[: min(3, low)]
     return (
-        f"rounding to {short(dtype)} kept less than {LEAST_KEPT:.0%} of the update in {low} of {len(kept)} layers,"
+        f"rounding to {dtype_name(dtype)} kept less than {LEAST_KEPT:.0%} of the update in {low} of {len(kept)} layers,"
         f" least in {', '.join(f'{name} ({share:.0%})' for share, name in worst)}: merge into float32"
         f" (dtype=torch.float32, --dtype float32), or use the adapter, which lost nothing"
     )

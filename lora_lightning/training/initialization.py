@@ -78,26 +78,26 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     if init == "eva":
         init_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
-        init_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
-    take_first_ones(adapter_tensors(backbone).values(), trainer)
+        init_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed_loss(task, model, b))
+    broadcast_from_first(adapter_tensors(backbone).values(), trainer)
 
 
-def same_subtracted_start(backbone: nn.Module, trainer: Trainer) -> None:
+def share_subtracted_init(backbone: nn.Module, trainer: Trainer) -> None:
     """Where a start is subtracted, all processes subtract rank 0's.
 
     It may have been drawn, and lies in buffers, of which DDP sends none where `broadcast_buffers` is off.
     """
     starts = (tensor for _, layer in adapted_layers(backbone) for tensor in (layer.lora_A0, layer.lora_B0))
-    take_first_ones((tensor for tensor in starts if tensor is not None), trainer)
+    broadcast_from_first((tensor for tensor in starts if tensor is not None), trainer)
 
 
-def take_first_ones(tensors: Iterable[Tensor], trainer: Trainer) -> None:
+def broadcast_from_first(tensors: Iterable[Tensor], trainer: Trainer) -> None:
     """Give all processes rank 0's values."""
     for tensor in tensors:
         tensor.data.copy_(trainer.strategy.broadcast(tensor.detach().cpu()))
 
 
-def _summed(task: Task, model: nn.Module, batch: Any) -> Tensor:
+def _summed_loss(task: Task, model: nn.Module, batch: Any) -> Tensor:
     """The loss over all units of a batch: a batch of many is to weigh more in the gradient than one of few (law 9)."""
     out = task.step(model, batch)
     return out.loss * out.weight

@@ -37,13 +37,13 @@ from lora_lightning.training.checkpoints.adapter_state import (
 )
 from lora_lightning.training.initialization import (
     MEASURED,
-    same_subtracted_start,
+    share_subtracted_init,
     start_from_adapter,
     start_from_batches,
 )
 from lora_lightning.training.loss_weighting import UnitMean, is_padding
 from lora_lightning.training.optim import WarmupDecay, make_optimizer
-from lora_lightning.training.precision import convert, explained_by_precision, precision_of, trainer_of
+from lora_lightning.training.precision import convert, explain_by_precision, precision_of, trainer_of
 from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint, is_sharded
 
 
@@ -102,7 +102,7 @@ class LoRAModule(LightningModule):
         if init_adapter is not None and lora.init in MEASURED:
             raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
         # A start that is measured on data waits for them; a checkpoint brings its own.
-        self.report = inject_anywhere(backbone, lora, start=lora.init not in MEASURED)
+        self.report = inject_anywhere(backbone, lora, run_init=lora.init not in MEASURED)
         self.training_forward = TrainingForward(
             backbone, checkpointing=activation_checkpointing, offload=offload_activations, compile=compile
         )
@@ -252,7 +252,7 @@ class LoRAModule(LightningModule):
     def on_fit_start(self) -> None:
         if not is_sharded(self.backbone):
             self._start_from_adapter()
-            same_subtracted_start(self.backbone, self.trainer)
+            share_subtracted_init(self.backbone, self.trainer)
         self.set_modes()
 
     def on_train_start(self) -> None:
@@ -314,7 +314,7 @@ class LoRAModule(LightningModule):
         refuse_other_config(checkpoint, self.lora)
         own = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)
-        with explained_by_precision(own.get("precision"), precision_of(self)):
+        with explain_by_precision(own.get("precision"), precision_of(self)):
             made_on = Fingerprint.from_json(own["base"])
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
 

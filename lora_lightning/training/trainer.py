@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from lora_lightning.export.options import checked_options, refuse_base_alone
+from lora_lightning.export.options import parse_options, refuse_base_alone
 from lora_lightning.export.probe_batch import first_batch, loaders_of
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
@@ -21,7 +21,7 @@ from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.precision import LightningsWord, Word, convert, lightnings_own, narrow_base
+from lora_lightning.training.precision import LightningsWord, Word, convert, lightning_precision, narrow_base
 from lora_lightning.training.preflight import (
     refuse_listed_cpus,
     refuse_unsupported,
@@ -35,7 +35,7 @@ from lora_lightning.training.strategies.fsdp2 import strategy as _fsdp2  # noqa:
 from lora_lightning.training.tracking.wandb_callback import log_export
 
 
-def in_one_process(accelerator: Any) -> dict[str, Any]:
+def single_process_options(accelerator: Any) -> dict[str, Any]:
     """What an export takes of a Trainer, wherever the run was trained that it exports."""
     alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     return {**alone, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
@@ -64,7 +64,7 @@ class LoRATrainer(Trainer):
         refuse_unsupported_name(kwargs.get("strategy"))
         refuse_wide_shards(kwargs.get("strategy"), precision)
         refuse_listed_cpus(kwargs.get("devices"), kwargs.get("accelerator", "auto"))
-        own = lightnings_own(precision, str(kwargs.get("accelerator", "auto")))
+        own = lightning_precision(precision, str(kwargs.get("accelerator", "auto")))
         self._chooses_logging = kwargs.get("log_every_n_steps") is None
         super().__init__(*args, precision=own, **kwargs)
         if self.accumulate_grad_batches < 1:
@@ -94,7 +94,7 @@ class LoRATrainer(Trainer):
         if fits and self._chooses_logging:
             self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
         folder = run.run_dir(self) if fits and self._is_first_process() else None
-        with end_together(self, unless=(PreemptedError,)), run.locked(folder):
+        with end_together(self, unless=(PreemptedError,)), run.lock_run(folder):
             return super()._run(*args, **kwargs)
 
     def _is_first_process(self) -> bool:
@@ -149,7 +149,7 @@ class LoRATrainer(Trainer):
             scale: strength of the update, such as 0.5 for half of it; the adapter's alpha says it.
         """
         refuse_base_alone(scale)
-        wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
+        wanted, _ = parse_options(formats, dtype, max_shard_size, serving)
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
         convert(model, self.precision_plugin)

@@ -34,7 +34,7 @@ from lora_lightning import (
 from lora_lightning.data.loading.loader import ResumableLoader
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.strategies.base import local
+from lora_lightning.training.strategies.base import local_shard
 from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
@@ -200,7 +200,7 @@ class Nudge(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if self.what == "w0" and trainer.global_step == 4 and trainer.global_rank == 1:
-            local(pl_module.backbone.layers[1].up.weight).view(-1)[0] += 1e-3
+            local_shard(pl_module.backbone.layers[1].up.weight).view(-1)[0] += 1e-3
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         if self.what == "loss" and trainer.global_step == 4 and trainer.global_rank == 1:

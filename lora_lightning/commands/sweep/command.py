@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lora_lightning.commands.sweep.report import PAGE, next_command, table
 from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
-from lora_lightning.commands.sweep.search_space import plainly, short_names
+from lora_lightning.commands.sweep.search_space import readable_value, short_names
 from lora_lightning.commands.sweep.study import Trial
 from lora_lightning.commands.sweep.sweep import Outcome, Request, Sweep, prepare
 from lora_lightning.commands.sweep.together import Watch, progress
@@ -39,10 +39,10 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
         number = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
         print(f"lora-lightning: stopped; the same command goes on with '{sweep.folder}'", file=sys.stderr)
         raise SystemExit(128 + number) from None
-    _close(screen, outcome)
+    _print_outcome(screen, outcome)
 
 
-def _close(screen: Console, outcome: Outcome) -> None:
+def _print_outcome(screen: Console, outcome: Outcome) -> None:
     rows = table(str(outcome.folder), outcome.points, outcome.keys, outcome.metric, outcome.goal)
     Console().print(rows)
     if outcome.points[0].state != "complete":
@@ -77,7 +77,7 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
         task = bar.add_task("fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
-            told = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
+            told = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in trial.values.items())
             told += "" if trial.seed is None else f", seed {trial.seed}"
             if what == "begins":
                 screen.print(f"begins: {told} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)

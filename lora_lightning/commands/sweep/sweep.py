@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lora_lightning.commands.sweep.base_config import Base, opened
+from lora_lightning.commands.sweep.base_config import Base, open_base
 from lora_lightning.commands.sweep.processes import FIT
 from lora_lightning.commands.sweep.rank_budget import rank_for
 from lora_lightning.commands.sweep.ranking import Point, rank_points
@@ -141,7 +141,7 @@ class Sweep:
             "goal": self.goal,
             "budget": request.budget,
             "keys": self.keys,
-            "config": _without(base.config, self.keys, seeds=bool(request.seeds)),
+            "config": _drop_swept(base.config, self.keys, seeds=bool(request.seeds)),
         }
         if request.together:  # what was decided at a rung is not of other rungs
             self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
@@ -236,14 +236,14 @@ def prepare(request: Request) -> Sweep:
         SystemExit: `fit` refuses a flag; its line is on the screen.
     """
     first = [] if request.budget is not None else first_values(request.swept)
-    return Sweep(request, opened([*request.fit, *first]))
+    return Sweep(request, open_base([*request.fit, *first]))
 
 
 def _metric(request: Request, base: Base) -> tuple[str, str]:
     if request.metric in (None, base.metric):
         return base.metric, request.goal or base.goal
     assert request.metric is not None
-    if (near := base.unlogged(request.metric)) is not None:
+    if (near := base.why_unlogged(request.metric)) is not None:
         raise LoRAError(f"--metric {request.metric} is logged by no fit of this config{near}")
     if request.goal is None:
         raise LoRAError(
@@ -252,7 +252,7 @@ def _metric(request: Request, base: Base) -> tuple[str, str]:
     return request.metric, request.goal
 
 
-def _without(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
+def _drop_swept(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
     """The config less what is swept."""
     copy: dict[str, Any] = json.loads(json.dumps(config))
     for key in [*keys, *(["seed_everything"] if seeds else [])]:

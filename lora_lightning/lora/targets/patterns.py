@@ -54,10 +54,10 @@ def block_number(name: str) -> int | None:
 
 def has_match(patterns: Iterable[str], names: list[str]) -> bool:
     """Whether one of the patterns matches one of the names, see `_hits`."""
-    return any(_hits(pattern, names) for pattern in patterns)
+    return any(_matches_end(pattern, names) for pattern in patterns)
 
 
-def _hits(pattern: str, names: list[str]) -> bool:
+def _matches_end(pattern: str, names: list[str]) -> bool:
     """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
     return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
 
@@ -66,7 +66,7 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
     """The value of the longest pattern that matches: no order of keys can change it."""
     if not patterns:
         return default
-    found = [p for p in patterns if _hits(p, names)]
+    found = [p for p in patterns if _matches_end(p, names)]
     if not found:
         return default
     hits = sorted(found, key=lambda p: (p in names, len(p)), reverse=True)
@@ -82,7 +82,7 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
 def refuse_unused(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
     """Raise for a pattern that matches none of the selected names."""
     for pattern in patterns:
-        if not any(_hits(pattern, group) for group in selected):
+        if not any(_matches_end(pattern, group) for group in selected):
             raise TargetError(no_match(field_name, pattern, all_names(selected), what="adapted module"))
 
 

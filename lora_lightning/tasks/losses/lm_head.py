@@ -141,8 +141,15 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
         return LinearCrossEntropy(loss.sum(), sum(part.count for part in parts), correct.sum())
     assert isinstance(head, nn.Linear)
     weight, bias = head.weight, head.bias
-    given = {"label_smoothing": terms.label_smoothing, "softcap": terms.softcap, "logit_scale": terms.logit_scale}
-    return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **given)
+    return linear_cross_entropy(
+        hidden.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        bias=bias,
+        label_smoothing=terms.label_smoothing,
+        softcap=terms.softcap,
+        logit_scale=terms.logit_scale,
+    )
 
 
 def _trained(what: str, given: Tensor, labels: Tensor) -> Tensor:

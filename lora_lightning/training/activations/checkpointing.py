@@ -62,7 +62,7 @@ class Recomputation:
         cls, forward = self._forwards.get(name, (None, None))
         if forward is None or cls is not type(block) or "forward" in vars(block):
             _refuse_moving_statistics(name, block)
-            forward = _recomputed(block.forward)
+            forward = _recompute(block.forward)
             self._forwards[name] = type(block), forward
         return forward
 
@@ -71,7 +71,7 @@ class Recomputation:
         return {**self.__dict__, "_forwards": {}}
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)

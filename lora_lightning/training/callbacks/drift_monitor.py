@@ -14,9 +14,9 @@ from lora_lightning.analysis.drift_inputs import (
     NEUTRAL,
     RUN,
     neutral_texts,
+    pick_evenly,
     read_texts,
     run_batches,
-    spread,
     text_batches,
 )
 from lora_lightning.export.probe_batch import loaders_of
@@ -77,7 +77,7 @@ class DriftMonitor(EveryNSteps):
         if getattr(trainer.datamodule, "tokenizer", None) is None:  # type: ignore[attr-defined]
             raise LoRAError(f"DriftMonitor: the data have no tokenizer to read texts with: set texts to {RUN}")
         if source == NEUTRAL:
-            return spread(neutral_texts(), self.count)
+            return pick_evenly(neutral_texts(), self.count)
         return read_texts(source, self.text_column, self.count)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lora_lightning.data import table_of
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.strategies.base import is_sharded, local
+from lora_lightning.training.strategies.base import is_sharded, local_shard
 from lora_lightning.training.strategies.collectives import first_problem
 
 
@@ -46,7 +46,7 @@ class StopOnNonFinite(Callback):
         Raises:
             NotFiniteError: with the step, the batches' rows where they are known, and the first bad layer.
         """
-        named = [(name, local(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
+        named = [(name, local_shard(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
         norm = nn.utils.get_total_norm([grad for _, grad in named])
@@ -58,7 +58,7 @@ class StopOnNonFinite(Callback):
         if not bool(anywhere):
             return
         wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
-        told = self._told(trainer, pl_module, wrong)  # in every process, for a forward may need them all
+        told = self._describe_place(trainer, pl_module, wrong)  # in every process, for a forward may need them all
         by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
         first = first_problem(told if by_loss else None)  # whose loss is bad, knows the rows
         raise NotFiniteError(first or first_problem(told if by_gradient else None) or told)
@@ -66,7 +66,7 @@ class StopOnNonFinite(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch = None
 
-    def _told(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
+    def _describe_place(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
         losses = [bool(torch.isfinite(loss)) for loss in self._losses]
         last = trainer.fit_loop.epoch_loop.batch_idx
         first = last - len(losses) + 1
