@@ -22,8 +22,10 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.tensors import get_module
-from lora_lightning.lora.inject import disabled, grafted_modules, scaled
+from lora_lightning.lora.inject import disabled
+from lora_lightning.lora.layers import grafted_modules
 from lora_lightning.lora.layers.functional import wide_dtype
+from lora_lightning.lora.layers.strength import scaled
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.tasks.base import logits_of
@@ -119,7 +121,7 @@ def measure_drift(
         model: adapted.
         batches: on the model's device; each text once.
         texts: what each is called, by number.
-        scales: strengths as in `lora.inject.scaled`: 1 is what was trained.
+        scales: strengths as in `lora.layers.strength.scaled`: 1 is what was trained.
         forward: a context for each forward, such as autocast.
         advance: called after each batch.
 

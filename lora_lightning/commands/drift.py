@@ -42,7 +42,7 @@ from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.lora.inject import scaled
+from lora_lightning.lora.layers.strength import scaled
 from lora_lightning.reports.html import DRIFT, DRIFT_FIGURE, write_page
 from lora_lightning.reports.table import Table
 

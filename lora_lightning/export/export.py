@@ -22,7 +22,7 @@ from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import scaled
+from lora_lightning.lora.layers.strength import scaled
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import evaluating
 
@@ -67,7 +67,7 @@ def export(
         dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
         max_shard_size: of a transformers model's weight files, such as `5GB`.
         serving: write the adapter in the form that this server takes.
-        scale: the strength of the update, as in `lora.inject.scaled`: it is written into the adapter's alpha.
+        scale: the strength of the update, as in `lora.layers.strength.scaled`: it is written into the adapter's alpha.
 
     Raises:
         LoRAError: an option that means nothing, a folder in the way that is no export, no probe, too little space.

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
-from lora_lightning.lora.init.from_weight import FAST_PISSA
-from lora_lightning.lora.targets.fused_projections import SliceSpec, refuse_spec
+from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, refuse_spec
 
 ALL_LINEAR = "all-linear"
 INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")
+FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
+"""PiSSA by a randomised SVD of so many iterations."""
 Bias = Literal["none", "all", "lora_only"]
 
 
@@ -232,3 +233,21 @@ def _refuse_bad_regex(name: str, pattern: str) -> None:
         raise ConfigError(
             f"{name}: '{pattern}' is not a regular expression ({error}); any text is '.*' in one"
         ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """One layer's share of the config, resolved."""
+
+    r: int
+    alpha: float
+    scale: float
+    """s in `h = W0 x + s B A x`."""
+    dropout: float
+    init: str
+    use_dora: bool = False
+    lora_bias: bool = False
+    slices: Slices | None = None
+    """The parts of a fused weight that are adapted, each with its own A and B; None adapts it as one."""
+    parameter: str = ""
+    """The parameter that is adapted, where it is no module's `weight`."""

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any
 
-import torch
 from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError, TargetError, first_few, warn
+from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
-from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
 from lora_lightning.lora.layers import (
-    AdaptedLayer,
     Grafted,
     SavedCopy,
     TokenRows,
     TrainedBias,
+    adapted_layers,
     graft,
+    grafted_modules,
     take_out,
 )
 from lora_lightning.lora.layers.attention import hold_kernels_off
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
-from lora_lightning.lora.report import STACK, AdaptedModule, InjectionReport, without_numbers
+from lora_lightning.lora.report import AdaptedModule, InjectionReport, warn_of_stacks
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
-
-Kind = TypeVar("Kind", bound=Grafted)
 
 
 def inject(
@@ -74,7 +70,7 @@ def inject(
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
     if not any_rank:
-        _warn_of_stacks(model, selection)
+        warn_of_stacks(model, selection.skipped)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
@@ -86,28 +82,12 @@ def inject(
         for module in selection.biases:  # outside whatever else was grafted
             TrainedBias.attach(module, copies)
         guard_saving(model, is_adapted=True)
-        return _report(model, rows, selection)
+        return InjectionReport.of_model(model, rows, selection.skipped)
     except BaseException:
         remove(model)
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
-
-
-def _warn_of_stacks(model: nn.Module, selection: Selection) -> None:
-    """Say which experts stay frozen under `all-linear`, and what share of the model they are."""
-    stacks = [name for name, reason in selection.skipped.items() if reason == STACK]
-    if not stacks:
-        return
-    places = [name.rpartition(".") for name in stacks]
-    held = sum(getattr(get_module(model, module), own).numel() for module, _, own in places)
-    share = held / sum(p.numel() for p in model.parameters())
-    kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
-    ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
-    warn(
-        f"all-linear adapts layers; {first_few(kinds)}, stacks of matrices as fused experts are, stay frozen,"
-        f" {share:.0%} of the parameters; to adapt them too: target_parameters: [{ends}]"
-    )
 
 
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
@@ -126,24 +106,6 @@ def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
     raise LoRAError(
         "save_pretrained would write W0 with stray lora_ keys that nothing opens: save_adapter(model, directory) writes"
         " the adapter, and merge(model) makes a model that save_pretrained writes"
-    )
-
-
-def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
-    """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
-    named = list(named_modules(model))
-    parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
-    copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
-    biases = {m.lora_trained_bias for _, m in named if isinstance(m, TrainedBias)}
-    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
-    return InjectionReport(
-        modules=rows,
-        saved={name: sum(p.numel() for p in copy.parameters()) for name, copy in copies.items()},
-        tokens={name: module.lora_tokens.numel() for name, module in named if isinstance(module, TokenRows)},
-        skipped=selection.skipped,
-        biases=sum(bias.numel() for bias in biases),
-        trainable=trainable,
-        frozen=sum(p.numel() for p in parameters.values()) - trainable,
     )
 
 
@@ -184,65 +146,6 @@ def disabled(model: nn.Module) -> Iterator[None]:
             if isinstance(module, Grafted):
                 switches.enter_context(module.lora_disabled())
         yield
-
-
-@contextmanager
-def scaled(model: nn.Module, strength: float) -> Iterator[None]:
-    """Within the block the update has another strength: every trained W is `W0 + strength (W - W0)`.
-
-    For `s B A` that is another s, and alpha, of each layer; copies of `modules_to_save`, trained biases and token rows
-    are interpolated, and DoRA's magnitudes follow. At 0 the model computes as its base, at 1 as it was trained. What is
-    saved, merged or exported within the block has that strength; afterwards every tensor is as before, to the bit.
-
-    Raises:
-        LoRAError: a strength that is no finite number of at least 0, or that a layer cannot have.
-    """
-    refuse_strength(strength)
-    if strength == 1:
-        yield
-        return
-    tensors = list({id(t): t for t in adapter_tensors(model).values()}.values())
-    if any(tensor.is_meta for tensor in tensors):
-        raise LoRAError("the model is on the meta device, where nothing has a strength: give it its weights first")
-    before = [tensor.detach().clone() for tensor in tensors]
-    settings = [(layer, layer.lora_settings) for _, layer in adapted_layers(model)]
-    done: set[int] = set()
-    try:
-        with torch.no_grad():
-            for _, module in grafted_modules(model):
-                module.rescale_update(strength, done)
-        yield
-    finally:
-        for tensor, values in zip(tensors, before, strict=True):
-            tensor.detach().copy_(values)
-        for layer, own in settings:
-            if "lora_settings" in layer.__dict__:  # not after a merge
-                layer.__dict__["lora_settings"] = own
-
-
-def refuse_strength(strength: float) -> None:
-    """Raise a LoRAError for what is no strength of an update."""
-    is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
-    if not is_number or not math.isfinite(strength) or strength < 0:
-        raise LoRAError(f"scale must be a finite number of at least 0 (0 is the base, 1 the adapter), got {strength!r}")
-
-
-@overload
-def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]: ...
-
-
-@overload
-def grafted_modules(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]: ...
-
-
-def grafted_modules(model: nn.Module, kind: type[Grafted] = Grafted) -> list[tuple[str, Any]]:
-    """Every module onto which a class of this kind was grafted, with its full name, once each."""
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, kind)]
-
-
-def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """Every layer with A and B, with its full name, once each."""
-    return grafted_modules(model, AdaptedLayer)
 
 
 def _adapt(target: Target, *, run_init: bool) -> AdaptedModule:

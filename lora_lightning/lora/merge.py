@@ -26,8 +26,18 @@ from lora_lightning.lora.frozen.dtype import (
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove, scaled
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, take_out
+from lora_lightning.lora.inject import remove
+from lora_lightning.lora.layers import (
+    AdaptedLayer,
+    Grafted,
+    SavedCopy,
+    TokenRows,
+    TrainedBias,
+    adapted_layers,
+    grafted_modules,
+    take_out,
+)
+from lora_lightning.lora.layers.strength import scaled
 
 LARGE = 1e9
 """Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""

@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from torch import nn
+
+from lora_lightning.lora.errors import first_few, warn
+from lora_lightning.lora.frozen.tensors import get_module, named_modules
+from lora_lightning.lora.layers import SavedCopy, TokenRows, TrainedBias
+
 OUTPUT_HEAD = "the output head"
 """The reason for which `all-linear` leaves out a head."""
 STACK = "a stack of matrices, as fused experts are: name it in target_parameters"
@@ -48,6 +54,24 @@ class InjectionReport:
     """Parameters that train, in number."""
     frozen: int
     """Parameters that do not."""
+
+    @classmethod
+    def of_model(cls, model: nn.Module, rows: list[AdaptedModule], skipped: dict[str, str]) -> InjectionReport:
+        """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
+        named = list(named_modules(model))
+        parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
+        copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
+        biases = {m.lora_trained_bias for _, m in named if isinstance(m, TrainedBias)}
+        trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        return cls(
+            modules=rows,
+            saved={name: sum(p.numel() for p in copy.parameters()) for name, copy in copies.items()},
+            tokens={name: module.lora_tokens.numel() for name, module in named if isinstance(module, TokenRows)},
+            skipped=skipped,
+            biases=sum(bias.numel() for bias in biases),
+            trainable=trainable,
+            frozen=sum(p.numel() for p in parameters.values()) - trainable,
+        )
 
     @property
     def total(self) -> int:
@@ -106,6 +130,22 @@ class InjectionReport:
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.append(f"trainable {self.trainable:,} of {self.total:,} ({self.share:.2%})")
         return "\n".join([*lines, *self.exclusions()])
+
+
+def warn_of_stacks(model: nn.Module, skipped: dict[str, str]) -> None:
+    """Say which experts stay frozen under `all-linear`, and what share of the model they are."""
+    stacks = [name for name, reason in skipped.items() if reason == STACK]
+    if not stacks:
+        return
+    places = [name.rpartition(".") for name in stacks]
+    held = sum(getattr(get_module(model, module), own).numel() for module, _, own in places)
+    share = held / sum(p.numel() for p in model.parameters())
+    kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
+    ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
+    warn(
+        f"all-linear adapts layers; {first_few(kinds)}, stacks of matrices as fused experts are, stay frozen,"
+        f" {share:.0%} of the parameters; to adapt them too: target_parameters: [{ends}]"
+    )
 
 
 def without_numbers(name: str) -> str:

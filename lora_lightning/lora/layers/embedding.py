@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.config import LayerSettings
 from lora_lightning.lora.init.random import init_random_
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
 from lora_lightning.lora.layers.functional import clip_norms, embedding_update, lora_delta
 

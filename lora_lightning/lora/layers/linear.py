@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.config import LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import own_class
 from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, subtracted_factors, unblock_rows
 from lora_lightning.lora.layers.fused_linear import can_fuse, drops_by_bytes, fused_linear

@@ -11,12 +11,12 @@ from difflib import get_close_matches
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
+from lora_lightning.lora.config import ALL_LINEAR, LayerSettings, LoRAConfig
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modules
 from lora_lightning.lora.init import from_weight as inits
-from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
+from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, kind_of
 from lora_lightning.lora.report import OUTPUT_HEAD, STACK
 from lora_lightning.lora.targets.bypass import bypassed_modules, parametrized_modules
 from lora_lightning.lora.targets.fused_projections import SliceSpec, resolve_slices
