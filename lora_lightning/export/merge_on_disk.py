@@ -21,9 +21,9 @@ from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.dtype import DType, dtype_name, parse_dtype
-from lora_lightning.lora.merge import rounding_warning
 from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
+from lora_lightning.lora.report import rounding_warning
 
 REPORT = "merge_report.json"
 """What was done, and to which files: by it a later merge knows what it may replace."""

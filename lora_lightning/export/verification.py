@@ -20,7 +20,8 @@ from lora_lightning.lora.frozen.dtype import dtype_name, float_dtype
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
-from lora_lightning.lora.merge import count_low, merge
+from lora_lightning.lora.merge import merge
+from lora_lightning.lora.report import count_low
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest |exported - adapted| over the largest |adapted|, of each output. In half precision rounding W0 + s B A alone

@@ -1,16 +1,18 @@
-"""What an injection did, as data and as a table."""
+"""What an injection did, as data and as a table, and what a merge did."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lora_lightning.lora.errors import first_few, warn
+from lora_lightning.lora.frozen.dtype import dtype_name
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.layers import SavedCopy, TokenRows, TrainedBias
 
@@ -18,6 +20,10 @@ OUTPUT_HEAD = "the output head"
 """The reason for which `all-linear` leaves out a head."""
 STACK = "a stack of matrices, as fused experts are: name it in target_parameters"
 """The reason for which `all-linear` leaves out a bare parameter."""
+
+
+LEAST_KEPT = 0.9
+"""A smaller share of an update kept by rounding is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,3 +157,38 @@ def warn_of_stacks(model: nn.Module, skipped: dict[str, str]) -> None:
 def without_numbers(name: str) -> str:
     """A module's name with `*` for each number, as of its block."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding to W0's dtype did to each layer's update."""
+
+    kept: dict[str, float] = field(default_factory=dict)
+    """By module, 1 - ||W - W0 - s B A||_F / ||s B A||_F for the merged weight W: the share of the update that rounding
+    left. 1 is all of it, 0 where the error is as large as the update."""
+    untied: list[str] = field(default_factory=list)
+    """Modules whose weight was shared with another module and is now their own."""
+    dequantized: list[str] = field(default_factory=list)
+    """Modules that were quantized and are plain `nn.Linear` now."""
+
+
+def count_low(kept: Mapping[str, float]) -> int:
+    """In how many layers rounding erased more than a tenth of the update."""
+    return sum(share < LEAST_KEPT for share in kept.values())
+
+
+def rounding_warning(kept: Mapping[str, float], dtype: torch.dtype) -> str | None:
+    """What to say where rounding to `dtype` erased more than a tenth of some layers' updates, the worst of them named.
+
+    Args:
+        kept: by module, the share that was left.
+    """
+    low = count_low(kept)
+    if not low:
+        return None
+    worst = sorted((share, name) for name, share in kept.items())[: min(3, low)]
+    return (
+        f"rounding to {dtype_name(dtype)} kept less than {LEAST_KEPT:.0%} of the update in {low} of {len(kept)} layers,"
+        f" least in {', '.join(f'{name} ({share:.0%})' for share, name in worst)}: merge into float32"
+        f" (dtype=torch.float32, --dtype float32), or use the adapter, which lost nothing"
+    )

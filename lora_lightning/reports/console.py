@@ -21,8 +21,7 @@ from lora_lightning.lora.frozen.dtype import base_dtypes, dtype_name
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.layers import SavedCopy, adapted_layers, grafted_modules
 from lora_lightning.lora.layers.class_swap import Grafted
-from lora_lightning.lora.merge import LEAST_KEPT
-from lora_lightning.lora.report import InjectionReport
+from lora_lightning.lora.report import LEAST_KEPT, InjectionReport
 from lora_lightning.reports.table import Table
 
 BEFORE = "_before"

@@ -22,15 +22,10 @@ from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, grafted_modules
-from lora_lightning.lora.merge import fold, refuse, refuse_codes
+from lora_lightning.lora.merge import fold
+from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.inject import (
-    adapted_names,
-    hold_tensors,
-    make_adapter_real,
-    place_of,
-    start_from_present,
-)
+from lora_lightning.lora.meta.inject import adapted_names, hold_tensors, make_adapter_real, place_of, start_from_present
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, names_by_tensor
 
 
