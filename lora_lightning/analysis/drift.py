@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.tensors import get_module
-from lora_lightning.lora.inject import disabled
-from lora_lightning.lora.layers import grafted_modules
+from lora_lightning.lora.inject import disabled, grafted_modules
 from lora_lightning.lora.layers.functional import wide_dtype
-from lora_lightning.lora.layers.strength import scaled
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.tasks.base import logits_of
@@ -121,7 +120,7 @@ def measure_drift(
         model: adapted.
         batches: on the model's device; each text once.
         texts: what each is called, by number.
-        scales: strengths as in `lora.layers.strength.scaled`: 1 is what was trained.
+        scales: strengths as in `lora.bank.strength.scaled`: 1 is what was trained.
         forward: a context for each forward, such as autocast.
         advance: called after each batch.
 

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lora_lightning.analysis.drift import Drift, Mean
+from lora_lightning.lora.bank.strength import refuse_strength
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.layers.strength import refuse_strength
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import evaluating, refuse_too_long
 

@@ -40,9 +40,9 @@ from lora_lightning.analysis.strength import (
 from lora_lightning.cli.build import Run
 from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.export.probe_batch import loaders_of
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.lora.layers.strength import scaled
 from lora_lightning.reports.html import DRIFT, DRIFT_FIGURE, write_page
 from lora_lightning.reports.table import Table
 

@@ -15,6 +15,7 @@ from lora_lightning.export.model_files import is_transformers, processing_of, wr
 from lora_lightning.export.options import FORMATS, REPORT, check_target, parse_options, refuse_base_alone
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
@@ -22,7 +23,6 @@ from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers.strength import scaled
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import evaluating
 
@@ -67,7 +67,7 @@ def export(
         dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
         max_shard_size: of a transformers model's weight files, such as `5GB`.
         serving: write the adapter in the form that this server takes.
-        scale: the strength of the update, as in `lora.layers.strength.scaled`: it is written into the adapter's alpha.
+        scale: the strength of the update, as in `lora.bank.strength.scaled`: it is written into the adapter's alpha.
 
     Raises:
         LoRAError: an option that means nothing, a folder in the way that is no export, no probe, too little space.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lora_lightning.lora.bank.strength import refuse_strength
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype
-from lora_lightning.lora.layers.strength import refuse_strength
 
 FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"

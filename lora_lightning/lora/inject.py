@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
+from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
-from lora_lightning.lora.layers import (
-    Grafted,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-    adapted_layers,
-    graft,
-    grafted_modules,
-    take_out,
-)
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, graft, take_out
 from lora_lightning.lora.layers.attention import hold_kernels_off
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
 from lora_lightning.lora.report import AdaptedModule, InjectionReport, warn_of_stacks
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
+
+Kind = TypeVar("Kind", bound=Grafted)
 
 
 def inject(
@@ -146,6 +140,24 @@ def disabled(model: nn.Module) -> Iterator[None]:
             if isinstance(module, Grafted):
                 switches.enter_context(module.lora_disabled())
         yield
+
+
+@overload
+def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]: ...
+
+
+@overload
+def grafted_modules(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]: ...
+
+
+def grafted_modules(model: nn.Module, kind: type[Grafted] = Grafted) -> list[tuple[str, Any]]:
+    """Every module onto which a class of this kind was grafted, with its full name, once each."""
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, kind)]
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
+    """Every layer with A and B, with its full name, once each."""
+    return grafted_modules(model, AdaptedLayer)
 
 
 def _adapt(target: Target, *, run_init: bool) -> AdaptedModule:

@@ -11,23 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import MergeError, warn
 from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow, widen
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import remove
-from lora_lightning.lora.layers import (
-    AdaptedLayer,
-    Grafted,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-    adapted_layers,
-    grafted_modules,
-    take_out,
-)
-from lora_lightning.lora.layers.strength import scaled
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, take_out
 from lora_lightning.lora.merge_refusals import refuse_merge, trained_tensors
 from lora_lightning.lora.report import MergeReport, rounding_warning
 

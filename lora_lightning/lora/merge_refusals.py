@@ -11,7 +11,8 @@ from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.frozen.dtype import float_dtype, refuse_dtype, refuse_overflow, refuse_wide
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
-from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias, adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, SavedCopy, TokenRows, TrainedBias
 
 
 def refuse_merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> None:

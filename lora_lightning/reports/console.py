@@ -19,7 +19,8 @@ from torch.distributed.fsdp import FSDPModule
 from lora_lightning.lora.formats.atomic_dir import human_size
 from lora_lightning.lora.frozen.dtype import base_dtypes, dtype_name
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers import SavedCopy, adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
 from lora_lightning.lora.report import LEAST_KEPT, InjectionReport
 from lora_lightning.reports.table import Table

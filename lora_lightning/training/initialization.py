@@ -19,7 +19,7 @@ from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init.from_adapter import WarmStart, start_from_directory, start_from_state
 from lora_lightning.lora.init.from_data import init_from_data
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX, refuse_damaged_fields

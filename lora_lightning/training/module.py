@@ -21,7 +21,8 @@ from lora_lightning.lora.errors import LoRAError, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import plain_name
-from lora_lightning.lora.layers import SavedCopy, adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.inject import inject_anywhere
 from lora_lightning.tasks.base import Stage, StepOutput, Task

@@ -21,7 +21,7 @@ from lora_lightning.lora.errors import AdapterError, LoRAError
 from lora_lightning.lora.frozen.dtype import cast_base
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import full_name
-from lora_lightning.lora.layers import grafted_modules
+from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers.class_swap import own_class
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 

@@ -14,8 +14,8 @@ from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
 from lora_lightning.analysis.drift import Batch, Drift, Mean, measure_drift, pool_rows, ratio, token_figures
 from lora_lightning.analysis.drift_inputs import neutral_texts, pick_evenly, read_texts, run_batches, text_batches
 from lora_lightning.analysis.strength import Strength, choose, parse_scales, validation_metrics
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.inject import disabled
-from lora_lightning.lora.layers.strength import scaled
 from lora_lightning.tasks.language_model import CausalLM
 from tests.factories import bert, move
 from tests.tiny_lm import make_model, make_texts, make_tokenizer

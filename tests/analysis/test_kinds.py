@@ -21,7 +21,7 @@ from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.spectrum import base_matrices, update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from tests.lora.laws import relative, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.AdapterWarning")

@@ -17,8 +17,7 @@ from lora_lightning import CausalLM, LoRAConfig, inject
 from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, scale, shorten
 from lora_lightning.commands.plan.memory_tracker import fake_mode, put_stand_ins
 from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost, step_cost
-from lora_lightning.lora.inject import remove
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers, remove
 from lora_lightning.training.activations.compilation import TrainingForward
 
 ROWS, LENGTH = 4, 48

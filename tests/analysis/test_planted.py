@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lora_lightning import LoRAConfig, LoRAModule, LoRATrainer, Supervised, load_adapter, save_adapter
 from lora_lightning.commands.analyze import Request, Wanted, analyze
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from tests.analysis.planted import factors, frame, write
 from tests.tiny import make_bert
 

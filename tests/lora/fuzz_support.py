@@ -25,7 +25,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, remove, save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers import TokenRows, adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import TokenRows
 from tests.factories import assert_same, move, snapshot
 from tests.lora.accidents import Accident
 

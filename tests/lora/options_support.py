@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from lora_lightning.lora.layers import SavedCopy, grafted_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Law 6, by dtype; bfloat16 keeps 8 bits of the merged weight, and the tests' updates are as large as W0.

@@ -8,7 +8,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import ConfigError, MergeError, TargetError
-from lora_lightning.lora.layers import TrainedBias, grafted_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import TrainedBias
 from tests.lora.options_support import inputs, net, shake
 
 

@@ -11,7 +11,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora.errors import ConfigError, TargetError
-from lora_lightning.lora.layers import KINDS, LoRALinear, adapted_layers, base, dora
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import KINDS, LoRALinear, base, dora
 from tests.lora.options_support import inputs, net, shake
 from tests.lora.test_fused_linear import mask_of, next_seed
 

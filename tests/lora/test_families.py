@@ -12,7 +12,8 @@ from torch import nn
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers import LoRALinear, adapted_layers, kind_of
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import LoRALinear, kind_of
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.select import select
 from tests.lora.coverage import note

@@ -7,7 +7,8 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import TargetError
-from lora_lightning.lora.layers import SavedCopy, grafted_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from tests.lora.options_support import shake
 
 

@@ -17,15 +17,8 @@ from lora_lightning.lora import inject as inject_file
 from lora_lightning.lora.errors import AdapterError, TargetError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
-from lora_lightning.lora.layers import (
-    LoRALinear,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-    adapted_layers,
-    graft,
-    grafted_modules,
-)
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, graft
 from tests.factories import Own, assert_same, distance, folded, move, output, sequential, snapshot
 
 HEADS = {

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from lora_lightning import load_adapter, load_loralib, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
-from lora_lightning.lora.layers import TrainedBias, grafted_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import TrainedBias
 from tests.factories import assert_same, distance, snapshot
 
 R, ALPHA = 2, 5

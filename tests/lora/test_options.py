@@ -10,7 +10,7 @@ from peft import PeftModel, get_peft_model
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
-from lora_lightning.lora.layers import grafted_modules
+from lora_lightning.lora.inject import grafted_modules
 from tests.lora.options_support import DTYPES, assert_close, batches, inputs, net, shake, square_loss, trained_tensors
 
 OPTIONS = {

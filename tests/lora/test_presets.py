@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModel
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import ConfigError, TargetError
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.targets.patterns import matches
 from lora_lightning.lora.targets.presets import LAYOUTS, PRESETS, preset_pattern
 from tests.lora.options_support import inputs, net

@@ -13,7 +13,7 @@ from lora_lightning.lora.errors import LoRAError, MergeError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.quantization import hold_packing, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import base_tensors
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from tests.lora.options_support import shake
 
 bnb = pytest.importorskip("bitsandbytes")

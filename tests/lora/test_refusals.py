@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, ConfigError, MergeError, TargetError
-from lora_lightning.lora.layers import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from tests.lora.options_support import net, shake
 
 

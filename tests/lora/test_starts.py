@@ -14,7 +14,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, ConfigError, TargetError
 from lora_lightning.lora.init import from_weight as inits
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from tests.lora.options_support import DTYPES, batches, inputs, net, shake, square_loss
 
 SUBTRACTED = ["orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"]

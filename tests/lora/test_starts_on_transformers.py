@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_lightning import LoRAConfig, inject, merge
 from lora_lightning.lora.frozen.fingerprint import fingerprint
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from tests.lora.options_support import shake
 
 

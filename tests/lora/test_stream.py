@@ -19,7 +19,7 @@ from lora_lightning.export.merge_on_disk import merge_on_disk
 from lora_lightning.lora import merge as merging
 from lora_lightning.lora.errors import AdapterWarning
 from lora_lightning.lora.formats.tensor_files import as_bytes
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq

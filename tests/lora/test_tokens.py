@@ -9,7 +9,8 @@ from torch import nn
 
 from lora_lightning import inject, merge
 from lora_lightning.lora.errors import ConfigError, TargetError
-from lora_lightning.lora.layers import TokenRows, grafted_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import TokenRows
 from tests.lora.laws import check_laws, check_peft_opens_ours, check_we_open_pefts, config, dtypes, stir
 from tests.lora.test_embedding import IDS, Scaled, Tied, gemma, net, run, run_gemma
 

@@ -17,7 +17,7 @@ from lora_lightning.lora.frozen.tensors import (
     named_modules,
     plain_name,
 )
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 
 
 class Block(nn.Module):

@@ -17,7 +17,7 @@ from lora_lightning.lora.frozen.dtype import base_dtypes, base_floats, cast_base
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.precision import HalfBase, convert, lightning_precision, load_dtypes
 from lora_lightning.training.trainer import LoRATrainer

@@ -17,7 +17,7 @@ from lora_lightning import FreezeBase, LoRAConfig, LoRAError, Resume, inject
 from lora_lightning.analysis.measures import RankMeasures, base_norm, measures_of, summary, whole_base, whole_layer
 from lora_lightning.lora.frozen.spectrum import update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.callbacks.rank_telemetry import FILE, HEADER, RankTelemetry, keep_until
 from lora_lightning.training.checkpoints import run_folder as run
 from tests.distributed import one_process

@@ -12,8 +12,7 @@ from lora_lightning import LoRAConfig, LoRAModule, huggingface, inject
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.data.chat.data import ChatData
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.inject import disabled
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers, disabled
 from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.tasks.positions import evaluating
 from lora_lightning.training.callbacks.generation_samples import Sample, Samples, generate_answers, page_of, stop_tokens

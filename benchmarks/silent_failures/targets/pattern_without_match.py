@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.silent_failures.harness import Measured
 from benchmarks.silent_failures.tiny import llama, our_config, peft_config
 from lora_lightning import inject
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 
 TITLE = "an alpha for layers that no pattern matches"
 THREAD = "huggingface/peft#3582"

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from lora_lightning.lora.layers import AdaptedLayer, adapted_layers
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import AdaptedLayer
 from lora_lightning.lora.report import InjectionReport, without_numbers
 
 

@@ -22,7 +22,8 @@ from lora_lightning.lora.errors import ConfigError, LoRAError, did_you_mean
 from lora_lightning.lora.formats.peft.load import load_tensors
 from lora_lightning.lora.frozen.spectrum import Pair, spectrum, subtract_init
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, SavedCopy, adapted_layers
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, SavedCopy
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.layers.trained.module_copy import COPY

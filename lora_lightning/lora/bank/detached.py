@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.quantization import hold_packing
-from lora_lightning.lora.inject import guard_saving
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, class_swap, grafted_modules
+from lora_lightning.lora.inject import grafted_modules, guard_saving
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, LoRAParameter, class_swap
 from lora_lightning.lora.layers.parameter import CHILD
 from lora_lightning.lora.layers.trained.module_copy import COPY
 

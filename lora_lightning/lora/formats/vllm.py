@@ -14,7 +14,8 @@ from torch import nn
 from lora_lightning.lora.errors import AdapterError, first_few, warn
 from lora_lightning.lora.formats.peft.layout import LayerLayout
 from lora_lightning.lora.frozen.tensors import named_modules
-from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, grafted_modules, kind_of
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, kind_of
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes for `--max-lora-rank`."""

@@ -23,7 +23,8 @@ from lora_lightning.lora.formats.peft.resolve import config_for, find_contents, 
 from lora_lightning.lora.formats.provenance import check_base, refuse_other_base
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
-from lora_lightning.lora.layers import SavedCopy, TokenRows, adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.layers.trained.module_copy import COPY
 from lora_lightning.lora.targets.patterns import by_pattern
 

@@ -1,12 +1,9 @@
-"""The adapted layers: one class per kind of base layer, found by the base layer's type, and those in a model."""
+"""The adapted layers: one class per kind of base layer, found by the base layer's type."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar, overload
-
 from torch import nn
 
-from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.layers.attention import LoRAMultiheadAttention, LoRAOutProj, OutProj
 from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out, ungraft
@@ -17,8 +14,6 @@ from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
 from lora_lightning.lora.layers.trained.bias import TrainedBias
 from lora_lightning.lora.layers.trained.module_copy import SavedCopy
 from lora_lightning.lora.layers.trained.token_rows import TokenRows
-
-Kind = TypeVar("Kind", bound=Grafted)
 
 KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Linear: LoRALinear,
@@ -41,24 +36,6 @@ def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
     return None
 
 
-@overload
-def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]: ...
-
-
-@overload
-def grafted_modules(model: nn.Module, kind: type[Kind]) -> list[tuple[str, Kind]]: ...
-
-
-def grafted_modules(model: nn.Module, kind: type[Grafted] = Grafted) -> list[tuple[str, Any]]:
-    """Every module onto which a class of this kind was grafted, with its full name, once each."""
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, kind)]
-
-
-def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
-    """Every layer with A and B, with its full name, once each."""
-    return grafted_modules(model, AdaptedLayer)
-
-
 __all__ = [
     "KINDS",
     "AdaptedLayer",
@@ -75,9 +52,7 @@ __all__ = [
     "SavedCopy",
     "TokenRows",
     "TrainedBias",
-    "adapted_layers",
     "graft",
-    "grafted_modules",
     "kind_of",
     "take_out",
     "ungraft",

@@ -19,15 +19,13 @@ from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.init.from_weight import is_from_weight
-from lora_lightning.lora.inject import inject, remove
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
 from lora_lightning.lora.layers import (
     AdaptedLayer,
     Grafted,
     SavedCopy,
     TokenRows,
     TrainedBias,
-    adapted_layers,
-    grafted_modules,
 )
 from lora_lightning.lora.meta.build import builds_bare
 from lora_lightning.lora.meta.key_mapping import files_of

@@ -21,7 +21,8 @@ from lora_lightning.lora.formats.tensor_files import DTYPES, NAMES, Stored, as_b
 from lora_lightning.lora.frozen.dtype import refuse_overflow
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, grafted_modules
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.merge import fold
 from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
-from lora_lightning.lora.layers import SavedCopy, TokenRows, adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.console import first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run

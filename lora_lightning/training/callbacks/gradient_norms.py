@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints.loop_state import is_logged
 
 

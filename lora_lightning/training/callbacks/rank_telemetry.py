@@ -20,7 +20,7 @@ from lora_lightning.analysis.measures import (
 )
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.spectrum import update_pairs
-from lora_lightning.lora.layers import adapted_layers
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.callbacks.every_n_steps import EveryNSteps
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule

@@ -18,15 +18,8 @@ from torch.nn import functional as F
 from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, named_modules
-from lora_lightning.lora.layers import (
-    AdaptedLayer,
-    LoRAMultiheadAttention,
-    LoRAParameter,
-    TokenRows,
-    TrainedBias,
-    adapted_layers,
-    grafted_modules,
-)
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter, TokenRows, TrainedBias
 from lora_lightning.lora.layers.parameter import CHILD
 
 

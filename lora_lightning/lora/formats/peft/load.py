@@ -24,8 +24,8 @@ from lora_lightning.lora.formats.provenance import Record, check_base, read_reco
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module
 from lora_lightning.lora.init import from_weight
-from lora_lightning.lora.inject import inject, remove
-from lora_lightning.lora.layers import Grafted, adapted_layers
+from lora_lightning.lora.inject import adapted_layers, inject, remove
+from lora_lightning.lora.layers import Grafted
 from lora_lightning.lora.report import InjectionReport
 
 

@@ -22,15 +22,8 @@ from lora_lightning.lora.formats.provenance import write_record
 from lora_lightning.lora.formats.tensor_files import file_content, file_size
 from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
-from lora_lightning.lora.layers import (
-    LoRAConv1D,
-    LoRALinear,
-    LoRAParameter,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-    grafted_modules,
-)
+from lora_lightning.lora.inject import grafted_modules
+from lora_lightning.lora.layers import LoRAConv1D, LoRALinear, LoRAParameter, SavedCopy, TokenRows, TrainedBias
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 CLASSIFIERS = ("classifier", "score")

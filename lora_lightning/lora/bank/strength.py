@@ -11,7 +11,7 @@ from torch import nn
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.layers import adapted_layers, grafted_modules
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
 
 
 @contextmanager
