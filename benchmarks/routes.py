@@ -1,7 +1,7 @@
 """Through how many files of the package a batch, a save and a resume go: `python -m benchmarks.routes`.
 
 A fit of a small model on one process, with the callbacks that a command's config has. A file counts where one of its
-functions runs; a resume is all that runs before the first batch, the start of the fit included.
+functions runs; a resume is all that `fit` runs before the first batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,15 @@ class NotedCheckpoints(Checkpoints):
             super().on_train_batch_end(*args, **kwargs)
 
 
-def fit(folder: Path, *callbacks: Callback, epochs: int = 1, ckpt: str | None = None) -> None:
+def make_fit(folder: Path, *callbacks: Callback, epochs: int = 1, ckpt: str | None = None) -> partial[None]:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     module = LoRAModule(backbone, Supervised(nn.MSELoss()), LoRAConfig(r=2, target_modules=["0", "2"]))
-    rows = [{"input": torch.randn(8), "target": torch.randn(4)} for _ in range(32)]
+    rows = [{"input": torch.randn(8), "labels": torch.randn(4)} for _ in range(32)]
     given = [FreezeBase(show_table=False), StopOnNonFinite(), Resume(), *callbacks]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     trainer = LoRATrainer(max_epochs=epochs, callbacks=given, default_root_dir=folder, **quiet)
-    trainer.fit(module, DataLoader(rows, batch_size=8), ckpt_path=ckpt)
+    return partial(trainer.fit, module, DataLoader(rows, batch_size=8), ckpt_path=ckpt)
 
 
 def count_routes() -> dict[str, list[str]]:
@@ -100,12 +101,13 @@ def count_routes() -> dict[str, list[str]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         batch, resume = Batch(), set[str]()
-        fit(folder / "batch", batch)
+        make_fit(folder / "batch", batch)()
         saves = NotedCheckpoints(str(folder / "saves"))
-        fit(folder, saves)
+        make_fit(folder, saves)()
         last = str(folder / "saves" / "last.ckpt")
+        resumed = make_fit(folder, Start(), epochs=2, ckpt=last)
         with noting(resume):
-            fit(folder, Start(), epochs=2, ckpt=last)
+            resumed()
     return {"batch": sorted(batch.files), "save": sorted(saves.files), "resume": sorted(resume)}
 
 
