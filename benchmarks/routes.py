@@ -89,11 +89,11 @@ def make_fit(folder: Path, *callbacks: Callback, epochs: int = 1, ckpt: str | No
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
     module = LoRAModule(backbone, Supervised(nn.MSELoss()), LoRAConfig(r=2, target_modules=["0", "2"]))
-    rows = [{"input": torch.randn(8), "labels": torch.randn(4)} for _ in range(32)]
+    rows = [{"input": torch.randn(8), "labels": torch.randn(4)} for _ in range(512)]
     given = [FreezeBase(show_table=False), StopOnNonFinite(), Resume(), *callbacks]
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "accelerator": "cpu"}
     trainer = LoRATrainer(max_epochs=epochs, callbacks=given, default_root_dir=folder, **quiet)
-    return partial(trainer.fit, module, DataLoader(rows, batch_size=8), ckpt_path=ckpt)
+    return partial(trainer.fit, module, DataLoader(rows, batch_size=128), ckpt_path=ckpt)
 
 
 def count_routes() -> dict[str, list[str]]:
