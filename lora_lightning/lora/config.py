@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
 from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, refuse_spec
+from lora_lightning.lora.targets.patterns import regex_refusal
 
 ALL_LINEAR = "all-linear"
 INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")
@@ -108,7 +109,7 @@ class LoRAConfig:
             self._set(name, _as_patterns(name, getattr(self, name)))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
-                _refuse_bad_regex(name, value)
+                _refuse_bad_regex(name, value, is_end=False)
             else:
                 self._set(name, _as_list(name, value))
         for name in ("target_parameters", "modules_to_save"):
@@ -222,17 +223,13 @@ def _as_patterns(name: str, value: Any) -> dict[str, Any]:
     for pattern in value:
         if not isinstance(pattern, str) or not pattern:
             raise ConfigError(f"{name} must map module names or regular expressions, got {pattern!r}")
-        _refuse_bad_regex(name, pattern)
+        _refuse_bad_regex(name, pattern, is_end=True)
     return dict(value)
 
 
-def _refuse_bad_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"{name}: '{pattern}' is not a regular expression ({error}); any text is '.*' in one"
-        ) from error
+def _refuse_bad_regex(name: str, pattern: str, *, is_end: bool) -> None:
+    if refused := regex_refusal(pattern, is_end=is_end):
+        raise ConfigError(f"{name}: '{pattern}' {refused}; any text is '.*' in one")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,14 +29,17 @@ def matches_any(pattern: str | list[str], names: list[str]) -> list[str]:
     return [hit for hit in hits if hit is not None]
 
 
-def regex_refusal(pattern: str) -> str | None:
+def regex_refusal(pattern: str, *, is_end: bool = True) -> str | None:
     """Why `pattern` cannot be used as a regular expression, None where it can.
 
-    It must also compile inside the group that PEFT puts around it, which `a)|(b` and flags for the whole do not.
+    Args:
+        is_end: it selects by dotted ends too, so that it must also compile inside the group that PEFT and we put
+            around it, which `a)|(b` and flags for the whole, such as `(?i)a`, do not.
     """
     try:
         re.compile(pattern)
-        re.compile(rf"(.*\.)?({pattern})$")
+        if is_end:
+            re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         return f"is not a regular expression ({str(error)[:80]})"
     return None
