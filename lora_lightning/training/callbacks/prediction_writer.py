@@ -13,11 +13,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
-from lora_lightning.data import table_of
+from lora_lightning.data import set_name, table_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.module import set_name
 from lora_lightning.training.strategies.collectives import gather
 
 FILE = "predictions.jsonl"
