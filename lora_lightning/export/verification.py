@@ -123,10 +123,8 @@ def tolerance(backbone: nn.Module, dtype: torch.dtype | None = None) -> tuple[fl
     allowed = TOLERANCE.get(coarsest, 16 * torch.finfo(coarsest).eps)
     if four is not None and allowed < FOUR_BIT:
         return FOUR_BIT, "for 4-bit products in float32"
-    return (
-        allowed,
-        f"in {dtype_name(coarsest)}" if coarsest in TOLERANCE else f"16 units of {dtype_name(coarsest)}'s precision",
-    )
+    name = dtype_name(coarsest)
+    return allowed, f"in {name}" if coarsest in TOLERANCE else f"16 units of {name}'s precision"
 
 
 @dataclass

@@ -109,9 +109,8 @@ class MixedForward(Grafted):
             raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
         for adapter, rows in groups.items():
             twin = self.lora_twins.get(adapter)
-            if twin is not None and _adds_update(
-                twin
-            ):  # in place: a copy of all rows for each group would cost more than it
+            if twin is not None and _adds_update(twin):
+                # In place: a copy of all rows for each group would cost more than it.
                 _add_update(out, rows, twin, x.index_select(0, rows))
             elif twin is not None:
                 out = out.index_copy(0, rows, twin.forward(x.index_select(0, rows)))

@@ -188,6 +188,7 @@ class StreamedMerge:
                 refuse_overflow(f"'{key}'", data, DTYPES[entry.dtype])
                 data = as_bytes(data.to(DTYPES[entry.dtype]))
             yield key, data
+            del data
 
     def _tensor(self, key: str) -> Tensor:
         """What is written for a key; as bytes where it is copied."""
