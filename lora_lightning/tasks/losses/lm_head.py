@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.tracing import is_traced
-from lora_lightning.lora.layers.trained.module_copy import hooks_around
+from lora_lightning.lora.layers.trained.module_copy import hooks_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
@@ -190,7 +190,7 @@ def why_all_logits(backbone: Any) -> str | None:
     head = _head(backbone)
     if head is None:
         return "it names no head (get_output_embeddings)"
-    if any(hooks_around(head)):
+    if any(hooks_of(head)):
         return "its head has hooks, which are to see every logit"
     if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its head's weights are sharded"

@@ -19,8 +19,8 @@ COPY = "lora_copy"
 """The name of the copy, a child of the module."""
 
 
-def hooks_around(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """The hooks that run around a module's call, forward and backward; torch has no public way to them."""
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """What is registered to run around a module's own call: torch has no public way to ask."""
     return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
@@ -48,7 +48,7 @@ class SavedCopy(Grafted):
         twin = copy.deepcopy(module, twins)
         ungraft(twin, SavedCopy)
         # Hooks on the module run around its own call, which calls the copy: there they would run twice.
-        for hooks in hooks_around(twin):
+        for hooks in hooks_of(twin):
             hooks.clear()
         for parameter in twin.parameters():
             if parameter.is_floating_point():
