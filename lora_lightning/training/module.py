@@ -186,7 +186,8 @@ class LoRAModule(LightningModule):
         optimizer = make_optimizer(self, self.optimizer, self.b_lr_ratio)  # type: ignore[arg-type]
         if self.lr_scheduler is None:
             return optimizer
-        entry = schedule_entry(self.lr_scheduler(optimizer), self.lr_interval, self.task, self.trainer)
+        scheduler = self.lr_scheduler(optimizer)
+        entry = schedule_entry(scheduler, self.lr_interval, self.task, lambda: self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
 
     def configure_model(self) -> None:

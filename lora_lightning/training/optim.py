@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -65,9 +64,12 @@ def make_optimizer(
 
 
 def schedule_entry(
-    scheduler: LRScheduler | ReduceLROnPlateau, interval: str, task: Task, trainer: Trainer
+    scheduler: LRScheduler | ReduceLROnPlateau, interval: str, task: Task, count_steps: Callable[[], float]
 ) -> dict[str, Any]:
     """What Lightning is told of a schedule: when it steps, and what it monitors.
+
+    Args:
+        count_steps: the optimizer steps of the whole fit, asked for by `WarmupDecay` alone.
 
     Raises:
         LoRAError: `WarmupDecay`, in a fit whose number of steps is not known.
@@ -76,7 +78,7 @@ def schedule_entry(
     if isinstance(scheduler, WarmupDecay):
         entry["interval"] = "step"
         if scheduler.total_steps is None:
-            steps = trainer.estimated_stepping_batches
+            steps = count_steps()
             if steps == float("inf"):
                 raise LoRAError("WarmupDecay decays over max_epochs or max_steps: give one, or its total_steps")
             scheduler.total_steps = int(steps)
