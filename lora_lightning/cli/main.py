@@ -15,9 +15,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_by_flag, with_run_config
+from lora_lightning.cli.config_overrides import labels_of_run, precision_for_backbone, rows_by_flag, with_run_config
 from lora_lightning.cli.diagnostics import refuse_config
-from lora_lightning.cli.exit_codes import raised_by_the_user
+from lora_lightning.cli.exit_codes import is_raised_by_user
 from lora_lightning.cli.parser import CommandLine, OneLine
 from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.lora.errors import LoRAError
@@ -250,13 +250,13 @@ class LoRACLI(LightningCLI):
             self.command = self.command.clone()
             self.edit(self.config[str(self.subcommand)])
         try:
-            with handed_down(self.config[str(self.subcommand)]):
+            with precision_for_backbone(self.config[str(self.subcommand)]):
                 super().instantiate_classes()
         except ValueError as error:
             causes: list[BaseException] = [error]
             while before := causes[-1].__cause__ or causes[-1].__context__:
                 causes.append(before)
-            said = [one for one in causes if isinstance(one, LoRAError) or raised_by_the_user(one)]
+            said = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
             if not said:
                 raise
             raise said[0] from None
