@@ -124,7 +124,7 @@ class TableData(LightningDataModule, ABC):
         return lengths_of(table) if "input_ids" in table.column_names else None
 
     def encoded_lengths(self) -> dict[str, list[int]]:
-        """Return the tokens of each encoded row by split, of several texts in a row the most; packed rows are left out."""
+        """Return each encoded row's tokens by split, of several texts in a row the most; no packed rows."""
         found = {}
         for split, table in self._encoded.items():
             names = table.column_names if isinstance(table, datasets.Dataset) else []
@@ -134,7 +134,7 @@ class TableData(LightningDataModule, ABC):
         return found
 
     def read_off_train(self) -> dict[str, Any]:
-        """Return what training rows decided, such as label names, as arguments: `predict` needs no training file then."""
+        """Return arguments that training rows decided, such as label names: `predict` then needs no such file."""
         return {}
 
     @property

@@ -184,7 +184,7 @@ def _are_hidden(values: Iterable[Any]) -> bool:
 
 
 def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """Return splits with labels. One whose labels a hub set hides by -1 is to predict on, unless another is for that."""
+    """Return splits with labels. One whose labels are hidden by -1 is to predict on, unless another is for that."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
         hidden = split != "train" and label_column in table.column_names and _are_hidden(values_of(table, label_column))
