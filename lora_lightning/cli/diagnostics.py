@@ -85,16 +85,16 @@ def explain(message: str, words: Sequence[str], known: Iterable[str], command: s
     """
     text = " ".join(str(message).split())
     keys = [option.removeprefix("--") for option in known if option.startswith("--") and not option.endswith("+")]
-    if text.startswith("the following") and (found := REQUIRED.match(text)):
-        return _missing_arguments(found[1].split(", "), words, command)
-    if (found := UNKNOWN.match(text)) and not found[1].startswith("-"):
-        return _stray_word(found[1].split(maxsplit=1)[0], words)
+    if text.startswith("the following") and (match := REQUIRED.match(text)):
+        return _missing_arguments(match[1].split(", "), words, command)
+    if (match := UNKNOWN.match(text)) and not match[1].startswith("-"):
+        return _stray_word(match[1].split(maxsplit=1)[0], words)
     settings = list(settings_of(words))
     for line in (_unknown_key(settings, keys), _wrong_class(settings, keys), _wrong_argument(settings, keys)):
         if line is not None:
             return line
-    if found := UNKNOWN.match(text):
-        option = found[1].partition("=")[0].partition(" ")[0]
+    if match := UNKNOWN.match(text):
+        option = match[1].partition("=")[0].partition(" ")[0]
         return f"unknown option {option}{_replacement(option.lstrip('-').replace('-', '_'), keys, '--')}"
     return _wrong_value(text, settings)
 
@@ -194,10 +194,10 @@ def _replacement(name: str, keys: Sequence[str], dashes: str) -> str:
     same = [key for key in keys if key.rpartition(".")[2] == last]
     beside = [key for key in keys if key.rpartition(".")[0] == group]
     within = [key for key in keys if key.startswith(f"{first}.")] if group else []
-    found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
-    if found or within:
+    nearest = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
+    if nearest or within:
         part = "lora" if group == "model.lora" else first
-        return found or f": --help {part} tells what there is"
+        return nearest or f": --help {part} tells what there is"
     return _near(name, keys, dashes) or ": --help tells what there is"
 
 
@@ -265,10 +265,10 @@ def _wrong_argument(settings: Sequence[Setting], keys: Sequence[str]) -> str | N
 
 def _class_of(key: str, settings: Sequence[Setting], place: str = "") -> str | None:
     """The class path of an option; in a list of several the one that stands last before a place of the same file."""
-    found = [one for one in settings if one.key in (f"{key}.class_path", key) and one.value]
+    holders = [one for one in settings if one.key in (f"{key}.class_path", key) and one.value]
     file, _, line = place.removesuffix(": ").partition(", line ")
-    above = [one for one in found if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
-    best = max(above, key=_line) if above else found[0] if found else None
+    above = [one for one in holders if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
+    best = max(above, key=_line) if above else holders[0] if holders else None
     return None if best is None else best.value
 
 
@@ -294,11 +294,11 @@ def _arguments_of(path: str) -> list[str]:
 
 def short_names() -> dict[str, str]:
     """Lightning's callbacks and loggers, torch's optimizers and so on: a config may name them without their modules."""
-    found = {}
+    full_names = {}
     for part in BY_NAME:
         names = getattr(importlib.import_module(part), "__all__", [])
-        found.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
-    return found
+        full_names.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
+    return full_names
 
 
 def wrong_path(path: str) -> str | None:
@@ -356,10 +356,13 @@ def _suggestion(names: Sequence[str]) -> str:
 
 def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
     """A value of another type than its key takes; where the types have no plain words, the parser's own."""
-    found = list(KEY.finditer(text))
-    if not found:
+    matches = list(KEY.finditer(text))
+    if not matches:
         return text
-    key, tail = found[-1][1], AROUND.sub("", text[found[-1].end() :])  # the innermost parser's, less the outer ones'
+    key, tail = (
+        matches[-1][1],
+        AROUND.sub("", text[matches[-1].end() :]),
+    )  # the innermost parser's, less the outer ones'
     got = VALUE.search(tail)
     value = got[1].strip("'\" ") if got else None
     places = [one for one in settings if f".{one.key}".endswith(f".{key}")]

@@ -152,8 +152,8 @@ def screen(parser: Any, word: str | None = None) -> str:
 
 
 def _first_flag(section: str) -> str:
-    found = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
-    return found[1] if found and "-->" not in section else "-"
+    match = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
+    return match[1] if match and "-->" not in section else "-"
 
 
 def _group_of(key: str) -> str:

@@ -212,8 +212,8 @@ class LoRACLI(LightningCLI):
         if path == "auto":
             if command != "fit":
                 raise LoRAError(f"--ckpt_path auto is for fit, which starts anew where there is none; {command}: best")
-            found = run.newest_checkpoint(runs)
-            config.ckpt_path = None if found is None else str(found)
+            newest = run.newest_checkpoint(runs)
+            config.ckpt_path = None if newest is None else str(newest)
         elif path == "last" and command == "fit" and run.newest_checkpoint(runs) is None:
             raise LoRAError(
                 f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"

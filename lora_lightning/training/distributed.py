@@ -48,9 +48,9 @@ def gathered(own: Any) -> list[Any]:
     """Every process's object, in the order of their ranks."""
     if processes() == 1:
         return [own]
-    found: list[Any] = [None] * processes()
-    distributed.all_gather_object(found, own)
-    return found
+    values: list[Any] = [None] * processes()
+    distributed.all_gather_object(values, own)
+    return values
 
 
 def agreed(problem: str | None) -> str | None:

@@ -171,10 +171,10 @@ def clear_leftovers(target: Path) -> None:
     """
     form = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.(new|old)\.part")
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        found = form.fullmatch(path.name)
-        if found is None or path.is_symlink() or _runs(int(found[1])):
+        parsed = form.fullmatch(path.name)
+        if parsed is None or path.is_symlink() or _runs(int(parsed[1])):
             continue
-        if path.is_dir() and found[2] == "old" and not target.exists():
+        if path.is_dir() and parsed[2] == "old" and not target.exists():
             path.replace(target)
         else:
             _remove(path)

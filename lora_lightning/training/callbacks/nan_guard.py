@@ -114,12 +114,12 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
         return None
     if is_sharded(backbone):  # runs only where all processes run it, and it failed in some
         return None
-    found: list[str] = []
+    bad_layers: list[str] = []
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not found and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
-                found.append(name)
+            if not bad_layers and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
+                bad_layers.append(name)
 
         return hook
 
@@ -132,7 +132,7 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return bad_layers[0] if bad_layers else None
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

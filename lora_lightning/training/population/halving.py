@@ -87,13 +87,13 @@ def rung_steps(rungs: Sequence[Fraction], steps: float) -> list[int]:
     Raises:
         LoRAError: the number of steps is not known, or too small to tell the rungs apart.
     """
-    found = [math.ceil(share * int(steps)) for share in rungs] if math.isfinite(steps) else []
-    if not found or len(set(found)) < len(found) or found[-1] >= steps:
+    at = [math.ceil(share * int(steps)) for share in rungs] if math.isfinite(steps) else []
+    if not at or len(set(at)) < len(at) or at[-1] >= steps:
         raise LoRAError(
             f"--halving needs a step for each of the rungs {', '.join(map(str, rungs))}, and the run has {steps}: give"
             " max_epochs or max_steps, or fewer --rungs"
         )
-    return found
+    return at
 
 
 def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str, str]:
