@@ -185,12 +185,13 @@ def sentence(v: Mapping[str, Any]) -> str:
         ways = [("use_dora", "DoRA"), ("use_rslora", "rsLoRA")]
         method = " and ".join(name for key, name in ways if lora.get(key)) or "LoRA"
         text += f": {method} with r = {lora.get('r')}, alpha = {lora.get('alpha'):g}"
-    return f"{text}." if text else ""
+    text = f"{text}." if text else ""
+    return f"{text} Its sweep dropped it {v['dropped']}." if v.get("dropped") else text
 
 
 def badges(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The proofs in a word each, with the class that colors it."""
-    found = []
+    found = [("dropped", "bad")] if v.get("dropped") else []
     if "w0_unchanged" in v:
         found.append(("W0 unchanged", "good") if v["w0_unchanged"] else ("W0 moved", "bad"))
     if "export_max_rel_diff" in v and "export_tolerance" in v:
