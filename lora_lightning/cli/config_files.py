@@ -21,8 +21,8 @@ NULL = "tag:yaml.org,2002:null"
 
 def config_values(args: Sequence[str]) -> list[str]:
     """Return the values of `-c` and `--config` in their order, of which the later ones win."""
-    found = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
-    return [value for value in found if value]
+    existing = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
+    return [value for value in existing if value]
 
 
 def _is_flag(arg: str) -> bool:
@@ -79,8 +79,8 @@ def yaml_tree(file: Path) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         begun = f" that begins in line {error.context_mark.line + 1}" if error.context_mark else ""
-        told = f"{error.context}{begun}, " if error.context else ""
-        raise LoRAError(f"{file}{where}: no YAML: {told}{error.problem}") from error
+        context = f"{error.context}{begun}, " if error.context else ""
+        raise LoRAError(f"{file}{where}: no YAML: {context}{error.problem}") from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise LoRAError(f"{file}, line {line}: a character that no text holds: is this a YAML file?") from error
@@ -121,12 +121,12 @@ def _near_files(file: Path) -> str:
     if not folder.is_dir():
         above = folder.parent
         near = near_misses(folder.name, [p.name for p in above.iterdir() if p.is_dir()], 1) if above.is_dir() else []
-        found = [above / name / file.name for name in near if (above / name / file.name).is_file()]
+        existing = [above / name / file.name for name in near if (above / name / file.name).is_file()]
     else:
         files = [path.name for path in folder.iterdir() if path.suffix in {*ENDINGS, ".json"}]
         same = [name for name in files if Path(name).stem == file.stem]
         below = sorted(Path("configs").rglob(file.name))[:2] if file.name == str(file) else []
-        found = below or [folder / name for name in same or near_misses(file.name, files, 2)]
-    if not found:
+        existing = below or [folder / name for name in same or near_misses(file.name, files, 2)]
+    if not existing:
         return f": looked for in {'this folder' if str(folder) == '.' else folder}"
-    return "; did you mean " + " or ".join(f"'{path}'" for path in found) + "?"
+    return "; did you mean " + " or ".join(f"'{path}'" for path in existing) + "?"

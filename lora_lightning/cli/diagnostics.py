@@ -85,18 +85,18 @@ def explain(message: str, words: Sequence[str], known: Iterable[str], command: s
     """
     text = " ".join(str(message).split())
     keys = [option.removeprefix("--") for option in known if option.startswith("--") and not option.endswith("+")]
-    if text.startswith("the following") and (found := REQUIRED.match(text)):
-        return _missing_arguments(found[1].split(", "), words, command)
-    if (found := UNKNOWN.match(text)) and not found[1].startswith("-"):
-        return _stray_word(found[1].split(maxsplit=1)[0], words)
-    said = list(settings_of(words))
-    for line in (_unknown_key(said, keys), _wrong_class(said, keys), _wrong_argument(said, keys)):
+    if text.startswith("the following") and (match := REQUIRED.match(text)):
+        return _missing_arguments(match[1].split(", "), words, command)
+    if (match := UNKNOWN.match(text)) and not match[1].startswith("-"):
+        return _stray_word(match[1].split(maxsplit=1)[0], words)
+    settings = list(settings_of(words))
+    for line in (_unknown_key(settings, keys), _wrong_class(settings, keys), _wrong_argument(settings, keys)):
         if line is not None:
             return line
-    if found := UNKNOWN.match(text):
-        option = found[1].partition("=")[0].partition(" ")[0]
+    if match := UNKNOWN.match(text):
+        option = match[1].partition("=")[0].partition(" ")[0]
         return f"unknown option {option}{_replacement(option.lstrip('-').replace('-', '_'), keys, '--')}"
-    return _wrong_value(text, said)
+    return _wrong_value(text, settings)
 
 
 def settings_of(words: Sequence[str]) -> Iterator[Setting]:
@@ -174,9 +174,9 @@ def _outer_option(key: str, keys: Sequence[str]) -> str | None:
     return None
 
 
-def _unknown_key(said: Sequence[Setting], keys: Sequence[str]) -> str | None:
+def _unknown_key(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
     """Return a line on the first key that is no option, no group of options and nothing within an option."""
-    for one in said:
+    for one in settings:
         known = one.key in keys or any(key.startswith(f"{one.key}.") for key in keys)
         if known or not keys or _outer_option(one.key, keys) is not None:
             continue
@@ -194,10 +194,10 @@ def _replacement(name: str, keys: Sequence[str], dashes: str) -> str:
     same = [key for key in keys if key.rpartition(".")[2] == last]
     beside = [key for key in keys if key.rpartition(".")[0] == group]
     within = [key for key in keys if key.startswith(f"{first}.")] if group else []
-    found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
-    if found or within:
+    nearest = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
+    if nearest or within:
         part = "lora" if group == "model.lora" else first
-        return found or f": --help {part} tells what there is"
+        return nearest or f": --help {part} tells what there is"
     return _near(name, keys, dashes) or ": --help tells what there is"
 
 
@@ -211,17 +211,17 @@ def _near(name: str, keys: Iterable[str], dashes: str) -> str:
 # ---- classes and their arguments
 
 
-def _classes(said: Sequence[Setting], keys: Sequence[str]) -> Iterator[tuple[str, Setting]]:
+def _classes(settings: Sequence[Setting], keys: Sequence[str]) -> Iterator[tuple[str, Setting]]:
     """Yield the key and the class path of each option that takes a class."""
-    for one in said:
+    for one in settings:
         key = one.key.removesuffix(".class_path")
         if one.value and key.rpartition(".init_args.")[2].rpartition(".")[2] != "help" and f"{key}.help" in keys:
             yield key, one
 
 
-def _wrong_class(said: Sequence[Setting], keys: Sequence[str]) -> str | None:
+def _wrong_class(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
     """Return a line on the first class path that leads nowhere."""
-    for key, one in _classes(said, keys):
+    for key, one in _classes(settings, keys):
         path = str(one.value)
         words = ("true", "false", "null", "None")
         if path in words or path.startswith(("{", "[")) or (one.key == key and key == "trainer.strategy"):
@@ -238,23 +238,23 @@ def _wrong_class(said: Sequence[Setting], keys: Sequence[str]) -> str | None:
     return None
 
 
-def _wrong_argument(said: Sequence[Setting], keys: Sequence[str]) -> str | None:
+def _wrong_argument(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
     """Return a line on the first argument that its class does not take, or key beside `class_path` and `init_args`."""
-    for one in said:
+    for one in settings:
         holder = _outer_option(one.key, keys)
         if f"{one.key}.help" in keys:
             odd = [name for name in one.inside if name not in OWN_KEYS]
             if odd:
                 meant = did_you_mean(odd[0], OWN_KEYS) or ": a class is given by class_path, its arguments by init_args"
                 return f"{one.place}unknown key {one.key}.{odd[0]}{meant}"
-            if one.inside and "class_path" not in one.inside and not _class_of(one.key, said):
+            if one.inside and "class_path" not in one.inside and not _class_of(one.key, settings):
                 return f"{one.place}{one.key}: expected a class_path beside its init_args"
         if holder is None or f"{holder}.help" not in keys:
             continue
         name = one.key.removeprefix(f"{holder}.").removeprefix("init_args.")
         if "." in name or name in (*OWN_KEYS, "help"):
             continue
-        paths = [path for path in (_class_of(holder, said, one.place),) if path]
+        paths = [path for path in (_class_of(holder, settings, one.place),) if path]
         taken = _arguments_of(paths[0]) if paths else None
         if taken and name not in taken:
             gone = f" any more: {REMOVED[name]}" if name in REMOVED else ""
@@ -263,12 +263,12 @@ def _wrong_argument(said: Sequence[Setting], keys: Sequence[str]) -> str | None:
     return None
 
 
-def _class_of(key: str, said: Sequence[Setting], place: str = "") -> str | None:
+def _class_of(key: str, settings: Sequence[Setting], place: str = "") -> str | None:
     """Return the class path of an option; in a list of classes, the last one before a place in the same file."""
-    found = [one for one in said if one.key in (f"{key}.class_path", key) and one.value]
+    holders = [one for one in settings if one.key in (f"{key}.class_path", key) and one.value]
     file, _, line = place.removesuffix(": ").partition(", line ")
-    above = [one for one in found if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
-    best = max(above, key=_line) if above else found[0] if found else None
+    above = [one for one in holders if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
+    best = max(above, key=_line) if above else holders[0] if holders else None
     return None if best is None else best.value
 
 
@@ -294,11 +294,11 @@ def _arguments_of(path: str) -> list[str]:
 
 def short_names() -> dict[str, str]:
     """Return the classes that a config may name without a module: Lightning's callbacks, torch's optimizers, ..."""
-    found = {}
+    full_names = {}
     for part in BY_NAME:
         names = getattr(importlib.import_module(part), "__all__", [])
-        found.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
-    return found
+        full_names.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
+    return full_names
 
 
 def wrong_path(path: str) -> str | None:
@@ -354,15 +354,18 @@ def _suggestion(names: Sequence[str]) -> str:
 # ---- values
 
 
-def _wrong_value(text: str, said: Sequence[Setting]) -> str:
+def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
     """Return a line on a value of another type than its key takes; types without plain words keep the parser's own."""
-    found = list(KEY.finditer(text))
-    if not found:
+    matches = list(KEY.finditer(text))
+    if not matches:
         return text
-    key, tail = found[-1][1], AROUND.sub("", text[found[-1].end() :])  # the innermost parser's, less the outer ones'
+    key, tail = (
+        matches[-1][1],
+        AROUND.sub("", text[matches[-1].end() :]),
+    )  # the innermost parser's, less the outer ones'
     got = VALUE.search(tail)
     value = got[1].strip("'\" ") if got else None
-    places = [one for one in said if f".{one.key}".endswith(f".{key}")]
+    places = [one for one in settings if f".{one.key}".endswith(f".{key}")]
     whole = next((one for one in places if value in (None, one.value)), places[0] if places else None)
     start = f"{whole.place}{whole.key}: " if whole else f"{key}: "
     types = " ".join(part for pair in EXPECTED.findall(tail) for part in pair)

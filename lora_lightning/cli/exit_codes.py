@@ -83,12 +83,12 @@ KNOWN = (
 
 def explain_message(text: str) -> str | None:
     """Say what a message of Lightning or torch means for the user; None where it is not in `KNOWN`."""
-    if found := re.search(r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)", text):
-        names = sorted(["gpu", *found[2].split(", ")])
-        return f"no accelerator '{found[1]}'{did_you_mean(found[1], names)} (there are {', '.join(names)})"
-    for pattern, said in KNOWN:
-        if found := re.search(pattern, text, re.IGNORECASE):
-            return said.format(found[0], *found.groups())
+    if match := re.search(r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)", text):
+        names = sorted(["gpu", *match[2].split(", ")])
+        return f"no accelerator '{match[1]}'{did_you_mean(match[1], names)} (there are {', '.join(names)})"
+    for pattern, line in KNOWN:
+        if match := re.search(pattern, text, re.IGNORECASE):
+            return line.format(match[0], *match.groups())
     return None
 
 
@@ -118,9 +118,9 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
         return MISTAKE, known
     if ours and isinstance(error, OSError) and error.errno in DISK:
         return MISTAKE, disk_line(error)
-    said = " ".join(str(error).split())
+    message = " ".join(str(error).split())
     kind = type(error).__name__
-    return FAILED, f"{kind}{f': {said}' if said else ''} ({place(error)}; --debug shows the traceback)"
+    return FAILED, f"{kind}{f': {message}' if message else ''} ({place(error)}; --debug shows the traceback)"
 
 
 def _own_line(error: BaseException) -> str | None:
@@ -136,8 +136,8 @@ def _own_line(error: BaseException) -> str | None:
 
 def _from_another_folder(text: str, args: Sequence[str]) -> str:
     """Add that a missing path stands in a run's config, whose paths start from the folder where the command runs."""
-    found = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
-    if found is None or Path(found[1]).is_absolute():
+    match = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
+    if match is None or Path(match[1]).is_absolute():
         return ""
     from lora_lightning.cli.config_overrides import with_run_config
     from lora_lightning.training.checkpoints import run_folder as run

@@ -152,8 +152,8 @@ def screen(parser: Any, word: str | None = None) -> str:
 
 
 def _first_flag(section: str) -> str:
-    found = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
-    return found[1] if found and "-->" not in section else "-"
+    match = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
+    return match[1] if match and "-->" not in section else "-"
 
 
 def _group_of(key: str) -> str:
@@ -223,16 +223,16 @@ def _is_hidden(action: Action, command: str) -> bool:
 
 
 def _row(action: Action, command: str) -> str:
-    told = sentence(action.help or "")
+    text = sentence(action.help or "")
     if action.dest == "ckpt_path":
-        told = CHECKPOINT.get(command, CHECKPOINT["other"])
+        text = CHECKPOINT.get(command, CHECKPOINT["other"])
     if action.dest in ("data", "model.task"):
-        told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
+        text = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
     flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
     end = _default(action)
     few: dict[str, Any] = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
     return textwrap.fill(
-        told + end,
+        text + end,
         _width(),
         initial_indent=f"  {flags:<{COLUMN - 3}} ",
         subsequent_indent=" " * COLUMN,

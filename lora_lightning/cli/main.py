@@ -212,8 +212,8 @@ class LoRACLI(LightningCLI):
         if path == "auto":
             if command != "fit":
                 raise LoRAError(f"--ckpt_path auto is for fit, which starts anew where there is none; {command}: best")
-            found = run.newest_checkpoint(runs)
-            config.ckpt_path = None if found is None else str(found)
+            newest = run.newest_checkpoint(runs)
+            config.ckpt_path = None if newest is None else str(newest)
         elif path == "last" and command == "fit" and run.newest_checkpoint(runs) is None:
             raise LoRAError(
                 f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
@@ -254,10 +254,10 @@ class LoRACLI(LightningCLI):
             causes: list[BaseException] = [error]
             while before := causes[-1].__cause__ or causes[-1].__context__:
                 causes.append(before)
-            said = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
-            if not said:
+            known = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
+            if not known:
                 raise
-            raise said[0] from None
+            raise known[0] from None
 
     def before_fit(self) -> None:
         """Refuse what would end a fit only once it runs, while there is no run folder yet."""

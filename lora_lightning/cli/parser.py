@@ -146,10 +146,10 @@ class PassingOn(OneLine):
                 own[option] = [*before, *([value] if equals else [])]
             if current is not None and current not in self.lists and own[current]:
                 current = None
-        told = []
+        arguments = []
         for option, values in own.items():
-            told += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
-        return told, others
+            arguments += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
+        return arguments, others
 
 
 def run_command(name: str, args: list[str]) -> None:

@@ -79,5 +79,5 @@ COMMANDS = {name: command for name, command in ENTRIES.items() if command.functi
 def function_of(name: str) -> Callable[..., Any]:
     """Import and return the function of one of `COMMANDS`."""
     module, _, function = str(COMMANDS[name].function).partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    command: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return command
