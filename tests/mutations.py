@@ -238,8 +238,8 @@ MUTATIONS = (
     Mutation(
         "law 8: a resume that cannot be exact is said",
         "training.checkpoints.resume.Resume.on_train_start",
-        "        for told in reasons_against(self._found, trainer.world_size, restarting_loaders(trainer)):",
-        "        for told in ():",
+        "        for sentence in reasons_against(self._found, trainer.world_size, restarting_loaders(trainer)):",
+        "        for sentence in ():",
         (f"{RESUME}::test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named",),
     ),
     Mutation(
@@ -388,15 +388,15 @@ MUTATIONS = (
     Mutation(
         "not finite: the rows and the first bad layer are named",
         "training.callbacks.nan_guard.first_bad_layer",
-        "    return found[0] if found else None",
+        "    return bad_layers[0] if bad_layers else None",
         "    return None",
         (f"{RESUME}::test_a_bad_loss_stops_with_the_step_the_rows_and_the_layer_and_leaves_the_last_good_checkpoint",),
     ),
     Mutation(
         "notice: a checkpoint's settings that win over a flag",
         "training.checkpoints.resume.Resume.on_train_start",
-        '        for told in overruled_settings(self._found["settings"], self._settings):',
-        "        for told in ():",
+        '        for sentence in overruled_settings(self._found["settings"], self._settings):',
+        "        for sentence in ():",
         (f"{RESUME}::test_what_a_checkpoint_overrules_is_said",),
     ),
     Mutation(

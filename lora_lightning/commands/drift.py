@@ -187,8 +187,8 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
         pick_evenly(neutral_texts(), asked.most) if source == NEUTRAL else read_texts(source, asked.column, asked.most)
     )
     longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
-    told = "neutral text of this package" if source == NEUTRAL else source
-    return told, text_batches(texts, tokenizer, task, backbone, longest), texts
+    name = "neutral text of this package" if source == NEUTRAL else source
+    return name, text_batches(texts, tokenizer, task, backbone, longest), texts
 
 
 def drift_tables(found: Strengths) -> list[Table]:

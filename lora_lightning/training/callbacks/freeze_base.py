@@ -115,11 +115,11 @@ class FreezeBase(Callback):
         else:  # all parts as they were: so is the whole
             changed = moved_tensors(self._own, shard_fingerprint(module.backbone))
             self.after = None if changed else self.before
-        if told := first_problem(_describe_changes(changed) if changed else None):
-            raise W0MovedError(told)
+        if message := first_problem(_message(changed) if changed else None):
+            raise W0MovedError(message)
 
 
-def _describe_changes(changed: Sequence[str]) -> str:
+def _message(changed: Sequence[str]) -> str:
     return (
         f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
         " something wrote into the backbone, so merging would not give the trained model"

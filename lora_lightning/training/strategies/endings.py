@@ -61,9 +61,8 @@ class _Watch(threading.Thread):
 
     @functools.cached_property
     def store(self) -> Any:
-        """A connection of one's own to torch's store, once there is a process group."""
-        store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
-        return store.clone()
+        """For the main thread is at its own."""
+        return _store()
 
     def claim(self, code: int) -> None:
         """Be the first that failed, unless another one was."""
@@ -93,6 +92,40 @@ class _Watch(threading.Thread):
         if self.first is not None and self.first[0] != rank():
             return StoppedError(self.first[1])
         return LostProcessError() if is_broken else error
+
+
+def _store() -> Any:
+    """A connection of one's own to torch's store, once there is a process group."""
+    store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
+    return store.clone()
+
+
+def all_arrive() -> bool:
+    """Whether all processes come here within some seconds. By the store, for one may be stuck in a collective."""
+    if world_size() == 1:
+        return True
+    store, key = _store(), f"lora_lightning/arrived/{next(FITS)}"
+    arrived, limit = store.add(key, 1), time.monotonic() + 2 * CLAIM
+    while arrived < world_size() and time.monotonic() < limit:
+        time.sleep(0.05)
+        arrived = store.add(key, 0)
+    return bool(arrived == world_size())
+
+
+@contextmanager
+def in_all_processes(trainer: Trainer, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Within the block the processes of a Trainer's strategy are there, and their group, before any fit of it. What
+    runs inside runs in each, and ends in all where it fails in one.
+
+    Args:
+        unless: with what all processes leave by themselves.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ParallelStrategy):
+        assert strategy.launcher is not None
+        strategy.launcher.launch(strategy.setup_environment)
+    with end_together(trainer, unless):
+        yield
 
 
 @contextmanager
