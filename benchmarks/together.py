@@ -3,9 +3,9 @@
     python -m benchmarks.together [--sets demo animals] [--seeds 1 2 3 4 5] [--steps 96]
 
 For each seed the eight points of a grid (r x learning rate) are fitted alone, each in a process of its own as
-`lora-lightning fit`, and together, as `lora-lightning sweep --together --halving 2`. Both are cut to as many steps, with
-the schedule of so many. Processor seconds are for a machine that others use too; both clocks count from the start of
-the process, so that imports and the reading of data are in. A winner is right where it is not behind the full grid's
+`lora-lightning fit`, and together, as `lora-lightning sweep --together --halving 2`. Both are cut to as many steps,
+with the schedule of so many. Processor seconds are for a machine that others use too; both clocks count from the start
+of the process, so that imports and the reading of data are in. A winner is right where it is not behind the full grid's
 best, by the validation set at the end of the fits alone, by more than one standard error of the paired difference: the
 rule by which members are dropped. Written to benchmarks/results/together.json after each process; the same command
 goes on.
