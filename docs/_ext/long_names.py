@@ -1,4 +1,8 @@
-"""Where long names in code break: after a separator, as in `test_|a_|name`, `configs/|demo.|yaml`; else nowhere."""
+"""Where lines break in code and in tables.
+
+Long names in code break after a separator, as in `test_|a_|name` and `configs/|demo.|yaml`, and nowhere else. What is
+short does not break at all.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 LONG = re.compile(r'<span class="pre">([^<]{24,})</span>')
+SHORT = 16
+"""Characters of code, or of a table's cell, that stay on one line."""
 AFTER = re.compile(r"(?<=[_./=:,(@+])(?=[\w\"'{\[&])|(?<=\w-)(?=\w)")
 
 
@@ -24,7 +30,15 @@ def in_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doct
         context["body"] = LONG.sub(broken, context["body"])
 
 
+def mark_short(app: Sphinx, doctree: nodes.document) -> None:
+    """Give short code and short cells a class of their own, for site.css."""
+    for node in (*doctree.findall(nodes.literal), *doctree.findall(nodes.entry)):
+        if len(node.astext()) <= SHORT:
+            node["classes"].append("short")
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """For each page that is written."""
+    app.connect("doctree-read", mark_short)
     app.connect("html-page-context", in_page)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
