@@ -1,7 +1,7 @@
 """Where lines break in code and in tables.
 
 Long names in code break after a separator, as in `test_|a_|name` and `configs/|demo.|yaml`, and nowhere else. What is
-short does not break at all.
+short does not break at all. A command that a phone wraps does not break at a hyphen, as in `--halving` and `1e-4`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 
 LONG = re.compile(r'<span class="pre">([^<]{24,})</span>')
+COMMANDS = re.compile(r'(?<=<div class="highlight-)(?:bash|sh) .*?</pre>', re.S)
+HYPHENATED = re.compile(r"(?<!\S)(?=\S{3,36}(?!\S))\S*-\S*")
 SHORT = 16
 """Characters of code, or of a table's cell, that stay on one line."""
 AFTER = re.compile(r"(?<=[_./=:,(@+])(?=[\w\"'{\[&])|(?<=\w-)(?=\w)")
@@ -24,10 +26,19 @@ def broken(word: re.Match[str]) -> str:
     return "<wbr>".join(f'<span class="pre">{piece}</span>' for piece in pieces)
 
 
+def whole_words(block: re.Match[str]) -> str:
+    """A block of commands whose words with a hyphen stay whole (`.whole` in site.css)."""
+    pieces = re.split(r"(<[^>]+>)", block[0])
+    return "".join(
+        piece if piece.startswith("<") else HYPHENATED.sub(r'<span class="whole">\g<0></span>', piece)
+        for piece in pieces
+    )
+
+
 def in_page(app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: nodes.document | None) -> None:
     """Sphinx writes each word of inline code into a `.pre` of its own."""
     if "body" in context:
-        context["body"] = LONG.sub(broken, context["body"])
+        context["body"] = COMMANDS.sub(whole_words, LONG.sub(broken, context["body"]))
 
 
 def mark_short(app: Sphinx, doctree: nodes.document) -> None:
