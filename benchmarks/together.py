@@ -102,9 +102,10 @@ def alone(args: list[str], since: float) -> dict[str, Any]:
 
 
 def together(args: list[str], since: float) -> dict[str, Any]:
-    from lora_lightning.__main__ import run
+    from lora_lightning.__main__ import main
 
-    run(["sweep", *args])
+    sys.argv = ["lora-lightning", "sweep", *args]
+    main()
     return spent(since)
 
 

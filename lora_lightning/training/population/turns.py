@@ -8,9 +8,6 @@ fit computes what it computes alone.
 from __future__ import annotations
 
 import contextvars
-import ctypes
-import functools
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,9 +17,7 @@ from typing import Any
 import torch
 
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-
-M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
+from lora_lightning.training.population.heap import share_heap
 
 
 class Turns:
@@ -80,14 +75,3 @@ class Turns:
         self._back.acquire()
         if self.is_over:
             self._thread.join()
-
-
-@functools.cache
-def share_heap() -> None:
-    """Let all threads take memory from one heap, where the C library is glibc.
-
-    It gives each thread a heap of its own, which keeps what was freed: eight fits held eight times the activations of
-    one. Only one of them runs at a time, so they need not be kept apart.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
-        libc.mallopt(M_ARENA_MAX, 1)
