@@ -91,11 +91,11 @@ def spent(since: float) -> dict[str, float]:
 
 def alone(args: list[str], since: float) -> dict[str, Any]:
     """`fit`; and after its clock has stopped, where it stands on blocks of the validation set."""
-    from lora_lightning.cli.log_filters import quieten
+    from lora_lightning.cli.log_filters import silence_others
     from lora_lightning.cli.main import LoRACLI
     from lora_lightning.training.population.halving import standing
 
-    quieten()
+    silence_others()
     cli = LoRACLI(args=["fit", *args])
     found = spent(since)
     return found | {"standing": dataclasses.asdict(standing(cli.trainer, cli.model, cli.model.task.monitor))}

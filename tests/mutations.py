@@ -230,7 +230,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 8: another order of rows in an epoch's middle",
-        "data.loading.loader.ResumableLoader._skipped",
+        "data.loading.loader.ResumableLoader._skip_to_place",
         "if other := [name for name in was if was[name] != now.get(name)]:",
         "if other := []:",
         (f"{RESUME}::test_another_order_is_refused_in_an_epochs_middle",),

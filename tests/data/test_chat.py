@@ -27,14 +27,14 @@ def write(file, rows):
 
 
 def trained(data, split="train"):
-    rows = data.encoded(split)["labels"]
+    rows = data.encoded_rows(split)["labels"]
     return [data.tokenizer.decode([label for label in row if label != -100]) for row in rows]
 
 
 def test_a_batch_is_padded_and_its_labels_are_the_answers(tmp_path, tokenizer):
     data = ChatData(str(write_chats(tmp_path / "chats.jsonl")), tokenizer, batch_size=8)
     data.setup()
-    assert {split: len(data.encoded(split)) for split in ("train", "validation", "test")} == {
+    assert {split: len(data.encoded_rows(split)) for split in ("train", "validation", "test")} == {
         "train": 96,
         "validation": 12,
         "test": 12,
@@ -74,7 +74,7 @@ def test_tools_and_calls_of_several_shapes_go_through_a_file(tmp_path, tokenizer
     data = ChatData(str(path), tokenizer, split=NO_SPLIT, chat_template=TOOLS)
     data.setup()
     assert '{"name": "g", "arguments": {"b": 2}}' in trained(data)[1]
-    text = data.tokenizer.decode(data.encoded("train")["input_ids"][0])
+    text = data.tokenizer.decode(data.encoded_rows("train")["input_ids"][0])
     assert '"name": "f"' in text
     assert "null" not in text
 

@@ -42,7 +42,7 @@ def pairs_of(folder, tokenizer, rows=ROWS, **options):
 
 
 def batch_of(data, split="train"):
-    return data.collate([data.encoded(split)[i] for i in range(len(data.encoded(split)))])
+    return data.collate([data.encoded_rows(split)[i] for i in range(len(data.encoded_rows(split)))])
 
 
 def texts(data, part):
@@ -59,7 +59,7 @@ def test_each_part_is_padded_by_itself_and_equal_positives_are_a_group(tmp_path,
     assert batch["anchor"]["input_ids"].shape == (3, 5)
     assert batch["positive"]["input_ids"].shape == (3, 3)
     assert batch["labels"].tolist() == [[0], [1], [0]]
-    assert data.lengths(data.encoded("train")) == [8, 7, 6]
+    assert data.lengths(data.encoded_rows("train")) == [8, 7, 6]
 
 
 def test_prefixes_and_hard_negatives(tmp_path, tokenizer):

@@ -129,7 +129,7 @@ def test_a_step_of_each_model_and_of_each_set(model, data, tiny_models, tmp_path
     cli = run("fit", tiny_models, tmp_path, model, data, "--trainer.fast_dev_run", "1")
     assert isinstance(cli.model.task, CausalLM)
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
-    (row, *_) = cli.datamodule.encoded("train")
+    (row, *_) = cli.datamodule.encoded_rows("train")
     assert row["position_ids"].count(0) > 1  # packed
     assert {p.dtype for n, p in cli.model.backbone.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
     adapted = {row.module.rpartition(".")[2] for row in cli.model.report.modules}

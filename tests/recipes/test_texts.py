@@ -37,5 +37,5 @@ def tiny(folder):
 def test_a_step_of_it(tmp_path):
     cli = run_a_step([RECIPE], tmp_path, **tiny(tmp_path))
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
-    assert "position_ids" in cli.datamodule.encoded("train").column_names
+    assert "position_ids" in cli.datamodule.encoded_rows("train").column_names
     assert {row.r for row in cli.model.report.modules} == {64}

@@ -77,7 +77,7 @@ def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_no
 
 
 def drawn(trials, keys, budget=None):
-    with drawing.styled():
+    with drawing.plot_style():
         return figures(rank_points(trials, "max"), keys, METRIC, "max", budget)
 
 
@@ -137,7 +137,7 @@ def test_halving_is_drawn_with_who_was_dropped_where():
     trials = [trial(n, {RANK: r}, 0.7, state=state) for n, (r, state) in enumerate(states.items())]
     for one, name in zip(trials, names, strict=True):
         one.name = name
-    with drawing.styled():
+    with drawing.plot_style():
         made = figures(rank_points(trials, "max"), [RANK], METRIC, "max", None, rungs)
     (axis,) = made["halving"].figure.axes
     ends = {
