@@ -74,6 +74,6 @@ def test_all_ways_of_the_memory_benchmark_do_the_same_work():
 
 def test_the_routes_of_a_batch_a_save_and_a_resume_are_as_long_as_the_docs_say():
     counts = {route: len(files) for route, files in count_routes().items()}
-    said = (REPOSITORY / "docs/resume.md").read_text()
+    said = (REPOSITORY / "CONTRIBUTING.md").read_text()
     batch, save, resume = counts["batch"], counts["save"], counts["resume"]
     assert f"{batch} files of the package, a save of {save} and a resume of {resume}" in said
