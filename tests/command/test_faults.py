@@ -14,7 +14,7 @@ from lora_lightning.training.checkpoints.file_io import PREVIOUS, DamagedCheckpo
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint, load_checkpoint
 from tests.command.process import command
 from tests.training.resuming import fit
-from tests.training.test_resume import checkpoints
+from tests.training.resuming import checkpoints
 
 
 @pytest.fixture
