@@ -15,7 +15,9 @@ from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError, RunRe
 from lora_lightning.lora.frozen import fingerprint as fingerprint_file
 from lora_lightning.training.trainer import LoRATrainer
 from tests.factories import export_of
-from tests.training.small import Vision, loader, trainer_of
+from tests.training.small import Vision, fit, loader, trainer_of
+
+X, OTHER = torch.arange(12.0).view(2, 6), torch.zeros(2, 6)
 
 
 def test_export_at_end_writes_the_best_checkpoint(tmp_path, make_module, make_data):
@@ -45,18 +47,16 @@ MEANINGLESS = {
 def test_an_export_that_means_nothing_is_refused_before_any_fit_and_by_export_alike(said, tmp_path, make_module):
     with pytest.raises(LoRAError, match=said):
         ExportAtEnd(**MEANINGLESS[said])
+    module = make_module(Vision(), LoRAConfig(r=2))
     with pytest.raises(LoRAError, match=said):
-        export_of(
-            make_module(Vision(), LoRAConfig(r=2)), tmp_path / "out", {"x": torch.ones(1, 6)}, **MEANINGLESS[said]
-        )
+        export_of(module, tmp_path / "out", {"x": X}, **MEANINGLESS[said])
     assert not (tmp_path / "out").exists()
 
 
 def test_formats_may_have_commas_between_everywhere(tmp_path, make_module):
     assert ExportAtEnd(formats="adapter, merged").options["formats"] == ["adapter", "merged"]
-    batch = {"x": torch.ones(1, 6)}
     module = make_module(Vision(), LoRAConfig(r=2))
-    report = export_of(module, tmp_path / "out", batch, formats="merged,adapter")
+    report = export_of(module, tmp_path / "out", {"x": X}, formats="merged,adapter")
     assert report.formats == ["merged", "adapter"]
 
 
@@ -66,9 +66,8 @@ def test_an_export_that_cannot_be_is_told_before_the_first_step(tmp_path, make_m
             raise AssertionError("it trained")
 
     def refused(said, lora=LoRAConfig(r=2), **options):  # noqa: B008
-        callbacks = [FreezeBase(show_table=False), Steps(), ExportAtEnd(**options)]
         with pytest.raises(LoRAError, match=said):
-            trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(Vision(), lora), loader())
+            fit(tmp_path, make_module(Vision(), lora), Steps(), ExportAtEnd(**options), logger=True)
 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
@@ -108,12 +107,9 @@ def test_a_fit_with_an_export_hashes_w0_once_for_each_of_its_proofs(tmp_path, ma
         return real(tensor, pool)
 
     monkeypatch.setattr(fingerprint_file, "_digest", count)
-    callbacks = [FreezeBase(show_table=False), RunReport(), ExportAtEnd()]
-    trainer_of(tmp_path, logger=True, callbacks=callbacks).fit(make_module(Vision(), LoRAConfig(r=2)), loader())
+    module = make_module(Vision(), LoRAConfig(r=2))
+    fit(tmp_path, module, RunReport(), ExportAtEnd(), logger=True, enable_checkpointing=True)
     assert len(passes) == 6
-
-
-X, OTHER = torch.arange(12.0).view(2, 6), torch.zeros(2, 6)
 
 
 class Stream(IterableDataset):
