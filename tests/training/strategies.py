@@ -166,14 +166,15 @@ def llama() -> LoRAModule:
 TEXTS = {"max_steps": 12, "max_epochs": -1, "check_val_every_n_epoch": None, "val_check_interval": 6}
 TEXTS |= {"precision": "64-true", "gradient_clip_val": None}
 NARROW = {"precision": "bf16-base", "max_steps": 6}
+FEW = {"max_steps": 20}
 APART = {"max_epochs": 2, "use_distributed_sampler": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.5)  # Adam would blow bfloat16's rounding up to whole steps
 CASES = {
     "ragged": Case(),
     "three batches a step": Case(data=lambda parts: Ragged(12 // parts), accumulate=3),
     "four batches a step": Case(data=lambda parts: Ragged(16 // parts), accumulate=4, slow=True),
-    "a trained head": Case(lambda: language_model(["lm_head"]), lambda parts: Sentences(4 // parts)),
-    "a plain head": Case(lambda: language_model(None), lambda parts: Sentences(4 // parts), options={"max_steps": 12}),
+    "a trained head": Case(lambda: language_model(["lm_head"]), lambda parts: Sentences(4 // parts), options=FEW),
+    "a plain head": Case(lambda: language_model(None), lambda parts: Sentences(4 // parts), options=FEW),
     "pairs": Case(encoder, Pairs, options=APART),
     "pairs that each process has to itself": Case(lambda: encoder(gather=False), Pairs, options=APART),
     "packed texts": Case(llama, texts, options=TEXTS, slow=True),

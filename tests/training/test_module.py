@@ -124,6 +124,7 @@ def test_a_run_that_goes_on_for_longer_goes_on_learning(tmp_path, make_module):
             rates.append(self.get_last_lr()[0])
 
     def on(epochs, ckpt=None):
+        torch.manual_seed(0)
         module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: Rates(o, warmup=0))
         trainer = trainer_of(tmp_path / str(epochs), max_epochs=epochs)
         trainer.fit(module, loader(), ckpt_path=ckpt)

@@ -15,8 +15,8 @@ from torchmetrics.functional.classification import (
 )
 
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confusions, mixed_up
-from lora_lightning.reports.curves import Axis, charts_of, read_metrics, short, thinned
+from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confused_pairs, confusions
+from lora_lightning.reports.curves import Axis, charts_of, read_metrics, short, thin_out
 from lora_lightning.reports.html import write_page
 from tests.chromium import looks, parsed
 
@@ -178,7 +178,7 @@ def test_any_finite_numbers_can_be_drawn(tmp_path, values):
 def test_long_lines_keep_their_peaks():
     points = tuple((i, math.sin(i / 300)) for i in range(50_000))
     points = (*points[:7777], (7777, 9.0), *points[7778:])
-    drawn = thinned(points)
+    drawn = thin_out(points)
     assert len(drawn) < 400
     assert {points[0], (7777, 9.0), points[-1]} <= set(drawn) <= set(points)
     assert drawn == sorted(drawn)
@@ -261,6 +261,6 @@ def test_labels_that_are_no_class_count_for_nothing_and_pictures_are_shown_small
 
 def test_many_classes_are_shown_by_the_pairs_that_are_mixed_up_most():
     found = {"labels": ["a", "b", "c"], "counts": [[5, 2, 0], [7, 1, 0], [0, 0, 3]], "mistakes": []}
-    assert mixed_up(found).rows == [["b", "a", "7"], ["a", "b", "2"]]
+    assert confused_pairs(found).rows == [["b", "a", "7"], ["a", "b", "2"]]
     shown = [(name, [n for n, _, _ in row]) for name, row in confusions(found)]
     assert shown == [("a", [5, 2, 0]), ("b", [7, 1, 0]), ("c", [0, 0, 3])]
