@@ -111,7 +111,7 @@ def assert_equal_to_one(folder, strategy, case):
         assert furthest(ours, one) > 1e-3, "without gathering it is another loss"
     else:
         assert_alike(ours, one, CASES[case].closeness)
-        assert {"train/loss", "val/loss"} < set(ours["metrics"]) or CASES[case].options.get("max_steps") == 6
+        assert "val/loss" in ours["metrics"] or CASES[case].options.get("max_steps") == 6
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.slow])
