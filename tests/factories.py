@@ -102,6 +102,17 @@ FAMILIES = {
 }
 
 
+HEADS = {
+    "sequential": "4",
+    "own": "head",
+    "encoder": "layers.1.norm2",
+    "bert": "classifier",
+    "llama": "lm_head",
+    "gpt": "lm_head",
+}
+"""What of each family may train in full."""
+
+
 def output(model: nn.Module, x: Tensor) -> Tensor:
     out = model(x)
     return out if isinstance(out, Tensor) else out.logits

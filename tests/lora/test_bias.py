@@ -6,19 +6,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
-from lora_lightning.lora.errors import ConfigError, MergeError, TargetError
+from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
+from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import TrainedBias
-from tests.lora.options_support import inputs, net, shake
-
-
-def test_lora_only_trains_the_biases_of_adapted_layers():
-    model = net()
-    report = inject(model, LoRAConfig(r=2, target_modules=["up", "down"], bias="lora_only"))
-    assert [name for name, _ in grafted_modules(model, TrainedBias)] == ["up"]
-    assert report.biases == 20
-    assert "biases" in str(report)
+from tests.lora.kinds import inputs, net, shake
 
 
 def test_all_trains_every_bias_outside_modules_to_save():
@@ -92,45 +84,12 @@ def test_a_bias_under_two_names_is_trained_once_and_stays_tied():
     torch.testing.assert_close(model(x), expected)
 
 
-def test_disabled_gives_the_original_bias():
-    model = net()
-    inject(model, LoRAConfig(r=2, bias="all"))
-    shake(model)
-    with disabled(model):
-        assert model.norm.bias is model.norm._parameters["bias"]
-    assert model.norm.bias is not model.norm._parameters["bias"]
-
-
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_asked_for_where_there_are_none_are_refused(bias):
-    model = nn.Sequential(nn.Linear(4, 4, bias=False))
-    with pytest.raises(TargetError, match="bias to train"):
-        inject(model, LoRAConfig(r=2, target_modules=["0"], bias=bias))
-    assert type(model[0]) is nn.Linear
-
-
-def test_an_unknown_bias_setting_is_refused():
-    with pytest.raises(ConfigError, match="bias must be one of none, all, lora_only, got 'some'"):
-        LoRAConfig(bias="some")
-
-
 def test_lora_bias_is_scaled_like_b():
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     inject(model, LoRAConfig(r=2, alpha=6, target_modules=["0"], lora_bias=True))
     before = model(x)
     model[0].lora_B_bias.data += 1.0
     torch.testing.assert_close(model(x) - before, torch.full((2, 3), 3.0))
-
-
-def test_lora_bias_without_a_bias_to_merge_into_is_refused_before_the_training():
-    said = (
-        r"""lora_bias: 'down' has no bias for a merge to add B's to: add exclude_modules=\["down"\], or set lora_bias"""
-    )
-    model = net()
-    with pytest.raises(TargetError, match=said):
-        inject(model, LoRAConfig(r=2, lora_bias=True))
-    assert type(model.up) is nn.Linear
-    inject(model, LoRAConfig(r=2, lora_bias=True, exclude_modules=["down"]))
 
 
 def test_pefts_directory_of_that_kind_loads_and_is_refused_at_the_merge(tmp_path):

@@ -177,15 +177,3 @@ def test_what_torchs_encoder_lets_one_assign_can_be_assigned_after_injection(nes
 def test_layers_to_transform_holds_for_parameters_too():
     chosen = config(target_modules=[], target_parameters=["in_proj_weight"], layers_to_transform=[1])
     assert [row.module for row in inject(encoder(), chosen).modules] == ["layers.1.self_attn.in_proj_weight"]
-
-
-def test_a_lazy_layer_is_refused_by_name():
-    with pytest.raises(TargetError, match="cannot adapt '0': it is lazy"):
-        inject(nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 3)), config(target_modules=["0"]))
-
-
-def test_token_rows_of_a_module_to_save_are_refused():
-    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-    chosen = config(target_modules=["1"], modules_to_save=["0"], trainable_token_indices={"0": [1]})
-    with pytest.raises(TargetError, match="in '0' of modules_to_save"):
-        inject(model, chosen)

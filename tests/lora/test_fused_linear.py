@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
-import io
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -247,14 +246,6 @@ def test_float64_stays_so_under_autocast() -> None:
         assert_alike(everything(model, x), wanted, 1e-12)
 
 
-def test_bfloat16_base_trains_float32_factors() -> None:
-    model = adapted(Readers(), torch.bfloat16)
-    for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float32 if "lora_" in name else torch.bfloat16)
-    everything(model, torch.randn(2, 5, 12).bfloat16())
-    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
-
-
 def test_dtypes_that_torch_does_not_multiply_are_not_multiplied() -> None:
     model = adapted(Readers(), torch.bfloat16)
     with pytest.raises(RuntimeError, match="same dtype"):
@@ -326,17 +317,6 @@ def test_a_step_between_forward_and_backward_raises() -> None:
         out.sum().backward()
 
 
-def test_a_subclass_with_a_forward_of_its_own_keeps_it() -> None:
-    class Own(nn.Linear):
-        def forward(self, input: Tensor) -> Tensor:
-            return F.linear(input, self.weight * 2.0, self.bias)
-
-    model, x = adapted(nn.Sequential(Own(12, 5))), torch.randn(3, 12).double()
-    layer = model[0]
-    delta = layer.lora_settings.scale * layer.lora_B @ layer.lora_A
-    torch.testing.assert_close(model(x), x @ (2 * layer.weight + delta).t() + layer.bias)
-
-
 # What is around: checkpointing, compilation, transforms, copies, threads.
 
 
@@ -404,16 +384,6 @@ def test_wrappers_that_hang_tensors_where_parameters_were() -> None:
                 del layer._parameters[name]
                 layer.__dict__[name] = value.detach().clone().requires_grad_(name.startswith("lora_"))
     torch.testing.assert_close(model(x), wanted, rtol=1e-12, atol=1e-12)
-
-
-def test_copies_and_pickles_compute_alike() -> None:
-    model, x = adapted(Readers()), torch.randn(3, 12).double()
-    wanted = everything(model, x)
-    assert_alike(everything(copy.deepcopy(model), x), wanted, 0.0)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    assert_alike(everything(torch.load(file, weights_only=False), x), wanted, 0.0)
 
 
 def test_passes_beside_each_other_on_one_graph_and_threads_do_not_mix() -> None:

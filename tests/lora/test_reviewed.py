@@ -49,6 +49,16 @@ def test_batch_statistics_do_not_move_in_train_mode(tmp_path):
     assert type(remove(model)[1]) is nn.BatchNorm2d
 
 
+def test_instance_norms_statistics_are_part_of_w0():
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.InstanceNorm1d(3, track_running_stats=True)).train()
+    model(torch.randn(4, 3, 9) + 1)
+    before = model[1].running_mean.clone()
+    expected = model.eval()(torch.ones(4, 3, 9))
+    inject(model.train(), LoRAConfig(r=1, target_modules=["0"]))
+    assert torch.equal(model(torch.ones(4, 3, 9)), expected)
+    assert torch.equal(model[1].running_mean, before)
+
+
 def test_batch_statistics_of_a_module_trained_in_full_are_its_own():
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 2))).train()
     inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))

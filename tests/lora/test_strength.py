@@ -13,7 +13,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import scaled
-from tests.lora.options_support import Net, inputs, net, shake
+from tests.lora.kinds import Net, inputs, net, shake
 
 LINEARS = ["up", "down", "square"]
 CONFIGS = {
@@ -110,16 +110,6 @@ def test_a_fit_goes_on_where_it_was_after_an_error_within(tmp_path):
         raise RuntimeError("within")
     assert all(torch.equal(tensor, before[key]) for key, tensor in adapter_tensors(model).items())
     assert settings == [m.lora_settings for m in model.modules() if hasattr(m, "lora_settings")]
-
-
-def test_a_merge_that_is_refused_leaves_the_strength_as_it_was():
-    model = adapted(r=3)
-    with torch.no_grad():
-        model.up.lora_B[0, 0] = float("nan")
-    settings = model.up.lora_settings
-    with pytest.raises(LoRAError, match="not finite"):
-        merge(model, scale=0.5)
-    assert model.up.lora_settings == settings
 
 
 def test_what_is_no_strength_is_refused_in_one_line():
