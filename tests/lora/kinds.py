@@ -287,6 +287,20 @@ def experts_of(family, product):
     return model
 
 
+def beit():
+    from timm.models.beit import Attention as BeitAttention
+
+    torch.manual_seed(0)
+    return nn.Sequential(BeitAttention(8, 2, qkv_bias=True))
+
+
+def deberta():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+    torch.manual_seed(0)
+    return tf.DebertaV2Model(tf.DebertaV2Config(**sizes, **relative, vocab_size=40, initializer_range=0.4)).eval()
+
+
 # Options, by the names that PEFT's users know.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -344,9 +358,12 @@ def kind_of_attention(*targets, parts=(), **kwargs):
     )
 
 
+def bare(*names):
+    return {"target_modules": [], "target_parameters": [*names]}
+
+
 def kind_of_parameters(*names, transposed=False, peft=""):
-    fields = {"target_modules": [], "target_parameters": [*names]}
-    return Kind(partial(Mixture, transposed), run_six, fields, peft=peft)
+    return Kind(partial(Mixture, transposed), run_six, bare(*names), peft=peft)
 
 
 def tokens_of(make, run, rows, *targets, peft="", meta=True):
@@ -425,6 +442,13 @@ PARAMETER = {
     "Parameters of both": kind_of_parameters("mix", "experts.down", "up", transposed=True),
     "Parameters beside a module": Kind(
         Mixture, run_six, {"target_modules": ["proj"], "target_parameters": ["up", "down"], "rank_pattern": {"down": 1}}
+    ),
+    "Parameter that its parent reads": Kind(beit, run_attended, bare("qkv.weight"), formula=False, meta=False),
+    "Parameter that an encoder reads whole": Kind(
+        deberta, lambda m: m(IDS)[0], bare("rel_embeddings.weight"), formula=False, meta=False
+    ),
+    "Parameter and a module of one attention": Kind(
+        Attended, run_attended, bare("attention.in_proj_weight") | {"target_modules": ["out_proj"]}, formula=False
     ),
     **{
         f"experts of {family}, {product}": kind_of_experts(family, product)

@@ -8,7 +8,8 @@ from torch import nn
 
 from lora_lightning import inject, merge, remove
 from lora_lightning.lora.errors import TargetError
-from tests.lora.laws import config, relative, stir
+from tests.lora.kinds import deberta
+from tests.lora.laws import config, relative
 
 
 def encoder():
@@ -34,50 +35,6 @@ def test_a_module_to_save_inside_an_encoder_layer_counts_in_eval(saved):
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 
-def test_a_parameter_and_a_module_of_one_attention_together():
-    plain, x = encoder(), torch.randn(2, 3, 8)
-    chosen = config(target_modules=["out_proj"], target_parameters=["self_attn.in_proj_weight"])
-    model = copy.deepcopy(plain)
-    inject(model, chosen)
-    with torch.no_grad():
-        stir(model)
-        adapted = model(x)
-    removed = remove(copy.deepcopy(model))
-    assert [type(m) for m in removed.modules()] == [type(m) for m in plain.modules()]
-    assert relative(removed(x), plain(x)) < 1e-6
-    assert relative(adapted, plain(x)) > 1e-3
-    merge(model)
-    assert relative(model(x), adapted) < 1e-5
-    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
-
-
-def test_a_weight_that_its_parent_reads_is_adapted_as_a_parameter():
-    """BEiT's attention in timm reads `qkv.weight` and does not call `qkv`."""
-    from timm.models.beit import Attention
-
-    torch.manual_seed(0)
-    plain, x = nn.ModuleDict({"attn": Attention(8, 2, qkv_bias=True)}), torch.randn(2, 3, 8)
-    model = copy.deepcopy(plain)
-    inject(model, config(target_modules=[], target_parameters=["qkv.weight"]))
-    assert torch.equal(model["attn"](x), plain["attn"](x))
-    stir(model)
-    adapted = model["attn"](x)
-    adapted.sum().backward()
-    assert model["attn"].qkv.get_submodule("lora_of_weight").lora_B.grad.any()
-    merge(model)
-    assert relative(model["attn"](x), adapted) < 1e-5
-    assert relative(adapted, plain["attn"](x)) > 1e-3
-
-
-def deberta():
-    from transformers import DebertaV2Config, DebertaV2Model
-
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
-    torch.manual_seed(0)
-    return DebertaV2Model(DebertaV2Config(**sizes, **relative, vocab_size=40, initializer_range=0.4)).eval()
-
-
 @pytest.mark.parametrize(
     "fields",
     [
@@ -95,36 +52,18 @@ def test_debertas_table_which_its_encoder_reads_whole_is_refused_by_name(fields)
     assert list(model.state_dict()) == keys
 
 
-def test_debertas_table_is_adapted_as_a_parameter():
-    model, ids = deberta(), torch.tensor([[1, 5, 9, 2, 7, 3]])
-    before = model(ids)[0]
-    inject(model, config(target_modules=[], target_parameters=["rel_embeddings.weight"]))
-    assert torch.equal(model(ids)[0], before)
-    adapted = stir(model)(ids)[0]
-    assert relative(adapted, before) > 1e-3
-    merge(model)
-    assert relative(model(ids)[0], adapted) < 1e-5
-
-
-def swin():
-    from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
-
-    return {
-        "swin": (ShiftedWindowAttention(8, [2, 2], [0, 0], 2), ["qkv", "proj"]),
-        "swin_v2": (ShiftedWindowAttentionV2(8, [2, 2], [0, 0], 2), ["qkv", "proj"]),
-    }
-
-
 def readers():
     """Attentions of the table with an input that goes through them, and the children whose weight they read."""
     from timm.models.beit import Attention
     from timm.models.eva import EvaAttention
     from timm.models.swin_transformer_v2 import WindowAttention
+    from torchvision.models.swin_transformer import ShiftedWindowAttention, ShiftedWindowAttentionV2
     from transformers.models.wavlm.modeling_wavlm import WavLMAttention
 
     pixels, tokens = torch.randn(2, 4, 4, 8), torch.randn(2, 4, 8)
     return {
-        **{name: (module, pixels, children) for name, (module, children) in swin().items()},
+        "swin": (ShiftedWindowAttention(8, [2, 2], [0, 0], 2), pixels, ["qkv", "proj"]),
+        "swin_v2": (ShiftedWindowAttentionV2(8, [2, 2], [0, 0], 2), pixels, ["qkv", "proj"]),
         "beit": (Attention(8, 2, qkv_bias=True), tokens, ["qkv"]),
         "eva": (EvaAttention(8, 2, qkv_bias=True, norm_layer=nn.LayerNorm), tokens, ["qkv"]),
         "timm's swin_v2": (WindowAttention(8, (2, 2), 2), tokens, ["qkv"]),

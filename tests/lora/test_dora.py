@@ -1,17 +1,19 @@
 """DoRA against the formula of arXiv 2402.09353 written out in float64, and against PEFT."""
 
 import copy
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import PeftModel
 from torch import nn
 
-from lora_lightning import LoRAConfig, inject, merge
-from lora_lightning.lora.layers import base, dora
-from tests.lora.kinds import shake
+from lora_lightning import LoRAConfig, inject, merge, save_adapter
+from lora_lightning.lora.inject import adapted_layers
+from lora_lightning.lora.layers import base
+from tests.lora.kinds import KINDS, fields_of, shake
 from tests.lora.test_fused_linear import mask_of, next_seed
 
 
@@ -85,20 +87,6 @@ def test_norms_taken_in_blocks_of_rows_are_the_norms(monkeypatch):
     torch.testing.assert_close(whole, dense.norm(dim=1), rtol=1e-14, atol=0)
 
 
-@pytest.mark.parametrize(("shape", "dim"), [((4, 3), 0), ((4, 3), 1), ((4, 3, 2, 2), 0)])
-def test_channel_norms_and_merge_update_for_any_kind_of_weight(shape, dim):
-    weight, delta = torch.randn(shape, dtype=torch.float64), torch.randn(shape, dtype=torch.float64)
-    others = [d for d in range(len(shape)) if d != dim]
-    norms = dora.channel_norms([weight + delta], dim, None)
-    in_parts = dora.channel_norms((weight + delta).split(1), dim, 0)
-    torch.testing.assert_close(in_parts, norms)
-    torch.testing.assert_close(norms, (weight + delta).square().sum(others).sqrt())
-    factor = torch.rand(shape[dim], dtype=torch.float64)
-    view = [-1 if d == dim else 1 for d in range(len(shape))]
-    update = dora.dora_update(weight, delta, factor, dim)
-    torch.testing.assert_close(weight + update, factor.view(view) * (weight + delta))
-
-
 def test_dropout_is_on_the_adapters_input_alone():
     model = shake(dora_linear(6, 5, 2, dropout=0.5)).train()
     layer, x = model[0], torch.randn(3, 5, dtype=torch.float64)
@@ -111,40 +99,19 @@ def test_dropout_is_on_the_adapters_input_alone():
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
-def _conv():
-    return nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, stride=2)), torch.randn(2, 3, 7, 7)
-
-
-def _embedding():
-    return nn.Sequential(nn.Embedding(9, 5)), torch.randint(0, 9, (2, 4))
-
-
-@pytest.mark.parametrize(
-    ("make", "base", "bias"),
-    [(_conv, nn.Conv2d, "all"), (_conv, nn.Conv2d, "none"), (_embedding, nn.Embedding, "none")],
-)
-def test_a_convolution_and_an_embedding_have_pefts_outputs_and_gradients(make, base, bias):
-    torch.manual_seed(0)
-    model, x = make()
-    plain = copy.deepcopy(model)
-    inject(model, LoRAConfig(r=2, alpha=3, target_modules=["0"], use_dora=True, bias=bias))
-    assert torch.equal(model(x), plain(x))
-    layer = shake(model)[0]
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=True)
-    if bias == "all":
-        plain[0].bias.data.copy_(layer.bias)
-    theirs = get_peft_model(plain, config)
-    twin = theirs.base_model.model[0]
-    A, B = (twin.lora_embedding_A, twin.lora_embedding_B) if base is nn.Embedding else (twin.lora_A, twin.lora_B)
-    A, B = (A["default"], B["default"]) if base is nn.Embedding else (A["default"].weight, B["default"].weight)
-    magnitude = twin.lora_magnitude_vector["default"].weight
-    for their, our in ((A, layer.lora_A), (B, layer.lora_B), (magnitude, layer.lora_magnitude_vector)):
-        their.data.copy_(our.data.view(their.shape))
-    out, their_out = model(x), theirs(x)
-    torch.testing.assert_close(out, their_out, rtol=1e-5, atol=1e-5)
-    out.square().sum().backward()
-    their_out.square().sum().backward()
-    for their, our in ((A, layer.lora_A), (B, layer.lora_B), (magnitude, layer.lora_magnitude_vector)):
-        torch.testing.assert_close(our.grad.view(their.shape), their.grad, rtol=1e-4, atol=1e-4)
-    merge(model)
-    torch.testing.assert_close(model(x), out, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Embedding", "Conv1D"])
+def test_gradients_are_pefts(kind, tmp_path):
+    entry = KINDS[kind]
+    plain = entry.make().double().eval()
+    model = copy.deepcopy(plain)
+    inject(model, LoRAConfig(**fields_of(kind, "dora")))
+    save_adapter(shake(model), tmp_path)
+    theirs = PeftModel.from_pretrained(plain, tmp_path, is_trainable=True).eval()
+    for one in (model, theirs):
+        entry.run(one).square().sum().backward()
+    for name, layer in adapted_layers(model):
+        twin = dict(theirs.base_model.model.get_submodule(name).named_parameters())
+        for letter in ("A", "B", "magnitude"):
+            (their,) = [p for n, p in twin.items() if re.search(rf"lora_(embedding_)?{letter}", n)]
+            our = layer.lora_magnitude_vector if letter == "magnitude" else getattr(layer, f"lora_{letter}")
+            torch.testing.assert_close(our.grad.view(their.shape), their.grad, rtol=1e-10, atol=1e-12)

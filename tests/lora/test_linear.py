@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lightning import LoRAConfig, inject
+from lora_lightning import LoRAConfig, inject, merge
 from lora_lightning.lora.init.random import gaussian_, kaiming_
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
@@ -46,12 +46,6 @@ def test_autocast_keeps_float32_factors_and_bfloat16_outputs():
     assert layer.lora_A.grad.dtype == torch.float32
 
 
-def test_input_by_keyword_reaches_the_adapter():
-    layer = one_layer()
-    x = torch.randn(3, 6, dtype=torch.float64)
-    assert torch.equal(layer(input=x), layer(x))
-
-
 class Doubled(nn.Linear):
     """A subclass with a forward and an argument of its own."""
 
@@ -67,12 +61,16 @@ def test_a_subclass_keeps_its_own_forward_and_arguments():
     assert torch.equal(model[0](x), plain)
     assert torch.equal(model[0](tokens=x, factor=3.0), tripled)
     assert isinstance(model[0], Doubled)
+    adapted = move(model)(x)
+    merge(model)
+    torch.testing.assert_close(model(x), adapted, rtol=1e-12, atol=1e-12)
 
 
 def test_a_hook_that_changes_the_input_changes_what_a_sees():
     layer = one_layer()
     x = torch.randn(3, 6, dtype=torch.float64)
     wanted = layer(3 * x)
+    assert torch.equal(layer(input=3 * x), wanted), "by keyword too"
     layer.register_forward_pre_hook(lambda module, args: (3 * args[0],))
     assert torch.equal(layer(x), wanted)
 

@@ -14,19 +14,6 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.factories import move
 
 
-def swin():
-    return torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=3).eval()
-
-
-def test_a_child_whose_weight_its_parent_reads_is_refused_by_name_and_left_out_of_all_linear():
-    make, name = swin, "features.1.0.attn.qkv"
-    with pytest.raises(TargetError, match=r"reads its weight and may never call it.*target_parameters"):
-        inject(make(), LoRAConfig(r=2, target_modules=[name.rpartition(".")[2]]))
-    report = inject(make(), LoRAConfig(r=2))
-    assert "reads its weight" in report.skipped[name]
-    assert name not in {row.module for row in report.modules}
-
-
 def test_batch_statistics_do_not_move_in_train_mode(tmp_path):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).eval()
     x = torch.randn(6, 3, 4, 4)

@@ -6,14 +6,13 @@ import warnings
 
 import peft
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lora_lightning import LoRAConfig, inject, merge
+from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.errors import AdapterWarning, TargetError
 from lora_lightning.lora.report import STACK
 from lora_lightning.lora.targets.select import select
@@ -91,10 +90,9 @@ def test_all_linear_says_what_it_left_out():
     skipped = select(bert(), LoRAConfig(r=1)).skipped
     assert skipped == {"classifier": "the output head"}
     assert not select(FAMILIES["encoder"].build(), LoRAConfig(r=1)).skipped
-    selection = select(
-        nn.ModuleDict({"own": OwnAttention(8, 2), "up": nn.Linear(8, 8), "q": nn.Linear(8, 2)}), LoRAConfig(r=1)
-    )
-    assert [t.name for t in selection.targets] == ["own", "own.out_proj", "up"]
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8), "q": nn.Linear(8, 2)})
+    selection = select(model, LoRAConfig(r=1))
+    assert [t.name for t in selection.targets] == ["attn", "attn.out_proj", "up"]
     assert selection.skipped.keys() == {"q"}
 
 
@@ -116,44 +114,16 @@ def test_a_pattern_that_matches_nothing_names_near_misses(field, entry, hint):
     assert "\n" not in str(caught.value)
 
 
-def test_part_of_a_word_selects_nothing():
+def test_names_are_whole_words_and_their_signs_no_patterns():
     model = Own()
     assert names(model, target_modules=["head"]) == ["head"]
-    with pytest.raises(TargetError, match="no module matches 'ead'"):
-        names(model, target_modules=["ead"])
     assert names(model, target_modules=["inner.a", "lm_head"]) == ["inner.a", "lm_head"]
-
-
-def test_names_with_regex_characters_are_plain_names():
-    model = Own()
     assert names(model, target_modules=["inner.a+b (c)"]) == ["inner.a+b (c)"]
     assert names(model, target_modules=["a+b (c)"]) == ["inner.a+b (c)"]
     assert settings_of(model, r=1, target_modules=["inner.a+b (c)", "inner.a"], rank_pattern={"inner.a+b (c)": 3}) == {
         "inner.a+b (c)": (3, 2.0),
         "inner.a": (1, 2.0),
     }
-
-
-class OwnAttention(nn.MultiheadAttention):
-    def forward(self, x):
-        return x @ self.in_proj_weight.T @ self.in_proj_weight @ self.out_proj.weight.T
-
-
-@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
-def test_an_attention_that_reads_its_projections_itself_reads_the_adapted_ones(field):
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"own": OwnAttention(8, 2), "up": nn.Linear(8, 8)}).double()
-    x = torch.randn(3, 8, dtype=torch.float64)
-    plain = model["own"](x)
-    inject(model, LoRAConfig(r=1, **{"target_modules": ["up"], field: ["own.out_proj"]}))
-    assert torch.equal(model["own"](x), plain)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter))
-    adapted = model["own"](x)
-    assert not torch.allclose(adapted, plain)
-    merge(model)
-    torch.testing.assert_close(model["own"](x), adapted, rtol=1e-12, atol=1e-12)
 
 
 @given(st.permutations([("query", 2), ("1.attention.self.query", 3), (r".*\.0\..*(query|value)", 5), ("value", 1)]))
@@ -191,8 +161,6 @@ def test_a_module_in_two_places_is_found_by_either_name():
 def test_saved_modules_are_not_adapted_too():
     model = bert()
     assert "bert.pooler.dense" not in names(model, modules_to_save=["pooler", "classifier"])
-    with pytest.raises(TargetError, match="'classifier' is in modules_to_save"):
-        names(model, target_modules=["query", "classifier"], modules_to_save=["classifier"])
     assert "bert.pooler.dense" not in names(model, target_modules=["dense"], modules_to_save=["pooler"])
 
 

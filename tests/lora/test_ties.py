@@ -2,14 +2,10 @@
 
 import pytest
 import torch
+import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertForMaskedLM,
-)
+from transformers import AutoModelForCausalLM
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
@@ -126,40 +122,40 @@ def test_a_module_in_two_places_is_adapted_once():
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize("make", [t5, bart])
-@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_encoder_decoders_with_several_ties_survive_save_pretrained(make, options, tmp_path):
+def bert():
+    torch.manual_seed(0)
+    return tf.BertForMaskedLM(tf.BertConfig(**BERT))
+
+
+def run_seq2seq(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, decoder_input_ids=IDS).logits
+
+
+BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+BERT |= {"vocab_size": 40, "max_position_embeddings": 16, "pad_token_id": 0}
+DECODER = {"target_modules": ["query", "cls.predictions.decoder"]}
+
+
+@pytest.mark.parametrize(
+    ("make", "run", "options", "unties"),
+    [
+        *[
+            (make, run_seq2seq, options, True)
+            for make in (t5, bart)
+            for options in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]})
+        ],
+        (bert, logits, {"bias": "all"}, False),
+        (bert, logits, {"bias": "all", **DECODER}, True),
+    ],
+)
+def test_models_with_several_ties_survive_save_pretrained(make, run, options, unties, tmp_path):
     model = make().eval()
     inject(model, LoRAConfig(r=2, **options))
-    shake(model)
-
-    def out(m):
-        with torch.no_grad():
-            return m(input_ids=IDS, decoder_input_ids=IDS).logits
-
-    expected = out(model)
-    report = merge(model)
-    assert "lm_head" in report.untied
-    torch.testing.assert_close(out(model), expected, rtol=1e-5, atol=1e-6)
+    if make is bert:
+        assert model.cls.predictions.lora_trained_bias is model.cls.predictions.decoder.lora_trained_bias
+    expected = run(shake(model))
+    assert bool(merge(model).untied) == unties
+    torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(out(again), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("options", [{}, {"target_modules": ["query", "cls.predictions.decoder"]}], ids=str)
-def test_berts_tied_decoder_bias_trains_once_and_survives(options, tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, pad_token_id=0,
-    )  # fmt: skip
-    model = BertForMaskedLM(config).eval()
-    inject(model, LoRAConfig(r=2, bias="all", **options))
-    assert model.cls.predictions.lora_trained_bias is model.cls.predictions.decoder.lora_trained_bias
-    shake(model)
-    expected = logits(model)
-    report = merge(model)
-    assert bool(report.untied) == bool(options)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(BertForMaskedLM.from_pretrained(tmp_path)), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(type(model).from_pretrained(tmp_path).eval()), expected, rtol=1e-5, atol=1e-6)
