@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import transformers as tf
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tests.factories import FAMILIES, HEADS, move
+from tests.factories import FAMILIES, HEADS, hf, move
 
 
 class Net(nn.Module):
@@ -127,25 +126,20 @@ def run_ids(model):
     return out if isinstance(out, Tensor) else out.logits
 
 
-def gemma():
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
-    return tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(vocab_size=32, **shape, **heads, attn_implementation="eager"))
-
-
-def t5():
-    torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
-    special = {"dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0}
-    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes, **special))
-
-
-def bart(**changes):
-    torch.manual_seed(0)
-    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
-    sizes = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40, "pad_token_id": 0}
-    return tf.BartForConditionalGeneration(tf.BartConfig(**layers, **sizes, max_position_embeddings=32, **changes))
+ONE_BLOCK = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+GROUPED = {**ONE_BLOCK, "num_key_value_heads": 1, "vocab_size": 32}
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40, "dropout_rate": 0.0}
+BART = {
+    f"{side}_{what}": 1 + (what != "layers")
+    for side in ("encoder", "decoder")
+    for what in ("layers", "attention_heads")
+}
+BART |= {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40, "max_position_embeddings": 32}
+DEBERTA = {**ONE_BLOCK, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
+gemma = partial(hf, "Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=8, attn_implementation="eager")
+t5 = partial(hf, "T5ForConditionalGeneration", **T5, pad_token_id=0, decoder_start_token_id=0)
+bart = partial(hf, "BartForConditionalGeneration", **BART, pad_token_id=0)
+deberta = partial(hf, "DebertaV2Model", **DEBERTA, vocab_size=40, initializer_range=0.4)
 
 
 def run_seq2seq(model):
@@ -270,16 +264,17 @@ def run_attended(model):
     return model(on(drawn(2, 3, 8), model))
 
 
+EXPERTS = {
+    "Mixtral": {"num_local_experts": 4},
+    "Qwen3Moe": {"moe_intermediate_size": 8, "head_dim": 8, "num_experts": 4},
+    "GptOss": {"num_local_experts": 4, "head_dim": 8},
+}
+"""Families that keep their experts as 3-D parameters."""
+
+
 def experts_of(family, product):
-    """A family that keeps its experts as 3-D parameters, with one of transformers' products over them."""
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2}
-    more = {"mixtral": {"num_local_experts": 4}, "gpt_oss": {"num_local_experts": 4, "head_dim": 8}}
-    more["qwen3_moe"] = {"moe_intermediate_size": 8, "head_dim": 8, "num_experts": 4}
-    names = {"mixtral": "Mixtral", "gpt_oss": "GptOss", "qwen3_moe": "Qwen3Moe"}
-    torch.manual_seed(0)
-    config = getattr(tf, f"{names[family]}Config")(**shape, **heads, **more[family])
-    model = getattr(tf, f"{names[family]}ForCausalLM")(config)
+    """One of them, with one of transformers' products over the stacks."""
+    model = hf(f"{family}ForCausalLM", **GROUPED, num_experts_per_tok=2, **EXPERTS[family])
     model.set_experts_implementation(product)
     for name, parameter in model.named_parameters():
         if "experts" in name:
@@ -292,13 +287,6 @@ def beit():
 
     torch.manual_seed(0)
     return nn.Sequential(BeitAttention(8, 2, qkv_bias=True))
-
-
-def deberta():
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
-    torch.manual_seed(0)
-    return tf.DebertaV2Model(tf.DebertaV2Config(**sizes, **relative, vocab_size=40, initializer_range=0.4)).eval()
 
 
 # Options, by the names that PEFT's users know.
@@ -404,19 +392,9 @@ def kind_of_experts(family, product):
     return Kind(partial(experts_of, family, product), run_tokens, fields, formula=False, meta=False)
 
 
-CONV = {
-    "Conv1d": kind_of_conv("1d", *DORA),
-    "Conv2d": kind_of_conv("2d", *DORA),
-    "Conv3d": kind_of_conv("3d", *DORA),
-    "Conv1d circular": kind_of_conv("1d circular", "dora"),
-    "Conv1d grouped": kind_of_conv("1d grouped"),
-    "Conv2d reflect": kind_of_conv("2d reflect", "dora"),
-    "Conv2d replicate": kind_of_conv("2d replicate"),
-    "Conv2d circular": kind_of_conv("2d circular"),
-    "Conv2d grouped": kind_of_conv("2d grouped", "dora"),
-    "Conv2d grouped, with a bias": kind_of_conv("2d grouped, with a bias", "lora_bias", "rslora"),
-    "Conv3d grouped": kind_of_conv("3d grouped"),
-}
+OF_CONV = {"1d": DORA, "2d": DORA, "3d": DORA, "2d grouped, with a bias": ("lora_bias", "rslora")}
+OF_CONV |= dict.fromkeys(["1d circular", "2d reflect", "2d grouped"], ("dora",))
+CONV = {f"Conv{which}": kind_of_conv(which, *OF_CONV.get(which, ())) for which in CONVS}
 EMBEDDING = {
     "Embedding": kind_of_embedding(embedding, "rslora", "dora", peft="both", formula=True),
     "Embedding with padding": kind_of_embedding(
@@ -452,7 +430,7 @@ PARAMETER = {
     ),
     **{
         f"experts of {family}, {product}": kind_of_experts(family, product)
-        for family in ("mixtral", "qwen3_moe", "gpt_oss")
+        for family in EXPERTS
         for product in ("eager", "batched_mm", "grouped_mm")
     },
 }

@@ -45,7 +45,7 @@ def test_a_module_to_save_inside_an_encoder_layer_counts_in_eval(saved):
     ids=lambda fields: next(iter(fields)),
 )
 def test_debertas_table_which_its_encoder_reads_whole_is_refused_by_name(fields):
-    model = deberta()
+    model = deberta().eval()
     keys = list(model.state_dict())
     with pytest.raises(TargetError, match=r"'encoder.rel_embeddings': DebertaV2Encoder reads its weight"):
         inject(model, config(**fields))

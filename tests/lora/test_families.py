@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import LoRALinear, kind_of
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.select import select
+from tests.factories import hf
 from tests.lora.coverage import note
 from tests.lora.kinds import bart
 from tests.lora.laws import TOLERANCE, check_fresh, dtypes, relative, still, stir
@@ -98,10 +100,9 @@ TIMM_VIT = {"img_size": 32, "patch_size": 16, "embed_dim": 16, "depth": 2, "num_
 MOE = ["experts.gate_up_proj", "experts.down_proj"]
 
 
-def hf(model, run=logits, config="", fields=None, **sizes):
+def of(model, run=logits, config="", fields=None, **sizes):
     """A small model of transformers by its class, its output, and what is adapted."""
-    config = config or f"{model.partition('For')[0]}Config"
-    return lambda: getattr(tf, model)(getattr(tf, config)(**sizes)), run, fields or {}
+    return partial(hf, model, config, **sizes), run, fields or {}
 
 
 def on_image(make, fields, size=32):
@@ -125,42 +126,42 @@ OF_TIMMS_CONVNEXT = {"target_modules": ["conv_dw", "fc1", "fc2"], "rank_pattern"
 
 # name: (make, run, config)
 FAMILIES = {
-    "llama": hf("LlamaForCausalLM", **GROUPED),
-    "qwen2": hf("Qwen2ForCausalLM", **GROUPED),
-    "qwen3": hf("Qwen3ForCausalLM", **GROUPED, head_dim=8),
-    "gemma": hf("GemmaForCausalLM", **GROUPED, head_dim=8),
-    "gemma3 with its embedding": hf(
+    "llama": of("LlamaForCausalLM", **GROUPED),
+    "qwen2": of("Qwen2ForCausalLM", **GROUPED),
+    "qwen3": of("Qwen3ForCausalLM", **GROUPED, head_dim=8),
+    "gemma": of("GemmaForCausalLM", **GROUPED, head_dim=8),
+    "gemma3 with its embedding": of(
         "Gemma3ForCausalLM",
         config="Gemma3TextConfig",
         fields={"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
         **GROUPED,
         head_dim=8,
     ),
-    "mistral": hf("MistralForCausalLM", **GROUPED),
-    "mixtral": hf("MixtralForCausalLM", fields={"target_parameters": MOE}, **GROUPED, num_local_experts=2),
-    "phi": hf("PhiForCausalLM", **SMALL, vocab_size=40),
-    "phi3 in parts": hf(
+    "mistral": of("MistralForCausalLM", **GROUPED),
+    "mixtral": of("MixtralForCausalLM", fields={"target_parameters": MOE}, **GROUPED, num_local_experts=2),
+    "phi": of("PhiForCausalLM", **SMALL, vocab_size=40),
+    "phi3 in parts": of(
         "Phi3ForCausalLM", fields={"slices": {"qkv_proj": ["q", "v"], "gate_up_proj": ["up"]}}, **GROUPED
     ),
-    "gpt2": hf("GPT2LMHeadModel", config="GPT2Config", **GPT2),
-    "gpt2 in parts": hf(
+    "gpt2": of("GPT2LMHeadModel", config="GPT2Config", **GPT2),
+    "gpt2 in parts": of(
         "GPT2LMHeadModel",
         config="GPT2Config",
         fields={"target_modules": ["c_attn"], "slices": {"c_attn": ["q", "v"]}},
         **GPT2,
     ),
-    "gpt-neox": hf("GPTNeoXForCausalLM", fields={"slices": {"query_key_value": ["q", "v"]}}, **SMALL, vocab_size=40),
-    "opt": hf("OPTForCausalLM", **OPT),
-    "bert": hf("BertForSequenceClassification", **BERT),
-    "roberta": hf("RobertaForSequenceClassification", **BERT),
-    "deberta-v2": hf("DebertaV2ForSequenceClassification", **DEBERTA),
-    "t5": hf("T5ForConditionalGeneration", seq2seq, **T5),
+    "gpt-neox": of("GPTNeoXForCausalLM", fields={"slices": {"query_key_value": ["q", "v"]}}, **SMALL, vocab_size=40),
+    "opt": of("OPTForCausalLM", **OPT),
+    "bert": of("BertForSequenceClassification", **BERT),
+    "roberta": of("RobertaForSequenceClassification", **BERT),
+    "deberta-v2": of("DebertaV2ForSequenceClassification", **DEBERTA),
+    "t5": of("T5ForConditionalGeneration", seq2seq, **T5),
     "bart": (bart, seq2seq, {}),
     "vit": on_image(
-        hf("ViTForImageClassification", **SMALL, image_size=32, patch_size=16)[0], {"target_modules": OF_VIT}
+        of("ViTForImageClassification", **SMALL, image_size=32, patch_size=16)[0], {"target_modules": OF_VIT}
     ),
-    "resnet": on_image(hf("ResNetForImageClassification", **RESNET)[0], {"target_modules": ["convolution"]}),
-    "convnext": on_image(hf("ConvNextForImageClassification", **CONVNEXT)[0], OF_CONVNEXT),
+    "resnet": on_image(of("ResNetForImageClassification", **RESNET)[0], {"target_modules": ["convolution"]}),
+    "convnext": on_image(of("ConvNextForImageClassification", **CONVNEXT)[0], OF_CONVNEXT),
     "clip": (clip, run_clip, {}),
     "whisper": (whisper, run_whisper, {"target_modules": OF_WHISPER}),
     "nn.Transformer": (Translator, lambda model: model(IDS), {}),

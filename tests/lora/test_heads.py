@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
-import transformers
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.targets.output_heads import output_head
-from tests.factories import FAMILIES, Own, bert
+from tests.factories import FAMILIES, Own, bert, hf
 
 
 def block() -> nn.Module:
@@ -31,7 +30,7 @@ def own(*without: str) -> nn.Module:
 def of_transformers(model: str, **sizes: int) -> nn.Module:
     sizes = sizes or {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     with torch.device("meta"):
-        return getattr(transformers, model)(getattr(transformers, f"{model.partition('For')[0]}Config")(**sizes))
+        return hf(model, **sizes)
 
 
 DISTILLED = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-import transformers as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.models.vision_transformer import Attention as VisionAttention
@@ -16,6 +15,7 @@ from lora_lightning import inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.layers.functional import block_rows, unblock_rows
 from lora_lightning.lora.targets.fused_projections import Slices
+from tests.factories import hf
 from tests.lora.kinds import SPECS, in_parts
 from tests.lora.laws import config, stir
 
@@ -78,15 +78,10 @@ SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vo
 GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
 
 
-def built(name, **sizes):
-    torch.manual_seed(0)
-    return getattr(tf, f"{name}Model")(getattr(tf, f"{name}Config")(**sizes))
-
-
 LAYOUTS = {
-    "query_key_value": lambda: built("GPTNeoX", **SIZES, num_attention_heads=2),
-    "c_attn": lambda: built("GPT2", **GPT2),
-    "qkv_proj": lambda: built("Phi3", **SIZES, num_attention_heads=4, num_key_value_heads=2),
+    "query_key_value": lambda: hf("GPTNeoXModel", **SIZES, num_attention_heads=2),
+    "c_attn": lambda: hf("GPT2Model", **GPT2),
+    "qkv_proj": lambda: hf("Phi3Model", **SIZES, num_attention_heads=4, num_key_value_heads=2),
 }
 
 
@@ -123,8 +118,7 @@ def parts_of_timm(attention, x):
 
 @pytest.mark.parametrize(("name", "parts"), [("query_key_value", parts_of_bloom), ("qkv", parts_of_timm)])
 def test_the_known_layout_is_the_attentions_own(name, parts):
-    torch.manual_seed(0)
-    bloom = built("Bloom", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    bloom = hf("BloomModel", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     attention = bloom.h[0].self_attention if name == "query_key_value" else VisionAttention(16, num_heads=2)
     plain = nn.ModuleDict({"attn": attention})
     x = torch.randn(1, 3, 16)

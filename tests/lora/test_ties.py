@@ -1,16 +1,17 @@
 """Tied weights: adapted, saved in full and merged without a silent double, through transformers' own saving."""
 
+from functools import partial
+
 import pytest
 import torch
-import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, remove, save_adapter
 from lora_lightning.lora.frozen.fingerprint import fingerprint
+from tests.factories import hf
 from tests.factories import llama as tiny_llama
-from tests.lora.kinds import bart, shake, t5
+from tests.lora.kinds import ONE_BLOCK, bart, shake, t5
 
 IDS = torch.tensor([[1, 5, 3, 9], [2, 2, 7, 0]])
 
@@ -109,31 +110,13 @@ def test_tied_modules_that_peft_trained_apart_load_apart(tmp_path):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
 
 
-def test_a_module_in_two_places_is_adapted_once():
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.Tanh(), shared)
-    report = inject(model, LoRAConfig(r=2, target_modules=["0", "2"], bias="all"))
-    assert [row.module for row in report.modules] == ["0"]
-    x = torch.randn(2, 4)
-    shake(model)
-    expected = model(x)
-    merge(model)
-    assert model[0] is model[2]
-    torch.testing.assert_close(model(x), expected)
-
-
-def bert():
-    torch.manual_seed(0)
-    return tf.BertForMaskedLM(tf.BertConfig(**BERT))
-
-
 def run_seq2seq(model):
     with torch.no_grad():
         return model(input_ids=IDS, decoder_input_ids=IDS).logits
 
 
-BERT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-BERT |= {"vocab_size": 40, "max_position_embeddings": 16, "pad_token_id": 0}
+BERT = {**ONE_BLOCK, "vocab_size": 40, "max_position_embeddings": 16, "pad_token_id": 0}
+bert = partial(hf, "BertForMaskedLM", **BERT)
 DECODER = {"target_modules": ["query", "cls.predictions.decoder"]}
 
 
