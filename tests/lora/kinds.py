@@ -425,9 +425,6 @@ PARAMETER = {
     "Parameter that an encoder reads whole": Kind(
         deberta, lambda m: m(IDS)[0], bare("rel_embeddings.weight"), formula=False, meta=False
     ),
-    "Parameter and a module of one attention": Kind(
-        Attended, run_attended, bare("attention.in_proj_weight") | {"target_modules": ["out_proj"]}, formula=False
-    ),
     **{
         f"experts of {family}, {product}": kind_of_experts(family, product)
         for family in EXPERTS

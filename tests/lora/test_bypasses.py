@@ -9,7 +9,7 @@ from torch import nn
 from lora_lightning import inject, merge, remove
 from lora_lightning.lora.errors import TargetError
 from tests.lora.kinds import deberta
-from tests.lora.laws import config, relative
+from tests.lora.laws import config, relative, stir
 
 
 def encoder():
@@ -32,6 +32,19 @@ def test_a_module_to_save_inside_an_encoder_layer_counts_in_eval(saved):
     assert relative(changed, before) > 1e-3
     merge(model)
     assert relative(model(x), changed) < 1e-5
+    assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
+
+
+def test_a_parameter_and_a_module_of_one_attention_together():
+    plain, x = encoder(), torch.randn(2, 3, 8)
+    model = copy.deepcopy(plain)
+    inject(model, config(target_modules=["out_proj"], target_parameters=["self_attn.in_proj_weight"]))
+    with torch.no_grad():
+        adapted = stir(model)(x)
+    assert relative(adapted, plain(x)) > 1e-3
+    assert relative(remove(copy.deepcopy(model))(x), plain(x)) < 1e-6
+    merge(model)
+    assert relative(model(x), adapted) < 1e-5
     assert [type(m) for m in model.modules()] == [type(m) for m in plain.modules()]
 
 

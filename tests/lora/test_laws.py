@@ -106,12 +106,13 @@ def updates(module, key, A, B, r, spec):
         parts = [sum(torch.outer(B[:, i * count + e], A[e * r + i]) for i in range(r)) for e in range(count)]
         return {key: torch.stack([part.T if transposed else part for part in parts])}
     if spec:
-        update, row = torch.zeros_like(weight), 0
+        flat = weight.T if isinstance(module, Conv1D) else weight
+        update, row = torch.zeros_like(flat), 0
         for i, part in enumerate(name for name in spec["of"] if name in spec["take"]):
-            rows = rows_of(spec, part, len(weight))
+            rows = rows_of(spec, part, len(flat))
             b, row = B[row : row + len(rows)], row + len(rows)
             update = update.index_add(0, torch.tensor(rows), b @ A[r * i : r * (i + 1)])
-        return {key: update}
+        return {key: update.T if isinstance(module, Conv1D) else update}
     return {key: (B @ A).T if isinstance(module, nn.Embedding | Conv1D) else B @ A}
 
 

@@ -18,7 +18,7 @@ IDS = torch.tensor([[1, 5, 3, 9], [2, 2, 7, 0]])
 
 def llama():
     torch.manual_seed(0)
-    return tiny_llama(tie_word_embeddings=True).eval()
+    return tiny_llama(tie_word_embeddings=True, attn_implementation="sdpa").eval()
 
 
 def logits(model):
