@@ -16,7 +16,7 @@ from lora_lightning.analysis.strength import Strengths
 from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.spectrum import similarity
-from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure, rank_ticks, styled, ticks
+from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure, plot_style, rank_ticks, ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ class Analysis:
 def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
     """By file name, title, caption and figure."""
     drawn: dict[str, Drawing] = {}
-    with styled():
+    with plot_style():
         if all(layer.base for adapter in found.adapters for layer in adapter.layers):
             panels = by_layer(found.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
         else:
@@ -68,7 +68,7 @@ def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
 
 def gain_against_drift(found: Strengths) -> Drawing:
     """The validation metric over the drift, a point for each strength with standard errors of both."""
-    with styled():
+    with plot_style():
         drawn = figure(COLUMN, 3.0)
         axis = drawn.subplots()
         x = [one.drift.main for one in found.found]

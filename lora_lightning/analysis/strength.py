@@ -16,7 +16,7 @@ from lora_lightning.analysis.drift import Drift, Mean
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import refuse_strength
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.positions import evaluating, refuse_too_long
+from lora_lightning.tasks.positions import in_evaluation, refuse_too_long
 
 GROUPS = 10
 """Parts of the validation set, each of which is left out once."""
@@ -102,7 +102,7 @@ def validation_metrics(
     task.reset("val")
     known: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    with evaluating(backbone), torch.no_grad():
+    with in_evaluation(backbone), torch.no_grad():
         for group, batch in batches:
             refuse_too_long(backbone, batch)
             with forward():

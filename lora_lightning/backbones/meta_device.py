@@ -41,7 +41,7 @@ def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:
 
 
 @contextmanager
-def recorded(on_meta: bool) -> Iterator[list[Path]]:
+def record_files(on_meta: bool) -> Iterator[list[Path]]:
     """Within the block, where `on_meta` says so, transformers reads no numbers; gives the files that it opened."""
     files: list[Path] = []
 

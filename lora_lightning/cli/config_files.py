@@ -19,7 +19,7 @@ GONE = dict.fromkeys(
 NULL = "tag:yaml.org,2002:null"
 
 
-def named(args: Sequence[str]) -> list[str]:
+def config_values(args: Sequence[str]) -> list[str]:
     """The values of `-c` and `--config`, in their order: later ones win."""
     found = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
     return [value for value in found if value]
@@ -35,7 +35,7 @@ def check(args: Sequence[str]) -> None:
     Raises:
         LoRAError: one is missing, no UTF-8, no YAML, empty, says a key twice, or is no map of keys.
     """
-    for value in named(args):
+    for value in config_values(args):
         if "\n" not in value and "{" not in value and "://" not in value:
             check_file(Path(value))
 
@@ -47,8 +47,8 @@ def check_file(file: Path) -> None:
         held = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
         raise LoRAError(f"--config {file} is a folder{held}; name a file")
     if not file.is_file():
-        raise LoRAError(f"no config file {file}{GONE.get(file.name) or _meant(file)}")
-    root = tree(file)
+        raise LoRAError(f"no config file {file}{GONE.get(file.name) or _near_files(file)}")
+    root = yaml_tree(file)
     if root is None or (root.tag == NULL and not root.value):  # or of --- alone
         raise LoRAError(f"{file} is empty: a config holds keys with values, such as those of configs/demo.yaml")
     if not isinstance(root, yaml.MappingNode):
@@ -59,7 +59,7 @@ def check_file(file: Path) -> None:
     _refuse_all_empty(file, root)
 
 
-def tree(file: Path) -> yaml.Node | None:
+def yaml_tree(file: Path) -> yaml.Node | None:
     """A file's YAML with its lines; None where it is empty.
 
     Raises:
@@ -115,7 +115,7 @@ def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
         raise LoRAError(f"{file}, line {line}: '{key.value}' holds nothing: give it keys or a value, or leave it out")
 
 
-def _meant(file: Path) -> str:
+def _near_files(file: Path) -> str:
     """Files of about this name in that folder, or of this name in a folder of about that name or below configs/."""
     folder = file.parent
     if not folder.is_dir():

@@ -21,7 +21,7 @@ from lora_lightning.analysis.similarity import between_adapters
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
 from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
-from lora_lightning.commands.drift import Asked, drift_tables, measured_drift, write_record
+from lora_lightning.commands.drift import Asked, drift_of_run, drift_tables, write_record
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -92,16 +92,16 @@ def analyze(request: Request) -> Analysis:
     if found.pairs and not any(pair.layers for pair in found.pairs):
         raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
     if request.drift is not None:
-        found.drift = measured_drift(sources[0].run, request.drift, sources[0].notes)
+        found.drift = drift_of_run(sources[0].run, request.drift, sources[0].notes)
     if request.truncate is not None:
-        found.truncation = _truncated(sources[0], request)
+        found.truncation = _truncate_adapter(sources[0], request)
     svgs = write(found, request)
     if found.drift is not None and sources[0].run is not None:
         write_record(run_of_checkpoint(Path(sources[0].adapter.source)), found.drift, svgs.get("drift"))
     return found
 
 
-def _truncated(source: Source, request: Request) -> Truncation:
+def _truncate_adapter(source: Source, request: Request) -> Truncation:
     assert request.truncate is not None
     directory = request.output_dir / TRUNCATED
     told = truncate(source.adapter, request.truncate, directory)

@@ -180,7 +180,7 @@ def hub_dataset(
     Raises:
         LoRAError: no such set, split or column.
     """
-    data = _loaded(path, split, name, streaming, revision)
+    data = _load(path, split, name, streaming, revision)
     held = list(data.column_names or [])
     if columns:
         for column in columns:
@@ -227,7 +227,7 @@ class Stream(IterableDataset[Any]):
         self.data.set_epoch(epoch)
 
 
-def _loaded(path: str, split: str, name: str | None, streaming: bool, revision: str | None) -> Any:
+def _load(path: str, split: str, name: str | None, streaming: bool, revision: str | None) -> Any:
     found = resolve(path)
     try:
         return datasets.load_dataset(found, name, split=split, streaming=streaming, revision=revision)

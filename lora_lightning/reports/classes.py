@@ -51,7 +51,7 @@ class ClassCounts:
             if len(self.mistakes) >= MISTAKES and float(confidence[i]) <= self.mistakes[-1]["confidence"]:
                 break
             told = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
-            self._keep([{**told, **shown_input(batch, i, tokenizer)}])
+            self._keep([{**told, **input_of(batch, i, tokenizer)}])
 
     def join(self, others: Iterable[ClassCounts]) -> ClassCounts:
         """Count in what other processes counted."""
@@ -74,7 +74,7 @@ class ClassCounts:
         return {"labels": list(map(str, labels)), "counts": self.counts.tolist(), "mistakes": self.mistakes}
 
 
-def shown_input(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
+def input_of(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
     """The text, or the picture as a `data:` address, of one row of a batch; nothing where it is neither."""
     ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
     if tokenizer is not None and isinstance(ids, Tensor):
@@ -126,7 +126,7 @@ def confusions(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int,
     return rows
 
 
-def mixed_up(found: Mapping[str, Any]) -> Table:
+def confused_pairs(found: Mapping[str, Any]) -> Table:
     """The pairs of classes that are mixed up most, where there are too many classes for a matrix."""
     labels = found["labels"]
     pairs = [

@@ -52,9 +52,9 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
         if len(counts) > MOST_LABELS:
             told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
         else:
-            told = ", ".join(f"{shown_label(name)} {count:,}" for name, count in counts.items())
+            told = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
         lines.append(f"labels in {split}: {told}")
-    for what, shares in cut_by_what(summary).items():
+    for what, shares in cut_shares_by_kind(summary).items():
         lines.append(f"{what}: " + ", ".join(f"{share:.1%} of {split}" for split, share in shares.items()))
     text = Text("\n".join(lines))
     for warning in summary.get("warnings", ()):
@@ -95,7 +95,7 @@ def _place(logger: Logger) -> str:
     """Where this logger's results are found."""
     if not isinstance(logger, WandbLogger):
         return type(logger).__name__
-    return f"W&B (wandb sync {Path(logger.experiment.dir).parent})" if logger._offline else "W&B"
+    return f"W&B (wandb sync {Path(logger.experiment.dir).parent})" if logger.experiment.offline else "W&B"
 
 
 def backbone_name(backbone: nn.Module) -> str:
@@ -195,12 +195,12 @@ def _percent(share: float) -> str:
 # ---- the data
 
 
-def shown_label(name: str) -> str:
+def quote_label(name: str) -> str:
     """In quotes where blanks would not be seen."""
     return name if name and name == name.strip() else repr(name)
 
 
-def cut_by_what(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def cut_shares_by_kind(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Of `texts cut`, `sources cut` and so on, the share by split."""
     found: dict[str, dict[str, float]] = {}
     for split, shares in summary.get("cut", {}).items():
@@ -220,9 +220,9 @@ def data_table(summary: Mapping[str, Any]) -> Table:
     rows = [["rows", *(f"{summary['rows'][split]:,}" for split in splits)]]
     for label in dict.fromkeys(name for counts in labels.values() for name in counts):
         rows.append(
-            [f"labeled {shown_label(label)}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)]
+            [f"labeled {quote_label(label)}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)]
         )
-    for what, shares in cut_by_what(summary).items():
+    for what, shares in cut_shares_by_kind(summary).items():
         rows.append([what, *(f"{shares[split]:.1%}" if split in shares else "" for split in splits)])
     return Table(header=["data", *splits], rows=rows, note="\n".join(summary.get("warnings", [])))
 

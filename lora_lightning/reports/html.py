@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from lora_lightning.lora.formats.atomic_dir import human_size, write_bytes
-from lora_lightning.reports.classes import MOST_SHOWN, class_table, confusions, mixed_up
+from lora_lightning.reports.classes import MOST_SHOWN, class_table, confused_pairs, confusions
 from lora_lightning.reports.console import BEFORE, data_table, report_rows, short_count
 from lora_lightning.reports.curves import Chart, charts_of, numbers_table, read_metrics, short
 from lora_lightning.reports.figures import Drawing
@@ -104,12 +104,12 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_allowed,
+        finalize=_replace_forbidden,
     )
     return environment.get_template("template.html.j2")
 
 
-def _allowed(value: Any) -> Any:
+def _replace_forbidden(value: Any) -> Any:
     """Text without the characters that no page may have."""
     return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
@@ -151,7 +151,7 @@ def run_page(folder: Path) -> str:
     sections += _classes(classes["test"], "test")
     sections += [
         *_drift(folder),
-        *_adapted(v),
+        *_adapted_section(v),
         *_answers(_lines(folder / SAMPLES)),
         *_facts(v),
         *_config(_text(folder / CONFIG)),
@@ -204,7 +204,7 @@ def badges(v: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def cards(v: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The figures that are asked for first: name, figure, and what stands beside it."""
-    found = [card for stage in ("val", "test") for card in _monitored(v, stage)]
+    found = [card for stage in ("val", "test") for card in _monitored_card(v, stage)]
     if "trainable" in v:
         found.append(("trainable", short_count(v["trainable"]), f"{v['trainable'] / max(v['total'], 1):.2%} of all"))
     if size := v.get("adapter_bytes") or v.get("adapter_tensor_bytes"):
@@ -222,7 +222,7 @@ def cards(v: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _monitored(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, str]]:
+def _monitored_card(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, str]]:
     """The figure that chose the best checkpoint, else the loss."""
     monitored = str(v.get("monitor") or "val/loss").partition("/")[2]
     metric = next((name for name in (monitored, "loss") if f"{stage}_{name}" in v), None)
@@ -268,7 +268,7 @@ def _classes(found: Mapping[str, Any], words: str, *, fold: bool = False) -> lis
         return []
     many = len(found["labels"]) > MOST_SHOWN
     blocks = [Block(table=class_table(found), fold="Figures of every class" if many else "")]
-    blocks += [Block(table=mixed_up(found)) if many else Block(matrix=confusions(found))]
+    blocks += [Block(table=confused_pairs(found)) if many else Block(matrix=confusions(found))]
     sections = [Section(f"Classes, {words}", blocks, beside=not many)]
     if found["mistakes"]:
         named = [
@@ -295,7 +295,7 @@ def _drift(folder: Path) -> list[Section]:
     return sections
 
 
-def _adapted(v: Mapping[str, Any]) -> list[Section]:
+def _adapted_section(v: Mapping[str, Any]) -> list[Section]:
     """The grouped injection table."""
     rows = v.get("adapted")
     if not rows:

@@ -161,7 +161,7 @@ def _of_timm(name: str) -> Preprocessing:
         resize=(math.floor(height / found["crop_pct"]), math.floor(width / found["crop_pct"])) if exact else shorter,
         mean=tuple(found["mean"]),
         std=tuple(found["std"]),
-        interpolation=_known(found["interpolation"], name),
+        interpolation=_interpolation(found["interpolation"], name),
     )
 
 
@@ -182,7 +182,7 @@ def _of_torchvision(name: str) -> Preprocessing:
         resize=resize if crop else size,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
-        interpolation=_known(preset.interpolation.value, name),
+        interpolation=_interpolation(preset.interpolation.value, name),
     )
 
 
@@ -232,7 +232,7 @@ def _of_transformers(name: str) -> Preprocessing:
     )
 
 
-def _known(interpolation: str, name: str) -> Interpolation:
+def _interpolation(interpolation: str, name: str) -> Interpolation:
     for known in PIL_FILTERS.values():
         if interpolation == known:
             return known

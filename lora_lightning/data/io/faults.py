@@ -62,11 +62,11 @@ def header_of(file: str, delimiter: str = ",") -> list[str]:
 def _too_wide(row: int, header: list[str], fields: list[str], delimiter: str) -> str | None:
     if len(fields) <= len(header):
         return None
-    advice = separated_by_another(header) or f"a text with {delimiter!r} in it stands in quotes"
+    advice = separator_advice(header) or f"a text with {delimiter!r} in it stands in quotes"
     return f"row {row}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}; {advice}"
 
 
-def separated_by_another(header: Sequence[str]) -> str:
+def separator_advice(header: Sequence[str]) -> str:
     """What to say of a header that is one field with another sign in it; else an empty text."""
     sign = next((sign for sign in (";", "\t", "|") if sign in header[0]), None) if len(header) == 1 else None
     said = f"its cells seem to be separated by {sign!r}; a .csv is separated by commas, a .tsv by tabs"

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.data.io.faults import fault_in, header_of, separated_by_another, wide_first_row
+from lora_lightning.data.io.faults import fault_in, header_of, separator_advice, wide_first_row
 from lora_lightning.data.io.rows import ROW
 from lora_lightning.data.io.splits import CALLED, split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -116,7 +116,7 @@ def check_names(
     own = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
-            if advice := separated_by_another(own):
+            if advice := separator_advice(own):
                 raise LoRAError(f"{where}, has the one column {own[0]!r}: {advice}")
             said = [name for name, value in (settings or {}).items() if name.endswith("_column") and value == column]
             guess, by = did_you_mean(column, own), f" with {said[0]}" if said else ""
@@ -224,8 +224,9 @@ def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
     """
     files = _files_by_split(path, more)
     if "train" not in files:
+        corpus = "; YAML dialogues: from a clone, take demos.dialogues.DialogueData" if any(path.glob("*.yml")) else ""
         raise LoRAError(
-            f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
+            f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet{corpus}"
         )
     return files
 

@@ -21,7 +21,7 @@ from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.lora.report import InjectionReport
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.callbacks.export_on_fit_end import best_in
 from lora_lightning.training.callbacks.prediction_writer import rows
 from lora_lightning.training.checkpoints import run_folder as run
@@ -220,7 +220,7 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
     batch = first_batch([trainer.val_dataloaders], module)
     if batch is None:
         return None
-    with evaluating(module.backbone), trainer.precision_plugin.forward_context():
+    with in_evaluation(module.backbone), trainer.precision_plugin.forward_context():
         said = module.task.predict(module.backbone, batch)
     names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
     size = min(count, *(len(values) for values in said.values()))
