@@ -338,12 +338,12 @@ def kind_of_conv(which, *options):
     return Kind(partial(conv, which), partial(run_conv, which=which), fields, ("plain", *options), witness)
 
 
-def kind_of_attention(*targets, parts=(), **kwargs):
-    slices = {"attn": list(parts)} if parts else {}
+def kind_of_attention(*targets, parts=(), ranks=None, **kwargs):
+    patterns = {"rank_pattern": ranks or {}, "alpha_pattern": {"out_proj": 5.0} if ranks else {}}
+    fields = {"target_modules": [*targets], "slices": {"attn": list(parts)} if parts else {}, **patterns}
     peft = "ours" if targets == ("attn",) and not kwargs else ""
-    return Kind(
-        partial(Attention, **kwargs), run_attention, {"target_modules": [*targets], "slices": slices}, peft=peft
-    )
+    options = ("plain", "rslora") if ranks else ("plain",)
+    return Kind(partial(Attention, **kwargs), run_attention, fields, options, peft)
 
 
 def bare(*names):
