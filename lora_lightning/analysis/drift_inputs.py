@@ -115,7 +115,7 @@ def run_batches(
     every = list(batches)
     sizes = [task.examples(batch) for batch in every]
     wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
-    found: list[Batch] = []
+    kept: list[Batch] = []
     names: list[str] = []
     for batch in spread(every, wanted):
         inputs, labels = dict(task.inputs(backbone, batch)), None
@@ -124,9 +124,9 @@ def run_batches(
         elif task.peft_task_type == SEQ2SEQ:
             labels = batch["labels"]
         rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
-        found.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
+        kept.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
         names += _called(inputs, len(names), rows, tokenizer)
-    return found, names
+    return kept, names
 
 
 def _called(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:

@@ -108,8 +108,8 @@ def _base_of(files: AdapterFiles, wanted: Wanted) -> tuple[BaseFiles | None, str
             return BaseFiles(directory), ""
     except (LoRAError, OSError) as error:
         return None, f"without W0: {error}"
-    said = f"'{named}', which its config names, is no directory here" if named else "its config names no base"
-    return None, f"without W0, so without amplification: {said}; --base_model gives one"
+    reason = f"'{named}', which its config names, is no directory here" if named else "its config names no base"
+    return None, f"without W0, so without amplification: {reason}; --base_model gives one"
 
 
 def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool = False) -> Weights:

@@ -185,8 +185,8 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
         raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
     texts = spread(neutral_texts(), asked.most) if source == NEUTRAL else read_texts(source, asked.column, asked.most)
     longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
-    told = "neutral text of this package" if source == NEUTRAL else source
-    return told, text_batches(texts, tokenizer, task, backbone, longest), texts
+    name = "neutral text of this package" if source == NEUTRAL else source
+    return name, text_batches(texts, tokenizer, task, backbone, longest), texts
 
 
 def drift_tables(found: Strengths) -> list[Table]:

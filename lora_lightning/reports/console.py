@@ -50,10 +50,10 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
     lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
     for split, counts in summary.get("labels", {}).items():
         if len(counts) > MOST_LABELS:
-            told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+            counted = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
         else:
-            told = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
-        lines.append(f"labels in {split}: {told}")
+            counted = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
+        lines.append(f"labels in {split}: {counted}")
     for what, shares in cut_shares_by_kind(summary).items():
         lines.append(f"{what}: " + ", ".join(f"{share:.1%} of {split}" for split, share in shares.items()))
     text = Text("\n".join(lines))
@@ -82,12 +82,12 @@ def first_lines(trainer: Trainer, backbone: nn.Module, report: InjectionReport, 
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     where = f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
-    told = "nowhere" if folder is None else str(folder)
+    folders = "nowhere" if folder is None else str(folder)
     others = [_place(logger) for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
-    told += f" and {', '.join(others)}" if others and folder is not None else ""
+    folders += f" and {', '.join(others)}" if others and folder is not None else ""
     return [
         f"{backbone_name(backbone)}, {short_count(report.frozen)} frozen parameters",
-        f"on {where} in {trainer.precision}; results go to {told}",
+        f"on {where} in {trainer.precision}; results go to {folders}",
     ]
 
 
@@ -150,15 +150,15 @@ class PartDtypes:
         """What a person reads: dtypes, then modes."""
         total = max(1, sum(self.w0.values()))
         shares = [name if len(self.w0) == 1 else f"{name} {_percent(n / total)}" for name, n in self.w0.items()]
-        told = [f"W0 {', '.join(shares)}", f"A and B {', '.join(self.adapter)}"]
-        told += [f"{name} {', '.join(dtypes)}" for name, dtypes in self.saved.items()]
-        told.append(f"{self.autocast} autocast" if self.autocast else "no autocast")
+        dtypes_of = [f"W0 {', '.join(shares)}", f"A and B {', '.join(self.adapter)}"]
+        dtypes_of += [f"{name} {', '.join(dtypes)}" for name, dtypes in self.saved.items()]
+        dtypes_of.append(f"{self.autocast} autocast" if self.autocast else "no autocast")
         cpu = ", which CPUs do not have" if self.asked in ("16-mixed", "16") else ""
         asked = "" if self.asked is None else f", for {self.asked}{cpu}"
         own = "off" if self.backbone_mode == "eval" else "on"
         ours = f", LoRA's {' and '.join(f'{p:g}' for p in self.dropout)} on" if self.dropout else ""
         return (
-            f"dtypes: {'; '.join(told)} (precision {self.precision}{asked})",
+            f"dtypes: {'; '.join(dtypes_of)} (precision {self.precision}{asked})",
             f"modes: the backbone in {self.backbone_mode} (backbone_mode): its own dropout {own}{ours}",
         )
 

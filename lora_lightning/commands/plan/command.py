@@ -64,13 +64,13 @@ def make_plan(
 def _leave_out_data(config: Any, num_labels: int | None, notes: Notes) -> None:
     """Set what the data would hand down, from their section of the config, and make neither them nor callbacks."""
     parts = [part.get("init_args") or {} for part in (config.model.task, config.model.backbone)]
-    told: dict[str, Any] = {"pad_token_id": 0, "tokenizer": PreTrainedTokenizerBase.__new__(PreTrainedTokenizerBase)}
+    assumed: dict[str, Any] = {"pad_token_id": 0, "tokenizer": PreTrainedTokenizerBase.__new__(PreTrainedTokenizerBase)}
     if any("num_classes" in inner or "label_names" in inner for inner in parts):
         names = labels_in(config.data, num_labels, notes)
-        told |= {"num_classes": ASSUMED_LABELS if names is None else len(names), "label_names": names}
+        assumed |= {"num_classes": ASSUMED_LABELS if names is None else len(names), "label_names": names}
     for inner in parts:
-        for name in told.keys() & inner.keys():
-            inner[name] = told[name]
+        for name in assumed.keys() & inner.keys():
+            inner[name] = assumed[name]
     config.data = None
     for name in UNUSED:
         config.trainer[name] = None

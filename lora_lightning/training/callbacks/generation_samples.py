@@ -152,12 +152,12 @@ def answers(
     """
     device = next(backbone.parameters()).device
     options = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": stops(backbone, data) or None}
-    said = []
+    texts = []
     for prompt in tqdm(prompts, desc=f"answers {what}", leave=False):
         ids = torch.tensor([prompt.input_ids], device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        said += generate_texts(backbone, inputs, data.tokenizer, options)
-    return said
+        texts += generate_texts(backbone, inputs, data.tokenizer, options)
+    return texts
 
 
 def stops(backbone: nn.Module, data: GivesPrompts) -> list[int]:
