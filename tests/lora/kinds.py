@@ -338,12 +338,10 @@ def kind_of_conv(which, *options):
     return Kind(partial(conv, which), partial(run_conv, which=which), fields, ("plain", *options), witness)
 
 
-def kind_of_attention(*targets, parts=(), ranks=None, **kwargs):
-    patterns = {"rank_pattern": ranks or {}, "alpha_pattern": {"out_proj": 5.0} if ranks else {}}
-    fields = {"target_modules": [*targets], "slices": {"attn": list(parts)} if parts else {}, **patterns}
+def kind_of_attention(*targets, parts=(), **kwargs):
+    fields = {"target_modules": [*targets], "slices": {"attn": list(parts)} if parts else {}}
     peft = "ours" if targets == ("attn",) and not kwargs else ""
-    options = ("plain", "rslora") if ranks else ("plain",)
-    return Kind(partial(Attention, **kwargs), run_attention, fields, options, peft)
+    return Kind(partial(Attention, **kwargs), run_attention, fields, peft=peft)
 
 
 def bare(*names):
@@ -446,8 +444,6 @@ ATTENTION = {
     "attention, each head's weights": kind_of_attention(*BOTH, call={"average_attn_weights": False}),
     **{f"attention, {name}": kind_of_attention(*BOTH, call=call, add_bias_kv=True) for name, call in masks().items()},
     "attention of q and v": kind_of_attention("attn", parts="qv"),
-    "attention, a rank and an alpha for out_proj": kind_of_attention(*BOTH, ranks={"out_proj": 4}),
-    "attention of q and v, of another rank": kind_of_attention(*BOTH, parts="qv", ranks={"attn": 4}),
     "attention of k": kind_of_attention("attn", parts="k", cross=True),
     "attention of v, k and q, unfused": kind_of_attention("attn", parts="vkq", cross=True, kdim=5, vdim=6),
     "every bias beside conv and attention": kind_of_attended(["conv", "attention"], peft="ours"),

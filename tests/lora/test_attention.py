@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lora_lightning import disabled, inject, load_adapter, merge
-from tests.lora.kinds import NUM_HEADS, WIDTH, Attention, drawn, on
+from lora_lightning import disabled, inject, load_adapter, merge, save_adapter
+from tests.lora.kinds import NUM_HEADS, WIDTH, Attention, drawn, on, run_attention
 from tests.lora.laws import (
     check_we_open_pefts,
     config,
@@ -91,6 +91,24 @@ def test_out_proj_of_pefts_directory_counts_once(tmp_path):
     base = theirs.base_model.model.attn.base_layer.out_proj
     delta = 2.5 * base.lora_B["default"].weight @ base.lora_A["default"].weight
     assert torch.allclose(model.attn.out_proj.delta_weight(), delta, atol=1e-6)
+
+
+@pytest.mark.parametrize("ranks", [{}, {"out_proj": 4}, {"attn": 4}])
+@pytest.mark.parametrize("slices", [{}, {"attn": ["q", "v"]}])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_different_ranks_and_alphas_come_back(ranks, slices, rslora, tmp_path):
+    model = Attention()
+    chosen = {"target_modules": ["attn", "out_proj"], "slices": slices, "use_rslora": rslora}
+    inject(model, config(rank_pattern=ranks, alpha_pattern={"out_proj": 5.0}, **chosen))
+    stir(model)
+    again = Attention()
+    load_adapter(again, save_adapter(model, tmp_path))
+    for name in ("attn", "attn.out_proj"):
+        ours, theirs = model.get_submodule(name), again.get_submodule(name)
+        assert ours.lora_settings == theirs.lora_settings
+        assert torch.allclose(ours.lora_A, theirs.lora_A)
+        assert torch.allclose(ours.lora_B, theirs.lora_B)
+    assert relative(run_attention(again), run_attention(model)) < 1e-6
 
 
 def test_an_attention_with_a_forward_of_its_own_reads_the_adapted_weights():
