@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, scaled
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from tests.factories import assert_same, move, snapshot
 from tests.lora.coverage import note
 from tests.lora.kinds import SUBTRACTED
@@ -89,7 +90,7 @@ def check_laws(make, run, config, dtype, tmp_path, *, data=None):
     assert list(merged.state_dict()) == list(before["state"])
     assert_same(remove(model), before)
     assert torch.equal(still(run, model), output)
-    inject(model, config, start=False)
+    inject(model, config, run_init=False)
     note(dtype=dtype, report=report)
     return report
 
@@ -122,7 +123,7 @@ def check_injected(plain, model, run, config, before, data):
 def check_copies(plain, model, run, config, output):
     """Copied, pickled or resumed from its state dict, a model computes the same, and is apart from the first."""
     adapted, resumed = run(model), copy.deepcopy(plain)
-    inject(resumed, config, start=False)
+    inject(resumed, config, run_init=False)
     assert torch.equal(still(run, resumed), output), "what waits for its tensors is the plain model"
     resumed.load_state_dict(model.state_dict())
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), resumed):
