@@ -146,8 +146,8 @@ def surroundings(runs: Path) -> Iterator[Finding]:
     """Weights & Biases, and the disk that runs are written to."""
     from lora_lightning.training.tracking.wandb_logger import has_wandb_key
 
-    told = "runs are uploaded" if has_wandb_key() else "no key here, so runs stay offline: wandb login"
-    yield Finding("surroundings", "Weights & Biases", told)
+    where = "runs are uploaded" if has_wandb_key() else "no key here, so runs stay offline: wandb login"
+    yield Finding("surroundings", "Weights & Biases", where)
     there = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield Finding("surroundings", "disk", f"{runs} cannot be written: give another --runs_dir", ok=False)

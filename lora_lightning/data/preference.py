@@ -92,8 +92,8 @@ class PreferenceData(TextData):
         if of_messages and self.prompt_column is None:
             for row, chosen, rejected in cells_of(table, ROW, *answers):
                 if _without_nulls(chosen[:-1]) != _without_nulls(rejected[:-1]):
-                    said = f"the messages of '{self.chosen_column}' but for the last"
-                    raise self.bad_cell(split, row, self.rejected_column, said, rejected)
+                    expected = f"the messages of '{self.chosen_column}' but for the last"
+                    raise self.bad_cell(split, row, self.rejected_column, expected, rejected)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         of_messages = isinstance(table[0][self.chosen_column], list)

@@ -177,26 +177,27 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 def sentence(v: Mapping[str, Any]) -> str:
     """Backbone, method, and the share that trains."""
-    told = str(v.get("backbone") or "")
+    text = str(v.get("backbone") or "")
     if "total" in v:
-        told += f"{', ' if told else ''}{short_count(v['total'])} parameters, of which {v['trainable']:,} train"
-        told += f" ({v['trainable'] / max(v['total'], 1):.2%})"
+        text += f"{', ' if text else ''}{short_count(v['total'])} parameters, of which {v['trainable']:,} train"
+        text += f" ({v['trainable'] / max(v['total'], 1):.2%})"
     if isinstance(lora := v.get("lora"), dict):
         ways = [("use_dora", "DoRA"), ("use_rslora", "rsLoRA")]
         method = " and ".join(name for key, name in ways if lora.get(key)) or "LoRA"
-        told += f": {method} with r = {lora.get('r')}, alpha = {lora.get('alpha'):g}"
-    return f"{told}." if told else ""
+        text += f": {method} with r = {lora.get('r')}, alpha = {lora.get('alpha'):g}"
+    text = f"{text}." if text else ""
+    return f"{text} Its sweep dropped it {v['dropped']}." if v.get("dropped") else text
 
 
 def badges(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The proofs in a word each, with the class that colors it."""
-    found = []
+    found = [("dropped", "bad")] if v.get("dropped") else []
     if "w0_unchanged" in v:
         found.append(("W0 unchanged", "good") if v["w0_unchanged"] else ("W0 moved", "bad"))
     if "export_max_rel_diff" in v and "export_tolerance" in v:
         good = v["export_max_rel_diff"] <= v["export_tolerance"]
-        told = f"export {'equals' if good else 'differs from'} the adapted model: {v['export_max_rel_diff']:.1e}"
-        found.append((told, "good" if good else "bad"))
+        text = f"export {'equals' if good else 'differs from'} the adapted model: {v['export_max_rel_diff']:.1e}"
+        found.append((text, "good" if good else "bad"))
     if v.get("best_step") is not None and v.get("monitor"):
         found.append((f"best {v['monitor']} at step {v['best_step']}", "soft"))
     return found
@@ -231,9 +232,11 @@ def _monitored_card(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, st
         return []
     before = v.get(f"{stage}_{metric}{BEFORE}")
     probe = v.get({"val": "probe_accuracy", "test": "probe_test_accuracy"}[stage]) if metric == "accuracy" else None
-    told = f"{short(before)} before" if before is not None else f"{probe:.1%} by a probe" if probe is not None else ""
+    reference = (
+        f"{short(before)} before" if before is not None else f"{probe:.1%} by a probe" if probe is not None else ""
+    )
     name = (v.get("metric_titles") or {}).get(metric, metric.replace("_", " "))
-    return [(f"{stage} {name}", f"{value:.1%}" if metric == "accuracy" else short(value), told)]
+    return [(f"{stage} {name}", f"{value:.1%}" if metric == "accuracy" else short(value), reference)]
 
 
 def duration(seconds: float) -> str:
@@ -318,11 +321,11 @@ def _answers(samples: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 def _facts(v: Mapping[str, Any]) -> list[Section]:
     """The closing table of the run, as on the screen, with the fingerprints in full."""
-    told = [row for row in report_rows(v) if row[0] != "W0 before, after"]
+    rows = [row for row in report_rows(v) if row[0] != "W0 before, after"]
     if v.get("w0_before"):
         verdict = "unchanged" if v.get("w0_unchanged") else "moved"
-        told += [("W0 before the fit", str(v["w0_before"])), ("W0 after the fit", f"{v['w0_after']}: {verdict}")]
-    return [Section("Figures and proofs", [Block(facts=Table(rows=told))])] if told else []
+        rows += [("W0 before the fit", str(v["w0_before"])), ("W0 after the fit", f"{v['w0_after']}: {verdict}")]
+    return [Section("Figures and proofs", [Block(facts=Table(rows=rows))])] if rows else []
 
 
 def _config(text: str) -> list[Section]:

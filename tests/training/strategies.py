@@ -39,8 +39,8 @@ from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding
 from lora_lightning.training import trainer as lightning_trainer
 from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry
-from lora_lightning.training.distributed import gathered
-from lora_lightning.training.strategies.base import local
+from lora_lightning.training.strategies.base import local_shard
+from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
 from tests.processes import REPOSITORY, in_processes
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
@@ -262,7 +262,7 @@ class Nudge(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if self.what == "w0" and trainer.global_step == 4 and trainer.global_rank == 1:
-            local(pl_module.backbone.layers[1].up.weight).view(-1)[0] += 1e-3
+            local_shard(pl_module.backbone.layers[1].up.weight).view(-1)[0] += 1e-3
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         if self.what == "loss" and trainer.global_step == 4 and trainer.global_rank == 1:
@@ -274,8 +274,8 @@ def raised(call: Callable[..., Any], *args: Any, **options: Any) -> list[str]:
     try:
         call(*args, **options)
     except LoRAError as error:
-        return gathered(f"{type(error).__name__}: {error}")
-    return gathered("nothing")
+        return gather(f"{type(error).__name__}: {error}")
+    return gather("nothing")
 
 
 def life(folder: Path, processes: int) -> None:
@@ -340,7 +340,7 @@ def figures(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     validated = trainer.validate(trainer.lightning_module, verbose=False, **given)[0]
     predicted = trainer.predict(trainer.lightning_module, **given)
     mine = [torch.cat([batch["logits"] for batch in predicted])]  # type: ignore[union-attr,index]
-    parts = [part[0] for part in gathered(mine)]
+    parts = [part[0] for part in gather(mine)]
     by_row = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
     for rank, part in enumerate(parts):
         by_row[rank :: len(parts)] = part

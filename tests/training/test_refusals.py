@@ -39,7 +39,7 @@ from lora_lightning.training.callbacks.generation_samples import Samples
 from lora_lightning.training.callbacks.rank_telemetry import RankTelemetry
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
 from lora_lightning.training.optim import make_optimizer
-from lora_lightning.training.precision import lightnings_own
+from lora_lightning.training.precision import lightning_precision
 from lora_lightning.training.preflight import (
     INSTEAD,
     refuse_other_count,
@@ -86,9 +86,9 @@ REFUSED = [
     (lambda: trainer(callbacks=[EMAWeightAveraging()]), "callback EMAWeightAveraging: it keeps another copy of all of"),
     (lambda: trainer(callbacks=[StochasticWeightAveraging(0.1)]), "StochasticWeightAveraging: it keeps another copy"),
     (lambda: trainer(callbacks=[ModelPruning("l1_unstructured", amount=0.5)]), "ModelPruning: .* zeros into W0"),
-    (partial(lightnings_own, "bf16-true", "cpu"), "would round A and B too"),
-    (partial(lightnings_own, "16-true", "cpu"), "use bf16-base: W0 in that precision"),
-    (partial(lightnings_own, "transformer-engine", "cpu"), "in place of adapted ones"),
+    (partial(lightning_precision, "bf16-true", "cpu"), "would round A and B too"),
+    (partial(lightning_precision, "16-true", "cpu"), "use bf16-base: W0 in that precision"),
+    (partial(lightning_precision, "transformer-engine", "cpu"), "in place of adapted ones"),
     *((partial(rates, warmup=share), "a share below 1 or a whole number") for share in (-0.1, 1.5)),
     *((partial(optimizer, b_lr_ratio=ratio), "b_lr_ratio") for ratio in (0.0, -1.0, float("nan"), float("inf"))),
     (partial(DriftMonitor, every_n_steps=0), "at least 1"),

@@ -11,10 +11,10 @@ from lora_lightning import LoRAError
 from lora_lightning.training.checkpoints.file_io import write_checkpoint
 from lora_lightning.training.checkpoints.run_folder import (
     LOCK,
-    continued,
+    continued_version,
     find_checkpoint,
     load_checkpoint,
-    locked,
+    lock_run,
     run_of_checkpoint,
 )
 from lora_lightning.training.trainer import logging_interval
@@ -67,9 +67,9 @@ def test_best_is_asked_of_model_checkpoint_where_no_file_has_that_name(trained, 
 
 def test_a_fit_goes_on_in_its_own_folder_from_its_newest_state_only(trained):
     runs = trained.parent
-    assert continued(find_checkpoint(trained, "last"), runs) == 0
-    assert continued(find_checkpoint(trained, "best"), runs) is None
-    assert continued(find_checkpoint(trained, "last"), runs.parent / "other") is None
+    assert continued_version(find_checkpoint(trained, "last"), runs) == 0
+    assert continued_version(find_checkpoint(trained, "best"), runs) is None
+    assert continued_version(find_checkpoint(trained, "last"), runs.parent / "other") is None
 
 
 def test_a_small_fit_logs_at_least_fifty_rows_and_a_long_one_every_fiftieth_step(tiny, tmp_path):
@@ -82,7 +82,7 @@ def test_a_small_fit_logs_at_least_fifty_rows_and_a_long_one_every_fiftieth_step
 
 
 def hold(folder, ready):
-    with locked(folder):
+    with lock_run(folder):
         ready.set()
         time.sleep(600)
 
@@ -116,7 +116,7 @@ def test_a_process_that_was_killed_holds_nothing(tiny, tmp_path, holder):
 
 def test_a_process_may_fit_twice_and_within_a_fit(tmp_path):
     for _ in range(2):
-        with locked(tmp_path), locked(tmp_path):
+        with lock_run(tmp_path), lock_run(tmp_path):
             assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
 
 

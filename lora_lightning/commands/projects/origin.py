@@ -29,12 +29,12 @@ def origin(template: Path) -> dict[str, str]:
 
 def _from_direct_url(template: Path) -> dict[str, str]:
     """A repository's commit, or a folder, which may have moved on since."""
-    said = _direct_url()
-    commit = said.get("vcs_info", {}).get("commit_id")
+    direct_url = _direct_url()
+    commit = direct_url.get("vcs_info", {}).get("commit_id")
     if commit:
-        return {"_src_path": f"git+{said['url']}", "_commit": commit}
-    there = Path(url2pathname(urlparse(said.get("url", "")).path), "lora_lightning", "template")
-    return _from_clone(there) if "dir_info" in said and _hold_the_same(there, template) else {}
+        return {"_src_path": f"git+{direct_url['url']}", "_commit": commit}
+    there = Path(url2pathname(urlparse(direct_url.get("url", "")).path), "lora_lightning", "template")
+    return _from_clone(there) if "dir_info" in direct_url and _hold_the_same(there, template) else {}
 
 
 def installable() -> str | None:
@@ -42,13 +42,13 @@ def installable() -> str | None:
 
     A clone is named by its remote where that has the commit, and by its folder otherwise.
     """
-    said = _direct_url()
-    if commit := said.get("vcs_info", {}).get("commit_id"):
-        return f"git+{said['url']}@{commit}"
+    direct_url = _direct_url()
+    if commit := direct_url.get("vcs_info", {}).get("commit_id"):
+        return f"git+{direct_url['url']}@{commit}"
     here = Path(__file__).parents[3]
-    folder = Path(url2pathname(urlparse(said["url"]).path)) if "dir_info" in said else here
+    folder = Path(url2pathname(urlparse(direct_url["url"]).path)) if "dir_info" in direct_url else here
     if not (folder / "pyproject.toml").is_file():
-        return str(said["url"]) if "archive_info" in said else None
+        return str(direct_url["url"]) if "archive_info" in direct_url else None
     remote = _remote_with_head(folder)
     if remote and "://" in remote:
         return f"git+{remote}@{git('rev-parse', 'HEAD', cwd=folder)}"

@@ -181,7 +181,7 @@ class ChatData(TextData, GivesPrompts):
         return encoded
 
     def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
-        """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
+        """Return the conversations that have an answer left to train on after the cut."""
         trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
         lost = [left < all_ for left, all_ in zip(trained, whole, strict=True)]
         self._cut_shares[split] = {"answers cut": sum(lost) / len(lost)}
@@ -189,14 +189,14 @@ class ChatData(TextData, GivesPrompts):
         if len(kept) < len(encoded):
             first = next(number for number, count in enumerate(trained) if not count)
             cut = sum(not left and short for left, short in zip(trained, lost, strict=True))
-            said = (
+            message = (
                 f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
                 f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"
                 f" {self.max_length} tokens"
             )
             if not kept:
-                raise LoRAError(f"{said}: raise max_length, or see what the chat template makes of them")
-            rank_zero_warn(f"{said}. They are left out")
+                raise LoRAError(f"{message}: raise max_length, or see what the chat template makes of them")
+            rank_zero_warn(f"{message}. They are left out")
         if split == "train":
             self._warn_of_open_ends(values_of(encoded, "labels"))
         return kept
@@ -222,7 +222,7 @@ class ChatData(TextData, GivesPrompts):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends answers in the first rows, and the tokenizer's own end."""
+        """Return the tokens that end answers in the first rows, and the tokenizer's own end."""
         controls, found, layout = special_ids(self.tokenizer), set(), self.layout("train")
         for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
             messages = conversation_of(row, layout, self.system)
@@ -250,7 +250,7 @@ class ChatData(TextData, GivesPrompts):
 
 def _question(messages: Sequence[Message]) -> str:
     """What a person reads as the question: one message's text, of several each with its role."""
-    said = [message for message in messages if message["role"] not in ("system", "developer")]
-    if len(said) == 1:
-        return str(said[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in said)
+    turns = [message for message in messages if message["role"] not in ("system", "developer")]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in turns)

@@ -141,8 +141,8 @@ class StreamLoader(DataLoader[Any]):
             had = batches.current.ready if epochs.started > epochs.completed else 0  # type: ignore[attr-defined]
         was, self._was = self._was, {}
         if had and (other := [name for name in was if was[name] != self._dealing()[name]]):
-            told = ", ".join(f"{name} was {was[name]} and is {self._dealing()[name]}" for name in other)
-            rank_zero_warn(f"{told}: some rows of the stream come again, or not at all")
+            differences = ", ".join(f"{name} was {was[name]} and is {self._dealing()[name]}" for name in other)
+            rank_zero_warn(f"{differences}: some rows of the stream come again, or not at all")
         return int(had)
 
     def _dealing(self) -> dict[str, int]:

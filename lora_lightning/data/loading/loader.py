@@ -61,9 +61,9 @@ class ResumableLoader(DataLoader[Any]):
             return 0
         was, now = state["order"], self._order()
         if other := [name for name in was if was[name] != now.get(name)]:
-            told = ", ".join(f"{name} was {was[name]} and is {now.get(name)}" for name in other)
+            moved = ", ".join(f"{name} was {was[name]} and is {now.get(name)}" for name in other)
             raise LoRAError(
-                f"the checkpoint lies in the middle of an epoch, and the rows would now come in another order: {told};"
+                f"the checkpoint lies in the middle of an epoch, and the rows would now come in another order: {moved};"
                 " go on with what it was, or from a checkpoint of an epoch's end"
             )
         sampler.skip(int(state["batches"]))
