@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers, scaled
+from lora_lightning.lora.inject import adapted_layers
 from tests.lora.coverage import note
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-2}

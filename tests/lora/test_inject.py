@@ -13,12 +13,12 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, disabled, inject, remove
-from lora_lightning.lora import inject as inject_file
 from lora_lightning.lora.errors import AdapterError, TargetError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, graft
+from lora_lightning.lora.report import InjectionReport
 from tests.factories import Own, assert_same, distance, folded, move, output, sequential, snapshot
 
 HEADS = {
@@ -238,8 +238,8 @@ def test_every_kind_and_option_is_undone_where_an_injection_fails_at_its_end(mon
         report(*args)
         raise MemoryError
 
-    report = inject_file._report
-    monkeypatch.setattr(inject_file, "_report", fail)
+    report = InjectionReport.of_model
+    monkeypatch.setattr(InjectionReport, "of_model", fail)
     model = Everything().train()
     model.up.weight.requires_grad_(False)
     before = snapshot(model)

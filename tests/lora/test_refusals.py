@@ -23,6 +23,8 @@ from tests.lora.options_support import net, shake
         ({"rank_pattern": {"up": 0}}, r"rank_pattern\['up'\] must be a whole number of at least 1, got 0"),
         ({"alpha_pattern": {"up": 0}}, r"alpha_pattern\['up'\] must be a finite number above 0, got 0"),
         ({"rank_pattern": {"(": 2}}, r"'\(' is not a regular expression"),
+        ({"rank_pattern": {"(?i)q": 2}}, r"rank_pattern: '\(\?i\)q' is not a regular expression \(global flags"),
+        ({"slices": {"(?i)q": ["q"]}}, r"slices: '\(\?i\)q' is not a regular expression \(global flags"),
         ({"target_modules": "("}, r"target_modules: '\(' is not a regular expression"),
         ({"target_modules": []}, "target_modules selects nothing"),
         ({"init": "gausian"}, "did you mean 'gaussian'"),

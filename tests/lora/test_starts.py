@@ -276,7 +276,7 @@ def test_an_unknown_start_is_refused(init):
 def test_an_adapter_may_be_rebuilt_for_loading_without_its_data(init):
     model = shake(started(init, dtype=torch.float32))
     again = net()
-    inject(again, LoRAConfig(r=4, alpha=6.0, init=init), start=False)
+    inject(again, LoRAConfig(r=4, alpha=6.0, init=init), run_init=False)
     assert torch.equal(again(inputs()), net()(inputs()))
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(inputs()), model(inputs()))

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import scaled
 from tests.lora.options_support import Net, inputs, net, shake
 
 LINEARS = ["up", "down", "square"]

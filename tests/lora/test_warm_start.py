@@ -8,7 +8,7 @@ from lora_lightning import LoRAConfig, inject, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.warm_start import start_from_directory, start_from_state
+from lora_lightning.lora.init.from_adapter import start_from_directory, start_from_state
 from tests.factories import FAMILIES, assert_same, bert, move, output, snapshot
 from tests.lora.options_support import inputs, net, shake
 
