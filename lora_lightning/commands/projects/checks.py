@@ -34,8 +34,8 @@ def check_name(name: str) -> str:
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in TAKEN:
         raise LoRAError(f"'{name}' means something else in Python or in the project: try '{name}_project'")
     elsewhere = [path for path in sys.path if path and Path(path).resolve() != Path.cwd()]
-    found = PathFinder.find_spec(module, elsewhere)
-    if found is not None and found.origin is not None:
+    spec = PathFinder.find_spec(module, elsewhere)
+    if spec is not None and spec.origin is not None:
         raise LoRAError(f"'{name}' would hide the installed package '{module}': try '{name}_project'")
     return name
 

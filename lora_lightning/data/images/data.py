@@ -89,9 +89,9 @@ class ImageData(OneLabel, ImageTable):
 
     def _from_reader(self, reader: Callable[[str], Any]) -> dict[str, datasets.Dataset]:
         path = self.path if isinstance(self.path, dict) else resolve(self.path)
-        found = reader(path)  # type: ignore[arg-type]
+        splits = reader(path)  # type: ignore[arg-type]
         tables = {}
-        for split, pair in (found if isinstance(found, Mapping) else {"train": found}).items():
+        for split, pair in (splits if isinstance(splits, Mapping) else {"train": splits}).items():
             if not isinstance(pair, tuple) or len(pair) != 2 or len(pair[0]) != len(pair[1]):
                 raise LoRAError(f"reader: expected images and as many labels, (images, labels), got {_describe(pair)}")
             first = len(self._arrays)

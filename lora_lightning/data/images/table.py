@@ -189,19 +189,19 @@ class ImageTable(ImageCells):
     def preprocessing(self) -> Preprocessing:
         """What is done to an image in evaluation."""
         if self._preprocessing is None:
-            found = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
-            found = found.at(self.image_size)
+            how = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
+            how = how.at(self.image_size)
             if self.crop_share == 1:
-                found = found.whole()
+                how = how.whole()
             elif self.crop_share is not None:
-                found = replace(found, resize=round(min(found.size) / self.crop_share))
+                how = replace(how, resize=round(min(how.size) / self.crop_share))
             given: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
             for name in ("mean", "std"):
                 if name in given:
                     given[name] = tuple(float(x) for x in given[name])
                     if len(given[name]) != 3:
                         raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
-            self._preprocessing = replace(found, **given)
+            self._preprocessing = replace(how, **given)
         return self._preprocessing
 
     @property

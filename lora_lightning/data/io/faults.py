@@ -24,16 +24,16 @@ def fault_in(file: str, reader: str, error: BaseException, delimiter: str = ",")
         delimiter: between a CSV's fields.
     """
     reason = " ".join(str(error).split()) or type(error).__name__
-    found = None
+    place = None
     try:
         with fsspec.open(file, "rb", compression="infer") as opened:
             if reader == "json":
-                found = _in_json(opened)
+                place = _in_json(opened)
             elif reader == "csv":
-                found = _in_csv(opened, reason, delimiter)
+                place = _in_csv(opened, reason, delimiter)
     except (OSError, EOFError, csv.Error):  # of the unpacking, or of a CSV that Python reads otherwise
         pass
-    return found or f"cannot be read as {reader}: {reason}"
+    return place or f"cannot be read as {reader}: {reason}"
 
 
 def wide_first_row(file: str, delimiter: str = ",") -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.config import LayerSettings
 from lora_lightning.lora.init.random import init_random_
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
-from lora_lightning.lora.layers.functional import bounded_rows, embedding_update, lora_delta
+from lora_lightning.lora.layers.functional import clip_norms, embedding_update, lora_delta
 
 
 class LoRAEmbedding(AdaptedLayer, nn.Embedding):
@@ -47,7 +48,7 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Whole numbers (...) to (..., width)."""
         if self.max_norm is not None:
-            return self._bounded(input)
+            return self._forward_with_max_norm(input)
         out = super().forward(input)
         return self.lora_finish(out + self.lora_update(input, out.dtype)) if self.lora_enabled else out
 
@@ -67,14 +68,14 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         # A's input is a one in one place: dropout of its entries keeps or drops the whole update.
         return update * self.lora_input(torch.ones_like(ids, dtype=dtype)).unsqueeze(-1)
 
-    def _bounded(self, ids: Tensor) -> Tensor:
+    def _forward_with_max_norm(self, ids: Tensor) -> Tensor:
         """As `nn.Embedding`, the norm is cut without a gradient through the cut; unlike there, W0 stays."""
         assert self.max_norm is not None
         rows = self.weight[ids]
         if not self.lora_enabled:
-            return bounded_rows(rows, self.max_norm, self.norm_type)
+            return clip_norms(rows, self.max_norm, self.norm_type)
         update = self.lora_update(ids, rows.dtype)
-        return bounded_rows(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
+        return clip_norms(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
 
     def draw_factors(self) -> None:
         """A and B change places: A is zero, B is drawn."""

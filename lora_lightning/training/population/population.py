@@ -27,7 +27,6 @@ from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import LostProcessError, all_arrive, by_first, gathered, in_all_processes
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.population.halving import (
     Halving,
@@ -37,9 +36,11 @@ from lora_lightning.training.population.halving import (
     rung_steps,
     standing,
 )
-from lora_lightning.training.population.turns import Turns, share_heap
+from lora_lightning.training.population.turns import Turns
 from lora_lightning.training.precision import convert
 from lora_lightning.training.strategies.base import ShardedStrategy
+from lora_lightning.training.strategies.collectives import gather, run_in_first
+from lora_lightning.training.strategies.endings import all_arrive, in_all_processes
 from lora_lightning.training.trainer import LoRATrainer
 
 STANDINGS = "rungs.json"
@@ -206,7 +207,6 @@ class Population:
 
     def _take_turns(self, datamodule: LightningDataModule, say: Callable[[Population], None]) -> None:
         """In the same order in all processes, so that what they do together meets its like."""
-        share_heap()
         turns = {member.name: self._turns(member, datamodule) for member in self.members if member.is_left}
         asked: int | None = None  # by a signal to any process
         with _noted_signals() as noted:
@@ -223,7 +223,7 @@ class Population:
                         self._close(member, one.error)
                 if asked is None:
                     self._decide()
-                    asked = next((number for own in gathered(noted[:1]) for number in own), None)
+                    asked = next((number for own in gather(noted[:1]) for number in own), None)
                 say(self)
         if asked is not None:
             raise Interrupted(asked)
@@ -260,7 +260,7 @@ class Population:
         if isinstance(error, PreemptedError):
             member.state = "waits"
             return
-        if isinstance(error, LostProcessError) or (error is not None and not all_arrive()):
+        if error is not None and not all_arrive():
             raise error  # in this process alone: the others wait for it in the middle of the member's turn
         member.error, member.is_over = error, True
         if error is not None:
@@ -276,7 +276,7 @@ class Population:
             return
         standings = {member.name: member.standings[rung] for member in left}
         keep, goal = -(-len(left) // self.halving.eta), self.goal
-        why = by_first(lambda: dropped(standings, keep, goal))
+        why = run_in_first(lambda: dropped(standings, keep, goal))
         share, step = str(self.halving.rungs[rung]), left[0].trainer.global_step
         for name, behind in why.items():
             at = f"at rung {share}, after {step} steps, {self.metric} {standings[name].value:.4f}"
@@ -301,17 +301,14 @@ class Population:
 
 def refuse_strategy(trainer: Trainer) -> None:
     """Raise where the processes of a strategy cannot go through several fits, or each has but a part of W0."""
-    strategy, launcher = trainer.strategy, trainer.strategy.launcher
-    if isinstance(strategy, ShardedStrategy):
-        how = "shards W0"
-    elif isinstance(launcher, _MultiProcessingLauncher):
-        how = f"{launcher._start_method}s its processes"
-    else:
-        return
-    raise LoRAError(
-        f"members of one fit share a whole W0, in processes that start once, and {type(strategy).__name__} {how}"
-        " for each: take strategy ddp (configs/strategy/ddp.yaml), or a fit for each"
-    )
+    strategy: Any = trainer.strategy
+    launcher = strategy.launcher
+    if isinstance(strategy, ShardedStrategy) or isinstance(launcher, _MultiProcessingLauncher):
+        how = "shards W0" if isinstance(strategy, ShardedStrategy) else f"{launcher._start_method}s its processes"
+        raise LoRAError(
+            f"members of one fit share a whole W0, in processes that start once, and {type(strategy).__name__} {how}"
+            " for each: take strategy ddp (configs/strategy/ddp.yaml), or a fit for each"
+        )
 
 
 class Interrupted(Exception):

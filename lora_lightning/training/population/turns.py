@@ -8,28 +8,16 @@ fit computes what it computes alone.
 from __future__ import annotations
 
 import contextvars
-import ctypes
 import threading
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout, suppress
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-
-M_ARENA_MAX = -8
-"""Of glibc's mallopt."""
-
-
-def share_heap() -> None:
-    """Let threads that begin from now on, of which one runs at a time, allocate from one heap.
-
-    glibc gives each a heap of its own, which keeps what is freed in it: a step's activations once for each member.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+from lora_lightning.training.population.heap import share_heap
 
 
 class Turns:
@@ -42,6 +30,7 @@ class Turns:
     """
 
     def __init__(self, run: Callable[[], object], random: dict[str, Any], log: Path | None = None) -> None:
+        share_heap()
         self._log, self._random = log, random
         self._threads = torch.get_num_threads()
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
