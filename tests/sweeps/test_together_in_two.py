@@ -19,7 +19,7 @@ def case(command, name, tiny, *args, fault="", of=None):
     given = [command, "--config", tiny.config, "--config", REPOSITORY / "configs/strategy/ddp.yaml", *OPTIONS]
     given += ["--data.init_args.batch_size", 8, "--name", of or name]
     given += ["--trainer.callbacks", "[tests.command.faults.Fault]", *args]
-    return {"name": name, "args": list(map(str, given)), "env": {"FAULT": fault}}
+    return {"name": name, "args": list(map(str, given)), "env": {"FAULT": fault}, "limit": 300}
 
 
 def sweep(name, tiny, rates="1e-2,3", **options):
@@ -42,7 +42,7 @@ def played(tiny, tmp_path_factory):
         sweep("error", tiny, fault=f"error:1:{STEP}"),
         sweep("nan", tiny, rates="1e-2,1e30"),
     ]
-    return {**run_all(cases, folder), "folder": folder / "runs"}
+    return {**run_all(cases, folder, timeout=1800), "folder": folder / "runs"}
 
 
 def test_each_member_ends_in_the_bits_of_its_own_fit_in_two_processes(played):
@@ -80,7 +80,7 @@ def test_what_befalls_one_process_alone_ends_both(played):
     assert "all processes stop" in played["gone"].said[0]
     assert 0 not in played["error"].codes, played["error"]
     assert "a fault of one's own" in played["error"].everything
-    assert max(played["error"].seconds) < 60
+    assert "hangs" not in played["error"].codes
 
 
 def test_what_ends_one_member_in_both_processes_ends_that_one_alone(played):
