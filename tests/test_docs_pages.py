@@ -1,7 +1,7 @@
 """Every page of docs/: its YAML and its commands are parsed with each class and argument checked, its Python compiles.
 
 The pages' longer Python is run by tests of its own (`test_docs_run`, `test_docs_big_models`, `test_your_own`,
-`lora/test_bank_docs`).
+`lora/test_bank`).
 """
 
 import re
