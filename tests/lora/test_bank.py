@@ -70,20 +70,6 @@ def test_an_active_adapter_is_as_if_it_were_the_only_one(kind, tmp_path):
     assert (run(bank.model) - out).abs().max() < 1e-11 * out.abs().max()
 
 
-def test_an_adapted_model_brings_the_first_and_inject_the_next():
-    model = trained(net(torch.float64), {"r": 2}, seed=1)
-    first = run_net(model)
-    bank = AdapterBank(model, first="old")
-    assert (bank.names, bank.active) == (["old"], "old")
-    bank.activate(None)
-    trained(model, {"r": 5, "target_modules": ["up"]}, seed=2)
-    second = run_net(model)
-    bank.add("new")
-    for name, out in [("new", second), ("old", first), ("new", second)]:
-        bank.activate(name)
-        assert torch.equal(run_net(model), out)
-
-
 def step(model, optimizer, batch):
     optimizer.zero_grad()
     model(batch).square().mean().backward()

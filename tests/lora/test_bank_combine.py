@@ -1,12 +1,11 @@
 """Weighted combinations of adapters: against sums of merged weights in float64, dense SVDs, the papers, and PEFT."""
 
 import copy
+import math
 
 import peft
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning import AdapterBank, LoRAError, merge, save_adapter
 from lora_lightning.lora.bank.combine import truncate_pair
@@ -43,25 +42,12 @@ def test_a_concatenation_is_the_weighted_sum(name, tmp_path):
     weights = {letter: WEIGHTS[letter] for letter in own}
     report = bank.combine("mix", weights)
     assert report.error == 0.0
+    assert name != "linear" or report.ranks == {"up": 6, "square": 6, "down": 2}, "ranks add up"
     got = merged_with(bank, "mix")
     for key in got:
         wanted = sum(w * own[letter][key] for letter, w in weights.items())
         assert (got[key] - wanted).abs().max() <= 1e-12 * max(1.0, float(wanted.abs().max())), key
     assert any(tensor.abs().max() > 0.01 for tensor in got.values())
-
-
-def test_ranks_add_up_and_forward_is_the_sum_of_updates(tmp_path):
-    bank = bank_of("linear", tmp_path)
-    report = bank.combine("mix", {"a": 2, "b": -1})
-    assert report.ranks == {"up": 6, "square": 6, "down": 2}
-    bank.activate("mix")
-    x = torch.randn(5, 12, dtype=torch.float64)
-    up = bank.model.up
-    s = 8 / 2**1.0, 8 / 4**0.5
-    (_, a), (_, b) = adapters("linear", tmp_path).values()
-    wanted = nn.functional.linear(x, up.weight, up.bias) + 2 * 2.0 * (x @ a.up.lora_A.T) @ a.up.lora_B.T
-    wanted = wanted - s[1] * (x @ b.up.lora_A.T) @ b.up.lora_B.T
-    torch.testing.assert_close(up(x), wanted, rtol=1e-12, atol=1e-12)
 
 
 def stacked(update, name):
@@ -97,20 +83,11 @@ def test_a_chosen_rank_is_the_best_of_it_and_says_what_it_lacks(name, tmp_path):
 
 
 def test_the_svd_never_forms_the_update():
-    class Largest(TorchDispatchMode):
-        size = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple | list) else [out]:
-                if isinstance(tensor, torch.Tensor):
-                    self.size = max(self.size, tensor.numel())
-            return out
-
     A, B = torch.randn(12, 300, dtype=torch.float64), torch.randn(200, 12, dtype=torch.float64)
-    with Largest() as largest:
+    with torch.profiler.profile(record_shapes=True) as profile:
         (low_a, low_b), (lost, wanted) = truncate_pair(A, B, 5)
-    assert largest.size == 12 * 300
+    shapes = [shape for event in profile.events() for shape in event.input_shapes or [] if isinstance(shape, list)]
+    assert max(math.prod(shape) for shape in shapes) == 12 * 300
     sigma = torch.linalg.svdvals(B @ A)
     assert lost == pytest.approx(float(sigma[5:].square().sum()))
     assert wanted == pytest.approx(float(sigma.square().sum()))

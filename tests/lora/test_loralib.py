@@ -20,6 +20,7 @@ from tests.factories import distance
 from tests.lora.directories import refused
 
 R, ALPHA = 2, 5
+OPTIONS = {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True]}
 
 
 class Net(nn.Module):
@@ -82,8 +83,7 @@ def write(tmp_path, model, bias="none", wrap=None, name="lora.pt", legacy=False,
 
 def load(path, model=None, **options):
     model = plain() if model is None else model
-    options.setdefault("enable_lora", [True, False, True])
-    return model, load_loralib(model, path, r=R, alpha=ALPHA, **options)
+    return model, load_loralib(model, path, **OPTIONS | options)
 
 
 FORMS = {
@@ -221,22 +221,21 @@ def told(action):
 
 
 def test_what_could_not_be_checked_of_the_base_is_said_as_load_adapter_says_it(tmp_path):
-    model, options = theirs(), {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True]}
-    (notice,) = told(lambda: load_loralib(plain(), write(tmp_path, model), **options))
+    model = theirs()
+    (notice,) = told(lambda: load_loralib(plain(), write(tmp_path, model), **OPTIONS))
     assert notice.startswith("this adapter notes no fingerprint of its base")
     part = model.state_dict()
     del part["norm.weight"]
     torch.save(part, tmp_path / "part.pt")
-    assert told(lambda: load_loralib(plain(), tmp_path / "part.pt", **options)) == [notice]
-    assert told(lambda: load_loralib(plain(), write(tmp_path, model, whole=True), **options)) == []
+    assert told(lambda: load_loralib(plain(), tmp_path / "part.pt", **OPTIONS)) == [notice]
+    assert told(lambda: load_loralib(plain(), write(tmp_path, model, whole=True), **OPTIONS)) == []
 
 
 def test_another_base_loads_aloud_where_it_was_asked_for(tmp_path):
     path, other = write(tmp_path, theirs(), whole=True), plain()
     with torch.no_grad():
         other.norm.weight.add_(1)
-    options = {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True], "allow_other_base": True}
-    (notice,) = told(lambda: load_loralib(other, path, **options))
+    (notice,) = told(lambda: load_loralib(other, path, **OPTIONS, allow_other_base=True))
     assert notice.startswith("allow_other_base: 1 weights in the checkpoint are not this model's: norm.weight. Its out")
 
 
@@ -246,13 +245,12 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_plain(tmp_path, name)
     state = loralib.lora_state_dict(theirs())
     change(state)
     torch.save(state, tmp_path / "lora.pt")
-    options = {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True], **options}
-    refused(tmp_path / "lora.pt", match, plain(), load=load_loralib, **options)
+    refused(tmp_path / "lora.pt", match, plain(), load=load_loralib, **OPTIONS | options)
 
 
 @pytest.mark.parametrize("key", ["out.lora_A", "qkv.lora_B", "head.weight"])
 def test_numbers_that_are_not_finite_are_refused_by_their_key(tmp_path, key):
-    options = {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True], "modules_to_save": ["head"]}
+    options = {**OPTIONS, "modules_to_save": ["head"]}
     for value in (float("nan"), float("inf")):
         state = theirs().state_dict()
         state[key][0, 0] = value

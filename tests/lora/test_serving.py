@@ -114,18 +114,6 @@ def test_factors_are_written_bit_for_bit_where_scales_differ_by_powers_of_two(tm
         assert not tensors[f"{key}.lora_B.weight"][:, r:].any()
 
 
-def test_other_scales_round_once(tmp_path):
-    model = trained("llama", torch.float32, r=3, use_rslora=True)
-    save_adapter(model, tmp_path, serving="vllm")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"] == 3
-    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    layer = model.model.layers[0].self_attn.q_proj
-    exact = layer.lora_B.double() * (6 / math.sqrt(3))
-    written = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
-    assert float(((written.double() - exact) / exact).detach().abs().max()) <= 2**-24
-
-
 def gpt2():
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -140,7 +128,7 @@ REFUSED = {
     "DoRA": ("llama", {"use_dora": True}, r"DoRA: .*q_proj"),
     "bias on B": ("llama", {"lora_bias": True}, "a bias on B"),
     "biases": ("bert", {"target_modules": ["query"], "bias": "all"}, "trained biases: bert"),
-    "head": ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}, r"modules_to_save.: classifier"),
+    "head": ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}, "modules_to_save.: classifier"),
     "rows": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "token rows: model.embed_tokens"),
     "embedding": ("llama", {"target_modules": ["embed_tokens"]}, "adapter on Embedding: model.embed_tokens"),
     "parameter": (
