@@ -192,7 +192,7 @@ def test_pickled_weights_and_files_that_are_unknown_or_go_in_between_are_refused
     model, _ = built(tmp_path, "AutoModel", LoRAConfig(r=2), on_meta=True)
     file, before = tmp_path / "model.safetensors", [t.is_meta for t in model.state_dict().values()]
     torch.save(load_file(file), tmp_path / "pytorch_model.bin")
-    file.write_bytes(file.read_bytes()[:1000])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(LoRAError, match="download it again"):
         fill_from_files(model)
     assert [t.is_meta for t in model.state_dict().values()] == before

@@ -193,9 +193,17 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
     with pytest.raises(LoRAError, match="two tokens"):
         measure_drift(model, text_batches(["one"], make_tokenizer(), CausalLM(), model, 8), ["one"])
 
-    scalar = nn.Sequential(nn.Linear(3, 3), nn.Flatten(0))
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.ModuleList([nn.Linear(3, 3)])
+
+        def forward(self, x):
+            return {"score": self.body[0](x).sum()}
+
+    scalar = Scalar()
     inject(scalar, LoRAConfig(r=1))
-    with pytest.raises(LoRAError, match="Sequential has no pooled output"):
+    with pytest.raises(LoRAError, match="Scalar has no pooled output"):
         measure_drift(scalar, [Batch({"x": torch.ones(2, 3)}, None, range(2))], ["a", "b"])
 
 
