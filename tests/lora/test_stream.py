@@ -11,7 +11,6 @@ import warnings
 from collections import namedtuple
 from types import FunctionType
 
-import peft
 import pytest
 import torch
 import transformers as tf
@@ -28,7 +27,7 @@ from lora_lightning.lora.formats.atomic_dir import _host
 from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
-from tests.lora.directories import edit_config, edit_tensors
+from tests.lora.directories import edit_config, edit_tensors, of_peft
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
 
@@ -38,6 +37,10 @@ SHARD = "12KB"
 def siglip():
     vision = {**SMALL, "image_size": 32, "patch_size": 16}
     return tf.SiglipVisionModel(tf.SiglipVisionConfig(**vision))  # pools with an nn.MultiheadAttention
+
+
+def pooled(model):
+    return model(image(model)).pooler_output
 
 
 def tied_t5():
@@ -81,11 +84,7 @@ CASES = {
     "both of two tied in full": (tied_llama, logits, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "token rows": (tied_llama, logits, {"trainable_token_indices": [1, 5, 9]}),
     "a start from W0": (LLAMA, logits, {"init": "pissa", "target_modules": ["q_proj"]}),
-    "nn.MultiheadAttention": (
-        siglip,
-        lambda model: model(image(model)).pooler_output,
-        {"target_modules": ["attention", "out_proj", "fc1"]},
-    ),
+    "nn.MultiheadAttention": (siglip, pooled, {"target_modules": ["attention", "out_proj", "fc1"]}),
 }
 
 
@@ -193,27 +192,16 @@ def test_the_sum_is_taken_in_float32_and_rounded_once(asked, tmp_path):
     assert config["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_dora": True},
-        {"use_rslora": True, "target_modules": ["lm_head", "v_proj"]},
-        {"init_lora_weights": "pissa"},  # of which the file holds A and B, and W0 alone A0 and B0
-    ],
-)
+BY_PEFT = [{}, {"use_dora": True}, {"use_rslora": True, "target_modules": ["lm_head", "v_proj"]}]
+BY_PEFT += [{"init_lora_weights": "pissa"}]  # of which the file holds A and B, and W0 alone A0 and B0
+
+
+@pytest.mark.parametrize("options", BY_PEFT, ids=str)
 def test_an_adapter_of_pefts_own_equals_pefts_merge(options, tmp_path):
     torch.manual_seed(0)
     plain = LLAMA()
     plain.save_pretrained(tmp_path / "base", max_shard_size=SHARD)
-    config = peft.LoraConfig(
-        **{"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
-    )
-    theirs = peft.get_peft_model(plain, config)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) if "lora_" in name else 0)
-    theirs.save_pretrained(tmp_path / "adapter")
+    theirs = of_peft(tmp_path / "adapter", plain, **{"r": 4, "target_modules": ["q_proj", "down_proj"], **options})
     with pytest.warns(AdapterWarning, match="notes no fingerprint of its base"):
         report = merged(tmp_path)
     want = theirs.merge_and_unload().state_dict()
@@ -459,19 +447,16 @@ def test_rounding_that_took_much_of_an_update_is_told(tmp_path):
 # ---- PEFT's directories, as load_adapter takes them
 
 
-def of_peft(folder, num_labels=2, **fields):
+def bert_of_peft(folder, num_labels=2, **fields):
     torch.manual_seed(0)
     tf.BertForSequenceClassification(tf.BertConfig(**BERT)).save_pretrained(folder / "base")
     options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
     plain = tf.BertForSequenceClassification.from_pretrained(folder / "base", **options).eval()
-    config = peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False, **fields)
-    theirs = peft.get_peft_model(plain, config)
-    theirs.save_pretrained(folder / "adapter")
-    return theirs
+    return of_peft(folder / "adapter", plain, target_modules=["query"], **fields)
 
 
 def test_an_old_pickle_in_pefts_raw_spelling_merges_with_its_head(tmp_path):
-    theirs = of_peft(tmp_path, num_labels=5, modules_to_save=["classifier"])
+    theirs = bert_of_peft(tmp_path, num_labels=5, modules_to_save=["classifier"])
     (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
     raw = {key: tensor for key, tensor in theirs.state_dict().items() if ".default" in key}
     assert any(".modules_to_save.default." in key for key in raw)
@@ -484,7 +469,7 @@ def test_an_old_pickle_in_pefts_raw_spelling_merges_with_its_head(tmp_path):
 
 
 def test_an_alpha_in_doubt_is_asked_for_and_what_load_adapter_says_is_said_once(tmp_path):
-    of_peft(tmp_path, alpha_pattern={"layer.0.attention.self.query": 3, "query": 5})
+    bert_of_peft(tmp_path, alpha_pattern={"layer.0.attention.self.query": 3, "query": 5})
     edit_config(tmp_path / "adapter", use_something_new=True)
     with pytest.raises(AdapterError, match=f"pass alphas=.'{QUERY}'"):
         merged(tmp_path)
