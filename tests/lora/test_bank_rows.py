@@ -376,6 +376,7 @@ def test_train_mode_is_refused_before_and_within_and_a_waiting_adapters_dropout_
     bank.model.eval()
     with bank.rows(["a", "a"]):
         assert torch.equal(bank.model(inputs()), bank.model(inputs()))
+    with bank.rows(["a", None]):
         bank.model.train()
         with pytest.raises(LoRAError, match="rows: 'up' is in train mode, and rows are for eval"):
             bank.model(inputs())
