@@ -7,8 +7,8 @@ import select
 import sys
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.exit_codes import CLOSED, DEBUG, ended
-from lora_lightning.cli.help import answered, reordered
+from lora_lightning.cli.exit_codes import CLOSED, DEBUG, report_error
+from lora_lightning.cli.help import answer_without_command, put_command_first
 
 
 def main() -> None:
@@ -25,28 +25,28 @@ def main() -> None:
         sys.argv.remove("--debug")
         os.environ[DEBUG] = "1"
     try:
-        run(reordered(sys.argv[1:]))
+        run(put_command_first(sys.argv[1:]))
         sys.stdout.flush()
     except SystemExit as stopped:
         # Lightning ends a run that Ctrl-C has stopped with 1.
         if isinstance(stopped.__context__, KeyboardInterrupt):
-            sys.exit(ended(stopped.__context__, sys.argv[1:]))
+            sys.exit(report_error(stopped.__context__, sys.argv[1:]))
         raise
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(CLOSED)
-        sys.exit(ended(error, sys.argv[1:]))
+        sys.exit(report_error(error, sys.argv[1:]))
 
 
 def run(args: list[str]) -> None:
     """One command."""
-    if answered(args):
+    if answer_without_command(args):
         return
     check(args)  # what is no YAML is told before torch is imported
-    from lora_lightning.cli.log_filters import quieten
+    from lora_lightning.cli.log_filters import silence_others
     from lora_lightning.cli.registry import COMMANDS
 
-    quieten()
+    silence_others()
     if args[0] in COMMANDS:
         from lora_lightning.cli.parser import run_command
 

@@ -7,7 +7,7 @@ import torch
 
 import lora_lightning
 from lora_lightning.cli.build import run_parser
-from lora_lightning.cli.diagnostics import told
+from lora_lightning.cli.diagnostics import explain
 from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 
 CLASSES = {
@@ -68,7 +68,7 @@ def test_no_name_of_another_tool_is_one_of_ours(options):
     ],
 )
 def test_a_flag_of_another_tool(flag, said, options):
-    assert told(f"unrecognized arguments: {flag} 3", [flag, "3"], options, "fit").startswith(
+    assert explain(f"unrecognized arguments: {flag} 3", [flag, "3"], options, "fit").startswith(
         f"unknown option {flag}{said}"
     )
 
@@ -77,16 +77,17 @@ def test_a_flag_is_not_taken_for_a_key_of_that_name_in_a_config(options, tmp_pat
     file = tmp_path / "run.yaml"
     file.write_text("data:\n  init_args:\n    batch_size: 16\n")
     args = ["fit", "-c", str(file), "--batch_size", "3"]
-    said = told("unrecognized arguments: --batch_size 3", args, options, "fit")
+    said = explain("unrecognized arguments: --batch_size 3", args, options, "fit")
     assert said == "unknown option --batch_size: here it is --data.init_args.batch_size"
 
 
 def test_a_command_without_a_model_is_not_told_of_one():
-    said = told("unrecognized arguments: --lora_r 3", ["--lora_r", "3"], ["--base_model", "--adapter"], "merge")
+    said = explain("unrecognized arguments: --lora_r 3", ["--lora_r", "3"], ["--base_model", "--adapter"], "merge")
     assert said == "unknown option --lora_r: --help tells what there is"
 
 
 def test_an_option_that_is_gone_is_answered_with_what_to_do():
-    line = told("unrecognized arguments: --directions 4", ["--directions", "4"], ["--adapters", "--layers"], "analyze")
+    words = ["--directions", "4"]
+    line = explain("unrecognized arguments: --directions 4", words, ["--adapters", "--layers"], "analyze")
     assert "it is gone" in line
     assert "two adapters" in line

@@ -40,14 +40,14 @@ class Weights:
         weight = self.read(self.modules[owner], own, f"{owner}.{own}".removeprefix("."))
         if weight is None:
             return None
-        found = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
-        shapes = {tuple(matrix.shape) for matrix in found}
-        if len(found) != len(layer.pairs) or shapes != {layer.shape}:
+        matrices = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
+        shapes = {tuple(matrix.shape) for matrix in matrices}
+        if len(matrices) != len(layer.pairs) or shapes != {layer.shape}:
             raise AdapterError(
-                f"'{layer.name}': the base holds {len(found)} of shape {sorted(shapes)[0]}, and the adapter changes"
+                f"'{layer.name}': the base holds {len(matrices)} of shape {sorted(shapes)[0]}, and the adapter changes"
                 f" {len(layer.pairs)} of {layer.shape}: name the base that it was made on"
             )
-        return found
+        return matrices
 
     def check(self, layers: list[Factors]) -> None:
         """Raise an AdapterError where the model lacks one of the layers."""

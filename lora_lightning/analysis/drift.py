@@ -30,7 +30,7 @@ from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.linear_cross_entropy import rows_at_once
 from lora_lightning.tasks.losses.lm_head import before_head
 from lora_lightning.tasks.losses.token_loss import IGNORED, refuse_labels, with_terms
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 
 MOST_NAMED = 5
 """Texts that are named as those that moved most."""
@@ -130,7 +130,7 @@ def measure_drift(
         raise LoRAError("this model has no adapter, so nothing has moved it: call inject or load_adapter first")
     found: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
     kind = KL
-    with evaluating(model), torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
         for batch in batches:
             kind = COSINE if batch.labels is None else KL
             with forward():

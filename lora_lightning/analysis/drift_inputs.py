@@ -15,7 +15,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import check_names, read_tables, source_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.losses.lm_head import shifted
+from lora_lightning.tasks.losses.lm_head import shift_labels
 from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.positions import is_packed, learned_positions
 
@@ -102,7 +102,7 @@ def text_batches(texts: Sequence[str], tokenizer: Any, task: Task, backbone: nn.
 
 def _labels(inputs: Mapping[str, Tensor]) -> Tensor:
     """Each output is held to the next token of its text."""
-    return shifted(inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED))
+    return shift_labels(inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED))
 
 
 def run_batches(
@@ -115,18 +115,18 @@ def run_batches(
     every = list(batches)
     sizes = [task.examples(batch) for batch in every]
     wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
-    found: list[Batch] = []
+    kept: list[Batch] = []
     names: list[str] = []
     for batch in spread(every, wanted):
         inputs, labels = dict(task.inputs(backbone, batch)), None
         if task.peft_task_type == CAUSAL:
-            labels = _labels(inputs) if is_packed(batch) else shifted(batch["labels"])
+            labels = _labels(inputs) if is_packed(batch) else shift_labels(batch["labels"])
         elif task.peft_task_type == SEQ2SEQ:
             labels = batch["labels"]
         rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
-        found.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
+        kept.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
         names += _called(inputs, len(names), rows, tokenizer)
-    return found, names
+    return kept, names
 
 
 def _called(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:

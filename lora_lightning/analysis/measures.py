@@ -282,12 +282,12 @@ def _amplification(norm: float, spectra: Sequence[Spectrum], matrices: Sequence[
     return norm / inside if inside else math.nan
 
 
-def summary(found: Sequence[RankMeasures]) -> dict[str, float]:
+def summary(measures: Sequence[RankMeasures]) -> dict[str, float]:
     """The least, the median and the largest over all layers, of what has a value."""
-    told: dict[str, float] = {}
-    for name, column in zip(NAMES, zip(*map(astuple, found), strict=True), strict=True):
+    figures: dict[str, float] = {}
+    for name, column in zip(NAMES, zip(*map(astuple, measures), strict=True), strict=True):
         values = sorted(value for value in column if not math.isnan(value))
         if values and name != "norm":  # norms of layers of other sizes cannot be compared
             middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
-            told |= {f"rank/{name}_min": values[0], f"rank/{name}": middle, f"rank/{name}_max": values[-1]}
-    return told
+            figures |= {f"rank/{name}_min": values[0], f"rank/{name}": middle, f"rank/{name}_max": values[-1]}
+    return figures

@@ -16,7 +16,7 @@ from lora_lightning.analysis.drift import Drift, Mean
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import refuse_strength
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.positions import evaluating, refuse_too_long
+from lora_lightning.tasks.positions import in_evaluation, refuse_too_long
 
 GROUPS = 10
 """Parts of the validation set, each of which is left out once."""
@@ -102,7 +102,7 @@ def validation_metrics(
     task.reset("val")
     known: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    with evaluating(backbone), torch.no_grad():
+    with in_evaluation(backbone), torch.no_grad():
         for group, batch in batches:
             refuse_too_long(backbone, batch)
             with forward():
@@ -128,11 +128,11 @@ def _jackknife(values: Sequence[float]) -> float | None:
     return math.sqrt((len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values))
 
 
-def choose(source: str, found: Sequence[Strength], metric: str, mode: str) -> Strengths:
+def choose(source: str, drifts: Sequence[Strength], metric: str, mode: str) -> Strengths:
     """The smallest strength within one standard error of the best; of an error that is unknown, the best itself."""
     sign = 1 if mode == "max" else -1
-    values = {one.scale: sign * one.metrics[metric].value for one in found}
-    best = max(found, key=lambda one: (values[one.scale], -one.scale))
+    values = {one.scale: sign * one.metrics[metric].value for one in drifts}
+    best = max(drifts, key=lambda one: (values[one.scale], -one.scale))
     near = values[best.scale] - (best.metrics[metric].error or 0.0)
     chosen = min(scale for scale, value in values.items() if value >= near)
-    return Strengths(source=source, metric=metric, mode=mode, found=list(found), chosen=chosen, best=best.scale)
+    return Strengths(source=source, metric=metric, mode=mode, found=list(drifts), chosen=chosen, best=best.scale)

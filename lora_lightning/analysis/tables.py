@@ -100,64 +100,67 @@ def _last(layer: LayerSimilarity) -> float:
     return layer.phi[q - 1][q - 1]
 
 
-def of_truncation(told: Truncation) -> Table:
+def of_truncation(truncation: Truncation) -> Table:
     """What was cut and what it costs."""
-    before, after = told.parameters
+    before, after = truncation.parameters
     rows = [
-        ["energy kept in each layer", f"{told.share:.4g} at least"],
-        ["ranks", f"{span(r for r, _ in told.ranks.values())} to {span(r for _, r in told.ranks.values())}"],
+        ["energy kept in each layer", f"{truncation.share:.4g} at least"],
+        [
+            "ranks",
+            f"{span(r for r, _ in truncation.ranks.values())} to {span(r for _, r in truncation.ranks.values())}",
+        ],
         ["numbers in A and B", f"{before:,} to {after:,} ({after / before:.1%})"],
-        ["missing of the update", f"{told.error:.3g} of its norm"],
+        ["missing of the update", f"{truncation.error:.3g} of its norm"],
     ]
-    if "validation" in told.cost:
-        found = told.cost["validation"]
+    if "validation" in truncation.cost:
+        found = truncation.cost["validation"]
         rows += [[name, f"{x:.5g} to {found['after'][name]:.5g}"] for name, x in found["before"].items()]
-    if "not_measured" in told.cost:
-        rows.append(["cost", f"not measured: {told.cost['not_measured']}"])
-    return Table(title=f"truncated: {told.directory}", rows=rows)
+    if "not_measured" in truncation.cost:
+        rows.append(["cost", f"not measured: {truncation.cost['not_measured']}"])
+    return Table(title=f"truncated: {truncation.directory}", rows=rows)
 
 
-def of_drift(found: Strengths) -> Table:
+def of_drift(strengths: Strengths) -> Table:
     """How far the update of full strength, or the strongest that was measured, moved the model."""
-    one = next((one for one in found.found if one.scale == 1), found.found[-1])
+    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
     rows = [[FIGURES[name], _with_error(mean, share=name == "changed")] for name, mean in one.drift.figures.items()]
     counted = f"{one.drift.texts:,} texts" + (f", {one.drift.tokens:,} tokens" if one.drift.tokens else "")
-    rows.append(["measured on", f"{found.source}: {counted}"])
+    rows.append(["measured on", f"{strengths.source}: {counted}"])
     at = "" if one.scale == 1 else f" at a strength of {one.scale:g}"
     return Table(title=f"How far it moved from the base{at}", rows=rows)
 
 
-def of_strengths(found: Strengths) -> Table:
+def of_strengths(strengths: Strengths) -> Table:
     """A row for each strength: what it gains in validation, what it moves, and which one would do."""
-    kind = found.found[0].drift.kind
+    kind = strengths.found[0].drift.kind
     names = ["kl", "perplexity", "changed"] if kind == "kl" else ["cosine", "relative_l2"]
     rows = []
-    for one in found.found:
+    for one in strengths.found:
         figures = [_with_error(one.drift.figures[name], share=name == "changed") for name in names]
-        words = [f"{one.scale:g}", *(["enough"] if one.scale == found.chosen else [])]
-        words += ["best"] if one.scale == found.best else []
-        rows.append([", ".join(words), _with_error(one.metrics[found.metric]), *figures])
-    header = ["strength", f"val/{found.metric}", *(SHORT[name] for name in names)]
+        words = [f"{one.scale:g}", *(["enough"] if one.scale == strengths.chosen else [])]
+        words += ["best"] if one.scale == strengths.best else []
+        rows.append([", ".join(words), _with_error(one.metrics[strengths.metric]), *figures])
+    header = ["strength", f"val/{strengths.metric}", *(SHORT[name] for name in names)]
     note = (
-        f"{found.chosen:g} is the smallest strength within one standard error of the best, {found.best:g}:"
-        f" lora-lightning export --scale {found.chosen:g} writes it. After ±: standard errors, of the metric by"
+        f"{strengths.chosen:g} is the smallest strength within one standard error of the best, {strengths.best:g}:"
+        f" lora-lightning export --scale {strengths.chosen:g} writes it. After ±: standard errors, of the metric by"
         " leaving out a tenth of the rows, of the others over texts."
     )
-    if found.chosen == 0:
+    if strengths.chosen == 0:
         note = note.replace(": lora-lightning export --scale 0 writes it", ", and is the base itself")
     return Table(title="Gain against drift", header=header, rows=rows, note=note)
 
 
-def of_blocks(found: Strengths) -> Table:
+def of_blocks(strengths: Strengths) -> Table:
     """The drift of each block's pooled output."""
-    one = next((one for one in found.found if one.scale == 1), found.found[-1])
+    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
     rows = [[name, *(_with_error(own[figure]) for figure in own)] for name, own in one.drift.layers.items()]
     return Table(title="By block", header=["block", "1 - cosine", "relative L2"], rows=rows, code=True)
 
 
-def of_moved(found: Strengths) -> Table:
+def of_moved(strengths: Strengths) -> Table:
     """The texts that moved most."""
-    one = next((one for one in found.found if one.scale == 1), found.found[-1])
+    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
     rows = [[number(moved.value), moved.text] for moved in one.drift.most]
     return Table(title="The texts that moved most", header=[SHORT[one.drift.kind], "text"], rows=rows, text=(1,))
 

@@ -86,7 +86,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     alphas = _alphas(adapter, ranks)
     settings = {layer.name: (ranks[layer.name], alphas[layer.name], layer.scale) for layer in adapter.factors}
     metadata = {"format": "pt"} if record is None else record.for_changed_file(tensors, settings, config).to_metadata()
-    told = Truncation(
+    truncation = Truncation(
         directory=str(directory),
         share=share,
         ranks={layer.name: (layer.r, ranks[layer.name]) for layer in adapter.factors},
@@ -103,7 +103,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
         CONFIG: _json(config),
     }
     write_together(directory, files)
-    return told
+    return truncation
 
 
 def _ranks(layers: list[Factors], share: float) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
+from lora_lightning.backbones.meta_device import finish_on_meta, record_files, refuse_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.quantization import scheme
@@ -91,7 +91,7 @@ def huggingface(
         refuse_on_meta(kwargs, random_weights=random_weights)
         kwargs["use_safetensors"] = True
     try:
-        with quiet(), recorded(on_meta) as files:
+        with quiet(), record_files(on_meta) as files:
             bare = random_weights or builds_bare()
             model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
@@ -109,7 +109,7 @@ def huggingface(
         finish_on_meta(model, files)
     if "gguf_file" in kwargs:
         forget_gguf(model)
-        model.config._name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
+        model.config.name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
     if add_tokens:
         grow(model, add_tokens, tokenizer or load_tokenizer(pretrained_model_name_or_path))
     text = model.config.get_text_config()

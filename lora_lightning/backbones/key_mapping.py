@@ -53,7 +53,7 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool 
         elif name in state and pattern is not None:
             fused.setdefault(name, (of_pattern[pattern], {}))[1][key] = pattern
     for name, (rule, patterns) in fused.items():
-        groups.append(_fused(model, checkpoint, name, rule, patterns, renamings, to_write=to_write))
+        groups.append(_fused_group(model, checkpoint, name, rule, patterns, renamings, to_write=to_write))
     return groups
 
 
@@ -75,7 +75,7 @@ def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightCon
     return [r for r in rules if isinstance(r, WeightRenaming)], [r for r in rules if isinstance(r, WeightConverter)]
 
 
-def _fused(
+def _fused_group(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     name: str,
@@ -91,7 +91,7 @@ def _fused(
     """
     load = _loader(model, name, rule, patterns)
     plainly = {_bare(apply_renamings(key, renamings), model): key for key in patterns}
-    store = _storer(model, rule, plainly) if to_write else _not_written
+    store = _storer(model, rule, plainly) if to_write else _refuse_to_write
     before = {k: torch.empty(checkpoint.stored[k].shape, dtype=_dtype(checkpoint, k), device="meta") for k in patterns}
     try:
         made = load(dict(before))
@@ -137,7 +137,7 @@ def _storer(model: PreTrainedModel, rule: WeightConverter, keys: dict[str, str])
     return store
 
 
-def _not_written(tensors: Tensors) -> Tensors:
+def _refuse_to_write(tensors: Tensors) -> Tensors:
     raise AssertionError("these groups are for reading")
 
 

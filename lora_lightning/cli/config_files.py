@@ -19,10 +19,10 @@ GONE = dict.fromkeys(
 NULL = "tag:yaml.org,2002:null"
 
 
-def named(args: Sequence[str]) -> list[str]:
+def config_values(args: Sequence[str]) -> list[str]:
     """The values of `-c` and `--config`, in their order: later ones win."""
-    found = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
-    return [value for value in found if value]
+    existing = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
+    return [value for value in existing if value]
 
 
 def _is_flag(arg: str) -> bool:
@@ -35,7 +35,7 @@ def check(args: Sequence[str]) -> None:
     Raises:
         LoRAError: one is missing, no UTF-8, no YAML, empty, says a key twice, or is no map of keys.
     """
-    for value in named(args):
+    for value in config_values(args):
         if "\n" not in value and "{" not in value and "://" not in value:
             check_file(Path(value))
 
@@ -47,8 +47,8 @@ def check_file(file: Path) -> None:
         held = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
         raise LoRAError(f"--config {file} is a folder{held}; name a file")
     if not file.is_file():
-        raise LoRAError(f"no config file {file}{GONE.get(file.name) or _meant(file)}")
-    root = tree(file)
+        raise LoRAError(f"no config file {file}{GONE.get(file.name) or _near_files(file)}")
+    root = yaml_tree(file)
     if root is None or (root.tag == NULL and not root.value):  # or of --- alone
         raise LoRAError(f"{file} is empty: a config holds keys with values, such as those of configs/demo.yaml")
     if not isinstance(root, yaml.MappingNode):
@@ -59,7 +59,7 @@ def check_file(file: Path) -> None:
     _refuse_all_empty(file, root)
 
 
-def tree(file: Path) -> yaml.Node | None:
+def yaml_tree(file: Path) -> yaml.Node | None:
     """A file's YAML with its lines; None where it is empty.
 
     Raises:
@@ -79,8 +79,8 @@ def tree(file: Path) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         begun = f" that begins in line {error.context_mark.line + 1}" if error.context_mark else ""
-        told = f"{error.context}{begun}, " if error.context else ""
-        raise LoRAError(f"{file}{where}: no YAML: {told}{error.problem}") from error
+        context = f"{error.context}{begun}, " if error.context else ""
+        raise LoRAError(f"{file}{where}: no YAML: {context}{error.problem}") from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise LoRAError(f"{file}, line {line}: a character that no text holds: is this a YAML file?") from error
@@ -115,18 +115,18 @@ def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
         raise LoRAError(f"{file}, line {line}: '{key.value}' holds nothing: give it keys or a value, or leave it out")
 
 
-def _meant(file: Path) -> str:
+def _near_files(file: Path) -> str:
     """Files of about this name in that folder, or of this name in a folder of about that name or below configs/."""
     folder = file.parent
     if not folder.is_dir():
         above = folder.parent
         near = near_misses(folder.name, [p.name for p in above.iterdir() if p.is_dir()], 1) if above.is_dir() else []
-        found = [above / name / file.name for name in near if (above / name / file.name).is_file()]
+        existing = [above / name / file.name for name in near if (above / name / file.name).is_file()]
     else:
         files = [path.name for path in folder.iterdir() if path.suffix in {*ENDINGS, ".json"}]
         same = [name for name in files if Path(name).stem == file.stem]
         below = sorted(Path("configs").rglob(file.name))[:2] if file.name == str(file) else []
-        found = below or [folder / name for name in same or near_misses(file.name, files, 2)]
-    if not found:
+        existing = below or [folder / name for name in same or near_misses(file.name, files, 2)]
+    if not existing:
         return f": looked for in {'this folder' if str(folder) == '.' else folder}"
-    return "; did you mean " + " or ".join(f"'{path}'" for path in found) + "?"
+    return "; did you mean " + " or ".join(f"'{path}'" for path in existing) + "?"

@@ -36,7 +36,7 @@ HUGGINGFACE = ("lora_lightning.backbones.huggingface", "huggingface")
 
 
 @contextmanager
-def handed_down(command: Any) -> Iterator[None]:
+def precision_for_backbone(command: Any) -> Iterator[None]:
     """Within the block, a `huggingface` backbone in the command's config has what `trainer.precision` means.
 
     What the config itself says of dtype or quantization stays. Afterwards the config is as it was: each command works

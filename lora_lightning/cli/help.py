@@ -56,7 +56,7 @@ def front_page() -> str:
     return "\n\n".join([*parts, EXAMPLES, OPTIONS, "\n".join(["exit codes", *codes])])
 
 
-def answered(args: list[str]) -> bool:
+def answer_without_command(args: list[str]) -> bool:
     """Whether the arguments ask for no command, and have been answered here.
 
     Raises:
@@ -94,7 +94,7 @@ def refuse_no_command(args: list[str]) -> None:
     raise LoRAError(f"no command '{first}'{meant} (there are {', '.join(ENTRIES)})")
 
 
-def reordered(args: list[str]) -> list[str]:
+def put_command_first(args: list[str]) -> list[str]:
     """`help fit` and `--help fit` as `fit --help`."""
     if args[1:] and args[0] in ("-h", "--help", "help"):
         return [args[1], "--help", *args[2:]]
@@ -144,7 +144,7 @@ def screen(parser: Any, word: str | None = None) -> str:
     if word == "all" or not (word or has_groups(parser)):
         return everything
     if word is None:
-        return short(parser)
+        return short_screen(parser)
     if word not in GROUPS or not has_groups(parser):
         words = ["all", *(GROUPS if has_groups(parser) else ())]
         return f"--help {word}: no such group{did_you_mean(word, words)} ({', '.join(words)})"
@@ -152,8 +152,8 @@ def screen(parser: Any, word: str | None = None) -> str:
 
 
 def _first_flag(section: str) -> str:
-    found = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
-    return found[1] if found and "-->" not in section else "-"
+    match = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
+    return match[1] if match and "-->" not in section else "-"
 
 
 def _group_of(key: str) -> str:
@@ -175,12 +175,12 @@ TITLES = {
 }
 
 
-def short(parser: Any) -> str:
+def short_screen(parser: Any) -> str:
     """A line for each option that most runs set, in groups."""
     command = parser.prog.rpartition(" ")[2]
     lines = [f"usage: {usage_of_run(parser.prog)}", "", *_head(command), ""]
     actions = list(_actions(parser))
-    hidden = [action for action in actions if _hidden(action, command)]
+    hidden = [action for action in actions if _is_hidden(action, command)]
     for group, title in TITLES.items():
         own = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
         lines += [title, *(_row(action, command) for action in own)]
@@ -216,23 +216,23 @@ def _actions(parser: Any) -> Iterator[Action]:
             yield action
 
 
-def _hidden(action: Action, command: str) -> bool:
+def _is_hidden(action: Action, command: str) -> bool:
     """Whether it is left to `--help trainer`: most runs leave it alone, or the command does not train."""
     group, _, name = action.dest.partition(".")
     return group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN))
 
 
 def _row(action: Action, command: str) -> str:
-    told = sentence(action.help or "")
+    text = sentence(action.help or "")
     if action.dest == "ckpt_path":
-        told = CHECKPOINT.get(command, CHECKPOINT["other"])
+        text = CHECKPOINT.get(command, CHECKPOINT["other"])
     if action.dest in ("data", "model.task"):
-        told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
+        text = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
     flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
     end = _default(action)
     few: dict[str, Any] = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
     return textwrap.fill(
-        told + end,
+        text + end,
         _width(),
         initial_indent=f"  {flags:<{COLUMN - 3}} ",
         subsequent_indent=" " * COLUMN,
@@ -295,7 +295,7 @@ def usage_of_run(prog: str) -> str:
     return f"{prog} {'--ckpt_path RUN [-c CONFIG ...]' if trained else '-c CONFIG [-c CONFIG ...]'} [options]"
 
 
-def shorter(listed: re.Match[str]) -> str:
+def shorten_subclasses(listed: re.Match[str]) -> str:
     """A list of known subclasses that a person can take in, without the parts that ours are made of; or nothing."""
     names = re.sub(r"\s+", "", listed[1]).split(",")
     public = [name for name in names if not re.match(r"lora_lightning(\.\w+){2,}$|accelerate\.|transformers\.", name)]

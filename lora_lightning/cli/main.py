@@ -15,9 +15,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_by_flag, with_run_config
+from lora_lightning.cli.config_overrides import labels_of_run, precision_for_backbone, rows_by_flag, with_run_config
 from lora_lightning.cli.diagnostics import refuse_config
-from lora_lightning.cli.exit_codes import raised_by_the_user
+from lora_lightning.cli.exit_codes import is_raised_by_user
 from lora_lightning.cli.parser import CommandLine, OneLine
 from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.lora.errors import LoRAError
@@ -212,8 +212,8 @@ class LoRACLI(LightningCLI):
         if path == "auto":
             if command != "fit":
                 raise LoRAError(f"--ckpt_path auto is for fit, which starts anew where there is none; {command}: best")
-            found = run.newest_checkpoint(runs)
-            config.ckpt_path = None if found is None else str(found)
+            newest = run.newest_checkpoint(runs)
+            config.ckpt_path = None if newest is None else str(newest)
         elif path == "last" and command == "fit" and run.newest_checkpoint(runs) is None:
             raise LoRAError(
                 f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
@@ -248,16 +248,16 @@ class LoRACLI(LightningCLI):
             self.command = self.command.clone()
             self.edit(self.config[str(self.subcommand)])
         try:
-            with handed_down(self.config[str(self.subcommand)]):
+            with precision_for_backbone(self.config[str(self.subcommand)]):
                 super().instantiate_classes()
         except ValueError as error:
             causes: list[BaseException] = [error]
             while before := causes[-1].__cause__ or causes[-1].__context__:
                 causes.append(before)
-            said = [one for one in causes if isinstance(one, LoRAError) or raised_by_the_user(one)]
-            if not said:
+            known = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
+            if not known:
                 raise
-            raise said[0] from None
+            raise known[0] from None
 
     def before_fit(self) -> None:
         """What would end a fit only once it runs, found while there is no run folder yet."""
@@ -275,7 +275,7 @@ class LoRACLI(LightningCLI):
         """Add the callbacks that are on by default, and a log in the run folder."""
         if self.until == "module":
             return None  # type: ignore[return-value]
-        config = self._get(self.config_init, "trainer")
+        config = self.config_init[str(self.subcommand)].trainer
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):

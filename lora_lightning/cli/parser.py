@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from lora_lightning.cli.diagnostics import told
-from lora_lightning.cli.help import KNOWN, ShowHelp, has_groups, shorter, usage_of_run
+from lora_lightning.cli.diagnostics import explain
+from lora_lightning.cli.help import KNOWN, ShowHelp, has_groups, shorten_subclasses, usage_of_run
 from lora_lightning.cli.registry import COMMANDS, function_of
 
 
@@ -44,7 +44,7 @@ class OneLine(ArgumentParser):
         """All options, each with all that is told of it."""
         if has_groups(self):
             self.usage = usage_of_run(self.prog)
-        return KNOWN.sub(shorter, str(super().format_help(*args, **kwargs)))
+        return KNOWN.sub(shorten_subclasses, str(super().format_help(*args, **kwargs)))
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """As jsonargparse does; a class's own parser gets `null` as it was given, and not as the text None."""
@@ -61,7 +61,7 @@ class OneLine(ArgumentParser):
         words = self.line.words
         command = str(getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2])
         known = self.options_of(words[0] if words else "")  # files are read by the parser of all commands
-        print(f"lora-lightning: error: {told(message, words, known, command)}", file=sys.stderr)
+        print(f"lora-lightning: error: {explain(message, words, known, command)}", file=sys.stderr)
         sys.exit(2)
 
     def options_of(self, command: str) -> list[str]:
@@ -123,12 +123,12 @@ class PassingOn(OneLine):
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
         """An option of its own takes the words up to the next flag; a list takes all that it is given, in any place."""
-        own, others = self._divided(list(sys.argv[1:] if args is None else args))
+        own, others = self._divide(list(sys.argv[1:] if args is None else args))
         found = super().parse_args(own, *rest, **kwargs)
         found[self.passed_as] = others
         return found
 
-    def _divided(self, words: list[str]) -> tuple[list[str], list[str]]:
+    def _divide(self, words: list[str]) -> tuple[list[str], list[str]]:
         own: dict[str, list[str]] = {}
         flags = self.options_of("")
         others: list[str] = []
@@ -146,10 +146,10 @@ class PassingOn(OneLine):
                 own[option] = [*before, *([value] if equals else [])]
             if current is not None and current not in self.lists and own[current]:
                 current = None
-        told = []
+        arguments = []
         for option, values in own.items():
-            told += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
-        return told, others
+            arguments += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
+        return arguments, others
 
 
 def run_command(name: str, args: list[str]) -> None:

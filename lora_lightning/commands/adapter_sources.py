@@ -108,8 +108,8 @@ def _base_of(files: AdapterFiles, wanted: Wanted) -> tuple[BaseFiles | None, str
             return BaseFiles(directory), ""
     except (LoRAError, OSError) as error:
         return None, f"without W0: {error}"
-    said = f"'{named}', which its config names, is no directory here" if named else "its config names no base"
-    return None, f"without W0, so without amplification: {said}; --base_model gives one"
+    reason = f"'{named}', which its config names, is no directory here" if named else "its config names no base"
+    return None, f"without W0, so without amplification: {reason}; --base_model gives one"
 
 
 def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool = False) -> Weights:
@@ -153,11 +153,11 @@ def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
             f"'{checkpoint}' is analysed with the model that its run's config describes, and that cannot be opened"
             f" ({error}): analyse an adapter's directory, which `lora-lightning export` writes, with --base_model none"
         ) from error
-    source = _opened(opened, checkpoint, label)
+    source = _source_of_run(opened, checkpoint, label)
     return source if wanted.base_model == AUTO else replace(source, weights=None)
 
 
-def _opened(opened: Run, checkpoint: Path, label: str) -> Source:
+def _source_of_run(opened: Run, checkpoint: Path, label: str) -> Source:
     """A run's adapter in PEFT's form, which is what is analysed and truncated."""
     backbone, task = opened.module.backbone, opened.module.task
     task_type = task.peft_task_type if is_transformers(backbone) else None

@@ -72,7 +72,7 @@ class Asked:
         return cls(source=source or AUTO, column=column, most=most, scales=own)
 
 
-def measured_drift(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
+def drift_of_run(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
     """The drift of a run's adapter, and with several strengths its validation metric at each.
 
     Args:
@@ -107,12 +107,12 @@ def measured_drift(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> 
             )
         if not asked.scales:
             return Strengths(source=source, found=[Strength(scale=1.0, drift=drifts[1.0])])
-        return _compared(run, source, drifts, plugin.forward_context)
+        return _compare(run, source, drifts, plugin.forward_context)
     finally:
         module.cpu()
 
 
-def _compared(
+def _compare(
     run: Run, source: str, drifts: dict[float, Drift], forward: Callable[[], AbstractContextManager[Any]]
 ) -> Strengths:
     """The validation metric at each strength."""
@@ -185,8 +185,8 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
         raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
     texts = spread(neutral_texts(), asked.most) if source == NEUTRAL else read_texts(source, asked.column, asked.most)
     longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
-    told = "neutral text of this package" if source == NEUTRAL else source
-    return told, text_batches(texts, tokenizer, task, backbone, longest), texts
+    name = "neutral text of this package" if source == NEUTRAL else source
+    return name, text_batches(texts, tokenizer, task, backbone, longest), texts
 
 
 def drift_tables(found: Strengths) -> list[Table]:
@@ -211,4 +211,4 @@ def write_record(folder: Path, found: Strengths, figure: bytes | None) -> None:
         rank_zero_warn(f"the drift is measured, and the run's page in '{folder}' is as it was: {error.strerror}")
 
 
-__all__ = ["Asked", "drift_tables", "measured_drift", "write_record"]
+__all__ = ["Asked", "drift_tables", "drift_of_run", "write_record"]

@@ -145,7 +145,7 @@ class TableData(LightningDataModule, ABC):
             self.given_splits = frozenset(tables)
             self.doubled_columns = doubled_columns(self.path)
             for split, table in tables.items():
-                with self._told(split) as kind:
+                with self._kind_of_set(split) as kind:
                     check_columns(table, self.columns(kind), self.place(kind), vars(self))
                     self._check_header(split, kind)
                     self.check(table, kind)
@@ -247,11 +247,11 @@ class TableData(LightningDataModule, ABC):
         """Encode each split once."""
         for split, table in self.tables.items():
             if split not in self._encoded:
-                with self._told(split) as kind:
+                with self._kind_of_set(split) as kind:
                     self._encoded[split] = self.encode(table, kind)
 
     @contextmanager
-    def _told(self, split: str) -> Iterator[str]:
+    def _kind_of_set(self, split: str) -> Iterator[str]:
         """What a subclass is told of a set: `predict` of each to predict on, which have no targets.
 
         Errors name the set itself.
@@ -264,7 +264,7 @@ class TableData(LightningDataModule, ABC):
             self._called = called
 
     def train_dataloader(self) -> DataLoader[Any]:
-        table = self.encoded("train")
+        table = self.encoded_rows("train")
         return self._loader(table, self.batch_size, shuffle=True, lengths=self.lengths(table))
 
     @property
@@ -286,12 +286,12 @@ class TableData(LightningDataModule, ABC):
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
         """Of the split, or of each of its sets where it has several."""
-        loaders = [self._loader(self.encoded(name), self.eval_batch_size) for name in self.sets(split) or [split]]
+        loaders = [self._loader(self.encoded_rows(name), self.eval_batch_size) for name in self.sets(split) or [split]]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def every(self, split: str) -> DataLoader[Any]:
         """All rows of a split, longest first, in this process alone: for features and not for training."""
-        table = self.encoded(split)
+        table = self.encoded_rows(split)
         lengths = self.lengths(table)
         if lengths is not None:
             table = table.select(sorted(range(len(table)), key=lengths.__getitem__, reverse=True))
@@ -321,7 +321,7 @@ class TableData(LightningDataModule, ABC):
                 if not isinstance(value, str) and not (skip and skip[i]):
                     raise self.bad_cell(split, table[ROW][i], column, "text", value)
 
-    def encoded(self, split: str) -> datasets.Dataset:
+    def encoded_rows(self, split: str) -> datasets.Dataset:
         """A split's rows as they are collated.
 
         Raises:

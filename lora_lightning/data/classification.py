@@ -146,9 +146,9 @@ class OneLabel(LabelNames):
 
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always saying the label that is most common in train."""
-        train = list(values_of(self.encoded("train"), "labels"))
+        train = list(values_of(self.encoded_rows("train"), "labels"))
         most_common = max(set(train), key=train.count)
-        labels = list(values_of(self.encoded(split), "labels"))
+        labels = list(values_of(self.encoded_rows(split), "labels"))
         return labels.count(most_common) / len(labels)
 
 
@@ -179,7 +179,7 @@ def check_order(names: list[str], feature: Any) -> None:
         raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {names}")
 
 
-def _hidden(values: Iterable[Any]) -> bool:
+def _are_hidden(values: Iterable[Any]) -> bool:
     return all(isinstance(value, int | float) and value == -1 for value in values)
 
 
@@ -187,7 +187,7 @@ def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str
     """Splits with labels, and for prediction those whose labels a hub set hides by -1, unless others are for that."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
-        hidden = split != "train" and label_column in table.column_names and _hidden(values_of(table, label_column))
+        hidden = split != "train" and label_column in table.column_names and _are_hidden(values_of(table, label_column))
         if not hidden:
             used[split] = table
         elif "predict" not in tables:

@@ -24,7 +24,7 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import scaled
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 
 BESIDE = 32_000_000
 """Bytes for what is written beside weights: tokenizers are up to this large."""
@@ -80,7 +80,7 @@ def export(
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in backbone.parameters())
     needed = bytes_needed(backbone, wanted, to_dtype)
-    with evaluating(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
+    with in_evaluation(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
         _check_w0(backbone, w0, report)
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
         own = [tokenizer, image_processor if is_transformers(backbone) else None]

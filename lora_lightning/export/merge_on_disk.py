@@ -74,8 +74,8 @@ def merge_on_disk(
             _write_report(folder, report)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
-    if told := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
-        warnings.warn(told, AdapterWarning, stacklevel=2)
+    if warning := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
+        warnings.warn(warning, AdapterWarning, stacklevel=2)
     return report
 
 

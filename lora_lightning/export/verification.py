@@ -225,13 +225,13 @@ class Proof:
         self._compare("the merged model read back", read(), inputs)
 
     def _compare(self, what: str, other: nn.Module, inputs: Mapping[str, Any]) -> None:
-        report, found = self.report, difference(self.adapted, outputs(other, inputs), what)
-        if not found.max_rel_diff <= report.tolerance:  # also refuses NaN
+        report, figures = self.report, difference(self.adapted, outputs(other, inputs), what)
+        if not figures.max_rel_diff <= report.tolerance:  # also refuses NaN
             raise MergeError(
-                f"{what} differs from the adapted one by {found.max_rel_diff:.2e} relative, above"
+                f"{what} differs from the adapted one by {figures.max_rel_diff:.2e} relative, above"
                 f" {report.tolerance:.0e} ({report.rule}): nothing was exported; keep the adapter, or export or load"
                 f" the backbone in float32"
             )
-        report.compared[what] = found
-        report.max_abs_diff = max(report.max_abs_diff, found.max_abs_diff)
-        report.max_rel_diff = max(report.max_rel_diff, found.max_rel_diff)
+        report.compared[what] = figures
+        report.max_abs_diff = max(report.max_abs_diff, figures.max_abs_diff)
+        report.max_rel_diff = max(report.max_rel_diff, figures.max_rel_diff)

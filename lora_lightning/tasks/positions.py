@@ -28,7 +28,7 @@ from lora_lightning.tasks.base import logits_of
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def in_evaluation(model: nn.Module) -> Iterator[None]:
     """The model without dropout; each module is back in its own mode afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -160,7 +160,7 @@ def _arguments(backbone: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def unpacked(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def unpack(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """A packed batch's documents in rows of their own, with an `attention_mask`: as many as need no more room.
 
     For whatever is to see the backbone's inputs in their usual form, such as the proof of an export.
@@ -200,7 +200,7 @@ def refuse_mixing(backbone: nn.Module, input_ids: Tensor) -> None:
     rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
     positions = torch.arange(LENGTH, device=rows.device).repeat(2, 2)
     try:
-        with evaluating(backbone):
+        with in_evaluation(backbone):
             packed = logits_of(backbone(**_arguments(backbone, {"input_ids": rows, "position_ids": positions})))
             alone = logits_of(backbone(input_ids=torch.stack([first, second])))
     except TypeError as error:  # an argument that its forward does not have

@@ -48,14 +48,14 @@ def gathered(own: Any) -> list[Any]:
     """Every process's object, in the order of their ranks."""
     if processes() == 1:
         return [own]
-    found: list[Any] = [None] * processes()
-    distributed.all_gather_object(found, own)
-    return found
+    values: list[Any] = [None] * processes()
+    distributed.all_gather_object(values, own)
+    return values
 
 
 def agreed(problem: str | None) -> str | None:
     """The first problem that any process has, in all of them; each must call it."""
-    return next((told for told in gathered(problem) if told is not None), None)
+    return next((one for one in gathered(problem) if one is not None), None)
 
 
 def together(run: Callable[[], T]) -> T:
@@ -69,11 +69,11 @@ def together(run: Callable[[], T]) -> T:
         value = run()
     except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
-    told = agreed(None if error is None else _said(error))
+    message = agreed(None if error is None else _line_of(error))
     if error is not None:
         raise error
-    if told is not None:
-        raise LoRAError(told)
+    if message is not None:
+        raise LoRAError(message)
     return value
 
 
@@ -91,8 +91,45 @@ def by_first(run: Callable[[], T]) -> T:
     return value  # type: ignore[return-value]
 
 
-def _said(error: Exception) -> str:
+def _line_of(error: Exception) -> str:
     return str(error) if isinstance(error, LoRAError) else f"{type(error).__name__}: {error}"
+
+
+# How they begin, where more than one fit is to run in them.
+
+
+@contextmanager
+def in_all_processes(trainer: Trainer, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
+    """Within the block the processes of a Trainer's strategy are there, and their group, before any fit of it. What
+    runs inside runs in each, and ends in all where it fails in one.
+
+    Args:
+        unless: with what all processes leave by themselves.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, ParallelStrategy):
+        assert strategy.launcher is not None
+        strategy.launcher.launch(strategy.setup_environment)
+    with ending_together(trainer, unless):
+        yield
+
+
+def all_arrive() -> bool:
+    """Whether all processes come here within some seconds. By the store, for one may be stuck in a collective."""
+    if processes() == 1:
+        return True
+    store, key = _store(), f"lora_lightning/arrived/{next(FITS)}"
+    arrived, limit = store.add(key, 1), time.monotonic() + 2 * CLAIM
+    while arrived < processes() and time.monotonic() < limit:
+        time.sleep(0.05)
+        arrived = store.add(key, 0)
+    return bool(arrived == processes())
+
+
+def _store() -> Any:
+    """A connection of one's own to torch's store, once there is a process group."""
+    store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
+    return store.clone()
 
 
 # How they end.
@@ -141,9 +178,8 @@ class _Watch(threading.Thread):
 
     @functools.cached_property
     def store(self) -> Any:
-        """A connection of one's own to torch's store, once there is a process group."""
-        store: Any = distributed.distributed_c10d._get_default_store()  # there is no public way to it
-        return store.clone()
+        """For the main thread is at its own."""
+        return _store()
 
     def claim(self, code: int) -> None:
         """Be the first that failed, unless another one was."""
@@ -152,8 +188,8 @@ class _Watch(threading.Thread):
             self.first = int(first), int(its)
 
     def run(self) -> None:
+        grace = GRACE
         while self.first is None and not self.over.wait(PERIOD):
-            grace = GRACE
             try:
                 self._look()
             except (RuntimeError, ValueError):  # the store is gone, and with it the process that held it

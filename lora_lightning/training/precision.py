@@ -176,14 +176,14 @@ def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     A router's bias and the like, which an architecture names or makes as float32. So W0 has the same bits, and the same
     fingerprint, whether it was loaded in `dtype` or cast to it.
     """
-    found: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if not is_a(module, HF_MODEL) or path.startswith(inside):
             continue
         inside = (*inside, f"{path}." if path else "")
-        found |= {full_name(path, key): own for key, own in _exceptions(module, dtype).items()}
-    return found
+        dtypes |= {full_name(path, key): own for key, own in _exceptions(module, dtype).items()}
+    return dtypes
 
 
 def _exceptions(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:

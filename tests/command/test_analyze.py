@@ -134,10 +134,10 @@ def test_mistakes_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
 
 
 def test_the_same_figure_gives_the_same_bytes():
-    from lora_lightning.reports.figures import figure, styled
+    from lora_lightning.reports.figures import figure, plot_style
 
     def drawn():
-        with styled():
+        with plot_style():
             made = figure(2, 1)
             made.subplots().plot([1, 2, 3])
             return image_bytes(made)

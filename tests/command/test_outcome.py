@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lora_lightning import __main__ as entry
-from lora_lightning.cli.exit_codes import CODES, DEBUG, told
+from lora_lightning.cli.exit_codes import CODES, DEBUG, exit_code_and_line
 from lora_lightning.cli.help import front_page
 from lora_lightning.lora.errors import LoRAError
 from tests.command.process import REPOSITORY, command
@@ -42,7 +42,7 @@ def fails(monkeypatch, capsys):
 
 
 def test_an_exception_keeps_its_type_and_message_and_names_its_place():
-    code, said = told(raised(lambda: 1 / 0))
+    code, said = exit_code_and_line(raised(lambda: 1 / 0))
     assert code == 1
     assert said.startswith("ZeroDivisionError: division by zero (")
     assert "test_outcome.py:" in said
@@ -50,7 +50,7 @@ def test_an_exception_keeps_its_type_and_message_and_names_its_place():
 
 
 def test_the_place_is_the_users_own_code_and_not_the_library_that_it_called():
-    _, said = told(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))
+    _, said = exit_code_and_line(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))
     assert "test_outcome.py:" in said
 
 
@@ -58,8 +58,8 @@ def test_a_users_own_exception_is_not_taken_for_a_known_one():
     def loads():
         raise RuntimeError("out of memory, says my loader")
 
-    assert told(raised(loads))[1].startswith("RuntimeError: out of memory, says my loader")
-    assert told(raised(lambda: (_ for _ in ()).throw(FileNotFoundError(2, "gone", "x"))))[0] == 1
+    assert exit_code_and_line(raised(loads))[1].startswith("RuntimeError: out of memory, says my loader")
+    assert exit_code_and_line(raised(lambda: (_ for _ in ()).throw(FileNotFoundError(2, "gone", "x"))))[0] == 1
 
 
 def test_a_mistake_is_2_and_says_nothing_of_a_place(fails):

@@ -94,7 +94,6 @@ def test_json_is_all_that_stands_on_stdout(bare, capfd):
     found = json.loads(capfd.readouterr().out)
     assert found["trainable"] == sum(found["saved"].values()) + sum(t["factors"] for t in found["formula"])
     assert found["flops"]["step"] == found["flops"]["forward"] + found["flops"]["backward"]
-    assert found["process"]["peak"] > found["process"]["base"] > found["memory"][0]["peak"]
 
 
 def test_the_screen_shows_the_formula_with_the_runs_numbers(bare, capsys, monkeypatch, tmp_path):

@@ -27,14 +27,14 @@ def write(file, rows):
 
 
 def trained(data, split="train"):
-    rows = data.encoded(split)["labels"]
+    rows = data.encoded_rows(split)["labels"]
     return [data.tokenizer.decode([label for label in row if label != -100]) for row in rows]
 
 
 def test_a_batch_is_padded_and_its_labels_are_the_answers(tmp_path, tokenizer):
     data = ChatData(str(write_chats(tmp_path / "chats.jsonl")), tokenizer, batch_size=8)
     data.setup()
-    assert {split: len(data.encoded(split)) for split in ("train", "validation", "test")} == {
+    assert {split: len(data.encoded_rows(split)) for split in ("train", "validation", "test")} == {
         "train": 96,
         "validation": 12,
         "test": 12,
@@ -74,7 +74,7 @@ def test_tools_and_calls_of_several_shapes_go_through_a_file(tmp_path, tokenizer
     data = ChatData(str(path), tokenizer, split=NO_SPLIT, chat_template=TOOLS)
     data.setup()
     assert '{"name": "g", "arguments": {"b": 2}}' in trained(data)[1]
-    text = data.tokenizer.decode(data.encoded("train")["input_ids"][0])
+    text = data.tokenizer.decode(data.encoded_rows("train")["input_ids"][0])
     assert '"name": "f"' in text
     assert "null" not in text
 
@@ -196,17 +196,3 @@ def test_with_prompts_evaluation_has_them_and_predict_needs_no_answers(tmp_path,
         LoRAError, match=r"alone.jsonl, the predict set, row 1, .* expected a message of the role assist"
     ):
         ChatData(alone, tokenizer, split=NO_SPLIT).setup()
-
-
-def test_dialogues_of_yaml_are_pairs_each_once(tmp_path, tokenizer):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "a.yml").write_text("conversations:\n- - Hi\n  - Hello.\n  - Good day.\n- - Hi\n  - Hello.\n")
-    (folder / "b.yml").write_text("conversations:\n- - Bye\n  - So long.\n- Why?\n  - Because.\n")
-    data = ChatData(str(folder), tokenizer, split=NO_SPLIT)
-    data.setup()
-    assert data.tables["train"]["topic"] == ["a", "b", "b"]
-    assert trained(data) == ["Hello.<|im_end|>", "So long.<|im_end|>", "Because.<|im_end|>"]
-    (folder / "c.yml").write_text("conversations:\n- - Hi\n  - 3\n")
-    with pytest.raises(LoRAError, match=r"c.yml, conversation 1: expected two or more lines of text, got \['Hi', 3\]"):
-        ChatData(str(folder), tokenizer).setup()

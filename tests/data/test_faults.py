@@ -99,7 +99,7 @@ def test_what_is_right_is_taken(name, tmp_path, bert):
         data = ready(
             subject.cls, write(tmp_path / f"films{kind}", rows_of(subject)), bert, split=SPLIT, **subject.kwargs
         )
-        assert len(data.encoded("train")) == 8
+        assert len(data.encoded_rows("train")) == 8
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_a_broken_file_is_found_out_under_its_compression(tmp_path, bert):
 def test_numbers_may_be_written_as_text_and_lists_may_be_empty(tmp_path, bert):
     rows = [{"text": "a", "label": json.dumps(i)} for i in range(4)]
     data = ready(TextRegressionData, write(tmp_path / "a.jsonl", rows), bert, split=SPLIT)
-    assert list(data.encoded("train")["labels"]) == [0.0, 1.0, 2.0, 3.0]
+    assert list(data.encoded_rows("train")["labels"]) == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_label_names_are_each_another(tmp_path, bert):

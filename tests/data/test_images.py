@@ -195,7 +195,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_alone(folder):
 def test_augmentation_leaves_torchs_own_generator_and_evaluation_alone(folder):
     data = data_of(folder, augment=Augmentation(rand_augment=9))
     before = torch.get_rng_state()
-    data.encoded("train")[(0, 0)]
+    data.encoded_rows("train")[(0, 0)]
     assert torch.equal(before, torch.get_rng_state())
     assert same(data, data_of(folder))
     assert all(

@@ -74,7 +74,7 @@ def test_rows_of_their_own_train_on_the_same_tokens(tmp_path, tokenizer):
 
 def test_a_text_ends_with_the_end_of_text_where_that_is_asked(tmp_path, tokenizer):
     path = write(tmp_path / "set.txt", ["one two three"])
-    ends = [data_of(path, tokenizer, packing=False, end_of_text=end).encoded("train")[0] for end in (True, False)]
+    ends = [data_of(path, tokenizer, packing=False, end_of_text=end).encoded_rows("train")[0] for end in (True, False)]
     assert ends[0]["input_ids"] == [3, 4, 5, 1]
     assert ends[0]["labels"] == [-100, 4, 5, 1]
     assert ends[1]["input_ids"] == [3, 4, 5]
@@ -84,7 +84,7 @@ def test_a_text_ends_with_the_end_of_text_where_that_is_asked(tmp_path, tokenize
 def test_a_txt_is_taken_by_line_by_paragraph_or_whole(tmp_path, tokenizer, by, documents):
     path = write(tmp_path / "set.txt", ["one two", "three four", "", "five six"])
     data = data_of(path, tokenizer, text_by=by, packing=False)
-    assert len(data.encoded("train")) == documents
+    assert len(data.encoded_rows("train")) == documents
 
 
 def test_predictions_are_for_pieces_of_documents_in_the_order_of_the_file(tmp_path, tokenizer):
@@ -100,7 +100,7 @@ def test_predictions_are_for_pieces_of_documents_in_the_order_of_the_file(tmp_pa
 def test_how_full_the_rows_are_is_said(tmp_path, tokenizer, caplog):
     caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
     data = data_of(write(tmp_path / "set.txt", TEXTS), tokenizer)
-    rows = data.encoded("train")
+    rows = data.encoded_rows("train")
     empty = 1 - sum(expected(TEXTS).values()) / (16 * len(rows))
     assert f"train: 40 documents in {len(rows)} rows of 16, {empty:.1%} empty" in caplog.text
 
@@ -120,7 +120,7 @@ def test_rows_of_a_single_token_are_named_and_left_out(tmp_path, tokenizer):
 
 def test_a_last_piece_of_one_token_makes_no_row_of_its_own(tmp_path, tokenizer):
     path = write(tmp_path / "set.jsonl", [" ".join(["one"] * 16)])
-    assert len(data_of(path, tokenizer, packing=False).encoded("train")) == 1
+    assert len(data_of(path, tokenizer, packing=False).encoded_rows("train")) == 1
 
 
 def test_a_saved_set_is_read_by_its_splits(tmp_path, tokenizer):

@@ -42,7 +42,7 @@ def pairs_of(folder, tokenizer, rows=ROWS, **options):
 
 
 def batch_of(data, split="train"):
-    return data.collate([data.encoded(split)[i] for i in range(len(data.encoded(split)))])
+    return data.collate([data.encoded_rows(split)[i] for i in range(len(data.encoded_rows(split)))])
 
 
 def texts(data, part):
@@ -59,7 +59,7 @@ def test_each_part_is_padded_by_itself_and_equal_positives_are_a_group(tmp_path,
     assert batch["anchor"]["input_ids"].shape == (3, 5)
     assert batch["positive"]["input_ids"].shape == (3, 3)
     assert batch["labels"].tolist() == [[0], [1], [0]]
-    assert data.lengths(data.encoded("train")) == [8, 7, 6]
+    assert data.lengths(data.encoded_rows("train")) == [8, 7, 6]
 
 
 def test_prefixes_and_hard_negatives(tmp_path, tokenizer):
@@ -176,14 +176,14 @@ def test_a_fault_in_an_image_is_named(tmp_path, processor):
     ):
         ready(ImageTextData(str(file), processor, split=NO_SPLIT))
     (tmp_path / "images/1.png").unlink()
-    with pytest.raises(LoRAError, match=r"row 2, column 'image': expected an image at .*there is no file"):
+    with pytest.raises(LoRAError, match=r"row 2, column 'image': expected an image that opens, .*1.png': there is no"):
         ready(ImageTextData(str(file), processor, split=NO_SPLIT))
     whole = (tmp_path / "images/0.png").read_bytes()
     (tmp_path / "images/0.png").write_bytes(whole[:150])  # the header is there, pixels are not
     data = ready(ImageTextData(str(write_rows(file, [rows[0], rows[2]])), processor, split=NO_SPLIT))
     with pytest.raises(LoRAError, match="row 1, column 'image': expected an image that opens"):
         batch_of(data)
-    with pytest.raises(LoRAError, match=r"row 1, column 'image': expected an image, its bytes or the path"):
+    with pytest.raises(LoRAError, match=r"row 1, column 'image': expected the path of an image"):
         ready(ImageTextData(str(write_rows(file, [{"image": 3, "text": "the sky"}])), processor, split=NO_SPLIT))
     with pytest.raises(LoRAError, match="row 1, column 'text': expected a text with words"):
         ready(ImageTextData(str(write_rows(file, [{**rows[2], "text": ""}])), processor, split=NO_SPLIT))

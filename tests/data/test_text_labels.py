@@ -15,7 +15,7 @@ EXPECTED = [[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1]]
 
 
 def targets(data):
-    return [[int(flag) for flag in row] for row in data.encoded("train")["labels"][:4]]
+    return [[int(flag) for flag in row] for row in data.encoded_rows("train")["labels"][:4]]
 
 
 def of(path, bert, **kwargs):

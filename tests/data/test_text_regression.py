@@ -19,7 +19,7 @@ def test_every_kind_of_file_gives_the_same_numbers(tmp_path, bert, suffix):
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].dtype == torch.float32
     assert batch["token_type_ids"].max() == 1
-    scores = [label for split in ("train", "validation", "test") for label in data.encoded(split)["labels"]]
+    scores = [label for split in ("train", "validation", "test") for label in data.encoded_rows(split)["labels"]]
     assert sorted(scores) == [row["score"] for row in ROWS]
 
 

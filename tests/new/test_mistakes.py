@@ -6,7 +6,7 @@ import pytest
 
 from lora_lightning.__main__ import main
 from lora_lightning.commands.new import new
-from lora_lightning.commands.projects.checks import checked_name
+from lora_lightning.commands.projects.checks import check_name
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
 
@@ -38,7 +38,7 @@ def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("name", ["my_project", "my-project", "p2", "a_b-c"])
 def test_a_good_name_is_taken(name):
-    assert checked_name(name) == name
+    assert check_name(name) == name
 
 
 def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):

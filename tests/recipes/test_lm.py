@@ -54,17 +54,24 @@ def files(model, data, *more):
     return [part for name in names for part in ("--config", str(LM / name))]
 
 
+def make_tiny(folder, name):
+    """A recipe's model in `folder`: its architecture, tiny, with random weights, and a tokenizer."""
+    kind, options, template = KINDS[name]
+    tokenizer = make_tokenizer(template)
+    numbers = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
+    config = getattr(transformers, kind)(vocab_size=len(tokenizer), **TINY, **options, **numbers)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def tiny_models(tmp_path_factory):
-    """A directory for each recipe's model: its architecture, tiny, with random weights, and a tokenizer."""
+    """A directory for each recipe's model."""
     folder = tmp_path_factory.mktemp("models")
-    for name, (kind, options, template) in KINDS.items():
-        tokenizer = make_tokenizer(template)
-        numbers = {f"{end}_token_id": getattr(tokenizer, f"{end}_token_id") for end in ("bos", "eos", "pad")}
-        config = getattr(transformers, kind)(vocab_size=len(tokenizer), **TINY, **options, **numbers)
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    for name in KINDS:
+        make_tiny(folder / name, name)
     return folder
 
 
@@ -122,7 +129,7 @@ def test_a_step_of_each_model_and_of_each_set(model, data, tiny_models, tmp_path
     cli = run("fit", tiny_models, tmp_path, model, data, "--trainer.fast_dev_run", "1")
     assert isinstance(cli.model.task, CausalLM)
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
-    (row, *_) = cli.datamodule.encoded("train")
+    (row, *_) = cli.datamodule.encoded_rows("train")
     assert row["position_ids"].count(0) > 1  # packed
     assert {p.dtype for n, p in cli.model.backbone.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
     adapted = {row.module.rpartition(".")[2] for row in cli.model.report.modules}

@@ -33,27 +33,29 @@ def test_the_handbooks_values_are_in_the_recipe():
     assert (data.max_length, data.max_prompt_length, data.batch_size) == (1024, 512, 4)
 
 
+def tiny(file, folder):
+    """The model, and further arguments for `run_a_step`."""
+    config = (LlamaConfig if "smollm2" in file else MistralConfig)(**TINY)
+    model = tiny_model(folder / "model", config, WORDS, chat_template=TEMPLATE, pair=False)
+    if "smollm2" in file:
+        rows = [{**row, "prompt": f"{row['prompt']} {i}"} for i, row in enumerate(preferences(30))]
+        return {"model": model, "data": {"path": str(rows_file(folder / "rows.jsonl", rows))}}
+    whole = [as_messages(row) for row in preferences(12)]
+    rows = [{c: row["prompt"] + row[c] for c in ("chosen", "rejected")} for row in whole]
+    files = {split: str(rows_file(folder / f"{split}.jsonl", rows)) for split in ("train", "validation")}
+    plain = {"model_kwargs": None, "dtype": "float32"}
+    return {"model": model, "backbone": plain, "data": {"path": files, "num_proc": None}}
+
+
 def test_smollm2_runs_a_step(tmp_path):
-    model = tiny_model(tmp_path / "model", LlamaConfig(**TINY), WORDS, chat_template=TEMPLATE, pair=False)
-    rows = rows_file(
-        tmp_path / "rows.jsonl", [{**r, "prompt": f"{r['prompt']} {i}"} for i, r in enumerate(preferences(30))]
-    )
-    cli = run_a_step(["preference/smollm2-dpo.yaml"], tmp_path, model=model, data={"path": str(rows)})
+    file = "preference/smollm2-dpo.yaml"
+    cli = run_a_step([file], tmp_path, **tiny(file, tmp_path))
     assert cli.trainer.global_step == 1
     assert {"val/loss", "val/accuracy", "val/margin"} <= set(cli.trainer.callback_metrics)
 
 
 def test_zephyr_runs_a_step_on_whole_conversations(tmp_path):
-    model = tiny_model(tmp_path / "model", MistralConfig(**TINY), WORDS, chat_template=TEMPLATE, pair=False)
-    whole = [as_messages(row) for row in preferences(12)]
-    rows = [{c: row["prompt"] + row[c] for c in ("chosen", "rejected")} for row in whole]
-    files = {split: str(rows_file(tmp_path / f"{split}.jsonl", rows)) for split in ("train", "validation")}
-    cli = run_a_step(
-        ["preference/zephyr-7b-dpo.yaml"],
-        tmp_path,
-        model=model,
-        backbone={"model_kwargs": None, "dtype": "float32"},
-        data={"path": files, "num_proc": None},
-    )
+    file = "preference/zephyr-7b-dpo.yaml"
+    cli = run_a_step([file], tmp_path, **tiny(file, tmp_path))
     assert cli.trainer.global_step == 1
     assert len(cli.model.report.modules) == 7

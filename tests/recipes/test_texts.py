@@ -1,13 +1,10 @@
 """The recipe for plain texts: parsed, and run for a step on a tiny model of its kind."""
 
-import json
-
 import pytest
 import torch
 import yaml
 
-from lora_lightning.cli.main import LoRACLI
-from tests.recipes.recipe import CONFIGS, head_of, parse, stacked
+from tests.recipes.recipe import CONFIGS, head_of, parse, rows_file, run_a_step
 from tests.tiny_lm import make_lm, make_texts
 
 RECIPE = "lm/texts.yaml"
@@ -30,17 +27,15 @@ def test_it_takes_another_model(model):
     assert config.data.init_args.tokenizer == config.model.backbone.init_args.pretrained_model_name_or_path == name
 
 
+def tiny(folder):
+    """A tiny model of the recipe's kind, and a file of texts."""
+    model = make_lm(folder / "model", "qwen3", num_hidden_layers=1, **WIDE)
+    rows = [{"text": text} for text in make_texts(150)]
+    return {"model": model, "data": {"path": str(rows_file(folder / "texts.jsonl", rows))}}
+
+
 def test_a_step_of_it(tmp_path):
-    model = make_lm(tmp_path / "model", "qwen3", num_hidden_layers=1, **WIDE)
-    file = tmp_path / "texts.jsonl"
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in make_texts(150)))
-    own = {
-        "trainer": {"accelerator": "cpu", "fast_dev_run": 1, "enable_progress_bar": False, "val_check_interval": 1.0},
-        "model": {"backbone": {"init_args": {"pretrained_model_name_or_path": str(model)}}},
-        "data": {"init_args": {"path": str(file), "tokenizer": str(model), "num_workers": 0}},
-    }
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(own))
-    cli = LoRACLI(args=["fit", *stacked([RECIPE, tmp_path / "own.yaml"])])
+    cli = run_a_step([RECIPE], tmp_path, **tiny(tmp_path))
     assert torch.isfinite(cli.trainer.callback_metrics["train/loss"])
-    assert "position_ids" in cli.datamodule.encoded("train").column_names
+    assert "position_ids" in cli.datamodule.encoded_rows("train").column_names
     assert {row.r for row in cli.model.report.modules} == {64}

@@ -56,7 +56,7 @@ def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_no
 
 
 def drawn(trials, keys, budget=None):
-    with drawing.styled():
+    with drawing.plot_style():
         return figures(rank_points(trials, "max"), keys, METRIC, "max", budget)
 
 

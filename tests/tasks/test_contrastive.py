@@ -12,8 +12,8 @@ from transformers import CLIPConfig, CLIPModel
 
 from lora_lightning import LoRAError, huggingface
 from lora_lightning.tasks.base import StepOutput
-from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pooled
-from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, ranks, singled
+from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pool
+from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, number_singles, ranks
 
 
 class Rows(nn.Module):
@@ -170,9 +170,9 @@ def test_pooling():
     states = torch.randn(3, 4, 2, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]])
     mean = torch.stack([states[0, :2].mean(0), states[1].mean(0), states[2, 2:].mean(0)])
-    torch.testing.assert_close(pooled(states, mask, "mean"), mean)
-    torch.testing.assert_close(pooled(states, mask, "cls"), torch.stack([states[0, 0], states[1, 0], states[2, 2]]))
-    torch.testing.assert_close(pooled(states, mask, "last"), torch.stack([states[0, 1], states[1, 3], states[2, 3]]))
+    torch.testing.assert_close(pool(states, mask, "mean"), mean)
+    torch.testing.assert_close(pool(states, mask, "cls"), torch.stack([states[0, 0], states[1, 0], states[2, 2]]))
+    torch.testing.assert_close(pool(states, mask, "last"), torch.stack([states[0, 1], states[1, 3], states[2, 3]]))
 
 
 def test_padding_changes_no_embedding(tiny):
@@ -189,8 +189,8 @@ def test_padding_changes_no_embedding(tiny):
 
 def test_a_task_can_be_copied_and_the_groups_numbered():
     copy.deepcopy(ContrastiveEmbedding())
-    assert singled(torch.tensor([3, -1, 0, -1])).tolist() == [3, 5, 0, 6]
-    assert singled(torch.tensor([-1, -1])).tolist() == [1, 2]
+    assert number_singles(torch.tensor([3, -1, 0, -1])).tolist() == [3, 5, 0, 6]
+    assert number_singles(torch.tensor([-1, -1])).tolist() == [1, 2]
 
 
 def test_half_precision_is_compared_in_float32():

@@ -14,7 +14,7 @@ from lora_lightning.data.chat.data import ChatData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import adapted_layers, disabled
 from lora_lightning.tasks.language_model import CausalLM
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.callbacks.generation_samples import Sample, Samples, answers, page_of, stops
 from tests.chats import CHATML, make_llama, write_chats
 
@@ -148,7 +148,7 @@ def test_generating_leaves_the_model_as_it_was(chat):
     data = ChatData(chat.chats, chat.llama, max_length=64)
     data.setup()
     prompts = data.prompts(2)
-    with evaluating(backbone):
+    with in_evaluation(backbone):
         after = answers(backbone, data, prompts, 8)
         with disabled(backbone):
             before = answers(backbone, data, prompts, 8)

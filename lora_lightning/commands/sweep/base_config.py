@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning.backbones.huggingface import huggingface
@@ -63,6 +64,8 @@ class Base:
     goal: Goal
     unlogged: Callable[[str], str | None]
     """Of a metric: None, or why no fit of this config logs it."""
+    trainer: Trainer | None = None
+    """Where one was asked for."""
     parser: Any
     """Of the command: what else `fit` is to be asked is looked at with it."""
 
@@ -75,14 +78,14 @@ class Base:
         return self.parser.parse_args(["fit", *args]).fit
 
 
-def opened(args: Sequence[str]) -> Base:
-    """What `fit ARGS` would begin with.
+def opened(args: Sequence[str], *, trainer: bool = False) -> Base:
+    """What `fit ARGS` would begin with; with `trainer`, a Trainer that says in which processes.
 
     Raises:
         LoRAError: an object refuses its arguments.
         SystemExit: `fit` refuses them; its line is on the screen.
     """
-    built = build_run(["fit", *args], _without_weights, trainer=False)
+    built = build_run(["fit", *args], _without_weights, trainer=trainer)
     module, config = built.module, built.config
     metric, goal = _monitored(config, module.task)
     return Base(
@@ -93,6 +96,7 @@ def opened(args: Sequence[str]) -> Base:
         metric=metric,
         goal=goal,
         unlogged=functools.partial(_unlogged, module=module, config=config),
+        trainer=built.trainer,
         parser=built.parser,
     )
 

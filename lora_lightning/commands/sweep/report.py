@@ -14,7 +14,7 @@ from lora_lightning.commands.sweep.figures import Figures, figures
 from lora_lightning.commands.sweep.ranking import Point
 from lora_lightning.commands.sweep.search_space import plainly, short_names
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.reports.figures import ENDINGS, styled, write_figures
+from lora_lightning.reports.figures import ENDINGS, plot_style, write_figures
 from lora_lightning.reports.html import figure_sections, page, table_section
 from lora_lightning.reports.table import Table
 
@@ -91,7 +91,7 @@ def write(
     metric, goal, keys = about["metric"], about["goal"], about["keys"]
     drawings: Figures = {}
     if plots:
-        with styled():
+        with plot_style():
             drawings = figures(points, keys, metric, goal, about["budget"])
     svgs = write_figures(folder, drawings, earlier=read(folder).get("pictures"))
     files = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]

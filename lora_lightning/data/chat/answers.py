@@ -48,8 +48,8 @@ def answer_spans(
 
 
 def _span(render: Render, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
-    before = _tried(render, messages[:number], True)
-    through = text if number + 1 == len(messages) else _tried(render, messages[: number + 1], False)
+    before = _render_or_none(render, messages[:number], True)
+    through = text if number + 1 == len(messages) else _render_or_none(render, messages[: number + 1], False)
     start = len(before) if before is not None and text.startswith(before) else None
     if start is not None and through is not None and text.startswith(through) and len(through) > start:
         return start, len(through)
@@ -61,8 +61,8 @@ def _by_marker(
 ) -> tuple[int, int]:
     """The same by what stands around a marker in the answer's place, here and where it ends the conversation."""
     marked = [*messages[:number], {**messages[number], "content": MARKER}, *messages[number + 1 :]]
-    head, here, tail = (_tried(render, marked, False) or "").partition(MARKER)
-    alone, _, closing = (_tried(render, marked[: number + 1], False) or "").partition(MARKER)
+    head, here, tail = (_render_or_none(render, marked, False) or "").partition(MARKER)
+    alone, _, closing = (_render_or_none(render, marked[: number + 1], False) or "").partition(MARKER)
     if before is not None and text.startswith(before):
         start = len(before)
     elif text.startswith(head):
@@ -74,16 +74,16 @@ def _by_marker(
     end = len(text) - len(tail)
     if not here or not text.endswith(tail) or start > end:
         raise AnswerNotFoundError(number + 1)
-    return start, end + _shared(closing, tail)
+    return start, end + _common_length(closing, tail)
 
 
-def _shared(one: str, other: str) -> int:
+def _common_length(one: str, other: str) -> int:
     """How many characters both begin with."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
-def _tried(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
+def _render_or_none(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
     """None where the template refuses these messages, as some do where roles do not take turns."""
     try:
         return render(messages, prompt) if messages else None

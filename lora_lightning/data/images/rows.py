@@ -89,7 +89,7 @@ class Cells:
         try:
             return read_rgb(self.source(i))
         except Exception as error:  # decoders fail in as many ways as there are formats
-            raise self.fault(i, "an image that opens", said(error)) from error
+            raise self.fault(i, "an image that opens", reason_of(error)) from error
 
     def verify(self, i: int, *, decode: bool) -> None:
         """Open an image, or decode it, and let it go."""
@@ -99,10 +99,10 @@ class Cells:
         try:
             open_image(self.source(i)).close()
         except Exception as error:
-            raise self.fault(i, "an image that opens", said(error)) from error
+            raise self.fault(i, "an image that opens", reason_of(error)) from error
 
 
-def said(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What an error says, without the address of a buffer."""
     text = " ".join(str(error).split())
     return (
@@ -139,14 +139,14 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         i = key if isinstance(key, int) else key[1]
-        example = self.transformed(key, self.read(i))
+        example = self.transform(key, self.read(i))
         return example if self.labels is None else {**example, "labels": self.labels[i]}
 
     def read(self, i: int) -> dict[str, Any]:
         """What is transformed together, by name."""
         return {PIXELS: as_tensor(self.images.rgb(i))}
 
-    def transformed(self, key: Key, read: dict[str, Any]) -> dict[str, Any]:
+    def transform(self, key: Key, read: dict[str, Any]) -> dict[str, Any]:
         """The same result for the same (seed, epoch, row), in whatever process and order."""
         if isinstance(key, int):
             return dict(self.evaluation(read))

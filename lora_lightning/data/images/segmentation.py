@@ -19,7 +19,7 @@ from torchvision import tv_tensors
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import LabelNames
 from lora_lightning.data.images.files import folders_by_split, read_mask_folders
-from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, said
+from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, reason_of
 from lora_lightning.data.images.table import ImageTable
 from lora_lightning.data.images.transforms import (
     evaluation_transform,
@@ -128,7 +128,7 @@ class SegmentationData(LabelNames, ImageTable):
             super().verify_rows(table, split)
             return
         rows = self.encode(table, split)
-        for i in self.shown(range(len(table)), split):
+        for i in self.with_progress(range(len(table)), split):
             rows.read(i)
 
 
@@ -152,7 +152,7 @@ class MaskRows(Rows):
         try:
             mask = read_mask(self.masks.source(i))
         except Exception as error:  # decoders fail in as many ways as there are formats
-            raise self.masks.fault(i, "a mask that opens", said(error)) from error
+            raise self.masks.fault(i, "a mask that opens", reason_of(error)) from error
         if mask.shape != (image.height, image.width):
             got = f"{mask.shape[1]} x {mask.shape[0]}"
             raise self.masks.fault(i, f"the size of its image, {image.width} x {image.height}", got)

@@ -147,13 +147,13 @@ def _in_two(texts: dict[str, dict[str, Any]]) -> Iterator[tuple[str, int]]:
     for split, columns in texts.items():
         parts = [column.cast(pa.large_binary()) for column in columns.values()]
         if parts:
-            keys[split] = (set(columns), parts[0] if len(parts) == 1 else _joined(parts))
+            keys[split] = (set(columns), parts[0] if len(parts) == 1 else _join(parts))
     for (first, (names, one)), (second, (others, other)) in combinations(keys.items(), 2):
         if names == others and (count := _count(pc.is_in(other, value_set=one.combine_chunks().unique()))):
             yield f"{second} in {first}", count
 
 
-def _joined(parts: list[Any]) -> Any:
+def _join(parts: list[Any]) -> Any:
     whole = [part.combine_chunks() for part in parts]
     return pa.chunked_array([pc.binary_join_element_wise(*whole, pa.scalar(b"\x1e", pa.large_binary()))])
 

@@ -171,10 +171,10 @@ def clear_leftovers(target: Path) -> None:
     """
     form = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.(new|old)\.part")
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        found = form.fullmatch(path.name)
-        if found is None or path.is_symlink() or _runs(int(found[1])):
+        parsed = form.fullmatch(path.name)
+        if parsed is None or path.is_symlink() or _runs(int(parsed[1])):
             continue
-        if path.is_dir() and found[2] == "old" and not target.exists():
+        if path.is_dir() and parsed[2] == "old" and not target.exists():
             path.replace(target)
         else:
             _remove(path)
@@ -212,8 +212,8 @@ def _free_space(target: Path) -> tuple[int, Path]:
 
 def _cure(error: Exception, target: Path, needed: int) -> str | None:
     """What a disk's error says of `target`, and what to do; None of any other error."""
-    said = RUST.search(str(error))
-    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    match = RUST.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT):
         sizes = f"{human_size(needed)} are needed, {human_size(_free_space(target)[0])} are free now"
         cure = "nothing was written; free some, or name another --output_dir"

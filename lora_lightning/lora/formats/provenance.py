@@ -203,10 +203,10 @@ def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[st
 def _by_plain_names(made_on: Fingerprint, here: Fingerprint) -> Fingerprint:
     """`made_on` by the names of `here`: of a wrapped model it once noted them with `_orig_mod.` or `module.` inside."""
     plain = {WRAPPERS.sub("", name): name for name in here.tensors}
-    found = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
-    if len({*found.values()}) < len(found):
+    renamed = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
+    if len({*renamed.values()}) < len(renamed):
         return made_on
-    return replace(made_on, tensors={found[name]: digest for name, digest in made_on.tensors.items()})
+    return replace(made_on, tensors={renamed[name]: digest for name, digest in made_on.tensors.items()})
 
 
 def warn_of_no_fingerprint() -> None:

@@ -85,10 +85,10 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         }
 
 
-def fingerprint_of_digests(found: Mapping[str, str]) -> Fingerprint:
+def fingerprint_of_digests(by_name: Mapping[str, str]) -> Fingerprint:
     """The whole's, of tensors whose own digests are known, in the model's order."""
-    whole = "".join(f"{name}={found[name]}\n" for name in sorted(found))
-    return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in found.items()})
+    whole = "".join(f"{name}={by_name[name]}\n" for name in sorted(by_name))
+    return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in by_name.items()})
 
 
 def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]:

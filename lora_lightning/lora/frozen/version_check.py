@@ -41,12 +41,12 @@ class Version:
 
 def base_versions(model: nn.Module) -> dict[str, Version]:
     """The versions of all of W0's tensors as they are now."""
-    found: dict[str, Version] = {}
+    versions: dict[str, Version] = {}
     for place in iter_base(model):
         small = not place.is_parameter and place.tensor.numel() <= SMALL
         values = place.tensor.detach().clone() if small else None
-        found[place.name] = Version(weakref.ref(place.tensor), _count(place.tensor), values)
-    return found
+        versions[place.name] = Version(weakref.ref(place.tensor), _count(place.tensor), values)
+    return versions
 
 
 def refuse_moved(model: nn.Module, before: dict[str, Version]) -> None:

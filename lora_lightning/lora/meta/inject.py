@@ -128,7 +128,7 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
 
 
 def _needed(read: Read, name: str) -> Tensor:
-    found = read(name)
-    if found is None:
+    value = read(name)
+    if value is None:
         raise LoRAError(f"'{name}' is on the meta device, and the model's files have no values for it")
-    return found
+    return value

@@ -218,14 +218,14 @@ class BaseCheck:
         if not different:
             return
         self.is_the_base = False
-        told = (
+        message = (
             f"the adapter was made on another base: {len(different)} of {len(self.expected)} tensors differ, first"
             f" {some(different)}"
         )
         if not self.allow_other_base:
-            raise AdapterError(f"{told}. Name the base that it was made on, or allow another: allow_other_base")
+            raise AdapterError(f"{message}. Name the base that it was made on, or allow another: allow_other_base")
         if whole:
-            warn_of_other_base(told)
+            warn_of_other_base(message)
 
     def _is(self, tensor: Tensor, digests: set[str]) -> bool:
         """Whether the tensor, in its own dtype or as the adapter's base was loaded in another, has these digests."""

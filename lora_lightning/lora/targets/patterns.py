@@ -66,10 +66,10 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
     """The value of the longest pattern that matches: no order of keys can change it."""
     if not patterns:
         return default
-    found = [p for p in patterns if _hits(p, names)]
-    if not found:
+    matching = [p for p in patterns if _hits(p, names)]
+    if not matching:
         return default
-    hits = sorted(found, key=lambda p: (p in names, len(p)), reverse=True)
+    hits = sorted(matching, key=lambda p: (p in names, len(p)), reverse=True)
     rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
     if any(patterns[p] != patterns[hits[0]] for p in rivals):
         raise TargetError(

@@ -23,9 +23,10 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.tracing import is_traced
+from lora_lightning.lora.layers.trained.module_copy import hooks_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
+from lora_lightning.tasks.losses.head_probe import one_position, terms_of, terms_of_config
 from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_cross_entropy
 from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
@@ -51,16 +52,16 @@ def shifted_loss(
     Raises:
         LoRAError: nothing is trained on though gradients are wanted; or labels do not fit.
     """
-    return aligned_loss(backbone, inputs, shifted(labels), label_smoothing=label_smoothing)
+    return aligned_loss(backbone, inputs, shift_labels(labels), label_smoothing=label_smoothing)
 
 
 def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> list[LinearCrossEntropy]:
     """The same for each row by itself, from one forward."""
-    labels = shifted(labels)
+    labels = shift_labels(labels)
     return _losses(backbone, inputs, [(slice(i, i + 1), labels[i : i + 1]) for i in range(len(labels))], 0.0)
 
 
-def shifted(labels: Tensor) -> Tensor:
+def shift_labels(labels: Tensor) -> Tensor:
     """Labels (b, t) to those of the outputs: position t has the label of t + 1, and the last none.
 
     Raises:
@@ -88,7 +89,7 @@ def _losses(
     _warn_of_router_loss(backbone)
     before = before_head(backbone, inputs)
     if before is not None:
-        terms = before.terms._replace(label_smoothing=label_smoothing)
+        terms = Terms(label_smoothing, before.terms.softcap, before.terms.logit_scale)
         return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
     logits = logits_of(backbone(**inputs))
     return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
@@ -107,7 +108,7 @@ def _warn_of_router_loss(backbone: nn.Module) -> None:
 
 
 def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
-    rows = _trained("logits", logits, labels)
+    rows = _trained_rows("logits", logits, labels)
     return cross_entropy_of_logits(logits[rows], labels.to(logits.device)[rows], Terms(label_smoothing))
 
 
@@ -133,17 +134,25 @@ def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | 
 
 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
-    rows, labels = _trained("hidden states", hidden, labels), labels.to(hidden.device)
+    rows, labels = _trained_rows("hidden states", hidden, labels), labels.to(hidden.device)
     if not _is_one_product(head, hidden):
         parts = in_chunks(head, hidden[rows], labels[rows], vocabulary, partial(cross_entropy_of_logits, terms=terms))
         loss, correct = torch.stack([part.loss for part in parts]), torch.stack([part.correct for part in parts])
         return LinearCrossEntropy(loss.sum(), sum(part.count for part in parts), correct.sum())
     assert isinstance(head, nn.Linear)
     weight, bias = head.weight, head.bias
-    return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
+    return linear_cross_entropy(
+        hidden.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        bias=bias,
+        label_smoothing=terms.label_smoothing,
+        softcap=terms.softcap,
+        logit_scale=terms.logit_scale,
+    )
 
 
-def _trained(what: str, given: Tensor, labels: Tensor) -> Tensor:
+def _trained_rows(what: str, given: Tensor, labels: Tensor) -> Tensor:
     """Where labels count, on the device of what was `given` for them."""
     if given.dim() != 3 or given.shape[:2] != labels.shape:
         raise LoRAError(
@@ -159,7 +168,7 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
     if why is None:
         head = _head(backbone)
         if backbone not in _FOUND:
-            _FOUND[backbone] = declared_terms(backbone) if is_traced() else terms_of(backbone, head, inputs)
+            _FOUND[backbone] = terms_of_config(backbone) if is_traced() else terms_of(backbone, head, inputs)
         terms = _FOUND[backbone]
         if terms is not None:
             return head, terms
@@ -181,7 +190,7 @@ def why_all_logits(backbone: Any) -> str | None:
     head = _head(backbone)
     if head is None:
         return "it names no head (get_output_embeddings)"
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+    if any(hooks_of(head)):
         return "its head has hooks, which are to see every logit"
     if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its head's weights are sharded"

@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
     """(n,): of the rejected."""
 
 
-def checked_terms(terms: PreferenceTerms) -> PreferenceTerms:
+def check_terms(terms: PreferenceTerms) -> PreferenceTerms:
     """The terms, or a LoRAError that names the one that means nothing."""
     known = get_args(PreferenceLoss)
     if terms.loss not in known:

@@ -50,7 +50,7 @@ class Offload:
 
     def __init__(self, model: nn.Module, small: int = SMALL, stays_on: tuple[str, ...] = ("cpu", "meta")) -> None:
         self.model, self.small, self.stays_on = model, small, stays_on
-        self._said = False
+        self._has_warned = False
         self.moved = 0
         """Bytes that the last forward moved."""
 
@@ -58,8 +58,8 @@ class Offload:
     def on(self) -> Iterator[None]:
         """Within the block, what operations save for backward is moved; nothing where the model itself is there."""
         if all(p.device.type in self.stays_on for p in self.model.parameters()):
-            if not self._said:
-                self._said = True
+            if not self._has_warned:
+                self._has_warned = True
                 rank_zero_info("offload_activations: this run is on a CPU already, so that nothing has to be moved")
             yield
             return

@@ -109,11 +109,11 @@ class FreezeBase(Callback):
         else:  # all parts as they were: so is the whole
             changed = moved_in_any(self._own, of_own_shards(module.backbone))
             self.after = None if changed else self.before
-        if told := agreed(_told(changed) if changed else None):
-            raise W0MovedError(told)
+        if message := agreed(_message(changed) if changed else None):
+            raise W0MovedError(message)
 
 
-def _told(changed: Sequence[str]) -> str:
+def _message(changed: Sequence[str]) -> str:
     return (
         f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
         " something wrote into the backbone, so merging would not give the trained model"

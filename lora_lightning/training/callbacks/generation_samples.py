@@ -21,7 +21,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.generation import generate_texts
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 
@@ -116,7 +116,7 @@ class Samples(Callback):
         assert isinstance(module, LoRAModule)  # see setup
         data: GivesPrompts = trainer.datamodule  # type: ignore[attr-defined]
         prompts = self._prompts = data.prompts(self.count) if self._prompts is None else self._prompts
-        with evaluating(module.backbone), trainer.precision_plugin.forward_context():
+        with in_evaluation(module.backbone), trainer.precision_plugin.forward_context():
             if self._before is None:
                 with disabled(module.backbone):
                     self._before = answers(module.backbone, data, prompts, self.max_new_tokens, "before")
@@ -152,12 +152,12 @@ def answers(
     """
     device = next(backbone.parameters()).device
     options = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": stops(backbone, data) or None}
-    said = []
+    texts = []
     for prompt in tqdm(prompts, desc=f"answers {what}", leave=False):
         ids = torch.tensor([prompt.input_ids], device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        said += generate_texts(backbone, inputs, data.tokenizer, options)
-    return said
+        texts += generate_texts(backbone, inputs, data.tokenizer, options)
+    return texts
 
 
 def stops(backbone: nn.Module, data: GivesPrompts) -> list[int]:

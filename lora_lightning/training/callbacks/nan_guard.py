@@ -58,33 +58,33 @@ class StopOnNonFinite(Callback):
         if not bool(anywhere):
             return
         wrong = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
-        told = self._told(trainer, pl_module, wrong)  # in every process, for a forward may need them all
+        message = self._message(trainer, pl_module, wrong)  # in every process, for a forward may need them all
         by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
-        first = agreed(told if by_loss else None)  # whose loss is bad, knows the rows
-        raise NotFiniteError(first or agreed(told if by_gradient else None) or told)
+        first = agreed(message if by_loss else None)  # whose loss is bad, knows the rows
+        raise NotFiniteError(first or agreed(message if by_gradient else None) or message)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch = None
 
-    def _told(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
+    def _message(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
         losses = [bool(torch.isfinite(loss)) for loss in self._losses]
         last = trainer.fit_loop.epoch_loop.batch_idx
         first = last - len(losses) + 1
         batches = [first + i for i, fine in enumerate(losses) if not fine] or list(range(first, last + 1))
         what = f"{'gradient' if all(losses) else 'loss'} of optimizer step {trainer.global_step + 1}"
-        told = [f"the {what} is not finite: epoch {trainer.current_epoch}, batch {', '.join(map(str, batches))}"]
+        clauses = [f"the {what} is not finite: epoch {trainer.current_epoch}, batch {', '.join(map(str, batches))}"]
         if rows := [row for batch in batches for row in rows_of(trainer, batch)]:
             shown = ", ".join(map(str, rows[:32])) + (", ..." if len(rows) > 32 else "")
-            told.append(f"rows {shown} of the training set, as its file counts them")
+            clauses.append(f"rows {shown} of the training set, as its file counts them")
         layer = first_bad_layer(module, self._batch) if last in batches or trainer.world_size > 1 else None
         if layer:
-            told.append(f"the first layer whose output is not finite is '{layer}'")
+            clauses.append(f"the first layer whose output is not finite is '{layer}'")
         elif bad:
-            told.append(f"{len(bad)} gradients are not finite, the nearest to the loss is that of '{bad[-1]}'")
+            clauses.append(f"{len(bad)} gradients are not finite, the nearest to the loss is that of '{bad[-1]}'")
         saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
         good = f"and '{saved}' is good" if saved else "and nothing is saved yet"
-        told.append(f"nothing was updated, {good}: lower the learning rate, clip gradients, or look at these rows")
-        return "; ".join(told)
+        clauses.append(f"nothing was updated, {good}: lower the learning rate, clip gradients, or look at these rows")
+        return "; ".join(clauses)
 
 
 def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
@@ -114,12 +114,12 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
         return None
     if is_sharded(backbone):  # runs only where all processes run it, and it failed in some
         return None
-    found: list[str] = []
+    bad_layers: list[str] = []
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not found and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
-                found.append(name)
+            if not bad_layers and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
+                bad_layers.append(name)
 
         return hook
 
@@ -132,7 +132,7 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return bad_layers[0] if bad_layers else None
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

@@ -88,11 +88,11 @@ def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], nam
         for i, number in enumerate(numbers):
             row: dict[str, Any] = {"row": number}
             row |= {key: _plain(values[i]) for key, values in batch.items()}
-            said = row.get("prediction")
-            if names and isinstance(said, int):
-                row["label"] = names[said]
-            elif names and isinstance(said, list) and all(isinstance(number, int) for number in said):
-                row["labels"] = [names[number] for number in said]
+            predicted = row.get("prediction")
+            if names and isinstance(predicted, int):
+                row["label"] = names[predicted]
+            elif names and isinstance(predicted, list) and all(isinstance(number, int) for number in predicted):
+                row["labels"] = [names[number] for number in predicted]
             yield row
 
 

@@ -127,8 +127,8 @@ class RunReport(Callback):
         if folder is None or not trainer.is_global_zero:
             return
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        found = own.join(others).to_dict(None if names is None else list(names))
-        write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(found) + "\n").encode())
+        figures = own.join(others).to_dict(None if names is None else list(names))
+        write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(figures) + "\n").encode())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds = self._before + time.perf_counter() - self._started
@@ -218,9 +218,9 @@ def _full_bytes(model: nn.Module) -> int:
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     """A stage's figures as the report names them."""
-    found = trainer.callback_metrics.items()
+    figures = trainer.callback_metrics.items()
     return {
-        name.replace("/", "_"): float(value) for name, value in found if name.startswith((f"{stage}/", f"{stage}_"))
+        name.replace("/", "_"): float(value) for name, value in figures if name.startswith((f"{stage}/", f"{stage}_"))
     }
 
 

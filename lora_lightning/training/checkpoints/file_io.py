@@ -185,8 +185,8 @@ class WholeFiles(TorchCheckpointIO):
         if is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
         only = True if weights_only is None else weights_only
-        found: dict[str, Any] = read_checkpoint(Path(path), weights_only=only, map_location=map_location)
-        return found
+        loaded: dict[str, Any] = read_checkpoint(Path(path), weights_only=only, map_location=map_location)
+        return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)

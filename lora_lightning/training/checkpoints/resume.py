@@ -89,10 +89,10 @@ class Resume(Callback):
         if self._found is None:
             return
         trainer._logger_connector._callback_metrics.update(self._found["metrics"])
-        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):
-            rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
-        for told in overruled(self._found["settings"], self._settings):
-            rank_zero_info(f"resumed: the checkpoint's {told}")
+        for sentence in reasons_against(self._found, trainer.world_size, starting_over(trainer)):
+            rank_zero_warn(f"{sentence}: the fit goes on, and not bit for bit as if it had not been interrupted")
+        for sentence in overruled(self._found["settings"], self._settings):
+            rank_zero_info(f"resumed: the checkpoint's {sentence}")
         self._settings = self._settings | self._found["settings"]
         steps = next_logged(self._found, logged_steps(trainer))
         for logger in trainer.loggers:
@@ -125,9 +125,9 @@ class Resume(Callback):
             set_random_state(own["random"])
 
 
-def next_logged(found: Mapping[str, Any], stepped: int) -> int:
+def next_logged(place: Mapping[str, Any], stepped: int) -> int:
     """The number that the first step after a checkpoint is logged under, from what the checkpoint's loops say."""
-    return stepped + int(found["kind"] == "batch" and found["at_step"])
+    return stepped + int(place["kind"] == "batch" and place["at_step"])
 
 
 def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
@@ -185,18 +185,18 @@ def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
     }
 
 
-def reasons_against(found: Mapping[str, Any], processes: int, anew: list[str]) -> Iterator[str]:
+def reasons_against(state: Mapping[str, Any], processes: int, anew: list[str]) -> Iterator[str]:
     """Why this resume cannot be exact. `anew` names loaders that cannot go on in an epoch's middle."""
-    if found["kind"] == "batch" and anew:
+    if state["kind"] == "batch" and anew:
         yield (
             f"the checkpoint lies in the middle of an epoch, whose rows {some(anew)} begins anew: it does not keep its"
             " place, as lora_lightning.ResumableLoader with an EpochSampler does"
         )
-    if processes != len(found["processes"]):
-        yield f"the checkpoint was written by {len(found['processes'])} processes and is read by {processes}"
-    if not found["at_step"]:
+    if processes != len(state["processes"]):
+        yield f"the checkpoint was written by {len(state['processes'])} processes and is read by {processes}"
+    if not state["at_step"]:
         yield "the checkpoint lies between the batches of one optimizer step, whose gradients it does not hold"
-    if found["validates_next"]:
+    if state["validates_next"]:
         yield "the checkpoint was written right before a validation, which is left out"
 
 

@@ -48,7 +48,7 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
     if not is_sharded(model):
         return of_one_process(model)
-    tensors, found = base_tensors(model), dict[str, str]()
+    tensors, own_digests = base_tensors(model), dict[str, str]()
     waiting: dict[str, Future[dict[str, str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as pool:
         for number, (name, tensor) in enumerate(tensors.items()):
@@ -59,8 +59,8 @@ def fingerprint(model: nn.Module) -> Fingerprint:
             if whole is not None:
                 waiting[name] = pool.submit(digests, {name: whole})
         for one in waiting.values():
-            found |= one.result()
-    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+            own_digests |= one.result()
+    every = {name: digest for part in gathered(own_digests) for name, digest in part.items()}
     return fingerprint_of_digests({name: every[name] for name in tensors})
 
 

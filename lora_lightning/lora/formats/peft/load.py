@@ -127,12 +127,12 @@ def load_files(
         AdapterError: as `load_adapter`. The model is then as before.
     """
     peft, tensors = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
-    found = find_contents(tensors, peft, model)
-    refuse_other_targets(peft, found, model)
+    contents = find_contents(tensors, peft, model)
+    refuse_other_targets(peft, contents, model)
     return inject_and_fill(
         model,
         f"the adapter in {files.directory}",
-        lambda: config_for(peft, found, files.record, model, alphas or {}),
+        lambda: config_for(peft, contents, files.record, model, alphas or {}),
         lambda: from_peft(model, tensors, lambda name: token_ids(peft, name)),
         make_real,
     )
