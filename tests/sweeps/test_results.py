@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -104,3 +105,9 @@ def test_all_files_are_written_and_figures_of_an_earlier_state_go(tmp_path):
     assert json.loads((tmp_path / "sweep.json").read_text())["pictures"] == ["rank.png", "rank.svg"]
     write(tmp_path, about, rank_points(over_ranks(), "max"), plots=False)
     assert {p.name for p in tmp_path.iterdir()} == {"index.html", "sweep.json", "sweep.csv"}
+
+
+def test_missing_matplotlib_is_said_with_both_ways_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'lora_lightning\[plots\]'.*--plots false"):
+        drawing.refuse_missing()
