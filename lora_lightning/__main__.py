@@ -9,6 +9,7 @@ import sys
 from lora_lightning.cli.config_files import check
 from lora_lightning.cli.exit_codes import CLOSED, DEBUG, report_error
 from lora_lightning.cli.help import answer_without_command, put_command_first
+from lora_lightning.training.population.heap import share_heap
 
 
 def main() -> None:
@@ -20,6 +21,8 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where a DataLoader forks
     # Where a process is gone, torch's store and gloo would tell of it in forty lines of C++ before our one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "--together" in sys.argv:
+        share_heap()  # before libraries begin threads, each of which would have a heap of its own
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  (a class of one's own in a file beside the config)
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")

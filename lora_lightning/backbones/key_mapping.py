@@ -70,7 +70,7 @@ def name_of(model: PreTrainedModel, key: str) -> str:
 
 
 def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """transformers' own, those that rename and those that fuse."""
+    """Return transformers' own rules, those that rename and those that fuse."""
     rules = get_model_conversion_mapping(model)
     return [r for r in rules if isinstance(r, WeightRenaming)], [r for r in rules if isinstance(r, WeightConverter)]
 

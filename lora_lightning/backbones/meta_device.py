@@ -94,7 +94,7 @@ class _Bare:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """On the meta device whatever the device."""
+        """Return an empty tensor on the meta device, whatever `device` says."""
         return torch.empty(self.shape, dtype=dtype or DTYPES.get(self.dtype, torch.uint8), device="meta")
 
 

@@ -24,7 +24,9 @@ TRUSTED: set[str] = set()
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """By a hub name, a directory, a GGUF file or `package:NAME/path`; one without a padding token pads with its end.
+    """Load a tokenizer by a hub name, a directory, a GGUF file or `package:NAME/path`.
+
+    One without a padding token pads with its end.
 
     Args:
         options: more arguments for `from_pretrained`.
@@ -53,7 +55,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' load report: the new head it warns of is expected, other gaps are refused."""
+    """Within the block transformers reports nothing: the new head it warns of is expected, other gaps are refused."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     bars = transformers_logging.is_progress_bar_enabled()

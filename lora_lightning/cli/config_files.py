@@ -20,7 +20,7 @@ NULL = "tag:yaml.org,2002:null"
 
 
 def config_values(args: Sequence[str]) -> list[str]:
-    """The values of `-c` and `--config`, in their order: later ones win."""
+    """Return the values of `-c` and `--config` in their order, of which the later ones win."""
     existing = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
     return [value for value in existing if value]
 
@@ -30,7 +30,7 @@ def _is_flag(arg: str) -> bool:
 
 
 def check(args: Sequence[str]) -> None:
-    """Each config file of a command line.
+    """Check each config file of a command line.
 
     Raises:
         LoRAError: one is missing, no UTF-8, no YAML, empty, says a key twice, or is no map of keys.
@@ -41,7 +41,7 @@ def check(args: Sequence[str]) -> None:
 
 
 def check_file(file: Path) -> None:
-    """As `check`, of one file."""
+    """Check one file, as `check` does."""
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in ENDINGS)
         held = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
@@ -60,7 +60,7 @@ def check_file(file: Path) -> None:
 
 
 def yaml_tree(file: Path) -> yaml.Node | None:
-    """A file's YAML with its lines; None where it is empty.
+    """Return a file's YAML nodes, which know their lines; None where the file is empty.
 
     Raises:
         LoRAError: it is no UTF-8 or no YAML, in YAML's own words.
@@ -95,7 +95,7 @@ def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
 
 
 def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
-    """YAML's readers keep the last and say nothing."""
+    """Refuse a key that stands twice in one map: YAML's readers keep the last and say nothing."""
     seen: dict[str, int] = {}
     for key, _ in node.value:
         line, name = key.start_mark.line + 1, str(key.value)
@@ -105,7 +105,7 @@ def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
 
 
 def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
-    """Such as a section all of whose keys are commented out: jsonargparse takes the file for a text.
+    """Refuse a file without any value, as where all keys of a section are comments: jsonargparse takes it for a text.
 
     A null that is written is a value: an overlay may take something back by it.
     """
@@ -116,7 +116,7 @@ def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
 
 
 def _near_files(file: Path) -> str:
-    """Files of about this name in that folder, or of this name in a folder of about that name or below configs/."""
+    """Name files of about this name in that folder, or of this name in a folder of about its name or below configs/."""
     folder = file.parent
     if not folder.is_dir():
         above = folder.parent

@@ -75,7 +75,7 @@ class Setting:
 
 
 def explain(message: str, words: Sequence[str], known: Iterable[str], command: str = "") -> str:
-    """A parser's message as one line that says what to do.
+    """Return one line for a parser's message, which says what to do.
 
     Args:
         message: of jsonargparse.
@@ -100,7 +100,7 @@ def explain(message: str, words: Sequence[str], known: Iterable[str], command: s
 
 
 def settings_of(words: Sequence[str]) -> Iterator[Setting]:
-    """All that is said, in the order in which it wins: flags, the last first, then the config files, the last first."""
+    """Yield all settings in the order in which they win: flags, the last first, then config files, the last first."""
     flags = []
     for word, follower in zip(words, [*words[1:], ""], strict=True):
         if word.startswith("--"):
@@ -113,7 +113,7 @@ def settings_of(words: Sequence[str]) -> Iterator[Setting]:
 
 
 def _leaves(node: yaml.Node | None, path: str, file: str) -> Iterator[Setting]:
-    """Outer ones first."""
+    """Yield the keys below a node, outer ones first."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     for key, value in pairs:
         inner = f"{path}.{key.value}" if path else str(key.value)
@@ -164,7 +164,7 @@ def _stray_word(word: str, words: Sequence[str]) -> str:
 
 
 def _outer_option(key: str, keys: Sequence[str]) -> str | None:
-    """The option that a deeper key belongs to: one that takes a class or a map; None within a group of options."""
+    """Return the option, of a class or a map, that a deeper key belongs to; None within a group of options."""
     parts = key.split(".")
     for count in range(len(parts) - 1, 0, -1):
         outer = ".".join(parts[:count])
@@ -175,7 +175,7 @@ def _outer_option(key: str, keys: Sequence[str]) -> str | None:
 
 
 def _unknown_key(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
-    """The first key that is no option, no group of them and nothing within one."""
+    """Return a line on the first key that is no option, no group of options and nothing within an option."""
     for one in settings:
         known = one.key in keys or any(key.startswith(f"{one.key}.") for key in keys)
         if known or not keys or _outer_option(one.key, keys) is not None:
@@ -187,7 +187,7 @@ def _unknown_key(settings: Sequence[Setting], keys: Sequence[str]) -> str | None
 
 
 def _replacement(name: str, keys: Sequence[str], dashes: str) -> str:
-    """What to write for a name that means nothing: what it is called here, or what is near."""
+    """Return what to write for an unknown name: what it is called here, or what is near."""
     last, group, first = name.rpartition(".")[2], name.rpartition(".")[0], name.partition(".")[0]
     if (other := instead_of(last, keys, dashes)) is not None:
         return other
@@ -202,7 +202,7 @@ def _replacement(name: str, keys: Sequence[str], dashes: str) -> str:
 
 
 def _near(name: str, keys: Iterable[str], dashes: str) -> str:
-    """Names beside each other are compared by their last part, so that what they share does not count."""
+    """Suggest near names. They are compared by their last part, so that the prefix they share does not count."""
     ends = {key.rpartition(".")[2]: key for key in keys}
     close = did_you_mean(name.rpartition(".")[2], ends)
     return re.sub(r"'(\w+)'", lambda end: f"'{dashes}{ends[end[1]]}'", close)
@@ -212,7 +212,7 @@ def _near(name: str, keys: Iterable[str], dashes: str) -> str:
 
 
 def _classes(settings: Sequence[Setting], keys: Sequence[str]) -> Iterator[tuple[str, Setting]]:
-    """Key and class path of each option that takes a class."""
+    """Yield the key and the class path of each option that takes a class."""
     for one in settings:
         key = one.key.removesuffix(".class_path")
         if one.value and key.rpartition(".init_args.")[2].rpartition(".")[2] != "help" and f"{key}.help" in keys:
@@ -220,7 +220,7 @@ def _classes(settings: Sequence[Setting], keys: Sequence[str]) -> Iterator[tuple
 
 
 def _wrong_class(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
-    """The first class path that leads nowhere."""
+    """Return a line on the first class path that leads nowhere."""
     for key, one in _classes(settings, keys):
         path = str(one.value)
         words = ("true", "false", "null", "None")
@@ -239,7 +239,7 @@ def _wrong_class(settings: Sequence[Setting], keys: Sequence[str]) -> str | None
 
 
 def _wrong_argument(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
-    """The first argument that its class does not take, or key beside `class_path` and `init_args`."""
+    """Return a line on the first argument that its class does not take, or key beside `class_path` and `init_args`."""
     for one in settings:
         holder = _outer_option(one.key, keys)
         if f"{one.key}.help" in keys:
@@ -264,7 +264,7 @@ def _wrong_argument(settings: Sequence[Setting], keys: Sequence[str]) -> str | N
 
 
 def _class_of(key: str, settings: Sequence[Setting], place: str = "") -> str | None:
-    """The class path of an option; in a list of several the one that stands last before a place of the same file."""
+    """Return the class path of an option; in a list of classes, the last one before a place in the same file."""
     holders = [one for one in settings if one.key in (f"{key}.class_path", key) and one.value]
     file, _, line = place.removesuffix(": ").partition(", line ")
     above = [one for one in holders if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
@@ -277,7 +277,7 @@ def _line(one: Setting) -> int:
 
 
 def _arguments_of(path: str) -> list[str]:
-    """Names of a class's arguments; those that go on to a base class as `**kwargs` are of that class."""
+    """Return the names of a class's arguments, with those of the base class that its `**kwargs` go on to."""
     full = short_names().get(path, path)
     module, _, name = full.rpartition(".")
     made_by = getattr(importlib.import_module(module), name, None) if module and wrong_path(full) is None else None
@@ -293,7 +293,7 @@ def _arguments_of(path: str) -> list[str]:
 
 
 def short_names() -> dict[str, str]:
-    """Lightning's callbacks and loggers, torch's optimizers and so on: a config may name them without their modules."""
+    """Return the classes that a config may name without a module: Lightning's callbacks, torch's optimizers, ..."""
     full_names = {}
     for part in BY_NAME:
         names = getattr(importlib.import_module(part), "__all__", [])
@@ -302,7 +302,7 @@ def short_names() -> dict[str, str]:
 
 
 def wrong_path(path: str) -> str | None:
-    """Why `path` names nothing, with near misses; None where it names something.
+    """Say why `path` names nothing, with near misses; None where it names something.
 
     Modules on the way are imported: they are what the command would import next.
     """
@@ -355,7 +355,7 @@ def _suggestion(names: Sequence[str]) -> str:
 
 
 def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
-    """A value of another type than its key takes; where the types have no plain words, the parser's own."""
+    """Return a line on a value of another type than its key takes; types without plain words keep the parser's own."""
     matches = list(KEY.finditer(text))
     if not matches:
         return text
@@ -385,7 +385,7 @@ def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
 
 
 def refuse_config(config: Any, words: Sequence[str]) -> None:
-    """Groups of keys, the run's name and the strategy.
+    """Refuse what jsonargparse takes and cannot mean anything: no map for a group, a run's name that leaves runs_dir.
 
     Raises:
         LoRAError: trainer, model or model.lora is no map; the run would not lie in `runs_dir`; a strategy's path leads

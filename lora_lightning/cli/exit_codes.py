@@ -82,7 +82,7 @@ KNOWN = (
 
 
 def explain_message(text: str) -> str | None:
-    """What an exception's message, on one line, means for the user; None where it is none of these."""
+    """Say what a message of Lightning or torch means for the user; None where it is not in `KNOWN`."""
     if match := re.search(r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)", text):
         names = sorted(["gpu", *match[2].split(", ")])
         return f"no accelerator '{match[1]}'{did_you_mean(match[1], names)} (there are {', '.join(names)})"
@@ -110,7 +110,7 @@ def report_error(error: BaseException, args: Sequence[str] = ()) -> int:
 
 
 def exit_code_and_line(error: BaseException) -> tuple[int, str]:
-    """Exit code and line."""
+    """Return the exit code and the line for an error."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by Ctrl-C"
     ours = isinstance(error, LoRAError | MissingPackageError) or not is_raised_by_user(error)
@@ -124,7 +124,7 @@ def exit_code_and_line(error: BaseException) -> tuple[int, str]:
 
 
 def _own_line(error: BaseException) -> str | None:
-    """A mistake that one line says all about."""
+    """Return the line of an error that needs no place in the code; None for other errors."""
     text = " ".join(str(error).split())
     if isinstance(error, LoRAError | MissingPackageError):
         return text
@@ -135,7 +135,7 @@ def _own_line(error: BaseException) -> str | None:
 
 
 def _from_another_folder(text: str, args: Sequence[str]) -> str:
-    """Paths of a run's own config are taken from the folder where the command runs, as those of every config."""
+    """Add that a missing path stands in a run's config, whose paths start from the folder where the command runs."""
     match = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
     if match is None or Path(match[1]).is_absolute():
         return ""
@@ -153,7 +153,7 @@ def _from_another_folder(text: str, args: Sequence[str]) -> str:
 
 
 def disk_line(error: OSError) -> str:
-    """One line; that of a checkpoint that could not be written, where a log failed after it for the same reason."""
+    """Return the line for a disk's error; a checkpoint's own, where a log failed after it for the same reason."""
     before: BaseException | None = error
     while before is not None:
         if isinstance(before, LoRAError):
@@ -177,13 +177,13 @@ def _from_here(file: Path) -> Path:
 
 
 def is_raised_by_user(error: BaseException) -> bool:
-    """Whether code of the user's own has raised it: then its type, message and place are what they need."""
+    """Return whether code of the user's own has raised it: then they need its type, message and place."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
     return bool(frames) and _is_of_user(frames[-1])
 
 
 def place(error: BaseException) -> str:
-    """`FILE:LINE, in FUNCTION` of the last frame in the user's own code; without one in ours; else where it rose."""
+    """Return `FILE:LINE, in FUNCTION` of the last frame in the user's code, else in ours, else where the error rose."""
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if not frames:
         return "no place"
@@ -198,7 +198,7 @@ def _package() -> Path:
 
 
 def _is_of_user(code: CodeType) -> bool:
-    """Neither this package nor one that is installed, nor Python's own."""
+    """Return whether code is neither of this package nor of an installed one nor Python's own."""
     file = Path(code.co_filename)
     others = {_package(), Path(sysconfig.get_paths()["stdlib"])}
     installed = {"site-packages", "dist-packages"} & set(file.parts)
@@ -206,7 +206,7 @@ def _is_of_user(code: CodeType) -> bool:
 
 
 def _short_path(code: CodeType) -> str:
-    """From the folder where the command runs, or from the package's own."""
+    """Return the path from the folder where the command runs, or from the package's."""
     file = Path(code.co_filename)
     for base in (Path.cwd(), _package().parent):
         if base in file.parents and "site-packages" not in file.relative_to(base).parts:

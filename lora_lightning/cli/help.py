@@ -45,7 +45,7 @@ options
 
 
 def front_page() -> str:
-    """Every command with a line, examples, and what the exit codes mean."""
+    """Return the first screen: each command with a line, examples, and what the exit codes mean."""
     parts = [
         "usage: lora-lightning COMMAND [options]",
         "LoRA fine-tuning on PyTorch Lightning: a YAML file describes a run.",
@@ -57,7 +57,7 @@ def front_page() -> str:
 
 
 def answer_without_command(args: list[str]) -> bool:
-    """Whether the arguments ask for no command, and have been answered here.
+    """Answer arguments that name no command, such as --version; return whether there were such.
 
     Raises:
         LoRAError: the first word is no command.
@@ -78,7 +78,7 @@ def answer_without_command(args: list[str]) -> bool:
 
 
 def refuse_no_command(args: list[str]) -> None:
-    """As `answered` raises."""
+    """Raise for a first word that is no command."""
     first = args[0]
     if first in ENTRIES:
         return
@@ -95,7 +95,7 @@ def refuse_no_command(args: list[str]) -> None:
 
 
 def put_command_first(args: list[str]) -> list[str]:
-    """`help fit` and `--help fit` as `fit --help`."""
+    """Turn `help fit` and `--help fit` into `fit --help`."""
     if args[1:] and args[0] in ("-h", "--help", "help"):
         return [args[1], "--help", *args[2:]]
     return args
@@ -128,7 +128,7 @@ GROUPS = ("run", "model", "lora", "data", "trainer")
 
 
 class ShowHelp(argparse.Action):
-    """`--help`, `--help all` and `--help GROUP`."""
+    """Prints what `--help`, `--help all` and `--help GROUP` ask for."""
 
     def __init__(self, option_strings: list[str], dest: str = SUPPRESS, **_: Any) -> None:
         super().__init__(option_strings, SUPPRESS, nargs="?", default=SUPPRESS, metavar="all", help="this screen")
@@ -139,7 +139,7 @@ class ShowHelp(argparse.Action):
 
 
 def screen(parser: Any, word: str | None = None) -> str:
-    """What `--help` shows: the short screen, everything, or one group."""
+    """Return what `--help` shows: the short screen, everything, or one group."""
     everything = str(parser.format_help())
     if word == "all" or not (word or has_groups(parser)):
         return everything
@@ -176,7 +176,7 @@ TITLES = {
 
 
 def short_screen(parser: Any) -> str:
-    """A line for each option that most runs set, in groups."""
+    """Return a line for each option that most runs set, in groups."""
     command = parser.prog.rpartition(" ")[2]
     lines = [f"usage: {usage_of_run(parser.prog)}", "", *_head(command), ""]
     actions = list(_actions(parser))
@@ -191,7 +191,7 @@ def short_screen(parser: Any) -> str:
 
 
 def _head(command: str) -> list[str]:
-    """What the command is for, and where the rest is told."""
+    """Return the lines that say what the command is for and where the rest is told."""
     example = "For example: fit -c configs/demo.yaml"
     if command in FROM_CHECKPOINT:
         example = f"For example: {command} --ckpt_path runs/demo"
@@ -208,7 +208,7 @@ def _head(command: str) -> list[str]:
 
 
 def _actions(parser: Any) -> Iterator[Action]:
-    """Options that hold a value; those that jsonargparse adds to them are told of at the top."""
+    """Yield the options that hold a value, without those that jsonargparse adds, which the head explains."""
     groups = {action.dest.rpartition(".")[0] for action in parser.options() if not action.dest.endswith(".help")}
     for action in parser.options():
         own = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
@@ -217,7 +217,7 @@ def _actions(parser: Any) -> Iterator[Action]:
 
 
 def _is_hidden(action: Action, command: str) -> bool:
-    """Whether it is left to `--help trainer`: most runs leave it alone, or the command does not train."""
+    """Return whether an option is left to `--help trainer`, as one that few runs set or that only training needs."""
     group, _, name = action.dest.partition(".")
     return group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN))
 
@@ -247,7 +247,7 @@ def _width() -> int:
 
 
 def sentence(text: str) -> str:
-    """The first of a docstring, without the markup."""
+    """Return a docstring's first sentence without markup."""
     text = re.sub(r" \([^()]*arXiv[^()]*\)", "", " ".join(text.split()))
     first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0]
     return first.replace("``", "").replace("`", "")
@@ -267,7 +267,7 @@ BASES = ("TableData", "Task", "StepOutput")
 
 
 def classes_of(key: str) -> list[str]:
-    """Our own for `data` or `model.task`, by name."""
+    """Return the names of our own classes for `data` or `model.task`."""
     import lora_lightning
 
     where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
@@ -284,19 +284,19 @@ KNOWN = re.compile(r",\s+known\s+subclasses:([^()]*)(?=\)\n)")
 
 
 def has_groups(parser: Any) -> bool:
-    """Whether it is of a command over a whole config."""
+    """Return whether the parser is of a command over a whole config."""
     return any(action.dest == "model.lora.r" for action in parser.options())
 
 
 def usage_of_run(prog: str) -> str:
-    """Without the hundred flags."""
+    """Return the usage line of a command over a config, without its hundred flags."""
     prog = prog.replace(" [options]", "").replace("__main__.py", "lora-lightning")
     trained = prog.rpartition(" ")[2] in FROM_CHECKPOINT
     return f"{prog} {'--ckpt_path RUN [-c CONFIG ...]' if trained else '-c CONFIG [-c CONFIG ...]'} [options]"
 
 
 def shorten_subclasses(listed: re.Match[str]) -> str:
-    """A list of known subclasses that a person can take in, without the parts that ours are made of; or nothing."""
+    """Return the public ones of a list of known subclasses, or nothing where they are too many to read."""
     names = re.sub(r"\s+", "", listed[1]).split(",")
     public = [name for name in names if not re.match(r"lora_lightning(\.\w+){2,}$|accelerate\.|transformers\.", name)]
     if len(public) > 30:

@@ -49,7 +49,7 @@ RECORDS = {
 
 
 def silence_others() -> None:
-    """Keep all of that off the screen."""
+    """Keep these messages of other packages off the screen."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, parts in RECORDS.items():

@@ -60,23 +60,23 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class Parser(OneLine, LightningArgumentParser):
-    """LightningCLI's, in our manners."""
+    """LightningCLI's parser, which answers mistakes in one line."""
 
     def add_function_arguments(
         self, function: Callable[..., Any], *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
     ) -> list[str]:
-        """A backbone may be made by a function: jsonargparse hands the names of links to classes only."""
+        """Drop the names of links, which jsonargparse hands to classes only: a backbone may be made by a function."""
         return super().add_function_arguments(function, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Each fit's own `config.yaml` in its run folder; other commands leave it alone."""
+    """Writes each fit's `config.yaml` into its run folder; other commands leave it alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning writes here, where a checkpoint that does not fit has not been refused yet."""
+        """Write nothing yet: Lightning would, before a checkpoint that does not fit is refused."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A fit that goes on writes over the run's file: only once it is one."""
+        """Write the config. A resumed fit writes over the run's file, so not before its checkpoint was accepted."""
         folder = run.run_dir(trainer)
         if folder is None or self.already_saved:
             return
@@ -145,13 +145,13 @@ class LoRACLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Lightning's own, and `export`; of a command line only the one that it names: each takes 0.3 s to describe."""
+        """Return Lightning's subcommands and `export`, or the one that is asked for: each takes 0.3 s to describe."""
         known = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
         asked = self.line.words[0] if self.line.words else ""
         return {asked: known[asked]} if asked in known else known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser for the command or for one subcommand."""
+        """Make a parser for the command or for one subcommand."""
         kwargs.pop("dump_header", None)
         parser = Parser(**kwargs, line=self.line)
         parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
@@ -174,12 +174,12 @@ class LoRACLI(LightningCLI):
         parser.set_defaults({"trainer.enable_model_summary": False})
 
     def link_data(self, parser: LightningArgumentParser) -> None:
-        """Labels, padding and tokenizer from the data to the backbone and the task."""
+        """Link labels, padding and tokenizer of the data to the backbone and the task."""
         for target, source in LINKS.items():
             parser.link_arguments(source, target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Without --config, a command on a trained run takes the config that the run was made with."""
+        """Parse; without --config, a command on a trained run takes the config that the run was made with."""
         if self.until == "parser":
             self.config = Namespace(subcommand=None, seed_everything=False)  # type: ignore[no-untyped-call]
             return
@@ -202,7 +202,7 @@ class LoRACLI(LightningCLI):
                 labels_of_run(config)
 
     def _resolve_checkpoint(self, config: Any) -> None:
-        """`best`, `last`, `auto` or a folder to the file meant, before Lightning sees it."""
+        """Turn `best`, `last`, `auto` or a folder into the file that is meant, before Lightning sees it."""
         path, command = config.get("ckpt_path"), str(self.config.subcommand)
         if path is None:
             if command in FROM_CHECKPOINT:
@@ -229,13 +229,13 @@ class LoRACLI(LightningCLI):
             self._goes_on = run.continued(Path(config.ckpt_path), runs)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would read the file here, before it is known to be whole, for settings that win over flags.
+        """Read nothing. Lightning would open the file before it is known to be whole, for settings that win over flags.
 
         Ours holds none; what it was trained with is compared when it is loaded.
         """
 
     def instantiate_classes(self) -> None:
-        """What a class says of its arguments, without jsonargparse's account of the types that it tried.
+        """Make the objects; a class's own error is raised without jsonargparse's account of the types that it tried.
 
         Raises:
             LoRAError: an object of ours refuses its arguments.
@@ -260,14 +260,14 @@ class LoRACLI(LightningCLI):
             raise known[0] from None
 
     def before_fit(self) -> None:
-        """What would end a fit only once it runs, found while there is no run folder yet."""
+        """Refuse what would end a fit only once it runs, while there is no run folder yet."""
         config = self.config[str(self.subcommand)]
         refuse_other_count(config, self.datamodule)
         refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
         refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
 
     def after_instantiate_classes(self) -> None:
-        """Without a subcommand nothing is run."""
+        """Run nothing where the caller asked to stop before the end."""
         if self.until != "end":
             self.subcommand = None
 
@@ -299,7 +299,7 @@ class LoRACLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
     def _loggers(self, given: Any) -> list[Logger] | bool:
-        """A CSV log in the run folder in front of what the config asks for; it also names the run's folder."""
+        """Return a CSV log, which names the run's folder, in front of the loggers that the config asks for."""
         if given is False:
             return False
         if self.config.subcommand == "fit" and self.config.fit.ckpt_path:

@@ -111,3 +111,23 @@ def test_missing_matplotlib_is_said_with_both_ways_out(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'lora_lightning\[plots\]'.*--plots false"):
         drawing.refuse_missing()
+
+
+def test_halving_is_drawn_with_who_was_dropped_where():
+    names = ["000_r-1", "001_r-4", "002_r-8", "003_r-16"]
+    rungs = [
+        {"rung": "1/4", "step": 2, "values": dict.fromkeys(names, 0.5), "dropped": {names[0]: "why"}},
+        {"rung": "1/2", "step": 4, "values": dict.fromkeys(names[1:], 0.6), "dropped": {names[1]: "why"}},
+    ]
+    states = {"1": "pruned", "4": "pruned", "8": "complete", "16": "failed"}
+    trials = [trial(n, {RANK: r}, 0.7, state=state) for n, (r, state) in enumerate(states.items())]
+    for one, name in zip(trials, names, strict=True):
+        one.name = name
+    with drawing.plot_style():
+        made = figures(rank_points(trials, "max"), [RANK], METRIC, "max", None, rungs)
+    (axis,) = made["halving"].figure.axes
+    ends = {
+        line.get_label(): float(line.get_xdata()[-1]) for line in axis.lines if not line.get_label().startswith("_")
+    }
+    assert ends == {"r = 1, dropped at 1/4": 0.25, "r = 4, dropped at 1/2": 0.5, "r = 8": 1.0, "r = 16": 0.5}
+    assert axis.get_xticklabels()[0].get_text() == "1/4, 2 steps\n4 members, 3 stay"

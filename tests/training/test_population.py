@@ -342,3 +342,38 @@ def test_each_rung_has_a_step():
     for steps in (1, float("inf")):
         with pytest.raises(LoRAError, match="step for each of the rungs"):
             rung_steps(parse_rungs(["1/8", "1/4", "1/2"]), steps)
+
+
+HEAP = """
+import resource
+import torch
+from lora_lightning.training.checkpoints.rng_state import random_state
+from lora_lightning.training.population.turns import Turns
+
+def fit(own):
+    for _ in range(3):
+        kept = [torch.ones(50_000) for _ in range(500)]
+        del kept
+        own[0].pause()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+before, fits = peak(), []
+for _ in range(6):
+    own = []
+    own.append(Turns(lambda own=own: fit(own), random_state()))
+    fits += own
+while not all(one.is_over for one in fits):
+    for one in fits:
+        if not one.is_over:
+            one.resume()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have no heap for each thread")
+def test_fits_that_take_turns_need_the_memory_of_one():
+    """Each has 100 MB while it is its turn; what one has freed the next takes."""
+    done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 250

@@ -1,11 +1,12 @@
 """The figures of a sweep: the paper's Table 6 (rank against which matrices), its Table 5 (which matrices at an equal
-number of parameters), and the metric against any other flag."""
+number of parameters), the metric against any other flag, and how halving came to the members that it kept."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,10 +22,26 @@ Figures = dict[str, Drawing]
 """By file name."""
 
 
-def figures(points: Sequence[Point], keys: Sequence[str], metric: str, goal: str, budget: int | None) -> Figures:
-    """Those that these flags make, of the complete points that have a value."""
+def figures(
+    points: Sequence[Point],
+    keys: Sequence[str],
+    metric: str,
+    goal: str,
+    budget: int | None,
+    decisions: Sequence[Mapping[str, Any]] = (),
+) -> Figures:
+    """Those that these flags make, of the complete points that have a value.
+
+    Args:
+        decisions: what halving found at each rung and whom it dropped, as `halving.json` has it.
+    """
     done = [point for point in points if point.state == "complete" and point.mean is not None]
     made: Figures = {}
+    if decisions:
+        caption = (
+            f"{metric} of each member at the rungs; a cross is where it was dropped. The last is its best checkpoint."
+        )
+        made["halving"] = Drawing("Halving", caption, halving_curves(decisions, points, keys, metric))
     if not done:
         return made
     others = [key for key in keys if key not in (RANK, MATRICES)]
@@ -136,6 +153,42 @@ def scatter(points: Sequence[Point], key: str, metric: str) -> Figure:
     axis.errorbar(numbers, means, _spread(points), fmt="o", ms=4, color=COLORS[0], lw=0.8)
     axis.set_xlabel(key)
     axis.set_ylabel(metric)
+    return made
+
+
+def halving_curves(
+    decisions: Sequence[Mapping[str, Any]], points: Sequence[Point], keys: Sequence[str], metric: str
+) -> Figure:
+    """The metric of each member over the share of the steps, up to where it was dropped."""
+    made = figure(PAGE, 3.2)
+    axis = made.subplots()
+    shares = [float(Fraction(decision["rung"])) for decision in decisions]
+    names = short_names(keys)
+    for place, point in enumerate(points):
+        (trial,) = point.trials
+        values = [decision["values"].get(trial.name) for decision in decisions]
+        found = [(share, value) for share, value in zip(shares, values, strict=True) if value is not None]
+        left = next((decision["rung"] for decision in decisions if trial.name in decision["dropped"]), None)
+        if left is None and point.state == "complete" and point.mean is not None:
+            found.append((1.0, point.mean))
+        if not found:
+            continue
+        label = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in point.values.items())
+        style = {"color": COLORS[place % len(COLORS)], "linestyle": "-" if place < len(COLORS) else "--"}
+        label += "" if left is None else f", dropped at {left}"
+        axis.plot(*zip(*found, strict=True), marker="o", ms=3, lw=0.9 if left else 1.8, label=label, **style)
+        if left is not None:
+            axis.plot(*found[-1], marker="x", ms=7, mew=1.6, color=style["color"])
+    axis.set_xscale("log", base=2)
+    counts = [(len(decision["values"]), len(decision["dropped"])) for decision in decisions]
+    ticks = [
+        f"{decision['rung']}, {decision['step']} steps\n{before} members, {before - gone} stay"
+        for decision, (before, gone) in zip(decisions, counts, strict=True)
+    ]
+    axis.set_xticks([*shares, 1.0], [*ticks, "the end"])
+    axis.minorticks_off()
+    axis.set_ylabel(metric)
+    made.legend(loc="outside right center", frameon=False)
     return made
 
 

@@ -32,7 +32,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateError(Exception):
-    """What a chat template does not do with a conversation."""
+    """A conversation that the chat template does not take."""
 
 
 def _refusal(error: Exception) -> TemplateError:
@@ -190,7 +190,7 @@ def encode_prompts(
     system: str | None,
     answered: bool,
 ) -> dict[str, list[Any]]:
-    """Of each row the conversation up to its last answer, and that answer as the one reference.
+    """Return of each row the conversation up to its last answer, and that answer as the one reference.
 
     Args:
         answered: False where a conversation may end with what is to be answered; then it is the prompt as it is.
@@ -220,5 +220,5 @@ def conversations_of(
 
 
 def _count_trained(labels: Sequence[int]) -> int:
-    """How many labels count: nothing predicts the first token."""
+    """Return how many labels count. The first does not, since nothing predicts the first token."""
     return sum(label != IGNORED for label in labels[1:])

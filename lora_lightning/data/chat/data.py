@@ -181,7 +181,7 @@ class ChatData(TextData, GivesPrompts):
         return encoded
 
     def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
-        """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
+        """Return the conversations that have an answer left to train on after the cut."""
         trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
         lost = [left < all_ for left, all_ in zip(trained, whole, strict=True)]
         self._cut_shares[split] = {"answers cut": sum(lost) / len(lost)}
@@ -222,7 +222,7 @@ class ChatData(TextData, GivesPrompts):
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends answers in the first rows, and the tokenizer's own end."""
+        """Return the tokens that end answers in the first rows, and the tokenizer's own end."""
         controls, found, layout = special_ids(self.tokenizer), set(), self.layout("train")
         for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
             messages = conversation_of(row, layout, self.system)

@@ -56,13 +56,13 @@ def shifted_loss(
 
 
 def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> list[LinearCrossEntropy]:
-    """The same for each row by itself, from one forward."""
+    """Return `shifted_loss` of each row by itself, from one forward."""
     labels = shift_labels(labels)
     return _losses(backbone, inputs, [(slice(i, i + 1), labels[i : i + 1]) for i in range(len(labels))], 0.0)
 
 
 def shift_labels(labels: Tensor) -> Tensor:
-    """Labels (b, t) to those of the outputs: position t has the label of t + 1, and the last none.
+    """Shift labels (b, t) to the outputs' places: position t gets the label of t + 1, and the last none.
 
     Raises:
         LoRAError: they are not one for each token.
@@ -153,7 +153,7 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
 
 
 def _trained_rows(what: str, given: Tensor, labels: Tensor) -> Tensor:
-    """Where labels count, on the device of what was `given` for them."""
+    """Return where labels count, on the device of what was `given` for them."""
     if given.dim() != 3 or given.shape[:2] != labels.shape:
         raise LoRAError(
             f"labels {tuple(labels.shape)} need one row of {what} each, got {tuple(given.shape)}: inputs and labels"

@@ -29,7 +29,7 @@ OF_MEANS = ("ipo", "simpo", "orpo")
 
 
 class PreferenceTerms(NamedTuple):
-    """What the losses are made of, checked by `checked_terms`."""
+    """What the losses are made of; `check_terms` checks it."""
 
     loss: PreferenceLoss
     beta: float

@@ -117,7 +117,7 @@ class Retrieval(Metric):
 
 
 def number_singles(groups: Tensor) -> Tensor:
-    """With a number of its own for each -1."""
+    """Give each -1 a group number of its own."""
     alone = groups < 0
     own = groups.max().clamp(min=-1) + 1 + alone.cumsum(0)
     return torch.where(alone, own, groups)
