@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, some
+from lora_lightning.lora.errors import AdapterError, first_few
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -121,8 +121,8 @@ def read_factors(
     """
     tensors = canonical_keys(files.tensors)
     if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise AdapterError(f"{files.directory}: adapter keys must start with '{PREFIX}', got {some(strangers)}")
-    matched = [_found(key, tensors, files, modules or {}) for key in tensors if key.endswith(A_ENDS)]
+        raise AdapterError(f"{files.directory}: adapter keys must start with '{PREFIX}', got {first_few(strangers)}")
+    matched = [_find_layer(key, tensors, files, modules or {}) for key in tensors if key.endswith(A_ENDS)]
     if files.record:
         # A projection that only fills PEFT's form is not in the record.
         matched = [layer for layer in matched if layer.name in files.record.settings]
@@ -131,15 +131,17 @@ def read_factors(
     scales = _scales(matched, files, alphas or {})
     magnitudes = bool(files.peft.get("use_dora"))
     layers = [_factors(layer, scales[layer.name], dora=magnitudes) for layer in matched]
-    return sorted(layers, key=lambda layer: natural(layer.name)), tensors
+    return sorted(layers, key=lambda layer: natural_key(layer.name)), tensors
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Orders `layer.2` before `layer.10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _found(key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]) -> _Found:
+def _find_layer(
+    key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]
+) -> _Found:
     end = next(end for end in A_ENDS if key_a.endswith(end))
     key_b = key_a.removesuffix(end) + end.replace("_A", "_B")
     path, A, B = key_a.removeprefix(PREFIX).removesuffix(end), tensors[key_a], tensors.get(key_b)

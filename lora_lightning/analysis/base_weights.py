@@ -72,7 +72,7 @@ def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
     return plain_weight(module) if quantized else module._parameters[own]  # `.weight` may be one that is adapted
 
 
-def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
+def add_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
     """The layers with the start that PEFT took out of W0, where the file's factors count on one: `s (B A - B0 A0)`.
 
     Raises:
@@ -80,10 +80,10 @@ def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> li
     """
     if not is_from_weight(init):
         return layers
-    return [replace(layer, pairs=[_less_start(layer, init, weights)]) for layer in layers]
+    return [replace(layer, pairs=[_subtract_start(layer, init, weights)]) for layer in layers]
 
 
-def _less_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
+def _subtract_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
     W0 = None if weights is None else weights.of(layer)
     if W0 is None or len(layer.pairs) != 1:
         raise AdapterError(

@@ -56,10 +56,10 @@ def read_texts(source: str, column: str = "text", most: int = MOST) -> list[str]
     texts = [value for value in values if value.strip()]
     if not texts:
         raise LoRAError(f"{where}: expected texts in column '{column}', all are blank")
-    return spread(texts, most)
+    return pick_evenly(texts, most)
 
 
-def spread(items: Sequence[Any], most: int) -> list[Any]:
+def pick_evenly(items: Sequence[Any], most: int) -> list[Any]:
     """At most so many, at even distances from all over."""
     if len(items) <= most:
         return list(items)
@@ -117,7 +117,7 @@ def run_batches(
     wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
     kept: list[Batch] = []
     names: list[str] = []
-    for batch in spread(every, wanted):
+    for batch in pick_evenly(every, wanted):
         inputs, labels = dict(task.inputs(backbone, batch)), None
         if task.peft_task_type == CAUSAL:
             labels = _labels(inputs) if is_packed(batch) else shift_labels(batch["labels"])
@@ -125,11 +125,11 @@ def run_batches(
             labels = batch["labels"]
         rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
         kept.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
-        names += _called(inputs, len(names), rows, tokenizer)
+        names += _describe_texts(inputs, len(names), rows, tokenizer)
     return kept, names
 
 
-def _called(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:
+def _describe_texts(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:
     """The texts of token numbers, else numbers."""
     ids = inputs.get("input_ids")
     if tokenizer is None or not isinstance(ids, Tensor):

@@ -121,10 +121,10 @@ def _draw_pairs(analysis: Analysis, layers: str | None, drawn: dict[str, Drawing
             caption = (
                 "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
             )
-            drawn[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, _chosen(own, analysis, layers)))
+            drawn[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, _choose_layers(own, analysis, layers)))
 
 
-def _chosen(own: list[LayerSimilarity], analysis: Analysis, layers: str | None) -> list[LayerSimilarity]:
+def _choose_layers(own: list[LayerSimilarity], analysis: Analysis, layers: str | None) -> list[LayerSimilarity]:
     """Those that are named; else of each group the layer with the largest update, the strongest groups first.
 
     Raises:
@@ -237,7 +237,7 @@ def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
     image: Any = None
     for number, (axis, (title, phi)) in enumerate(zip(axes, panels, strict=False)):
         image = axis.imshow(phi, cmap=MAP, vmin=0, vmax=1, origin="lower", aspect="auto")
-        axis.set_title(_wrapped(title), fontsize=6.5)
+        axis.set_title(_wrap_title(title), fontsize=6.5)
         axis.set_xticks(*rank_ticks(phi.shape[1]))
         axis.set_yticks(*rank_ticks(phi.shape[0]))
         axis.set_xlabel(f"j ({pair.labels[1]})")
@@ -263,7 +263,7 @@ def _side(side: str) -> str:
     return {"A": "A", "B": "B", "update_in": "BA's inputs", "update_out": "BA's outputs"}[side]
 
 
-def _wrapped(title: str, width: int = 26) -> str:
+def _wrap_title(title: str, width: int = 26) -> str:
     """A dotted name on as many lines as it takes."""
     lines = [""]
     for part in title.split("."):

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lora_lightning.analysis.drift import Drift, Mean
+from lora_lightning.lora.bank.strength import refuse_strength
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.inject import refuse_strength
 from lora_lightning.tasks.base import Task
 from lora_lightning.tasks.positions import in_evaluation, refuse_too_long
 
@@ -49,7 +49,7 @@ class Strengths:
     best: float | None = None
 
 
-def checked_scales(given: Any) -> list[float]:
+def parse_scales(given: Any) -> list[float]:
     """Strengths from `0,0.5,1` or a list of numbers, in rising order, each once.
 
     Raises:
@@ -112,12 +112,12 @@ def validation_metrics(
             seen.add(group)
     if not seen:
         raise LoRAError("the validation set has no batch")
-    values = {stage: _computed(known[stage], stage) for stage in known}
+    values = {stage: _stage_metrics(known[stage], stage) for stage in known}
     without = [values[stages[group]] for group in sorted(seen)] if len(seen) > 1 else []
     return {name: Mean(value=x, error=_jackknife([one[name] for one in without])) for name, x in values["val"].items()}
 
 
-def _computed(metrics: dict[str, Any], stage: str) -> dict[str, float]:
+def _stage_metrics(metrics: dict[str, Any], stage: str) -> dict[str, float]:
     return {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
 
 

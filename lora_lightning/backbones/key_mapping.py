@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.tensor_files import DTYPES
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.key_mapping import Group, Tensors, alone
+from lora_lightning.lora.meta.key_mapping import Group, Tensors, single_group
 
 
 def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool = True) -> list[Group]:
@@ -49,7 +49,7 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool 
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name in state and pattern is None:
-            groups.append(alone(key, name))
+            groups.append(single_group(key, name))
         elif name in state and pattern is not None:
             fused.setdefault(name, (of_pattern[pattern], {}))[1][key] = pattern
     for name, (rule, patterns) in fused.items():

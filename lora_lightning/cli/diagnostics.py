@@ -24,7 +24,7 @@ import lora_lightning
 from lora_lightning.cli.config_files import config_values, yaml_tree
 from lora_lightning.cli.other_tools import instead_of
 from lora_lightning.cli.registry import ENTRIES, FROM_CHECKPOINT
-from lora_lightning.lora.errors import REMOVED, LoRAError, did_you_mean, near_misses, some
+from lora_lightning.lora.errors import REMOVED, LoRAError, did_you_mean, first_few, near_misses
 
 REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
 UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
@@ -258,7 +258,7 @@ def _wrong_argument(settings: Sequence[Setting], keys: Sequence[str]) -> str | N
         taken = _arguments_of(paths[0]) if paths else None
         if taken and name not in taken:
             gone = f" any more: {REMOVED[name]}" if name in REMOVED else ""
-            hint = gone or did_you_mean(name, taken) or f" (it takes {some(taken, 20)})"
+            hint = gone or did_you_mean(name, taken) or f" (it takes {first_few(taken, 20)})"
             return f"{one.place}{paths[0]} takes no '{name}'{hint}"
     return None
 

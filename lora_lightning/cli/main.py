@@ -31,7 +31,7 @@ from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
-from lora_lightning.training.checkpoints.resume import Resume, next_logged
+from lora_lightning.training.checkpoints.resume import Resume, next_log_step
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.preflight import (
     refuse_other_count,
@@ -42,7 +42,7 @@ from lora_lightning.training.preflight import (
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger, RepeatedCSVLogger
 from lora_lightning.training.tracking.wandb_callback import Tracking, go_on_with_run_of, log_config
 from lora_lightning.training.tracking.wandb_logger import go_on_with
-from lora_lightning.training.trainer import LoRATrainer, in_one_process
+from lora_lightning.training.trainer import LoRATrainer, single_process_options
 
 LINKS = {
     "model.task.init_args.num_classes": "data.num_classes",
@@ -220,13 +220,15 @@ class LoRACLI(LightningCLI):
                 " which starts anew where there is none"
             )
         elif path in ("best", "last") and not runs.is_dir():
-            raise LoRAError(f"no run under '{runs}' yet{run.beside(runs)}: fit first, or name a run with --ckpt_path")
+            raise LoRAError(
+                f"no run under '{runs}' yet{run.similar_names(runs)}: fit first, or name a run with --ckpt_path"
+            )
         elif path in ("best", "last"):
             config.ckpt_path = str(run.find_checkpoint(runs, path))
         elif "://" not in str(path) and path not in ("hpc", "registry"):
             config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
         if command == "fit" and config.ckpt_path and "://" not in str(config.ckpt_path):
-            self._goes_on = run.continued(Path(config.ckpt_path), runs)
+            self._goes_on = run.continued_version(Path(config.ckpt_path), runs)
 
     def _parse_ckpt_path(self) -> None:
         """Read nothing. Lightning would open the file before it is known to be whole, for settings that win over flags.
@@ -295,7 +297,7 @@ class LoRACLI(LightningCLI):
             command = self.config[self.config.subcommand]
             kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
         if self.config.subcommand == "export":
-            kwargs |= in_one_process(config.get("accelerator"))
+            kwargs |= single_process_options(config.get("accelerator"))
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
     def _loggers(self, given: Any) -> list[Logger] | bool:
@@ -328,4 +330,4 @@ def resume_loggers(loggers: Any, checkpoint: str) -> None:
     if RESUME_KEY in content:
         stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         given = loggers if isinstance(loggers, list) else [loggers]
-        go_on_with(given, content[RESUME_KEY].get("loggers", []), next_logged(content[RESUME_KEY], stepped))
+        go_on_with(given, content[RESUME_KEY].get("loggers", []), next_log_step(content[RESUME_KEY], stepped))

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora_lightning.analysis.adapters import Adapter, read_factors
-from lora_lightning.analysis.base_weights import Weights, with_starts
+from lora_lightning.analysis.base_weights import Weights, add_starts
 from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
 from lora_lightning.backbones.checkpoint import BaseFiles
 from lora_lightning.backbones.key_mapping import groups_of
@@ -90,7 +90,7 @@ def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
             weights.check(factors)
         except AdapterError as error:
             weights, note = None, f"without W0: {error}"
-    factors = with_starts(factors, subtracted_init(files.peft), weights)
+    factors = add_starts(factors, subtracted_init(files.peft), weights)
     adapter = Adapter(label=label, source=str(directory), factors=factors, files=files, tensors=tensors)
     return Source(adapter, weights, notes=[note] if note else [])
 

@@ -15,9 +15,9 @@ from typing import Any
 from rich.progress import Progress
 
 from lora_lightning.analysis import tables
-from lora_lightning.analysis.measures import measured_adapter
+from lora_lightning.analysis.measures import measure_adapter
 from lora_lightning.analysis.plots import Analysis, figures
-from lora_lightning.analysis.similarity import between_adapters
+from lora_lightning.analysis.similarity import compare_adapters
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
 from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
@@ -84,11 +84,11 @@ def analyze(request: Request) -> Analysis:
     result = Analysis(adapters=[])
     with _progress(sources) as advance:
         for source in sources:
-            measures = measured_adapter(source.adapter, source.weights, advance)
+            measures = measure_adapter(source.adapter, source.weights, advance)
             measures.notes.extend(source.notes)
             result.adapters.append(measures)
         for first, second in combinations(sources, 2):
-            result.pairs.append(between_adapters(first.adapter, second.adapter, advance))
+            result.pairs.append(compare_adapters(first.adapter, second.adapter, advance))
     if result.pairs and not any(pair.layers for pair in result.pairs):
         raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
     if request.drift is not None:
@@ -134,7 +134,7 @@ def write(result: Analysis, request: Request) -> dict[str, bytes]:
     write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
     sections = [table_section(table) for table in screens(result)] + figure_sections(drawings, svgs)
     long = drift_tables(result.drift)[2 if result.drift.metric else 1 :] if result.drift is not None else []
-    long += [*map(tables.of_pair, result.pairs), *map(tables.by_layer, result.adapters)]
+    long += [*map(tables.pair_table, result.pairs), *map(tables.layer_table, result.adapters)]
     sections.append(Section("In full", [Block(table=table, fold=table.title) for table in long]))
     write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
     return svgs
@@ -151,9 +151,9 @@ def _earlier(folder: Path) -> Any:
 def screens(result: Analysis) -> list[Table]:
     """The tables that a person sees first."""
     rows = drift_tables(result.drift)[: 2 if result.drift.metric else 1] if result.drift is not None else []
-    rows += [tables.by_group(adapter) for adapter in result.adapters]
-    rows += [tables.of_pair(pair, ("A", "B")) for pair in result.pairs]
-    return rows + ([tables.of_truncation(result.truncation)] if result.truncation is not None else [])
+    rows += [tables.group_table(adapter) for adapter in result.adapters]
+    rows += [tables.pair_table(pair, ("A", "B")) for pair in result.pairs]
+    return rows + ([tables.truncation_table(result.truncation)] if result.truncation is not None else [])
 
 
 def finite(value: Any) -> Any:

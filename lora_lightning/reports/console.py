@@ -17,13 +17,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.lora.formats.atomic_dir import human_size
-from lora_lightning.lora.frozen.dtype import base_dtypes, short
+from lora_lightning.lora.frozen.dtype import base_dtypes, dtype_name
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
-from lora_lightning.lora.merge import LEAST_KEPT
-from lora_lightning.lora.report import InjectionReport
+from lora_lightning.lora.report import LEAST_KEPT, InjectionReport
 from lora_lightning.reports.table import Table
 
 BEFORE = "_before"
@@ -171,7 +170,7 @@ def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> Pa
     factors = [t for t in adapter_tensors(backbone).values() if id(t) not in heads and t.is_floating_point()]
     kind = trainer.strategy.root_device.type
     with trainer.precision_plugin.forward_context():
-        autocast = short(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        autocast = dtype_name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     return PartDtypes(
         w0=base_dtypes(backbone),
         adapter=_dtypes(factors),
@@ -185,7 +184,7 @@ def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> Pa
 
 
 def _dtypes(tensors: Iterable[torch.Tensor]) -> list[str]:
-    return sorted({short(tensor.dtype) for tensor in tensors})
+    return sorted({dtype_name(tensor.dtype) for tensor in tensors})
 
 
 def _percent(share: float) -> str:

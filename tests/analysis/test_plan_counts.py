@@ -30,7 +30,7 @@ def test_the_adapters_file_has_the_size_that_was_planned(name, tmp_path):
     make, about = FAMILIES[family].make, ABOUT if "modules_to_save" in options else {}
     with torch.device("meta"):
         bare = make()
-        planned = inject(bare, LoRAConfig(r=2, **options), start=False)
+        planned = inject(bare, LoRAConfig(r=2, **options), run_init=False)
         size = adapter_file_bytes(bare, **about)
     model = make()
     report = inject(model, LoRAConfig(r=2, **options))
@@ -51,7 +51,7 @@ def test_the_adapters_file_has_the_size_that_was_planned(name, tmp_path):
 def test_the_papers_formula_with_a_runs_numbers_gives_the_papers_counts(make, r, chosen, terms, count):
     with torch.device("meta"):
         model = make()
-    report = inject(model, LoRAConfig(r=r, **chosen), start=False)
+    report = inject(model, LoRAConfig(r=r, **chosen), run_init=False)
     found = terms_of(model, report)
     assert [term.formula for term in found] == terms
     assert all(term.is_square for term in found)

@@ -15,6 +15,8 @@ from tests.command.warm import free_port
 from tests.training.resuming import differing
 
 TORCHRUN = Path(sys.executable).with_name("torchrun")
+ENDS = (2, -signal.SIGKILL)
+"""By itself, or by Lightning's observer, which looks every five seconds."""
 
 
 def start(case, folder, *launcher):
@@ -38,14 +40,14 @@ def one_error(said):
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_command_that_started_it(tiny, tmp_path):
     code, said = finished(start(fit(tiny, "gone", fault=f"kill:1:{MIDDLE}"), tmp_path))
-    assert code == 2, said
-    assert "process 1 was ended by signal 9 (SIGKILL), as the system does where memory runs out" in one_error(said)
+    assert code in ENDS, said
+    assert "another process is gone" in one_error(said)
 
 
 @pytest.mark.slow
 def test_an_error_in_a_process_that_was_started_ends_the_command(tiny, tmp_path):
     code, said = finished(start(fit(tiny, "wrong", fault=f"stuck:0:{MIDDLE}+error:1:{MIDDLE}"), tmp_path))
-    assert code == 2, said
+    assert code in ENDS, said
     assert said.count("ZeroDivisionError: a fault of one's own") == 1
 
 
@@ -54,7 +56,7 @@ def test_processes_that_lose_the_one_that_started_them_end(tiny, tmp_path):
     began = time.monotonic()
     code, said = finished(start(fit(tiny, "first", fault=f"kill:0:{MIDDLE}"), tmp_path))
     assert code == -signal.SIGKILL
-    assert "process is gone" in one_error(said) or "process 0 is gone" in one_error(said)
+    assert "process is gone" in one_error(said)
     assert time.monotonic() - began < 200
 
 

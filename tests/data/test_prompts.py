@@ -9,7 +9,7 @@ from lora_lightning import huggingface
 from lora_lightning.data.chat.prompts import LONGEST, beginning_of, held_out_split, rows_from_all_over
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.training.callbacks.generation_samples import answers
+from lora_lightning.training.callbacks.generation_samples import generate_answers
 from tests.chats import make_llama, make_tokenizer
 
 
@@ -49,6 +49,6 @@ def test_texts_are_gone_on_with(tmp_path, streaming):
     first = [prompt.text.split(":")[0] for prompt in prompts]
     assert first == [f"validation {number}" for number in (range(4) if streaming else range(0, 20, 5))]
     backbone = huggingface(str(tmp_path / "llama"), auto_class="AutoModelForCausalLM")
-    said = answers(backbone, data, prompts, 6)
+    said = generate_answers(backbone, data, prompts, 6)
     assert len(said) == 4
     assert data.stop_token_ids == [data.tokenizer.eos_token_id]

@@ -6,12 +6,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_lightning import AdapterBank, LoRAConfig, inject, load_adapter, save_adapter
 from tests.factories import FAMILIES
-from tests.lora.options_support import inputs, net, shake
-from tests.lora.test_options_over_kinds import MODELS, attended, run_attended
-from tests.lora.test_parameters import Mixture
-from tests.lora.test_parameters import run as run_mixture
-from tests.lora.test_tokens import Tied
-from tests.lora.test_tokens import run as run_tied
+from tests.lora.kinds import KINDS, Attended, Mixture, Tied, inputs, net, run_attended
+from tests.lora.kinds import run_ids as run_tied
+from tests.lora.kinds import run_six as run_mixture
 
 
 class Normed(nn.Module):
@@ -59,6 +56,10 @@ def run_kdim(model):
     return model["attention"](q, k, v)[0]
 
 
+def of_kind(name):
+    return KINDS[name].make, KINDS[name].run
+
+
 # By name: a model, its output, and configs of adapters that can share its base.
 ZOO = {
     "linear": (net, run_net, [{"r": 2}, {"r": 4, "use_rslora": True, "target_modules": ["up", "square"]}]),
@@ -75,13 +76,13 @@ ZOO = {
     "experts": (Mixture, run_mixture, [{"target_parameters": ["up", "mix"]}, {"target_parameters": ["down"], "r": 2}]),
     "slices": (gpt2, run_gpt2, [{"slices": {"c_attn": ["q", "v"]}}, {"slices": {"c_attn": ["v"]}, "r": 2}, {"r": 3}]),
     "gpt2": (gpt2, run_gpt2, [{"r": 2}, {"target_modules": ["wte", "c_proj"], "r": 4}]),
-    "conv": (*MODELS["Conv2d"][:2], [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
-    "groups": (*MODELS["Conv2d grouped"][:2], [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
+    "conv": (*of_kind("Conv2d"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
+    "groups": (*of_kind("Conv2d grouped"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
     "embedding": (
-        *MODELS["Embedding"][:2],
-        [{"target_modules": ["0"], "r": 2}, {"target_modules": ["0", "1"], "r": 3}],
+        *of_kind("Embedding"),
+        [{"target_modules": ["0"], "r": 2}, {"target_modules": ["0", "2"], "r": 3}],
     ),
-    "attention": (attended, run_attended, [{"r": 2}, {"target_modules": ["attention.out_proj"], "r": 4}]),
+    "attention": (Attended, run_attended, [{"r": 2}, {"target_modules": ["attention.out_proj"], "r": 4}]),
     "kdim": (with_kdim, run_kdim, [{"r": 2, "target_modules": ["attention"]}, {"r": 4}]),
     "normed": (Normed, run_normed, [{"r": 2, "target_modules": ["first"]}, {"r": 2, "target_modules": ["second"]}]),
     **{
@@ -99,7 +100,17 @@ def base(name, dtype=torch.float64):
 def trained(model, fields, seed):
     """An adapted `model`, as if trained."""
     inject(model, LoRAConfig(**{"r": 3, **fields}))
-    return shake(model, seed, 0.2)
+    return shake(model, seed)
+
+
+@torch.no_grad()
+def shake(model, seed, size=0.2):
+    random = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
+            parameter.add_((size * noise).to(parameter.dtype))
+    return model
 
 
 def adapters(name, folder, dtype=torch.float64):

@@ -19,7 +19,7 @@ from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, alone, bank_of, bank_over, base, run_net, trained
 from tests.lora.directories import same_files
-from tests.lora.options_support import net
+from tests.lora.kinds import net
 
 
 @pytest.fixture(params=list(ZOO))

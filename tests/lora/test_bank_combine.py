@@ -10,9 +10,8 @@ import torch
 from lora_lightning import AdapterBank, LoRAError, merge, save_adapter
 from lora_lightning.lora.bank.combine import truncate_pair
 from tests.factories import assert_same, snapshot
-from tests.lora.bank_support import ZOO, adapters, bank_of, bank_over, base, run_net, trained
-from tests.lora.options_support import inputs, net, shake
-from tests.lora.test_options_over_kinds import run_conv
+from tests.lora.bank_support import ZOO, adapters, bank_of, bank_over, base, run_net, shake, trained
+from tests.lora.kinds import inputs, net, run_conv
 
 SUMMABLE = [name for name in ZOO if name not in {"dora", "heads", "biases", "lora_bias", "tokens"}]
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.3}

@@ -10,8 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from lora_lightning import AdapterBank, LoRAError, save_adapter
 from tests.factories import FAMILIES, assert_same, llama, output, snapshot
 from tests.lora.bank_support import ZOO, bank_of, bank_over, trained
-from tests.lora.options_support import inputs, net
-from tests.lora.test_options_over_kinds import MODELS, embedding
+from tests.lora.kinds import KINDS, embedding, inputs, net
 
 SHAPES = {"conv": (4, 6, 6), "groups": (4, 6, 6), "normed": (3, 7), "attention": (3, 8)}
 SHAPES |= {"sequential": (8,), "own": (3, 8), "encoder": (5, 16)}
@@ -346,11 +345,10 @@ def pairs():
     return nn.Sequential(nn.Linear(4, 4), Pair())
 
 
-CONV, _, TARGETS = MODELS["Conv1d"]
 REFUSED = {
     "max_norm": (lambda: embedding(max_norm=1.0), ["0"], None, ["a", None], {}, "embedding with max_norm at '0'"),
     "no tensor": (pairs, ["0"], torch.ones(2, 4), ["a", None], {}, "'1' takes or gives more than one tensor"),
-    "unbatched": (CONV, TARGETS, torch.randn(4, 6), ["a", "a", None, "a"], {}, r"'1' sees \(4, 6\)"),
+    "unbatched": (KINDS["Conv1d"].make, ["1"], torch.randn(4, 6), ["a", "a", None, "a"], {}, r"'1' sees \(4, 6\)"),
     "a stranger": (net, ["up"], None, ["a", "z"], {}, "the bank holds no 'z'"),
     "no rows": (net, ["up"], None, [], {}, "rows must name an adapter or None for every row"),
     "a text": (net, ["up"], None, "aa", {}, "rows must name an adapter or None for every row"),

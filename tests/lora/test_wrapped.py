@@ -30,8 +30,8 @@ from lora_lightning.lora.frozen.tensors import (
     named_modules,
     plain_name,
 )
+from lora_lightning.lora.init.from_adapter import start_from_directory
 from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.warm_start import start_from_directory
 from tests.factories import FAMILIES, assert_same, distance, llama, move, output, snapshot
 from tests.lora.directories import refused, same_files
 

@@ -52,7 +52,7 @@ def test_what_trains_is_of_the_papers_size(size, layers, width, count):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=16))
     lora = parse(stack("e2e", size)).model.lora
-    report = inject(model, LoRAConfig(**lora.as_dict()), start=False)
+    report = inject(model, LoRAConfig(**lora.as_dict()), run_init=False)
     assert report.trainable == count
 
 

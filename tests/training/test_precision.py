@@ -19,7 +19,7 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.precision import HalfBase, convert, lightnings_own, load_dtypes
+from lora_lightning.training.precision import HalfBase, convert, lightning_precision, load_dtypes
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import REPOSITORY
 from tests.factories import FAMILIES, distance, move, output
@@ -185,7 +185,7 @@ def test_double_precision_is_there_before_w0_is_looked_at(tmp_path, make_module,
 )
 def test_words_that_take_the_adapters_precision_are_refused(word, says):
     with pytest.raises(LoRAError, match=says):
-        lightnings_own(word, "cpu")
+        lightning_precision(word, "cpu")
 
 
 def test_16_mixed_on_a_cpu_says_what_it_is(tmp_path, make_module, make_data, capsys):

@@ -19,7 +19,7 @@ from lora_lightning.commands.plan.memory import PRECISIONS, Way
 from lora_lightning.commands.plan.report import Plan, Wanted, plan_of
 from lora_lightning.commands.plan.tables import show
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.precision import lightnings_own
+from lora_lightning.training.precision import lightning_precision
 
 ASSUMED_PROCESSES = 2
 UNUSED = ("callbacks", "logger", "strategy", "plugins", "profiler")
@@ -79,7 +79,7 @@ def _leave_out_data(config: Any, num_labels: int | None, notes: Notes) -> None:
 def _precision(trainer: Any) -> str:
     """The config's, as one of `PRECISIONS`."""
     asked = trainer.precision
-    precision = str(asked if asked in PRECISIONS else lightnings_own(asked, str(trainer.accelerator)) or "32-true")
+    precision = str(asked if asked in PRECISIONS else lightning_precision(asked, str(trainer.accelerator)) or "32-true")
     known = {"32-true": "float32", "32": "float32", "16": "16-mixed", "bf16": "bf16-mixed"}
     precision = known.get(precision, precision)
     if precision not in PRECISIONS:

@@ -23,13 +23,13 @@ from rich.text import Text
 
 from lora_lightning.commands.sweep.report import PAGE, next_command, table
 from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
-from lora_lightning.commands.sweep.search_space import plainly, short_names
+from lora_lightning.commands.sweep.search_space import readable_value, short_names
 from lora_lightning.commands.sweep.study import Trial
 from lora_lightning.commands.sweep.sweep import Outcome, Request, Sweep, prepare
 from lora_lightning.commands.sweep.together import Watch, progress
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.distributed import rank
 from lora_lightning.training.population.population import Population
+from lora_lightning.training.strategies.collectives import rank
 
 
 def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
@@ -58,10 +58,10 @@ def _run(sweep: Sweep) -> None:
         number = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
         print(f"lora-lightning: stopped; the same command goes on with '{sweep.folder}'", file=sys.stderr)
         raise SystemExit(128 + number) from None
-    _close(screen, outcome)
+    _print_outcome(screen, outcome)
 
 
-def _close(screen: Console, outcome: Outcome) -> None:
+def _print_outcome(screen: Console, outcome: Outcome) -> None:
     rows = table(str(outcome.folder), outcome.points, outcome.keys, outcome.metric, outcome.goal)
     Console().print(rows)
     if outcome.points[0].state != "complete":
@@ -99,7 +99,7 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
         task = bar.add_task("fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
-            settings = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
+            settings = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in trial.values.items())
             settings += "" if trial.seed is None else f", seed {trial.seed}"
             if what == "begins":
                 screen.print(f"begins: {settings} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_lightning.commands.sweep.ranking import Point
-from lora_lightning.commands.sweep.search_space import MATRICES, RANK, number, plainly, short_names
+from lora_lightning.commands.sweep.search_space import MATRICES, RANK, number, readable_value, short_names
 from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def table6(points: Sequence[Point], metric: str) -> Figure:
     cells = np.full((len(sets), len(ranks)), np.nan)
     for row, name in enumerate(sets):
         own = [point for point in points if point.values[MATRICES] == name]
-        _draw_line(left, own, COLORS[row % len(COLORS)], plainly(name))
+        _draw_line(left, own, COLORS[row % len(COLORS)], readable_value(name))
         for point in own:
             cells[row, ranks.index(int(float(point.values[RANK])))] = _mean(point)
     _label_ranks(left, points)
@@ -150,7 +150,7 @@ def scatter(points: Sequence[Point], key: str, metric: str) -> Figure:
     elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
         axis.set_xscale("log")
     means = [_mean(point) for point in points]
-    axis.errorbar(numbers, means, _spread(points), fmt="o", ms=4, color=COLORS[0], lw=0.8)
+    axis.errorbar(numbers, means, _deviations(points), fmt="o", ms=4, color=COLORS[0], lw=0.8)
     axis.set_xlabel(key)
     axis.set_ylabel(metric)
     return made
@@ -173,7 +173,7 @@ def halving_curves(
             found.append((1.0, point.mean))
         if not found:
             continue
-        label = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in point.values.items())
+        label = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in point.values.items())
         style = {"color": COLORS[place % len(COLORS)], "linestyle": "-" if place < len(COLORS) else "--"}
         label += "" if left is None else f", dropped at {left}"
         axis.plot(*zip(*found, strict=True), marker="o", ms=3, lw=0.9 if left else 1.8, label=label, **style)
@@ -219,7 +219,7 @@ def _mean(point: Point) -> float:
     return point.mean
 
 
-def _spread(points: Sequence[Point]) -> list[float] | None:
+def _deviations(points: Sequence[Point]) -> list[float] | None:
     spread = [point.deviation or 0.0 for point in points]
     return spread if any(spread) else None
 
@@ -228,7 +228,7 @@ def _draw_line(axis: Any, points: Sequence[Point], colour: str, label: str = "")
     own = sorted(points, key=lambda point: float(point.values[RANK]))
     ranks, means = [float(point.values[RANK]) for point in own], [_mean(point) for point in own]
     style = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "elinewidth": 0.8, "capsize": 2}
-    axis.errorbar(ranks, means, _spread(own), color=colour, label=label, **style)
+    axis.errorbar(ranks, means, _deviations(own), color=colour, label=label, **style)
 
 
 def _label_ranks(axis: Any, points: Sequence[Point]) -> None:
@@ -259,5 +259,5 @@ def _count(parameters: int) -> str:
 
 def _fold(text: str, width: int = 16) -> str:
     """A list of names on as many lines as it takes; a long dotted name breaks behind its dots."""
-    folded = textwrap.wrap(plainly(text).replace(".", ".\u200b "), width, break_long_words=False)
+    folded = textwrap.wrap(readable_value(text).replace(".", ".\u200b "), width, break_long_words=False)
     return "\n".join(folded).replace("\u200b ", "").replace("\u200b", "")

@@ -12,7 +12,7 @@ from typing import Any
 
 from lora_lightning.commands.sweep.figures import Figures, figures
 from lora_lightning.commands.sweep.ranking import Point
-from lora_lightning.commands.sweep.search_space import plainly, short_names
+from lora_lightning.commands.sweep.search_space import readable_value, short_names
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.reports.figures import ENDINGS, plot_style, write_figures
 from lora_lightning.reports.html import figure_sections, page, table_section
@@ -36,7 +36,7 @@ def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, 
     rows = []
     for place, point in enumerate(points, 1):
         cells = [str(place) if point.state == "complete" else point.state]
-        cells += [plainly(point.values[key]) for key in keys]
+        cells += [readable_value(point.values[key]) for key in keys]
         cells += [_figure(point.mean)]
         cells += [_figure(point.deviation), str(len(point.figures))] if repeated else []
         cells += ["-" if point.trainable is None else f"{point.trainable:,}"]

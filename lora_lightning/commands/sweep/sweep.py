@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lora_lightning.commands.sweep.base_config import Base, opened
+from lora_lightning.commands.sweep.base_config import Base, open_base
 from lora_lightning.commands.sweep.processes import FIT
 from lora_lightning.commands.sweep.rank_budget import rank_for
 from lora_lightning.commands.sweep.ranking import Point, rank_points
@@ -32,9 +32,9 @@ from lora_lightning.commands.sweep.together import Together, Watch, refuse_keys
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.figures import refuse_missing
-from lora_lightning.training.distributed import in_all_processes
 from lora_lightning.training.population.halving import RUNGS, Halving
 from lora_lightning.training.population.population import refuse_strategy
+from lora_lightning.training.strategies.endings import in_all_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class Sweep:
             "goal": self.goal,
             "budget": request.budget,
             "keys": self.keys,
-            "config": _without(base.config, self.keys, seeds=bool(request.seeds)),
+            "config": _drop_swept(base.config, self.keys, seeds=bool(request.seeds)),
         }
         if request.together:  # what was decided at a rung is not of other rungs
             self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
@@ -256,14 +256,14 @@ def prepare(request: Request) -> Sweep:
         SystemExit: `fit` refuses a flag; its line is on the screen.
     """
     first = [] if request.budget is not None else first_values(request.swept)
-    return Sweep(request, opened([*request.fit, *first], trainer=request.together))
+    return Sweep(request, open_base([*request.fit, *first], trainer=request.together))
 
 
 def _metric(request: Request, base: Base) -> tuple[str, str]:
     if request.metric in (None, base.metric):
         return base.metric, request.goal or base.goal
     assert request.metric is not None
-    if (near := base.unlogged(request.metric)) is not None:
+    if (near := base.why_unlogged(request.metric)) is not None:
         raise LoRAError(f"--metric {request.metric} is logged by no fit of this config{near}")
     if request.goal is None:
         raise LoRAError(
@@ -272,7 +272,7 @@ def _metric(request: Request, base: Base) -> tuple[str, str]:
     return request.metric, request.goal
 
 
-def _without(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
+def _drop_swept(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
     """The config less what is swept."""
     copy: dict[str, Any] = json.loads(json.dumps(config))
     for key in [*keys, *(["seed_everything"] if seeds else [])]:

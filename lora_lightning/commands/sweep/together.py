@@ -22,10 +22,10 @@ from lora_lightning.commands.sweep.study import Study, Trial
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.html import write_page
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.distributed import by_first, together
 from lora_lightning.training.population.halving import RUNGS, Halving
 from lora_lightning.training.population.population import Interrupted, Member, Population, share_w0
 from lora_lightning.training.preflight import refuse_other_count, refuse_other_size, refuse_unlogged
+from lora_lightning.training.strategies.collectives import run_in_all, run_in_first
 
 VARY = (
     "model.lora.",
@@ -86,11 +86,11 @@ class Together:
             KeyboardInterrupt: by Ctrl-C, likewise.
         """
         halving = None if self.eta is None else Halving(self.eta, self.rungs, self.metric, self.goal)
-        self._trials = by_first(lambda: {trial.name: trial for trial in iter(self.claim, None)})
+        self._trials = run_in_first(lambda: {trial.name: trial for trial in iter(self.claim, None)})
         if not self._trials:
             return
         try:
-            members, data = together(self._members)
+            members, data = run_in_all(self._members)
             population = Population(members, halving=halving, folder=self.folder)
             for trial in self._trials.values():
                 self.say(trial, "begins")

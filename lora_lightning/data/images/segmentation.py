@@ -26,7 +26,7 @@ from lora_lightning.data.images.transforms import (
     training_transform,
 )
 from lora_lightning.data.io.tables import NAMES
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, first_few
 
 ONE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
 """Pillow's modes whose pixels are one number: of a palette its index, which is what masks mean by it."""
@@ -171,7 +171,7 @@ class MaskRows(Rows):
         wrong = np.unique(mask[~ignored & ((mask < 0) | (mask >= self.num_classes))]) + int(self.reduce_labels)
         if len(wrong):
             last = self.num_classes - 1 + int(self.reduce_labels)
-            got = f"the values {some([str(value) for value in wrong])}"
+            got = f"the values {first_few([str(value) for value in wrong])}"
             raise self.masks.fault(i, f"labels from 0 to {last} or {self.ignore_index}", got)
         return np.where(ignored, self.ignore_index, mask)
 

@@ -183,17 +183,22 @@ def write_file(
 ) -> None:
     """Write a safetensors file tensor after tensor, in the order of `entries`; `tensors` gives their bytes.
 
+    Each tensor is let go of before the next one is asked for.
+
     The file is synced to disk before this returns.
     """
     with path.open("wb", buffering=0) as file:
         file.write(file_header(entries, metadata))
-        for (expected, entry), (key, data) in zip(entries.items(), tensors, strict=True):
-            assert key == expected, (key, expected)
-            assert data.numel() == entry.size, key
+        wanted = list(entries)
+        for key, data in tensors:
+            assert key == wanted.pop(0), key
+            assert data.numel() == entries[key].size, key
             view = memoryview(data.numpy())  # type: ignore[arg-type]
             while view.nbytes:
                 view = view[file.write(view) or 0 :]
-            progress(entry.size)
+            progress(entries[key].size)
+            del view, data  # before the next one is made
+        assert not wanted, wanted
         os.fsync(file.fileno())
 
 

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lora_lightning.data import table_of
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.distributed import agreed
-from lora_lightning.training.strategies.base import is_sharded, local
+from lora_lightning.training.strategies.base import is_sharded, local_shard
+from lora_lightning.training.strategies.collectives import first_problem
 
 
 class NotFiniteError(LoRAError):
@@ -46,22 +46,22 @@ class StopOnNonFinite(Callback):
         Raises:
             NotFiniteError: with the step, the batches' rows where they are known, and the first bad layer.
         """
-        named = [(name, local(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
+        named = [(name, local_shard(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
-        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
-        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
+        norm = nn.utils.get_total_norm([grad for _, grad in named])
+        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, norm)])
         bad = ~torch.isfinite(looked_at)
         anywhere = bad.any().float()
         if trainer.world_size > 1:  # all stop at one step, also where gradients are sharded
             anywhere = trainer.strategy.reduce(anywhere, reduce_op="max")
         if not bool(anywhere):
             return
-        wrong = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
+        wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
         message = self._message(trainer, pl_module, wrong)  # in every process, for a forward may need them all
         by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
-        first = agreed(message if by_loss else None)  # whose loss is bad, knows the rows
-        raise NotFiniteError(first or agreed(message if by_gradient else None) or message)
+        first = first_problem(message if by_loss else None)  # whose loss is bad, knows the rows
+        raise NotFiniteError(first or first_problem(message if by_gradient else None) or message)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch = None

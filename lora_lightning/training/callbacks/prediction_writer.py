@@ -13,12 +13,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
-from lora_lightning.data import table_of
+from lora_lightning.data import set_name, table_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.distributed import gathered
-from lora_lightning.training.module import set_name
+from lora_lightning.training.strategies.collectives import gather
 
 FILE = "predictions.jsonl"
 
@@ -68,7 +67,7 @@ class PredictionWriter(BasePredictionWriter):
         columns: Mapping[str, Sequence[Any]],
     ) -> None:
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        parts: list[list[dict[str, Any]]] = gathered(list(rows(batches, indices, names)))
+        parts: list[list[dict[str, Any]]] = gather(list(rows(batches, indices, names)))
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return

@@ -25,8 +25,8 @@ from torch.utils.data import DistributedSampler, IterableDataset
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.collectives import gather
 
 RUNGS = ("1/8", "1/4", "1/2")
 """Shares of the steps after which members are dropped."""
@@ -181,7 +181,7 @@ def _blocks(trainer: Trainer, module: LoRAModule) -> list[Block]:
     # Where nothing divides the examples among the processes, each has seen them all.
     sampler, data = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
     divided = isinstance(sampler, DistributedSampler) or isinstance(data, IterableDataset)
-    found = [block for own in (gathered(blocks) if divided else [blocks]) for block in own if block]
+    found = [block for own in (gather(blocks) if divided else [blocks]) for block in own if block]
     if len(found) < 2:
         raise LoRAError(
             "--halving compares members on blocks of validation batches, and there are fewer than two: a smaller"

@@ -27,7 +27,6 @@ from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import all_arrive, by_first, gathered, in_all_processes
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.population.halving import (
     Halving,
@@ -40,6 +39,8 @@ from lora_lightning.training.population.halving import (
 from lora_lightning.training.population.turns import Turns
 from lora_lightning.training.precision import convert
 from lora_lightning.training.strategies.base import ShardedStrategy
+from lora_lightning.training.strategies.collectives import gather, run_in_first
+from lora_lightning.training.strategies.endings import all_arrive, in_all_processes
 from lora_lightning.training.trainer import LoRATrainer
 
 STANDINGS = "rungs.json"
@@ -222,7 +223,7 @@ class Population:
                         self._close(member, one.error)
                 if asked is None:
                     self._decide()
-                    asked = next((number for own in gathered(noted[:1]) for number in own), None)
+                    asked = next((number for own in gather(noted[:1]) for number in own), None)
                 say(self)
         if asked is not None:
             raise Interrupted(asked)
@@ -275,7 +276,7 @@ class Population:
             return
         standings = {member.name: member.standings[rung] for member in left}
         keep, goal = -(-len(left) // self.halving.eta), self.goal
-        why = by_first(lambda: dropped(standings, keep, goal))
+        why = run_in_first(lambda: dropped(standings, keep, goal))
         share, step = str(self.halving.rungs[rung]), left[0].trainer.global_step
         for name, behind in why.items():
             at = f"at rung {share}, after {step} steps, {self.metric} {standings[name].value:.4f}"

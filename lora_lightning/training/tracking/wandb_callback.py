@@ -150,7 +150,7 @@ def log_adapter(
     if not ours:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        files = {file.name: file for file in _beside(folder)}
+        files = {file.name: file for file in _run_files(folder)}
         written = save_adapter(backbone, Path(scratch) / "adapter", task_type=task_type)
         files |= {file.name: file for file in sorted(Path(written).iterdir())}
         for logger in ours:
@@ -159,14 +159,14 @@ def log_adapter(
 
 def log_checkpoint(loggers: Iterable[Any], checkpoint: Path, folder: Path, aliases: Sequence[str]) -> None:
     """A checkpoint in the adapter's place, where the adapter's parts lie with several processes."""
-    files = {file.name: file for file in (*_beside(folder), checkpoint)}
+    files = {file.name: file for file in (*_run_files(folder), checkpoint)}
     for logger in wandb_loggers(loggers):
         _log(logger, "adapter", files, aliases, log_report([], folder))
 
 
 def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
     """All that an export wrote, and the run's report and page as they are now."""
-    files = {file.name: file for file in _beside(folder)}
+    files = {file.name: file for file in _run_files(folder)}
     files |= {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
     for logger in wandb_loggers(loggers):
         _log(logger, "export", files, ["best", "latest"], log_report([logger], folder))
@@ -186,7 +186,7 @@ def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
         logger.go_on_with(str(version))
 
 
-def _beside(folder: Path) -> list[Path]:
+def _run_files(folder: Path) -> list[Path]:
     return [folder / name for name in (run.CONFIG, run.REPORT, run.PAGE) if (folder / name).is_file()]
 
 

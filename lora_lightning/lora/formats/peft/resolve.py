@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -60,11 +60,11 @@ def resolve(
     modules = dict(named_modules(model, remove_duplicate=False))
     named = canonical_keys(tensors, modules)
     named = {key: tensor for key, tensor in named.items() if not is_peft_copy(key.removeprefix(PREFIX), modules)}
-    peft = {**peft, "modules_to_save": _with_tied_copies(peft, named, modules)}
-    return peft, _without_base_copies(named, peft, model, read, allow_other_base=allow_other_base)
+    peft = {**peft, "modules_to_save": _add_tied_copies(peft, named, modules)}
+    return peft, _drop_base_copies(named, peft, model, read, allow_other_base=allow_other_base)
 
 
-def _with_tied_copies(
+def _add_tied_copies(
     peft: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> list[str]:
     """`modules_to_save`, with the tied partners that it leaves out.
@@ -83,7 +83,7 @@ def _with_tied_copies(
     return listed + twins
 
 
-def _without_base_copies(
+def _drop_base_copies(
     tensors: Mapping[str, Tensor],
     peft: Mapping[str, Any],
     model: nn.Module,
@@ -140,7 +140,7 @@ def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model:
         AdapterError: a key without PEFT's prefix, or for a module that the model does not have.
     """
     if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {some(strangers, 10)}")
+        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {first_few(strangers, 10)}")
     contents, rest = Contents(), list[str]()
     modules = dict(named_modules(model, remove_duplicate=False))
     for key, tensor in tensors.items():
@@ -155,8 +155,8 @@ def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model:
             rest.append(name)
     unknown = [name for name in (*contents.modules, *contents.tokens) if name not in modules]
     if unknown:
-        hint = _where_it_fits(unknown, modules) or did_you_mean(unknown[0], modules)
-        named = some([f"'{name}'" for name in unknown], 10)
+        hint = _fitting_hint(unknown, modules) or did_you_mean(unknown[0], modules)
+        named = first_few([f"'{name}'" for name in unknown], 10)
         raise AdapterError(f"the model has no module {named}: {len(unknown)} of the adapter's are missing{hint}")
     contents.saved = _saved_modules(rest, peft.get("modules_to_save") or [], modules)
     return contents
@@ -184,7 +184,7 @@ def _add_adapted(
         contents.modules[plain] = rank
 
 
-def _where_it_fits(unknown: list[str], modules: Collection[str]) -> str:
+def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
     """How the adapter's names would fit: it was made on this model's backbone, or on a model around this one."""
     for outer in modules:
         if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
@@ -203,8 +203,8 @@ def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.
     holders = {key: saved_module(key, listed) for key in keys}
     if strangers := [key for key, holder in holders.items() if holder is None]:
         raise AdapterError(
-            f"the adapter does not fit this model ({len(strangers)} keys): left over {some(strangers, 10)}, which are"
-            f" neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
+            f"the adapter does not fit this model ({len(strangers)} keys): left over {first_few(strangers, 10)}, which"
+            f" are neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
         )
     for entry in listed:
         hits = [name for name in modules if name == entry] or [n for n in modules if n.endswith(f".{entry}")]
