@@ -75,7 +75,8 @@ def write_quick_start(folder):
 
 
 def lines_of(page):
-    lines = (line.split("#")[0].strip() for block in blocks(page, "bash") for line in block.splitlines())
+    joined = (re.sub(r"\s*\\\n\s*", " ", block) for block in blocks(page, "bash"))
+    lines = (line.split("#")[0].strip() for block in joined for line in block.splitlines())
     return [shlex.split(line)[1:] for line in lines if line.startswith("lora-lightning ")]
 
 
