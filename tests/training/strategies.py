@@ -283,7 +283,7 @@ def life(folder: Path, processes: int) -> None:
     equality(folder, processes, slow=False)
     with pytest.MonkeyPatch.context() as patch:
         # It ends the processes that fail together, and these are to tell what each of them met.
-        patch.setattr(lightning_trainer, "ending_together", lambda *_, **__: nullcontext())
+        patch.setattr(lightning_trainer, "end_together", lambda *_, **__: nullcontext())
         for strategy, new in STRATEGIES.items():
             live(folder / strategy, new, processes)
     for strategy, new in STRATEGIES.items():

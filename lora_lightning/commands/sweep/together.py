@@ -104,8 +104,9 @@ class Together:
         except Interrupted as interrupted:
             raise (KeyboardInterrupt if interrupted.number == signal.SIGINT else Stopped) from None
         finally:
-            for trial in self._trials.values() if self.study else ():
-                self.study.release(trial.number)
+            if self.study is not None:
+                for trial in self._trials.values():
+                    self.study.release(trial.number)
 
     def _members(self) -> tuple[list[Member], LightningDataModule]:
         members: list[Member] = []
