@@ -161,11 +161,7 @@ MUTATIONS = (
         (f"{MODULE}::test_a_checkpoint_of_other_settings_is_refused",),
     ),
     Mutation(
-        "law 8: random states",
-        RESUMES,
-        '            set_random_state(own["random"])\n',
-        "",
-        (f"{ANY_STATE}[plain]",),
+        "law 8: random states", RESUMES, '            set_random_state(own["random"])\n', "", (f"{ANY_STATE}[plain]",)
     ),
     Mutation(
         "law 8: the sampler's place",

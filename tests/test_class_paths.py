@@ -13,10 +13,7 @@ from lora_lightning.cli.diagnostics import wrong_path
     [
         ("lora_lightning.SequenceClasification", "did you mean 'lora_lightning.SequenceClassification'"),
         ("SequenceClasification", "is no path to a class, such as module.Class; did you mean 'lora_lightning.Sequence"),
-        (
-            "lora_lightning.tasks.clasification.X",
-            "did you mean 'lora_lightning.tasks.classification'",
-        ),
+        ("lora_lightning.tasks.clasification.X", "did you mean 'lora_lightning.tasks.classification'"),
         ("lora_lightnin.LoRAModule", "there is no module 'lora_lightnin'; did you mean 'lora_lightning'"),
         ("torch.optim.AdmW", "there is no 'torch.optim.AdmW'; did you mean 'torch.optim.AdamW'"),
         ("torch.nn.Linear.forwards", "did you mean 'torch.nn.Linear.forward'"),

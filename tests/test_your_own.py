@@ -56,13 +56,7 @@ def test_a_plain_module_and_a_dataset_need_nothing_of_this_package(tmp_path, mon
     assert "lora_lightning" not in blocks("python")[1]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("mine.Regression", "mine.Regresion", 0),
-        ("width", "widht", 1),
-    ],
-)
+@pytest.mark.parametrize(("old", "new", "said"), [("mine.Regression", "mine.Regresion", 0), ("width", "widht", 1)])
 def test_a_wrong_name_is_answered_as_the_page_says(old, new, said, tmp_path, monkeypatch, capsys):
     write_files(tmp_path)
     config = tmp_path / "mine.yaml"

@@ -139,9 +139,7 @@ MISTAKES = {
         {"over.yaml": "model:\n  lora:\n    r: 4\n   alpha: 8\n"},
     ),
     "two colons": Mistake(
-        OVER,
-        "over.yaml, line 1: no YAML: mapping values are not allowed here",
-        {"over.yaml": "name: demo: second\n"},
+        OVER, "over.yaml, line 1: no YAML: mapping values are not allowed here", {"over.yaml": "name: demo: second\n"}
     ),
     "a key twice": Mistake(
         OVER, "over.yaml, line 5: 'r' is there twice, first in line 3: keep one", lora("r: 4\n    alpha: 8\n    r: 8")

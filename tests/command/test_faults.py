@@ -143,10 +143,7 @@ def test_a_newest_that_is_gone_is_found_by_the_one_before_it(again):
 # ---- files edited by hand
 
 EDITS = {
-    "a bracket left open": (
-        lambda text: text.replace("model:", "model: [", 1),
-        "no YAML: while parsing a flow",
-    ),
+    "a bracket left open": (lambda text: text.replace("model:", "model: [", 1), "no YAML: while parsing a flow"),
     "a tab": (lambda text: text.replace("  max_epochs:", "\tmax_epochs:", 1), "line 11: no YAML: "),
     "a key with a letter less": (
         lambda text: text.replace("max_epochs", "max_epoch", 1),

@@ -51,10 +51,7 @@ def vit_of(directory):
     ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8)).save_pretrained(directory)
     return {
         "class_path": "lora_lightning.huggingface",
-        "init_args": {
-            "pretrained_model_name_or_path": str(directory),
-            "auto_class": "AutoModelForImageClassification",
-        },
+        "init_args": {"pretrained_model_name_or_path": str(directory), "auto_class": "AutoModelForImageClassification"},
     }
 
 

@@ -10,10 +10,7 @@ from tests.command.warm import run_all
 from tests.training.resuming import differing
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param("fsdp2", marks=pytest.mark.slow)],
-)
+@pytest.fixture(scope="module", params=[pytest.param("fsdp2", marks=pytest.mark.slow)])
 def played(request, tiny, tmp_path_factory):
     """Uninterrupted; and asked to leave by a signal to the second process, then started again."""
     folder = tmp_path_factory.mktemp(request.param)

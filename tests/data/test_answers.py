@@ -4,19 +4,7 @@ import pytest
 
 from lora_lightning.data.chat.answers import runs
 from lora_lightning.data.chat.chat_template import ChatTemplate, TemplateError
-from tests.chats import (
-    CHATML,
-    GEMMA,
-    LLAMA3,
-    MARKED,
-    MISTRAL,
-    PLAIN,
-    QWEN3,
-    TOOLS,
-    assistant,
-    make_tokenizer,
-    user,
-)
+from tests.chats import CHATML, GEMMA, LLAMA3, MARKED, MISTRAL, PLAIN, QWEN3, TOOLS, assistant, make_tokenizer, user
 
 TWO_TURNS = [user("Hi."), assistant("Yes."), user("And?"), assistant("No.")]
 SYSTEM = {"role": "system", "content": "Be brief."}

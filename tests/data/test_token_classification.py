@@ -131,18 +131,12 @@ def test_words_that_hold_nothing_are_counted_and_the_others_stay_in_line(tmp_pat
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (
-            [ROWS[0], {"tokens": ["a", "b"], "ner_tags": ["O"]}],
-            r"train.jsonl, .*row 2, column 'ner_tags': .*2 tags",
-        ),
+        ([ROWS[0], {"tokens": ["a", "b"], "ner_tags": ["O"]}], r"train.jsonl, .*row 2, column 'ner_tags': .*2 tags"),
         ([ROWS[0], {"tokens": [], "ner_tags": []}], r"row 2, column 'tokens': expected a list of at least one word"),
         ([ROWS[0], {"tokens": None, "ner_tags": ["O"]}], r"row 2, column 'tokens': expected a list.*got None"),
         ([{"tokens": "Ann saw", "ner_tags": "O O"}], r"row 1, column 'tokens': expected a list.*got 'Ann saw'"),
         ([{"tokens": [1, 2], "ner_tags": ["O", "O"]}], r"row 1, column 'tokens': expected words, got 1"),
-        (
-            [ROWS[0], {"tokens": ["a", None], "ner_tags": ["O", "O"]}],
-            r"column 'tokens': expected words, got None",
-        ),
+        ([ROWS[0], {"tokens": ["a", None], "ner_tags": ["O", "O"]}], r"column 'tokens': expected words, got None"),
         ([{"tokens": ["a"], "ner_tags": [None]}, ROWS[0]], r"row 1, column 'ner_tags': expected a tag for each word"),
         ([{"tokens": ["a"], "tags": ["O"]}], r"no column 'ner_tags'"),
     ],

@@ -162,9 +162,7 @@ def test_parts_of_speech_have_no_entities():
 
 @pytest.mark.parametrize(
     ("logits", "labels", "said"),
-    [
-        (torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), r"must return logits \(1, 2, 5\).* got \(1, 2, 3\)"),
-    ],
+    [(torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), r"must return logits \(1, 2, 5\).* got \(1, 2, 3\)")],
 )
 def test_a_batch_that_cannot_be_trained_on_is_refused(logits, labels, said):
     with pytest.raises(LoRAError, match=said):
