@@ -14,7 +14,7 @@ from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.classification import ImageClassification
 from tests.pictures import class_folders
-from tests.tasks.test_images import timm_net, vit
+from tests.tasks.says import timm_net, vit
 from tests.training.test_module import trainer_of
 
 
