@@ -36,11 +36,8 @@ def test_a_dataset_with_a_length_is_shuffled_in_training_alone():
     assert next(batch[0].tolist() for batch in module.predict_dataloader()) == list(range(7))
     assert module.val_dataloader() == []
     assert not module.has_validation
-
-
-def test_the_last_small_batch_can_be_left_out():
-    data = TensorDataset(torch.arange(20))
     assert len(list(DatasetData(train=data, batch_size=6, drop_last=True).train_dataloader())) == 3
+    assert DatasetData(train=[1, 2, 3], validation=[1]).data_summary == {"rows": {"train": 3, "validation": 1}}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
