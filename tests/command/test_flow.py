@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
-from lora_lightning.__main__ import main
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import command, run
@@ -135,14 +134,3 @@ def test_a_run_is_exported_onto_another_base_aloud_and_not_without_data(tiny, tr
         pytest.raises(LoRAError, match="give the config a data section, or the model an example_input_array"),
     ):
         LoRACLI(args=[str(arg) for arg in given])
-
-
-def test_a_commands_own_options_come_first_in_its_help(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lora-lightning", "export", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
-    first = capsys.readouterr().out.splitlines()[:40]
-    assert first[0].endswith("export --ckpt_path RUN [-c CONFIG ...] [options]")
-    for option in ("--ckpt_path", "--output_dir", "--formats", "--dtype", "--max_shard_size", "--serving"):
-        assert any(line.strip().startswith(option) for line in first)
