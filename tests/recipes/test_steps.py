@@ -1,4 +1,4 @@
-"""Recipes other than the papers': each is parsed and says what it needs, and runs a step on something tiny of its kind."""
+"""Recipes other than the papers': each is parsed, says what it needs, and runs a step on something tiny of its kind."""
 
 import numpy as np
 import pytest
