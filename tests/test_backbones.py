@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaModel
 
 from lora_lightning import LoRAError, huggingface
 from lora_lightning.cli.main import LoRACLI
-from tests.tiny import VOCABULARY, config_text
+from tests.tiny import VOCABULARY, config_text, words_tokenizer
 
 
 def test_label_names_make_the_head_and_go_into_the_config(tiny):
@@ -49,9 +49,7 @@ def make_llama(folder):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     torch.manual_seed(0)
     LlamaModel(LlamaConfig(**shape, vocab_size=len(VOCABULARY), eos_token_id=3, bos_token_id=2)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="[SEP]", unk_token="[UNK]").save_pretrained(folder)
+    words_tokenizer(VOCABULARY, split=Whitespace(), eos_token="[SEP]", unk_token="[UNK]").save_pretrained(folder)
     return folder
 
 

@@ -35,14 +35,8 @@ def test_whole_flow_on_a_tiny_bert(tiny, tmp_path, monkeypatch, capsys):
     assert report["w0_unchanged"] is True
     assert report["export_max_rel_diff"] <= 1e-5
     assert report["trainable"] == 3906
-    for text in (
-        "trainable parameters",
-        "W0 before, after",
-        "unchanged",
-        "merged against adapted",
-        report["merged_dir"],
-    ):
-        assert text in shown
+    words = ("trainable parameters", "W0 before, after", "unchanged", "merged against adapted")
+    assert all(text in shown for text in (*words, report["merged_dir"]))
     made = {p.name for p in (tmp_path / "runs/tiny/version_0").iterdir()}
     assert {"config.yaml", "checkpoints", "metrics.csv", "report.json", "export", "test"} <= made
 

@@ -88,14 +88,6 @@ def test_predictions_are_for_pieces_of_documents_in_the_order_of_the_file(tmp_pa
     assert all("position_ids" not in batch for batch in batches)
 
 
-def test_how_full_the_rows_are_is_said(tmp_path, tokenizer, caplog):
-    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
-    data = data_of(write(tmp_path / "set.txt", TEXTS), tokenizer)
-    rows = data.encoded("train")
-    empty = 1 - sum(expected(TEXTS).values()) / (16 * len(rows))
-    assert f"train: 40 documents in {len(rows)} rows of 16, {empty:.1%} empty" in caplog.text
-
-
 def test_rows_of_a_single_token_are_named_and_left_out(tmp_path, tokenizer):
     path = write(tmp_path / "set.jsonl", ["one two", "three", "four five", "six"])
     with pytest.warns(UserWarning, match=r"set.jsonl, the train set: 2 of 4 rows have a single token.*: row 2, 4$"):

@@ -139,15 +139,6 @@ def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, tokenizer, 
     assert rows_seen(again.train_dataloader(), 20) == whole[10:]
 
 
-def test_a_resumed_fit_is_the_uninterrupted_one(path, tokenizer, tmp_path):
-    _, whole = fit(path, tokenizer, tmp_path / "whole", 8)
-    fit(path, tokenizer, tmp_path / "first", 5)
-    trainer, resumed = fit(path, tokenizer, tmp_path / "rest", 8, ckpt_path=tmp_path / "first" / "last.ckpt")
-    assert trainer.global_step == 8
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_resumed_fit_is_the_uninterrupted_one_though_a_schedule_asked_for_its_length_first(
     tmp_path, tokenizer, workers
@@ -171,13 +162,6 @@ def test_a_resumed_fit_is_the_uninterrupted_one_though_a_schedule_asked_for_its_
     whole = fit(tmp_path / "whole")
     middle = tmp_path / "whole" / "run" / "version_0" / "checkpoints" / "003-batch.ckpt"
     assert differing(whole, fit(tmp_path / "rest", str(middle))) == []
-
-
-def test_a_fit_validates_where_it_is_told_to(tmp_path, tokenizer):
-    write(tmp_path / "train.jsonl", TEXTS)
-    write(tmp_path / "validation.jsonl", TEXTS[:9])
-    trainer, _ = fit(str(tmp_path), tokenizer, tmp_path / "run", 4, val_check_interval=4)
-    assert float(trainer.callback_metrics["val/perplexity"]) > 1
 
 
 @pytest.mark.parametrize(
