@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -189,7 +191,7 @@ RUNS = {
     ),
     "words": Run(
         "TokenClassification", lambda f: None, backbone=own("Tagger"), lora={"r": 2, "target_modules": ["1"]},
-        task_args={"label_names": ["A", "B", "O"], "entities": False}, data_args=sets("Words"), peft="TOKEN_CLS",
+        task_args={"label_names": ["A", "B", "O"], "entities": False}, data_args=sets("Words"),
     ),
     "vit": Run(
         "ImageClassification", make_vit, "ImageData", "ImageClassification", lora={"modules_to_save": ["classifier"]},
@@ -309,13 +311,15 @@ def test_a_start_that_is_measured_on_images_takes_them_by_the_backbones_own_name
     assert cli.trainer.global_step == 1
 
 
-def test_without_torchvision_one_line_says_what_to_install(tmp_path, monkeypatch, capsys):
-    import sys
-
+def test_without_torchvision_one_line_says_what_to_install(tmp_path):
     config, _ = config_of("vit", tmp_path)
-    for name in list(sys.modules):
-        if name.partition(".")[0] == "torchvision":
-            monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    said = mistake(monkeypatch, capsys, "fit", "-c", config)
-    assert "images need torchvision and pillow: pip install 'lora_lightning[vision]'" in said
+    code = (
+        "import sys, lora_lightning.cli.main, lora_lightning.backbones.huggingface;"
+        "from lora_lightning.__main__ import main;"
+        "[sys.modules.pop(name) for name in list(sys.modules) if name.partition('.')[0] == 'torchvision'];"
+        f"sys.modules['torchvision'] = None; sys.argv = ['lora-lightning', 'fit', '-c', '{config}']; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("lora-lightning: error: images need torchvision and pillow: pip install 'lora_lightning[vis")
