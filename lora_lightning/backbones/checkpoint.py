@@ -105,19 +105,20 @@ def _config(base: Path) -> PretrainedConfig:
 
 def _model_class(config: PretrainedConfig, task: str | None) -> type[PreTrainedModel]:
     """The class that the adapter's task asks for, else the base's own."""
+    if task is not None and str(task) in TASKS:
+        try:
+            with torch.device("meta"):
+                return type(getattr(transformers, TASKS[str(task)]).from_config(copy.deepcopy(config)))
+        except ValueError as error:
+            raise LoRAError(
+                f"the adapter's task is {task}, and transformers has no such {config.model_type} model"
+            ) from error
     named = next(iter(config.architectures or []), "")
     own: type[PreTrainedModel] | None = getattr(transformers, named, None) if named else None
-    if task is None or str(task) not in TASKS:
-        if own is None:
-            what = f"'{named}', which transformers does not have" if named else "no architecture"
-            raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
-        return own
-    mapping = getattr(transformers, TASKS[str(task)])._model_mapping
-    if type(config) not in mapping:
-        raise LoRAError(f"the adapter's task is {task}, and transformers has no such {config.model_type} model")
-    found = mapping[type(config)]
-    fitting = found if isinstance(found, tuple | list) else (found,)
-    return own if own is not None and own in fitting else fitting[0]  # type: ignore[no-any-return]
+    if own is None:
+        what = f"'{named}', which transformers does not have" if named else "no architecture"
+        raise LoRAError(f"{CONFIG} names {what}: merge it in memory with load_adapter and merge")
+    return own
 
 
 def _labels(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> int | None:

@@ -109,7 +109,7 @@ def huggingface(
         finish_on_meta(model, files)
     if "gguf_file" in kwargs:
         forget_gguf(model)
-        model.config._name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
+        model.config.name_or_path = pretrained_model_name_or_path  # the file's own is a title, such as Smollm2 135M
     if add_tokens:
         grow(model, add_tokens, tokenizer or load_tokenizer(pretrained_model_name_or_path))
     text = model.config.get_text_config()

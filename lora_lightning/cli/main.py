@@ -275,7 +275,7 @@ class LoRACLI(LightningCLI):
         """Add the callbacks that are on by default, and a log in the run folder."""
         if self.until == "module":
             return None  # type: ignore[return-value]
-        config = self._get(self.config_init, "trainer")
+        config = self.config_init[str(self.subcommand)].trainer
         callbacks = config.get("callbacks") or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         for default in (FreezeBase, PredictionWriter, Resume, StopOnNonFinite, StepFigures, Throughput):

@@ -21,7 +21,6 @@ EXTRAS = {
     "vision": "images, and backbones of torchvision and timm",
     "text-metrics": "rougeLsum of generated texts",
     "qlora": "4- and 8-bit bases: --trainer.precision nf4-base",
-    "gpu": "a fused head and cross-entropy on CUDA",
     "plots": "the figures of analyze",
 }
 """What an extra is for; others of the package are told by their packages alone."""

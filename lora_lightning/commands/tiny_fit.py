@@ -1,9 +1,10 @@
-"""A fit of seconds through the package's own parts: module, Trainer, guards, checkpoint and export."""
+"""A fit of seconds as the command makes it: parser, data, module, Trainer, guards, checkpoint and export."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import tempfile
 import time
@@ -14,17 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset, default_collate
 
+from lora_lightning.cli.build import build_run
 from lora_lightning.export.export import export
-from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.tasks.classification import SequenceClassification
-from lora_lightning.training.callbacks.freeze_base import FreezeBase
-from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
-from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.trainer import LoRATrainer
 
 STEPS, ROWS, WIDTH = 60, 64, 16
 
@@ -57,6 +52,35 @@ class Net(nn.Module):
         return logits
 
 
+class Signs(Dataset[dict[str, Tensor]]):
+    """Random rows; the label of each is whether its sum is positive."""
+
+    def __init__(self) -> None:
+        self.rows = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def __len__(self) -> int:
+        return ROWS
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        return {"x": self.rows[row], "labels": (self.rows[row].sum() > 0).long()}
+
+
+CONFIG = {
+    "trainer": {"max_steps": STEPS, "devices": 1, "log_every_n_steps": 4, "enable_progress_bar": False},
+    "model": {
+        "backbone": {"class_path": f"{__name__}.Net"},
+        "lora": {"r": 4, "modules_to_save": ["head"]},
+        "task": {"class_path": "lora_lightning.SequenceClassification", "init_args": {"num_classes": 2}},
+        "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}},
+    },
+    "data": {
+        "class_path": "lora_lightning.DatasetData",
+        "init_args": {split: {"class_path": f"{__name__}.Signs"} for split in ("train", "validation")}
+        | {"batch_size": 16},
+    },
+}
+
+
 def tiny_fit() -> Figures:
     """Train, save a checkpoint, export and read back, in a temporary folder and without a word.
 
@@ -64,42 +88,20 @@ def tiny_fit() -> Figures:
         Exception: whatever does not work.
     """
     began = time.perf_counter()
-    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _without_a_word():
-        torch.manual_seed(0)
-        x = torch.randn(ROWS, WIDTH)
-        labels = (x.sum(1) > 0).long()
-        module = LoRAModule(
-            Net(),
-            SequenceClassification(num_classes=2),
-            LoRAConfig(r=4, modules_to_save=["head"]),
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
-        )
-        before = _loss(module.backbone, x, labels)
-        trainer = LoRATrainer(
-            max_steps=STEPS,
-            devices=1,
-            logger=CSVLogger(folder),
-            callbacks=[FreezeBase(), Checkpoints()],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        rows = [{"x": row, "labels": label} for row, label in zip(x, labels, strict=True)]
-        trainer.fit(module, DataLoader(rows, batch_size=16))  # type: ignore[arg-type]  # a list will do
-        device = str(trainer.strategy.root_device)
-        module = module.cpu()
-        after = _loss(module.backbone, x, labels)
-        w0, batch = module.w0_fingerprint(), {"x": x, "labels": labels}
-        report = export(module.backbone, module.task, w0, Path(folder) / "export", batch=batch)
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder, _without_output():
+        run = build_run(["fit", "--config", json.dumps(CONFIG), "--runs_dir", folder])
+        assert run.trainer is not None
+        before = run.validate()["val/loss"]
+        run.trainer.fit(run.module, datamodule=run.data)
+        after = run.validate()["val/loss"]
+        module, batch = run.module.cpu(), default_collate([*Signs()])
+        report = export(module.backbone, module.task, module.w0_fingerprint(), Path(folder) / "export", batch=batch)
+    device = str(run.trainer.strategy.root_device)
     return Figures(STEPS, device, before, after, report.max_abs_diff, time.perf_counter() - began)
 
 
-@torch.no_grad()
-def _loss(model: nn.Module, x: Tensor, labels: Tensor) -> float:
-    return float(nn.functional.cross_entropy(model(x), labels))
-
-
 @contextmanager
-def _without_a_word() -> Iterator[None]:
+def _without_output() -> Iterator[None]:
     """Tables, Lightning's log and warnings are for real runs."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

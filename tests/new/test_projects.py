@@ -14,6 +14,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from lora_lightning import SplitConfig
 from lora_lightning.cli.main import LoRACLI
 from tests.command.process import REPOSITORY
 from tests.new.projects import configs_of, make, offline
@@ -36,7 +37,7 @@ def test_a_project_has_all_its_parts_and_can_be_read_in_ten_minutes(project):
         unrendered = re.findall(r"\{%|(?<!\$)\{\{", text)  # but for GitHub's ${{ and a chat template
         assert not unrendered or file.parent.name == "tokenizer", file
     to_read = [file for file in texts if file.parts[0] != "data" and file.name != "LICENSE"]
-    assert len(to_read) <= 27
+    assert len(to_read) <= 28
     assert sum(len(texts[file].splitlines()) for file in to_read) < 700
     rows = [text for file, text in texts.items() if file.suffix == ".jsonl"]
     assert all(20 <= len(text.splitlines()) <= 60 for text in rows)
@@ -95,9 +96,13 @@ def test_its_own_parts_train_on_its_rows_at_once(project, tmp_path):
 
 
 OTHERS = {  # rows whose columns have other names than the examples', how these are given, and what is read
-    "text_classification": ([{"said": "a  b"}, {"said": None}], {"text_column": "said"}, {"said": ["a b", None]}),
+    "text_classification": (
+        [{"said": "a  &amp; b"}, {"said": None}],
+        {"text_column": "said"},
+        {"said": ["a & b", None]},
+    ),
     "embedding": ([{"q": "a  b", "positive": "c\nd"}], {"anchor_column": "q"}, {"q": ["a b"], "positive": ["c d"]}),
-    "token_classification": ([{"words": ["``", "a"]}], {"words_column": "words"}, {"words": [['"', "a"]]}),
+    "token_classification": ([{"words": ["``", "-LRB-"]}], {"words_column": "words"}, {"words": [['"', "("]]}),
     "chat": ([{"question": " a? ", "answer": "b "}], {}, {"question": ["a?"], "answer": ["b"]}),
 }
 
@@ -111,6 +116,31 @@ def test_its_own_data_puts_rows_in_order_whatever_their_columns_are_called(task,
     own = importlib.import_module(f"for_{task}.data").OwnData
     table = own(str(tmp_path / "mine.jsonl"), tokenizer="data/tokenizer", **columns).read()["train"]
     assert {name: list(table[name]) for name in read} == read
+
+
+def test_its_own_data_takes_the_first_of_rows_that_say_the_same(projects, tmp_path, monkeypatch):
+    monkeypatch.chdir(projects / "for_text_classification")
+    monkeypatch.syspath_prepend(".")
+    rows = [{"text": text, "label": label} for text, label in (("a b", 0), ("c", 1), ("a  b", 1), ("d", 0))]
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    own = importlib.import_module("for_text_classification.data").OwnData
+    none = SplitConfig(validation=0, test=0)
+    table = own(str(tmp_path / "mine.jsonl"), tokenizer="data/tokenizer", split=none).tables["train"]
+    assert list(table["text"]) == ["a b", "c", "d"]
+
+
+def test_its_own_loss_is_its_formula(project):
+    """The project's own test of it, in a process of its own: each project has a package and a module of that name."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_loss.py"]
+    done = subprocess.run(
+        command,
+        cwd=project,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert "1 passed" in done.stdout, done.stdout
 
 
 @pytest.mark.slow  # what the project's own tests do, for every task

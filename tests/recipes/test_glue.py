@@ -124,11 +124,14 @@ LOGGED = {
 }
 
 
+def config_of():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return RobertaConfig(vocab_size=32, max_position_embeddings=40, type_vocab_size=1, **sizes)
+
+
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = RobertaConfig(vocab_size=32, max_position_embeddings=40, type_vocab_size=1, **sizes)
-    return tiny_model(tmp_path_factory.mktemp("roberta"), config, WORDS)
+    return tiny_model(tmp_path_factory.mktemp("roberta"), config_of(), WORDS)
 
 
 def overrides(task, folder):

@@ -56,19 +56,21 @@ def test_what_trains_is_of_the_papers_size(size, layers, width, count):
     assert report.trainable == count
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
+def make_tiny(folder):
     """GPT-2 of one layer, and a tokenizer of GPT-2's own kind that knows bytes alone."""
-    folder = tmp_path_factory.mktemp("gpt2")
     characters = sorted({c for row in restaurants(200) for text in row.values() for c in text.replace(" ", "Ġ")})
     vocabulary = {token: i for i, token in enumerate([END, *characters])}
     tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[], unk_token=END, bos_token=END, eos_token=END)
     tokenizer.save_pretrained(folder)
     ends = {"bos_token_id": 0, "eos_token_id": 0}
-    GPT2Config(vocab_size=len(vocabulary), n_embd=16, n_layer=1, n_head=2, n_positions=256, **ends).save_pretrained(
-        folder
-    )
+    sizes = {"vocab_size": len(vocabulary), "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 256}
+    GPT2Config(**sizes, **ends).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("gpt2"))
 
 
 @pytest.mark.parametrize(("of", "size"), [("e2e", "medium"), ("webnlg", "large"), ("dart", "medium")])

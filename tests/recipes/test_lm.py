@@ -20,7 +20,7 @@ def test_a_fit_on_a_4_bit_base_is_exported(tmp_path):
     given = chats(model, data)(tmp_path)
     short = ["--trainer.fast_dev_run", "false", "--trainer.max_steps", "2", "--trainer.max_epochs", "-1"]
     given["args"] = [*given["args"], *short, "--trainer.precision", "nf4-base", "--runs_dir", str(tmp_path / "runs")]
-    cli = run_a_step([*chat_files(model, data), "lm/qlora.yaml"], tmp_path, **given)
+    cli = run_a_step(chat_files(model, data, "lm/qlora.yaml"), tmp_path, **given)
     layer = cli.model.backbone.model.layers[0].mlp.up_proj
     assert "4-bit" in str(scheme(layer))
     assert (tmp_path / "runs/lm/version_0/samples.jsonl").is_file()

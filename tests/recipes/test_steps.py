@@ -190,8 +190,8 @@ def texts(folder):
     return {"backbone": {"pretrained_model_name_or_path": model}, "data": data, "args": whole}
 
 
-def chat_files(model, data):
-    return ["lm/base.yaml", f"lm/models/{model}.yaml", f"lm/data/{data}.yaml"]
+def chat_files(model, data, *more):
+    return ["lm/base.yaml", f"lm/models/{model}.yaml", f"lm/data/{data}.yaml", *more]
 
 
 FOUND = {"val/loss", "val/mrr", "val/recall@1", "val/recall@5", "train/loss"}

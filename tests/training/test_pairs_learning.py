@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from demos.dialogues import read_dialogues
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.data.chat.dialogues import read_dialogues
 from tests.command.process import REPOSITORY
 from tests.tiny_pairs import write_rows
 

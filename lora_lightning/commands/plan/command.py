@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_lightning.cli.build import build_run
 from lora_lightning.commands.plan.assumptions import ASSUMED_LABELS, Notes, labels_in, size_in
-from lora_lightning.commands.plan.memory import PRECISIONS, Way, resident
+from lora_lightning.commands.plan.memory import PRECISIONS, Way
 from lora_lightning.commands.plan.report import Plan, Wanted, plan_of
 from lora_lightning.commands.plan.tables import show
 from lora_lightning.lora.errors import LoRAError
@@ -40,7 +40,7 @@ def make_plan(
     Raises:
         LoRAError: a config that cannot be planned, in one line.
     """
-    base, notes = resident(), Notes()
+    notes = Notes()
     try:
         with torch.device("meta"):
             run = build_run(["fit", *fit], lambda config: _leave_out_data(config, num_labels, notes), trainer=False)
@@ -52,7 +52,6 @@ def make_plan(
     on_gpu = str(trainer.accelerator) != "cpu" and torch.cuda.is_available()
     own = _precision(trainer)
     wanted = Wanted(
-        base=None if on_gpu else base,
         precisions=tuple(p for p in PRECISIONS if precisions is None or p in (*precisions, own)),
         way=Way(precision=own, checkpointing=module.training_forward.recomputation is not None),
         strategy=str(getattr(trainer.strategy, "class_path", trainer.strategy)).rpartition(".")[2],

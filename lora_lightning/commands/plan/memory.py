@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +29,6 @@ PRECISIONS = ("float32", "bf16-mixed", "16-mixed", "bf16-base", "nf4-base")
 """Overlays, by the names of their files."""
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 """Bits of a weight under NF4 with its constants quantized too: one byte for 64 weights, and four for 256 of those."""
-
-FIRST_USE = 150_000_000
-"""Bytes that a first step adds to a process: pages of kernels' code, compiled kernels, tables, threads, the trainer."""
-SPREAD = 1.1
-"""What the allocator holds for each byte that is asked for: pieces that no later tensor fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,24 +178,3 @@ def _sharded(backbone: nn.Module, cost: StepCost, processes: int) -> int:
     largest = max((_bytes_of_meta(block.parameters()) for block in blocks.values()), default=0)
     own = cost.weights + cost.gradients + cost.optimizer
     return -(-own // processes) + outside + min(2, len(blocks)) * largest + cost.peak - own
-
-
-def process_peak(tensors: int, base: int) -> int:
-    """Bytes of a whole process on a CPU at most: the part that no trace of tensors sees, as it was fitted.
-
-    `base + FIRST_USE + SPREAD x tensors`. The two constants were fitted on fits of four models with the system's
-    allocator (glibc), so that the largest relative error is least; `docs/plan.md` has the figures, and
-    `python -m benchmarks.plan` takes them again.
-
-    Args:
-        tensors: bytes of tensors at most.
-        base: of a process before there are any: Python and the libraries that a fit loads too.
-    """
-    return round(base + FIRST_USE + SPREAD * tensors)
-
-
-def resident() -> int | None:
-    """Bytes of this process that are in memory now; None where the system does not say (it is no Linux)."""
-    status = Path("/proc/self/status")
-    found = re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
-    return int(found[1]) * 1024 if found else None

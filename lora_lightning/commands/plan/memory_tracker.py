@@ -23,8 +23,9 @@ from torch import Tensor, nn
 # that keep their device, as the meta device's do not, on which the choice of kernels depends.
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from lora_lightning.tasks.metrics.counting import tensors_in
 
 __all__ = ["FakeTensor", "FakeTensorMode", "MemoryTracker", "bytes_of", "fake_mode", "put_stand_ins"]
 
@@ -35,13 +36,12 @@ WHOLE = (aten.arange, aten.randint, aten.randperm)
 REAL_AT_MOST = 2**24
 """Elements of what is computed for real; larger it is a stand-in."""
 
-_ON_CPU = "_scaled_dot_product_flash_attention_for_cpu"
+FLASH = "_scaled_dot_product_flash_attention"
+ALIKE = {"addmm_": "addmm", "baddbmm_": "baddbmm"}
+ALIKE |= {f"{FLASH}_for_cpu{end}": f"{FLASH}{end}" for end in ("", "_backward")}
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten.addmm_: flop_registry[aten.addmm],
-    aten.baddbmm_: flop_registry[aten.baddbmm],
-    getattr(aten, _ON_CPU): flop_registry[aten._scaled_dot_product_flash_attention],
-    getattr(aten, f"{_ON_CPU}_backward"): flop_registry[aten._scaled_dot_product_flash_attention_backward],
+    **{getattr(aten, name): flop_registry[getattr(aten, like)] for name, like in ALIKE.items()},
 }
 """torch's own formulas, a multiplication and an addition as two, and four operations that its table leaves out."""
 
@@ -121,9 +121,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._note(tensor)
+        for tensor in tensors_in(out):
+            self._note(tensor)
         self.curve.append(self.now)
         formula = FLOPS.get(func.overloadpacket)
         if formula is not None:
@@ -148,7 +147,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _is_of_the_batch(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether nothing in this operation comes of W0, so that it can be done for real."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    tensors = list(tensors_in((args, kwargs)))
     if tensors:
         return all(not isinstance(t, FakeTensor) and t.numel() <= REAL_AT_MOST for t in tensors)
     dtype = kwargs.get("dtype")

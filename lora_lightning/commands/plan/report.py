@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lora_lightning.commands.plan.dummy_batch import BatchSize, batch_for
-from lora_lightning.commands.plan.memory import PRECISIONS, MemoryRow, Tracer, Way, process_peak
+from lora_lightning.commands.plan.memory import PRECISIONS, MemoryRow, Tracer, Way
 from lora_lightning.commands.plan.parameter_count import Term, terms_of
 from lora_lightning.commands.plan.step_cost import StepCost
 from lora_lightning.lora.formats.peft.save import adapter_file_bytes
@@ -30,8 +30,6 @@ class Wanted:
     """Over which DDP and FSDP2 are reckoned."""
     device: torch.device
     precisions: tuple[str, ...] = PRECISIONS
-    base: int | None = None
-    """Bytes of a process on a CPU without any model; None on a GPU."""
 
 
 @dataclass(kw_only=True)
@@ -58,12 +56,6 @@ class Plan:
     def own_row(self) -> MemoryRow:
         """The row of the config's own precision and checkpointing."""
         return next(row for row in self.memory if row.way == self.wanted.way)
-
-    def process(self) -> int | None:
-        """Bytes of a process of this run on this CPU, at most; None on a GPU, or where the step is not known."""
-        if self.wanted.base is None or not self.memory:
-            return None
-        return process_peak(self.own_row().cost.peak, self.wanted.base)
 
     def flops(self) -> dict[str, int] | None:
         """Operations of a step of LoRA and of full fine-tuning; None where the step is not known."""
@@ -92,7 +84,6 @@ class Plan:
             "formula": [term.to_dict() for term in self.terms],
             "bytes": {"adapter_file": self.adapter_file, "checkpoint": self.checkpoint, "w0_file": self.w0_file},
             "memory": [row.to_dict() for row in self.memory],
-            "process": {"base": wanted.base, "peak": self.process()},
             "flops": self.flops(),
             "full_fine_tuning": None if self.full is None else self.full.to_dict(),
             "notes": self.notes,

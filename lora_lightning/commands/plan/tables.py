@@ -64,11 +64,6 @@ def _memory(plan: Plan, n: int) -> Table:
         sizes = (row.w0, row.adapter, cost.gradients, cost.optimizer, cost.kept, cost.peak, row.ddp, row.fsdp2)
         rows.append((f"{name} *" if row.way == plan.wanted.way else name, *map(_mb, sizes)))
     note = "* this config's own. kept: activations for backward; at most: all at once, and what is there for a moment"
-    if (process := plan.process()) is not None:
-        note += (
-            f"\nthe process on this CPU: about {_mb(process)} MB at most, {_mb(plan.wanted.base)} of them Python and"
-            " libraries (fitted, see docs/plan.md)"
-        )
     header = ("precision", "W0", "A, B", "grads", "optim.", "kept", "at most", f"DDP of {n}", f"FSDP2 of {n}")
     return Table(header=header, rows=rows, note=note)
 

@@ -30,7 +30,6 @@ from lora_lightning.data.chat.conversations import (
     layout_of,
     tools_of,
 )
-from lora_lightning.data.chat.dialogues import is_dialogues, read_dialogues
 from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, from_all_over, held_out
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
@@ -66,7 +65,7 @@ class ChatData(TextData, GivesPrompts):
             `TextGeneration` to answer; these are not packed. Rows of `predict` then need no answer of their own, and
             their prompts are not cut.
         batch_size: conversations per batch and process in training.
-        texts: arguments of `TextData`. A `.yml` file or a directory of them is read as ChatterBot's corpora.
+        texts: arguments of `TextData`.
 
     Raises:
         LoRAError: a missing file or column, a row that is no conversation, a template that does not take one.
@@ -105,11 +104,6 @@ class ChatData(TextData, GivesPrompts):
     def template(self) -> ChatTemplate:
         """How conversations are written."""
         return ChatTemplate(self.tokenizer, self.template_options)
-
-    def read(self) -> dict[str, datasets.Dataset]:
-        if isinstance(self.path, str) and is_dialogues(self.path):
-            return {"train": read_dialogues(self.path)}
-        return super().read()
 
     def columns(self, split: str) -> Sequence[str | None]:
         given = self.given_columns or {}

@@ -46,6 +46,9 @@ def is_imagefolder(root: Path) -> bool:
 def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> datasets.Dataset:
     """One row for each image: its path, and the name of the folder of its class.
 
+    The builder `imagefolder` of `datasets` is not taken for it: it calls a class by the innermost folder, says nothing
+    of a class without images, and takes a class whose name holds `test` or `val` for a split.
+
     Args:
         split: images of `predict` need no folder of their class.
         columns: names of the two columns.

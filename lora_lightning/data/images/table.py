@@ -1,8 +1,9 @@
-"""What every DataModule over images has: files or cells that hold them, preprocessing, augmentation and a check."""
+"""What every DataModule over images has: files or cells that hold them, a check, preprocessing and augmentation."""
 
 from __future__ import annotations
 
 import random
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from lora_lightning.data.base import TableData
 from lora_lightning.data.images.rows import AugmentedOrder, Cells, collate
 from lora_lightning.data.images.transforms import Augmentation, Interpolation, Preprocessing, preprocessing_of
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
+from lora_lightning.data.io.splits import split_name
 from lora_lightning.lora.errors import LoRAError
 
 Verify = Literal["open", "decode", "none"]
@@ -25,88 +27,29 @@ SHOWN_FROM = 20_000
 """Images from which on a check shows a progress bar."""
 
 
-class ImageTable(TableData):
+class ImageCells(TableData):
     """A `TableData` whose rows have images, which are decoded only when a batch needs them.
 
     Args:
-        path: as `TableData` takes it, or a folder of images.
-        preprocessing: whose size, mean, standard deviation and resizing to take: `timm:NAME`,
-            `torchvision:ResNet50_Weights.DEFAULT`, or a transformers model's name or directory. ImageNet's usual
-            ones by default.
-        image_size: of the backbone's input in pixels, one number or height and width.
-        mean: of red, green and blue in [0, 1].
-        std: the same.
-        interpolation: of resizing images; masks take the nearest pixel.
-        crop_share: how much of the resized image's shorter side the center crop shows; 1 squeezes the whole image into
-            `image_size`.
-        augment: what changes at random in training: a function of (seed, epoch, row), the same with any number of
-            workers and processes; null for nothing.
+        path: as `TableData` takes it.
         image_root: what relative paths in a table start from; the table's own folder by default.
-        max_train_rows: of training rows at most so many, drawn once by `split.seed`.
         verify: before training, whether each file opens as an image (its header: quick), decodes (all of it), or none.
         table: arguments of `TableData` by name.
     """
 
-    train_sampler = AugmentedOrder
-
     def __init__(
-        self,
-        path: str | dict[str, str],
-        preprocessing: str | None = None,
-        image_size: int | list[int] | None = None,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
-        interpolation: Interpolation | None = None,
-        crop_share: float | None = None,
-        augment: Augmentation | None = Augmentation(),  # noqa: B008  (frozen)
-        image_root: str | None = None,
-        max_train_rows: int | None = None,
-        verify: Verify = "open",
-        **table: Any,
+        self, path: str | dict[str, str], image_root: str | None = None, verify: Verify = "open", **table: Any
     ) -> None:
         super().__init__(path, length_grouped=False, num_proc=None, **table)
-        if max_train_rows is not None and max_train_rows < 1:
-            raise LoRAError(f"max_train_rows must be at least 1, got {max_train_rows}")
-        if crop_share is not None and not 0 < crop_share <= 1:
-            raise LoRAError(f"crop_share must be above 0 and at most 1, got {crop_share}")
-        self.given = {"mean": mean, "std": std, "interpolation": interpolation}
-        self.preprocessing_name, self.image_size, self.crop_share = preprocessing, image_size, crop_share
-        self.augment = augment or Augmentation(crop_scale=None, flip=0.0)
-        self.image_root, self.max_train_rows, self.verify = image_root, max_train_rows, verify
+        self.image_root, self.verify = image_root, verify
         self.files: dict[str, list[str]] = {}  # by split, where each row is a file of a folder, and names itself
         self._arrays: list[Any] = []
-        self._roots: dict[str, Path] = {}
-        self._preprocessing: Preprocessing | None = None
         self._verified = False
 
     @property
+    @abstractmethod
     def image_columns(self) -> Sequence[str]:
         """Columns that hold images."""
-        raise NotImplementedError
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """What is done to an image in evaluation."""
-        if self._preprocessing is None:
-            found = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
-            found = found.at(self.image_size)
-            if self.crop_share == 1:
-                found = found.whole()
-            elif self.crop_share is not None:
-                found = replace(found, resize=round(min(found.size) / self.crop_share))
-            given: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
-            for name in ("mean", "std"):
-                if name in given:
-                    given[name] = tuple(float(x) for x in given[name])
-                    if len(given[name]) != 3:
-                        raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
-            self._preprocessing = replace(found, **given)
-        return self._preprocessing
-
-    @property
-    def image_processor(self) -> Any:
-        """The same as a transformers image processor, which an export saves."""
-        return self.preprocessing.processor()
 
     def read(self) -> dict[str, datasets.Dataset]:
         return self._undecoded(self.read_images())
@@ -185,11 +128,86 @@ class ImageTable(TableData):
         if self.image_root:
             return Path(resolve(self.image_root))
         if isinstance(self.path, dict):
-            named = {("validation" if name in ("val", "valid", "dev") else name): f for name, f in self.path.items()}
+            named = {split_name(name) or name: file for name, file in self.path.items()}
             file = Path(resolve(named.get(split, named.get("train", next(iter(named.values()))))))
         else:
             file = Path(resolve(self.path))
         return file if file.is_dir() else file.parent
+
+    def lengths(self, table: Any) -> None:
+        """Images have none."""
+        return
+
+
+class ImageTable(ImageCells):
+    """Images alone, prepared as the backbone was shown its images in pretraining, and augmented in training.
+
+    Args:
+        path: as `TableData` takes it, or a folder of images.
+        preprocessing: whose size, mean, standard deviation and resizing to take: `timm:NAME`,
+            `torchvision:ResNet50_Weights.DEFAULT`, or a transformers model's name or directory. ImageNet's usual
+            ones by default.
+        image_size: of the backbone's input in pixels, one number or height and width.
+        mean: of red, green and blue in [0, 1].
+        std: the same.
+        interpolation: of resizing images; masks take the nearest pixel.
+        crop_share: how much of the resized image's shorter side the center crop shows; 1 squeezes the whole image into
+            `image_size`.
+        augment: what changes at random in training: a function of (seed, epoch, row), the same with any number of
+            workers and processes; null for nothing.
+        max_train_rows: of training rows at most so many, drawn once by `split.seed`.
+        table: arguments of `ImageCells` by name.
+    """
+
+    train_sampler = AugmentedOrder
+
+    def __init__(
+        self,
+        path: str | dict[str, str],
+        preprocessing: str | None = None,
+        image_size: int | list[int] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        interpolation: Interpolation | None = None,
+        crop_share: float | None = None,
+        augment: Augmentation | None = Augmentation(),  # noqa: B008  (frozen)
+        max_train_rows: int | None = None,
+        **table: Any,
+    ) -> None:
+        super().__init__(path, **table)
+        if max_train_rows is not None and max_train_rows < 1:
+            raise LoRAError(f"max_train_rows must be at least 1, got {max_train_rows}")
+        if crop_share is not None and not 0 < crop_share <= 1:
+            raise LoRAError(f"crop_share must be above 0 and at most 1, got {crop_share}")
+        self.given = {"mean": mean, "std": std, "interpolation": interpolation}
+        self.preprocessing_name, self.image_size, self.crop_share = preprocessing, image_size, crop_share
+        self.augment = augment or Augmentation(crop_scale=None, flip=0.0)
+        self.max_train_rows = max_train_rows
+        self._preprocessing: Preprocessing | None = None
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What is done to an image in evaluation."""
+        if self._preprocessing is None:
+            found = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
+            found = found.at(self.image_size)
+            if self.crop_share == 1:
+                found = found.whole()
+            elif self.crop_share is not None:
+                found = replace(found, resize=round(min(found.size) / self.crop_share))
+            given: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
+            for name in ("mean", "std"):
+                if name in given:
+                    given[name] = tuple(float(x) for x in given[name])
+                    if len(given[name]) != 3:
+                        raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
+            self._preprocessing = replace(found, **given)
+        return self._preprocessing
+
+    @property
+    def image_processor(self) -> Any:
+        """The same as a transformers image processor, which an export saves."""
+        return self.preprocessing.processor()
 
     def _with_splits(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         tables = super()._with_splits(tables)
@@ -203,17 +221,13 @@ class ImageTable(TableData):
     def collate(self) -> Callable[[list[Any]], Any]:
         return collate
 
-    def lengths(self, table: Any) -> None:
-        """Images have none."""
-        return
-
     def every(self, split: str) -> DataLoader[Any]:
         """All images of a split as evaluation sees them, in this process alone."""
         return DataLoader(self.encoded(split), batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def is_image(feature: Any) -> bool:
-    """Whether a column holds images as `datasets` stores them, by its feature or by its parts."""
-    if isinstance(feature, datasets.Image):
+    """Whether a column holds images as `datasets` stores them: by its feature, by its parts, or as bytes."""
+    if isinstance(feature, datasets.Image) or feature == datasets.Value("binary"):
         return True
     return isinstance(feature, dict) and set(feature) == {"bytes", "path"}

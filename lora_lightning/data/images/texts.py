@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-import io
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import datasets
 import torch
+from torch.utils.data import Dataset
 from transformers import AutoProcessor
 
-import lora_lightning.data.images.decoding  # noqa: F401  (first, for it says what to install)
-
-# isort: split
-from PIL import Image
-
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.data.base import TableData
+from lora_lightning.data.images.rows import Cells
+from lora_lightning.data.images.table import ImageCells
 from lora_lightning.data.io.rows import ROW, cells_of, tokenize_cut, values_of
 from lora_lightning.data.pairs import GROUP, groups_of
 from lora_lightning.lora.errors import LoRAError
 
-IMAGE_FORMS = "an image, its bytes or the path of its file"
 
-
-class ImageTextData(TableData):
+class ImageTextData(ImageCells):
     """Rows of an image and a text to batches of `pixel_values`, `input_ids` and whatever else the processor makes.
 
     Images are opened as they are needed, texts tokenised with them. Rows with the same text, or that agree in
@@ -39,11 +32,9 @@ class ImageTextData(TableData):
         image_column: the image: a path, bytes, or what `datasets` holds as an image.
         text_column: what is on it.
         group_column: rows that agree in it belong together.
-        image_root: what relative paths start from; the table's own folder by default.
         max_length: tokens per text at most; the tokenizer's own limit by default.
         padding: to the `longest` text of a batch, or to `max_length`, as SigLIP was trained.
-        batch_size: pairs per batch and process in training: the more, the more negatives.
-        table: arguments of `TableData` by name.
+        images: arguments of `ImageCells` and `TableData` by name. Of `batch_size` pairs, the more the more negatives.
 
     Raises:
         LoRAError: a missing file or column, an image that does not open, an empty text, with file, row and column.
@@ -56,17 +47,18 @@ class ImageTextData(TableData):
         image_column: str = "image",
         text_column: str = "text",
         group_column: str | None = None,
-        image_root: str | None = None,
         max_length: int | None = None,
         padding: Literal["longest", "max_length"] = "longest",
-        batch_size: int = 32,
-        **table: Any,
+        **images: Any,
     ) -> None:
-        super().__init__(path, batch_size=batch_size, length_grouped=False, num_proc=None, **table)
+        super().__init__(path, **images)
         self.processor_name, self.image_column, self.text_column = processor, image_column, text_column
-        self.group_column, self.image_root = group_column, image_root
-        self.max_length, self.padding = max_length, padding
+        self.group_column, self.max_length, self.padding = group_column, max_length, padding
         self._processor: Any = None
+
+    @property
+    def image_columns(self) -> Sequence[str]:
+        return [self.image_column]
 
     @property
     def processor(self) -> Any:
@@ -90,95 +82,48 @@ class ImageTextData(TableData):
         number = self.processor.tokenizer.pad_token_id
         return None if number is None else int(number)
 
-    def read(self) -> dict[str, datasets.Dataset]:
-        """Tables with their images undecoded: one that does not open is to be named by its row."""
-        return {split: self._undecoded(table) for split, table in super().read().items()}
-
-    def _undecoded(self, table: datasets.Dataset) -> datasets.Dataset:
-        feature = table.features.get(self.image_column)
-        return (
-            table.cast_column(self.image_column, datasets.Image(decode=False))
-            if isinstance(feature, datasets.Image)
-            else table
-        )
-
     def columns(self, split: str) -> Sequence[str | None]:
         return [self.image_column, self.text_column, None if split == "predict" else self.group_column]
 
     def check(self, table: datasets.Dataset, split: str) -> None:
-        """Raise at an image whose file is not there or whose header is none, and at an empty text."""
+        """Raise at a cell that holds no image, and at an empty text."""
+        super().check(table, split)
         for row, text in cells_of(table, ROW, self.text_column):
             if not isinstance(text, str) or not text.strip():
                 raise self.bad_cell(split, row, self.text_column, "a text with words in it", text)
-        for row, cell in zip(values_of(table, ROW), table[self.image_column], strict=True):  # one image at a time
-            self.opened(split, row, cell).close()
 
-    def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The rows as they are, with their groups: pixels would take more room than the files."""
+    def encode(self, table: datasets.Dataset, split: str) -> Any:
+        """Nothing yet: `CaptionedImages` decodes as batches are made, since pixels would take more room than files."""
         named = list(values_of(table, self.group_column)) if self.group_column and split != "predict" else None
         texts = list(values_of(table, self.text_column))
         _, cut = tokenize_cut(self.processor.tokenizer, self.max_length, text=texts)
         self._cut_shares[split] = {"texts cut": sum(cut) / len(cut)}
-        return table.add_column(GROUP, groups_of(texts, None, named)).add_column("__split__", [split] * len(table))
-
-    def lengths(self, table: datasets.Dataset) -> None:
-        return None
+        images = self.cells(table, split, self.image_column)
+        return CaptionedImages(images, texts, groups_of(texts, None, named))
 
     @property
     def collate(self) -> Callable[[list[Any]], Any]:
-        # Workers that are started anew get a copy of what this function belongs to, and need no trainer or table.
-        twin = copy.copy(self)
-        twin.trainer, twin._tables, twin._encoded = None, None, {}
-        return twin.batch
-
-    def batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Images and texts through the processor, and the groups as `labels` (n, 1)."""
-        images = [self._pixels(row) for row in rows]
         limit = {} if self.max_length is None else {"max_length": self.max_length}
-        texts = [row[self.text_column] for row in rows]
-        made = self.processor(
-            images=images, text=texts, return_tensors="pt", padding=self.padding, truncation=True, **limit
-        )
-        return {**made, "labels": torch.tensor([row[GROUP] for row in rows])}
+        made = partial(self.processor, return_tensors="pt", padding=self.padding, truncation=True, **limit)
+        return partial(collate_pairs, processor=made)
 
-    def _pixels(self, row: dict[str, Any]) -> Image.Image:
-        image = self.opened(row["__split__"], row[ROW], row[self.image_column])
-        try:
-            return image.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise self._unreadable(row["__split__"], row[ROW], row[self.image_column], error) from error
 
-    def opened(self, split: str, row: int, cell: Any) -> Image.Image:
-        """The image of a cell, its header read.
+class CaptionedImages(Dataset[dict[str, Any]]):
+    """Examples of one split: an image, its text, and the group that the text is of."""
 
-        Raises:
-            LoRAError: it is none, with its row.
-        """
-        source = cell
-        if isinstance(cell, dict):
-            source = cell.get("bytes") or cell.get("path")
-        if isinstance(source, Image.Image):
-            return source
-        if isinstance(source, bytes):
-            source = io.BytesIO(source)
-        elif isinstance(source, str):
-            source = self._root(split) / resolve(source)
-            if not source.is_file():
-                raise self.bad_cell(split, row, self.image_column, f"an image at {source}", cell, "; there is no file")
-        else:
-            raise self.bad_cell(split, row, self.image_column, IMAGE_FORMS, cell)
-        try:
-            return Image.open(source)
-        except (OSError, ValueError) as error:
-            raise self._unreadable(split, row, cell, error) from error
+    column_names: Sequence[str] = ()
 
-    def _unreadable(self, split: str, row: int, cell: Any, error: Exception) -> LoRAError:
-        shown = cell.get("path") if isinstance(cell, dict) else cell
-        return self.bad_cell(split, row, self.image_column, "an image that opens", shown, f" ({error})")
+    def __init__(self, images: Cells, texts: Sequence[str], groups: Sequence[list[int]]) -> None:
+        self.images, self.texts, self.groups = images, texts, groups
 
-    def _root(self, split: str) -> Path:
-        if self.image_root is not None:
-            return Path(resolve(self.image_root))
-        path = self.path.get(split, next(iter(self.path.values()))) if isinstance(self.path, dict) else self.path
-        found = Path(resolve(path))
-        return found if found.is_dir() else found.parent
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"image": self.images.rgb(i), "text": self.texts[i], GROUP: self.groups[i]}
+
+
+def collate_pairs(rows: list[dict[str, Any]], *, processor: Callable[..., Any]) -> dict[str, Any]:
+    """Images and texts through the processor, and the groups as `labels` (n, 1)."""
+    made = processor(images=[row["image"] for row in rows], text=[row["text"] for row in rows])
+    return {**made, "labels": torch.tensor([row[GROUP] for row in rows])}

@@ -224,8 +224,9 @@ def files_of(path: Path, more: Collection[str] = ()) -> dict[str, Path]:
     """
     files = _files_by_split(path, more)
     if "train" not in files:
+        corpus = "; YAML dialogues: from a clone, take demos.dialogues.DialogueData" if any(path.glob("*.yml")) else ""
         raise LoRAError(
-            f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet"
+            f"{path} holds neither a saved dataset nor a file such as train.csv, train.jsonl, train.parquet{corpus}"
         )
     return files
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.tracing import is_traced
+from lora_lightning.lora.layers.trained.module_copy import hooks_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
@@ -88,7 +89,7 @@ def _losses(
     _warn_of_router_loss(backbone)
     before = before_head(backbone, inputs)
     if before is not None:
-        terms = before.terms._replace(label_smoothing=label_smoothing)
+        terms = Terms(label_smoothing, before.terms.softcap, before.terms.logit_scale)
         return [_through_head(before.head, before.hidden[p], labels, before.vocabulary, terms) for p, labels in parts]
     logits = logits_of(backbone(**inputs))
     return [_of_logits(logits[part], labels, label_smoothing) for part, labels in parts]
@@ -140,7 +141,15 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
         return LinearCrossEntropy(loss.sum(), sum(part.count for part in parts), correct.sum())
     assert isinstance(head, nn.Linear)
     weight, bias = head.weight, head.bias
-    return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), bias=bias, **terms._asdict())
+    return linear_cross_entropy(
+        hidden.flatten(0, 1),
+        weight,
+        labels.flatten(),
+        bias=bias,
+        label_smoothing=terms.label_smoothing,
+        softcap=terms.softcap,
+        logit_scale=terms.logit_scale,
+    )
 
 
 def _trained(what: str, given: Tensor, labels: Tensor) -> Tensor:
@@ -181,7 +190,7 @@ def why_all_logits(backbone: Any) -> str | None:
     head = _head(backbone)
     if head is None:
         return "it names no head (get_output_embeddings)"
-    if head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks:
+    if any(hooks_of(head)):
         return "its head has hooks, which are to see every logit"
     if any(isinstance(p, DTensor) for p in head.parameters()):
         return "its head's weights are sharded"

@@ -12,7 +12,7 @@ IDS, MASK = "input_ids", "attention_mask"
 
 def examples_in(batch: Any) -> int:
     """Rows of the batch's first tensor; a packed row counts as one."""
-    first = next(_tensors(batch), None)
+    first = next(tensors_in(batch), None)
     return 0 if first is None else len(first) if first.dim() else 1
 
 
@@ -34,10 +34,11 @@ def tokens_in(batch: Any) -> Tensor | int | None:
     return sum(known) if known else None
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of mappings, lists and tuples, however deep."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, Mapping):
-        yield from (t for part in batch.values() for t in _tensors(part))
+        yield from (t for part in batch.values() for t in tensors_in(part))
     elif isinstance(batch, list | tuple):
-        yield from (t for part in batch for t in _tensors(part))
+        yield from (t for part in batch for t in tensors_in(part))

@@ -19,6 +19,11 @@ COPY = "lora_copy"
 """The name of the copy, a child of the module."""
 
 
+def hooks_of(module: nn.Module) -> tuple[Any, ...]:
+    """What is registered to run around a module's own call: torch has no public way to ask."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+
+
 class SavedCopy(Grafted):
     """Runs a trained copy of itself; its own tensors keep their names and never move.
 
@@ -43,7 +48,7 @@ class SavedCopy(Grafted):
         twin = copy.deepcopy(module, twins)
         ungraft(twin, SavedCopy)
         # Hooks on the module run around its own call, which calls the copy: there they would run twice.
-        for hooks in (twin._forward_hooks, twin._forward_pre_hooks, twin._backward_hooks, twin._backward_pre_hooks):
+        for hooks in hooks_of(twin):
             hooks.clear()
         for parameter in twin.parameters():
             if parameter.is_floating_point():

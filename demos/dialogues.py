@@ -12,19 +12,17 @@ from typing import Any
 import datasets
 import yaml
 
+from lora_lightning import ChatData, LoRAError
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.lora.errors import LoRAError
 
 SUFFIXES = (".yml", ".yaml")
 
 
-def is_dialogues(path: str) -> bool:
-    """Whether this is a YAML file or a directory of nothing else."""
-    found = Path(resolve(path))
-    if not found.is_dir():
-        return found.suffix in SUFFIXES
-    files = [file for file in found.iterdir() if file.is_file()]
-    return bool(files) and len(files) == len(_files(found))
+class DialogueData(ChatData):
+    """`ChatData` whose `path` is a YAML file of dialogues, or a directory of them."""
+
+    def read(self) -> dict[str, datasets.Dataset]:
+        return {"train": read_dialogues(str(self.path))}
 
 
 def read_dialogues(path: str) -> datasets.Dataset:
