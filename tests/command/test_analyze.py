@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 import re
@@ -85,34 +84,6 @@ def test_two_adapters_are_compared_without_w0(trained, tmp_path, monkeypatch, ca
     fewer = called(monkeypatch, capsys, "analyze", copy, *args[3:], "--plots", "false")
     assert fewer[0] == 0
     assert not list((tmp_path / "out").glob("*.png")), "of the earlier analysis, which is replaced"
-
-
-def test_a_directory_that_is_cut_has_no_data_to_be_measured_on(tiny, analyzed, tmp_path, monkeypatch, capsys):
-    """What the first cut wrote, cut again."""
-    out, _ = analyzed
-    args = ["--output_dir", tmp_path / "again", "--base_model", tiny.bert, "--truncate", "0.5", "--plots", "false"]
-    code, said = called(monkeypatch, capsys, "analyze", out / "truncated", *args)
-    assert code == 0, said
-    assert "name the run's folder" in said
-    assert json.loads((tmp_path / "again" / "analysis.json").read_text())["truncation"]["error"] > 0
-    assert not list((tmp_path / "again").glob("*.png"))
-
-
-def test_without_matplotlib_one_line_says_what_to_do(trained, tmp_path, monkeypatch, capsys):
-    real = builtins.__import__
-
-    def refusing(name, *args, **kwargs):
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refusing)
-    code, said = called(monkeypatch, capsys, "analyze", trained, "--output_dir", tmp_path / "out")
-    assert code == 2
-    assert said.count("\n") == 1
-    assert "pip install 'lora_lightning[plots]'" in said
-    assert "--plots false" in said
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_opened_with_its_base_filled_and_in_the_precision_of_its_fit(tiny, tmp_path):

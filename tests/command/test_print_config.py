@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shlex
 from pathlib import Path
 
 import pytest
@@ -51,23 +50,3 @@ def test_it_runs_and_null_by_a_flag_is_null_within_a_section_of_a_class_too(tiny
     assert (tmp_path / "runs/saved/version_0/report.json").is_file()
     assert set(entered) == {"version_0", tmp_path.name}  # to read the file, and back
     assert entered.count("version_0") == 1, "the fit left its folder, from which a logger's thread writes"
-
-
-def test_that_of_a_command_line_without_a_file_runs(tiny, printed, monkeypatch, tmp_path):
-    line = (
-        f"fit --model.backbone lora_lightning.huggingface --model.backbone.pretrained_model_name_or_path {tiny.bert}"
-        " --model.task lora_lightning.SequenceClassification --model.lora.modules_to_save [classifier]"
-        f" --data lora_lightning.TextClassificationData --data.path {tiny.reviews} --data.tokenizer {tiny.bert}"
-        " --trainer.max_epochs 1 --trainer.accelerator cpu"
-    )
-    file = printed(*shlex.split(line))
-    command(monkeypatch, "fit", "-c", file)
-    assert (tmp_path / "runs/lora/version_0/report.json").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["demo.yaml", "demo-lm.yaml", "demo-vision.yaml"])
-def test_the_demos_run_as_printed(name, printed, monkeypatch, tmp_path):
-    monkeypatch.chdir(REPOSITORY)
-    file = printed("fit", "-c", REPOSITORY / "configs" / name)
-    command(monkeypatch, "fit", "-c", file, "--trainer.fast_dev_run", "1", "--runs_dir", tmp_path / "runs")

@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -120,18 +119,3 @@ def test_the_command_refuses_a_run_on_another_base(action, trained, tiny, tmp_pa
     said = mistake(monkeypatch, capsys, action, "--config", tiny.config, *backbone, "--ckpt_path", checkpoint)
     assert re.search("was made on another base.*tensors differ, first bert.*allow_other_base", said), said
     assert files_in(run) == before, "nothing was written into the run"
-
-
-def test_a_base_that_changed_under_its_own_name_is_another_base(tiny, tmp_path, monkeypatch, capsys):
-    bert = tmp_path / "bert"
-    shutil.copytree(tiny.bert, bert)
-    config = tmp_path / "run.yaml"
-    config.write_text(Path(tiny.config).read_text().replace(tiny.bert, str(bert)))
-    command(monkeypatch, "fit", "--config", config, "--trainer.max_epochs", "1")
-    command(monkeypatch, "export", "--ckpt_path", "runs/tiny", "--output_dir", tmp_path / "before")
-    moved(bert, "encoder.layer.1.output.dense.weight")
-    given = ["--ckpt_path", "runs/tiny", "--output_dir", tmp_path / "after"]
-    assert "another base" in mistake(monkeypatch, capsys, "export", *given)
-    assert not (tmp_path / "after").exists()
-    with pytest.raises(AdapterError, match=r"1 of \d+ tensors differ, first bert.encoder.layer.1.output.dense.weight"):
-        load_adapter(huggingface(str(bert), num_labels=2), tmp_path / "before" / "adapter")
