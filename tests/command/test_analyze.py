@@ -84,6 +84,8 @@ def test_two_adapters_are_compared_without_w0(trained, tmp_path, monkeypatch, ca
     fewer = called(monkeypatch, capsys, "analyze", copy, *args[3:], "--plots", "false")
     assert fewer[0] == 0
     assert not list((tmp_path / "out").glob("*.png")), "of the earlier analysis, which is replaced"
+    code, said = called(monkeypatch, capsys, *args, "--layers", "nothing")
+    assert (code, "no adapted layer matches" in said) == (2, True)
 
 
 def test_a_run_is_opened_with_its_base_filled_and_in_the_precision_of_its_fit(tiny, tmp_path):
