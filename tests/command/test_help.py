@@ -70,14 +70,14 @@ def test_each_option_of_a_small_command_is_told_of_with_its_default(name, monkey
         assert shown_as[-1] in page
 
 
-HEAVY = {"torch", "lightning", "jsonargparse", "datasets", "transformers.modeling_utils"}
+HEAVY = {"torch", "lightning", "jsonargparse", "datasets", "transformers.modeling_utils", "copier"}
 
 
 @pytest.mark.parametrize(
     ("args", "loaded"),
     [
         *((args, "[]") for args in (["--help"], ["--version"], ["fitt"], ["-c", "run.yaml"])),
-        (["doctor", "--help"], "['jsonargparse']"),
+        *((args, "['jsonargparse']") for args in (["doctor", "--help"], ["new", "--help"])),
         *((args, "['jsonargparse', 'lightning', 'torch']") for args in (["fit", "--help"], ["doctor"])),
     ],
 )
