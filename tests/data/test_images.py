@@ -249,6 +249,16 @@ def test_a_name_without_preprocessing_is_named(name, said):
 # Bad data.
 
 
+def unknown_class(folder):
+    """In a folder for each split."""
+    both = folder.with_name("both")
+    for split in ("train", "val"):
+        shutil.copytree(folder, both / split)
+    (both / "val" / "red").rename(both / "val" / "rad")
+    shutil.rmtree(folder)
+    both.rename(folder)
+
+
 FAULTS = {
     "no image": (
         lambda f: (f / "red" / "03.png").write_text("hello"),
@@ -261,7 +271,7 @@ FAULTS = {
         "holds no folders: expected one for each",
     ),
     "an unknown class": (
-        lambda f: [shutil.copytree(f, f / n) for n in ("train", "val")] + [(f / "val/red").rename(f / "val/rad")],
+        unknown_class,
         r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'",
     ),
     "a reader of no pairs": (
