@@ -82,35 +82,31 @@ def test_torchrun_on_one_machine_and_on_two(tiny, tmp_path):
 
 TWO = ["--trainer.devices", 2, "--data.init_args.batch_size", 8]
 ALONE = {"count": 1, "launcher": "none"}
+FORK = {**ALONE, "overlay": REPOSITORY / "configs/strategy/ddp-fork.yaml"}
 WAYS = {
-    "fork": (TWO, {**ALONE, "overlay": REPOSITORY / "configs/strategy/ddp-fork.yaml"}, f"asked:1:{MIDDLE}", [75]),
-    "spawn": ([*TWO, "--trainer.strategy", "ddp_spawn"], ALONE, f"asked:0:{MIDDLE}", [75]),
-    "fsdp2": ([], {"overlay": REPOSITORY / "configs/strategy/fsdp2.yaml"}, f"term:1:{MIDDLE}", [75, 0]),
+    "fork": (TWO, FORK, f"asked:1:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}", "gone": f"kill:1:{MIDDLE}"}),
+    "spawn": ([*TWO, "--trainer.strategy", "ddp_spawn"], ALONE, f"asked:0:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}"}),
+    "fsdp2": ([], {"overlay": REPOSITORY / "configs/strategy/fsdp2.yaml"}, f"term:1:{MIDDLE}", [75, 0], {}),
 }
-"""Arguments, how it is started, and a SIGTERM: to the parent of processes that the command starts, or to one of two."""
+"""Arguments; how it is started; a SIGTERM, to the parent of processes that the command starts or to one of two; what the
+command then ends with; and what else goes wrong."""
 
 
 @pytest.fixture(scope="module", params=WAYS)
 def played(request, tiny, tmp_path_factory):
-    folder, (given, options, fault, _) = tmp_path_factory.mktemp(request.param), WAYS[request.param]
+    folder, (given, options, fault, _, faults) = tmp_path_factory.mktemp(request.param), WAYS[request.param]
     first, again = interrupted(tiny, "asked", fault, *given, **options)
     first["keep"] = "runs/asked/version_0/checkpoints"
-    cases = [
-        fit(tiny, "whole", *given, **options),
-        first,
-        again,
-        fit(tiny, "nan", *given, fault=f"nan:1:{MIDDLE}", **options),
-        fit(tiny, "gone", *given, fault=f"kill:1:{MIDDLE}", **options),
-        fit(tiny, "early", *given, fault="asked:0:-1" if options.get("count") else "term:1:-1", **options),
-    ]
+    cases = [fit(tiny, "whole", *given, **options), first, again]
+    cases += [fit(tiny, name, *given, fault=wrong, **options) for name, wrong in faults.items()]
     for case in cases:
         case["limit"] = 240.0  # a spawned process imports all by itself
-    return {**run_all(cases, folder, timeout=1500), "folder": folder, "way": request.param}
+    return {**run_all(cases, folder, timeout=1500), "folder": folder, "way": WAYS[request.param]}
 
 
 def test_sigterm_leaves_one_whole_checkpoint_and_the_fit_goes_on_to_the_bytes_of_one_that_was_not_interrupted(played):
     asked, kept = played["asked"], played["folder"] / "asked.kept"
-    assert asked.codes == WAYS[played["way"]][3], asked
+    assert asked.codes == played["way"][3], asked
     assert asked.everything.count("goes on from there") == 1, asked
     check_whole(kept / "last.ckpt")
     assert load_checkpoint(kept / "last.ckpt")["global_step"] == MIDDLE + 1
@@ -122,13 +118,16 @@ def test_sigterm_leaves_one_whole_checkpoint_and_the_fit_goes_on_to_the_bytes_of
     assert differing(whole, again) == []
 
 
-def test_what_stops_one_process_is_told_in_one_line(played):
-    assert set(played["early"].codes) == {143}, played["early"]
-    told = {"nan": STOPS["nan"].removeprefix("rank 1.*")}
-    if played["way"] == "fork":
-        told["gone"] = r"process 1 was ended by signal 9 \(SIGKILL\)"
-    for name, text in told.items():
-        assert set(played[name].codes) == {2}, played[name]
+def test_what_stops_a_process_that_the_command_started_is_told_in_one_line(played):
+    told = {"nan": STOPS["nan"].removeprefix("rank 1.*"), "gone": r"process 1 was ended by signal 9 \(SIGKILL\)"}
+    for name in played["way"][4]:
+        assert played[name].codes == [2], played[name]
         (line,) = errors(played[name])
-        assert re.search(text, line), line
+        assert re.search(told[name], line), line
         assert "Traceback" not in played[name].everything, played[name]
+
+
+def test_sigterm_to_a_command_before_its_training_ends_all(tiny, tmp_path):
+    early = run_all([fit(tiny, "early", *TWO, fault="asked:0:-1", **FORK)], tmp_path)["early"]
+    assert early.codes == [143], early
+    assert "Traceback" not in early.everything
