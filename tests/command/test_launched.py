@@ -81,11 +81,12 @@ def test_torchrun_on_one_machine_and_on_two(tiny, tmp_path):
 
 
 TWO = ["--trainer.devices", 2, "--data.init_args.batch_size", 8]
+SPAWN = [*TWO, "--trainer.strategy", "ddp_spawn"]
 ALONE = {"count": 1, "launcher": "none"}
 FORK = {**ALONE, "overlay": REPOSITORY / "configs/strategy/ddp-fork.yaml"}
 WAYS = {
     "fork": (TWO, FORK, f"asked:1:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}", "gone": f"kill:1:{MIDDLE}"}),
-    "spawn": ([*TWO, "--trainer.strategy", "ddp_spawn"], ALONE, f"asked:0:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}"}),
+    "spawn": (SPAWN, ALONE, f"asked:0:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}"}),
     "fsdp2": ([], {"overlay": REPOSITORY / "configs/strategy/fsdp2.yaml"}, f"term:1:{MIDDLE}", [75, 0], {}),
 }
 """Arguments; how it is started; a SIGTERM, to the parent of processes that the command starts or to one of two; what the
