@@ -89,8 +89,7 @@ WAYS = {
     "spawn": (SPAWN, ALONE, f"asked:0:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}"}),
     "fsdp2": ([], {"overlay": REPOSITORY / "configs/strategy/fsdp2.yaml"}, f"term:1:{MIDDLE}", [75, 0], {}),
 }
-"""Arguments; how it is started; a SIGTERM, to the parent of processes that the command starts or to one of two; its exit
-codes that are then due; and what else goes wrong."""
+"""Arguments, how it is started, a SIGTERM to the parent of processes or to one of two, the exit codes, other faults."""
 
 
 @pytest.fixture(scope="module", params=WAYS)
