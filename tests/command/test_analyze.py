@@ -16,7 +16,7 @@ from lora_lightning.cli.build import open_run
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.cli.parser import run_command
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
-from tests.command.process import called
+from tests.command.process import called, mistake
 
 PICTURES = ["norms", "energy", "ranks", "amplification"]
 
@@ -30,7 +30,9 @@ def analyzed(trained, tmp_path_factory):
     return out, said.getvalue()
 
 
-def test_a_run_is_analysed_cut_and_measured_on_its_validation_set(tiny, trained, analyzed):
+def test_a_run_is_analysed_cut_and_measured_on_its_validation_set(
+    tiny, trained, analyzed, tmp_path, monkeypatch, capsys
+):
     out, said = analyzed
     found = json.loads((out / "analysis.json").read_text())
     (adapter,) = found["adapters"]
@@ -48,6 +50,8 @@ def test_a_run_is_analysed_cut_and_measured_on_its_validation_set(tiny, trained,
     model = huggingface(tiny.bert, num_labels=2)
     load_adapter(model, out / "truncated")
     assert model(torch.tensor([[2, 5, 9, 3]])).logits.shape == (1, 2)
+    given = [out / "truncated", "--base_model", "none", "--drift", "run", "--output_dir", tmp_path / "o"]
+    assert "name a run" in mistake(monkeypatch, capsys, "analyze", *given)
 
 
 def test_pictures_and_page_are_there_and_the_page_needs_no_network(analyzed):

@@ -48,6 +48,12 @@ def test_a_package_that_every_run_needs_fails(monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "does not work: torch"
 
 
+def test_a_folder_of_runs_that_is_a_file_fails(tmp_path):
+    (tmp_path / "runs").write_text("")
+    (disk,) = [one for one in doctors.surroundings(tmp_path / "runs") if one.name == "disk"]
+    assert not disk.ok
+
+
 def test_a_fit_that_fails_is_told_with_its_reason(monkeypatch):
     def fails():
         raise RuntimeError("no kernel image is available")

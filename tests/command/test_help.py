@@ -23,6 +23,7 @@ def screen(monkeypatch, capsys, *args):
 def test_the_first_screen_has_a_line_for_each_command_and_fits(monkeypatch, capsys):
     page = screen(monkeypatch, capsys, "--help")
     assert page == screen(monkeypatch, capsys, "help") == screen(monkeypatch, capsys, "-h")
+    assert screen(monkeypatch, capsys, "help", "doctor") == screen(monkeypatch, capsys, "doctor", "--help")
     assert called(monkeypatch, capsys) == (2, page), "no arguments show it too, and are a mistake"
     assert re.fullmatch(r"lora_lightning \d+\.\d+.*\n", screen(monkeypatch, capsys, "--version"))
     for name, entry in ENTRIES.items():
@@ -78,7 +79,10 @@ HEAVY = {"torch", "lightning", "jsonargparse", "datasets", "transformers.modelin
     [
         *((args, "[]") for args in (["--help"], ["--version"], ["fitt"], ["-c", "run.yaml"])),
         *((args, "['jsonargparse']") for args in (["doctor", "--help"], ["new", "--help"])),
-        *((args, "['jsonargparse', 'lightning', 'torch']") for args in (["fit", "--help"], ["doctor"])),
+        *(
+            (args, "['jsonargparse', 'lightning', 'torch']")
+            for args in (["fit", "--help"], ["doctor", "--fit", "false"])
+        ),
     ],
 )
 def test_a_command_imports_no_more_than_it_needs(args, loaded):

@@ -203,7 +203,7 @@ RUNS = {
         check=opens_in_timm,
     ),
 }  # fmt: skip
-QUICK = ("tagger", "pictures", "vit")
+QUICK = ("tagger", "pictures", "words", "vit")
 
 
 def config_of(name, folder):
