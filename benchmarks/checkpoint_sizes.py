@@ -109,7 +109,7 @@ def case(name: str, targets: str | list[str]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             found["written"] = written(model, config, rows, Path(folder))
     else:
-        inject(model, config, start=False)
+        inject(model, config, run_init=False)
     trained = sum(t.numel() for t in adapter_tensors(model).values())
     return found | {"trainable": trained, "computed": computed(model)}
 

@@ -178,8 +178,8 @@ def peft_in_trainer(batches: int | None, folder: str) -> tuple[Callable[[], obje
     trainer = OwnOrder(
         model,
         arguments,
-        train_dataset=data.encoded("train"),
-        eval_dataset=data.encoded("validation"),
+        train_dataset=data.encoded_rows("train"),
+        eval_dataset=data.encoded_rows("validation"),
         callbacks=[Order()],
     )
     return trainer.train, model, data

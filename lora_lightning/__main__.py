@@ -7,8 +7,9 @@ import select
 import sys
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.exit_codes import CLOSED, DEBUG, ended
-from lora_lightning.cli.help import answered, reordered
+from lora_lightning.cli.exit_codes import CLOSED, DEBUG, report_error
+from lora_lightning.cli.help import answer_without_command, put_command_first
+from lora_lightning.training.population.heap import share_heap
 
 
 def main() -> None:
@@ -20,33 +21,35 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns where a DataLoader forks
     # Where a process is gone, torch's store and gloo would tell of it in forty lines of C++ before our one.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if "--together" in sys.argv:
+        share_heap()  # before libraries begin threads, each of which would have a heap of its own
     sys.path.insert(0, os.getcwd())  # noqa: PTH109  (a class of one's own in a file beside the config)
     if "--debug" in sys.argv:
         sys.argv.remove("--debug")
         os.environ[DEBUG] = "1"
     try:
-        run(reordered(sys.argv[1:]))
+        run(put_command_first(sys.argv[1:]))
         sys.stdout.flush()
     except SystemExit as stopped:
         # Lightning ends a run that Ctrl-C has stopped with 1.
         if isinstance(stopped.__context__, KeyboardInterrupt):
-            sys.exit(ended(stopped.__context__, sys.argv[1:]))
+            sys.exit(report_error(stopped.__context__, sys.argv[1:]))
         raise
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _nobody_reads():
             sys.exit(CLOSED)
-        sys.exit(ended(error, sys.argv[1:]))
+        sys.exit(report_error(error, sys.argv[1:]))
 
 
 def run(args: list[str]) -> None:
     """One command."""
-    if answered(args):
+    if answer_without_command(args):
         return
     check(args)  # what is no YAML is told before torch is imported
-    from lora_lightning.cli.log_filters import quieten
+    from lora_lightning.cli.log_filters import silence_others
     from lora_lightning.cli.registry import COMMANDS
 
-    quieten()
+    silence_others()
     if args[0] in COMMANDS:
         from lora_lightning.cli.parser import run_command
 

@@ -60,6 +60,15 @@ def gpt(**changes: Any) -> nn.Module:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**{**_sizes(), "rotary_pct": 1.0, **changes}))
 
 
+def hf(model: str, config: str = "", **sizes: Any) -> nn.Module:
+    """A small model of transformers by the name of its class, with the same weights each time."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = config or f"{model.partition('For')[0].removesuffix('Model')}Config"
+    return getattr(transformers, model)(getattr(transformers, config)(**sizes))
+
+
 def _sizes() -> dict[str, Any]:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     return {**sizes, "vocab_size": 40, "max_position_embeddings": 16, "attn_implementation": "eager"}
@@ -100,6 +109,17 @@ FAMILIES = {
         Family("gpt", gpt, (2, 6), tokens=True),
     ]
 }
+
+
+HEADS = {
+    "sequential": "4",
+    "own": "head",
+    "encoder": "layers.1.norm2",
+    "bert": "classifier",
+    "llama": "lm_head",
+    "gpt": "lm_head",
+}
+"""What of each family may train in full."""
 
 
 def output(model: nn.Module, x: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 8: the steps that were logged",
-        "training.checkpoints.loop_state.canonical",
+        "training.checkpoints.loop_state.canonical_state",
         'own["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)',
         "del stepped",
         (f"{RESUME}::test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due",),
@@ -230,7 +230,7 @@ MUTATIONS = (
     ),
     Mutation(
         "law 8: another order of rows in an epoch's middle",
-        "data.loading.loader.ResumableLoader._skipped",
+        "data.loading.loader.ResumableLoader._skip_to_place",
         "if other := [name for name in was if was[name] != now.get(name)]:",
         "if other := []:",
         (f"{RESUME}::test_another_order_is_refused_in_an_epochs_middle",),
@@ -238,8 +238,8 @@ MUTATIONS = (
     Mutation(
         "law 8: a resume that cannot be exact is said",
         "training.checkpoints.resume.Resume.on_train_start",
-        "        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):",
-        "        for told in ():",
+        "        for sentence in reasons_against(self._found, trainer.world_size, restarting_loaders(trainer)):",
+        "        for sentence in ():",
         (f"{RESUME}::test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named",),
     ),
     Mutation(
@@ -322,7 +322,7 @@ MUTATIONS = (
     Mutation(
         "files: the one before is kept",
         "training.checkpoints.file_io.write_checkpoint",
-        "        _keep(path)\n",
+        "        _keep_previous(path)\n",
         "",
         (f"{FILES}::test_a_damaged_file_gives_way_to_the_one_before_it_aloud",),
     ),
@@ -364,8 +364,8 @@ MUTATIONS = (
     Mutation(
         "not finite: the loss",
         "training.callbacks.nan_guard.StopOnNonFinite.on_before_optimizer_step",
-        "for x in (*self._losses, *norms)])",
-        "for x in (torch.zeros(()), *norms)])",
+        "for x in (*self._losses, norm)])",
+        "for x in (torch.zeros(()), norm)])",
         (
             f"{GUARDS}::test_a_loss_that_is_not_finite_stops_the_fit_though_its_gradients_are",
             f"{GUARDS}::test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_may_not",
@@ -374,7 +374,7 @@ MUTATIONS = (
     Mutation(
         "not finite: a gradient",
         "training.callbacks.nan_guard.StopOnNonFinite.on_before_optimizer_step",
-        "for x in (*self._losses, *norms)])",
+        "for x in (*self._losses, norm)])",
         "for x in self._losses])",
         (f"{RESUME}::test_a_bad_gradient_stops_before_the_optimizer_and_names_the_tensor",),
     ),
@@ -388,15 +388,15 @@ MUTATIONS = (
     Mutation(
         "not finite: the rows and the first bad layer are named",
         "training.callbacks.nan_guard.first_bad_layer",
-        "    return found[0] if found else None",
+        "    return bad_layers[0] if bad_layers else None",
         "    return None",
         (f"{RESUME}::test_a_bad_loss_stops_with_the_step_the_rows_and_the_layer_and_leaves_the_last_good_checkpoint",),
     ),
     Mutation(
         "notice: a checkpoint's settings that win over a flag",
         "training.checkpoints.resume.Resume.on_train_start",
-        '        for told in overruled(self._found["settings"], self._settings):',
-        "        for told in ():",
+        '        for sentence in overruled_settings(self._found["settings"], self._settings):',
+        "        for sentence in ():",
         (f"{RESUME}::test_what_a_checkpoint_overrules_is_said",),
     ),
     Mutation(

@@ -9,9 +9,11 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import memory
 from benchmarks.checkpoint_sizes import QUERY_VALUE, computed, llama_7b, roberta, written
+from benchmarks.routes import count_routes
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
+from tests.command.process import REPOSITORY
 
 
 def bytes_in(value):
@@ -52,7 +54,7 @@ def test_the_sizes_computed_are_those_of_the_files_but_for_headers(options, tmp_
 def test_the_models_are_those_that_they_are_called():
     with torch.device("meta"):
         base = roberta()
-    inject(base, LoRAConfig(r=8, target_modules=QUERY_VALUE["roberta-base"]), start=False)
+    inject(base, LoRAConfig(r=8, target_modules=QUERY_VALUE["roberta-base"]), run_init=False)
     assert sum(t.numel() for t in adapter_tensors(base).values()) == 294_912  # the paper's 0.3M
     assert sum(p.numel() for p in llama_7b().parameters()) == 6_738_415_616
 
@@ -68,3 +70,10 @@ def test_all_ways_of_the_memory_benchmark_do_the_same_work():
     assert len({(row["parameters"], row["trainable"]) for row in found.values()}) == 1
     assert again["kept for backward, MB"] < ours["kept for backward, MB"] < peft["kept for backward, MB"]
     assert memory.table(found).count("\n") == len(found)
+
+
+def test_the_routes_of_a_batch_a_save_and_a_resume_are_as_long_as_the_docs_say():
+    counts = {route: len(files) for route, files in count_routes().items()}
+    said = (REPOSITORY / "CONTRIBUTING.md").read_text()
+    batch, save, resume = counts["batch"], counts["save"], counts["resume"]
+    assert f"{batch} files of the package, a save of {save} and a resume of {resume}" in said

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, some
+from lora_lightning.lora.errors import AdapterError, first_few
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -121,25 +121,27 @@ def read_factors(
     """
     tensors = canonical_keys(files.tensors)
     if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise AdapterError(f"{files.directory}: adapter keys must start with '{PREFIX}', got {some(strangers)}")
-    found = [_found(key, tensors, files, modules or {}) for key in tensors if key.endswith(A_ENDS)]
+        raise AdapterError(f"{files.directory}: adapter keys must start with '{PREFIX}', got {first_few(strangers)}")
+    matched = [_find_layer(key, tensors, files, modules or {}) for key in tensors if key.endswith(A_ENDS)]
     if files.record:
         # A projection that only fills PEFT's form is not in the record.
-        found = [layer for layer in found if layer.name in files.record.settings]
-    if not found:
+        matched = [layer for layer in matched if layer.name in files.record.settings]
+    if not matched:
         raise AdapterError(f"{files.directory / WEIGHTS} has no A and B: nothing to analyse")
-    scales = _scales(found, files, alphas or {})
+    scales = _scales(matched, files, alphas or {})
     magnitudes = bool(files.peft.get("use_dora"))
-    layers = [_factors(layer, scales[layer.name], dora=magnitudes) for layer in found]
-    return sorted(layers, key=lambda layer: natural(layer.name)), tensors
+    layers = [_factors(layer, scales[layer.name], dora=magnitudes) for layer in matched]
+    return sorted(layers, key=lambda layer: natural_key(layer.name)), tensors
 
 
-def natural(name: str) -> list[tuple[int, int, str]]:
+def natural_key(name: str) -> list[tuple[int, int, str]]:
     """Orders `layer.2` before `layer.10`."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-def _found(key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]) -> _Found:
+def _find_layer(
+    key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]
+) -> _Found:
     end = next(end for end in A_ENDS if key_a.endswith(end))
     key_b = key_a.removesuffix(end) + end.replace("_A", "_B")
     path, A, B = key_a.removeprefix(PREFIX).removesuffix(end), tensors[key_a], tensors.get(key_b)
@@ -212,24 +214,24 @@ def _entry_rank(layer: _Found, files: AdapterFiles) -> int:
     """The rank of one entry of a stack, of which the tensors hold the rank times the number of entries."""
     if files.record and layer.name in files.record.settings:
         return files.record.settings[layer.name][0]
-    said = set(matches(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
-    fitting = sorted(int(r) for r in said if int(r) > 0 and layer.A.shape[0] % int(r) == 0)
+    ranks = set(matches(files.peft.get("rank_pattern"), layer.name).values()) or {files.peft.get("r", 8)}
+    fitting = sorted(int(r) for r in ranks if int(r) > 0 and layer.A.shape[0] % int(r) == 0)
     if len(fitting) != 1:
         raise AdapterError(
             f"'{layer.name}': lora_A has {layer.A.shape[0]} rows, and {CONFIG} gives it the rank"
-            f" {' or '.join(map(str, sorted(said)))}: how many entries the stack has cannot be told"
+            f" {' or '.join(map(str, sorted(ranks)))}: how many entries the stack has cannot be told"
         )
     return fitting[0]
 
 
-def _scales(found: list[_Found], files: AdapterFiles, alphas: Mapping[str, float]) -> dict[str, float]:
+def _scales(matched: list[_Found], files: AdapterFiles, alphas: Mapping[str, float]) -> dict[str, float]:
     """s of every layer, by name: from our record, or from PEFT's patterns."""
     if files.record:
-        return {layer.name: files.record.settings[layer.name][2] for layer in found}
-    for layer in found:
+        return {layer.name: files.record.settings[layer.name][2] for layer in matched}
+    for layer in matched:
         refuse_other_rank(files.peft, layer.name, layer.peft_name, layer.rank)
-    ranks = {layer.name: layer.rank for layer in found}
-    own = find_alphas(files.peft, {layer.name: layer.peft_name for layer in found}, ranks, alphas)
+    ranks = {layer.name: layer.rank for layer in matched}
+    own = find_alphas(files.peft, {layer.name: layer.peft_name for layer in matched}, ranks, alphas)
     rslora = bool(files.peft.get("use_rslora"))
     return {name: own[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
 

@@ -40,14 +40,14 @@ class Weights:
         weight = self.read(self.modules[owner], own, f"{owner}.{own}".removeprefix("."))
         if weight is None:
             return None
-        found = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
-        shapes = {tuple(matrix.shape) for matrix in found}
-        if len(found) != len(layer.pairs) or shapes != {layer.shape}:
+        matrices = weight_matrices(self.modules[owner], weight.detach(), stacked=layer.kind == "Parameter")
+        shapes = {tuple(matrix.shape) for matrix in matrices}
+        if len(matrices) != len(layer.pairs) or shapes != {layer.shape}:
             raise AdapterError(
-                f"'{layer.name}': the base holds {len(found)} of shape {sorted(shapes)[0]}, and the adapter changes"
+                f"'{layer.name}': the base holds {len(matrices)} of shape {sorted(shapes)[0]}, and the adapter changes"
                 f" {len(layer.pairs)} of {layer.shape}: name the base that it was made on"
             )
-        return found
+        return matrices
 
     def check(self, layers: list[Factors]) -> None:
         """Raise an AdapterError where the model lacks one of the layers."""
@@ -72,7 +72,7 @@ def _in_memory(module: nn.Module, own: str, full: str) -> Tensor | None:
     return plain_weight(module) if quantized else module._parameters[own]  # `.weight` may be one that is adapted
 
 
-def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
+def add_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
     """The layers with the start that PEFT took out of W0, where the file's factors count on one: `s (B A - B0 A0)`.
 
     Raises:
@@ -80,10 +80,10 @@ def with_starts(layers: list[Factors], init: str, weights: Weights | None) -> li
     """
     if not is_from_weight(init):
         return layers
-    return [replace(layer, pairs=[_less_start(layer, init, weights)]) for layer in layers]
+    return [replace(layer, pairs=[_subtract_start(layer, init, weights)]) for layer in layers]
 
 
-def _less_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
+def _subtract_start(layer: Factors, init: str, weights: Weights | None) -> Pair:
     W0 = None if weights is None else weights.of(layer)
     if W0 is None or len(layer.pairs) != 1:
         raise AdapterError(

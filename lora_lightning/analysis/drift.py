@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.tensors import get_module
-from lora_lightning.lora.inject import disabled, grafted_modules, scaled
+from lora_lightning.lora.inject import disabled, grafted_modules
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.lora.targets.blocks import repeated_blocks
 from lora_lightning.lora.targets.output_heads import output_head
@@ -30,7 +31,7 @@ from lora_lightning.tasks.base import logits_of
 from lora_lightning.tasks.losses.linear_cross_entropy import rows_at_once
 from lora_lightning.tasks.losses.lm_head import before_head
 from lora_lightning.tasks.losses.token_loss import IGNORED, refuse_labels, with_terms
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 
 MOST_NAMED = 5
 """Texts that are named as those that moved most."""
@@ -119,7 +120,7 @@ def measure_drift(
         model: adapted.
         batches: on the model's device; each text once.
         texts: what each is called, by number.
-        scales: strengths as in `lora.inject.scaled`: 1 is what was trained.
+        scales: strengths as in `lora.bank.strength.scaled`: 1 is what was trained.
         forward: a context for each forward, such as autocast.
         advance: called after each batch.
 
@@ -130,7 +131,7 @@ def measure_drift(
         raise LoRAError("this model has no adapter, so nothing has moved it: call inject or load_adapter first")
     found: dict[float, list[tuple[Sequence[int], dict[str, Tensor]]]] = {scale: [] for scale in scales}
     kind = KL
-    with evaluating(model), torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
         for batch in batches:
             kind = COSINE if batch.labels is None else KL
             with forward():
@@ -303,7 +304,7 @@ def pooled_outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     handed: list[Tensor] = []
 
     def pool(value: Any, module: nn.Module | None = None) -> Tensor | None:
-        return pooled(first_tensor(value), rows, mask, module)
+        return pool_rows(first_tensor(value), rows, mask, module)
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
@@ -349,7 +350,7 @@ def first_tensor(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
-def pooled(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
+def pool_rows(h: Tensor | None, rows: int, mask: Any = None, module: nn.Module | None = None) -> Tensor | None:
     """One vector (b, d) for each row, in float32 or wider; None of what has no row for each.
 
     Args:

@@ -15,7 +15,7 @@ from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import check_names, read_tables, source_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.losses.lm_head import shifted
+from lora_lightning.tasks.losses.lm_head import shift_labels
 from lora_lightning.tasks.losses.token_loss import IGNORED
 from lora_lightning.tasks.positions import is_packed, learned_positions
 
@@ -56,10 +56,10 @@ def read_texts(source: str, column: str = "text", most: int = MOST) -> list[str]
     texts = [value for value in values if value.strip()]
     if not texts:
         raise LoRAError(f"{where}: expected texts in column '{column}', all are blank")
-    return spread(texts, most)
+    return pick_evenly(texts, most)
 
 
-def spread(items: Sequence[Any], most: int) -> list[Any]:
+def pick_evenly(items: Sequence[Any], most: int) -> list[Any]:
     """At most so many, at even distances from all over."""
     if len(items) <= most:
         return list(items)
@@ -102,7 +102,7 @@ def text_batches(texts: Sequence[str], tokenizer: Any, task: Task, backbone: nn.
 
 def _labels(inputs: Mapping[str, Tensor]) -> Tensor:
     """Each output is held to the next token of its text."""
-    return shifted(inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED))
+    return shift_labels(inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED))
 
 
 def run_batches(
@@ -115,21 +115,21 @@ def run_batches(
     every = list(batches)
     sizes = [task.examples(batch) for batch in every]
     wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
-    found: list[Batch] = []
+    kept: list[Batch] = []
     names: list[str] = []
-    for batch in spread(every, wanted):
+    for batch in pick_evenly(every, wanted):
         inputs, labels = dict(task.inputs(backbone, batch)), None
         if task.peft_task_type == CAUSAL:
-            labels = _labels(inputs) if is_packed(batch) else shifted(batch["labels"])
+            labels = _labels(inputs) if is_packed(batch) else shift_labels(batch["labels"])
         elif task.peft_task_type == SEQ2SEQ:
             labels = batch["labels"]
         rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
-        found.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
-        names += _called(inputs, len(names), rows, tokenizer)
-    return found, names
+        kept.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
+        names += _describe_texts(inputs, len(names), rows, tokenizer)
+    return kept, names
 
 
-def _called(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:
+def _describe_texts(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:
     """The texts of token numbers, else numbers."""
     ids = inputs.get("input_ids")
     if tokenizer is None or not isinstance(ids, Tensor):

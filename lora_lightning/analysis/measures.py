@@ -118,7 +118,7 @@ def common_rank(layer: Factors, share: float) -> int:
     return layer.groups * max(1, smallest_rank(together.sqrt(), share))
 
 
-def measured(layer: Factors, weights: Weights | None, place: Place) -> LayerMeasures:
+def measure_layer(layer: Factors, weights: Weights | None, place: Place) -> LayerMeasures:
     """All measures of one layer; those beside W0 where there is one."""
     spectra = spectra_of(layer)
     S = torch.cat([s.S for s in spectra]).sort(descending=True).values
@@ -140,29 +140,31 @@ def measured(layer: Factors, weights: Weights | None, place: Place) -> LayerMeas
         singular_values=S.tolist(),
         energy=energy(S).tolist(),
         ranks={percent(share): common_rank(layer, share) for share in SHARES},
-        base=None if matrices is None else _against(layer, spectra, matrices),
+        base=None if matrices is None else _compare_with_base(layer, spectra, matrices),
     )
 
 
-def _against(layer: Factors, spectra: list[Spectrum], matrices: list[Tensor]) -> AgainstBase:
+def _compare_with_base(layer: Factors, spectra: list[Spectrum], matrices: list[Tensor]) -> AgainstBase:
     """A stack's entries are the blocks of one matrix: squares add up."""
-    norm = _root(frobenius(s.S) for s in spectra)
-    w0_norm = _root(float(torch.linalg.matrix_norm(W0.double())) for W0 in matrices)
-    inside = _root(projection_norm(s.U, W0, s.V) for s, W0 in zip(spectra, matrices, strict=True))
+    norm = _root_of_squares(frobenius(s.S) for s in spectra)
+    w0_norm = _root_of_squares(float(torch.linalg.matrix_norm(W0.double())) for W0 in matrices)
+    inside = _root_of_squares(projection_norm(s.U, W0, s.V) for s, W0 in zip(spectra, matrices, strict=True))
     ranks = [min(len(s.S) or layer.r, *W0.shape) for s, W0 in zip(spectra, matrices, strict=True)]
     pairs = list(zip(matrices, ranks, strict=True))
     return AgainstBase(
         w0_norm=w0_norm,
         relative=norm / w0_norm if w0_norm else math.nan,
         in_update=inside,
-        in_w0=_root(top_norm(W0, r) for W0, r in pairs),
-        in_random=_root(sampled_norm(W0, r) for W0, r in pairs),
-        by_chance=_root(expected_norm(float(torch.linalg.matrix_norm(W0.double())), r, layer.shape) for W0, r in pairs),
+        in_w0=_root_of_squares(top_norm(W0, r) for W0, r in pairs),
+        in_random=_root_of_squares(sampled_norm(W0, r) for W0, r in pairs),
+        by_chance=_root_of_squares(
+            expected_norm(float(torch.linalg.matrix_norm(W0.double())), r, layer.shape) for W0, r in pairs
+        ),
         amplification=norm / inside if inside else math.nan,
     )
 
 
-def _root(norms: Iterable[float]) -> float:
+def _root_of_squares(norms: Iterable[float]) -> float:
     return math.sqrt(sum(norm**2 for norm in norms))
 
 
@@ -171,23 +173,23 @@ def percent(share: float) -> str:
     return f"{share:.0%}"
 
 
-def measured_adapter(
+def measure_adapter(
     adapter: Adapter, weights: Weights | None, advance: Callable[[int], None] = lambda _: None
 ) -> AdapterMeasures:
     """All layers of an adapter."""
     layers, at = [], places(layer.name for layer in adapter.factors)
     for layer in adapter.factors:
-        layers.append(measured(layer, weights, at[layer.name]))
+        layers.append(measure_layer(layer, weights, at[layer.name]))
         advance(1)
-    whole = _root(layer.norm for layer in layers)
+    gather_whole = _root_of_squares(layer.norm for layer in layers)
     groups = dict.fromkeys(layer.group for layer in layers)
     squares = {g: sum(layer.norm**2 for layer in layers if layer.group == g) for g in groups}
     return AdapterMeasures(
         label=adapter.label,
         source=adapter.source,
         layers=layers,
-        norm=whole,
-        shares={group: square / whole**2 if whole else 0.0 for group, square in squares.items()},
+        norm=gather_whole,
+        shares={group: square / gather_whole**2 if gather_whole else 0.0 for group, square in squares.items()},
         parameters=sum(layer.parameters for layer in layers),
         parameters_at={
             percent(share): sum(f.cost(m.ranks[percent(share)]) for f, m in zip(adapter.factors, layers, strict=True))
@@ -222,7 +224,7 @@ class RankMeasures:
 NAMES = tuple(field.name for field in fields(RankMeasures))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_whole(tensor: Tensor) -> Tensor:
     """A sharded tensor gathered, which all processes have to take part in; any other is itself."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -236,20 +238,22 @@ def whole_layer(layer: AdaptedLayer) -> AdaptedLayer:
     twin.__dict__.update(vars(layer))
     for store in ("_parameters", "_buffers"):
         held = vars(layer)[store]
-        twin.__dict__[store] = {n: t if t is None or n not in own else whole(t.detach()) for n, t in held.items()}
+        twin.__dict__[store] = {
+            n: t if t is None or n not in own else gather_whole(t.detach()) for n, t in held.items()
+        }
     return twin
 
 
 def whole_base(layer: AdaptedLayer) -> list[Tensor]:
     """W0's matrices, gathered."""
-    return base_matrices(layer, whole)
+    return base_matrices(layer, gather_whole)
 
 
 def base_norm(matrices: Sequence[Tensor]) -> float:
     """`||W0||_F`, added up in float32 or wider."""
     wide = [torch.promote_types(matrix.dtype, torch.float32) for matrix in matrices]
     norms = [torch.linalg.vector_norm(m, dtype=dtype) for m, dtype in zip(matrices, wide, strict=True)]
-    return _root(float(norm) for norm in norms)
+    return _root_of_squares(float(norm) for norm in norms)
 
 
 @torch.no_grad()
@@ -278,16 +282,18 @@ def _amplification(norm: float, spectra: Sequence[Spectrum], matrices: Sequence[
     """In float32: W0 is multiplied as it lies where it is of that dtype."""
     if not matrices or not norm:
         return math.nan
-    inside = _root(projection_norm(s.U, W0, s.V, torch.float32) for s, W0 in zip(spectra, matrices, strict=True))
+    inside = _root_of_squares(
+        projection_norm(s.U, W0, s.V, torch.float32) for s, W0 in zip(spectra, matrices, strict=True)
+    )
     return norm / inside if inside else math.nan
 
 
-def summary(found: Sequence[RankMeasures]) -> dict[str, float]:
+def summary(measures: Sequence[RankMeasures]) -> dict[str, float]:
     """The least, the median and the largest over all layers, of what has a value."""
-    told: dict[str, float] = {}
-    for name, column in zip(NAMES, zip(*map(astuple, found), strict=True), strict=True):
+    figures: dict[str, float] = {}
+    for name, column in zip(NAMES, zip(*map(astuple, measures), strict=True), strict=True):
         values = sorted(value for value in column if not math.isnan(value))
         if values and name != "norm":  # norms of layers of other sizes cannot be compared
             middle = (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2
-            told |= {f"rank/{name}_min": values[0], f"rank/{name}": middle, f"rank/{name}_max": values[-1]}
-    return told
+            figures |= {f"rank/{name}_min": values[0], f"rank/{name}": middle, f"rank/{name}_max": values[-1]}
+    return figures

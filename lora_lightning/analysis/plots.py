@@ -16,7 +16,7 @@ from lora_lightning.analysis.strength import Strengths
 from lora_lightning.analysis.truncation import Truncation
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.spectrum import similarity
-from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure, rank_ticks, styled, ticks
+from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure, plot_style, rank_ticks, ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,91 +40,91 @@ class Analysis:
     """How far the first adapter moved its model, where that was asked for."""
 
 
-def figures(found: Analysis, layers: str | None = None) -> dict[str, Drawing]:
+def figures(analysis: Analysis, layers: str | None = None) -> dict[str, Drawing]:
     """By file name, title, caption and figure."""
     drawn: dict[str, Drawing] = {}
-    with styled():
-        if all(layer.base for adapter in found.adapters for layer in adapter.layers):
-            panels = by_layer(found.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
+    with plot_style():
+        if all(layer.base for adapter in analysis.adapters for layer in adapter.layers):
+            panels = by_layer(analysis.adapters, lambda m: m.base.relative if m.base else 0.0, "||sBA|| / ||W0||")
         else:
-            panels = by_layer(found.adapters, lambda m: m.norm, "||sBA||")
+            panels = by_layer(analysis.adapters, lambda m: m.norm, "||sBA||")
         drawn["norms"] = Drawing(
             "Which layers hold the update",
             "Frobenius norms of s B A, beside W0's where that is known.",
             panels,
         )
         caption = "The share of ||s B A||_F^2 in the top k directions. Thin: a layer. Thick: the median of a group."
-        drawn["energy"] = Drawing("How many directions hold it", caption, energies(found.adapters))
-        for number, adapter in enumerate(found.adapters):
-            end = f"-{number + 1}" if len(found.adapters) > 1 else ""
+        drawn["energy"] = Drawing("How many directions hold it", caption, energies(analysis.adapters))
+        for number, adapter in enumerate(analysis.adapters):
+            end = f"-{number + 1}" if len(analysis.adapters) > 1 else ""
             title = f"The rank that would do, {adapter.label}"
             drawn[f"ranks{end}"] = Drawing(title, "The smallest rank that holds 95% of the energy.", ranks(adapter))
-        _draw_amplification(found, drawn)
-        _draw_pairs(found, layers, drawn)
-    if found.drift is not None and found.drift.metric:
-        drawn["drift"] = gain_against_drift(found.drift)
+        _draw_amplification(analysis, drawn)
+        _draw_pairs(analysis, layers, drawn)
+    if analysis.drift is not None and analysis.drift.metric:
+        drawn["drift"] = gain_against_drift(analysis.drift)
     return drawn
 
 
-def gain_against_drift(found: Strengths) -> Drawing:
+def gain_against_drift(strengths: Strengths) -> Drawing:
     """The validation metric over the drift, a point for each strength with standard errors of both."""
-    with styled():
+    with plot_style():
         drawn = figure(COLUMN, 3.0)
         axis = drawn.subplots()
-        x = [one.drift.main for one in found.found]
-        y = [one.metrics[found.metric] for one in found.found]
+        x = [one.drift.main for one in strengths.found]
+        y = [one.metrics[strengths.metric] for one in strengths.found]
         xs, ys = [mean.value for mean in x], [mean.value for mean in y]
         errors = [[mean.error or 0.0 for mean in means] for means in (x, y)]
         style: dict[str, Any] = {"elinewidth": 0.7, "capsize": 2, "lw": 1.2, "marker": "o", "ms": 4}
         axis.errorbar(xs, ys, xerr=errors[0], yerr=errors[1], color=COLORS[0], **style)
-        for one, at in zip(found.found, zip(xs, ys, strict=True), strict=True):
-            place = (7, -11 if found.mode == "max" else 7)
+        for one, at in zip(strengths.found, zip(xs, ys, strict=True), strict=True):
+            place = (7, -11 if strengths.mode == "max" else 7)
             axis.annotate(f"{one.scale:g}", at, place, textcoords="offset points", fontsize=7, color="#444")
-        scales: list[float | None] = [one.scale for one in found.found]
-        chosen = scales.index(found.chosen)
+        scales: list[float | None] = [one.scale for one in strengths.found]
+        chosen = scales.index(strengths.chosen)
         axis.plot(
-            xs[chosen], ys[chosen], "o", ms=9, mfc="none", mec=COLORS[1], mew=1.4, label=f"enough: {found.chosen:g}"
+            xs[chosen], ys[chosen], "o", ms=9, mfc="none", mec=COLORS[1], mew=1.4, label=f"enough: {strengths.chosen:g}"
         )
-        best = y[scales.index(found.best)]
+        best = y[scales.index(strengths.best)]
         if best.error:
-            limit = best.value - best.error if found.mode == "max" else best.value + best.error
+            limit = best.value - best.error if strengths.mode == "max" else best.value + best.error
             axis.axhline(limit, color="#888", lw=0.7, ls=":", label="one standard error from the best")
         axis.set_xlabel(
-            "KL(base || adapted) per token" if found.found[0].drift.kind == "kl" else "1 - cosine to the base"
+            "KL(base || adapted) per token" if strengths.found[0].drift.kind == "kl" else "1 - cosine to the base"
         )
-        axis.set_ylabel(f"val/{found.metric}")
+        axis.set_ylabel(f"val/{strengths.metric}")
         axis.margins(0.1)
         drawn.legend(loc="outside lower center", ncols=2, frameon=False)
     caption = (
         "Each point is a strength of the update, from the base (0) to what was trained (1) and beyond; bars are"
-        f" standard errors. The ring is the smallest strength within one standard error of the best, {found.best:g}."
+        f" standard errors. Ring: the smallest strength within one standard error of the best, {strengths.best:g}."
     )
     return Drawing("Gain against drift", caption, drawn)
 
 
-def _draw_amplification(found: Analysis, drawn: dict[str, Drawing]) -> None:
-    adapters = [adapter for adapter in found.adapters if any(layer.base for layer in adapter.layers)]
+def _draw_amplification(analysis: Analysis, drawn: dict[str, Drawing]) -> None:
+    adapters = [adapter for adapter in analysis.adapters if any(layer.base for layer in adapter.layers)]
     if adapters:
         caption = "||s B A||_F / ||U^T W0 V||_F in the update's own directions U, V (the paper's Table 7)."
         panels = by_layer(adapters, lambda m: m.base.amplification if m.base else math.nan, "amplification factor")
         drawn["amplification"] = Drawing("How much larger it is than W0 there", caption, panels)
 
 
-def _draw_pairs(found: Analysis, layers: str | None, drawn: dict[str, Drawing]) -> None:
-    for number, pair in enumerate(found.pairs[:MOST_PAIRS]):
+def _draw_pairs(analysis: Analysis, layers: str | None, drawn: dict[str, Drawing]) -> None:
+    for number, pair in enumerate(analysis.pairs[:MOST_PAIRS]):
         for side, name in (("A", "A"), ("update_out", "BA's outputs")):
             own = [layer for layer in pair.layers if layer.side == side and layer.phi and layer.phi[0]]
             if not own:
                 continue
-            end = f"-{number + 1}" if len(found.pairs) > 1 else ""
+            end = f"-{number + 1}" if len(analysis.pairs) > 1 else ""
             title = f"Directions of {name} that {pair.labels[0]} and {pair.labels[1]} share"
             caption = (
                 "phi(i, j): 1 where the first i directions of one lie within the first j of the other, or around them."
             )
-            drawn[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, _chosen(own, found, layers)))
+            drawn[f"phi-{side}{end}"] = Drawing(title, caption, overlaps(pair, _choose_layers(own, analysis, layers)))
 
 
-def _chosen(own: list[LayerSimilarity], found: Analysis, layers: str | None) -> list[LayerSimilarity]:
+def _choose_layers(own: list[LayerSimilarity], analysis: Analysis, layers: str | None) -> list[LayerSimilarity]:
     """Those that are named; else of each group the layer with the largest update, the strongest groups first.
 
     Raises:
@@ -135,7 +135,7 @@ def _chosen(own: list[LayerSimilarity], found: Analysis, layers: str | None) -> 
         if not named:
             raise LoRAError(f"layers: no adapted layer matches '{layers}', such as '{own[0].name}'")
         return named[: MOST_PANELS - 1]
-    norms = {layer.name: layer.norm for layer in found.adapters[0].layers}
+    norms = {layer.name: layer.norm for layer in analysis.adapters[0].layers}
     best: dict[str, LayerSimilarity] = {}
     for layer in sorted(own, key=lambda layer: -norms.get(layer.name, 0.0)):
         best.setdefault(layer.group, layer)
@@ -153,9 +153,9 @@ def by_layer(adapters: Sequence[AdapterMeasures], value: Callable[[LayerMeasures
         blocks = list(dict.fromkeys(layer.block for a in adapters for layer in a.layers if layer.group == group))
         width = 0.8 / len(adapters)
         for number, adapter in enumerate(adapters):
-            found = {layer.block: value(layer) for layer in adapter.layers if layer.group == group}
-            at = [blocks.index(block) + (number - (len(adapters) - 1) / 2) * width for block in found]
-            axis.bar(at, list(found.values()), width, color=COLORS[number % len(COLORS)], label=adapter.label)
+            of_block = {layer.block: value(layer) for layer in adapter.layers if layer.group == group}
+            at = [blocks.index(block) + (number - (len(adapters) - 1) / 2) * width for block in of_block]
+            axis.bar(at, list(of_block.values()), width, color=COLORS[number % len(COLORS)], label=adapter.label)
         axis.set_title(group)
         axis.set_xticks(*ticks(blocks if any(blocks) else [""] * len(blocks)))
     _hide(axes[len(groups) :])
@@ -237,7 +237,7 @@ def overlaps(pair: PairSimilarity, shown: Sequence[LayerSimilarity]) -> Figure:
     image: Any = None
     for number, (axis, (title, phi)) in enumerate(zip(axes, panels, strict=False)):
         image = axis.imshow(phi, cmap=MAP, vmin=0, vmax=1, origin="lower", aspect="auto")
-        axis.set_title(_wrapped(title), fontsize=6.5)
+        axis.set_title(_wrap_title(title), fontsize=6.5)
         axis.set_xticks(*rank_ticks(phi.shape[1]))
         axis.set_yticks(*rank_ticks(phi.shape[0]))
         axis.set_xlabel(f"j ({pair.labels[1]})")
@@ -263,7 +263,7 @@ def _side(side: str) -> str:
     return {"A": "A", "B": "B", "update_in": "BA's inputs", "update_out": "BA's outputs"}[side]
 
 
-def _wrapped(title: str, width: int = 26) -> str:
+def _wrap_title(title: str, width: int = 26) -> str:
     """A dotted name on as many lines as it takes."""
     lines = [""]
     for part in title.split("."):

@@ -48,7 +48,7 @@ class PairSimilarity:
     """Layers that only one has, or that have another shape in the other."""
 
 
-def between_adapters(
+def compare_adapters(
     first: Adapter, second: Adapter, advance: Callable[[int], None] = lambda _: None
 ) -> PairSimilarity:
     """phi for every layer that both have, on all sides."""
@@ -70,12 +70,14 @@ def _of_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerS
         name=layer.name,
         group=group,
         side=side,
-        phi=_phi([sided(p, side) for p in layer.pairs], [sided(p, side) for p in other.pairs]).tolist(),
+        phi=_phi(
+            [side_directions(p, side) for p in layer.pairs], [side_directions(p, side) for p in other.pairs]
+        ).tolist(),
         chance=random_similarity(1, 1, (k if side in ("A", "update_in") else m) * len(layer.pairs)),
     )
 
 
-def sided(pair: Pair, side: Side) -> tuple[Tensor, Tensor]:
+def side_directions(pair: Pair, side: Side) -> tuple[Tensor, Tensor]:
     """Directions (n, q) in the order of their singular values (q,)."""
     A, B = pair
     if side == "A":

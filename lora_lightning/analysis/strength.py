@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from lora_lightning.analysis.drift import Drift, Mean
+from lora_lightning.lora.bank.strength import refuse_strength
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.lora.inject import refuse_strength
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.positions import evaluating, refuse_too_long
+from lora_lightning.tasks.positions import in_evaluation, refuse_too_long
 
 GROUPS = 10
 """Parts of the validation set, each of which is left out once."""
@@ -49,7 +49,7 @@ class Strengths:
     best: float | None = None
 
 
-def checked_scales(given: Any) -> list[float]:
+def parse_scales(given: Any) -> list[float]:
     """Strengths from `0,0.5,1` or a list of numbers, in rising order, each once.
 
     Raises:
@@ -102,7 +102,7 @@ def validation_metrics(
     task.reset("val")
     known: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    with evaluating(backbone), torch.no_grad():
+    with in_evaluation(backbone), torch.no_grad():
         for group, batch in batches:
             refuse_too_long(backbone, batch)
             with forward():
@@ -112,12 +112,12 @@ def validation_metrics(
             seen.add(group)
     if not seen:
         raise LoRAError("the validation set has no batch")
-    values = {stage: _computed(known[stage], stage) for stage in known}
+    values = {stage: _stage_metrics(known[stage], stage) for stage in known}
     without = [values[stages[group]] for group in sorted(seen)] if len(seen) > 1 else []
     return {name: Mean(value=x, error=_jackknife([one[name] for one in without])) for name, x in values["val"].items()}
 
 
-def _computed(metrics: dict[str, Any], stage: str) -> dict[str, float]:
+def _stage_metrics(metrics: dict[str, Any], stage: str) -> dict[str, float]:
     return {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
 
 
@@ -128,11 +128,11 @@ def _jackknife(values: Sequence[float]) -> float | None:
     return math.sqrt((len(values) - 1) / len(values) * sum((value - mean) ** 2 for value in values))
 
 
-def choose(source: str, found: Sequence[Strength], metric: str, mode: str) -> Strengths:
+def choose(source: str, drifts: Sequence[Strength], metric: str, mode: str) -> Strengths:
     """The smallest strength within one standard error of the best; of an error that is unknown, the best itself."""
     sign = 1 if mode == "max" else -1
-    values = {one.scale: sign * one.metrics[metric].value for one in found}
-    best = max(found, key=lambda one: (values[one.scale], -one.scale))
+    values = {one.scale: sign * one.metrics[metric].value for one in drifts}
+    best = max(drifts, key=lambda one: (values[one.scale], -one.scale))
     near = values[best.scale] - (best.metrics[metric].error or 0.0)
     chosen = min(scale for scale, value in values.items() if value >= near)
-    return Strengths(source=source, metric=metric, mode=mode, found=list(found), chosen=chosen, best=best.scale)
+    return Strengths(source=source, metric=metric, mode=mode, found=list(drifts), chosen=chosen, best=best.scale)

@@ -21,7 +21,7 @@ AMPLIFICATION = "; ampl.: ||s B A||_F over ||U^T W0 V||_F (median)"
 NAMES = {"A": "A", "B": "B", "update_in": "BA in", "update_out": "BA out"}
 
 
-def by_group(adapter: AdapterMeasures) -> Table:
+def group_table(adapter: AdapterMeasures) -> Table:
     """A row for each group of layers: medians, and ranks from the least to the most."""
     has_base = any(layer.base for layer in adapter.layers)
     header = ["layers", "n", "r", "share", "norm", "stable", *(percent(s) for s in SHARES)]
@@ -30,19 +30,19 @@ def by_group(adapter: AdapterMeasures) -> Table:
     for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
         own = [layer for layer in adapter.layers if layer.group == group]
         norms = [layer.base.relative for layer in own if layer.base] if has_base else [layer.norm for layer in own]
-        row = [group, str(len(own)), span(layer.r for layer in own), f"{share:.1%}", _middle(norms)]
-        row += [_middle(layer.stable_rank for layer in own)]
+        row = [group, str(len(own)), span(layer.r for layer in own), f"{share:.1%}", _format_median(norms)]
+        row += [_format_median(layer.stable_rank for layer in own)]
         row += [span(layer.ranks[percent(s)] for layer in own) for s in SHARES]
         if has_base:
-            row.append(_middle(layer.base.amplification for layer in own if layer.base))
+            row.append(_format_median(layer.base.amplification for layer in own if layer.base))
         rows.append(row)
     legend = LEGEND.format(norm="over ||W0||_F" if has_base else "of a layer")
-    below = f"{legend}{AMPLIFICATION if has_base else ''}\n{_below(adapter)}"
+    below = f"{legend}{AMPLIFICATION if has_base else ''}\n{_smaller_ranks_note(adapter)}"
     title = f"{adapter.label}: {len(adapter.layers)} adapted layers"
     return Table(title=title, header=header, rows=rows, note=below, code=True)
 
 
-def _below(adapter: AdapterMeasures) -> str:
+def _smaller_ranks_note(adapter: AdapterMeasures) -> str:
     """What the whole adapter would be at the smaller ranks, and which layers hold most of it."""
     sizes = ", ".join(f"{count:,} at {share}" for share, count in adapter.parameters_at.items())
     largest = sorted(adapter.layers, key=lambda layer: -layer.norm)[:3]
@@ -51,7 +51,7 @@ def _below(adapter: AdapterMeasures) -> str:
     return "\n".join([*lines, *([f"most of the update: {held}"] if held else []), *adapter.notes])
 
 
-def by_layer(adapter: AdapterMeasures) -> Table:
+def layer_table(adapter: AdapterMeasures) -> Table:
     """A row for each layer."""
     header = ["layer", "kind", "r", "s", "||sBA||", "||sBA||_2", "stable rank", *(f"k at {percent(s)}" for s in SHARES)]
     has_base = any(layer.base for layer in adapter.layers)
@@ -74,7 +74,7 @@ def _layer_row(m: LayerMeasures, has_base: bool) -> list[str]:
     return row
 
 
-def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Table:
+def pair_table(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Table:
     """A row for each group of layers: the share of directions in common, on each side."""
     groups = list(dict.fromkeys(layer.group for layer in pair.layers))
     header = ["layers", "n", *(f"{NAMES[side]} {at}" for side in sides for at in ("1,1", "r,r")), "chance"]
@@ -84,7 +84,10 @@ def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Table:
         row = [group, str(len(own) // len(SIDES))]
         for side in sides:
             of_side = [layer for layer in own if layer.side == side and layer.phi and layer.phi[0]]
-            row += [_middle((layer.phi[0][0] for layer in of_side), ".2f"), _middle(map(_last, of_side), ".2f")]
+            row += [
+                _format_median((layer.phi[0][0] for layer in of_side), ".2f"),
+                _format_median(map(_common_similarity, of_side), ".2f"),
+            ]
         chances = {layer.chance for layer in own if layer.side in sides}
         rows.append([*row, "-".join(f"{chance:.1g}" for chance in sorted({min(chances), max(chances)}))])
     below = "phi(1, 1) and phi(r, r) of A's right and B's left singular vectors (medians); chance: of phi(1, 1)"
@@ -94,70 +97,73 @@ def of_pair(pair: PairSimilarity, sides: Sequence[Side] = SIDES) -> Table:
     return Table(title=title, header=header, rows=rows, note=below, code=True)
 
 
-def _last(layer: LayerSimilarity) -> float:
+def _common_similarity(layer: LayerSimilarity) -> float:
     """phi of as many directions as both have."""
     q = min(len(layer.phi), len(layer.phi[0]))
     return layer.phi[q - 1][q - 1]
 
 
-def of_truncation(told: Truncation) -> Table:
+def truncation_table(truncation: Truncation) -> Table:
     """What was cut and what it costs."""
-    before, after = told.parameters
+    before, after = truncation.parameters
     rows = [
-        ["energy kept in each layer", f"{told.share:.4g} at least"],
-        ["ranks", f"{span(r for r, _ in told.ranks.values())} to {span(r for _, r in told.ranks.values())}"],
+        ["energy kept in each layer", f"{truncation.share:.4g} at least"],
+        [
+            "ranks",
+            f"{span(r for r, _ in truncation.ranks.values())} to {span(r for _, r in truncation.ranks.values())}",
+        ],
         ["numbers in A and B", f"{before:,} to {after:,} ({after / before:.1%})"],
-        ["missing of the update", f"{told.error:.3g} of its norm"],
+        ["missing of the update", f"{truncation.error:.3g} of its norm"],
     ]
-    if "validation" in told.cost:
-        found = told.cost["validation"]
+    if "validation" in truncation.cost:
+        found = truncation.cost["validation"]
         rows += [[name, f"{x:.5g} to {found['after'][name]:.5g}"] for name, x in found["before"].items()]
-    if "not_measured" in told.cost:
-        rows.append(["cost", f"not measured: {told.cost['not_measured']}"])
-    return Table(title=f"truncated: {told.directory}", rows=rows)
+    if "not_measured" in truncation.cost:
+        rows.append(["cost", f"not measured: {truncation.cost['not_measured']}"])
+    return Table(title=f"truncated: {truncation.directory}", rows=rows)
 
 
-def of_drift(found: Strengths) -> Table:
+def drift_table(strengths: Strengths) -> Table:
     """How far the update of full strength, or the strongest that was measured, moved the model."""
-    one = next((one for one in found.found if one.scale == 1), found.found[-1])
-    rows = [[FIGURES[name], _with_error(mean, share=name == "changed")] for name, mean in one.drift.figures.items()]
+    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
+    rows = [[FIGURES[name], _format_mean(mean, share=name == "changed")] for name, mean in one.drift.figures.items()]
     counted = f"{one.drift.texts:,} texts" + (f", {one.drift.tokens:,} tokens" if one.drift.tokens else "")
-    rows.append(["measured on", f"{found.source}: {counted}"])
+    rows.append(["measured on", f"{strengths.source}: {counted}"])
     at = "" if one.scale == 1 else f" at a strength of {one.scale:g}"
     return Table(title=f"How far it moved from the base{at}", rows=rows)
 
 
-def of_strengths(found: Strengths) -> Table:
+def strengths_table(strengths: Strengths) -> Table:
     """A row for each strength: what it gains in validation, what it moves, and which one would do."""
-    kind = found.found[0].drift.kind
+    kind = strengths.found[0].drift.kind
     names = ["kl", "perplexity", "changed"] if kind == "kl" else ["cosine", "relative_l2"]
     rows = []
-    for one in found.found:
-        figures = [_with_error(one.drift.figures[name], share=name == "changed") for name in names]
-        words = [f"{one.scale:g}", *(["enough"] if one.scale == found.chosen else [])]
-        words += ["best"] if one.scale == found.best else []
-        rows.append([", ".join(words), _with_error(one.metrics[found.metric]), *figures])
-    header = ["strength", f"val/{found.metric}", *(SHORT[name] for name in names)]
+    for one in strengths.found:
+        figures = [_format_mean(one.drift.figures[name], share=name == "changed") for name in names]
+        words = [f"{one.scale:g}", *(["enough"] if one.scale == strengths.chosen else [])]
+        words += ["best"] if one.scale == strengths.best else []
+        rows.append([", ".join(words), _format_mean(one.metrics[strengths.metric]), *figures])
+    header = ["strength", f"val/{strengths.metric}", *(SHORT[name] for name in names)]
     note = (
-        f"{found.chosen:g} is the smallest strength within one standard error of the best, {found.best:g}:"
-        f" lora-lightning export --scale {found.chosen:g} writes it. After ±: standard errors, of the metric by"
+        f"{strengths.chosen:g} is the smallest strength within one standard error of the best, {strengths.best:g}:"
+        f" lora-lightning export --scale {strengths.chosen:g} writes it. After ±: standard errors, of the metric by"
         " leaving out a tenth of the rows, of the others over texts."
     )
-    if found.chosen == 0:
+    if strengths.chosen == 0:
         note = note.replace(": lora-lightning export --scale 0 writes it", ", and is the base itself")
     return Table(title="Gain against drift", header=header, rows=rows, note=note)
 
 
-def of_blocks(found: Strengths) -> Table:
+def blocks_table(strengths: Strengths) -> Table:
     """The drift of each block's pooled output."""
-    one = next((one for one in found.found if one.scale == 1), found.found[-1])
-    rows = [[name, *(_with_error(own[figure]) for figure in own)] for name, own in one.drift.layers.items()]
+    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
+    rows = [[name, *(_format_mean(own[figure]) for figure in own)] for name, own in one.drift.layers.items()]
     return Table(title="By block", header=["block", "1 - cosine", "relative L2"], rows=rows, code=True)
 
 
-def of_moved(found: Strengths) -> Table:
+def moved_table(strengths: Strengths) -> Table:
     """The texts that moved most."""
-    one = next((one for one in found.found if one.scale == 1), found.found[-1])
+    one = next((one for one in strengths.found if one.scale == 1), strengths.found[-1])
     rows = [[number(moved.value), moved.text] for moved in one.drift.most]
     return Table(title="The texts that moved most", header=[SHORT[one.drift.kind], "text"], rows=rows, text=(1,))
 
@@ -179,7 +185,7 @@ SHORT = {
 }
 
 
-def _with_error(mean: Mean, *, share: bool = False) -> str:
+def _format_mean(mean: Mean, *, share: bool = False) -> str:
     """The figure with as many digits as its error allows."""
     factor, end = (100, "%") if share else (1, "")
     value = mean.value * factor
@@ -203,6 +209,6 @@ def span(values: Iterable[int]) -> str:
     return str(found[0]) if found[0] == found[-1] else f"{found[0]}-{found[-1]}"
 
 
-def _middle(values: Iterable[float], form: str = ".3g") -> str:
+def _format_median(values: Iterable[float], form: str = ".3g") -> str:
     found: Sequence[float] = [value for value in values if not math.isnan(value)]
     return f"{median(found):{form}}" if found else "-"

@@ -86,7 +86,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     alphas = _alphas(adapter, ranks)
     settings = {layer.name: (ranks[layer.name], alphas[layer.name], layer.scale) for layer in adapter.factors}
     metadata = {"format": "pt"} if record is None else record.for_changed_file(tensors, settings, config).to_metadata()
-    told = Truncation(
+    truncation = Truncation(
         directory=str(directory),
         share=share,
         ranks={layer.name: (layer.r, ranks[layer.name]) for layer in adapter.factors},
@@ -103,7 +103,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
         CONFIG: _json(config),
     }
     write_together(directory, files)
-    return told
+    return truncation
 
 
 def _ranks(layers: list[Factors], share: float) -> dict[str, int]:
@@ -121,7 +121,7 @@ def _cut(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
     pairs = []
     for A, B in layer.parts:
         pair, (lost, whole) = truncate_pair(A.double(), B.double(), rank // layer.groups)
-        pairs.append(pad_pair(_untouched(pair, A, B), rank // layer.groups))
+        pairs.append(pad_pair(_keep_zeros(pair, A, B), rank // layer.groups))
         missing, wanted = missing + lost, wanted + whole
     rows, columns = torch.cat([A for A, _ in pairs]), [B for _, B in pairs]
     if layer.kind == "Parameter" and len(pairs) > 1:
@@ -129,7 +129,7 @@ def _cut(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
     return (rows, torch.cat(columns)), (missing, wanted)
 
 
-def _untouched(pair: Pair, A: Tensor, B: Tensor) -> Pair:
+def _keep_zeros(pair: Pair, A: Tensor, B: Tensor) -> Pair:
     """Inputs and outputs that the update leaves alone stay so: rounding would let a group of channels see another's."""
     return pair[0].masked_fill((A == 0).all(0), 0.0), pair[1].masked_fill((B == 0).all(1, keepdim=True), 0.0)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.backbones.meta_device import finish_on_meta, recorded, refuse_on_meta
+from lora_lightning.backbones.meta_device import finish_on_meta, record_files, refuse_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.quantization import scheme
@@ -91,7 +91,7 @@ def huggingface(
         refuse_on_meta(kwargs, random_weights=random_weights)
         kwargs["use_safetensors"] = True
     try:
-        with quiet(), recorded(on_meta) as files:
+        with quiet(), record_files(on_meta) as files:
             bare = random_weights or builds_bare()
             model = _from_config(cls, name, dtype, kwargs) if bare else _load(cls, name, dtype, kwargs)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:

@@ -26,7 +26,7 @@ from transformers.core_model_loading import (
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.tensor_files import DTYPES
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.key_mapping import Group, Tensors, alone
+from lora_lightning.lora.meta.key_mapping import Group, Tensors, single_group
 
 
 def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool = True) -> list[Group]:
@@ -49,11 +49,11 @@ def groups_of(model: PreTrainedModel, checkpoint: Checkpoint, *, to_write: bool 
         if name not in state and key in state:
             name, pattern = rename_source_key(key, [], [], prefix, state)
         if name in state and pattern is None:
-            groups.append(alone(key, name))
+            groups.append(single_group(key, name))
         elif name in state and pattern is not None:
             fused.setdefault(name, (of_pattern[pattern], {}))[1][key] = pattern
     for name, (rule, patterns) in fused.items():
-        groups.append(_fused(model, checkpoint, name, rule, patterns, renamings, to_write=to_write))
+        groups.append(_fused_group(model, checkpoint, name, rule, patterns, renamings, to_write=to_write))
     return groups
 
 
@@ -70,12 +70,12 @@ def name_of(model: PreTrainedModel, key: str) -> str:
 
 
 def _rules(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """transformers' own, those that rename and those that fuse."""
+    """Return transformers' own rules, those that rename and those that fuse."""
     rules = get_model_conversion_mapping(model)
     return [r for r in rules if isinstance(r, WeightRenaming)], [r for r in rules if isinstance(r, WeightConverter)]
 
 
-def _fused(
+def _fused_group(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
     name: str,
@@ -91,7 +91,7 @@ def _fused(
     """
     load = _loader(model, name, rule, patterns)
     plainly = {_bare(apply_renamings(key, renamings), model): key for key in patterns}
-    store = _storer(model, rule, plainly) if to_write else _not_written
+    store = _storer(model, rule, plainly) if to_write else _refuse_to_write
     before = {k: torch.empty(checkpoint.stored[k].shape, dtype=_dtype(checkpoint, k), device="meta") for k in patterns}
     try:
         made = load(dict(before))
@@ -137,7 +137,7 @@ def _storer(model: PreTrainedModel, rule: WeightConverter, keys: dict[str, str])
     return store
 
 
-def _not_written(tensors: Tensors) -> Tensors:
+def _refuse_to_write(tensors: Tensors) -> Tensors:
     raise AssertionError("these groups are for reading")
 
 

@@ -25,10 +25,10 @@ def resolve(path: str) -> str:
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise LoRAError(f"'{path}' names the package '{name}', which is not installed: pip install it")
-    found = Path(spec.submodule_search_locations[0]) / inner
-    if not found.exists():
+    folder = Path(spec.submodule_search_locations[0]) / inner
+    if not folder.exists():
         raise LoRAError(f"the package '{name}' holds no '{inner}'")
-    return str(found)
+    return str(folder)
 
 
 def refuse_not_there(kind: str, name: str) -> None:
@@ -83,8 +83,8 @@ def _near(name: str, before: str = "; ", after: str = "") -> str:
     folders = [path.parent]
     if not path.parent.is_dir() and path.parent.parent.is_dir():
         folders = [path.parent.with_name(n) for n in near_misses(path.parent.name, _folders_in(path.parent.parent), 2)]
-    found = [f"'{folder / n}'" for folder in folders for n in near_misses(path.name, _folders_in(folder), 2)]
-    return f"{before}did you mean {' or '.join(found)}?{after}" if found else ""
+    nearest = [f"'{folder / n}'" for folder in folders for n in near_misses(path.name, _folders_in(folder), 2)]
+    return f"{before}did you mean {' or '.join(nearest)}?{after}" if nearest else ""
 
 
 def _folders_in(folder: Path) -> list[str]:

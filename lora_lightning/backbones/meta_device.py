@@ -35,13 +35,13 @@ def refuse_on_meta(kwargs: Mapping[str, Any], *, random_weights: bool) -> None:
         "distributed_config",
         "key_mapping",
     )
-    found = "random_weights" if random_weights else next((name for name in other if name in kwargs), None)
-    if found is not None:
-        raise LoRAError(f"on_meta reads plain safetensors files and goes with no {found}: leave one of the two out")
+    conflict = "random_weights" if random_weights else next((name for name in other if name in kwargs), None)
+    if conflict is not None:
+        raise LoRAError(f"on_meta reads plain safetensors files and goes with no {conflict}: leave one of the two out")
 
 
 @contextmanager
-def recorded(on_meta: bool) -> Iterator[list[Path]]:
+def record_files(on_meta: bool) -> Iterator[list[Path]]:
     """Within the block, where `on_meta` says so, transformers reads no numbers; gives the files that it opened."""
     files: list[Path] = []
 
@@ -94,7 +94,7 @@ class _Bare:
         return self
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:
-        """On the meta device whatever the device."""
+        """Return an empty tensor on the meta device, whatever `device` says."""
         return torch.empty(self.shape, dtype=dtype or DTYPES.get(self.dtype, torch.uint8), device="meta")
 
 

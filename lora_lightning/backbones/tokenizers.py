@@ -24,7 +24,9 @@ TRUSTED: set[str] = set()
 
 
 def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
-    """By a hub name, a directory, a GGUF file or `package:NAME/path`; one without a padding token pads with its end.
+    """Load a tokenizer by a hub name, a directory, a GGUF file or `package:NAME/path`.
+
+    One without a padding token pads with its end.
 
     Args:
         options: more arguments for `from_pretrained`.
@@ -32,18 +34,18 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
     Raises:
         LoRAError: there is none.
     """
-    found, gguf = directory_and_file(resolve(name))
-    refuse_not_there("tokenizer", found)
+    location, gguf = directory_and_file(resolve(name))
+    refuse_not_there("tokenizer", location)
     options = {"trust_remote_code": name in TRUSTED, **gguf, **options}
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(found, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise LoRAError(
                 f"the tokenizer of '{name}' brings code of its own, which is not run unasked: read it, and then give"
                 " the backbone of that name model_kwargs: {trust_remote_code: true}"
             ) from error
-        if Path(found).is_dir() and not any(re.search(FILES, file.name) for file in Path(found).iterdir()):
+        if Path(location).is_dir() and not any(re.search(FILES, file.name) for file in Path(location).iterdir()):
             raise LoRAError(f"no tokenizer in '{name}', such as tokenizer.json: name the folder that has it") from error
         raise LoRAError(f"no tokenizer '{name}': {' '.join(str(error).split())}") from error
     if tokenizer.pad_token is None:
@@ -53,7 +55,7 @@ def load_tokenizer(name: str, **options: Any) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' load report: the new head it warns of is expected, other gaps are refused."""
+    """Within the block transformers reports nothing: the new head it warns of is expected, other gaps are refused."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     bars = transformers_logging.is_progress_bar_enabled()

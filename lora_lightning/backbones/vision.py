@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.meta.build import builds_bare
 
@@ -206,7 +206,7 @@ def _fill(model: nn.Module, file: Path, heads: set[str] | None) -> list[str]:
         if key in state and key not in new and state[key].shape != own[key].shape
     ]
     if faults:
-        raise LoRAError(f"{file.name} does not fit {type(model).__name__}: {some(faults)}")
+        raise LoRAError(f"{file.name} does not fit {type(model).__name__}: {first_few(faults)}")
     model.load_state_dict({key: own[key] if key in new else state[key] for key in own})
     return new
 

@@ -35,7 +35,7 @@ class Run:
     """None where it was not asked for."""
 
     def validate(self) -> dict[str, float]:
-        """The validation set's metrics with the adapter that the module has now; none without data."""
+        """Return the validation set's metrics with the adapter that the module has now; none without data."""
         if self.data is None or self.trainer is None:
             return {}
         sets = self.trainer.validate(self.module, datamodule=self.data, verbose=False)
@@ -63,12 +63,12 @@ def build_run(args: Sequence[str], edit: Callable[[Namespace], None] | None = No
 
 @functools.cache
 def run_parser(command: str) -> Any:
-    """The parser of `fit`, `test` and the like, made once, for it takes a second; `parse_run` is its usual caller."""
+    """Return the parser of `fit`, `test` and the like. It is made once, since that takes a second."""
     return LoRACLI(args=[command], until="parser").parser
 
 
 def parse_run(args: Sequence[str]) -> Namespace:
-    """The command's config with every class and argument checked; nothing is made, read or downloaded.
+    """Return the command's config with every class and argument checked; nothing is made, read or downloaded.
 
     Raises:
         SystemExit: the command refuses it; its line is on the screen.

@@ -19,10 +19,10 @@ GONE = dict.fromkeys(
 NULL = "tag:yaml.org,2002:null"
 
 
-def named(args: Sequence[str]) -> list[str]:
-    """The values of `-c` and `--config`, in their order: later ones win."""
-    found = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
-    return [value for value in found if value]
+def config_values(args: Sequence[str]) -> list[str]:
+    """Return the values of `-c` and `--config` in their order, of which the later ones win."""
+    existing = [arg.partition("=")[2] or follower for arg, follower in pairwise([*args, ""]) if _is_flag(arg)]
+    return [value for value in existing if value]
 
 
 def _is_flag(arg: str) -> bool:
@@ -30,25 +30,25 @@ def _is_flag(arg: str) -> bool:
 
 
 def check(args: Sequence[str]) -> None:
-    """Each config file of a command line.
+    """Check each config file of a command line.
 
     Raises:
         LoRAError: one is missing, no UTF-8, no YAML, empty, says a key twice, or is no map of keys.
     """
-    for value in named(args):
+    for value in config_values(args):
         if "\n" not in value and "{" not in value and "://" not in value:
             check_file(Path(value))
 
 
 def check_file(file: Path) -> None:
-    """As `check`, of one file."""
+    """Check one file, as `check` does."""
     if file.is_dir():
         inside = sorted(path.name for path in file.iterdir() if path.suffix in ENDINGS)
         held = f": it holds {', '.join(inside[:4])}" if inside else " without a YAML file"
         raise LoRAError(f"--config {file} is a folder{held}; name a file")
     if not file.is_file():
-        raise LoRAError(f"no config file {file}{GONE.get(file.name) or _meant(file)}")
-    root = tree(file)
+        raise LoRAError(f"no config file {file}{GONE.get(file.name) or _near_files(file)}")
+    root = yaml_tree(file)
     if root is None or (root.tag == NULL and not root.value):  # or of --- alone
         raise LoRAError(f"{file} is empty: a config holds keys with values, such as those of configs/demo.yaml")
     if not isinstance(root, yaml.MappingNode):
@@ -59,8 +59,8 @@ def check_file(file: Path) -> None:
     _refuse_all_empty(file, root)
 
 
-def tree(file: Path) -> yaml.Node | None:
-    """A file's YAML with its lines; None where it is empty.
+def yaml_tree(file: Path) -> yaml.Node | None:
+    """Return a file's YAML nodes, which know their lines; None where the file is empty.
 
     Raises:
         LoRAError: it is no UTF-8 or no YAML, in YAML's own words.
@@ -79,8 +79,8 @@ def tree(file: Path) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         where = f", line {mark.line + 1}" if mark else ""
         begun = f" that begins in line {error.context_mark.line + 1}" if error.context_mark else ""
-        told = f"{error.context}{begun}, " if error.context else ""
-        raise LoRAError(f"{file}{where}: no YAML: {told}{error.problem}") from error
+        context = f"{error.context}{begun}, " if error.context else ""
+        raise LoRAError(f"{file}{where}: no YAML: {context}{error.problem}") from error
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         raise LoRAError(f"{file}, line {line}: a character that no text holds: is this a YAML file?") from error
@@ -95,7 +95,7 @@ def _mappings(node: yaml.Node) -> Iterator[yaml.MappingNode]:
 
 
 def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
-    """YAML's readers keep the last and say nothing."""
+    """Refuse a key that stands twice in one map: YAML's readers keep the last and say nothing."""
     seen: dict[str, int] = {}
     for key, _ in node.value:
         line, name = key.start_mark.line + 1, str(key.value)
@@ -105,7 +105,7 @@ def _refuse_twice(file: Path, node: yaml.MappingNode) -> None:
 
 
 def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
-    """Such as a section all of whose keys are commented out: jsonargparse takes the file for a text.
+    """Refuse a file without any value, as where all keys of a section are comments: jsonargparse takes it for a text.
 
     A null that is written is a value: an overlay may take something back by it.
     """
@@ -115,18 +115,18 @@ def _refuse_all_empty(file: Path, root: yaml.MappingNode) -> None:
         raise LoRAError(f"{file}, line {line}: '{key.value}' holds nothing: give it keys or a value, or leave it out")
 
 
-def _meant(file: Path) -> str:
-    """Files of about this name in that folder, or of this name in a folder of about that name or below configs/."""
+def _near_files(file: Path) -> str:
+    """Name files of about this name in that folder, or of this name in a folder of about its name or below configs/."""
     folder = file.parent
     if not folder.is_dir():
         above = folder.parent
         near = near_misses(folder.name, [p.name for p in above.iterdir() if p.is_dir()], 1) if above.is_dir() else []
-        found = [above / name / file.name for name in near if (above / name / file.name).is_file()]
+        existing = [above / name / file.name for name in near if (above / name / file.name).is_file()]
     else:
         files = [path.name for path in folder.iterdir() if path.suffix in {*ENDINGS, ".json"}]
         same = [name for name in files if Path(name).stem == file.stem]
         below = sorted(Path("configs").rglob(file.name))[:2] if file.name == str(file) else []
-        found = below or [folder / name for name in same or near_misses(file.name, files, 2)]
-    if not found:
+        existing = below or [folder / name for name in same or near_misses(file.name, files, 2)]
+    if not existing:
         return f": looked for in {'this folder' if str(folder) == '.' else folder}"
-    return "; did you mean " + " or ".join(f"'{path}'" for path in found) + "?"
+    return "; did you mean " + " or ".join(f"'{path}'" for path in existing) + "?"

@@ -36,7 +36,7 @@ HUGGINGFACE = ("lora_lightning.backbones.huggingface", "huggingface")
 
 
 @contextmanager
-def handed_down(command: Any) -> Iterator[None]:
+def precision_for_backbone(command: Any) -> Iterator[None]:
     """Within the block, a `huggingface` backbone in the command's config has what `trainer.precision` means.
 
     What the config itself says of dtype or quantization stays. Afterwards the config is as it was: each command works
@@ -98,7 +98,7 @@ def rows_by_flag(command: Any, name: str, given: Sequence[str]) -> str | None:
 
 
 def _is_one_set(path: Path) -> bool:
-    """Whether it is a file, or a folder in which nothing is called as a split is."""
+    """Return whether the path is a file, or a folder in which nothing is called as a split is."""
     if not path.is_dir():
         return path.is_file()
     named = any(split_name(one.name.partition(".")[0]) for one in path.iterdir())
@@ -106,7 +106,7 @@ def _is_one_set(path: Path) -> bool:
 
 
 def labels_of_run(command: Any) -> None:
-    """The label names that the checkpoint's run read off its training rows, where the command's config says none.
+    """Set the label names that the checkpoint's run read off its training rows, where the command's config says none.
 
     Rows to predict on have none to read, and other rows would number them in another way.
     """

@@ -21,10 +21,10 @@ from typing import Any
 import yaml
 
 import lora_lightning
-from lora_lightning.cli.config_files import named, tree
+from lora_lightning.cli.config_files import config_values, yaml_tree
 from lora_lightning.cli.other_tools import instead_of
 from lora_lightning.cli.registry import ENTRIES, FROM_CHECKPOINT
-from lora_lightning.lora.errors import REMOVED, LoRAError, did_you_mean, near_misses, some
+from lora_lightning.lora.errors import REMOVED, LoRAError, did_you_mean, first_few, near_misses
 
 REQUIRED = re.compile(r"the following arguments are required: ([\w., ]+)")
 UNKNOWN = re.compile(r"unrecognized arguments: (.*)")
@@ -61,7 +61,7 @@ MODEL = (
 
 
 @dataclass(frozen=True)
-class Said:
+class Setting:
     """One key that the command line or a config file gives."""
 
     key: str
@@ -74,8 +74,8 @@ class Said:
     """The keys of a map."""
 
 
-def told(message: str, words: Sequence[str], known: Iterable[str], command: str = "") -> str:
-    """A parser's message as one line that says what to do.
+def explain(message: str, words: Sequence[str], known: Iterable[str], command: str = "") -> str:
+    """Return one line for a parser's message, which says what to do.
 
     Args:
         message: of jsonargparse.
@@ -85,62 +85,62 @@ def told(message: str, words: Sequence[str], known: Iterable[str], command: str 
     """
     text = " ".join(str(message).split())
     keys = [option.removeprefix("--") for option in known if option.startswith("--") and not option.endswith("+")]
-    if text.startswith("the following") and (found := REQUIRED.match(text)):
-        return _required(found[1].split(", "), words, command)
-    if (found := UNKNOWN.match(text)) and not found[1].startswith("-"):
-        return _stray(found[1].split(maxsplit=1)[0], words)
-    said = list(given(words))
-    for line in (_unknown(said, keys), _wrong_class(said, keys), _wrong_argument(said, keys)):
+    if text.startswith("the following") and (match := REQUIRED.match(text)):
+        return _missing_arguments(match[1].split(", "), words, command)
+    if (match := UNKNOWN.match(text)) and not match[1].startswith("-"):
+        return _stray_word(match[1].split(maxsplit=1)[0], words)
+    settings = list(settings_of(words))
+    for line in (_unknown_key(settings, keys), _wrong_class(settings, keys), _wrong_argument(settings, keys)):
         if line is not None:
             return line
-    if found := UNKNOWN.match(text):
-        option = found[1].partition("=")[0].partition(" ")[0]
-        return f"unknown option {option}{_instead(option.lstrip('-').replace('-', '_'), keys, '--')}"
-    return _unfit(text, said)
+    if match := UNKNOWN.match(text):
+        option = match[1].partition("=")[0].partition(" ")[0]
+        return f"unknown option {option}{_replacement(option.lstrip('-').replace('-', '_'), keys, '--')}"
+    return _wrong_value(text, settings)
 
 
-def given(words: Sequence[str]) -> Iterator[Said]:
-    """All that is said, in the order in which it wins: flags, the last first, then the config files, the last first."""
+def settings_of(words: Sequence[str]) -> Iterator[Setting]:
+    """Yield all settings in the order in which they win: flags, the last first, then config files, the last first."""
     flags = []
     for word, follower in zip(words, [*words[1:], ""], strict=True):
         if word.startswith("--"):
             name, equals, value = word.removeprefix("--").partition("=")
-            flags.append(Said(name.removesuffix("+"), value if equals else follower, ""))
+            flags.append(Setting(name.removesuffix("+"), value if equals else follower, ""))
     yield from reversed(flags)
-    for file in reversed(list(map(Path, named(words)))):
+    for file in reversed(list(map(Path, config_values(words)))):
         if file.is_file():
-            yield from _leaves(tree(file), "", str(file))
+            yield from _leaves(yaml_tree(file), "", str(file))
 
 
-def _leaves(node: yaml.Node | None, path: str, file: str) -> Iterator[Said]:
-    """Outer ones first."""
+def _leaves(node: yaml.Node | None, path: str, file: str) -> Iterator[Setting]:
+    """Yield the keys below a node, outer ones first."""
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     for key, value in pairs:
         inner = f"{path}.{key.value}" if path else str(key.value)
-        yield _said(inner, value, file, key)
+        yield _setting(inner, value, file, key)
         yield from _leaves(value, inner, file)
     for value in node.value if isinstance(node, yaml.SequenceNode) else []:
         if isinstance(value, yaml.MappingNode):
-            yield _said(path, value, file, value)
+            yield _setting(path, value, file, value)
         yield from _leaves(value, path, file)
 
 
-def _said(path: str, value: yaml.Node, file: str, at: yaml.Node) -> Said:
+def _setting(path: str, value: yaml.Node, file: str, at: yaml.Node) -> Setting:
     inside = tuple(str(key.value) for key, _ in value.value) if isinstance(value, yaml.MappingNode) else ()
     text = str(value.value) if isinstance(value, yaml.ScalarNode) else None
-    return Said(path, text, f"{file}, line {at.start_mark.line + 1}: ", inside)
+    return Setting(path, text, f"{file}, line {at.start_mark.line + 1}: ", inside)
 
 
 # ---- what is missing, and what stands alone
 
 
-def _required(names: Sequence[str], words: Sequence[str], command: str) -> str:
+def _missing_arguments(names: Sequence[str], words: Sequence[str], command: str) -> str:
     if not any("." in name for name in names):
         own = ENTRIES[command].positional if command in ENTRIES else None
         wanted = [name.upper().removesuffix("S") if name == own else f"--{name}" for name in names]
         return f"{command} needs {' and '.join(wanted)}: see lora-lightning {command} --help"
     command = words[0] if words else command
-    files = named(words)
+    files = config_values(words)
     if not files and command in FROM_CHECKPOINT:
         return f"{command} needs a trained run: lora-lightning {command} --ckpt_path RUN, such as runs/demo, or a .ckpt"
     if not files:
@@ -150,7 +150,7 @@ def _required(names: Sequence[str], words: Sequence[str], command: str) -> str:
     return f"{where} nothing of {keys}: add it, as configs/demo.yaml does, or put the run's config before it"
 
 
-def _stray(word: str, words: Sequence[str]) -> str:
+def _stray_word(word: str, words: Sequence[str]) -> str:
     if Path(word).suffix in (".yaml", ".yml"):
         return f"'{word}' stands alone: a config is given as -c {word}"
     if words[0] in FROM_CHECKPOINT and not any(one.startswith("--ckpt_path") for one in words):
@@ -163,8 +163,8 @@ def _stray(word: str, words: Sequence[str]) -> str:
 # ---- flags and keys that there are not
 
 
-def _holder(key: str, keys: Sequence[str]) -> str | None:
-    """The option that a deeper key belongs to: one that takes a class or a map; None within a group of options."""
+def _outer_option(key: str, keys: Sequence[str]) -> str | None:
+    """Return the option, of a class or a map, that a deeper key belongs to; None within a group of options."""
     parts = key.split(".")
     for count in range(len(parts) - 1, 0, -1):
         outer = ".".join(parts[:count])
@@ -174,35 +174,35 @@ def _holder(key: str, keys: Sequence[str]) -> str | None:
     return None
 
 
-def _unknown(said: Sequence[Said], keys: Sequence[str]) -> str | None:
-    """The first key that is no option, no group of them and nothing within one."""
-    for one in said:
+def _unknown_key(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
+    """Return a line on the first key that is no option, no group of options and nothing within an option."""
+    for one in settings:
         known = one.key in keys or any(key.startswith(f"{one.key}.") for key in keys)
-        if known or not keys or _holder(one.key, keys) is not None:
+        if known or not keys or _outer_option(one.key, keys) is not None:
             continue
         if one.place:
-            return f"{one.place}unknown key {one.key}{_instead(one.key, keys, '')}"
-        return f"unknown option --{one.key}{_instead(one.key.replace('-', '_'), keys, '--')}"
+            return f"{one.place}unknown key {one.key}{_replacement(one.key, keys, '')}"
+        return f"unknown option --{one.key}{_replacement(one.key.replace('-', '_'), keys, '--')}"
     return None
 
 
-def _instead(name: str, keys: Sequence[str], dashes: str) -> str:
-    """What to write for a name that means nothing: what it is called here, or what is near."""
+def _replacement(name: str, keys: Sequence[str], dashes: str) -> str:
+    """Return what to write for an unknown name: what it is called here, or what is near."""
     last, group, first = name.rpartition(".")[2], name.rpartition(".")[0], name.partition(".")[0]
     if (other := instead_of(last, keys, dashes)) is not None:
         return other
     same = [key for key in keys if key.rpartition(".")[2] == last]
     beside = [key for key in keys if key.rpartition(".")[0] == group]
     within = [key for key in keys if key.startswith(f"{first}.")] if group else []
-    found = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
-    if found or within:
+    nearest = _near(name, same, dashes) or _near(name, beside, dashes) or _near(name, within, dashes)
+    if nearest or within:
         part = "lora" if group == "model.lora" else first
-        return found or f": --help {part} tells what there is"
+        return nearest or f": --help {part} tells what there is"
     return _near(name, keys, dashes) or ": --help tells what there is"
 
 
 def _near(name: str, keys: Iterable[str], dashes: str) -> str:
-    """Names beside each other are compared by their last part, so that what they share does not count."""
+    """Suggest near names. They are compared by their last part, so that the prefix they share does not count."""
     ends = {key.rpartition(".")[2]: key for key in keys}
     close = did_you_mean(name.rpartition(".")[2], ends)
     return re.sub(r"'(\w+)'", lambda end: f"'{dashes}{ends[end[1]]}'", close)
@@ -211,24 +211,24 @@ def _near(name: str, keys: Iterable[str], dashes: str) -> str:
 # ---- classes and their arguments
 
 
-def _classes(said: Sequence[Said], keys: Sequence[str]) -> Iterator[tuple[str, Said]]:
-    """Key and class path of each option that takes a class."""
-    for one in said:
+def _classes(settings: Sequence[Setting], keys: Sequence[str]) -> Iterator[tuple[str, Setting]]:
+    """Yield the key and the class path of each option that takes a class."""
+    for one in settings:
         key = one.key.removesuffix(".class_path")
         if one.value and key.rpartition(".init_args.")[2].rpartition(".")[2] != "help" and f"{key}.help" in keys:
             yield key, one
 
 
-def _wrong_class(said: Sequence[Said], keys: Sequence[str]) -> str | None:
-    """The first class path that leads nowhere."""
-    for key, one in _classes(said, keys):
+def _wrong_class(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
+    """Return a line on the first class path that leads nowhere."""
+    for key, one in _classes(settings, keys):
         path = str(one.value)
         words = ("true", "false", "null", "None")
         if path in words or path.startswith(("{", "[")) or (one.key == key and key == "trainer.strategy"):
             continue
         if one.key == key and key == "trainer.logger" and path.islower() and "." not in path:
             near = [f"lora_lightning.{name}" for name in lora_lightning.__all__ if name.lower().startswith(path)]
-            return f"{one.place}{key}: expected a class_path, true or false, got '{path}'{_meant(near)}"
+            return f"{one.place}{key}: expected a class_path, true or false, got '{path}'{_suggestion(near)}"
         if path.endswith(".from_pretrained"):
             how = "write class_path: lora_lightning.huggingface, and the class as init_args.auto_class"
             return f"{one.place}{key}: {how}"
@@ -238,46 +238,46 @@ def _wrong_class(said: Sequence[Said], keys: Sequence[str]) -> str | None:
     return None
 
 
-def _wrong_argument(said: Sequence[Said], keys: Sequence[str]) -> str | None:
-    """The first argument that its class does not take, or key beside `class_path` and `init_args`."""
-    for one in said:
-        holder = _holder(one.key, keys)
+def _wrong_argument(settings: Sequence[Setting], keys: Sequence[str]) -> str | None:
+    """Return a line on the first argument that its class does not take, or key beside `class_path` and `init_args`."""
+    for one in settings:
+        holder = _outer_option(one.key, keys)
         if f"{one.key}.help" in keys:
             odd = [name for name in one.inside if name not in OWN_KEYS]
             if odd:
                 meant = did_you_mean(odd[0], OWN_KEYS) or ": a class is given by class_path, its arguments by init_args"
                 return f"{one.place}unknown key {one.key}.{odd[0]}{meant}"
-            if one.inside and "class_path" not in one.inside and not _class_of(one.key, said):
+            if one.inside and "class_path" not in one.inside and not _class_of(one.key, settings):
                 return f"{one.place}{one.key}: expected a class_path beside its init_args"
         if holder is None or f"{holder}.help" not in keys:
             continue
         name = one.key.removeprefix(f"{holder}.").removeprefix("init_args.")
         if "." in name or name in (*OWN_KEYS, "help"):
             continue
-        paths = [path for path in (_class_of(holder, said, one.place),) if path]
-        taken = _taken(paths[0]) if paths else None
+        paths = [path for path in (_class_of(holder, settings, one.place),) if path]
+        taken = _arguments_of(paths[0]) if paths else None
         if taken and name not in taken:
             gone = f" any more: {REMOVED[name]}" if name in REMOVED else ""
-            hint = gone or did_you_mean(name, taken) or f" (it takes {some(taken, 20)})"
+            hint = gone or did_you_mean(name, taken) or f" (it takes {first_few(taken, 20)})"
             return f"{one.place}{paths[0]} takes no '{name}'{hint}"
     return None
 
 
-def _class_of(key: str, said: Sequence[Said], place: str = "") -> str | None:
-    """The class path of an option; in a list of several the one that stands last before a place of the same file."""
-    found = [one for one in said if one.key in (f"{key}.class_path", key) and one.value]
+def _class_of(key: str, settings: Sequence[Setting], place: str = "") -> str | None:
+    """Return the class path of an option; in a list of classes, the last one before a place in the same file."""
+    holders = [one for one in settings if one.key in (f"{key}.class_path", key) and one.value]
     file, _, line = place.removesuffix(": ").partition(", line ")
-    above = [one for one in found if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
-    best = max(above, key=_line) if above else found[0] if found else None
+    above = [one for one in holders if line and one.place.startswith(f"{file}, ") and _line(one) <= int(line)]
+    best = max(above, key=_line) if above else holders[0] if holders else None
     return None if best is None else best.value
 
 
-def _line(one: Said) -> int:
+def _line(one: Setting) -> int:
     return int(one.place.rpartition(" ")[0].rpartition(" ")[2].rstrip(":") or 0) if one.place else 0
 
 
-def _taken(path: str) -> list[str]:
-    """Names of a class's arguments; those that go on to a base class as `**kwargs` are of that class."""
+def _arguments_of(path: str) -> list[str]:
+    """Return the names of a class's arguments, with those of the base class that its `**kwargs` go on to."""
     full = short_names().get(path, path)
     module, _, name = full.rpartition(".")
     made_by = getattr(importlib.import_module(module), name, None) if module and wrong_path(full) is None else None
@@ -293,16 +293,16 @@ def _taken(path: str) -> list[str]:
 
 
 def short_names() -> dict[str, str]:
-    """Lightning's callbacks and loggers, torch's optimizers and so on: a config may name them without their modules."""
-    found = {}
+    """Return the classes that a config may name without a module: Lightning's callbacks, torch's optimizers, ..."""
+    full_names = {}
     for part in BY_NAME:
         names = getattr(importlib.import_module(part), "__all__", [])
-        found.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
-    return found
+        full_names.update({name: f"{part}.{name}" for name in names if name[0].isupper()})
+    return full_names
 
 
 def wrong_path(path: str) -> str | None:
-    """Why `path` names nothing, with near misses; None where it names something.
+    """Say why `path` names nothing, with near misses; None where it names something.
 
     Modules on the way are imported: they are what the command would import next.
     """
@@ -312,7 +312,7 @@ def wrong_path(path: str) -> str | None:
     if len(parts) == 1:
         known = {**short_names(), **{name: f"lora_lightning.{name}" for name in lora_lightning.__all__}}
         near = [known[name] for name in near_misses(path, known, 2)]
-        return None if path in known else f"'{path}' is no path to a class, such as module.Class{_meant(near)}"
+        return None if path in known else f"'{path}' is no path to a class, such as module.Class{_suggestion(near)}"
     held: Any = None
     for count, name in enumerate(parts):
         before = ".".join(parts[:count])
@@ -331,38 +331,41 @@ def wrong_path(path: str) -> str | None:
                 return f"'{whole}' cannot be imported: {type(error).__name__}: {error}"
         if parts[0] == "lora_lightning" and parts[-1] in lora_lightning.__all__:  # by its former module
             return f"there is no '{whole}': take 'lora_lightning.{parts[-1]}'"
-        return _nothing_there(whole, before, name, held)
+        return _missing_attribute(whole, before, name, held)
     return None
 
 
-def _nothing_there(whole: str, before: str, name: str, held: Any) -> str:
+def _missing_attribute(whole: str, before: str, name: str, held: Any) -> str:
     if held is None:
         beside = [file.stem for file in Path.cwd().glob("*.py")]
         installed = {"lora_lightning", *importlib.metadata.packages_distributions()}
         near = near_misses(name, beside, 1) or near_misses(name, installed, 1)
-        hint = _meant(near) or f": a file {name}.py of your own is looked for in the folder where the command runs"
+        hint = _suggestion(near) or f": a file {name}.py of your own is looked for in the folder where the command runs"
         return f"there is no module '{name}'{hint}"
     inner = [module.name for module in pkgutil.iter_modules(getattr(held, "__path__", []))]
     public = [n for n in dir(held) if not n.startswith("_") and callable(getattr(held, n, None))]
-    return f"there is no '{whole}'{_meant([f'{before}.{n}' for n in near_misses(name, [*inner, *public])])}"
+    return f"there is no '{whole}'{_suggestion([f'{before}.{n}' for n in near_misses(name, [*inner, *public])])}"
 
 
-def _meant(names: Sequence[str]) -> str:
+def _suggestion(names: Sequence[str]) -> str:
     return "; did you mean " + " or ".join(f"'{name}'" for name in names) + "?" if names else ""
 
 
 # ---- values
 
 
-def _unfit(text: str, said: Sequence[Said]) -> str:
-    """A value of another type than its key takes; where the types have no plain words, the parser's own."""
-    found = list(KEY.finditer(text))
-    if not found:
+def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
+    """Return a line on a value of another type than its key takes; types without plain words keep the parser's own."""
+    matches = list(KEY.finditer(text))
+    if not matches:
         return text
-    key, tail = found[-1][1], AROUND.sub("", text[found[-1].end() :])  # the innermost parser's, less the outer ones'
+    key, tail = (
+        matches[-1][1],
+        AROUND.sub("", text[matches[-1].end() :]),
+    )  # the innermost parser's, less the outer ones'
     got = VALUE.search(tail)
     value = got[1].strip("'\" ") if got else None
-    places = [one for one in said if f".{one.key}".endswith(f".{key}")]
+    places = [one for one in settings if f".{one.key}".endswith(f".{key}")]
     whole = next((one for one in places if value in (None, one.value)), places[0] if places else None)
     start = f"{whole.place}{whole.key}: " if whole else f"{key}: "
     types = " ".join(part for pair in EXPECTED.findall(tail) for part in pair)
@@ -382,7 +385,7 @@ def _unfit(text: str, said: Sequence[Said]) -> str:
 
 
 def refuse_config(config: Any, words: Sequence[str]) -> None:
-    """Groups of keys, the run's name and the strategy.
+    """Refuse what jsonargparse takes and cannot mean anything: no map for a group, a run's name that leaves runs_dir.
 
     Raises:
         LoRAError: trainer, model or model.lora is no map; the run would not lie in `runs_dir`; a strategy's path leads
@@ -391,7 +394,7 @@ def refuse_config(config: Any, words: Sequence[str]) -> None:
     for key in ("trainer", "model", "model.lora"):
         value = config.get(key)
         if value is None or isinstance(value, str | list | int | float):
-            place = next((one.place for one in given(words) if one.key == key), "")
+            place = next((one.place for one in settings_of(words) if one.key == key), "")
             got = "null: leave it out for its defaults" if value is None else repr(value)
             raise LoRAError(f"{place}{key}: expected keys with values such as {{r: 8}}, got {got}")
     name = str(config.get("name", "lora"))

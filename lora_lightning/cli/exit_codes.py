@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import CodeType
 
-from lora_lightning.cli.config_files import named
+from lora_lightning.cli.config_files import config_values
 from lora_lightning.lora.errors import LoRAError, MissingPackageError, did_you_mean
 
 DONE, FAILED, MISTAKE, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -81,18 +81,18 @@ KNOWN = (
 """What Lightning and torch say of mistakes that a user can mend, and what to do."""
 
 
-def meaning(text: str) -> str | None:
-    """What an exception's message, on one line, means for the user; None where it is none of these."""
-    if found := re.search(r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)", text):
-        names = sorted(["gpu", *found[2].split(", ")])
-        return f"no accelerator '{found[1]}'{did_you_mean(found[1], names)} (there are {', '.join(names)})"
-    for pattern, said in KNOWN:
-        if found := re.search(pattern, text, re.IGNORECASE):
-            return said.format(found[0], *found.groups())
+def explain_message(text: str) -> str | None:
+    """Say what a message of Lightning or torch means for the user; None where it is not in `KNOWN`."""
+    if match := re.search(r"selected an invalid accelerator name: `accelerator='(.*?)'`.*names are: ([^.]*)", text):
+        names = sorted(["gpu", *match[2].split(", ")])
+        return f"no accelerator '{match[1]}'{did_you_mean(match[1], names)} (there are {', '.join(names)})"
+    for pattern, line in KNOWN:
+        if match := re.search(pattern, text, re.IGNORECASE):
+            return line.format(match[0], *match.groups())
     return None
 
 
-def ended(error: BaseException, args: Sequence[str] = ()) -> int:
+def report_error(error: BaseException, args: Sequence[str] = ()) -> int:
     """Say in one line why the command ends, with the traceback where it is asked for; returns the exit code.
 
     Args:
@@ -101,7 +101,7 @@ def ended(error: BaseException, args: Sequence[str] = ()) -> int:
     """
     if os.environ.get(DEBUG, "0") not in ("", "0"):
         traceback.print_exception(error)
-    code, text = told(error)
+    code, text = exit_code_and_line(error)
     if code == MISTAKE:
         text += _from_another_folder(text, args)
     if text:
@@ -109,40 +109,40 @@ def ended(error: BaseException, args: Sequence[str] = ()) -> int:
     return code
 
 
-def told(error: BaseException) -> tuple[int, str]:
-    """Exit code and line."""
+def exit_code_and_line(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line for an error."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "stopped by Ctrl-C"
-    ours = isinstance(error, LoRAError | MissingPackageError) or not raised_by_the_user(error)
-    if ours and (known := _known(error)) is not None:
+    ours = isinstance(error, LoRAError | MissingPackageError) or not is_raised_by_user(error)
+    if ours and (known := _own_line(error)) is not None:
         return MISTAKE, known
     if ours and isinstance(error, OSError) and error.errno in DISK:
-        return MISTAKE, of_the_disk(error)
-    said = " ".join(str(error).split())
+        return MISTAKE, disk_line(error)
+    message = " ".join(str(error).split())
     kind = type(error).__name__
-    return FAILED, f"{kind}{f': {said}' if said else ''} ({place(error)}; --debug shows the traceback)"
+    return FAILED, f"{kind}{f': {message}' if message else ''} ({place(error)}; --debug shows the traceback)"
 
 
-def _known(error: BaseException) -> str | None:
-    """A mistake that one line says all about."""
+def _own_line(error: BaseException) -> str | None:
+    """Return the line of an error that needs no place in the code; None for other errors."""
     text = " ".join(str(error).split())
     if isinstance(error, LoRAError | MissingPackageError):
         return text
-    if (meant := meaning(text)) is not None:
+    if (meant := explain_message(text)) is not None:
         return meant
     names = {kind.__name__ for kind in type(error).__mro__}
     return text if "MisconfigurationException" in names else None
 
 
 def _from_another_folder(text: str, args: Sequence[str]) -> str:
-    """Paths of a run's own config are taken from the folder where the command runs, as those of every config."""
-    found = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
-    if found is None or Path(found[1]).is_absolute():
+    """Add that a missing path stands in a run's config, whose paths start from the folder where the command runs."""
+    match = re.match(r"no (?:file|folder|model|directory|tokenizer) '?([^';:]+?)'?(?:[;:, ]|$)", text)
+    if match is None or Path(match[1]).is_absolute():
         return ""
     from lora_lightning.cli.config_overrides import with_run_config
     from lora_lightning.training.checkpoints import run_folder as run
 
-    files = [Path(file) for file in named(with_run_config(list(args)))]
+    files = [Path(file) for file in config_values(with_run_config(list(args)))]
     config = next((file for file in reversed(files) if file.name == run.CONFIG and run.is_run(file.parent)), None)
     if config is None:
         return ""
@@ -152,8 +152,8 @@ def _from_another_folder(text: str, args: Sequence[str]) -> str:
     )
 
 
-def of_the_disk(error: OSError) -> str:
-    """One line; that of a checkpoint that could not be written, where a log failed after it for the same reason."""
+def disk_line(error: OSError) -> str:
+    """Return the line for a disk's error; a checkpoint's own, where a log failed after it for the same reason."""
     before: BaseException | None = error
     while before is not None:
         if isinstance(before, LoRAError):
@@ -176,37 +176,37 @@ def _from_here(file: Path) -> Path:
     return file.relative_to(Path.cwd()) if Path.cwd() in file.parents else file
 
 
-def raised_by_the_user(error: BaseException) -> bool:
-    """Whether code of the user's own has raised it: then its type, message and place are what they need."""
+def is_raised_by_user(error: BaseException) -> bool:
+    """Return whether code of the user's own has raised it: then they need its type, message and place."""
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
-    return bool(frames) and _of_the_user(frames[-1])
+    return bool(frames) and _is_of_user(frames[-1])
 
 
 def place(error: BaseException) -> str:
-    """`FILE:LINE, in FUNCTION` of the last frame in the user's own code; without one in ours; else where it rose."""
+    """Return `FILE:LINE, in FUNCTION` of the last frame in the user's code, else in ours, else where the error rose."""
     frames = [(frame.f_code, line) for frame, line in traceback.walk_tb(error.__traceback__)]
     if not frames:
         return "no place"
-    own = [frame for frame in frames if _of_the_user(frame[0])]
+    own = [frame for frame in frames if _is_of_user(frame[0])]
     ours = [frame for frame in frames if _package() in Path(frame[0].co_filename).parents]
     code, line = (own or ours or frames)[-1]
-    return f"{_short(code)}:{line}, in {code.co_qualname}"
+    return f"{_short_path(code)}:{line}, in {code.co_qualname}"
 
 
 def _package() -> Path:
     return Path(__file__).parents[1]
 
 
-def _of_the_user(code: CodeType) -> bool:
-    """Neither this package nor one that is installed, nor Python's own."""
+def _is_of_user(code: CodeType) -> bool:
+    """Return whether code is neither of this package nor of an installed one nor Python's own."""
     file = Path(code.co_filename)
     others = {_package(), Path(sysconfig.get_paths()["stdlib"])}
     installed = {"site-packages", "dist-packages"} & set(file.parts)
     return file.is_file() and not installed and others.isdisjoint(file.parents)
 
 
-def _short(code: CodeType) -> str:
-    """From the folder where the command runs, or from the package's own."""
+def _short_path(code: CodeType) -> str:
+    """Return the path from the folder where the command runs, or from the package's."""
     file = Path(code.co_filename)
     for base in (Path.cwd(), _package().parent):
         if base in file.parents and "site-packages" not in file.relative_to(base).parts:

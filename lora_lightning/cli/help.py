@@ -45,7 +45,7 @@ options
 
 
 def front_page() -> str:
-    """Every command with a line, examples, and what the exit codes mean."""
+    """Return the first screen: each command with a line, examples, and what the exit codes mean."""
     parts = [
         "usage: lora-lightning COMMAND [options]",
         "LoRA fine-tuning on PyTorch Lightning: a YAML file describes a run.",
@@ -56,8 +56,8 @@ def front_page() -> str:
     return "\n\n".join([*parts, EXAMPLES, OPTIONS, "\n".join(["exit codes", *codes])])
 
 
-def answered(args: list[str]) -> bool:
-    """Whether the arguments ask for no command, and have been answered here.
+def answer_without_command(args: list[str]) -> bool:
+    """Answer arguments that name no command, such as --version; return whether there were such.
 
     Raises:
         LoRAError: the first word is no command.
@@ -78,7 +78,7 @@ def answered(args: list[str]) -> bool:
 
 
 def refuse_no_command(args: list[str]) -> None:
-    """As `answered` raises."""
+    """Raise for a first word that is no command."""
     first = args[0]
     if first in ENTRIES:
         return
@@ -94,8 +94,8 @@ def refuse_no_command(args: list[str]) -> None:
     raise LoRAError(f"no command '{first}'{meant} (there are {', '.join(ENTRIES)})")
 
 
-def reordered(args: list[str]) -> list[str]:
-    """`help fit` and `--help fit` as `fit --help`."""
+def put_command_first(args: list[str]) -> list[str]:
+    """Turn `help fit` and `--help fit` into `fit --help`."""
     if args[1:] and args[0] in ("-h", "--help", "help"):
         return [args[1], "--help", *args[2:]]
     return args
@@ -128,7 +128,7 @@ GROUPS = ("run", "model", "lora", "data", "trainer")
 
 
 class ShowHelp(argparse.Action):
-    """`--help`, `--help all` and `--help GROUP`."""
+    """Prints what `--help`, `--help all` and `--help GROUP` ask for."""
 
     def __init__(self, option_strings: list[str], dest: str = SUPPRESS, **_: Any) -> None:
         super().__init__(option_strings, SUPPRESS, nargs="?", default=SUPPRESS, metavar="all", help="this screen")
@@ -139,12 +139,12 @@ class ShowHelp(argparse.Action):
 
 
 def screen(parser: Any, word: str | None = None) -> str:
-    """What `--help` shows: the short screen, everything, or one group."""
+    """Return what `--help` shows: the short screen, everything, or one group."""
     everything = str(parser.format_help())
     if word == "all" or not (word or has_groups(parser)):
         return everything
     if word is None:
-        return short(parser)
+        return short_screen(parser)
     if word not in GROUPS or not has_groups(parser):
         words = ["all", *(GROUPS if has_groups(parser) else ())]
         return f"--help {word}: no such group{did_you_mean(word, words)} ({', '.join(words)})"
@@ -152,8 +152,8 @@ def screen(parser: Any, word: str | None = None) -> str:
 
 
 def _first_flag(section: str) -> str:
-    found = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
-    return found[1] if found and "-->" not in section else "-"
+    match = re.search(r"^ +(?:-\w \w+, )?--([\w.]+)", section, re.M)
+    return match[1] if match and "-->" not in section else "-"
 
 
 def _group_of(key: str) -> str:
@@ -175,12 +175,12 @@ TITLES = {
 }
 
 
-def short(parser: Any) -> str:
-    """A line for each option that most runs set, in groups."""
+def short_screen(parser: Any) -> str:
+    """Return a line for each option that most runs set, in groups."""
     command = parser.prog.rpartition(" ")[2]
     lines = [f"usage: {usage_of_run(parser.prog)}", "", *_head(command), ""]
     actions = list(_actions(parser))
-    hidden = [action for action in actions if _hidden(action, command)]
+    hidden = [action for action in actions if _is_hidden(action, command)]
     for group, title in TITLES.items():
         own = [action for action in actions if _group_of(action.dest) == group and action not in hidden]
         lines += [title, *(_row(action, command) for action in own)]
@@ -191,7 +191,7 @@ def short(parser: Any) -> str:
 
 
 def _head(command: str) -> list[str]:
-    """What the command is for, and where the rest is told."""
+    """Return the lines that say what the command is for and where the rest is told."""
     example = "For example: fit -c configs/demo.yaml"
     if command in FROM_CHECKPOINT:
         example = f"For example: {command} --ckpt_path runs/demo"
@@ -208,7 +208,7 @@ def _head(command: str) -> list[str]:
 
 
 def _actions(parser: Any) -> Iterator[Action]:
-    """Options that hold a value; those that jsonargparse adds to them are told of at the top."""
+    """Yield the options that hold a value, without those that jsonargparse adds, which the head explains."""
     groups = {action.dest.rpartition(".")[0] for action in parser.options() if not action.dest.endswith(".help")}
     for action in parser.options():
         own = action.option_strings and not action.dest.endswith(".help") and action.dest not in groups
@@ -216,23 +216,23 @@ def _actions(parser: Any) -> Iterator[Action]:
             yield action
 
 
-def _hidden(action: Action, command: str) -> bool:
-    """Whether it is left to `--help trainer`: most runs leave it alone, or the command does not train."""
+def _is_hidden(action: Action, command: str) -> bool:
+    """Return whether an option is left to `--help trainer`, as one that few runs set or that only training needs."""
     group, _, name = action.dest.partition(".")
     return group == "trainer" and (name not in TRAINER or (command != "fit" and name in TO_TRAIN))
 
 
 def _row(action: Action, command: str) -> str:
-    told = sentence(action.help or "")
+    text = sentence(action.help or "")
     if action.dest == "ckpt_path":
-        told = CHECKPOINT.get(command, CHECKPOINT["other"])
+        text = CHECKPOINT.get(command, CHECKPOINT["other"])
     if action.dest in ("data", "model.task"):
-        told = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
+        text = f"class_path and init_args: {', '.join(classes_of(action.dest))}, or your own"
     flags = ", ".join(str(option) for option in action.option_strings if not option.endswith("+"))
     end = _default(action)
     few: dict[str, Any] = {} if action.dest in ("data", "model.task") else {"max_lines": 2, "placeholder": f" ...{end}"}
     return textwrap.fill(
-        told + end,
+        text + end,
         _width(),
         initial_indent=f"  {flags:<{COLUMN - 3}} ",
         subsequent_indent=" " * COLUMN,
@@ -247,7 +247,7 @@ def _width() -> int:
 
 
 def sentence(text: str) -> str:
-    """The first of a docstring, without the markup."""
+    """Return a docstring's first sentence without markup."""
     text = re.sub(r" \([^()]*arXiv[^()]*\)", "", " ".join(text.split()))
     first = re.split(r"(?<=[a-z0-9)`])[.;:](?:\s|$)", text, maxsplit=1)[0]
     return first.replace("``", "").replace("`", "")
@@ -267,7 +267,7 @@ BASES = ("TableData", "Task", "StepOutput")
 
 
 def classes_of(key: str) -> list[str]:
-    """Our own for `data` or `model.task`, by name."""
+    """Return the names of our own classes for `data` or `model.task`."""
     import lora_lightning
 
     where, ending = ("lora_lightning.data.", "Data") if key == "data" else ("lora_lightning.tasks.", "")
@@ -284,19 +284,19 @@ KNOWN = re.compile(r",\s+known\s+subclasses:([^()]*)(?=\)\n)")
 
 
 def has_groups(parser: Any) -> bool:
-    """Whether it is of a command over a whole config."""
+    """Return whether the parser is of a command over a whole config."""
     return any(action.dest == "model.lora.r" for action in parser.options())
 
 
 def usage_of_run(prog: str) -> str:
-    """Without the hundred flags."""
+    """Return the usage line of a command over a config, without its hundred flags."""
     prog = prog.replace(" [options]", "").replace("__main__.py", "lora-lightning")
     trained = prog.rpartition(" ")[2] in FROM_CHECKPOINT
     return f"{prog} {'--ckpt_path RUN [-c CONFIG ...]' if trained else '-c CONFIG [-c CONFIG ...]'} [options]"
 
 
-def shorter(listed: re.Match[str]) -> str:
-    """A list of known subclasses that a person can take in, without the parts that ours are made of; or nothing."""
+def shorten_subclasses(listed: re.Match[str]) -> str:
+    """Return the public ones of a list of known subclasses, or nothing where they are too many to read."""
     names = re.sub(r"\s+", "", listed[1]).split(",")
     public = [name for name in names if not re.match(r"lora_lightning(\.\w+){2,}$|accelerate\.|transformers\.", name)]
     if len(public) > 30:

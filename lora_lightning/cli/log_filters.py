@@ -48,15 +48,15 @@ RECORDS = {
 """Parts of records given to loggers, by the logger's name."""
 
 
-def quieten() -> None:
-    """Keep all of that off the screen."""
+def silence_others() -> None:
+    """Keep these messages of other packages off the screen."""
     for message in WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name, parts in RECORDS.items():
-        logging.getLogger(name).addFilter(_without(parts))
+        logging.getLogger(name).addFilter(_filter_without(parts))
 
 
-def _without(parts: tuple[str, ...]) -> logging.Filter:
+def _filter_without(parts: tuple[str, ...]) -> logging.Filter:
     known = re.compile("|".join(map(re.escape, parts)))
 
     class Without(logging.Filter):

@@ -15,9 +15,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from lora_lightning.cli.config_files import check
-from lora_lightning.cli.config_overrides import handed_down, labels_of_run, rows_by_flag, with_run_config
+from lora_lightning.cli.config_overrides import labels_of_run, precision_for_backbone, rows_by_flag, with_run_config
 from lora_lightning.cli.diagnostics import refuse_config
-from lora_lightning.cli.exit_codes import raised_by_the_user
+from lora_lightning.cli.exit_codes import is_raised_by_user
 from lora_lightning.cli.parser import CommandLine, OneLine
 from lora_lightning.cli.registry import FROM_CHECKPOINT
 from lora_lightning.lora.errors import LoRAError
@@ -31,7 +31,7 @@ from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints
-from lora_lightning.training.checkpoints.resume import Resume, next_logged
+from lora_lightning.training.checkpoints.resume import Resume, next_log_step
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.preflight import (
     refuse_other_count,
@@ -42,7 +42,7 @@ from lora_lightning.training.preflight import (
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger, RepeatedCSVLogger
 from lora_lightning.training.tracking.wandb_callback import Tracking, go_on_with_run_of, log_config
 from lora_lightning.training.tracking.wandb_logger import go_on_with
-from lora_lightning.training.trainer import LoRATrainer, in_one_process
+from lora_lightning.training.trainer import LoRATrainer, single_process_options
 
 LINKS = {
     "model.task.init_args.num_classes": "data.num_classes",
@@ -60,23 +60,23 @@ set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
 class Parser(OneLine, LightningArgumentParser):
-    """LightningCLI's, in our manners."""
+    """LightningCLI's parser, which answers mistakes in one line."""
 
     def add_function_arguments(
         self, function: Callable[..., Any], *args: Any, linked_targets: set[str] | None = None, **kwargs: Any
     ) -> list[str]:
-        """A backbone may be made by a function: jsonargparse hands the names of links to classes only."""
+        """Drop the names of links, which jsonargparse hands to classes only: a backbone may be made by a function."""
         return super().add_function_arguments(function, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Each fit's own `config.yaml` in its run folder; other commands leave it alone."""
+    """Writes each fit's `config.yaml` into its run folder; other commands leave it alone."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Lightning writes here, where a checkpoint that does not fit has not been refused yet."""
+        """Write nothing yet: Lightning would, before a checkpoint that does not fit is refused."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A fit that goes on writes over the run's file: only once it is one."""
+        """Write the config. A resumed fit writes over the run's file, so not before its checkpoint was accepted."""
         folder = run.run_dir(trainer)
         if folder is None or self.already_saved:
             return
@@ -145,13 +145,13 @@ class LoRACLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Lightning's own, and `export`; of a command line only the one that it names: each takes 0.3 s to describe."""
+        """Return Lightning's subcommands and `export`, or the one that is asked for: each takes 0.3 s to describe."""
         known = {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
         asked = self.line.words[0] if self.line.words else ""
         return {asked: known[asked]} if asked in known else known
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """A parser for the command or for one subcommand."""
+        """Make a parser for the command or for one subcommand."""
         kwargs.pop("dump_header", None)
         parser = Parser(**kwargs, line=self.line)
         parser.add_argument("-c", "--config", action="config", help="A YAML file; given again, the later one wins.")
@@ -174,12 +174,12 @@ class LoRACLI(LightningCLI):
         parser.set_defaults({"trainer.enable_model_summary": False})
 
     def link_data(self, parser: LightningArgumentParser) -> None:
-        """Labels, padding and tokenizer from the data to the backbone and the task."""
+        """Link labels, padding and tokenizer of the data to the backbone and the task."""
         for target, source in LINKS.items():
             parser.link_arguments(source, target, apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Without --config, a command on a trained run takes the config that the run was made with."""
+        """Parse; without --config, a command on a trained run takes the config that the run was made with."""
         if self.until == "parser":
             self.config = Namespace(subcommand=None, seed_everything=False)  # type: ignore[no-untyped-call]
             return
@@ -202,7 +202,7 @@ class LoRACLI(LightningCLI):
                 labels_of_run(config)
 
     def _resolve_checkpoint(self, config: Any) -> None:
-        """`best`, `last`, `auto` or a folder to the file meant, before Lightning sees it."""
+        """Turn `best`, `last`, `auto` or a folder into the file that is meant, before Lightning sees it."""
         path, command = config.get("ckpt_path"), str(self.config.subcommand)
         if path is None:
             if command in FROM_CHECKPOINT:
@@ -212,30 +212,32 @@ class LoRACLI(LightningCLI):
         if path == "auto":
             if command != "fit":
                 raise LoRAError(f"--ckpt_path auto is for fit, which starts anew where there is none; {command}: best")
-            found = run.newest_checkpoint(runs)
-            config.ckpt_path = None if found is None else str(found)
+            newest = run.newest_checkpoint(runs)
+            config.ckpt_path = None if newest is None else str(newest)
         elif path == "last" and command == "fit" and run.newest_checkpoint(runs) is None:
             raise LoRAError(
                 f"there is no checkpoint under '{runs}' to go on from: leave --ckpt_path out, or say --ckpt_path auto,"
                 " which starts anew where there is none"
             )
         elif path in ("best", "last") and not runs.is_dir():
-            raise LoRAError(f"no run under '{runs}' yet{run.beside(runs)}: fit first, or name a run with --ckpt_path")
+            raise LoRAError(
+                f"no run under '{runs}' yet{run.similar_names(runs)}: fit first, or name a run with --ckpt_path"
+            )
         elif path in ("best", "last"):
             config.ckpt_path = str(run.find_checkpoint(runs, path))
         elif "://" not in str(path) and path not in ("hpc", "registry"):
             config.ckpt_path = str(run.find_checkpoint(path, "last" if command == "fit" else "best"))
         if command == "fit" and config.ckpt_path and "://" not in str(config.ckpt_path):
-            self._goes_on = run.continued(Path(config.ckpt_path), runs)
+            self._goes_on = run.continued_version(Path(config.ckpt_path), runs)
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning would read the file here, before it is known to be whole, for settings that win over flags.
+        """Read nothing. Lightning would open the file before it is known to be whole, for settings that win over flags.
 
         Ours holds none; what it was trained with is compared when it is loaded.
         """
 
     def instantiate_classes(self) -> None:
-        """What a class says of its arguments, without jsonargparse's account of the types that it tried.
+        """Make the objects; a class's own error is raised without jsonargparse's account of the types that it tried.
 
         Raises:
             LoRAError: an object of ours refuses its arguments.
@@ -248,26 +250,26 @@ class LoRACLI(LightningCLI):
             self.command = self.command.clone()
             self.edit(self.config[str(self.subcommand)])
         try:
-            with handed_down(self.config[str(self.subcommand)]):
+            with precision_for_backbone(self.config[str(self.subcommand)]):
                 super().instantiate_classes()
         except ValueError as error:
             causes: list[BaseException] = [error]
             while before := causes[-1].__cause__ or causes[-1].__context__:
                 causes.append(before)
-            said = [one for one in causes if isinstance(one, LoRAError) or raised_by_the_user(one)]
-            if not said:
+            known = [one for one in causes if isinstance(one, LoRAError) or is_raised_by_user(one)]
+            if not known:
                 raise
-            raise said[0] from None
+            raise known[0] from None
 
     def before_fit(self) -> None:
-        """What would end a fit only once it runs, found while there is no run folder yet."""
+        """Refuse what would end a fit only once it runs, while there is no run folder yet."""
         config = self.config[str(self.subcommand)]
         refuse_other_count(config, self.datamodule)
         refuse_other_size(self.model.backbone, self.model.task, self.datamodule)
         refuse_unlogged(self.trainer, self.model, config.get("model.lr_scheduler.init_args.monitor"))
 
     def after_instantiate_classes(self) -> None:
-        """Without a subcommand nothing is run."""
+        """Run nothing where the caller asked to stop before the end."""
         if self.until != "end":
             self.subcommand = None
 
@@ -295,11 +297,11 @@ class LoRACLI(LightningCLI):
             command = self.config[self.config.subcommand]
             kwargs["default_root_dir"] = str(Path(command.runs_dir) / command.name)
         if self.config.subcommand == "export":
-            kwargs |= in_one_process(config.get("accelerator"))
+            kwargs |= single_process_options(config.get("accelerator"))
         return super().instantiate_trainer(callbacks=callbacks, logger=self._loggers(config.get("logger")), **kwargs)
 
     def _loggers(self, given: Any) -> list[Logger] | bool:
-        """A CSV log in the run folder in front of what the config asks for; it also names the run's folder."""
+        """Return a CSV log, which names the run's folder, in front of the loggers that the config asks for."""
         if given is False:
             return False
         if self.config.subcommand == "fit" and self.config.fit.ckpt_path:
@@ -328,4 +330,4 @@ def resume_loggers(loggers: Any, checkpoint: str) -> None:
     if RESUME_KEY in content:
         stepped = content["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
         given = loggers if isinstance(loggers, list) else [loggers]
-        go_on_with(given, content[RESUME_KEY].get("loggers", []), next_logged(content[RESUME_KEY], stepped))
+        go_on_with(given, content[RESUME_KEY].get("loggers", []), next_log_step(content[RESUME_KEY], stepped))

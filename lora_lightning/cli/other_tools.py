@@ -97,7 +97,7 @@ GONE: Mapping[str, str] = {
 
 
 def instead_of(name: str, keys: Iterable[str], dashes: str) -> str | None:
-    """What to do in place of another tool's name, or of one that is gone.
+    """Say what to do in place of another tool's name, or of one that is gone.
 
     None where it is none, or of another command than the one asked.
 

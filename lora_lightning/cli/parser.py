@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from lora_lightning.cli.diagnostics import told
-from lora_lightning.cli.help import KNOWN, ShowHelp, has_groups, shorter, usage_of_run
+from lora_lightning.cli.diagnostics import explain
+from lora_lightning.cli.help import KNOWN, ShowHelp, has_groups, shorten_subclasses, usage_of_run
 from lora_lightning.cli.registry import COMMANDS, function_of
 
 
 @dataclass
 class CommandLine:
-    """What the parsers of one command know of it together."""
+    """The words and the parsers of one command, which its parsers share."""
 
     words: list[str] = field(default_factory=list)
     """As given, with the config of a trained run in front where the command has found it by itself."""
@@ -41,13 +41,13 @@ class OneLine(ArgumentParser):
             self.add_argument("-h", "--help", action=ShowHelp)
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
-        """All options, each with all that is told of it."""
+        """Return the long help: every option with its whole text."""
         if has_groups(self):
             self.usage = usage_of_run(self.prog)
-        return KNOWN.sub(shorter, str(super().format_help(*args, **kwargs)))
+        return KNOWN.sub(shorten_subclasses, str(super().format_help(*args, **kwargs)))
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """As jsonargparse does; a class's own parser gets `null` as it was given, and not as the text None."""
+        """Parse as jsonargparse does, but hand `null` on to a class's own parser as null and not as the text None."""
         if not self.exit_on_error and args and str(args[0]).endswith("=None"):
             args = [f"{args[0].removesuffix('None')}null", *args[1:]]
         if self.exit_on_error and self is self.line.parsers[0]:
@@ -61,16 +61,16 @@ class OneLine(ArgumentParser):
         words = self.line.words
         command = str(getattr(self, "subcommand", None) or self.prog.rpartition(" ")[2])
         known = self.options_of(words[0] if words else "")  # files are read by the parser of all commands
-        print(f"lora-lightning: error: {told(message, words, known, command)}", file=sys.stderr)
+        print(f"lora-lightning: error: {explain(message, words, known, command)}", file=sys.stderr)
         sys.exit(2)
 
     def options_of(self, command: str) -> list[str]:
-        """The flags of a subcommand, or of the parser itself where there is none of the name."""
+        """Return the flags of a subcommand, or of the parser itself where there is none of that name."""
         inner = {getattr(parser, "subcommand", None): parser for parser in self.line.parsers}
         return [option for action in inner.get(command, self).options() for option in action.option_strings]
 
     def options(self) -> list[argparse.Action]:
-        """What has been added, also by classes and functions, as argparse tells it to what formats the usage."""
+        """Return all actions, those of classes and functions too, as argparse hands them to its usage formatter."""
         found: list[argparse.Action] = []
 
         class Reader(argparse.HelpFormatter):
@@ -84,7 +84,7 @@ class OneLine(ArgumentParser):
 
 
 def command_parser(name: str) -> OneLine:
-    """The parser of a command that needs no config."""
+    """Make the parser of a command that needs no config."""
     function, entry = function_of(name), COMMANDS[name]
     described = (inspect.getdoc(function) or "").partition("\n")[0]
     parser = (PassingOn if entry.rest else OneLine)(prog=f"lora-lightning {name}", description=described)
@@ -107,7 +107,7 @@ def command_parser(name: str) -> OneLine:
 
 
 def _usage(action: argparse.Action) -> str:
-    """An argument that has to be given, as the usage line shows it."""
+    """Return a required argument as the usage line shows it."""
     word = action.dest.upper()
     if action.option_strings:
         return f"{action.option_strings[-1]} {word}"
@@ -122,13 +122,13 @@ class PassingOn(OneLine):
     """Options that take several words."""
 
     def parse_args(self, args: Any = None, *rest: Any, **kwargs: Any) -> Any:
-        """An option of its own takes the words up to the next flag; a list takes all that it is given, in any place."""
-        own, others = self._divided(list(sys.argv[1:] if args is None else args))
+        """Parse: an own option takes the words up to the next flag, a list all that it is given in any place."""
+        own, others = self._divide(list(sys.argv[1:] if args is None else args))
         found = super().parse_args(own, *rest, **kwargs)
         found[self.passed_as] = others
         return found
 
-    def _divided(self, words: list[str]) -> tuple[list[str], list[str]]:
+    def _divide(self, words: list[str]) -> tuple[list[str], list[str]]:
         own: dict[str, list[str]] = {}
         flags = self.options_of("")
         others: list[str] = []
@@ -146,10 +146,10 @@ class PassingOn(OneLine):
                 own[option] = [*before, *([value] if equals else [])]
             if current is not None and current not in self.lists and own[current]:
                 current = None
-        told = []
+        arguments = []
         for option, values in own.items():
-            told += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
-        return told, others
+            arguments += [f"{option}={json.dumps(values)}"] if option in self.lists else [option, *values]
+        return arguments, others
 
 
 def run_command(name: str, args: list[str]) -> None:
@@ -160,7 +160,7 @@ def run_command(name: str, args: list[str]) -> None:
 
 
 def with_values(args: Sequence[str], types: Mapping[str, Any]) -> list[str]:
-    """`--json` as `--json true`, where a switch stands alone."""
+    """Give a switch that stands alone its value: `--json` becomes `--json true`."""
     switches = {f"--{name}" for name, kind in types.items() if kind is bool or str(kind).startswith("bool")}
     found = []
     for arg, follower in pairwise([*args, "--"]):

@@ -77,7 +77,7 @@ COMMANDS = {name: command for name, command in ENTRIES.items() if command.functi
 
 
 def function_of(name: str) -> Callable[..., Any]:
-    """The function of one of `COMMANDS`, which is imported here."""
+    """Import and return the function of one of `COMMANDS`."""
     module, _, function = str(COMMANDS[name].function).partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(module), function)
-    return found
+    command: Callable[..., Any] = getattr(importlib.import_module(module), function)
+    return command

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from lora_lightning.analysis.adapters import Adapter, read_factors
-from lora_lightning.analysis.base_weights import Weights, with_starts
+from lora_lightning.analysis.base_weights import Weights, add_starts
 from lora_lightning.backbones.checkpoint import CONFIG as MODEL_CONFIG
 from lora_lightning.backbones.checkpoint import BaseFiles
 from lora_lightning.backbones.key_mapping import groups_of
@@ -90,7 +90,7 @@ def _directory(directory: Path, label: str, wanted: Wanted) -> Source:
             weights.check(factors)
         except AdapterError as error:
             weights, note = None, f"without W0: {error}"
-    factors = with_starts(factors, subtracted_init(files.peft), weights)
+    factors = add_starts(factors, subtracted_init(files.peft), weights)
     adapter = Adapter(label=label, source=str(directory), factors=factors, files=files, tensors=tensors)
     return Source(adapter, weights, notes=[note] if note else [])
 
@@ -108,8 +108,8 @@ def _base_of(files: AdapterFiles, wanted: Wanted) -> tuple[BaseFiles | None, str
             return BaseFiles(directory), ""
     except (LoRAError, OSError) as error:
         return None, f"without W0: {error}"
-    said = f"'{named}', which its config names, is no directory here" if named else "its config names no base"
-    return None, f"without W0, so without amplification: {said}; --base_model gives one"
+    reason = f"'{named}', which its config names, is no directory here" if named else "its config names no base"
+    return None, f"without W0, so without amplification: {reason}; --base_model gives one"
 
 
 def weights_in(base: BaseFiles, files: AdapterFiles, *, allow_other_base: bool = False) -> Weights:
@@ -153,11 +153,11 @@ def _checkpoint(checkpoint: Path, label: str, wanted: Wanted) -> Source:
             f"'{checkpoint}' is analysed with the model that its run's config describes, and that cannot be opened"
             f" ({error}): analyse an adapter's directory, which `lora-lightning export` writes, with --base_model none"
         ) from error
-    source = _opened(opened, checkpoint, label)
+    source = _source_of_run(opened, checkpoint, label)
     return source if wanted.base_model == AUTO else replace(source, weights=None)
 
 
-def _opened(opened: Run, checkpoint: Path, label: str) -> Source:
+def _source_of_run(opened: Run, checkpoint: Path, label: str) -> Source:
     """A run's adapter in PEFT's form, which is what is analysed and truncated."""
     backbone, task = opened.module.backbone, opened.module.task
     task_type = task.peft_task_type if is_transformers(backbone) else None

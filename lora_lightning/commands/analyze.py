@@ -15,13 +15,13 @@ from typing import Any
 from rich.progress import Progress
 
 from lora_lightning.analysis import tables
-from lora_lightning.analysis.measures import measured_adapter
+from lora_lightning.analysis.measures import measure_adapter
 from lora_lightning.analysis.plots import Analysis, figures
-from lora_lightning.analysis.similarity import between_adapters
+from lora_lightning.analysis.similarity import compare_adapters
 from lora_lightning.analysis.truncation import Truncation, check_share, refuse_occupied, truncate
 from lora_lightning.cli.build import Run
 from lora_lightning.commands.adapter_sources import AUTO, Source, Wanted, labels_of, open_source
-from lora_lightning.commands.drift import Asked, drift_tables, measured_drift, write_record
+from lora_lightning.commands.drift import Asked, drift_of_run, drift_tables, write_record
 from lora_lightning.lora.errors import AdapterWarning, LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.peft.load import load_adapter
@@ -81,32 +81,32 @@ def analyze(request: Request) -> Analysis:
     """
     labels = labels_of(list(request.adapters))
     sources = [open_source(p, label, request.wanted) for p, label in zip(request.adapters, labels, strict=True)]
-    found = Analysis(adapters=[])
+    result = Analysis(adapters=[])
     with _progress(sources) as advance:
         for source in sources:
-            measures = measured_adapter(source.adapter, source.weights, advance)
+            measures = measure_adapter(source.adapter, source.weights, advance)
             measures.notes.extend(source.notes)
-            found.adapters.append(measures)
+            result.adapters.append(measures)
         for first, second in combinations(sources, 2):
-            found.pairs.append(between_adapters(first.adapter, second.adapter, advance))
-    if found.pairs and not any(pair.layers for pair in found.pairs):
+            result.pairs.append(compare_adapters(first.adapter, second.adapter, advance))
+    if result.pairs and not any(pair.layers for pair in result.pairs):
         raise LoRAError(f"{' and '.join(labels)} have no layer of one name and shape: they cannot be compared")
     if request.drift is not None:
-        found.drift = measured_drift(sources[0].run, request.drift, sources[0].notes)
+        result.drift = drift_of_run(sources[0].run, request.drift, sources[0].notes)
     if request.truncate is not None:
-        found.truncation = _truncated(sources[0], request)
-    svgs = write(found, request)
-    if found.drift is not None and sources[0].run is not None:
-        write_record(run_of_checkpoint(Path(sources[0].adapter.source)), found.drift, svgs.get("drift"))
-    return found
+        result.truncation = _truncate_adapter(sources[0], request)
+    svgs = write(result, request)
+    if result.drift is not None and sources[0].run is not None:
+        write_record(run_of_checkpoint(Path(sources[0].adapter.source)), result.drift, svgs.get("drift"))
+    return result
 
 
-def _truncated(source: Source, request: Request) -> Truncation:
+def _truncate_adapter(source: Source, request: Request) -> Truncation:
     assert request.truncate is not None
     directory = request.output_dir / TRUNCATED
-    told = truncate(source.adapter, request.truncate, directory)
-    told.cost.update(_cost(source.run, directory))
-    return told
+    truncation = truncate(source.adapter, request.truncate, directory)
+    truncation.cost.update(_cost(source.run, directory))
+    return truncation
 
 
 def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
@@ -124,17 +124,17 @@ def _cost(run: Run | None, truncated: Path) -> dict[str, Any]:
     return {"validation": {"before": before, "after": run.validate()}}
 
 
-def write(found: Analysis, request: Request) -> dict[str, bytes]:
+def write(result: Analysis, request: Request) -> dict[str, bytes]:
     """The numbers, the page and the figures; returns the latter as SVG, by name."""
     folder = request.output_dir
-    drawings = figures(found, request.layers) if request.plots else {}
+    drawings = figures(result, request.layers) if request.plots else {}
     svgs = write_figures(folder, drawings, earlier=_earlier(folder))
     pictures = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]
-    values = {**asdict(found), "base_model": request.wanted.base_model, "pictures": pictures}
+    values = {**asdict(result), "base_model": request.wanted.base_model, "pictures": pictures}
     write_bytes(folder / RESULTS, (json.dumps(finite(values)) + "\n").encode())
-    sections = [table_section(table) for table in screens(found)] + figure_sections(drawings, svgs)
-    long = drift_tables(found.drift)[2 if found.drift.metric else 1 :] if found.drift is not None else []
-    long += [*map(tables.of_pair, found.pairs), *map(tables.by_layer, found.adapters)]
+    sections = [table_section(table) for table in screens(result)] + figure_sections(drawings, svgs)
+    long = drift_tables(result.drift)[2 if result.drift.metric else 1 :] if result.drift is not None else []
+    long += [*map(tables.pair_table, result.pairs), *map(tables.layer_table, result.adapters)]
     sections.append(Section("In full", [Block(table=table, fold=table.title) for table in long]))
     write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
     return svgs
@@ -148,12 +148,12 @@ def _earlier(folder: Path) -> Any:
         return None
 
 
-def screens(found: Analysis) -> list[Table]:
+def screens(result: Analysis) -> list[Table]:
     """The tables that a person sees first."""
-    rows = drift_tables(found.drift)[: 2 if found.drift.metric else 1] if found.drift is not None else []
-    rows += [tables.by_group(adapter) for adapter in found.adapters]
-    rows += [tables.of_pair(pair, ("A", "B")) for pair in found.pairs]
-    return rows + ([tables.of_truncation(found.truncation)] if found.truncation is not None else [])
+    rows = drift_tables(result.drift)[: 2 if result.drift.metric else 1] if result.drift is not None else []
+    rows += [tables.group_table(adapter) for adapter in result.adapters]
+    rows += [tables.pair_table(pair, ("A", "B")) for pair in result.pairs]
+    return rows + ([tables.truncation_table(result.truncation)] if result.truncation is not None else [])
 
 
 def finite(value: Any) -> Any:

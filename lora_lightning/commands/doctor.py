@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, metadata, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -78,7 +78,7 @@ def findings(runs: Path, *, fit: bool) -> Iterator[Finding]:
     yield from extras()
     yield from surroundings(runs)
     if fit:
-        yield tried()
+        yield trial()
 
 
 def versions() -> Iterator[Finding]:
@@ -124,26 +124,17 @@ def _memory() -> str:
 
 
 def extras() -> Iterator[Finding]:
-    """Each extra of the package: there, or what it would add and how it is installed."""
-    wanted: dict[str, list[Requirement]] = {}
-    for line in requires("lora_lightning") or []:
-        requirement = Requirement(line)
-        for extra in _extras_of(requirement):
-            wanted.setdefault(extra, []).append(requirement)
-    for extra, requirements in wanted.items():
-        missing = [requirement.name for requirement in requirements if not _is_there(requirement)]
-        purpose = EXTRAS.get(extra, ", ".join(requirement.name for requirement in requirements))
+    """Each extra of the package but the developers' own: there, or what it would add and how it is installed."""
+    needed = [Requirement(line) for line in requires("lora_lightning") or []]
+    marked = [(requirement.marker, requirement) for requirement in needed if requirement.marker is not None]
+    for extra in metadata("lora_lightning").get_all("Provides-Extra") or []:
+        if extra in ("dev", "docs"):
+            continue
+        own = [requirement for marker, requirement in marked if marker.evaluate({"extra": extra})]
+        missing = [requirement.name for requirement in own if not _is_there(requirement)]
+        purpose = EXTRAS.get(extra, ", ".join(requirement.name for requirement in own))
         lacks = f"would add {purpose} (lacks {', '.join(missing)}): pip install 'lora_lightning[{extra}]'"
         yield Finding("extras", extra, lacks if missing else f"there: {purpose}")
-
-
-def _extras_of(requirement: Requirement) -> list[str]:
-    """Those that ask for a requirement, but for the developers' own."""
-    if requirement.marker is None:
-        return []
-    named = [part.strip("'\" ") for part in str(requirement.marker).split("extra ==")[1:]]
-    names = [part.partition(quote)[0] for part in named for quote in ("'", '"')][::2]
-    return [name for name in names if name not in ("dev", "docs")]
 
 
 def _is_there(requirement: Requirement) -> bool:
@@ -155,8 +146,8 @@ def surroundings(runs: Path) -> Iterator[Finding]:
     """Weights & Biases, and the disk that runs are written to."""
     from lora_lightning.training.tracking.wandb_logger import has_wandb_key
 
-    told = "runs are uploaded" if has_wandb_key() else "no key here, so runs stay offline: wandb login"
-    yield Finding("surroundings", "Weights & Biases", told)
+    where = "runs are uploaded" if has_wandb_key() else "no key here, so runs stay offline: wandb login"
+    yield Finding("surroundings", "Weights & Biases", where)
     there = next(folder for folder in (runs.absolute(), *runs.absolute().parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         yield Finding("surroundings", "disk", f"{runs} cannot be written: give another --runs_dir", ok=False)
@@ -166,7 +157,7 @@ def surroundings(runs: Path) -> Iterator[Finding]:
     yield Finding("surroundings", "disk", f"{free / 1e9:.1f} GB free for {runs}{little if free < LITTLE else ''}")
 
 
-def tried() -> Finding:
+def trial() -> Finding:
     """A fit of a few steps and its export, with what came of it."""
     from lora_lightning.commands.tiny_fit import tiny_fit
 

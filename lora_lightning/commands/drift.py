@@ -23,26 +23,26 @@ from lora_lightning.analysis.drift_inputs import (
     NEUTRAL,
     RUN,
     neutral_texts,
+    pick_evenly,
     read_texts,
     run_batches,
-    spread,
     text_batches,
 )
 from lora_lightning.analysis.strength import (
     GROUPS,
     Strength,
     Strengths,
-    checked_scales,
     choose,
+    parse_scales,
     random_groups,
     validation_metrics,
 )
 from lora_lightning.cli.build import Run
 from lora_lightning.data.io.rows import lengths_of
 from lora_lightning.export.probe_batch import loaders_of
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.lora.inject import scaled
 from lora_lightning.reports.html import DRIFT, DRIFT_FIGURE, write_page
 from lora_lightning.reports.table import Table
 
@@ -68,11 +68,11 @@ class Asked:
         """
         if source is None and scales is None:
             return None
-        own = tuple(checked_scales(scales)) if scales is not None else ()
+        own = tuple(parse_scales(scales)) if scales is not None else ()
         return cls(source=source or AUTO, column=column, most=most, scales=own)
 
 
-def measured_drift(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
+def drift_of_run(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> Strengths:
     """The drift of a run's adapter, and with several strengths its validation metric at each.
 
     Args:
@@ -107,12 +107,12 @@ def measured_drift(run: Run | None, asked: Asked, notes: Sequence[str] = ()) -> 
             )
         if not asked.scales:
             return Strengths(source=source, found=[Strength(scale=1.0, drift=drifts[1.0])])
-        return _compared(run, source, drifts, plugin.forward_context)
+        return _compare(run, source, drifts, plugin.forward_context)
     finally:
         module.cpu()
 
 
-def _compared(
+def _compare(
     run: Run, source: str, drifts: dict[float, Drift], forward: Callable[[], AbstractContextManager[Any]]
 ) -> Strengths:
     """The validation metric at each strength."""
@@ -183,18 +183,20 @@ def _inputs(run: Run, asked: Asked) -> tuple[str, list[Batch], list[str]]:
         return "the run's validation inputs", batches, names
     if tokenizer is None:
         raise LoRAError(f"the run's data have no tokenizer to read texts with: measure its drift on {RUN}")
-    texts = spread(neutral_texts(), asked.most) if source == NEUTRAL else read_texts(source, asked.column, asked.most)
+    texts = (
+        pick_evenly(neutral_texts(), asked.most) if source == NEUTRAL else read_texts(source, asked.column, asked.most)
+    )
     longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
-    told = "neutral text of this package" if source == NEUTRAL else source
-    return told, text_batches(texts, tokenizer, task, backbone, longest), texts
+    name = "neutral text of this package" if source == NEUTRAL else source
+    return name, text_batches(texts, tokenizer, task, backbone, longest), texts
 
 
 def drift_tables(found: Strengths) -> list[Table]:
     """The facts, the strengths where there are several, the blocks, and the texts that moved most."""
-    shown = [tables.of_drift(found)]
-    shown += [tables.of_strengths(found)] if found.metric else []
-    shown += [tables.of_blocks(found)] if found.found[0].drift.layers else []
-    return [*shown, tables.of_moved(found)]
+    shown = [tables.drift_table(found)]
+    shown += [tables.strengths_table(found)] if found.metric else []
+    shown += [tables.blocks_table(found)] if found.found[0].drift.layers else []
+    return [*shown, tables.moved_table(found)]
 
 
 def write_record(folder: Path, found: Strengths, figure: bytes | None) -> None:
@@ -211,4 +213,4 @@ def write_record(folder: Path, found: Strengths, figure: bytes | None) -> None:
         rank_zero_warn(f"the drift is measured, and the run's page in '{folder}' is as it was: {error.strerror}")
 
 
-__all__ = ["Asked", "drift_tables", "measured_drift", "write_record"]
+__all__ = ["Asked", "drift_tables", "drift_of_run", "write_record"]

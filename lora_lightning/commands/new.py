@@ -12,7 +12,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.commands.projects.checks import check_choices, checked_name, refuse_occupied, requirement
+from lora_lightning.commands.projects.checks import check_choices, check_name, refuse_occupied, requirement
 from lora_lightning.commands.projects.render import render
 from lora_lightning.commands.projects.repository import git as run_git
 from lora_lightning.commands.projects.repository import start_repository
@@ -57,11 +57,11 @@ def new(
         defaults: ask nothing.
     """
     asking = not defaults and sys.stdin.isatty() and sys.stdout.isatty()
-    target = Path(folder if folder is not None else _asked_name(asking))
-    name = checked_name(target.resolve().name)
+    target = Path(folder if folder is not None else _ask_name(asking))
+    name = check_name(target.resolve().name)
     refuse_occupied(target)
-    said = {"task": task, "backbone": backbone, "logger": logger, "license": license, "author": author}
-    answers = {key: value for key, value in said.items() if value is not None}
+    options = {"task": task, "backbone": backbone, "logger": logger, "license": license, "author": author}
+    answers = {key: value for key, value in options.items() if value is not None}
     check_choices(answers)
     given = package or os.environ.get(PACKAGE)
     data = {**answers, "project": name, "requirement": requirement(given), "year": str(date.today().year)}
@@ -69,10 +69,10 @@ def new(
         data["author"] = user
     rendered = render(target, data, template, template_ref, asking=asking)
     committed = git and start_repository(target)
-    print(_told(target, rendered, committed=committed))
+    print(_next_steps(target, rendered, committed=committed))
 
 
-def _asked_name(asking: bool) -> str:
+def _ask_name(asking: bool) -> str:
     if not asking:
         raise LoRAError("new needs a name: lora-lightning new my_project")
     try:
@@ -81,7 +81,7 @@ def _asked_name(asking: bool) -> str:
         raise LoRAError("stopped, and nothing was written") from None
 
 
-def _told(target: Path, answers: dict[str, Any], *, committed: bool) -> str:
+def _next_steps(target: Path, answers: dict[str, Any], *, committed: bool) -> str:
     offline = "" if answers["backbone"] == "own" else f" on {answers['backbone']}"
     git = ", with a first commit" if committed else ""
     steps = [

@@ -83,7 +83,7 @@ def analyze(
     from lora_lightning.commands import analyze as analysis
 
     wanted = analysis.Wanted(base_model=base_model, allow_other_base=allow_other_base, alphas=alphas)
-    found = analysis.analyze(
+    result = analysis.analyze(
         analysis.Request(
             adapters=adapters,
             output_dir=Path(output_dir),
@@ -94,7 +94,7 @@ def analyze(
             drift=analysis.Asked.of(drift, drift_column, drift_texts, scales),
         )
     )
-    for rows in analysis.screens(found):
+    for rows in analysis.screens(result):
         Console().print(rows)
     Console().print(f"numbers, page and figures: {Path(output_dir) / analysis.PAGE}", soft_wrap=True)
 

@@ -94,7 +94,8 @@ def tiny_fit() -> Figures:
         before = run.validate()["val/loss"]
         run.trainer.fit(run.module, datamodule=run.data)
         after = run.validate()["val/loss"]
-        module, batch = run.module.cpu(), default_collate([*Signs()])
+        module, rows = run.module.cpu(), Signs()
+        batch = default_collate([rows[i] for i in range(len(rows))])
         report = export(module.backbone, module.task, module.w0_fingerprint(), Path(folder) / "export", batch=batch)
     device = str(run.trainer.strategy.root_device)
     return Figures(STEPS, device, before, after, report.max_abs_diff, time.perf_counter() - began)

@@ -18,3 +18,27 @@ def table_of(data: Any) -> TableData | None:
     from lora_lightning.data.base import TableData
 
     return data if isinstance(data, TableData) else None
+
+
+SPLITS = {"val": "validation", "test": "test", "predict": "predict"}
+
+
+def set_name(datamodule: Any, stage: str, index: int) -> str:
+    """What the loader with this number is called beside the first, whose name is empty.
+
+    The DataModule's own name for it where that is known (`mismatched` of `validation_mismatched`), else its number.
+    """
+    if not index:
+        return ""
+    table = table_of(datamodule)
+    sets: list[str] = table.sets(SPLITS[stage]) if table is not None else []
+    if stage == "predict" and table is not None and not sets:
+        sets = table.sets("test")
+    named = sets[index].partition("_")[2] if index < len(sets) else ""
+    return named.replace(".", "_") or str(index)
+
+
+def stage_of(datamodule: Any, stage: str, index: int) -> str:
+    """The stage by which a task counts the loader with this number: `val`, `val_mismatched`."""
+    name = set_name(datamodule, stage, index)
+    return f"{stage}_{name}" if name else stage

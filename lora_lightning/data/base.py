@@ -27,7 +27,7 @@ MOST_SHOWN = 80
 
 @dataclass(frozen=True)
 class Encoding:
-    """A function of rows with a version, as datasets caches by a function's name: an earlier release's rows stay away.
+    """A function of rows with a version. datasets caches by a function's name, so an earlier release's rows stay away.
 
     Raise the version when what an encoding function gives is changed.
     """
@@ -120,11 +120,11 @@ class TableData(LightningDataModule, ABC):
         """Encoded rows to a batch: a mapping of names to tensors."""
 
     def lengths(self, table: datasets.Dataset) -> list[int] | None:
-        """Of each encoded row, to group by; None where rows have no length."""
+        """Return the length of each encoded row, to group by; None where rows have none."""
         return lengths_of(table) if "input_ids" in table.column_names else None
 
     def encoded_lengths(self) -> dict[str, list[int]]:
-        """Tokens of each encoded row by split, of a row of several texts in its longest; none of packed rows."""
+        """Return each encoded row's tokens by split, of several texts in a row the most; no packed rows."""
         found = {}
         for split, table in self._encoded.items():
             names = table.column_names if isinstance(table, datasets.Dataset) else []
@@ -134,7 +134,7 @@ class TableData(LightningDataModule, ABC):
         return found
 
     def read_off_train(self) -> dict[str, Any]:
-        """Arguments that training rows decided, such as label names: kept, so that `predict` needs no training file."""
+        """Return arguments that training rows decided, such as label names: `predict` then needs no such file."""
         return {}
 
     @property
@@ -145,7 +145,7 @@ class TableData(LightningDataModule, ABC):
             self.given_splits = frozenset(tables)
             self.doubled_columns = doubled_columns(self.path)
             for split, table in tables.items():
-                with self._told(split) as kind:
+                with self._kind_of_set(split) as kind:
                     check_columns(table, self.columns(kind), self.place(kind), vars(self))
                     self._check_header(split, kind)
                     self.check(table, kind)
@@ -187,11 +187,11 @@ class TableData(LightningDataModule, ABC):
         return [column for column in self.columns("predict") if column is not None], []
 
     def cut_shares(self, split: str) -> dict[str, float]:
-        """Of an encoded split, the share of the texts that a greatest length cuts, by what that is: `sources cut`."""
+        """Return the shares of an encoded split's texts that a greatest length cuts, by kind, such as `sources cut`."""
         return self._cut_shares.get(split, {})
 
     def without_cuts(self, encoded: datasets.Dataset, split: str) -> datasets.Dataset:
-        """Encoded rows without the columns `source_cut` and so on, whose shares are kept for `cut_shares`."""
+        """Drop the columns `source_cut` and so on of encoded rows, and note their shares for `cut_shares`."""
         names = [name for name in encoded.column_names if name.endswith("_cut")]
         shares = {f"{name.removesuffix('_cut')}s cut": float(np.mean(list(values_of(encoded, name)))) for name in names}
         if names and split != "predict":
@@ -247,12 +247,12 @@ class TableData(LightningDataModule, ABC):
         """Encode each split once."""
         for split, table in self.tables.items():
             if split not in self._encoded:
-                with self._told(split) as kind:
+                with self._kind_of_set(split) as kind:
                     self._encoded[split] = self.encode(table, kind)
 
     @contextmanager
-    def _told(self, split: str) -> Iterator[str]:
-        """What a subclass is told of a set: `predict` of each to predict on, which have no targets.
+    def _kind_of_set(self, split: str) -> Iterator[str]:
+        """Within the block, errors name the set; what is given is its kind, `predict` for each set to predict on.
 
         Errors name the set itself.
         """
@@ -264,7 +264,7 @@ class TableData(LightningDataModule, ABC):
             self._called = called
 
     def train_dataloader(self) -> DataLoader[Any]:
-        table = self.encoded("train")
+        table = self.encoded_rows("train")
         return self._loader(table, self.batch_size, shuffle=True, lengths=self.lengths(table))
 
     @property
@@ -285,25 +285,25 @@ class TableData(LightningDataModule, ABC):
         return self._loaders("predict" if "predict" in self._encoded else "test")
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
-        """Of the split, or of each of its sets where it has several."""
-        loaders = [self._loader(self.encoded(name), self.eval_batch_size) for name in self.sets(split) or [split]]
+        """Return the loader of the split, or one for each of its sets where it has several."""
+        loaders = [self._loader(self.encoded_rows(name), self.eval_batch_size) for name in self.sets(split) or [split]]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def every(self, split: str) -> DataLoader[Any]:
         """All rows of a split, longest first, in this process alone: for features and not for training."""
-        table = self.encoded(split)
+        table = self.encoded_rows(split)
         lengths = self.lengths(table)
         if lengths is not None:
             table = table.select(sorted(range(len(table)), key=lengths.__getitem__, reverse=True))
         return DataLoader(table, batch_size=self.eval_batch_size, collate_fn=self.collate)  # type: ignore[arg-type]
 
     def place(self, split: str) -> str:
-        """A split as an error names it, with its file."""
+        """Return a split as an error names it, with its file."""
         split = self._called.get(split, split)
         return f"{source_of(self.path, split, self.readers or ())}, the {split} set"
 
     def bad_cell(self, split: str, row: int, column: str, expected: str, got: object, hint: str = "") -> LoRAError:
-        """The error for one value of one row, counted from 1 as in its file. `hint` follows what came."""
+        """Return the error for a value of a row, counted from 1 as in its file. `hint` follows what came."""
         shown = repr(got)
         shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
         return LoRAError(f"{self.place(split)}, row {row}, column '{column}': expected {expected}, got {shown}{hint}")
@@ -321,8 +321,8 @@ class TableData(LightningDataModule, ABC):
                 if not isinstance(value, str) and not (skip and skip[i]):
                     raise self.bad_cell(split, table[ROW][i], column, "text", value)
 
-    def encoded(self, split: str) -> datasets.Dataset:
-        """A split's rows as they are collated.
+    def encoded_rows(self, split: str) -> datasets.Dataset:
+        """Return a split's rows as they are collated.
 
         Raises:
             LoRAError: the set has no such split.

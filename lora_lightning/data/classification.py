@@ -88,7 +88,7 @@ class LabelNames(TableData):
         return {"label_names": self.label_names}
 
     def unknown_label(self, split: str, row: int, column: str, label: object, numbers: Iterable[str]) -> LoRAError:
-        """The error for a label that is none of `numbers`, which is what the column's labels are looked up in."""
+        """Return the error for a label that is none of `numbers`, in which the column's labels are looked up."""
         names = self.label_names
         more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
         expected = f"one of the labels {', '.join(names[:MOST_NAMED])}{more}"
@@ -146,14 +146,14 @@ class OneLabel(LabelNames):
 
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always saying the label that is most common in train."""
-        train = list(values_of(self.encoded("train"), "labels"))
+        train = list(values_of(self.encoded_rows("train"), "labels"))
         most_common = max(set(train), key=train.count)
-        labels = list(values_of(self.encoded(split), "labels"))
+        labels = list(values_of(self.encoded_rows(split), "labels"))
         return labels.count(most_common) / len(labels)
 
 
 def numbers_of(names: Sequence[str], values: Sequence[Any], feature: Any = None) -> dict[str, int]:
-    """The number of each label as a column holds it, by its text.
+    """Return the number of each label by its text in the column.
 
     A column of whole numbers of which none is a name holds the labels' numbers, as one of `ClassLabel` always does.
     Where the names are numbers themselves, a number is a name: rows of 0 alone are not the first of 1 and 2.
@@ -179,15 +179,15 @@ def check_order(names: list[str], feature: Any) -> None:
         raise LoRAError(f"label_names must be in the set's own order, {feature.names}, got {names}")
 
 
-def _hidden(values: Iterable[Any]) -> bool:
+def _are_hidden(values: Iterable[Any]) -> bool:
     return all(isinstance(value, int | float) and value == -1 for value in values)
 
 
 def without_hidden_labels(tables: dict[str, datasets.Dataset], label_column: str) -> dict[str, datasets.Dataset]:
-    """Splits with labels, and for prediction those whose labels a hub set hides by -1, unless others are for that."""
+    """Return splits with labels. One whose labels are hidden by -1 is to predict on, unless another is for that."""
     used: dict[str, datasets.Dataset] = {}
     for split, table in tables.items():
-        hidden = split != "train" and label_column in table.column_names and _hidden(values_of(table, label_column))
+        hidden = split != "train" and label_column in table.column_names and _are_hidden(values_of(table, label_column))
         if not hidden:
             used[split] = table
         elif "predict" not in tables:
@@ -342,7 +342,7 @@ class MultiLabelTextData(LabelNames, TextPairData):
         return [self._apart(value) for value in values_of(table, self.label_column)]
 
     def _apart(self, value: list[Any] | str | int | None) -> list[Any]:
-        """A cell's labels; an empty cell of a CSV is None, and one number in each of its cells makes them numbers."""
+        """Return a cell's labels. An empty cell of a CSV is None, and cells of one number each are numbers."""
         if isinstance(value, list | int):
             return value if isinstance(value, list) else [value]
         return [part for text in (value or "").split(self.separator) if (part := text.strip())]
@@ -380,7 +380,7 @@ class TextRegressionData(TextPairData):
 
     @property
     def label_names(self) -> list[str]:
-        """What the head's one output is: one name makes a head of one output, by the link that names classes."""
+        """Return the one output's name: by the link that names classes, one name makes a head of one output."""
         return [self.number_column]
 
     @property

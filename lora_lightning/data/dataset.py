@@ -180,7 +180,7 @@ def hub_dataset(
     Raises:
         LoRAError: no such set, split or column.
     """
-    data = _loaded(path, split, name, streaming, revision)
+    data = _load(path, split, name, streaming, revision)
     held = list(data.column_names or [])
     if columns:
         for column in columns:
@@ -227,12 +227,12 @@ class Stream(IterableDataset[Any]):
         self.data.set_epoch(epoch)
 
 
-def _loaded(path: str, split: str, name: str | None, streaming: bool, revision: str | None) -> Any:
-    found = resolve(path)
+def _load(path: str, split: str, name: str | None, streaming: bool, revision: str | None) -> Any:
+    location = resolve(path)
     try:
-        return datasets.load_dataset(found, name, split=split, streaming=streaming, revision=revision)
+        return datasets.load_dataset(location, name, split=split, streaming=streaming, revision=revision)
     except Exception as error:  # many kinds: no network, no such set, no such split
-        saved = _from_disk(found, split)
+        saved = _from_disk(location, split)
         if saved is not None:
             return saved.to_iterable_dataset() if streaming else saved
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, beginning_of, from_all_over, held_out
+from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, beginning_of, held_out_split, rows_from_all_over
 from lora_lightning.data.io.rows import ROW, lengths_of, values_of
 from lora_lightning.data.io.splits import first_in_place
 from lora_lightning.data.io.streams import (
@@ -19,7 +19,7 @@ from lora_lightning.data.io.streams import (
     StreamLoader,
     endless,
     first_row,
-    numbered,
+    number_rows,
     refuse_endless,
     share_of,
 )
@@ -104,7 +104,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         documents = self.documents(table, split)
         if split == "predict":
             return self._cut(documents, split)
-        documents = self._trained(documents, split)
+        documents = self._trainable(documents, split)
         longer = [length > self.max_length for length in lengths_of(documents)]
         self._cut_shares[split] = {IN_PIECES: sum(longer) / len(longer)}
         if self.packing:
@@ -119,7 +119,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         end = end_of(self.tokenizer, self.tokenizer_name) if self.end_of_text else None
         return {"tokenizer": self.tokenizer, "column": self.text_column, "end": end}
 
-    def _trained(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
+    def _trainable(self, documents: datasets.Dataset, split: str) -> datasets.Dataset:
         """Those with a token to train on: one that stands alone is predicted by nothing."""
         lengths, numbers = lengths_of(documents), list(documents[DOCUMENT])
         kept = [i for i, length in enumerate(lengths) if length > 1]
@@ -151,7 +151,7 @@ class LanguageModellingData(TextData, GivesPrompts):
             named = first_in_place(list(opened))
             self._called = {new: old for old, new in named.items()}
             renamed = {named.get(split, split): stream for split, stream in opened.items()}
-            self._streams = {split: self._prepared(stream, split) for split, stream in renamed.items()}
+            self._streams = {split: self._prepare_stream(stream, split) for split, stream in renamed.items()}
         return self._streams
 
     def sets(self, split: str) -> list[str]:
@@ -160,10 +160,10 @@ class LanguageModellingData(TextData, GivesPrompts):
         further = [name for name in self.streams if name.startswith(f"{split}_")]
         return [split, *further] if split in self.streams else []
 
-    def _prepared(self, stream: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
+    def _prepare_stream(self, stream: datasets.IterableDataset, split: str) -> datasets.IterableDataset:
         names = list(first_row(stream, self.place(split)))
         check_names(names, self.columns(split), self.place(split), vars(self))
-        stream = numbered(stream, ROW)
+        stream = number_rows(stream, ROW)
         if split == "train":
             stream = stream.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
         return self.encode_stream(stream, names, split)
@@ -195,23 +195,23 @@ class LanguageModellingData(TextData, GivesPrompts):
             return super().train_dataloader()
         refuse_endless(self.trainer, validates=self.has_validation)
         if "train" not in self.streams:
-            self.encoded("train")  # says what is missing
+            self.encoded_rows("train")  # says what is missing
         rows = endless(self.streams["train"], self.trainer)
-        return StreamLoader(rows, self.trainer, ends=False, batch_size=self.batch_size, **self._reading())
+        return StreamLoader(rows, self.trainer, ends=False, batch_size=self.batch_size, **self._loader_options())
 
     def _loaders(self, split: str) -> DataLoader[Any] | list[Any]:
         if not self.streaming:
             return super()._loaders(split)
-        given = {"batch_size": self.eval_batch_size, **self._reading()}
+        given = {"batch_size": self.eval_batch_size, **self._loader_options()}
         loaders = [DataLoader(self._share(s), **given) for s in self.sets(split) or [split]]  # type: ignore[arg-type]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def _share(self, split: str) -> datasets.IterableDataset:
         if split not in self.streams:
-            self.encoded(split)  # says what is missing
+            self.encoded_rows(split)  # says what is missing
         return share_of(self.streams[split], self.trainer)
 
-    def _reading(self) -> dict[str, Any]:
+    def _loader_options(self) -> dict[str, Any]:
         return {
             "collate_fn": self.collate,
             "num_workers": self.num_workers,
@@ -231,7 +231,7 @@ class LanguageModellingData(TextData, GivesPrompts):
         """Pieces of documents in the order of the file, never packed and never streamed."""
         names = TextData.sets(self, "predict") or TextData.sets(self, "test")
         if not names:
-            self.encoded("test")  # says what is missing
+            self.encoded_rows("test")  # says what is missing
         pieces = [self._cut(self.documents(self.tables[name], name), name) for name in names]
         loaders = [self._loader(table, self.eval_batch_size) for table in pieces]
         return loaders if len(loaders) > 1 else loaders[0]
@@ -240,9 +240,9 @@ class LanguageModellingData(TextData, GivesPrompts):
         """Beginnings of held-out texts, from all over their file; of a stream, of its first texts."""
         if self.streaming:
             streams = read_tables(self.path, self.name, self.text_by, streaming=True)
-            rows = list(streams[held_out(streams)].take(count))
+            rows = list(streams[held_out_split(streams)].take(count))
         else:
-            rows = list(from_all_over(self.tables[held_out(self.tables)], count))
+            rows = list(rows_from_all_over(self.tables[held_out_split(self.tables)], count))
         return [beginning_of(row[self.text_column], self.tokenizer) for row in rows]
 
 

@@ -91,9 +91,9 @@ class PreferenceData(TextData):
                     raise self.bad_cell(split, row, column, "an answer with words in it", value)
         if of_messages and self.prompt_column is None:
             for row, chosen, rejected in cells_of(table, ROW, *answers):
-                if _plain(chosen[:-1]) != _plain(rejected[:-1]):
-                    said = f"the messages of '{self.chosen_column}' but for the last"
-                    raise self.bad_cell(split, row, self.rejected_column, said, rejected)
+                if _without_nulls(chosen[:-1]) != _without_nulls(rejected[:-1]):
+                    expected = f"the messages of '{self.chosen_column}' but for the last"
+                    raise self.bad_cell(split, row, self.rejected_column, expected, rejected)
 
     def encode(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         of_messages = isinstance(table[0][self.chosen_column], list)
@@ -149,17 +149,17 @@ def encode_pairs(
         if plain:
             asked, answered = str(prompt), [text + (tokenizer.eos_token or "") for text in (chosen, rejected)]
         else:
-            asked, answered = _rendered(tokenizer, *_as_messages(prompt, chosen, rejected))
+            asked, answered = _render(tokenizer, *_as_messages(prompt, chosen, rejected))
         first = _ids(tokenizer, asked, special=plain)  # a template writes its own special tokens
         answers = [_ids(tokenizer, text) for text in answered]
-        cut = fitted(first, answers, max_length, max_prompt_length, tokenizer.bos_token_id)
+        cut = fit_to_length(first, answers, max_length, max_prompt_length, tokenizer.bos_token_id)
         lost = [len(ids) > len(left) for ids, left in zip([first, *answers], cut, strict=True)]
         for column, value in zip(out, [*cut, lost[0], any(lost[1:])], strict=True):
             out[column].append(value)
     return out
 
 
-def fitted(
+def fit_to_length(
     prompt: list[int], answers: list[list[int]], max_length: int, max_prompt_length: int, first: int | None = None
 ) -> list[list[int]]:
     """Prompt and answers, cut to go into `max_length` together: the prompt's beginning, then the answers' ends.
@@ -186,13 +186,13 @@ def _as_messages(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, Mes
     if isinstance(chosen, str):
         user = [{"role": "user", "content": prompt}]
         return user, *([{"role": "assistant", "content": text}] for text in (chosen, rejected))  # type: ignore[return-value]
-    chosen, rejected = _plain(chosen), _plain(rejected)
+    chosen, rejected = _without_nulls(chosen), _without_nulls(rejected)
     if prompt is None:
         return chosen[:-1], chosen[-1:], rejected[-1:]
-    return _plain(prompt), chosen, rejected
+    return _without_nulls(prompt), chosen, rejected
 
 
-def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: Messages) -> tuple[str, list[str]]:
+def _render(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: Messages) -> tuple[str, list[str]]:
     """The prompt's text up to where the assistant begins, and what each answer adds to it."""
 
     def text(messages: Messages, begin: bool = False) -> str:
@@ -209,7 +209,7 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, prompt: Messages, *answers: Me
     return shared, [w[len(shared) :] for w in whole]
 
 
-def _plain(messages: Messages) -> Messages:
+def _without_nulls(messages: Messages) -> Messages:
     """Without the keys that a table's other rows have."""
     return [{key: value for key, value in message.items() if value is not None} for message in messages]
 

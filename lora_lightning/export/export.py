@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.export.model_files import is_transformers, processing_of, write_labels
-from lora_lightning.export.options import FORMATS, REPORT, checked_options, checked_target, refuse_base_alone
+from lora_lightning.export.options import FORMATS, REPORT, check_target, parse_options, refuse_base_alone
 from lora_lightning.export.probe_batch import probe_from
 from lora_lightning.export.verification import ExportReport, Proof
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.save import save_adapter
@@ -22,9 +23,8 @@ from lora_lightning.lora.frozen.dtype import DType, float_dtype
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import scaled
 from lora_lightning.tasks.base import Task
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 
 BESIDE = 32_000_000
 """Bytes for what is written beside weights: tokenizers are up to this large."""
@@ -67,20 +67,20 @@ def export(
         dtype: of the merged model; `auto` is W0's own. The sum is taken in float32 or wider in any case.
         max_shard_size: of a transformers model's weight files, such as `5GB`.
         serving: write the adapter in the form that this server takes.
-        scale: the strength of the update, as in `lora.inject.scaled`: it is written into the adapter's alpha.
+        scale: the strength of the update, as in `lora.bank.strength.scaled`: it is written into the adapter's alpha.
 
     Raises:
         LoRAError: an option that means nothing, a folder in the way that is no export, no probe, too little space.
         MergeError: W0 moved in training, or the exported model's outputs differ by more than the tolerance.
     """
-    wanted, to_dtype = checked_options(formats, dtype, max_shard_size, serving)
-    target = checked_target(Path(output_dir))
+    wanted, to_dtype = parse_options(formats, dtype, max_shard_size, serving)
+    target = check_target(Path(output_dir))
     refuse_base_alone(scale)
     report = ExportReport(str(target), wanted, label_names=label_names, scale=float(scale))
     report.trainable = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
     report.total = sum(p.numel() for p in backbone.parameters())
     needed = bytes_needed(backbone, wanted, to_dtype)
-    with evaluating(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
+    with in_evaluation(backbone), torch.no_grad(), scaled(backbone, scale), stage_folder(target, needed) as folder:
         _check_w0(backbone, w0, report)
         proof = Proof(backbone, probe_from(backbone, task, batch, example), report, to_dtype)
         own = [tokenizer, image_processor if is_transformers(backbone) else None]
@@ -92,10 +92,10 @@ def export(
                 part.save_pretrained(folder / "adapter")
             write_labels(label_names, folder / "adapter")
             report.adapter_bytes, _ = _weights(folder / "adapter")
-            proof.of_adapter(folder / "adapter")
+            proof.verify_adapter(folder / "adapter")
             report.adapter_dir = str(target / "adapter")
         if "merged" in wanted:
-            proof.of_merged(
+            proof.verify_merged(
                 folder / "merged",
                 processing=processing,
                 label_names=label_names,

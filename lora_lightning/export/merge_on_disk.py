@@ -16,14 +16,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from lora_lightning.backbones.checkpoint import CONFIG, BaseFiles, main_dtype
 from lora_lightning.backbones.key_mapping import groups_of, name_of
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.lora.errors import AdapterWarning, LoRAError, some
+from lora_lightning.lora.errors import AdapterWarning, LoRAError, first_few
 from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes
 from lora_lightning.lora.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from lora_lightning.lora.formats.peft.load import AdapterFiles
-from lora_lightning.lora.frozen.dtype import DType, parse_dtype, short
-from lora_lightning.lora.merge import rounding_warning
+from lora_lightning.lora.frozen.dtype import DType, dtype_name, parse_dtype
 from lora_lightning.lora.meta.checkpoint import INDEX
 from lora_lightning.lora.meta.merge_files import StreamedMerge, StreamReport
+from lora_lightning.lora.report import rounding_warning
 
 REPORT = "merge_report.json"
 """What was done, and to which files: by it a later merge knows what it may replace."""
@@ -64,7 +64,7 @@ def merge_on_disk(
     base, adapter, target = Path(resolve(str(base_dir))), Path(resolve(str(adapter_dir))), Path(output_dir)
     to_dtype = parse_dtype(dtype)
     _refuse_target(target, {"base": base, "adapter": adapter})
-    merge, written = _planned(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
+    merge, written = _plan(base, adapter, to_dtype, allow_other_base=allow_other_base, alphas=alphas)
     try:
         # headers, tokenizer and config beside the tensors
         with stage_folder(target, merge.size + merge.size // 100 + 2**24) as folder:
@@ -74,12 +74,12 @@ def merge_on_disk(
             _write_report(folder, report)
     except OSError as error:
         raise LoRAError(f"'{target}' cannot be written ({error}); it is as it was") from error
-    if told := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
-        warnings.warn(told, AdapterWarning, stacklevel=2)
+    if warning := rounding_warning(report.kept, to_dtype or main_dtype(merge.checkpoint)):
+        warnings.warn(warning, AdapterWarning, stacklevel=2)
     return report
 
 
-def _planned(
+def _plan(
     base: Path,
     adapter: Path,
     dtype: torch.dtype | None,
@@ -105,7 +105,7 @@ def _planned(
             raise LoRAError(f"'{key}' would be new and loaded under another name: merge in memory")
     written = {**heads, "architectures": [type(merge.plain).__name__]}
     if dtype is not None:
-        written["dtype"] = short(dtype)
+        written["dtype"] = dtype_name(dtype)
     return merge, written
 
 
@@ -138,7 +138,7 @@ def _write_side_files(
             (folder / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, folder / inner)
     text = (base / CONFIG).read_text(encoding="utf-8")
-    config = _edited(json.loads(text), merge, written)
+    config = _edit_config(json.loads(text), merge, written)
     if config != json.loads(text):
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
     write_bytes(folder / CONFIG, text.encode())
@@ -149,7 +149,7 @@ def _write_side_files(
         write_bytes(folder / INDEX, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _edited(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, Any]) -> dict[str, Any]:
+def _edit_config(config: dict[str, Any], merge: StreamedMerge, written: Mapping[str, Any]) -> dict[str, Any]:
     """The base's config with what the merge changed, and nothing else."""
     edited = {**config, **written}
     if "dtype" in written:
@@ -172,7 +172,7 @@ def _refuse_target(target: Path, read: Mapping[str, Path]) -> None:
             raise LoRAError(f"'{target}' is not empty: name an empty or new folder")
         strangers = sorted(_files(target) - _written_before(target))
         if strangers:
-            raise LoRAError(f"'{target}' holds files that no merge wrote ({some(strangers)}): name another folder")
+            raise LoRAError(f"'{target}' holds files that no merge wrote ({first_few(strangers)}): name another folder")
     for what, path in read.items():
         if path.resolve().is_relative_to(target.resolve()):
             raise LoRAError(f"'{target}' holds the {what}, which would go: name another folder")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.backbones.tokenizers import quiet
-from lora_lightning.lora.errors import MergeError, some
+from lora_lightning.lora.errors import MergeError, first_few
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.formats.tensor_files import DTYPES, read_bytes, read_header, write_tensors
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
@@ -56,7 +56,7 @@ def write_merged(
         except ValueError as error:  # such as settings of generation that contradict each other
             raise MergeError(f"transformers does not save the merged model: {error}") from error
     else:
-        write_tensors(folder / WEIGHTS, once(plain), {"format": "pt"})
+        write_tensors(folder / WEIGHTS, state_without_ties(plain), {"format": "pt"})
         write_labels(label_names, folder)
     for part in processing:
         part.save_pretrained(folder)
@@ -68,7 +68,7 @@ def write_labels(label_names: list[str] | None, folder: Path) -> None:
         write_bytes(folder / LABELS, (json.dumps(label_names, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def once(model: nn.Module) -> dict[str, Tensor]:
+def state_without_ties(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with tied tensors under the first of their names, as safetensors' `load_model` expects them.
 
     Where one tensor covers a piece of memory that others are views of, it stands for them: loading it fills them too.
@@ -103,7 +103,7 @@ def reader(plain: nn.Module, folder: Path) -> Callable[[], nn.Module]:
             model, info = cls.from_pretrained(folder, output_loading_info=True, **kwargs)
         wrong = sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
         if wrong:
-            raise MergeError(f"the merged files have no values for {len(wrong)} tensors: {some(wrong)}")
+            raise MergeError(f"the merged files have no values for {len(wrong)} tensors: {first_few(wrong)}")
         return model.to(device).eval()  # type: ignore[no-any-return]
 
     return read

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from lora_lightning.lora.bank.strength import refuse_strength
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.frozen.dtype import DType, parse_dtype
-from lora_lightning.lora.inject import refuse_strength
 
 FORMATS = ("adapter", "merged")
 REPORT = "export_report.json"
@@ -18,7 +18,7 @@ SIZE = re.compile(r"\s*\d+(\.\d+)?\s*[KMGT]B\s*", re.IGNORECASE)
 """As huggingface_hub's `parse_size_to_int` reads it."""
 
 
-def checked_options(
+def parse_options(
     formats: str | Iterable[str],
     dtype: DType = "auto",
     max_shard_size: int | str | None = None,
@@ -29,7 +29,7 @@ def checked_options(
     Raises:
         LoRAError: an option has a value that means nothing, or none beside the others.
     """
-    wanted, to_dtype = checked_formats(formats), parse_dtype(dtype)
+    wanted, to_dtype = parse_formats(formats), parse_dtype(dtype)
     if max_shard_size is not None and not _is_size(max_shard_size):
         raise LoRAError(f"max_shard_size must be bytes or a size such as 5GB, got {max_shard_size!r}")
     if serving not in (None, "vllm"):
@@ -42,7 +42,7 @@ def checked_options(
     return wanted, to_dtype
 
 
-def checked_formats(formats: str | Iterable[str]) -> list[str]:
+def parse_formats(formats: str | Iterable[str]) -> list[str]:
     """Each format once, from a list of names or from names with commas between.
 
     Raises:
@@ -75,7 +75,7 @@ def _is_size(size: int | str) -> bool:
     return size > 0 if isinstance(size, int) else SIZE.fullmatch(str(size)) is not None
 
 
-def checked_target(target: Path) -> Path:
+def check_target(target: Path) -> Path:
     """Raise a LoRAError for a place that holds something other than an older export."""
     if target.is_file():
         raise LoRAError(f"'{target}' is a file: name a folder")

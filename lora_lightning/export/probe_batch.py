@@ -49,7 +49,7 @@ def first_batch(loaders: Iterable[Any], module: LightningModule) -> dict[str, An
     Raises:
         LoRAError: the batch is no mapping by name, with what to give instead.
     """
-    batch = next((batch for loader in _flat(loaders) for batch in loader), None)
+    batch = next((batch for loader in _flatten(loaders) for batch in loader), None)
     task, backbone = getattr(module, "task", None), getattr(module, "backbone", None)
     if isinstance(task, Task) and task.takes_tuples and isinstance(batch, tuple | list):
         batch = task.inputs(module.backbone, batch)  # type: ignore[arg-type]
@@ -59,11 +59,11 @@ def first_batch(loaders: Iterable[Any], module: LightningModule) -> dict[str, An
         return None
     raise LoRAError(
         "an export is proven on a batch that names the backbone's arguments, such as {'input_ids': tensor}; the data's"
-        f" first is {_described(batch)}: let collate_fn return a dict, or give the module an example_input_array"
+        f" first is {_describe(batch)}: let collate_fn return a dict, or give the module an example_input_array"
     )
 
 
-def _flat(loaders: Any) -> Iterator[Any]:
+def _flatten(loaders: Any) -> Iterator[Any]:
     """The loaders in lists, tuples, dicts and CombinedLoaders, in order."""
     if isinstance(loaders, Mapping):
         loaders = loaders.values()
@@ -71,12 +71,12 @@ def _flat(loaders: Any) -> Iterator[Any]:
         if isinstance(one, CombinedLoader):
             yield from one.flattened
         elif isinstance(one, list | tuple | Mapping):
-            yield from _flat(one)
+            yield from _flatten(one)
         elif one is not None:
             yield one
 
 
-def _described(batch: Any) -> str:
+def _describe(batch: Any) -> str:
     parts = f" of {', '.join(type(part).__name__ for part in batch)}" if isinstance(batch, tuple | list) else ""
     return f"a {type(batch).__name__}{parts}"
 
@@ -102,14 +102,14 @@ def probe_from(backbone: nn.Module, task: Task, batch: Mapping[str, Any] | None,
             " or the model an example_input_array"
         )
     device = next((p.device for p in backbone.parameters()), torch.device("cpu"))
-    return Probe(move_data_to_device(_named(backbone, example), device), "example_input_array")
+    return Probe(move_data_to_device(_as_keywords(backbone, example), device), "example_input_array")
 
 
 def _example(backbone: nn.Module | None, example: Any) -> Any:
     return getattr(backbone, "example_input_array", None) if example is None else example
 
 
-def _named(backbone: nn.Module, example: Any) -> dict[str, Any]:
+def _as_keywords(backbone: nn.Module, example: Any) -> dict[str, Any]:
     """A tensor, a tuple or a mapping as arguments by name."""
     if isinstance(example, Mapping):
         return dict(example)
@@ -134,7 +134,7 @@ def _rows(value: Any) -> int:
     return len(value) if isinstance(value, list | tuple) else 0
 
 
-def as_weights(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def cast_to_weights(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Floating-point inputs in the dtype of half-precision weights: outside of autocast layers take no other."""
     dtype = float_dtype(backbone)
     return dict(inputs) if dtype.itemsize > 2 else cast_floats(inputs, dtype)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.export.model_files import reader, write_merged
-from lora_lightning.export.probe_batch import Probe, as_weights, cast_floats
+from lora_lightning.export.probe_batch import Probe, cast_floats, cast_to_weights
 from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.formats.peft.load import load_adapter
-from lora_lightning.lora.frozen.dtype import float_dtype, short
+from lora_lightning.lora.frozen.dtype import dtype_name, float_dtype
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import remove
-from lora_lightning.lora.merge import count_low, merge
+from lora_lightning.lora.merge import merge
+from lora_lightning.lora.report import count_low
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 """Largest |exported - adapted| over the largest |adapted|, of each output. In half precision rounding W0 + s B A alone
@@ -80,12 +81,12 @@ def difference(adapted: list[Tensor], exported: list[Tensor], what: str) -> Diff
         raise MergeError("the adapted model returns no finite number for the probe: nothing can be compared")
     largest = relative = 0.0
     for a, b in zip(adapted, exported, strict=True):
-        far, size = _apart(a.double(), b.double())
+        far, size = _largest_difference(a.double(), b.double())
         largest, relative = _max(largest, far), _max(relative, far / size)
     return Difference(outputs=len(adapted), max_abs_diff=largest, max_rel_diff=relative)
 
 
-def _apart(a: Tensor, b: Tensor) -> tuple[float, float]:
+def _largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Largest |b - a|, and the largest finite |a|."""
     equal = (a == b) | (a.isnan() & b.isnan())
     far = torch.where(equal, 0.0, (a - b).abs())
@@ -122,7 +123,8 @@ def tolerance(backbone: nn.Module, dtype: torch.dtype | None = None) -> tuple[fl
     allowed = TOLERANCE.get(coarsest, 16 * torch.finfo(coarsest).eps)
     if four is not None and allowed < FOUR_BIT:
         return FOUR_BIT, "for 4-bit products in float32"
-    return allowed, f"in {short(coarsest)}" if coarsest in TOLERANCE else f"16 units of {short(coarsest)}'s precision"
+    name = dtype_name(coarsest)
+    return allowed, f"in {name}" if coarsest in TOLERANCE else f"16 units of {name}'s precision"
 
 
 @dataclass
@@ -198,12 +200,12 @@ class Proof:
 
     def __init__(self, backbone: nn.Module, probe: Probe, report: ExportReport, dtype: torch.dtype | None) -> None:
         self.backbone, self.report, self.dtype = backbone, report, dtype
-        self.inputs = as_weights(backbone, probe.inputs)
+        self.inputs = cast_to_weights(backbone, probe.inputs)
         self.adapted = outputs(backbone, self.inputs)
         report.probe = probe.source
         report.tolerance, report.rule = tolerance(backbone, dtype)
 
-    def of_adapter(self, folder: Path) -> None:
+    def verify_adapter(self, folder: Path) -> None:
         """Load the adapter onto the same W0, which the two models share."""
         own = {id(tensor) for tensor in adapter_tensors(self.backbone).values()}
         shared = (t for t in (*self.backbone.parameters(), *self.backbone.buffers()) if id(t) not in own)
@@ -211,12 +213,12 @@ class Proof:
         load_adapter(again, folder)
         self._compare("the adapter read back", again.eval(), self.inputs)
 
-    def of_merged(self, folder: Path, **options: Any) -> None:
+    def verify_merged(self, folder: Path, **options: Any) -> None:
         """Merge a copy, write it, let it go, and read what was written."""
         plain = copy.deepcopy(self.backbone)
         merged = merge(plain, dequantize=True, dtype=self.dtype)
         self.report.kept, self.report.untied = merged.kept, merged.untied
-        self.report.dequantized, self.report.dtype = merged.dequantized, short(float_dtype(plain))
+        self.report.dequantized, self.report.dtype = merged.dequantized, dtype_name(float_dtype(plain))
         inputs = self.inputs if self.dtype is None else cast_floats(self.inputs, self.dtype)
         self._compare("the merged model", plain, inputs)
         write_merged(plain, folder, **options)
@@ -225,13 +227,13 @@ class Proof:
         self._compare("the merged model read back", read(), inputs)
 
     def _compare(self, what: str, other: nn.Module, inputs: Mapping[str, Any]) -> None:
-        report, found = self.report, difference(self.adapted, outputs(other, inputs), what)
-        if not found.max_rel_diff <= report.tolerance:  # also refuses NaN
+        report, figures = self.report, difference(self.adapted, outputs(other, inputs), what)
+        if not figures.max_rel_diff <= report.tolerance:  # also refuses NaN
             raise MergeError(
-                f"{what} differs from the adapted one by {found.max_rel_diff:.2e} relative, above"
+                f"{what} differs from the adapted one by {figures.max_rel_diff:.2e} relative, above"
                 f" {report.tolerance:.0e} ({report.rule}): nothing was exported; keep the adapter, or export or load"
                 f" the backbone in float32"
             )
-        report.compared[what] = found
-        report.max_abs_diff = max(report.max_abs_diff, found.max_abs_diff)
-        report.max_rel_diff = max(report.max_rel_diff, found.max_rel_diff)
+        report.compared[what] = figures
+        report.max_abs_diff = max(report.max_abs_diff, figures.max_abs_diff)
+        report.max_rel_diff = max(report.max_rel_diff, figures.max_rel_diff)

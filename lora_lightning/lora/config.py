@@ -12,11 +12,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from lora_lightning.lora.errors import ConfigError, did_you_mean
-from lora_lightning.lora.init.from_weight import FAST_PISSA
-from lora_lightning.lora.targets.fused_projections import SliceSpec, refuse_spec
+from lora_lightning.lora.targets.fused_projections import Slices, SliceSpec, refuse_spec
+from lora_lightning.lora.targets.patterns import regex_refusal
 
 ALL_LINEAR = "all-linear"
 INITS = ("gaussian", "kaiming", "orthogonal", "pissa", "olora", "eva", "loftq", "lora_ga")
+FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
+"""PiSSA by a randomised SVD of so many iterations."""
 Bias = Literal["none", "all", "lora_only"]
 
 
@@ -107,7 +109,7 @@ class LoRAConfig:
             self._set(name, _as_patterns(name, getattr(self, name)))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(value := getattr(self, name), str):
-                _refuse_bad_regex(name, value)
+                _refuse_bad_regex(name, value, is_end=False)
             else:
                 self._set(name, _as_list(name, value))
         for name in ("target_parameters", "modules_to_save"):
@@ -221,14 +223,28 @@ def _as_patterns(name: str, value: Any) -> dict[str, Any]:
     for pattern in value:
         if not isinstance(pattern, str) or not pattern:
             raise ConfigError(f"{name} must map module names or regular expressions, got {pattern!r}")
-        _refuse_bad_regex(name, pattern)
+        _refuse_bad_regex(name, pattern, is_end=True)
     return dict(value)
 
 
-def _refuse_bad_regex(name: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"{name}: '{pattern}' is not a regular expression ({error}); any text is '.*' in one"
-        ) from error
+def _refuse_bad_regex(name: str, pattern: str, *, is_end: bool) -> None:
+    if refused := regex_refusal(pattern, is_end=is_end):
+        raise ConfigError(f"{name}: '{pattern}' {refused}; any text is '.*' in one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings:
+    """One layer's share of the config, resolved."""
+
+    r: int
+    alpha: float
+    scale: float
+    """s in `h = W0 x + s B A x`."""
+    dropout: float
+    init: str
+    use_dora: bool = False
+    lora_bias: bool = False
+    slices: Slices | None = None
+    """The parts of a fused weight that are adapted, each with its own A and B; None adapts it as one."""
+    parameter: str = ""
+    """The parameter that is adapted, where it is no module's `weight`."""

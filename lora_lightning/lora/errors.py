@@ -86,7 +86,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
 
 
-def some(items: list[str], limit: int = 4) -> str:
+def first_few(items: list[str], limit: int = 4) -> str:
     """The first few, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more

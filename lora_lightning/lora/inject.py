@@ -2,31 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, overload
 
-import torch
 from torch import nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import LoRAError, TargetError, some, warn
+from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
-from lora_lightning.lora.frozen.tensors import adapter_tensors, get_module, named_modules
+from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
-from lora_lightning.lora.layers import (
-    AdaptedLayer,
-    Grafted,
-    SavedCopy,
-    TokenRows,
-    TrainedBias,
-    graft,
-    take_out,
-)
+from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, graft, take_out
 from lora_lightning.lora.layers.attention import hold_kernels_off
 from lora_lightning.lora.layers.trained.frozen_norm import FrozenStatistics
-from lora_lightning.lora.report import STACK, AdaptedModule, InjectionReport, without_numbers
+from lora_lightning.lora.report import AdaptedModule, InjectionReport, warn_of_stacks
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.lora.targets.select import Selection, Target, select
 
@@ -39,7 +29,7 @@ def inject(
     *,
     data: Any = None,
     loss: Loss | None = None,
-    start: bool = True,
+    run_init: bool = True,
     any_rank: bool = False,
 ) -> InjectionReport:
     """Adapt `model` in place: `h = W0 x + s B A x` in every selected layer, all else frozen.
@@ -49,17 +39,17 @@ def inject(
     change it). Works on the meta device.
 
     Args:
-        data: what the starts eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
+        data: what the inits eva and lora_ga measure (batches: a mapping or a list is unpacked into the model's
             arguments) or what loftq approximates (the model before quantization or its state dict).
         loss: a function of (model, batch) for lora_ga, where the model returns no loss itself.
-        start: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
+        run_init: False where an adapter's tensors will be loaded next: A and B are then drawn plainly, without the
             cost or the data of `config.init`.
         any_rank: for an adapter from elsewhere: allow an r above the smaller side of a weight, and `lora_bias` on a
             layer without a bias, which no merge can fold.
 
     Raises:
         TargetError: the config does not fit this model; the model is then as it was.
-        LoRAError: the model is adapted already, or the start lacks its data; the model is then as it was.
+        LoRAError: the model is adapted already, or the init lacks its data; the model is then as it was.
     """
     config = config or LoRAConfig()
     if not isinstance(model, nn.Module):
@@ -69,45 +59,29 @@ def inject(
         raise LoRAError("this model is adapted already: merge(model) or remove(model) first")
     if kind := next((type(m).__name__ for m in modules if "lora_A" in m._parameters or "lora_A" in m._modules), None):
         raise LoRAError(f"this model has LoRA layers of another library ({kind}): load its plain form")
-    if start:
+    if run_init:
         refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
     if not any_rank:
-        _warn_of_stacks(model, selection)
+        warn_of_stacks(model, selection.skipped)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
     try:
         for parameter in trained_before:
             parameter.requires_grad_(False)
-        rows = _graft_all(model, selection, start=start)
-        if data is not None and start:
+        rows = _graft_all(model, selection, run_init=run_init)
+        if data is not None and run_init:
             init_from_data(model, adapted_layers(model), config.init, data, loss)
         copies: dict[int, nn.Parameter] = {}
         for module in selection.biases:  # outside whatever else was grafted
             TrainedBias.attach(module, copies)
         guard_saving(model, is_adapted=True)
-        return _report(model, rows, selection)
+        return InjectionReport.of_model(model, rows, selection.skipped)
     except BaseException:
         remove(model)
         for parameter in trained_before:
             parameter.requires_grad_(True)
         raise
-
-
-def _warn_of_stacks(model: nn.Module, selection: Selection) -> None:
-    """Say which experts stay frozen under `all-linear`, and what share of the model they are."""
-    stacks = [name for name, reason in selection.skipped.items() if reason == STACK]
-    if not stacks:
-        return
-    places = [name.rpartition(".") for name in stacks]
-    held = sum(getattr(get_module(model, module), own).numel() for module, _, own in places)
-    share = held / sum(p.numel() for p in model.parameters())
-    kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
-    ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
-    warn(
-        f"all-linear adapts layers; {some(kinds)}, stacks of matrices as fused experts are, stay frozen, {share:.0%} of"
-        f" the parameters; to adapt them too: target_parameters: [{ends}]"
-    )
 
 
 def guard_saving(model: nn.Module, *, is_adapted: bool) -> None:
@@ -129,27 +103,9 @@ def _refuse_save_pretrained(*args: Any, **kwargs: Any) -> None:
     )
 
 
-def _report(model: nn.Module, rows: list[AdaptedModule], selection: Selection) -> InjectionReport:
-    """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
-    named = list(named_modules(model))
-    parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
-    copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
-    biases = {m.lora_trained_bias for _, m in named if isinstance(m, TrainedBias)}
-    trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
-    return InjectionReport(
-        modules=rows,
-        saved={name: sum(p.numel() for p in copy.parameters()) for name, copy in copies.items()},
-        tokens={name: module.lora_tokens.numel() for name, module in named if isinstance(module, TokenRows)},
-        skipped=selection.skipped,
-        biases=sum(bias.numel() for bias in biases),
-        trainable=trainable,
-        frozen=sum(p.numel() for p in parameters.values()) - trainable,
-    )
-
-
-def _graft_all(model: nn.Module, selection: Selection, *, start: bool) -> list[AdaptedModule]:
+def _graft_all(model: nn.Module, selection: Selection, *, run_init: bool) -> list[AdaptedModule]:
     hold_packing(model)
-    rows = [_adapt(target, start=start) for target in selection.targets]
+    rows = [_adapt(target, run_init=run_init) for target in selection.targets]
     for token in selection.tokens:
         TokenRows.attach(token.module, token.token_ids, token.tied)
     twins: dict[int, Any] = {}  # shared, so that tied modules get tied copies
@@ -186,47 +142,6 @@ def disabled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def scaled(model: nn.Module, strength: float) -> Iterator[None]:
-    """Within the block the update has another strength: every trained W is `W0 + strength (W - W0)`.
-
-    For `s B A` that is another s, and alpha, of each layer; copies of `modules_to_save`, trained biases and token rows
-    are interpolated, and DoRA's magnitudes follow. At 0 the model computes as its base, at 1 as it was trained. What is
-    saved, merged or exported within the block has that strength; afterwards every tensor is as before, to the bit.
-
-    Raises:
-        LoRAError: a strength that is no finite number of at least 0, or that a layer cannot have.
-    """
-    refuse_strength(strength)
-    if strength == 1:
-        yield
-        return
-    tensors = list({id(t): t for t in adapter_tensors(model).values()}.values())
-    if any(tensor.is_meta for tensor in tensors):
-        raise LoRAError("the model is on the meta device, where nothing has a strength: give it its weights first")
-    before = [tensor.detach().clone() for tensor in tensors]
-    settings = [(layer, layer.lora_settings) for _, layer in adapted_layers(model)]
-    done: set[int] = set()
-    try:
-        with torch.no_grad():
-            for _, module in grafted_modules(model):
-                module.rescale_update(strength, done)
-        yield
-    finally:
-        for tensor, values in zip(tensors, before, strict=True):
-            tensor.detach().copy_(values)
-        for layer, own in settings:
-            if "lora_settings" in layer.__dict__:  # not after a merge
-                layer.__dict__["lora_settings"] = own
-
-
-def refuse_strength(strength: float) -> None:
-    """Raise a LoRAError for what is no strength of an update."""
-    is_number = isinstance(strength, int | float) and not isinstance(strength, bool)
-    if not is_number or not math.isfinite(strength) or strength < 0:
-        raise LoRAError(f"scale must be a finite number of at least 0 (0 is the base, 1 the adapter), got {strength!r}")
-
-
 @overload
 def grafted_modules(model: nn.Module) -> list[tuple[str, Grafted]]: ...
 
@@ -245,9 +160,9 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, AdaptedLayer]]:
     return grafted_modules(model, AdaptedLayer)
 
 
-def _adapt(target: Target, *, start: bool) -> AdaptedModule:
+def _adapt(target: Target, *, run_init: bool) -> AdaptedModule:
     layer, parts = target.kind.attach(target.module, target.settings), target.settings.slices
-    layer.reset_lora_parameters(from_w0=start)
+    layer.reset_lora_parameters(from_w0=run_init)
     return AdaptedModule(
         module=target.name,
         kind=layer.kind if parts is None else f"{layer.kind}[{', '.join(parts.taken)}]",

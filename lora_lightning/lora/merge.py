@@ -6,46 +6,24 @@ Whatever a merge refuses, it refuses before the first write, so that the model s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import MergeError, warn
-from lora_lightning.lora.frozen.dtype import (
-    cast,
-    float_dtype,
-    refuse_dtype,
-    refuse_overflow,
-    refuse_wide,
-    short,
-    widen,
-)
+from lora_lightning.lora.frozen.dtype import cast, float_dtype, refuse_overflow, widen
 from lora_lightning.lora.frozen.quantization import make_plain, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
-from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove, scaled
+from lora_lightning.lora.inject import adapted_layers, grafted_modules, remove
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, take_out
+from lora_lightning.lora.merge_refusals import refuse_merge, trained_tensors
+from lora_lightning.lora.report import MergeReport, rounding_warning
 
 LARGE = 1e9
 """Below it in A, B and DoRA's magnitudes, no update comes near the end of bfloat16 and float32, at 3e38."""
-LEAST_KEPT = 0.9
-"""A smaller share of an update kept by rounding is warned of."""
-
-
-@dataclass(frozen=True)
-class MergeReport:
-    """What rounding to W0's dtype did to each layer's update."""
-
-    kept: dict[str, float] = field(default_factory=dict)
-    """By module, 1 - ||W - W0 - s B A||_F / ||s B A||_F for the merged weight W: the share of the update that rounding
-    left. 1 is all of it, 0 where the error is as large as the update."""
-    untied: list[str] = field(default_factory=list)
-    """Modules whose weight was shared with another module and is now their own."""
-    dequantized: list[str] = field(default_factory=list)
-    """Modules that were quantized and are plain `nn.Linear` now."""
 
 
 @torch.no_grad()
@@ -76,7 +54,8 @@ def merge(
 
 
 def _merge(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> MergeReport:
-    _refuse_before(model, dequantize=dequantize, dtype=dtype)
+    refuse_merge(model, dequantize=dequantize, dtype=dtype)
+    _refuse_infinite_sums(model, dtype)
     if dtype is not None:
         widen(model, dtype)
     report = MergeReport()
@@ -127,7 +106,7 @@ def fold(
         MergeError: the update is not finite, or rounding would make a number infinite.
     """
     share = None
-    for own, trained, place in _trained_tensors(module):
+    for own, trained, place in trained_tensors(module):
         refuse_overflow(f"'{full_name(path, own)}'", trained, place.dtype)
     if isinstance(module, TrainedBias):
         TrainedBias.fold(module, folded)
@@ -198,114 +177,16 @@ def _fold_bias(layer: AdaptedLayer, label: str) -> None:
         layer._parameters["bias"] = nn.Parameter(merged.to(own.dtype), requires_grad=own.requires_grad)
 
 
-# What is refused before the first write, and what is said of rounding.
-
-
-def _refuse_before(model: nn.Module, *, dequantize: bool, dtype: torch.dtype | None) -> None:
-    """All that can be refused before the first write, so that the model stays as it was."""
-    if not adapted_layers(model) and not grafted_modules(model, SavedCopy) and not grafted_modules(model, TokenRows):
-        raise MergeError("nothing to merge: this model has no adapters")
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise MergeError(
-            "the model is on the meta device, where W0 has no values: give it its weights first, or merge its files"
-            " with `lora-lightning merge`"
-        )
-    if dtype is not None:
-        refuse_dtype(dtype)
-    refuse(model, dequantize=dequantize)
-    _refuse_narrow(model, dtype)
-
-
-def refuse(model: nn.Module, *, dequantize: bool = False) -> None:
-    """Raise a MergeError for an adapter that is not finite, or that W0 has no place for; W0 itself is not read."""
-    for name, module in grafted_modules(model):
-        for own, tensor in module.lora_tensors().items():
-            if not torch.isfinite(tensor).all():
-                what = "A or B" if own in ("lora_A", "lora_B") else own
-                raise MergeError(f"{what} of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-    for name, saved in grafted_modules(model, SavedCopy):
-        if not all(torch.isfinite(tensor).all() for tensor in saved.lora_copy.state_dict().values()):
-            raise MergeError(f"the copy of '{name}' is not finite: training diverged; merge an earlier checkpoint")
-    for path, layer in adapted_layers(model):
-        name = layer.lora_name(path)
-        if layer.lora_B_bias is not None and layer._parameters.get("bias") is None:
-            raise MergeError(
-                f"lora_bias of '{name}' has no bias to be added to, and a new key would not load into the original"
-                f" model: keep the adapter unmerged"
-            )
-        if scheme(layer) is not None and not dequantize:
-            raise MergeError(
-                f"'{name}' is quantized ({scheme(layer)}), and rounding to its grid would lose most of the update:"
-                f" merge(model, dequantize=True) makes plain layers, or merge into the base loaded unquantized"
-            )
-
-
-def refuse_codes(name: str, layer: AdaptedLayer) -> None:
-    """Integer codes, and floating-point numbers of a byte, cannot take an update."""
-    for weight in layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values():
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            raise MergeError(
-                f"'{name}' holds its weight as {weight.dtype}: load the backbone unquantized and merge there"
-            )
-
-
-def _refuse_narrow(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """Raise a MergeError where what a merge writes would become infinite in `dtype`, or in the dtype of its place.
+def _refuse_infinite_sums(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Raise a MergeError where a sum would become infinite in `dtype`, or in the dtype of its place.
 
     Sums are computed for it where they may come near: for float16, which ends at 65504, or of a large A or B.
     """
     plain_dtype = float_dtype(model)
-    for name, module in model.named_modules():
-        for own, trained, place in _trained_tensors(module):
-            refuse_overflow(f"'{full_name(name, own)}'", trained, dtype or place.dtype)
-        if scheme(module) is not None and (dtype or plain_dtype) == torch.float16:
-            refuse_overflow(f"'{name}', dequantized,", plain_weight(module), torch.float16)
     for path, layer in adapted_layers(model):
         name, is_quantized = layer.lora_name(path), scheme(layer) is not None
-        if not is_quantized:
-            refuse_codes(name, layer)
         weights = layer.adapted_parameters(layer.lora_owner, layer.lora_settings).values()
         dtypes = {dtype or (plain_dtype if is_quantized else weight.dtype) for weight in weights}
         is_large = any(tensor.numel() and tensor.abs().max() > LARGE for tensor in layer.lora_tensors().values())
         if is_large or torch.float16 in dtypes:
             merged_weights(layer, plain_dtype if is_quantized else None, dtype, label=name)
-        update, bias = layer.update_bias(), layer._parameters.get("bias")
-        if update is not None and bias is not None:
-            base = layer.lora_trained_bias if isinstance(layer, TrainedBias) else bias
-            refuse_overflow(f"the bias of '{name}' with lora_bias", base + update, dtype or bias.dtype)
-    if dtype is not None:
-        refuse_wide(model, dtype)
-
-
-def _trained_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What a module was trained to hold: the name of the tensor that it takes the place of, its values, that tensor."""
-    if isinstance(module, TrainedBias):
-        yield "bias", module.lora_trained_bias, module._parameters["bias"]  # type: ignore[misc]
-    if isinstance(module, TokenRows):
-        yield "weight", module.lora_tokens, module.weight
-    if isinstance(module, SavedCopy):
-        own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-        for name, trained in (*module.lora_copy.named_parameters(), *module.lora_copy.named_buffers()):
-            yield name, trained, own[name]
-
-
-def count_low(kept: Mapping[str, float]) -> int:
-    """In how many layers rounding erased more than a tenth of the update."""
-    return sum(share < LEAST_KEPT for share in kept.values())
-
-
-def rounding_warning(kept: Mapping[str, float], dtype: torch.dtype) -> str | None:
-    """What to say where rounding to `dtype` erased more than a tenth of some layers' updates, the worst of them named.
-
-    Args:
-        kept: by module, the share that was left.
-    """
-    low = count_low(kept)
-    if not low:
-        return None
-    worst = sorted((share, name) for name, share in kept.items())[: min(3, low)]
-    return (
-        f"rounding to {short(dtype)} kept less than {LEAST_KEPT:.0%} of the update in {low} of {len(kept)} layers,"
-        f" least in {', '.join(f'{name} ({share:.0%})' for share, name in worst)}: merge into float32"
-        f" (dtype=torch.float32, --dtype float32), or use the adapter, which lost nothing"
-    )

@@ -1,17 +1,29 @@
-"""What an injection did, as data and as a table."""
+"""What an injection did, as data and as a table, and what a merge did."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
+from torch import nn
+
+from lora_lightning.lora.errors import first_few, warn
+from lora_lightning.lora.frozen.dtype import dtype_name
+from lora_lightning.lora.frozen.tensors import get_module, named_modules
+from lora_lightning.lora.layers import SavedCopy, TokenRows, TrainedBias
 
 OUTPUT_HEAD = "the output head"
 """The reason for which `all-linear` leaves out a head."""
 STACK = "a stack of matrices, as fused experts are: name it in target_parameters"
 """The reason for which `all-linear` leaves out a bare parameter."""
+
+
+LEAST_KEPT = 0.9
+"""A smaller share of an update kept by rounding is warned of."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,24 @@ class InjectionReport:
     """Parameters that train, in number."""
     frozen: int
     """Parameters that do not."""
+
+    @classmethod
+    def of_model(cls, model: nn.Module, rows: list[AdaptedModule], skipped: dict[str, str]) -> InjectionReport:
+        """All counts from one walk: over hundreds of layers each walk through nn.Module's generators takes its time."""
+        named = list(named_modules(model))
+        parameters = {id(p): p for _, module in named for p in module._parameters.values() if p is not None}
+        copies = {n: m.lora_copy for n, m in named if isinstance(m, SavedCopy)}
+        biases = {m.lora_trained_bias for _, m in named if isinstance(m, TrainedBias)}
+        trainable = sum(p.numel() for p in parameters.values() if p.requires_grad)
+        return cls(
+            modules=rows,
+            saved={name: sum(p.numel() for p in copy.parameters()) for name, copy in copies.items()},
+            tokens={name: module.lora_tokens.numel() for name, module in named if isinstance(module, TokenRows)},
+            skipped=skipped,
+            biases=sum(bias.numel() for bias in biases),
+            trainable=trainable,
+            frozen=sum(p.numel() for p in parameters.values()) - trainable,
+        )
 
     @property
     def total(self) -> int:
@@ -108,6 +138,57 @@ class InjectionReport:
         return "\n".join([*lines, *self.exclusions()])
 
 
+def warn_of_stacks(model: nn.Module, skipped: dict[str, str]) -> None:
+    """Say which experts stay frozen under `all-linear`, and what share of the model they are."""
+    stacks = [name for name, reason in skipped.items() if reason == STACK]
+    if not stacks:
+        return
+    places = [name.rpartition(".") for name in stacks]
+    held = sum(getattr(get_module(model, module), own).numel() for module, _, own in places)
+    share = held / sum(p.numel() for p in model.parameters())
+    kinds = list(dict.fromkeys(f"'{without_numbers(name)}'" for name in stacks))
+    ends = ", ".join(dict.fromkeys(".".join(name.split(".")[-2:]) for name in stacks))
+    warn(
+        f"all-linear adapts layers; {first_few(kinds)}, stacks of matrices as fused experts are, stay frozen,"
+        f" {share:.0%} of the parameters; to adapt them too: target_parameters: [{ends}]"
+    )
+
+
 def without_numbers(name: str) -> str:
     """A module's name with `*` for each number, as of its block."""
     return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What rounding to W0's dtype did to each layer's update."""
+
+    kept: dict[str, float] = field(default_factory=dict)
+    """By module, 1 - ||W - W0 - s B A||_F / ||s B A||_F for the merged weight W: the share of the update that rounding
+    left. 1 is all of it, 0 where the error is as large as the update."""
+    untied: list[str] = field(default_factory=list)
+    """Modules whose weight was shared with another module and is now their own."""
+    dequantized: list[str] = field(default_factory=list)
+    """Modules that were quantized and are plain `nn.Linear` now."""
+
+
+def count_low(kept: Mapping[str, float]) -> int:
+    """In how many layers rounding erased more than a tenth of the update."""
+    return sum(share < LEAST_KEPT for share in kept.values())
+
+
+def rounding_warning(kept: Mapping[str, float], dtype: torch.dtype) -> str | None:
+    """What to say where rounding to `dtype` erased more than a tenth of some layers' updates, the worst of them named.
+
+    Args:
+        kept: by module, the share that was left.
+    """
+    low = count_low(kept)
+    if not low:
+        return None
+    worst = sorted((share, name) for name, share in kept.items())[: min(3, low)]
+    return (
+        f"rounding to {dtype_name(dtype)} kept less than {LEAST_KEPT:.0%} of the update in {low} of {len(kept)} layers,"
+        f" least in {', '.join(f'{name} ({share:.0%})' for share, name in worst)}: merge into float32"
+        f" (dtype=torch.float32, --dtype float32), or use the adapter, which lost nothing"
+    )

@@ -50,8 +50,8 @@ class ClassCounts:
         for i in wrong[confidence[wrong].argsort(descending=True)][:MISTAKES].tolist():
             if len(self.mistakes) >= MISTAKES and float(confidence[i]) <= self.mistakes[-1]["confidence"]:
                 break
-            told = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
-            self._keep([{**told, **shown_input(batch, i, tokenizer)}])
+            row = {"true": int(labels[i]), "predicted": int(predicted[i]), "confidence": float(confidence[i])}
+            self._keep([{**row, **input_of(batch, i, tokenizer)}])
 
     def join(self, others: Iterable[ClassCounts]) -> ClassCounts:
         """Count in what other processes counted."""
@@ -74,7 +74,7 @@ class ClassCounts:
         return {"labels": list(map(str, labels)), "counts": self.counts.tolist(), "mistakes": self.mistakes}
 
 
-def shown_input(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
+def input_of(batch: Mapping[str, Any], row: int, tokenizer: Any = None) -> dict[str, str]:
     """The text, or the picture as a `data:` address, of one row of a batch; nothing where it is neither."""
     ids, pixels = batch.get("input_ids"), batch.get("pixel_values")
     if tokenizer is not None and isinstance(ids, Tensor):
@@ -99,15 +99,15 @@ def _picture(pixels: Tensor) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def class_table(found: Mapping[str, Any]) -> Table:
+def class_table(confusion: Mapping[str, Any]) -> Table:
     """Precision, recall, F1 and support of each class, and their plain (macro) means."""
-    counts = torch.tensor(found["counts"], dtype=torch.float64)
+    counts = torch.tensor(confusion["counts"], dtype=torch.float64)
     hits, support, predicted = counts.diagonal(), counts.sum(1), counts.sum(0)
     precision, recall = hits / predicted.clamp(min=1), hits / support.clamp(min=1)
     f1 = 2 * hits / (support + predicted).clamp(min=1)
     rows = [
         [name, *(f"{float(value[i]):.3f}" for value in (precision, recall, f1)), f"{int(support[i]):,}"]
-        for i, name in enumerate(found["labels"])
+        for i, name in enumerate(confusion["labels"])
     ]
     # As torchmetrics has it, a class that is neither there nor predicted is left out of the means.
     seen = (support + predicted) > 0
@@ -116,21 +116,24 @@ def class_table(found: Mapping[str, Any]) -> Table:
     return Table(header=["class", "precision", "recall", "F1", "support"], rows=rows)
 
 
-def confusions(found: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int, str]]]]:
+def confusions(confusion: Mapping[str, Any]) -> list[tuple[str, list[tuple[int, int, str]]]]:
     """The matrix's rows: true class, and for each predicted one the count, its shade from 0 to 9, and words."""
-    labels, rows = found["labels"], []
-    for name, counts in zip(labels, found["counts"], strict=True):
+    labels, rows = confusion["labels"], []
+    for name, counts in zip(labels, confusion["counts"], strict=True):
         total = max(1, sum(counts))
-        told = [f"{n:,} of {total:,} {name} taken for {other}" for other, n in zip(labels, counts, strict=True)]
-        rows.append((name, [(n, min(9, round(9 * n / total)), tip) for n, tip in zip(counts, told, strict=True)]))
+        tips = [f"{n:,} of {total:,} {name} taken for {other}" for other, n in zip(labels, counts, strict=True)]
+        rows.append((name, [(n, min(9, round(9 * n / total)), tip) for n, tip in zip(counts, tips, strict=True)]))
     return rows
 
 
-def mixed_up(found: Mapping[str, Any]) -> Table:
+def confused_pairs(confusion: Mapping[str, Any]) -> Table:
     """The pairs of classes that are mixed up most, where there are too many classes for a matrix."""
-    labels = found["labels"]
+    labels = confusion["labels"]
     pairs = [
-        (n, labels[i], labels[j]) for i, row in enumerate(found["counts"]) for j, n in enumerate(row) if i != j and n
+        (n, labels[i], labels[j])
+        for i, row in enumerate(confusion["counts"])
+        for j, n in enumerate(row)
+        if i != j and n
     ]
     rows = [[true, predicted, f"{n:,}"] for n, true, predicted in sorted(pairs, reverse=True)[:MISTAKES]]
     return Table(header=["true class", "taken for", "how often"], rows=rows, text=(0, 1))

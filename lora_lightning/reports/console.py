@@ -17,13 +17,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lora_lightning.lora.formats.atomic_dir import human_size
-from lora_lightning.lora.frozen.dtype import base_dtypes, short
+from lora_lightning.lora.frozen.dtype import base_dtypes, dtype_name
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.lora.layers.class_swap import Grafted
-from lora_lightning.lora.merge import LEAST_KEPT
-from lora_lightning.lora.report import InjectionReport
+from lora_lightning.lora.report import LEAST_KEPT, InjectionReport
 from lora_lightning.reports.table import Table
 
 BEFORE = "_before"
@@ -50,11 +49,11 @@ def show_data(summary: dict[str, Any] | None, console: Console) -> None:
     lines = ["rows: " + ", ".join(f"{split} {count:,}" for split, count in summary["rows"].items())]
     for split, counts in summary.get("labels", {}).items():
         if len(counts) > MOST_LABELS:
-            told = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
+            counted = f"{len(counts)}, of {min(counts.values()):,} to {max(counts.values()):,} rows"
         else:
-            told = ", ".join(f"{shown_label(name)} {count:,}" for name, count in counts.items())
-        lines.append(f"labels in {split}: {told}")
-    for what, shares in cut_by_what(summary).items():
+            counted = ", ".join(f"{quote_label(name)} {count:,}" for name, count in counts.items())
+        lines.append(f"labels in {split}: {counted}")
+    for what, shares in cut_shares_by_kind(summary).items():
         lines.append(f"{what}: " + ", ".join(f"{share:.1%} of {split}" for split, share in shares.items()))
     text = Text("\n".join(lines))
     for warning in summary.get("warnings", ()):
@@ -82,12 +81,12 @@ def first_lines(trainer: Trainer, backbone: nn.Module, report: InjectionReport, 
     device = trainer.strategy.root_device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     where = f"{trainer.world_size} x {name}" if trainer.world_size > 1 else name
-    told = "nowhere" if folder is None else str(folder)
+    folders = "nowhere" if folder is None else str(folder)
     others = [_place(logger) for logger in trainer.loggers if not isinstance(logger, CSVLogger)]
-    told += f" and {', '.join(others)}" if others and folder is not None else ""
+    folders += f" and {', '.join(others)}" if others and folder is not None else ""
     return [
         f"{backbone_name(backbone)}, {short_count(report.frozen)} frozen parameters",
-        f"on {where} in {trainer.precision}; results go to {told}",
+        f"on {where} in {trainer.precision}; results go to {folders}",
     ]
 
 
@@ -150,15 +149,15 @@ class PartDtypes:
         """What a person reads: dtypes, then modes."""
         total = max(1, sum(self.w0.values()))
         shares = [name if len(self.w0) == 1 else f"{name} {_percent(n / total)}" for name, n in self.w0.items()]
-        told = [f"W0 {', '.join(shares)}", f"A and B {', '.join(self.adapter)}"]
-        told += [f"{name} {', '.join(dtypes)}" for name, dtypes in self.saved.items()]
-        told.append(f"{self.autocast} autocast" if self.autocast else "no autocast")
+        dtypes_of = [f"W0 {', '.join(shares)}", f"A and B {', '.join(self.adapter)}"]
+        dtypes_of += [f"{name} {', '.join(dtypes)}" for name, dtypes in self.saved.items()]
+        dtypes_of.append(f"{self.autocast} autocast" if self.autocast else "no autocast")
         cpu = ", which CPUs do not have" if self.asked in ("16-mixed", "16") else ""
         asked = "" if self.asked is None else f", for {self.asked}{cpu}"
         own = "off" if self.backbone_mode == "eval" else "on"
         ours = f", LoRA's {' and '.join(f'{p:g}' for p in self.dropout)} on" if self.dropout else ""
         return (
-            f"dtypes: {'; '.join(told)} (precision {self.precision}{asked})",
+            f"dtypes: {'; '.join(dtypes_of)} (precision {self.precision}{asked})",
             f"modes: the backbone in {self.backbone_mode} (backbone_mode): its own dropout {own}{ours}",
         )
 
@@ -171,7 +170,7 @@ def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> Pa
     factors = [t for t in adapter_tensors(backbone).values() if id(t) not in heads and t.is_floating_point()]
     kind = trainer.strategy.root_device.type
     with trainer.precision_plugin.forward_context():
-        autocast = short(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+        autocast = dtype_name(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
     return PartDtypes(
         w0=base_dtypes(backbone),
         adapter=_dtypes(factors),
@@ -185,7 +184,7 @@ def part_dtypes(backbone: nn.Module, backbone_mode: str, trainer: Trainer) -> Pa
 
 
 def _dtypes(tensors: Iterable[torch.Tensor]) -> list[str]:
-    return sorted({short(tensor.dtype) for tensor in tensors})
+    return sorted({dtype_name(tensor.dtype) for tensor in tensors})
 
 
 def _percent(share: float) -> str:
@@ -195,12 +194,12 @@ def _percent(share: float) -> str:
 # ---- the data
 
 
-def shown_label(name: str) -> str:
+def quote_label(name: str) -> str:
     """In quotes where blanks would not be seen."""
     return name if name and name == name.strip() else repr(name)
 
 
-def cut_by_what(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def cut_shares_by_kind(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Of `texts cut`, `sources cut` and so on, the share by split."""
     found: dict[str, dict[str, float]] = {}
     for split, shares in summary.get("cut", {}).items():
@@ -220,9 +219,9 @@ def data_table(summary: Mapping[str, Any]) -> Table:
     rows = [["rows", *(f"{summary['rows'][split]:,}" for split in splits)]]
     for label in dict.fromkeys(name for counts in labels.values() for name in counts):
         rows.append(
-            [f"labeled {shown_label(label)}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)]
+            [f"labeled {quote_label(label)}", *(f"{labels.get(split, {}).get(label, 0):,}" for split in splits)]
         )
-    for what, shares in cut_by_what(summary).items():
+    for what, shares in cut_shares_by_kind(summary).items():
         rows.append([what, *(f"{shares[split]:.1%}" if split in shares else "" for split in splits)])
     return Table(header=["data", *splits], rows=rows, note="\n".join(summary.get("warnings", [])))
 

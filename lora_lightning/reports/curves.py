@@ -152,7 +152,7 @@ class Chart:
             for step, value in series.points
             if len(series.points) <= MARKED
         ]
-        path = " L".join(f"{self.x.at(step):.2f} {self.y.at(value):.2f}" for step, value in thinned(series.points))
+        path = " L".join(f"{self.x.at(step):.2f} {self.y.at(value):.2f}" for step, value in thin_out(series.points))
         extent = f" ({short(min(values))} to {short(max(values))})" if len(values) > 1 else ""
         return Line(series, color_of(series.name, index), f"M{path}", dots, label, short(values[-1]), extent)
 
@@ -237,7 +237,7 @@ def color_of(name: str, index: int) -> str:
     return stage if stage in ("val", "test") else f"line{index % 5}"
 
 
-def thinned(points: tuple[Point, ...]) -> list[Point]:
+def thin_out(points: tuple[Point, ...]) -> list[Point]:
     """Points to draw: all of them, or the least and the greatest of each stretch, and the two ends."""
     if len(points) <= 2 * BUCKETS:
         return list(points)

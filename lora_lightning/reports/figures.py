@@ -56,7 +56,7 @@ def refuse_missing() -> None:
 
 
 @contextmanager
-def styled() -> Iterator[None]:
+def plot_style() -> Iterator[None]:
     """Within the block figures look alike, whatever the user's own settings are, which stay."""
     import matplotlib as mpl
 
@@ -101,7 +101,7 @@ def write_figures(folder: Path, drawings: Mapping[str, Drawing], earlier: Any = 
             (folder / name).unlink(missing_ok=True)
     if not drawings:
         return {}
-    with styled():
+    with plot_style():
         files = {name: image_bytes(drawing.figure) for name, drawing in drawings.items()}
     for name, own in files.items():
         for ending, data in own.items():

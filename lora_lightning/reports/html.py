@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from lora_lightning.lora.formats.atomic_dir import human_size, write_bytes
-from lora_lightning.reports.classes import MOST_SHOWN, class_table, confusions, mixed_up
+from lora_lightning.reports.classes import MOST_SHOWN, class_table, confused_pairs, confusions
 from lora_lightning.reports.console import BEFORE, data_table, report_rows, short_count
 from lora_lightning.reports.curves import Chart, charts_of, numbers_table, read_metrics, short
 from lora_lightning.reports.figures import Drawing
@@ -104,12 +104,12 @@ def template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_allowed,
+        finalize=_replace_forbidden,
     )
     return environment.get_template("template.html.j2")
 
 
-def _allowed(value: Any) -> Any:
+def _replace_forbidden(value: Any) -> Any:
     """Text without the characters that no page may have."""
     return FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value) if type(value) is str else value
 
@@ -151,7 +151,7 @@ def run_page(folder: Path) -> str:
     sections += _classes(classes["test"], "test")
     sections += [
         *_drift(folder),
-        *_adapted(v),
+        *_adapted_section(v),
         *_answers(_lines(folder / SAMPLES)),
         *_facts(v),
         *_config(_text(folder / CONFIG)),
@@ -177,26 +177,27 @@ def _lines(file: Path) -> list[dict[str, Any]]:
 
 def sentence(v: Mapping[str, Any]) -> str:
     """Backbone, method, and the share that trains."""
-    told = str(v.get("backbone") or "")
+    text = str(v.get("backbone") or "")
     if "total" in v:
-        told += f"{', ' if told else ''}{short_count(v['total'])} parameters, of which {v['trainable']:,} train"
-        told += f" ({v['trainable'] / max(v['total'], 1):.2%})"
+        text += f"{', ' if text else ''}{short_count(v['total'])} parameters, of which {v['trainable']:,} train"
+        text += f" ({v['trainable'] / max(v['total'], 1):.2%})"
     if isinstance(lora := v.get("lora"), dict):
         ways = [("use_dora", "DoRA"), ("use_rslora", "rsLoRA")]
         method = " and ".join(name for key, name in ways if lora.get(key)) or "LoRA"
-        told += f": {method} with r = {lora.get('r')}, alpha = {lora.get('alpha'):g}"
-    return f"{told}." if told else ""
+        text += f": {method} with r = {lora.get('r')}, alpha = {lora.get('alpha'):g}"
+    text = f"{text}." if text else ""
+    return f"{text} Its sweep dropped it {v['dropped']}." if v.get("dropped") else text
 
 
 def badges(v: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The proofs in a word each, with the class that colors it."""
-    found = []
+    found = [("dropped", "bad")] if v.get("dropped") else []
     if "w0_unchanged" in v:
         found.append(("W0 unchanged", "good") if v["w0_unchanged"] else ("W0 moved", "bad"))
     if "export_max_rel_diff" in v and "export_tolerance" in v:
         good = v["export_max_rel_diff"] <= v["export_tolerance"]
-        told = f"export {'equals' if good else 'differs from'} the adapted model: {v['export_max_rel_diff']:.1e}"
-        found.append((told, "good" if good else "bad"))
+        text = f"export {'equals' if good else 'differs from'} the adapted model: {v['export_max_rel_diff']:.1e}"
+        found.append((text, "good" if good else "bad"))
     if v.get("best_step") is not None and v.get("monitor"):
         found.append((f"best {v['monitor']} at step {v['best_step']}", "soft"))
     return found
@@ -204,7 +205,7 @@ def badges(v: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def cards(v: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """The figures that are asked for first: name, figure, and what stands beside it."""
-    found = [card for stage in ("val", "test") for card in _monitored(v, stage)]
+    found = [card for stage in ("val", "test") for card in _monitored_card(v, stage)]
     if "trainable" in v:
         found.append(("trainable", short_count(v["trainable"]), f"{v['trainable'] / max(v['total'], 1):.2%} of all"))
     if size := v.get("adapter_bytes") or v.get("adapter_tensor_bytes"):
@@ -222,7 +223,7 @@ def cards(v: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return found
 
 
-def _monitored(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, str]]:
+def _monitored_card(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, str]]:
     """The figure that chose the best checkpoint, else the loss."""
     monitored = str(v.get("monitor") or "val/loss").partition("/")[2]
     metric = next((name for name in (monitored, "loss") if f"{stage}_{name}" in v), None)
@@ -231,9 +232,11 @@ def _monitored(v: Mapping[str, Any], stage: str) -> list[tuple[str, str, str]]:
         return []
     before = v.get(f"{stage}_{metric}{BEFORE}")
     probe = v.get({"val": "probe_accuracy", "test": "probe_test_accuracy"}[stage]) if metric == "accuracy" else None
-    told = f"{short(before)} before" if before is not None else f"{probe:.1%} by a probe" if probe is not None else ""
+    reference = (
+        f"{short(before)} before" if before is not None else f"{probe:.1%} by a probe" if probe is not None else ""
+    )
     name = (v.get("metric_titles") or {}).get(metric, metric.replace("_", " "))
-    return [(f"{stage} {name}", f"{value:.1%}" if metric == "accuracy" else short(value), told)]
+    return [(f"{stage} {name}", f"{value:.1%}" if metric == "accuracy" else short(value), reference)]
 
 
 def duration(seconds: float) -> str:
@@ -268,7 +271,7 @@ def _classes(found: Mapping[str, Any], words: str, *, fold: bool = False) -> lis
         return []
     many = len(found["labels"]) > MOST_SHOWN
     blocks = [Block(table=class_table(found), fold="Figures of every class" if many else "")]
-    blocks += [Block(table=mixed_up(found)) if many else Block(matrix=confusions(found))]
+    blocks += [Block(table=confused_pairs(found)) if many else Block(matrix=confusions(found))]
     sections = [Section(f"Classes, {words}", blocks, beside=not many)]
     if found["mistakes"]:
         named = [
@@ -295,7 +298,7 @@ def _drift(folder: Path) -> list[Section]:
     return sections
 
 
-def _adapted(v: Mapping[str, Any]) -> list[Section]:
+def _adapted_section(v: Mapping[str, Any]) -> list[Section]:
     """The grouped injection table."""
     rows = v.get("adapted")
     if not rows:
@@ -318,11 +321,11 @@ def _answers(samples: Sequence[Mapping[str, Any]]) -> list[Section]:
 
 def _facts(v: Mapping[str, Any]) -> list[Section]:
     """The closing table of the run, as on the screen, with the fingerprints in full."""
-    told = [row for row in report_rows(v) if row[0] != "W0 before, after"]
+    rows = [row for row in report_rows(v) if row[0] != "W0 before, after"]
     if v.get("w0_before"):
         verdict = "unchanged" if v.get("w0_unchanged") else "moved"
-        told += [("W0 before the fit", str(v["w0_before"])), ("W0 after the fit", f"{v['w0_after']}: {verdict}")]
-    return [Section("Figures and proofs", [Block(facts=Table(rows=told))])] if told else []
+        rows += [("W0 before the fit", str(v["w0_before"])), ("W0 after the fit", f"{v['w0_after']}: {verdict}")]
+    return [Section("Figures and proofs", [Block(facts=Table(rows=rows))])] if rows else []
 
 
 def _config(text: str) -> list[Section]:

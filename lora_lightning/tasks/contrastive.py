@@ -14,7 +14,7 @@ from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.lora.layers.functional import wide_dtype
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
 from lora_lightning.tasks.metrics.gather import gather_rows
-from lora_lightning.tasks.metrics.retrieval import Figure, Retrieval, info_nce, singled
+from lora_lightning.tasks.metrics.retrieval import Figure, Retrieval, info_nce, number_singles
 
 Pooling = Literal["mean", "cls", "last"]
 PARTS = ("anchor", "positive", "negative")
@@ -78,7 +78,7 @@ class ContrastiveEmbedding(Task):
                 the two towers' arguments, where images are the anchors. `labels` (n, 1), or (n, 2) with negatives, are
                 the numbers of the groups of positives and negatives; -1 for one that stands for itself.
         """
-        parts, groups = self._embedded(backbone, batch)
+        parts, groups = self._embed_parts(backbone, batch)
         anchors, positives = parts[0], parts[1]
         scale = self._scale(backbone)
         gathered = gather_rows(positives) if self.gather else (positives, 0)
@@ -87,7 +87,7 @@ class ContrastiveEmbedding(Task):
         candidates = [gathered[0]]
         if len(parts) > 2:
             candidates.append(gather_rows(parts[2])[0] if self.gather else parts[2])
-        right = singled(numbers.T.flatten())
+        right = number_singles(numbers.T.flatten())
         losses = info_nce(anchors, torch.cat(candidates), own, right, 1 / scale)
         if self.symmetric:
             others = gather_rows(anchors)[0] if self.gather else anchors
@@ -96,7 +96,7 @@ class ContrastiveEmbedding(Task):
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
         """Embeddings (n, p, d) of anchors, positives and negatives, and the groups; the figures come from all."""
-        parts, groups = self._embedded(backbone, batch)
+        parts, groups = self._embed_parts(backbone, batch)
         embeddings = torch.stack((parts[0] * self._scale(backbone), *parts[1:]), 1)
         return StepOutput(embeddings.new_zeros(()), len(groups), embeddings, groups)
 
@@ -121,7 +121,7 @@ class ContrastiveEmbedding(Task):
         image, text = self._towers(backbone, batch)
         return {"image_embedding": image, "text_embedding": text}
 
-    def _embedded(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], Tensor]:
+    def _embed_parts(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[tuple[Tensor, ...], Tensor]:
         """(n, d) of each part, and the candidates' groups (n, parts - 1)."""
         if not isinstance(batch, Mapping) or ("anchor" in batch and "positive" not in batch):
             got = ", ".join(batch) if isinstance(batch, Mapping) else type(batch).__name__
@@ -143,7 +143,7 @@ class ContrastiveEmbedding(Task):
     def _encode(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         output = backbone(**inputs)
         if isinstance(output, Tensor) and output.dim() == 2:
-            return self._finished(output)
+            return self._finish(output)
         states = output.get("last_hidden_state") if isinstance(output, Mapping) else output
         if not isinstance(states, Tensor) or states.dim() != 3:
             keys = list(output) if isinstance(output, Mapping) else type(output).__name__
@@ -152,8 +152,8 @@ class ContrastiveEmbedding(Task):
                 " auto_class: AutoModel, a model without a head"
             )
         mask = inputs.get("attention_mask")
-        return self._finished(
-            pooled(states, torch.ones(states.shape[:2]).to(states) if mask is None else mask, self.pooling)
+        return self._finish(
+            pool(states, torch.ones(states.shape[:2]).to(states) if mask is None else mask, self.pooling)
         )
 
     def _towers(self, backbone: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -165,9 +165,9 @@ class ContrastiveEmbedding(Task):
                 f"a two-tower model must return image_embeds and text_embeds, got {keys}; for pairs of texts a batch"
                 " has an anchor and a positive"
             )
-        return self._finished(both[0]), self._finished(both[1])  # type: ignore[arg-type]
+        return self._finish(both[0]), self._finish(both[1])  # type: ignore[arg-type]
 
-    def _finished(self, embeddings: Tensor) -> Tensor:
+    def _finish(self, embeddings: Tensor) -> Tensor:
         wide = embeddings.to(wide_dtype(embeddings))
         return F.normalize(wide, dim=-1) if self.normalize else wide
 
@@ -181,7 +181,7 @@ class ContrastiveEmbedding(Task):
         return own.exp()
 
 
-def pooled(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+def pool(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """One vector (n, d), in float32 or wider, for the states (n, t, d) of the tokens in `mask` (n, t)."""
     states = states.to(wide_dtype(states))
     if pooling == "cls":

@@ -178,7 +178,7 @@ class GeneratingTask(Task):
         """What `generate` goes on from, a row for each of the batch's."""
 
     def step(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
-        return self._counted(self.token_loss(backbone, batch, self.label_smoothing))
+        return self._output_of(self.token_loss(backbone, batch, self.label_smoothing))
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> WrittenOutput:
         """The loss over all targets, unsmoothed; and one text for each row that has references.
@@ -186,7 +186,7 @@ class GeneratingTask(Task):
         `references` holds a list of texts for each row. Data with several targets to a source give one of its rows all
         of them, and the others none, so that a source is written for once. Without the entry each row has its target.
         """
-        out = self._counted(self.token_loss(backbone, batch, 0.0))
+        out = self._output_of(self.token_loss(backbone, batch, 0.0))
         if not self.writes(self._stage):
             return out
         references = batch.get("references") or [[text] for text in self._targets(batch["labels"])]
@@ -228,7 +228,7 @@ class GeneratingTask(Task):
         silent = set() if self.writes(stage) else {f"{stage}/{name}" for name in self.written}
         return [name for name in super().logged(stage) if name not in silent]
 
-    def _counted(self, out: LinearCrossEntropy) -> WrittenOutput:
+    def _output_of(self, out: LinearCrossEntropy) -> WrittenOutput:
         return WrittenOutput(loss=out.loss / max(out.count, 1), weight=out.count, correct=out.correct)
 
     def _targets(self, labels: Tensor) -> list[str]:

@@ -14,7 +14,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.tasks.base import Stage, StepOutput, Task, inputs_of
 from lora_lightning.tasks.losses.lm_head import shifted_loss, shifted_losses
 from lora_lightning.tasks.metrics.tokens import Perplexity, TokenAccuracy
-from lora_lightning.tasks.positions import as_packed, is_packed, unpacked
+from lora_lightning.tasks.positions import as_packed, is_packed, unpack
 
 
 @dataclass
@@ -61,7 +61,7 @@ class CausalLM(Task):
     def inputs(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         """Of a packed batch, documents in rows of their own."""
         given = inputs_of(batch, "labels", "document")
-        return unpacked(given) if is_packed(given) else given
+        return unpack(given) if is_packed(given) else given
 
     def evaluate(self, backbone: nn.Module, batch: Mapping[str, Any]) -> TokensOutput:
         """Without smoothing."""

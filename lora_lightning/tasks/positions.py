@@ -28,8 +28,8 @@ from lora_lightning.tasks.base import logits_of
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model without dropout; each module is back in its own mode afterwards."""
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Within the block the model has no dropout; afterwards each module is back in its own mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -136,7 +136,7 @@ def is_packed(inputs: Mapping[str, Any]) -> bool:
 
 
 def as_packed(backbone: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments to call the backbone with, so that documents of a row do not see each other.
+    """Return the arguments to call the backbone with, so that documents of a row do not see each other.
 
     Args:
         inputs: `input_ids` and `position_ids` (b, t), which restart at 0 where a document begins.
@@ -160,8 +160,8 @@ def _arguments(backbone: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def unpacked(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A packed batch's documents in rows of their own, with an `attention_mask`: as many as need no more room.
+def unpack(inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Put a packed batch's documents into rows of their own with an `attention_mask`, as many as need no more room.
 
     For whatever is to see the backbone's inputs in their usual form, such as the proof of an export.
     """
@@ -200,7 +200,7 @@ def refuse_mixing(backbone: nn.Module, input_ids: Tensor) -> None:
     rows = torch.stack([torch.cat([first, second]), torch.cat([other, second])])
     positions = torch.arange(LENGTH, device=rows.device).repeat(2, 2)
     try:
-        with evaluating(backbone):
+        with in_evaluation(backbone):
             packed = logits_of(backbone(**_arguments(backbone, {"input_ids": rows, "position_ids": positions})))
             alone = logits_of(backbone(input_ids=torch.stack([first, second])))
     except TypeError as error:  # an argument that its forward does not have
@@ -216,7 +216,7 @@ def refuse_mixing(backbone: nn.Module, input_ids: Tensor) -> None:
 
 
 def _documents(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three of `LENGTH` tokens each; the second differs from the first in every token."""
+    """Return three documents of `LENGTH` tokens; the second differs from the first in every token."""
     known: Tensor = input_ids.unique()  # type: ignore[no-untyped-call]
     if len(known) == 1:
         known = torch.stack([known[0], (known[0] - 1).abs()])
@@ -226,7 +226,7 @@ def _documents(input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _dtypes(backbone: nn.Module, logits: Tensor) -> set[torch.dtype]:
-    """Those that its numbers go through."""
+    """Return the dtypes that the backbone's numbers go through."""
     dtypes = {logits.dtype, *(p.dtype for p in backbone.parameters() if p.dtype in TOLERANCE)}
     if torch.is_autocast_enabled(logits.device.type):
         dtypes.add(torch.get_autocast_dtype(logits.device.type))

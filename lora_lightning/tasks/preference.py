@@ -19,7 +19,7 @@ from lora_lightning.tasks.losses.preference_losses import (
     Pairs,
     PreferenceLoss,
     PreferenceTerms,
-    checked_terms,
+    check_terms,
     preference_losses,
 )
 
@@ -55,7 +55,7 @@ class PreferenceTuning(Task):
         gamma: float = 0.5,
         rpo_alpha: float = 0.0,
     ) -> None:
-        terms = checked_terms(PreferenceTerms(loss, beta, label_smoothing, gamma, rpo_alpha))
+        terms = check_terms(PreferenceTerms(loss, beta, label_smoothing, gamma, rpo_alpha))
         metrics = {
             "accuracy": MeanOf(_is_above),
             "margin": MeanOf(torch.sub),
@@ -97,13 +97,13 @@ class PreferenceTuning(Task):
         policy = sequence_log_probs(backbone, inputs, labels)
         reference: LogProbs | None = None
         if self.terms.loss not in REFERENCE_FREE:
-            with frozen(backbone):
+            with without_gradients(backbone):
                 reference = sequence_log_probs(backbone, inputs, labels)
         return preference_losses(policy, reference, self.terms)
 
 
 @contextmanager
-def frozen(backbone: nn.Module) -> Iterator[None]:
+def without_gradients(backbone: nn.Module) -> Iterator[None]:
     """Within the block the model is the frozen one: adapter off, in eval mode, without gradients."""
     training = [module for module in backbone.modules() if module.training]
     try:

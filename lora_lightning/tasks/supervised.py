@@ -79,7 +79,7 @@ class Supervised(Task):
         if target is None:
             raise LoRAError(f"the batch has no target '{self.target}'{_near(self.target, batch)}")
         outputs = self._outputs(backbone, inputs)
-        target = _fitted(outputs, target)
+        target = _fit_target(outputs, target)
         loss, weight = self._mean(self.loss(outputs, target), target)
         return StepOutput(loss=loss, weight=weight, predictions=outputs, targets=target)
 
@@ -128,7 +128,7 @@ class Supervised(Task):
         return (value / max(n, 1) if getattr(self.loss, "reduction", None) == "sum" else value), n
 
 
-def _fitted(outputs: Tensor, given: Any) -> Tensor:
+def _fit_target(outputs: Tensor, given: Any) -> Tensor:
     """A target of numbers in the outputs' shape and type: (n,) beside (n, 1) would be compared each with all."""
     target: Tensor = torch.as_tensor(given).to(outputs.device)
     if not target.is_floating_point():

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lora_lightning.backbones.locate import resolve
@@ -17,9 +18,10 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.peft.config import CONFIG
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.lora.init.from_adapter import WarmStart, start_from_directory, start_from_state
 from lora_lightning.lora.init.from_data import init_from_data
-from lora_lightning.lora.inject import adapted_layers
-from lora_lightning.lora.warm_start import WarmStart, start_from_directory, start_from_state
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from lora_lightning.lora.layers import SavedCopy
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.adapter_state import CHECKPOINT_KEY, PREFIX, refuse_damaged_fields
@@ -42,6 +44,28 @@ def refuse_measured(module: Any, by: str) -> None:
             f"lora.init={module.lora.init} is measured on a whole model, and {by} shards it: fit a step in one"
             " process, and start from its adapter by init_adapter and another lora.init"
         )
+
+
+def refuse_start_on_meta(backbone: nn.Module, path: str | None) -> None:
+    """Raise where an adapter would be taken before W0 is there, as it is where W0 is filled after it was sharded.
+
+    Raises:
+        LoRAError: with what to do.
+    """
+    if path is not None and any(p.is_meta for p in backbone.parameters()):
+        raise LoRAError(
+            "init_adapter compares its W0 with this one's before it is sharded, and on_meta fills it after: leave"
+            " on_meta out for this fit"
+        )
+
+
+def warn_of_frozen_new_head(backbone: nn.Module) -> None:
+    """Warn of a head without pretrained values that does not train: it stays random."""
+    trained = tuple(f"{name}." for name, _ in (*grafted_modules(backbone, SavedCopy), *adapted_layers(backbone)))
+    new: list[str] = getattr(backbone, "new_keys", [])  # what `huggingface` found no values for
+    left = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
+    if left:
+        rank_zero_warn(f"{', '.join(left)}: new, with random weights, and frozen; to train: lora.modules_to_save")
 
 
 def start_from_adapter(backbone: nn.Module, path: str, config: LoRAConfig, *, allow_other_base: bool) -> WarmStart:
@@ -78,26 +102,26 @@ def start_from_batches(backbone: nn.Module, task: Task, init: str, trainer: Trai
     if init == "eva":
         init_from_data(backbone, adapted_layers(backbone), init, [task.inputs(backbone, b) for b in batches], None)
     else:
-        init_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed(task, model, b))
-    take_first_ones(adapter_tensors(backbone).values(), trainer)
+        init_from_data(backbone, adapted_layers(backbone), init, batches, lambda model, b: _summed_loss(task, model, b))
+    broadcast_from_first(adapter_tensors(backbone).values(), trainer)
 
 
-def same_subtracted_start(backbone: nn.Module, trainer: Trainer) -> None:
+def share_subtracted_init(backbone: nn.Module, trainer: Trainer) -> None:
     """Where a start is subtracted, all processes subtract rank 0's.
 
     It may have been drawn, and lies in buffers, of which DDP sends none where `broadcast_buffers` is off.
     """
     starts = (tensor for _, layer in adapted_layers(backbone) for tensor in (layer.lora_A0, layer.lora_B0))
-    take_first_ones((tensor for tensor in starts if tensor is not None), trainer)
+    broadcast_from_first((tensor for tensor in starts if tensor is not None), trainer)
 
 
-def take_first_ones(tensors: Iterable[Tensor], trainer: Trainer) -> None:
+def broadcast_from_first(tensors: Iterable[Tensor], trainer: Trainer) -> None:
     """Give all processes rank 0's values."""
     for tensor in tensors:
         tensor.data.copy_(trainer.strategy.broadcast(tensor.detach().cpu()))
 
 
-def _summed(task: Task, model: nn.Module, batch: Any) -> Tensor:
+def _summed_loss(task: Task, model: nn.Module, batch: Any) -> Tensor:
     """The loss over all units of a batch: a batch of many is to weigh more in the gradient than one of few (law 9)."""
     out = task.step(model, batch)
     return out.loss * out.weight

@@ -88,7 +88,7 @@ class UnitMean:
         units = sum(n for _, n in self._parts)
         if not _has_parts(trainer):
             return self._parts[-1][0], units
-        loss = torch.stack([_summed(loss, n) for loss, n in self._parts]).sum()
+        loss = torch.stack([_sum_over_units(loss, n) for loss, n in self._parts]).sum()
         if trainer.world_size == 1:
             return loss, units
         count = trainer.strategy.reduce(torch.tensor(units, device=loss.device), reduce_op="sum")
@@ -109,7 +109,7 @@ def is_padding(trainer: Trainer, batch_idx: int) -> bool:
     return isinstance(sampler, EpochSampler) and sampler.is_padding(batch_idx)
 
 
-def _summed(loss: Tensor, units: int) -> Tensor:
+def _sum_over_units(loss: Tensor, units: int) -> Tensor:
     """A batch's loss summed over its units; of none it counts for nothing, whatever the task calls it."""
     return loss.to(wide_dtype(loss)) * units if units else torch.zeros_like(loss, dtype=wide_dtype(loss))
 

@@ -10,12 +10,12 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
-from lora_lightning.data import table_of
+from lora_lightning.data import stage_of
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, refuse_removed
 from lora_lightning.lora.formats.provenance import refuse_other_base
@@ -37,13 +37,15 @@ from lora_lightning.training.checkpoints.adapter_state import (
 )
 from lora_lightning.training.initialization import (
     MEASURED,
-    same_subtracted_start,
+    refuse_start_on_meta,
+    share_subtracted_init,
     start_from_adapter,
     start_from_batches,
+    warn_of_frozen_new_head,
 )
 from lora_lightning.training.loss_weighting import UnitMean, is_padding
-from lora_lightning.training.optim import WarmupDecay, make_optimizer
-from lora_lightning.training.precision import convert, explained_by_precision, precision_of, trainer_of
+from lora_lightning.training.optim import make_optimizer, schedule_entry
+from lora_lightning.training.precision import convert, explain_by_precision, precision_of, trainer_of
 from lora_lightning.training.strategies.base import ShardedStrategy, fingerprint, is_sharded
 
 
@@ -102,24 +104,14 @@ class LoRAModule(LightningModule):
         if init_adapter is not None and lora.init in MEASURED:
             raise LoRAError(f"init_adapter and lora.init={lora.init} are two starts: leave one of them out")
         # A start that is measured on data waits for them; a checkpoint brings its own.
-        self.report = inject_anywhere(backbone, lora, start=lora.init not in MEASURED)
+        self.report = inject_anywhere(backbone, lora, run_init=lora.init not in MEASURED)
         self.training_forward = TrainingForward(
             backbone, checkpointing=activation_checkpointing, offload=offload_activations, compile=compile
         )
-        self._warn_of_a_frozen_new_head()
+        warn_of_frozen_new_head(backbone)
         self._w0: Fingerprint | None = None
         self._mean = UnitMean()
         self._begun: set[Stage] = set()
-
-    def _warn_of_a_frozen_new_head(self) -> None:
-        """A head without pretrained values that does not train stays random."""
-        trained = tuple(
-            f"{name}." for name, _ in (*grafted_modules(self.backbone, SavedCopy), *adapted_layers(self.backbone))
-        )
-        new: list[str] = getattr(self.backbone, "new_keys", [])  # what `huggingface` found no values for
-        left = sorted({key.rpartition(".")[0] for key in new if not (trained and key.startswith(trained))})
-        if left:
-            rank_zero_warn(f"{', '.join(left)}: new, with random weights, and frozen; to train: lora.modules_to_save")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The adapted backbone's own output."""
@@ -195,24 +187,7 @@ class LoRAModule(LightningModule):
         if self.lr_scheduler is None:
             return optimizer
         scheduler = self.lr_scheduler(optimizer)
-        entry: dict[str, Any] = {"scheduler": scheduler, "interval": self.lr_interval}
-        if isinstance(scheduler, WarmupDecay):
-            entry["interval"] = "step"
-            if scheduler.total_steps is None:
-                steps = self.trainer.estimated_stepping_batches
-                if steps == float("inf"):
-                    raise LoRAError("WarmupDecay decays over max_epochs or max_steps: give one, or its total_steps")
-                scheduler.total_steps = int(steps)
-            warm = scheduler.warmup_steps(scheduler.total_steps)
-            if warm >= scheduler.total_steps:
-                rank_zero_warn(
-                    f"the warm-up takes {warm} steps and the run has {scheduler.total_steps}, so that the learning rate"
-                    " never gets where it is to go: give warmup a share, such as 0.06"
-                )
-        elif isinstance(scheduler, ReduceLROnPlateau):
-            # torch's own default is mode min: then the loss is what should fall.
-            fits = self.task.monitor if scheduler.mode == self.task.monitor_mode else "val/loss"
-            entry |= {"monitor": getattr(scheduler, "monitor", None) or fits, "interval": "epoch"}
+        entry = schedule_entry(scheduler, self.lr_interval, self.task, lambda: self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": cast("dict[str, LRScheduler]", entry)}
 
     def configure_model(self) -> None:
@@ -229,18 +204,10 @@ class LoRAModule(LightningModule):
         if not isinstance(strategy, ShardedStrategy) or is_sharded(self.backbone):
             return
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._refuse_start_on_meta()
+            if self.trainer.ckpt_path is None:
+                refuse_start_on_meta(self.backbone, self.init_adapter)
             self._start_from_adapter()
         strategy.shard_module(self)
-
-    def _refuse_start_on_meta(self) -> None:
-        """An adapter is taken before W0 is sharded, and W0 is there only after."""
-        starts = self.init_adapter is not None and self.trainer.ckpt_path is None
-        if starts and any(p.is_meta for p in self.backbone.parameters()):
-            raise LoRAError(
-                "init_adapter compares its W0 with this one's before it is sharded, and on_meta fills it after: leave"
-                " on_meta out for this fit"
-            )
 
     def _start_from_adapter(self) -> None:
         if self.init_adapter is not None and self.trainer.ckpt_path is None:
@@ -252,7 +219,7 @@ class LoRAModule(LightningModule):
     def on_fit_start(self) -> None:
         if not is_sharded(self.backbone):
             self._start_from_adapter()
-            same_subtracted_start(self.backbone, self.trainer)
+            share_subtracted_init(self.backbone, self.trainer)
         self.set_modes()
 
     def on_train_start(self) -> None:
@@ -314,7 +281,7 @@ class LoRAModule(LightningModule):
         refuse_other_config(checkpoint, self.lora)
         own = checkpoint[CHECKPOINT_KEY]
         self._w0 = fingerprint(self.backbone)
-        with explained_by_precision(own.get("precision"), precision_of(self)):
+        with explain_by_precision(own.get("precision"), precision_of(self)):
             made_on = Fingerprint.from_json(own["base"])
             refuse_other_base(made_on, self._w0, allow_other_base=self.allow_other_base)
 
@@ -330,27 +297,3 @@ class LoRAModule(LightningModule):
         here = {plain_name(self, key): key for key in own}
         named = {here.get(plain_name(self, key), key): value for key, value in state_dict.items()}
         return super().load_state_dict(named, strict=False, assign=assign)
-
-
-SPLITS = {"val": "validation", "test": "test", "predict": "predict"}
-
-
-def set_name(datamodule: Any, stage: str, index: int) -> str:
-    """What the loader with this number is called beside the first, whose name is empty.
-
-    The DataModule's own name for it where that is known (`mismatched` of `validation_mismatched`), else its number.
-    """
-    if not index:
-        return ""
-    table = table_of(datamodule)
-    sets: list[str] = table.sets(SPLITS[stage]) if table is not None else []
-    if stage == "predict" and table is not None and not sets:
-        sets = table.sets("test")
-    named = sets[index].partition("_")[2] if index < len(sets) else ""
-    return named.replace(".", "_") or str(index)
-
-
-def stage_of(datamodule: Any, stage: str, index: int) -> str:
-    """The stage by which a task counts the loader with this number: `val`, `val_mismatched`."""
-    name = set_name(datamodule, stage, index)
-    return f"{stage}_{name}" if name else stage

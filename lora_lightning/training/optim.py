@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.tasks.base import Task
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -59,6 +61,38 @@ def make_optimizer(
                 )
             group["lr"] = group["lr"] * b_lr_ratio  # a new one, for a tensor may be every group's
     return made
+
+
+def schedule_entry(
+    scheduler: LRScheduler | ReduceLROnPlateau, interval: str, task: Task, count_steps: Callable[[], float]
+) -> dict[str, Any]:
+    """What Lightning is told of a schedule: when it steps, and what it monitors.
+
+    Args:
+        count_steps: the optimizer steps of the whole fit, asked for by `WarmupDecay` alone.
+
+    Raises:
+        LoRAError: `WarmupDecay`, in a fit whose number of steps is not known.
+    """
+    entry: dict[str, Any] = {"scheduler": scheduler, "interval": interval}
+    if isinstance(scheduler, WarmupDecay):
+        entry["interval"] = "step"
+        if scheduler.total_steps is None:
+            steps = count_steps()
+            if steps == float("inf"):
+                raise LoRAError("WarmupDecay decays over max_epochs or max_steps: give one, or its total_steps")
+            scheduler.total_steps = int(steps)
+        warm = scheduler.warmup_steps(scheduler.total_steps)
+        if warm >= scheduler.total_steps:
+            rank_zero_warn(
+                f"the warm-up takes {warm} steps and the run has {scheduler.total_steps}, so that the learning rate"
+                " never gets where it is to go: give warmup a share, such as 0.06"
+            )
+    elif isinstance(scheduler, ReduceLROnPlateau):
+        # torch's own default is mode min: then the loss is what should fall.
+        fits = task.monitor if scheduler.mode == task.monitor_mode else "val/loss"
+        entry |= {"monitor": getattr(scheduler, "monitor", None) or fits, "interval": "epoch"}
+    return entry
 
 
 class WarmupDecay(LambdaLR):

@@ -28,6 +28,11 @@ from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 BaseWord = Literal["bf16-base", "nf4-base"]
 Word = Literal["auto", "float32", BaseWord]
 """What is ours beside Lightning's values."""
+LightningsWord = (
+    Literal["32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true"]
+    | Literal["transformer-engine", "transformer-engine-float16", "16", "32", "64", "bf16", 16, 32, 64]
+)
+"""What Lightning's own Trainer takes."""
 
 INSTEAD = "use bf16-base: W0 in that precision, A and B in float32"
 REFUSED = {
@@ -94,11 +99,11 @@ def best_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     """`bf16-mixed` where the hardware multiplies bfloat16 itself; on other CPUs it is slower than float32."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
+    has = torch.cpu.get_capabilities()
+    return "bf16-mixed" if has.get("avx512_bf16") or has.get("amx_tile") else "32-true"
 
 
-def lightnings_own(word: Any, accelerator: str) -> Any:
+def lightning_precision(word: Any, accelerator: str) -> Any:
     """The value of `precision` that a Lightning Trainer is made with for this word.
 
     Raises:
@@ -151,11 +156,14 @@ def precision_of(module: LightningModule) -> str | None:
 
 def trainer_of(module: LightningModule) -> Trainer | None:
     """The module's trainer; the public property raises where there is none."""
-    return module._trainer
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
 
 
 @contextmanager
-def explained_by_precision(then: str | None, now: str | None) -> Iterator[None]:
+def explain_by_precision(then: str | None, now: str | None) -> Iterator[None]:
     """Where an adapter is refused for another W0, say so if it was another precision's.
 
     Raises:
@@ -176,28 +184,28 @@ def load_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
     A router's bias and the like, which an architecture names or makes as float32. So W0 has the same bits, and the same
     fingerprint, whether it was loaded in `dtype` or cast to it.
     """
-    found: dict[str, torch.dtype] = {}
+    dtypes: dict[str, torch.dtype] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if not is_a(module, HF_MODEL) or path.startswith(inside):
             continue
         inside = (*inside, f"{path}." if path else "")
-        found |= {full_name(path, key): own for key, own in _exceptions(module, dtype).items()}
-    return found
+        dtypes |= {full_name(path, key): own for key, own in _dtype_exceptions(module, dtype).items()}
+    return dtypes
 
 
-def _exceptions(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
+def _dtype_exceptions(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
     patterns: set[str] = set(model._keep_in_fp32_modules_strict or ())
     if dtype == torch.float16:
         patterns |= set(model._keep_in_fp32_modules or ())
-    made = {key: t.dtype for key, t in _empty(model, dtype).items() if t.is_floating_point() and t.dtype != dtype}
+    made = {key: t.dtype for key, t in _meta_state(model, dtype).items() if t.is_floating_point() and t.dtype != dtype}
     if not patterns:
         return made
     wide = re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
     return made | {key: torch.float32 for key in model.state_dict() if wide.search(key)}
 
 
-def _empty(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _meta_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state of a model of that class and config as transformers makes it in `dtype`, without memory."""
     config = copy.deepcopy(model.config)
     for name in ("quantization_config", "_pre_quantization_dtype"):

@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
@@ -70,11 +70,11 @@ def refuse_unsupported(strategy: Strategy) -> None:
     Raises:
         LoRAError: it is one of these.
     """
-    if why := _instead_of(type(strategy)):
+    if why := _class_refusal(type(strategy)):
         raise LoRAError(f"strategy {type(strategy).__name__}: {why}")
 
 
-def _instead_of(kind: type) -> str | None:
+def _class_refusal(kind: type) -> str | None:
     """Why a class is refused; a subclass from another package, such as our own, is not."""
     ours = not kind.__module__.startswith("lightning.")
     return None if ours else next((why for known, why in INSTEAD.items() if issubclass(kind, known)), None)
@@ -132,13 +132,13 @@ def refuse_unsupported_name(strategy: Any) -> None:
     known = StrategyRegistry.available_strategies()
     short = strategy.rpartition(".")[2]
     if "." in strategy or short in strategies.__all__:
-        why = _instead_of(getattr(strategies, short, object))
+        why = _class_refusal(getattr(strategies, short, object))
     elif strategy.lower() in FORMER:
         why = FORMER[strategy.lower()]
     elif strategy.lower() in known:
-        why = _instead_of(StrategyRegistry[strategy.lower()]["strategy"])
+        why = _class_refusal(StrategyRegistry[strategy.lower()]["strategy"])
     else:
-        names = ["auto", *(name for name in known if _instead_of(StrategyRegistry[name]["strategy"]) is None)]
+        names = ["auto", *(name for name in known if _class_refusal(StrategyRegistry[name]["strategy"]) is None)]
         usual = [name for name in names if not re.search("find_unused|notebook|xla|tpu", name)]
         raise LoRAError(
             f"no strategy '{strategy}'{did_you_mean(strategy.lower(), names)} (there are {', '.join(usual)}, and the"
@@ -163,8 +163,8 @@ def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = 
     Raises:
         LoRAError: a metric that nothing can log. Where code of the user's own may log it, it is a warning.
     """
-    for who, monitor in _monitored(trainer, plateau):
-        if (near := unlogged(monitor, module)) is None:
+    for who, monitor in _monitored_metrics(trainer, plateau):
+        if (near := why_unlogged(monitor, module)) is None:
             continue
         if own := _may_log(trainer, module):
             rank_zero_warn(f"{who} monitors '{monitor}', which is not logged, unless {own} does{near}")
@@ -172,7 +172,7 @@ def refuse_unlogged(trainer: Trainer, module: LoRAModule, plateau: str | None = 
             raise LoRAError(f"{who} monitors '{monitor}', which is not logged{near}")
 
 
-def unlogged(metric: str, module: LoRAModule) -> str | None:
+def why_unlogged(metric: str, module: LoRAModule) -> str | None:
     """None where the task, the run or a further set logs it; else what is meant or there, to end an error."""
     known = [name for stage in ("val", "train") for name in module.task.logged(stage)]
     if metric in known or OF_THE_RUN.fullmatch(metric) or OF_A_FURTHER_SET.fullmatch(metric):
@@ -180,7 +180,7 @@ def unlogged(metric: str, module: LoRAModule) -> str | None:
     return f"{did_you_mean(metric, known)} (logged are {', '.join(known)})"
 
 
-def _monitored(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str]]:
+def _monitored_metrics(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str]]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         waits = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
         waits = waits or (isinstance(callback, EarlyStopping) and callback.strict)
@@ -193,10 +193,10 @@ def _monitored(trainer: Trainer, plateau: str | None) -> Iterator[tuple[str, str
 def _may_log(trainer: Trainer, module: LoRAModule) -> str | None:
     """Whose metrics are not known from here: a module's, a task's with figures of its own, a callback's of others."""
     foreign = (c for c in trainer.callbacks if isinstance(c, LearningRateMonitor) or not _is_known(c))  # type: ignore[attr-defined]
-    return figures_of_its_own(module) or next((type(callback).__name__ for callback in foreign), None)
+    return own_figures_class(module) or next((type(callback).__name__ for callback in foreign), None)
 
 
-def figures_of_its_own(module: LoRAModule) -> str | None:
+def own_figures_class(module: LoRAModule) -> str | None:
     """The class of the user's own, module or task, that may log what is not known from here."""
     for one, where in ((module, type(module).__module__), (module.task, type(module.task).update.__module__)):
         if not _is_ours(where):
@@ -251,7 +251,7 @@ def refuse_other_size(backbone: Any, task: Task, data: Any = None) -> None:
     if not sizes or count in sizes:
         return
     label_names = getattr(data, "label_names", None) or ()
-    named = f" ({some(list(label_names), 5)})" if label_names else ""
+    named = f" ({first_few(list(label_names), 5)})" if label_names else ""
     own = backbone.config.num_labels if backbone.config.num_labels in sizes else sizes[-1]
     raise LoRAError(
         f"the backbone's head has {own} outputs (num_labels), and there must be {count}, one for each"

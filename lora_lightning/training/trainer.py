@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.fabric.connector import _PRECISION_INPUT  # type: ignore[attr-defined]  # the Trainer's own type
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 
-from lora_lightning.export.options import checked_options, refuse_base_alone
+from lora_lightning.export.options import parse_options, refuse_base_alone
 from lora_lightning.export.probe_batch import first_batch, loaders_of
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
@@ -21,9 +20,8 @@ from lora_lightning.training.callbacks.export_on_fit_end import export_module, r
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
-from lora_lightning.training.distributed import end_as_they_end, ending_together, leave_on_sigterm
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.precision import Word, convert, lightnings_own, narrow_base
+from lora_lightning.training.precision import LightningsWord, Word, convert, lightning_precision, narrow_base
 from lora_lightning.training.preflight import (
     refuse_listed_cpus,
     refuse_unsupported,
@@ -32,11 +30,12 @@ from lora_lightning.training.preflight import (
     refuse_wide_shards,
     warn_of_few_cores,
 )
+from lora_lightning.training.strategies.endings import end_together, leave_on_sigterm, use_ending_launcher
 from lora_lightning.training.strategies.fsdp2 import strategy as _fsdp2  # noqa: F401  (which names it `fsdp2`)
 from lora_lightning.training.tracking.wandb_callback import log_export
 
 
-def in_one_process(accelerator: Any) -> dict[str, Any]:
+def single_process_options(accelerator: Any) -> dict[str, Any]:
     """What an export takes of a Trainer, wherever the run was trained that it exports."""
     alone = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
     return {**alone, "accelerator": "cpu" if str(accelerator) == "cpu" else "auto"}
@@ -61,11 +60,11 @@ class LoRATrainer(Trainer):
             callback that is not supported.
     """
 
-    def __init__(self, *args: Any, precision: Word | _PRECISION_INPUT | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, precision: Word | LightningsWord | None = None, **kwargs: Any) -> None:
         refuse_unsupported_name(kwargs.get("strategy"))
         refuse_wide_shards(kwargs.get("strategy"), precision)
         refuse_listed_cpus(kwargs.get("devices"), kwargs.get("accelerator", "auto"))
-        own = lightnings_own(precision, str(kwargs.get("accelerator", "auto")))
+        own = lightning_precision(precision, str(kwargs.get("accelerator", "auto")))
         self._chooses_logging = kwargs.get("log_every_n_steps") is None
         super().__init__(*args, precision=own, **kwargs)
         if self.accumulate_grad_batches < 1:
@@ -84,7 +83,7 @@ class LoRATrainer(Trainer):
         refuse_unsupported(self.strategy)
         warn_of_few_cores(self)
         refuse_unsupported_callbacks(self.callbacks)  # type: ignore[attr-defined]  # a connector of Lightning sets it
-        end_as_they_end(self)
+        use_ending_launcher(self)
         # A plugin of the user's is left in its place.
         if type(getattr(self.strategy, "_checkpoint_io", None)) in (type(None), TorchCheckpointIO):
             self.strategy._checkpoint_io = WholeFiles()
@@ -95,7 +94,7 @@ class LoRATrainer(Trainer):
         if fits and self._chooses_logging:
             self.log_every_n_steps = 1  # until the steps are counted: Lightning warns of an interval beyond an epoch
         folder = run.run_dir(self) if fits and self._is_first_process() else None
-        with ending_together(self, unless=(PreemptedError,)), run.locked(folder):
+        with end_together(self, unless=(PreemptedError,)), run.lock_run(folder):
             return super()._run(*args, **kwargs)
 
     def _is_first_process(self) -> bool:
@@ -150,7 +149,7 @@ class LoRATrainer(Trainer):
             scale: strength of the update, such as 0.5 for half of it; the adapter's alpha says it.
         """
         refuse_base_alone(scale)
-        wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
+        wanted, _ = parse_options(formats, dtype, max_shard_size, serving)
         checkpoint = run.find_checkpoint(ckpt_path)
         content = run.load_checkpoint(checkpoint)
         convert(model, self.precision_plugin)

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, SequenceClassification, inject
-from lora_lightning.analysis.drift import Batch, Drift, Mean, measure_drift, pooled, ratio, token_figures
-from lora_lightning.analysis.drift_inputs import neutral_texts, read_texts, run_batches, spread, text_batches
-from lora_lightning.analysis.strength import Strength, checked_scales, choose, validation_metrics
-from lora_lightning.lora.inject import disabled, scaled
+from lora_lightning.analysis.drift import Batch, Drift, Mean, measure_drift, pool_rows, ratio, token_figures
+from lora_lightning.analysis.drift_inputs import neutral_texts, pick_evenly, read_texts, run_batches, text_batches
+from lora_lightning.analysis.strength import Strength, choose, parse_scales, validation_metrics
+from lora_lightning.lora.bank.strength import scaled
+from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.language_model import CausalLM
 from tests.factories import bert, move
 from tests.tiny_lm import make_model, make_texts, make_tokenizer
@@ -170,9 +171,9 @@ def test_an_images_places_are_averaged_wherever_the_channels_lie():
             self.norm = nn.LayerNorm(5)
 
     h = torch.randn(2, 5, 3, 4)
-    torch.testing.assert_close(pooled(h, 2), h.mean((2, 3)))
-    torch.testing.assert_close(pooled(h.permute(0, 2, 3, 1), 2, None, Last()), h.mean((2, 3)))
-    assert pooled(h, 3) is None
+    torch.testing.assert_close(pool_rows(h, 2), h.mean((2, 3)))
+    torch.testing.assert_close(pool_rows(h.permute(0, 2, 3, 1), 2, None, Last()), h.mean((2, 3)))
+    assert pool_rows(h, 3) is None
 
 
 def test_the_model_and_its_modes_are_as_before():
@@ -237,8 +238,8 @@ def test_texts_are_read_from_files_and_mistakes_name_the_place(tmp_path):
 
 
 def test_more_texts_than_asked_for_come_from_all_over():
-    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
-    assert spread(range(3), 5) == [0, 1, 2]
+    assert pick_evenly(range(10), 5) == [0, 2, 4, 6, 8]
+    assert pick_evenly(range(3), 5) == [0, 1, 2]
 
 
 def test_a_runs_own_inputs_are_compared_where_its_task_trains():
@@ -257,10 +258,10 @@ def test_a_runs_own_inputs_are_compared_where_its_task_trains():
 
 
 def test_scales_are_numbers_with_commas_between():
-    assert checked_scales("1, 0.5,0,1") == [0.0, 0.5, 1.0]
+    assert parse_scales("1, 0.5,0,1") == [0.0, 0.5, 1.0]
     for wrong in ("0,half", "-1", "", "0,,1", "nan", "inf"):
         with pytest.raises(LoRAError, match="scales are numbers of at least 0"):
-            checked_scales(wrong)
+            parse_scales(wrong)
 
 
 def strength(scale, value, error):

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.analysis.adapters import Adapter, read_factors
 from lora_lightning.analysis.base_weights import Weights
-from lora_lightning.analysis.measures import common_rank, measured_adapter
+from lora_lightning.analysis.measures import common_rank, measure_adapter
 from lora_lightning.analysis.truncation import truncate
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.load import AdapterFiles
@@ -120,7 +120,7 @@ def test_what_files_and_model_hold_is_what_a_merge_adds(kind, tmp_path):
     model = made(kind)
     save_adapter(model, tmp_path / "adapter")
     read = {layer.name: layer for layer in opened(tmp_path / "adapter").factors}
-    told = {m.name: m for m in measured_adapter(opened(tmp_path / "adapter"), Weights(model)).layers}
+    told = {m.name: m for m in measure_adapter(opened(tmp_path / "adapter"), Weights(model)).layers}
     layers = {layer.lora_name(path): layer for path, layer in adapted_layers(model)}
     assert read.keys() == layers.keys()
     for name, layer in layers.items():

@@ -37,7 +37,7 @@ def bert():
 def test_the_adapters_file_has_the_size_that_was_planned(options, tmp_path):
     with torch.device("meta"):
         bare = bert()
-        planned = inject(bare, LoRAConfig(r=4, **options), start=False)
+        planned = inject(bare, LoRAConfig(r=4, **options), run_init=False)
         size = adapter_file_bytes(bare, base_model_name_or_path="bert", task_type="SEQ_CLS")
     model = bert()
     report = inject(model, LoRAConfig(r=4, **options))
@@ -70,7 +70,7 @@ def test_every_familys_file_has_the_size_that_was_planned(name, tmp_path):
 def test_the_papers_formula_with_a_runs_numbers_gives_the_papers_counts(make, r, chosen, terms, count):
     with torch.device("meta"):
         model = make()
-    report = inject(model, LoRAConfig(r=r, **chosen), start=False)
+    report = inject(model, LoRAConfig(r=r, **chosen), run_init=False)
     found = terms_of(model, report)
     assert [term.formula for term in found] == terms
     assert all(term.is_square for term in found)
@@ -80,7 +80,7 @@ def test_the_papers_formula_with_a_runs_numbers_gives_the_papers_counts(make, r,
 def test_the_formulas_terms_are_what_their_own_numbers_give():
     with torch.device("meta"):
         model = bert()
-    report = inject(model, LoRAConfig(r=4, target_modules="all-linear", use_dora=True), start=False)
+    report = inject(model, LoRAConfig(r=4, target_modules="all-linear", use_dora=True), run_init=False)
     terms = terms_of(model, report)
     for term in terms:
         assert term.factors == term.parts * term.count * (term.inputs + term.outputs) * term.r

@@ -11,7 +11,7 @@ import lora_lightning
 from lora_lightning import LoRAError
 from lora_lightning.cli.build import run_parser
 from lora_lightning.cli.config_files import check_file
-from lora_lightning.cli.diagnostics import told, wrong_path
+from lora_lightning.cli.diagnostics import explain, wrong_path
 from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 
 # ---- class paths
@@ -122,12 +122,14 @@ def test_a_flag_of_another_tool(flag, said, options, tmp_path):
     """It is not taken for a key of that name in a config."""
     (tmp_path / "run.yaml").write_text("data:\n  init_args:\n    batch_size: 16\n")
     args = ["fit", "-c", str(tmp_path / "run.yaml"), flag, "3"]
-    assert told(f"unrecognized arguments: {flag} 3", args, options, "fit").startswith(f"unknown option {flag}{said}")
+    assert explain(f"unrecognized arguments: {flag} 3", args, options, "fit").startswith(f"unknown option {flag}{said}")
 
 
 def test_a_command_without_a_model_is_not_told_of_one_and_an_option_that_is_gone_is_answered():
-    said = told("unrecognized arguments: --lora_r 3", ["--lora_r", "3"], ["--base_model", "--adapter"], "merge")
+    said = explain("unrecognized arguments: --lora_r 3", ["--lora_r", "3"], ["--base_model", "--adapter"], "merge")
     assert said == "unknown option --lora_r: --help tells what there is"
-    line = told("unrecognized arguments: --directions 4", ["--directions", "4"], ["--adapters", "--layers"], "analyze")
+    line = explain(
+        "unrecognized arguments: --directions 4", ["--directions", "4"], ["--adapters", "--layers"], "analyze"
+    )
     assert "it is gone" in line
     assert "two adapters" in line

@@ -59,7 +59,7 @@ def test_a_fit_that_fails_is_told_with_its_reason(monkeypatch):
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr("lora_lightning.commands.tiny_fit.tiny_fit", fails)
-    finding = doctors.tried()
+    finding = doctors.trial()
     assert not finding.ok
     assert finding.said == "RuntimeError: no kernel image is available"
 

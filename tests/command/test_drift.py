@@ -16,7 +16,7 @@ from lora_lightning.analysis.strength import validation_metrics
 from lora_lightning.cli.build import open_run
 from lora_lightning.cli.parser import run_command
 from lora_lightning.commands.drift import validation_batches
-from lora_lightning.lora.inject import scaled
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
 from tests.chromium import parsed
 from tests.command.process import called

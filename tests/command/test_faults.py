@@ -88,12 +88,12 @@ def test_auto_goes_on_from_the_one_before_a_damaged_newest_in_the_same_run(how, 
 
 def test_what_is_damaged_never_takes_the_place_of_the_whole_one_before_it(again):
     """A fit that went on from the one before, and is killed between two moves."""
-    from lora_lightning.training.checkpoints.file_io import _keep
+    from lora_lightning.training.checkpoints.file_io import _keep_previous
 
     last = again / "checkpoints" / "last.ckpt"
     before = last.with_name(last.name + PREVIOUS)
     last.write_bytes(last.read_bytes()[:-5])
-    _keep(last)
+    _keep_previous(last)
     check_whole(before)
 
 

@@ -32,11 +32,12 @@ def finished(case, folder, *launcher, wait=True):
     return ends() if wait else ends
 
 
-KILLED = "process 1 was ended by signal 9 (SIGKILL), as the system does where memory runs out"
+KILLED = (2, -signal.SIGKILL)
+"""By itself, or by Lightning's observer, which looks every five seconds."""
 ENDS = {
-    "gone": (f"kill:1:{MIDDLE}", 2, KILLED),
-    "wrong": (f"stuck:0:{MIDDLE}+error:1:{MIDDLE}", 2, "ZeroDivisionError: a fault of one's own"),
-    "first": (f"kill:0:{MIDDLE}", -signal.SIGKILL, "process is gone|process 0 is gone"),
+    "gone": (f"kill:1:{MIDDLE}", KILLED, "another process is gone"),
+    "wrong": (f"stuck:0:{MIDDLE}+error:1:{MIDDLE}", KILLED, "ZeroDivisionError: a fault of one's own"),
+    "first": (f"kill:0:{MIDDLE}", KILLED[1:], "process is gone"),
 }
 
 
@@ -45,8 +46,8 @@ def test_what_ends_one_process_ends_the_command_and_all_of_its_processes(name, t
     fault, expected, text = ENDS[name]
     began = time.monotonic()
     code, said = finished(fit(tiny, name, fault=fault), tmp_path)
-    assert code == expected, said
-    assert len(re.findall(text if "|" in text else re.escape(text), said)) == 1
+    assert code in expected, said
+    assert said.count(text) == 1
     assert time.monotonic() - began < 200
 
 
@@ -119,7 +120,7 @@ def test_sigterm_leaves_one_whole_checkpoint_and_the_fit_goes_on_to_the_bytes_of
 
 
 def test_what_stops_a_process_that_the_command_started_is_told_in_one_line(played):
-    told = {"nan": STOPS["nan"].removeprefix("rank 1.*"), "gone": r"process 1 was ended by signal 9 \(SIGKILL\)"}
+    told = {"nan": STOPS["nan"].removeprefix("rank 1.*"), "gone": r"process 1 was ended by SIGKILL"}
     for name in played["way"][4]:
         assert played[name].codes == [2], played[name]
         (line,) = errors(played[name])

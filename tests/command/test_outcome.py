@@ -9,7 +9,7 @@ import time
 import pytest
 
 from lora_lightning import __main__ as entry
-from lora_lightning.cli.exit_codes import CODES, DEBUG, told
+from lora_lightning.cli.exit_codes import CODES, DEBUG, exit_code_and_line
 from lora_lightning.cli.help import front_page
 from lora_lightning.lora.errors import LoRAError
 from tests.command.process import REPOSITORY, command
@@ -42,16 +42,19 @@ def fails(monkeypatch, capsys):
 
 
 def test_an_exception_keeps_its_type_and_message_and_names_its_place():
-    code, said = told(raised(lambda: 1 / 0))
+    code, said = exit_code_and_line(raised(lambda: 1 / 0))
     assert code == 1
     assert said.startswith("ZeroDivisionError: division by zero (")
     assert "test_outcome.py:" in said
     assert "<lambda>; --debug shows the traceback)" in said
 
     # of a user's own code and not of the library that it called; and not taken for an error that is known
-    assert "test_outcome.py:" in told(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))[1]
+    assert (
+        "test_outcome.py:"
+        in exit_code_and_line(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))[1]
+    )
     (_, said), (code, _) = (
-        told(raised(lambda error=error: (_ for _ in ()).throw(error)))
+        exit_code_and_line(raised(lambda error=error: (_ for _ in ()).throw(error)))
         for error in (RuntimeError("out of memory, says my loader"), FileNotFoundError(2, "gone", "x"))
     )
     assert said.startswith("RuntimeError: out of memory, says my loader")

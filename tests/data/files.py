@@ -45,4 +45,4 @@ def ready(cls, path, tokenizer=None, **options):
 
 def rows_of(data, split="train"):
     """The batch of all rows of a split."""
-    return data.collate([data.encoded(split)[i] for i in range(len(data.encoded(split)))])
+    return data.collate([data.encoded_rows(split)[i] for i in range(len(data.encoded_rows(split)))])

@@ -21,14 +21,14 @@ def tokenizer(tokenizers):
 
 
 def trained(data, split="train"):
-    rows = data.encoded(split)["labels"]
+    rows = data.encoded_rows(split)["labels"]
     return [data.tokenizer.decode([label for label in row if label != -100]) for row in rows]
 
 
 def test_a_batch_is_padded_and_its_labels_are_the_answers(tmp_path, tokenizer):
     data = ChatData(str(write_chats(tmp_path / "chats.jsonl")), tokenizer, batch_size=8)
     data.setup()
-    assert [len(data.encoded(split)) for split in ("train", "validation", "test")] == [96, 12, 12]
+    assert [len(data.encoded_rows(split)) for split in ("train", "validation", "test")] == [96, 12, 12]
     for batch in data.train_dataloader():
         ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
         assert ids.shape == labels.shape == mask.shape
@@ -51,7 +51,7 @@ def test_tools_and_calls_of_several_shapes_go_through_a_file(tmp_path, tokenizer
     data = ChatData(str(path), tokenizer, split=ALL, chat_template=TOOLS)
     data.setup()
     assert '{"name": "g", "arguments": {"b": 2}}' in trained(data)[1]
-    text = data.tokenizer.decode(data.encoded("train")["input_ids"][0])
+    text = data.tokenizer.decode(data.encoded_rows("train")["input_ids"][0])
     assert '"name": "f"' in text
     assert "null" not in text
 

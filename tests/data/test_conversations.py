@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_lightning.data.chat.conversations import BadRow, checked_columns, conversation_of, layout_of, tools_of
+from lora_lightning.data.chat.conversations import BadRow, check_chat_columns, conversation_of, layout_of, tools_of
 from lora_lightning.lora.errors import LoRAError
 from tests.chats import assistant, user
 
@@ -70,9 +70,9 @@ def test_tools_are_a_list_or_that_list_as_text():
 
 def test_columns_that_make_no_conversation_are_refused():
     with pytest.raises(LoRAError, match="'promt'; did you mean 'prompt'"):
-        checked_columns({"promt": "q", "answer": "a"})
+        check_chat_columns({"promt": "q", "answer": "a"})
     for columns in ({"prompt": "q"}, {"messages": "m", "answer": "a"}, {"tools": "t"}, {}):
         with pytest.raises(LoRAError, match="either messages or prompt and answer"):
-            checked_columns(columns)
+            check_chat_columns(columns)
     with pytest.raises(LoRAError, match="no column of a conversation is known among text, label"):
         layout_of(["text", "label"], None)

@@ -167,7 +167,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_alone(folder):
         assert other.keys() == one.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
     data, before = data_of(folder, augment=augment), torch.get_rng_state()
-    _ = data.encoded("train")[(0, 0)]
+    _ = data.encoded_rows("train")[(0, 0)]
     assert torch.equal(before, torch.get_rng_state()), "torch's own generator is let be"
     assert same(data, data_of(folder)), "evaluation is not augmented"
     reseeded = epochs(data_of(folder, augment=augment, seed=1))

@@ -65,7 +65,7 @@ def test_rows_of_their_own_train_on_the_same_tokens(tmp_path, tokenizer):
 
 def test_a_text_ends_with_the_end_of_text_where_that_is_asked(tmp_path, tokenizer):
     path = write(tmp_path / "set.txt", ["one two three"])
-    ends = [data_of(path, tokenizer, packing=False, end_of_text=end).encoded("train")[0] for end in (True, False)]
+    ends = [data_of(path, tokenizer, packing=False, end_of_text=end).encoded_rows("train")[0] for end in (True, False)]
     assert ends[0]["input_ids"] == [3, 4, 5, 1]
     assert ends[0]["labels"] == [-100, 4, 5, 1]
     assert ends[1]["input_ids"] == [3, 4, 5]
@@ -75,7 +75,7 @@ def test_a_text_ends_with_the_end_of_text_where_that_is_asked(tmp_path, tokenize
 def test_a_txt_is_taken_by_line_by_paragraph_or_whole(tmp_path, tokenizer, by, documents):
     path = write(tmp_path / "set.txt", ["one two", "three four", "", "five six"])
     data = data_of(path, tokenizer, text_by=by, packing=False)
-    assert len(data.encoded("train")) == documents
+    assert len(data.encoded_rows("train")) == documents
 
 
 def test_predictions_are_for_pieces_of_documents_in_the_order_of_the_file(tmp_path, tokenizer):

@@ -45,7 +45,7 @@ def test_each_part_is_padded_by_itself_and_equal_positives_are_a_group(tmp_path,
     assert batch["anchor"]["input_ids"].shape == (3, 5)
     assert batch["positive"]["input_ids"].shape == (3, 3)
     assert batch["labels"].tolist() == [[0], [1], [0]]
-    assert data.lengths(data.encoded("train")) == [8, 7, 6]
+    assert data.lengths(data.encoded_rows("train")) == [8, 7, 6]
 
 
 def test_prefixes_and_hard_negatives(tmp_path, tokenizers):

@@ -3,7 +3,7 @@
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.data.preference import PreferenceData, fitted
+from lora_lightning.data.preference import PreferenceData, fit_to_length
 from tests.data.files import ALL, ready, write
 from tests.tiny_pairs import as_messages, make_tokenizer, preferences
 
@@ -20,7 +20,7 @@ def data_of(folder, tokenizer, rows, **options):
 
 def texts(data, split="train"):
     """Of the first batch, unshuffled: each text, and the part of it that counts."""
-    rows = [data.encoded(split)[i] for i in range(4)]
+    rows = [data.encoded_rows(split)[i] for i in range(4)]
     batch, tokenizer = data.collate(rows), data.tokenizer
     whole = [
         tokenizer.decode(ids[mask.bool()])
@@ -75,21 +75,21 @@ def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
 
 
 def test_cutting_keeps_answers_and_takes_the_prompts_beginning():
-    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 6, 3) == [[1, 2, 3, 4], [5, 6], [7]]
-    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 5, 3) == [[2, 3, 4], [5, 6], [7]]
-    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 5, 3, first=1) == [[1, 3, 4], [5, 6], [7]]
-    assert fitted([1, 2, 3, 4], [[5, 6], [7]], 5, 1, first=1) == [[4], [5, 6], [7]]
-    assert fitted([1, 2, 3, 4], [[5, 6, 8, 9], [7]], 5, 2) == [[3, 4], [5, 6, 8], [7]]
-    assert fitted([1], [[5, 6, 8, 9], [7]], 4, 2) == [[1], [5, 6, 8], [7]]
+    assert fit_to_length([1, 2, 3, 4], [[5, 6], [7]], 6, 3) == [[1, 2, 3, 4], [5, 6], [7]]
+    assert fit_to_length([1, 2, 3, 4], [[5, 6], [7]], 5, 3) == [[2, 3, 4], [5, 6], [7]]
+    assert fit_to_length([1, 2, 3, 4], [[5, 6], [7]], 5, 3, first=1) == [[1, 3, 4], [5, 6], [7]]
+    assert fit_to_length([1, 2, 3, 4], [[5, 6], [7]], 5, 1, first=1) == [[4], [5, 6], [7]]
+    assert fit_to_length([1, 2, 3, 4], [[5, 6, 8, 9], [7]], 5, 2) == [[3, 4], [5, 6, 8], [7]]
+    assert fit_to_length([1], [[5, 6, 8, 9], [7]], 4, 2) == [[1], [5, 6, 8], [7]]
 
 
 def test_no_text_is_longer_than_allowed_and_every_answer_is_there(tmp_path, llama):
     rows = [{"prompt": "what " * 20, "chosen": "it " * n, "rejected": "no " * (9 - n)} for n in range(1, 9)]
     data = data_of(tmp_path, llama, rows, max_length=12, max_prompt_length=4)
-    batch = data.collate([data.encoded("train")[i] for i in range(8)])
+    batch = data.collate([data.encoded_rows("train")[i] for i in range(8)])
     assert batch["input_ids"].shape[1] <= 12
     assert (batch["labels"] != -100).any(1).all()
-    assert max(data.lengths(data.encoded("train"))) == batch["input_ids"].shape[1]
+    assert max(data.lengths(data.encoded_rows("train"))) == batch["input_ids"].shape[1]
 
 
 def test_messages_may_have_more_keys_in_some_rows(tmp_path, llama):

@@ -6,23 +6,23 @@ import datasets
 import pytest
 
 from lora_lightning import huggingface
-from lora_lightning.data.chat.prompts import LONGEST, beginning_of, from_all_over, held_out
+from lora_lightning.data.chat.prompts import LONGEST, beginning_of, held_out_split, rows_from_all_over
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.training.callbacks.generation_samples import answers
+from lora_lightning.training.callbacks.generation_samples import generate_answers
 from tests.chats import make_llama, make_tokenizer
 
 
 def test_rows_are_from_all_over_and_no_more_than_there_are():
     table = datasets.Dataset.from_dict({"a": list(range(10))})
-    assert from_all_over(table, 3)["a"][:] == [0, 3, 6]
-    assert from_all_over(table, 10)["a"][:] == from_all_over(table, 99)["a"][:] == list(range(10))
+    assert rows_from_all_over(table, 3)["a"][:] == [0, 3, 6]
+    assert rows_from_all_over(table, 10)["a"][:] == rows_from_all_over(table, 99)["a"][:] == list(range(10))
 
 
 def test_prompts_are_held_out_where_anything_is():
-    assert held_out({"train": 0, "validation": 0, "test": 0}) == "validation"
-    assert held_out({"train": 0, "test": 0}) == "test"
-    assert held_out({"train": 0}) == "train"
+    assert held_out_split({"train": 0, "validation": 0, "test": 0}) == "validation"
+    assert held_out_split({"train": 0, "test": 0}) == "test"
+    assert held_out_split({"train": 0}) == "train"
 
 
 def test_a_text_is_asked_by_its_first_half():
@@ -49,6 +49,6 @@ def test_texts_are_gone_on_with(tmp_path, streaming):
     first = [prompt.text.split(":")[0] for prompt in prompts]
     assert first == [f"validation {number}" for number in (range(4) if streaming else range(0, 20, 5))]
     backbone = huggingface(str(tmp_path / "llama"), auto_class="AutoModelForCausalLM")
-    said = answers(backbone, data, prompts, 6)
+    said = generate_answers(backbone, data, prompts, 6)
     assert len(said) == 4
     assert data.stop_token_ids == [data.tokenizer.eos_token_id]

@@ -41,11 +41,11 @@ def three(tmp_path, rows=ROWS):
 def test_pairs_become_sources_and_targets_that_end(tmp_path, pairs_of):
     data = pairs_of(three(tmp_path), prefix="place : ")
     tokens = data.tokenizer.convert_ids_to_tokens
-    row = data.encoded("train")[0]
+    row = data.encoded_rows("train")[0]
     assert set(row) == {"input_ids", "attention_mask", "labels"}
     assert tokens(row["input_ids"]) == ["place", ":", "name", ":", "Zizzi", "</s>"]
     assert tokens(row["labels"]) == ["Zizzi", "is", "a", "place", ".", "</s>"]
-    batch = data.collate([data.encoded("train")[i] for i in range(3)])
+    batch = data.collate([data.encoded_rows("train")[i] for i in range(3)])
     assert torch.equal(batch["labels"][1] != -100, torch.ones(7, dtype=torch.bool))
     assert batch["labels"][0, -1] == -100
     assert batch["input_ids"][0, -1] == data.pad_token_id
@@ -53,7 +53,7 @@ def test_pairs_become_sources_and_targets_that_end(tmp_path, pairs_of):
 
 def test_a_source_is_written_for_once_and_held_to_all_of_its_targets(tmp_path, make):
     data = make(three(tmp_path))
-    assert "references" not in data.encoded("train").column_names
+    assert "references" not in data.encoded_rows("train").column_names
     expected = [["Zizzi is a place .", "a place is Zizzi ."], ["Cotto is in the riverside ."], []]
     for loader in (data.val_dataloader(), data.test_dataloader()):
         batch = next(iter(loader))
@@ -67,8 +67,8 @@ def test_a_list_of_targets_is_one_row_for_each(tmp_path, make):
         {"context": ROWS[1]["context"], "completion": [ROWS[1]["completion"]]},
     ]
     data = make(three(tmp_path, lists))
-    assert len(data.encoded("train")) == 3
-    assert list(data.encoded("test")["references"]) == [
+    assert len(data.encoded_rows("train")) == 3
+    assert list(data.encoded_rows("test")["references"]) == [
         ["Zizzi is a place .", "a place is Zizzi ."], [], ["Cotto is in the riverside ."],
     ]  # fmt: skip
 
@@ -76,7 +76,7 @@ def test_a_list_of_targets_is_one_row_for_each(tmp_path, make):
 def test_the_loss_is_on_the_completion_and_its_end(tmp_path, prompts_of):
     data = prompts_of(three(tmp_path))
     tokens = data.tokenizer.convert_ids_to_tokens
-    row = data.encoded("train")[0]
+    row = data.encoded_rows("train")[0]
     assert tokens(row["input_ids"]) == ["name", ":", "Zizzi", "</s>", "Zizzi", "is", "a", "place", ".", "</s>"]
     trained = [i for i, label in enumerate(row["labels"]) if label != -100]
     assert trained == [4, 5, 6, 7, 8, 9]
@@ -107,9 +107,9 @@ def test_what_is_too_long_is_cut_and_said(tmp_path, pairs_of, prompts_of):
     sources, targets = data.data_summary["warnings"]
     assert "33% of the sources in train are cut at 5 tokens: raise data.init_args.max_length" in sources
     assert "33% of the targets in train are cut at 6 tokens: raise data.init_args.max_target_length" in targets
-    tokens = data.tokenizer.convert_ids_to_tokens(data.encoded("train")[1]["labels"])
+    tokens = data.tokenizer.convert_ids_to_tokens(data.encoded_rows("train")[1]["labels"])
     assert tokens == ["Cotto", "is", "in", "the", "riverside", "</s>"]
     data = prompts_of(files, max_length=10)
     assert data.data_summary["cut"]["train"] == {"prompts cut": 1 / 3, "completions cut": 0}
-    tokens = data.tokenizer.convert_ids_to_tokens(data.encoded("train")[1]["input_ids"])
+    tokens = data.tokenizer.convert_ids_to_tokens(data.encoded_rows("train")[1]["input_ids"])
     assert tokens == [":", "riverside", "</s>", "Cotto", "is", "in", "the", "riverside", ".", "</s>"]

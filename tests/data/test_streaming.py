@@ -63,7 +63,7 @@ def test_a_stream_has_the_rows_of_the_table(path, tokenizer, packing):
     table = data_of(path, tokenizer, streaming=False, packing=packing)
     table.setup()
     stream = data_of(path, tokenizer, packing=packing).streams["train"]
-    assert pieces(stream) == pieces(table.encoded("train"))
+    assert pieces(stream) == pieces(table.encoded_rows("train"))
 
 
 def test_a_saved_set_is_streamed_too(tmp_path, tokenizer, path):

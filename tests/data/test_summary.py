@@ -164,7 +164,7 @@ def test_each_task_of_texts_tells_what_is_cut(task, tiny, words, tmp_path):
         lines = [line for line in summary["warnings"] if f"of the {what.removesuffix(' cut')} in train are cut" in line]
         assert len(lines) == (share > 0 and what != "documents in pieces")
         assert all("at 20 tokens: raise data.init_args.max_" in line for line in lines)
-    assert not {name for name in getattr(data.encoded("train"), "column_names", []) if name.endswith("_cut")}
+    assert not {name for name in getattr(data.encoded_rows("train"), "column_names", []) if name.endswith("_cut")}
     screen = Console(file=io.StringIO(), width=200)
     show_data(summary, screen)
     assert all(f"{what}: {share:.1%} of train" in screen.file.getvalue() for what, share in expected.items())

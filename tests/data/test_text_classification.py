@@ -46,13 +46,13 @@ def test_a_sets_own_names_keep_their_numbers_and_hidden_labels_are_for_predictio
     path = save(tmp_path / "glue", NAMED, train=NUMBERED, validation=NUMBERED[:6], test=hidden, unsupervised=hidden)
     data = data_of(path, bert, split=SplitConfig(test=0.2))
     assert data.label_names == ["bad", "good"]
-    assert set(data.encoded("train")["labels"]) == {0, 1}
+    assert set(data.encoded_rows("train")["labels"]) == {0, 1}
     rows = {"train": 24, "validation": 6, "test": 6, "predict": 5}
     assert {name: len(table) for name, table in data.tables.items()} == rows
     with pytest.raises(LoRAError, match="in the set's own order"):
         data_of(path, bert, label_names=["good", "bad"])
     data = data_of(write(tmp_path / "set.jsonl", NUMBERED), bert, label_names=["bad", "good"])
-    assert sorted(set(data.encoded("train")["labels"])) == [0, 1]
+    assert sorted(set(data.encoded_rows("train")["labels"])) == [0, 1]
 
 
 @pytest.mark.parametrize("names", [None, ["1", "2"]])
@@ -65,7 +65,7 @@ def test_where_names_are_numbers_rows_of_another_alone_are_refused(tmp_path, ber
 
 def test_tokenizing_twice_reads_the_cache(tmp_path, bert):
     path = write(tmp_path / "set.csv", ROWS)
-    files = [data_of(path, bert).encoded("train").cache_files[0]["filename"] for _ in range(2)]
+    files = [data_of(path, bert).encoded_rows("train").cache_files[0]["filename"] for _ in range(2)]
     assert files[0] == files[1]
 
 
@@ -134,7 +134,7 @@ def test_every_form_of_several_labels_gives_the_same_targets(form, tmp_path, ber
     path = write(tmp_path / f"set{suffix}", rows) if suffix else save(tmp_path / "saved", features, train=rows)
     data = ready(MultiLabelTextData, path, bert, split=ALL, **options)
     assert data.label_names == (["0", "1", "2"] if form == "numbers" else NAMES)
-    found = [[int(flag) for flag in row] for row in data.encoded("train")["labels"][:4]]
+    found = [[int(flag) for flag in row] for row in data.encoded_rows("train")["labels"][:4]]
     assert found == [[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1]]
     batch = next(iter(data.train_dataloader()))
     assert (batch["labels"].shape, batch["labels"].dtype) == ((4, 3), torch.float32)
@@ -152,7 +152,7 @@ def test_every_kind_of_file_gives_the_same_numbers_for_pairs_of_texts(tmp_path, 
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].dtype == torch.float32
     assert batch["token_type_ids"].max() == 1
-    scores = [label for split in ("train", "validation", "test") for label in data.encoded(split)["labels"]]
+    scores = [label for split in ("train", "validation", "test") for label in data.encoded_rows(split)["labels"]]
     assert sorted(scores) == [row["score"] for row in SCORED]
     model = huggingface(str(bert), label_names=data.label_names)
     assert (model.config.num_labels, model.config.id2label, data.num_classes) == (1, {0: "score"}, 1)

@@ -49,7 +49,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, bert, suffix):
     data = data_of(write(tmp_path / f"train{suffix}", ROWS), bert)
     assert data.label_names == NAMES
     assert data.num_classes == 4
-    row = data.encoded("train")[0]
+    row = data.encoded_rows("train")[0]
     tokens = ["[CLS]", "ann", "lee", "saw", "par", "##is", "[SEP]"]
     assert data.tokenizer.convert_ids_to_tokens(row["input_ids"]) == tokens
     assert row["word_ids"] == [-1, 0, 1, 2, 3, -1, -1]
@@ -57,7 +57,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, bert, suffix):
 
 
 def test_all_pieces_may_be_labelled_and_a_word_still_begins_once(tmp_path, bert):
-    row = data_of(write(tmp_path / "train.jsonl", ROWS), bert, label_all_pieces=True).encoded("train")[0]
+    row = data_of(write(tmp_path / "train.jsonl", ROWS), bert, label_all_pieces=True).encoded_rows("train")[0]
     assert row["labels"] == [-100, 2, 3, 0, 1, 1, -100]
     assert row["word_ids"] == [-1, 0, 1, 2, 3, -1, -1]
 
@@ -66,7 +66,7 @@ def test_all_pieces_may_be_labelled_and_a_word_still_begins_once(tmp_path, bert)
 def test_a_batch_is_padded_on_the_tokenizers_side_in_every_entry(tmp_path, bert, side):
     data = data_of(write(tmp_path / "train.jsonl", ROWS), bert)
     data.tokenizer.padding_side = side
-    batch = data.collate([data.encoded("train")[i] for i in (0, 2)])
+    batch = data.collate([data.encoded_rows("train")[i] for i in (0, 2)])
     real = batch["attention_mask"].bool()
     assert {key: tuple(value.shape) for key, value in batch.items()} == dict.fromkeys(batch, (2, 7))
     assert (batch["labels"][~real] == -100).all()
@@ -83,7 +83,7 @@ def test_a_sets_own_names_keep_their_numbers(tmp_path, bert):
     rows = [{"tokens": r["tokens"], "ner_tags": [sorted(NAMES).index(t) for t in r["ner_tags"]]} for r in ROWS]
     data = data_of(files.save(tmp_path / "saved", features, train=rows), bert)
     assert data.label_names == ["B-LOC", "B-PER", "I-PER", "O"]
-    assert data.encoded("train")[0]["labels"] == [-100, 1, 2, 3, 0, -100, -100]
+    assert data.encoded_rows("train")[0]["labels"] == [-100, 1, 2, 3, 0, -100, -100]
     with pytest.raises(LoRAError, match="in the set's own order"):
         _ = data_of(tmp_path / "saved", bert, label_names=NAMES).label_names
 
@@ -107,7 +107,7 @@ def test_words_beyond_max_length_are_said(tmp_path, bert):
 def test_words_that_hold_nothing_are_counted_and_the_others_stay_in_line(tmp_path, bert):
     rows = [{"tokens": ["Ann", "\u200b", "Lee"], "ner_tags": ["B-PER", "O", "I-PER"]}]
     with pytest.warns(UserWarning, match="1 of 3 words"):
-        row = data_of(write(tmp_path / "train.jsonl", rows), bert).encoded("train")[0]
+        row = data_of(write(tmp_path / "train.jsonl", rows), bert).encoded_rows("train")[0]
     assert row["word_ids"] == [-1, 0, 2, -1]
 
 
@@ -133,7 +133,7 @@ def test_byte_level_tokenizers_see_words_as_in_running_text(tmp_path):
     RobertaTokenizer(vocab=vocabulary, merges=[("Ġ", "A")]).save_pretrained(tmp_path / "roberta")
     rows = [{"tokens": ["An", "Ao", "on"], "ner_tags": ["B-PER", "I-PER", "O"]}]
     data = data_of(write(tmp_path / "train.jsonl", rows), str(tmp_path / "roberta"))
-    row = data.encoded("train")[0]
+    row = data.encoded_rows("train")[0]
     tokens = data.tokenizer.convert_ids_to_tokens(row["input_ids"])
     assert tokens == ["<s>", "ĠA", "n", "ĠA", "o", "Ġ", "o", "n", "</s>"]
     assert row["word_ids"] == [-1, 0, -1, 1, -1, 2, -1, -1, -1]

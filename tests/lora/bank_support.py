@@ -8,12 +8,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lora_lightning import LoRAConfig, inject, save_adapter
 from tests.factories import FAMILIES
-from tests.lora.options_support import inputs, net
-from tests.lora.test_options_over_kinds import MODELS, attended, run_attended
-from tests.lora.test_parameters import Mixture
-from tests.lora.test_parameters import run as run_mixture
-from tests.lora.test_tokens import Tied
-from tests.lora.test_tokens import run as run_tied
+from tests.lora.kinds import KINDS, Attended, Mixture, Tied, inputs, net, run_attended
+from tests.lora.kinds import run_ids as run_tied
+from tests.lora.kinds import run_six as run_mixture
 
 
 class Normed(nn.Module):
@@ -62,7 +59,7 @@ def run_kdim(model):
 
 
 def conv(name):
-    return MODELS[name]
+    return KINDS[name].make, KINDS[name].run
 
 
 # By name: a model, its output, and configs of adapters that can share its base.
@@ -81,10 +78,10 @@ ZOO = {
     "experts": (Mixture, run_mixture, [{"target_parameters": ["up", "mix"]}, {"target_parameters": ["down"], "r": 2}]),
     "slices": (gpt2, run_gpt2, [{"slices": {"c_attn": ["q", "v"]}}, {"slices": {"c_attn": ["v"]}, "r": 2}, {"r": 3}]),
     "gpt2": (gpt2, run_gpt2, [{"r": 2}, {"target_modules": ["wte", "c_proj"], "r": 4}]),
-    "conv": (*conv("Conv2d")[:2], [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
-    "groups": (*conv("Conv2d grouped")[:2], [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
-    "embedding": (*conv("Embedding")[:2], [{"target_modules": ["0"], "r": 2}, {"target_modules": ["0", "1"], "r": 3}]),
-    "attention": (attended, run_attended, [{"r": 2}, {"target_modules": ["attention.out_proj"], "r": 4}]),
+    "conv": (*conv("Conv2d"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
+    "groups": (*conv("Conv2d grouped"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
+    "embedding": (*conv("Embedding"), [{"target_modules": ["0"], "r": 2}, {"target_modules": ["0", "2"], "r": 3}]),
+    "attention": (Attended, run_attended, [{"r": 2}, {"target_modules": ["attention.out_proj"], "r": 4}]),
     "kdim": (with_kdim, run_kdim, [{"r": 2, "target_modules": ["attention"]}, {"r": 4}]),
     "normed": (Normed, run_normed, [{"r": 2, "target_modules": ["first"]}, {"r": 2, "target_modules": ["second"]}]),
     **{

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.frozen.fingerprint import fingerprint
-from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.inject import adapted_layers, scaled
+from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
+from lora_lightning.lora.inject import adapted_layers, grafted_modules
+from tests.factories import assert_same, move, snapshot
 from tests.lora.coverage import note
+from tests.lora.kinds import SUBTRACTED
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-2}
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -28,12 +31,13 @@ def relative(got, want):
 
 
 def stir(model, size=0.3, seed=7):
-    """Give every tensor of the adapter values, as training would."""
+    """Give every tensor of the adapter that trains values, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for tensor in adapter_tensors(model).values():
-            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            tensor.add_((size * noise).to(tensor.dtype))
+        for key, tensor in adapter_tensors(model).items():
+            if not key.endswith(("lora_A0", "lora_B0")):
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor.add_((size * noise).to(tensor.dtype))
     return model
 
 
@@ -55,61 +59,94 @@ def check_fresh(plain, model, run):
         assert torch.equal(got, want)
 
 
-def check_laws(make, run, config, dtype, tmp_path, *, grads=True, adapted_differs=True):
-    """Laws 1, 2, 3, 6 and 7, `disabled`, `remove`, copies, and finite gradients, for one model.
+def check_laws(make, run, config, dtype, tmp_path, *, data=None):
+    """Laws 1 to 4, 6, 7 and 10, `disabled`, `remove`, copies and resuming, for one model.
 
-    `make()` builds the plain model, `run(model)` gives one output tensor of it.
+    `make()` builds the plain model, `run(model)` gives one output tensor of it; `data(dtype)` is for inits from data.
     """
     plain = make().to(dtype).eval().requires_grad_(False)
-    keys, types = list(plain.state_dict()), [type(m) for m in plain.modules()]
+    before, output = snapshot(plain), still(run, plain)
     model = copy.deepcopy(plain)
-    before = fingerprint(plain)
-    output = still(run, plain)
-    report = inject(model, config)
-    check_fresh(plain, model, run)
-    assert [k for k in model.state_dict() if k in set(keys)] == keys, "the original names survive"
-    assert not any(key.startswith("lora_") for key in plain.state_dict())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert report.trainable == trainable == sum(t.numel() for t in adapter_tensors(model).values())
-    assert all(t.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for t in factors(model))
-
-    stir(model)
-    adapted = run(model)
+    report = check_injected(plain, model, run, config, before, data(dtype) if data else {})
+    w0 = fingerprint(model)
+    adapted = run(stir(model))
     assert torch.isfinite(adapted).all()
-    if adapted_differs:
-        assert not torch.equal(adapted, output), "the adapter counts"
-    if grads:
-        check_training_moves_only_adapters(model, run)
-    assert fingerprint(model).digest == before.digest, "W0 never moves"
+    assert not torch.equal(adapted, output), "the adapter counts"
+    check_training_moves_only_adapters(model, run)
+    assert fingerprint(model) == w0, "W0 never moves"
+    own = model.state_dict()
+    assert all(torch.equal(own[key], t) for key, t in before["state"].items()), "nor what is trained as a copy"
     with disabled(model):
-        assert torch.equal(still(run, model), output), "disabled is the plain model"
-    adapted = run(model)
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(run(twin), adapted), "a copy computes the same"
-        assert torch.equal(still(run, remove(twin)), output)
-
-    directory = save_adapter(model, tmp_path / "a")
-    again = copy.deepcopy(plain)
-    load_adapter(again, directory)
-    same = {key: torch.equal(t, adapter_tensors(model)[key]) for key, t in adapter_tensors(again).items()}
-    assert same
-    assert all(same.values()), "what is saved is what is loaded"
-    assert torch.equal(run(again), adapted)
-    written = (directory / "adapter_model.safetensors").read_bytes()
-    assert (save_adapter(again, tmp_path / "b") / "adapter_model.safetensors").read_bytes() == written
-
+        with disabled(model):
+            assert torch.equal(still(run, model), output), "disabled is the plain model"
+        assert torch.equal(still(run, model), output)
+    check_copies(plain, model, run, config, output)
+    check_files(plain, model, run, tmp_path)
     check_strength(plain, model, run, tmp_path)
-    merged = copy.deepcopy(model)
-    merge(merged)
+    adapted, merged = run(model), merge_of(model)
     assert relative(run(merged), adapted) <= TOLERANCE[dtype], "merged equals adapted"
     assert relative(still(run, merged), still(run, model)) <= TOLERANCE[dtype], "and without gradients"
-    for left in (merged, remove(model)):
-        assert list(left.state_dict()) == keys
-        assert [type(m) for m in left.modules()] == types
+    assert_same(merged, before, but=("state",))
+    assert list(merged.state_dict()) == list(before["state"])
+    assert_same(remove(model), before)
     assert torch.equal(still(run, model), output)
-    assert fingerprint(model).digest == before.digest
+    inject(model, config, run_init=False)
     note(dtype=dtype, report=report)
     return report
+
+
+def check_injected(plain, model, run, config, before, data):
+    """A fresh adapter: the output, every name, tensor and class are the plain model's, and only what is new trains."""
+    own = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    report = inject(model, config, **data)
+    now = dict(model.named_parameters(remove_duplicate=False))
+    assert {name: id(now[name]) for name in own} == own, "the original names survive, and so do the tensors"
+    assert [key for key in model.state_dict() if key in before["state"]] == list(before["state"])
+    if not config.modules_to_save:
+        assert list(base_tensors(model)) == list(before["state"])
+        assert frozen_keys(model) == set(before["state"])
+    for (name, module), (_, cls) in zip(modules.items(), before["classes"], strict=True):
+        assert model.get_submodule(name) is module
+        assert isinstance(module, cls)
+    assert config.modules_to_save or fingerprint(model) == fingerprint(plain)
+    check_fresh(plain, model, run)
+    assert_same(merge_of(model), before, but=("state",) if config.init in SUBTRACTED or config.use_dora else ())
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert report.trainable == sum(p.numel() for p in trained.values())
+    assert trained.keys() <= adapter_tensors(model).keys()
+    factor = torch.float64 if next(plain.parameters()).dtype == torch.float64 else torch.float32
+    assert all(p.dtype == factor for name, p in trained.items() if ".lora_copy." not in f".{name}")
+    return report
+
+
+def check_copies(plain, model, run, config, output):
+    """Copied, pickled or resumed from its state dict, a model computes the same, and is apart from the first."""
+    adapted, resumed = run(model), copy.deepcopy(plain)
+    inject(resumed, config, run_init=False)
+    assert torch.equal(still(run, resumed), output), "what waits for its tensors is the plain model"
+    resumed.load_state_dict(model.state_dict())
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), resumed):
+        assert torch.equal(run(twin), adapted)
+        stir(twin)
+        assert torch.equal(run(model), adapted)
+        assert torch.equal(still(run, remove(twin)), output)
+
+
+def check_files(plain, model, run, tmp_path):
+    """What is saved is what is loaded, and saving twice gives the same bytes."""
+    adapted, tensors = run(model), adapter_tensors(model)
+    directory, again = save_adapter(model, tmp_path / "a"), copy.deepcopy(plain)
+    load_adapter(again, directory)
+    loaded = adapter_tensors(again)
+    assert loaded
+    if any(key.endswith("lora_A0") for key in tensors):  # is exported as one adapter of twice the rank
+        assert relative(run(again), adapted) <= TOLERANCE[adapted.dtype]
+    else:
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.items())
+        assert torch.equal(run(again), adapted)
+    written = (directory / "adapter_model.safetensors").read_bytes()
+    assert (save_adapter(again, tmp_path / "b") / "adapter_model.safetensors").read_bytes() == written
 
 
 def check_strength(plain, model, run, tmp_path):
@@ -145,49 +182,49 @@ def merge_of(model):
     return merged
 
 
-def factors(model):
-    return [t for key, t in adapter_tensors(model).items() if ".lora_copy." not in f".{key}"]
-
-
 def check_training_moves_only_adapters(model, run, steps=3):
-    """Finite gradients at every adapter, and only there."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for step in range(steps):
+    """Finite gradients at every adapter, and only there; and the optimizer moves each tensor of it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    first = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(steps):
         optimizer.zero_grad()
         run(model).float().pow(2).mean().backward()
-        if step == 0:
-            for name, parameter in model.named_parameters():
-                if parameter.requires_grad:
-                    assert parameter.grad is not None, f"no gradient at {name}"
-                    assert torch.isfinite(parameter.grad).all(), f"gradient at {name}"
-                else:
-                    assert parameter.grad is None
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad is not None, f"no gradient at {name}"
+                assert torch.isfinite(parameter.grad).all(), f"gradient at {name}"
+            else:
+                assert parameter.grad is None
         optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(first, trained, strict=True))
 
 
-def check_meta(make, config):
-    """Injection works on the meta device, and filling the model starts the factors."""
+def check_meta(make, run, config):
+    """Injection on the meta device allocates nothing; where it is filled, A and B start, and nothing changes."""
+    plain = make().eval().requires_grad_(False)
     with torch.device("meta"):
-        model = make()
-    inject(model, config)
+        model = make().eval()
+    report = inject(model, config)
     assert all(t.device.type == "meta" for t in model.state_dict().values())
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     model.to_empty(device="cpu")
-    for module in model.modules():
-        if isinstance(module, nn.Module) and hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert set(missing) == set(adapter_tensors(model))
+    for _, module in grafted_modules(model):
+        module.reset_lora_parameters()
+    assert torch.equal(still(run, model), still(run, plain))
     for name, layer in adapted_layers(model):
         zero = [not tensor.any() for tensor in (layer.lora_A, layer.lora_B)]
-        assert sum(zero) == 1, f"one of A and B of '{name}' starts at zero, the other does not"
-        assert torch.isfinite(layer.lora_A).all()
-        assert torch.isfinite(layer.lora_B).all()
-    return model
+        assert sum(zero) == (config.init not in SUBTRACTED), f"one of A and B of '{name}' starts at zero"
+    assert not torch.equal(still(run, stir(model)), still(run, plain))
 
 
-def check_peft_opens_ours(make, run, config, tmp_path, tolerance=1e-6):
+def check_peft_opens_ours(make, run, config, tmp_path, tolerance=1e-12, data=None):
     """PEFT computes from our directory what we compute."""
-    plain = make().eval()
+    plain = make().double().eval()
     model = copy.deepcopy(plain)
-    inject(model, config)
+    inject(model, config, **(data(torch.float64) if data else {}))
     stir(model)
     save_adapter(model, tmp_path / "ours")
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
@@ -197,20 +234,18 @@ def check_peft_opens_ours(make, run, config, tmp_path, tolerance=1e-6):
     return theirs
 
 
-def check_we_open_pefts(make, run, peft_config, tmp_path, tolerance=1e-6):
-    """We compute from PEFT's directory what PEFT computes."""
-    plain = make().eval()
+def check_we_open_pefts(make, run, peft_config, tmp_path, tolerance=1e-12):
+    """We compute from PEFT's directory what PEFT computes, and it goes back."""
+    plain = make().double().eval()
     theirs = peft.get_peft_model(copy.deepcopy(plain), peft_config).eval()
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if parameter.requires_grad:
-                assert "lora_" in name or "trainable_tokens" in name
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    move(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     model = copy.deepcopy(plain)
     load_adapter(model, tmp_path / "theirs")
+    back = peft.PeftModel.from_pretrained(copy.deepcopy(plain), save_adapter(model, tmp_path / "back")).eval()
     with torch.no_grad():
         assert relative(run(model), run(theirs)) <= tolerance
+        assert relative(run(back), run(theirs)) <= tolerance
         assert relative(run(plain), run(model)) > 1e-3
     return model
 

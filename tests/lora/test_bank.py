@@ -15,7 +15,7 @@ from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, adapters, alone, base, config, run_net, shake, storages, trained
-from tests.lora.options_support import net
+from tests.lora.kinds import net
 
 
 @pytest.fixture(params=list(ZOO))

@@ -13,8 +13,7 @@ from lora_lightning.lora.bank.combine import truncate_pair
 from lora_lightning.lora.errors import ConfigError
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, adapters, base, run_net, shake, trained
-from tests.lora.options_support import inputs, net
-from tests.lora.test_options_over_kinds import run_conv
+from tests.lora.kinds import inputs, net, run_conv
 
 SUMMABLE = [name for name in ZOO if name not in {"dora", "heads", "biases", "lora_bias", "tokens"}]
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.3}

@@ -23,8 +23,7 @@ from transformers import (
 from lora_lightning import AdapterBank, LoRAError, save_adapter
 from tests.factories import FAMILIES, assert_same, llama, output, snapshot
 from tests.lora.bank_support import ZOO, adapters, base, trained
-from tests.lora.options_support import inputs, net
-from tests.lora.test_options_over_kinds import MODELS, embedding
+from tests.lora.kinds import KINDS, embedding, inputs, net
 
 
 def bank_of(name, folder, dtype=torch.float64):
@@ -473,8 +472,7 @@ def test_dropout_of_a_waiting_adapter_is_off(tmp_path):
 
 
 def test_an_unbatched_convolution_is_refused():
-    make, _, targets = MODELS["Conv1d"]
-    bank = AdapterBank(trained(make().eval(), {"r": 2, "target_modules": targets}, seed=0), first="a")
+    bank = AdapterBank(trained(KINDS["Conv1d"].make().eval(), {"r": 2, "target_modules": ["1"]}, seed=0), first="a")
     with (
         bank.rows(["a", "a", None, "a"]),
         pytest.raises(LoRAError, match=r"'1' sees \(4, 6\)"),

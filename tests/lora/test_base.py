@@ -13,7 +13,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.provenance import CHECKSUM, PROVENANCE
-from tests.factories import distance, llama, move, output, sequential
+from tests.factories import assert_same, distance, llama, move, output, sequential, snapshot
 
 TOKENS = torch.arange(1, 7)[None]
 
@@ -41,22 +41,23 @@ def test_another_base_of_equal_shapes_is_refused_and_stays_as_it_was(made):
     with torch.no_grad():  # as another seed would: all but norms, which start at one
         for name in reversed([n for n, p in model.named_parameters() if p.dim() == 2]):
             model.get_parameter(name).add_(1e-3)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = snapshot(model)
     count, matrices = len(weights), [name for name, tensor in weights.items() if tensor.dim() == 2]
     listed = f"{len(matrices)} of {count} tensors differ, first {', '.join(matrices[:4])} and {len(matrices) - 4} more"
     assert matrices != sorted(matrices), "the model's own order is not the alphabet's"
     with pytest.raises(AdapterError, match=listed):
         load_adapter(model, directory)
-    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
-    assert model.state_dict().keys() == before.keys()
+    assert_same(model, before)
 
 
-def test_one_bit_of_one_tensor_makes_another_base(made):
+def test_one_bit_of_one_tensor_makes_another_base_and_so_does_a_block_more(made):
     weights, directory, _ = made
     model = base(weights)
     model.model.layers[1].mlp.up_proj.weight.data.view(torch.int32)[0, 0] ^= 1
     with pytest.raises(AdapterError, match=rf"1 of {len(weights)} tensors differ, first model\.layers\.1\.mlp\.up_p"):
         load_adapter(model, directory)
+    with pytest.raises(AdapterError, match=r"9 of \d+ tensors differ, first model\.layers\.2\.self_attn\.q_proj"):
+        load_adapter(base(weights, num_hidden_layers=3), directory)
 
 
 @pytest.mark.parametrize("write", ["data", "numpy"])
@@ -75,24 +76,13 @@ def test_a_second_save_notes_the_base_that_it_was_made_on_however_that_was_writt
     load_adapter(base(other), directory)
 
 
-def test_a_deeper_base_is_another_base(made):
-    weights, directory, _ = made
-    with pytest.raises(AdapterError, match=r"9 of \d+ tensors differ, first model\.layers\.2\.self_attn\.q_proj"):
-        load_adapter(base(weights, num_hidden_layers=3), directory)
-
-
-def test_the_same_base_loads_without_a_word(made):
+def test_the_same_base_loads_without_a_word_and_another_aloud_where_it_was_asked_for(made):
     weights, directory, expected = made
-    model = base(weights)
+    model, same = base(weights), base(weights)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_adapter(model, directory)
-    assert torch.equal(output(model, TOKENS), expected)
-
-
-def test_another_base_loads_aloud_where_it_was_asked_for(made):
-    weights, directory, _ = made
-    model = base(weights)
+        load_adapter(same, directory)
+    assert torch.equal(output(same, TOKENS), expected)
     with torch.no_grad():
         model.lm_head.weight.mul_(2)
     with pytest.warns(UserWarning, match=r"allow_other_base: .*another base.*first lm_head\.weight.*not those that"):

@@ -1,24 +1,17 @@
 """Trained biases: `bias: all`, `bias: lora_only`, and B's own (`lora_bias`)."""
 
+import copy
+
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from lora_lightning import LoRAConfig, disabled, inject, load_adapter, merge, save_adapter
-from lora_lightning.lora.errors import ConfigError, MergeError, TargetError
+from lora_lightning import LoRAConfig, inject, load_adapter, merge
+from lora_lightning.lora.errors import MergeError
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import TrainedBias
-from tests.lora.options_support import inputs, net, shake
-
-
-def test_lora_only_trains_the_biases_of_adapted_layers():
-    model = net()
-    report = inject(model, LoRAConfig(r=2, target_modules=["up", "down"], bias="lora_only"))
-    assert [name for name, _ in grafted_modules(model, TrainedBias)] == ["up"]
-    assert report.biases == 20
-    assert "biases" in str(report)
+from tests.lora.kinds import inputs, net, shake
 
 
 def test_all_trains_every_bias_outside_modules_to_save():
@@ -27,21 +20,11 @@ def test_all_trains_every_bias_outside_modules_to_save():
     assert [name for name, _ in grafted_modules(model, TrainedBias)] == ["up", "norm", "square"]
 
 
-def test_keys_are_pefts_and_values_absolute(tmp_path):
-    model = net()
-    inject(model, LoRAConfig(r=2, target_modules=["up"], bias="all"))
-    save_adapter(shake(model), tmp_path)
-    file = load_file(tmp_path / "adapter_model.safetensors")
-    assert torch.equal(file["base_model.model.up.base_layer.bias"], model.up.bias)
-    assert torch.equal(file["base_model.model.norm.bias"], model.norm.bias)
-    assert not torch.equal(model.up.bias, model.state_dict()["up.bias"])
-
-
 def test_gradient_is_that_of_an_ordinary_bias():
     model, plain, x = net(torch.float64), net(torch.float64), inputs(torch.float64)
     inject(model, LoRAConfig(r=2, bias="all"))
-    model(x).square().sum().backward()
-    plain(x).square().sum().backward()
+    for one in (model, plain):
+        one(x).square().sum().backward()
     for name, module in grafted_modules(model, TrainedBias):
         torch.testing.assert_close(module.lora_trained_bias.grad, plain.get_submodule(name).bias.grad)
 
@@ -92,45 +75,12 @@ def test_a_bias_under_two_names_is_trained_once_and_stays_tied():
     torch.testing.assert_close(model(x), expected)
 
 
-def test_disabled_gives_the_original_bias():
-    model = net()
-    inject(model, LoRAConfig(r=2, bias="all"))
-    shake(model)
-    with disabled(model):
-        assert model.norm.bias is model.norm._parameters["bias"]
-    assert model.norm.bias is not model.norm._parameters["bias"]
-
-
-@pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_asked_for_where_there_are_none_are_refused(bias):
-    model = nn.Sequential(nn.Linear(4, 4, bias=False))
-    with pytest.raises(TargetError, match="bias to train"):
-        inject(model, LoRAConfig(r=2, target_modules=["0"], bias=bias))
-    assert type(model[0]) is nn.Linear
-
-
-def test_an_unknown_bias_setting_is_refused():
-    with pytest.raises(ConfigError, match="bias must be one of none, all, lora_only, got 'some'"):
-        LoRAConfig(bias="some")
-
-
 def test_lora_bias_is_scaled_like_b():
     model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
     inject(model, LoRAConfig(r=2, alpha=6, target_modules=["0"], lora_bias=True))
     before = model(x)
     model[0].lora_B_bias.data += 1.0
     torch.testing.assert_close(model(x) - before, torch.full((2, 3), 3.0))
-
-
-def test_lora_bias_without_a_bias_to_merge_into_is_refused_before_the_training():
-    said = (
-        r"""lora_bias: 'down' has no bias for a merge to add B's to: add exclude_modules=\["down"\], or set lora_bias"""
-    )
-    model = net()
-    with pytest.raises(TargetError, match=said):
-        inject(model, LoRAConfig(r=2, lora_bias=True))
-    assert type(model.up) is nn.Linear
-    inject(model, LoRAConfig(r=2, lora_bias=True, exclude_modules=["down"]))
 
 
 def test_pefts_directory_of_that_kind_loads_and_is_refused_at_the_merge(tmp_path):
@@ -168,14 +118,11 @@ def test_all_trains_the_biases_that_peft_trains():
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_pefts_adapter_that_asks_for_biases_of_a_model_without_any_loads(tmp_path, bias):
     """Every Llama saved with that setting; where a user asks for it, it stays an error."""
-
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
-    plain = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ours = copy.deepcopy(model)
     config = peft.LoraConfig(r=2, target_modules=["0"], bias=bias, init_lora_weights=False)
     theirs = peft.get_peft_model(model, config).eval()
     theirs.save_pretrained(tmp_path)
-    ours = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Tanh(), nn.Linear(8, 4, bias=False)).double()
-    ours.load_state_dict(plain)
     load_adapter(ours, tmp_path)
     x = torch.randn(3, 8).double()
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-12, atol=1e-12)

@@ -34,6 +34,44 @@ def test_a_value_that_means_nothing_is_refused_by_its_name(fields):
     assert "\n" not in str(caught.value)
 
 
+WORDS = [
+    ({"r": 2.5}, "r must be a whole number of at least 1, got 2.5"),
+    ({"alpha": -1}, "alpha must be a finite number above 0, got -1"),
+    ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
+    *[
+        ({"dropout_pattern": {"up": p}}, r"dropout_pattern\['up'\] must be at least 0")
+        for p in (1.0, -0.1, True, "much")
+    ],
+    ({"rank_pattern": {"up": 0}}, r"rank_pattern\['up'\] must be a whole number of at least 1, got 0"),
+    ({"alpha_pattern": {"up": 0}}, r"alpha_pattern\['up'\] must be a finite number above 0, got 0"),
+    ({"rank_pattern": {"(": 2}}, r"'\(' is not a regular expression"),
+    ({"rank_pattern": {"(?i)q": 2}}, r"rank_pattern: '\(\?i\)q' is not a regular expression \(global flags"),
+    ({"slices": {"(?i)q": ["q"]}}, r"slices: '\(\?i\)q' is not a regular expression \(global flags"),
+    ({"target_modules": []}, "target_modules selects nothing"),
+    ({"init": "gausian"}, "did you mean 'gaussian'"),
+    *[
+        ({"init": init}, r"init must be one of gaussian, .* or pissa_niter_<n>")
+        for init in ("pissa_niter_", "", "zeros")
+    ],
+    ({"bias": "some"}, "bias must be one of none, all, lora_only, got 'some'"),
+    ({"use_dora": True, "lora_bias": True}, "exclude each other"),
+    ({"trainable_token_indices": [-1]}, "from 0 on, got"),
+    ({"trainable_token_indices": [1, 1]}, "a token twice"),
+    *[({"slices": {"0": spec}}, "must list the parts") for spec in ([], "q")],
+    ({"slices": {"0": {"take": ["q"]}}}, "must hold 'of', 'take'"),
+    ({"slices": {"0": {"of": ["q"], "take": ["q"]}}}, "at least two different parts"),
+    ({"slices": {"0": {"of": ["query", "value"], "take": ["qurey"]}}}, "did you mean 'query'"),
+    ({"slices": {"0": {"of": ["q", "k"], "take": ["q"], "heads": 0}}}, "whole numbers of at least 1, got 0"),
+    ({"slices": {"0": {"of": ["q", "k"], "take": ["q"], "sizes": [1]}}}, "one number for each part"),
+]
+
+
+@pytest.mark.parametrize(("fields", "words"), WORDS, ids=[words[:50] for _, words in WORDS])
+def test_what_is_wrong_is_said(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        LoRAConfig(**fields)
+
+
 def test_defaults_follow_the_evidence():
     config = LoRAConfig()
     assert (config.r, config.alpha, config.dropout, config.init) == (8, 16.0, 0.0, "gaussian")
@@ -61,8 +99,10 @@ def test_scale_is_alpha_by_r_or_by_its_root(r, alpha):
     )
 )
 def test_a_config_survives_as_plain_data(fields):
-    config = LoRAConfig(**fields)
-    assert LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    slices = {"b": {"of": ["q", "k", "v"], "sizes": [8, 2, 2], "take": ["k", "v"]}, "a": ["v", "q"]}
+    for more in ({}, {"use_dora": True, "bias": "all", "dropout_pattern": {"up": 0.5}, "slices": slices}):
+        config = LoRAConfig(**fields | more)
+        assert LoRAConfig.from_dict(json.loads(json.dumps(config.to_dict(), sort_keys=True))) == config
 
 
 def test_a_config_is_frozen_and_keyword_only_and_keeps_no_reference_to_its_caller():
@@ -84,7 +124,10 @@ def test_yaml_nulls_and_sets_are_read_as_meant():
     assert LoRAConfig(target_modules=("q", "q", "v")).target_modules == ["q", "v"]
 
 
-@pytest.mark.parametrize(("wrong", "right"), [("targets_modules", "target_modules"), ("aplha", "alpha"), ("R", "r")])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("targets_modules", "target_modules"), ("aplha", "alpha"), ("R", "r"), ("lora_dora", "use_dora")],
+)
 def test_an_unknown_field_names_the_nearest(wrong, right):
     with pytest.raises(ConfigError, match=f"no field '{wrong}'.*'{right}'"):
         LoRAConfig.from_dict({wrong: 1})

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import hashlib
 
 import pytest
@@ -10,27 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_lightning import LoRAConfig, inject, merge, remove
+from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, fingerprint, fingerprint_of_tensors
-from tests.factories import Own, llama, move, sequential
-
-
-def test_the_fingerprint_is_the_same_with_and_without_adapters(family, dtype):
-    model = family.build(dtype)
-    before = fingerprint(model)
-    inject(model, LoRAConfig(r=2))
-    move(model)
-    assert fingerprint(model) == before
-    merged = fingerprint(merge_copy(model))
-    assert merged.digest != before.digest
-    assert all(name.endswith("weight") for name in merged.differences(before))
-    assert fingerprint(remove(model)) == before == fingerprint(family.build(dtype))
-
-
-def merge_copy(model):
-    twin = copy.deepcopy(model)
-    merge(twin)
-    return twin
+from tests.factories import Own, llama, sequential
 
 
 @given(st.data())
@@ -43,24 +24,6 @@ def test_one_bit_anywhere_changes_it_and_names_its_tensor(data):
     after = fingerprint(model)
     assert after.digest != before.digest
     assert after.differences(before) == [name]
-
-
-def test_names_dtypes_and_shapes_count():
-    zeros = torch.zeros(2, 6)
-    digests = {
-        fingerprint_of_tensors({"a": zeros}).digest,
-        fingerprint_of_tensors({"b": zeros}).digest,
-        fingerprint_of_tensors({"a": zeros.reshape(6, 2)}).digest,
-        fingerprint_of_tensors({"a": zeros.to(torch.int32)}).digest,
-        fingerprint_of_tensors({"a": -zeros}).digest,
-        fingerprint_of_tensors({}).digest,
-    }
-    assert len(digests) == 6
-
-
-def test_order_and_memory_layout_do_not_count():
-    a, b = torch.randn(3, 4), torch.randn(2)
-    assert fingerprint_of_tensors({"a": a, "b": b}) == fingerprint_of_tensors({"b": b, "a": a.t().contiguous().t()})
 
 
 def test_the_digest_is_sha256_over_names_and_tensors_and_these_over_their_pieces(monkeypatch):
@@ -80,20 +43,6 @@ def test_the_digest_is_sha256_over_names_and_tensors_and_these_over_their_pieces
         assert got.digest.startswith(got.short)
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        *(torch.zeros(0), torch.zeros(3, 0), torch.tensor(1.5), torch.ones(2, dtype=torch.bool)),
-        *(torch.ones(3).to(torch.float8_e4m3fn), torch.ones(2, dtype=torch.complex64), torch.ones(4)[::2]),
-        nn.Parameter(torch.ones(2)),
-    ],
-    ids=str,
-)
-def test_every_kind_of_tensor_has_one(tensor):
-    of_copy = fingerprint_of_tensors({"t": tensor.clone()})
-    assert fingerprint_of_tensors({"t": tensor}).tensors["t"] == of_copy.tensors["t"]
-
-
 def test_a_fingerprint_survives_as_text():
     print_ = fingerprint(sequential())
     assert Fingerprint.from_json(print_.to_json()) == print_
@@ -101,25 +50,21 @@ def test_a_fingerprint_survives_as_text():
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_is_the_same_after_saving_in_shards(tied, tmp_path):
+def test_it_is_the_same_after_saving_in_shards_and_of_a_file_that_holds_a_tied_weight_twice(tied, tmp_path):
     model = llama(tie_word_embeddings=tied).to(torch.bfloat16)
-    before = fingerprint(model)
-    assert {"lm_head.weight", "model.embed_tokens.weight"} <= before.tensors.keys()
+    before, names = fingerprint(model), {"lm_head.weight", "model.embed_tokens.weight"}
+    assert names <= before.tensors.keys()
     for size in ("2KB", "1GB"):
         model.save_pretrained(tmp_path / size, max_shard_size=size)
-        again = type(model).from_pretrained(tmp_path / size, dtype=torch.bfloat16)
-        assert fingerprint(again) == before
+        assert fingerprint(type(model).from_pretrained(tmp_path / size, dtype=torch.bfloat16)) == before
     assert len(list((tmp_path / "2KB").glob("*.safetensors"))) > 3
-
-
-def test_a_tied_weight_that_a_file_holds_twice_is_the_same_as_once(tmp_path):
-    model = llama(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
-    file = tmp_path / "model.safetensors"
-    once = load_file(file)
-    assert "lm_head.weight" not in once
-    save_file({**once, "lm_head.weight": once["model.embed_tokens.weight"].clone()}, file, metadata={"format": "pt"})
-    assert fingerprint(type(model).from_pretrained(tmp_path)) == fingerprint(model)
+    if tied:
+        file = tmp_path / "1GB" / "model.safetensors"
+        once = load_file(file)
+        assert "lm_head.weight" not in once
+        twice = {**once, "lm_head.weight": once["model.embed_tokens.weight"].clone()}
+        save_file(twice, file, metadata={"format": "pt"})
+        assert fingerprint(type(model).from_pretrained(tmp_path / "1GB", dtype=torch.bfloat16)) == before
 
 
 def test_buffers_count_where_they_are_saved():

@@ -24,8 +24,7 @@ from lora_lightning.lora.formats.peft.load import load_tensors
 from lora_lightning.lora.formats.provenance import PROVENANCE
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from tests.factories import FAMILIES, Own, assert_same, bert, distance, llama, move, output, sequential, snapshot
-from tests.lora.test_inject import HEADS
+from tests.factories import FAMILIES, HEADS, Own, assert_same, bert, distance, llama, move, output, sequential, snapshot
 
 BERT = FAMILIES["bert"]
 TOKENS = torch.arange(1, 7)[None]

@@ -9,7 +9,7 @@ from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import SavedCopy
-from tests.lora.options_support import shake
+from tests.lora.kinds import shake
 
 
 class Nested(nn.Module):

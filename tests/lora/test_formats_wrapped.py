@@ -23,7 +23,7 @@ from lora_lightning import (
 )
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
-from lora_lightning.lora.warm_start import start_from_directory
+from lora_lightning.lora.init.from_adapter import start_from_directory
 from tests.factories import assert_same, distance, llama, move, output, snapshot
 from tests.lora.test_wrapped import WRAPS, Block
 

@@ -5,14 +5,17 @@ To the bit where the kernel reads adapted weights; to rounding where it is held 
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, disabled, inject, merge, remove
+from tests.factories import FAMILIES, assert_same, distance, folded, move, snapshot
 from tests.lora.laws import TOLERANCE, dtypes, relative, stir
 
+FAMILY, ENCODER = FAMILIES["encoder"], "_transformer_encoder_layer_fwd"
 WIDTH, HEADS, LENGTH = 16, 2, 7
 PAD = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [4], [1]])
 CAUSAL = torch.ones(LENGTH, LENGTH).triu(1).bool()
@@ -33,14 +36,14 @@ each_mask = pytest.mark.parametrize("mask", MASKS)
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Counts the calls of torch's fused kernels."""
+    """The calls of torch's fused kernels."""
     calls = []
 
-    def counted(run):
-        return lambda *args, **kwargs: (calls.append(1), run(*args, **kwargs))[1]
+    def counted(name, run):
+        return lambda *args, **kwargs: (calls.append(name), run(*args, **kwargs))[1]
 
-    for name in ("_native_multi_head_attention", "_transformer_encoder_layer_fwd"):
-        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    for name in ("_native_multi_head_attention", ENCODER):
+        monkeypatch.setattr(torch, name, counted(name, getattr(torch, name)))
     return calls
 
 
@@ -156,27 +159,47 @@ def test_the_plain_encoder_takes_its_kernel_and_nested_tensors_so_that_there_is_
     assert not (out - encoder("post, relu", torch.float32).norm.bias)[PAD].any(), "padding comes out as zeros"
 
 
+ADAPTED = LoRAConfig(r=2, target_modules=["linear1", "linear2"])
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("fields", [ADAPTED, LoRAConfig(r=2, target_modules=["layers.1.linear2"])], ids=["all", "one"])
+def test_an_encoder_in_eval_gives_the_adapted_output(kernels, fields, grad):
+    plain, x = FAMILY.build(torch.float64), FAMILY.inputs(torch.float64)
+    model = copy.deepcopy(plain)
+    report = inject(model, fields)
+    move(model)
+    with torch.set_grad_enabled(grad):
+        got = model(x)
+        assert kernels.count(ENCODER) == 2 - len(
+            {row.module[:8] for row in report.modules}
+        )  # layers without adapters keep it
+        assert distance(got, folded(plain, model, {row.module: 2.0 for row in report.modules})(x)) < 1e-12
+        assert distance(got, plain(x)) > 1e-3
+
+
+@pytest.mark.parametrize("back", [merge, remove])
+@pytest.mark.parametrize("copier", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_the_kernel_is_allowed_again_in_the_plain_model(kernels, back, copier):
+    original = FAMILY.build().requires_grad_(False)
+    before = snapshot(original)
+    inject(original, ADAPTED)
+    model = copier(original) if copier else original
+    back(model)
+    assert_same(model, before, but=("state",) if back is merge else ())
+    with torch.no_grad():
+        FAMILY.run(model)
+        assert kernels.count(ENCODER) == 2
+        if copier:  # and still held off where the adapters are
+            FAMILY.run(original)
+            assert kernels.count(ENCODER) == 2
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("options", [{}, MASKS["causal"] | {"need_weights": False}], ids=["plain", "causal"])
 def test_an_empty_batch_stays_empty(options, training):
-    model, plain = _injected(attention(torch.float32), ["attn"]), attention(torch.float32)
+    model, plain = attention(torch.float32), attention(torch.float32)
+    inject(model, LoRAConfig(r=2, target_modules=["attn"]))
     x = torch.empty(0, LENGTH, WIDTH)
     got, want = (call(m.train(training), x, options) for m in (model, plain))
     assert [t.shape for t in got] == [t.shape for t in want]
-
-
-def test_an_encoder_layer_with_a_forward_of_its_own_keeps_it():
-    class Own(nn.TransformerEncoderLayer):
-        def forward(self, src):
-            return self.linear2(torch.tanh(self.linear1(src)))
-
-    model = filled(nn.Sequential(Own(WIDTH, HEADS, 24, batch_first=True)), torch.float32)
-    x = tokens(torch.float32)
-    before = model(x)
-    inject(model, LoRAConfig(r=2, target_modules=["linear2"]))
-    assert torch.equal(model(x), before)
-
-
-def _injected(model, targets=("self_attn", "linear2")):
-    inject(model, LoRAConfig(r=2, target_modules=list(targets)))
-    return model

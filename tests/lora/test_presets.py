@@ -1,19 +1,17 @@
 """Presets of target modules, and the patterns of rank, alpha and dropout."""
 
-import json
-
 import pytest
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
 
-from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import ConfigError, TargetError
+from lora_lightning import LoRAConfig, inject
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.targets.patterns import matches
 from lora_lightning.lora.targets.presets import LAYOUTS, PRESETS, preset_pattern
-from tests.lora.options_support import inputs, net
+from tests.lora.kinds import inputs, net
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 
@@ -106,16 +104,6 @@ def test_dropout_pattern_sets_each_layers_dropout():
     assert rates == {"up": 0.0, "down": 0.1, "square": 0.5}
 
 
-def test_each_layers_dropout_is_saved_and_loaded(tmp_path):
-    model = net()
-    inject(model, LoRAConfig(r=2, dropout=0.1, dropout_pattern={"up": 0.5}))
-    save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.1
-    again = net()
-    report = load_adapter(again, tmp_path)
-    assert {row.module: row.dropout for row in report.modules} == {"up": 0.5, "down": 0.1, "square": 0.1}
-
-
 def test_layers_without_dropout_are_not_random_in_training():
     model = net()
     inject(model, LoRAConfig(r=2, dropout=0.5, dropout_pattern={"up": 0.0, "down": 0.0, "square": 0.0}))
@@ -123,36 +111,3 @@ def test_layers_without_dropout_are_not_random_in_training():
         nn.init.normal_(layer.lora_B)
     model.train()
     assert torch.equal(model(inputs()), model(inputs()))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"dropout_pattern": {"upp": 0.1}}, "dropout_pattern: no adapted module matches 'upp'; did you mean 'up'"),
-        ({"rank_pattern": {"dwn": 2}}, "rank_pattern: no adapted module matches 'dwn'; did you mean 'down'"),
-        ({"alpha_pattern": {"sqare": 2.0}}, "alpha_pattern: no adapted module matches 'sqare'; did you mean 'square'"),
-        ({"dropout_pattern": {"norm": 0.1}}, "dropout_pattern: no adapted module matches 'norm'"),
-        ({"target_modules": ["upp"]}, "target_modules: no module matches 'upp'; did you mean 'up'"),
-        ({"exclude_modules": ["hed"]}, "exclude_modules: no module matches 'hed'; did you mean 'head'"),
-        ({"modules_to_save": ["haed"]}, "modules_to_save: no module matches 'haed'; did you mean 'head'"),
-        ({"rank_pattern": {"down": 11}}, "r=11 is larger than the layer 'down' allows"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_an_entry_that_fits_nothing_is_refused_with_near_misses(options, message):
-    model = net()
-    with pytest.raises(TargetError, match=message):
-        inject(model, LoRAConfig(r=2, **options))
-    assert not adapted_layers(model)
-    assert all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("value", [1.0, -0.1, True, "much"])
-def test_a_dropout_that_is_none_is_refused(value):
-    with pytest.raises(ConfigError, match=r"dropout_pattern\['up'\] must be at least 0 and below 1"):
-        LoRAConfig(dropout_pattern={"up": value})
-
-
-def test_two_dropout_patterns_of_one_length_that_disagree_are_refused():
-    with pytest.raises(TargetError, match=r"dropout_pattern: .* both match 'up'"):
-        inject(net(), LoRAConfig(r=2, dropout_pattern={"u.": 0.1, ".p": 0.2}))

@@ -82,17 +82,37 @@ def attention(draw):
     return Self(width, heads, **flags), torch.randn(3, 2, width * heads), width * heads, {**parts, **targets}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def conv(draw):
+    dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3]))
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    padding, stride = ("same", 1) if draw(st.booleans()) else (each(0, 2), each(1, 3))
+    n, m = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3))
+    options = {
+        "stride": stride,
+        "padding": padding,
+        "dilation": each(1, 2),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+    mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+    module = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](n, m, each(1, 3), padding_mode=mode, **options)
+    return nn.ModuleDict({"w": module}), torch.randn(2, n, *[5] * dims), groups, {"r": groups}
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_every_kind_over_drawn_shapes(data):
     torch.manual_seed(data.draw(st.integers(0, 9)))
-    kind = data.draw(st.sampled_from([linear, fused, embedding, stack, matrix, attention]))
+    kind = data.draw(st.sampled_from([linear, fused, embedding, stack, matrix, attention, conv]))
     model, x, largest, fields = kind(data.draw)
     dtype = data.draw(st.sampled_from(DTYPES))
     model = model.to(dtype).eval().requires_grad_(False)
     x = x.to(dtype) if x.is_floating_point() else x
     chosen = {"target_modules": ["w"], "alpha": data.draw(st.sampled_from([0.5, 3.0])), **fields}
-    config = LoRAConfig(r=data.draw(st.integers(1, largest)), use_rslora=data.draw(st.booleans()), **chosen)
+    config = LoRAConfig(**{"r": data.draw(st.integers(1, largest)), "use_rslora": data.draw(st.booleans()), **chosen})
 
     def run(m):
         return m["w"](x) if isinstance(m, nn.ModuleDict) else m(x)

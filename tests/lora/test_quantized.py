@@ -14,7 +14,7 @@ from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.quantization import hold_packing, plain_weight, scheme
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.lora.inject import adapted_layers
-from tests.lora.options_support import shake
+from tests.lora.kinds import shake
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
@@ -110,6 +110,10 @@ def adapted(scheme_name, dtype=torch.float32, **options):
     return model
 
 
+def shape_of(model):
+    return [(type(m), sorted(vars(m))) for m in model.modules()]
+
+
 @each_scheme
 def test_the_scheme_is_recognised_and_the_weight_read(scheme_name):
     model, plain = base(scheme_name), float_net()
@@ -130,32 +134,40 @@ def test_the_scheme_is_recognised_and_the_weight_read(scheme_name):
 @each_dtype
 @each_scheme
 @each_option
-def test_fresh_adapter_changes_nothing(scheme_name, dtype, options):
-    model = adapted(scheme_name, dtype, **options)
-    x, expected = inputs(dtype), base(scheme_name, dtype)(inputs(dtype))
-    assert torch.equal(model(x), expected)
-    assert all(p.device.type == HERE.type for _, layer in adapted_layers(model) for p in layer.lora_tensors().values())
-    assert all(p.dtype == torch.float32 for _, layer in adapted_layers(model) for p in layer.lora_tensors().values())
-
-
-@each_dtype
-@each_scheme
-@each_option
-def test_w0s_bytes_never_move(scheme_name, dtype, options):
-    model, x = adapted(scheme_name, dtype, **options).train(), inputs(dtype)
-    model(x)  # some schemes lay their weight out at the first forward
-    before, keys = fingerprint(model), list(base_tensors(model))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    first = [p.detach().clone() for p in trained]
+def test_laws(scheme_name, dtype, options, tmp_path):
+    """Laws 1, 2 and 7, `disabled`, `remove` and copies, on a base that is no matrix of floats."""
+    model, x, output = adapted(scheme_name, dtype, **options), inputs(dtype), base(scheme_name, dtype)(inputs(dtype))
+    assert torch.equal(model(x), output), "a fresh adapter changes nothing"
+    factors = [p for _, layer in adapted_layers(model) for p in layer.lora_tensors().values()]
+    assert {(p.device.type, p.dtype) for p in factors} == {(HERE.type, torch.float32)}
+    before, keys = fingerprint(model), list(base_tensors(model))  # some schemes lay W0 out at the first forward
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    first, optimizer = [p.detach().clone() for p in trained], torch.optim.AdamW(trained, lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
         model(x).float().square().sum().backward()
         optimizer.step()
-    model.eval()(x)
-    assert fingerprint(model) == before
-    assert list(base_tensors(model)) == keys
     assert all(not torch.equal(a, b) for a, b in zip(first, trained, strict=True))
+    expected = model.eval()(x)
+    assert fingerprint(model) == before, "W0's bytes never move"
+    assert list(base_tensors(model)) == keys
+    with disabled(model):
+        assert torch.equal(model(x), output)
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    if scheme_name == "nf4":  # int8 weights lose their scales when pickled, torchao's do not pickle, adapted or not
+        torch.save(model, buffer := io.BytesIO())
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
+    loaded = base(scheme_name, dtype)
+    load_adapter(loaded, save_adapter(model, tmp_path))
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    torch.testing.assert_close(loaded(x), expected, **close)
+    with pytest.raises(LoRAError, match="made on another base"):
+        load_adapter(float_net(dtype), tmp_path)
+    pristine = SCHEMES[scheme_name](float_net(dtype))
+    assert shape_of(remove(model)) == shape_of(pristine)
+    hold_packing(model)
+    assert torch.equal(model(x), output)
 
 
 @each_scheme
@@ -182,73 +194,31 @@ def test_gradients_are_those_on_the_dequantized_base(scheme_name):
         assert (one - other).norm() <= close * other.norm()
 
 
-@each_scheme
-@each_option
-def test_a_merge_is_refused_unless_asked_to_dequantize(scheme_name, options):
-    model, x = shake(adapted(scheme_name, **options)), inputs()
-    expected, before = model(x), fingerprint(model)
-    with pytest.raises(
-        MergeError, match=rf"'up' is quantized \({NAMES[scheme_name]}\).*merge\(model, dequantize=True\)"
-    ):
-        merge(model)
-    assert torch.equal(model(x), expected)
-    assert fingerprint(model) == before
-
-
 @each_dtype
 @each_scheme
 @each_option
-def test_a_dequantizing_merge_makes_plain_layers_that_equal_the_adapted(scheme_name, dtype, options):
+def test_a_merge_is_refused_unless_asked_to_dequantize_and_then_equals_the_adapted(scheme_name, dtype, options):
     model, x = shake(adapted(scheme_name, dtype, **options)), inputs(dtype)
-    expected = model(x)
+    expected, before = model(x), fingerprint(model)
+    words = rf"'up' is quantized \({NAMES[scheme_name]}\).*merge\(model, dequantize=True\)"
+    with pytest.raises(MergeError, match=words):
+        merge(model)
+    assert torch.equal(model(x), expected)
+    assert fingerprint(model) == before
     report = merge(model, dequantize=True)
     assert report.dequantized == QUANTISED
     assert report.kept.keys() >= set(QUANTISED), "the share kept is noted for quantized layers too"
-    assert [type(m) for m in model.modules()] == [type(m) for m in float_net().modules()]
-    assert list(model.state_dict()) == list(float_net().state_dict())
+    plain = float_net(dtype).eval()
+    assert [(type(m), sorted(vars(m))) for m in model.modules()] == [
+        (type(m), sorted(vars(m))) for m in plain.modules()
+    ]
+    assert list(model.state_dict()) == list(plain.state_dict())
     assert all(type(p) is nn.Parameter and p.dtype == dtype for p in model.parameters())
-    assert [sorted(vars(m)) for m in model.modules()] == [sorted(vars(m)) for m in float_net().modules()]
     exact = 1e-5 if scheme_name == "torchao" else 1e-4  # NF4's forward adds up in another order
     close = 0.03 if dtype == torch.bfloat16 or scheme_name == "int8" else exact
     assert (model(x) - expected).float().norm() < close * expected.float().norm()
-    again = float_net(dtype).eval()
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(x), model(x))
-
-
-@each_scheme
-@each_option
-def test_disabled_removed_copied_and_pickled(scheme_name, options):
-    model, x = shake(adapted(scheme_name, **options)), inputs()
-    plain = base(scheme_name)(x)
-    expected = model(x)
-    with disabled(model):
-        assert torch.equal(model(x), plain)
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(x), expected)
-    if scheme_name == "nf4":  # int8 weights lose their scales when pickled, torchao's do not pickle, adapted or not
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        assert torch.equal(torch.load(buffer, weights_only=False)(x), expected)
-    remove(model)
-    pristine = SCHEMES[scheme_name](float_net())
-    assert [type(m) for m in model.modules()] == [type(m) for m in pristine.modules()]
-    assert [sorted(vars(m)) for m in model.modules()] == [sorted(vars(m)) for m in pristine.modules()]
-    hold_packing(model)
-    assert torch.equal(model(x), plain)
-
-
-@each_scheme
-@each_option
-def test_what_is_saved_is_what_is_loaded(scheme_name, options, tmp_path):
-    model, x = shake(adapted(scheme_name, **options)), inputs()
-    save_adapter(model, tmp_path)
-    loaded = base(scheme_name)
-    load_adapter(loaded, tmp_path)
-    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
-    with pytest.raises(LoRAError, match="made on another base"):
-        load_adapter(float_net(), tmp_path)
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(x), model(x))
 
 
 @pytest.mark.parametrize("scheme_name", ["nf4", "torchao"])

@@ -14,19 +14,6 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.factories import move
 
 
-def swin():
-    return torchvision.models.SwinTransformer([4, 4], 8, [2], [2], [4, 4], num_classes=3).eval()
-
-
-def test_a_child_whose_weight_its_parent_reads_is_refused_by_name_and_left_out_of_all_linear():
-    make, name = swin, "features.1.0.attn.qkv"
-    with pytest.raises(TargetError, match=r"reads its weight and may never call it.*target_parameters"):
-        inject(make(), LoRAConfig(r=2, target_modules=[name.rpartition(".")[2]]))
-    report = inject(make(), LoRAConfig(r=2))
-    assert "reads its weight" in report.skipped[name]
-    assert name not in {row.module for row in report.modules}
-
-
 def test_batch_statistics_do_not_move_in_train_mode(tmp_path):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).eval()
     x = torch.randn(6, 3, 4, 4)
@@ -47,6 +34,16 @@ def test_batch_statistics_do_not_move_in_train_mode(tmp_path):
     load_adapter(again, save_adapter(model, tmp_path))
     assert torch.equal(again(x), model(x))
     assert type(remove(model)[1]) is nn.BatchNorm2d
+
+
+def test_instance_norms_statistics_are_part_of_w0():
+    model = nn.Sequential(nn.Conv1d(3, 3, 1), nn.InstanceNorm1d(3, track_running_stats=True)).train()
+    model(torch.randn(4, 3, 9) + 1)
+    before = model[1].running_mean.clone()
+    expected = model.eval()(torch.ones(4, 3, 9))
+    inject(model.train(), LoRAConfig(r=1, target_modules=["0"]))
+    assert torch.equal(model(torch.ones(4, 3, 9)), expected)
+    assert torch.equal(model[1].running_mean, before)
 
 
 def test_batch_statistics_of_a_module_trained_in_full_are_its_own():

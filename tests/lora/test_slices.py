@@ -7,73 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.models.vision_transformer import Attention as VisionAttention
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
-from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError
+from lora_lightning import inject, load_adapter, merge, save_adapter
+from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.layers.functional import block_rows, unblock_rows
 from lora_lightning.lora.targets.fused_projections import Slices
-from tests.lora.laws import check_laws, check_meta, check_peft_opens_ours, config, dtypes, relative, stir
-
-SPECS = {
-    "thirds": {"of": ["q", "k", "v"], "take": ["q", "v"]},
-    "by head": {"of": ["q", "k", "v"], "take": ["v", "q"], "heads": 2},
-    "unequal": {"of": ["q", "k", "v"], "sizes": [8, 2, 2], "take": ["k", "v"]},
-    "one": {"of": ["gate", "up"], "take": ["up"]},
-    "all": {"of": ["q", "k", "v"], "take": ["q", "k", "v"]},
-}
-
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4))
-
-
-def run(model):
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, 5, 6, generator=generator, dtype=torch.float64)
-    return model(x.to(next(model.parameters()).dtype))
-
-
-@dtypes
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("rslora", [False, True])
-def test_laws(spec, rslora, dtype, tmp_path):
-    chosen = config(target_modules=["0", "2"], slices={"0": SPECS[spec]}, use_rslora=rslora)
-    check_laws(net, run, chosen, dtype, tmp_path)
-
-
-def rows_of(spec, part, out=12):
-    """The rows of a part, counted one by one."""
-    names = spec["of"]
-    heads = spec.get("heads", 1)
-    sizes = spec.get("sizes") or [out // heads // len(names)] * len(names)
-    owner = [name for _ in range(heads) for name, size in zip(names, sizes, strict=True) for _ in range(size)]
-    return [i for i, name in enumerate(owner) if name == part]
-
-
-@pytest.mark.parametrize("spec", SPECS)
-def test_output_and_gradients_are_the_formulas(spec):
-    spec = SPECS[spec]
-    model = net().double()
-    inject(model, config(target_modules=["0"], slices={"0": spec}))
-    stir(model)
-    layer, x = model[0], torch.randn(7, 6, dtype=torch.float64)
-    A, B = (t.detach().clone().requires_grad_() for t in (layer.lora_A, layer.lora_B))
-    delta, row = torch.zeros(12, 6, dtype=torch.float64), 0
-    for i, part in enumerate(name for name in spec["of"] if name in spec["take"]):
-        rows = rows_of(spec, part)
-        delta = delta.index_add(0, torch.tensor(rows), 1.5 * B[row : row + len(rows)] @ A[2 * i : 2 * i + 2])
-        row += len(rows)
-    assert layer.lora_A.shape == (2 * len(spec["take"]), 6)
-    assert torch.allclose(layer.delta_weight(), delta, atol=1e-14)
-    want, got = x @ (layer.weight + delta).T + layer.bias, layer(x)
-    assert relative(got, want) < 1e-12
-    weights = torch.randn_like(want)
-    (got * weights).sum().backward()
-    (want * weights).sum().backward()
-    assert relative(layer.lora_A.grad, A.grad) < 1e-12
-    assert relative(layer.lora_B.grad, B.grad) < 1e-12
+from tests.factories import hf
+from tests.lora.kinds import SPECS, in_parts
+from tests.lora.laws import config, stir
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,19 +37,6 @@ def test_blocks_are_lossless(data):
     assert torch.count_nonzero(block) == B.numel()
 
 
-def test_dropout_is_honoured():
-    model = net()
-    inject(model, config(target_modules=["0"], slices={"0": SPECS["thirds"]}, dropout=0.5))
-    stir(model)
-    assert not torch.equal(run(model.train()), run(model))
-    assert torch.equal(run(model.eval()), run(model))
-
-
-def test_meta():
-    model = check_meta(net, config(target_modules=["0"], slices={"0": SPECS["thirds"]}, init="kaiming"))
-    assert model[0].lora_A.abs().max() <= 6**-0.5
-
-
 def test_every_part_is_started_as_a_matrix_of_its_own():
     model = nn.Sequential(nn.Linear(512, 12))
     inject(model, config(r=4, target_modules=["0"], slices={"0": SPECS["thirds"]}))
@@ -113,21 +44,14 @@ def test_every_part_is_started_as_a_matrix_of_its_own():
         assert abs(float(part.std()) * 512**0.5 - 1) < 0.1, "N(0, 1/in) in each part"
 
 
-@pytest.mark.parametrize("spec", SPECS)
-def test_peft_opens_ours(spec, tmp_path):
-    theirs = check_peft_opens_ours(net, run, config(target_modules=["0"], slices={"0": SPECS[spec]}), tmp_path)
-    rank = 2 * len(SPECS[spec]["take"])
-    assert theirs.base_model.model[0].lora_A["default"].weight.shape == (rank, 6)
-
-
 def test_an_alpha_edited_in_our_own_directory_is_refused(tmp_path):
-    model = net()
+    model = in_parts()
     inject(model, config(target_modules=["0"], slices={"0": SPECS["thirds"]}))
     stir(model)
     directory = save_adapter(model, tmp_path)
     written = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps({**written, "lora_alpha": 2 * written["lora_alpha"]}))
-    again = net()
+    again = in_parts()
     with pytest.raises(AdapterError, match="was changed since it was saved"):
         load_adapter(again, directory)
 
@@ -147,100 +71,30 @@ def test_ranks_and_parts_of_a_name_do_not_reach_names_that_end_in_it(tmp_path):
         assert torch.equal(again.get_submodule(name).lora_B, model.get_submodule(name).lora_B)
 
 
-def test_a_config_with_slices_survives_json_with_sorted_keys():
-    before = config(slices={"b": SPECS["unequal"], "a": ["v", "q"]})
-    assert LoRAConfig.from_dict(json.loads(json.dumps(before.to_dict(), sort_keys=True))) == before
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ([], "must list the parts"),
-        ("q", "must list the parts"),
-        ({"take": ["q"]}, "must hold 'of', 'take'"),
-        ({"of": ["q"], "take": ["q"]}, "at least two different parts"),
-        ({"of": ["query", "value"], "take": ["qurey"]}, "did you mean 'query'"),
-        ({"of": ["q", "k"], "take": ["q"], "heads": 0}, "whole numbers of at least 1, got 0"),
-        ({"of": ["q", "k"], "take": ["q"], "sizes": [1]}, "one number for each part"),
-    ],
-)
-def test_bad_specs_are_refused(spec, message):
-    with pytest.raises(ConfigError, match=message):
-        config(slices={"0": spec})
-
-
-@pytest.mark.parametrize(
-    ("slices", "message"),
-    [
-        ({"0": ["q", "v"]}, "the layout of '0' is not known; write it out"),
-        ({"qkv": ["q"]}, "slices: no adapted module matches 'qkv'"),
-        ({"0": {"of": ["a", "b"], "sizes": [4, 4], "take": ["a"]}}, "add up to 8 rows, but its weight has 12"),
-        ({"0": {"of": list("abcde"), "take": ["a"]}}, "add up to 10 rows"),
-    ],
-)
-def test_layouts_that_do_not_fit_are_refused(slices, message):
-    with pytest.raises(TargetError, match=message):
-        inject(net(), config(target_modules=["0"], slices=slices))
-
-
-def test_a_kind_without_parts_is_refused():
-    spec = {"0": {"of": ["a", "b"], "take": ["a"]}}
-    with pytest.raises(TargetError, match="'0', a Conv1d, has no parts"):
-        inject(nn.Sequential(nn.Conv1d(4, 4, 1)), config(target_modules=["0"], slices=spec))
-
-
-def test_the_rank_is_bounded_by_each_part():
-    with pytest.raises(TargetError, match=r"allows \(2"):
-        inject(net(), config(r=3, target_modules=["0"], slices={"0": SPECS["unequal"]}))
-
-
 # The layouts that are known: what changes where only some parts are trained, seen in the model's own tensors.
 
 
-def neox():
-    from transformers import GPTNeoXConfig, GPTNeoXModel
-
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = GPTNeoXModel(GPTNeoXConfig(vocab_size=32, **shape))
-    return model, "query_key_value", model.layers[0].attention
+SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 32, "pad_token_id": 0}
+GPT2 = {"vocab_size": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}
 
 
-def bloom():
-    from transformers import BloomConfig, BloomModel
-
-    model = BloomModel(BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2))
-    return model, "query_key_value", model.h[0].self_attention
-
-
-def gpt2():
-    from transformers import GPT2Config, GPT2Model
-
-    model = GPT2Model(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
-    return model, "c_attn", model.h[0].attn
+LAYOUTS = {
+    "query_key_value": lambda: hf("GPTNeoXModel", **SIZES, num_attention_heads=2),
+    "c_attn": lambda: hf("GPT2Model", **GPT2),
+    "qkv_proj": lambda: hf("Phi3Model", **SIZES, num_attention_heads=4, num_key_value_heads=2),
+}
 
 
-def phi3():
-    from transformers import Phi3Config, Phi3Model
-
-    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
-    model = Phi3Model(Phi3Config(vocab_size=32, **shape, **heads))
-    return model, "qkv_proj", model.layers[0].self_attn
-
-
-@pytest.mark.parametrize("make", [neox, gpt2, phi3], ids=lambda f: f.__name__)
-def test_the_known_layout_is_the_models_own(make, monkeypatch):
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_known_layout_is_the_models_own(name, monkeypatch):
     """The three tensors that reach the attention differ exactly where they were adapted."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     seen = []
 
     def spy(module, q, k, v, *args, **kwargs):
         seen.append((q, k, v))
         return torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
 
-    torch.manual_seed(0)
-    model, name, _ = make()
+    model = LAYOUTS[name]()
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "spy", spy)
     model.config._attn_implementation = "spy"
     ids = torch.arange(5)[None]
@@ -254,36 +108,29 @@ def test_the_known_layout_is_the_models_own(make, monkeypatch):
             assert changed == [p == part for p in "qkv"]
 
 
-def test_blooms_layout():
-    torch.manual_seed(0)
-    _, name, attention = bloom()
+def parts_of_bloom(attention, x):
+    return attention._reshape(attention.query_key_value(x))
+
+
+def parts_of_timm(attention, x):
+    return attention.qkv(x).reshape(1, 3, 3, 2, 8).permute(2, 0, 3, 1, 4)
+
+
+@pytest.mark.parametrize(("name", "parts"), [("query_key_value", parts_of_bloom), ("qkv", parts_of_timm)])
+def test_the_known_layout_is_the_attentions_own(name, parts):
+    bloom = hf("BloomModel", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    attention = bloom.h[0].self_attention if name == "query_key_value" else VisionAttention(16, num_heads=2)
+    plain = nn.ModuleDict({"attn": attention})
     x = torch.randn(1, 3, 16)
     for part in "qkv":
-        adapted = copy.deepcopy(attention)
-        holder = nn.ModuleDict({"attention": adapted})
-        inject(holder, config(target_modules=[name], slices={name: [part]}))
-        stir(holder)
-        both = [m._reshape(m.query_key_value(x)) for m in (attention, adapted)]
-        assert [not torch.equal(a, b) for a, b in zip(*both, strict=True)] == [p == part for p in "qkv"]
-
-
-def test_timms_layout():
-    from timm.models.vision_transformer import Attention
-
-    torch.manual_seed(0)
-    plain = nn.ModuleDict({"attn": Attention(16, num_heads=2)})
-    for part in "qkv":
         model = copy.deepcopy(plain)
-        inject(model, config(target_modules=["qkv"], slices={"qkv": [part]}))
-        stir(model)
-        x = torch.randn(1, 3, 16)
-        both = [m.attn.qkv(x).reshape(1, 3, 3, 2, 8).permute(2, 0, 3, 1, 4) for m in (plain, model)]
+        inject(model, config(target_modules=[name], slices={name: [part]}))
+        both = [parts(m["attn"], x) for m in (plain, stir(model))]
         assert [not torch.equal(a, b) for a, b in zip(*both, strict=True)] == [p == part for p in "qkv"]
 
 
 def test_phi3s_gate_and_up():
-    torch.manual_seed(0)
-    model, _, _ = phi3()
+    model = LAYOUTS["qkv_proj"]()
     plain = copy.deepcopy(model)
     inject(model, config(target_modules=["gate_up_proj"], slices={"gate_up_proj": ["up"]}))
     stir(model)

@@ -1,4 +1,4 @@
-"""The starts of A and B: their own definitions, PEFT's values, and an export that loses nothing."""
+"""The inits of A and B: their own definitions, PEFT's values, and an export that loses nothing."""
 
 import json
 import math
@@ -10,12 +10,16 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import AdapterError, AdapterWarning, ConfigError, TargetError
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, TargetError
+from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.inject import adapted_layers
-from tests.lora.options_support import DTYPES, batches, inputs, net, shake, square_loss
+from tests.factories import assert_same, llama, snapshot
+from tests.lora.kinds import batches, conv1d, inputs, net, shake, square_loss
+from tests.lora.laws import DTYPES
 
 SUBTRACTED = ["orthogonal", "pissa", "pissa_niter_4", "olora", "lora_ga"]
 
@@ -35,6 +39,17 @@ def test_pissa_is_the_best_approximation_of_w0(rslora):
         torch.testing.assert_close(layer.lora_settings.scale * layer.lora_B @ layer.lora_A, best)
         balance = layer.lora_B.square().sum(0), layer.lora_A.square().sum(1)
         torch.testing.assert_close(*balance)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_transposed_layer_starts_from_its_weight_as_out_by_in(init):
+    model = conv1d().double()
+    inject(model, LoRAConfig(r=2, alpha=3.0, target_modules=["0", "2"], init=init))
+    W, layer = model[0].weight.T, model[0]
+    U, S, Vh = torch.linalg.svd(W)
+    Q, R = torch.linalg.qr(W)
+    wanted = U[:, :2] @ torch.diag(S[:2]) @ Vh[:2] / 1.5 if init == "pissa" else Q[:, :2] @ R[:2]
+    torch.testing.assert_close(layer.lora_B0 @ layer.lora_A0, wanted)
 
 
 def test_fast_pissa_nears_pissa():
@@ -130,39 +145,19 @@ def test_calibration_leaves_the_model_as_it_was():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("init", SUBTRACTED)
-def test_first_factors_do_not_train_and_are_kept(init):
-    model = started(init)
-    layer = model.up
-    assert torch.equal(layer.lora_A0, layer.lora_A)
-    assert not layer.lora_A0.requires_grad
-    assert {"up.lora_A0", "up.lora_B0"} <= model.state_dict().keys()
-
-
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("init", SUBTRACTED)
-def test_exports_an_ordinary_adapter_of_twice_the_rank_on_the_pristine_base(init, rslora, tmp_path):
-    model, x = shake(started(init, use_rslora=rslora, rank_pattern={"square": 2})), inputs(torch.float64)
+def test_exports_an_ordinary_adapter_of_twice_the_rank(rslora, tmp_path):
+    """For PEFT too, as `test_laws.py` says of each init; also where that is above the weight's own rank."""
+    model = shake(started("pissa", use_rslora=rslora, rank_pattern={"square": 2, "down": 10}))
     save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 8
     file = load_file(tmp_path / "adapter_model.safetensors")
-    assert config["r"] == 8
-    assert file["base_model.model.up.lora_A.weight"].shape == (8, 12)
-    assert file["base_model.model.square.lora_A.weight"].shape == (4, 10)
-    theirs = PeftModel.from_pretrained(net(torch.float64), tmp_path)
-    torch.testing.assert_close(theirs(x), model(x), rtol=1e-12, atol=1e-13)
+    for name, shape in (("up", (8, 12)), ("square", (4, 10)), ("down", (20, 20))):
+        assert file[f"base_model.model.{name}.lora_A.weight"].shape == shape
     ours = net(torch.float64)
     load_adapter(ours, tmp_path)
-    torch.testing.assert_close(ours(x), model(x), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ours(inputs(torch.float64)), model(inputs(torch.float64)), rtol=1e-12, atol=1e-13)
     assert ours.up.lora_settings.scale == pytest.approx(model.up.lora_settings.scale, rel=1e-15)
-
-
-def test_an_export_of_a_rank_above_the_weights_own_loads_again(tmp_path):
-    model = shake(started("pissa", r=10))
-    save_adapter(model, tmp_path)
-    ours = net(torch.float64)
-    load_adapter(ours, tmp_path)
-    torch.testing.assert_close(ours(inputs(torch.float64)), model(inputs(torch.float64)))
 
 
 @settings(max_examples=20, deadline=None)
@@ -182,104 +177,51 @@ def test_any_start_changes_nothing_and_trains_the_difference(init, shape, dtype,
     assert torch.equal(model(x), expected)
     layer = model[0]
     first = (layer.lora_B @ layer.lora_A).detach().double()
-    shake(model, seed)
+    shake(model)
     moved = (layer.lora_B @ layer.lora_A).detach().double() - first
     torch.testing.assert_close(
         layer.delta_weight().double(), layer.lora_settings.scale * moved, rtol=1e-4, atol=1e-4 * alpha
     )
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga", "loftq"])
-def test_a_start_that_needs_data_is_refused_without(init):
-    model = net()
-    with pytest.raises(LoRAError, match=rf"init '{init}' needs inject\(model, config, data=...\)"):
-        inject(model, LoRAConfig(r=2, init=init))
-    assert not adapted_layers(model)
-    assert all(p.requires_grad for p in model.parameters())
+def crash(model, batch):
+    raise KeyError("labels")
 
 
-def test_data_that_nothing_reads_is_refused():
-    with pytest.raises(LoRAError, match="data is read by init eva, lora_ga, loftq only, and init is 'gaussian'"):
-        inject(net(), LoRAConfig(r=2), data=batches())
+class Idle(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(12, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.used(x)
 
 
-def _no_loss(model, config):
-    inject(model, config, data=batches())
-
-
-def _no_batch(model, config):
-    inject(model, config, data=[], loss=square_loss)
-
-
-def _one_row(model, config):
-    inject(model, LoRAConfig(r=2, init="eva"), data=[torch.randn(1, 12)])
-
-
-def _crash(model, config):
-    def loss(model, batch):
-        raise KeyError("labels")
-
-    inject(model, config, data=batches(), loss=loss)
+ROW = torch.randn(1, 12)
+NEEDS = r"needs inject\(model, config, data=...\)"
 
 
 @pytest.mark.parametrize(
-    ("attempt", "error", "message"),
+    ("make", "fields", "given", "error", "words"),
     [
-        (_no_loss, LoRAError, "needs a loss"),
-        (_no_batch, LoRAError, "data holds no batch"),
-        (_one_row, LoRAError, "needs at least r=2 independent inputs"),
-        (_crash, KeyError, "labels"),
+        *[(net, {"init": init}, {}, LoRAError, f"init '{init}' {NEEDS}") for init in ("eva", "lora_ga", "loftq")],
+        (net, {}, {"data": [ROW]}, LoRAError, "data is read by init eva, lora_ga, loftq only, and init is 'gaussian'"),
+        (net, {"init": "lora_ga"}, {"data": [ROW]}, LoRAError, "needs a loss"),
+        (net, {"init": "lora_ga"}, {"data": [], "loss": square_loss}, LoRAError, "data holds no batch"),
+        (net, {"init": "lora_ga"}, {"data": [ROW], "loss": crash}, KeyError, "labels"),
+        (net, {"init": "eva"}, {"data": [ROW]}, LoRAError, "needs at least r=2 independent inputs"),
+        (Idle, {"init": "eva"}, {"data": batches()}, LoRAError, "the data never reached 'idle'"),
+        (net, {"init": "lora_ga", "r": 7}, {"data": batches()}, TargetError, r"2 r = 14 .* set r to 6 or less .*'up'"),
+        (net, {"init": "loftq"}, {"data": batches()}, TargetError, "'up', a Linear, is not quantized"),
     ],
 )
-def test_data_that_does_not_serve_leaves_the_model_plain(attempt, error, message):
-    model, expected = net(), net()(inputs())
-    with pytest.raises(error, match=message):
-        attempt(model, LoRAConfig(r=2, init="lora_ga"))
-    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
-    assert all(p.requires_grad for p in model.parameters())
-    assert torch.equal(model(inputs()), expected)
-
-
-def test_a_layer_that_the_data_never_reaches_is_named():
-    class Two(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.used(x)
-
-    with pytest.raises(LoRAError, match="the data never reached 'idle'"):
-        inject(Two(), LoRAConfig(r=2, init="eva", target_modules=["used", "idle"]), data=[torch.randn(6, 4)])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"init": "orthogonal", "r": 3}, r"needs an even r, got r=3 \(module 'up'\)"),
-        ({"init": "lora_ga", "r": 7}, r"takes 2 r = 14 singular directions .* set r to 6 or less \(module 'up'\)"),
-        ({"init": "loftq", "r": 2}, "'up', a Linear, is not quantized"),
-    ],
-)
-def test_what_a_start_cannot_do_is_refused(options, message):
-    with pytest.raises(TargetError, match=message):
-        inject(net(), LoRAConfig(**options), data=batches() if options["init"] != "orthogonal" else None)
-
-
-@pytest.mark.parametrize("init", ["pisa", "pissa_niter_", "", "zeros"])
-def test_an_unknown_start_is_refused(init):
-    with pytest.raises(ConfigError, match=r"init must be one of gaussian, kaiming, .* or pissa_niter_<n>"):
-        LoRAConfig(init=init)
-
-
-@pytest.mark.parametrize("init", [*SUBTRACTED, "eva"])
-def test_an_adapter_may_be_rebuilt_for_loading_without_its_data(init):
-    model = shake(started(init, dtype=torch.float32))
-    again = net()
-    inject(again, LoRAConfig(r=4, alpha=6.0, init=init), start=False)
-    assert torch.equal(again(inputs()), net()(inputs()))
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(inputs()), model(inputs()))
+def test_data_that_does_not_serve_is_refused_and_leaves_the_model_as_it_was(make, fields, given, error, words):
+    model = make()
+    targets = {"target_modules": ["used", "idle"]} if make is Idle else {}
+    before = snapshot(model)
+    with pytest.raises(error, match=words):
+        inject(model, LoRAConfig(**{"r": 2, **fields, **targets}), **given)
+    assert_same(model, before)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
@@ -308,3 +250,42 @@ def test_an_adapter_of_peft_whose_base_is_lost_is_refused(init, tmp_path):
     ):
         load_adapter(plain, tmp_path)
     assert not adapted_layers(plain)
+
+
+# On a transformers model, which returns its own loss, from a DataLoader of padded batches.
+
+
+def loader():
+    ids = torch.randint(1, 32, (8, 6), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(6) < torch.randint(3, 7, (8, 1), generator=torch.Generator().manual_seed(1))).long()
+    columns = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return DataLoader([{name: column[i] for name, column in columns.items()} for i in range(8)], batch_size=4)
+
+
+def seeded_llama():
+    torch.manual_seed(0)
+    return llama(attention_dropout=0.1)
+
+
+@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+def test_starts_from_a_data_loader(init):
+    model, batch = seeded_llama().train(), next(iter(loader()))
+    before = fingerprint(model)
+    inject(model, LoRAConfig(r=2, init=init), data=loader())
+    assert model.training
+    assert fingerprint(model) == before
+    with torch.no_grad():
+        assert torch.equal(model.eval()(**batch).logits, seeded_llama().eval()(**batch).logits)
+
+
+def test_the_first_step_from_lora_ga_is_the_gradients_best_approximation():
+    """Theorem 3.1 of the paper: a small step of A and B moves W by -G on its 2 r first singular directions."""
+    plain, model, data = seeded_llama().eval(), seeded_llama().eval(), list(loader())
+    sum(plain(**batch).loss for batch in data).backward()
+    inject(model, LoRAConfig(r=2, init="lora_ga", target_modules="attention"), data=data)
+    sum(model(**batch).loss for batch in data).backward()
+    for name, layer in adapted_layers(model):
+        step = layer.lora_B.grad @ layer.lora_A + layer.lora_B @ layer.lora_A.grad
+        U, S, Vh = torch.linalg.svd(plain.get_submodule(name).weight.grad)
+        best = U[:, :4] @ torch.diag(S[:4]) @ Vh[:4]
+        assert torch.nn.functional.cosine_similarity(step.flatten(), best.flatten(), dim=0) > 1 - 1e-4

@@ -6,19 +6,17 @@ import warnings
 
 import peft
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from torch.nn.utils import parametrizations, weight_norm
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from lora_lightning import LoRAConfig, inject, merge
+from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.errors import AdapterWarning, TargetError
 from lora_lightning.lora.report import STACK
 from lora_lightning.lora.targets.select import select
-from tests.factories import FAMILIES, Own, bert, llama, sequential
+from tests.factories import FAMILIES, Own, bert
 
 
 def names(model, **fields):
@@ -92,10 +90,9 @@ def test_all_linear_says_what_it_left_out():
     skipped = select(bert(), LoRAConfig(r=1)).skipped
     assert skipped == {"classifier": "the output head"}
     assert not select(FAMILIES["encoder"].build(), LoRAConfig(r=1)).skipped
-    selection = select(
-        nn.ModuleDict({"own": OwnAttention(8, 2), "up": nn.Linear(8, 8), "q": nn.Linear(8, 2)}), LoRAConfig(r=1)
-    )
-    assert [t.name for t in selection.targets] == ["own", "own.out_proj", "up"]
+    model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8), "q": nn.Linear(8, 2)})
+    selection = select(model, LoRAConfig(r=1))
+    assert [t.name for t in selection.targets] == ["attn", "attn.out_proj", "up"]
     assert selection.skipped.keys() == {"q"}
 
 
@@ -117,91 +114,16 @@ def test_a_pattern_that_matches_nothing_names_near_misses(field, entry, hint):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_of_ranks_that_matches_nothing_is_refused(field):
-    with pytest.raises(TargetError, match=f"{field}: no adapted module matches 'quary'.*query"):
-        names(bert(), target_modules=["query", "value"], **{field: {"quary": 2}})
-    with pytest.raises(TargetError, match=f"{field}: no adapted module matches 'key'"):  # there, but not adapted
-        names(bert(), target_modules=["query", "value"], **{field: {"key": 2}})
-
-
-def test_a_name_written_as_a_regular_expression_is_explained():
-    with pytest.raises(TargetError, match=r"no module matches 'query'; .*write \[query\]"):
-        names(bert(), target_modules="query")
-
-
-def test_part_of_a_word_selects_nothing():
+def test_names_are_whole_words_and_their_signs_no_patterns():
     model = Own()
     assert names(model, target_modules=["head"]) == ["head"]
-    with pytest.raises(TargetError, match="no module matches 'ead'"):
-        names(model, target_modules=["ead"])
     assert names(model, target_modules=["inner.a", "lm_head"]) == ["inner.a", "lm_head"]
-
-
-def test_names_with_regex_characters_are_plain_names():
-    model = Own()
     assert names(model, target_modules=["inner.a+b (c)"]) == ["inner.a+b (c)"]
     assert names(model, target_modules=["a+b (c)"]) == ["inner.a+b (c)"]
     assert settings_of(model, r=1, target_modules=["inner.a+b (c)", "inner.a"], rank_pattern={"inner.a+b (c)": 3}) == {
         "inner.a+b (c)": (3, 2.0),
         "inner.a": (1, 2.0),
     }
-
-
-@pytest.mark.parametrize(
-    ("entry", "kind"), [("norm", "LayerNorm"), ("inner", "ModuleDict"), ("LayerNorm", "LayerNorm")]
-)
-def test_a_module_without_a_lora_form_is_refused_by_name(entry, kind):
-    model = bert() if entry == "LayerNorm" else Own()
-    with pytest.raises(TargetError, match=f"'{entry}' selects '.*{entry}', a {kind}, which has no LoRA form"):
-        names(model, target_modules=[entry])
-
-
-def test_a_container_that_was_meant_for_its_inside_names_it():
-    with pytest.raises(TargetError, match=r"adaptable inside it: self\.query, self\.key"):
-        names(bert(), target_modules=["0.attention"])
-
-
-class OwnAttention(nn.MultiheadAttention):
-    def forward(self, x):
-        return x @ self.in_proj_weight.T @ self.in_proj_weight @ self.out_proj.weight.T
-
-
-@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
-def test_an_attention_that_reads_its_projections_itself_reads_the_adapted_ones(field):
-    torch.manual_seed(0)
-    model = nn.ModuleDict({"own": OwnAttention(8, 2), "up": nn.Linear(8, 8)}).double()
-    x = torch.randn(3, 8, dtype=torch.float64)
-    plain = model["own"](x)
-    inject(model, LoRAConfig(r=1, **{"target_modules": ["up"], field: ["own.out_proj"]}))
-    assert torch.equal(model["own"](x), plain)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(torch.randn_like(parameter))
-    adapted = model["own"](x)
-    assert not torch.allclose(adapted, plain)
-    merge(model)
-    torch.testing.assert_close(model["own"](x), adapted, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.orthogonal, weight_norm])
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_a_weight_that_is_computed_is_refused_by_name_and_left_out_of_all_linear(wrap):
-    model = nn.Sequential(nn.Linear(8, 8), wrap(nn.Linear(8, 8)), wrap(nn.Linear(8, 8)), nn.Linear(8, 2))
-    with pytest.raises(TargetError, match="cannot adapt '1': its weight is computed"):
-        names(model, target_modules=["1", "2"])
-    selection = select(model, LoRAConfig(r=1))
-    assert [t.name for t in selection.targets] == ["0"]
-    assert "computed" in selection.skipped["1"]
-
-
-@pytest.mark.parametrize(("r", "fits"), [(8, True), (9, False)])
-def test_a_rank_above_the_layers_own_is_refused_with_the_way_out(r, fits):
-    if fits:
-        assert names(sequential(), r=r, target_modules=["0"]) == ["0"]
-    else:
-        with pytest.raises(TargetError, match=r"""r=9 .*'0' allows \(8.*rank_pattern=\{"0": 8\}"""):
-            names(sequential(), r=r, target_modules=["0"])
 
 
 @given(st.permutations([("query", 2), ("1.attention.self.query", 3), (r".*\.0\..*(query|value)", 5), ("value", 1)]))
@@ -221,13 +143,6 @@ def test_two_patterns_of_equal_weight_that_disagree_are_refused():
     assert names(bert(), target_modules=["query"], rank_pattern={"quer.": 2, "que.y": 2})
 
 
-def test_blocks_that_are_not_there_are_refused_with_those_that_are():
-    with pytest.raises(TargetError, match="block 2; blocks there: 0 to 1"):
-        names(bert(), target_modules=["query"], layers_to_transform=[0, 2])
-    with pytest.raises(TargetError, match="none: no selected module has a number"):
-        names(Own(), target_modules=["first"], layers_to_transform=0)
-
-
 def test_a_block_is_the_first_number_in_a_name():
     blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(2, 2)})])}) for _ in range(2)]
     model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(blocks)})})
@@ -235,13 +150,6 @@ def test_a_block_is_the_first_number_in_a_name():
     assert names(model, target_modules=["up"], layers_to_transform=1) == wanted
     config = peft.LoraConfig(target_modules=["up"], layers_to_transform=1)
     assert [n for n, _ in model.named_modules() if check_target_module_exists(config, n)] == wanted
-
-
-def test_excluding_all_is_refused():
-    with pytest.raises(TargetError, match="is empty"):
-        names(bert(), target_modules=["query"], exclude_modules=["self.query"])
-    with pytest.raises(TargetError, match="selects nothing among LayerNorm"):
-        names(nn.Sequential(nn.LayerNorm(3)))
 
 
 def test_a_module_in_two_places_is_found_by_either_name():
@@ -253,8 +161,6 @@ def test_a_module_in_two_places_is_found_by_either_name():
 def test_saved_modules_are_not_adapted_too():
     model = bert()
     assert "bert.pooler.dense" not in names(model, modules_to_save=["pooler", "classifier"])
-    with pytest.raises(TargetError, match="'classifier' is in modules_to_save"):
-        names(model, target_modules=["query", "classifier"], modules_to_save=["classifier"])
     assert "bert.pooler.dense" not in names(model, target_modules=["dense"], modules_to_save=["pooler"])
 
 
@@ -275,19 +181,3 @@ def test_saved_modules_are_exact_names_or_one_unique_end():
     del model.head
     with pytest.raises(TargetError, match=r"'head' is the end of several names: write in full '.*head', '.*head'"):
         saved(model, "head")
-
-
-@pytest.mark.parametrize("entry", ["inner", "model.layers"])
-def test_a_container_that_is_never_called_cannot_be_saved(entry):
-    model = Own() if entry == "inner" else llama()
-    with pytest.raises(TargetError, match=f"'{entry}' is a Module(Dict|List), which is never called.*{entry}\\."):
-        names(model, modules_to_save=[entry], target_modules=["first"] if entry == "inner" else ["q_proj"])
-
-
-def test_selecting_changes_nothing():
-    model = bert()
-    state, classes = model.state_dict(), [type(m) for m in model.modules()]
-    select(model, LoRAConfig(r=1, modules_to_save=["classifier"]))
-    assert [type(m) for m in model.modules()] == classes
-    assert all(p.requires_grad for p in model.parameters())
-    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())

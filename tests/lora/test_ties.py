@@ -1,37 +1,24 @@
 """Tied weights: adapted, saved in full and merged without a silent double, through transformers' own saving."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import AutoModelForCausalLM
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
-from tests.lora.options_support import shake
+from tests.factories import hf
+from tests.factories import llama as tiny_llama
+from tests.lora.kinds import ONE_BLOCK, bart, shake, t5
 
 IDS = torch.tensor([[1, 5, 3, 9], [2, 2, 7, 0]])
 
 
-def llama(*, tied=True):
+def llama():
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=16, tie_word_embeddings=tied, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
+    return tiny_llama(tie_word_embeddings=True, attn_implementation="sdpa").eval()
 
 
 def logits(model):
@@ -87,13 +74,6 @@ def test_fresh_changes_nothing_and_the_tie_holds_through_injection_and_removal(c
     assert torch.equal(logits(model), logits(llama()))
 
 
-def test_merging_the_head_alone_leaves_the_table_alone():
-    model, plain = shake(adapted("head adapted")), llama()
-    merge(model)
-    assert torch.equal(model.model.embed_tokens.weight, plain.model.embed_tokens.weight)
-    assert not torch.equal(model.lm_head.weight, plain.lm_head.weight)
-
-
 def test_tied_modules_saved_together_train_one_copy():
     model = adapted("both saved")
     table, head = model.model.embed_tokens.lora_copy, model.lm_head.lora_copy
@@ -130,78 +110,35 @@ def test_tied_modules_that_peft_trained_apart_load_apart(tmp_path):
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-6)
 
 
-def test_two_adapted_layers_on_one_weight_are_refused():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    model[1].weight = model[0].weight
-    with pytest.raises(TargetError, match="'0' and '1' share one weight: adapt one of them, exclude the other"):
-        inject(model, LoRAConfig(r=2, target_modules=["0", "1"]))
-    assert type(model[0]) is nn.Linear
+def run_seq2seq(model):
+    with torch.no_grad():
+        return model(input_ids=IDS, decoder_input_ids=IDS).logits
 
 
-def test_a_module_in_two_places_is_adapted_once():
-    shared = nn.Linear(4, 4)
-    model = nn.Sequential(shared, nn.Tanh(), shared)
-    report = inject(model, LoRAConfig(r=2, target_modules=["0", "2"], bias="all"))
-    assert [row.module for row in report.modules] == ["0"]
-    x = torch.randn(2, 4)
-    shake(model)
-    expected = model(x)
-    merge(model)
-    assert model[0] is model[2]
-    torch.testing.assert_close(model(x), expected)
+BERT = {**ONE_BLOCK, "vocab_size": 40, "max_position_embeddings": 16, "pad_token_id": 0}
+bert = partial(hf, "BertForMaskedLM", **BERT)
+DECODER = {"target_modules": ["query", "cls.predictions.decoder"]}
 
 
-def _t5():
-    config = T5Config(
-        vocab_size=32, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, dropout_rate=0.0, pad_token_id=0,
-        decoder_start_token_id=0,
-    )  # fmt: skip
-    return T5ForConditionalGeneration(config)
-
-
-def _bart():
-    config = BartConfig(
-        vocab_size=32, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24, decoder_ffn_dim=24,
-        encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=16, pad_token_id=0,
-    )  # fmt: skip
-    return BartForConditionalGeneration(config)
-
-
-@pytest.mark.parametrize("make", [_t5, _bart])
-@pytest.mark.parametrize("options", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str)
-def test_encoder_decoders_with_several_ties_survive_save_pretrained(make, options, tmp_path):
-    torch.manual_seed(0)
+@pytest.mark.parametrize(
+    ("make", "run", "options", "unties"),
+    [
+        *[
+            (make, run_seq2seq, options, True)
+            for make in (t5, bart)
+            for options in ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]})
+        ],
+        (bert, logits, {"bias": "all"}, False),
+        (bert, logits, {"bias": "all", **DECODER}, True),
+    ],
+)
+def test_models_with_several_ties_survive_save_pretrained(make, run, options, unties, tmp_path):
     model = make().eval()
     inject(model, LoRAConfig(r=2, **options))
-    shake(model)
-
-    def out(m):
-        with torch.no_grad():
-            return m(input_ids=IDS, decoder_input_ids=IDS).logits
-
-    expected = out(model)
-    report = merge(model)
-    assert "lm_head" in report.untied
-    torch.testing.assert_close(out(model), expected, rtol=1e-5, atol=1e-6)
+    if make is bert:
+        assert model.cls.predictions.lora_trained_bias is model.cls.predictions.decoder.lora_trained_bias
+    expected = run(shake(model))
+    assert bool(merge(model).untied) == unties
+    torch.testing.assert_close(run(model), expected, rtol=1e-5, atol=1e-6)
     model.save_pretrained(tmp_path)
-    again = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(out(again), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("options", [{}, {"target_modules": ["query", "cls.predictions.decoder"]}], ids=str)
-def test_berts_tied_decoder_bias_trains_once_and_survives(options, tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, pad_token_id=0,
-    )  # fmt: skip
-    model = BertForMaskedLM(config).eval()
-    inject(model, LoRAConfig(r=2, bias="all", **options))
-    assert model.cls.predictions.lora_trained_bias is model.cls.predictions.decoder.lora_trained_bias
-    shake(model)
-    expected = logits(model)
-    report = merge(model)
-    assert bool(report.untied) == bool(options)
-    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
-    model.save_pretrained(tmp_path)
-    torch.testing.assert_close(logits(BertForMaskedLM.from_pretrained(tmp_path)), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(run(type(model).from_pretrained(tmp_path).eval()), expected, rtol=1e-5, atol=1e-6)

@@ -8,9 +8,9 @@ from lora_lightning import LoRAConfig, inject, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from lora_lightning.lora.warm_start import start_from_directory, start_from_state
+from lora_lightning.lora.init.from_adapter import start_from_directory, start_from_state
 from tests.factories import FAMILIES, assert_same, bert, move, output, snapshot
-from tests.lora.options_support import inputs, net, shake
+from tests.lora.kinds import inputs, net, shake
 
 # What PEFT would read otherwise of these adapters.
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")

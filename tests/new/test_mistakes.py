@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from lora_lightning.commands.new import new
-from lora_lightning.commands.projects.checks import checked_name
+from lora_lightning.commands.projects.checks import check_name
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
 from tests.command.process import command, files_in, mistake
 
@@ -33,7 +33,7 @@ def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, ca
 
 def test_a_good_name_is_taken_and_without_copier_the_extra_is_named(tmp_path, monkeypatch):
     for name in ("my_project", "my-project", "p2", "a_b-c"):
-        assert checked_name(name) == name
+        assert check_name(name) == name
     monkeypatch.setitem(sys.modules, "copier", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'lora_lightning\[new\]'"):
         new("mine", defaults=True)

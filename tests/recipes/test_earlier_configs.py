@@ -117,7 +117,7 @@ def demos(earlier, tmp_path_factory):
 def fit_a_step(folder, *args):
     """In the repository, where the folder `demos` is found; returns what the run left."""
     brief = ["--trainer.max_steps=1", "--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
-    run("fit", *args, *brief, "--runs_dir", folder / "runs", cwd=REPOSITORY)
+    run("fit", *args, *brief, "--runs_dir", folder / "runs", cwd=REPOSITORY, timeout=1200)
     return next((folder / "runs").rglob("checkpoints/last.ckpt"))
 
 

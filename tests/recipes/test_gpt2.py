@@ -52,7 +52,7 @@ def test_what_trains_is_of_the_papers_size(size, layers, width, count):
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=16))
     lora = parse(stack("e2e", size)).model.lora
-    report = inject(model, LoRAConfig(**lora.as_dict()), start=False)
+    report = inject(model, LoRAConfig(**lora.as_dict()), run_init=False)
     assert report.trainable == count
 
 
@@ -83,7 +83,7 @@ def test_a_stack_runs_a_step(of, size, tiny, tmp_path):
     assert cli.trainer.global_step == 1
     assert {"train/loss", "val/loss", "val/bleu", "val/rougeL", "val/ter"} <= set(cli.trainer.callback_metrics)
     assert cli.model.task.monitor == "val/bleu"
-    row = cli.datamodule.encoded("train")[0]
+    row = cli.datamodule.encoded_rows("train")[0]
     told = cli.datamodule.tokenizer.decode(row["input_ids"])
     given = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])
     assert told == f"{given['context']}{END} {given['completion']}{END}"

@@ -229,10 +229,10 @@ def test_a_recipe_is_parsed_and_runs_a_step(name, tmp_path):
     if name == "zephyr":
         assert len(modules) == 7
     if name == "texts":
-        assert "position_ids" in data.encoded("train").column_names
+        assert "position_ids" in data.encoded_rows("train").column_names
         assert {row.r for row in cli.model.report.modules} == {64}
     if files[0] == "lm/base.yaml":
-        assert next(iter(data.encoded("train")))["position_ids"].count(0) > 1  # packed
+        assert next(iter(data.encoded_rows("train")))["position_ids"].count(0) > 1  # packed
         assert {p.dtype for n, p in cli.model.backbone.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
         assert {*modules} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

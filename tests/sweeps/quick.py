@@ -40,7 +40,7 @@ def base(**config):
         backbone=nn.Linear(2, 2),
         metric="val/accuracy",
         goal="max",
-        unlogged=lambda metric: None,
+        why_unlogged=lambda metric: None,
         parser=TakesAll(),
     )
 

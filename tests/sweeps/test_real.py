@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from lora_lightning.commands.sweep.base_config import opened
+from lora_lightning.commands.sweep.base_config import open_base
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY, command
 
@@ -97,7 +97,7 @@ def test_a_metric_that_no_fit_logs_is_refused_before_anything_runs(tiny, tmp_pat
 def test_what_chooses_the_best_checkpoint_also_ranks(tiny, tmp_path):
     asked = {"class_path": "lora_lightning.Checkpoints", "init_args": {"monitor": "val/loss", "mode": "min"}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [asked]}}))
-    base = opened(["-c", tiny.config, "-c", str(tmp_path / "own.yaml")])
+    base = open_base(["-c", tiny.config, "-c", str(tmp_path / "own.yaml")])
     assert (base.metric, base.goal) == ("val/loss", "min")
     assert all(parameter.is_meta for parameter in base.backbone.parameters())
 

@@ -77,7 +77,7 @@ def test_the_table_names_what_is_swept_shortly_and_says_that_the_test_set_was_no
 
 
 def drawn(trials, keys, budget=None):
-    with drawing.styled():
+    with drawing.plot_style():
         return figures(rank_points(trials, "max"), keys, METRIC, "max", budget)
 
 
@@ -125,3 +125,23 @@ def test_all_files_are_written_and_figures_of_an_earlier_state_go(tmp_path):
     assert json.loads((tmp_path / "sweep.json").read_text())["pictures"] == ["rank.png", "rank.svg"]
     write(tmp_path, about, rank_points(over_ranks(), "max"), plots=False)
     assert {p.name for p in tmp_path.iterdir()} == {"index.html", "sweep.json", "sweep.csv"}
+
+
+def test_halving_is_drawn_with_who_was_dropped_where():
+    names = ["000_r-1", "001_r-4", "002_r-8", "003_r-16"]
+    rungs = [
+        {"rung": "1/4", "step": 2, "values": dict.fromkeys(names, 0.5), "dropped": {names[0]: "why"}},
+        {"rung": "1/2", "step": 4, "values": dict.fromkeys(names[1:], 0.6), "dropped": {names[1]: "why"}},
+    ]
+    states = {"1": "pruned", "4": "pruned", "8": "complete", "16": "failed"}
+    trials = [trial(n, {RANK: r}, 0.7, state=state) for n, (r, state) in enumerate(states.items())]
+    for one, name in zip(trials, names, strict=True):
+        one.name = name
+    with drawing.plot_style():
+        made = figures(rank_points(trials, "max"), [RANK], METRIC, "max", None, rungs)
+    (axis,) = made["halving"].figure.axes
+    ends = {
+        line.get_label(): float(line.get_xdata()[-1]) for line in axis.lines if not line.get_label().startswith("_")
+    }
+    assert ends == {"r = 1, dropped at 1/4": 0.25, "r = 4, dropped at 1/2": 0.5, "r = 8": 1.0, "r = 16": 0.5}
+    assert axis.get_xticklabels()[0].get_text() == "1/4, 2 steps\n4 members, 3 stay"

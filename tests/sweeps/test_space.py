@@ -6,7 +6,14 @@ import pytest
 
 from lora_lightning import LoRAError
 from lora_lightning.cli.parser import command_parser
-from lora_lightning.commands.sweep.search_space import Range, choices, grid_points, interval, plainly, short_names
+from lora_lightning.commands.sweep.search_space import (
+    Range,
+    choices,
+    grid_points,
+    interval,
+    readable_value,
+    short_names,
+)
 from lora_lightning.commands.sweep.study import Study, folder_name
 from lora_lightning.commands.sweep.sweep import Request
 
@@ -37,7 +44,7 @@ def test_names_are_as_short_as_they_can_be_and_a_folder_tells_its_values():
     assert short_names(["model.lora.r"]) == {"model.lora.r": "r"}
     name = folder_name(3, {"model.lora.r": "4", "model.lora.target_modules": "[query, value]"}, seed=2)
     assert name == "003_r-4_target_modules-query-value_seed-2"
-    assert plainly("[query,value]") == "query, value"
+    assert readable_value("[query,value]") == "query, value"
     assert "/" not in folder_name(0, {"data.path": "../../x"}, None)
 
 

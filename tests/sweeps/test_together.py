@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
+import re
 import subprocess
 
 import pytest
@@ -76,6 +78,26 @@ def test_the_record_says_who_stood_where(sweep):
     assert {name for name, state in states.items() if state == "pruned"} == gone
 
 
+def test_the_page_of_a_dropped_member_says_at_which_rung_and_value(hot):
+    name, reason = next((*pair,) for decision in hot[1] for pair in decision["dropped"].items())
+    assert re.match(r"at rung 1/2, after 12 steps, val/accuracy 0\.\d{4}: ", reason)
+    (version,) = (hot[0] / name).glob("version_*")
+    assert json.loads((version / "report.json").read_text())["dropped"] == reason
+    page = html.unescape((version / "report.html").read_text())
+    assert f"Its sweep dropped it {reason}" in page
+    assert ">dropped<" in page
+
+
+@pytest.fixture(scope="module")
+def hot(tiny, tmp_path_factory):
+    """A sweep with a learning rate that is too high, and what was decided at its rungs."""
+    folder = tmp_path_factory.mktemp("hot")
+    options = ["--config", tiny.config, *OPTIONS, "--grid", "model.optimizer.init_args.lr=1e-2,3", "--rungs", "1/2"]
+    run("sweep", *options, "--trainer.max_epochs", 6, "--together", "--halving", "2", "--plots", "false", cwd=folder)
+    sweep = folder / "runs" / "tiny-sweep"
+    return sweep, json.loads((sweep / "halving.json").read_text())
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -86,7 +108,11 @@ def test_the_record_says_who_stood_where(sweep):
         (["--grid", "model.lora.r=1,2", "--jobs", "2"], "leave --jobs out"),
         (["--grid", "model.lora.r=1,2", "--halving", "1"], "halving must be at least 2"),
         (["--grid", "model.lora.r=1,2", "--halving", "2", "--rungs", "1/2,1/4"], "ascending shares"),
-        (["--grid", "model.lora.r=1,2", "--trainer.devices", "2"], "--together fits in one process"),
+        (
+            ["--grid", "model.lora.r=1,2", "--trainer.strategy", "ddp_fork"],
+            "forks its processes for each",
+        ),
+        (["--grid", "model.lora.r=1,2", "--trainer.strategy", "fsdp2"], "shards W0 for each: take strategy ddp"),
     ],
 )
 def test_what_one_fit_cannot_have_is_refused_by_name(flags, said, tiny, tmp_path, monkeypatch, capsys):

@@ -10,8 +10,8 @@ from torchmetrics.retrieval import RetrievalMRR, RetrievalRecall
 from transformers import CLIPConfig, CLIPModel
 
 from lora_lightning import huggingface
-from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pooled
-from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, ranks, singled
+from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pool
+from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, number_singles, ranks
 from tests.tasks.test_misfits import Rows
 
 
@@ -122,7 +122,7 @@ def test_a_group_is_one_to_be_found_and_what_it_holds_is_not_counted_twice():
     anchors = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[0.5, 0.0], [0.9, 0.0], [0.8, 0.0], [0.8, 0.0], [0.6, 0.0], [0.4, 0.0]])
     own = torch.tensor([0])
-    assert singled(torch.tensor([3, -1, 0, -1])).tolist() == [3, 5, 0, 6]
+    assert number_singles(torch.tensor([3, -1, 0, -1])).tolist() == [3, 5, 0, 6]
     assert ranks(anchors, candidates, own, torch.tensor([0, 1, 2, 3, 4, 5])).tolist() == [5]
     assert ranks(anchors, candidates, own, torch.tensor([0, 1, 2, 2, 4, 5])).tolist() == [4]
     assert ranks(anchors, candidates, own, torch.tensor([0, 0, 2, 2, 4, 5])).tolist() == [3]
@@ -159,9 +159,9 @@ def test_pooling():
     states = torch.randn(3, 4, 2, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 1, 1]])
     mean = torch.stack([states[0, :2].mean(0), states[1].mean(0), states[2, 2:].mean(0)])
-    torch.testing.assert_close(pooled(states, mask, "mean"), mean)
-    torch.testing.assert_close(pooled(states, mask, "cls"), torch.stack([states[0, 0], states[1, 0], states[2, 2]]))
-    torch.testing.assert_close(pooled(states, mask, "last"), torch.stack([states[0, 1], states[1, 3], states[2, 3]]))
+    torch.testing.assert_close(pool(states, mask, "mean"), mean)
+    torch.testing.assert_close(pool(states, mask, "cls"), torch.stack([states[0, 0], states[1, 0], states[2, 2]]))
+    torch.testing.assert_close(pool(states, mask, "last"), torch.stack([states[0, 1], states[1, 3], states[2, 3]]))
 
 
 def test_padding_changes_no_embedding(tiny):

@@ -61,7 +61,7 @@ def test_loss_gradients_and_hits_are_the_plain_ways(options, with_bias, rows, mo
 def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
     hidden, weight, bias, labels = data()
     wanted = []
-    chunked = module.chunked
+    chunked = module.loss_in_chunks
     monkeypatch.setattr(module, "chunked", lambda *args: wanted.append(args[-1]) or chunked(*args))
     with torch.no_grad():
         value = linear_cross_entropy(hidden.requires_grad_(True), weight, labels, bias=bias).loss

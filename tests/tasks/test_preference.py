@@ -10,7 +10,7 @@ from lora_lightning import LoRAConfig, disabled, huggingface, inject
 from lora_lightning.tasks.base import StepOutput
 from lora_lightning.tasks.losses.log_probs import LogProbs, sequence_log_probs
 from lora_lightning.tasks.losses.preference_losses import PreferenceTerms, preference_losses
-from lora_lightning.tasks.preference import PreferenceTuning, frozen
+from lora_lightning.tasks.preference import PreferenceTuning, without_gradients
 from tests.tiny_pairs import make_llama
 
 LOSSES = [
@@ -132,7 +132,7 @@ def test_a_trained_copy_of_the_head_is_not_the_references_head(directory):
     assert out.loss.item() == pytest.approx(values.mean().item(), rel=1e-10)
     torch.testing.assert_close(out.predictions, chosen.detach(), rtol=1e-9, atol=1e-10)
     plain = huggingface(str(directory), "AutoModelForCausalLM").double()
-    with frozen(model):
+    with without_gradients(model):
         reference = sequence_log_probs(model, {k: v for k, v in batch.items() if k != "labels"}, batch["labels"])
     by_plain = [log_prob(plain, batch, i)[0].item() for i in range(6)]
     assert reference.total.tolist() == pytest.approx(by_plain, rel=1e-9)
@@ -147,7 +147,7 @@ def test_the_reference_has_no_dropout_of_adapter_or_backbone(directory):
             module.attention_dropout = 0.5
     model.train()
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    with frozen(model):
+    with without_gradients(model):
         first, again = (sequence_log_probs(model, inputs, batch["labels"]).total for _ in range(2))
     assert first.tolist() == again.tolist()
     assert all(module.training for module in model.modules())

@@ -64,7 +64,7 @@ def task_of(kind, data, **kwargs):
 
 
 def batch_of(data, rows, split="test"):
-    return data.collate([data.encoded(split)[i] for i in rows])
+    return data.collate([data.encoded_rows(split)[i] for i in rows])
 
 
 def test_loss_is_transformers_own(kind, data):

@@ -34,8 +34,8 @@ from lora_lightning import (
 from lora_lightning.data.loading.loader import ResumableLoader
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.training import trainer as lightning_trainer
-from lora_lightning.training.distributed import gathered
-from lora_lightning.training.strategies.base import local
+from lora_lightning.training.strategies.base import local_shard
+from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.strategies.fsdp2.strategy import FSDP2Strategy
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
@@ -200,7 +200,7 @@ class Nudge(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
         if self.what == "w0" and trainer.global_step == 4 and trainer.global_rank == 1:
-            local(pl_module.backbone.layers[1].up.weight).view(-1)[0] += 1e-3
+            local_shard(pl_module.backbone.layers[1].up.weight).view(-1)[0] += 1e-3
 
     def on_before_backward(self, trainer: Trainer, pl_module: Any, loss: torch.Tensor) -> None:
         if self.what == "loss" and trainer.global_step == 4 and trainer.global_rank == 1:
@@ -212,8 +212,8 @@ def stopped(folder: Path, what: str, strategy: Strategy, processes: int, **optio
     try:
         fit(folder, Nudge(what), strategy=strategy, devices=processes, **options)
     except LoRAError as error:
-        return gathered(f"{type(error).__name__}: {error}")
-    return gathered("nothing")
+        return gather(f"{type(error).__name__}: {error}")
+    return gather("nothing")
 
 
 def life(folder: Path, processes: int) -> None:
@@ -278,7 +278,7 @@ def figures(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
     validated = trainer.validate(trainer.lightning_module, verbose=False, **given)[0]
     predicted = trainer.predict(trainer.lightning_module, **given)
     mine = [torch.cat([batch["logits"] for batch in predicted])]  # type: ignore[union-attr,index]
-    parts = [part[0] for part in gathered(mine)]
+    parts = [part[0] for part in gather(mine)]
     rows = torch.empty(sum(map(len, parts)), *parts[0].shape[1:])
     for rank, part in enumerate(parts):
         rows[rank :: len(parts)] = part
@@ -294,7 +294,7 @@ def misfits(folder: Path, file: Path, processes: int) -> dict[str, list[str]]:
         try:
             trainer.test(made, Shuffled(), ckpt_path=str(checkpoint), verbose=False)
         except LoRAError as error:
-            said[name] = gathered(str(error))
+            said[name] = gather(str(error))
 
     config: dict[str, Any] = {"dropout": 0.2, "modules_to_save": ["norm"]}
     of("another rank", module(torch.float32, **config | {"r": 2}), file)

@@ -243,11 +243,11 @@ def differing(case: Case) -> list[str]:
         fresh = of_one(alone)  # batch statistics have moved
     if sharded_w0.fingerprint(model) != fresh:
         wrong.append("fingerprint")
-    before = sharded_w0.of_own_shards(model)
+    before = sharded_w0.shard_fingerprint(model)
     name, tensor = next((n, t) for n, t in base_tensors(model).items() if isinstance(t, DTensor) and t.shape[0] > 4)
     if distributed.get_rank() == 1:
         tensor.to_local().view(-1)[0] += 1
-    if name not in sharded_w0.moved_in_any(before, sharded_w0.of_own_shards(model)):
+    if name not in sharded_w0.moved_tensors(before, sharded_w0.shard_fingerprint(model)):
         wrong.append("a write into one part was not seen by all")
     return wrong
 

@@ -12,7 +12,7 @@ from torchmetrics.functional.classification import (
 )
 
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confusions, mixed_up
+from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confused_pairs, confusions
 from lora_lightning.reports.html import write_page
 from tests.chromium import parsed
 
@@ -76,7 +76,7 @@ def test_pictures_are_shown_small_and_within_the_page():
 
 def test_many_classes_are_shown_by_the_pairs_that_are_mixed_up_most():
     found = {"labels": ["a", "b", "c"], "counts": [[5, 2, 0], [7, 1, 0], [0, 0, 3]], "mistakes": []}
-    assert mixed_up(found).rows == [["b", "a", "7"], ["a", "b", "2"]]
+    assert confused_pairs(found).rows == [["b", "a", "7"], ["a", "b", "2"]]
     assert [(name, [n for n, _, _ in row]) for name, row in confusions(found)] == [
         ("a", [5, 2, 0]),
         ("b", [7, 1, 0]),

@@ -99,7 +99,7 @@ def theirs(backbone, data, start, folder):
     )  # fmt: skip
     # A row's first label is -100 in ours. With one there, their count of a step's tokens takes it in for GPT-2, though
     # nothing predicts it (transformers 5.24 does not know that GPT-2's loss shifts its labels).
-    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in data.encoded("train")]
+    rows = [{name: row[name] for name in ("input_ids", "labels")} for row in data.encoded_rows("train")]
     collate = DataCollatorForSeq2Seq(data.tokenizer)
     loss = in_double if backbone.dtype == torch.float64 else None
     trainer = InOurOrder(model, arguments, collate, train_dataset=rows, compute_loss_func=loss)

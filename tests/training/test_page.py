@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.reports.curves import Axis, charts_of, read_metrics, short, thinned
+from lora_lightning.reports.curves import Axis, charts_of, read_metrics, short, thin_out
 from lora_lightning.reports.html import write_page
 from tests.chromium import looks, parsed
 
@@ -174,7 +174,7 @@ def test_any_finite_numbers_can_be_drawn(tmp_path, values):
 def test_long_lines_keep_their_peaks(tmp_path):
     points = tuple((i, math.sin(i / 300)) for i in range(50_000))
     points = (*points[:7777], (7777, 9.0), *points[7778:])
-    drawn = thinned(points)
+    drawn = thin_out(points)
     assert len(drawn) < 400
     assert (7777, 9.0) in drawn
     assert {points[0], points[-1]} <= set(drawn) <= set(points)

@@ -2,7 +2,12 @@
 
 import functools
 import math
+import os
+import signal
+import subprocess
+import sys
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule
@@ -10,11 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, LoRATrainer, Supervised, WarmupDecay
+from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.tensors import adapter_tensors, iter_base
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.population.halving import Standing, dropped, parse_rungs, rung_steps
-from lora_lightning.training.population.population import Halving, Population, copy_over_base
+from lora_lightning.training.population.population import Halving, Interrupted, Population, copy_over_base
 from tests.factories import bert, llama
+from tests.processes import REPOSITORY
 
 STEPS = 8
 
@@ -108,10 +115,10 @@ def trainer(tmp_path, name, *callbacks, **options):
     )
 
 
-def alone(backbone, data, options, tmp_path):
+def alone(backbone, data, options, tmp_path, **given):
     """The adapter that its own fit ends in."""
     module = LoRAModule(copy_over_base(backbone), TASK(), **options)
-    trainer(tmp_path, "alone").fit(module, datamodule=data)
+    trainer(tmp_path, "alone", **given).fit(module, datamodule=data)
     return {name: tensor.detach().clone() for name, tensor in adapter_tensors(module.backbone).items()}
 
 
@@ -129,6 +136,93 @@ def test_each_of_eight_members_ends_in_the_bits_of_its_own_fit(name, tmp_path):
         assert member.state == "complete"
         assert got.keys() == wanted.keys()
         assert all(torch.equal(got[key], wanted[key]) for key in wanted), member.name
+
+
+def quantized(backbone):
+    """Its encoder's layers in 4 bit."""
+    for parent in [module for name, module in backbone.body.encoder.named_modules() if "layer" in name]:
+        for name, old in parent.named_children():
+            if isinstance(old, nn.Linear):
+                new = bnb.nn.Linear4bit(old.in_features, old.out_features, quant_type="nf4")
+                new.load_state_dict(old.state_dict())
+                setattr(parent, name, new)
+    hold_packing(backbone)
+    return backbone.to("cpu")  # bitsandbytes quantizes on the way to a device
+
+
+WAYS = {
+    "bf16-mixed": ({"precision": "bf16-mixed"}, {}, {}),
+    "bf16-base": ({"precision": "bf16-base"}, {}, {}),
+    "bf16-base, DoRA": ({"precision": "bf16-base"}, {"use_dora": True}, {}),
+    "nf4-base": ({"precision": "nf4-base"}, {}, {}),
+    "recompute": ({}, {}, {"activation_checkpointing": True}),
+}
+"""Options of the Trainer, of LoRAConfig and of the module."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_ends_in_the_bits_of_its_own_fit_in_each_precision_and_under_recomputation(way, tmp_path):
+    backbone, data = family("bert")
+    backbone = quantized(backbone) if way == "nf4-base" else backbone
+    before = {name: (tensor.dtype, tensor.clone()) for name, tensor in backbone.state_dict().items()}
+    given, lora, own = WAYS[way]
+    config = {"dropout": 0.1, "modules_to_save": ["head"], **lora}
+    adapters = {f"r={r}": {**ADAPTERS["r=4, lr=0.01"], "lora": LoRAConfig(r=r, **config), **own} for r in (2, 8)}
+    start = random_state()
+    population = Population.of(backbone, TASK(), adapters, functools.partial(trainer, tmp_path, **given))
+    population.fit(data)
+    for member in population.members:
+        set_random_state(start)
+        wanted = alone(backbone, data, adapters[member.name], tmp_path, **given)
+        got = adapter_tensors(member.module.backbone)
+        assert member.state == "complete", member.reason
+        assert all(torch.equal(got[key], wanted[key]) for key in wanted), member.name
+    first, other = ([place.tensor for place in iter_base(member.module.backbone)] for member in population.members)
+    assert all(one is its for one, its in zip(first, other, strict=True))
+    after = backbone.state_dict()
+    assert all(tensor.dtype == dtype and torch.equal(after[name], tensor) for name, (dtype, tensor) in before.items())
+
+
+def test_two_processes_end_each_member_in_the_bits_of_its_own_fit_there_and_drop_the_same(tmp_path):
+    # In a process of its own: the first backward must not come before the fork.
+    command = [sys.executable, "-m", "tests.training.population_in_two", str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    first, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
+    assert sorted(first["states"].values()) == ["complete", "complete", "dropped", "failed"]
+    assert first["states"] == other["states"]
+    assert first["decisions"] == other["decisions"]
+    assert first["blocks"] == 4  # of the batches of one, for this data's loader gives all to both
+    for found in (first, other):
+        assert found["shares_w0"]
+        for name, wanted in found["alone"].items():
+            assert all(torch.equal(found["adapters"][name][key], first["adapters"][name][key]) for key in wanted)
+            assert all(torch.equal(found["adapters"][name][key], wanted[key]) for key in wanted), name
+
+
+def test_a_member_that_ends_takes_w0_from_nobody(tmp_path, monkeypatch):
+    """Lightning moves a module to the CPU at a fit's end."""
+    moved = []
+    monkeypatch.setattr(LoRAModule, "cpu", lambda self: moved.append(self) or self)
+    backbone, data = family("bert")
+    adapters = dict(list(ADAPTERS.items())[:2])
+    Population.of(backbone, TASK(), adapters, functools.partial(trainer, tmp_path)).fit(data)
+    assert moved == []
+
+
+class Interrupt(Callback):
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_ends_members_that_save_nothing_too(tmp_path):
+    backbone, data = family("bert")
+    adapters = dict(list(ADAPTERS.items())[:2])
+    population = Population.of(backbone, TASK(), adapters, lambda name: trainer(tmp_path, name, Interrupt()))
+    with pytest.raises(Interrupted, match="SIGINT"):
+        population.fit(data)
+    assert all(member.trainer.global_step < STEPS for member in population.members)
 
 
 def test_w0_is_in_memory_once(tmp_path):
@@ -190,15 +284,14 @@ def test_what_ends_one_member_ends_that_one_alone(tmp_path):
 
 
 def test_members_of_different_bases_are_refused(tmp_path):
-    backbone, data = family("bert")
+    backbone, _ = family("bert")
     population = Population.of(backbone, TASK(), dict(list(ADAPTERS.items())[:2]), functools.partial(trainer, tmp_path))
     other = copy_over_base(population.members[1].module.backbone)
     place = next(iter(iter_base(other)))
     place.module._parameters[place.own] = nn.Parameter(place.tensor + 1, requires_grad=False)
     population.members[1].module.backbone = other
-    population.fit(data)
-    assert population.members[1].state == "failed"
-    assert place.name in population.members[1].reason
+    with pytest.raises(LoRAError, match=f"backbones differ, first in '{place.name}'"):
+        Population(population.members)
 
 
 def standings(**values):
@@ -249,3 +342,38 @@ def test_each_rung_has_a_step():
     for steps in (1, float("inf")):
         with pytest.raises(LoRAError, match="step for each of the rungs"):
             rung_steps(parse_rungs(["1/8", "1/4", "1/2"]), steps)
+
+
+HEAP = """
+import resource
+import torch
+from lora_lightning.training.checkpoints.rng_state import random_state
+from lora_lightning.training.population.turns import Turns
+
+def fit(own):
+    for _ in range(3):
+        kept = [torch.ones(50_000) for _ in range(500)]
+        del kept
+        own[0].pause()
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+before, fits = peak(), []
+for _ in range(6):
+    own = []
+    own.append(Turns(lambda own=own: fit(own), random_state()))
+    fits += own
+while not all(one.is_over for one in fits):
+    for one in fits:
+        if not one.is_over:
+            one.resume()
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other C libraries have no heap for each thread")
+def test_fits_that_take_turns_need_the_memory_of_one():
+    """Each has 100 MB while it is its turn; what one has freed the next takes."""
+    done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 250

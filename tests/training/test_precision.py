@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from lora_lightning import Checkpoints, FreezeBase, LoRAConfig, LoRAError, huggingface, inject
-from lora_lightning.cli.config_overrides import NF4, handed_down
+from lora_lightning.cli.config_overrides import NF4, precision_for_backbone
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.dtype import base_dtypes, base_floats, cast_base
 from lora_lightning.lora.frozen.fingerprint import fingerprint
@@ -19,7 +19,7 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.precision import HalfBase, convert, lightnings_own, load_dtypes
+from lora_lightning.training.precision import HalfBase, convert, lightning_precision, load_dtypes
 from lora_lightning.training.trainer import LoRATrainer
 from tests.command.process import REPOSITORY
 from tests.factories import FAMILIES, distance, move, output
@@ -185,7 +185,7 @@ def test_double_precision_is_there_before_w0_is_looked_at(tmp_path, make_module,
 )
 def test_words_that_take_the_adapters_precision_are_refused(word, says):
     with pytest.raises(LoRAError, match=says):
-        lightnings_own(word, "cpu")
+        lightning_precision(word, "cpu")
 
 
 def test_16_mixed_on_a_cpu_says_what_it_is(tmp_path, make_module, make_data, capsys):
@@ -242,17 +242,17 @@ def test_nf4_is_for_a_base_that_was_loaded_so(tmp_path, make_module, make_data):
 def test_the_command_hands_the_words_meaning_down_and_forgets_it():
     nothing = {"dtype": None, "model_kwargs": None}
     backbone = SimpleNamespace(class_path="lora_lightning.huggingface", init_args=dict(nothing))
-    with handed_down({"trainer.precision": "bf16-base", "model.backbone": backbone}):
+    with precision_for_backbone({"trainer.precision": "bf16-base", "model.backbone": backbone}):
         assert backbone.init_args == {"dtype": "bfloat16", "model_kwargs": None}
     assert backbone.init_args == nothing
     given = {"dtype": "float16", "model_kwargs": {"a": 1}}
     backbone.init_args = dict(given)
     command = {"trainer.precision": "nf4-base", "model.backbone": backbone}
-    with handed_down(command):
+    with precision_for_backbone(command):
         assert backbone.init_args == {"dtype": "float16", "model_kwargs": {"a": 1, "quantization_config": NF4}}
     assert backbone.init_args == given
     other = SimpleNamespace(class_path="torch.nn.Identity", init_args={})
-    with handed_down({**command, "model.backbone": other}):
+    with precision_for_backbone({**command, "model.backbone": other}):
         assert other.init_args == {}
 
 

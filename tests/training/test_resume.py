@@ -17,7 +17,7 @@ from lora_lightning.data.dataset import DatasetData
 from lora_lightning.training.callbacks.freeze_base import W0MovedError
 from lora_lightning.training.callbacks.nan_guard import NotFiniteError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.checkpoints.run_folder import continued, find_checkpoint, load_checkpoint
+from lora_lightning.training.checkpoints.run_folder import continued_version, find_checkpoint, load_checkpoint
 from tests.training import ragged, sharded
 from tests.training.resuming import EveryState, differing, ended, fit
 
@@ -129,9 +129,9 @@ def test_last_is_the_newest_state_and_best_the_best(tiny, tmp_path):
 
 def test_a_fit_goes_on_in_its_own_folder_from_its_newest_state_only(trained):
     runs = trained.parent
-    assert continued(find_checkpoint(trained, "last"), runs) == 0
-    assert continued(find_checkpoint(trained, "best"), runs) is None
-    assert continued(find_checkpoint(trained, "last"), runs.parent / "other") is None
+    assert continued_version(find_checkpoint(trained, "last"), runs) == 0
+    assert continued_version(find_checkpoint(trained, "best"), runs) is None
+    assert continued_version(find_checkpoint(trained, "last"), runs.parent / "other") is None
 
 
 def test_another_order_is_refused_in_an_epochs_middle(tiny, tmp_path):

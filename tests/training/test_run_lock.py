@@ -9,14 +9,14 @@ import torch
 
 from lora_lightning import LoRAError
 from lora_lightning.training.checkpoints.file_io import write_checkpoint
-from lora_lightning.training.checkpoints.run_folder import LOCK, locked
+from lora_lightning.training.checkpoints.run_folder import LOCK, lock_run
 from tests.training import resuming
 
 FORK = multiprocessing.get_context("fork")
 
 
 def hold(folder, ready):
-    with locked(folder):
+    with lock_run(folder):
         ready.set()
         time.sleep(600)
 
@@ -50,7 +50,7 @@ def test_a_process_that_was_killed_holds_nothing(tiny, tmp_path, holder):
 
 def test_a_process_may_fit_twice_and_within_a_fit(tmp_path):
     for _ in range(2):
-        with locked(tmp_path), locked(tmp_path):
+        with lock_run(tmp_path), lock_run(tmp_path):
             assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
 
 

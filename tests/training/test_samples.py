@@ -14,8 +14,8 @@ from lora_lightning.data.chat.data import ChatData
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import adapted_layers, disabled
 from lora_lightning.tasks.language_model import CausalLM
-from lora_lightning.tasks.positions import evaluating
-from lora_lightning.training.callbacks.generation_samples import Sample, Samples, answers, page_of, stops
+from lora_lightning.tasks.positions import in_evaluation
+from lora_lightning.training.callbacks.generation_samples import Sample, Samples, generate_answers, page_of, stop_tokens
 from tests.chats import CHATML, make_llama, write_chats
 
 CONFIG = """
@@ -148,11 +148,11 @@ def test_generating_leaves_the_model_as_it_was(chat):
     data = ChatData(chat.chats, chat.llama, max_length=64)
     data.setup()
     prompts = data.prompts(2)
-    with evaluating(backbone):
-        after = answers(backbone, data, prompts, 8)
+    with in_evaluation(backbone):
+        after = generate_answers(backbone, data, prompts, 8)
         with disabled(backbone):
-            before = answers(backbone, data, prompts, 8)
-        assert answers(backbone, data, prompts, 8) == after != before
+            before = generate_answers(backbone, data, prompts, 8)
+        assert generate_answers(backbone, data, prompts, 8) == after != before
     assert {name: module.training for name, module in backbone.named_modules()} == modes
 
 
@@ -164,7 +164,7 @@ def test_an_answer_stops_at_its_turns_end_whatever_the_model_says(chat, tmp_path
         data = ChatData(chat.chats, str(tmp_path / "other"), max_length=64, train_on=train_on)
         data.setup()
         number = data.tokenizer.convert_tokens_to_ids
-        assert stops(backbone, data) == sorted([number("</s>"), number("<|im_end|>")])
+        assert stop_tokens(backbone, data) == sorted([number("</s>"), number("<|im_end|>")])
 
 
 def test_what_it_cannot_do_is_said_before_the_fit(chat, make_module, make_data):

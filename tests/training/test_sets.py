@@ -10,7 +10,7 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, TextClassificationData
 from lora_lightning.cli.main import LoRACLI
-from lora_lightning.training.module import stage_of
+from lora_lightning.data import stage_of
 from tests.data.files import write
 from tests.tiny import make_bert
 from tests.training.test_module import trainer_of

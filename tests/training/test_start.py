@@ -22,7 +22,7 @@ def rows(*lengths):
 
 def started(batches):
     model = make_model("llama", dtype=torch.float64)
-    inject(model, LoRAConfig(r=3, init="lora_ga"), start=False)
+    inject(model, LoRAConfig(r=3, init="lora_ga"), run_init=False)
     trainer = SimpleNamespace(train_dataloader=batches, strategy=SingleDeviceStrategy(torch.device("cpu")))
     start_from_batches(model, CausalLM(), "lora_ga", trainer)
     return adapter_tensors(model)

@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import nn
 
 from lora_lightning import LoRAConfig, Progress, inject
-from lora_lightning.cli.log_filters import RECORDS, quieten
+from lora_lightning.cli.log_filters import RECORDS, silence_others
 from lora_lightning.reports.console import first_lines, short_count, show_injection, show_lines
 
 
@@ -83,7 +83,7 @@ def test_what_can_be_acted_on_is_not_filtered(caplog) -> None:
     with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
         warnings.simplefilter("always")
         try:
-            quieten()
+            silence_others()
             for text in ("GPU available: False, used: False", "Tip: litlogger", "`Trainer.fit` stopped: `max_epochs`"):
                 rank_zero.info(text)
             logging.getLogger("torchao").warning("Failed to load /x/_C.so: no")

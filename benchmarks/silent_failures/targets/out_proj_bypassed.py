@@ -31,7 +31,7 @@ def measured(model: nn.Module) -> Measured:
         if "lora_" in name:
             p.data = torch.randn(p.shape, generator=draw)
     change = apart(model(X), encoder()(X))
-    return Measured(change > 1e-3, f"the adapter changes the output by {change:.0e}")
+    return Measured(change > 1e-3, f"the adapter changes the output by {change:.0%}")
 
 
 def ours(folder: Path) -> Measured:

@@ -19,7 +19,7 @@ from lora_lightning.commands.plan.memory import PRECISIONS, Way
 from lora_lightning.commands.plan.report import Plan, Wanted, plan_of
 from lora_lightning.commands.plan.tables import show
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.precision import lightnings_own
+from lora_lightning.training.precision import lightning_precision
 
 ASSUMED_PROCESSES = 2
 UNUSED = ("callbacks", "logger", "strategy", "plugins", "profiler")
@@ -64,13 +64,13 @@ def make_plan(
 def _leave_out_data(config: Any, num_labels: int | None, notes: Notes) -> None:
     """Set what the data would hand down, from their section of the config, and make neither them nor callbacks."""
     parts = [part.get("init_args") or {} for part in (config.model.task, config.model.backbone)]
-    told: dict[str, Any] = {"pad_token_id": 0, "tokenizer": PreTrainedTokenizerBase.__new__(PreTrainedTokenizerBase)}
+    assumed: dict[str, Any] = {"pad_token_id": 0, "tokenizer": PreTrainedTokenizerBase.__new__(PreTrainedTokenizerBase)}
     if any("num_classes" in inner or "label_names" in inner for inner in parts):
         names = labels_in(config.data, num_labels, notes)
-        told |= {"num_classes": ASSUMED_LABELS if names is None else len(names), "label_names": names}
+        assumed |= {"num_classes": ASSUMED_LABELS if names is None else len(names), "label_names": names}
     for inner in parts:
-        for name in told.keys() & inner.keys():
-            inner[name] = told[name]
+        for name in assumed.keys() & inner.keys():
+            inner[name] = assumed[name]
     config.data = None
     for name in UNUSED:
         config.trainer[name] = None
@@ -79,7 +79,7 @@ def _leave_out_data(config: Any, num_labels: int | None, notes: Notes) -> None:
 def _precision(trainer: Any) -> str:
     """The config's, as one of `PRECISIONS`."""
     asked = trainer.precision
-    precision = str(asked if asked in PRECISIONS else lightnings_own(asked, str(trainer.accelerator)) or "32-true")
+    precision = str(asked if asked in PRECISIONS else lightning_precision(asked, str(trainer.accelerator)) or "32-true")
     known = {"32-true": "float32", "32": "float32", "16": "16-mixed", "bf16": "bf16-mixed"}
     precision = known.get(precision, precision)
     if precision not in PRECISIONS:

@@ -86,7 +86,7 @@ class _Maker:
         texts = self.texts(rows, length)
         return {**texts, "labels": texts["input_ids"].masked_fill(texts["attention_mask"] == 0, IGNORED)}
 
-    def packed(self) -> dict[str, Tensor]:
+    def packed_texts(self) -> dict[str, Tensor]:
         """Texts of two documents each."""
         ids = self.texts()["input_ids"]
         positions = torch.arange(ids.shape[1]).expand_as(ids) % (ids.shape[1] // 2 or 1)
@@ -108,7 +108,7 @@ def _tags(task: Any, make: _Maker) -> dict[str, Any]:
 
 
 def _language(task: Any, make: _Maker) -> dict[str, Any]:
-    return make.packed() if make.size.packed else make.language()
+    return make.packed_texts() if make.size.packed else make.language()
 
 
 def _source_and_target(task: Any, make: _Maker) -> dict[str, Any]:

@@ -98,9 +98,9 @@ class Tracer:
         cost, adapter = self._costs[key], _bytes_of_meta(adapter_tensors(backbone).values())
         fsdp2 = None
         if way.precision == "nf4-base":
-            cost = replace(cost, weights=cost.weights - _saved_by_nf4(backbone))
+            cost = replace(cost, weights=cost.weights - _nf4_saving(backbone))
         else:
-            fsdp2 = _sharded(backbone, cost, processes)
+            fsdp2 = _fsdp2_peak(backbone, cost, processes)
         ddp = cost.peak + cost.gradients
         return MemoryRow(way=way, cost=cost, w0=cost.weights - adapter, adapter=adapter, ddp=ddp, fsdp2=fsdp2)
 
@@ -158,7 +158,7 @@ def _bytes_of_meta(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in tensors}.values())
 
 
-def _saved_by_nf4(backbone: nn.Module) -> int:
+def _nf4_saving(backbone: nn.Module) -> int:
     """Bytes by which W0 in 4 bit is smaller than in 16: of every linear layer but the head."""
     head = backbone.get_output_embeddings() if is_a(backbone, HF_MODEL) else None  # type: ignore[operator]
     weights = {id(m.weight): m.weight for m in backbone.modules() if isinstance(m, nn.Linear) and m is not head}
@@ -166,7 +166,7 @@ def _saved_by_nf4(backbone: nn.Module) -> int:
     return int(sum(w.numel() * (w.element_size() - NF4_BITS / 8) for w in frozen))
 
 
-def _sharded(backbone: nn.Module, cost: StepCost, processes: int) -> int:
+def _fsdp2_peak(backbone: nn.Module, cost: StepCost, processes: int) -> int:
     """What each process has at most under FSDP2.
 
     Its part of weights, gradients and optimizer; whole, what stands outside of the blocks, and two blocks, of which one

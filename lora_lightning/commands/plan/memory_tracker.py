@@ -102,7 +102,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return curve
 
     @contextmanager
-    def answering_ones(self) -> Iterator[None]:
+    def answer_ones(self) -> Iterator[None]:
         """Within the block, a stand-in that is asked for its number says 1: an optimizer counts its steps so."""
         self._answers += 1
         try:

@@ -83,7 +83,7 @@ def step_cost(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
         gradients = bytes_of(p.grad for p in trained)
-        with tracker.answering_ones():
+        with tracker.answer_ones():
             optimizer.step()
         state = bytes_of(_tensors_in(optimizer.state))
         before, tracker.flops = tracker.now, 0
@@ -95,7 +95,7 @@ def step_cost(
         torch.autograd.backward(out)
         backward, in_backward = tracker.flops - forward, tracker.curve_since_last()
         del out
-        with tracker.answering_ones():
+        with tracker.answer_ones():
             optimizer.step()
         in_step = max(tracker.curve_since_last())
     weights = bytes_of([*parameters, *buffers])

@@ -24,7 +24,7 @@ def show(plan: Plan, console: Console) -> None:
 
 
 def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
-    yield "What trains", _adapted(plan)
+    yield "What trains", _adapted_table(plan)
     if plan.terms:
         yield "|Theta| = 2 L d_model r for each kind of square matrix (arXiv 2106.09685)", _formula(plan)
     if plan.memory:
@@ -34,7 +34,7 @@ def _tables(plan: Plan) -> Iterator[tuple[str, Table]]:
         yield "Work of a step, beside full fine-tuning", _work(plan)
 
 
-def _adapted(plan: Plan) -> Table:
+def _adapted_table(plan: Plan) -> Table:
     """What trains, and how large it is."""
     report = plan.report
     header, *rows = report.table()

@@ -20,7 +20,7 @@ TAKEN = ("tests", "configs", "data")
 """Folders that a project has beside its package."""
 
 
-def checked_name(name: str) -> str:
+def check_name(name: str) -> str:
     """The name, where a distribution, a folder and (with _ for -) a Python package can be called so.
 
     Raises:
@@ -29,18 +29,18 @@ def checked_name(name: str) -> str:
     module = name.replace("-", "_")
     if not NAME.fullmatch(name):
         raise LoRAError(
-            f"a project's name is lower-case letters and digits, joined by _ or -, got '{name}': try '{_mended(name)}'"
+            f"a project's name is lower-case letters and digits, joined by _ or -, got '{name}': try '{_mend(name)}'"
         )
     if keyword.iskeyword(module) or module in sys.stdlib_module_names or module in TAKEN:
         raise LoRAError(f"'{name}' means something else in Python or in the project: try '{name}_project'")
     elsewhere = [path for path in sys.path if path and Path(path).resolve() != Path.cwd()]
-    found = PathFinder.find_spec(module, elsewhere)
-    if found is not None and found.origin is not None:
+    spec = PathFinder.find_spec(module, elsewhere)
+    if spec is not None and spec.origin is not None:
         raise LoRAError(f"'{name}' would hide the installed package '{module}': try '{name}_project'")
     return name
 
 
-def _mended(name: str) -> str:
+def _mend(name: str) -> str:
     words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower())
     mended = "_".join(words) or "my_project"
     return mended if mended[0].isalpha() else f"project_{mended}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -23,21 +24,17 @@ def origin(template: Path) -> dict[str, str]:
     Args:
         template: the folder that was rendered.
     """
-    return _installed_from(template) or _clone(template) or _named()
+    return _from_direct_url(template) or _from_clone(template) or _from_metadata()
 
 
-def _installed_from(template: Path) -> dict[str, str]:
-    """What pip leaves in direct_url.json: a repository's commit, or a folder, which may have moved on since."""
-    try:
-        text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        return {}
-    said = json.loads(text) if text else {}
-    commit = said.get("vcs_info", {}).get("commit_id")
+def _from_direct_url(template: Path) -> dict[str, str]:
+    """A repository's commit, or a folder, which may have moved on since."""
+    direct_url = _direct_url()
+    commit = direct_url.get("vcs_info", {}).get("commit_id")
     if commit:
-        return {"_src_path": f"git+{said['url']}", "_commit": commit}
-    there = Path(url2pathname(urlparse(said.get("url", "")).path), "lora_lightning", "template")
-    return _clone(there) if "dir_info" in said and _same(there, template) else {}
+        return {"_src_path": f"git+{direct_url['url']}", "_commit": commit}
+    there = Path(url2pathname(urlparse(direct_url.get("url", "")).path), "lora_lightning", "template")
+    return _from_clone(there) if "dir_info" in direct_url and _hold_the_same(there, template) else {}
 
 
 def installable() -> str | None:
@@ -45,43 +42,51 @@ def installable() -> str | None:
 
     A clone is named by its remote where that has the commit, and by its folder otherwise.
     """
-    try:
-        text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
-    except importlib.metadata.PackageNotFoundError:
-        text = None
-    said = json.loads(text) if text else {}
-    if commit := said.get("vcs_info", {}).get("commit_id"):
-        return f"git+{said['url']}@{commit}"
+    direct_url = _direct_url()
+    if commit := direct_url.get("vcs_info", {}).get("commit_id"):
+        return f"git+{direct_url['url']}@{commit}"
     here = Path(__file__).parents[3]
-    folder = Path(url2pathname(urlparse(said["url"]).path)) if "dir_info" in said else here
+    folder = Path(url2pathname(urlparse(direct_url["url"]).path)) if "dir_info" in direct_url else here
     if not (folder / "pyproject.toml").is_file():
-        return str(said["url"]) if "archive_info" in said else None
-    pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
-    remote = git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
+        return str(direct_url["url"]) if "archive_info" in direct_url else None
+    remote = _remote_with_head(folder)
     if remote and "://" in remote:
         return f"git+{remote}@{git('rev-parse', 'HEAD', cwd=folder)}"
     return folder.as_uri()
 
 
-def _same(folder: Path, other: Path) -> bool:
+def _direct_url() -> dict[str, Any]:
+    """What pip leaves in direct_url.json of an installation that came from no index; else nothing."""
+    try:
+        text = importlib.metadata.distribution(PACKAGE).read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    return json.loads(text) if text else {}
+
+
+def _remote_with_head(folder: Path) -> str | None:
+    """The address of a clone's remote that has the commit which is checked out."""
+    pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
+    return git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
+
+
+def _hold_the_same(folder: Path, other: Path) -> bool:
     """Whether two folders hold the same files."""
     held, others = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (folder, other))
     return held == others
 
 
-def _clone(folder: Path) -> dict[str, str]:
+def _from_clone(folder: Path) -> dict[str, str]:
     root = git("rev-parse", "--show-toplevel", cwd=folder)
     described = git("describe", "--tags", "--always", cwd=folder)
     if not root or not described or not (Path(root) / "copier.yml").is_file():
         return {}
     if not Path(root, "lora_lightning", "template").samefile(folder):
         return {}  # a package that is installed into an environment within somebody else's repository
-    pushed = git("branch", "--remotes", "--contains", "HEAD", cwd=folder)
-    url = git("remote", "get-url", pushed.split("/")[0].strip(), cwd=folder) if pushed else None
-    return {"_src_path": url or root, "_commit": described}
+    return {"_src_path": _remote_with_head(folder) or root, "_commit": described}
 
 
-def _named() -> dict[str, str]:
+def _from_metadata() -> dict[str, str]:
     try:
         metadata = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:

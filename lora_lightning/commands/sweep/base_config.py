@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lora_lightning.backbones.huggingface import huggingface
@@ -22,7 +23,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.preflight import figures_of_its_own, unlogged
+from lora_lightning.training.preflight import own_figures_class, why_unlogged
 
 Goal = str
 """`min` or `max`."""
@@ -31,7 +32,7 @@ NOT_COMPARED = ("config", "name", "runs_dir", "ckpt_path")
 
 
 @functools.wraps(huggingface)
-def bare(*args: Any, **kwargs: Any) -> nn.Module:
+def build_without_weights(*args: Any, **kwargs: Any) -> nn.Module:
     """`huggingface` with no weights: the model's shapes on the meta device."""
     kwargs |= {"random_weights": True, "on_meta": False}
     with torch.device("meta"):
@@ -43,8 +44,8 @@ def _without_weights(config: Any) -> None:
     model = config.model
     model.lora["init"], model["init_adapter"] = "gaussian", None
     backbone = model.backbone
-    if backbone.get("class_path") and _named(backbone.class_path) is huggingface:
-        backbone["class_path"] = f"{__name__}.bare"
+    if backbone.get("class_path") and _import_path(backbone.class_path) is huggingface:
+        backbone["class_path"] = f"{__name__}.build_without_weights"
     config.trainer["precision"] = None  # which would say how a backbone is to load itself
 
 
@@ -61,8 +62,10 @@ class Base:
     """Plain, without adapters."""
     metric: str
     goal: Goal
-    unlogged: Callable[[str], str | None]
+    why_unlogged: Callable[[str], str | None]
     """Of a metric: None, or why no fit of this config logs it."""
+    trainer: Trainer | None = None
+    """Where one was asked for."""
     parser: Any
     """Of the command: what else `fit` is to be asked is looked at with it."""
 
@@ -75,43 +78,44 @@ class Base:
         return self.parser.parse_args(["fit", *args]).fit
 
 
-def opened(args: Sequence[str]) -> Base:
-    """What `fit ARGS` would begin with.
+def open_base(args: Sequence[str], *, trainer: bool = False) -> Base:
+    """What `fit ARGS` would begin with; with `trainer`, a Trainer that says in which processes.
 
     Raises:
         LoRAError: an object refuses its arguments.
         SystemExit: `fit` refuses them; its line is on the screen.
     """
-    built = build_run(["fit", *args], _without_weights, trainer=False)
+    built = build_run(["fit", *args], _without_weights, trainer=trainer)
     module, config = built.module, built.config
-    metric, goal = _monitored(config, module.task)
+    metric, goal = _monitored_metric(config, module.task)
     return Base(
         name=str(config.name),
-        config=plain(config),
+        config=plain_config(config),
         lora=module.lora,
         backbone=remove(module.backbone),
         metric=metric,
         goal=goal,
-        unlogged=functools.partial(_unlogged, module=module, config=config),
+        why_unlogged=functools.partial(_why_unlogged, module=module, config=config),
+        trainer=built.trainer,
         parser=built.parser,
     )
 
 
-def _unlogged(metric: str, module: LoRAModule, config: Any) -> str | None:
+def _why_unlogged(metric: str, module: LoRAModule, config: Any) -> str | None:
     given = config.trainer.callbacks or []
     places = [callback.class_path for callback in (given if isinstance(given, list) else [given])]
     ours = all(place.startswith(("lora_lightning.", "lightning.pytorch.")) for place in places)
-    return unlogged(metric, module) if ours and not figures_of_its_own(module) else None
+    return why_unlogged(metric, module) if ours and not own_figures_class(module) else None
 
 
-def plain(config: Any) -> dict[str, Any]:
+def plain_config(config: Any) -> dict[str, Any]:
     """JSON's types alone, and nothing that another process would write otherwise."""
     values = {key: value for key, value in config.as_dict().items() if key not in NOT_COMPARED}
     text = json.dumps(values, default=lambda thing: re.sub(r" at 0x[0-9a-f]+", "", str(thing)))
     return dict(json.loads(text))
 
 
-def _monitored(config: Any, task: Task) -> tuple[str, Goal]:
+def _monitored_metric(config: Any, task: Task) -> tuple[str, Goal]:
     """What chooses the best checkpoint: a callback of the config, else the task."""
     given = config.trainer.callbacks or []
     for callback in given if isinstance(given, list) else [given]:
@@ -124,10 +128,10 @@ def _monitored(config: Any, task: Task) -> tuple[str, Goal]:
 def _is_checkpoint(class_path: str) -> bool:
     from lightning.pytorch.callbacks import ModelCheckpoint
 
-    found = _named(class_path)
+    found = _import_path(class_path)
     return isinstance(found, type) and issubclass(found, ModelCheckpoint)
 
 
-def _named(path: str) -> Any:
+def _import_path(path: str) -> Any:
     module, _, name = path.rpartition(".")
     return getattr(importlib.import_module(module), name)

@@ -9,16 +9,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from lora_lightning.commands.sweep.report import PAGE, next_command, table
 from lora_lightning.commands.sweep.runner import LOG, Say, Stopped
-from lora_lightning.commands.sweep.search_space import plainly, short_names
+from lora_lightning.commands.sweep.search_space import readable_value, short_names
 from lora_lightning.commands.sweep.study import Trial
 from lora_lightning.commands.sweep.sweep import Outcome, Request, Sweep, prepare
 from lora_lightning.commands.sweep.together import Watch, progress
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.population.population import Population
+from lora_lightning.training.strategies.collectives import rank
 
 
 def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
@@ -29,6 +40,14 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
         SystemExit: it was interrupted; the same command goes on.
     """
     sweep = prepare(Request(seeds=_seeds(seeds), **asked))
+    with sweep.processes():
+        if rank() > 0:
+            sweep.follow()
+        else:
+            _run(sweep)
+
+
+def _run(sweep: Sweep) -> None:
     screen = Console(soft_wrap=True)
     for line in _notes(sweep):
         screen.print(line, highlight=False, markup=False)
@@ -39,10 +58,10 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
         number = signal.SIGINT if isinstance(stopped, KeyboardInterrupt) else signal.SIGTERM
         print(f"lora-lightning: stopped; the same command goes on with '{sweep.folder}'", file=sys.stderr)
         raise SystemExit(128 + number) from None
-    _close(screen, outcome)
+    _print_outcome(screen, outcome)
 
 
-def _close(screen: Console, outcome: Outcome) -> None:
+def _print_outcome(screen: Console, outcome: Outcome) -> None:
     rows = table(str(outcome.folder), outcome.points, outcome.keys, outcome.metric, outcome.goal)
     Console().print(rows)
     if outcome.points[0].state != "complete":
@@ -62,29 +81,32 @@ def _notes(sweep: Sweep) -> Iterator[str]:
         )
 
 
+class _Rate(ProgressColumn):
+    """Of the members' steps, of which each takes one before any takes the next."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:.2f} steps/s")
+
+
 @contextmanager
 def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
     """A line for each beginning and end, above a bar where the screen is a terminal."""
     names = short_names(sweep.keys)
-    columns = [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    ]
+    together = sweep.request.together
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(20 if together else 40)]
+    columns += [MofNCompleteColumn(), *([_Rate()] if together else []), TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
         task = bar.add_task("fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
-            told = ", ".join(f"{names[key]} = {plainly(value)}" for key, value in trial.values.items())
-            told += "" if trial.seed is None else f", seed {trial.seed}"
+            settings = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in trial.values.items())
+            settings += "" if trial.seed is None else f", seed {trial.seed}"
             if what == "begins":
-                screen.print(f"begins: {told} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
+                screen.print(f"begins: {settings} ({sweep.folder / trial.name / LOG})", highlight=False, markup=False)
                 return
-            if not sweep.request.together:
+            if not together:
                 bar.advance(task)
-            screen.print(f"{trial.state}: {told}: {_result(trial, sweep.metric)}", highlight=False, markup=False)
+            screen.print(f"{trial.state}: {settings}: {_result(trial, sweep.metric)}", highlight=False, markup=False)
 
         def watch(population: Population) -> None:
             bar.update(task, **progress(population))

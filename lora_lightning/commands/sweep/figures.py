@@ -1,17 +1,18 @@
 """The figures of a sweep: the paper's Table 6 (rank against which matrices), its Table 5 (which matrices at an equal
-number of parameters), and the metric against any other flag."""
+number of parameters), the metric against any other flag, and how halving came to the members that it kept."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora_lightning.commands.sweep.ranking import Point
-from lora_lightning.commands.sweep.search_space import MATRICES, RANK, number, plainly, short_names
+from lora_lightning.commands.sweep.search_space import MATRICES, RANK, number, readable_value, short_names
 from lora_lightning.reports.figures import COLORS, COLUMN, PAGE, Drawing, figure
 
 if TYPE_CHECKING:
@@ -21,10 +22,26 @@ Figures = dict[str, Drawing]
 """By file name."""
 
 
-def figures(points: Sequence[Point], keys: Sequence[str], metric: str, goal: str, budget: int | None) -> Figures:
-    """Those that these flags make, of the complete points that have a value."""
+def figures(
+    points: Sequence[Point],
+    keys: Sequence[str],
+    metric: str,
+    goal: str,
+    budget: int | None,
+    decisions: Sequence[Mapping[str, Any]] = (),
+) -> Figures:
+    """Those that these flags make, of the complete points that have a value.
+
+    Args:
+        decisions: what halving found at each rung and whom it dropped, as `halving.json` has it.
+    """
     done = [point for point in points if point.state == "complete" and point.mean is not None]
     made: Figures = {}
+    if decisions:
+        caption = (
+            f"{metric} of each member at the rungs; a cross is where it was dropped. The last is its best checkpoint."
+        )
+        made["halving"] = Drawing("Halving", caption, halving_curves(decisions, points, keys, metric))
     if not done:
         return made
     others = [key for key in keys if key not in (RANK, MATRICES)]
@@ -77,7 +94,7 @@ def table6(points: Sequence[Point], metric: str) -> Figure:
     cells = np.full((len(sets), len(ranks)), np.nan)
     for row, name in enumerate(sets):
         own = [point for point in points if point.values[MATRICES] == name]
-        _draw_line(left, own, COLORS[row % len(COLORS)], plainly(name))
+        _draw_line(left, own, COLORS[row % len(COLORS)], readable_value(name))
         for point in own:
             cells[row, ranks.index(int(float(point.values[RANK])))] = _mean(point)
     _label_ranks(left, points)
@@ -133,9 +150,45 @@ def scatter(points: Sequence[Point], key: str, metric: str) -> Figure:
     elif min(numbers) > 0 and max(numbers) >= 10 * min(numbers):
         axis.set_xscale("log")
     means = [_mean(point) for point in points]
-    axis.errorbar(numbers, means, _spread(points), fmt="o", ms=4, color=COLORS[0], lw=0.8)
+    axis.errorbar(numbers, means, _deviations(points), fmt="o", ms=4, color=COLORS[0], lw=0.8)
     axis.set_xlabel(key)
     axis.set_ylabel(metric)
+    return made
+
+
+def halving_curves(
+    decisions: Sequence[Mapping[str, Any]], points: Sequence[Point], keys: Sequence[str], metric: str
+) -> Figure:
+    """The metric of each member over the share of the steps, up to where it was dropped."""
+    made = figure(PAGE, 3.2)
+    axis = made.subplots()
+    shares = [float(Fraction(decision["rung"])) for decision in decisions]
+    names = short_names(keys)
+    for place, point in enumerate(points):
+        (trial,) = point.trials
+        values = [decision["values"].get(trial.name) for decision in decisions]
+        found = [(share, value) for share, value in zip(shares, values, strict=True) if value is not None]
+        left = next((decision["rung"] for decision in decisions if trial.name in decision["dropped"]), None)
+        if left is None and point.state == "complete" and point.mean is not None:
+            found.append((1.0, point.mean))
+        if not found:
+            continue
+        label = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in point.values.items())
+        style = {"color": COLORS[place % len(COLORS)], "linestyle": "-" if place < len(COLORS) else "--"}
+        label += "" if left is None else f", dropped at {left}"
+        axis.plot(*zip(*found, strict=True), marker="o", ms=3, lw=0.9 if left else 1.8, label=label, **style)
+        if left is not None:
+            axis.plot(*found[-1], marker="x", ms=7, mew=1.6, color=style["color"])
+    axis.set_xscale("log", base=2)
+    counts = [(len(decision["values"]), len(decision["dropped"])) for decision in decisions]
+    ticks = [
+        f"{decision['rung']}, {decision['step']} steps\n{before} members, {before - gone} stay"
+        for decision, (before, gone) in zip(decisions, counts, strict=True)
+    ]
+    axis.set_xticks([*shares, 1.0], [*ticks, "the end"])
+    axis.minorticks_off()
+    axis.set_ylabel(metric)
+    made.legend(loc="outside right center", frameon=False)
     return made
 
 
@@ -166,7 +219,7 @@ def _mean(point: Point) -> float:
     return point.mean
 
 
-def _spread(points: Sequence[Point]) -> list[float] | None:
+def _deviations(points: Sequence[Point]) -> list[float] | None:
     spread = [point.deviation or 0.0 for point in points]
     return spread if any(spread) else None
 
@@ -175,7 +228,7 @@ def _draw_line(axis: Any, points: Sequence[Point], colour: str, label: str = "")
     own = sorted(points, key=lambda point: float(point.values[RANK]))
     ranks, means = [float(point.values[RANK]) for point in own], [_mean(point) for point in own]
     style = {"marker": "o", "markersize": 3.5, "linewidth": 1.4, "elinewidth": 0.8, "capsize": 2}
-    axis.errorbar(ranks, means, _spread(own), color=colour, label=label, **style)
+    axis.errorbar(ranks, means, _deviations(own), color=colour, label=label, **style)
 
 
 def _label_ranks(axis: Any, points: Sequence[Point]) -> None:
@@ -206,5 +259,5 @@ def _count(parameters: int) -> str:
 
 def _fold(text: str, width: int = 16) -> str:
     """A list of names on as many lines as it takes; a long dotted name breaks behind its dots."""
-    folded = textwrap.wrap(plainly(text).replace(".", ".\u200b "), width, break_long_words=False)
+    folded = textwrap.wrap(readable_value(text).replace(".", ".\u200b "), width, break_long_words=False)
     return "\n".join(folded).replace("\u200b ", "").replace("\u200b", "")

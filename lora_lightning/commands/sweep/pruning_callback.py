@@ -27,7 +27,7 @@ class ReportValidations(Callback):
             file.write(line + "\n")
 
 
-def reported(trial: Path, metric: str) -> list[float]:
+def reported_values(trial: Path, metric: str) -> list[float]:
     """A metric after each validation of a trial's newest run, by step; a step's last line counts."""
     files = sorted(trial.glob(f"version_*/{FILE}"), key=lambda file: file.stat().st_mtime)
     if not files:

@@ -25,7 +25,7 @@ def trainable(backbone: nn.Module, config: LoRAConfig) -> int:
         TargetError: the config does not fit it.
     """
     try:
-        return inject(backbone, config, start=False).trainable
+        return inject(backbone, config, run_init=False).trainable
     finally:
         remove(backbone)
 

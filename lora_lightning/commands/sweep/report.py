@@ -12,11 +12,12 @@ from typing import Any
 
 from lora_lightning.commands.sweep.figures import Figures, figures
 from lora_lightning.commands.sweep.ranking import Point
-from lora_lightning.commands.sweep.search_space import plainly, short_names
+from lora_lightning.commands.sweep.search_space import readable_value, short_names
 from lora_lightning.lora.formats.atomic_dir import write_bytes
-from lora_lightning.reports.figures import ENDINGS, styled, write_figures
+from lora_lightning.reports.figures import ENDINGS, plot_style, write_figures
 from lora_lightning.reports.html import figure_sections, page, table_section
 from lora_lightning.reports.table import Table
+from lora_lightning.training.population.population import DECISIONS
 
 NOT_TEST = "ranked by validation, by each run's best checkpoint; the test set was not used, so that it can still judge"
 RESULTS, CSV, PAGE = "sweep.json", "sweep.csv", "index.html"
@@ -35,7 +36,7 @@ def table(name: str, points: Sequence[Point], keys: Sequence[str], metric: str, 
     rows = []
     for place, point in enumerate(points, 1):
         cells = [str(place) if point.state == "complete" else point.state]
-        cells += [plainly(point.values[key]) for key in keys]
+        cells += [readable_value(point.values[key]) for key in keys]
         cells += [_figure(point.mean)]
         cells += [_figure(point.deviation), str(len(point.figures))] if repeated else []
         cells += ["-" if point.trainable is None else f"{point.trainable:,}"]
@@ -91,9 +92,9 @@ def write(
     metric, goal, keys = about["metric"], about["goal"], about["keys"]
     drawings: Figures = {}
     if plots:
-        with styled():
-            drawings = figures(points, keys, metric, goal, about["budget"])
-    svgs = write_figures(folder, drawings, earlier=read(folder).get("pictures"))
+        with plot_style():
+            drawings = figures(points, keys, metric, goal, about["budget"], _read(folder / DECISIONS) or [])
+    svgs = write_figures(folder, drawings, earlier=(_read(folder / RESULTS) or {}).get("pictures"))
     files = [f"{name}.{ending}" for name in drawings for ending in ENDINGS]
     ranking = [
         {
@@ -115,10 +116,9 @@ def write(
     write_bytes(folder / PAGE, page(TITLE, INTRO, sections).encode())
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """What `sweep.json` says; nothing where there is none that can be read."""
+def _read(file: Path) -> Any:
+    """What a file of JSON says; None where there is none that can be read."""
     try:
-        found = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from lora_lightning.commands.sweep.processes import FIT, Fit, shares
-from lora_lightning.commands.sweep.pruning_callback import ReportValidations, reported
+from lora_lightning.commands.sweep.pruning_callback import ReportValidations, reported_values
 from lora_lightning.commands.sweep.study import Study, Trial
 from lora_lightning.training.checkpoints.run_folder import REPORT
 
@@ -65,7 +65,7 @@ class Runner:
         """
         environments = shares(self.jobs, self.gpus, os.environ)
         try:
-            with _stopped_by_sigterm():
+            with _stop_on_sigterm():
                 while self.study.unfinished():
                     for slot in range(self.jobs):
                         while slot not in self._running and (trial := self.claim()) is not None:
@@ -97,7 +97,7 @@ class Runner:
         for slot, (trial, fit) in list(self._running.items()):
             code = fit.exit_code()
             if self.watched:
-                trial.reported = reported(self.folder / trial.name, _in_report(self.metric))
+                trial.reported = reported_values(self.folder / trial.name, _report_key(self.metric))
             if code is None:
                 if trial.state == "running" and self.watched and self.study.should_prune(trial):
                     trial.state = "pruned"
@@ -133,7 +133,7 @@ def take_result(trial: Trial, folder: Path, metric: str) -> bool:
         report = json.loads((folder / trial.name / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    value = report.get(_in_report(metric))
+    value = report.get(_report_key(metric))
     if value is None:
         return False
     trial.state, trial.error = "complete", None
@@ -142,12 +142,12 @@ def take_result(trial: Trial, folder: Path, metric: str) -> bool:
     return True
 
 
-def _in_report(metric: str) -> str:
+def _report_key(metric: str) -> str:
     return metric.replace("/", "_")
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
+def _stop_on_sigterm() -> Iterator[None]:
     """Within the block SIGTERM ends the sweep as Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> None:

@@ -156,7 +156,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
         count += 1
 
 
-def plainly(value: str) -> str:
+def readable_value(value: str) -> str:
     """A value for a person: `[query, value]` is query, value."""
     inner = value[1:-1] if value.startswith("[") and value.endswith("]") and "[" not in value[1:] else value
     return ", ".join(part.strip("'\"") for part in split(inner)) if inner is not value else value

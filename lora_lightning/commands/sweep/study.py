@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_lightning.commands.sweep.search_space import Choices, Swept, plainly, short_names
+from lora_lightning.commands.sweep.search_space import Choices, Swept, readable_value, short_names
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
 
 Sampler = Literal["grid", "random", "tpe"]
@@ -77,7 +77,7 @@ class Trial:
 def folder_name(number: int, values: Values, seed: int | None) -> str:
     """`003_r-4_dropout-0.1_seed-2`: the values as far as they fit."""
     names = short_names(list(values))
-    text = "_".join(f"{names[key]}-{plainly(value)}" for key, value in values.items())
+    text = "_".join(f"{names[key]}-{readable_value(value)}" for key, value in values.items())
     text = re.sub(r"[^\w.+-]+", "-", text).strip("-.")[:NAME_LENGTH]
     return f"{number:03d}_{text}" + ("" if seed is None else f"_seed-{seed}")
 
@@ -139,7 +139,7 @@ class Study:
 
     def add_proposals(self, number: int, seeds: Sequence[int | None]) -> None:
         """Enter as many points for the sampler to choose as are missing to `number`, and what failed."""
-        trials = self._of_optuna()
+        trials = self._optuna_trials()
         proposals = {t.user_attrs["proposal"] for t in trials if "proposal" in t.user_attrs}
         for proposal in range(number):
             if proposal not in proposals:
@@ -160,7 +160,7 @@ class Study:
             complete: adds what follows from a proposal's values, such as the r of a budget.
         """
         self._take_over()
-        while any(trial.state == self.states.WAITING for trial in self._of_optuna(deepcopy=False)):
+        while any(trial.state == self.states.WAITING for trial in self._optuna_trials(deepcopy=False)):
             asked = self.study.ask()
             self.owned[asked.number] = asked
             self.beat(asked.number, 0)
@@ -180,7 +180,7 @@ class Study:
                 continue
             if "name" not in attributes:
                 asked.set_user_attr("name", folder_name(asked.number, values, seed))
-            return self._view(self._of_optuna()[asked.number])
+            return self._view(self._optuna_trials()[asked.number])
         return None
 
     def beat(self, number: int, process: int) -> None:
@@ -216,7 +216,7 @@ class Study:
     def trials(self, *, waiting: bool = False) -> list[Trial]:
         """The newest of each fit, in the order in which they began; with `waiting`, also those that have not begun."""
         newest: dict[Any, Trial] = {}
-        for frozen in self._of_optuna():
+        for frozen in self._optuna_trials():
             attributes = frozen.user_attrs
             hidden = "values" not in attributes or attributes.get("outcome") == "superseded"
             if not hidden and (waiting or frozen.state != self.states.WAITING):
@@ -226,11 +226,11 @@ class Study:
 
     def unfinished(self) -> int:
         """Fits that wait or that some process makes."""
-        return sum(not trial.state.is_finished() for trial in self._of_optuna(deepcopy=False))
+        return sum(not trial.state.is_finished() for trial in self._optuna_trials(deepcopy=False))
 
     # Inner parts
 
-    def _of_optuna(self, *, deepcopy: bool = True) -> list[Any]:
+    def _optuna_trials(self, *, deepcopy: bool = True) -> list[Any]:
         found: list[Any] = self.study.get_trials(deepcopy=deepcopy)
         return found
 
@@ -240,7 +240,7 @@ class Study:
 
     def _repeat(self, values: Values, seeds: Sequence[int | None]) -> None:
         """Enter a sampler's point with the seeds that it was not entered with."""
-        had = {t.user_attrs["seed"] for t in self._of_optuna() if t.user_attrs.get("values") == values}
+        had = {t.user_attrs["seed"] for t in self._optuna_trials() if t.user_attrs.get("values") == values}
         for seed in seeds:
             if seed not in had:
                 self._enter(self._params(values), values=values, seed=seed)
@@ -252,7 +252,7 @@ class Study:
 
     def _has_twin(self, number: int, values: Values, seed: int | None) -> bool:
         """Whether the same fit is done, or begun under a smaller number: two processes may both have entered it."""
-        for other in self._of_optuna():
+        for other in self._optuna_trials():
             mine = other.number == number or other.user_attrs.get("values") != values
             if mine or other.user_attrs.get("seed") != seed or "outcome" in other.user_attrs:
                 continue
@@ -263,7 +263,7 @@ class Study:
 
     def _take_over(self) -> None:
         """Enter again what a process that is dead, or that gave it back, left unfinished."""
-        for trial in self._of_optuna():
+        for trial in self._optuna_trials():
             if trial.state != self.states.RUNNING or trial.number in self.owned or not self._is_left(trial):
                 continue
             try:
@@ -417,7 +417,7 @@ def import_optuna() -> Any:
 
 
 def _shorten(value: Any) -> str:
-    text = plainly(json.dumps(value))
+    text = readable_value(json.dumps(value))
     return text if len(text) < 60 else f"{text[:57]}..."
 
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lora_lightning.commands.sweep.base_config import Base, opened
+from lora_lightning.commands.sweep.base_config import Base, open_base
 from lora_lightning.commands.sweep.processes import FIT
 from lora_lightning.commands.sweep.rank_budget import rank_for
 from lora_lightning.commands.sweep.ranking import Point, rank_points
 from lora_lightning.commands.sweep.report import write
-from lora_lightning.commands.sweep.runner import Runner, Say
+from lora_lightning.commands.sweep.runner import Runner, Say, Stopped
 from lora_lightning.commands.sweep.search_space import (
     MATRICES,
     RANK,
@@ -32,6 +33,8 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.figures import refuse_missing
 from lora_lightning.training.population.halving import RUNGS, Halving
+from lora_lightning.training.population.population import refuse_strategy
+from lora_lightning.training.strategies.endings import in_all_processes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,6 +136,8 @@ class Sweep:
         self.metric, self.goal = _metric(request, base)
         self.seeds: list[int | None] = [*request.seeds] or [None]
         self._check_values()
+        if base.trainer is not None:
+            refuse_strategy(base.trainer)
         self.ranks = self._ranks() if request.budget is not None else {}
         self.keys = [*(one.key for one in request.swept), *([RANK] if self.ranks else [])]
         """What is swept, and the r that a budget chose."""
@@ -141,7 +146,7 @@ class Sweep:
             "goal": self.goal,
             "budget": request.budget,
             "keys": self.keys,
-            "config": _without(base.config, self.keys, seeds=bool(request.seeds)),
+            "config": _drop_swept(base.config, self.keys, seeds=bool(request.seeds)),
         }
         if request.together:  # what was decided at a rung is not of other rungs
             self.about["together"] = {"halving": request.halving, "rungs": list(request.rungs)}
@@ -152,6 +157,21 @@ class Sweep:
     def count(self) -> int:
         """Fits that it has when it is done."""
         return self.request.points * len(self.seeds)
+
+    def processes(self) -> AbstractContextManager[None]:
+        """Within the block all processes of the one fit are there, where it is one fit: the first runs the sweep, and
+        the others `follow`."""
+        trainer = self.base.trainer
+        return nullcontext() if trainer is None else in_all_processes(trainer, unless=(Stopped, SystemExit))
+
+    def follow(self) -> None:
+        """Go through the fits that the first process of several has taken from the study, and write nothing."""
+        with suppress(KeyboardInterrupt, Stopped):  # of which the first process tells
+            Together(folder=self.folder, args=self.request.fit, **self._together).run()
+
+    @property
+    def _together(self) -> dict[str, Any]:
+        return {"metric": self.metric, "goal": self.goal, "eta": self.request.halving, "rungs": self.request.rungs}
 
     def run(self, say: Say, watch: Watch = lambda _: None) -> Outcome:
         """Fit what is not done yet, and write what came of it, also where it is interrupted."""
@@ -174,17 +194,17 @@ class Sweep:
         shared: dict[str, Any] = {
             "folder": self.folder,
             "args": request.fit,
-            "metric": self.metric,
             "study": study,
             "claim": lambda: study.next(self.seeds, self._complete),
             "say": say,
         }
         runner: Runner | Together
         if request.together:
-            runner = Together(**shared, goal=self.goal, watch=watch, eta=request.halving, rungs=request.rungs)
+            runner = Together(**shared, **self._together, watch=watch)
         else:
             runner = Runner(
                 **shared,
+                metric=self.metric,
                 jobs=request.jobs,
                 watched=request.pruner != "none",
                 command=self.command,
@@ -236,14 +256,14 @@ def prepare(request: Request) -> Sweep:
         SystemExit: `fit` refuses a flag; its line is on the screen.
     """
     first = [] if request.budget is not None else first_values(request.swept)
-    return Sweep(request, opened([*request.fit, *first]))
+    return Sweep(request, open_base([*request.fit, *first], trainer=request.together))
 
 
 def _metric(request: Request, base: Base) -> tuple[str, str]:
     if request.metric in (None, base.metric):
         return base.metric, request.goal or base.goal
     assert request.metric is not None
-    if (near := base.unlogged(request.metric)) is not None:
+    if (near := base.why_unlogged(request.metric)) is not None:
         raise LoRAError(f"--metric {request.metric} is logged by no fit of this config{near}")
     if request.goal is None:
         raise LoRAError(
@@ -252,7 +272,7 @@ def _metric(request: Request, base: Base) -> tuple[str, str]:
     return request.metric, request.goal
 
 
-def _without(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
+def _drop_swept(config: dict[str, Any], keys: Sequence[str], *, seeds: bool) -> dict[str, Any]:
     """The config less what is swept."""
     copy: dict[str, Any] = json.loads(json.dumps(config))
     for key in [*keys, *(["seed_everything"] if seeds else [])]:

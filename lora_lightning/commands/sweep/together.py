@@ -20,10 +20,12 @@ from lora_lightning.cli.main import SaveRunConfig
 from lora_lightning.commands.sweep.runner import LOG, Say, Stopped, take_result
 from lora_lightning.commands.sweep.study import Study, Trial
 from lora_lightning.lora.errors import LoRAError
+from lora_lightning.reports.html import write_page
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.population.halving import RUNGS, Halving
-from lora_lightning.training.population.population import Interrupted, Member, Population
+from lora_lightning.training.population.population import Interrupted, Member, Population, share_w0
 from lora_lightning.training.preflight import refuse_other_count, refuse_other_size, refuse_unlogged
+from lora_lightning.training.strategies.collectives import run_in_all, run_in_first
 
 VARY = (
     "model.lora.",
@@ -61,15 +63,16 @@ class Together:
         args: of `fit`, the same for all.
         metric, goal: what ranks, and what members are dropped by.
         eta, rungs: of the halving; eta None drops nobody.
+        study: in the first process of several, which alone claims its trials and records what they came to.
     """
 
     folder: Path
     args: Sequence[str]
     metric: str
     goal: str
-    study: Study
-    claim: Callable[[], Trial | None]
-    say: Say
+    study: Study | None = None
+    claim: Callable[[], Trial | None] = lambda: None
+    say: Say = lambda *_: None
     watch: Watch = lambda _: None
     eta: int | None = None
     rungs: Sequence[str] = RUNGS
@@ -83,23 +86,26 @@ class Together:
             KeyboardInterrupt: by Ctrl-C, likewise.
         """
         halving = None if self.eta is None else Halving(self.eta, self.rungs, self.metric, self.goal)
-        while (trial := self.claim()) is not None:
-            self._trials[trial.name] = trial
+        self._trials = run_in_first(lambda: {trial.name: trial for trial in iter(self.claim, None)})
         if not self._trials:
             return
         try:
-            members, data = self._members()
+            members, data = run_in_all(self._members)
             population = Population(members, halving=halving, folder=self.folder)
             for trial in self._trials.values():
                 self.say(trial, "begins")
             with _quiet_lightning():
-                population.fit(data, self._look)
+                try:
+                    population.fit(data, self._look)
+                except BaseException:
+                    if any(member.is_left for member in members):
+                        raise  # else each has failed by itself, and what it said is recorded
             self._look(population)  # where all that was left had been dropped before a kill
         except Interrupted as interrupted:
             raise (KeyboardInterrupt if interrupted.number == signal.SIGINT else Stopped) from None
         finally:
-            for number in [trial.number for trial in self._trials.values()]:
-                self.study.release(number)
+            for trial in self._trials.values() if self.study else ():
+                self.study.release(trial.number)
 
     def _members(self) -> tuple[list[Member], LightningDataModule]:
         members: list[Member] = []
@@ -112,7 +118,6 @@ class Together:
             if data is None:
                 assert built.data is not None
                 assert built.trainer is not None
-                _refuse_processes(built.trainer.num_devices * built.trainer.num_nodes)
                 data = built.data
                 refuse_other_count(built.config, data)
                 refuse_other_size(built.module.backbone, built.module.task, data)
@@ -120,44 +125,37 @@ class Together:
             for callback in built.trainer.callbacks:  # type: ignore[union-attr]
                 if isinstance(callback, SaveRunConfig):
                     callback.config = built.config
-            members.append(
-                Member(
-                    name=name,
-                    module=built.module,
-                    trainer=built.trainer,  # type: ignore[arg-type]
-                    ckpt_path=built.config.ckpt_path,
-                    folder=self.folder / name,
-                    log=self.folder / name / LOG,
-                )
+            member = Member(
+                name=name,
+                module=built.module,
+                trainer=built.trainer,  # type: ignore[arg-type]
+                ckpt_path=built.config.ckpt_path,
+                folder=self.folder / name,
+                log=self.folder / name / LOG,
             )
+            members.append(member)
+            share_w0(members[0], member)  # before the next one comes with a W0 of its own
         assert data is not None
         return members, data
 
     def _look(self, population: Population) -> None:
         """Record the members that have come to their end."""
         for member in population.members:
-            if member.name in self._trials and member.is_over:
-                self._record(self._trials.pop(member.name), member)
+            if self.study is not None and member.name in self._trials and member.is_over:
+                self._record(self.study, self._trials.pop(member.name), member)
         self.watch(population)
 
-    def _record(self, trial: Trial, member: Member) -> None:
+    def _record(self, study: Study, trial: Trial, member: Member) -> None:
         has_figure = take_result(trial, self.folder, self.metric)
         if member.state == "dropped":
             trial.state = "pruned"
             if (folder := run.run_dir(member.trainer)) is not None:
                 run.update_report(folder, {"dropped": member.reason})
+                write_page(folder)
         elif member.state == "failed" or not has_figure:
             trial.state, trial.error = "failed", member.reason or f"the fit ended without {self.metric}"
-        self.study.finish(trial)
+        study.finish(trial)
         self.say(trial, "ends")
-
-
-def _refuse_processes(count: int) -> None:
-    if count > 1:
-        raise LoRAError(
-            f"--together fits in one process, and this config asks for {count}: add --trainer.devices 1"
-            " --trainer.num_nodes 1, or leave --together out, where each fit has them all"
-        )
 
 
 def _as_member(config: Namespace, data: LightningDataModule | None) -> None:
@@ -183,7 +181,9 @@ def progress(population: Population) -> dict[str, Any]:
     """What a progress bar shows of a population: members left, rung, and the step that is reached of all."""
     left = [member for member in population.members if member.is_left]
     text = f"{len(left)} of {len(population.members)} members"
-    if population.halving is not None:
-        text += f", rung {len(population.decisions)} of {len(population.halving.rungs)}"
+    if rungs := population.rungs:
+        number = len(population.decisions)
+        at = f"rung {number + 1} of {len(rungs)} at step {rungs[number]}" if number < len(rungs) else "past the rungs"
+        text += f", {at}"
     steps = max(member.trainer.global_step for member in population.members)
     return {"description": text, "completed": steps, "total": population.steps}

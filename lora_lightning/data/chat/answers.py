@@ -33,7 +33,7 @@ class AnswerNotFoundError(Exception):
 def answer_spans(
     render: Render, messages: Sequence[Message], answers: Sequence[int]
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation's text and, of each of the `answers`, its first character and the one behind its turn's end.
+    """Return the conversation's text, and of each of the `answers` its first character and the one after its turn.
 
     Args:
         render: the chat template; may raise where a beginning of a conversation is none by itself.
@@ -48,8 +48,8 @@ def answer_spans(
 
 
 def _span(render: Render, messages: Sequence[Message], number: int, text: str) -> tuple[int, int]:
-    before = _tried(render, messages[:number], True)
-    through = text if number + 1 == len(messages) else _tried(render, messages[: number + 1], False)
+    before = _render_or_none(render, messages[:number], True)
+    through = text if number + 1 == len(messages) else _render_or_none(render, messages[: number + 1], False)
     start = len(before) if before is not None and text.startswith(before) else None
     if start is not None and through is not None and text.startswith(through) and len(through) > start:
         return start, len(through)
@@ -59,10 +59,10 @@ def _span(render: Render, messages: Sequence[Message], number: int, text: str) -
 def _by_marker(
     render: Render, messages: Sequence[Message], number: int, text: str, before: str | None
 ) -> tuple[int, int]:
-    """The same by what stands around a marker in the answer's place, here and where it ends the conversation."""
+    """Find an answer by the text around a marker in its place, in the whole conversation and where it is cut there."""
     marked = [*messages[:number], {**messages[number], "content": MARKER}, *messages[number + 1 :]]
-    head, here, tail = (_tried(render, marked, False) or "").partition(MARKER)
-    alone, _, closing = (_tried(render, marked[: number + 1], False) or "").partition(MARKER)
+    head, here, tail = (_render_or_none(render, marked, False) or "").partition(MARKER)
+    alone, _, closing = (_render_or_none(render, marked[: number + 1], False) or "").partition(MARKER)
     if before is not None and text.startswith(before):
         start = len(before)
     elif text.startswith(head):
@@ -74,17 +74,17 @@ def _by_marker(
     end = len(text) - len(tail)
     if not here or not text.endswith(tail) or start > end:
         raise AnswerNotFoundError(number + 1)
-    return start, end + _shared(closing, tail)
+    return start, end + _common_length(closing, tail)
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
+def _common_length(one: str, other: str) -> int:
+    """Return how many characters both texts begin with."""
     shorter = min(len(one), len(other))
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
-def _tried(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
-    """None where the template refuses these messages, as some do where roles do not take turns."""
+def _render_or_none(render: Render, messages: Sequence[Message], prompt: bool) -> str | None:
+    """Render; None where the template refuses these messages, as some do where roles do not take turns."""
     try:
         return render(messages, prompt) if messages else None
     except Exception:  # a template raises what it likes
@@ -92,7 +92,7 @@ def _tried(render: Render, messages: Sequence[Message], prompt: bool) -> str | N
 
 
 def tokens_within(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
-    """Of each token, whether it begins within a span, both in order. One that begins in the prompt is the prompt's."""
+    """Return of each token whether it begins within a span. One that begins in the prompt belongs to the prompt."""
     marks, ahead = [], list(spans)
     for begins, _ in offsets:
         while ahead and begins >= ahead[0][1]:
@@ -124,7 +124,7 @@ def up_to_turns_end(
 
 
 def runs(marks: Sequence[bool]) -> list[tuple[int, int]]:
-    """Where marks stand in a row: the first of each row, and the one behind its last."""
+    """Return each run of marks: the place of its first, and the one after its last."""
     found, at = [], 0
     for mark, group in groupby(marks):
         size = len(list(group))

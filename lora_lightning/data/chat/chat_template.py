@@ -32,10 +32,10 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class TemplateError(Exception):
-    """What a chat template does not do with a conversation."""
+    """A conversation that the chat template does not take."""
 
 
-def _refused(error: Exception) -> TemplateError:
+def _refusal(error: Exception) -> TemplateError:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return TemplateError(f"a conversation that the chat template takes ({reason})")
 
@@ -66,7 +66,7 @@ class ChatTemplate:
         try:
             text = self.text(messages, tools, prompt=True)
         except Exception as error:  # a template raises what it likes
-            raise _refused(error) from error
+            raise _refusal(error) from error
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[int]]:
@@ -76,17 +76,19 @@ class ChatTemplate:
             TemplateError: the template refuses the conversation, or rewrites an answer so that it is not found.
         """
         try:
-            ids, marks = self._marked(messages, tools, train_on)
+            ids, marks = self._ids_and_marks(messages, tools, train_on)
         except AnswerNotFoundError as error:
             raise TemplateError(
                 f"its answers to be found in what the chat template makes of it, which rewrites message {error.number}"
                 " (train_on: last_answer may do, or a chat_template with {% generation %})"
             ) from error
         except Exception as error:  # a template raises what it likes
-            raise _refused(error) from error
+            raise _refusal(error) from error
         return ids, [number if mark else IGNORED for number, mark in zip(ids, marks, strict=True)]
 
-    def _marked(self, messages: Sequence[Message], tools: Any, train_on: TrainOn) -> tuple[list[int], list[bool]]:
+    def _ids_and_marks(
+        self, messages: Sequence[Message], tools: Any, train_on: TrainOn
+    ) -> tuple[list[int], list[bool]]:
         if train_on == "all":
             ids = self.tokenizer(self.text(messages, tools), add_special_tokens=False)["input_ids"]
             return list(ids), [True] * len(ids)
@@ -128,7 +130,7 @@ def give_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None
         LoRAError: there is none, or the tokenizer cannot say where in a text its tokens are.
     """
     if given is not None:
-        tokenizer.chat_template = given if "{%" in given or "{{" in given else _read(given)
+        tokenizer.chat_template = given if "{%" in given or "{{" in given else _read_template(given)
     if not tokenizer.chat_template:
         raise LoRAError(
             f"the tokenizer '{tokenizer.name_or_path}' has no chat template: give data.chat_template, a Jinja template"
@@ -141,7 +143,7 @@ def give_template(tokenizer: PreTrainedTokenizerBase, given: str | None) -> None
         )
 
 
-def _read(given: str) -> str:
+def _read_template(given: str) -> str:
     file = Path(resolve(given))
     if not file.is_file():
         raise LoRAError(f"chat_template: expected a Jinja template or a file of one, got '{given}'")
@@ -172,9 +174,9 @@ def encode_conversations(
         except TemplateError as error:
             problem = str(error)
         columns["problem"].append(problem)
-        columns["whole"].append(_trained(labels))
+        columns["whole"].append(_count_trained(labels))
         ids, labels = ids[:max_length], labels[:max_length]
-        columns["trained"].append(_trained(labels))
+        columns["trained"].append(_count_trained(labels))
         columns["input_ids"].append(ids)
         columns["labels"].append(labels)
     return columns
@@ -188,7 +190,7 @@ def encode_prompts(
     system: str | None,
     answered: bool,
 ) -> dict[str, list[Any]]:
-    """Of each row the conversation up to its last answer, and that answer as the one reference.
+    """Return of each row the conversation up to its last answer, and that answer as the one reference.
 
     Args:
         answered: False where a conversation may end with what is to be answered; then it is the prompt as it is.
@@ -217,6 +219,6 @@ def conversations_of(
         yield conversation_of(row, layout, system), tools_of(row, layout)
 
 
-def _trained(labels: Sequence[int]) -> int:
-    """How many labels count: nothing predicts the first token."""
+def _count_trained(labels: Sequence[int]) -> int:
+    """Return how many labels count. The first does not, since nothing predicts the first token."""
     return sum(label != IGNORED for label in labels[1:])

@@ -71,7 +71,7 @@ def layout_of(names: Sequence[str], given: Mapping[str, str] | None, *, answers:
     )
 
 
-def checked_columns(given: Mapping[str, str] | None) -> dict[str, str] | None:
+def check_chat_columns(given: Mapping[str, str] | None) -> dict[str, str] | None:
     """The user's `columns`, if each is of a known part and a conversation can be made of them.
 
     Raises:
@@ -102,7 +102,10 @@ def conversation_of(row: Mapping[str, Any], layout: Mapping[str, str], system: s
         BadRow: a value is not what it should be.
     """
     cells = {part: row.get(column) for part, column in layout.items()}
-    messages = _listed(cells["messages"]) if "messages" in layout else _paired(cells, "answer" in layout)
+    if "messages" in layout:
+        messages = _messages_of_list(cells["messages"])
+    else:
+        messages = _messages_of_pair(cells, answered="answer" in layout)
     own = cells.get("system")
     if own is not None and not isinstance(own, str):
         raise BadRow("system", "text", own)
@@ -138,7 +141,7 @@ def last_answer(messages: Sequence[Message]) -> int | None:
     return max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
 
 
-def _paired(cells: Mapping[str, Any], answered: bool) -> list[Message]:
+def _messages_of_pair(cells: Mapping[str, Any], answered: bool) -> list[Message]:
     for part in ("prompt", "answer") if answered else ("prompt",):
         if not isinstance(cells[part], str):
             raise BadRow(part, "text", cells[part])
@@ -152,7 +155,7 @@ def _paired(cells: Mapping[str, Any], answered: bool) -> list[Message]:
     return [*asked, {"role": "assistant", "content": cells["answer"]}] if answered else asked
 
 
-def _listed(given: Any) -> list[Message]:
+def _messages_of_list(given: Any) -> list[Message]:
     if not isinstance(given, list):
         raise BadRow("messages", "a list of messages, each with role and content", given)
     if not given:

@@ -24,13 +24,13 @@ from lora_lightning.data.chat.chat_template import (
 from lora_lightning.data.chat.conversations import (
     BadRow,
     Message,
-    checked_columns,
+    check_chat_columns,
     conversation_of,
     last_answer,
     layout_of,
     tools_of,
 )
-from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, from_all_over, held_out
+from lora_lightning.data.chat.prompts import GivesPrompts, Prompt, held_out_split, rows_from_all_over
 from lora_lightning.data.io.rows import ROW, cells_of, values_of
 from lora_lightning.data.io.splits import kind_of
 from lora_lightning.data.io.tables import check_columns
@@ -86,7 +86,7 @@ class ChatData(TextData, GivesPrompts):
         **table: Any,
     ) -> None:
         super().__init__(*texts, max_length=max_length, batch_size=batch_size, **table)
-        self.given_columns, self.train_on, self.system = checked_columns(columns), train_on, system
+        self.given_columns, self.train_on, self.system = check_chat_columns(columns), train_on, system
         self.packing, self.with_prompts = packing, with_prompts
         self.chat_template, self.template_options = chat_template, dict(template_options or {})
         self._layouts: dict[str, dict[str, str]] = {}
@@ -150,7 +150,7 @@ class ChatData(TextData, GivesPrompts):
 
     def conversations(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         """Token ids and labels of each conversation that has something left to train on; others are said aloud."""
-        encoded = self._encoded_by(
+        encoded = self._encode_rows(
             encode_conversations, table, split, train_on=self.train_on, max_length=self.max_length
         )
         kept = self._trainable(encoded, table[ROW], split)
@@ -158,16 +158,16 @@ class ChatData(TextData, GivesPrompts):
 
     def _with_prompts(self, table: datasets.Dataset, split: str) -> datasets.Dataset:
         answered = kind_of(split) != "predict"
-        prompts = self._encoded_by(encode_prompts, table, split, answered=answered).remove_columns("problem")
+        prompts = self._encode_rows(encode_prompts, table, split, answered=answered).remove_columns("problem")
         if not answered:
             return prompts.remove_columns(REFERENCES)
         options = {"train_on": self.train_on, "max_length": self.max_length}
-        encoded = self._encoded_by(encode_conversations, table, split, **options)
+        encoded = self._encode_rows(encode_conversations, table, split, **options)
         kept = self._trainable(encoded, table[ROW], split)
         both = [encoded.select_columns(["input_ids", "labels"]), prompts]
         return datasets.concatenate_datasets(both, axis=1).select(kept)
 
-    def _encoded_by(
+    def _encode_rows(
         self, function: Callable[..., Any], table: datasets.Dataset, split: str, **options: Any
     ) -> datasets.Dataset:
         """`encode_by` a function of conversations, and an error for the first row that the template does not take."""
@@ -181,7 +181,7 @@ class ChatData(TextData, GivesPrompts):
         return encoded
 
     def _trainable(self, encoded: datasets.Dataset, rows: Sequence[int], split: str) -> list[int]:
-        """Which are left without conversations that the cut left no answer of, and those whose answers are empty."""
+        """Return the conversations that have an answer left to train on after the cut."""
         trained, whole = (list(values_of(encoded, name)) for name in ("trained", "whole"))
         lost = [left < all_ for left, all_ in zip(trained, whole, strict=True)]
         self._cut_shares[split] = {"answers cut": sum(lost) / len(lost)}
@@ -189,14 +189,14 @@ class ChatData(TextData, GivesPrompts):
         if len(kept) < len(encoded):
             first = next(number for number, count in enumerate(trained) if not count)
             cut = sum(not left and short for left, short in zip(trained, lost, strict=True))
-            said = (
+            message = (
                 f"{self.place(split)}: {len(encoded) - len(kept)} of {len(encoded)} conversations have nothing to train"
                 f" on, the first in row {rows[first]}; {cut} of them because their answers begin behind max_length,"
                 f" {self.max_length} tokens"
             )
             if not kept:
-                raise LoRAError(f"{said}: raise max_length, or see what the chat template makes of them")
-            rank_zero_warn(f"{said}. They are left out")
+                raise LoRAError(f"{message}: raise max_length, or see what the chat template makes of them")
+            rank_zero_warn(f"{message}. They are left out")
         if split == "train":
             self._warn_of_open_ends(values_of(encoded, "labels"))
         return kept
@@ -217,12 +217,12 @@ class ChatData(TextData, GivesPrompts):
         """A row for each conversation, never packed."""
         if not self.packing or self.with_prompts or "predict" in self.tables:
             return super().predict_dataloader()
-        self.encoded("test")  # says where there is none
+        self.encoded_rows("test")  # says where there is none
         return self._loader(self.conversations(self.tables["test"], "test"), self.eval_batch_size)
 
     @property
     def stop_token_ids(self) -> list[int]:
-        """What ends answers in the first rows, and the tokenizer's own end."""
+        """Return the tokens that end answers in the first rows, and the tokenizer's own end."""
         controls, found, layout = special_ids(self.tokenizer), set(), self.layout("train")
         for row in self.tables["train"].select(range(min(len(self.tables["train"]), FEW))):
             messages = conversation_of(row, layout, self.system)
@@ -237,20 +237,20 @@ class ChatData(TextData, GivesPrompts):
         Args:
             count: how many at most.
         """
-        split, found = held_out(self.tables), []
+        split, found = held_out_split(self.tables), []
         layout = self.layout(split)
-        for row in from_all_over(self.tables[split], count):
+        for row in rows_from_all_over(self.tables[split], count):
             messages, tools = conversation_of(row, layout, self.system), tools_of(row, layout)
             end = last_answer(messages)
             assert end is not None  # see check
             ids = self.template.prompt_ids(messages[:end], tools)
-            found.append(Prompt(text=_asked(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
+            found.append(Prompt(text=_question(messages[:end]), input_ids=ids, reference=messages[end]["content"]))
         return found
 
 
-def _asked(messages: Sequence[Message]) -> str:
+def _question(messages: Sequence[Message]) -> str:
     """What a person reads as the question: one message's text, of several each with its role."""
-    said = [message for message in messages if message["role"] not in ("system", "developer")]
-    if len(said) == 1:
-        return str(said[0]["content"])
-    return "\n".join(f"{message['role']}: {message['content']}" for message in said)
+    turns = [message for message in messages if message["role"] not in ("system", "developer")]
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{message['role']}: {message['content']}" for message in turns)

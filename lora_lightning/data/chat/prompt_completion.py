@@ -77,9 +77,9 @@ class PromptCompletionData(TargetData):
         if self.tokenizer.eos_token_id is None:
             raise LoRAError(f"the tokenizer '{self.tokenizer_name}' has no end token (eos_token) to end completions by")
         if kind_of(split) in ("validation", "test"):
-            texts = [text.strip() for text in filled(self.completion, table)]
+            texts = [text.strip() for text in fill_template(self.completion, table)]
             table = table.add_column(
-                REFERENCES, references_of(list(zip(filled(self.prompt, table), texts, strict=True)))
+                REFERENCES, references_of(list(zip(fill_template(self.prompt, table), texts, strict=True)))
             )
         encoded = self.encode_by(
             encode_prompts,
@@ -120,7 +120,7 @@ def columns_of(what: str, template: str) -> list[str]:
     return list(dict.fromkeys(column for _, column, _, _ in parts if column))
 
 
-def filled(template: str, rows: Mapping[str, Any] | datasets.Dataset) -> list[str]:
+def fill_template(template: str, rows: Mapping[str, Any] | datasets.Dataset) -> list[str]:
     """The template with each row's values in its braces."""
     columns = columns_of("template", template)
     of_table = isinstance(rows, datasets.Dataset)
@@ -142,13 +142,13 @@ def encode_prompts(
     prompt has.
     """
 
-    prompts: list[list[int]] = tokenizer(filled(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
+    prompts: list[list[int]] = tokenizer(fill_template(templates[0], rows), verbose=False)["input_ids"]  # type: ignore[assignment]
     encoded: dict[str, Any] = {"prompt_length": [len(ids) for ids in prompts]}
     encoded["prompt_cut"] = [len(ids) > max_length for ids in prompts]
     if with_prompts:
         encoded[f"{PROMPT}input_ids"] = [ids[-max_length:] for ids in prompts]
     if templates[1] is not None:
-        texts = filled(templates[1], rows)
+        texts = fill_template(templates[1], rows)
         plain: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]  # type: ignore[assignment]
         ended = [[*ids, int(tokenizer.eos_token_id)] for ids in plain]  # type: ignore[arg-type]
         completions = [ids[: max_length - 1] for ids in ended]

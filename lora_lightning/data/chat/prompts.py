@@ -50,12 +50,12 @@ class GivesPrompts(ABC):
         return [] if number is None else [int(number)]
 
 
-def held_out(splits: Mapping[str, object]) -> str:
+def held_out_split(splits: Mapping[str, object]) -> str:
     """The split that prompts are from: validation, test where there is none, and train where there is no other."""
     return next(name for name in ("validation", "test", "train") if name in splits)
 
 
-def from_all_over(table: datasets.Dataset, count: int) -> datasets.Dataset:
+def rows_from_all_over(table: datasets.Dataset, count: int) -> datasets.Dataset:
     """At most `count` rows at like distances, so that a file in order of topics gives some of each."""
     step = max(len(table) // count, 1)
     return table.select(range(0, len(table), step)[:count])

@@ -89,11 +89,11 @@ class ImageData(OneLabel, ImageTable):
 
     def _from_reader(self, reader: Callable[[str], Any]) -> dict[str, datasets.Dataset]:
         path = self.path if isinstance(self.path, dict) else resolve(self.path)
-        found = reader(path)  # type: ignore[arg-type]
+        splits = reader(path)  # type: ignore[arg-type]
         tables = {}
-        for split, pair in (found if isinstance(found, Mapping) else {"train": found}).items():
+        for split, pair in (splits if isinstance(splits, Mapping) else {"train": splits}).items():
             if not isinstance(pair, tuple) or len(pair) != 2 or len(pair[0]) != len(pair[1]):
-                raise LoRAError(f"reader: expected images and as many labels, (images, labels), got {_described(pair)}")
+                raise LoRAError(f"reader: expected images and as many labels, (images, labels), got {_describe(pair)}")
             first = len(self._arrays)
             self._arrays += list(pair[0])
             numbers = list(range(first, len(self._arrays)))
@@ -124,7 +124,7 @@ class ImageData(OneLabel, ImageTable):
 
     def majority_share(self, split: str) -> float:
         """Accuracy on `split` of always saying the label that is most common in train."""
-        train, labels = (list(self.encoded(s).labels) for s in ("train", split))  # type: ignore[attr-defined]
+        train, labels = (list(self.encoded_rows(s).labels) for s in ("train", split))  # type: ignore[attr-defined]
         return labels.count(max(set(train), key=train.count)) / len(labels)
 
     def encode(self, table: datasets.Dataset, split: str) -> Any:
@@ -161,7 +161,7 @@ def _digest(source: Any) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, tuple):
         return f"a tuple of lengths {[len(part) if hasattr(part, '__len__') else '?' for part in value]}"
     return f"a {type(value).__name__}"

@@ -11,7 +11,7 @@ import datasets
 from lora_lightning.data.images.decoding import SUFFIXES
 from lora_lightning.data.io.splits import SPLITS
 from lora_lightning.data.io.tables import NAMES
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, first_few
 
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 """Beside images, such a file makes a folder what `datasets` calls an imagefolder."""
@@ -72,8 +72,8 @@ def read_class_folders(folder: Path, split: str, columns: Sequence[str]) -> data
     empty = sorted({one.name for one in classes} - {name for _, name in rows})
     if empty:
         raise LoRAError(
-            f"{folder} has folders without an image ({', '.join(SUFFIXES)}): {some(empty)}; remove them, or put the"
-            " images of that class there"
+            f"{folder} has folders without an image ({', '.join(SUFFIXES)}): {first_few(empty)}; remove them, or put"
+            " the images of that class there"
         )
     return datasets.Dataset.from_dict({image: [file for file, _ in rows], label: [name for _, name in rows]})
 
@@ -103,7 +103,7 @@ def read_mask_folders(folder: Path, split: str, columns: Sequence[str], names: S
     for what, first, second in (("images without a mask", found, own), ("masks without an image", own, found)):
         alone = sorted(str(first[stem]) for stem in first.keys() - second.keys())
         if alone:
-            raise LoRAError(f"{folder} has {what} of the same name: {some(alone)}")
+            raise LoRAError(f"{folder} has {what} of the same name: {first_few(alone)}")
     rows = {columns[0]: [str(file) for file in found.values()], columns[1]: [str(own[stem]) for stem in found]}
     return datasets.Dataset.from_dict(rows)
 

@@ -57,7 +57,7 @@ class Cells:
     """The file and split as an error names them; None where each example is a file of its own."""
 
     def source(self, i: int) -> Any:
-        """What `open_image` takes."""
+        """Return the example's image in a form that `open_image` takes."""
         cell = self.table[i][self.column]
         if isinstance(cell, int):
             return self.arrays[cell]
@@ -89,7 +89,7 @@ class Cells:
         try:
             return read_rgb(self.source(i))
         except Exception as error:  # decoders fail in as many ways as there are formats
-            raise self.fault(i, "an image that opens", said(error)) from error
+            raise self.fault(i, "an image that opens", reason_of(error)) from error
 
     def verify(self, i: int, *, decode: bool) -> None:
         """Open an image, or decode it, and let it go."""
@@ -99,11 +99,11 @@ class Cells:
         try:
             open_image(self.source(i)).close()
         except Exception as error:
-            raise self.fault(i, "an image that opens", said(error)) from error
+            raise self.fault(i, "an image that opens", reason_of(error)) from error
 
 
-def said(error: Exception) -> str:
-    """What an error says, without the address of a buffer."""
+def reason_of(error: Exception) -> str:
+    """Return what an error says, without the address of a buffer."""
     text = " ".join(str(error).split())
     return (
         "it is no image, or of a kind that is not known" if "cannot identify" in text else text or type(error).__name__
@@ -139,15 +139,15 @@ class Rows(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: Key) -> dict[str, Any]:
         i = key if isinstance(key, int) else key[1]
-        example = self.transformed(key, self.read(i))
+        example = self.transform(key, self.read(i))
         return example if self.labels is None else {**example, "labels": self.labels[i]}
 
     def read(self, i: int) -> dict[str, Any]:
-        """What is transformed together, by name."""
+        """Return what is transformed together, by name."""
         return {PIXELS: as_tensor(self.images.rgb(i))}
 
-    def transformed(self, key: Key, read: dict[str, Any]) -> dict[str, Any]:
-        """The same result for the same (seed, epoch, row), in whatever process and order."""
+    def transform(self, key: Key, read: dict[str, Any]) -> dict[str, Any]:
+        """Transform an example: the same (seed, epoch, row) gives the same result in whatever process and order."""
         if isinstance(key, int):
             return dict(self.evaluation(read))
         epoch, i = key
@@ -158,12 +158,12 @@ class Rows(Dataset[dict[str, Any]]):
 
 
 def as_tensor(image: Image.Image) -> tv_tensors.Image:
-    """(3, h, w) uint8."""
+    """Return an image as (3, h, w) uint8."""
     return tv_tensors.Image(TF.pil_to_tensor(image))
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Examples to a batch by name."""
+    """Stack examples into a batch by name."""
     batch: dict[str, Tensor] = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

@@ -19,14 +19,14 @@ from torchvision import tv_tensors
 from lora_lightning.backbones.locate import resolve
 from lora_lightning.data.classification import LabelNames
 from lora_lightning.data.images.files import folders_by_split, read_mask_folders
-from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, said
+from lora_lightning.data.images.rows import PIXELS, Cells, Rows, as_tensor, reason_of
 from lora_lightning.data.images.table import ImageTable
 from lora_lightning.data.images.transforms import (
     evaluation_transform,
     training_transform,
 )
 from lora_lightning.data.io.tables import NAMES
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, first_few
 
 ONE_CHANNEL = ("L", "P", "1", "I", "I;16", "I;16B", "I;16L")
 """Pillow's modes whose pixels are one number: of a palette its index, which is what masks mean by it."""
@@ -128,7 +128,7 @@ class SegmentationData(LabelNames, ImageTable):
             super().verify_rows(table, split)
             return
         rows = self.encode(table, split)
-        for i in self.shown(range(len(table)), split):
+        for i in self.with_progress(range(len(table)), split):
             rows.read(i)
 
 
@@ -152,7 +152,7 @@ class MaskRows(Rows):
         try:
             mask = read_mask(self.masks.source(i))
         except Exception as error:  # decoders fail in as many ways as there are formats
-            raise self.masks.fault(i, "a mask that opens", said(error)) from error
+            raise self.masks.fault(i, "a mask that opens", reason_of(error)) from error
         if mask.shape != (image.height, image.width):
             got = f"{mask.shape[1]} x {mask.shape[0]}"
             raise self.masks.fault(i, f"the size of its image, {image.width} x {image.height}", got)
@@ -171,7 +171,7 @@ class MaskRows(Rows):
         wrong = np.unique(mask[~ignored & ((mask < 0) | (mask >= self.num_classes))]) + int(self.reduce_labels)
         if len(wrong):
             last = self.num_classes - 1 + int(self.reduce_labels)
-            got = f"the values {some([str(value) for value in wrong])}"
+            got = f"the values {first_few([str(value) for value in wrong])}"
             raise self.masks.fault(i, f"labels from 0 to {last} or {self.ignore_index}", got)
         return np.where(ignored, self.ignore_index, mask)
 

@@ -52,7 +52,7 @@ class ImageCells(TableData):
         """Columns that hold images."""
 
     def read(self) -> dict[str, datasets.Dataset]:
-        return self._undecoded(self.read_images())
+        return self._without_decoding(self.read_images())
 
     def read_images(self) -> dict[str, datasets.Dataset]:
         """Tables by split, as `read` gives them, with images in whatever form."""
@@ -65,7 +65,7 @@ class ImageCells(TableData):
         file = self.files.get(split, self.files.get("train", []))[row - 1]
         return LoRAError(f"{file}: expected {expected}, got {got!r}{hint}")
 
-    def _undecoded(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
+    def _without_decoding(self, tables: dict[str, datasets.Dataset]) -> dict[str, datasets.Dataset]:
         """The tables with their images as paths and bytes: `datasets` would decode each row that is looked at."""
         for split, table in tables.items():
             for column in self.image_columns:
@@ -102,10 +102,10 @@ class ImageCells(TableData):
             if column not in table.column_names or (inside and not decode):
                 continue  # images inside a table would all be read for it
             cells = self.cells(table, split, column)
-            for i in self.shown(range(len(table)), split):
+            for i in self.with_progress(range(len(table)), split):
                 cells.verify(i, decode=decode)
 
-    def shown(self, rows: range, split: str) -> Iterable[int]:
+    def with_progress(self, rows: range, split: str) -> Iterable[int]:
         """The rows, with a progress bar where there are many."""
         bar: Iterable[int] = tqdm(rows, desc=f"check images, {split}", disable=len(rows) < SHOWN_FROM, leave=False)
         return bar
@@ -189,19 +189,19 @@ class ImageTable(ImageCells):
     def preprocessing(self) -> Preprocessing:
         """What is done to an image in evaluation."""
         if self._preprocessing is None:
-            found = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
-            found = found.at(self.image_size)
+            how = Preprocessing() if self.preprocessing_name is None else preprocessing_of(self.preprocessing_name)
+            how = how.at(self.image_size)
             if self.crop_share == 1:
-                found = found.whole()
+                how = how.whole()
             elif self.crop_share is not None:
-                found = replace(found, resize=round(min(found.size) / self.crop_share))
+                how = replace(how, resize=round(min(how.size) / self.crop_share))
             given: dict[str, Any] = {name: value for name, value in self.given.items() if value is not None}
             for name in ("mean", "std"):
                 if name in given:
                     given[name] = tuple(float(x) for x in given[name])
                     if len(given[name]) != 3:
                         raise LoRAError(f"{name} must be three numbers, for red, green and blue, got {given[name]}")
-            self._preprocessing = replace(found, **given)
+            self._preprocessing = replace(how, **given)
         return self._preprocessing
 
     @property
@@ -223,7 +223,7 @@ class ImageTable(ImageCells):
 
     def every(self, split: str) -> DataLoader[Any]:
         """All images of a split as evaluation sees them, in this process alone."""
-        return DataLoader(self.encoded(split), batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
+        return DataLoader(self.encoded_rows(split), batch_size=self.eval_batch_size, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def is_image(feature: Any) -> bool:

@@ -150,18 +150,20 @@ def _of_timm(name: str) -> Preprocessing:
     try:
         config = timm.models.get_pretrained_cfg(name)
         resolve_config: Any = timm.data.resolve_data_config  # type: ignore[attr-defined]
-        found = resolve_config({}, pretrained_cfg=config.to_dict())  # type: ignore[union-attr]
+        settings = resolve_config({}, pretrained_cfg=config.to_dict())  # type: ignore[union-attr]
     except Exception as error:
         raise LoRAError(f"timm does not say how '{name}' prepares images: {error}") from error
-    _, height, width = found["input_size"]
-    exact = found["crop_mode"] == "squash"
-    shorter = math.floor(min(height, width) / found["crop_pct"])
+    _, height, width = settings["input_size"]
+    exact = settings["crop_mode"] == "squash"
+    shorter = math.floor(min(height, width) / settings["crop_pct"])
     return Preprocessing(
         size=(height, width),
-        resize=(math.floor(height / found["crop_pct"]), math.floor(width / found["crop_pct"])) if exact else shorter,
-        mean=tuple(found["mean"]),
-        std=tuple(found["std"]),
-        interpolation=_known(found["interpolation"], name),
+        resize=(math.floor(height / settings["crop_pct"]), math.floor(width / settings["crop_pct"]))
+        if exact
+        else shorter,
+        mean=tuple(settings["mean"]),
+        std=tuple(settings["std"]),
+        interpolation=_interpolation(settings["interpolation"], name),
     )
 
 
@@ -182,7 +184,7 @@ def _of_torchvision(name: str) -> Preprocessing:
         resize=resize if crop else size,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
-        interpolation=_known(preset.interpolation.value, name),
+        interpolation=_interpolation(preset.interpolation.value, name),
     )
 
 
@@ -196,12 +198,12 @@ def _of_transformers(name: str) -> Preprocessing:
     refuse_not_there("image processor", path)
     try:
         with quiet():
-            found: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
+            settings: Any = transformers.AutoImageProcessor.from_pretrained(path)  # type: ignore[no-untyped-call]
     except (OSError, ValueError, ImportError) as error:
         raise LoRAError(f"'{name}' has no image processor: {str(error).strip().splitlines()[0]}") from error
 
     def of(attribute: str, default: Any) -> Any:
-        value = getattr(found, attribute, None)
+        value = getattr(settings, attribute, None)
         return default if value is None else value
 
     if abs(of("rescale_factor", 1 / 255) - 1 / 255) > 1e-6:
@@ -232,7 +234,7 @@ def _of_transformers(name: str) -> Preprocessing:
     )
 
 
-def _known(interpolation: str, name: str) -> Interpolation:
+def _interpolation(interpolation: str, name: str) -> Interpolation:
     for known in PIL_FILTERS.values():
         if interpolation == known:
             return known

@@ -24,16 +24,16 @@ def fault_in(file: str, reader: str, error: BaseException, delimiter: str = ",")
         delimiter: between a CSV's fields.
     """
     reason = " ".join(str(error).split()) or type(error).__name__
-    found = None
+    place = None
     try:
         with fsspec.open(file, "rb", compression="infer") as opened:
             if reader == "json":
-                found = _in_json(opened)
+                place = _in_json(opened)
             elif reader == "csv":
-                found = _in_csv(opened, reason, delimiter)
+                place = _in_csv(opened, reason, delimiter)
     except (OSError, EOFError, csv.Error):  # of the unpacking, or of a CSV that Python reads otherwise
         pass
-    return found or f"cannot be read as {reader}: {reason}"
+    return place or f"cannot be read as {reader}: {reason}"
 
 
 def wide_first_row(file: str, delimiter: str = ",") -> str | None:
@@ -62,15 +62,15 @@ def header_of(file: str, delimiter: str = ",") -> list[str]:
 def _too_wide(row: int, header: list[str], fields: list[str], delimiter: str) -> str | None:
     if len(fields) <= len(header):
         return None
-    advice = separated_by_another(header) or f"a text with {delimiter!r} in it stands in quotes"
+    advice = separator_advice(header) or f"a text with {delimiter!r} in it stands in quotes"
     return f"row {row}: expected {len(header)} fields ({', '.join(header)}), got {len(fields)}; {advice}"
 
 
-def separated_by_another(header: Sequence[str]) -> str:
+def separator_advice(header: Sequence[str]) -> str:
     """What to say of a header that is one field with another sign in it; else an empty text."""
     sign = next((sign for sign in (";", "\t", "|") if sign in header[0]), None) if len(header) == 1 else None
-    said = f"its cells seem to be separated by {sign!r}; a .csv is separated by commas, a .tsv by tabs"
-    return said if sign else ""
+    advice = f"its cells seem to be separated by {sign!r}; a .csv is separated by commas, a .tsv by tabs"
+    return advice if sign else ""
 
 
 def _in_json(opened: Any) -> str | None:

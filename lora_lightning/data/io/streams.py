@@ -24,7 +24,7 @@ AT_ONCE = 1000
 """Rows that are tokenised, and packed, together."""
 
 
-def numbered(stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
+def number_rows(stream: datasets.IterableDataset, column: str) -> datasets.IterableDataset:
     """With each row's number in its file, counted from 1, in a column of this name."""
     return stream.map(_with_number, with_indices=True, fn_kwargs={"column": column})
 
@@ -130,9 +130,9 @@ class StreamLoader(DataLoader[Any]):
             return super().__iter__()
         if callable(own := getattr(self.dataset, "set_epoch", None)):
             own(self.trainer.current_epoch)
-        return islice(super().__iter__(), self._had(self.trainer), None)
+        return islice(super().__iter__(), self._batches_before(self.trainer), None)
 
-    def _had(self, trainer: Trainer) -> int:
+    def _batches_before(self, trainer: Trainer) -> int:
         """Batches before the one that comes next, by what the loops count: what is fetched ahead is not trained on."""
         batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress.current
         if not self.ends:
@@ -140,19 +140,19 @@ class StreamLoader(DataLoader[Any]):
         else:
             had = batches.current.ready if epochs.started > epochs.completed else 0  # type: ignore[attr-defined]
         was, self._was = self._was, {}
-        if had and (other := [name for name in was if was[name] != self._dealt()[name]]):
-            told = ", ".join(f"{name} was {was[name]} and is {self._dealt()[name]}" for name in other)
-            rank_zero_warn(f"{told}: some rows of the stream come again, or not at all")
+        if had and (other := [name for name in was if was[name] != self._dealing()[name]]):
+            differences = ", ".join(f"{name} was {was[name]} and is {self._dealing()[name]}" for name in other)
+            rank_zero_warn(f"{differences}: some rows of the stream come again, or not at all")
         return int(had)
 
-    def _dealt(self) -> dict[str, int]:
+    def _dealing(self) -> dict[str, int]:
         """What the batches hang on, beside the stream."""
         processes = 1 if self.trainer is None else self.trainer.world_size
         return {"batch_size": int(self.batch_size or 1), "num_workers": self.num_workers, "processes": processes}
 
     def state_dict(self) -> dict[str, Any]:
         """How batches are dealt; how many were had, the loops count."""
-        return self._dealt()
+        return self._dealing()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Compared once the stream is begun in its middle."""

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lora_lightning.data.io.rows import values_of
-from lora_lightning.lora.errors import some
+from lora_lightning.lora.errors import first_few
 
 MOST_COMPARED = 200_000
 """Rows whose columns are no texts, such as conversations, are compared among so many at most: each is read for it."""
@@ -65,7 +65,7 @@ def summarize(data: Rows) -> dict[str, Any]:
 
 def _of_columns(data: Rows) -> Iterator[str]:
     for split, names in data.doubled_columns.items():
-        yield f"{data.place(split)}: the header has {some(names)} twice: the first is read; rename one"
+        yield f"{data.place(split)}: the header has {first_few(names)} twice: the first is read; rename one"
 
 
 def _of_texts(data: Rows, texts: dict[str, dict[str, Any]]) -> Iterator[str]:
@@ -118,7 +118,7 @@ def _of_labels(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{labels[blank[0]]:,} rows in train have the blank label {blank[0]!r}, a class: name it, or remove them"
     rare = [f"{name} ({count})" for name, count in labels.items() if count < FEW]
     if rare:
-        yield f"fewer than {FEW} rows in train have the label {some(rare)}: add rows, or leave the label out"
+        yield f"fewer than {FEW} rows in train have the label {first_few(rare)}: add rows, or leave the label out"
 
 
 def _texts(table: datasets.Dataset, names: Sequence[str]) -> dict[str, Any]:
@@ -147,13 +147,13 @@ def _in_two(texts: dict[str, dict[str, Any]]) -> Iterator[tuple[str, int]]:
     for split, columns in texts.items():
         parts = [column.cast(pa.large_binary()) for column in columns.values()]
         if parts:
-            keys[split] = (set(columns), parts[0] if len(parts) == 1 else _joined(parts))
+            keys[split] = (set(columns), parts[0] if len(parts) == 1 else _join(parts))
     for (first, (names, one)), (second, (others, other)) in combinations(keys.items(), 2):
         if names == others and (count := _count(pc.is_in(other, value_set=one.combine_chunks().unique()))):
             yield f"{second} in {first}", count
 
 
-def _joined(parts: list[Any]) -> Any:
+def _join(parts: list[Any]) -> Any:
     whole = [part.combine_chunks() for part in parts]
     return pa.chunked_array([pc.binary_join_element_wise(*whole, pa.scalar(b"\x1e", pa.large_binary()))])
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import datasets
 
 from lora_lightning.backbones.locate import refuse_not_there, resolve
-from lora_lightning.data.io.faults import fault_in, header_of, separated_by_another, wide_first_row
+from lora_lightning.data.io.faults import fault_in, header_of, separator_advice, wide_first_row
 from lora_lightning.data.io.rows import ROW
 from lora_lightning.data.io.splits import CALLED, split_name
 from lora_lightning.lora.errors import LoRAError, did_you_mean
@@ -60,13 +60,15 @@ def read_tables(
     own = readers or {}
     if isinstance(path, dict):
         return {known_split(split): _read_part(file, name, text_by, own, streaming) for split, file in path.items()}
-    found = Path(resolve(path))
-    if found.is_dir():
-        if (found / "dataset_dict.json").is_file() or (found / "state.json").is_file():
-            return _from_disk(str(found), streaming)
-        return {split: _read_file(str(file), text_by, own, streaming) for split, file in files_of(found, own).items()}
-    if found.is_file() or found.suffix in (*READERS, *COMPRESSED, *own):
-        return {"train": _read_file(str(found), text_by, own, streaming)}
+    location = Path(resolve(path))
+    if location.is_dir():
+        if (location / "dataset_dict.json").is_file() or (location / "state.json").is_file():
+            return _from_disk(str(location), streaming)
+        return {
+            split: _read_file(str(file), text_by, own, streaming) for split, file in files_of(location, own).items()
+        }
+    if location.is_file() or location.suffix in (*READERS, *COMPRESSED, *own):
+        return {"train": _read_file(str(location), text_by, own, streaming)}
     return _from_hub(path, name, streaming)
 
 
@@ -74,10 +76,10 @@ def files_read(path: str | dict[str, str], more: Collection[str] = ()) -> dict[s
     """The files that rows are read from, by split; none of a set on the hub. `more` as in `reader_of`."""
     if isinstance(path, dict):
         return {known_split(split): Path(resolve(file)) for split, file in path.items()}
-    found = Path(resolve(path))
-    if found.is_dir():
-        return _files_by_split(found, more)
-    return {"train": found} if found.is_file() else {}
+    location = Path(resolve(path))
+    if location.is_dir():
+        return _files_by_split(location, more)
+    return {"train": location} if location.is_file() else {}
 
 
 def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()) -> str:
@@ -93,13 +95,13 @@ def source_of(path: str | dict[str, str], split: str, more: Collection[str] = ()
 
 def doubled_columns(path: str | dict[str, str]) -> dict[str, list[str]]:
     """By split the names that stand twice in the header of its CSV: pandas calls the second of them `name.1`."""
-    found = {}
+    by_split = {}
     for split, file in files_read(path).items():
         if _kind(file) in (".csv", ".tsv") and file.is_file():
             names = header_of(str(file), "\t" if _kind(file) == ".tsv" else ",")
             if doubled := sorted({name for name in names if names.count(name) > 1}):
-                found[split] = doubled
-    return found
+                by_split[split] = doubled
+    return by_split
 
 
 def check_columns(
@@ -116,10 +118,12 @@ def check_names(
     own = [name for name in names if name != ROW]
     for column in columns:
         if column is not None and column not in names:
-            if advice := separated_by_another(own):
+            if advice := separator_advice(own):
                 raise LoRAError(f"{where}, has the one column {own[0]!r}: {advice}")
-            said = [name for name, value in (settings or {}).items() if name.endswith("_column") and value == column]
-            guess, by = did_you_mean(column, own), f" with {said[0]}" if said else ""
+            settings_of_column = [
+                name for name, value in (settings or {}).items() if name.endswith("_column") and value == column
+            ]
+            guess, by = did_you_mean(column, own), f" with {settings_of_column[0]}" if settings_of_column else ""
             advice = f"{guess} say so{by}" if guess and by else guess or f": name another{by}"
             raise LoRAError(f"{where}, has no column '{column}'{advice} (columns: {', '.join(own)})")
 
@@ -235,10 +239,10 @@ def _read_part(file: str, name: str | None, text_by: TextBy, own: Readers, strea
     """One split: a file, or `SET@PART` of the hub."""
     on_hub, _, part = file.partition("@")
     if not part or Path(file).exists():
-        found = resolve(file)
-        if (Path(found) / "state.json").is_file():  # what save_to_disk made of one table
-            return _from_disk(found, streaming)["train"]
-        return _read_file(found, text_by, own, streaming)
+        location = resolve(file)
+        if (Path(location) / "state.json").is_file():  # what save_to_disk made of one table
+            return _from_disk(location, streaming)["train"]
+        return _read_file(location, text_by, own, streaming)
     refuse_not_there("set", on_hub)
     try:
         return datasets.load_dataset(on_hub, name, split=part, streaming=streaming)

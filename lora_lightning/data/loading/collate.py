@@ -30,11 +30,11 @@ def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: str
         if isinstance(values[0], int | float):
             batch[name] = torch.tensor(values)
         elif kind == "input_ids":
-            batch[name] = _padded(values, pad_token_id, where)
+            batch[name] = _pad(values, pad_token_id, where)
             if mask not in rows[0] and "position_ids" not in rows[0]:
-                batch[mask] = _padded([[1] * len(ids) for ids in values], FILL["attention_mask"], where)
+                batch[mask] = _pad([[1] * len(ids) for ids in values], FILL["attention_mask"], where)
         elif kind in FILL:
-            batch[name] = _padded(values, FILL[kind], where)
+            batch[name] = _pad(values, FILL[kind], where)
         elif kind == "position_ids":
             longest = max(map(len, values))
             batch[name] = torch.tensor([[*ids, *range(longest - len(ids))] for ids in values])
@@ -43,7 +43,7 @@ def pad_batch(rows: Sequence[Mapping[str, Any]], *, pad_token_id: int, side: str
     return batch
 
 
-def _padded(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
+def _pad(rows: list[list[int]], value: int, side: str) -> torch.Tensor:
     longest = max(map(len, rows))
     filling = [[value] * (longest - len(row)) for row in rows]
     pairs = zip(rows, filling, strict=True)

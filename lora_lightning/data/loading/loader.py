@@ -25,7 +25,7 @@ class ResumableLoader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._epoch = getattr(self.sampler, "epoch", 0)  # the sampler may be told the next one before this is saved
-        self._given = self._skipped()
+        self._given = self._skip_to_place()
         for batch in super().__iter__():
             self._given += 1  # in front of the batch: once it is trained on, it counts
             yield batch
@@ -49,7 +49,7 @@ class ResumableLoader(DataLoader[Any]):
         order = getattr(self.sampler, "identity", None)
         return {"sampler": type(self.sampler).__name__} if order is None else dict(order)
 
-    def _skipped(self) -> int:
+    def _skip_to_place(self) -> int:
         """Put the sampler to the place that was loaded, if it is in the epoch that begins.
 
         Raises:
@@ -61,9 +61,9 @@ class ResumableLoader(DataLoader[Any]):
             return 0
         was, now = state["order"], self._order()
         if other := [name for name in was if was[name] != now.get(name)]:
-            told = ", ".join(f"{name} was {was[name]} and is {now.get(name)}" for name in other)
+            moved = ", ".join(f"{name} was {was[name]} and is {now.get(name)}" for name in other)
             raise LoRAError(
-                f"the checkpoint lies in the middle of an epoch, and the rows would now come in another order: {told};"
+                f"the checkpoint lies in the middle of an epoch, and the rows would now come in another order: {moved};"
                 " go on with what it was, or from a checkpoint of an epoch's end"
             )
         sampler.skip(int(state["batches"]))

@@ -86,7 +86,7 @@ def cut(rows: Rows, *, max_length: int) -> dict[str, list[Any]]:
 
 def cut_to_train(rows: Rows, *, max_length: int) -> dict[str, list[Any]]:
     """The same without pieces in which nothing is trained on, such as a last one of a single token."""
-    return _trained(cut(rows, max_length=max_length))
+    return _drop_untrained(cut(rows, max_length=max_length))
 
 
 def pack_rows(rows: Rows, *, max_length: int) -> dict[str, list[list[int]]]:
@@ -98,12 +98,12 @@ def pack_rows(rows: Rows, *, max_length: int) -> dict[str, list[list[int]]]:
     lengths = [len(ids) for ids in pieces["input_ids"]]
     pieces["position_ids"] = [list(range(length)) for length in lengths]
     together = pack(lengths, max_length)
-    return _trained(
+    return _drop_untrained(
         {name: [list(chain(*(column[i] for i in row))) for row in together] for name, column in pieces.items()}
     )
 
 
-def _trained(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def _drop_untrained(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
     kept = [any(label != IGNORED for label in labels) for labels in rows["labels"]]
     return {name: list(compress(column, kept)) for name, column in rows.items()}
 

@@ -73,7 +73,7 @@ class EpochSampler(DistributedSampler[Any]):
         }
 
     def __len__(self) -> int:
-        return len(range(self.rank, self._padded(), self.num_replicas))
+        return len(range(self.rank, self._padded_length(), self.num_replicas))
 
     def order(self) -> list[int]:
         """This epoch's order over all processes."""
@@ -83,14 +83,14 @@ class EpochSampler(DistributedSampler[Any]):
         order = torch.randperm(self.count, generator=generator)
         if self.lengths is not None:
             order = self._by_length(order, self.lengths, generator)
-        return order.repeat(self.num_replicas)[: self._padded()].tolist()
+        return order.repeat(self.num_replicas)[: self._padded_length()].tolist()
 
     def is_padding(self, batch: int) -> bool:
         """Whether this process's batch of this number in the epoch, from 0, is there only to keep step with others."""
         last = len(self) - 1
         return batch * self.batch_size == last and self.rank + last * self.num_replicas >= self.count
 
-    def _padded(self) -> int:
+    def _padded_length(self) -> int:
         """Examples of all processes, with those over again that give each as many batches."""
         turns, left = divmod(self.count, self.num_replicas)
         short = self.shuffle and left > 0 and turns % self.batch_size == 0

@@ -1,4 +1,4 @@
-"""Several adapters over one W0: kept, switched, combined, and mixed within a batch.
+"""Several adapters over one W0: kept, switched, combined, mixed within a batch, or of another strength.
 
 Imports `lora.inject`, `lora.layers` and `lora.formats`.
 """

@@ -236,7 +236,7 @@ class AdapterBank:
         with self._sources("combine", weights) as sources:
             combined = combine_layers(sources, weights, rank)
             saved = saved_tensors(sources, combined)
-            inject(self.model, config_of(combined, list(saved)), start=False, any_rank=True)
+            inject(self.model, config_of(combined, list(saved)), run_init=False, any_rank=True)
             try:
                 fill(self.model, combined, saved)
             finally:

@@ -103,12 +103,12 @@ class DetachedAdapter:
 
     def layers(self) -> dict[str, AdaptedLayer]:
         """Its adapted layers by their paths in the adapted model, beside a model that is plain at the time."""
-        found: dict[str, AdaptedLayer] = {}
+        layers: dict[str, AdaptedLayer] = {}
         for share in self.shares:
-            found |= share.layers
+            layers |= share.layers
             if issubclass(share.grafted, AdaptedLayer):
-                found[share.path] = twin_of(share.module, share)
-        return found
+                layers[share.path] = twin_of(share.module, share)
+        return layers
 
     def nbytes(self) -> int:
         """Bytes of its tensors, each once."""

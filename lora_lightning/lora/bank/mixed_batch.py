@@ -109,7 +109,8 @@ class MixedForward(Grafted):
             raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
         for adapter, rows in groups.items():
             twin = self.lora_twins.get(adapter)
-            if twin is not None and _adds(twin):  # in place: a copy of all rows for each group would cost more than it
+            if twin is not None and _adds_update(twin):
+                # In place: a copy of all rows for each group would cost more than it.
                 _add_update(out, rows, twin, x.index_select(0, rows))
             elif twin is not None:
                 out = out.index_copy(0, rows, twin.forward(x.index_select(0, rows)))
@@ -135,7 +136,7 @@ class MixedForward(Grafted):
         return out
 
 
-def _adds(twin: Grafted) -> bool:
+def _adds_update(twin: Grafted) -> bool:
     """Whether the adapted module gives the plain one's output, which is a tensor of its own, plus an update."""
     has_update = isinstance(twin, (LoRALinear, LoRAConv1D, LoRAConv1d, LoRAConv2d, LoRAConv3d))
     is_outermost = issubclass(type(twin).__bases__[0], Grafted)  # else a subclass goes on with the sum

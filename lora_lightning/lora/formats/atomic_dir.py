@@ -63,7 +63,7 @@ def write_together(directory: Path, files: Mapping[str, Content]) -> None:
 @contextlib.contextmanager
 def _parts(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
     """Every file written beside its place and synced to disk; none of these is left after the block."""
-    parts = {path: _beside(path, "new") for path in files}
+    parts = {path: _hidden_path(path, "new") for path in files}
     try:
         for path, part in parts.items():
             content = files[path]
@@ -80,7 +80,7 @@ def _parts(files: Mapping[Path, Content]) -> Iterator[dict[Path, Path]]:
 
 def _exchange(new: Mapping[Path, Path]) -> None:
     """Move old files or folders away, the last one first, and the new ones in; all the way back where a step fails."""
-    old = {path: _beside(path, "old") for path in new}
+    old = {path: _hidden_path(path, "old") for path in new}
     try:
         for path in reversed(list(new)):
             if path.exists():
@@ -132,7 +132,7 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
             f"'{target}' needs about {human_size(needed)} and '{disk}' has {human_size(free)} free: free some, or name"
             " another --output_dir; nothing was written"
         )
-    aside = _beside(target, "new")
+    aside = _hidden_path(target, "new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir(parents=True)
@@ -140,7 +140,7 @@ def stage_folder(target: Path, needed: int) -> Iterator[Path]:
         _sync(aside)
         _exchange({target: aside})
     except Exception as error:
-        if (cure := _cure(error, target, needed)) is not None:
+        if (cure := _disk_advice(error, target, needed)) is not None:
             raise LoRAError(cure) from error
         raise
     finally:
@@ -171,16 +171,16 @@ def clear_leftovers(target: Path) -> None:
     """
     form = re.compile(rf"\.{re.escape(target.name)}\.{re.escape(_host())}\.(\d+)\.(new|old)\.part")
     for path in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-        found = form.fullmatch(path.name)
-        if found is None or path.is_symlink() or _runs(int(found[1])):
+        parsed = form.fullmatch(path.name)
+        if parsed is None or path.is_symlink() or _runs(int(parsed[1])):
             continue
-        if path.is_dir() and found[2] == "old" and not target.exists():
+        if path.is_dir() and parsed[2] == "old" and not target.exists():
             path.replace(target)
         else:
             _remove(path)
 
 
-def _beside(target: Path, kind: str) -> Path:
+def _hidden_path(target: Path, kind: str) -> Path:
     """A hidden place named after its process and machine: on a shared disk the number alone would not say whose."""
     return target.with_name(f".{target.name}.{_host()}.{os.getpid()}.{kind}.part")
 
@@ -210,10 +210,10 @@ def _free_space(target: Path) -> tuple[int, Path]:
     return shutil.disk_usage(disk).free, disk
 
 
-def _cure(error: Exception, target: Path, needed: int) -> str | None:
+def _disk_advice(error: Exception, target: Path, needed: int) -> str | None:
     """What a disk's error says of `target`, and what to do; None of any other error."""
-    said = RUST.search(str(error))
-    number = error.errno if isinstance(error, OSError) else int(said[1]) if said else None
+    match = RUST.search(str(error))
+    number = error.errno if isinstance(error, OSError) else int(match[1]) if match else None
     if number in (errno.ENOSPC, errno.EDQUOT):
         sizes = f"{human_size(needed)} are needed, {human_size(_free_space(target)[0])} are free now"
         cure = "nothing was written; free some, or name another --output_dir"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import Bias, LoRAConfig
-from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
 from lora_lightning.lora.formats.peft.load import inject_and_fill, refuse_meta, refuse_not_finite
 from lora_lightning.lora.formats.peft.resolve import exact_pattern
 from lora_lightning.lora.formats.provenance import warn_of_no_fingerprint, warn_of_other_base
@@ -123,10 +123,10 @@ def _find_factors(
     modules = dict(named_modules(model))
     names = list(dict.fromkeys(k.rpartition(".")[0] for k in tensors if k.endswith((".lora_A", ".lora_B"))))
     if unknown := [name for name in names if name not in modules]:
-        missing = some([f"'{name}'" for name in unknown], 10)
+        missing = first_few([f"'{name}'" for name in unknown], 10)
         raise AdapterError(f"the model has no module {missing}{did_you_mean(unknown[0], modules)}")
     if lonely := [f"{n}.{x}" for n in names for x in ("lora_A", "lora_B") if f"{n}.{x}" not in tensors]:
-        raise AdapterError(f"the checkpoint lacks {len(lonely)} tensors: {some(lonely, 10)}")
+        raise AdapterError(f"the checkpoint lacks {len(lonely)} tensors: {first_few(lonely, 10)}")
     pairs = {name: (tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"]) for name in names}
     return {name: _factors(name, modules[name], A, B, r, enable_lora) for name, (A, B) in pairs.items()}
 
@@ -228,18 +228,18 @@ def _check_rest(
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}
     if strangers := [key for key in rest if key not in own]:
         hint = did_you_mean(strangers[0], own)
-        raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {some(strangers, 10)}{hint}")
+        raise AdapterError(f"the checkpoint has {len(strangers)} keys left over: {first_few(strangers, 10)}{hint}")
     moved = [key for key, tensor in rest.items() if not _is_same(tensor, own[key])]
     biases = [key for key in moved if key.rpartition(".")[2] == "bias" and isinstance(own[key], nn.Parameter)]
     others = [key for key in moved if key not in biases]
     if others and not allow_other_base:
         raise AdapterError(
-            f"{len(others)} weights in the checkpoint are not this model's: {some(others, 10)}; it was saved in eval()"
-            " mode, in which loralib folds the update into W0, or the base is another, or these were trained too (then"
-            " name them in modules_to_save). Pass allow_other_base=True to put A and B on this model's own weights"
+            f"{len(others)} weights in the checkpoint are not this model's: {first_few(others, 10)}; it was saved in"
+            " eval() mode, in which loralib folds the update into W0, or the base is another, or these were trained too"
+            " (then name them in modules_to_save). Pass allow_other_base=True to put A and B on this model's weights"
         )
     if others:
-        warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {some(others)}")
+        warn_of_other_base(f"{len(others)} weights in the checkpoint are not this model's: {first_few(others)}")
     if any(key not in rest and not any(_is_within(key, name) for name in saved) for key in own):
         warn_of_no_fingerprint()
     if not biases:
@@ -261,7 +261,7 @@ def _our_tensors(model: nn.Module, factors: Mapping[str, Factors], rest: Mapping
         elif key not in ours:
             missing.append(theirs)
     if missing:
-        raise AdapterError(f"the checkpoint lacks {len(missing)} tensors: {some(missing, 10)}")
+        raise AdapterError(f"the checkpoint lacks {len(missing)} tensors: {first_few(missing, 10)}")
     return ours
 
 

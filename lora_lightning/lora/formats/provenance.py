@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, ConfigError, some, warn
+from lora_lightning.lora.errors import AdapterError, ConfigError, first_few, warn
 from lora_lightning.lora.formats.peft.config import CONFIG, HARMLESS, WEIGHTS, shorten
 from lora_lightning.lora.formats.peft.layout import LayerLayout
 from lora_lightning.lora.frozen.fingerprint import FORMAT, Fingerprint, fingerprint, fingerprint_of_tensors
@@ -52,10 +52,10 @@ class Record:
             raise AdapterError(f"{directory / WEIGHTS} was changed since it was saved: export or download it again")
         here = config_digests(config)
         if changed := sorted(n for n in {*here, *self.config} if here.get(n) != self.config.get(n)):
-            fields = some([f"{name[:40]}={shorten(config.get(name))}" for name in changed])
+            fields = first_few([f"{name[:40]}={shorten(config.get(name))}" for name in changed])
             raise AdapterError(
                 f"{directory / CONFIG} was changed since it was saved, in {fields}: put back what it said, or export or"
-                f" download it again; {some(sorted(FREE), 8)} may be changed"
+                f" download it again; {first_few(sorted(FREE), 8)} may be changed"
             )
 
     def for_changed_file(
@@ -196,17 +196,17 @@ def _difference(made_on: Fingerprint, here: Fingerprint, replaced: Collection[st
         return None
     return (
         f"the adapter was made on another base: W0 {made_on.short} there, {here.short} here;"
-        f" {len(names)} of {len(here.tensors.keys() | made_on.tensors)} tensors differ, first {some(names)}"
+        f" {len(names)} of {len(here.tensors.keys() | made_on.tensors)} tensors differ, first {first_few(names)}"
     )
 
 
 def _by_plain_names(made_on: Fingerprint, here: Fingerprint) -> Fingerprint:
     """`made_on` by the names of `here`: of a wrapped model it once noted them with `_orig_mod.` or `module.` inside."""
     plain = {WRAPPERS.sub("", name): name for name in here.tensors}
-    found = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
-    if len({*found.values()}) < len(found):
+    renamed = {n: n if n in here.tensors else plain.get(WRAPPERS.sub("", n), n) for n in made_on.tensors}
+    if len({*renamed.values()}) < len(renamed):
         return made_on
-    return replace(made_on, tensors={found[name]: digest for name, digest in made_on.tensors.items()})
+    return replace(made_on, tensors={renamed[name]: digest for name, digest in made_on.tensors.items()})
 
 
 def warn_of_no_fingerprint() -> None:

@@ -78,17 +78,17 @@ def read_header(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterError(f"{path} is not a whole safetensors file ({error}): export or download it again") from error
     metadata = header.pop("__metadata__", None) or {}
-    found = {}
+    content = {}
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
-        found[key] = Stored(
+        content[key] = Stored(
             dtype=entry["dtype"],
             shape=tuple(entry["shape"]),
             size=last - first,
             file=path.name,
             start=8 + length + first,
         )
-    return found, metadata
+    return content, metadata
 
 
 def read_bytes(path: Path, key: str, start: int, size: int) -> Tensor:
@@ -183,17 +183,22 @@ def write_file(
 ) -> None:
     """Write a safetensors file tensor after tensor, in the order of `entries`; `tensors` gives their bytes.
 
+    Each tensor is let go of before the next one is asked for.
+
     The file is synced to disk before this returns.
     """
     with path.open("wb", buffering=0) as file:
         file.write(file_header(entries, metadata))
-        for (expected, entry), (key, data) in zip(entries.items(), tensors, strict=True):
-            assert key == expected, (key, expected)
-            assert data.numel() == entry.size, key
+        wanted = list(entries)
+        for key, data in tensors:
+            assert key == wanted.pop(0), key
+            assert data.numel() == entries[key].size, key
             view = memoryview(data.numpy())  # type: ignore[arg-type]
             while view.nbytes:
                 view = view[file.write(view) or 0 :]
-            progress(entry.size)
+            progress(entries[key].size)
+            del view, data  # before the next one is made
+        assert not wanted, wanted
         os.fsync(file.fileno())
 
 
@@ -215,18 +220,18 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
         raise AdapterError(f"no file {path}")
     try:
         _check_sums(path)
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn pickle fails in as many ways as there are opcodes
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AdapterError(
             f"{path} is torn or holds more than tensors, and nothing else in it is opened ({reason}): download it"
             f" again, or save its state dict alone, best as safetensors"
         ) from error
-    if isinstance(found, Mapping):
-        found = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
-    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
-        raise AdapterError(f"{path} must hold a state dict, tensors by name, got a {type(found).__name__}")
-    for key, value in found.items():
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in wrappers if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not all(isinstance(key, str) for key in content):
+        raise AdapterError(f"{path} must hold a state dict, tensors by name, got a {type(content).__name__}")
+    for key, value in content.items():
         if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta or value.is_quantized:
             raise AdapterError(
                 f"{path} must hold a state dict of plain tensors, got a {type(value).__name__} under '{key}'"
@@ -235,7 +240,7 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
             raise AdapterError(
                 f"{path} has a tensor of shape {tuple(value.shape)} under '{key}' and few numbers for it"
             )
-    return {key: value.detach() for key, value in found.items()}
+    return {key: value.detach() for key, value in content.items()}
 
 
 def _check_sums(path: Path) -> None:

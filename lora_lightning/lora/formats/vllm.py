@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lora_lightning.lora.errors import AdapterError, some, warn
+from lora_lightning.lora.errors import AdapterError, first_few, warn
 from lora_lightning.lora.formats.peft.layout import LayerLayout
 from lora_lightning.lora.frozen.tensors import named_modules
 from lora_lightning.lora.inject import grafted_modules
@@ -89,9 +89,10 @@ def _refuse(model: nn.Module, layouts: list[LayerLayout]) -> None:
     for kind in sorted(set(kinds.values())):
         what = f"an adapter on {kind}" if kind != LoRALinear.kind else "an adapter in nn.MultiheadAttention"
         reasons[what] = [name for name, k in kinds.items() if k == kind]
-    if found := [f"{what}: {some(names)}" for what, names in reasons.items() if names]:
+    if without := [f"{what}: {first_few(names)}" for what, names in reasons.items() if names]:
         raise AdapterError(
-            f"vLLM takes A and B of linear layers alone and has no form for {'; '.join(found)}: serve the merged model"
+            f"vLLM takes A and B of linear layers alone and has no form for {'; '.join(without)}:"
+            " serve the merged model"
         )
     if not layouts:
         raise AdapterError("nothing to serve: this model has no adapted layer")

@@ -30,7 +30,7 @@ def parse_dtype(name: str) -> torch.dtype | None:
     return None if name == "auto" else getattr(torch, name)  # type: ignore[no-any-return]
 
 
-def short(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16`, for a person."""
     return str(dtype).removeprefix("torch.")
 
@@ -48,7 +48,7 @@ def base_dtypes(model: nn.Module) -> dict[str, int]:
         if quantized is not None and isinstance(place.module, nn.Linear):
             counts[quantized] += place.module.in_features * place.module.out_features
         else:
-            counts[short(place.tensor.dtype)] += place.tensor.numel()
+            counts[dtype_name(place.tensor.dtype)] += place.tensor.numel()
     return dict(counts.most_common())
 
 
@@ -124,7 +124,7 @@ def _set_tensor(place: BaseTensor, value: Tensor) -> None:
 def refuse_dtype(dtype: torch.dtype) -> None:
     """Raise a MergeError for what is no floating-point dtype of at least 16 bits."""
     if not dtype.is_floating_point or dtype.itemsize < 2:
-        raise MergeError(f"a merged model is float32, bfloat16 or float16 (or float64), not {short(dtype)}")
+        raise MergeError(f"a merged model is float32, bfloat16 or float16 (or float64), not {dtype_name(dtype)}")
 
 
 def refuse_wide(model: nn.Module, dtype: torch.dtype) -> None:
@@ -148,4 +148,4 @@ def refuse_overflow(what: str, wide: Tensor, dtype: torch.dtype) -> None:
         return  # the rule, without a second tensor of that size
     if (torch.isinf(wide.to(dtype)) & torch.isfinite(wide)).any():
         way_out = {torch.float16: "float32 or bfloat16", torch.float32: "float64"}.get(dtype, "float32")
-        raise MergeError(f"{what} is larger than {short(dtype)} can hold: merge into {way_out}")
+        raise MergeError(f"{what} is larger than {dtype_name(dtype)} can hold: merge into {way_out}")

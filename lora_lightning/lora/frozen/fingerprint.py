@@ -85,10 +85,10 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         }
 
 
-def fingerprint_of_digests(found: Mapping[str, str]) -> Fingerprint:
+def fingerprint_of_digests(by_name: Mapping[str, str]) -> Fingerprint:
     """The whole's, of tensors whose own digests are known, in the model's order."""
-    whole = "".join(f"{name}={found[name]}\n" for name in sorted(found))
-    return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in found.items()})
+    whole = "".join(f"{name}={by_name[name]}\n" for name in sorted(by_name))
+    return Fingerprint(_sha256(whole.encode()).hex(), {name: digest[:16] for name, digest in by_name.items()})
 
 
 def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]:
@@ -106,19 +106,19 @@ def _digest(tensor: Tensor, pool: Executor) -> tuple[bytes, list[Future[bytes]]]
         return header, pieces
     header = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
     if not tensor.is_contiguous():  # its copy lives in one worker at a time, not all copies at once
-        return header, [pool.submit(_of_pieces, tensor)]
-    return header, [pool.submit(_of_piece, piece) for piece in _pieces(tensor)]
+        return header, [pool.submit(_hash_pieces, tensor)]
+    return header, [pool.submit(_hash_piece, piece) for piece in _pieces(tensor)]
 
 
 def _pieces(tensor: Tensor) -> Sequence[Tensor]:
     return torch.split(tensor.contiguous().reshape(-1).view(torch.uint8), CHUNK) if tensor.numel() else []
 
 
-def _of_pieces(tensor: Tensor) -> bytes:
-    return b"".join(_of_piece(piece) for piece in _pieces(tensor))
+def _hash_pieces(tensor: Tensor) -> bytes:
+    return b"".join(_hash_piece(piece) for piece in _pieces(tensor))
 
 
-def _of_piece(piece: Tensor) -> bytes:
+def _hash_piece(piece: Tensor) -> bytes:
     return _sha256(piece.cpu().numpy().data)
 
 

@@ -72,8 +72,8 @@ def _torchao_weight(module: nn.Module) -> bool:
 
 def scheme(module: nn.Module) -> str | None:
     """The name of a module's quantization, None where its weight is plain."""
-    found = _find(module)
-    return found[0] if found else None
+    library = _find(module)
+    return library[0] if library else None
 
 
 _PACKING, _HELD = "support_avx512bf16_for_cpu", "_lora_packing"
@@ -112,11 +112,11 @@ def _is_4bit(module: nn.Module) -> bool:
 @torch.no_grad()
 def plain_weight(module: nn.Module) -> Tensor:
     """W0 as numbers: the weight itself, or what its quantized form stands for."""
-    found = _find(module)
+    library = _find(module)
     own = module._parameters.get("weight")  # of an adapted attention `.weight` reads as W0 + s B A
     weight = module.weight if own is None else own
     assert isinstance(weight, Tensor)
-    return found[1](module) if found else weight
+    return library[1](module) if library else weight
 
 
 def make_plain(module: nn.Module, weight: Tensor) -> None:

@@ -103,7 +103,7 @@ class Spectrum:
 @torch.no_grad()
 def spectrum(A: Tensor, B: Tensor, scale: float = 1.0) -> Spectrum:
     """The singular value decomposition of `s B A`."""
-    A, B = _double(A), _double(B)
+    A, B = _to_float64(A), _to_float64(B)
     left, upper = torch.linalg.qr(B)
     right, lower = torch.linalg.qr(A.mT)
     u, S, vh = torch.linalg.svd(upper @ lower.mT, full_matrices=False)
@@ -117,13 +117,13 @@ def directions(factor: Tensor) -> tuple[Tensor, Tensor]:
 
     Of `A.T` they are the right singular vectors of A, from which the paper takes its similarities.
     """
-    Q, R = torch.linalg.qr(_double(factor))
+    Q, R = torch.linalg.qr(_to_float64(factor))
     u, S, _ = torch.linalg.svd(R)
     q = _numerical_rank(S, factor.shape[0])
     return Q @ u[:, :q], S[:q]
 
 
-def _double(tensor: Tensor) -> Tensor:
+def _to_float64(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float64)
 
 
@@ -199,7 +199,7 @@ def top_norm(W0: Tensor, r: int) -> float:
     Exact up to a smaller side of 1,024; above by eight subspace iterations (Halko et al. 2009, arXiv 0909.4061), which
     come from below and miss less than a percent. The caller's random state stays.
     """
-    W0 = _double(W0)
+    W0 = _to_float64(W0)
     if min(W0.shape) <= EXACT_SIDE:
         return float(torch.linalg.vector_norm(torch.linalg.svdvals(W0)[:r]))
     with torch.random.fork_rng(devices=[]):

@@ -33,7 +33,7 @@ class Version:
     def fits(self, now: BaseTensor) -> bool:
         """Whether the tensor is what it was; of a large buffer that is another object, nothing can be said."""
         if self.tensor() is now.tensor:
-            return _count(now.tensor) == self.count
+            return count_writes(now.tensor) == self.count
         if self.values is None:
             return not now.is_parameter
         return torch.equal(self.values.to(now.tensor), now.tensor)
@@ -41,12 +41,12 @@ class Version:
 
 def base_versions(model: nn.Module) -> dict[str, Version]:
     """The versions of all of W0's tensors as they are now."""
-    found: dict[str, Version] = {}
+    versions: dict[str, Version] = {}
     for place in iter_base(model):
         small = not place.is_parameter and place.tensor.numel() <= SMALL
         values = place.tensor.detach().clone() if small else None
-        found[place.name] = Version(weakref.ref(place.tensor), _count(place.tensor), values)
-    return found
+        versions[place.name] = Version(weakref.ref(place.tensor), count_writes(place.tensor), values)
+    return versions
 
 
 def refuse_moved(model: nn.Module, before: dict[str, Version]) -> None:
@@ -60,5 +60,6 @@ def refuse_moved(model: nn.Module, before: dict[str, Version]) -> None:
             )
 
 
-def _count(tensor: Tensor) -> int:
+def count_writes(tensor: Tensor) -> int:
+    """How often torch has seen the tensor written into; it has no public name for it."""
     return 0 if tensor.is_inference() else tensor._version

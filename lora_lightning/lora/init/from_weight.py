@@ -6,18 +6,17 @@ Each returns factors (A, B) of a layer with W0 (m, k), rank r and scale s. Where
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from lora_lightning.lora.config import FAST_PISSA
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.layers.functional import wide_dtype
 
 Factors = tuple[Tensor, Tensor]
 
-FAST_PISSA = re.compile(r"pissa_niter_(\d+)")
 DATA_INITS = ("eva", "lora_ga", "loftq")
 """Inits that need more than W0: inputs, gradients, the weights before quantization."""
 

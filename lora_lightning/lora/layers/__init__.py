@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lora_lightning.lora.layers.attention import LoRAMultiheadAttention, LoRAOutProj, OutProj
-from lora_lightning.lora.layers.base import AdaptedLayer, LayerSettings
+from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out, ungraft
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
@@ -40,7 +40,6 @@ __all__ = [
     "KINDS",
     "AdaptedLayer",
     "Grafted",
-    "LayerSettings",
     "LoRAConv1D",
     "LoRAConv1d",
     "LoRAConv2d",

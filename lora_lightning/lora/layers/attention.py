@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.config import LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import Grafted, graft, own_forward_calls_super
 from lora_lightning.lora.layers.functional import block_rows, lora_delta, unblock_rows
 from lora_lightning.lora.layers.linear import LoRALinear

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.config import LayerSettings
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.frozen.quantization import plain_weight, scheme
 from lora_lightning.lora.init import from_weight
@@ -17,29 +18,10 @@ from lora_lightning.lora.init.random import init_random_
 from lora_lightning.lora.layers.class_swap import Grafted, graft
 from lora_lightning.lora.layers.dora import channel_norms, dora_factor, dora_update, rescale
 from lora_lightning.lora.layers.functional import wide_dtype
-from lora_lightning.lora.targets.fused_projections import Slices
 
 WHOLE = slice(None)
 BLOCK = 2**20
 """Numbers of a weight's part: 4 MB of float32, a handful of which stand in memory at a time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerSettings:
-    """One layer's share of the config, resolved."""
-
-    r: int
-    alpha: float
-    scale: float
-    """s in `h = W0 x + s B A x`."""
-    dropout: float
-    init: str
-    use_dora: bool = False
-    lora_bias: bool = False
-    slices: Slices | None = None
-    """The parts of a fused weight that are adapted, each with its own A and B; None adapts it as one."""
-    parameter: str = ""
-    """The parameter that is adapted, where it is no module's `weight`."""
 
 
 class AdaptedLayer(Grafted):

@@ -51,7 +51,7 @@ class Grafted(nn.Module):
         """Start the adapter's tensors anew, from what the module's own tensors are now."""
 
     def rescale_update(self, strength: float, done: set[int]) -> None:
-        """Make each trained W, in place, `W0 + strength (W - W0)`; `inject.scaled` calls it and puts all back.
+        """Make each trained W, in place, `W0 + strength (W - W0)`; `strength.scaled` calls it and puts all back.
 
         Args:
             strength: c, at least 0.

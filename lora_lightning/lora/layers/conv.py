@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.config import LayerSettings
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
 from lora_lightning.lora.layers.functional import conv_delta, conv_update, without_groups
 

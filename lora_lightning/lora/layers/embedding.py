@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lora_lightning.lora.config import LayerSettings
 from lora_lightning.lora.init.random import init_random_
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import own_forward_calls_super
-from lora_lightning.lora.layers.functional import bounded_rows, embedding_update, lora_delta
+from lora_lightning.lora.layers.functional import clip_norms, embedding_update, lora_delta
 
 
 class LoRAEmbedding(AdaptedLayer, nn.Embedding):
@@ -72,9 +73,9 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         assert self.max_norm is not None
         rows = self.weight[ids]
         if not self.lora_enabled:
-            return bounded_rows(rows, self.max_norm, self.norm_type)
+            return clip_norms(rows, self.max_norm, self.norm_type)
         update = self.lora_update(ids, rows.dtype)
-        return bounded_rows(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
+        return clip_norms(rows + update, self.max_norm, self.norm_type) + (update - update.detach())
 
     def draw_factors(self) -> None:
         """A and B change places: A is zero, B is drawn."""

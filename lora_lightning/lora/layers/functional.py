@@ -36,7 +36,7 @@ def lora_delta(A: Tensor, B: Tensor, scale: float, dtype: torch.dtype) -> Tensor
     return (B.to(dtype) @ A.to(dtype)) * scale
 
 
-def moved_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
+def subtracted_factors(A: Tensor, B: Tensor, A0: Tensor, B0: Tensor) -> tuple[Tensor, Tensor]:
     """`B A - B0 A0` as one product of rank 2r: `[B, B - B0] [A - A0; A0]`, exactly 0 at the start.
 
     Returns (2r, k) and (m, 2r).
@@ -120,7 +120,7 @@ def embedding_update(
 
 
 @torch.no_grad()
-def bounded_rows(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
+def clip_norms(rows: Tensor, max_norm: float, norm_type: float) -> Tensor:
     """Rows (..., width) with norms of at most `max_norm`, by the kernel with which `nn.Embedding` rewrites W0."""
     flat = rows.detach().reshape(-1, rows.shape[-1]).clone()
     index = torch.arange(flat.shape[0], device=flat.device)

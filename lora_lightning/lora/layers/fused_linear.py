@@ -252,5 +252,5 @@ def _differentiable_gradients(
         W0 = weight.to(ctx.dtype)
         out = F.linear(cast, W0.t() if ctx.transposed else W0) + lora_update(seen, A_, B_, ctx.scale)
         wanted = [t for t in inputs if t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, g, create_graph=True) if wanted else ())
-    return [next(found) if t.requires_grad else None for t in inputs]
+        gradients = iter(torch.autograd.grad(out, wanted, g, create_graph=True) if wanted else ())
+    return [next(gradients) if t.requires_grad else None for t in inputs]

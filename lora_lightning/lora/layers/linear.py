@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.config import LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import own_class
-from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, moved_factors, unblock_rows
+from lora_lightning.lora.layers.functional import block_rows, lora_delta, lora_update, subtracted_factors, unblock_rows
 from lora_lightning.lora.layers.fused_linear import can_fuse, drops_by_bytes, fused_linear
 from lora_lightning.lora.layers.trained.bias import TrainedBias
 
@@ -101,7 +102,7 @@ class _Projection(AdaptedLayer):
         A, B = self.lora_A, self._all_rows(self.lora_B)
         if self.lora_A0 is None or self.lora_B0 is None:
             return A, B
-        return moved_factors(A, B, self.lora_A0, self._all_rows(self.lora_B0))
+        return subtracted_factors(A, B, self.lora_A0, self._all_rows(self.lora_B0))
 
     def _all_rows(self, B: Tensor) -> Tensor:
         return B if self.lora_settings.slices is None else block_rows(B, self.lora_settings.slices)

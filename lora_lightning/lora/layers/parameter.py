@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer, LayerSettings
+from lora_lightning.lora.config import LayerSettings
+from lora_lightning.lora.layers.base import WHOLE, AdaptedLayer
 from lora_lightning.lora.layers.class_swap import Grafted, graft, ungraft
 from lora_lightning.lora.layers.functional import lora_delta, stack_factors
 

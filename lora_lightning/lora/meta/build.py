@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.lora.meta.checkpoint import INDEX, Checkpoint
 from lora_lightning.lora.meta.key_mapping import WeightFiles, keep_files, names_by_tensor
 
@@ -84,4 +84,4 @@ def _check(model: nn.Module, checkpoint: Checkpoint, path: Path) -> None:
         if key in own and stored[key].shape != tuple(own[key].shape)
     ]
     if problems:
-        raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {some(problems)}")
+        raise LoRAError(f"{path} does not fit {type(model).__name__}: it has {first_few(problems)}")

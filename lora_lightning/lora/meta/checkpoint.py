@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
 from lora_lightning.lora.formats.tensor_files import DTYPES, Stored, read_bytes, read_header
 
 BLOCK = 2**24
@@ -39,17 +39,19 @@ class Checkpoint:
         if self.index is not None:
             names = sorted(set(self.index["weight_map"].values()))
         for name in names or [SINGLE]:
-            found, self.metadata[name] = read_header(directory / name)
-            self._refuse_twice(name, found)
-            self.files[name] = list(found)
-            self.stored |= found
+            pieces, self.metadata[name] = read_header(directory / name)
+            self._refuse_twice(name, pieces)
+            self.files[name] = list(pieces)
+            self.stored |= pieces
         lost = sorted(set(self.index["weight_map"]) - self.stored.keys()) if self.index else []
         if lost:
-            raise LoRAError(f"{directory / INDEX} names tensors that no file holds ({some(lost)}): download it again")
+            raise LoRAError(
+                f"{directory / INDEX} names tensors that no file holds ({first_few(lost)}): download it again"
+            )
 
-    def _refuse_twice(self, file: str, found: Mapping[str, Stored]) -> None:
+    def _refuse_twice(self, file: str, pieces: Mapping[str, Stored]) -> None:
         """Which of two tensors of one name is meant cannot be told: transformers takes the last, an index names one."""
-        for key in found:
+        for key in pieces:
             if key in self.stored:
                 named = f"; {INDEX} names {self.index['weight_map'].get(key, 'neither')}" if self.index else ""
                 raise LoRAError(

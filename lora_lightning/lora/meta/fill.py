@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.lora.meta.checkpoint import Checkpoint
 from lora_lightning.lora.meta.key_mapping import ATTRIBUTE, Base, Group, files_of
 
@@ -57,7 +57,7 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
     if without := [one.names[0] for one in empty if not any(one is found for found in sources.values())]:
         raise LoRAError(
             f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
-            f" on the meta device: {some(without)}"
+            f" on the meta device: {first_few(without)}"
         )
     groups = _by_group(base, sources)
     made = [filled for group, wanted in groups for filled in _read(base, group, wanted, device)]

@@ -20,7 +20,13 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name
 from lora_lightning.lora.init.from_data import refuse_data
 from lora_lightning.lora.init.from_weight import is_from_weight
 from lora_lightning.lora.inject import adapted_layers, grafted_modules, inject, remove
-from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
+from lora_lightning.lora.layers import (
+    AdaptedLayer,
+    Grafted,
+    SavedCopy,
+    TokenRows,
+    TrainedBias,
+)
 from lora_lightning.lora.meta.build import builds_bare
 from lora_lightning.lora.meta.key_mapping import files_of
 from lora_lightning.lora.report import InjectionReport
@@ -30,7 +36,7 @@ OF_W0 = ("lora_A0", "lora_B0")
 
 
 @contextmanager
-def present(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+def hold_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
     """Within the block, `model` holds these tensors under these names, in place of those on the meta device."""
     places = {name: place_of(model, name) for name in tensors}
     before = {name: store[own] for name, (store, own) in places.items()}
@@ -84,7 +90,7 @@ def make_adapter_real(model: nn.Module) -> None:
         store[name] = real[id(tensor)]
 
 
-def inject_anywhere(model: nn.Module, config: LoRAConfig, *, start: bool = True) -> InjectionReport:
+def inject_anywhere(model: nn.Module, config: LoRAConfig, *, run_init: bool = True) -> InjectionReport:
     """`inject`, also into a model whose weights are on the meta device and lie in files that it knows.
 
     The adapter is real and complete at once: A is drawn from torch's generator in the same order, and what follows from
@@ -94,17 +100,19 @@ def inject_anywhere(model: nn.Module, config: LoRAConfig, *, start: bool = True)
     """
     files = files_of(model)
     if files is None:
-        return inject(model, config, start=start and not builds_bare())
-    if start:
+        return inject(model, config, run_init=run_init and not builds_bare())
+    if run_init:
         refuse_data(config.init, None)
     read = files.reader(model)
-    report = inject(model, config, start=False)
+    report = inject(model, config, run_init=False)
     try:
         make_adapter_real(model)
         layers = {layer.lora_name(path): (path, layer) for path, layer in adapted_layers(model)}
         others = [(path, module) for path, module in grafted_modules(model) if not isinstance(module, AdaptedLayer)]
         for path, module in [*(layers[row.module] for row in report.modules), *others]:  # in the order of `inject`
-            with present(model, {name: _needed(read, name) for name in _names_to_start(model, path, module)}):
+            with hold_tensors(
+                model, {name: _require_tensor(read, name) for name in _names_to_start(model, path, module)}
+            ):
                 module.reset_lora_parameters()
     except BaseException:
         remove(model)
@@ -127,8 +135,8 @@ def _names_to_start(model: nn.Module, path: str, module: Grafted) -> list[str]:
     return [name for name in names if (place := place_of(model, name))[0][place[1]].is_meta]
 
 
-def _needed(read: Read, name: str) -> Tensor:
-    found = read(name)
-    if found is None:
+def _require_tensor(read: Read, name: str) -> Tensor:
+    value = read(name)
+    if value is None:
         raise LoRAError(f"'{name}' is on the meta device, and the model's files have no values for it")
-    return found
+    return value

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import AdapterError, LoRAError, some
+from lora_lightning.lora.errors import AdapterError, LoRAError, first_few
 from lora_lightning.lora.formats.provenance import warn_of_other_base
 from lora_lightning.lora.frozen.fingerprint import fingerprint_of_tensors
 from lora_lightning.lora.frozen.tied_weights import shared_parameters
@@ -41,7 +41,7 @@ GroupsOf = Callable[..., list[Group]]
 """A function of (model, checkpoint), by its import path so that a model can be pickled."""
 
 
-def alone(key: str, name: str) -> Group:
+def single_group(key: str, name: str) -> Group:
     """A tensor that the files hold as the model does."""
     return Group(
         stored=(key,),
@@ -130,7 +130,7 @@ class Base:
 def by_name(model: nn.Module, checkpoint: Checkpoint) -> list[Group]:
     """The files' tensors have the model's own names."""
     state = model.state_dict()
-    return [alone(key, key) for key in checkpoint.stored if key in state]
+    return [single_group(key, key) for key in checkpoint.stored if key in state]
 
 
 class WeightFiles:
@@ -201,7 +201,7 @@ class BaseCheck:
             tied = [n for n in self.base.ties.get(name, [name]) if n == name or n not in self.base.of_name]
             asked = [n for n in tied if n in self.expected]
             self.seen |= dict.fromkeys([name, *tied], True)
-            if asked and not self._is(tensor, {self.expected[n] for n in asked}):
+            if asked and not self._has_digest(tensor, {self.expected[n] for n in asked}):
                 self.different += asked
 
     def refuse(self, *, whole: bool) -> None:
@@ -218,16 +218,16 @@ class BaseCheck:
         if not different:
             return
         self.is_the_base = False
-        told = (
+        message = (
             f"the adapter was made on another base: {len(different)} of {len(self.expected)} tensors differ, first"
-            f" {some(different)}"
+            f" {first_few(different)}"
         )
         if not self.allow_other_base:
-            raise AdapterError(f"{told}. Name the base that it was made on, or allow another: allow_other_base")
+            raise AdapterError(f"{message}. Name the base that it was made on, or allow another: allow_other_base")
         if whole:
-            warn_of_other_base(told)
+            warn_of_other_base(message)
 
-    def _is(self, tensor: Tensor, digests: set[str]) -> bool:
+    def _has_digest(self, tensor: Tensor, digests: set[str]) -> bool:
         """Whether the tensor, in its own dtype or as the adapter's base was loaded in another, has these digests."""
         own = [tensor.dtype]
         if tensor.is_floating_point():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_lightning.lora.errors import LoRAError, MergeError, some
+from lora_lightning.lora.errors import LoRAError, MergeError, first_few
 from lora_lightning.lora.formats.peft.load import AdapterFiles, load_files
 from lora_lightning.lora.formats.peft.resolve import Read
 from lora_lightning.lora.formats.provenance import Record, check_base
@@ -23,15 +23,10 @@ from lora_lightning.lora.frozen.tensors import full_name
 from lora_lightning.lora.frozen.tied_weights import shared_parameters, untie_config, untied_since
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias
-from lora_lightning.lora.merge import fold, refuse, refuse_codes
+from lora_lightning.lora.merge import fold
+from lora_lightning.lora.merge_refusals import refuse, refuse_codes
 from lora_lightning.lora.meta.checkpoint import Checkpoint
-from lora_lightning.lora.meta.inject import (
-    adapted_names,
-    make_adapter_real,
-    place_of,
-    present,
-    start_from_present,
-)
+from lora_lightning.lora.meta.inject import adapted_names, hold_tensors, make_adapter_real, place_of, start_from_present
 from lora_lightning.lora.meta.key_mapping import Base, BaseCheck, Group, names_by_tensor
 
 
@@ -90,12 +85,12 @@ class StreamedMerge:
             self.base.part_unequal(one)
         options: dict[str, Any] = {"allow_other_base": allow_other_base, "alphas": alphas}
         load_files(model, adapter, read=self.base, make_real=make_adapter_real, **options)
-        self.check = self._check_of(adapter.record, allow_other_base=allow_other_base)
+        self.check = self._base_check(adapter.record, allow_other_base=allow_other_base)
         self.changes = Changes(model, self.base, dtype)
-        self.untied = part_as_merged(self.plain, self.changes.parts)
+        self.untied = apply_ties(self.plain, self.changes.parts)
         self._plan()
 
-    def _check_of(self, record: Record | None, *, allow_other_base: bool) -> BaseCheck | None:
+    def _base_check(self, record: Record | None, *, allow_other_base: bool) -> BaseCheck | None:
         """What compares the base with the adapter's record of it; None, with a notice, where that cannot be done."""
         if record is None:
             check_base(None, self.plain, allow_other_base=allow_other_base)
@@ -122,12 +117,12 @@ class StreamedMerge:
         if missing:
             raise LoRAError(
                 f"the base's files have no values for {len(missing)} tensors of {type(self.plain).__name__}, and the"
-                f" adapter brings none: {some(missing)}"
+                f" adapter brings none: {first_few(missing)}"
             )
         self.base.refuse_other_shapes(state, brought=self.changed.keys())
         files = {file: {key: self._header(key, state) for key in keys} for file, keys in self.checkpoint.files.items()}
         last = list(files)[-1]
-        files[last] |= {name: self._sized(state[name].dtype, tuple(state[name].shape)) for name in self.new}
+        files[last] |= {name: self._stored_size(state[name].dtype, tuple(state[name].shape)) for name in self.new}
         self.files = {file: sort_entries(entries) for file, entries in files.items()}
         groups = {id(group): group for group in self.base.of_name.values()}.values()
         written = [name for group in groups if self._is_changed(group) for name in group.names] + self.new
@@ -170,13 +165,13 @@ class StreamedMerge:
         if own is None:
             return Stored(dtype=at.dtype, shape=at.shape, size=at.size)
         alone = len(names) == 1 and len(self.base.of_key[key].stored) == 1 and names[0] in self.changed
-        return self._sized(own, tuple(state[names[0]].shape) if alone else at.shape)
+        return self._stored_size(own, tuple(state[names[0]].shape) if alone else at.shape)
 
-    def _sized(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
-        dtype = self._rounded(dtype)
+    def _stored_size(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Stored:
+        dtype = self._target_dtype(dtype)
         return Stored(dtype=NAMES[dtype], shape=shape, size=torch.Size(shape).numel() * dtype.itemsize)
 
-    def _rounded(self, dtype: torch.dtype) -> torch.dtype:
+    def _target_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
     def _names(self, key: str) -> tuple[str, ...]:
@@ -193,6 +188,7 @@ class StreamedMerge:
                 refuse_overflow(f"'{key}'", data, DTYPES[entry.dtype])
                 data = as_bytes(data.to(DTYPES[entry.dtype]))
             yield key, data
+            del data
 
     def _tensor(self, key: str) -> Tensor:
         """What is written for a key; as bytes where it is copied."""
@@ -205,7 +201,7 @@ class StreamedMerge:
             dtype = DTYPES.get(self.checkpoint.stored[key].dtype)
             if group is not None and self.base.has(group) and len(group.stored) == 1:
                 return group.store(self.base.load(group))[key]
-            same = dtype is None or self._rounded(dtype) == dtype
+            same = dtype is None or self._target_dtype(dtype) == dtype
             return self.checkpoint.read_bytes(key) if same else self.checkpoint.read(key)
         if key not in self.waiting:
             self.waiting |= group.store({name: self._value(name) for name in group.names})
@@ -273,7 +269,7 @@ class Changes:
         """What a merge makes of a module's tensors of these names, with its W0 put in for the moment."""
         weights = adapted_names(path, module).values() if isinstance(module, AdaptedLayer) else ()
         W0 = {name: self._must_read(name, wide=name not in weights) for name in names}
-        with present(self.model, W0):
+        with hold_tensors(self.model, W0):
             if isinstance(module, AdaptedLayer):
                 refuse_codes(module.lora_name(path), module)
                 start_from_present(module)
@@ -291,7 +287,7 @@ class Changes:
         return tensor.to(torch.promote_types(tensor.dtype, self.dtype)) if wide and self.dtype else tensor
 
 
-def part_as_merged(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]:
+def apply_ties(plain: nn.Module, parts: Mapping[str, Hashable]) -> list[str]:
     """Give a plain model on the meta device the ties that the merged one has, and its config; returns what it untied.
 
     `parts` as in `Changes`: as in `merge`, what is adapted or brought whole no longer shares its tensor.

@@ -20,21 +20,21 @@ def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
     A block has children with parameters: a list of plain layers has none. Where blocks hold lists of blocks, as a
     mixture's layers hold experts, the outer ones count; stages, each of another width, are looked into.
     """
-    found: dict[str, nn.Module] = {}
-    _search(model, "", found)
-    return found
+    by_path: dict[str, nn.Module] = {}
+    _search(model, "", by_path)
+    return by_path
 
 
-def _search(module: nn.Module, path: str, found: dict[str, nn.Module]) -> None:
+def _search(module: nn.Module, path: str, by_path: dict[str, nn.Module]) -> None:
     blocks = _candidates(module)
     for name, child in module._modules.items():
         if child is None or name == COPY:
             continue
-        inner, before = f"{path}.{name}".removeprefix("."), len(found)
+        inner, before = f"{path}.{name}".removeprefix("."), len(by_path)
         if name not in blocks or not _is_repeated(child, blocks):
-            _search(child, inner, found)
-        if name in blocks and len(found) == before:  # a stage without blocks of its own is one
-            found[inner] = child
+            _search(child, inner, by_path)
+        if name in blocks and len(by_path) == before:  # a stage without blocks of its own is one
+            by_path[inner] = child
 
 
 def _candidates(parent: nn.Module) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
     A transformers or timm model is asked. Otherwise it is the top-level module with a name from
     `HEAD_NAMES` that holds the last linear layer, else that layer itself unless it belongs to a repeated block.
     """
-    asked = _ask(model)
+    asked = _declared_head(model)
     if asked is not None:
         return tuple(name for name, module in named_modules(model) if any(module is head for head in asked))
     named = tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
@@ -36,7 +36,7 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
     return _last_linear(linears)
 
 
-def _ask(model: nn.Module) -> list[nn.Module] | None:
+def _declared_head(model: nn.Module) -> list[nn.Module] | None:
     """What the model itself says, through the getters that transformers and timm define."""
     if is_a(model, HF_MODEL):
         embeddings = model.get_output_embeddings()  # type: ignore[operator]

@@ -29,14 +29,17 @@ def matches_any(pattern: str | list[str], names: list[str]) -> list[str]:
     return [hit for hit in hits if hit is not None]
 
 
-def regex_refusal(pattern: str) -> str | None:
+def regex_refusal(pattern: str, *, is_end: bool = True) -> str | None:
     """Why `pattern` cannot be used as a regular expression, None where it can.
 
-    It must also compile inside the group that PEFT puts around it, which `a)|(b` and flags for the whole do not.
+    Args:
+        is_end: it selects by dotted ends too, so that it must also compile inside the group that PEFT and we put
+            around it, which `a)|(b` and flags for the whole, such as `(?i)a`, do not.
     """
     try:
         re.compile(pattern)
-        re.compile(rf"(.*\.)?({pattern})$")
+        if is_end:
+            re.compile(rf"(.*\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         return f"is not a regular expression ({str(error)[:80]})"
     return None
@@ -54,10 +57,10 @@ def block_number(name: str) -> int | None:
 
 def has_match(patterns: Iterable[str], names: list[str]) -> bool:
     """Whether one of the patterns matches one of the names, see `_hits`."""
-    return any(_hits(pattern, names) for pattern in patterns)
+    return any(_matches_end(pattern, names) for pattern in patterns)
 
 
-def _hits(pattern: str, names: list[str]) -> bool:
+def _matches_end(pattern: str, names: list[str]) -> bool:
     """PEFT's rule for rank and alpha patterns: a regex on the whole name or on a dotted end of it."""
     return any(pattern == name or re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names)
 
@@ -66,10 +69,10 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
     """The value of the longest pattern that matches: no order of keys can change it."""
     if not patterns:
         return default
-    found = [p for p in patterns if _hits(p, names)]
-    if not found:
+    matching = [p for p in patterns if _matches_end(p, names)]
+    if not matching:
         return default
-    hits = sorted(found, key=lambda p: (p in names, len(p)), reverse=True)
+    hits = sorted(matching, key=lambda p: (p in names, len(p)), reverse=True)
     rivals = [p for p in hits if (p in names, len(p)) == (hits[0] in names, len(hits[0]))]
     if any(patterns[p] != patterns[hits[0]] for p in rivals):
         raise TargetError(
@@ -82,7 +85,7 @@ def by_pattern(field_name: str, patterns: dict[str, Value], names: list[str], de
 def refuse_unused(field_name: str, patterns: Iterable[str], selected: list[list[str]]) -> None:
     """Raise for a pattern that matches none of the selected names."""
     for pattern in patterns:
-        if not any(_hits(pattern, group) for group in selected):
+        if not any(_matches_end(pattern, group) for group in selected):
             raise TargetError(no_match(field_name, pattern, all_names(selected), what="adapted module"))
 
 

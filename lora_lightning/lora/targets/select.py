@@ -11,12 +11,12 @@ from difflib import get_close_matches
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lora_lightning.lora.config import ALL_LINEAR, LoRAConfig
+from lora_lightning.lora.config import ALL_LINEAR, LayerSettings, LoRAConfig
 from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modules
 from lora_lightning.lora.init import from_weight as inits
-from lora_lightning.lora.layers import AdaptedLayer, LayerSettings, LoRAParameter, kind_of
+from lora_lightning.lora.layers import AdaptedLayer, LoRAParameter, kind_of
 from lora_lightning.lora.report import OUTPUT_HEAD, STACK
 from lora_lightning.lora.targets.bypass import bypassed_modules, parametrized_modules
 from lora_lightning.lora.targets.fused_projections import SliceSpec, resolve_slices
@@ -388,13 +388,13 @@ def _refuse_ranks(targets: list[Target]) -> None:
     narrow = [t for t in targets if t.settings.r > largest[t.name]]
     if not narrow:
         return
-    ends = _ends([t.name for t in narrow], largest)
+    ends = _shortest_ends([t.name for t in narrow], largest)
     # Keys of rank_pattern are regular expressions.
     ranks = {".".join(map(re.escape, e.split("."))): min(largest[n] for n in names) for e, names in ends.items()}
     name = narrow[0].name
     raise TargetError(
         f"r={narrow[0].settings.r} is larger than the layer '{name}' allows ({largest[name]}, the smaller side of its"
-        f" weight){_and_more(len(narrow))}: lower r, or add rank_pattern={json.dumps(ranks)}, or add"
+        f" weight){_count_rest(len(narrow))}: lower r, or add rank_pattern={json.dumps(ranks)}, or add"
         f" exclude_modules={json.dumps(list(ends))}"
     )
 
@@ -403,18 +403,18 @@ def _refuse_lost_biases(targets: list[Target]) -> None:
     """Raise a TargetError where B's bias would have no bias to be merged into."""
     biasless = [t.name for t in targets if t.settings.lora_bias and t.module._parameters.get("bias") is None]
     if biasless:
-        ends = _ends(biasless, [t.name for t in targets])
+        ends = _shortest_ends(biasless, [t.name for t in targets])
         raise TargetError(
-            f"lora_bias: '{biasless[0]}' has no bias for a merge to add B's to{_and_more(len(biasless))}: add"
+            f"lora_bias: '{biasless[0]}' has no bias for a merge to add B's to{_count_rest(len(biasless))}: add"
             f" exclude_modules={json.dumps(list(ends))}, or set lora_bias=False"
         )
 
 
-def _and_more(count: int) -> str:
+def _count_rest(count: int) -> str:
     return f", nor do {count - 1} more" if count > 1 else ""
 
 
-def _ends(names: list[str], selected: Iterable[str]) -> dict[str, list[str]]:
+def _shortest_ends(names: list[str], selected: Iterable[str]) -> dict[str, list[str]]:
     """The shortest ends of names that select `names` and nothing else of what is selected, with what each selects."""
     others = set(selected) - set(names)
     ends: dict[str, list[str]] = {}

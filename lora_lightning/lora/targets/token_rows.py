@@ -35,14 +35,14 @@ def token_targets(
     if isinstance(wanted, dict):
         found = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
     else:
-        found = [(_input(model, names), wanted)]
+        found = [(_input_embedding(model, names), wanted)]
     targets = []
     for module, tokens in found:
         name, numbers = names[module][0], [_number(model, token) for token in tokens]
         if reason := token_refusal(module, numbers):
             raise TargetError(f"trainable_token_indices: '{name}' {reason}")
         assert isinstance(module, nn.Embedding)
-        targets.append(TokenTarget(name, module, sorted(numbers), _tied(name, module, names)))
+        targets.append(TokenTarget(name, module, sorted(numbers), _tied_modules(name, module, names)))
     return targets
 
 
@@ -68,7 +68,7 @@ def _by_name(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
     raise TargetError(f"trainable_token_indices: no module matches '{entry}'{did_you_mean(entry, embeddings)}")
 
 
-def _input(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
+def _input_embedding(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
     asked = input_embedding(model)
     if asked is not None:
         return asked
@@ -82,7 +82,7 @@ def _input(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
     )
 
 
-def _tied(name: str, module: nn.Embedding, names: dict[nn.Module, list[str]]) -> list[nn.Module]:
+def _tied_modules(name: str, module: nn.Embedding, names: dict[nn.Module, list[str]]) -> list[nn.Module]:
     tied = [m for m in names if m is not module and any(p is module.weight for p in m._parameters.values())]
     for other in tied:
         follows = isinstance(other, nn.Linear) or (isinstance(other, nn.Embedding) and token_refusal(other, []) is None)

@@ -82,7 +82,7 @@ def terms_of(backbone: Any, head: nn.Module, inputs: Mapping[str, Any]) -> Terms
         return None
     # To divide, bound and multiply rounds three times; Mamba gives float32 whatever its weights are.
     tolerance = 4 * max(torch.finfo(dtype).eps for dtype in (raw.dtype, logits.dtype))
-    for terms in _declared(backbone):
+    for terms in _candidates(backbone):
         ours = with_terms(raw.double(), terms)
         if float((ours - logits.double()).abs().max()) <= tolerance * float(ours.abs().max()):
             return terms
@@ -95,12 +95,12 @@ def _loudness(head: nn.Module, last: Tensor) -> float:
     return min(LOUD / logit, LARGEST / value) if logit > 0 and value > 0 else 1.0
 
 
-def declared_terms(backbone: Any) -> Terms:
+def terms_of_config(backbone: Any) -> Terms:
     """The bound and scale that its config has, unproven."""
-    return _declared(backbone)[0]
+    return _candidates(backbone)[0]
 
 
-def _declared(backbone: Any) -> list[Terms]:
+def _candidates(backbone: Any) -> list[Terms]:
     """What transformers' configs call bounds and scales, and neither."""
     config = backbone.config.get_text_config().to_dict()
     divisor = config.get("logits_scaling")  # Granite divides by it, others multiply

@@ -77,7 +77,7 @@ def _loss_and_correct(
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias)):
             loss, correct = _GradientInForward.apply(hidden, weight, bias, labels, terms)  # type: ignore[no-untyped-call]
             return loss, correct
-        loss, correct, *_ = chunked(hidden, weight, bias, labels, terms, (False, False, False))
+        loss, correct, *_ = loss_in_chunks(hidden, weight, bias, labels, terms, (False, False, False))
         return loss, correct
 
 
@@ -89,7 +89,7 @@ class _GradientInForward(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms
     ) -> tuple[Tensor, Tensor]:
         wanted = tuple(ctx.needs_input_grad[:3])
-        loss, correct, *gradients = chunked(hidden, weight, bias, labels, terms, wanted)
+        loss, correct, *gradients = loss_in_chunks(hidden, weight, bias, labels, terms, wanted)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -102,7 +102,7 @@ class _GradientInForward(torch.autograd.Function):
         return (*own, None, None)
 
 
-def chunked(
+def loss_in_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, terms: Terms, wanted: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Loss, number correct, and the gradients `wanted` of hidden, weight and bias, summed in float32 or wider."""

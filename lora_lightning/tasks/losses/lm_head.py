@@ -26,7 +26,7 @@ from lora_lightning.lora.layers.tracing import is_traced
 from lora_lightning.lora.layers.trained.module_copy import hooks_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 from lora_lightning.tasks.base import logits_of
-from lora_lightning.tasks.losses.head_probe import declared_terms, one_position, terms_of
+from lora_lightning.tasks.losses.head_probe import one_position, terms_of, terms_of_config
 from lora_lightning.tasks.losses.linear_cross_entropy import in_chunks, linear_cross_entropy
 from lora_lightning.tasks.losses.token_loss import IGNORED, LinearCrossEntropy, Terms, cross_entropy_of_logits
 
@@ -52,17 +52,17 @@ def shifted_loss(
     Raises:
         LoRAError: nothing is trained on though gradients are wanted; or labels do not fit.
     """
-    return aligned_loss(backbone, inputs, shifted(labels), label_smoothing=label_smoothing)
+    return aligned_loss(backbone, inputs, shift_labels(labels), label_smoothing=label_smoothing)
 
 
 def shifted_losses(backbone: nn.Module, inputs: Mapping[str, Any], labels: Tensor) -> list[LinearCrossEntropy]:
-    """The same for each row by itself, from one forward."""
-    labels = shifted(labels)
+    """Return `shifted_loss` of each row by itself, from one forward."""
+    labels = shift_labels(labels)
     return _losses(backbone, inputs, [(slice(i, i + 1), labels[i : i + 1]) for i in range(len(labels))], 0.0)
 
 
-def shifted(labels: Tensor) -> Tensor:
-    """Labels (b, t) to those of the outputs: position t has the label of t + 1, and the last none.
+def shift_labels(labels: Tensor) -> Tensor:
+    """Shift labels (b, t) to the outputs' places: position t gets the label of t + 1, and the last none.
 
     Raises:
         LoRAError: they are not one for each token.
@@ -108,7 +108,7 @@ def _warn_of_router_loss(backbone: nn.Module) -> None:
 
 
 def _of_logits(logits: Tensor, labels: Tensor, label_smoothing: float) -> LinearCrossEntropy:
-    rows = _trained("logits", logits, labels)
+    rows = _trained_rows("logits", logits, labels)
     return cross_entropy_of_logits(logits[rows], labels.to(logits.device)[rows], Terms(label_smoothing))
 
 
@@ -134,7 +134,7 @@ def before_head(backbone: nn.Module, inputs: Mapping[str, Any]) -> BeforeHead | 
 
 
 def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: int, terms: Terms) -> LinearCrossEntropy:
-    rows, labels = _trained("hidden states", hidden, labels), labels.to(hidden.device)
+    rows, labels = _trained_rows("hidden states", hidden, labels), labels.to(hidden.device)
     if not _is_one_product(head, hidden):
         parts = in_chunks(head, hidden[rows], labels[rows], vocabulary, partial(cross_entropy_of_logits, terms=terms))
         loss, correct = torch.stack([part.loss for part in parts]), torch.stack([part.correct for part in parts])
@@ -152,8 +152,8 @@ def _through_head(head: nn.Module, hidden: Tensor, labels: Tensor, vocabulary: i
     )
 
 
-def _trained(what: str, given: Tensor, labels: Tensor) -> Tensor:
-    """Where labels count, on the device of what was `given` for them."""
+def _trained_rows(what: str, given: Tensor, labels: Tensor) -> Tensor:
+    """Return where labels count, on the device of what was `given` for them."""
     if given.dim() != 3 or given.shape[:2] != labels.shape:
         raise LoRAError(
             f"labels {tuple(labels.shape)} need one row of {what} each, got {tuple(given.shape)}: inputs and labels"
@@ -168,7 +168,7 @@ def _head_and_terms(backbone: nn.Module, inputs: Mapping[str, Any]) -> tuple[nn.
     if why is None:
         head = _head(backbone)
         if backbone not in _FOUND:
-            _FOUND[backbone] = declared_terms(backbone) if is_traced() else terms_of(backbone, head, inputs)
+            _FOUND[backbone] = terms_of_config(backbone) if is_traced() else terms_of(backbone, head, inputs)
         terms = _FOUND[backbone]
         if terms is not None:
             return head, terms

@@ -29,7 +29,7 @@ OF_MEANS = ("ipo", "simpo", "orpo")
 
 
 class PreferenceTerms(NamedTuple):
-    """What the losses are made of, checked by `checked_terms`."""
+    """What the losses are made of; `check_terms` checks it."""
 
     loss: PreferenceLoss
     beta: float
@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
     """(n,): of the rejected."""
 
 
-def checked_terms(terms: PreferenceTerms) -> PreferenceTerms:
+def check_terms(terms: PreferenceTerms) -> PreferenceTerms:
     """The terms, or a LoRAError that names the one that means nothing."""
     known = get_args(PreferenceLoss)
     if terms.loss not in known:

@@ -97,13 +97,13 @@ def count_entities(predictions: Tensor, targets: Tensor, tagging: Tagging) -> tu
 
     One is found where kind, first and last word are right. Words whose target is -100 are left out.
     """
-    found = predicted = actual = 0
+    correct = predicted = actual = 0
     for guessed, true in zip(predictions.tolist(), targets.tolist(), strict=True):
         words = [i for i, label in enumerate(true) if label != IGNORED]
         guesses, truths = (set(tagging.spans([labels[i] for i in words])) for labels in (guessed, true))
-        found += len(guesses & truths)
+        correct += len(guesses & truths)
         predicted, actual = predicted + len(guesses), actual + len(truths)
-    return found, predicted, actual
+    return correct, predicted, actual
 
 
 class EntityMetric(Metric):
@@ -130,8 +130,8 @@ class EntityMetric(Metric):
 
     def update(self, predictions: Tensor, targets: Tensor) -> None:
         """Count sentences (n, t) of label numbers in; -100 among the targets is left out."""
-        found, predicted, actual = count_entities(predictions, targets, self.tagging)
-        self.found += found
+        correct, predicted, actual = count_entities(predictions, targets, self.tagging)
+        self.found += correct
         self.predicted += predicted
         self.actual += actual
 

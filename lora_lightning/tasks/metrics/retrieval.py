@@ -101,7 +101,7 @@ class Retrieval(Metric):
         """The figure, a scalar."""
         anchors, positives = dim_zero_cat(self.anchors), dim_zero_cat(self.candidates)
         candidates = torch.cat([positives, *_all(self.extra)])
-        groups = singled(torch.cat([dim_zero_cat(self.groups), *_all(self.extra_groups)]))
+        groups = number_singles(torch.cat([dim_zero_cat(self.groups), *_all(self.extra_groups)]))
         every = torch.arange(len(anchors), device=anchors.device)
         if self.figure == "loss":
             losses = _in_parts(lambda a, own: info_nce(a, candidates, own, groups), anchors, every)
@@ -110,14 +110,14 @@ class Retrieval(Metric):
                 other = _in_parts(lambda p, own: info_nce(p, anchors, own, back), positives, every)
                 losses = (losses + other) / 2
             return losses.mean()
-        found = _in_parts(lambda a, own: ranks(a, candidates, own, groups), anchors, every)
+        ranked = _in_parts(lambda a, own: ranks(a, candidates, own, groups), anchors, every)
         if self.figure == "mrr":
-            return found.reciprocal().mean()
-        return (found <= int(self.figure.partition("@")[2])).to(found.dtype).mean()
+            return ranked.reciprocal().mean()
+        return (ranked <= int(self.figure.partition("@")[2])).to(ranked.dtype).mean()
 
 
-def singled(groups: Tensor) -> Tensor:
-    """With a number of its own for each -1."""
+def number_singles(groups: Tensor) -> Tensor:
+    """Give each -1 a group number of its own."""
     alone = groups < 0
     own = groups.max().clamp(min=-1) + 1 + alone.cumsum(0)
     return torch.where(alone, own, groups)

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from lora_lightning.lora.errors import LoRAError
@@ -63,7 +62,7 @@ class Recomputation:
         cls, forward = self._forwards.get(name, (None, None))
         if forward is None or cls is not type(block) or "forward" in vars(block):
             _refuse_moving_statistics(name, block)
-            forward = _recomputed(block.forward)
+            forward = _recompute(block.forward)
             self._forwards[name] = type(block), forward
         return forward
 
@@ -72,7 +71,7 @@ class Recomputation:
         return {**self.__dict__, "_forwards": {}}
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _recompute(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -109,7 +108,7 @@ def _refuse_moving_statistics(name: str, block: nn.Module) -> None:
     """A batch norm that trains would count each batch twice."""
     for inner, module in block.named_modules():
         if (
-            isinstance(module, _BatchNorm)
+            isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm)
             and not isinstance(module, FrozenStatistics)
             and module.running_mean is not None
             and module.training

@@ -69,12 +69,16 @@ class Compilation:
         if not self._compiled:
             self._compile()
         try:
-            for module, call in self._compiled:
-                module._compiled_call_impl = call
+            self._set_calls(self._compiled)
             yield
         finally:
-            for module, _ in self._compiled:
-                module._compiled_call_impl = None
+            self._set_calls([(module, None) for module, _ in self._compiled])
+
+    @staticmethod
+    def _set_calls(calls: list[tuple[nn.Module, Any]]) -> None:
+        """Put a compiled call, or none, into each module; `nn.Module.compile` has no way back."""
+        for module, call in calls:
+            module._compiled_call_impl = call
 
     def _compile(self) -> None:
         for module in parts_to_compile(self.backbone):

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from lora_lightning.lora.frozen.version_check import count_writes
+
 SMALL = 2**20
 """Bytes below which a tensor stays on its device."""
 
@@ -50,7 +52,7 @@ class Offload:
 
     def __init__(self, model: nn.Module, small: int = SMALL, stays_on: tuple[str, ...] = ("cpu", "meta")) -> None:
         self.model, self.small, self.stays_on = model, small, stays_on
-        self._said = False
+        self._has_warned = False
         self.moved = 0
         """Bytes that the last forward moved."""
 
@@ -58,13 +60,13 @@ class Offload:
     def on(self) -> Iterator[None]:
         """Within the block, what operations save for backward is moved; nothing where the model itself is there."""
         if all(p.device.type in self.stays_on for p in self.model.parameters()):
-            if not self._said:
-                self._said = True
+            if not self._has_warned:
+                self._has_warned = True
                 rank_zero_info("offload_activations: this run is on a CPU already, so that nothing has to be moved")
             yield
             return
         own = (*self.model.parameters(), *self.model.buffers())
-        weights = {tensor.untyped_storage().data_ptr() for tensor in own if _plain(tensor)}
+        weights = {tensor.untyped_storage().data_ptr() for tensor in own if _is_plain(tensor)}
         # By the tensor's identity: the reference says whether it is still the same one.
         seen: dict[int, tuple[weakref.ref[Tensor], int, Waiting]] = {}
         self.moved = 0
@@ -73,10 +75,10 @@ class Offload:
             if not self._is_moved(tensor, weights):
                 return tensor
             known = seen.get(id(tensor))
-            if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            if known is not None and known[0]() is tensor and known[1] == count_writes(tensor):
                 return known[2]
             waiting = Waiting(tensor)
-            seen[id(tensor)] = (weakref.ref(tensor), tensor._version, waiting)
+            seen[id(tensor)] = (weakref.ref(tensor), count_writes(tensor), waiting)
             self.moved += tensor.nbytes
             return waiting
 
@@ -88,11 +90,11 @@ class Offload:
         seen.clear()
 
     def _is_moved(self, tensor: Tensor, weights: set[int]) -> bool:
-        if not _plain(tensor) or tensor.device.type in self.stays_on or tensor.nbytes < self.small:
+        if not _is_plain(tensor) or tensor.device.type in self.stays_on or tensor.nbytes < self.small:
             return False
         is_weight = isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
         return not is_weight and tensor.untyped_storage().data_ptr() not in weights
 
 
-def _plain(tensor: Tensor) -> bool:
+def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided

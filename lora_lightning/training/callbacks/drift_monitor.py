@@ -14,16 +14,16 @@ from lora_lightning.analysis.drift_inputs import (
     NEUTRAL,
     RUN,
     neutral_texts,
+    pick_evenly,
     read_texts,
     run_batches,
-    spread,
     text_batches,
 )
 from lora_lightning.export.probe_batch import loaders_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.callbacks.every_n_steps import EveryNSteps
-from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.collectives import gather
 
 
 class DriftMonitor(EveryNSteps):
@@ -77,7 +77,7 @@ class DriftMonitor(EveryNSteps):
         if getattr(trainer.datamodule, "tokenizer", None) is None:  # type: ignore[attr-defined]
             raise LoRAError(f"DriftMonitor: the data have no tokenizer to read texts with: set texts to {RUN}")
         if source == NEUTRAL:
-            return spread(neutral_texts(), self.count)
+            return pick_evenly(neutral_texts(), self.count)
         return read_texts(source, self.text_column, self.count)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,7 +92,7 @@ class DriftMonitor(EveryNSteps):
             tokenizer = getattr(data, "tokenizer", None)
             self._batches, self._names = run_batches(batches, pl_module.task, pl_module.backbone, tokenizer, self.count)
             # A sharded model runs in all processes at once, of which one may have a batch less.
-            self._batches = self._batches[: min(gathered(len(self._batches)))]
+            self._batches = self._batches[: min(gather(len(self._batches)))]
         else:
             longest = min(getattr(data, "max_length", None) or LONGEST, LONGEST)
             self._batches = text_batches(self._names, data.tokenizer, pl_module.task, pl_module.backbone, longest)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
 from lora_lightning.export.export import export
-from lora_lightning.export.options import FORMATS, checked_options, checked_target
+from lora_lightning.export.options import FORMATS, check_target, parse_options
 from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.export.verification import ExportReport
 from lora_lightning.lora.errors import LoRAError
@@ -54,7 +54,7 @@ class ExportAtEnd(Callback):
         max_shard_size: int | str | None = None,
         serving: Literal["vllm"] | None = None,
     ) -> None:
-        wanted, _ = checked_options(formats, dtype, max_shard_size, serving)
+        wanted, _ = parse_options(formats, dtype, max_shard_size, serving)
         self.output_dir = output_dir
         self.options: dict[str, Any] = {"formats": wanted, "dtype": dtype, "max_shard_size": max_shard_size}
         self.options["serving"] = serving
@@ -71,7 +71,7 @@ class ExportAtEnd(Callback):
         if not isinstance(pl_module, LoRAModule):
             raise LoRAError(f"ExportAtEnd exports a LoRAModule, got {type(pl_module).__name__}")
         if (folder := run.run_dir(trainer)) is not None:
-            checked_target(self._target(folder))
+            check_target(self._target(folder))
         if self.options["serving"] == "vllm":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said when it is written

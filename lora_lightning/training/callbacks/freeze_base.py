@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.lora.frozen.fingerprint import Fingerprint
 from lora_lightning.lora.frozen.tensors import frozen_keys, plain_name
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
@@ -22,9 +22,15 @@ from lora_lightning.lora.layers import SavedCopy, TokenRows
 from lora_lightning.lora.report import InjectionReport
 from lora_lightning.reports.console import first_lines, part_dtypes, show_data, show_injection, show_lines
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.distributed import agreed, gathered
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.strategies.base import fingerprint, is_sharded, local, moved_in_any, of_own_shards
+from lora_lightning.training.strategies.base import (
+    fingerprint,
+    is_sharded,
+    local_shard,
+    moved_tensors,
+    shard_fingerprint,
+)
+from lora_lightning.training.strategies.collectives import first_problem, gather
 
 
 class W0MovedError(LoRAError):
@@ -61,7 +67,7 @@ class FreezeBase(Callback):
         module = _lora_module(pl_module)
         refuse_lost(module.report, module.backbone)
         self.before = module.w0_fingerprint()
-        self._own = of_own_shards(module.backbone) if is_sharded(module.backbone) else None
+        self._own = shard_fingerprint(module.backbone) if is_sharded(module.backbone) else None
         self._first_backward_seen = False
         report = module.report
         if self.show_table and trainer.is_global_zero:
@@ -107,13 +113,13 @@ class FreezeBase(Callback):
             self.after = fingerprint(module.backbone)
             changed = self.before.differences(self.after)
         else:  # all parts as they were: so is the whole
-            changed = moved_in_any(self._own, of_own_shards(module.backbone))
+            changed = moved_tensors(self._own, shard_fingerprint(module.backbone))
             self.after = None if changed else self.before
-        if told := agreed(_told(changed) if changed else None):
-            raise W0MovedError(told)
+        if message := first_problem(_message(changed) if changed else None):
+            raise W0MovedError(message)
 
 
-def _told(changed: Sequence[str]) -> str:
+def _message(changed: Sequence[str]) -> str:
     return (
         f"W0 moved during fit: {len(changed)} frozen tensors changed, first '{changed[0]}';"
         " something wrote into the backbone, so merging would not give the trained model"
@@ -140,8 +146,8 @@ def refuse_lost(report: InjectionReport, backbone: nn.Module) -> None:
     lost = [n for n in (*[row.module for row in report.modules], *report.saved, *report.tokens) if n not in there]
     if lost:
         raise LoRAError(
-            f"what was to train of {some([repr(name) for name in lost])} is gone: the model was changed after it was"
-            " adapted, as resize_token_embeddings does; change it first, then make the LoRAModule"
+            f"what was to train of {first_few([repr(name) for name in lost])} is gone: the model was changed after it"
+            " was adapted, as resize_token_embeddings does; change it first, then make the LoRAModule"
         )
 
 
@@ -177,7 +183,7 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
             f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
             f" forward goes past them. {', '.join(without[:6])}: exclude these modules"
         )
-    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(local(p.grad)).all()]
+    infinite = [name for name, p in trains if p.grad is not None and not torch.isfinite(local_shard(p.grad)).all()]
     if finite and infinite:
         raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
 
@@ -187,8 +193,8 @@ def _without_in_parts(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
     own = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
     if not own:
         return []
-    zero = {name for name, p in own if p.grad is not None and not local(p.grad).any()}
-    everywhere = set.intersection(*gathered(zero))
+    zero = {name for name, p in own if p.grad is not None and not local_shard(p.grad).any()}
+    everywhere = set.intersection(*gather(zero))
     return [] if len(everywhere) == len(own) else sorted(everywhere)  # a batch of no units gives zeros to all
 
 

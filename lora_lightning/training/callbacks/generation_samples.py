@@ -21,7 +21,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.generation import generate_texts
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.checkpoints import run_folder as run
 from lora_lightning.training.module import LoRAModule
 
@@ -116,11 +116,11 @@ class Samples(Callback):
         assert isinstance(module, LoRAModule)  # see setup
         data: GivesPrompts = trainer.datamodule  # type: ignore[attr-defined]
         prompts = self._prompts = data.prompts(self.count) if self._prompts is None else self._prompts
-        with evaluating(module.backbone), trainer.precision_plugin.forward_context():
+        with in_evaluation(module.backbone), trainer.precision_plugin.forward_context():
             if self._before is None:
                 with disabled(module.backbone):
-                    self._before = answers(module.backbone, data, prompts, self.max_new_tokens, "before")
-            after = answers(module.backbone, data, prompts, self.max_new_tokens, "after")
+                    self._before = generate_answers(module.backbone, data, prompts, self.max_new_tokens, "before")
+            after = generate_answers(module.backbone, data, prompts, self.max_new_tokens, "after")
         self.samples += [
             Sample(trainer.global_step, prompt.text, prompt.reference, before, answer)
             for prompt, before, answer in zip(prompts, self._before, after, strict=True)
@@ -142,7 +142,7 @@ class Samples(Callback):
 
 
 @torch.no_grad()
-def answers(
+def generate_answers(
     backbone: nn.Module, data: GivesPrompts, prompts: list[Prompt], max_new_tokens: int, what: str = "samples"
 ) -> list[str]:
     """What a transformers model says to each prompt, greedily and with its cache, one by one: padding changes nothing.
@@ -151,16 +151,16 @@ def answers(
         what: names the progress bar.
     """
     device = next(backbone.parameters()).device
-    options = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": stops(backbone, data) or None}
-    said = []
+    options = {"max_new_tokens": max_new_tokens, "use_cache": True, "eos_token_id": stop_tokens(backbone, data) or None}
+    texts = []
     for prompt in tqdm(prompts, desc=f"answers {what}", leave=False):
         ids = torch.tensor([prompt.input_ids], device=device)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        said += generate_texts(backbone, inputs, data.tokenizer, options)
-    return said
+        texts += generate_texts(backbone, inputs, data.tokenizer, options)
+    return texts
 
 
-def stops(backbone: nn.Module, data: GivesPrompts) -> list[int]:
+def stop_tokens(backbone: nn.Module, data: GivesPrompts) -> list[int]:
     """What ends an answer: the data's own ends of turns, and what the model stops at anyway."""
     own: Any = backbone.generation_config.eos_token_id  # type: ignore[union-attr]
     return sorted({*data.stop_token_ids, *([own] if isinstance(own, int) else own or [])})

@@ -35,8 +35,8 @@ class MeasureBefore(Callback):
         """Write them down before anything moves."""
         if not self.figures or not trainer.is_global_zero:
             return
-        told = ", ".join(f"{name[4 : -len(BEFORE)].replace('_', ' ')} {x:.4f}" for name, x in self.figures.items())
-        Console().print(f"before training: {told}", soft_wrap=True)
+        text = ", ".join(f"{name[4 : -len(BEFORE)].replace('_', ' ')} {x:.4f}" for name, x in self.figures.items())
+        Console().print(f"before training: {text}", soft_wrap=True)
         for logger in trainer.loggers:
             logger.log_metrics({name.replace("_", "/", 1): x for name, x in self.figures.items()}, step=0)
         folder = run.run_dir(trainer)

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from lora_lightning.data import table_of
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.errors import LoRAError
-from lora_lightning.training.distributed import agreed
-from lora_lightning.training.strategies.base import is_sharded, local
+from lora_lightning.training.strategies.base import is_sharded, local_shard
+from lora_lightning.training.strategies.collectives import first_problem
 
 
 class NotFiniteError(LoRAError):
@@ -46,45 +46,45 @@ class StopOnNonFinite(Callback):
         Raises:
             NotFiniteError: with the step, the batches' rows where they are known, and the first bad layer.
         """
-        named = [(name, local(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
+        named = [(name, local_shard(p.grad)) for name, p in pl_module.named_parameters() if p.grad is not None]
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             named = []
-        norms = torch._foreach_norm([grad for _, grad in named]) if named else []
-        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, *norms)])
+        norm = nn.utils.get_total_norm([grad for _, grad in named])
+        looked_at = torch.stack([x.float().to(pl_module.device) for x in (*self._losses, norm)])
         bad = ~torch.isfinite(looked_at)
         anywhere = bad.any().float()
         if trainer.world_size > 1:  # all stop at one step, also where gradients are sharded
             anywhere = trainer.strategy.reduce(anywhere, reduce_op="max")
         if not bool(anywhere):
             return
-        wrong = [name for (name, _), norm in zip(named, norms, strict=True) if not torch.isfinite(norm)]
-        told = self._told(trainer, pl_module, wrong)  # in every process, for a forward may need them all
+        wrong = [name for name, grad in named if not torch.isfinite(torch.linalg.vector_norm(grad))]
+        message = self._message(trainer, pl_module, wrong)  # in every process, for a forward may need them all
         by_loss, by_gradient = bool(bad[: len(self._losses)].any()), bool(bad.any())
-        first = agreed(told if by_loss else None)  # whose loss is bad, knows the rows
-        raise NotFiniteError(first or agreed(told if by_gradient else None) or told)
+        first = first_problem(message if by_loss else None)  # whose loss is bad, knows the rows
+        raise NotFiniteError(first or first_problem(message if by_gradient else None) or message)
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         self._batch = None
 
-    def _told(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
+    def _message(self, trainer: Trainer, module: LightningModule, bad: Sequence[str]) -> str:
         losses = [bool(torch.isfinite(loss)) for loss in self._losses]
         last = trainer.fit_loop.epoch_loop.batch_idx
         first = last - len(losses) + 1
         batches = [first + i for i, fine in enumerate(losses) if not fine] or list(range(first, last + 1))
         what = f"{'gradient' if all(losses) else 'loss'} of optimizer step {trainer.global_step + 1}"
-        told = [f"the {what} is not finite: epoch {trainer.current_epoch}, batch {', '.join(map(str, batches))}"]
+        clauses = [f"the {what} is not finite: epoch {trainer.current_epoch}, batch {', '.join(map(str, batches))}"]
         if rows := [row for batch in batches for row in rows_of(trainer, batch)]:
             shown = ", ".join(map(str, rows[:32])) + (", ..." if len(rows) > 32 else "")
-            told.append(f"rows {shown} of the training set, as its file counts them")
+            clauses.append(f"rows {shown} of the training set, as its file counts them")
         layer = first_bad_layer(module, self._batch) if last in batches or trainer.world_size > 1 else None
         if layer:
-            told.append(f"the first layer whose output is not finite is '{layer}'")
+            clauses.append(f"the first layer whose output is not finite is '{layer}'")
         elif bad:
-            told.append(f"{len(bad)} gradients are not finite, the nearest to the loss is that of '{bad[-1]}'")
+            clauses.append(f"{len(bad)} gradients are not finite, the nearest to the loss is that of '{bad[-1]}'")
         saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
         good = f"and '{saved}' is good" if saved else "and nothing is saved yet"
-        told.append(f"nothing was updated, {good}: lower the learning rate, clip gradients, or look at these rows")
-        return "; ".join(told)
+        clauses.append(f"nothing was updated, {good}: lower the learning rate, clip gradients, or look at these rows")
+        return "; ".join(clauses)
 
 
 def rows_of(trainer: Trainer, batch_idx: int) -> list[int]:
@@ -114,12 +114,12 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
         return None
     if is_sharded(backbone):  # runs only where all processes run it, and it failed in some
         return None
-    found: list[str] = []
+    bad_layers: list[str] = []
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if not found and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
-                found.append(name)
+            if not bad_layers and any(not bool(torch.isfinite(t).all()) for t in _floats(output)):
+                bad_layers.append(name)
 
         return hook
 
@@ -132,7 +132,7 @@ def first_bad_layer(module: LightningModule, batch: Any) -> str | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return found[0] if found else None
+    return bad_layers[0] if bad_layers else None
 
 
 def _floats(output: Any) -> Iterator[Tensor]:

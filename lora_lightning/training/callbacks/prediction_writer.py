@@ -13,12 +13,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from rich.console import Console
 from torch import Tensor
 
-from lora_lightning.data import table_of
+from lora_lightning.data import set_name, table_of
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.distributed import gathered
-from lora_lightning.training.module import set_name
+from lora_lightning.training.strategies.collectives import gather
 
 FILE = "predictions.jsonl"
 
@@ -68,7 +67,7 @@ class PredictionWriter(BasePredictionWriter):
         columns: Mapping[str, Sequence[Any]],
     ) -> None:
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        parts: list[list[dict[str, Any]]] = gathered(list(rows(batches, indices, names)))
+        parts: list[list[dict[str, Any]]] = gather(list(rows(batches, indices, names)))
         folder = run.run_dir(trainer)
         if folder is None or not trainer.is_global_zero:
             return
@@ -88,11 +87,11 @@ def rows(batches: Sequence[Mapping[str, Any]], indices: Sequence[list[int]], nam
         for i, number in enumerate(numbers):
             row: dict[str, Any] = {"row": number}
             row |= {key: _plain(values[i]) for key, values in batch.items()}
-            said = row.get("prediction")
-            if names and isinstance(said, int):
-                row["label"] = names[said]
-            elif names and isinstance(said, list) and all(isinstance(number, int) for number in said):
-                row["labels"] = [names[number] for number in said]
+            predicted = row.get("prediction")
+            if names and isinstance(predicted, int):
+                row["label"] = names[predicted]
+            elif names and isinstance(predicted, list) and all(isinstance(number, int) for number in predicted):
+                row["labels"] = [names[number] for number in predicted]
             yield row
 
 

@@ -17,14 +17,14 @@ class Progress(RichProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:  # type: ignore[override]
         """As text, since Lightning would give all of them three decimals."""
-        found = dict(super().get_metrics(trainer, pl_module))
-        found.pop("v_num", None)
-        rates = {f"{name}/s": found.pop(f"{name}/s", None) for name in ("tokens", "samples")}
-        told = {"loss": found.pop("train/loss_step", None), **rates}
-        if told["tokens/s"] is not None:
-            del told["samples/s"]
-        told = {name: value for name, value in told.items() if value is not None}
-        return {name: _short(value) for name, value in {**told, **found}.items()}
+        metrics = dict(super().get_metrics(trainer, pl_module))
+        metrics.pop("v_num", None)
+        rates = {f"{name}/s": metrics.pop(f"{name}/s", None) for name in ("tokens", "samples")}
+        shown = {"loss": metrics.pop("train/loss_step", None), **rates}
+        if shown["tokens/s"] is not None:
+            del shown["samples/s"]
+        shown = {name: value for name, value in shown.items() if value is not None}
+        return {name: _short(value) for name, value in {**shown, **metrics}.items()}
 
 
 def _short(value: Any) -> Any:

@@ -65,35 +65,35 @@ class RankTelemetry(EveryNSteps):
 
     def look(self, trainer: Trainer, module: LoRAModule, step: int) -> None:
         """All processes bring their shards together; the first one computes and writes."""
-        found: dict[str, RankMeasures] = {}
+        measures: dict[str, RankMeasures] = {}
         for name, layer in adapted_layers(module.backbone):
             matrices = whole_base(layer) if self.amplification else []
             one = whole_layer(layer)
             if trainer.is_global_zero:
                 pairs, scale = update_pairs(one), layer.lora_settings.scale
-                found[layer.lora_name(name)] = measures_of(pairs, scale, self._norms[name], matrices)
+                measures[layer.lora_name(name)] = measures_of(pairs, scale, self._norms[name], matrices)
         if not trainer.is_global_zero:
             return
-        self.last = found
+        self.last = measures
         for logger in trainer.loggers:
-            logger.log_metrics(summary(list(found.values())), step=step)
+            logger.log_metrics(summary(list(measures.values())), step=step)
         file = self._file(trainer)
         if file is not None:
-            append(file, trainer.global_step, found)
+            append(file, trainer.global_step, measures)
 
     def _file(self, trainer: Trainer) -> Path | None:
         folder = run.run_dir(trainer)
         return folder / FILE if folder is not None and trainer.is_global_zero else None
 
 
-def append(file: Path, step: int, found: dict[str, RankMeasures]) -> None:
+def append(file: Path, step: int, measures: dict[str, RankMeasures]) -> None:
     """One row for each layer."""
     new = not file.is_file()
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerows([HEADER] if new else [])
-        writer.writerows([step, name, *(f"{value:.9g}" for value in astuple(m))] for name, m in found.items())
+        writer.writerows([step, name, *(f"{value:.9g}" for value in astuple(m))] for name, m in measures.items())
 
 
 def keep_until(file: Path, step: int) -> None:

@@ -29,9 +29,9 @@ from lora_lightning.tasks.classification import ImageClassification, SequenceCla
 from lora_lightning.training.callbacks.freeze_base import FreezeBase
 from lora_lightning.training.callbacks.throughput import Throughput
 from lora_lightning.training.checkpoints import run_folder as run
-from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.base import is_sharded
+from lora_lightning.training.strategies.collectives import gather
 
 
 class RunReport(Callback):
@@ -123,12 +123,12 @@ class RunReport(Callback):
         """All processes bring theirs together; the first one writes."""
         if self._classes is None:
             return
-        own, *others = gathered(self._classes)
+        own, *others = gather(self._classes)
         if folder is None or not trainer.is_global_zero:
             return
         names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-        found = own.join(others).to_dict(None if names is None else list(names))
-        write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(found) + "\n").encode())
+        figures = own.join(others).to_dict(None if names is None else list(names))
+        write_bytes(folder / CLASSES.format(stage=stage), (json.dumps(figures) + "\n").encode())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seconds = self._before + time.perf_counter() - self._started
@@ -170,7 +170,7 @@ class RunReport(Callback):
             values |= {"monitor": checkpoint.monitor} | self._of_best(checkpoint.best_model_path)
         for logger in trainer.loggers:
             logger.save()  # the page is drawn from the log
-        show_report(self._written(folder, values), Console())
+        show_report(self._write_values(folder, values), Console())
 
     def _of_best(self, path: str) -> dict[str, Any]:
         """Where it lies and what was measured at its step; nothing where somebody has deleted it: the fit is done."""
@@ -196,9 +196,9 @@ class RunReport(Callback):
         if _of_other_data(trainer) and isinstance(pl_module, LoRAModule):
             values |= {"run_dir": str(folder), "monitor": pl_module.task.monitor, **subject(pl_module)}
             values["data"] = getattr(data, "data_summary", None)
-        show_report(self._written(folder, values), Console())
+        show_report(self._write_values(folder, values), Console())
 
-    def _written(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
+    def _write_values(self, folder: Path, values: dict[str, Any]) -> dict[str, Any]:
         known = run.update_report(folder, {**values, "page": str(folder / run.PAGE)})
         write_page(folder)
         return known
@@ -218,9 +218,9 @@ def _full_bytes(model: nn.Module) -> int:
 
 def metrics_of(trainer: Trainer, stage: str) -> dict[str, float]:
     """A stage's figures as the report names them."""
-    found = trainer.callback_metrics.items()
+    figures = trainer.callback_metrics.items()
     return {
-        name.replace("/", "_"): float(value) for name, value in found if name.startswith((f"{stage}/", f"{stage}_"))
+        name.replace("/", "_"): float(value) for name, value in figures if name.startswith((f"{stage}/", f"{stage}_"))
     }
 
 

@@ -69,7 +69,7 @@ class Throughput(Callback):
             return
         step, logged = logged_steps(trainer) + 1, is_logged(trainer)
         if logged or (step & (step - 1) == 0 and step < trainer.log_every_n_steps):  # type: ignore[attr-defined]
-            self._tell(trainer, pl_module, logged)
+            self._log_rates(trainer, pl_module, logged)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._pause()
@@ -80,8 +80,8 @@ class Throughput(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What came after the log's last line counts in the fit's totals."""
         self._pause()
-        self._add_up(*self._counted(trainer, pl_module))
-        self.peak_mib = _most(peak_mib(pl_module.device), trainer, pl_module.device)
+        self._add_up(*self._read_counts(trainer, pl_module))
+        self.peak_mib = _largest(peak_mib(pl_module.device), trainer, pl_module.device)
 
     def _pause(self) -> None:
         """The clock goes on with the next batch."""
@@ -89,18 +89,18 @@ class Throughput(Callback):
             self._seconds += time.perf_counter() - self._running_since
             self._running_since = None
 
-    def _tell(self, trainer: Trainer, module: LightningModule, logged: bool) -> None:
-        samples, tokens, seconds = self._counted(trainer, module)
+    def _log_rates(self, trainer: Trainer, module: LightningModule, logged: bool) -> None:
+        samples, tokens, seconds = self._read_counts(trainer, module)
         rates = {"samples": samples / seconds} | ({"tokens": tokens / seconds} if tokens else {})
         module.log_dict({f"{name}/s": x for name, x in rates.items()}, prog_bar=True, logger=False, batch_size=1)
         if logged:
             figures = {f"throughput/{name}_per_second": x for name, x in rates.items()}
             kind = "cuda" if module.device.type == "cuda" else "process"
-            figures[f"memory/{kind}_peak_mib"] = _most(peak_mib(module.device), trainer, module.device)
+            figures[f"memory/{kind}_peak_mib"] = _largest(peak_mib(module.device), trainer, module.device)
             module.log_dict(figures, batch_size=1)
             self._add_up(samples, tokens, seconds)
 
-    def _counted(self, trainer: Trainer, module: LightningModule) -> tuple[float, float, float]:
+    def _read_counts(self, trainer: Trainer, module: LightningModule) -> tuple[float, float, float]:
         """Samples and tokens over all processes, and seconds, since the log's last line."""
         counted = torch.zeros(2, dtype=torch.float64 if module.device.type != "mps" else None, device=module.device)
         counted[0] = self._samples
@@ -119,7 +119,7 @@ class Throughput(Callback):
         self._begin()
 
 
-def _most(mine: float, trainer: Trainer, device: torch.device) -> float:
+def _largest(mine: float, trainer: Trainer, device: torch.device) -> float:
     if trainer.world_size == 1:
         return mine
     return float(trainer.strategy.reduce(torch.tensor(mine, device=device), reduce_op="max"))

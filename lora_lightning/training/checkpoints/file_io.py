@@ -42,13 +42,13 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for left in path.parent.glob(f".{path.name}.*.part"):  # by one that was killed while it wrote
-            if not _is_written(left):
+            if not _is_being_written(left):
                 left.unlink(missing_ok=True)
         with aside.open("wb") as file:
             torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
-        _keep(path)
+        _keep_previous(path)
         aside.replace(path)
         _sync(path.parent)
     except (OSError, RuntimeError) as error:  # torch makes a RuntimeError of a failed write
@@ -62,7 +62,7 @@ def write_checkpoint(content: dict[str, Any], path: Path) -> None:
             aside.unlink(missing_ok=True)
 
 
-def _is_written(part: Path) -> bool:
+def _is_being_written(part: Path) -> bool:
     """Whether the process that made a part file still lives; its number stands in the name."""
     number = part.name.split(".")[-2]
     try:
@@ -88,7 +88,7 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _keep(path: Path) -> None:
+def _keep_previous(path: Path) -> None:
     """Give the file that is about to be replaced a second name, so that at no moment there is none.
 
     A damaged one is not worth the place of the one before it, from which this fit may have gone on.
@@ -185,8 +185,8 @@ class WholeFiles(TorchCheckpointIO):
         if is_remote(path):
             return super().load_checkpoint(path, map_location, weights_only)
         only = True if weights_only is None else weights_only
-        found: dict[str, Any] = read_checkpoint(Path(path), weights_only=only, map_location=map_location)
-        return found
+        loaded: dict[str, Any] = read_checkpoint(Path(path), weights_only=only, map_location=map_location)
+        return loaded
 
     def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)

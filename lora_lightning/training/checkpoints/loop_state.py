@@ -60,9 +60,9 @@ def place_of(trainer: Trainer) -> Place:
     )
 
 
-def canonical(fit_loop: dict[str, Any], place: Place) -> dict[str, Any]:
+def canonical_state(fit_loop: dict[str, Any], place: Place) -> dict[str, Any]:
     """The state of the loops as of one of the two places."""
-    state = {key: _copied(value) for key, value in fit_loop.items()}
+    state = {key: _copy_state(value) for key, value in fit_loop.items()}
     batches, epochs = state["epoch_loop.batch_progress"], state["epoch_progress"]
     own = state["epoch_loop.state_dict"]
     stepped = own["_batches_that_stepped"] + (place.in_epoch_loop and place.at_step)
@@ -88,8 +88,8 @@ def _count(counts: dict[str, int], done: int, begun: int | None = None) -> None:
     counts.update(zip(COUNTS, (begun, begun, done, done), strict=True))
 
 
-def _copied(value: Any) -> Any:
-    return {k: _copied(v) for k, v in value.items()} if isinstance(value, dict) else value
+def _copy_state(value: Any) -> Any:
+    return {k: _copy_state(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def begin_epoch_anew(trainer: Trainer) -> None:
@@ -104,7 +104,7 @@ def begin_epoch_anew(trainer: Trainer) -> None:
         iter(fetcher)
 
 
-def starting_over(trainer: Trainer) -> list[str]:
+def restarting_loaders(trainer: Trainer) -> list[str]:
     """Loaders that cannot go on in an epoch's middle, by what they are."""
     loaders = trainer.fit_loop._combined_loader
     return [] if loaders is None else [type(one).__name__ for one in loaders.flattened if not _keeps_place(one)]

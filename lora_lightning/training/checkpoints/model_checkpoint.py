@@ -91,9 +91,9 @@ class Checkpoints(ModelCheckpoint):
         self._newest = (trainer.global_step, "")
         self._steps = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._take_note)  # Lightning puts back what was there before
+            signal.signal(signal.SIGTERM, self._note_sigterm)  # Lightning puts back what was there before
 
-    def _take_note(self, number: int, frame: FrameType | None) -> None:
+    def _note_sigterm(self, number: int, frame: FrameType | None) -> None:
         self.ask_to_leave()
 
     def ask_to_leave(self) -> None:
@@ -188,7 +188,7 @@ class Checkpoints(ModelCheckpoint):
         if self.dirpath is not None and not is_remote(self.dirpath) and state.get("best_model_path"):
             here, best = Path(self.dirpath), Path(state["best_model_path"])
             mine = here / best.name
-            if _same(best, mine) or _brought(best, mine):
+            if _is_same_file(best, mine) or _bring_best(best, mine):
                 state |= {"dirpath": self.dirpath, "best_model_path": str(mine), "kth_best_model_path": str(mine)}
                 state["best_k_models"] = {str(mine): score for score in list(state["best_k_models"].values())[:1]}
                 state["last_model_path"] = str(here / Path(state["last_model_path"] or "last.ckpt").name)
@@ -196,11 +196,11 @@ class Checkpoints(ModelCheckpoint):
         super().load_state_dict(state)
 
 
-def _same(one: Path, other: Path) -> bool:
+def _is_same_file(one: Path, other: Path) -> bool:
     return other.exists() and os.path.realpath(one) == os.path.realpath(other)
 
 
-def _brought(best: Path, mine: Path) -> bool:
+def _bring_best(best: Path, mine: Path) -> bool:
     """Whether the best so far is in this run's folder: moved there with the folder, or copied now by one process."""
     if not best.exists():
         return mine.exists()

@@ -18,21 +18,21 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric, MetricCollection
 
-from lora_lightning.lora.errors import some
+from lora_lightning.lora.errors import first_few
 from lora_lightning.training.checkpoints.adapter_state import RESUME_KEY
 from lora_lightning.training.checkpoints.loop_state import (
     Place,
     begin_epoch_anew,
-    canonical,
+    canonical_state,
     forget_restart,
     load_left_places,
     logged_steps,
     place_of,
     repeat_epoch_start,
-    starting_over,
+    restarting_loaders,
 )
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import gathered
+from lora_lightning.training.strategies.collectives import gather
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.tracking.wandb_logger import runs_of
 
@@ -58,12 +58,12 @@ class Resume(Callback):
             return
         place = place_of(trainer)
         own = {"random": random_state(), "figures": dict(figures_of(pl_module)) if place.kind == "batch" else {}}
-        checkpoint["loops"]["fit_loop"] = canonical(checkpoint["loops"]["fit_loop"], place)
+        checkpoint["loops"]["fit_loop"] = canonical_state(checkpoint["loops"]["fit_loop"], place)
         checkpoint[RESUME_KEY] = {
             "kind": place.kind,
             "at_step": place.at_step,
             "validates_next": place.validates_next,
-            "processes": gathered(own),
+            "processes": gather(own),
             "metrics": {k: v.detach().cpu() for k, v in trainer.callback_metrics.items()},
             "plateaus": plateaus_due(trainer, place),
             "settings": self._settings,
@@ -88,13 +88,13 @@ class Resume(Callback):
         load_left_places(trainer)
         if self._found is None:
             return
-        trainer._logger_connector._callback_metrics.update(self._found["metrics"])
-        for told in reasons_against(self._found, trainer.world_size, starting_over(trainer)):
-            rank_zero_warn(f"{told}: the fit goes on, and not bit for bit as if it had not been interrupted")
-        for told in overruled(self._found["settings"], self._settings):
-            rank_zero_info(f"resumed: the checkpoint's {told}")
+        trainer.callback_metrics.update(self._found["metrics"])
+        for sentence in reasons_against(self._found, trainer.world_size, restarting_loaders(trainer)):
+            rank_zero_warn(f"{sentence}: the fit goes on, and not bit for bit as if it had not been interrupted")
+        for sentence in overruled_settings(self._found["settings"], self._settings):
+            rank_zero_info(f"resumed: the checkpoint's {sentence}")
         self._settings = self._settings | self._found["settings"]
-        steps = next_logged(self._found, logged_steps(trainer))
+        steps = next_log_step(self._found, logged_steps(trainer))
         for logger in trainer.loggers:
             if isinstance(logger, ContinuedCSVLogger):
                 logger.go_on_from(steps)
@@ -125,9 +125,9 @@ class Resume(Callback):
             set_random_state(own["random"])
 
 
-def next_logged(found: Mapping[str, Any], stepped: int) -> int:
+def next_log_step(place: Mapping[str, Any], stepped: int) -> int:
     """The number that the first step after a checkpoint is logged under, from what the checkpoint's loops say."""
-    return stepped + int(found["kind"] == "batch" and found["at_step"])
+    return stepped + int(place["kind"] == "batch" and place["at_step"])
 
 
 def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
@@ -145,8 +145,8 @@ def _metrics_in(module: LightningModule) -> Iterator[tuple[str, Metric]]:
 def figures_of(module: LightningModule) -> Iterator[tuple[str, Any]]:
     """What the training metrics hold so far."""
     for name, metric in _metrics_in(module):
-        state = {key: _plain(getattr(metric, key)) for key in metric._defaults}
-        yield name, {"state": state, "updates": metric._update_count}
+        state = {key: _copy_to_cpu(value) for key, value in metric.metric_state.items()}
+        yield name, {"state": state, "updates": metric.update_count}
 
 
 def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
@@ -154,17 +154,17 @@ def put_figures(module: LightningModule, figures: Mapping[str, Any]) -> None:
     for name, metric in _metrics_in(module):
         if name in figures:
             for key, value in figures[name]["state"].items():
-                setattr(metric, key, _moved(value, metric.device))
+                setattr(metric, key, _to_device(value, metric.device))
             metric._update_count = figures[name]["updates"]
             metric._computed = None
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, list) else value.detach().cpu().clone()
+def _copy_to_cpu(value: Any) -> Any:
+    return [_copy_to_cpu(v) for v in value] if isinstance(value, list) else value.detach().cpu().clone()
 
 
-def _moved(value: Any, device: Any) -> Any:
-    return [_moved(v, device) for v in value] if isinstance(value, list) else value.to(device)
+def _to_device(value: Any, device: Any) -> Any:
+    return [_to_device(v, device) for v in value] if isinstance(value, list) else value.to(device)
 
 
 def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
@@ -185,18 +185,18 @@ def plateaus_due(trainer: Trainer, place: Place) -> dict[int, Any]:
     }
 
 
-def reasons_against(found: Mapping[str, Any], processes: int, anew: list[str]) -> Iterator[str]:
+def reasons_against(state: Mapping[str, Any], processes: int, anew: list[str]) -> Iterator[str]:
     """Why this resume cannot be exact. `anew` names loaders that cannot go on in an epoch's middle."""
-    if found["kind"] == "batch" and anew:
+    if state["kind"] == "batch" and anew:
         yield (
-            f"the checkpoint lies in the middle of an epoch, whose rows {some(anew)} begins anew: it does not keep its"
-            " place, as lora_lightning.ResumableLoader with an EpochSampler does"
+            f"the checkpoint lies in the middle of an epoch, whose rows {first_few(anew)} begins anew: it does not keep"
+            " its place, as lora_lightning.ResumableLoader with an EpochSampler does"
         )
-    if processes != len(found["processes"]):
-        yield f"the checkpoint was written by {len(found['processes'])} processes and is read by {processes}"
-    if not found["at_step"]:
+    if processes != len(state["processes"]):
+        yield f"the checkpoint was written by {len(state['processes'])} processes and is read by {processes}"
+    if not state["at_step"]:
         yield "the checkpoint lies between the batches of one optimizer step, whose gradients it does not hold"
-    if found["validates_next"]:
+    if state["validates_next"]:
         yield "the checkpoint was written right before a validation, which is left out"
 
 
@@ -223,12 +223,12 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, bool | int | float | str)
 
 
-def overruled(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+def overruled_settings(saved: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
     """Settings that the checkpoint brings with it and this run's flags have otherwise."""
     for name in saved:
-        if name in given and _listed(saved[name]) != _listed(given[name]):
+        if name in given and _as_list(saved[name]) != _as_list(given[name]):
             yield f"{name} {saved[name]} wins over this run's {given[name]}"
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

@@ -45,7 +45,7 @@ def run_dir(trainer: Trainer) -> Path | None:
 
 
 @contextmanager
-def locked(folder: Path | None) -> Iterator[None]:
+def lock_run(folder: Path | None) -> Iterator[None]:
     """Within the block no other process of this machine, or of one that shares the disk, trains in this run folder.
 
     The lock is the system's own, on the file `.lock`: it ends with the process, however that ends.
@@ -115,13 +115,13 @@ def find_checkpoint(path: str | Path, which: str = "best") -> Path:
         LoRAError: nothing is there, with what is.
     """
     path = Path(path)
-    if path.is_file() and not (is_zipfile(path) or _before(path).exists()):
-        raise LoRAError(f"'{path}' is not a whole checkpoint{_what_else(path)}")
+    if path.is_file() and not (is_zipfile(path) or _previous_file(path).exists()):
+        raise LoRAError(f"'{path}' is not a whole checkpoint{_format_hint(path)}")
     refuse_folder(path)
-    if path.is_file() or (path.suffix == ".ckpt" and _before(path).exists()):
+    if path.is_file() or (path.suffix == ".ckpt" and _previous_file(path).exists()):
         return path
     if not path.is_dir():
-        near = beside(path) or did_you_mean(str(path), ("best", "last"))
+        near = similar_names(path) or did_you_mean(str(path), ("best", "last"))
         raise LoRAError(f"no checkpoint or run folder '{path}'{near}")
     for run in [path, *_newest_first(path)]:
         files = _checkpoints(run / CHECKPOINTS)
@@ -161,7 +161,7 @@ def refuse_folder(path: Path) -> None:
         )
 
 
-def _what_else(file: Path) -> str:
+def _format_hint(file: Path) -> str:
     """What to do with a file that torch has not written."""
     if file.suffix in (".yaml", ".yml"):
         return f": a config is given as -c {file}, and a run as --ckpt_path, such as runs/demo"
@@ -170,7 +170,7 @@ def _what_else(file: Path) -> str:
     return " (it is empty)" if not file.stat().st_size else " (it is no zip file, or lacks its end)"
 
 
-def beside(path: Path) -> str:
+def similar_names(path: Path) -> str:
     """Folders and files of about this name in the same place."""
     if not path.parent.is_dir():
         return ""
@@ -178,7 +178,7 @@ def beside(path: Path) -> str:
     return "; did you mean " + " or ".join(f"'{path.parent / name}'" for name in near) + "?" if near else ""
 
 
-def _before(checkpoint: Path) -> Path:
+def _previous_file(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + PREVIOUS)
 
 
@@ -200,7 +200,7 @@ def newest_checkpoint(runs: Path) -> Path | None:
         return None
 
 
-def continued(checkpoint: Path, runs: Path) -> int | None:
+def continued_version(checkpoint: Path, runs: Path) -> int | None:
     """The number of the version that a fit from this checkpoint goes on with: it is of `runs`, and the newest there.
 
     A fit from an older checkpoint, or from another run's, makes a version of its own and leaves that one as it is.
@@ -265,7 +265,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _known(file: Path) -> dict[str, Any]:
+def _read_report(file: Path) -> dict[str, Any]:
     """What a report holds; one that cannot be read is put aside, for the fit that it told of is over and worth more."""
     if not file.is_file():
         return {}
@@ -287,7 +287,7 @@ def update_report(run: Path, values: dict[str, Any]) -> dict[str, Any]:
     Returns all that is known of the run so far.
     """
     file = run / REPORT
-    known = _known(file) | values
+    known = _read_report(file) | values
     text = (json.dumps(known, indent=2) + "\n").encode()
     write_bytes(file, text)
     if run.name.startswith("version_") and _is_newest(run):

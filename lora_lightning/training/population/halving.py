@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.utils.data import DistributedSampler, IterableDataset
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.distributed import gathered
 from lora_lightning.training.module import LoRAModule
+from lora_lightning.training.strategies.collectives import gather
 
 RUNGS = ("1/8", "1/4", "1/2")
 """Shares of the steps after which members are dropped."""
@@ -87,17 +88,17 @@ def rung_steps(rungs: Sequence[Fraction], steps: float) -> list[int]:
     Raises:
         LoRAError: the number of steps is not known, or too small to tell the rungs apart.
     """
-    found = [math.ceil(share * int(steps)) for share in rungs] if math.isfinite(steps) else []
-    if not found or len(set(found)) < len(found) or found[-1] >= steps:
+    at = [math.ceil(share * int(steps)) for share in rungs] if math.isfinite(steps) else []
+    if not at or len(set(at)) < len(at) or at[-1] >= steps:
         raise LoRAError(
             f"--halving needs a step for each of the rungs {', '.join(map(str, rungs))}, and the run has {steps}: give"
             " max_epochs or max_steps, or fewer --rungs"
         )
-    return found
+    return at
 
 
 def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str, str]:
-    """Who leaves at a rung, and why, among the members that are left.
+    """Who leaves at a rung, and how far behind, among the members that are left.
 
     Args:
         keep: how many stay at least.
@@ -113,11 +114,11 @@ def dropped(standings: Mapping[str, Standing], keep: int, goal: str) -> dict[str
         own = standings[name]
         gap, error = _paired(last.value, own.value, last.values, own.values)
         if gap and sign * gap > error:
-            found[name] = f"{own.value:.4f}, {abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
+            found[name] = f"{abs(gap):.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
         elif not gap:
             gap, error = _paired(own.loss, last.loss, own.losses, last.losses)
             if gap > error:
-                found[name] = f"loss {own.loss:.4f}, {gap:.4f} behind '{order[keep - 1]}' (standard error {error:.4f})"
+                found[name] = f"like '{order[keep - 1]}', with a loss {gap:.4f} higher (standard error {error:.4f})"
     return found
 
 
@@ -177,7 +178,10 @@ def _blocks(trainer: Trainer, module: LoRAModule) -> list[Block]:
         if out.weight:
             rest = [None if t is None else t.detach().cpu() for t in (out.predictions, out.targets)]
             blocks[number % BLOCKS].append((out.loss.detach().cpu(), out.weight, rest[0], rest[1]))
-    found = [block for own in gathered(blocks) for block in own if block]
+    # Where nothing divides the examples among the processes, each has seen them all.
+    sampler, data = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
+    divided = isinstance(sampler, DistributedSampler) or isinstance(data, IterableDataset)
+    found = [block for own in (gather(blocks) if divided else [blocks]) for block in own if block]
     if len(found) < 2:
         raise LoRAError(
             "--halving compares members on blocks of validation batches, and there are fewer than two: a smaller"
@@ -198,6 +202,7 @@ def _figures(
     kept: Any = module.task.metrics["val_"]
     counted = dict(kept.items(keep_base=False))[metric].clone()
     counted.reset()
+    counted.sync_on_compute = False  # the batches of all processes are here
     for _, _, predictions, targets in batches:
         counted.update(predictions.to(device), None if targets is None else targets.to(device))  # type: ignore[union-attr]
     return float(counted.compute()), loss

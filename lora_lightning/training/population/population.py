@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from torch import nn
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from torch import Tensor, nn
 
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.tensors import iter_base
+from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
@@ -35,6 +37,10 @@ from lora_lightning.training.population.halving import (
     standing,
 )
 from lora_lightning.training.population.turns import Turns
+from lora_lightning.training.precision import convert
+from lora_lightning.training.strategies.base import ShardedStrategy
+from lora_lightning.training.strategies.collectives import gather, run_in_first
+from lora_lightning.training.strategies.endings import all_arrive, in_all_processes
 from lora_lightning.training.trainer import LoRATrainer
 
 STANDINGS = "rungs.json"
@@ -77,23 +83,17 @@ class Member:
 
 
 class _TakeTurns(Callback):
-    """In a member's fit: share W0, pause after each batch, stand at rungs."""
+    """In a member's fit: pause after each batch, stand at rungs."""
 
     def __init__(self, member: Member, population: Population) -> None:
         self.member, self.population = member, population
         self.pause: Callable[[], None] = lambda: None
-        self.steps: list[int] = []
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After W0 was brought to its precision, and filled where it was on the meta device."""
-        first = self.population.members[0].module.backbone
-        share_base(first, self.member.module.backbone)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.population.steps = trainer.estimated_stepping_batches
         if self.population.halving is not None:
             refuse_metric(self.member.module, self.population.metric)
-            self.steps = rung_steps(self.population.halving.rungs, trainer.estimated_stepping_batches)
+            self.population.rungs = rung_steps(self.population.halving.rungs, trainer.estimated_stepping_batches)
         self._stand(trainer)
         self.pause()
 
@@ -105,7 +105,7 @@ class _TakeTurns(Callback):
     def _stand(self, trainer: Trainer) -> None:
         """At a rung: be evaluated, and wait until all others are there."""
         member = self.member
-        for number, step in enumerate(self.steps):
+        for number, step in enumerate(self.population.rungs):
             if trainer.global_step < step or self.population.is_decided(number):
                 continue
             if number == len(member.standings):
@@ -130,7 +130,7 @@ class Population:
         folder: where decisions are kept, so that a population that was killed goes on; None keeps none.
 
     Raises:
-        LoRAError: no members, or two of one name.
+        LoRAError: no members, two of one name, or of different W0; a strategy that cannot have several fits.
     """
 
     def __init__(
@@ -142,6 +142,11 @@ class Population:
         self.members, self.halving, self.folder = list(members), halving, folder
         self.steps: float | None = None
         """Optimizer steps of each fit, once they are known."""
+        self.rungs: list[int] = []
+        """Steps after which members are dropped, likewise."""
+        refuse_strategy(members[0].trainer)
+        for member in members:
+            share_w0(members[0], member)
         task = members[0].module.task
         given = halving.metric if halving else None
         self.metric = given or task.monitor
@@ -191,28 +196,37 @@ class Population:
             Interrupted: by a signal, once all have saved.
             LoRAError: every member's fit failed; the first one's error.
         """
+        with in_all_processes(self.members[0].trainer, unless=(Interrupted,)):
+            self._take_turns(datamodule, say)
+            for member in self.members:
+                member.module.__dict__.pop("cpu", None)  # see _turns
+            if all(member.state == "failed" for member in self.members):
+                error = self.members[0].error
+                assert error is not None
+                raise error
+
+    def _take_turns(self, datamodule: LightningDataModule, say: Callable[[Population], None]) -> None:
+        """In the same order in all processes, so that what they do together meets its like."""
         turns = {member.name: self._turns(member, datamodule) for member in self.members if member.is_left}
-        with _noted_signals() as signals:
+        asked: int | None = None  # by a signal to any process
+        with _noted_signals() as noted:
             while not all(one.is_over for one in turns.values()):
                 for member in self.members:
                     one = turns.get(member.name)
-                    if one is None or one.is_over or (self._waits(member) and not signals):
+                    if one is None or one.is_over or (self._waits(member) and asked is None):
                         continue
-                    if signals:
+                    if asked is not None:
                         _ask_to_leave(member)
                     datamodule.trainer = member.trainer
                     one.resume()
                     if one.is_over:
                         self._close(member, one.error)
-                if not signals:
+                if asked is None:
                     self._decide()
+                    asked = next((number for own in gather(noted[:1]) for number in own), None)
                 say(self)
-            if signals:
-                raise Interrupted(signals[0])
-        if all(member.state == "failed" for member in self.members):
-            error = self.members[0].error
-            assert error is not None
-            raise error
+        if asked is not None:
+            raise Interrupted(asked)
 
     def is_decided(self, rung: int) -> bool:
         """Whether members were dropped at a rung already, or none was found to be."""
@@ -229,6 +243,8 @@ class Population:
         callback = _TakeTurns(member, self)
         member.trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]  # a connector of Lightning sets it
         member.state = "fits"
+        # With which Lightning ends a fit: it would take W0 from the device, and so from the others.
+        member.module.cpu = lambda: member.module  # type: ignore[method-assign]
 
         def fit() -> None:
             member.trainer.fit(member.module, datamodule=datamodule, ckpt_path=member.ckpt_path)
@@ -244,6 +260,8 @@ class Population:
         if isinstance(error, PreemptedError):
             member.state = "waits"
             return
+        if error is not None and not all_arrive():
+            raise error  # in this process alone: the others wait for it in the middle of the member's turn
         member.error, member.is_over = error, True
         if error is not None:
             member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
@@ -257,13 +275,16 @@ class Population:
         if self.halving is None or not left or any(member.rung != rung for member in left):
             return
         standings = {member.name: member.standings[rung] for member in left}
-        why = dropped(standings, -(-len(left) // self.halving.eta), self.goal)
-        for name, reason in why.items():
-            self._member(name).state, self._member(name).reason = "dropped", f"rung {rung + 1}: {reason}"
+        keep, goal = -(-len(left) // self.halving.eta), self.goal
+        why = run_in_first(lambda: dropped(standings, keep, goal))
+        share, step = str(self.halving.rungs[rung]), left[0].trainer.global_step
+        for name, behind in why.items():
+            at = f"at rung {share}, after {step} steps, {self.metric} {standings[name].value:.4f}"
+            self._member(name).state, self._member(name).reason = "dropped", f"{at}: {behind}"
         self.decisions.append(
             {
-                "rung": str(self.halving.rungs[rung]),
-                "step": left[0].trainer.global_step,
+                "rung": share,
+                "step": step,
                 "metric": self.metric,
                 "values": {name: one.value for name, one in standings.items()},
                 "losses": {name: one.loss for name, one in standings.items()},
@@ -278,6 +299,17 @@ class Population:
         return next(member for member in self.members if member.name == name)
 
 
+def refuse_strategy(trainer: Trainer) -> None:
+    """Raise where the processes of a strategy cannot go through several fits, or each has but a part of W0."""
+    strategy, launcher = trainer.strategy, trainer.strategy.launcher
+    if isinstance(strategy, ShardedStrategy) or isinstance(launcher, _MultiProcessingLauncher):
+        how = "shards W0" if isinstance(strategy, ShardedStrategy) else f"{launcher._start_method}s its processes"
+        raise LoRAError(
+            f"members of one fit share a whole W0, in processes that start once, and {type(strategy).__name__} {how}"
+            " for each: take strategy ddp (configs/strategy/ddp.yaml), or a fit for each"
+        )
+
+
 class Interrupted(Exception):
     """A signal came, and all members have saved."""
 
@@ -286,8 +318,21 @@ class Interrupted(Exception):
         self.number = number
 
 
+def share_w0(first: Member, member: Member) -> None:
+    """Bring a member to its precision and device, over the first one's W0; done again it changes nothing.
+
+    Raises:
+        LoRAError: it is another W0.
+    """
+    device = member.trainer.strategy.root_device
+    convert(member.module, member.trainer.precision_plugin)
+    share_base(first.module.backbone, member.module.backbone)
+    fill_from_files(member.module.backbone, device)
+    member.module.to(device)
+
+
 def share_base(first: nn.Module, other: nn.Module) -> None:
-    """Let `other` hold the tensors of `first` as its W0, once they are seen to be the same numbers.
+    """Let `other` hold the tensors of `first` as its W0, once they are seen to be the same numbers, or no numbers yet.
 
     Raises:
         LoRAError: a tensor differs: their backbones are not one.
@@ -299,22 +344,31 @@ def share_base(first: nn.Module, other: nn.Module) -> None:
         shared = here.get(place.name)
         if shared is place.tensor:
             continue
-        if shared is None or shared.dtype != place.tensor.dtype or not torch.equal(shared, place.tensor):
+        if shared is None or not (place.tensor.is_meta or _same(shared, place.tensor)):
             raise LoRAError(f"the members' backbones differ, first in '{place.name}': all of them need one W0")
         store: dict[str, Any] = place.module._parameters if place.is_parameter else place.module._buffers
         store[place.own] = shared
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    other = other.to(one.device)  # on the way to which bitsandbytes quantizes
+    return one.dtype == other.dtype and torch.equal(one, other)
+
+
 def copy_over_base(backbone: nn.Module) -> nn.Module:
-    """Other modules over the same tensors."""
-    tensors = (*backbone.parameters(), *backbone.buffers())
-    return copy.deepcopy(backbone, {id(tensor): tensor for tensor in tensors})
+    """Other modules over the same numbers, whose parameters can be cast and leave those of `backbone` as they are."""
+    memo: dict[int, Any] = {id(buffer): buffer for buffer in backbone.buffers()}
+    for own in backbone.parameters():
+        plain = type(own) is nn.Parameter
+        memo[id(own)] = nn.Parameter(own.detach(), requires_grad=own.requires_grad) if plain else own
+    return copy.deepcopy(backbone, memo)
 
 
 def _ask_to_leave(member: Member) -> None:
-    for callback in member.trainer.checkpoint_callbacks:
-        if isinstance(callback, Checkpoints):
-            callback.ask_to_leave()
+    savers = [one for one in member.trainer.checkpoint_callbacks if isinstance(one, Checkpoints)]
+    for callback in savers:
+        callback.ask_to_leave()
+    member.trainer.should_stop |= not savers
 
 
 @contextmanager

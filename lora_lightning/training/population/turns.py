@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
+from lora_lightning.training.population.heap import share_heap
 
 
 class Turns:
@@ -29,6 +30,7 @@ class Turns:
     """
 
     def __init__(self, run: Callable[[], object], random: dict[str, Any], log: Path | None = None) -> None:
+        share_heap()
         self._log, self._random = log, random
         self._threads = torch.get_num_threads()
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)

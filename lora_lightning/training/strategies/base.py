@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from lora_lightning.lora.frozen.fingerprint import Fingerprint, digests, fingerprint_of_digests, fingerprint_of_tensors
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one_process
 from lora_lightning.lora.frozen.tensors import base_tensors
-from lora_lightning.training.distributed import gathered, processes, rank
+from lora_lightning.training.strategies.collectives import gather, rank, world_size
 
 
 class ShardedStrategy(ABC):
@@ -39,7 +39,7 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -48,33 +48,33 @@ def fingerprint(model: nn.Module) -> Fingerprint:
     """As `lora.fingerprint`; of a sharded model all processes must ask for it."""
     if not is_sharded(model):
         return of_one_process(model)
-    tensors, found = base_tensors(model), dict[str, str]()
+    tensors, own_digests = base_tensors(model), dict[str, str]()
     waiting: dict[str, Future[dict[str, str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as pool:
         for number, (name, tensor) in enumerate(tensors.items()):
-            to = number % processes()
+            to = number % world_size()
             for earlier in waiting.values() if to == rank() else ():
                 earlier.result()  # which lets go of the tensor before the next one comes
-            whole = gathered_by(tensor, to)
+            whole = gather_to(tensor, to)
             if whole is not None:
                 waiting[name] = pool.submit(digests, {name: whole})
         for one in waiting.values():
-            found |= one.result()
-    every = {name: digest for part in gathered(found) for name, digest in part.items()}
+            own_digests |= one.result()
+    every = {name: digest for part in gather(own_digests) for name, digest in part.items()}
     return fingerprint_of_digests({name: every[name] for name in tensors})
 
 
-def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
+def gather_to(tensor: Tensor, to: int) -> Tensor | None:
     """The whole tensor in one process, and None in the others; all must call it."""
     tensor = tensor.detach()
-    if not isinstance(tensor, DTensor) or processes() == 1:
-        return local(tensor) if to == rank() else None
-    rows = -(-tensor.shape[0] // processes())  # of a chunk; the last may be short or empty
+    if not isinstance(tensor, DTensor) or world_size() == 1:
+        return local_shard(tensor) if to == rank() else None
+    rows = -(-tensor.shape[0] // world_size())  # of a chunk; the last may be short or empty
     row = (tensor.numel() // max(tensor.shape[0], 1)) * tensor.element_size()
     own = torch.zeros(rows * row, dtype=torch.uint8, device=tensor.device)
     mine = tensor.to_local().contiguous().reshape(-1).view(torch.uint8)
     own[: mine.numel()] = mine
-    pieces = [torch.empty_like(own) for _ in range(processes())] if to == rank() else None
+    pieces = [torch.empty_like(own) for _ in range(world_size())] if to == rank() else None
     if own.numel():
         distributed.gather(own, pieces, dst=to)
     if pieces is None:
@@ -82,11 +82,11 @@ def gathered_by(tensor: Tensor, to: int) -> Tensor | None:
     return torch.cat(pieces)[: tensor.shape[0] * row].view(tensor.dtype).view(tensor.shape)
 
 
-def of_own_shards(model: nn.Module) -> Fingerprint:
+def shard_fingerprint(model: nn.Module) -> Fingerprint:
     """The fingerprint of what this process holds of W0."""
-    return fingerprint_of_tensors({name: local(tensor) for name, tensor in base_tensors(model).items()})
+    return fingerprint_of_tensors({name: local_shard(tensor) for name, tensor in base_tensors(model).items()})
 
 
-def moved_in_any(before: Fingerprint, after: Fingerprint) -> list[str]:
+def moved_tensors(before: Fingerprint, after: Fingerprint) -> list[str]:
     """Names of tensors of which any process's shard differs, in all processes."""
-    return list(dict.fromkeys(name for part in gathered(before.differences(after)) for name in part))
+    return list(dict.fromkeys(name for part in gather(before.differences(after)) for name in part))

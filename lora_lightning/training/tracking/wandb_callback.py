@@ -21,7 +21,7 @@ from lora_lightning.export.probe_batch import first_batch
 from lora_lightning.lora.formats.peft.save import save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_bytes
 from lora_lightning.lora.report import InjectionReport
-from lora_lightning.tasks.positions import evaluating
+from lora_lightning.tasks.positions import in_evaluation
 from lora_lightning.training.callbacks.export_on_fit_end import best_in
 from lora_lightning.training.callbacks.prediction_writer import rows
 from lora_lightning.training.checkpoints import run_folder as run
@@ -150,7 +150,7 @@ def log_adapter(
     if not ours:
         return
     with tempfile.TemporaryDirectory() as scratch:
-        files = {file.name: file for file in _beside(folder)}
+        files = {file.name: file for file in _run_files(folder)}
         written = save_adapter(backbone, Path(scratch) / "adapter", task_type=task_type)
         files |= {file.name: file for file in sorted(Path(written).iterdir())}
         for logger in ours:
@@ -159,14 +159,14 @@ def log_adapter(
 
 def log_checkpoint(loggers: Iterable[Any], checkpoint: Path, folder: Path, aliases: Sequence[str]) -> None:
     """A checkpoint in the adapter's place, where the adapter's parts lie with several processes."""
-    files = {file.name: file for file in (*_beside(folder), checkpoint)}
+    files = {file.name: file for file in (*_run_files(folder), checkpoint)}
     for logger in wandb_loggers(loggers):
         _log(logger, "adapter", files, aliases, log_report([], folder))
 
 
 def log_export(loggers: Iterable[Any], folder: Path, directory: Path) -> None:
     """All that an export wrote, and the run's report and page as they are now."""
-    files = {file.name: file for file in _beside(folder)}
+    files = {file.name: file for file in _run_files(folder)}
     files |= {str(p.relative_to(directory)): p for p in sorted(directory.rglob("*")) if p.is_file()}
     for logger in wandb_loggers(loggers):
         _log(logger, "export", files, ["best", "latest"], log_report([logger], folder))
@@ -186,7 +186,7 @@ def go_on_with_run_of(loggers: Iterable[Any], checkpoint: str | Path) -> None:
         logger.go_on_with(str(version))
 
 
-def _beside(folder: Path) -> list[Path]:
+def _run_files(folder: Path) -> list[Path]:
     return [folder / name for name in (run.CONFIG, run.REPORT, run.PAGE) if (folder / name).is_file()]
 
 
@@ -220,20 +220,20 @@ def prediction_table(trainer: Trainer, module: LoRAModule, count: int) -> tuple[
     batch = first_batch([trainer.val_dataloaders], module)
     if batch is None:
         return None
-    with evaluating(module.backbone), trainer.precision_plugin.forward_context():
-        said = module.task.predict(module.backbone, batch)
+    with in_evaluation(module.backbone), trainer.precision_plugin.forward_context():
+        predictions = module.task.predict(module.backbone, batch)
     names = getattr(trainer.datamodule, "label_names", None)  # type: ignore[attr-defined]
-    size = min(count, *(len(values) for values in said.values()))
-    told = [dict(row) for row in rows([said], [range(size)], names)]  # type: ignore[list-item]
+    size = min(count, *(len(values) for values in predictions.values()))
+    examples = [dict(row) for row in rows([predictions], [range(size)], names)]  # type: ignore[list-item]
     shown = _inputs(batch, getattr(trainer.datamodule, "tokenizer", None))  # type: ignore[attr-defined]
     targets = _targets(batch, names)
-    for row, example, target in zip(told, shown or [None] * size, targets or [None] * size, strict=False):
+    for row, example, target in zip(examples, shown or [None] * size, targets or [None] * size, strict=False):
         row.pop("row")  # in this batch; the set's own number is not known here
         row.update({"input": example} if shown else {})
         row.update({"target": target} if targets else {})
-    columns = [name for name in ("input", "target") if name in told[0]]
-    columns += [name for name in told[0] if name not in columns]
-    return columns, [[_cell(row.get(name)) for name in columns] for row in told]
+    columns = [name for name in ("input", "target") if name in examples[0]]
+    columns += [name for name in examples[0] if name not in columns]
+    return columns, [[_cell(row.get(name)) for name in columns] for row in examples]
 
 
 def _inputs(batch: Mapping[str, Any], tokenizer: Any) -> list[Any]:

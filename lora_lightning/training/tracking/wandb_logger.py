@@ -53,13 +53,13 @@ class WandbLogger(LightningWandbLogger):
 
 def runs_of(loggers: Iterable[Logger]) -> list[list[Any]]:
     """What a checkpoint notes of the runs that were logged into, so that a fit that goes on finds them: kind, id."""
-    found: list[list[Any]] = []
+    resumable: list[list[Any]] = []
     for logger in loggers:
         if isinstance(logger, LightningWandbLogger | TensorBoardLogger):
-            found.append([_kind(logger), logger.version])
+            resumable.append([_kind(logger), logger.version])
         elif isinstance(logger, MLFlowLogger):
-            found.append([_kind(logger), logger.run_id])
-    return [[kind, which] for kind, which in found if which is not None]
+            resumable.append([_kind(logger), logger.run_id])
+    return [[kind, which] for kind, which in resumable if which is not None]
 
 
 def go_on_with(loggers: Iterable[Any], runs: Sequence[Sequence[Any]], step: int) -> None:

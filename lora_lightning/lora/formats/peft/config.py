@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lora_lightning.lora.errors import AdapterError, did_you_mean, some, warn
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few, warn
 from lora_lightning.lora.targets.patterns import regex_refusal
 
 WEIGHTS, PICKLED, CONFIG = "adapter_model.safetensors", "adapter_model.bin", "adapter_config.json"
@@ -49,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_key_twice)
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_keys)
     except (ValueError, OSError, RecursionError) as error:
         raise AdapterError(f"{path} is not JSON ({str(error)[:200]})") from error
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
@@ -62,17 +62,17 @@ def read_config(path: Path) -> dict[str, Any]:
             )
     unknown = {name: value for name, value in config.items() if value and name not in {*HARMLESS, *CHECKS}}
     if unknown:
-        listed = some([f"{name[:40]}={shorten(value)}" for name, value in unknown.items()], 10)
+        listed = first_few([f"{name[:40]}={shorten(value)}" for name, value in unknown.items()], 10)
         warn(f"{path} has settings that are unknown here and not used: {listed}")
     for name, (check, expected) in CHECKS.items():
         is_left_out = config.get(name) is None and (name not in config or name not in NUMBERS)
         if not is_left_out and not check(config[name]):
-            why = _why_no_regex(config[name]) if "regular expression" in expected else ""
+            why = _regex_refusal(config[name]) if "regular expression" in expected else ""
             raise AdapterError(f"{path}: {name} must be {expected}, got {shorten(config[name])}{why}")
     return config
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -80,7 +80,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _why_no_regex(value: Any) -> str:
+def _regex_refusal(value: Any) -> str:
     """The reason for which one of a field's regular expressions is refused."""
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, list | dict) else []
     refused = ((pattern, regex_refusal(pattern)) for pattern in patterns if isinstance(pattern, str))
@@ -232,7 +232,7 @@ def find_alphas(
         raise AdapterError(
             f"alpha_pattern: {entries} match '{first}'{evidence}; PEFT trained with the one that was written first and"
             f" saves them in another order, so the file does not say which alpha counts: pass"
-            f" alphas={{'{first}': ...}}; in doubt: {some(unanswered, 10)}"
+            f" alphas={{'{first}': ...}}; in doubt: {first_few(unanswered, 10)}"
         )
     default = float(peft.get("lora_alpha", 8))
     return {

@@ -25,7 +25,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lora_lightning.lora.errors import AdapterError, some
+from lora_lightning.lora.errors import AdapterError, first_few
 
 PREFIX = "base_model.model."
 WRAPPER = "base_layer"
@@ -51,7 +51,7 @@ def canonical_keys(tensors: Mapping[str, Tensor], modules: Container[str] = ()) 
     """
     adapters = {match[1] for key in tensors if (match := NAMED.search(key))}
     if len(adapters) > 1:
-        raise AdapterError(f"the file holds {len(adapters)} adapters ({some(sorted(adapters))}): save one of them")
+        raise AdapterError(f"the file holds {len(adapters)} adapters ({first_few(sorted(adapters))}): save one of them")
     is_nested = bool(tensors) and all(k.startswith(PREFIX + PREFIX) for k in tensors) and "base_model" not in modules
     renamed: dict[str, Tensor] = {}
     for key, tensor in tensors.items():

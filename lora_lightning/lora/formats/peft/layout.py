@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
 from lora_lightning.lora.formats.peft.keys import PREFIX, copy_key, token_key
 from lora_lightning.lora.frozen.tensors import adapter_tensors, full_name, named_modules
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
@@ -81,7 +81,7 @@ class LayerLayout:
             tensors |= {"lora_A": F.pad(tensors["lora_A"], (0, 0, 0, more))}
             tensors |= {"lora_B": F.pad(tensors["lora_B"], (0, more))}
         if self.scale != self.layer.lora_settings.scale:
-            tensors |= {"lora_B": _times(tensors["lora_B"], self.layer.lora_settings.scale / self.scale)}
+            tensors |= {"lora_B": _multiply(tensors["lora_B"], self.layer.lora_settings.scale / self.scale)}
         return {self.keys[name]: tensor for name, tensor in tensors.items()}
 
     def to_ours(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -91,12 +91,12 @@ class LayerLayout:
         if self.rank != own:
             tensors |= {"lora_A": tensors["lora_A"][:own], "lora_B": tensors["lora_B"][:, :own]}
         if self.scale != self.layer.lora_settings.scale:
-            tensors |= {"lora_B": _times(tensors["lora_B"], self.scale / self.layer.lora_settings.scale)}
+            tensors |= {"lora_B": _multiply(tensors["lora_B"], self.scale / self.layer.lora_settings.scale)}
         ours = self.layer.from_peft(tensors)
         return {f"{self.path}.{name}" if self.path else name: tensor for name, tensor in ours.items()}
 
 
-def _times(tensor: Tensor, factor: float) -> Tensor:
+def _multiply(tensor: Tensor, factor: float) -> Tensor:
     """Multiply and round once: torch would round the factor to the tensor's dtype first."""
     return (tensor.double() * factor).to(tensor.dtype)
 
@@ -225,4 +225,4 @@ def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         if got.dtype.is_floating_point != want.is_floating_point()
     ]
     if problems:
-        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {some(problems, 10)}")
+        raise AdapterError(f"the adapter does not fit this model ({len(problems)} keys): {first_few(problems, 10)}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, some
+from lora_lightning.lora.errors import AdapterError, ConfigError, TargetError, first_few
 from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS, read_config, token_ids
 from lora_lightning.lora.formats.peft.layout import from_peft, refuse_misfits
 from lora_lightning.lora.formats.peft.resolve import Read, config_for, find_contents, refuse_other_targets, resolve
@@ -99,7 +99,9 @@ def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
     floating = {key: tensor for key, tensor in tensors.items() if tensor.is_floating_point()}
     wrong = [f"'{key}'" for key, tensor in floating.items() if not torch.isfinite(tensor.float()).all()]
     if wrong:
-        raise AdapterError(f"the adapter holds values that are not finite, in {some(wrong, 10)}: use an earlier one")
+        raise AdapterError(
+            f"the adapter holds values that are not finite, in {first_few(wrong, 10)}: use an earlier one"
+        )
 
 
 def refuse_meta(model: nn.Module, why: str = "would drop what is loaded") -> None:
@@ -127,12 +129,12 @@ def load_files(
         AdapterError: as `load_adapter`. The model is then as before.
     """
     peft, tensors = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
-    found = find_contents(tensors, peft, model)
-    refuse_other_targets(peft, found, model)
+    contents = find_contents(tensors, peft, model)
+    refuse_other_targets(peft, contents, model)
     return inject_and_fill(
         model,
         f"the adapter in {files.directory}",
-        lambda: config_for(peft, found, files.record, model, alphas or {}),
+        lambda: config_for(peft, contents, files.record, model, alphas or {}),
         lambda: from_peft(model, tensors, lambda name: token_ids(peft, name)),
         make_real,
     )
@@ -156,7 +158,7 @@ def inject_and_fill(
     was_plain = not any(isinstance(module, Grafted) for module in model.modules())
     try:
         own = config()
-        report = inject(model, own, start=make_real is None and from_weight.is_from_weight(own.init), any_rank=True)
+        report = inject(model, own, run_init=make_real is None and from_weight.is_from_weight(own.init), any_rank=True)
         if make_real is not None:
             make_real(model)
         load_tensors(model, {**_subtracted_factors(model), **tensors()})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.config import LoRAConfig
-from lora_lightning.lora.errors import AdapterError, did_you_mean, some
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few
 from lora_lightning.lora.formats.peft.config import (
     CONFIG,
     WEIGHTS,
@@ -60,11 +60,11 @@ def resolve(
     modules = dict(named_modules(model, remove_duplicate=False))
     named = canonical_keys(tensors, modules)
     named = {key: tensor for key, tensor in named.items() if not is_peft_copy(key.removeprefix(PREFIX), modules)}
-    peft = {**peft, "modules_to_save": _with_tied_copies(peft, named, modules)}
-    return peft, _without_base_copies(named, peft, model, read, allow_other_base=allow_other_base)
+    peft = {**peft, "modules_to_save": _add_tied_copies(peft, named, modules)}
+    return peft, _drop_base_copies(named, peft, model, read, allow_other_base=allow_other_base)
 
 
-def _with_tied_copies(
+def _add_tied_copies(
     peft: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> list[str]:
     """`modules_to_save`, with the tied partners that it leaves out.
@@ -83,7 +83,7 @@ def _with_tied_copies(
     return listed + twins
 
 
-def _without_base_copies(
+def _drop_base_copies(
     tensors: Mapping[str, Tensor],
     peft: Mapping[str, Any],
     model: nn.Module,
@@ -140,37 +140,37 @@ def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model:
         AdapterError: a key without PEFT's prefix, or for a module that the model does not have.
     """
     if strangers := [key for key in tensors if not key.startswith(PREFIX)]:
-        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {some(strangers, 10)}")
-    found, rest = Contents(), list[str]()
+        raise AdapterError(f"adapter keys must start with '{PREFIX}', got {first_few(strangers, 10)}")
+    contents, rest = Contents(), list[str]()
     modules = dict(named_modules(model, remove_duplicate=False))
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
         end = next((end for end in (*A_ENDS, *OTHER_ENDS, TOKENS_END) if f".{name}".endswith(end)), "")
         path = f".{name}".removesuffix(end).removeprefix(".")  # empty for the model itself
         if end in A_ENDS:
-            _add_adapted(path, tensor, peft, modules, found)
+            _add_adapted(path, tensor, peft, modules, contents)
         elif end == TOKENS_END:
-            found.tokens.append(path)
+            contents.tokens.append(path)
         elif not end and not is_trained_bias(name, peft, modules):
             rest.append(name)
-    unknown = [name for name in (*found.modules, *found.tokens) if name not in modules]
+    unknown = [name for name in (*contents.modules, *contents.tokens) if name not in modules]
     if unknown:
-        hint = _where_it_fits(unknown, modules) or did_you_mean(unknown[0], modules)
-        named = some([f"'{name}'" for name in unknown], 10)
+        hint = _fitting_hint(unknown, modules) or did_you_mean(unknown[0], modules)
+        named = first_few([f"'{name}'" for name in unknown], 10)
         raise AdapterError(f"the model has no module {named}: {len(unknown)} of the adapter's are missing{hint}")
-    found.saved = _saved_modules(rest, peft.get("modules_to_save") or [], modules)
-    return found
+    contents.saved = _saved_modules(rest, peft.get("modules_to_save") or [], modules)
+    return contents
 
 
 def _add_adapted(
-    path: str, A: Tensor, peft: Mapping[str, Any], modules: Mapping[str, nn.Module], found: Contents
+    path: str, A: Tensor, peft: Mapping[str, Any], modules: Mapping[str, nn.Module], contents: Contents
 ) -> None:
     """Note a module or a bare parameter by the path of its A."""
     plain, depth = strip_wrappers(path, modules)
     rank = A.shape[0] if A.dim() else 0
     holder, parent = modules.get(plain), modules.get(plain.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention) or holder is None:
-        found.modules[plain] = rank
+        contents.modules[plain] = rank
         return
     entries = peft.get("target_parameters") or []
     full = {f"{plain}.{n}".removeprefix("."): n for n in holder._parameters}
@@ -179,12 +179,12 @@ def _add_adapted(
         name = own[len(own) - 1 - depth]
         parameter = holder._parameters[full[name]]
         assert parameter is not None
-        found.parameters[name] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)
+        contents.parameters[name] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)
     else:
-        found.modules[plain] = rank
+        contents.modules[plain] = rank
 
 
-def _where_it_fits(unknown: list[str], modules: Collection[str]) -> str:
+def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
     """How the adapter's names would fit: it was made on this model's backbone, or on a model around this one."""
     for outer in modules:
         if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
@@ -203,8 +203,8 @@ def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.
     holders = {key: saved_module(key, listed) for key in keys}
     if strangers := [key for key, holder in holders.items() if holder is None]:
         raise AdapterError(
-            f"the adapter does not fit this model ({len(strangers)} keys): left over {some(strangers, 10)}, which are"
-            f" neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
+            f"the adapter does not fit this model ({len(strangers)} keys): left over {first_few(strangers, 10)}, which"
+            f" are neither A or B nor in a module that modules_to_save lists ({', '.join(listed) or 'none'})"
         )
     for entry in listed:
         hits = [name for name in modules if name == entry] or [n for n in modules if n.endswith(f".{entry}")]
@@ -214,14 +214,14 @@ def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.
     return sorted({holder for holder in holders.values() if holder is not None})
 
 
-def refuse_other_targets(peft: Mapping[str, Any], found: Contents, model: nn.Module) -> None:
+def refuse_other_targets(peft: Mapping[str, Any], contents: Contents, model: nn.Module) -> None:
     """Raise where the config and the file's tensors name different modules, parameters or rows."""
     for entry in peft.get("target_parameters") or []:
-        if not any(peft_selects([entry], name) for name in found.parameters):
+        if not any(peft_selects([entry], name) for name in contents.parameters):
             raise AdapterError(f"{CONFIG} lists '{entry}' in target_parameters and {WEIGHTS} has no tensors for it")
     tokens = peft.get("trainable_token_indices") or []
     for entry in tokens if isinstance(tokens, dict) else [""] if tokens else []:
-        if not any(not entry or peft_selects([entry], name) for name in found.tokens):
+        if not any(not entry or peft_selects([entry], name) for name in contents.tokens):
             raise AdapterError(
                 f"{CONFIG} has trainable_token_indices '{entry}' and {WEIGHTS} has no rows for them: leave that entry"
                 " out if its module shares the weight of another that has rows"
@@ -232,11 +232,11 @@ def refuse_other_targets(peft: Mapping[str, Any], found: Contents, model: nn.Mod
     saved = peft.get("modules_to_save") or []
     for name, module in named_modules(model):
         is_selected = peft_adapts(peft, targets, _peft_name(name, model))
-        if name in found.modules and not is_selected:
+        if name in contents.modules and not is_selected:
             why = "; ensure_weight_tying trained one update for two layers, which have their own here: train without it"
             hint = why if peft.get("ensure_weight_tying") else ""
             raise AdapterError(f"{WEIGHTS} has left over tensors for '{name}', which {CONFIG} does not adapt{hint}")
-        if not is_selected or name in found.modules or kind_of(module) is None:
+        if not is_selected or name in contents.modules or kind_of(module) is None:
             continue
         if not any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", name) for m in saved):
             raise AdapterError(f"{CONFIG} adapts '{name}' and {WEIGHTS} has no tensors for it")
@@ -244,7 +244,7 @@ def refuse_other_targets(peft: Mapping[str, Any], found: Contents, model: nn.Mod
 
 def config_for(
     peft: Mapping[str, Any],
-    found: Contents,
+    contents: Contents,
     record: Record | None,
     model: nn.Module,
     alphas_in_doubt: Mapping[str, float],
@@ -259,7 +259,7 @@ def config_for(
             alpha in doubt.
     """
     r, alpha, rslora = int(peft.get("r", 8)), float(peft.get("lora_alpha", 8)), bool(peft.get("use_rslora"))
-    adapted = {**found.modules, **found.parameters}
+    adapted = {**contents.modules, **contents.parameters}
     names = {name: _peft_name(name, model) for name in adapted}
     for name, rank in adapted.items():
         refuse_other_rank(peft, name, names[name], rank)
@@ -272,7 +272,7 @@ def config_for(
             if not math.isclose(alphas[name] / (math.sqrt(peft_rank) if rslora else peft_rank), written, rel_tol=1e-9):
                 raise AdapterError(f"{CONFIG} was changed since it was saved: its ranks or alphas")
             adapted[name], alphas[name] = own_r, own_alpha
-    modules = [name for name in found.modules if name in adapted]
+    modules = [name for name in contents.modules if name in adapted]
     dropouts, slices = (record.dropouts, record.slices) if record else ({}, {})
     return LoRAConfig(
         r=r,
@@ -281,9 +281,9 @@ def config_for(
         dropout_pattern={exact_pattern(n): p for n, p in dropouts.items() if n in adapted},
         # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
         target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
-        target_parameters=list(found.parameters) or None,
-        trainable_token_indices={name: [*token_ids(peft, name)] for name in found.tokens} or None,
-        modules_to_save=found.saved or None,
+        target_parameters=list(contents.parameters) or None,
+        trainable_token_indices={name: [*token_ids(peft, name)] for name in contents.tokens} or None,
+        modules_to_save=contents.saved or None,
         slices={exact_pattern(n): spec for n, spec in slices.items() if n in modules},
         rank_pattern={exact_pattern(n): rank for n, rank in adapted.items() if rank != r},
         alpha_pattern={exact_pattern(n): alphas[n] for n in adapted if alphas[n] != alpha},

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lora_lightning.lora.errors import AdapterError, did_you_mean, some, warn
+from lora_lightning.lora.errors import AdapterError, did_you_mean, first_few, warn
 from lora_lightning.lora.formats.atomic_dir import write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS, dotted_ends
 from lora_lightning.lora.formats.peft.layout import LayerLayout, layer_layouts, to_peft
@@ -188,8 +188,8 @@ def _task(model: nn.Module, task_type: str | None) -> str | None:
     if not missed:
         return task_type
     warn(
-        f"PEFT takes {some([repr(name) for name in missed])} for trained in full wherever task_type is {task_type}, and"
-        f" this adapter brings no values for that: task_type is left out of its config, so that"
+        f"PEFT takes {first_few([repr(name) for name in missed])} for trained in full wherever task_type is"
+        f" {task_type}, and this adapter brings no values for that: task_type is left out of its config, so that"
         f" PeftModel.from_pretrained opens it; to keep it, train the head: modules_to_save"
     )
     return None
@@ -202,7 +202,7 @@ def _warn_of_limits(model: nn.Module, layouts: list[LayerLayout]) -> None:
     """
     for what, names in _limits(model, layouts):
         if names:
-            warn(f"PEFT {what}: {some([repr(name) for name in names])}; load_adapter reads all of it")
+            warn(f"PEFT {what}: {first_few([repr(name) for name in names])}; load_adapter reads all of it")
 
 
 def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str, list[str]]]:
@@ -222,11 +222,11 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     convs = {name: m for name, m in owners.items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
     padded = [name for name, module in convs.items() if module.padding_mode != "zeros"]
     yield "pads an adapted convolution's update with zeros, whatever its padding_mode", padded
-    fused = _taken_for_experts(model, owners)
+    fused = _names_fused_as_experts(model, owners)
     yield "may take these for fused experts as it reads the config, and drop their update", fused
 
 
-def _taken_for_experts(model: nn.Module, owners: Mapping[str, nn.Module]) -> list[str]:
+def _names_fused_as_experts(model: nn.Module, owners: Mapping[str, nn.Module]) -> list[str]:
     """Dense and shared layers of a transformers model with stacked experts, by the names that PEFT fuses there."""
     if not is_a(get_module(model, ""), HF_MODEL):
         return []

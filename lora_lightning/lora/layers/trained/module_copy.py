@@ -104,18 +104,18 @@ class SavedCopy(Grafted):
 class SavedSequence(SavedCopy):
     """The same for `nn.Sequential`, a list of its children: of the trained copy's while that runs, else of its own."""
 
-    def _shown(self) -> list[nn.Module]:
+    def _children(self) -> list[nn.Module]:
         shown = self.lora_copy if self.lora_enabled and COPY in self._modules else self
         return [child for name, child in shown._modules.items() if name != COPY and child is not None]
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self._shown())
+        return iter(self._children())
 
     def __len__(self) -> int:
-        return len(self._shown())
+        return len(self._children())
 
     def __getitem__(self, index: int | slice) -> nn.Module:
-        chosen = self._shown()[index]
+        chosen = self._children()[index]
         return nn.Sequential(*chosen) if isinstance(chosen, list) else chosen
 
 

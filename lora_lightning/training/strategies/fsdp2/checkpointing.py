@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from lora_lightning.training.checkpoints.adapter_state import adapter_only, refuse_misfits
 from lora_lightning.training.checkpoints.file_io import is_remote, whole_file
-from lora_lightning.training.distributed import by_first, rank, together
-from lora_lightning.training.strategies.fsdp2.wrapping import as_stored
+from lora_lightning.training.strategies.collectives import rank, run_in_all, run_in_first
+from lora_lightning.training.strategies.fsdp2.wrapping import read_as_stored
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -31,18 +31,18 @@ class AdapterCheckpoints(ModelParallelStrategy):
         return True
 
     @property
-    def _saved(self) -> LoRAModule:
+    def _saved_module(self) -> LoRAModule:
         module: Any = self.lightning_module
         return module  # type: ignore[no-any-return]
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains, whole and in process 0 only."""
-        state: dict[str, Any] = _whole_state(adapter_only(self._saved, self._saved.state_dict()))
+        state: dict[str, Any] = _whole_state(adapter_only(self._saved_module, self._saved_module.state_dict()))
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer, in the form of a single process."""
-        state: dict[str, Any] = _whole_state(_plain(optimizer).state_dict())
+        state: dict[str, Any] = _whole_state(_plain_optimizer(optimizer).state_dict())
         return state
 
     def save_checkpoint(
@@ -53,8 +53,8 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             LoRAError: in all processes, where it could not be written.
         """
-        path = by_first(lambda: str(filepath))
-        together(lambda: self._write(checkpoint, path, storage_options))
+        path = run_in_first(lambda: str(filepath))
+        run_in_all(lambda: self._write(checkpoint, path, storage_options))
 
     def _write(self, checkpoint: dict[str, Any], path: str, options: Any) -> None:
         if self.is_global_zero:
@@ -66,10 +66,10 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             DamagedCheckpointError: there is no whole one; in all processes.
         """
-        path = by_first(lambda: str(checkpoint_path))
+        path = run_in_first(lambda: str(checkpoint_path))
         if not is_remote(path):
-            path = by_first(lambda: str(whole_file(Path(path))))
-        return together(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
+            path = run_in_first(lambda: str(whole_file(Path(path))))
+        return run_in_all(lambda: self.checkpoint_io.load_checkpoint(path, weights_only=weights_only))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Put the adapter into the shards.
@@ -77,30 +77,30 @@ class AdapterCheckpoints(ModelParallelStrategy):
         Raises:
             AdapterError: keys are missing, left over or wrongly shaped; nothing was changed.
         """
-        module, state = self._saved, checkpoint["state_dict"]
+        module, state = self._saved_module, checkpoint["state_dict"]
         if strict:
             refuse_misfits(module, module.state_dict(), state)
         own = adapter_only(module, module.state_dict())
-        shards = {key: _as_sharded(value, own[key]) for key, value in state.items() if key in own}
-        with as_stored(module.backbone):
+        shards = {key: _shard_like(value, own[key]) for key, value in state.items() if key in own}
+        with read_as_stored(module.backbone):
             module.load_state_dict(shards, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Put each optimizer's state where its parameters' shards are."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            plain = _plain(optimizer)
+            plain = _plain_optimizer(optimizer)
             here = [p for group in plain.param_groups for p in group["params"]]
             there = [i for group in state["param_groups"] for i in group["params"]]
             parameters = dict(zip(there, here, strict=False))
             shards = {
-                i: {name: _as_sharded(value, parameters[i]) for name, value in own.items()}
+                i: {name: _shard_like(value, parameters[i]) for name, value in own.items()}
                 for i, own in state["state"].items()
                 if own and i in parameters
             }
             plain.load_state_dict({"state": shards, "param_groups": state["param_groups"]})
 
 
-def _plain(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
+def _plain_optimizer(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
@@ -109,22 +109,22 @@ def _whole_state(state: Any) -> Any:
 
     All processes must call it. A copy on the CPU, which the next step does not write into.
     """
-    found = _gathered(state)
+    found = _gather_whole(state)
     return found if rank() == 0 else {}
 
 
-def _gathered(value: Any) -> Any:
+def _gather_whole(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _gathered(inner) for key, inner in value.items()}
+        return {key: _gather_whole(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_gathered(inner) for inner in value]
+        return [_gather_whole(inner) for inner in value]
     if not isinstance(value, Tensor):
         return value
     whole = value.full_tensor() if isinstance(value, DTensor) else value
     return whole.detach().cpu() if rank() == 0 else None
 
 
-def _as_sharded(value: Any, like: Any) -> Any:
+def _shard_like(value: Any, like: Any) -> Any:
     """A whole tensor in the shards of the parameter that it belongs to; scalars and what is no tensor as they are.
 
     A state of another shape, as a factored second moment's row, is laid into every process whole. No process tells

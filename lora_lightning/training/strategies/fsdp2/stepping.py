@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora.errors import LoRAError, some
-from lora_lightning.training.distributed import gathered
+from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.training.strategies.base import is_sharded
+from lora_lightning.training.strategies.collectives import gather
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -31,24 +31,24 @@ class EvaluatesTogether(ParallelStrategy):
         return module  # type: ignore[no-any-return]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return self._evaluated("validation_step", batch, batch_idx, dataloader_idx)
+        return self._evaluate("validation_step", batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return self._evaluated("test_step", batch, batch_idx, dataloader_idx)
+        return self._evaluate("test_step", batch, batch_idx, dataloader_idx)
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
-        return self._evaluated("predict_step", batch, batch_idx, dataloader_idx)
+        return self._evaluate("predict_step", batch, batch_idx, dataloader_idx)
 
-    def _evaluated(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
+    def _evaluate(self, step: str, batch: Any, batch_idx: int, dataloader_idx: int) -> Any:
         """The step; after a process's last batch it runs the model on, unheard, for those that have one more."""
-        found = self._called(step, batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
+        found = self._call(step, batch, batch_idx, *((dataloader_idx,) if dataloader_idx else ()))
         own = self._batches()[dataloader_idx]
         if self._most and batch_idx + 1 == own:
             for _ in range(self._most[dataloader_idx] - int(own)):
-                self._called("unheard_step", batch, step == "predict_step")
+                self._call("unheard_step", batch, step == "predict_step")
         return found
 
-    def _called(self, step: str, *args: Any) -> Any:
+    def _call(self, step: str, *args: Any) -> Any:
         """A method of the module, as Lightning calls it."""
         with self.precision_plugin.forward_context():
             return getattr(self._module, step)(*args)
@@ -74,7 +74,7 @@ class EvaluatesTogether(ParallelStrategy):
     def _count_batches(self) -> None:
         if not is_sharded(self._module.backbone):
             return
-        every = gathered(self._batches())
+        every = gather(self._batches())
         loaders = list(zip(*every, strict=True))
         if any(float("inf") in counts or (0 in counts and any(counts)) for counts in loaders):
             raise LoRAError(
@@ -107,13 +107,13 @@ class StepsTogether(EvaluatesTogether, ModelParallelStrategy):
         left = [n for n, p in self._module.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]
         if left:
             raise LoRAError(
-                f"FSDP2 saw no backward of {some(left)}: the task's loss must come from a call of the backbone or of"
-                " its blocks; or train with ddp"
+                f"FSDP2 saw no backward of {first_few(left)}: the task's loss must come from a call of the backbone or"
+                " of its blocks; or train with ddp"
             )
 
-    def _called(self, step: str, *args: Any) -> Any:
+    def _call(self, step: str, *args: Any) -> Any:
         self._root.unshard()
-        return super()._called(step, *args)
+        return super()._call(step, *args)
 
     def on_validation_end(self) -> None:
         self._root.reshard()

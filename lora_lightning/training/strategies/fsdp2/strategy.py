@@ -12,13 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora.errors import LoRAError, some
+from lora_lightning.lora.errors import LoRAError, first_few
 from lora_lightning.training.checkpoints.file_io import WholeFiles
 from lora_lightning.training.initialization import refuse_measured
 from lora_lightning.training.strategies.base import ShardedStrategy, is_sharded
 from lora_lightning.training.strategies.fsdp2.checkpointing import AdapterCheckpoints
 from lora_lightning.training.strategies.fsdp2.stepping import StepsTogether
-from lora_lightning.training.strategies.fsdp2.wrapping import as_stored, shard
+from lora_lightning.training.strategies.fsdp2.wrapping import read_as_stored, shard
 
 if TYPE_CHECKING:
     from lora_lightning.training.module import LoRAModule
@@ -86,11 +86,13 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
         named = module.named_parameters()
         beside = [name for name, p in named if p.requires_grad and not name.startswith("backbone.")]
         if beside:
-            raise LoRAError(f"FSDP2 shards the backbone alone, and {some(beside)} trains beside it: train with ddp")
+            raise LoRAError(
+                f"FSDP2 shards the backbone alone, and {first_few(beside)} trains beside it: train with ddp"
+            )
 
     def setup(self, trainer: Trainer) -> None:
         super().setup(trainer)
-        with as_stored(self._root):
+        with read_as_stored(self._root):
             # The first module that runs would be taken for the root, and a step may begin with a part of the backbone.
             self._root._get_fsdp_state()._lazy_init()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -99,7 +101,7 @@ class FSDP2Strategy(StepsTogether, AdapterCheckpoints, ShardedStrategy):
     def model_to_device(self) -> None:
         """Offloaded shards stay where they are."""
         if not self.cpu_offload:
-            with as_stored(self._root):
+            with read_as_stored(self._root):
                 super().model_to_device()
             return
         for tensor in (*self._module.parameters(), *self._module.buffers()):

@@ -24,14 +24,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from lora_lightning.lora.errors import LoRAError, did_you_mean, some
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.inject import disabled
 from lora_lightning.lora.targets.blocks import repeated_blocks
-from lora_lightning.training.distributed import processes
+from lora_lightning.training.strategies.collectives import world_size
 
 
-def as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
+def read_as_stored(backbone: nn.Module) -> AbstractContextManager[None]:
     """Within the block FSDP2, which looks parameters up as attributes, finds a bias where a trained copy is shown."""
     return disabled(backbone)
 
@@ -58,14 +58,14 @@ def shard(
     _refuse_quantized(backbone)
     chosen = groups_of(backbone) if blocks is None else named_blocks(backbone, blocks)
     whole = parameters_left_whole(backbone, chosen)
-    _say(backbone, chosen, whole, mesh.size())
+    _report_blocks(backbone, chosen, whole, mesh.size())
     options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(whole.values())}
     options["offload_policy"] = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     done: set[int] = set()
     for module in chosen.values():
-        same_everywhere(module, device, done)
+        broadcast_unsharded(module, device, done)
         fully_shard(module, reshard_after_forward=reshard_after_forward, **options)
-    same_everywhere(backbone, device, done)
+    broadcast_unsharded(backbone, device, done)
     root = fully_shard(backbone, reshard_after_forward=False, **options)
     # What one process's batch does not reach, as an expert, has a gradient of zeros there; else shapes would differ.
     root.set_reduce_scatter_unused_params(True)
@@ -76,7 +76,7 @@ def _refuse_quantized(backbone: nn.Module) -> None:
     quantized = [name for name, module in backbone.named_modules() if scheme(module) is not None]
     if quantized:
         raise LoRAError(
-            f"FSDP2 shards plain weights, and {some(quantized)} are quantized: load the backbone in bfloat16, or"
+            f"FSDP2 shards plain weights, and {first_few(quantized)} are quantized: load the backbone in bfloat16, or"
             " train it with --trainer.strategy ddp"
         )
 
@@ -87,17 +87,17 @@ def parameters_left_whole(backbone: nn.Module, blocks: Mapping[str, nn.Module]) 
     Raises:
         LoRAError: one of them trains, so that its gradients would not be added up over the processes.
     """
-    found = homeless(backbone, blocks)
+    found = shared_or_scalar_parameters(backbone, blocks)
     trained = [name for name, parameter in found.items() if parameter.requires_grad]
     if trained:
         raise LoRAError(
-            f"FSDP2 cannot train what has no rows or stands in several blocks: {some(trained)}; exclude it from"
+            f"FSDP2 cannot train what has no rows or stands in several blocks: {first_few(trained)}; exclude it from"
             " lora.target_modules or lora.modules_to_save, or train with --trainer.strategy ddp"
         )
     return found
 
 
-def homeless(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+def shared_or_scalar_parameters(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
     """Scalars, and parameters that stand in several blocks, or in one and outside of all."""
     homes: dict[int, set[int]] = {}
     found: dict[str, nn.Parameter] = {}
@@ -114,14 +114,14 @@ def homeless(backbone: nn.Module, blocks: Mapping[str, nn.Module]) -> dict[str, 
     return found
 
 
-def same_everywhere(module: nn.Module, device: torch.device, done: set[int]) -> None:
+def broadcast_unsharded(module: nn.Module, device: torch.device, done: set[int]) -> None:
     """Put what was not sharded before on the device, with process 0's values: each process drew its own A."""
     for tensor in (*module.parameters(), *module.buffers()):
         if isinstance(tensor, DTensor) or tensor.is_meta or id(tensor) in done:
             continue
         done.add(id(tensor))
         tensor.data = tensor.data.to(device).contiguous()  # FSDP2 takes no other
-        if processes() > 1 and tensor.numel():
+        if world_size() > 1 and tensor.numel():
             distributed.broadcast(tensor.data.reshape(-1).view(torch.uint8), src=0)
 
 
@@ -139,7 +139,7 @@ def gather_before(root: Any, method: str) -> None:
     setattr(root, method, gathered)
 
 
-def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
+def _report_blocks(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[str, Any], count: int) -> None:
     if blocks:
         kinds = ", ".join(dict.fromkeys(type(block).__name__ for block in blocks.values()))
         rank_zero_info(f"FSDP2: W0 and the adapter lie in {count} parts; gathered one by one: {len(blocks)} x {kinds}")
@@ -149,7 +149,7 @@ def _say(backbone: nn.Module, blocks: Mapping[str, nn.Module], whole: Mapping[st
             " a time; FSDP2Strategy.blocks names modules to gather one by one"
         )
     if whole:
-        rank_zero_info(f"FSDP2: every process holds the whole of {some(list(whole))}, scalars or shared by blocks")
+        rank_zero_info(f"FSDP2: every process holds the whole of {first_few(list(whole))}, scalars or shared by blocks")
 
 
 def groups_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -168,12 +168,12 @@ def named_blocks(model: nn.Module, patterns: Sequence[str], of: str = "FSDP2Stra
     for pattern in patterns:
         fits = {name: module for name, module in modules.items() if name and fnmatchcase(name, pattern)}
         if not any(_has_parameters(module) for module in fits.values()):
-            raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near(pattern, modules)}")
+            raise LoRAError(f"{of}.blocks: '{pattern}' fits no module with parameters{_near_miss(pattern, modules)}")
         found |= {name: module for name, module in fits.items() if _has_parameters(module)}
     return {name: found[name] for name in modules if name in found}
 
 
-def _near(pattern: str, names: dict[str, nn.Module]) -> str:
+def _near_miss(pattern: str, names: dict[str, nn.Module]) -> str:
     return did_you_mean(pattern, (name for name in names if name))
 
 

@@ -59,10 +59,10 @@ def start_from_directory(model: nn.Module, directory: Path, *, allow_other_base:
             " lora.init out, or start from a checkpoint of a run with the same"
         )
     # W0 less what this run trains in full, which may be more than the earlier one did.
-    check_base(files.record, model, allow_other_base=allow_other_base, replaced=_heads(model))
+    check_base(files.record, model, allow_other_base=allow_other_base, replaced=_head_names(model))
     peft, tensors = resolve(files.peft, files.tensors, model, allow_other_base=allow_other_base)
     trained = config_for(peft, find_contents(tensors, peft, model), files.record, model, {})
-    tensors, left = _with_own_heads(model, tensors, {key: PREFIX + copy_key(key) for key in adapter_tensors(model)})
+    tensors, left = _keep_own_heads(model, tensors, {key: PREFIX + copy_key(key) for key in adapter_tensors(model)})
     ours = from_peft(model, tensors, lambda name: token_ids(peft, name))
     for path, layer in adapted_layers(model):
         name, parts = layer.lora_name(path), layer.lora_settings.slices
@@ -95,8 +95,8 @@ def start_from_state(
         AdapterError: another base; tensors that are missing, left over or of other shapes; a scale, part or token row
             that is another here. Nothing is loaded then.
     """
-    refuse_other_base(base, fingerprint(model), allow_other_base=allow_other_base, replaced=_heads(model))
-    tensors, left = _with_own_heads(model, tensors, {key: key for key in adapter_tensors(model)})
+    refuse_other_base(base, fingerprint(model), allow_other_base=allow_other_base, replaced=_head_names(model))
+    tensors, left = _keep_own_heads(model, tensors, {key: key for key in adapter_tensors(model)})
     has_slices = trained.slices or any(layer.lora_settings.slices for _, layer in adapted_layers(model))
     for name in ["trainable_token_indices", "slices", *(["target_modules"] if has_slices else [])]:
         there, here = getattr(trained, name), getattr(config, name)
@@ -122,11 +122,11 @@ def _fill(model: nn.Module, tensors: Mapping[str, Tensor], trained: LoRAConfig, 
     return WarmStart(tensors=sum(not key.startswith(heads) for key in tensors), own_start=left)
 
 
-def _heads(model: nn.Module) -> list[str]:
+def _head_names(model: nn.Module) -> list[str]:
     return [name for name, _ in grafted_modules(model, SavedCopy)]
 
 
-def _with_own_heads(
+def _keep_own_heads(
     model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The file's tensors, with this model's own of each head that the file does not have, or has in another shape.
@@ -140,7 +140,7 @@ def _with_own_heads(
         The tensors, and why each such head keeps its own init.
     """
     own, filled, left = adapter_tensors(model), dict(tensors), dict[str, str]()
-    for name in _heads(model):
+    for name in _head_names(model):
         head = {keys[key]: tensor for key, tensor in own.items() if key.startswith(f"{full_name(name, COPY)}.")}
         others = [(tensors[k].shape, t.shape) for k, t in head.items() if k in tensors and tensors[k].shape != t.shape]
         if not head.keys() & tensors.keys():
