@@ -131,7 +131,8 @@ def test_the_loralib_lines_of_formats_run():
 
 
 def lines_of(page):
-    lines = (line.split("#")[0].strip() for block in blocks(page, "bash") for line in block.splitlines())
+    joined = (re.sub(r"\s*\\\n\s*", " ", block) for block in blocks(page, "bash"))
+    lines = (line.split("#")[0].strip() for block in joined for line in block.splitlines())
     return [shlex.split(line)[1:] for line in lines if line.startswith("lora-lightning ")]
 
 

@@ -19,7 +19,8 @@ def blocks(language):
 
 
 def lines(language):
-    return [line.split("#")[0].strip() for block in blocks(language) for line in block.splitlines() if line.strip()]
+    joined = (re.sub(r"\s*\\\n\s*", " ", block) for block in blocks(language))
+    return [line.split("#")[0].strip() for block in joined for line in block.splitlines() if line.strip()]
 
 
 RECIPES = [line for line in lines("bash") if re.search(r"-c configs/\w+/", line)]

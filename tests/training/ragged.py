@@ -1,16 +1,15 @@
-"""Fits on sequences of unlike length, alone, in two and in four processes. `python -m tests.training.ragged FOLDER`."""
+"""Tiny fits on rows of unlike length, in float64, and what they end with: what `strategies.py` puts side by side."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -19,6 +18,8 @@ from lora_lightning import LoRAConfig, LoRAModule
 from lora_lightning.data.loading.sampler import EpochSampler
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.base import StepOutput, Task
+from lora_lightning.training.trainer import LoRATrainer
+from tests.training.resuming import whole
 
 VOCABULARY, LENGTH, ROWS = 11, 9, 68
 """ROWS: per process and micro-batch of 2, 17 micro-batches: the last window of 3 or 4 is short."""
@@ -40,7 +41,48 @@ class Tokens(Task):
         return StepOutput(loss, count, logits, labels)
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+        return {"logits": backbone(batch["ids"])}
+
+
+class Block(nn.Module):
+    """A norm and two linear layers around it, odd in size: no number of processes divides its rows."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 13), nn.Linear(13, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+        return y
+
+
+class Net(nn.Module):
+    """Token by token; the head is tied to the embedding."""
+
+    def __init__(self, width: int = 17, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, width)
+        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.tensor(1.5))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        logits: torch.Tensor = self.head(self.norm(x)) * self.scale
+        return logits
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.02)
+
+
+def module(dtype: torch.dtype = torch.float64, optimizer: Any = adamw, **config: Any) -> LoRAModule:
+    torch.manual_seed(0)
+    lora = LoRAConfig(**{"r": 3, "alpha": 6, "target_modules": ["up", "down"]} | config)
+    return LoRAModule(Net().to(dtype), Tokens(), lora, optimizer=optimizer)
 
 
 def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
@@ -52,12 +94,6 @@ def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
     lengths[::4] = lengths[::4].clamp(min=2)  # of the four rows of two processes, one at least
     labels = torch.where(torch.arange(LENGTH) < lengths, (ids * 3 + 1) % VOCABULARY, -100)
     return [{"ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
-
-
-def module() -> LoRAModule:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Embedding(VOCABULARY, 16), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, VOCABULARY)).double()
-    return LoRAModule(net, Tokens(), LoRAConfig(r=3, alpha=6), optimizer=lambda p: torch.optim.AdamW(p, lr=0.02))
 
 
 class Ragged(LightningDataModule):
@@ -77,11 +113,6 @@ class Ragged(LightningDataModule):
         places = {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
         sampler = EpochSampler(data, batch_size=self.batch_size, shuffle=False, **places)
         return DataLoader(data, batch_size=self.batch_size, sampler=sampler)
-
-
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """One that lies in parts, gathered."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class Record(Callback):
@@ -109,20 +140,28 @@ class Record(Callback):
 
 
 def fit(
-    batch: int, *callbacks: Callback, file: Path | None = None, data: Any = None, made: Any = None, **options: Any
+    data: int | LightningDataModule | DataLoader[Any],
+    *callbacks: Callback,
+    file: Path | None = None,
+    made: LoRAModule | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
-    """Train for 20 optimizer steps or more, and tell as `Record` does."""
+    """Train for 20 optimizer steps or more, on `Ragged` of that batch size or on other data; tell as `Record` does."""
     record = Record(file)
     options = {"accelerator": "cpu", "devices": 1, "max_epochs": 4, "gradient_clip_val": CLIP} | options
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "num_sanity_val_steps": 0}
-    trainer = Trainer(**options, **quiet, enable_model_summary=False, callbacks=[record, *callbacks])
-    trainer.fit(made or module(), Ragged(batch) if data is None else data)
+    trainer = LoRATrainer(**options, **quiet, enable_model_summary=False, callbacks=[record, *callbacks])
+    trainer.fit(made or module(), Ragged(data) if isinstance(data, int) else data)
     return record.out
 
 
-if __name__ == "__main__":
-    for accumulate in (1, 3, 4):
-        two = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": accumulate}
-        fit(2, file=Path(sys.argv[1]) / f"{accumulate}.pt", **two)
-    four = {"strategy": "ddp_fork", "devices": 4, "accumulate_grad_batches": 3}
-    fit(1, file=Path(sys.argv[1]) / "four.pt", **four)
+def furthest(ours: dict[str, Any], theirs: dict[str, Any]) -> float:
+    """The largest difference of two adapters, relative to each tensor's largest entry."""
+    return max(float((ours["adapter"][k] - v).abs().max() / v.abs().max()) for k, v in theirs["adapter"].items())
+
+
+def assert_alike(ours: dict[str, Any], one: dict[str, Any], closeness: float = 1e-9) -> None:
+    assert ours["steps"] == one["steps"] >= 6
+    assert furthest(ours, one) < closeness
+    assert ours["losses"] == pytest.approx(one["losses"], rel=closeness)
+    assert ours["metrics"] == pytest.approx(one["metrics"], rel=max(1e-6, closeness))

@@ -1,4 +1,4 @@
-"""Models that lie in parts beside the same in one piece, bit for bit. Run as `python -m tests.training.shards N FILE`.
+"""Models that lie in parts beside the same in one piece, bit for bit: `python -m tests.training.shards run FILE N`.
 
 All processes see the same batch, so the mean of their gradients is each one's own, of two to the bit.
 """
@@ -6,7 +6,9 @@ All processes see the same batch, so the mean of their gradients is each one's o
 from __future__ import annotations
 
 import json
+import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import T5Config, T5ForConditionalGeneration
 
-from lora_lightning import LoRAConfig, LoRAError, inject
+from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.frozen.fingerprint import fingerprint as of_one
 from lora_lightning.lora.frozen.tensors import base_tensors
 from lora_lightning.training.strategies import base as sharded_w0
@@ -111,72 +113,46 @@ def table() -> nn.Module:
     return Stack(lambda: Shared(shared))
 
 
+def attention(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: Stack(lambda: Attention(8), **options)
+
+
+def flat() -> nn.Module:
+    return nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+EVERYTHING = ALL | {"r": 3, "use_dora": True, "bias": "lora_only", "modules_to_save": ["head"]}
 CASES: dict[str, Case] = {
-    "siblings": (lambda: Stack(lambda: Attention(8)), ALL | {"r": 3, "dropout": 0.2}, IDS, torch.float32),
-    "rank one": (lambda: Stack(lambda: Attention(8)), ALL | {"r": 1}, IDS, torch.float64),
-    "bf16 base": (
-        lambda: Stack(lambda: Attention(8)),
-        ALL | {"r": 3, "modules_to_save": ["head"]},
-        IDS,
-        torch.bfloat16,
-    ),
-    "DoRA": (lambda: Stack(lambda: Attention(8)), ALL | {"r": 3, "use_dora": True}, IDS, torch.float32),
-    "bias and a moved start": (
-        lambda: Stack(lambda: Attention(8)),
-        ALL | {"r": 3, "bias": "lora_only", "init": "pissa"},
-        IDS,
-        torch.float32,
-    ),
-    "post-norm": (
-        lambda: Stack(lambda: PostNorm(8)),
-        {"r": 2, "target_modules": ["q", "k", "v"]},
-        IDS,
-        torch.float32,
-    ),
-    "checkpointed with options": (
-        lambda: Stack(lambda: Attention(8), checkpointed=True),
-        ALL | {"r": 3, "use_dora": True, "bias": "lora_only", "modules_to_save": ["head"]},
-        IDS,
-        torch.float32,
-    ),
-    "checkpointed": (lambda: Stack(lambda: Attention(8), checkpointed=True), ALL | {"r": 3}, IDS, torch.float32),
-    "tied": (
-        lambda: Stack(lambda: Attention(8), tied=True),
-        ALL | {"r": 3, "exclude_modules": ["head"]},
-        IDS,
-        torch.float32,
-    ),
-    "embedding and head": (
-        lambda: Stack(lambda: Attention(8)),
-        {"r": 3, "target_modules": ["embed", "q"], "modules_to_save": ["head"]},
-        IDS,
-        torch.float32,
-    ),
-    "attention of torch": (
-        lambda: Stack(encoder),
-        {"r": 2, "target_modules": ["self_attn", "out_proj", "linear1"]},
-        IDS,
-        torch.float32,
-    ),
-    "bare parameters": (
-        lambda: Stack(lambda: Attention(8)),
-        {"r": 2, "target_modules": ["v"], "target_parameters": ["q.weight"]},
-        IDS,
-        torch.float32,
-    ),
-    "one table for all blocks": (table, ALL | {"r": 3}, IDS, torch.float32),
-    "convolutions": (
-        Pictures,
-        {"r": 2, "target_modules": ["stem", "stages.0.0", "stages.2.0"], "modules_to_save": ["head"]},
-        IMAGES,
-        torch.float32,
-    ),
-    "no blocks": (
-        lambda: nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3)),
-        ALL | {"r": 2},
-        IDS,
-        torch.float32,
-    ),
+    name: (*case, torch.float32)[:4]  # type: ignore[misc]
+    for name, case in {
+        "siblings": (attention(), ALL | {"r": 3, "dropout": 0.2}, IDS),
+        "rank one": (attention(), ALL | {"r": 1}, IDS, torch.float64),
+        "bf16 base": (attention(), ALL | {"r": 3, "modules_to_save": ["head"]}, IDS, torch.bfloat16),
+        "DoRA": (attention(), ALL | {"r": 3, "use_dora": True}, IDS),
+        "bias and a moved start": (attention(), ALL | {"r": 3, "bias": "lora_only", "init": "pissa"}, IDS),
+        "post-norm": (lambda: Stack(lambda: PostNorm(8)), {"r": 2, "target_modules": ["q", "k", "v"]}, IDS),
+        "checkpointed with options": (attention(checkpointed=True), EVERYTHING, IDS),
+        "checkpointed": (attention(checkpointed=True), ALL | {"r": 3}, IDS),
+        "tied": (attention(tied=True), ALL | {"r": 3, "exclude_modules": ["head"]}, IDS),
+        "embedding and head": (
+            attention(),
+            {"r": 3, "target_modules": ["embed", "q"], "modules_to_save": ["head"]},
+            IDS,
+        ),
+        "attention of torch": (
+            lambda: Stack(encoder),
+            {"r": 2, "target_modules": ["self_attn", "out_proj", "linear1"]},
+            IDS,
+        ),
+        "bare parameters": (attention(), {"r": 2, "target_modules": ["v"], "target_parameters": ["q.weight"]}, IDS),
+        "one table for all blocks": (table, ALL | {"r": 3}, IDS),
+        "convolutions": (
+            Pictures,
+            {"r": 2, "target_modules": ["stem", "stages.0.0", "stages.2.0"], "modules_to_save": ["head"]},
+            IMAGES,
+        ),
+        "no blocks": (flat, ALL | {"r": 2}, IDS),
+    }.items()
 }
 
 
@@ -252,28 +228,6 @@ def differing(case: Case) -> list[str]:
     return wrong
 
 
-def refusals() -> dict[str, str]:
-    """What is said of models that cannot be sharded."""
-    said = {}
-
-    def of(name: str, model: nn.Module, **options: Any) -> None:
-        mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
-        try:
-            shard(model, mesh, torch.device("cpu"), **options)
-        except LoRAError as error:
-            said[name] = str(error)
-
-    twice = Stack(lambda: Attention(8))
-    twice.blocks[1].q = twice.blocks[0].q
-    inject(twice, LoRAConfig(r=2, target_modules=["q"]))
-    of("a trained layer in two blocks", twice)
-    scalar = Stack(lambda: Attention(8)).requires_grad_(False)
-    scalar.temperature.requires_grad_(True)
-    of("a trained scalar", scalar)
-    of("no such module", Stack(lambda: Attention(8)), blocks=["block.*"])
-    return said
-
-
 def generation() -> bool:
     """Whether texts of unlike length come out as from the whole model, which runs its encoder by itself."""
     torch.manual_seed(0)
@@ -289,17 +243,14 @@ def generation() -> bool:
 
 
 def run(file: Path, processes: int) -> None:
-    distributed.init_process_group("gloo", rank=int(__import__("os").environ["LOCAL_RANK"]), world_size=processes)
+    distributed.init_process_group("gloo", rank=int(os.environ["LOCAL_RANK"]), world_size=processes)
     found: dict[str, Any] = {}
     for name, case in CASES.items():
         try:
             found[name] = differing(case)
         except Exception as error:
-            import traceback
-
             traceback.print_exc()
             found[name] = [f"{type(error).__name__}: {error}"]
-    found["refusals"] = refusals()
     found["generation"] = generation()
     every: list[Any] = [None] * processes
     distributed.all_gather_object(every, found)
@@ -309,7 +260,5 @@ def run(file: Path, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    number, where = int(sys.argv[1]), Path(sys.argv[2])
-    sys.exit(
-        max(map(abs, in_processes(number, run, where, number, timeout=float(sys.argv[3]) if sys.argv[3:] else 240)))
-    )
+    _, what, where, number = sys.argv
+    sys.exit(max(map(abs, in_processes(int(number), globals()[what], Path(where), int(number), timeout=600))))

@@ -1,8 +1,7 @@
-"""Law 9: the optimizer sees the mean over all units of its step, however they lie in batches and processes."""
+"""Law 9 in one process: the optimizer sees the mean over all units of its step, however they lie in batches.
 
-import functools
-import subprocess
-import sys
+Over processes, `test_strategies.py` holds it.
+"""
 
 import pytest
 import torch
@@ -13,51 +12,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from lora_lightning import LoRAError, LoRAModule
 from lora_lightning.training.loss_weighting import UnitMean, multiply_gradients
-from tests.command.process import REPOSITORY
 from tests.distributed import one_process
-from tests.training.ragged import CLIP, ROWS, fit, module, rows
-
-ACCUMULATED = [1, 3, 4]
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """By the number of accumulated batches, what rank 0 of two processes with batches of 2 had; `four` is another."""
-    folder = tmp_path_factory.mktemp("ragged")
-    # In a process of its own: the first backward must not come before the fork.
-    command = [sys.executable, "-m", "tests.training.ragged", str(folder)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return {n: torch.load(folder / f"{n}.pt") for n in [*ACCUMULATED, "four"]}
-
-
-def assert_alike(ours, whole):
-    assert ours["steps"] == whole["steps"] >= 20
-    for key, value in whole["adapter"].items():
-        assert float((ours["adapter"][key] - value).abs().max() / value.abs().max()) < 1e-12, key
-    assert ours["losses"] == pytest.approx(whole["losses"], rel=1e-12)
-    assert ours["metrics"] == pytest.approx(whole["metrics"], rel=1e-6)
-    assert {"train/loss", "val/loss", "train/accuracy", "val/accuracy"} <= set(ours["metrics"])
-
-
-@functools.cache
-def whole(n):
-    """One process with all of a step's rows in one batch."""
-    return fit(4 * n)
-
-
-@pytest.mark.parametrize("n", ACCUMULATED)
-def test_two_processes_and_accumulated_batches_equal_the_whole_batch(two_processes, n):
-    assert_alike(two_processes[n], whole(n))
-
-
-def test_four_processes_with_three_batches_of_one_row_equal_the_whole_batch(two_processes):
-    assert_alike(two_processes["four"], whole(3))
-
-
-@pytest.mark.parametrize("n", ACCUMULATED[1:])
-def test_accumulated_batches_equal_the_whole_batch(n):
-    assert_alike(fit(4, accumulate_grad_batches=n), whole(n))
+from tests.training.ragged import CLIP, ROWS, Ragged, assert_alike, fit, module, rows
 
 
 def test_some_batches_of_these_fits_have_no_tokens_at_all():
@@ -67,67 +23,78 @@ def test_some_batches_of_these_fits_have_no_tokens_at_all():
     assert max(of_batches) > 10
 
 
+@pytest.mark.parametrize("n", [3, 4])
+def test_accumulated_batches_equal_the_whole_batch(n):
+    assert_alike(fit(4, accumulate_grad_batches=n), fit(4 * n))
+
+
 def test_a_loss_scaler_changes_nothing():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    assert_alike(fit(4, accumulate_grad_batches=4, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]), whole(4))
+    scaled = fit(4, accumulate_grad_batches=4, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert_alike(scaled, fit(16))
     assert scaler.get_scale() == 2.0**16, "no step was skipped"
 
 
+class Masked(Ragged):
+    """Each second micro-batch has nothing to train on, or is left out."""
+
+    left_out = False
+
+    def loader(self, data):
+        kept = []
+        for i, row in enumerate(data):
+            masked = (i // self.batch_size) % 2 == 1
+            if not (masked and self.left_out):
+                kept.append(row | {"labels": torch.full_like(row["labels"], -100) if masked else row["ids"]})
+        return super().loader(kept)
+
+
+def test_a_micro_batch_without_labels_counts_for_nothing_and_stops_nothing():
+    alone = Masked(2)
+    alone.left_out = True
+    masked, wanted = fit(Masked(2), accumulate_grad_batches=2, max_steps=5), fit(alone, max_steps=5)
+    assert masked["steps"] == 5
+    for key, value in wanted["adapter"].items():
+        assert torch.allclose(masked["adapter"][key], value, rtol=0, atol=1e-12), key
+    assert masked["losses"] == pytest.approx(wanted["losses"], rel=1e-12)
+
+
 class Look(Callback):
-    """The gradients of the first step, as a callback sees them."""
+    """The gradients of the first step as a callback sees them, and the trainer as it is within a fit."""
 
     def __init__(self):
-        self.gradients = None
+        self.gradients = self.trainer = None
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.gradients is None:
             trained = {k: p for k, p in pl_module.named_parameters() if p.requires_grad}
             self.gradients = {k: p.grad.clone() for k, p in trained.items()}
 
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.trainer = trainer
 
-def test_callbacks_see_the_gradient_of_the_mean_over_all_tokens_before_it_is_clipped():
+
+def assert_first_gradients_are(loss_of, model):
+    """Those of `loss_of()` over the first six rows, which were three batches of a step."""
     look = Look()
     fit(2, look, accumulate_grad_batches=3, max_steps=1)
-    model, batch = module(), rows(ROWS, seed=1)[:6]
-    logits = model.backbone(torch.stack([row["ids"] for row in batch]))
-    labels = torch.stack([row["labels"] for row in batch])
-    log_p = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    (-(log_p * (labels != -100)).sum() / (labels != -100).sum()).backward()
-    assert sum(float(g.square().sum()) for g in look.gradients.values()) ** 0.5 > CLIP
+    loss_of(model).backward()
     for key, p in model.named_parameters():
         if p.requires_grad:
-            torch.testing.assert_close(look.gradients[key], p.grad, rtol=1e-12, atol=1e-16)
+            torch.testing.assert_close(look.gradients[key], p.grad, rtol=1e-11, atol=1e-16)
+    return sum(float(g.square().sum()) for g in look.gradients.values()) ** 0.5
 
 
-def trainer_of(fitted):
-    """A trainer as it is within a fit of these options."""
+def test_callbacks_see_the_gradient_of_the_mean_over_all_tokens_before_it_is_clipped():
+    batch = rows(ROWS, seed=1)[:6]
+    labels = torch.stack([row["labels"] for row in batch])
 
-    class Keep(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            fitted["trainer"] = trainer
+    def mean(model):
+        logits = model.backbone(torch.stack([row["ids"] for row in batch]))
+        log_p = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        return -(log_p * (labels != -100)).sum() / (labels != -100).sum()
 
-    return Keep()
-
-
-def test_one_process_without_accumulation_takes_the_tasks_own_loss():
-    fitted = {}
-    fit(4, trainer_of(fitted), max_steps=1)
-    loss = torch.tensor(0.3, requires_grad=True)
-    assert UnitMean().weigh(fitted["trainer"], loss, 7, 0) is loss
-
-
-@pytest.mark.parametrize("n", [1, 2])
-def test_a_step_that_trains_on_nothing_is_refused(n):
-    nothing = [{"ids": row["ids"], "labels": torch.full_like(row["labels"], -100)} for row in rows(4, seed=1)]
-    with pytest.raises(LoRAError, match="nothing is trained on: no batch of this optimizer step"):
-        fit(2, data=DataLoader(nothing, batch_size=2), accumulate_grad_batches=n)
-
-
-def test_an_empty_batch_with_a_loss_that_is_not_finite_is_refused():
-    fitted = {}
-    fit(4, trainer_of(fitted), max_steps=1, accumulate_grad_batches=2)
-    with pytest.raises(LoRAError, match=r"a batch of no units must have a loss of 0 .* got nan"):
-        UnitMean().weigh(fitted["trainer"], torch.tensor(float("nan")), 0, 0)
+    assert assert_first_gradients_are(mean, module()) > CLIP
 
 
 def test_a_training_step_of_ones_own_is_lightnings(monkeypatch):
@@ -136,13 +103,27 @@ def test_a_training_step_of_ones_own_is_lightnings(monkeypatch):
         return out.loss * out.weight
 
     monkeypatch.setattr(LoRAModule, "training_step", own)
-    look = Look()
-    fit(2, look, accumulate_grad_batches=3, max_steps=1)
-    model, batch = module(), rows(ROWS, seed=1)[:6]
-    (sum(own(model, default_collate(batch[i : i + 2]), 0) for i in (0, 2, 4)) / 3).backward()
-    for key, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(look.gradients[key], p.grad, rtol=1e-12, atol=1e-16)
+    batches = [default_collate(rows(ROWS, seed=1)[i : i + 2]) for i in (0, 2, 4)]
+    assert_first_gradients_are(lambda model: sum(own(model, batch, 0) for batch in batches) / 3, module())
+
+
+def test_one_process_without_accumulation_takes_the_tasks_own_loss():
+    fit(4, look := Look(), max_steps=1)
+    loss = torch.tensor(0.3, requires_grad=True)
+    assert UnitMean().weigh(look.trainer, loss, 7, 0) is loss
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_step_that_trains_on_nothing_is_refused(n):
+    nothing = [{"ids": row["ids"], "labels": torch.full_like(row["labels"], -100)} for row in rows(4, seed=1)]
+    with pytest.raises(LoRAError, match="nothing is trained on: no batch of this optimizer step"):
+        fit(DataLoader(nothing, batch_size=2), accumulate_grad_batches=n)
+
+
+def test_an_empty_batch_with_a_loss_that_is_not_finite_is_refused():
+    fit(4, look := Look(), max_steps=1, accumulate_grad_batches=2)
+    with pytest.raises(LoRAError, match=r"a batch of no units must have a loss of 0 .* got nan"):
+        UnitMean().weigh(look.trainer, torch.tensor(float("nan")), 0, 0)
 
 
 def test_sharded_gradients_are_multiplied_where_they_lie():

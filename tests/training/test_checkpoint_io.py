@@ -3,7 +3,10 @@
 `tests/mutations.py` takes each part of that away once.
 """
 
+import copy
 import multiprocessing
+import os
+import pickle
 import resource
 import zipfile
 
@@ -19,6 +22,10 @@ from lora_lightning.training.checkpoints.file_io import (
     read_checkpoint,
     write_checkpoint,
 )
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
+from lora_lightning.training.initialization import start_from_adapter
+from lora_lightning.training.precision import precision_of
+from tests.training import resuming
 
 FORK = multiprocessing.get_context("fork")
 
@@ -34,16 +41,16 @@ def file(tmp_path):
     return path
 
 
-def test_what_is_written_is_a_plain_torch_file_and_a_sound_zip(file):
-    found = torch.load(file, weights_only=True)
-    assert torch.equal(found["state_dict"]["a"], torch.ones(64))
-    assert torch.equal(torch.load(file, weights_only=True, mmap=True)["state_dict"]["a"], torch.ones(64))
+def value_of(path) -> float:
+    return float(read_checkpoint(path)["state_dict"]["a"][0])
+
+
+def test_what_is_written_is_a_plain_torch_file_and_a_sound_zip_of_the_same_bytes_again(file, tmp_path):
+    for mmap in (False, True):
+        assert torch.equal(torch.load(file, weights_only=True, mmap=mmap)["state_dict"]["a"], torch.ones(64))
     with zipfile.ZipFile(file) as archive:
         assert archive.testzip() is None
     assert [p.name for p in file.parent.iterdir()] == ["last.ckpt"]
-
-
-def test_the_same_content_gives_the_same_bytes(file, tmp_path):
     write_checkpoint(content(1.0), tmp_path / "other" / "last.ckpt")
     assert (tmp_path / "other" / "last.ckpt").read_bytes() == file.read_bytes()
 
@@ -79,7 +86,7 @@ def test_a_damaged_file_gives_way_to_the_one_before_it_aloud(file, damage):
     write_checkpoint(content(2.0), file)
     file.write_bytes(damage(file.read_bytes()))
     with pytest.warns(UserWarning, match="not a whole checkpoint.*the one before it is used"):
-        assert float(read_checkpoint(file)["state_dict"]["a"][0]) == 1.0
+        assert value_of(file) == 1.0
     with pytest.warns(UserWarning, match="the one before it is used"):
         assert float(WholeFiles().load_checkpoint(file)["state_dict"]["a"][0]) == 1.0
 
@@ -95,7 +102,7 @@ def test_two_damaged_files_are_an_error(file):
 def test_a_file_of_plain_lightning_is_checked_by_its_own_sums(tmp_path):
     path = tmp_path / "epoch=1.ckpt"
     torch.save(content(3.0), path)
-    assert float(read_checkpoint(path)["state_dict"]["a"][0]) == 3.0
+    assert value_of(path) == 3.0
     whole = path.read_bytes()
     place = whole.index(torch.full((4,), 3.0).numpy().tobytes())
     path.write_bytes(whole[:place] + b"\1" + whole[place + 1 :])
@@ -105,7 +112,7 @@ def test_a_file_of_plain_lightning_is_checked_by_its_own_sums(tmp_path):
 
 
 def on_a_full_disk(path, said):
-    """In a process of its own: files of more than 100 kB fail here as on a full disk."""
+    """In a process of its own, where files of more than 100 kB fail."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
     try:
         write_checkpoint(content(2.0, 1_000_000), path)
@@ -120,7 +127,7 @@ def test_a_full_disk_leaves_the_older_checkpoint_and_says_so(file):
     said = hears.recv()
     assert "could not be written (" in said
     assert "File too large" in said
-    assert float(read_checkpoint(file)["state_dict"]["a"][0]) == 1.0
+    assert value_of(file) == 1.0
     assert [p.name for p in file.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -132,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_one_clear_error(file, monkeypatch):
     with pytest.raises(LoRAError, match=r"could not be written .*Read-only file system.*--ckpt_path last"):
         write_checkpoint(content(2.0), file)
     monkeypatch.undo()
-    assert float(read_checkpoint(file)["state_dict"]["a"][0]) == 1.0
+    assert value_of(file) == 1.0
     with pytest.raises(LoRAError, match="could not be written"):
         write_checkpoint(content(2.0), file / "below" / "a.ckpt")
 
@@ -142,7 +149,7 @@ def write_for_ever(path):
         write_checkpoint(content(float(n), 200_000), path)
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.2, 0.31])
+@pytest.mark.parametrize("seconds", [0.05, 0.25])
 def test_killed_while_writing_there_is_a_whole_file_and_litter_goes_with_the_next(tmp_path, seconds):
     file = tmp_path / "last.ckpt"
     write_checkpoint(content(0.0, 200_000), file)
@@ -158,10 +165,78 @@ def test_killed_while_writing_there_is_a_whole_file_and_litter_goes_with_the_nex
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "last.ckpt.previous"]
 
 
-def test_the_trainer_writes_so_and_removes_both(trained, tmp_path):
-    check_whole(trained / "checkpoints" / "best.ckpt")
-    path = tmp_path / "a.ckpt"
-    for value in (1.0, 2.0):
-        write_checkpoint(content(value), path)
-    WholeFiles().remove_checkpoint(path)
-    assert not list(tmp_path.iterdir())
+def test_both_files_are_removed(file):
+    write_checkpoint(content(2.0), file)
+    WholeFiles().remove_checkpoint(file)
+    assert not list(file.parent.iterdir())
+
+
+# Law 7 for what others made of a file: what is not as a fit wrote it is refused by the field or name.
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch gotcha",)
+
+
+@pytest.mark.parametrize("made", [Evil(), {"state_dict": {}, "x": Evil()}], ids=["a pickle", "a pickle inside"])
+def test_a_foreign_pickle_is_refused_in_one_line_and_runs_nothing(made, tmp_path):
+    torch.save(made, tmp_path / "evil.ckpt")
+    for read in (load_checkpoint, read_checkpoint):
+        with pytest.raises(LoRAError, match=r"evil\.ckpt' is no checkpoint of lora_lightning.*posix\.system") as raised:
+            read(tmp_path / "evil.ckpt")
+        assert "weights_only" not in str(raised.value)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(LoRAError, match="holds more than tensors and plain values"):
+        start_from_adapter(torch.nn.Linear(1, 1), str(tmp_path / "evil.ckpt"), None, allow_other_base=False)
+    assert not (tmp_path / "gotcha").exists()
+    (tmp_path / "bare.ckpt").write_bytes(pickle.dumps({"state_dict": {}}))
+    with pytest.raises(LoRAError, match=r"bare\.ckpt' is not a whole checkpoint"):
+        load_checkpoint(tmp_path / "bare.ckpt")
+
+
+@pytest.fixture(scope="module")
+def last(tiny, tmp_path_factory):
+    """The newest state of a fit of a few steps."""
+    trainer = resuming.fit(tiny, tmp_path_factory.mktemp("damaged"), max_steps=2)
+    return load_checkpoint(trainer.checkpoint_callback.last_model_path)
+
+
+def go_on_from(content, tiny, tmp_path):
+    write_checkpoint(content, tmp_path / "last.ckpt")
+    resuming.fit(tiny, tmp_path / "again", ckpt=tmp_path / "last.ckpt", max_steps=4)
+
+
+FIELDS = ["loops", "optimizer_states", "lr_schedulers", "callbacks", "global_step", "lora_lightning"]
+FIELDS += ["lora_lightning/config", "lora_lightning/base", "loops/fit_loop", "loops/fit_loop/epoch_progress"]
+FIELDS += ["lora_lightning_resume/processes"]
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_fit_does_not_go_on_from_a_checkpoint_without_a_field(tiny, last, tmp_path, field):
+    content = copy.deepcopy(last)
+    *path, name = field.split("/")
+    inner = content
+    for step in path:
+        inner = inner[step]
+    del inner[name]
+    words = "was not written by lora_lightning" if field == "lora_lightning" else f"has no '{field.replace('/', '.')}'"
+    with pytest.raises(LoRAError, match=words):
+        go_on_from(content, tiny, tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("optimizer_states", []), ("loops", 3), ("optimizer_states", [{}])])
+def test_a_field_of_another_kind_is_named(tiny, last, tmp_path, field, value):
+    with pytest.raises(LoRAError, match=rf"as '{field}', where .* is expected"):
+        go_on_from(last | {field: value}, tiny, tmp_path)
+
+
+def test_weights_alone_may_be_tested_though_no_fit_goes_on_from_them(tiny, last, tmp_path):
+    """What ModelCheckpoint writes with save_weights_only."""
+    weights = {k: v for k, v in last.items() if k not in ("optimizer_states", "lr_schedulers", "loops")}
+    write_checkpoint(weights, tmp_path / "weights.ckpt")
+    trainer = resuming.fit(tiny, tmp_path / "fresh", max_steps=1)
+    assert precision_of(trainer.lightning_module) == "32-true"
+    trainer.test(trainer.lightning_module, trainer.datamodule, ckpt_path=str(tmp_path / "weights.ckpt"), verbose=False)
+    with pytest.raises(LoRAError, match=r"start a new one from its weights with --model\.init_adapter"):
+        go_on_from(weights, tiny, tmp_path)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
 import torch
 import transformers as tf
-from lightning.pytorch import Trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
@@ -17,9 +15,9 @@ from lora_lightning import LoRAConfig, LoRAError, inject
 from lora_lightning.training.activations.checkpointing import Recomputation
 from lora_lightning.training.activations.compilation import Compilation, parts_to_compile
 from tests.factories import distance, move
-from tests.training.test_recompute import DECODER, IDS, MODELS, SIZES, adapted, step
+from tests.training.activations import DECODER, IDS, MODELS, PIXELS, SIZES, TEXT, adapted, step
+from tests.training.small import trainer_of
 
-ONE = {"num_hidden_layers": 1}
 FULL = {"backend": "eager", "fullgraph": True}
 
 
@@ -60,11 +58,10 @@ def _fresh():
     torch._dynamo.reset()
 
 
-def bert(**lora):
-    torch.manual_seed(0)
-    model = tf.BertForSequenceClassification(tf.BertConfig(**{**SIZES, **ONE})).eval()
-    inject(model, LoRAConfig(r=2, **lora))
-    return move(model, 0.1)
+def compiled(name="bert", **options):
+    """A model, an input, and a step of it in one graph to compare its plain step with."""
+    model, inputs = adapted(name)
+    return model, inputs, step(model, inputs, Compilation(model, {**FULL, **options}).on())
 
 
 def assert_close_step(one, other):
@@ -85,47 +82,30 @@ def test_every_kind_of_adapted_layer_is_traced_without_a_break(kind):
     assert_close_step(step(model, inputs), step(model, inputs, Compilation(model, FULL).on()))
 
 
-def test_a_transformers_model_is_one_graph():
-    model, inputs = bert(), {"input_ids": IDS}
-    assert_close_step(step(model, inputs), step(model, inputs, Compilation(model, FULL).on()))
-
-
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48, "vocab_size": 40}
 OTHERS = {
-    "roberta": (lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**SIZES)), {"input_ids": IDS}),
-    "distilbert": (
-        lambda: tf.DistilBertForSequenceClassification(
-            tf.DistilBertConfig(dim=32, n_layers=2, n_heads=2, hidden_dim=48, vocab_size=40)
-        ),
-        {"input_ids": IDS},
-    ),
-    "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)), {"input_ids": IDS}),
-    "mixtral": (
-        lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=2)),
-        {"input_ids": IDS},
-    ),
-    "vit": (
-        lambda: tf.ViTForImageClassification(
-            tf.ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-        ),
-        MODELS["timm vit"][1] | {"pixel_values": MODELS["timm vit"][1]["x"]},
-    ),
+    "roberta": (lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**SIZES)), TEXT),
+    "distilbert": (lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**DISTIL)), TEXT),
+    "qwen2": (lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**DECODER)), TEXT),
+    "mixtral": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=2)), TEXT),
+    "vit": (lambda: tf.ViTForImageClassification(tf.ViTConfig(**VIT)), {"pixel_values": PIXELS}),
 }
+LATER = ["llama", "gpt2", "t5", "timm vit", "timm resnet", "encoder", *OTHERS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5", "timm vit", "timm resnet", "encoder", *OTHERS])
+@pytest.mark.parametrize("name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in LATER)])
 def test_the_standard_families_are_one_graph(name, monkeypatch):
-    for other, (make, inputs) in OTHERS.items():
-        monkeypatch.setitem(MODELS, other, (make, {k: v for k, v in inputs.items() if k != "x"}))
-    model, inputs = adapted(name)
-    options = {"backend": "aot_eager", "fullgraph": True}
-    assert_close_step(step(model, inputs), step(model, inputs, Compilation(model, options).on()))
+    for other, made in OTHERS.items():
+        monkeypatch.setitem(MODELS, other, made)
+    model, inputs, found = compiled(name, backend="eager" if name == "bert" else "aot_eager")
+    assert_close_step(step(model, inputs), found)
 
 
 @pytest.mark.slow
 def test_by_inductor_it_is_the_same_to_rounding():
-    model = bert()
-    assert_close_step(step(model, {"input_ids": IDS}), step(model, {"input_ids": IDS}, Compilation(model, {}).on()))
+    model, inputs, found = compiled(backend="inductor")
+    assert_close_step(step(model, inputs), found)
 
 
 def test_other_lengths_and_batches_compile_once_or_twice_more():
@@ -150,32 +130,23 @@ def test_a_language_model_keeps_its_head_out():
 
 
 def test_no_trace_is_left_outside_a_step():
-    model = bert()
+    model, _ = adapted("bert")
     keys, compilation = list(model.state_dict()), Compilation(model, {"backend": "eager"})
     with compilation.on():
         assert list(model.state_dict()) == keys
         assert model._compiled_call_impl is not None
         assert copy.deepcopy(model)._compiled_call_impl is None
     assert model._compiled_call_impl is None
-    assert [(name, type(m)) for name, m in model.named_modules()] == [
-        (name, type(m)) for name, m in bert().named_modules()
-    ]
+    classes = [(name, type(module)) for name, module in model.named_modules()]
+    assert classes == [(name, type(module)) for name, module in adapted("bert")[0].named_modules()]
 
 
 def test_it_goes_with_activation_checkpointing():
-    model = bert()
-    plain = step(model, {"input_ids": IDS})
-    recomputation, compilation = Recomputation(model), Compilation(model, FULL)
-
-    def both():
-        stack = contextlib.ExitStack()
-        stack.enter_context(recomputation.on())
-        stack.enter_context(compilation.on())
-        return stack
-
-    assert_close_step(plain, step(model, {"input_ids": IDS}, both()))
+    model, inputs = adapted("bert")
+    plain, recomputation, compilation = step(model, inputs), Recomputation(model), Compilation(model, FULL)
+    assert_close_step(plain, step(model, inputs, recomputation.on(), compilation.on()))
     counter = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    step(model, {"input_ids": IDS}, both())
+    step(model, inputs, recomputation.on(), compilation.on())
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == counter
 
 
@@ -188,13 +159,11 @@ class Classifier(Small):
 
 def test_a_fit_is_the_fit_without_it_to_rounding(tmp_path, make_data, make_module):
     losses = []
-    for compile in (False, {"backend": "eager", "fullgraph": True}):
+    for compile in (False, FULL):
         torch.manual_seed(0)
         module = make_module(Classifier(), LoRAConfig(r=2, modules_to_save=["head"]), compile=compile)
-        options = {"limit_train_batches": 4, "limit_val_batches": 2, "logger": False, "default_root_dir": tmp_path}
-        quiet = {"enable_progress_bar": False, "enable_model_summary": False}
         before = dict(torch._dynamo.utils.counters["stats"])
-        trainer = Trainer(accelerator="cpu", max_epochs=1, **options, **quiet)
+        trainer = trainer_of(tmp_path, limit_train_batches=4, limit_val_batches=2)
         trainer.fit(module, make_data())
         losses.append(float(trainer.callback_metrics["val/loss"]))
         assert (dict(torch._dynamo.utils.counters["stats"]) != before) == bool(compile)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
 from lora_lightning import (
+    CausalLM,
     Checkpoints,
     FreezeBase,
     LoRAConfig,
@@ -21,28 +24,164 @@ from lora_lightning import (
     StopOnNonFinite,
 )
 from lora_lightning.cli.main import LoRACLI
+from lora_lightning.training.callbacks.freeze_base import W0MovedError, check_gradients, check_optimizers
 from lora_lightning.training.callbacks.nan_guard import NotFiniteError
 from lora_lightning.training.checkpoints import file_io as checkpoint_io
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, WholeFiles, read_checkpoint, write_checkpoint
 from lora_lightning.training.checkpoints.model_checkpoint import PreemptedError
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from tests.training.resuming import fit
-from tests.training.test_module import Vision, loader, trainer_of
-from tests.training.test_resume import Spoils, checkpoints
+from tests.tiny_lm import make_model
+from tests.training import resuming
+from tests.training.resuming import checkpoints
+from tests.training.small import Vision, fit
 
 
 def test_every_guard_is_on_by_default_in_the_command(tiny):
-    cli = LoRACLI(args=["fit", "--config", tiny.config, "--trainer.fast_dev_run", "1"])
+    once = ["fit", "--config", tiny.config, "--trainer.fast_dev_run", "1"]
+    cli = LoRACLI(args=once)
     found = [type(callback) for callback in cli.trainer.callbacks]
     for guard in (FreezeBase, Resume, StopOnNonFinite, Checkpoints, RunReport):
         assert found.count(guard) == 1, guard
     assert isinstance(cli.trainer.strategy.checkpoint_io, WholeFiles)
-
-
-def test_a_guard_of_ones_own_takes_the_defaults_place(tiny):
-    own = ["--trainer.callbacks+=FreezeBase", "--trainer.callbacks.proves_at=end"]
-    cli = LoRACLI(args=["fit", "--config", tiny.config, "--trainer.fast_dev_run", "1", *own])
+    cli = LoRACLI(args=[*once, "--trainer.callbacks+=FreezeBase", "--trainer.callbacks.proves_at=end"])
     assert [c.proves_at for c in cli.trainer.callbacks if isinstance(c, FreezeBase)] == ["end"]
+
+
+class Before(Callback):
+    """Calls `act` with the module before each batch, or before the one that follows `step` optimizer steps."""
+
+    def __init__(self, act, step=None):
+        self.act, self.step = act, step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.step is None or trainer.global_step == self.step:
+            self.act(pl_module)
+
+
+def fail(*_):
+    raise AssertionError("it trained")
+
+
+def small(make_module, backbone=None):
+    return make_module(backbone or Vision(), LoRAConfig(r=2))
+
+
+# Law 2.
+
+
+def test_a_moved_w0_stops_the_fit(tmp_path, make_module):
+    def nudge(module):
+        bias = module.backbone.body[4].bias.data
+        bias[0] += 1e-7 + bias[0].abs() * 1e-6
+
+    with pytest.raises(W0MovedError, match=r"1 frozen tensors changed, first 'body\.4\.bias'"):
+        fit(tmp_path, small(make_module), Before(nudge))
+
+
+def test_moved_batch_statistics_stop_the_fit(tmp_path, make_module):
+    def write(module):
+        module.backbone.body[1].running_mean += 1
+
+    with pytest.raises(W0MovedError, match=r"body\.1\.running_mean"):
+        fit(tmp_path, small(make_module), Before(write))
+
+
+def test_batch_statistics_hold_though_someone_wakes_the_norm(tmp_path, make_module):
+    fit(tmp_path, small(make_module), Before(lambda module: module.backbone.body[1].train()))
+
+
+def test_a_parameter_that_someone_thaws_is_frozen_again(tmp_path, make_module):
+    module = small(make_module)
+    module.backbone.body[4].weight.requires_grad_(True)
+    before = module.backbone.body[4].weight.clone()
+    fit(tmp_path, module)
+    assert torch.equal(before, module.backbone.body[4].weight)
+
+
+@pytest.mark.parametrize(("proves_at", "kept"), [("checkpoint", 7), ("best", 11)])
+def test_no_checkpoint_is_written_over_a_good_one_once_w0_has_moved(tiny, tmp_path, proves_at, kept):
+    def move(module):
+        module.backbone.bert.embeddings.word_embeddings.weight.data[0, 0] += 1
+
+    class Rises(Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("rises", float(trainer.current_epoch))
+
+    watch = Checkpoints(save_every=1, monitor="rises", mode="max")
+    given = [FreezeBase(False, proves_at), Resume(), Rises(), Before(move, 7), watch]
+    with pytest.raises(W0MovedError, match="word_embeddings"):
+        resuming.fit(tiny, tmp_path, callbacks=given)
+    assert load_checkpoint(checkpoints(tmp_path) / "last.ckpt")["global_step"] == kept
+    assert load_checkpoint(checkpoints(tmp_path) / "best.ckpt")["global_step"] == 6
+
+
+# Laws 4 and 10.
+
+
+def test_an_adapter_that_the_forward_bypasses_stops_the_run(tmp_path, make_module):
+    class Reads(Vision):
+        """Reads a weight instead of calling its module, as fused kernels do."""
+
+        def forward(self, x):
+            first = self.body[0]
+            return self.head(self.body[4](torch.relu(nn.functional.linear(x, first.weight, first.bias))))
+
+    with pytest.raises(LoRAError, match=r"2 of 4 trainable tensors got no gradient.*body\.0\.lora_A"):
+        fit(tmp_path, small(make_module, Reads()))
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, make_module):
+    class Infinite(Vision):
+        def forward(self, x):
+            return super().forward(x) * torch.tensor(float("inf"))
+
+    with pytest.raises(LoRAError, match="not finite"):
+        fit(tmp_path, small(make_module, Infinite()))
+
+
+def test_a_loss_scaler_may_overflow_in_its_first_step(make_module):
+    module = small(make_module)
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, float("inf"))
+    check_gradients(module, finite=False)
+    with pytest.raises(LoRAError, match="not finite"):
+        check_gradients(module)
+
+
+@pytest.mark.parametrize("lost", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_that_a_later_change_of_the_model_lost_stops_the_fit(tmp_path, lost):
+    fields = {"target_modules": ["q_proj", "lm_head"]} if lost == "lm_head" else {"trainable_token_indices": [1, 2]}
+    rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 4
+    for resized in (False, True):
+        module = LoRAModule(make_model("llama"), CausalLM(), LoRAConfig(r=2, **fields))
+        if resized:
+            module.backbone.resize_token_embeddings(module.backbone.config.vocab_size + 8)
+        with pytest.raises(LoRAError, match=f"'{lost}' is gone") if resized else nullcontext():
+            fit(tmp_path, module, data=torch.utils.data.DataLoader(rows, batch_size=2), max_steps=1)
+
+
+def test_an_optimizer_that_holds_too_much_or_too_little_is_refused(make_module):
+    module = small(make_module)
+    trains = [p for p in module.parameters() if p.requires_grad]
+    with pytest.raises(LoRAError, match="holds 8 frozen parameters"):
+        check_optimizers([torch.optim.SGD(module.parameters(), lr=1)], module)
+    with pytest.raises(LoRAError, match="lacks 3 parameters"):
+        check_optimizers([torch.optim.SGD(trains[:1], lr=1)], module)
+    check_optimizers([torch.optim.SGD(trains, lr=1)], module)
+
+
+def test_an_optimizer_of_everything_stops_the_fit_before_its_first_step(tmp_path, make_module):
+    class Everything(LoRAModule):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    module = small(make_module)
+    module.__class__ = Everything
+    with pytest.raises(LoRAError, match=r"holds 8 frozen parameters, first 'backbone\.body\.0\.weight'"):
+        fit(tmp_path, module, Before(fail))
+
+
+# What is not finite.
 
 
 def infinite_loss(module):
@@ -56,6 +195,27 @@ def infinite_loss(module):
     module.task.step = spoiled
 
 
+def nan_in_a_layer(module):
+    layer = module.backbone.bert.encoder.layer[1].output.dense
+    layer.register_forward_hook(lambda _, __, out: out * float("nan"))
+
+
+def nan_in_a_gradient(module):
+    name = "bert.encoder.layer.0.attention.self.query"
+    module.backbone.get_submodule(name).lora_B.register_hook(lambda grad: grad * float("inf"))
+
+
+def stopped_in_the_eighth_step(tiny, tmp_path, spoil, *more):
+    """What was said; the last good checkpoint is left."""
+    given = [FreezeBase(False), Resume(), *more, Before(spoil, 7), StopOnNonFinite(), Checkpoints(save_every=1)]
+    with pytest.raises(NotFiniteError) as stopped:
+        resuming.fit(tiny, tmp_path, callbacks=given)
+    good = load_checkpoint(checkpoints(tmp_path) / "last.ckpt")
+    assert good["global_step"] == 7
+    assert all(bool(torch.isfinite(t).all()) for t in good["state_dict"].values())
+    return str(stopped.value)
+
+
 def test_a_loss_that_is_not_finite_stops_the_fit_though_its_gradients_are(tiny, tmp_path):
     class Finite(Callback):
         """Only the loss is bad."""
@@ -63,22 +223,29 @@ def test_a_loss_that_is_not_finite_stops_the_fit_though_its_gradients_are(tiny, 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             assert all(bool(torch.isfinite(p.grad).all()) for p in pl_module.parameters() if p.grad is not None)
 
-    given = [FreezeBase(False), Resume(), Finite(), Spoils(infinite_loss), StopOnNonFinite(), Checkpoints(save_every=1)]
-    with pytest.raises(NotFiniteError, match="loss of optimizer step 8 is not finite: epoch 1, batch 1; rows"):
-        fit(tiny, tmp_path, callbacks=given)
-    assert load_checkpoint(checkpoints(tmp_path) / "last.ckpt")["global_step"] == 7
+    said = stopped_in_the_eighth_step(tiny, tmp_path, infinite_loss, Finite())
+    assert "loss of optimizer step 8 is not finite: epoch 1, batch 1; rows" in said
+
+
+def test_a_bad_loss_stops_with_the_step_the_rows_and_the_layer_and_leaves_the_last_good_checkpoint(tiny, tmp_path):
+    said = stopped_in_the_eighth_step(tiny, tmp_path, nan_in_a_layer)
+    assert "loss of optimizer step 8 is not finite: epoch 1, batch 1; rows " in said
+    assert "of the training set" in said
+    assert "layer.1.output" in said
+    assert len(said.split("rows ")[1].split(" of ")[0].split(", ")) == 20
+
+
+def test_a_bad_gradient_stops_before_the_optimizer_and_names_the_tensor(tiny, tmp_path):
+    said = stopped_in_the_eighth_step(tiny, tmp_path, nan_in_a_gradient)
+    assert "gradient of optimizer step 8" in said
+    assert "layer.0.attention.self.query.lora_B" in said
 
 
 def test_before_there_is_a_checkpoint_none_is_called_good(tiny, tmp_path):
-    class First(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            infinite_loss(pl_module)
-
-    given = [FreezeBase(False), First(), StopOnNonFinite(), Checkpoints(save_every=1)]
-    with pytest.raises(
-        NotFiniteError, match=r"optimizer step 1 .* and nothing is saved yet: lower the learning"
-    ) as said:
-        fit(tiny, tmp_path, callbacks=given)
+    given = [FreezeBase(False), Before(infinite_loss), StopOnNonFinite(), Checkpoints(save_every=1)]
+    words = r"optimizer step 1 .* and nothing is saved yet: lower the learning"
+    with pytest.raises(NotFiniteError, match=words) as said:
+        resuming.fit(tiny, tmp_path, callbacks=given)
     assert "is good" not in str(said.value)
     assert not list(tmp_path.rglob("*.ckpt"))
 
@@ -92,7 +259,7 @@ def test_of_accumulated_batches_the_bad_one_is_named(tiny, tmp_path):
                 del pl_module.task.step
 
     with pytest.raises(NotFiniteError, match=r"loss of optimizer step 1 is not finite: epoch 0, batch 1; rows"):
-        fit(tiny, tmp_path, callbacks=[Second(), StopOnNonFinite()], accumulate_grad_batches=3, max_steps=1)
+        resuming.fit(tiny, tmp_path, callbacks=[Second(), StopOnNonFinite()], accumulate_grad_batches=3, max_steps=1)
 
 
 def test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_may_not(tmp_path, make_module):
@@ -100,55 +267,45 @@ def test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_may_not(tmp_path
         def on_after_backward(self, trainer, pl_module):
             pl_module.backbone.body[4].lora_B.grad.fill_(float("inf"))
 
-    def run(*callbacks):
+    def run(module, callback):
         scaler = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
-        options = {"plugins": [scaler], "enable_checkpointing": False, "callbacks": [*callbacks, StopOnNonFinite()]}
-        trainer = trainer_of(tmp_path, **options)
-        trainer.fit(module := make_module(Vision(), LoRAConfig(r=2)), loader())
-        return module, scaler.scaler.get_scale()
+        fit(tmp_path, module, callback, StopOnNonFinite(), plugins=[scaler])
+        return scaler.scaler.get_scale()
 
-    module, scale = run(Overflow())
-    assert scale < 2.0**8, "steps were skipped"
+    module = small(make_module)
+    assert run(module, Overflow()) < 2.0**8, "steps were skipped"
     assert not module.backbone.body[4].lora_B.any()
-
-    class Spoil(Callback):
-        def on_train_start(self, trainer, pl_module):
-            infinite_loss(pl_module)
-
     with pytest.raises(NotFiniteError, match="the loss of optimizer step 1 is not finite"):
-        run(Spoil())
+        run(small(make_module), Before(infinite_loss))
 
 
-def test_an_optimizer_of_everything_stops_the_fit_before_its_first_step(tmp_path, make_module):
-    class Everything(LoRAModule):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    class Steps(Callback):
-        def on_train_batch_start(self, *args):
-            raise AssertionError("it trained")
-
-    module = make_module(Vision(), LoRAConfig(r=2))
-    module.__class__ = Everything
-    with pytest.raises(LoRAError, match=r"holds 8 frozen parameters, first 'backbone\.body\.0\.weight'"):
-        trainer_of(tmp_path, callbacks=[FreezeBase(False), Steps()], enable_checkpointing=False).fit(module, loader())
+# Signals, and what a checkpoint says.
 
 
 def test_sigterm_saves_after_the_step_and_ends_with_the_code_that_asks_for_more(tiny, tmp_path):
-    class Term(Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-
     before = signal.getsignal(signal.SIGTERM)
+    term = Before(lambda _: os.kill(os.getpid(), signal.SIGTERM), 3)
     with (
         pytest.raises(PreemptedError) as stopped,
         pytest.warns(UserWarning, match=r"SIGTERM: all is saved in .*after step 4.*--ckpt_path last"),
     ):
-        fit(tiny, tmp_path, callbacks=[FreezeBase(False), Resume(), Term(), Checkpoints()])
+        resuming.fit(tiny, tmp_path, callbacks=[FreezeBase(False), Resume(), term, Checkpoints()])
     assert stopped.value.code == 75
     assert load_checkpoint(checkpoints(tmp_path) / "last.ckpt")["global_step"] == 4
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("save_every", "said"), [(1, r"--ckpt_path \S+last\.ckpt goes on from step"), (None, "--save_every N")]
+)
+def test_ctrl_c_says_how_to_go_on(tiny, tmp_path, save_every, said):
+    callbacks = [FreezeBase(show_table=False), Checkpoints(save_every=save_every), Before(interrupt, 2)]
+    with pytest.warns(UserWarning, match=f"stopped by Ctrl-C after step 2; .*{said}"), pytest.raises(SystemExit):
+        resuming.fit(tiny, tmp_path, callbacks=callbacks)
 
 
 def test_another_metric_than_the_checkpoints_begins_its_own_best(tiny, tmp_path):
@@ -157,12 +314,11 @@ def test_another_metric_than_the_checkpoints_begins_its_own_best(tiny, tmp_path)
     def watch(name, mode):
         return [FreezeBase(False), Resume(), Checkpoints(monitor=name, mode=mode)]
 
-    fit(tiny, tmp_path, callbacks=watch("val/loss", "min"), max_epochs=1)
+    resuming.fit(tiny, tmp_path, callbacks=watch("val/loss", "min"), max_epochs=1)
     last = checkpoints(tmp_path) / "last.ckpt"
     with pytest.warns(UserWarning, match="best so far was by val/loss.*begins anew with val/accuracy"):
-        on = fit(tiny, tmp_path, ckpt=last, callbacks=watch("val/accuracy", "max"), max_epochs=2)
-    best = load_checkpoint(on.checkpoint_callback.best_model_path)
-    assert best["global_step"] == 12
+        on = resuming.fit(tiny, tmp_path, ckpt=last, callbacks=watch("val/accuracy", "max"), max_epochs=2)
+    assert load_checkpoint(on.checkpoint_callback.best_model_path)["global_step"] == 12
     assert float(on.checkpoint_callback.best_model_score) == float(on.callback_metrics["val/accuracy"])
 
 

@@ -3,10 +3,8 @@
 import csv
 import os
 import shutil
-import struct
 import subprocess
 import sys
-import zlib
 
 import pytest
 import torch
@@ -17,8 +15,9 @@ from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.tracking.wandb_logger import go_on_with, runs_of
 from tests.command.process import REPOSITORY
+from tests.training import resuming
 from tests.training.logged import KILL_AT, STEPS, TERM_AT
-from tests.wandb_file import BLOCK, HEADER, PIECE, payloads, runs_in
+from tests.wandb_file import runs_in
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +70,8 @@ def test_csv_forgets_what_an_interrupted_fit_wrote_after_its_checkpoint_and_keep
     resumed = ContinuedCSVLogger(tmp_path, name="run", version=0)
     resumed.go_on_from(2)
     log(resumed, [7.0], [2]).finalize("success")
-    with file.open() as text:
-        assert [(row["step"], row["loss"]) for row in csv.DictReader(text)] == [
-            ("0", "1.0"),
-            ("1", "2.0"),
-            ("2", "7.0"),
-        ]
+    rows = [(row["step"], row["loss"]) for row in resuming.logged(tmp_path)]
+    assert rows == [("0", "1.0"), ("1", "2.0"), ("2", "7.0")]
 
 
 @pytest.mark.slow
@@ -112,25 +107,3 @@ def test_only_the_newest_state_of_a_run_is_that_run_going_on(trained, tmp_path):
         torch.save(content, file)
         resume_loggers([logger := wandb_logger(tmp_path)], str(file))
         assert logger.version == found
-
-
-def test_the_reader_joins_pieces_over_blocks_and_finds_damage():
-    """A file of three records, the second one over three blocks, written here by the format's description."""
-    records = [b"a" * 100, bytes(range(256)) * 300, b"c"]
-    data = b":W&B" + struct.pack("<HB", 0xBEE1, 0)
-    assert len(data) == HEADER
-    for record in records:
-        left, begun = record, False
-        while left or not begun:
-            room = BLOCK - len(data) % BLOCK
-            if room < PIECE.size:
-                data += bytes(room)
-                continue
-            part, left = left[: room - PIECE.size], left[room - PIECE.size :]
-            kind = {(0, 0): 1, (0, 1): 2, (1, 1): 3, (1, 0): 4}[begun, bool(left)]
-            data += PIECE.pack(zlib.crc32(bytes([kind]) + part), len(part), kind) + part
-            begun = True
-    assert list(payloads(data)) == records
-    assert list(payloads(data[:-1])) == records[:2], "torn"
-    with pytest.raises(ValueError, match="is damaged"):
-        list(payloads(data[:-1] + b"d"))

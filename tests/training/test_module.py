@@ -4,58 +4,23 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from torch import nn
 
-from lora_lightning import (
-    FreezeBase,
-    LoRAConfig,
-    LoRAError,
-    LoRAModule,
-    SequenceClassification,
-    WarmupDecay,
-    huggingface,
-)
+from lora_lightning import FreezeBase, LoRAConfig, LoRAModule, SequenceClassification, WarmupDecay, huggingface
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.factories import export_of
-
-
-def trainer_of(tmp_path, **kwargs):
-    options = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    options |= {"default_root_dir": tmp_path, "logger": False, "log_every_n_steps": 1} | kwargs
-    return Trainer(**options)
-
-
-class Vision(nn.Module):
-    """A backbone of one's own, with batch statistics and dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 16))
-        self.head = nn.Linear(16, 2)
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-def loader(n=24, batch=8):
-    torch.manual_seed(1)
-    x = torch.randn(n, 6)
-    rows = [{"x": a, "labels": (a.sum() > 0).long()} for a in x]
-    return torch.utils.data.DataLoader(rows, batch_size=batch)
+from tests.training.small import Vision, fit, loader, trainer_of
 
 
 def test_w0_and_batch_statistics_do_not_move_in_a_fit(tmp_path, make_module):
     module = make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"]), backbone_mode="train")
     before = {k: v.clone() for k, v in base_tensors(module.backbone).items()}
     start = {k: v.clone() for k, v in adapter_tensors(module.backbone).items()}
-    trainer_of(tmp_path, max_epochs=3, callbacks=[FreezeBase()], enable_checkpointing=False).fit(module, loader())
+    fit(tmp_path, module, max_epochs=3)
     assert all(torch.equal(before[k], v) for k, v in base_tensors(module.backbone).items())
-    moved = {k for k, v in adapter_tensors(module.backbone).items() if not torch.equal(start[k], v)}
-    assert moved == set(start)
+    assert not any(torch.equal(start[k], v) for k, v in adapter_tensors(module.backbone).items())
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -68,117 +33,89 @@ def test_backbone_mode_is_what_was_said_and_lora_dropout_is_on(tmp_path, make_mo
             body = pl_module.backbone.body
             seen.update(dropout=body[3].training, norm=body[1].training, lora=body[0].lora_dropout.training)
 
-    validation = loader(8)
-    trainer_of(tmp_path, max_epochs=2, callbacks=[Look()], enable_checkpointing=False).fit(module, loader(), validation)
+    trainer_of(tmp_path, max_epochs=2, callbacks=[Look()], enable_checkpointing=False).fit(module, loader(), loader(8))
     assert seen == {"dropout": mode == "train", "norm": mode == "train", "lora": True}
 
 
 def test_the_optimizer_holds_exactly_what_trains(make_module):
     module = make_module()
-    optimizer = module.configure_optimizers()
-    held = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [p for group in module.configure_optimizers().param_groups for p in group["params"]]
     assert {id(p) for p in held} == {id(p) for p in module.parameters() if p.requires_grad}
     assert sum(p.numel() for p in held) == module.report.trainable
 
 
-def test_checkpoint_holds_the_adapter_and_plain_data_alone(trained):
-    content = load_checkpoint(trained / "checkpoints" / "best.ckpt")
+def best_of(trained):
+    return load_checkpoint(trained / "checkpoints" / "best.ckpt")
+
+
+def test_a_checkpoint_holds_the_adapter_and_plain_data_alone_and_loads_as_it_was_saved(make_module, trained, tiny):
+    content = best_of(trained)
     assert content["state_dict"]
     assert all(".lora_" in key for key in content["state_dict"])
     assert content["lora_lightning"]["config"]["r"] == 4
-    size = (trained / "checkpoints" / "best.ckpt").stat().st_size
-    assert size < 200_000
-
-
-def test_a_loaded_checkpoint_is_the_saved_one(make_module, trained):
+    assert "hyper_parameters" not in content, "flags must win over a checkpoint's settings, or be refused"
+    assert (trained / "checkpoints" / "best.ckpt").stat().st_size < 200_000
     module = make_module()
-    content = load_checkpoint(trained / "checkpoints" / "best.ckpt")
     module.on_load_checkpoint(content)
     module.load_state_dict(content["state_dict"])
-    for key, value in adapter_tensors(module.backbone).items():
-        assert torch.equal(value, content["state_dict"][f"backbone.{key}"])
+    parts = {"backbone": huggingface(tiny.bert, num_labels=2), "task": SequenceClassification(2)}
+    again = LoRAModule.load_from_checkpoint(
+        trained / "checkpoints" / "best.ckpt", **parts, lora=LoRAConfig(r=4, modules_to_save=["classifier"])
+    )
+    for loaded in (module, again, copy.deepcopy(module)):
+        for key, value in adapter_tensors(loaded.backbone).items():
+            assert torch.equal(value, content["state_dict"][f"backbone.{key}"])
+        assert frozen_keys(loaded.backbone) == frozen_keys(module.backbone)
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (
-            lambda s: s.update({k.replace("lora_A", "lora_a"): s.pop(k) for k in list(s) if "query.lora_A" in k}),
-            "missing",
-        ),
-        (lambda s: s.pop(next(iter(s))), "missing"),
-        (lambda s: s.update(extra=torch.zeros(1)), "left over 'extra'"),
-        (lambda s: s.update({next(iter(s)): torch.zeros(3)}), r"has shape \(3,\), expected"),
-    ],
-)
-def test_a_checkpoint_that_does_not_fit_is_refused(make_module, trained, change, said):
-    state = load_checkpoint(trained / "checkpoints" / "best.ckpt")["state_dict"]
+MISFITS = {
+    "another case": (
+        lambda s: s.update({k.replace("lora_A", "lora_a"): s.pop(k) for k in list(s) if "query.lora_A" in k}),
+        "missing",
+    ),
+    "a key less": (lambda s: s.pop(next(iter(s))), "missing"),
+    "a key more": (lambda s: s.update(extra=torch.zeros(1)), "left over 'extra'"),
+    "another shape": (lambda s: s.update({next(iter(s)): torch.zeros(3)}), r"has shape \(3,\), expected"),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_a_checkpoint_that_does_not_fit_is_refused(make_module, trained, misfit):
+    state = best_of(trained)["state_dict"]
+    change, said = MISFITS[misfit]
     change(state)
     with pytest.raises(AdapterError, match=said):
         make_module().load_state_dict(state)
 
 
 def test_a_checkpoint_of_other_settings_is_refused(make_module, trained):
-    content = load_checkpoint(trained / "checkpoints" / "best.ckpt")
-    module = make_module(lora=LoRAConfig(r=2, modules_to_save=["classifier"]))
     with pytest.raises(AdapterError, match=r"lora\.(r|alpha)="):
-        module.on_load_checkpoint(content)
+        make_module(lora=LoRAConfig(r=2, modules_to_save=["classifier"])).on_load_checkpoint(best_of(trained))
+    with pytest.raises(AdapterError, match="no adapter in it"):
+        make_module().on_load_checkpoint({"state_dict": {}})
 
 
-def test_a_checkpoint_of_another_base_is_refused(make_module, trained, tiny):
-    content = load_checkpoint(trained / "checkpoints" / "best.ckpt")
-    module = make_module()
-    with torch.no_grad():
-        module.backbone.bert.encoder.layer[1].output.dense.weight[0, 0] += 1
+def test_a_checkpoint_of_another_base_is_refused(make_module, trained):
+    content, module = best_of(trained), make_module()
+    module.backbone.bert.encoder.layer[1].output.dense.weight.data[0, 0] += 1
     with pytest.raises(AdapterError, match=r"another base.*first bert\.encoder\.layer\.1\.output\.dense\.weight"):
         module.on_load_checkpoint(content)
     module.allow_other_base = True
     module.on_load_checkpoint(content)
-
-
-def test_a_new_head_of_other_random_numbers_is_no_other_base(make_module, trained):
     module = make_module()
-    with torch.no_grad():
-        module.backbone.classifier.weight += 1
-    module.on_load_checkpoint(load_checkpoint(trained / "checkpoints" / "best.ckpt"))
-
-
-def test_resumed_at_an_epochs_end_is_uninterrupted(tmp_path, make_module, make_data):
-    def fit(epochs, ckpt=None):
-        module = make_module(
-            optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
-            lr_scheduler=lambda optimizer: WarmupDecay(optimizer, warmup=3, total_steps=24),
-        )
-        trainer = trainer_of(tmp_path / str(epochs), max_epochs=epochs)
-        trainer.fit(module, make_data(), ckpt_path=ckpt)
-        return module, trainer
-
-    whole, _ = fit(3)
-    _, first = fit(1)
-    resumed, _ = fit(3, first.checkpoint_callback.best_model_path)
-    for key, value in adapter_tensors(whole.backbone).items():
-        assert torch.equal(value, adapter_tensors(resumed.backbone)[key]), key
+    module.backbone.classifier.weight.data += 1  # a new head of other random numbers
+    module.on_load_checkpoint(content)
 
 
 def test_the_schedule_gets_the_trainers_number_of_steps(tmp_path, make_module):
     module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: WarmupDecay(o, warmup=2))
-    trainer = trainer_of(tmp_path, max_epochs=4, enable_checkpointing=False)
-    trainer.fit(module, loader())
-    scheduler = trainer.lr_scheduler_configs[0]
+    scheduler = fit(tmp_path, module, max_epochs=4).lr_scheduler_configs[0]
     assert scheduler.interval == "step"
     assert scheduler.scheduler.total_steps == 12
     assert set(scheduler.scheduler.get_last_lr()) == {0.0}
 
 
 def test_a_run_that_goes_on_for_longer_goes_on_learning(tmp_path, make_module):
-    def fit(epochs, ckpt=None):
-        module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: WarmupDecay(o, warmup=0))
-        trainer = trainer_of(tmp_path, max_epochs=epochs)
-        trainer.fit(module, loader(), ckpt_path=ckpt)
-        return module, trainer
-
-    torch.manual_seed(0)
-    first, trainer = fit(2)
     rates = []
 
     class Rates(WarmupDecay):
@@ -186,13 +123,17 @@ def test_a_run_that_goes_on_for_longer_goes_on_learning(tmp_path, make_module):
             super().step(*args)
             rates.append(self.get_last_lr()[0])
 
-    torch.manual_seed(0)
-    module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: Rates(o, warmup=0))
-    on = trainer_of(tmp_path / "on", max_epochs=4)
-    on.fit(module, loader(), ckpt_path=trainer.checkpoint_callback.best_model_path)
+    def on(epochs, ckpt=None):
+        torch.manual_seed(0)
+        module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: Rates(o, warmup=0))
+        trainer = trainer_of(tmp_path / str(epochs), max_epochs=epochs)
+        trainer.fit(module, loader(), ckpt_path=ckpt)
+        return adapter_tensors(module.backbone), trainer
+
+    first, trainer = on(2)
+    later, _ = on(4, trainer.checkpoint_callback.best_model_path)
     assert rates[-6:] == pytest.approx([1e-3 * (1 - step / 12) for step in range(7, 13)])
-    trained = adapter_tensors(first.backbone)
-    assert any(not torch.equal(value, trained[key]) for key, value in adapter_tensors(module.backbone).items())
+    assert any(not torch.equal(value, first[key]) for key, value in later.items())
 
 
 def test_a_plateau_is_watched_in_its_own_direction(make_module):
@@ -202,9 +143,8 @@ def test_a_plateau_is_watched_in_its_own_direction(make_module):
 
 
 def test_a_frozen_new_head_is_said_aloud(make_module):
-    with pytest.warns(
-        UserWarning, match=r"classifier: new, with random weights, and frozen; to train: lora\.modules_to"
-    ):
+    said = r"classifier: new, with random weights, and frozen; to train: lora\.modules_to"
+    with pytest.warns(UserWarning, match=said):
         make_module(lora=LoRAConfig(r=4))
 
 
@@ -233,48 +173,13 @@ def test_a_half_precision_base_trains_float32_adapters_and_a_float32_head(
 ):
     module = make_module(huggingface(tiny.bert, num_labels=2, dtype=dtype))
     assert {v.dtype for v in adapter_tensors(module.backbone).values()} == {torch.float32}
-    trainer_of(tmp_path, callbacks=[FreezeBase(show_table=False)]).fit(module, make_data())
+    fit(tmp_path, module, data=make_data())
     assert all(torch.isfinite(v).all() for v in adapter_tensors(module.backbone).values())
-
-
-def test_module_survives_deepcopy_with_its_adapters(make_module):
-    module = make_module()
-    twin = copy.deepcopy(module)
-    assert fingerprint(twin.backbone) == fingerprint(module.backbone)
-    assert frozen_keys(twin.backbone) == frozen_keys(module.backbone)
-
-
-def test_load_from_checkpoint_gives_the_trained_module(trained, tiny):
-    module = LoRAModule.load_from_checkpoint(
-        trained / "checkpoints" / "best.ckpt",
-        backbone=huggingface(tiny.bert, num_labels=2),
-        task=SequenceClassification(2),
-        lora=LoRAConfig(r=4, modules_to_save=["classifier"]),
-    )
-    assert any(value.abs().max() > 0 for key, value in adapter_tensors(module.backbone).items() if "lora_B" in key)
-
-
-def test_a_plain_checkpoint_is_refused(make_module):
-    with pytest.raises(AdapterError, match="no adapter in it"):
-        make_module().on_load_checkpoint({"state_dict": {}})
-
-
-def test_hyper_parameters_hold_no_objects(trained):
-    content = load_checkpoint(trained / "checkpoints" / "last.ckpt")
-    assert "hyper_parameters" not in content, "flags must win over a checkpoint's settings, or be refused"
-
-
-def test_task_must_fit_the_backbone(tmp_path):
-    module = LoRAModule(Vision(), SequenceClassification(3), LoRAConfig(r=2))
-    with pytest.raises(LoRAError, match="give its head 3 outputs"):
-        trainer_of(tmp_path, enable_checkpointing=False).fit(module, loader())
 
 
 @pytest.mark.parametrize("write", ["data", "numpy"])
 def test_a_checkpoint_goes_with_the_w0_that_it_meets_however_that_was_written(tmp_path, make_module, write):
-    module = make_module(Vision(), LoRAConfig(r=2))
-    trainer = trainer_of(tmp_path, enable_checkpointing=False)
-    trainer.fit(module, loader())
+    trainer = fit(tmp_path, module := make_module(Vision(), LoRAConfig(r=2)))
     trainer.save_checkpoint(tmp_path / "first.ckpt")
     weight = module.backbone.head.weight
     if write == "data":
@@ -290,7 +195,6 @@ def test_a_checkpoint_goes_with_the_w0_that_it_meets_however_that_was_written(tm
 def test_a_second_fit_on_a_w0_that_was_written_to_starts_from_that(tmp_path, make_module):
     module = make_module(Vision(), LoRAConfig(r=2))
     for _ in range(2):
-        guard = FreezeBase(show_table=False)
-        trainer_of(tmp_path, enable_checkpointing=False, callbacks=[guard]).fit(module, loader())
+        fit(tmp_path, module, guard := FreezeBase(show_table=False))
         assert guard.before == guard.after == fingerprint(module.backbone)
         module.backbone.head.weight.data.add_(1)

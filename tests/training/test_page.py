@@ -3,39 +3,52 @@
 import csv
 import json
 import math
-import shutil
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torchmetrics.functional.classification import (
+    multiclass_confusion_matrix,
+    multiclass_f1_score,
+    multiclass_precision,
+    multiclass_recall,
+)
 
 from lora_lightning.cli.main import LoRACLI
+from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confused_pairs, confusions
 from lora_lightning.reports.curves import Axis, charts_of, read_metrics, short, thin_out
 from lora_lightning.reports.html import write_page
 from tests.chromium import looks, parsed
 
 
+def text_of(node) -> str:
+    return " ".join(" ".join(node.itertext()).split())
+
+
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory):
-    """A fit that logs every fourth step and validates twice an epoch."""
+def ran(tiny, tmp_path_factory):
+    """A fit that logs every fourth step and validates twice an epoch, and a test of it."""
     runs = tmp_path_factory.mktemp("page")
     often = ["--trainer.max_epochs", "3", "--trainer.log_every_n_steps", "4", "--trainer.val_check_interval", "4"]
-    LoRACLI(args=["fit", "--config", tiny.config, "--runs_dir", str(runs), *often])
-    return runs / "tiny" / "version_0"
+    given = ["--config", tiny.config, "--runs_dir", str(runs)]
+    LoRACLI(args=["fit", *given, *often])
+    folder = runs / "tiny" / "version_0"
+    fitted = parsed(folder / "report.html")
+    (folder / "fitted.html").write_bytes((folder / "report.html").read_bytes())
+    report = json.loads((folder / "report.json").read_text())
+    LoRACLI(args=["test", *given, "--ckpt_path", str(folder)])
+    return SimpleNamespace(folder=folder, page=fitted, report=report, text=text_of(fitted), log=logged(folder))
 
 
-def logged(folder: Path) -> dict[str, dict[int, float]]:
+def logged(folder) -> dict[str, dict[int, float]]:
     """The log's columns by step, read with the standard library alone."""
     found: dict[str, dict[int, float]] = {}
     with (folder / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
             for name, text in row.items():
-                if text and name not in ("step", "epoch") and not name.startswith("params/"):
+                if text and name not in ("step", "epoch") and not name.startswith(("params/", "test/")):
                     found.setdefault(name, {})[int(row["step"])] = float(text)
     return found
-
-
-def text_of(node) -> str:
-    return " ".join(" ".join(node.itertext()).split())
 
 
 def lines_of(page) -> dict[str, list[tuple[float, float]]]:
@@ -52,62 +65,60 @@ def lines_of(page) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def test_a_fit_leaves_a_page_whose_curves_are_its_log(trained):
-    page, log = parsed(trained / "report.html"), logged(trained)
-    lines = lines_of(page)
+def test_a_fit_leaves_a_page_whose_curves_are_its_log(ran):
+    lines = lines_of(ran.page)
     assert {"train/loss", "val/loss", "val/accuracy", "lr", "grad_norm/A", "grad_norm/B", "grad_norm/all"} <= set(lines)
     assert {"throughput/samples_per_second", "throughput/tokens_per_second", "memory/process_peak_mib"} <= set(lines)
-    assert lines.keys() == log.keys()
-    for name, values in log.items():
+    assert lines.keys() == ran.log.keys()
+    for name, values in ran.log.items():
         spread = max(values.values()) - min(values.values()) or abs(max(values.values()))
         assert [round(step) for step, _ in lines[name]] == sorted(values), name
         for (_, drawn), step in zip(lines[name], sorted(values), strict=True):
             assert drawn == pytest.approx(values[step], abs=0.01 * spread), name
 
 
-def test_its_words_are_those_of_the_report(trained):
-    report, text = json.loads((trained / "report.json").read_text()), text_of(parsed(trained / "report.html"))
+def test_its_words_are_those_of_the_report(ran):
+    report, text = ran.report, ran.text
+    assert report["w0_unchanged"] is True
     assert f"val accuracy {report['val_accuracy']:.1%}" in text
     assert f"{report['trainable']:,} train ({report['share']:.2%})" in text
-    assert "BertForSequenceClassification" in text
-    assert "W0 unchanged" in text
     assert f"W0 after the fit {report['w0_after']}: unchanged" in text
     assert f"best val/accuracy at step {report['best_step']}" in text
-    assert report["best_step"] in logged(trained)["val/accuracy"]
-    assert logged(trained)["val/accuracy"][report["best_step"]] == pytest.approx(report["val_accuracy"])
+    assert "BertForSequenceClassification" in text
+    assert ran.log["val/accuracy"][report["best_step"]] == pytest.approx(report["val_accuracy"])
     for row in report["adapted"]:
         assert f"{row['module']} {row['count']} {row['kind']}" in text
-    assert sum(int(row["parameters"].replace(",", "")) for row in report["adapted"]) == report["trainable"]
-    assert (trained / "config.yaml").read_text().splitlines()[5] in "".join(
-        parsed(trained / "report.html").itertext()
-    ), "the config is on the page as it is"
+    assert sum(int(row["parameters"].replace(",", "")) for row in report["adapted"]) == report["trainable"] == 3906
+    config = (ran.folder / "config.yaml").read_text().splitlines()
+    assert config[5] in "".join(ran.page.itertext()), "the config is on the page as it is"
+    header = (ran.folder / "metrics.csv").read_text().splitlines()[0]
+    assert {"params/trainable", "params/frozen", "params/share"} <= set(header.split(","))
+    assert (ran.folder.parent / "report.json").read_text() == (ran.folder / "report.json").read_text()
 
 
-def test_in_a_browser_it_has_the_same_numbers_and_fits_both_windows(trained, tmp_path):
+def test_in_a_browser_it_has_the_same_numbers_and_fits_both_windows(ran):
     """A desk's and a phone's: nothing sticks out, and what is written in the pictures can be read."""
-    shutil.copy(trained / "report.html", tmp_path / "report.html")
-    drawn, report = lines_of(parsed(trained / "report.html")), json.loads((trained / "report.json").read_text())
-    for width, seen in zip((1280, 390), looks(tmp_path / "report.html", [1280, 390]), strict=True):
+    drawn = lines_of(ran.page)
+    for width, seen in zip((1280, 390), looks(ran.folder / "fitted.html", [1280, 390]), strict=True):
         assert seen["window"] == width
         assert seen["wide"] <= width, "the page itself does not scroll sideways"
         assert seen["out"] == []
         assert seen["small"] >= 9
-        assert f"{report['val_accuracy']:.1%}" in seen["text"]
+        assert f"{ran.report['val_accuracy']:.1%}" in seen["text"]
         assert "unchanged" in seen["text"]
         points = dict(seen["points"])
         assert points.keys() == drawn.keys()
-        for name, values in logged(trained).items():
+        for name, values in ran.log.items():
             tips = [tip for _, _, tip in points[name]]
             assert tips == [f"{name} {values[step]:.6g} at step {step}" for step in sorted(values)]
 
 
-def test_it_asks_for_nothing_from_elsewhere(trained):
-    page = parsed(trained / "report.html")
-    assert not list(page.iter("script"))
-    for node in page.iter():
+def test_it_asks_for_nothing_from_elsewhere(ran):
+    assert not list(ran.page.iter("script"))
+    for node in ran.page.iter():
         assert not {"href", "srcset", "onload", "style"} & set(node.keys()), node.tag
         assert node.get("src", "data:").startswith("data:")
-    style = page.find("head/style").text
+    style = ran.page.find("head/style").text
     assert "url(" not in style
     assert "@import" not in style
 
@@ -132,32 +143,25 @@ def test_text_of_others_is_text(tmp_path):
     assert page.find(".//td[@class='text']").text == shown
 
 
+def test_what_the_data_say_of_themselves_is_on_the_page(tmp_path):
+    data = {"rows": {"train": 1234, "test": 5}, "labels": {"train": {"<b>": 3}}, "warnings": ["w!"]}
+    (tmp_path / "report.json").write_text(json.dumps({"data": {**data, "cut": {"test": {"texts cut": 0.25}}}}))
+    text = text_of(parsed(write_page(tmp_path)))
+    assert "Nothing was logged" in text, "a run without a log has a page too"
+    for words in ("1,234", "labeled <b>", "25.0%", "w!"):
+        assert words in text
+
+
 def test_a_log_is_read_whatever_a_broken_off_fit_left(tmp_path):
     file = tmp_path / "metrics.csv"
-    lines = [
-        "step,train/loss_step,val/loss",
-        "0,1.0,",
-        "1,nan,",
-        "1,,0.5",
-        "2,inf,",
-        "2,,0.4",
-        "2,,0.3",
-        "x,9,9",
-        "3,1e",
-    ]
-    file.write_text("\n".join(lines))
+    torn = "0,1.0,|1,nan,|1,,0.5|2,inf,|2,,0.4|2,,0.3|x,9,9|3,1e"
+    file.write_text("\n".join(["step,train/loss_step,val/loss", *torn.split("|")]))
     train, val = read_metrics(file)
     assert (train.points, train.left_out) == (((0, 1.0),), 2)
     assert val.points == ((1, 0.5), (2, 0.3)), "the later of two counts"
-    assert read_metrics(tmp_path / "none.csv") == []
-    (tmp_path / "empty.csv").write_text("")
-    assert read_metrics(tmp_path / "empty.csv") == []
-    page = parsed(write_page(tmp_path))
-    assert "2 not finite" in text_of(page)
-
-
-def test_a_run_without_a_log_or_a_report_has_a_page_too(tmp_path):
-    assert "Nothing was logged" in text_of(parsed(write_page(tmp_path)))
+    assert "2 not finite" in text_of(parsed(write_page(tmp_path)))
+    file.write_text("")
+    assert read_metrics(file) == read_metrics(tmp_path / "none.csv") == []
 
 
 @pytest.mark.parametrize("values", [[0.0], [3.0, 3.0], [1e-320, 2e-320], [-1e299, 1e299], [1e30, 1e-30], [5, -5, 0]])
@@ -171,28 +175,23 @@ def test_any_finite_numbers_can_be_drawn(tmp_path, values):
     assert len(list(page.find(".//svg/g").iter("text"))) >= 3, "there is something to read the axes by"
 
 
-def test_long_lines_keep_their_peaks(tmp_path):
+def test_long_lines_keep_their_peaks():
     points = tuple((i, math.sin(i / 300)) for i in range(50_000))
     points = (*points[:7777], (7777, 9.0), *points[7778:])
     drawn = thin_out(points)
     assert len(drawn) < 400
-    assert (7777, 9.0) in drawn
-    assert {points[0], points[-1]} <= set(drawn) <= set(points)
+    assert {points[0], (7777, 9.0), points[-1]} <= set(drawn) <= set(points)
     assert drawn == sorted(drawn)
 
 
 def test_charts_put_together_what_belongs_together(tmp_path):
-    names = (
-        "train/loss_step,train/loss,val/loss,val_mismatched/loss,lr,lr/B,val/f1,mine/own,val/loss_before,params/share"
-    )
-    (tmp_path / "metrics.csv").write_text(
-        f"step,epoch,{names}\n" + "\n".join(f"{i},0,{','.join('1' * 10)}" for i in (0, 1))
-    )
+    losses = "train/loss_step,train/loss,val/loss,val_mismatched/loss"
+    names = f"step,epoch,{losses},lr,lr/B,val/f1,mine/own,val/loss_before,params/share"
+    (tmp_path / "metrics.csv").write_text("\n".join([names, *(f"{i},0,{','.join('1' * 10)}" for i in (0, 1))]))
     charts = {c.title: [s.name for s in c.series] for c in charts_of(read_metrics(tmp_path / "metrics.csv"))}
-    assert next(iter(charts)) == "loss"
-    assert sorted(charts["loss"]) == sorted(names.split(",")[:4])
+    assert sorted(charts["loss"]) == sorted(losses.split(","))
     assert charts["learning rate"] == ["lr", "lr/B"]
-    assert list(charts)[-1] == "learning rate"
+    assert [next(iter(charts)), list(charts)[-1]] == ["loss", "learning rate"]
     assert set(charts) == {"loss", "learning rate", "f1", "mine/own"}
 
 
@@ -202,3 +201,66 @@ def test_ticks_are_round_and_inside():
         assert 2 <= len(ticks) <= 7
         assert all(low - 1e-9 * abs(low) <= tick <= high * (1 + 1e-9) for tick in ticks)
         assert len({short(tick) for tick in ticks}) == len(ticks)
+
+
+# A classifier's page counts what its metrics count, and shows its most confident mistakes.
+
+
+def test_a_classifiers_page_has_matrix_figures_and_mistakes_with_their_texts(ran):
+    report, text = json.loads((ran.folder / "report.json").read_text()), text_of(parsed(ran.folder / "report.html"))
+    assert report["metric_titles"] == {"f1": "F1 (macro)"}
+    for stage, words in (("val", "validation"), ("test", "test")):
+        found = json.loads((ran.folder / f"classes_{stage}.json").read_text())
+        counts = torch.tensor(found["counts"])
+        assert float(counts.diagonal().sum() / counts.sum()) == pytest.approx(report[f"{stage}_accuracy"], abs=1e-6)
+        assert float(class_table(found).rows[-1][3]) == pytest.approx(report[f"{stage}_f1"], abs=6e-4)
+        assert f"Classes, {words}" in text
+        assert all(mistake["text"] in text for mistake in found["mistakes"])
+        assert all(label in text for label in found["labels"])
+    assert "F1 (macro)" in text
+
+
+def batches(classes, rows=40, count=4):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        labels = torch.randint(classes, (rows,), generator=generator)
+        yield torch.randn(rows, classes, generator=generator) + 2 * torch.eye(classes)[labels], labels
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_counts_and_figures_per_class_are_those_of_torchmetrics_also_in_parts(classes):
+    counts, parts, wrong = ClassCounts(classes), [ClassCounts(classes), ClassCounts(classes)], []
+    for i, (logits, labels) in enumerate(batches(classes)):
+        counts.add(logits, labels, {})
+        parts[i % 2].add(logits, labels, {})
+        confidence, predicted = logits.softmax(-1).max(-1)
+        wrong += confidence[predicted != labels].tolist()
+    joined = parts[0].join(parts[1:])
+    assert torch.equal(joined.counts, counts.counts)
+    assert joined.mistakes == counts.mistakes
+    assert [m["confidence"] for m in counts.mistakes] == pytest.approx(sorted(wrong, reverse=True)[:MISTAKES])
+    assert all(m["true"] != m["predicted"] for m in counts.mistakes)
+    logits, labels = (torch.cat(parts) for parts in zip(*batches(classes), strict=True))
+    assert torch.equal(counts.counts, multiclass_confusion_matrix(logits, labels, classes))
+    *rows, mean = class_table(counts.to_dict()).rows
+    for column, metric in enumerate((multiclass_precision, multiclass_recall, multiclass_f1_score), start=1):
+        each = metric(logits, labels, classes, average="none")
+        assert [float(row[column]) for row in rows] == pytest.approx(each.tolist(), abs=5e-4)
+        assert float(mean[column]) == pytest.approx(float(metric(logits, labels, classes, average="macro")), abs=5e-4)
+    assert [int(row[4]) for row in rows] == labels.bincount(minlength=classes).tolist()
+
+
+def test_labels_that_are_no_class_count_for_nothing_and_pictures_are_shown_small():
+    counts = ClassCounts(2)
+    counts.add(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([-100, 0]), {})
+    assert (counts.counts.tolist(), counts.mistakes) == ([[1, 0], [0, 0]], [])
+    counts.add(torch.tensor([[0.0, 3.0]]), torch.tensor([0]), {"pixel_values": torch.randn(1, 3, 200, 100)})
+    assert counts.mistakes[0]["picture"].startswith("data:image/png;base64,")
+    assert len(counts.mistakes[0]["picture"]) < 40_000
+
+
+def test_many_classes_are_shown_by_the_pairs_that_are_mixed_up_most():
+    found = {"labels": ["a", "b", "c"], "counts": [[5, 2, 0], [7, 1, 0], [0, 0, 3]], "mistakes": []}
+    assert confused_pairs(found).rows == [["b", "a", "7"], ["a", "b", "2"]]
+    shown = [(name, [n for n, _, _ in row]) for name, row in confusions(found)]
+    assert shown == [("a", [5, 2, 0]), ("b", [7, 1, 0]), ("c", [0, 0, 3])]

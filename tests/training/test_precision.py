@@ -1,7 +1,5 @@
 """Precision in one word: what each part's dtype is, and that the laws hold over a narrow W0."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,12 +17,10 @@ from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.precision import HalfBase, convert, lightning_precision, load_dtypes
+from lora_lightning.training.precision import HalfBase, convert, load_dtypes
 from lora_lightning.training.trainer import LoRATrainer
-from tests.command.process import REPOSITORY
-from tests.factories import FAMILIES, distance, move, output
-from tests.training.narrow_in_two import BATCH, fit
-from tests.training.test_module import Vision, loader, trainer_of
+from tests.factories import move, output
+from tests.training.small import Vision, fit, loader, trainer_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
 EXPERTS = {"moe_intermediate_size": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2}
@@ -38,13 +34,12 @@ KINDS = {
     ),
     "a router in float32": ("AutoModelForCausalLM", lambda: transformers.Dots1Config(**SIZES, **EXPERTS, **GROUPS)),
 }
+TARGETS = {"batch statistics": ["convolution"]}
 
 
-def quiet(tmp_path, precision="bf16-base", **kwargs):
-    options = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "logger": False}
-    options |= {"enable_model_summary": False, "default_root_dir": tmp_path, "log_every_n_steps": 1}
-    options |= {"callbacks": [FreezeBase(show_table=False)]} | kwargs
-    return LoRATrainer(precision=precision, **options)
+def quiet(tmp_path, precision="bf16-base", **options):
+    own = {"callbacks": [FreezeBase(show_table=False)], "devices": 1, "precision": precision}
+    return trainer_of(tmp_path, LoRATrainer, **own | options)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -54,8 +49,8 @@ def test_cast_and_loaded_in_bfloat16_are_one_base(kind, tmp_path):
     cls.from_config(config()).save_pretrained(tmp_path)
     wide, narrow = cls.from_pretrained(tmp_path), cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
     for model in (wide, narrow):
-        inject(model, LoRAConfig(r=2, target_modules=["convolution"] if kind == "batch statistics" else "all-linear"))
-    adapter = {k: v.clone() for k, v in adapter_tensors(wide).items()}
+        inject(model, LoRAConfig(r=2, use_dora=kind == "bert", target_modules=TARGETS.get(kind, "all-linear")))
+    adapter = {k: v.clone() for k, v in adapter_tensors(move(wide)).items()}
     for _ in range(2):  # done again it changes nothing
         cast_base(wide, torch.bfloat16, load_dtypes(wide, torch.bfloat16))
         assert fingerprint(wide).differences(fingerprint(narrow)) == []
@@ -83,14 +78,6 @@ def test_a_fresh_adapter_changes_nothing_of_the_rounded_base(family, use_dora, m
         assert torch.equal(output(adapted, x), output(plain, x))
 
 
-def test_trained_magnitudes_stay_what_they_were():
-    model = FAMILIES["sequential"].build()
-    inject(model, LoRAConfig(r=2, use_dora=True))
-    before = {k: v.clone() for k, v in adapter_tensors(move(model)).items()}
-    cast_base(model, torch.bfloat16)
-    assert all(torch.equal(before[k], v) for k, v in adapter_tensors(model).items())
-
-
 def test_what_trains_in_full_and_narrower_storage_stay():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     model[4].weight = nn.Parameter(model[4].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
@@ -108,42 +95,34 @@ def test_what_trains_in_full_and_narrower_storage_stay():
 
 
 def test_a_fit_over_a_bfloat16_base_and_all_that_follows_it(tmp_path, make_module, make_data, capsys):
-    data = make_data()
-
-    def trainer(epochs, **kwargs):
-        checkpoints = Checkpoints(dirpath=str(tmp_path / "checkpoints"))
-        callbacks = [FreezeBase(proves_at="checkpoint"), checkpoints]
-        return quiet(tmp_path, max_epochs=epochs, callbacks=callbacks, gradient_clip_val=1.0, **kwargs)
-
-    whole = make_module()
-    trainer(2).fit(whole, data)
+    data, whole = make_data(), make_module()
+    callbacks = [FreezeBase(proves_at="checkpoint"), Checkpoints(dirpath=str(tmp_path / "checkpoints"))]
+    quiet(tmp_path, max_epochs=2, callbacks=callbacks, gradient_clip_val=1.0).fit(whole, data)
+    last = str(tmp_path / "checkpoints/last.ckpt")
     told = " ".join(capsys.readouterr().out.split())
     assert "dtypes: W0 bfloat16; A and B float32; classifier float32; bfloat16 autocast (precision bf16-base)" in told
     assert "modes: the backbone in eval (backbone_mode): its own dropout off" in told
     assert {t.dtype for t in base_tensors(whole.backbone).values() if t.is_floating_point()} == {torch.bfloat16}
-    state = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    state = load_checkpoint(last)
     moments = [v for entry in state["optimizer_states"][0]["state"].values() for k, v in entry.items() if "exp" in k]
     assert {t.dtype for t in (*moments, *state["state_dict"].values())} == {torch.float32}
     # The same adapter by a trainer and a module of their own, from float32 weights; twice over the same module.
     again, tester = make_module(), quiet(tmp_path)
-    (first,), (second,) = (tester.test(again, data, ckpt_path=str(tmp_path / "checkpoints/last.ckpt")) for _ in "ab")
+    (first,), (second,) = (tester.test(again, data, ckpt_path=last, verbose=False) for _ in "ab")
     assert first == second
     assert fingerprint(again.backbone) == fingerprint(whole.backbone)
-    report = tester.export(make_module(), data, ckpt_path=str(tmp_path / "checkpoints"), output_dir=str(tmp_path / "o"))
+    report = tester.export(make_module(), data, ckpt_path=last, output_dir=str(tmp_path / "o"))
     assert report.w0_unchanged
-    assert report.w0_before == fingerprint(whole.backbone).digest
-    assert report.dtype == "bfloat16"
+    assert (report.w0_before, report.dtype) == (fingerprint(whole.backbone).digest, "bfloat16")
     with pytest.raises(AdapterError, match=r"trained in precision bf16-base, and this run is in 32-true"):
-        quiet(tmp_path, "float32").test(make_module(), data, ckpt_path=str(tmp_path / "checkpoints/last.ckpt"))
-    start = make_module(init_adapter=str(tmp_path / "checkpoints/last.ckpt"))
-    quiet(tmp_path, limit_train_batches=1).fit(start, data)
+        quiet(tmp_path, "float32").test(make_module(), data, ckpt_path=last)
+    quiet(tmp_path, limit_train_batches=1).fit(make_module(init_adapter=last), data)
 
 
 def test_a_plain_trainer_takes_it_as_a_plugin(tmp_path, make_module, make_data):
-    ours, plugged = make_module(), make_module()
-    quiet(tmp_path, limit_train_batches=2, limit_val_batches=0).fit(ours, make_data())
-    options = {"limit_train_batches": 2, "limit_val_batches": 0, "plugins": [HalfBase()], "callbacks": [FreezeBase()]}
-    trainer_of(tmp_path, **options).fit(plugged, make_data())
+    ours, plugged, few = make_module(), make_module(), {"limit_train_batches": 2, "limit_val_batches": 0}
+    quiet(tmp_path, **few).fit(ours, make_data())
+    fit(tmp_path, plugged, data=make_data(), plugins=[HalfBase()], **few)
     for key, value in adapter_tensors(ours.backbone).items():
         assert torch.equal(value, adapter_tensors(plugged.backbone)[key]), key
 
@@ -161,36 +140,22 @@ def test_a_plain_trainer_takes_it_as_a_plugin(tmp_path, make_module, make_data):
 
     own = Own()
     trainer_of(tmp_path, plugins=[HalfBase()]).fit(own, loader())
-    assert {p.dtype for p in own.parameters() if p.requires_grad} == {torch.float32}
-    assert {p.dtype for p in own.parameters() if not p.requires_grad} == {torch.bfloat16}
+    dtypes = {p.requires_grad: p.dtype for p in own.parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
 
 
 def test_double_precision_is_there_before_w0_is_looked_at(tmp_path, make_module, make_data):
     """Lightning converts a module after it has loaded a checkpoint: then W0 would not be the one of the checkpoint."""
-    checkpoints = Checkpoints(dirpath=str(tmp_path / "checkpoints"))
-    options = {"callbacks": [FreezeBase(show_table=False), checkpoints], "limit_train_batches": 1}
-    quiet(tmp_path, "64-true", **options).fit(make_module(), make_data())
+    callbacks = [FreezeBase(show_table=False), Checkpoints(dirpath=str(tmp_path / "checkpoints"))]
+    quiet(tmp_path, "64-true", callbacks=callbacks, limit_train_batches=1).fit(make_module(), make_data())
     again = make_module()
     quiet(tmp_path, "64-true").test(again, make_data(), ckpt_path=str(tmp_path / "checkpoints/last.ckpt"))
     assert {p.dtype for p in again.parameters()} == {torch.float64}
 
 
-@pytest.mark.parametrize(
-    ("word", "says"),
-    [
-        ("bf16-true", "would round A and B too"),
-        ("16-true", "use bf16-base: W0 in that precision"),
-        ("transformer-engine", "in place of adapted ones"),
-    ],
-)
-def test_words_that_take_the_adapters_precision_are_refused(word, says):
-    with pytest.raises(LoRAError, match=says):
-        lightning_precision(word, "cpu")
-
-
 def test_16_mixed_on_a_cpu_says_what_it_is(tmp_path, make_module, make_data, capsys):
-    trainer = quiet(tmp_path, "16-mixed", limit_train_batches=1, limit_val_batches=0, callbacks=[FreezeBase()])
-    trainer.fit(make_module(), make_data())
+    few = {"limit_train_batches": 1, "limit_val_batches": 0, "callbacks": [FreezeBase()]}
+    quiet(tmp_path, "16-mixed", **few).fit(make_module(), make_data())
     told = " ".join(capsys.readouterr().out.split())
     assert "W0 float32; A and B float32; classifier float32; bfloat16 autocast" in told
     assert "(precision bf16-mixed, for 16-mixed, which CPUs do not have)" in told
@@ -254,17 +219,3 @@ def test_the_command_hands_the_words_meaning_down_and_forgets_it():
     other = SimpleNamespace(class_path="torch.nn.Identity", init_args={})
     with precision_for_backbone({**command, "model.backbone": other}):
         assert other.init_args == {}
-
-
-@pytest.mark.slow
-def test_two_processes_over_a_narrow_base_equal_one_with_twice_the_batch(tmp_path):
-    # In a process of its own: the first backward must not come before the fork.
-    command = [sys.executable, "-m", "tests.training.narrow_in_two", str(tmp_path / "two.pt")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    two, one = torch.load(tmp_path / "two.pt"), fit(2 * BATCH)
-    assert (two["w0"], two["steps"]) == (one["w0"], one["steps"])
-    assert one["steps"] == 6
-    for name, tensor in one["adapter"].items():
-        assert tensor.dtype == two["adapter"][name].dtype == torch.float32
-        assert distance(two["adapter"][name], tensor) < 0.02, name  # bfloat16's products, over two batches or one

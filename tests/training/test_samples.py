@@ -88,33 +88,29 @@ def test_a_fit_that_goes_on_keeps_what_was_answered_before(fitted, chat, tmp_pat
     assert {s["prompt"]: s["before"] for s in after} == {s["prompt"]: s["before"] for s in before}
 
 
-def test_before_is_the_plain_models_own_answer(fitted, chat):
-    """Said by transformers alone, on the prompt as its own chat template writes it."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(chat.llama), AutoTokenizer.from_pretrained(chat.llama)
-    sample = next(s for s in lines(fitted / "samples.jsonl") if not s["prompt"].startswith("user:"))
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": sample["prompt"]}], add_generation_prompt=True, return_tensors="pt"
-    )
+def answer(folder, prompt):
+    """Said by transformers alone, on the prompt as the model's own chat template writes it."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    asked = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
     out = model.generate(**ids, max_new_tokens=8, do_sample=False)
-    said = tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert said.strip() == sample["before"]
+    return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_test_predict_and_export_follow(fitted, chat, tmp_path):
+def test_before_is_the_plain_models_own_answer_and_after_the_exports(fitted, chat, tmp_path):
+    LoRACLI(args=["export", "--ckpt_path", str(fitted), "--output_dir", str(tmp_path / "out")])
+    sample = next(s for s in lines(fitted / "samples.jsonl")[-3:] if not s["prompt"].startswith("user:"))
+    assert answer(chat.llama, sample["prompt"]) == sample["before"]
+    assert answer(tmp_path / "out" / "merged", sample["prompt"]) == sample["reference"]
+
+
+def test_test_and_predict_follow(fitted):
     cli = LoRACLI(args=["test", "--ckpt_path", str(fitted)])
     assert float(cli.trainer.callback_metrics["test/perplexity"]) < 1.5
     LoRACLI(args=["predict", "--ckpt_path", str(fitted)])
     predicted = lines(fitted / "predict" / "predictions.jsonl")
     assert len(predicted) == 20
     assert all(row["perplexity"] < 3 for row in predicted)
-    LoRACLI(args=["export", "--ckpt_path", str(fitted), "--output_dir", str(tmp_path / "out")])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "merged")
-    sample = next(s for s in lines(fitted / "samples.jsonl")[-3:] if not s["prompt"].startswith("user:"))
-    asked = [{"role": "user", "content": sample["prompt"]}]
-    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")
-    out = model.generate(**ids, max_new_tokens=8, do_sample=False)
-    assert tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True) == sample["reference"]
 
 
 def test_new_questions_are_answered_by_predict(fitted, tmp_path):
@@ -127,12 +123,17 @@ def test_new_questions_are_answered_by_predict(fitted, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_packed_run_learns_the_same(chat, tmp_path):
+def test_a_packed_run_learns_the_same_and_wandb_gets_its_table(chat, tmp_path):
     config = tmp_path / "packed.yaml"
     config.write_text(CONFIG.format(llama=chat.llama, chats=chat.chats, packing="true"))
     rows = ["--data.init_args.batch_size", "4", "--trainer.max_epochs", "3"]
-    cli = LoRACLI(args=["fit", "--config", str(config), *rows])
+    logger = ["--trainer.logger", "lora_lightning.WandbLogger", "--trainer.logger.save_dir", str(tmp_path / "runs")]
+    cli = LoRACLI(args=["fit", "--config", str(config), *rows, *logger])
     assert float(cli.trainer.callback_metrics["val/perplexity"]) < 3
+    table = next((tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json"))
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "prompt", "reference", "before", "after"]
+    assert len(content["data"]) == 3
     LoRACLI(args=["predict", "--ckpt_path", "runs/chat"])
     assert len(lines(tmp_path / "runs/chat/version_0/predict/predictions.jsonl")) == 20
 
@@ -168,8 +169,6 @@ def test_an_answer_stops_at_its_turns_end_whatever_the_model_says(chat, tmp_path
 
 
 def test_what_it_cannot_do_is_said_before_the_fit(chat, make_module, make_data):
-    with pytest.raises(LoRAError, match="count must be at least 1"):
-        Samples(count=0)
     trainer = SimpleNamespace(datamodule=make_data())
     with pytest.raises(LoRAError, match="a transformers model that generates"):
         Samples().setup(trainer, make_module(), "fit")
@@ -182,13 +181,3 @@ def test_what_it_cannot_do_is_said_before_the_fit(chat, make_module, make_data):
 def test_a_page_escapes_what_would_break_its_table():
     page = page_of([Sample(1, "a|b", "c\nd", "e", "f")])
     assert page.splitlines()[-1] == "| a\\|b | c<br>d | e | f |"
-
-
-@pytest.mark.slow
-def test_wandb_gets_the_table(chat, tmp_path):
-    logger = ["--trainer.logger", "lora_lightning.WandbLogger", "--trainer.logger.save_dir", str(tmp_path / "runs")]
-    LoRACLI(args=["fit", "--config", chat.config, "--trainer.max_epochs", "1", *logger])
-    (table,) = (tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")
-    content = json.loads(table.read_text())
-    assert content["columns"] == ["step", "prompt", "reference", "before", "after"]
-    assert len(content["data"]) == 3

@@ -1,4 +1,4 @@
-"""The first screen of a fit."""
+"""The first screen of a fit, its bar, and what is kept off both."""
 
 from __future__ import annotations
 
@@ -20,26 +20,20 @@ from lora_lightning.cli.log_filters import RECORDS, silence_others
 from lora_lightning.reports.console import first_lines, short_count, show_injection, show_lines
 
 
-def shown(model: nn.Module, **options: object) -> str:
-    report = inject(model, LoRAConfig(r=2, **{"target_modules": ".+", **options}))  # type: ignore[arg-type]
-    console = Console(file=io.StringIO(), width=80, record=True)
-    show_injection(report, console)
-    return console.export_text()
-
-
-def blocks(kinds: int, layers: int = 3) -> nn.Module:
-    """As many rows of the grouped table as there are kinds."""
-    names = [f"projection_{i}" for i in range(kinds)]
-    return nn.ModuleList(nn.ModuleDict({n: nn.Linear(4, 4 + i) for i, n in enumerate(names)}) for _ in range(layers))
+def console_of(width: int) -> Console:
+    return Console(file=io.StringIO(), width=width, record=True)
 
 
 @pytest.mark.parametrize("kinds", [1, 8, 40])
 def test_the_first_screen_shows_every_row_the_head_among_them(kinds: int) -> None:
-    model = nn.ModuleDict({"blocks": blocks(kinds), "head": nn.Linear(4, 2)})
-    text = shown(model, target_modules=r"blocks.+\.projection_\d+", modules_to_save=["head"])
-    header, *rows, total = (line.split() for line in text.rstrip("\n").splitlines())
+    names = [f"projection_{i}" for i in range(kinds)]
+    layers = [nn.ModuleDict({n: nn.Linear(4, 4 + i) for i, n in enumerate(names)}) for _ in range(3)]
+    model = nn.ModuleDict({"blocks": nn.ModuleList(layers), "head": nn.Linear(4, 2)})
+    console, given = console_of(80), {"target_modules": r"blocks.+\.projection_\d+", "modules_to_save": ["head"]}
+    show_injection(inject(model, LoRAConfig(r=2, **given)), console)
+    header, *rows, total = (line.split() for line in console.export_text().rstrip("\n").splitlines())
     assert header[0] == "module"
-    assert [row[0] for row in rows] == [*(f"blocks.*.projection_{i}" for i in range(kinds)), "head"]
+    assert [row[0] for row in rows] == [*(f"blocks.*.{name}" for name in names), "head"]
     assert [row[1] for row in rows] == ["3"] * kinds + ["1"]
     trained = sum(3 * (4 * 2 + 2 * (4 + i)) for i in range(kinds)) + 10
     assert total[0] == f"{trained:,}"
@@ -52,32 +46,25 @@ def test_the_first_lines_name_backbone_size_device_precision_and_place(tmp_path,
     first, second = first_lines(trainer, module.backbone, module.report, tmp_path / "a [run]" / "version_0")
     assert re.fullmatch(r"BertForSequenceClassification \(\w+/bert\), 20\.2K frozen parameters", first)
     assert second == f"on cpu in 32-true; results go to {tmp_path}/a [run]/version_0"
-    console = Console(file=io.StringIO(), width=40, record=True)
-    show_lines([first, second], console)
+    show_lines([first, second], console := console_of(40))
     assert console.export_text() == f"{first}\n{second}\n", "brackets are no markup, and paths can be copied"
 
 
-@pytest.mark.parametrize(
-    ("number", "said"), [(0, "0"), (999, "999"), (1500, "1.5K"), (22_713_986, "22.7M"), (999_999, "1M"), (7e9, "7B")]
-)
-def test_sizes_are_said_as_people_say_them(number: int, said: str) -> None:
-    assert short_count(int(number)) == said
+def test_sizes_are_said_as_people_say_them() -> None:
+    said = {0: "0", 999: "999", 1500: "1.5K", 22_713_986: "22.7M", 999_999: "1M", 7_000_000_000: "7B"}
+    assert {number: short_count(number) for number in said} == said
 
 
 def test_the_bar_has_the_loss_and_one_rate(make_module) -> None:
     figures = {"v_num": 3, "train/loss_step": 0.123456, "samples/s": 12.5, "tokens/s": 1234.5, "mine": 2.0}
     bar, trainer = Progress(), SimpleNamespace(progress_bar_metrics=figures, loggers=[])
-    assert bar.get_metrics(trainer, make_module()) == {
-        "loss": "0.1235",
-        "tokens/s": "1,234",
-        "mine": "2",
-    }
+    assert bar.get_metrics(trainer, make_module()) == {"loss": "0.1235", "tokens/s": "1,234", "mine": "2"}
     del figures["tokens/s"]
     assert bar.get_metrics(trainer, make_module()) == {"loss": "0.1235", "samples/s": "12.5", "mine": "2"}
 
 
 def test_what_can_be_acted_on_is_not_filtered(caplog) -> None:
-    """In a process's loggers and warnings as `quieten` leaves them."""
+    """In a process's loggers and warnings as `silence_others` leaves them."""
     rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     before = {name: list(logging.getLogger(name).filters) for name in RECORDS}
     with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
@@ -94,10 +81,8 @@ def test_what_can_be_acted_on_is_not_filtered(caplog) -> None:
         finally:
             for name, filters in before.items():
                 logging.getLogger(name).filters[:] = filters
-    assert [r.getMessage() for r in caplog.records] == [
-        "`Trainer.fit` stopped: `max_epochs`",
-        "Skipping import of cpp extensions",
-    ]
+    told = [record.getMessage() for record in caplog.records]
+    assert told == ["`Trainer.fit` stopped: `max_epochs`", "Skipping import of cpp extensions"]
     assert [str(w.message)[:22] for w in warned] == ["GPU available but not ", "The number of training"]
 
 
@@ -106,8 +91,6 @@ def test_each_filter_names_a_message_that_the_installed_packages_have() -> None:
     from lightning.fabric.utilities import distributed, seed
     from lightning.pytorch.trainer import setup
 
-    assert "Seed set to" in inspect.getsource(seed)
-    assert "All distributed processes registered" in inspect.getsource(distributed)
-    assert "Initializing distributed: " in inspect.getsource(distributed)
-    assert "GPU available: " in inspect.getsource(setup)
-    assert "TPU available: " in inspect.getsource(setup)
+    said = {seed: ["Seed set to"], setup: ["GPU available: ", "TPU available: "]}
+    said[distributed] = ["All distributed processes registered", "Initializing distributed: "]
+    assert all(text in inspect.getsource(module) for module, texts in said.items() for text in texts)

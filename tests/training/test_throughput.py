@@ -1,6 +1,5 @@
 """What is counted is what was trained on, once, and what is timed is training."""
 
-import csv
 import json
 import re
 from types import SimpleNamespace
@@ -15,9 +14,11 @@ from lora_lightning import LoRAConfig, StepFigures, Throughput
 from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
 from lora_lightning.training.callbacks import throughput
 from lora_lightning.training.callbacks.gradient_norms import norm_of
+from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from tests.command.process import run
-from tests.training.test_module import Vision, loader, trainer_of
-from tests.training.test_tracking import finished
+from tests.training.resuming import logged
+from tests.training.small import Vision, fit, loader, trainer_of
+from tests.training.test_tracking import by_step, finished
 
 OVERLAY = """
 trainer:
@@ -50,14 +51,10 @@ def test_two_processes_make_one_wandb_run_and_count_each_example_once(tiny, make
     texts = data.tables["train"]["text"]
     ids = AutoTokenizer.from_pretrained(tiny.bert)(list(texts), truncation=True, max_length=9)["input_ids"]
     assert report["processes"] == 2
-    assert report["samples_seen"] == len(texts)
-    assert report["tokens_seen"] == sum(map(len, ids))
-    with (folder / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert (report["samples_seen"], report["tokens_seen"]) == (len(texts), sum(map(len, ids)))
+    log = by_step(folder)
     for name in ("throughput/tokens_per_second", "grad_norm/B", "lr", "val/accuracy"):
-        logged = {int(row["step"]): float(row[name]) for row in rows if row[name]}
-        assert logged
-        assert tracked.points(name) == pytest.approx(logged)
+        assert tracked.points(name) == pytest.approx(log[name])
 
 
 class Clock(Callback):
@@ -83,15 +80,15 @@ class Bar(Callback):
 def test_time_is_that_of_training_alone(tmp_path, make_module, monkeypatch):
     meter, bar, clock = Throughput(), Bar(), Clock()
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    settings = {"callbacks": [meter, clock, bar], "logger": True, "log_every_n_steps": 2, "max_epochs": 2}
-    trainer_of(tmp_path, **settings).fit(make_module(Vision(), LoRAConfig(r=2)), loader(), loader(8))
+    own = {"logger": ContinuedCSVLogger(tmp_path, name="run", version=0), "log_every_n_steps": 2, "max_epochs": 2}
+    trainer = trainer_of(tmp_path, callbacks=[meter, clock, bar], **own)
+    trainer.fit(make_module(Vision(), LoRAConfig(r=2)), loader(), loader(8))
     sizes = 2 * [len(batch["labels"]) for batch in loader()]
     assert meter.seconds == 2 * len(sizes), "no validation is in it"
     assert (meter.samples, meter.tokens) == (sum(sizes), 0)
     assert meter.peak_mib > 100
     assert bar.shown[1] == {"samples/s"}, "shown from the first step on, and tokens only where there are any"
-    with next(tmp_path.rglob("metrics.csv")).open() as file:
-        rows = [row for row in csv.DictReader(file) if row["throughput/samples_per_second"]]
+    rows = [row for row in logged(tmp_path) if row["throughput/samples_per_second"]]
     rates = {int(row["step"]): float(row["throughput/samples_per_second"]) for row in rows}
     assert rates == {i: pytest.approx(sum(sizes[i - 1 : i + 1]) / 4) for i in range(1, len(sizes), 2)}
 
@@ -110,9 +107,8 @@ def test_step_figures_are_the_gradients_and_rates_of_the_step(tmp_path, make_mod
                 wanted[trainer.global_step, f"lr/{group['name']}"] = group["lr"]
 
     module = make_module(Vision(), LoRAConfig(r=2), b_lr_ratio=16.0)
-    trainer_of(tmp_path, callbacks=[Look(), StepFigures()], logger=True, log_every_n_steps=1).fit(module, loader())
-    with next(tmp_path.rglob("metrics.csv")).open() as file:
-        rows = [row for row in csv.DictReader(file) if row.get("lr")]
+    fit(tmp_path, module, Look(), StepFigures(), logger=ContinuedCSVLogger(tmp_path, name="run", version=0))
+    rows = [row for row in logged(tmp_path) if row.get("lr")]
     assert len(rows) == len(loader())
     for row in rows:
         step = int(row["step"])
@@ -128,22 +124,18 @@ def test_a_norm_of_nothing_much_and_of_several_dtypes():
     assert float(norm_of(parts)) == pytest.approx((3 + 16) ** 0.5)
 
 
+TEXTS = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}
+
+
 @pytest.mark.parametrize(
     ("batch", "examples", "tokens"),
     [
         ({"input_ids": torch.ones(2, 3), "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}, 2, 3),
         ({"input_ids": torch.ones(2, 3), "position_ids": torch.ones(2, 3)}, 2, 6),
-        (
-            {
-                "a": {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)},
-                "b": {"input_ids": torch.ones(2, 1)},
-            },
-            2,
-            8,
-        ),
+        ({"a": TEXTS, "b": {"input_ids": torch.ones(2, 1)}}, 2, 8),
         ({"pixel_values": torch.ones(4, 3, 2, 2), "labels": torch.ones(4)}, 4, None),
         ((torch.ones(5, 2), torch.ones(5)), 5, None),
-        ({"prompt_input_ids": torch.ones(2, 3), "prompt_attention_mask": torch.ones(2, 3)}, 2, 6),
+        ({f"prompt_{name}": tensor for name, tensor in TEXTS.items()}, 2, 6),
         ({"scale": torch.tensor(1.0)}, 1, None),
         ({}, 0, None),
         ("text", 0, None),

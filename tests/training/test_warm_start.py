@@ -4,18 +4,21 @@ import csv
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from lora_lightning import FreezeBase, LoRAConfig, LoRAError
+from lora_lightning import CausalLM, FreezeBase, LoRAConfig, LoRAError, inject
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.training import module as module_file
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from lora_lightning.training.initialization import start_from_adapter
-from tests.training.test_module import trainer_of
+from lora_lightning.training.initialization import start_from_adapter, start_from_batches
+from tests.tiny_lm import VOCABULARY, make_model
+from tests.training.small import fit
 
 
 @pytest.fixture(scope="module")
@@ -80,30 +83,53 @@ def test_a_resumed_fit_goes_on_from_its_own_checkpoint(trained, other, tmp_path,
 
 
 def test_what_is_no_adapter_is_refused_before_training(tmp_path, make_module, make_data):
-    for path, said in (("nothing", "no checkpoint or run folder 'nothing'"), ("torn.ckpt", "not a whole checkpoint")):
-        (tmp_path / "torn.ckpt").write_bytes(b"PK")
-        with pytest.raises(LoRAError, match=said):
-            trainer_of(tmp_path, enable_checkpointing=False).fit(make_module(init_adapter=path), make_data())
+    (tmp_path / "torn.ckpt").write_bytes(b"PK")
     torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
-    with pytest.raises(LoRAError, match="has no adapter in it"):
-        trainer_of(tmp_path, enable_checkpointing=False).fit(make_module(init_adapter="plain.ckpt"), make_data())
+    said = {"nothing": "no checkpoint or run folder 'nothing'", "torn.ckpt": "not a whole checkpoint"}
+    for path, words in {**said, "plain.ckpt": "has no adapter in it"}.items():
+        with pytest.raises(LoRAError, match=words):
+            fit(tmp_path, make_module(init_adapter=path), data=make_data())
+    with pytest.raises(LoRAError, match=r"init_adapter and lora\.init=eva are two starts"):
+        make_module(lora=LoRAConfig(r=2, init="eva"), init_adapter="runs/mnli")
 
 
 def test_another_base_is_told_with_as_many_tensors_as_there_are(trained, tiny, tmp_path, make_module):
     """Of all that the base and the adapter's base have, the head aside, which the adapter brings whole."""
-    with torch.no_grad():
-        module = make_module()
-        frozen = fingerprint(module.backbone).tensors
-        changed = [name for name in frozen if "classifier" not in name]
-        for name, tensor in module.backbone.state_dict().items():
-            if name in changed and tensor.is_floating_point():
-                tensor.add_(1e-3)
+    module = make_module()
+    frozen = fingerprint(module.backbone).tensors
+    changed = [name for name in frozen if "classifier" not in name]
+    for name, tensor in module.backbone.state_dict().items():
+        if name in changed and tensor.is_floating_point():
+            tensor.add_(1e-3)
     with pytest.raises(LoRAError, match=r"another base") as said:
         start_from_adapter(module.backbone, str(trained), module.lora, allow_other_base=False)
     differ, total = map(int, re.search(r"(\d+) of (\d+) tensors differ", str(said.value)).groups())
     assert differ <= len(changed) <= total == len(frozen)
 
 
-def test_two_starts_are_refused(make_module):
-    with pytest.raises(LoRAError, match=r"init_adapter and lora\.init=eva are two starts"):
-        make_module(lora=LoRAConfig(r=2, init="eva"), init_adapter="runs/mnli")
+# A start that is measured on batches weighs what they hold.
+
+
+def rows(*lengths):
+    """Texts of these lengths, padded to the longest."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, len(VOCABULARY), (len(lengths), max(lengths)), generator=draw)
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def started(batches):
+    model = make_model("llama", dtype=torch.float64)
+    inject(model, LoRAConfig(r=3, init="lora_ga"), run_init=False)
+    trainer = SimpleNamespace(train_dataloader=batches, strategy=SingleDeviceStrategy(torch.device("cpu")))
+    start_from_batches(model, CausalLM(), "lora_ga", trainer)
+    return adapter_tensors(model)
+
+
+def test_batches_that_are_cut_in_another_way_give_the_same_start():
+    whole = rows(9, 2, 3, 2, 8)
+    parts = [{name: tensor[part] for name, tensor in whole.items()} for part in (slice(0, 1), slice(1, 5))]
+    one, two = started([whole]), started(parts)
+    for name, tensor in one.items():
+        signs = torch.sign((two[name] * tensor).sum(0 if "lora_B" in name else 1, keepdim=True))  # SVD leaves them open
+        assert float((two[name] * signs - tensor).norm()) <= 1e-6 * float(tensor.norm()), name

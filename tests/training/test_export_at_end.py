@@ -1,0 +1,182 @@
+"""Exporting as a fit ends: what cannot be is said before it, and a probe is found in whatever loaders there are."""
+
+import csv
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import CombinedLoader
+from peft import PeftModel
+from torch.utils.data import DataLoader, IterableDataset
+
+from lora_lightning import ExportAtEnd, FreezeBase, LoRAConfig, LoRAError, RunReport, huggingface
+from lora_lightning.lora.frozen import fingerprint as fingerprint_file
+from lora_lightning.training.trainer import LoRATrainer
+from tests.factories import export_of
+from tests.training.small import Vision, fit, loader, trainer_of
+
+X, OTHER = torch.arange(12.0).view(2, 6), torch.zeros(2, 6)
+
+
+def test_export_at_end_writes_the_best_checkpoint(tmp_path, make_module, make_data):
+    module = make_module(optimizer=lambda params: torch.optim.AdamW(params, lr=0.01))
+    trainer = trainer_of(tmp_path, logger=True, callbacks=[FreezeBase(), RunReport(), ExportAtEnd()], max_epochs=2)
+    trainer.fit(module, data := make_data())
+    folder = next(tmp_path.rglob("export_report.json")).parent
+    batch = {k: v for k, v in next(iter(data.val_dataloader())).items() if k != "labels"}
+    peft = PeftModel.from_pretrained(huggingface(module.backbone.name_or_path, num_labels=2), folder / "adapter").eval()
+    torch.testing.assert_close(peft(**batch).logits, module.eval().backbone(**batch).logits, rtol=1e-5, atol=1e-6)
+
+
+MEANINGLESS = {
+    "unknown export format 'adaptor'; did you mean 'adapter'": {"formats": ["adaptor"]},
+    "unknown export format 'merge'; did you mean 'merged'": {"formats": "adapter,merge"},
+    "export writes no ONNX: .* docs/export.md": {"formats": "onnx"},
+    "no export format given: name some of adapter, merged": {"formats": []},
+    "dtype must be auto, float32, bfloat16, float16, got 'float23'; did you mean": {"dtype": "float23"},
+    "serving must be 'vllm' or left out, got 'tgi'": {"serving": "tgi"},
+    "max_shard_size must be bytes or a size such as 5GB, got '5 pieces'": {"max_shard_size": "5 pieces"},
+    "max_shard_size must be bytes or a size such as 5GB, got 0": {"max_shard_size": 0},
+    "a form of the adapter, got the formats merged: add adapter": {"formats": ["merged"], "serving": "vllm"},
+}
+
+
+@pytest.mark.parametrize("said", MEANINGLESS)
+def test_an_export_that_means_nothing_is_refused_before_any_fit_and_by_export_alike(said, tmp_path, make_module):
+    with pytest.raises(LoRAError, match=said):
+        ExportAtEnd(**MEANINGLESS[said])
+    module = make_module(Vision(), LoRAConfig(r=2))
+    with pytest.raises(LoRAError, match=said):
+        export_of(module, tmp_path / "out", {"x": X}, **MEANINGLESS[said])
+    assert not (tmp_path / "out").exists()
+
+
+def test_formats_may_have_commas_between_everywhere(tmp_path, make_module):
+    assert ExportAtEnd(formats="adapter, merged").options["formats"] == ["adapter", "merged"]
+    module = make_module(Vision(), LoRAConfig(r=2))
+    report = export_of(module, tmp_path / "out", {"x": X}, formats="merged,adapter")
+    assert report.formats == ["merged", "adapter"]
+
+
+def test_an_export_that_cannot_be_is_told_before_the_first_step(tmp_path, make_module):
+    class Steps(Callback):
+        def on_train_batch_start(self, *args):
+            raise AssertionError("it trained")
+
+    def refused(said, lora=LoRAConfig(r=2), **options):  # noqa: B008
+        with pytest.raises(LoRAError, match=said):
+            fit(tmp_path, make_module(Vision(), lora), Steps(), ExportAtEnd(**options), logger=True)
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    refused("holds files that are not an export", output_dir=str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "mine"
+    refused("vLLM takes A and B of linear layers alone", LoRAConfig(r=2, use_dora=True), serving="vllm")
+
+
+def test_an_exports_figures_reach_the_log_and_what_was_trained_last_stays(tmp_path, make_module):
+    module = make_module(Vision(), LoRAConfig(r=2, modules_to_save=["head"]))
+    ended = {}
+
+    class Remember(Callback):
+        def on_train_end(self, trainer, pl_module):
+            ended.update({k: v.clone() for k, v in pl_module.state_dict().items()})
+
+    at_end = ExportAtEnd(dtype="bfloat16", output_dir=str(tmp_path / "out"))
+    callbacks = [FreezeBase(show_table=False), Remember(), at_end]
+    logger = CSVLogger(tmp_path, name="log")
+    trainer_of(tmp_path, logger=logger, callbacks=callbacks, max_epochs=2).fit(module, loader(), loader(8))
+    report = json.loads((tmp_path / "out" / "export_report.json").read_text())
+    with (tmp_path / "log" / "version_0" / "metrics.csv").open() as file:
+        row = next(row for row in csv.DictReader(file) if row.get("export/max_rel_diff"))
+    for name in ("max_rel_diff", "max_abs_diff", "tolerance", "adapter_bytes", "merged_bytes"):
+        assert float(row[f"export/{name}"]) == pytest.approx(report[name])
+    assert float(row["export/kept_least"]) == pytest.approx(min(report["kept"].values()))
+    assert report["dtype"] == "bfloat16"
+    assert all(torch.equal(ended[k], v) for k, v in module.state_dict().items())
+
+
+def test_a_fit_with_an_export_hashes_w0_once_for_each_of_its_proofs(tmp_path, make_module, monkeypatch):
+    """At the start, at the end of training, before the merge, on saving and on loading the adapter."""
+    passes, real = [], fingerprint_file._digest
+
+    def count(tensor, pool):
+        passes.extend([1] if tensor.shape == (16, 16) else [])
+        return real(tensor, pool)
+
+    monkeypatch.setattr(fingerprint_file, "_digest", count)
+    module = make_module(Vision(), LoRAConfig(r=2))
+    fit(tmp_path, module, RunReport(), ExportAtEnd(), logger=True, enable_checkpointing=True)
+    assert len(passes) == 6
+
+
+class Stream(IterableDataset):
+    """Rows without a number of them."""
+
+    def __init__(self, x=X):
+        self.x = x
+
+    def __iter__(self):
+        yield from ({"x": row, "labels": torch.tensor(i % 2)} for i, row in enumerate(self.x))
+
+
+def stream(x=X):
+    return DataLoader(Stream(x), batch_size=2)
+
+
+def empty():
+    return DataLoader(Stream(X[:0]))
+
+
+class Data(LightningDataModule):
+    """Loaders as they are given, and no hook for those that are not."""
+
+    def __init__(self, train, **val):
+        super().__init__()
+        self.train_dataloader = lambda: train
+        if val:
+            self.val_dataloader = lambda: val["val"]
+
+
+FOUND = {
+    "a stream for validation": (stream(OTHER), {"val": stream()}),
+    "no validation hook": (stream(), {}),
+    "None for validation": (stream(), {"val": None}),
+    "no validation loaders": (stream(), {"val": []}),
+    "an empty stream for validation": (stream(), {"val": empty()}),
+    "a dict of loaders": ({"a": stream(), "b": stream(OTHER)}, {}),
+    "lists in a dict": ({"a": [empty(), stream()]}, {}),
+    "loaders combined": (CombinedLoader([stream(), stream(OTHER)], "sequential"), {}),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_the_first_batch_that_any_loader_gives_is_the_probe(case, make_module):
+    train, val = FOUND[case]
+    trainer = LoRATrainer(logger=False, accelerator="cpu")
+    batch = trainer._probe(make_module(Vision(), LoRAConfig(r=2)), Data(train, **val))
+    assert torch.equal(batch["x"], X)
+    assert torch.equal(batch["labels"], torch.tensor([0, 1]))
+
+
+def test_no_batch_at_all_leaves_the_probe_to_the_model(make_module):
+    trainer = LoRATrainer(logger=False, accelerator="cpu")
+    assert trainer._probe(make_module(Vision(), LoRAConfig(r=2)), Data(empty(), val=empty())) is None
+    assert trainer._probe(make_module(Vision(), LoRAConfig(r=2)), LightningDataModule()) is None
+
+
+IN_A_FIT = {
+    "a stream for validation": (loader(), stream()),
+    "no validation hook": (stream(), None),
+    "loaders in a dict": (loader(), {"a": stream()}),
+}
+
+
+@pytest.mark.parametrize("case", IN_A_FIT)
+def test_export_at_end_finds_its_probe_in_the_fits_loaders(case, tmp_path, make_module):
+    train, validation = IN_A_FIT[case]
+    trainer = trainer_of(tmp_path, logger=True, callbacks=[FreezeBase(False), ExportAtEnd(output_dir="out")])
+    trainer.fit(make_module(Vision(), LoRAConfig(r=2)), train, validation)
+    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
