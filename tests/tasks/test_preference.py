@@ -166,6 +166,20 @@ def test_a_loss_without_reference_runs_the_model_once(directory, loss):
     assert len(calls) == 3
 
 
+def test_a_model_that_is_not_of_transformers_gives_the_same(directory):
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, input_ids, attention_mask):
+            return self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+
+    model, batch = model_of(directory), batch_of()
+    whole = PreferenceTuning().step(Wrapped(model), batch)
+    assert whole.loss.item() == pytest.approx(PreferenceTuning().step(model, batch).loss.item(), rel=1e-12)
+
+
 def test_no_logits_of_prompts_or_padding_are_made(directory):
     model, batch = model_of(directory), batch_of()
     PreferenceTuning().step(model, batch)
