@@ -64,7 +64,7 @@ def test_the_bar_has_the_loss_and_one_rate(make_module) -> None:
 
 
 def test_what_can_be_acted_on_is_not_filtered(caplog) -> None:
-    """In a process's loggers and warnings as `quieten` leaves them."""
+    """In a process's loggers and warnings as `silence_others` leaves them."""
     rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     before = {name: list(logging.getLogger(name).filters) for name in RECORDS}
     with warnings.catch_warnings(record=True) as warned, caplog.at_level(logging.INFO):
