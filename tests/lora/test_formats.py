@@ -28,7 +28,7 @@ from lora_lightning.lora.formats.provenance import PROVENANCE
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.command.process import REPOSITORY
-from tests.factories import FAMILIES, Own, bert, distance, llama, move, output, sequential
+from tests.factories import FAMILIES, Own, bert, distance, move, output, sequential
 from tests.lora import directories
 from tests.lora.directories import edit_config, edit_tensors, same_files
 
@@ -450,39 +450,3 @@ def test_load_tensors_loads_all_or_nothing():
         assert all(torch.equal(v, before[k]) for k, v in adapter_tensors(model).items())
     load_tensors(model, other)
     assert all(torch.equal(v, other[k]) for k, v in adapter_tensors(model).items())
-
-
-@pytest.mark.parametrize("targets", [["inner.a+b (c)"], ["inner.a", "first"], ["inner.a+b (c)", "inner.a", "second"]])
-def test_names_with_regex_characters_survive(tmp_path, targets):
-    model, other = Own(), Own()
-    other.load_state_dict(model.state_dict())
-    inject(model, LoRAConfig(r=1, target_modules=targets, rank_pattern={targets[0]: 3}, alpha_pattern={targets[0]: 7}))
-    save_adapter(move(model), tmp_path)
-    report = load_adapter(other, tmp_path)
-    assert {row.module: row.r for row in report.modules} == {t: 3 if t == targets[0] else 1 for t in targets}
-    x = torch.randn(2, 8)
-    assert torch.equal(other(x), model(x))
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings")
-@pytest.mark.parametrize("tied", [False, True])
-def test_pefts_copy_of_an_output_layers_w0_is_checked_and_left(tmp_path, tied):
-    base, ours, other = (llama(tie_word_embeddings=tied).eval() for _ in range(3))
-    ours.load_state_dict(base.state_dict())
-    config = peft.LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM")
-    theirs = move(peft.get_peft_model(base, config))
-    theirs.save_pretrained(tmp_path)
-    assert f"{PREFIX}lm_head.base_layer.weight" in safetensors.torch.load_file(tmp_path / WEIGHTS)
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-6
-    refused(tmp_path, "a weight of 'lm_head' that is not this model's", other)
-
-
-def test_tied_embeddings_save_no_base_matrix_and_load(tmp_path):
-    model, other = llama(tie_word_embeddings=True), llama(tie_word_embeddings=True)
-    other.load_state_dict(model.state_dict())
-    inject(model, LoRAConfig(r=2, target_modules=["lm_head", "q_proj"]))
-    save_adapter(move(model), tmp_path)
-    assert all("lora_" in key for key in safetensors.torch.load_file(tmp_path / WEIGHTS))
-    load_adapter(other, tmp_path)
-    assert torch.equal(output(other, TOKENS), output(model, TOKENS))

@@ -6,7 +6,6 @@ Every pair of options that can be had at once is tried on some family; every fam
 from __future__ import annotations
 
 import copy
-import json
 
 import peft
 import pytest
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
+from tests.factories import folded
 from tests.lora import travellers
 from tests.lora.coverage import note_travel
 from tests.lora.directories import same_files
@@ -194,29 +194,13 @@ def test_a_merged_model_runs_the_plain_models_operations(family):
 # ---- where PEFT is wrong, the formula is the witness
 
 
-@torch.no_grad()
-def folded_by_hand(plain, folder):
-    """W0 + (alpha / r) B A from a PEFT directory's own tensors, with no code of the package."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    assert not config["rank_pattern"]
-    assert not config["alpha_pattern"]
-    for key, A in tensors.items():
-        if "lora_A" not in key:
-            continue
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").replace(".base_layer.", ".")
-        module = plain.get_submodule(name)
-        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-        weight += config["lora_alpha"] / config["r"] * tensors[key.replace("lora_A", "lora_B")] @ A
-    return plain
-
-
 @pytest.mark.parametrize("family", [name for name, t in TRAVELLERS.items() if t.attention])
 def test_an_attention_that_peft_counts_twice_is_the_formula(family, tmp_path):
     case = family, ("all linear",)
     plain, model = adapted(case, torch.float64)
     save_adapter(model, tmp_path)
-    witness = run(family, folded_by_hand(copy.deepcopy(plain), tmp_path))
+    scales = {name: layer.lora_settings.scale for name, layer in adapted_layers(model)}
+    witness = run(family, folded(plain, model, scales))
     arrived(case, "ours to the formula", run(family, model), witness, run(family, plain), torch.float64)
     again = copy.deepcopy(plain)
     load_adapter(again, tmp_path)
