@@ -135,7 +135,7 @@ def measure_drift(
         for batch in batches:
             kind = COSINE if batch.labels is None else KL
             with forward():
-                compare = _pooled if batch.labels is None else _next_tokens
+                compare = _pooled_figures if batch.labels is None else _next_tokens
                 for scale, sums in compare(model, batch, scales):
                     found[scale].append((batch.numbers, sums))
             advance()
@@ -266,7 +266,9 @@ class _States:
 # All other models.
 
 
-def _pooled(model: nn.Module, batch: Batch, scales: Sequence[float]) -> Iterator[tuple[float, dict[str, Tensor]]]:
+def _pooled_figures(
+    model: nn.Module, batch: Batch, scales: Sequence[float]
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
     """By strength, of each row the figures of the pooled output and of each block's."""
     with disabled(model):
         base = pooled_outputs(model, batch)

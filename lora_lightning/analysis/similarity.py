@@ -60,11 +60,11 @@ def compare_adapters(
         if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
             left_out.append(layer.name)
             continue
-        found += [_of_layers(layer, other, side, at[layer.name].group) for side in SIDES]
+        found += [_compare_layers(layer, other, side, at[layer.name].group) for side in SIDES]
     return PairSimilarity(labels=(first.label, second.label), layers=found, left_out=left_out)
 
 
-def _of_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:
+def _compare_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:
     m, k = layer.shape
     return LayerSimilarity(
         name=layer.name,

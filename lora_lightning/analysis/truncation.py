@@ -74,7 +74,7 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
     ranks = _ranks(adapter.factors, share)
     tensors, errors, lost, whole = dict(adapter.tensors), dict[str, float](), 0.0, 0.0
     for layer in adapter.factors:
-        cut, (missing, wanted) = _cut(layer, ranks[layer.name])
+        cut, (missing, wanted) = _truncate_pair(layer, ranks[layer.name])
         A, B = (adapter.tensors[key] for key in layer.keys)
         cut_A, cut_B = cut[0].reshape(-1, *A.shape[1:]), cut[1].reshape(B.shape[0], -1, *B.shape[2:])
         tensors |= dict(zip(layer.keys, (cut_A.to(A.dtype), cut_B.to(B.dtype)), strict=True))
@@ -115,7 +115,7 @@ def _ranks(layers: list[Factors], share: float) -> dict[str, int]:
     return {layer.name: shared[layer.peft_name] for layer in layers}
 
 
-def _cut(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
+def _truncate_pair(layer: Factors, rank: int) -> tuple[Pair, tuple[float, float]]:
     """A and B of `rank` in the file's layout, and squares of the norms of what is missing and of what was there."""
     missing = wanted = 0.0
     pairs = []

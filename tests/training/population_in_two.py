@@ -59,4 +59,4 @@ def fit(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(max(map(abs, in_processes(2, functools.partial(fit, Path(sys.argv[1])), timeout=150))))
+    sys.exit(max(map(abs, in_processes(2, functools.partial(fit, Path(sys.argv[1])), timeout=400))))

@@ -186,7 +186,7 @@ def test_it_ends_in_the_bits_of_its_own_fit_in_each_precision_and_under_recomput
 def test_two_processes_end_each_member_in_the_bits_of_its_own_fit_there_and_drop_the_same(tmp_path):
     # In a process of its own: the first backward must not come before the fork.
     command = [sys.executable, "-m", "tests.training.population_in_two", str(tmp_path)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=420, check=False)
     assert done.returncode == 0, done.stderr
     first, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert sorted(first["states"].values()) == ["complete", "complete", "dropped", "failed"]

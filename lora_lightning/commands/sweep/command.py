@@ -48,7 +48,7 @@ def run_on_screen(*, seeds: str | None, **asked: Any) -> None:
 
 
 def _run(sweep: Sweep) -> None:
-    screen = Console(soft_wrap=True)
+    screen = Console(soft_wrap=True, file=sys.stdout)  # also while what a member prints goes to its log
     for line in _notes(sweep):
         screen.print(line, highlight=False, markup=False)
     try:
@@ -93,10 +93,10 @@ def _lines(screen: Console, sweep: Sweep) -> Iterator[tuple[Say, Watch]]:
     """A line for each beginning and end, above a bar where the screen is a terminal."""
     names = short_names(sweep.keys)
     together = sweep.request.together
-    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(20 if together else 40)]
-    columns += [MofNCompleteColumn(), *([_Rate()] if together else []), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns: list[ProgressColumn] = [TextColumn("{task.description}"), BarColumn(12 if together else 40)]
+    columns += [MofNCompleteColumn(), _Rate() if together else TimeElapsedColumn(), TimeRemainingColumn()]
     with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as bar:
-        task = bar.add_task("fits", total=sweep.count)
+        task = bar.add_task("making the members" if together else "fits", total=sweep.count)
 
         def say(trial: Trial, what: str) -> None:
             settings = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in trial.values.items())

@@ -174,7 +174,10 @@ def halving_curves(
         if not found:
             continue
         label = ", ".join(f"{names[key]} = {readable_value(value)}" for key, value in point.values.items())
-        style = {"color": COLORS[place % len(COLORS)], "linestyle": "-" if place < len(COLORS) else "--"}
+        style: dict[str, Any] = {
+            "color": COLORS[place % len(COLORS)],
+            "linestyle": "-" if place < len(COLORS) else "--",
+        }
         label += "" if left is None else f", dropped at {left}"
         axis.plot(*zip(*found, strict=True), marker="o", ms=3, lw=0.9 if left else 1.8, label=label, **style)
         if left is not None:

@@ -104,8 +104,9 @@ class Together:
         except Interrupted as interrupted:
             raise (KeyboardInterrupt if interrupted.number == signal.SIGINT else Stopped) from None
         finally:
-            for trial in self._trials.values() if self.study else ():
-                self.study.release(trial.number)
+            if self.study is not None:
+                for trial in self._trials.values():
+                    self.study.release(trial.number)
 
     def _members(self) -> tuple[list[Member], LightningDataModule]:
         members: list[Member] = []
@@ -180,10 +181,10 @@ def _quiet_lightning() -> Iterator[None]:
 def progress(population: Population) -> dict[str, Any]:
     """What a progress bar shows of a population: members left, rung, and the step that is reached of all."""
     left = [member for member in population.members if member.is_left]
-    text = f"{len(left)} of {len(population.members)} members"
+    text = f"{len(left)}/{len(population.members)} members"
     if rungs := population.rungs:
         number = len(population.decisions)
-        at = f"rung {number + 1} of {len(rungs)} at step {rungs[number]}" if number < len(rungs) else "past the rungs"
+        at = f"rung {number + 1}/{len(rungs)} at step {rungs[number]}" if number < len(rungs) else "past the rungs"
         text += f", {at}"
     steps = max(member.trainer.global_step for member in population.members)
     return {"description": text, "completed": steps, "total": population.steps}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 
-def _qualified(cls: type) -> str:
+def _class_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -60,8 +60,8 @@ def _find(module: nn.Module) -> tuple[str, Callable[[nn.Module], Tensor]] | None
     if type(weight) is nn.Parameter and weight.is_floating_point():
         return None  # by far the most; and DoRA asks in each forward, where torch.compile follows no further
     for cls in type(module).__mro__:
-        if _qualified(cls) in _BNB:
-            return _BNB[_qualified(cls)]
+        if _class_path(cls) in _BNB:
+            return _BNB[_class_path(cls)]
     return ("torchao", _torchao) if _torchao_weight(module) else None
 
 
@@ -106,7 +106,7 @@ def allow_packing(model: nn.Module) -> None:
 
 
 def _is_4bit(module: nn.Module) -> bool:
-    return any(_qualified(cls) == "bitsandbytes.nn.modules.Linear4bit" for cls in type(module).__mro__)
+    return any(_class_path(cls) == "bitsandbytes.nn.modules.Linear4bit" for cls in type(module).__mro__)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def plain_weight(module: nn.Module) -> Tensor:
 
 def make_plain(module: nn.Module, weight: Tensor) -> None:
     """Turn a quantized linear into an `nn.Linear` with this weight, in place."""
-    if any(_qualified(cls) in _BNB for cls in type(module).__mro__):
+    if any(_class_path(cls) in _BNB for cls in type(module).__mro__):
         module.__class__ = nn.Linear
         for name in _BNB_ATTRIBUTES:
             module.__dict__.pop(name, None)

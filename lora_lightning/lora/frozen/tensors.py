@@ -62,13 +62,13 @@ def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterato
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
     """The module of that plain name, past wrappers; raises an AttributeError where there is none."""
-    module = _unwrapped(model)
+    module = _unwrap(model)
     for part in name.split(".") if name else ():
-        module = _unwrapped(module.get_submodule(part))
+        module = _unwrap(module.get_submodule(part))
     return module
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _unwrap(module: nn.Module) -> nn.Module:
     while child := _wrapped_child(type(module)):
         module = module.get_submodule(child)
     return module

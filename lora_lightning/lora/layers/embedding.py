@@ -48,7 +48,7 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Whole numbers (...) to (..., width)."""
         if self.max_norm is not None:
-            return self._bounded(input)
+            return self._forward_with_max_norm(input)
         out = super().forward(input)
         return self.lora_finish(out + self.lora_update(input, out.dtype)) if self.lora_enabled else out
 
@@ -68,7 +68,7 @@ class LoRAEmbedding(AdaptedLayer, nn.Embedding):
         # A's input is a one in one place: dropout of its entries keeps or drops the whole update.
         return update * self.lora_input(torch.ones_like(ids, dtype=dtype)).unsqueeze(-1)
 
-    def _bounded(self, ids: Tensor) -> Tensor:
+    def _forward_with_max_norm(self, ids: Tensor) -> Tensor:
         """As `nn.Embedding`, the norm is cut without a gradient through the cut; unlike there, W0 stays."""
         assert self.max_norm is not None
         rows = self.weight[ids]

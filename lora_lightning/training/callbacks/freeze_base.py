@@ -177,7 +177,7 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
     """
     trains = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     without = [name for name, p in trains if p.grad is None]
-    without = without or _without_in_parts(trains)
+    without = without or _missed_shards(trains)
     if without:
         raise LoRAError(
             f"{len(without)} of {len(trains)} trainable tensors got no gradient in the first backward: the model's"
@@ -188,7 +188,7 @@ def check_gradients(module: nn.Module, *, finite: bool = True) -> None:
         raise LoRAError(f"the first gradient of {len(infinite)} tensors is not finite: {', '.join(infinite[:6])}")
 
 
-def _without_in_parts(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
+def _missed_shards(trains: list[tuple[str, nn.Parameter]]) -> list[str]:
     """FSDP2 gives zeros to what no process's backward reached; of a fresh adapter A has them too, for B is zero."""
     own = [(name, p) for name, p in trains if isinstance(p.grad, DTensor) and not name.endswith("lora_A")]
     if not own:

@@ -82,7 +82,7 @@ def refuse_damaged_fields(checkpoint: Mapping[str, Any], *, resumes: bool) -> No
     _refuse(checkpoint, FIT_FIELDS)
     states = checkpoint["optimizer_states"]
     if not states or not all(isinstance(state, dict) and state.get("param_groups") for state in states):
-        raise AdapterError(_damaged("optimizer_states", "the state of an optimizer", states))
+        raise AdapterError(_damage_line("optimizer_states", "the state of an optimizer", states))
     if RESUME_KEY in checkpoint:
         _refuse(checkpoint, {f"{RESUME_KEY}.{name}": kind for name, kind in RESUME_FIELDS.items()})
 
@@ -91,10 +91,10 @@ def _refuse(checkpoint: Mapping[str, Any], fields: Mapping[str, type | tuple[typ
     for path, kind in fields.items():
         value = _value(checkpoint, path)
         if value is _MISSING:
-            raise AdapterError(_damaged(path))
+            raise AdapterError(_damage_line(path))
         if not isinstance(value, kind):
             wanted = kind if isinstance(kind, type) else kind[0]
-            raise AdapterError(_damaged(path, f"a {wanted.__name__}", value))
+            raise AdapterError(_damage_line(path, f"a {wanted.__name__}", value))
 
 
 _MISSING = object()
@@ -109,7 +109,7 @@ def _value(checkpoint: Mapping[str, Any], path: str) -> Any:
     return _value(inner, rest) if rest and isinstance(inner, Mapping) else _MISSING
 
 
-def _damaged(path: str, wanted: str | None = None, got: Any = None) -> str:
+def _damage_line(path: str, wanted: str | None = None, got: Any = None) -> str:
     what = f"has no '{path}'" if wanted is None else f"has {got!r:.40} as '{path}', where {wanted} is expected"
     return f"the checkpoint is damaged: it {what}; take an older one, or its NAME.ckpt.previous"
 

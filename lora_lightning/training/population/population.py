@@ -301,7 +301,8 @@ class Population:
 
 def refuse_strategy(trainer: Trainer) -> None:
     """Raise where the processes of a strategy cannot go through several fits, or each has but a part of W0."""
-    strategy, launcher = trainer.strategy, trainer.strategy.launcher
+    strategy: Any = trainer.strategy
+    launcher = strategy.launcher
     if isinstance(strategy, ShardedStrategy) or isinstance(launcher, _MultiProcessingLauncher):
         how = "shards W0" if isinstance(strategy, ShardedStrategy) else f"{launcher._start_method}s its processes"
         raise LoRAError(

@@ -37,12 +37,12 @@ class AdapterCheckpoints(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """What trains, whole and in process 0 only."""
-        state: dict[str, Any] = _whole_state(adapter_only(self._saved_module, self._saved_module.state_dict()))
+        state: dict[str, Any] = _gather_state(adapter_only(self._saved_module, self._saved_module.state_dict()))
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """The same of an optimizer, in the form of a single process."""
-        state: dict[str, Any] = _whole_state(_plain_optimizer(optimizer).state_dict())
+        state: dict[str, Any] = _gather_state(_plain_optimizer(optimizer).state_dict())
         return state
 
     def save_checkpoint(
@@ -104,7 +104,7 @@ def _plain_optimizer(optimizer: Optimizer | LightningOptimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
 
 
-def _whole_state(state: Any) -> Any:
+def _gather_state(state: Any) -> Any:
     """Every sharded tensor of a nested state gathered, one at a time, and kept by process 0; {} in the others.
 
     All processes must call it. A copy on the CPU, which the next step does not write into.
