@@ -40,18 +40,14 @@ def test_the_new_rows_are_the_mean_of_the_others_and_have_the_same_bits_each_tim
         assert torch.equal(grown[:rows], before)
         assert torch.allclose(grown[rows:], before.mean(0).expand(2, -1), rtol=0.01, atol=1e-4)
     assert fingerprint(model) == fingerprint(again)
-
-
-def test_the_tokenizer_of_the_data_keeps_them_whole(folder):
     tokenizer = load_tokenizer(str(folder))
     model = huggingface(str(folder), **CAUSAL, tokenizer=tokenizer)
-    assert tokenizer("the dog <|ask|>")["input_ids"][-1] == model.added_tokens["<|ask|>"]
-
-
-def test_a_token_that_the_tokenizer_has_keeps_its_row(folder):
+    assert tokenizer("the dog <|ask|>")["input_ids"][-1] == model.added_tokens["<|ask|>"], "the data's keeps them whole"
     model = huggingface(str(folder), auto_class="AutoModelForCausalLM", add_tokens=[WORDS[0], NEW[0]])
-    assert model.added_tokens[WORDS[0]] == make_tokenizer().convert_tokens_to_ids(WORDS[0])
+    assert model.added_tokens[WORDS[0]] == make_tokenizer().convert_tokens_to_ids(WORDS[0]), "it has that one"
     assert model.get_input_embeddings().num_embeddings == len(make_tokenizer()) + 1
+    with pytest.raises(LoRAError, match="add_tokens holds a token twice"):
+        huggingface(str(folder), auto_class="AutoModelForCausalLM", add_tokens=["<|a|>", "<|a|>"])
 
 
 def test_rows_train_by_name_and_a_wrong_name_has_a_neighbour(folder):
@@ -60,11 +56,6 @@ def test_rows_train_by_name_and_a_wrong_name_has_a_neighbour(folder):
         inject(model, LoRAConfig(r=2, trainable_token_indices=["<|asks|>"]))
     report = inject(model, LoRAConfig(r=2, trainable_token_indices=NEW))
     assert report.tokens == {"model.embed_tokens": 2 * 16}
-
-
-def test_a_token_twice_is_refused(folder):
-    with pytest.raises(LoRAError, match="add_tokens holds a token twice"):
-        huggingface(str(folder), auto_class="AutoModelForCausalLM", add_tokens=["<|a|>", "<|a|>"])
 
 
 @pytest.fixture(scope="module")

@@ -18,32 +18,20 @@ from tests.factories import export_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 DECODER = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 16}
-CAUSAL = "AutoModelForCausalLM"
-
+CAUSAL, VISION = "AutoModelForCausalLM", "AutoModelForImageClassification"
+T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
+IMAGES = {k: v for k, v in SIZES.items() if k != "vocab_size"} | {"image_size": 8, "patch_size": 4, "num_channels": 3}
+RESNET = {"embedding_size": 8, "hidden_sizes": [8], "depths": [2], "layer_type": "basic"}
+GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 40}
 FAMILIES = {
-    "bert": (lambda: tf.BertModel(tf.BertConfig(**SIZES)), "AutoModelForSequenceClassification"),
-    "llama": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER)), CAUSAL),
-    "llama, tied": (lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**DECODER, tie_word_embeddings=True)), CAUSAL),
-    "gpt2": (lambda: tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40)), CAUSAL),
-    "t5": (
-        lambda: tf.T5ForConditionalGeneration(
-            tf.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40)
-        ),
-        "AutoModelForSeq2SeqLM",
-    ),
-    "vit": (
-        lambda: tf.ViTModel(
-            tf.ViTConfig(
-                **{k: v for k, v in SIZES.items() if k != "vocab_size"}, image_size=8, patch_size=4, num_channels=3
-            )
-        ),
-        "AutoModelForImageClassification",
-    ),
-    "mixtral": (lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**DECODER, num_local_experts=4)), CAUSAL),
-    "resnet": (
-        lambda: tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[2], layer_type="basic")),
-        "AutoModelForImageClassification",
-    ),
+    "bert": (tf.BertModel, tf.BertConfig(**SIZES), "AutoModelForSequenceClassification"),
+    "llama": (tf.LlamaForCausalLM, tf.LlamaConfig(**DECODER), CAUSAL),
+    "llama, tied": (tf.LlamaForCausalLM, tf.LlamaConfig(**DECODER, tie_word_embeddings=True), CAUSAL),
+    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**GPT2), CAUSAL),
+    "t5": (tf.T5ForConditionalGeneration, tf.T5Config(**T5), "AutoModelForSeq2SeqLM"),
+    "vit": (tf.ViTModel, tf.ViTConfig(**IMAGES), VISION),
+    "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig(**DECODER, num_local_experts=4), CAUSAL),
+    "resnet": (tf.ResNetModel, tf.ResNetConfig(**RESNET), VISION),
 }
 LORA = {
     "float32": {"use_dora": True},
@@ -56,19 +44,15 @@ OWN = {
     "llama": {"modules_to_save": ["lm_head"], "bias": "none"},
     "llama, tied": {"trainable_token_indices": [3, 5], "bias": "none"},
     "t5": {"bias": "none"},
-    "mixtral": {
-        "target_parameters": ["experts.gate_up_proj"],
-        "use_dora": False,
-        "init": "gaussian",
-        "bias": "none",
-    },
+    "mixtral": {"target_parameters": ["experts.gate_up_proj"], "use_dora": False, "init": "gaussian", "bias": "none"},
     "resnet": {"target_modules": ["convolution"], "modules_to_save": ["classifier"], "init": "gaussian"},
 }
 
 
-def saved(make, folder, **kwargs):
+def saved(name, folder, **kwargs):
     torch.manual_seed(1)
-    make().save_pretrained(folder, **kwargs)
+    make, config, _ = FAMILIES[name]
+    make(copy.deepcopy(config)).save_pretrained(folder, **kwargs)
     return folder
 
 
@@ -104,8 +88,8 @@ def ties(model):
 @pytest.mark.parametrize("dtype", list(LORA))
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_a_filled_model_is_the_loaded_one_to_the_bit(tmp_path, name, dtype):
-    make, auto_class = FAMILIES[name]
-    saved(make, tmp_path, max_shard_size="8KB" if dtype == "float32" else "1GB")
+    *_, auto_class = FAMILIES[name]
+    saved(name, tmp_path, max_shard_size="8KB" if dtype == "float32" else "1GB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1 or dtype != "float32"
     lora = LoRAConfig(r=2, **{**LORA[dtype], **OWN.get(name, {})})
     wanted, random = built(tmp_path, auto_class, lora, on_meta=False, dtype=dtype)
@@ -169,7 +153,7 @@ def both_names(folder, first, second, change=0.0):
 
 @pytest.mark.parametrize("change", [0.0, 1.0])
 def test_a_tie_that_files_hold_twice_is_tied_where_both_are_the_same(tmp_path, change):
-    saved(FAMILIES["llama, tied"][0], tmp_path)
+    saved("llama, tied", tmp_path)
     both_names(tmp_path, "model.embed_tokens.weight", "lm_head.weight", change)
     wanted, _ = built(tmp_path, CAUSAL, LoRAConfig(r=2), on_meta=False)
     got, _ = built(tmp_path, CAUSAL, LoRAConfig(r=2), on_meta=True)
@@ -180,7 +164,7 @@ def test_a_tie_that_files_hold_twice_is_tied_where_both_are_the_same(tmp_path, c
 
 
 def test_a_new_head_and_one_of_another_size_are_drawn_as_ever(tmp_path):
-    saved(lambda: tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)), tmp_path)
+    tf.BertForSequenceClassification(tf.BertConfig(**SIZES, num_labels=3)).save_pretrained(tmp_path)
     models = []
     for on_meta in (False, True):
         torch.manual_seed(4)
@@ -196,33 +180,25 @@ def test_what_cannot_be_filled_is_refused_by_name(tmp_path, tiny):
         huggingface(tiny.bert, random_weights=True, on_meta=True)
     with pytest.raises(LoRAError, match="goes with no device_map"):
         huggingface(tiny.bert, on_meta=True, model_kwargs={"device_map": "cpu"})
-    short = saved(FAMILIES["bert"][0], tmp_path / "short")
+    short = saved("bert", tmp_path / "short")
     text = (short / "config.json").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3')
     (short / "config.json").write_text(text)
     with pytest.raises(LoRAError, match=r"encoder\.layer\.2"):
         huggingface(str(short), on_meta=True)
 
 
-def test_pickled_weights_are_refused(tmp_path):
-    saved(FAMILIES["bert"][0], tmp_path)
-    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(LoRAError, match="safetensors"):
-        huggingface(str(tmp_path), on_meta=True)
-
-
-def test_a_file_that_goes_in_between_is_one_clear_error(tmp_path):
-    saved(FAMILIES["bert"][0], tmp_path)
+def test_pickled_weights_and_files_that_are_unknown_or_go_in_between_are_refused(tmp_path):
+    saved("bert", tmp_path)
     model, _ = built(tmp_path, "AutoModel", LoRAConfig(r=2), on_meta=True)
-    before = copy.deepcopy(model.state_dict())
-    data = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    file, before = tmp_path / "model.safetensors", [t.is_meta for t in model.state_dict().values()]
+    torch.save(load_file(file), tmp_path / "pytorch_model.bin")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(LoRAError, match="download it again"):
         fill_from_files(model)
-    assert [t.is_meta for t in model.state_dict().values()] == [t.is_meta for t in before.values()]
-
-
-def test_a_model_of_unknown_files_says_so():
+    assert [t.is_meta for t in model.state_dict().values()] == before
+    file.unlink()
+    with pytest.raises(LoRAError, match="safetensors"):
+        huggingface(str(tmp_path), on_meta=True)
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     with pytest.raises(LoRAError, match="not known where its weights lie"):

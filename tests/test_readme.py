@@ -18,11 +18,6 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README + RECIPES_PAGE, flags=re.S | re.M)
 
 
-def test_the_readme_is_short():
-    """One page: what it is, how it begins, when not to take it."""
-    assert len(README.splitlines()) <= 150
-
-
 def lines(language):
     joined = (re.sub(r"\s*\\\n\s*", " ", block) for block in blocks(language))
     return [line.split("#")[0].strip() for block in joined for line in block.splitlines() if line.strip()]
@@ -36,19 +31,14 @@ def make(*args):
     return subprocess.run(["make", *args], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
 
 
-def test_make_help_lists_every_target_with_a_line():
+def test_make_has_the_targets_of_the_readme_with_a_line_each_and_ci_calls_make_test():
     shown = make("help")
     for target in re.findall(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), flags=re.M)[0].split():
         assert re.search(rf"make {target} +\w", shown), target
-
-
-@pytest.mark.parametrize("line", [line for line in lines("bash") if line.startswith("make ")])
-def test_make_target_is_there(line):
-    assert make("--dry-run", *shlex.split(line)[1:])
-
-
-def test_ci_calls_make_test():
+    for line in (line for line in lines("bash") if line.startswith("make ")):
+        assert make("--dry-run", *shlex.split(line)[1:])
     assert "make test" in (REPOSITORY / ".ci" / "run").read_text()
+    assert len(README.splitlines()) <= 150, "one page"
 
 
 def demo_lines():

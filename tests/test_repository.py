@@ -23,6 +23,8 @@ def test_a_workflow_calls_targets_that_exist_on_the_pythons_that_are_promised(pa
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     called = {name for step in steps for name in re.findall(r"\bmake ([\w./-]+)", step.get("run", ""))}
     assert called <= targets
+    if "test" not in workflow["jobs"]:
+        return  # the nightly one, on the oldest alone
     tested = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
     promised = [line.rpartition(" :: ")[2] for line in PROJECT["classifiers"] if " :: 3." in line]
     assert tested == promised
@@ -32,9 +34,8 @@ def test_a_workflow_calls_targets_that_exist_on_the_pythons_that_are_promised(pa
 
 def test_the_citation_is_of_this_version_and_licence():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert (citation["title"], citation["version"]) == (PROJECT["name"], PROJECT["version"])
-    assert citation["license"] == PROJECT["license"]
-    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    found = [citation[name] for name in ("title", "version", "license")]
+    assert found == [PROJECT[name] for name in ("name", "version", "license")]
 
 
 def test_each_room_and_target_that_contributing_names_is_there():

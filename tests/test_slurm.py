@@ -10,12 +10,9 @@ from tests.command.process import REPOSITORY
 SCRIPT = REPOSITORY / "configs/slurm/fit.sh"
 
 
-def test_the_script_is_bash():
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
-
-
 @pytest.mark.parametrize(("code", "requeued"), [(0, False), (2, False), (75, True), (137, False)])
 def test_only_a_fit_that_was_pre_empted_is_queued_again(tmp_path, code, requeued):
+    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
     for name, end in (("srun", code), ("scontrol", 0)):
         (tmp_path / name).write_text(f'#!/bin/bash\necho {name} "$@" >> {tmp_path}/said\nexit {end}\n')
         (tmp_path / name).chmod(0o755)

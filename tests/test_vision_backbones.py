@@ -1,5 +1,7 @@
 """timm's and torchvision's models by name, with a new head where the data want one."""
 
+import sys
+
 import pytest
 import torch
 
@@ -80,6 +82,6 @@ def test_a_mistake_is_named(make, said, tmp_path):
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "timm", None)
+    monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(LoRAError, match=r"pip install 'lora_lightning\[vision\]'"):
         timm_model("test_vit")

@@ -5,7 +5,10 @@ import random
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel, BertTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import BertConfig, BertModel, BertTokenizer, PreTrainedTokenizerFast
 
 GOOD = ["fine", "lovely", "bright", "warm", "clever"]
 BAD = ["dull", "grim", "empty", "cold", "clumsy"]
@@ -13,17 +16,20 @@ PLAIN = ["the", "film", "is", "a", "story", "of", "two", "friends", "and", "its"
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, *PLAIN]
 
 
+def words_tokenizer(vocabulary, *, split=None, ends=None, **options) -> PreTrainedTokenizerFast:
+    """Of whole words, numbered in their order; `ends` puts the ends of a text around it."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=options["unk_token"]))
+    words.pre_tokenizer = split or WhitespaceSplit()
+    if ends is not None:
+        words.post_processor = ends
+    return PreTrainedTokenizerFast(tokenizer_object=words, **options)
+
+
 def make_bert(directory: Path, *, seed: int = 0, layers: int = 2) -> Path:
     """A headless BERT with random weights and its tokenizer, as `from_pretrained` expects them."""
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=32,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=32,
-    )
+    sizes = {"hidden_size": 32, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=len(VOCABULARY), max_position_embeddings=32, **sizes)
     directory.mkdir(parents=True, exist_ok=True)
     BertModel(config).save_pretrained(directory)
     (directory / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")

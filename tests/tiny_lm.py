@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny import words_tokenizer
 
 NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 WORDS = [*NUMBERS, "and", "then", "comes", "a", "the", "dog", "cat", "ran", "sat", "home"]
@@ -58,9 +57,7 @@ def _norms_in_double(model: Any) -> None:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of `WORDS`."""
-    words = Tokenizer(WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
+    return words_tokenizer(VOCABULARY, eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
 
 
 def make_lm(directory: Path, kind: str = "llama", *, seed: int = 0, **config: Any) -> Path:

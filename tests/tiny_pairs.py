@@ -5,10 +5,10 @@ import random
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from tests.tiny import words_tokenizer
 
 COLOURS = ["red", "green", "blue", "white", "black", "brown"]
 WORDS = ["what", "colour", "is", "the", "sky", "grass", "it", "no", "idea", "user", "assistant", "system", *COLOURS]
@@ -21,10 +21,8 @@ TEMPLATE = (
 
 def make_tokenizer(directory: Path, *, template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
     """Of whole words; a text begins with nothing and ends with nothing but what it says."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIAL.values(), *WORDS])}
-    plain = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    plain.pre_tokenizer = Split(" ", "removed")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, chat_template=template, **SPECIAL)
+    vocabulary = [*SPECIAL.values(), *WORDS]
+    tokenizer = words_tokenizer(vocabulary, split=Split(" ", "removed"), chat_template=template, **SPECIAL)
     tokenizer.save_pretrained(directory)
     return tokenizer
 
@@ -33,18 +31,10 @@ def make_llama(directory: Path, *, template: str | None = TEMPLATE, tied: bool =
     """With random weights, two layers and its tokenizer, as `from_pretrained` expects them."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+        vocab_size=32, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=tied,
-    )
+    )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(directory)
     make_tokenizer(directory, template=template)
     return directory

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BartConfig,
@@ -25,6 +22,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from tests.tiny import words_tokenizer
 
 NAMES = ["Alimentum", "Zizzi", "Cotto", "Strada"]
 FOODS = ["French", "Italian", "Indian", "English"]
@@ -51,19 +50,10 @@ def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> str:
 
 def make_tokenizer(folder: Path, *, ends: bool) -> PreTrainedTokenizerFast:
     """Of whole words; with `ends`, a text closes with the end token."""
-    vocabulary = {word: i for i, word in enumerate(VOCABULARY)}
-    plain = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    plain.pre_tokenizer = WhitespaceSplit()
-    if ends:
-        plain.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        model_input_names=["input_ids", "attention_mask"],
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        padding_side="right",
-    )
+    closes = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]) if ends else None
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "padding_side": "right"}
+    inputs = ["input_ids", "attention_mask"]
+    tokenizer = words_tokenizer(VOCABULARY, ends=closes, model_input_names=inputs, **names)
     tokenizer.save_pretrained(folder)
     return tokenizer
 

@@ -371,7 +371,7 @@ def _wrong_value(text: str, settings: Sequence[Setting]) -> str:
     types = " ".join(part for pair in EXPECTED.findall(tail) for part in pair)
     choices = list(dict.fromkeys(re.findall(r"'([^' ]+)'", re.sub(r"<class '[\w.]+'>", "", types))))
     if start.endswith("precision: "):
-        choices = [choice for choice in choices if choice in PRECISIONS]
+        choices = [choice for choice in PRECISIONS if choice in choices]  # typing may keep them in another order
     names = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>", types))
     plain = [TYPES[name] for name in names if name in TYPES and not choices]
     if value is None or value.startswith(("{", "[")) or not (plain or choices):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 
@@ -85,22 +84,26 @@ def test_the_kl_is_that_of_independent_arithmetic(kind):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_strength_0_has_not_moved_and_strength_1_is_the_adapter(dtype):
     model = language_model(dtype=dtype)
-    texts, batches = texts_of(model)
+    texts, batches = texts_of(model, 6)
     found = measure_drift(model, batches, texts, [0.0, 0.5, 1.0])
     assert found[0.0].figures["kl"].value == 0.0, "bit for bit the base"
     assert found[0.0].figures["changed"].value == 0.0
     assert found[0.0].figures["perplexity"] == found[0.0].figures["perplexity_base"]
     assert found[1.0] == measure_drift(model, batches, texts)[1.0]
     assert 0 < found[0.5].figures["kl"].value < found[1.0].figures["kl"].value
+    with scaled(model, 0.5):
+        assert measure_drift(model, batches, texts)[1.0] == found[0.5]
 
 
-def test_a_head_that_is_adapted_or_copied_is_compared_with_the_bases():
-    for fields in ({"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}):
-        model = language_model(**fields)
-        texts, batches = texts_of(model, 6)
-        rows = [row for text in by_hand(model, texts) for row in text]
-        found = measure_drift(model, batches, texts)[1.0].figures["kl"].value
-        assert found == pytest.approx(math.fsum(row[0] for row in rows) / len(rows), rel=1e-10)
+@pytest.mark.parametrize(
+    "fields", [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_a_head_that_is_adapted_or_copied_is_compared_with_the_bases(fields):
+    model = language_model(**fields)
+    texts, batches = texts_of(model, 6)
+    rows = [row for text in by_hand(model, texts) for row in text]
+    found = measure_drift(model, batches, texts)[1.0].figures["kl"].value
+    assert found == pytest.approx(math.fsum(row[0] for row in rows) / len(rows), rel=1e-10)
 
 
 def test_a_token_that_the_base_rules_out_adds_nothing():
@@ -141,7 +144,9 @@ def encoder_batches():
 def test_an_encoders_figures_are_those_of_its_pooled_output_and_of_each_block():
     model, batches = encoder(), encoder_batches()
     inputs = batches[0].inputs
-    found = measure_drift(model, batches, list("abcdef"))[1.0]
+    none, found = measure_drift(model, batches, list("abcdef"), [0.0, 1.0]).values()
+    means = [*none.figures.values(), *(mean for layer in none.layers.values() for mean in layer.values())]
+    assert {mean.value for mean in means} == {0.0}, "at strength 0 it has not moved"
     with torch.no_grad():
         h = model.bert(**inputs, output_hidden_states=True)
         with disabled(model):
@@ -156,12 +161,6 @@ def test_an_encoders_figures_are_those_of_its_pooled_output_and_of_each_block():
         assert own["relative_l2"].value == pytest.approx(float(((b - a).norm(dim=1) / a.norm(dim=1)).mean()), rel=1e-10)
     order = cosine.argsort(descending=True)[:5].tolist()
     assert [moved.text for moved in found.most] == [list("abcdef")[i] for i in order]
-
-
-def test_an_encoder_at_strength_0_has_not_moved():
-    found = measure_drift(encoder(), encoder_batches(), list("abcdef"), [0.0])[0.0]
-    means = [*found.figures.values(), *(mean for layer in found.layers.values() for mean in layer.values())]
-    assert {mean.value for mean in means} == {0.0}
 
 
 def test_an_images_places_are_averaged_wherever_the_channels_lie():
@@ -212,11 +211,12 @@ def test_what_cannot_be_compared_is_refused_in_one_line():
 # Texts.
 
 
-def test_the_neutral_set_is_paragraphs_of_some_length():
+def test_the_neutral_set_is_paragraphs_of_some_length_and_fewer_texts_come_from_all_over():
     texts = neutral_texts()
-    assert len(texts) > 50
-    assert len(set(texts)) == len(texts)
+    assert len(texts) == len(set(texts)) > 50
     assert all(20 < len(text.split()) < 70 for text in texts)
+    assert pick_evenly(range(10), 5) == [0, 2, 4, 6, 8]
+    assert pick_evenly(range(3), 5) == [0, 1, 2]
 
 
 def test_texts_are_read_from_files_and_mistakes_name_the_place(tmp_path):
@@ -235,11 +235,6 @@ def test_texts_are_read_from_files_and_mistakes_name_the_place(tmp_path):
             (tmp_path / name).write_text(text)
         with pytest.raises(LoRAError, match=match):
             read_texts(str(tmp_path / name), column)
-
-
-def test_more_texts_than_asked_for_come_from_all_over():
-    assert pick_evenly(range(10), 5) == [0, 2, 4, 6, 8]
-    assert pick_evenly(range(3), 5) == [0, 1, 2]
 
 
 def test_a_runs_own_inputs_are_compared_where_its_task_trains():
@@ -279,36 +274,28 @@ def test_the_smallest_strength_within_one_standard_error_of_the_best_is_chosen()
     assert choose("texts", unknown, "accuracy", "max").chosen == 1.0, "without an error the best itself"
 
 
+class Known(nn.Linear):
+    """Gives the logits that it is given."""
+
+    def __init__(self):
+        super().__init__(1, 1)
+
+    def forward(self, logits):
+        return logits
+
+
 def test_the_metrics_error_is_that_of_its_examples():
     """Of an accuracy over n examples about sqrt(p (1 - p) / n); and the value is that of the examples."""
-    task, random = SequenceClassification(2), torch.Generator().manual_seed(0)
-
-    class Known(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.p = nn.Parameter(torch.zeros(1))
-
-        def forward(self, logits):
-            return logits
-
+    task, random, known = SequenceClassification(2), torch.Generator().manual_seed(0), Known()
     right = torch.rand(2000, generator=random) < 0.8
     labels = torch.randint(0, 2, (2000,), generator=random)
     logits = nn.functional.one_hot(torch.where(right, labels, 1 - labels), 2).float() * 4
     rows = zip(logits.split(20), labels.split(20), strict=True)
-    found = validation_metrics(Known(), task, [(i % 10, {"logits": z, "labels": y}) for i, (z, y) in enumerate(rows)])
+    found = validation_metrics(known, task, [(i % 10, {"logits": z, "labels": y}) for i, (z, y) in enumerate(rows)])
     p = float(right.double().mean())
     assert found["accuracy"].value == pytest.approx(p, abs=1e-6)
     assert found["accuracy"].error == pytest.approx((p * (1 - p) / 2000) ** 0.5, rel=0.5)
     assert {"loss", "f1"} <= found.keys()
-    one = validation_metrics(Known(), task, [(0, {"logits": logits, "labels": labels})])
+    one = validation_metrics(known, task, [(0, {"logits": logits, "labels": labels})])
     assert one["accuracy"].error is None, "of one batch there is none"
     assert set(task.stages("val")) == {"val"}, "the task itself counts nothing"
-
-
-def test_a_copy_at_a_strength_gives_the_drift_of_that_strength():
-    model = language_model()
-    texts, batches = texts_of(model, 6)
-    want = measure_drift(model, batches, texts, [0.3])[0.3]
-    twin = copy.deepcopy(model)
-    with scaled(twin, 0.3):
-        assert measure_drift(twin, batches, texts)[1.0] == want

@@ -14,11 +14,21 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lora_lightning import LoRAConfig, LoRAModule, LoRATrainer, Supervised, load_adapter, save_adapter
+from lora_lightning import (
+    LoRAConfig,
+    LoRAModule,
+    LoRATrainer,
+    Supervised,
+    huggingface,
+    inject,
+    load_adapter,
+    save_adapter,
+)
 from lora_lightning.commands.analyze import Request, Wanted, analyze
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.inject import adapted_layers
 from tests.analysis.planted import factors, frame, write
+from tests.lora.directories import edit_config, of_peft
 from tests.tiny import make_bert
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.AdapterWarning")
@@ -116,21 +126,11 @@ def trained(tmp_path_factory):
     for seed in (0, 1):
         model = regression()
         torch.manual_seed(seed)
-        module = LoRAModule(
-            model,
-            Supervised(nn.MSELoss()),
-            LoRAConfig(r=16, alpha=16, target_modules=["first", "second", "beside"]),
-            optimizer=lambda params: torch.optim.Adam(params, lr=0.02),
-        )
-        trainer = LoRATrainer(
-            max_epochs=90,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-            default_root_dir=folder,
-        )
+        config = LoRAConfig(r=16, alpha=16, target_modules=["first", "second", "beside"])
+        optimizer = lambda params: torch.optim.Adam(params, lr=0.02)  # noqa: E731
+        module = LoRAModule(model, Supervised(nn.MSELoss()), config, optimizer=optimizer)
+        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+        trainer = LoRATrainer(max_epochs=90, accelerator="cpu", default_root_dir=folder, **quiet)
         trainer.fit(module, DataLoader(data, batch_size=128))
         found.append(save_adapter(module.backbone, folder / f"seed{seed}"))
     return found, x, target
@@ -170,20 +170,9 @@ def test_two_seeds_find_the_same_directions(trained, tmp_path):
 
 def test_an_adapter_of_pefts_own_and_ours_give_the_same(tmp_path):
     """The same tensors under PEFT's patterns and scale, saved by PEFT and by us."""
-    config = peft.LoraConfig(
-        r=4,
-        lora_alpha=6,
-        target_modules=["first", "second"],
-        rank_pattern={"second": 2},
-        alpha_pattern={"second": 9},
-        use_rslora=True,
-    )
-    theirs = peft.get_peft_model(regression(), config)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                parameter.normal_()
-    theirs.save_pretrained(tmp_path / "theirs")
+    patterns = {"rank_pattern": {"second": 2}, "alpha_pattern": {"second": 9}, "use_rslora": True}
+    chosen = {"r": 4, "lora_alpha": 6, "target_modules": ["first", "second"], **patterns}
+    theirs = of_peft(tmp_path / "theirs", regression(), **chosen)
     ours = regression()
     load_adapter(ours, tmp_path / "theirs")
     save_adapter(ours, tmp_path / "ours")
@@ -202,47 +191,44 @@ def test_an_adapter_of_pefts_own_and_ours_give_the_same(tmp_path):
         np.testing.assert_allclose(np.diag(layer["phi"]), 1.0, atol=1e-9)
 
 
-def edited(source, target, **fields):
-    shutil.copytree(source, target)
-    path = target / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-    return target
+def spoil_weights(change):
+    def spoil(folder):
+        file = folder / "adapter_model.safetensors"
+        tensors = safetensors.numpy.load_file(file)
+        safetensors.numpy.save_file(dict(filter(None, (change(k, v) for k, v in tensors.items()))), file)
+
+    return spoil
+
+
+def tear(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:200])
+
+
+SPOILED = {
+    "not a whole safetensors file": tear,
+    "peft_type LORA": lambda folder: edit_config(folder, peft_type="LOHA"),
+    "shape of rank 4": lambda folder: edit_config(folder, r=5),
+    "--base_model": lambda folder: edit_config(folder, init_lora_weights="pissa"),
+    f"no 'base_model.model.{NAME}.lora_B.weight'": spoil_weights(lambda k, v: (k, v) if "lora_A" in k else None),
+    "must start with": spoil_weights(lambda k, v: (f"x.{k}", v)),
+    "finite": spoil_weights(lambda k, v: (k, v * np.inf)),
+    "no adapter's directory": shutil.rmtree,
+}
 
 
 def test_what_cannot_be_analysed_is_refused_in_one_line(trained, tmp_path):
     (good, _), _, _ = trained
-    (tmp_path / "empty").mkdir()
-    torn = shutil.copytree(good, tmp_path / "torn")
-    data = (torn / "adapter_model.safetensors").read_bytes()
-    (torn / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
     rng = np.random.default_rng(0)
-    plain = write(
-        tmp_path / "plain", {NAME: factors(rng, frame(rng, 8, 2), np.ones(2), frame(rng, 6, 2), 4, 1)}, r=4, alpha=4
-    )
-    other = edited(plain, tmp_path / "other", peft_type="LOHA")
-    wrong = edited(plain, tmp_path / "wrong", r=5)
-    pissa = edited(plain, tmp_path / "pissa", init_lora_weights="pissa")
-    half = shutil.copytree(plain, tmp_path / "half")
-    tensors = safetensors.numpy.load_file(half / "adapter_model.safetensors")
-    safetensors.numpy.save_file({k: v for k, v in tensors.items() if "lora_A" in k}, half / "adapter_model.safetensors")
-    bare = shutil.copytree(plain, tmp_path / "bare")
-    safetensors.numpy.save_file({f"x.{k}": v for k, v in tensors.items()}, bare / "adapter_model.safetensors")
-    infinite = shutil.copytree(plain, tmp_path / "infinite")
-    safetensors.numpy.save_file({k: v * np.inf for k, v in tensors.items()}, infinite / "adapter_model.safetensors")
+    layers = {NAME: factors(rng, frame(rng, 8, 2), np.ones(2), frame(rng, 6, 2), 4, 1)}
+    plain = write(tmp_path / "plain", layers, r=4, alpha=4)
+    (tmp_path / "empty").mkdir()
     (tmp_path / "checkpoint.ckpt").write_bytes(b"no checkpoint")
-    cases = {
-        tmp_path / "nowhere": "no adapter's directory",
-        tmp_path / "empty": "no adapter's directory",
-        torn: "not a whole safetensors file",
-        other: "peft_type LORA",
-        wrong: "shape of rank 4",
-        pissa: "--base_model",
-        half: "no 'base_model.model.encoder.layer.0.attention.self.query.lora_B.weight'",
-        bare: "must start with",
-        infinite: "finite",
-        tmp_path / "checkpoint.ckpt": "not a whole checkpoint",
-    }
-    for path, match in cases.items():
+    cases = {"no adapter's directory": tmp_path / "empty", "not a whole checkpoint": tmp_path / "checkpoint.ckpt"}
+    for number, (match, spoil) in enumerate(SPOILED.items()):
+        spoil(folder := shutil.copytree(plain, tmp_path / str(number)))
+        cases[f"(?:){match}"] = folder
+    for match, path in cases.items():
         with pytest.raises(LoRAError, match=match) as caught:
             told([path], tmp_path / "out")
         assert "\n" not in str(caught.value)
@@ -254,7 +240,7 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(trained, tmp_path):
         "needs an adapter": {"adapters": []},
         "no folder": {"wanted": Wanted(base_model=str(tmp_path / "nowhere"))},
         "layers": {"layers": "("},
-        "holds other files": {"output_dir": tmp_path / "torn"},
+        "holds other files": {"output_dir": plain},
     }
     for match, options in requests.items():
         with pytest.raises(LoRAError, match=match):
@@ -262,8 +248,6 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(trained, tmp_path):
 
 
 def test_w0_of_another_base_is_refused(tmp_path):
-    from lora_lightning import huggingface, inject
-
     base = make_bert(tmp_path / "bert")
     model = huggingface(str(base), num_labels=2)
     inject(model, LoRAConfig(r=2))

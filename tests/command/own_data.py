@@ -1,4 +1,4 @@
-"""A torch Dataset and a network of a user's own, importable by a config."""
+"""Datasets and networks of a user's own, importable by a config."""
 
 import torch
 from torch import nn
@@ -42,3 +42,16 @@ class Tagger(nn.Sequential):
 
     def forward(self, input_ids):
         return super().forward(input_ids)
+
+
+class Sums(Dataset):
+    """Four numbers and their sum, as (inputs, target)."""
+
+    def __init__(self, count: int, seed: int = 0):
+        self.x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        return self.x[i], self.x[i].sum()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = Path(sys.executable).with_name("lora-lightning")
 
@@ -16,6 +18,40 @@ def command(monkeypatch, *args):
 
     monkeypatch.setattr("sys.argv", ["lora-lightning", *map(str, args)])
     main()
+
+
+def called(monkeypatch, capsys, *args):
+    """Exit code and what was said."""
+    capsys.readouterr()
+    try:
+        command(monkeypatch, *args)
+    except SystemExit as stopped:
+        return stopped.code, capsys.readouterr().err
+    return 0, capsys.readouterr().out
+
+
+def ends(monkeypatch, capsys, *args):
+    """The one line that a command ends with, and its exit code."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, *args)
+    shown, start = capsys.readouterr().err, "lora-lightning: error: "
+    lines = [line.removeprefix(start) for line in shown.splitlines() if line.startswith(start)]
+    assert len(lines) == 1, shown
+    assert "Traceback" not in shown
+    return lines[0], stopped.value.code
+
+
+def mistake(monkeypatch, capsys, *args):
+    """The one line that a mistake ends with."""
+    said, code = ends(monkeypatch, capsys, *args)
+    assert code == 2
+    return said
+
+
+def files_in(folder):
+    """What is in each file."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
 
 
 def run(*args, cwd, ok=True, timeout=300, **env):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
 import re
@@ -16,9 +15,8 @@ from lora_lightning import huggingface, load_adapter
 from lora_lightning.cli.build import open_run
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.cli.parser import run_command
-from lora_lightning.reports.figures import image_bytes
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
-from tests.command.test_merge import called
+from tests.command.process import called, mistake
 
 PICTURES = ["norms", "energy", "ranks", "amplification"]
 
@@ -32,7 +30,9 @@ def analyzed(trained, tmp_path_factory):
     return out, said.getvalue()
 
 
-def test_a_run_is_analysed_cut_and_measured_on_its_validation_set(tiny, trained, analyzed):
+def test_a_run_is_analysed_cut_and_measured_on_its_validation_set(
+    tiny, trained, analyzed, tmp_path, monkeypatch, capsys
+):
     out, said = analyzed
     found = json.loads((out / "analysis.json").read_text())
     (adapter,) = found["adapters"]
@@ -50,6 +50,8 @@ def test_a_run_is_analysed_cut_and_measured_on_its_validation_set(tiny, trained,
     model = huggingface(tiny.bert, num_labels=2)
     load_adapter(model, out / "truncated")
     assert model(torch.tensor([[2, 5, 9, 3]])).logits.shape == (1, 2)
+    given = [out / "truncated", "--base_model", "none", "--drift", "run", "--output_dir", tmp_path / "o"]
+    assert "name a run" in mistake(monkeypatch, capsys, "analyze", *given)
 
 
 def test_pictures_and_page_are_there_and_the_page_needs_no_network(analyzed):
@@ -87,62 +89,7 @@ def test_two_adapters_are_compared_without_w0(trained, tmp_path, monkeypatch, ca
     assert fewer[0] == 0
     assert not list((tmp_path / "out").glob("*.png")), "of the earlier analysis, which is replaced"
     code, said = called(monkeypatch, capsys, *args, "--layers", "nothing")
-    assert code == 2
-    assert "no adapted layer matches" in said
-
-
-def test_a_directory_that_is_cut_has_no_data_to_be_measured_on(tiny, analyzed, tmp_path, monkeypatch, capsys):
-    """What the first cut wrote, cut again."""
-    out, _ = analyzed
-    args = ["--output_dir", tmp_path / "again", "--base_model", tiny.bert, "--truncate", "0.5", "--plots", "false"]
-    code, said = called(monkeypatch, capsys, "analyze", out / "truncated", *args)
-    assert code == 0, said
-    assert "name the run's folder" in said
-    assert json.loads((tmp_path / "again" / "analysis.json").read_text())["truncation"]["error"] > 0
-    assert not list((tmp_path / "again").glob("*.png"))
-
-
-def test_without_matplotlib_one_line_says_what_to_do(trained, tmp_path, monkeypatch, capsys):
-    real = builtins.__import__
-
-    def refusing(name, *args, **kwargs):
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return real(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", refusing)
-    code, said = called(monkeypatch, capsys, "analyze", trained, "--output_dir", tmp_path / "out")
-    assert code == 2
-    assert said.count("\n") == 1
-    assert "pip install 'lora_lightning[plots]'" in said
-    assert "--plots false" in said
-    assert not (tmp_path / "out").exists()
-
-
-def test_mistakes_end_in_one_line(trained, tmp_path, monkeypatch, capsys):
-    for args, match in [
-        ([], "analyze needs ADAPTER"),
-        ([tmp_path / "nowhere"], "no adapter's directory"),
-        ([trained, "--truncate", "2"], "above 0 and at most 1"),
-        ([trained, "--base_model", tmp_path], "leave --base_model out"),
-        ([trained, "--truncat", "0.9"], "--truncat"),
-    ]:
-        code, said = called(monkeypatch, capsys, "analyze", *args, *(["--output_dir", tmp_path / "o"] if args else []))
-        assert code == 2, said
-        assert match in said
-        assert len(said.strip().splitlines()) == 1
-
-
-def test_the_same_figure_gives_the_same_bytes():
-    from lora_lightning.reports.figures import figure, plot_style
-
-    def drawn():
-        with plot_style():
-            made = figure(2, 1)
-            made.subplots().plot([1, 2, 3])
-            return image_bytes(made)
-
-    assert drawn() == drawn()
+    assert (code, "no adapted layer matches" in said) == (2, True)
 
 
 def test_a_run_is_opened_with_its_base_filled_and_in_the_precision_of_its_fit(tiny, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 from contextlib import redirect_stdout
 
@@ -20,7 +19,7 @@ from lora_lightning.commands.drift import validation_batches
 from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint
 from tests.chromium import parsed
-from tests.command.test_merge import called
+from tests.command.process import called
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +51,9 @@ def test_each_strength_has_its_metric_and_its_drift(a_run, measured):
     assert told["chosen"] <= told["best"]
     assert f"{told['chosen']:g} is the smallest strength" in " ".join(said.split())
     assert (out / "drift.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_runs_own_page_shows_it(a_run, measured):
-    page = (a_run / "report.html").read_text()
-    assert "How far it moved from the base" in page
-    assert "Gain against drift" in page
-    assert "data:image/svg+xml" in page
-    assert "The texts that moved most" in page
+    page = (a_run / "report.html").read_text()  # the run's own page shows it
+    for text in ("Gain against drift", "data:image/svg+xml", "The texts that moved most"):
+        assert text in page
     parsed(a_run / "report.html")
 
 
@@ -98,30 +92,3 @@ def test_an_export_of_half_the_strength_is_opened_by_peft(tiny, a_run, tmp_path,
         want = backbone(**batch).logits
     wrapped = peft.PeftModel.from_pretrained(huggingface(tiny.bert, num_labels=2), tmp_path / "half" / "adapter")
     torch.testing.assert_close(wrapped.eval()(**batch).logits, want, rtol=1e-5, atol=1e-6)
-
-
-def test_mistakes_end_in_one_line(trained, measured, tmp_path, monkeypatch, capsys):
-    (tmp_path / "a.csv").write_text("body\nsome words\n")
-    (tmp_path / "blank.txt").write_text("  \n \n")
-    adapter = tmp_path / "adapter"
-    shutil.copytree(measured[0].parent / "version_0", tmp_path / "copy")
-    run_command(
-        "analyze", [str(tmp_path / "copy"), "--truncate", "0.9", "--plots", "false", "--output_dir", str(adapter)]
-    )
-    for command, args, match in [
-        ("analyze", [trained, "--scales", "0,half"], "scales are numbers of at least 0.*'half'"),
-        ("analyze", [trained, "--scales", "-1"], "scales are numbers of at least 0.*'-1'"),
-        ("analyze", [trained, "--drift", tmp_path / "none.txt"], "no file"),
-        ("analyze", [trained, "--drift", tmp_path / "blank.txt"], "all are blank|no rows"),
-        ("analyze", [trained, "--drift", tmp_path / "a.csv"], "no column 'text'.*body"),
-        ("analyze", [trained, "--drift", "run", "--drift_texts", "0"], "drift_texts"),
-        ("analyze", [trained, trained, "--drift", "run"], "drift takes one run"),
-        ("analyze", [adapter / "truncated", "--base_model", "none", "--drift", "run"], "name a run"),
-        ("export", ["--ckpt_path", trained, "--scale", "0"], "scale must be above 0"),
-        ("export", ["--ckpt_path", trained, "--scale", "-1"], "finite number of at least 0"),
-    ]:
-        more = ["--output_dir", tmp_path / "o"]
-        code, said = called(monkeypatch, capsys, command, *args, *more)
-        assert code == 2, said
-
-        assert re.search(match, said.strip().splitlines()[-1]), said

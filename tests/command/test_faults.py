@@ -12,7 +12,7 @@ from lora_lightning import Checkpoints, FreezeBase, Resume, RunReport
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.training.checkpoints.file_io import PREVIOUS, DamagedCheckpointError, check_whole
 from lora_lightning.training.checkpoints.run_folder import find_checkpoint, load_checkpoint
-from tests.command.process import command
+from tests.command.process import command, files_in, mistake
 from tests.training.resuming import checkpoints, fit
 
 
@@ -22,21 +22,6 @@ def again(trained, tmp_path):
     folder = tmp_path / "runs" / "tiny" / "version_0"
     shutil.copytree(trained, folder)
     return folder
-
-
-def files_in(folder):
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def mistake(monkeypatch, capsys, *args):
-    """The one line that a command ends with."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        command(monkeypatch, *args)
-    assert stopped.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "lora-lightning: error: " in line]
-    assert len(lines) == 1
-    return lines[0].removeprefix("lora-lightning: error: ")
 
 
 # ---- damaged checkpoints
@@ -115,8 +100,6 @@ def test_what_is_damaged_never_takes_the_place_of_the_whole_one_before_it(again)
 def test_where_no_whole_one_is_left_one_line_says_so_and_nothing_is_written(word, again, tiny, monkeypatch, capsys):
     for file in (again / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:500])
-    (again / "test").mkdir(exist_ok=True)
-    (again / "test" / "metrics.csv").write_text("what an earlier test found\n")
     before = files_in(again.parent)
     action = ["test"] if word == "best" else ["fit", "--trainer.max_epochs", "7"]
     said = mistake(monkeypatch, capsys, *action, "--config", tiny.config, "--ckpt_path", word)
@@ -124,10 +107,21 @@ def test_where_no_whole_one_is_left_one_line_says_so_and_nothing_is_written(word
     assert files_in(again.parent) == before
 
 
-def test_a_fit_that_is_refused_leaves_the_runs_own_config_as_it_was(again, tiny, monkeypatch, capsys):
+EDITS = {
+    "a bracket left open": ("model:", "model: [", "no YAML: while parsing a flow"),
+    "a tab": ("  max_epochs:", "\tmax_epochs:", "line 11: no YAML: "),
+    "a key with a letter less": ("max_epochs", "max_epoch", "unknown key trainer.max_epoch;"),
+    "another rank": ("r: 4", "r: 2", "was trained with lora."),
+    "another head": ("- classifier", "- pooler", "was trained with lora."),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_config_that_was_edited_by_hand_is_one_line_and_leaves_all_as_it_was(edit, again, monkeypatch, capsys):
+    (old, new, said), file = EDITS[edit], again / "config.yaml"
+    file.write_text(file.read_text().replace(old, new, 1))
     before = files_in(again.parent)
-    args = ["--config", tiny.config, "--ckpt_path", "last", "--trainer.max_epochs", "7", "--model.lora.r", "2"]
-    assert "was trained with lora." in mistake(monkeypatch, capsys, "fit", *args)
+    assert said in mistake(monkeypatch, capsys, "test", "--ckpt_path", again)
     assert files_in(again.parent) == before
 
 
@@ -140,33 +134,6 @@ def test_a_newest_that_is_gone_is_found_by_the_one_before_it(again):
 
 
 # ---- files edited by hand
-
-EDITS = {
-    "a bracket left open": (
-        lambda text: text.replace("model:", "model: [", 1),
-        "no YAML: while parsing a flow",
-    ),
-    "a tab": (lambda text: text.replace("  max_epochs:", "\tmax_epochs:", 1), "line 11: no YAML: "),
-    "a key with a letter less": (
-        lambda text: text.replace("max_epochs", "max_epoch", 1),
-        "unknown key trainer.max_epoch;",
-    ),
-    "another rank": (lambda text: text.replace("r: 4", "r: 2", 1), "was trained with lora."),
-    "another head": (lambda text: text.replace("- classifier", "- pooler", 1), "was trained with lora."),
-    "nothing": (lambda text: "", "config"),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_a_config_that_was_edited_by_hand_is_one_line(edit, again, monkeypatch, capsys):
-    change, said = EDITS[edit]
-    file = again / "config.yaml"
-    text = file.read_text()
-    file.write_text(change(text))
-    assert file.read_text() != text
-    before = files_in(again / "checkpoints")
-    assert said in mistake(monkeypatch, capsys, "test", "--ckpt_path", again)
-    assert files_in(again / "checkpoints") == before
 
 
 @pytest.mark.parametrize("content", ['{"val_accuracy": 0.', "[]", ""])

@@ -9,7 +9,6 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
-from lora_lightning.__main__ import main
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import command, run
@@ -36,14 +35,8 @@ def test_whole_flow_on_a_tiny_bert(tiny, tmp_path, monkeypatch, capsys):
     assert report["w0_unchanged"] is True
     assert report["export_max_rel_diff"] <= 1e-5
     assert report["trainable"] == 3906
-    for text in (
-        "trainable parameters",
-        "W0 before, after",
-        "unchanged",
-        "merged against adapted",
-        report["merged_dir"],
-    ):
-        assert text in shown
+    words = ("trainable parameters", "W0 before, after", "unchanged", "merged against adapted")
+    assert all(text in shown for text in (*words, report["merged_dir"]))
     made = {p.name for p in (tmp_path / "runs/tiny/version_0").iterdir()}
     assert {"config.yaml", "checkpoints", "metrics.csv", "report.json", "export", "test"} <= made
 
@@ -135,14 +128,3 @@ def test_a_run_is_exported_onto_another_base_aloud_and_not_without_data(tiny, tr
         pytest.raises(LoRAError, match="give the config a data section, or the model an example_input_array"),
     ):
         LoRACLI(args=[str(arg) for arg in given])
-
-
-def test_a_commands_own_options_come_first_in_its_help(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lora-lightning", "export", "--help"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
-    first = capsys.readouterr().out.splitlines()[:40]
-    assert first[0].endswith("export --ckpt_path RUN [-c CONFIG ...] [options]")
-    for option in ("--ckpt_path", "--output_dir", "--formats", "--dtype", "--max_shard_size", "--serving"):
-        assert any(line.strip().startswith(option) for line in first)

@@ -1,6 +1,7 @@
-"""Real launchers: the processes that the command starts by itself, and those of torchrun, on one and on two "nodes"."""
+"""Real launchers, and strategies that start or shard: what stops one stops all, and a fit goes on to the same bytes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,99 +10,125 @@ from pathlib import Path
 
 import pytest
 
+from lora_lightning.training.checkpoints.file_io import check_whole
+from lora_lightning.training.checkpoints.run_folder import load_checkpoint
 from tests.command.process import REPOSITORY
-from tests.command.test_several_processes import MIDDLE, end_of, fit, only_folder
-from tests.command.warm import free_port
+from tests.command.test_several_processes import MIDDLE, STOPS, end_of, errors, fit, interrupted, only_folder
+from tests.command.warm import run_all
+from tests.processes import free_port
 from tests.training.resuming import differing
 
+pytestmark = pytest.mark.slow
 TORCHRUN = Path(sys.executable).with_name("torchrun")
-ENDS = (2, -signal.SIGKILL)
-"""By itself, or by Lightning's observer, which looks every five seconds."""
 
 
-def start(case, folder, *launcher):
-    """A case of the other tests, started by what a person would start."""
+def finished(case, folder, *launcher, wait=True):
+    """Exit code, and what all its processes have said, of a case started by what a person would start."""
     env = {**os.environ, **case["env"], "PYTHONPATH": str(REPOSITORY)}
     command = [*(launcher or (sys.executable,)), "-m", "lora_lightning", *case["args"]]
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=folder, env=env, **pipes)
+    ends = lambda: (process.communicate(timeout=300)[0], process.returncode)[::-1]  # noqa: E731
+    return ends() if wait else ends
 
 
-def finished(process):
-    """Exit code, and what all its processes have said, once none of them holds the pipe any more."""
-    said = process.communicate(timeout=300)[0]
-    return process.returncode, said
+KILLED = (2, -signal.SIGKILL)
+"""By itself, or by Lightning's observer, which looks every five seconds."""
+ENDS = {
+    "gone": (f"kill:1:{MIDDLE}", KILLED, "another process is gone"),
+    "wrong": (f"stuck:0:{MIDDLE}+error:1:{MIDDLE}", KILLED, "ZeroDivisionError: a fault of one's own"),
+    "first": (f"kill:0:{MIDDLE}", KILLED[1:], "process is gone"),
+}
 
 
-def one_error(said):
-    (line,) = [line for line in said.splitlines() if "error:" in line]
-    return line
-
-
-@pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_command_that_started_it(tiny, tmp_path):
-    code, said = finished(start(fit(tiny, "gone", fault=f"kill:1:{MIDDLE}"), tmp_path))
-    assert code in ENDS, said
-    assert "another process is gone" in one_error(said)
-
-
-@pytest.mark.slow
-def test_an_error_in_a_process_that_was_started_ends_the_command(tiny, tmp_path):
-    code, said = finished(start(fit(tiny, "wrong", fault=f"stuck:0:{MIDDLE}+error:1:{MIDDLE}"), tmp_path))
-    assert code in ENDS, said
-    assert said.count("ZeroDivisionError: a fault of one's own") == 1
-
-
-@pytest.mark.slow
-def test_processes_that_lose_the_one_that_started_them_end(tiny, tmp_path):
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_one_process_ends_the_command_and_all_of_its_processes(name, tiny, tmp_path):
+    fault, expected, text = ENDS[name]
     began = time.monotonic()
-    code, said = finished(start(fit(tiny, "first", fault=f"kill:0:{MIDDLE}"), tmp_path))
-    assert code == -signal.SIGKILL
-    assert "process is gone" in one_error(said)
+    code, said = finished(fit(tiny, name, fault=fault), tmp_path)
+    assert code in expected, said
+    assert said.count(text) == 1
     assert time.monotonic() - began < 200
 
 
-@pytest.mark.slow
 def test_sigterm_to_the_command_saves_once_for_all_and_the_resumed_fit_is_the_uninterrupted_one(tiny, tmp_path):
     """With workers; the signal comes at a step, to the first process and to no other."""
     workers = ["--data.init_args.num_workers", 1]
-    code, said = finished(start(fit(tiny, "whole", *workers), tmp_path))
-    assert code == 0, said
-    code, said = finished(start(fit(tiny, "asked", *workers, fault=f"term:0:{MIDDLE}"), tmp_path))
-    assert code == 75, said
-    assert said.count("goes on from there") == 1
-    code, said = finished(start(fit(tiny, "asked", *workers, "--ckpt_path", "last"), tmp_path))
-    assert code == 0, said
+    for name, more, fault, expected in (
+        ("whole", [], "", 0),
+        ("asked", [], f"term:0:{MIDDLE}", 75),
+        ("asked", ["--ckpt_path", "last"], "", 0),
+    ):
+        code, said = finished(fit(tiny, name, *workers, *more, fault=fault), tmp_path)
+        assert code == expected, said
+        assert said.count("goes on from there") == (code == 75)
     assert differing(end_of(tmp_path, "whole"), end_of(tmp_path, "asked")) == []
 
 
-@pytest.mark.slow
 def test_torchrun_on_one_machine_and_on_two(tiny, tmp_path):
     """And both end with the same adapter."""
-    rendezvous = ["--master_addr", "127.0.0.1", "--master_port"]
-    one = start(fit(tiny, "one"), tmp_path, TORCHRUN, "--nproc_per_node", "2", *rendezvous, str(free_port()))
-    code, said = finished(one)
+    address, port = ["--master_addr", "127.0.0.1", "--master_port"], str(free_port())
+    given = [TORCHRUN, "--nproc_per_node", "2", *address, str(free_port())]
+    code, said = finished(fit(tiny, "one"), tmp_path, *given)
     assert code == 0, said
-    assert said.count("Run runs/one/version_0") == 1
-    case, port = fit(tiny, "two", "--trainer.devices", 1, "--trainer.num_nodes", 2), str(free_port())
-    nodes = [
-        start(
-            case,
-            tmp_path,
-            TORCHRUN,
-            "--nnodes",
-            "2",
-            "--node_rank",
-            str(rank),
-            "--nproc_per_node",
-            "1",
-            *rendezvous,
-            port,
-        )
-        for rank in (0, 1)
-    ]
-    ends = [finished(node) for node in nodes]
+    case = fit(tiny, "two", "--trainer.devices", 1, "--trainer.num_nodes", 2)
+    one_each = [TORCHRUN, "--nnodes", "2", "--nproc_per_node", "1", *address, port, "--node_rank"]
+    ends = [end() for end in [finished(case, tmp_path, *one_each, str(rank), wait=False) for rank in (0, 1)]]
     assert [code for code, _ in ends] == [0, 0], ends
     assert [said.count("Run runs/two/version_0") for _, said in ends] == [1, 0]
     for name in ("one", "two"):
         assert (only_folder(tmp_path, name) / "config.yaml").is_file()
     assert differing(end_of(tmp_path, "one"), end_of(tmp_path, "two")) == []
+
+
+TWO = ["--trainer.devices", 2, "--data.init_args.batch_size", 8]
+SPAWN = [*TWO, "--trainer.strategy", "ddp_spawn"]
+ALONE = {"count": 1, "launcher": "none"}
+FORK = {**ALONE, "overlay": REPOSITORY / "configs/strategy/ddp-fork.yaml"}
+WAYS = {
+    "fork": (TWO, FORK, f"asked:1:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}", "gone": f"kill:1:{MIDDLE}"}),
+    "spawn": (SPAWN, ALONE, f"asked:0:{MIDDLE}", [75], {"nan": f"nan:1:{MIDDLE}"}),
+    "fsdp2": ([], {"overlay": REPOSITORY / "configs/strategy/fsdp2.yaml"}, f"term:1:{MIDDLE}", [75, 0], {}),
+}
+"""Arguments, how it is started, a SIGTERM to the parent of processes or to one of two, the exit codes, other faults."""
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def played(request, tiny, tmp_path_factory):
+    folder, (given, options, fault, _, faults) = tmp_path_factory.mktemp(request.param), WAYS[request.param]
+    first, again = interrupted(tiny, "asked", fault, *given, **options)
+    first["keep"] = "runs/asked/version_0/checkpoints"
+    cases = [fit(tiny, "whole", *given, **options), first, again]
+    cases += [fit(tiny, name, *given, fault=wrong, **options) for name, wrong in faults.items()]
+    for case in cases:
+        case["limit"] = 240.0  # a spawned process imports all by itself
+    return {**run_all(cases, folder, timeout=1500), "folder": folder, "way": WAYS[request.param]}
+
+
+def test_sigterm_leaves_one_whole_checkpoint_and_the_fit_goes_on_to_the_bytes_of_one_that_was_not_interrupted(played):
+    asked, kept = played["asked"], played["folder"] / "asked.kept"
+    assert asked.codes == played["way"][3], asked
+    assert asked.everything.count("goes on from there") == 1, asked
+    check_whole(kept / "last.ckpt")
+    assert load_checkpoint(kept / "last.ckpt")["global_step"] == MIDDLE + 1
+    assert {path.name for path in kept.iterdir()} == {"best.ckpt", "last.ckpt", "last.ckpt.previous"}
+    for name in ("whole", "asked-again"):
+        assert set(played[name].codes) == {0}, played[name]
+    whole, again = end_of(played["folder"], "whole"), end_of(played["folder"], "asked")
+    assert whole["step"] == 9
+    assert differing(whole, again) == []
+
+
+def test_what_stops_a_process_that_the_command_started_is_told_in_one_line(played):
+    told = {"nan": STOPS["nan"].removeprefix("rank 1.*"), "gone": r"process 1 was ended by SIGKILL"}
+    for name in played["way"][4]:
+        assert played[name].codes == [2], played[name]
+        (line,) = errors(played[name])
+        assert re.search(told[name], line), line
+        assert "Traceback" not in played[name].everything, played[name]
+
+
+def test_sigterm_to_a_command_before_its_training_ends_all(tiny, tmp_path):
+    early = run_all([fit(tiny, "early", *TWO, fault="asked:0:-1", **FORK)], tmp_path)["early"]
+    assert early.codes == [143], early
+    assert "Traceback" not in early.everything

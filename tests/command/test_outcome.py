@@ -48,22 +48,22 @@ def test_an_exception_keeps_its_type_and_message_and_names_its_place():
     assert "test_outcome.py:" in said
     assert "<lambda>; --debug shows the traceback)" in said
 
+    # of a user's own code and not of the library that it called; and not taken for an error that is known
+    assert (
+        "test_outcome.py:"
+        in exit_code_and_line(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))[1]
+    )
+    (_, said), (code, _) = (
+        exit_code_and_line(raised(lambda error=error: (_ for _ in ()).throw(error)))
+        for error in (RuntimeError("out of memory, says my loader"), FileNotFoundError(2, "gone", "x"))
+    )
+    assert said.startswith("RuntimeError: out of memory, says my loader")
+    assert code == 1
 
-def test_the_place_is_the_users_own_code_and_not_the_library_that_it_called():
-    _, said = exit_code_and_line(raised(lambda: subprocess.run(["true"], check=False, timeout="soon")))
-    assert "test_outcome.py:" in said
 
-
-def test_a_users_own_exception_is_not_taken_for_a_known_one():
-    def loads():
-        raise RuntimeError("out of memory, says my loader")
-
-    assert exit_code_and_line(raised(loads))[1].startswith("RuntimeError: out of memory, says my loader")
-    assert exit_code_and_line(raised(lambda: (_ for _ in ()).throw(FileNotFoundError(2, "gone", "x"))))[0] == 1
-
-
-def test_a_mistake_is_2_and_says_nothing_of_a_place(fails):
+def test_a_mistake_is_2_and_ctrl_c_130_and_they_say_nothing_of_a_place(fails):
     assert fails(LoRAError("r must be 1")) == (2, "lora-lightning: error: r must be 1\n")
+    assert fails(KeyboardInterrupt()) == (130, "lora-lightning: error: stopped by Ctrl-C\n")
 
 
 @pytest.mark.parametrize("error", [LoRAError("r must be 1"), ZeroDivisionError("no")])
@@ -75,10 +75,6 @@ def test_debug_adds_the_traceback_and_keeps_line_and_code(error, fails):
     assert "Traceback (most recent call last)" in shown
     assert shown.endswith(plain)
     assert os.environ[DEBUG] == "1", "processes that the command starts show theirs too"
-
-
-def test_ctrl_c_is_130_without_a_traceback(fails):
-    assert fails(KeyboardInterrupt()) == (130, "lora-lightning: error: stopped by Ctrl-C\n")
 
 
 def test_ctrl_c_that_lightning_answered_with_1_is_130_too(monkeypatch, capsys):

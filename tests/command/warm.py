@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import traceback
 from pathlib import Path
 
 from tests.command.process import REPOSITORY
+from tests.processes import free_port
 
 LIMIT = 90.0
 
@@ -44,19 +44,7 @@ def as_srun(rank, count, port):
     return {**tasks, **own, "MASTER_PORT": port}
 
 
-def as_srun_on_two_nodes(rank, count, port):
-    """One task on each of two nodes."""
-    nodes = {"SLURM_NTASKS_PER_NODE": 1, "SLURM_NNODES": count, "SLURM_LOCALID": 0, "SLURM_NODEID": rank}
-    return {**as_srun(rank, count, port), **nodes, "SLURM_NODELIST": "localhost", "MASTER_ADDR": "127.0.0.1"}
-
-
-LAUNCHERS = {"torchrun": as_torchrun, "srun": as_srun, "srun2": as_srun_on_two_nodes, "none": lambda *_: {}}
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+LAUNCHERS = {"torchrun": as_torchrun, "srun": as_srun, "none": lambda *_: {}}
 
 
 def child(case, rank, port):

@@ -68,28 +68,6 @@ def test_tools_are_a_list_or_that_list_as_text():
         tools_of({"tools": "f"}, {"tools": "tools"})
 
 
-@pytest.mark.parametrize(
-    ("messages", "expected"),
-    [
-        ("Hi.", "a list of messages"),
-        (None, "a list of messages"),
-        ([], "at least one message"),
-        (["Hi."], "message 1 to be a mapping"),
-        ([user("Hi."), {"role": "asistant", "content": "x"}], "role of message 2 to be one of"),
-        ([{"content": "Hi."}], "role of message 1"),
-        ([user(None)], "content of message 1 to be text"),
-        ([user(3)], "content of message 1 to be text"),
-        ([user([{"type": "image", "url": "x"}])], "content of message 1 to be text"),
-        ([{"role": "assistant", "content": None, "tool_calls": "f"}], "tool_calls of message 1"),
-        ([{"from": "function_call", "value": "f"}], "a function_call, to be JSON"),
-    ],
-)
-def test_what_is_no_conversation_is_told(messages, expected):
-    with pytest.raises(BadRow) as told:
-        conversation_of({"messages": messages}, MESSAGES)
-    assert expected in told.value.expected
-
-
 def test_columns_that_make_no_conversation_are_refused():
     with pytest.raises(LoRAError, match="'promt'; did you mean 'prompt'"):
         check_chat_columns({"promt": "q", "answer": "a"})

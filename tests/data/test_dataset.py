@@ -36,11 +36,8 @@ def test_a_dataset_with_a_length_is_shuffled_in_training_alone():
     assert next(batch[0].tolist() for batch in module.predict_dataloader()) == list(range(7))
     assert module.val_dataloader() == []
     assert not module.has_validation
-
-
-def test_the_last_small_batch_can_be_left_out():
-    data = TensorDataset(torch.arange(20))
     assert len(list(DatasetData(train=data, batch_size=6, drop_last=True).train_dataloader())) == 3
+    assert DatasetData(train=[1, 2, 3], validation=[1]).data_summary == {"rows": {"train": 3, "validation": 1}}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -77,13 +74,10 @@ def test_a_set_from_disk_keeps_the_columns_that_are_named(saved, form, streaming
     assert [int(row["labels"]) for row in rows] == list(range(12))
     assert set(rows[0]) == {"labels"}
     assert isinstance(rows[0]["labels"], torch.Tensor)
+    (y, text), *_ = hub_dataset(str(saved / "saved"), split="test", transform=lambda row: (row["y"], row["text"]))
+    assert (int(y), text) == (0, "t0")
     loader = DatasetData(train=data, batch_size=5, shuffle=False).train_dataloader()
     assert [len(batch["labels"]) for batch in loader] == [5, 5, 2]
-
-
-def test_splits_and_functions_of_rows(saved):
-    data = hub_dataset(str(saved / "saved"), split="test", transform=lambda row: (row["y"], row["text"]))
-    assert [(int(y), text) for y, text in (data[i] for i in range(4))] == [(i, f"t{i}") for i in range(4)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

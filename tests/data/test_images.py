@@ -1,9 +1,8 @@
 """Images from folders, tables, sets and arrays become the same batches; a fault is named by file, row and column."""
 
-import csv
-import json
 import random
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,6 +16,7 @@ from lora_lightning.data.images.decoding import read_rgb
 from lora_lightning.data.images.rows import BadImageError
 from lora_lightning.data.images.transforms import Augmentation, Preprocessing, preprocessing_of
 from lora_lightning.data.io.splits import SplitConfig
+from tests.data.files import ALL, ready, save, write
 from tests.pictures import COLOURS, class_folders, picture
 
 SPLIT = SplitConfig(validation=0.25, test=0.25)
@@ -34,27 +34,7 @@ def folder(made, tmp_path):
 
 
 def data_of(path, **kwargs):
-    options = {"image_size": 16, "batch_size": 4, "split": SPLIT, "augment": None} | kwargs
-    data = ImageData(str(path) if not isinstance(path, dict) else path, **options)
-    data.prepare_data()
-    data.setup("fit")
-    return data
-
-
-def table_of(folder, file, **columns):
-    rows = [
-        {"image": str(path.relative_to(folder)), "label": path.parent.name} for path in sorted(folder.glob("*/*.png"))
-    ]
-    if file.endswith(".csv"):
-        with (folder / file).open("w", newline="") as handle:
-            writer = csv.DictWriter(handle, ["image", "label"])
-            writer.writeheader()
-            writer.writerows(rows)
-    elif file.endswith(".jsonl"):
-        (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        datasets.Dataset.from_list(rows).to_parquet(folder / file)
-    return folder / file
+    return ready(ImageData, path, **{"image_size": 16, "split": SPLIT, "augment": None} | kwargs)
 
 
 def everything(data, split="train"):
@@ -77,9 +57,7 @@ def test_a_folder_for_each_class_is_split_the_same_each_time(folder):
     assert batch["pixel_values"].dtype == torch.float32
     assert batch["labels"].dtype == torch.int64
 
-
-def test_labels_are_those_of_the_images_own_folders(folder):
-    data = data_of(folder, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
+    data = data_of(folder, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])  # labels are those of the images' own folders
     found = everything(data)
     channel = {0: 2, 1: 1, 2: 0}  # blue, green, red
     for pixels, label in zip(found["pixel_values"], found["labels"], strict=True):
@@ -96,60 +74,60 @@ def test_splits_nested_folders_and_hidden_files(folder, tmp_path):
     (root / "train" / "red" / ".hidden.png").write_bytes(b"no image")
     (root / "train" / ".cache").mkdir()
     (root / "train" / "red" / "notes.txt").write_text("no image")
-    data = data_of(root, split=SplitConfig(validation=0, test=0))
+    data = data_of(root, split=ALL)
     assert {name: len(table) for name, table in data.tables.items()} == {"train": 37, "validation": 36}
     assert data.label_names == sorted(COLOURS)
 
 
-@pytest.mark.parametrize("file", ["rows.csv", "rows.jsonl", "rows.parquet"])
-def test_a_table_of_paths_gives_the_folders_own_batches(folder, file):
-    assert same(data_of(folder), data_of(table_of(folder, file)))
-
-
-def test_paths_in_a_table_start_from_image_root(folder, tmp_path):
-    table = table_of(folder, "rows.csv").rename(tmp_path / "rows.csv")
-    assert same(data_of(folder), data_of(table, image_root=str(folder)))
-
-
-def test_a_saved_set_gives_the_folders_own_batches_and_is_not_decoded_into_the_cache(folder, tmp_path):
+def table_of(folder, file):
+    """The folder's images as paths in a table."""
     files = sorted(folder.glob("*/*.png"))
-    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=sorted(COLOURS)))
-    rows = {"image": [str(f) for f in files], "label": [f.parent.name for f in files]}
-    for name, table in (
-        ("paths", datasets.Dataset.from_dict(rows, features=features)),
-        ("bytes", datasets.Dataset.from_dict({**rows, "image": [Image.open(f) for f in files]}, features=features)),
-    ):
-        datasets.DatasetDict(train=table).save_to_disk(tmp_path / name)
-        data = data_of(tmp_path / name)
-        assert data.label_names == sorted(COLOURS)
-        assert same(data_of(folder), data)
-        assert data.tables["train"].features["image"].decode is False
+    return write(file, [{"image": str(f.relative_to(folder)), "label": f.parent.name} for f in files])
 
 
-def test_an_imagefolder_with_metadata_is_read_as_datasets_reads_it(folder, tmp_path):
-    root = tmp_path / "meta"
-    root.mkdir()
-    with (root / "metadata.csv").open("w") as handle:
-        handle.write("file_name,label\n")
-        for file in sorted(folder.glob("*/*.png")):
-            name = f"{file.parent.name}-{file.name}"
-            shutil.copy(file, root / name)
-            handle.write(f"{name},{file.parent.name}\n")
-    assert same(data_of(folder), data_of(root))
-
-
-def read_arrays(path):
-    files = sorted(__import__("pathlib").Path(path).glob("*/*.png"))
+def arrays(path):
+    """A reader of one's own."""
+    files = sorted(Path(path).glob("*/*.png"))
     return np.stack([np.array(Image.open(f)) for f in files]), [f.parent.name for f in files]
 
 
-def test_arrays_of_a_reader_give_the_folders_own_batches(folder):
-    assert same(data_of(folder), data_of(folder, reader=read_arrays))
+def saved(folder, to, image):
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=sorted(COLOURS)))
+    rows = [{"image": image(file), "label": file.parent.name} for file in sorted(folder.glob("*/*.png"))]
+    return save(to, features, train=rows)
 
 
-def test_a_reader_that_does_not_give_pairs_is_named(folder):
-    with pytest.raises(LoRAError, match=r"reader: expected images and as many labels.*lengths \[2, 3\]"):
-        data_of(folder, reader=lambda path: (np.zeros((2, 4, 4), np.uint8), [1, 2, 3]))
+def with_metadata(folder, to):
+    """As `datasets` reads an imagefolder."""
+    to.mkdir()
+    files = sorted(folder.glob("*/*.png"))
+    rows = [{"file_name": f"{f.parent.name}-{f.name}", "label": f.parent.name} for f in files]
+    for file, row in zip(files, rows, strict=True):
+        shutil.copy(file, to / row["file_name"])
+    write(to / "metadata.csv", rows)
+    return to
+
+
+FORMS = {
+    "CSV": lambda f, to: (table_of(f, f / "rows.csv"), {}),
+    "JSONL": lambda f, to: (table_of(f, f / "rows.jsonl"), {}),
+    "Parquet": lambda f, to: (table_of(f, f / "rows.parquet"), {}),
+    "a table elsewhere": lambda f, to: (table_of(f, to.with_suffix(".csv")), {"image_root": str(f)}),
+    "a saved set of paths": lambda f, to: (saved(f, to, str), {}),
+    "a saved set of bytes": lambda f, to: (saved(f, to, Image.open), {}),
+    "metadata": lambda f, to: (with_metadata(f, to), {}),
+    "a reader": lambda f, to: (f, {"reader": arrays}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_gives_the_folders_own_batches(form, folder, tmp_path):
+    path, options = FORMS[form](folder, tmp_path / "other")
+    data = data_of(path, **options)
+    assert data.label_names == sorted(COLOURS)
+    assert same(data_of(folder), data)
+    if form.startswith("a saved set"):
+        assert data.tables["train"].features["image"].decode is False, "nothing is decoded into the cache"
 
 
 def test_duplicates_are_dropped_and_training_rows_are_limited(folder):
@@ -188,20 +166,12 @@ def test_augmentation_is_a_function_of_seed_epoch_and_row_alone(folder):
     ):
         assert other.keys() == one.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
+    data, before = data_of(folder, augment=augment), torch.get_rng_state()
+    _ = data.encoded_rows("train")[(0, 0)]
+    assert torch.equal(before, torch.get_rng_state()), "torch's own generator is let be"
+    assert same(data, data_of(folder)), "evaluation is not augmented"
     reseeded = epochs(data_of(folder, augment=augment, seed=1))
     assert any(not torch.equal(one[key], reseeded[key]) for key in one)
-
-
-def test_augmentation_leaves_torchs_own_generator_and_evaluation_alone(folder):
-    data = data_of(folder, augment=Augmentation(rand_augment=9))
-    before = torch.get_rng_state()
-    data.encoded_rows("train")[(0, 0)]
-    assert torch.equal(before, torch.get_rng_state())
-    assert same(data, data_of(folder))
-    assert all(
-        torch.equal(a["pixel_values"], b["pixel_values"])
-        for a, b in zip(data.val_dataloader(), data.val_dataloader(), strict=True)
-    )
 
 
 # What is in a file, to RGB.
@@ -224,17 +194,10 @@ def test_every_mode_becomes_rgb(tmp_path):
         found = read_rgb(str(tmp_path / name))
         assert found.mode == "RGB"
         assert np.array_equal(np.asarray(found), colour), name
-
-
-def test_exif_turns_an_image_the_right_way_up(tmp_path):
-    image = Image.new("RGB", (8, 4), (200, 0, 0))
-    exif = Image.Exif()
+    image, exif = Image.new("RGB", (8, 4), (200, 0, 0)), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     image.save(tmp_path / "x.jpg", exif=exif)
     assert read_rgb(str(tmp_path / "x.jpg")).size == (4, 8)
-
-
-def test_numbers_without_a_known_range_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ValueError, match="floats, whose range is not known"):
         read_rgb(str(tmp_path / "f.tiff"))
@@ -251,12 +214,9 @@ def test_a_saved_processor_gives_the_pixels_of_evaluation(folder):
         torch.testing.assert_close(everything(data)["pixel_values"], theirs, rtol=0, atol=1e-5)
 
 
-def test_a_size_of_ones_own_keeps_the_share_of_the_crop():
+def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
     assert Preprocessing(size=(224, 224), resize=256).at(112) == Preprocessing(size=(112, 112), resize=128)
     assert Preprocessing(size=(224, 224), resize=(224, 224)).at([8, 12]).resize == (8, 12)
-
-
-def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
     from transformers import ConvNextImageProcessor, ViTImageProcessor
 
     lite = preprocessing_of("timm:tf_efficientnet_lite0")
@@ -289,8 +249,14 @@ def test_a_name_without_preprocessing_is_named(name, said):
 # Bad data.
 
 
-def cut(file):
-    file.write_bytes(file.read_bytes()[:-200])
+def unknown_class(folder):
+    """In a folder for each split."""
+    both = folder.with_name("both")
+    for split in ("train", "val"):
+        shutil.copytree(folder, both / split)
+    (both / "val" / "red").rename(both / "val" / "rad")
+    shutil.rmtree(folder)
+    both.rename(folder)
 
 
 FAULTS = {
@@ -304,30 +270,31 @@ FAULTS = {
         lambda f: [shutil.move(f / n, f.parent) for n in COLOURS],
         "holds no folders: expected one for each",
     ),
+    "an unknown class": (
+        unknown_class,
+        r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'",
+    ),
+    "a reader of no pairs": (
+        lambda f: None,
+        r"reader: expected images and as many labels.*lengths \[2, 3\]",
+        {"reader": lambda path: (np.zeros((2, 4, 4), np.uint8), [1, 2, 3])},
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_fault_in_a_folder_names_the_file_before_training(name, folder):
-    breaks, said = FAULTS[name]
+    breaks, said, *options = FAULTS[name]
     breaks(folder)
     with pytest.raises(LoRAError, match=said):
-        data_of(folder)
-
-
-def test_an_unknown_class_in_validation_names_the_file(folder, tmp_path):
-    root = tmp_path / "by_split"
-    shutil.copytree(folder, root / "train")
-    shutil.copytree(folder, root / "val")
-    (root / "val" / "red").rename(root / "val" / "rad")
-    with pytest.raises(LoRAError, match=r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'"):
-        data_of(root)
+        data_of(folder, **(options[0] if options else {}))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_is_cut_off_is_named_when_it_is_read_also_by_a_worker(folder, workers):
-    cut(folder / "red" / "03.png")
-    data = data_of(folder, num_workers=workers, split=SplitConfig(validation=0, test=0))
+    file = folder / "red" / "03.png"
+    file.write_bytes(file.read_bytes()[:-200])
+    data = data_of(folder, num_workers=workers, split=ALL)
     with pytest.raises(BadImageError) as raised:
         list(data.train_dataloader())
     said = str(raised.value)
@@ -336,84 +303,6 @@ def test_an_image_that_is_cut_off_is_named_when_it_is_read_also_by_a_worker(fold
     assert "\n" not in said
     with pytest.raises(LoRAError, match=r"red/03\.png"):
         data_of(folder, verify="decode")
-
-
-def rows_of(file):
-    with file.open() as handle:
-        return list(csv.DictReader(handle))
-
-
-def rewrite(file, rows):
-    with file.open("w", newline="") as handle:
-        writer = csv.DictWriter(handle, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def change(column, value, row=4):
-    def do(file):
-        rows = rows_of(file)
-        rows[row - 1][column] = value
-        rewrite(file, rows)
-
-    return do
-
-
-TABLES = {
-    "no such file": (change("image", "red/nowhere.png"), {}, "row 4, column 'image'.*'red/nowhere.png'.*no such file"),
-    "no image": (change("image", "rows.csv"), {}, "row 4, column 'image': .* that opens, got 'rows.csv'"),
-    "no path": (change("image", ""), {}, "row 4, column 'image': expected the path of an image, got None"),
-    "no label": (change("label", ""), {}, "row 4, column 'label': expected a label, .*, got None"),
-    "out of range": (change("label", "3"), {"label_names": ["a", "b", "c"]}, "row 4, column 'label'.* 0 to 2, got 3"),
-    "missing column": (lambda f: None, {"label_column": "lable"}, "no column 'lable'; did you mean 'label'"),
-    "a column of numbers": (lambda f: None, {"image_column": "number"}, "row 1, column 'number': .* the path of an"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TABLES)
-def test_a_fault_in_a_table_names_file_row_and_column(name, folder):
-    breaks, options, said = TABLES[name]
-    file = table_of(folder, "rows.csv")
-    rows = [
-        {**row, "label": str(sorted(COLOURS).index(row["label"])), "number": i} for i, row in enumerate(rows_of(file))
-    ]
-    rewrite(file, rows)
-    breaks(file)
-    with pytest.raises(LoRAError, match=said) as raised:
-        data_of(file, **options)
-    assert "column" in str(raised.value)
-    if name != "missing column":
-        assert str(raised.value).startswith("rows.csv, the ")
-
-
-def test_an_unknown_label_in_a_table_for_validation_is_named(folder):
-    table_of(folder, "train.csv")
-    change("label", "violet")(table_of(folder, "val.csv"))
-    paths = {"train": str(folder / "train.csv"), "val": str(folder / "val.csv")}
-    with pytest.raises(LoRAError, match=r"val\.csv, the validation set, row 4, column 'label': .* got 'violet'"):
-        data_of(paths)
-
-
-def test_bytes_that_are_no_image_are_named(tmp_path):
-    rows = {"image": [{"bytes": b"junk", "path": None}] * 8, "label": [0, 1] * 4}
-    features = datasets.Features(image=datasets.Image(decode=False), label=datasets.Value("int64"))
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
-    with pytest.raises(BadImageError, match=r"the train set, row \d, column 'image': expected an image that opens"):
-        list(data_of(tmp_path / "set", split=SplitConfig(validation=0, test=0)).train_dataloader())
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "said"),
-    [
-        ({"image_size": 0}, "image_size must be one number or height and width"),
-        ({"mean": [0.5]}, "mean must be three numbers"),
-        ({"crop_share": 0.0}, "crop_share must be above 0"),
-        ({"max_train_rows": 0}, "max_train_rows must be at least 1"),
-    ],
-)
-def test_an_argument_that_means_nothing_is_named(folder, kwargs, said):
-    with pytest.raises(LoRAError, match=said):
-        data_of(folder, **kwargs)
 
 
 def test_predicting_needs_no_labels_and_no_folders(folder, tmp_path):
@@ -425,13 +314,3 @@ def test_predicting_needs_no_labels_and_no_folders(folder, tmp_path):
     batches = list(data.predict_dataloader())
     assert [set(batch) for batch in batches] == [{"pixel_values"}]
     assert len(batches[0]["pixel_values"]) == 3
-
-
-@pytest.mark.parametrize("path", ["set", "./set/../set", {"train": "set"}])
-def test_a_folder_is_found_from_where_the_command_runs(folder, monkeypatch, path):
-    monkeypatch.chdir(folder.parent)
-    batch = next(iter(data_of(path).train_dataloader()))
-    assert batch["pixel_values"].shape == (4, 3, 16, 16)
-    (folder / "red" / "broken.png").write_bytes(b"no image")
-    with pytest.raises(BadImageError, match=r"^set/red/broken.png: expected an image that opens"):
-        data_of("set")

@@ -1,41 +1,32 @@
 """Texts to batches: every token is there, once; what cannot be used is named."""
 
-import json
 from collections import Counter
 
-import datasets
 import pytest
-import torch
 
 from lora_lightning import LoRAError
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.language_modelling import LanguageModellingData
+from tests.data import files
+from tests.data.files import ALL, ready
 from tests.tiny_lm import make_texts, make_tokenizer
 
 TEXTS = make_texts(40, longest=30)
-ALL = SplitConfig(validation=0, test=0)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def tokenizer(tokenizers):
+    return tokenizers.lm
 
 
 def data_of(path, tokenizer, **options):
-    data = LanguageModellingData(path, tokenizer, **{"split": ALL, "max_length": 16, "batch_size": 4} | options)
-    data.prepare_data()
-    data.setup("fit")
-    return data
+    return ready(LanguageModellingData, path, tokenizer, **{"split": ALL, "max_length": 16} | options)
 
 
 def write(path, texts):
-    if path.suffix == ".txt":
-        path.write_text("\n".join(texts) + "\n")
-    else:
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    if path.suffix == ".jsonl":
+        return files.write(path, [{"text": text} for text in texts])
+    path.write_text("\n".join(texts) + "\n")
+    return path
 
 
 def tokens_of(loader):
@@ -90,25 +81,11 @@ def test_a_txt_is_taken_by_line_by_paragraph_or_whole(tmp_path, tokenizer, by, d
 def test_predictions_are_for_pieces_of_documents_in_the_order_of_the_file(tmp_path, tokenizer):
     write(tmp_path / "train.txt", TEXTS)
     write(tmp_path / "predict.txt", ["one " * 40, "", "two three"])
-    data = data_of(str(tmp_path), tokenizer)
+    data = data_of(tmp_path, tokenizer)
     batches = list(data.predict_dataloader())
     assert [d for batch in batches for d in batch["document"].tolist()] == [1, 1, 1, 2, 3]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == 41 + 1 + 3
     assert all("position_ids" not in batch for batch in batches)
-
-
-def test_how_full_the_rows_are_is_said(tmp_path, tokenizer, caplog):
-    caplog.set_level("INFO", logger="lightning.pytorch.utilities.rank_zero")
-    data = data_of(write(tmp_path / "set.txt", TEXTS), tokenizer)
-    rows = data.encoded_rows("train")
-    empty = 1 - sum(expected(TEXTS).values()) / (16 * len(rows))
-    assert f"train: 40 documents in {len(rows)} rows of 16, {empty:.1%} empty" in caplog.text
-
-
-def test_encoding_twice_gives_the_same_rows_in_the_same_order(tmp_path, tokenizer):
-    path = write(tmp_path / "set.txt", TEXTS)
-    batches = [[b["input_ids"] for b in data_of(path, tokenizer, seed=5).train_dataloader()] for _ in range(2)]
-    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
 def test_rows_of_a_single_token_are_named_and_left_out(tmp_path, tokenizer):
@@ -118,42 +95,9 @@ def test_rows_of_a_single_token_are_named_and_left_out(tmp_path, tokenizer):
     assert tokens_of(data.train_dataloader()) == Counter([3, 4, 6, 7])
 
 
-def test_a_last_piece_of_one_token_makes_no_row_of_its_own(tmp_path, tokenizer):
-    path = write(tmp_path / "set.jsonl", [" ".join(["one"] * 16)])
-    assert len(data_of(path, tokenizer, packing=False).encoded_rows("train")) == 1
-
-
-def test_a_saved_set_is_read_by_its_splits(tmp_path, tokenizer):
-    parts = {"train": TEXTS[:30], "validation": TEXTS[30:35], "test": TEXTS[35:]}
-    tables = {split: datasets.Dataset.from_dict({"body": texts}) for split, texts in parts.items()}
-    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
-    data = data_of(str(tmp_path / "saved"), tokenizer, text_column="body")
-    for split, texts in parts.items():
-        assert tokens_of(data.every(split)) == expected(texts)
-
-
-def _without_end(folder):
+def test_a_tokenizer_without_an_end_of_text_is_named(tmp_path):
     words = make_tokenizer()
     words.eos_token = None
-    words.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.parametrize(
-    ("texts", "options", "said"),
-    [
-        (TEXTS, {"text_column": "txt"}, r"no column 'txt'; did you mean 'text'"),
-        (["one", None, "two"], {}, r"set.jsonl, the train set, row 2, column 'text': expected text, got None"),
-        (["", " "], {}, r"set.jsonl, the train set: expected texts in column 'text', all are blank"),
-        (["one", "two"], {"end_of_text": False}, r"no row has two tokens, so there is nothing to train on"),
-        (TEXTS, {"max_length": 1}, r"max_length must be at least 2"),
-    ],
-)
-def test_a_fault_is_named(tmp_path, tokenizer, texts, options, said):
-    with pytest.raises(LoRAError, match=said):
-        data_of(write(tmp_path / "set.jsonl", texts), tokenizer, **options)
-
-
-def test_a_tokenizer_without_an_end_of_text_is_named(tmp_path):
+    words.save_pretrained(tmp_path / "words")
     with pytest.raises(LoRAError, match=r"has no end-of-text token: set data.init_args.end_of_text to false"):
-        data_of(write(tmp_path / "set.txt", TEXTS), _without_end(tmp_path / "words"))
+        data_of(write(tmp_path / "set.txt", TEXTS), tmp_path / "words")

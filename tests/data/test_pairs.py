@@ -11,11 +11,10 @@ from transformers import CLIPImageProcessor, CLIPProcessor
 
 from lora_lightning import LoRAError
 from lora_lightning.data.images.texts import ImageTextData
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.pairs import PairData, groups_of
-from tests.tiny_pairs import make_tokenizer, write_rows
+from tests.data.files import ALL, ready, rows_of, save, write
+from tests.tiny_pairs import make_tokenizer
 
-NO_SPLIT = SplitConfig(validation=0, test=0)
 ROWS = [
     {"anchor": "what colour is the sky", "positive": "it is blue", "negative": "it is green", "film": "a"},
     {"anchor": "what colour is grass", "positive": "it is green", "negative": "it is blue", "film": "b"},
@@ -23,26 +22,13 @@ ROWS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return str(folder)
+def pairs_of(folder, tokenizers, rows=ROWS, **options):
+    path = rows if isinstance(rows, dict) else write(folder / "pairs.jsonl", rows)
+    return ready(PairData, path, tokenizers.pairs, **{"split": ALL, "length_grouped": False} | options)
 
 
-def ready(data):
-    data.prepare_data()
-    data.setup("fit")
-    return data
-
-
-def pairs_of(folder, tokenizer, rows=ROWS, **options):
-    options = {"split": NO_SPLIT, "length_grouped": False} | options
-    return ready(PairData(str(write_rows(folder / "pairs.jsonl", rows)), tokenizer, **options))
-
-
-def batch_of(data, split="train"):
-    return data.collate([data.encoded_rows(split)[i] for i in range(len(data.encoded_rows(split)))])
+def captioned(path, processor, **options):
+    return ready(ImageTextData, path, processor, split=ALL, **options)
 
 
 def texts(data, part):
@@ -50,9 +36,9 @@ def texts(data, part):
     return [" ".join(text.split()) for text in words]
 
 
-def test_each_part_is_padded_by_itself_and_equal_positives_are_a_group(tmp_path, tokenizer):
-    data = pairs_of(tmp_path, tokenizer)
-    batch = batch_of(data)
+def test_each_part_is_padded_by_itself_and_equal_positives_are_a_group(tmp_path, tokenizers):
+    data = pairs_of(tmp_path, tokenizers)
+    batch = rows_of(data)
     assert set(batch) == {"anchor", "positive", "labels"}
     assert texts(data, batch["anchor"]) == [row["anchor"] for row in ROWS]
     assert texts(data, batch["positive"]) == [row["positive"] for row in ROWS]
@@ -62,52 +48,25 @@ def test_each_part_is_padded_by_itself_and_equal_positives_are_a_group(tmp_path,
     assert data.lengths(data.encoded_rows("train")) == [8, 7, 6]
 
 
-def test_prefixes_and_hard_negatives(tmp_path, tokenizer):
-    data = pairs_of(tmp_path, tokenizer, negative_column="negative", anchor_prefix="what ", positive_prefix="the ")
-    batch = batch_of(data)
+def test_prefixes_and_hard_negatives(tmp_path, tokenizers):
+    data = pairs_of(tmp_path, tokenizers, negative_column="negative", anchor_prefix="what ", positive_prefix="the ")
+    batch = rows_of(data)
     assert texts(data, batch["anchor"])[2] == "what the sky is"
     assert texts(data, batch["positive"])[0] == "the it is blue"
     assert texts(data, batch["negative"]) == ["the it is green", "the it is blue", "the no idea"]
     assert batch["labels"].tolist() == [[0, 1], [1, 0], [0, 2]], "blue is no negative of blue"
 
 
-def test_a_group_column_says_what_belongs_together(tmp_path, tokenizer):
-    data = pairs_of(tmp_path, tokenizer, negative_column="negative", group_column="film")
-    assert batch_of(data)["labels"].tolist() == [[0, -1], [1, -1], [0, -1]]
+def test_a_group_column_says_what_belongs_together(tmp_path, tokenizers):
+    data = pairs_of(tmp_path, tokenizers, negative_column="negative", group_column="film")
+    assert rows_of(data)["labels"].tolist() == [[0, -1], [1, -1], [0, -1]]
     assert groups_of(["x", "y"], None, None) == [[0], [1]]
-
-
-def test_texts_are_cut(tmp_path, tokenizer):
-    assert batch_of(pairs_of(tmp_path, tokenizer, max_length=2))["anchor"]["input_ids"].shape == (3, 2)
-
-
-def test_to_predict_an_anchor_is_enough(tmp_path, tokenizer):
+    assert rows_of(pairs_of(tmp_path, tokenizers, max_length=2))["anchor"]["input_ids"].shape == (3, 2)
     files = {
-        "train": str(write_rows(tmp_path / "train.jsonl", ROWS)),
-        "predict": str(write_rows(tmp_path / "new.jsonl", [{"anchor": "the grass"}])),
+        "train": write(tmp_path / "train.jsonl", ROWS),
+        "predict": write(tmp_path / "new.jsonl", [{"anchor": "a"}]),
     }
-    batch = batch_of(ready(PairData(files, tokenizer, split=NO_SPLIT)), "predict")
-    assert set(batch) == {"anchor"}
-
-
-@pytest.mark.parametrize(
-    ("change", "options", "said"),
-    [
-        ({"anchor": None}, {}, "pairs.jsonl, the train set, row 3, column 'anchor': expected a text with words in it"),
-        ({"positive": "  "}, {}, "row 3, column 'positive': expected a text with words in it, got '  '"),
-        (
-            {"negative": "it is blue"},
-            {"negative_column": "negative"},
-            "row 3, column 'negative': expected another text",
-        ),
-        ({}, {"positive_column": "positiv"}, "no column 'positiv'; did you mean 'positive'"),
-        ({}, {"group_column": "movie"}, "no column 'movie'"),
-    ],
-)
-def test_a_fault_in_a_text_is_named(change, options, said, tmp_path, tokenizer):
-    with pytest.raises(LoRAError) as raised:
-        pairs_of(tmp_path, tokenizer, [*ROWS[:2], {**ROWS[2], **change}], **options)
-    assert said in str(raised.value)
+    assert set(rows_of(pairs_of(tmp_path, tokenizers, files), "predict")) == {"anchor"}, "an anchor is enough"
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +91,10 @@ def write_pictures(folder, count=3):
 
 
 def test_images_and_texts_go_through_the_processor(tmp_path, processor):
-    file = write_rows(tmp_path / "captions.jsonl", write_pictures(tmp_path))
-    data = ready(ImageTextData(str(file), processor, split=NO_SPLIT))
-    batch = batch_of(data)
+    file = write(tmp_path / "captions.jsonl", write_pictures(tmp_path))
+    data = captioned(file, processor, num_workers=1)
+    batch = rows_of(data)
+    assert next(iter(data.train_dataloader()))["pixel_values"].shape == (3, 3, 8, 8), "workers open images too"
     own = data.processor(
         images=[picture(i) for i in range(3)], text=["the sky", "the grass", "the sky"], return_tensors="pt"
     )
@@ -146,50 +106,35 @@ def test_images_and_texts_go_through_the_processor(tmp_path, processor):
 
 def test_paths_bytes_and_image_columns_give_the_same_batch(tmp_path, processor):
     rows = write_pictures(tmp_path)
-    from_paths = batch_of(
-        ready(ImageTextData(str(write_rows(tmp_path / "captions.jsonl", rows)), processor, split=NO_SPLIT))
-    )
+    from_paths = rows_of(captioned(write(tmp_path / "captions.jsonl", rows), processor))
     held = []
     for i, row in enumerate(rows):
         buffer = io.BytesIO()
         picture(i).save(buffer, "PNG")
         held.append({**row, "image": {"bytes": buffer.getvalue(), "path": None}})
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
-    datasets.Dataset.from_list(held, features=features).save_to_disk(tmp_path / "saved")
-    from_set = batch_of(ready(ImageTextData(str(tmp_path / "saved"), processor, split=NO_SPLIT)))
+    from_set = rows_of(captioned(save(tmp_path / "saved", features, train=held), processor))
     for name, value in from_paths.items():
         assert torch.equal(value, from_set[name]), name
-
-
-def test_workers_open_images_too(tmp_path, processor):
-    file = write_rows(tmp_path / "captions.jsonl", write_pictures(tmp_path))
-    data = ready(ImageTextData(str(file), processor, split=NO_SPLIT, batch_size=3, num_workers=1))
-    assert next(iter(data.train_dataloader()))["pixel_values"].shape == (3, 3, 8, 8)
 
 
 def test_a_fault_in_an_image_is_named(tmp_path, processor):
     rows = write_pictures(tmp_path)
     (tmp_path / "images/1.png").write_bytes(b"no image")
-    file = write_rows(tmp_path / "captions.jsonl", rows)
+    file = write(tmp_path / "captions.jsonl", rows)
     with pytest.raises(
         LoRAError, match=r"captions.jsonl, the train set, row 2, column 'image': expected an image that op"
     ):
-        ready(ImageTextData(str(file), processor, split=NO_SPLIT))
+        captioned(file, processor)
     (tmp_path / "images/1.png").unlink()
     with pytest.raises(LoRAError, match=r"row 2, column 'image': expected an image that opens, .*1.png': there is no"):
-        ready(ImageTextData(str(file), processor, split=NO_SPLIT))
+        captioned(file, processor)
     whole = (tmp_path / "images/0.png").read_bytes()
     (tmp_path / "images/0.png").write_bytes(whole[:150])  # the header is there, pixels are not
-    data = ready(ImageTextData(str(write_rows(file, [rows[0], rows[2]])), processor, split=NO_SPLIT))
+    data = captioned(write(file, [rows[0], rows[2]]), processor)
     with pytest.raises(LoRAError, match="row 1, column 'image': expected an image that opens"):
-        batch_of(data)
+        rows_of(data)
     with pytest.raises(LoRAError, match=r"row 1, column 'image': expected the path of an image"):
-        ready(ImageTextData(str(write_rows(file, [{"image": 3, "text": "the sky"}])), processor, split=NO_SPLIT))
+        captioned(write(file, [{"image": 3, "text": "the sky"}]), processor)
     with pytest.raises(LoRAError, match="row 1, column 'text': expected a text with words"):
-        ready(ImageTextData(str(write_rows(file, [{**rows[2], "text": ""}])), processor, split=NO_SPLIT))
-
-
-def test_a_processor_that_is_not_there_is_said(tmp_path):
-    file = write_rows(tmp_path / "captions.jsonl", write_pictures(tmp_path))
-    with pytest.raises(LoRAError, match="no processor"):
-        _ = ImageTextData(str(file), "./nowhere").processor
+        captioned(write(file, [{**rows[2], "text": ""}]), processor)

@@ -3,24 +3,19 @@
 import pytest
 
 from lora_lightning import LoRAError
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.preference import PreferenceData, fit_to_length
-from tests.tiny_pairs import as_messages, make_llama, preferences, write_rows
-
-NO_SPLIT = SplitConfig(validation=0, test=0)
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory):
-    return make_llama(tmp_path_factory.mktemp("llama"))
+from tests.data.files import ALL, ready, write
+from tests.tiny_pairs import as_messages, make_tokenizer, preferences
 
 
-def data_of(folder, llama, rows, **options):
-    options = {"split": NO_SPLIT, "batch_size": 4, "length_grouped": False} | options
-    data = PreferenceData(str(write_rows(folder / "pairs.jsonl", rows)), str(llama), **options)
-    data.prepare_data()
-    data.setup("fit")
-    return data
+@pytest.fixture
+def llama(tokenizers):
+    return tokenizers.pairs
+
+
+def data_of(folder, tokenizer, rows, **options):
+    path = write(folder / "pairs.jsonl", rows)
+    return ready(PreferenceData, path, tokenizer, **{"split": ALL, "length_grouped": False} | options)
 
 
 def texts(data, split="train"):
@@ -66,17 +61,17 @@ def test_an_answer_that_the_template_begins_otherwise_keeps_what_differs(tmp_pat
         "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' ' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant idea ' }}{% endif %}"
     )
-    llama = make_llama(tmp_path / "llama", template=template)
-    whole, counted = texts(data_of(tmp_path, llama, preferences(4), as_chat=True))
+    make_tokenizer(tmp_path / "words", template=template)
+    whole, counted = texts(data_of(tmp_path, tmp_path / "words", preferences(4), as_chat=True))
     assert all("idea" not in text for text in whole)
     assert counted[0].startswith("it is")
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
     template = "{{ messages | length }} {% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
-    llama = make_llama(tmp_path / "llama", template=template)
+    make_tokenizer(tmp_path / "words", template=template)
     with pytest.raises(LoRAError, match="writes a prompt in another way once it is answered"):
-        data_of(tmp_path, llama, preferences(4), as_chat=True)
+        data_of(tmp_path, tmp_path / "words", preferences(4), as_chat=True)
 
 
 def test_cutting_keeps_answers_and_takes_the_prompts_beginning():
@@ -101,53 +96,3 @@ def test_messages_may_have_more_keys_in_some_rows(tmp_path, llama):
     rows = [as_messages(row) for row in preferences(5)]
     rows[0]["prompt"][0]["name"] = "someone"
     data_of(tmp_path, llama, rows)
-
-
-ROW = {"prompt": "what is", "chosen": "it is", "rejected": "no"}
-FAULTS = {
-    "an empty answer": (
-        [ROW, {**ROW, "chosen": " "}],
-        {},
-        "pairs.jsonl, the train set, row 2, column 'chosen': expected an answer with words in it",
-    ),
-    "no prompt": ([ROW, {**ROW, "prompt": None}], {}, "row 2, column 'prompt': expected text, got None"),
-    "no answer": ([{**ROW, "rejected": None}, ROW], {}, "row 1, column 'rejected': expected text, got None"),
-    "a missing column": ([{"prompt": "a", "chosen": "b"}], {}, "no column 'rejected'"),
-    "a mistyped column": ([ROW], {"chosen_column": "choosen"}, "no column 'choosen'; did you mean 'chosen'"),
-    "messages without a role": (
-        [as_messages(ROW), {**as_messages(ROW), "chosen": [{"role": None, "content": "it"}]}],
-        {},
-        "row 2, column 'chosen': expected messages, a list of {role, content}",
-    ),
-    "an empty list": (
-        [as_messages(ROW), {**as_messages(ROW), "prompt": []}],
-        {},
-        "row 2, column 'prompt': expected messages",
-    ),
-    "texts without a prompt": ([ROW], {"prompt_column": None}, "two texts do not say where their prompt ends"),
-    "messages as chat": ([as_messages(ROW)], {"as_chat": True}, "as_chat is for columns of texts"),
-    "conversations that part early": (
-        [{c: [{"role": "user", "content": c}, {"role": "assistant", "content": "it"}] for c in ("chosen", "rejected")}],
-        {"prompt_column": None},
-        "row 1, column 'rejected': expected the messages of 'chosen' but for the last",
-    ),
-    "a prompt as long as all": (
-        [ROW],
-        {"max_length": 8, "max_prompt_length": 8},
-        "from 1 to max_length - 1 = 7, got 8",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named_by_file_row_and_column(name, tmp_path, llama):
-    rows, options, said = FAULTS[name]
-    with pytest.raises(LoRAError) as raised:
-        data_of(tmp_path, llama, rows, **options)
-    assert said in str(raised.value)
-
-
-def test_messages_need_a_chat_template(tmp_path):
-    llama = make_llama(tmp_path / "llama", template=None)
-    with pytest.raises(LoRAError, match="has no chat template"):
-        data_of(tmp_path, llama, [as_messages(ROW)] * 2)

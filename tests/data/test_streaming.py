@@ -1,7 +1,6 @@
 """A stream gives the rows of the table, for ever; processes share it; a run that was cut short goes on as if not."""
 
 import functools
-import json
 import pickle
 from collections import Counter
 from itertools import islice, pairwise
@@ -14,7 +13,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, Resume
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.io.streams import Endless, endless, share_of
 from lora_lightning.data.language_modelling import LanguageModellingData
 from lora_lightning.lora.frozen.tensors import adapter_tensors
@@ -22,23 +20,22 @@ from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.training.optim import WarmupDecay
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from lora_lightning.training.trainer import LoRATrainer
-from tests.tiny_lm import make_model, make_texts, make_tokenizer
+from tests.data import files
+from tests.data.files import ALL
+from tests.tiny_lm import make_model, make_texts
 from tests.training.resuming import EveryState, differing, ended
 
 TEXTS = make_texts(60, longest=30)
 AdamW = functools.partial(torch.optim.AdamW, lr=0.01)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer().save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def tokenizer(tokenizers):
+    return tokenizers.lm
 
 
 def write(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    return str(files.write(path, [{"text": text} for text in texts]))
 
 
 @pytest.fixture
@@ -47,7 +44,7 @@ def path(tmp_path):
 
 
 def data_of(path, tokenizer, **options):
-    own = {"max_length": 16, "batch_size": 4, "split": SplitConfig(validation=0, test=0), "shuffle_buffer": 10}
+    own = {"max_length": 16, "batch_size": 4, "split": ALL, "shuffle_buffer": 10}
     return LanguageModellingData(path, tokenizer, **{"streaming": True} | own | options)
 
 
@@ -70,10 +67,9 @@ def test_a_stream_has_the_rows_of_the_table(path, tokenizer, packing):
 
 
 def test_a_saved_set_is_streamed_too(tmp_path, tokenizer, path):
-    parts = {"train": TEXTS[:50], "validation": TEXTS[50:]}
-    tables = {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in parts.items()}
-    datasets.DatasetDict(tables).save_to_disk(tmp_path / "saved")
-    data = data_of(str(tmp_path / "saved"), tokenizer, packing=False)
+    rows = [{"text": text} for text in TEXTS]
+    saved = files.save(tmp_path / "saved", train=rows[:50], validation=rows[50:])
+    data = data_of(str(saved), tokenizer, packing=False)
     assert data.has_validation
     validated = [batch["input_ids"][batch["attention_mask"].bool()] for batch in data.val_dataloader()]
     assert sum(map(len, validated)) == sum(len(text.split()) + 1 for text in TEXTS[50:])
@@ -89,9 +85,9 @@ def test_it_goes_on_in_another_order_each_time_and_the_same_for_one_seed(path, t
     assert first != second
 
 
-@pytest.mark.parametrize("files", [1, 2])
-def test_processes_share_the_rows(tmp_path, tokenizer, files):
-    texts = [TEXTS[i::files] for i in range(files)]
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_share_the_rows(tmp_path, tokenizer, count):
+    texts = [TEXTS[i::count] for i in range(count)]
     stream = datasets.load_dataset(
         "json", streaming=True, data_files=[write(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(texts)]
     )["train"]
@@ -143,15 +139,6 @@ def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, tokenizer, 
     assert rows_seen(again.train_dataloader(), 20) == whole[10:]
 
 
-def test_a_resumed_fit_is_the_uninterrupted_one(path, tokenizer, tmp_path):
-    _, whole = fit(path, tokenizer, tmp_path / "whole", 8)
-    fit(path, tokenizer, tmp_path / "first", 5)
-    trainer, resumed = fit(path, tokenizer, tmp_path / "rest", 8, ckpt_path=tmp_path / "first" / "last.ckpt")
-    assert trainer.global_step == 8
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_resumed_fit_is_the_uninterrupted_one_though_a_schedule_asked_for_its_length_first(
     tmp_path, tokenizer, workers
@@ -177,13 +164,6 @@ def test_a_resumed_fit_is_the_uninterrupted_one_though_a_schedule_asked_for_its_
     assert differing(whole, fit(tmp_path / "rest", str(middle))) == []
 
 
-def test_a_fit_validates_where_it_is_told_to(tmp_path, tokenizer):
-    write(tmp_path / "train.jsonl", TEXTS)
-    write(tmp_path / "validation.jsonl", TEXTS[:9])
-    trainer, _ = fit(str(tmp_path), tokenizer, tmp_path / "run", 4, val_check_interval=4)
-    assert float(trainer.callback_metrics["val/perplexity"]) > 1
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -196,30 +176,6 @@ def test_what_waits_for_the_end_of_a_stream_is_refused(tmp_path, tokenizer, opti
     write(tmp_path / "validation.jsonl", TEXTS[:9])
     with pytest.raises(LoRAError, match=said):
         fit(str(tmp_path), tokenizer, tmp_path / "run", **options)
-
-
-@pytest.mark.parametrize(
-    ("texts", "options", "said"),
-    [
-        (TEXTS, {"text_column": "txt"}, r"no column 'txt'; did you mean 'text'"),
-        (["one", "two", None], {}, r"set.jsonl, the train set, row 3, column 'text': expected text, got None"),
-        ([], {}, r"set.jsonl is empty"),
-    ],
-)
-def test_a_fault_is_named(tmp_path, tokenizer, texts, options, said):
-    with pytest.raises(LoRAError, match=said):
-        list(data_of(write(tmp_path / "set.jsonl", texts), tokenizer, **options).streams["train"])
-
-
-def test_a_file_that_cannot_be_read_is_named(tmp_path, tokenizer):
-    (tmp_path / "set.jsonl").write_text("no json\n")
-    with pytest.raises(LoRAError, match=r"set.jsonl, the train set cannot be read"):
-        _ = data_of(str(tmp_path / "set.jsonl"), tokenizer).streams
-
-
-def test_worker_processes_give_the_same_rows_each_time(path, tokenizer):
-    one, two = (rows_seen(data_of(path, tokenizer, num_workers=2).train_dataloader(), 12) for _ in range(2))
-    assert one == two  # (of the two workers the second has no file of its own)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -2,17 +2,13 @@
 
 import csv
 import io
-import json
-import time
 
-import datasets
 import pytest
 from datasets.fingerprint import Hasher
 from rich.console import Console
 
 from lora_lightning import (
     ChatData,
-    DatasetData,
     LanguageModellingData,
     MultiLabelTextData,
     PairData,
@@ -26,9 +22,9 @@ from lora_lightning import (
 from lora_lightning.data.base import Encoding
 from lora_lightning.data.io.rows import encode_rows
 from lora_lightning.data.io.splits import SplitConfig
-from lora_lightning.data.io.summary import summarize
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.console import show_data
+from tests.data.files import ALL, write
 from tests.tiny_pairs import make_tokenizer
 
 ROWS = [
@@ -43,94 +39,74 @@ ROWS = [
 ]
 
 
-def write(file, rows, header=("text", "label")):
+def table(file, rows, header=("text", "label")):
     with file.open("w", newline="") as opened:
         csv.writer(opened).writerows([header, *rows])
     return str(file)
 
 
-@pytest.fixture
-def told(tiny, tmp_path):
-    """Train has what is wrong; validation has a row of it, and test none."""
-    path = {
-        "train": write(tmp_path / "train.csv", ROWS),
-        "validation": write(tmp_path / "validation.csv", [*ROWS[:1], ("two friends", "Billing")]),
-        "test": write(tmp_path / "test.csv", [("the end", "Billing")]),
-    }
-    data = TextClassificationData(path, tiny.bert, max_length=20)
+def rows_file(file, rows):
+    return str(write(file, rows))
+
+
+def told(data):
     data.setup()
     return data.data_summary
 
 
-def test_rows_and_labels_are_counted_by_split(told):
-    assert told["rows"] == {"train": 8, "validation": 2, "test": 1}
-    assert told["labels"]["train"] == {"Billing": 4, "billing ": 3, "rare": 1}
-    assert told["labels"]["test"] == {"Billing": 1, "billing ": 0, "rare": 0}
-    assert told["cut"] == {"train": {"texts cut": 1 / 8}, "validation": {"texts cut": 0.0}, "test": {"texts cut": 0.0}}
-    assert told["in_two_splits"] == {"validation in train": 1}
+WRONG = {
+    "1 of 2 rows of validation stand in train too": "remove them",
+    "'Billing', 'billing ' differ by case or blanks only": "write them alike",
+    "the label rare (1)": "add rows",
+    "column 'text': 1 text is blank": "remove those rows",
+    "column 'text': 1 text holds NUL bytes": "UTF-8",
+    "12% of the texts in train are cut at 20 tokens": "max_length",
+}
 
 
-@pytest.mark.parametrize(
-    ("wrong", "cure"),
-    [
-        ("1 of 2 rows of validation stand in train too", "remove them"),
-        ("'Billing', 'billing ' differ by case or blanks only", "write them alike"),
-        ("the label rare (1)", "add rows"),
-        ("column 'text': 1 text is blank", "remove those rows"),
-        ("column 'text': 1 text holds NUL bytes", "UTF-8"),
-        ("12% of the texts in train are cut at 20 tokens", "max_length"),
-    ],
-)
-def test_each_thing_that_is_wrong_is_one_line_with_its_cure(told, wrong, cure):
-    (line,) = [line for line in told["warnings"] if wrong in line]
-    assert cure in line.partition(wrong)[2]
-    assert "\n" not in line
-
-
-def test_what_is_right_is_not_warned_of(tiny):
-    data = TextClassificationData(tiny.reviews, tiny.bert, split=SplitConfig(group_by="film"))
-    data.setup()
-    assert not [line for line in data.data_summary["warnings"] if "stand in" not in line]
-
-
-def test_rows_that_a_split_has_torn_apart_are_told_with_the_option_that_keeps_them_together(tiny, tmp_path):
-    rows = [(f"story {i // 2}", str(i % 2)) for i in range(40)]
-    data = TextClassificationData(write(tmp_path / "all.csv", rows), tiny.bert)
-    data.setup()
-    assert any("split.group_by" in line for line in data.data_summary["warnings"])
+def test_rows_and_labels_are_counted_by_split_and_each_wrong_thing_is_one_line_with_its_cure(tiny, tmp_path):
+    """Train has what is wrong; validation has a row of it, and test none."""
+    path = {
+        "train": table(tmp_path / "train.csv", ROWS),
+        "validation": table(tmp_path / "validation.csv", [*ROWS[:1], ("two friends", "Billing")]),
+        "test": table(tmp_path / "test.csv", [("the end", "Billing")]),
+    }
+    summary = told(TextClassificationData(path, tiny.bert, max_length=20))
+    assert summary["rows"] == {"train": 8, "validation": 2, "test": 1}
+    assert summary["labels"]["train"] == {"Billing": 4, "billing ": 3, "rare": 1}
+    assert summary["labels"]["test"] == {"Billing": 1, "billing ": 0, "rare": 0}
+    assert summary["cut"] == {
+        "train": {"texts cut": 1 / 8},
+        "validation": {"texts cut": 0.0},
+        "test": {"texts cut": 0.0},
+    }
+    assert summary["in_two_splits"] == {"validation in train": 1}
+    screen = Console(file=io.StringIO(), width=160)
+    show_data(summary, screen)
+    for text in ("train 8", "validation 2", "Billing 4", "12.5% of train", *summary["warnings"]):
+        assert text in screen.file.getvalue()
+    for wrong, cure in WRONG.items():
+        (line,) = [line for line in summary["warnings"] if wrong in line]
+        assert cure in line.partition(wrong)[2]
+        assert "\n" not in line
+    right = told(TextClassificationData(tiny.reviews, tiny.bert, split=SplitConfig(group_by="film")))
+    assert not [line for line in right["warnings"] if "stand in" not in line]
+    torn = [(f"story {i // 2}", str(i % 2)) for i in range(40)]
+    blank = [("a", " "), ("b", "x")] * 20
+    for rows, said in ((torn, "split.group_by"), (blank, "the blank label ' '")):
+        warned = told(TextClassificationData(table(tmp_path / "all.csv", rows), tiny.bert))["warnings"]
+        assert any(said in line for line in warned)
 
 
 def test_a_column_that_stands_twice_is_an_error_where_it_is_used_else_a_warning(tiny, tmp_path):
     rows = [(text, label, 1) for text, label in ROWS]
-    used = write(tmp_path / "used.csv", rows, ("text", "label", "label"))
+    used = table(tmp_path / "used.csv", rows, ("text", "label", "label"))
     with pytest.raises(LoRAError, match=r"used.csv.*column 'label' twice: rename one"):
         _ = TextClassificationData(used, tiny.bert).tables
-    beside = write(tmp_path / "beside.csv", [(*row, 2) for row in rows], ("text", "label", "note", "note"))
+    beside = table(tmp_path / "beside.csv", [(*row, 2) for row in rows], ("text", "label", "note", "note"))
     data = TextClassificationData(beside, tiny.bert)
     data.setup()
     assert [line for line in data.data_summary["warnings"] if "note twice" in line]
-
-
-def test_the_box_says_it_all(told):
-    screen = Console(file=io.StringIO(), width=160)
-    show_data(told, screen)
-    shown = screen.file.getvalue()
-    for text in ("train 8", "validation 2", "Billing 4", "12.5% of train", *told["warnings"]):
-        assert text in shown
-
-
-def test_a_torch_dataset_tells_how_many_examples_it_has():
-    assert DatasetData(train=[1, 2, 3], validation=[1]).data_summary == {"rows": {"train": 3, "validation": 1}}
-
-
-def test_many_rows_take_a_moment(tiny, tmp_path):
-    texts = [f"a story of {i} friends" for i in range(300_000)]
-    table = datasets.Dataset.from_dict({"text": texts, "label": [i % 2 for i in range(len(texts))]})
-    data = TextClassificationData("none", tiny.bert)
-    data._tables = {"train": table, "test": table.select(range(0, 300_000, 3))}
-    began = time.perf_counter()
-    assert summarize(data)["in_two_splits"] == {"test in train": 100_000}
-    assert time.perf_counter() - began < 5
 
 
 LONG, SHORT = " ".join(["story"] * 40), "a story"
@@ -177,21 +153,20 @@ def words(tmp_path_factory):
 @pytest.mark.parametrize("task", TEXTS)
 def test_each_task_of_texts_tells_what_is_cut(task, tiny, words, tmp_path):
     rows, expected = TEXTS[task]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = rows_file(tmp_path / "train.jsonl", rows)
     of_words = task in (PromptCompletionData, PreferenceData, ChatData, LanguageModellingData)
     further = {"max_target_length": 20} if task is SequenceToSequenceData else {}
-    options = {"max_length": 20, "split": SplitConfig(validation=0, test=0)}
-    data = task(str(tmp_path / "train.jsonl"), words if of_words else tiny.bert, **options, **further)
-    data.setup()
-    told = data.data_summary
-    assert told["cut"]["train"] == pytest.approx(expected)
+    options = {"max_length": 20, "split": ALL}
+    data = task(file, words if of_words else tiny.bert, **options, **further)
+    summary = told(data)
+    assert summary["cut"]["train"] == pytest.approx(expected)
     for what, share in expected.items():
-        lines = [line for line in told["warnings"] if f"of the {what.removesuffix(' cut')} in train are cut" in line]
+        lines = [line for line in summary["warnings"] if f"of the {what.removesuffix(' cut')} in train are cut" in line]
         assert len(lines) == (share > 0 and what != "documents in pieces")
         assert all("at 20 tokens: raise data.init_args.max_" in line for line in lines)
     assert not {name for name in getattr(data.encoded_rows("train"), "column_names", []) if name.endswith("_cut")}
     screen = Console(file=io.StringIO(), width=200)
-    show_data(told, screen)
+    show_data(summary, screen)
     assert all(f"{what}: {share:.1%} of train" in screen.file.getvalue() for what, share in expected.items())
 
 
@@ -211,8 +186,8 @@ ALIKE = [{"text": f"story {i}", "label": "x", "labels": "x", "tokens": ["story"]
 )
 def test_labels_that_are_all_one_are_an_error(task, options, tiny, tmp_path):
     rows = [row | {"number": 3} for row in ALIKE]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = task(str(tmp_path / "train.jsonl"), tiny.bert, **options)
+    file = rows_file(tmp_path / "train.jsonl", rows)
+    data = task(file, tiny.bert, **options)
     with pytest.raises(LoRAError, match=r"train.jsonl.*(at least 2|the same label)"):
         data.setup()
 
@@ -233,8 +208,7 @@ def test_texts_that_are_all_blank_are_an_error_and_some_a_warning(task, column, 
     of_words = task in (PromptCompletionData, LanguageModellingData)
 
     def data_of(name, rows):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return task(str(tmp_path / name), words if of_words else tiny.bert, split=SplitConfig(validation=0, test=0))
+        return task(rows_file(tmp_path / name, rows), words if of_words else tiny.bert, split=ALL)
 
     with pytest.raises(LoRAError, match=rf"all.jsonl, the train set: expected texts in column '{column}', all are"):
         data_of("all.jsonl", [row | {column: " "} for row in rows]).setup()
@@ -242,12 +216,6 @@ def test_texts_that_are_all_blank_are_an_error_and_some_a_warning(task, column, 
     some.setup()
     lines = [line for line in some.data_summary["warnings"] if f"column '{column}': 3 texts are blank" in line]
     assert len(lines) == (task is not LanguageModellingData), "which leaves them out"
-
-
-def test_a_blank_label_is_told(tiny, tmp_path):
-    data = TextClassificationData(write(tmp_path / "train.csv", [("a", " "), ("b", "x")] * 20), tiny.bert)
-    data.setup()
-    assert [line for line in data.data_summary["warnings"] if "the blank label ' '" in line]
 
 
 def test_rows_that_an_earlier_release_has_encoded_are_not_taken_from_the_cache():

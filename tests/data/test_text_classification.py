@@ -1,25 +1,27 @@
-"""Files become batches; a fault in a file is named by split, row and column."""
+"""Files become batches of labels, of several labels and of numbers; sets keep their own names and numbers."""
 
 import datasets
 import pytest
 import torch
 
-from lora_lightning import LoRAError, TextClassificationData
+from lora_lightning import LoRAError, TextClassificationData, huggingface
+from lora_lightning.data.classification import MultiLabelTextData, TextRegressionData
 from lora_lightning.data.io.splits import SplitConfig
-from tests.data.files import ready, write
+from tests.data.files import ALL, ready, save, write
 
 ROWS = [{"text": f"the film number {i} is {'fine' if i % 2 else 'dull'}", "label": f"{i % 2}"} for i in range(30)]
+NUMBERED = [{**row, "label": int(row["label"])} for row in ROWS]
+NAMED = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
 
 
 def data_of(path, bert, **kwargs):
     return ready(TextClassificationData, path, bert, **kwargs)
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
 def test_every_kind_of_file_gives_the_same_batches(tmp_path, bert, suffix):
     data = data_of(write(tmp_path / f"set{suffix}", ROWS), bert)
-    assert data.label_names == ["0", "1"]
-    assert data.num_classes == 2
+    assert (data.label_names, data.num_classes) == (["0", "1"], 2)
     batch = next(iter(data.train_dataloader()))
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert batch["labels"].dtype == torch.int64
@@ -28,65 +30,42 @@ def test_every_kind_of_file_gives_the_same_batches(tmp_path, bert, suffix):
         assert words[1 - int(label)] in ids.tolist()
 
 
-def test_a_directory_with_a_file_per_split_is_taken_as_it_is(tmp_path, bert):
-    for name, part in (("train", ROWS[:20]), ("dev", ROWS[20:24]), ("test", ROWS[24:])):
-        write(tmp_path / f"{name}.jsonl", part)
-    data = data_of(tmp_path, bert)
-    assert {k: len(v) for k, v in data.tables.items()} == {"train": 20, "validation": 4, "test": 6}
-
-
-def test_files_by_split_and_a_saved_dataset_agree(tmp_path, bert):
-    by_split = data_of(
-        {"train": str(write(tmp_path / "a.csv", ROWS)), "val": str(write(tmp_path / "b.csv", ROWS[:4]))}, bert
-    )
-    datasets.DatasetDict(
-        train=datasets.Dataset.from_list(ROWS), validation=datasets.Dataset.from_list(ROWS[:4])
-    ).save_to_disk(tmp_path / "saved")
-    saved = data_of(tmp_path / "saved", bert)
-    assert list(by_split.tables["validation"]["text"]) == list(saved.tables["validation"]["text"])
+def test_a_folder_files_by_split_and_a_saved_set_are_taken_as_they_are(tmp_path, bert):
+    parts = {"train": ROWS[:20], "dev": ROWS[20:24], "test": ROWS[24:]}
+    (tmp_path / "set").mkdir()
+    files = {name: write(tmp_path / "set" / f"{name}.jsonl", part) for name, part in parts.items()}
+    for path in (tmp_path / "set", files):
+        assert {k: len(v) for k, v in data_of(path, bert).tables.items()} == {"train": 20, "validation": 4, "test": 6}
+    saved = data_of(save(tmp_path / "saved", train=ROWS, validation=ROWS[:4]), bert)
+    assert list(saved.tables["validation"]["text"]) == [row["text"] for row in ROWS[:4]]
     assert {"train", "validation", "test"} == set(saved.tables), "test is split off train where the set has none"
 
 
-def test_class_labels_keep_their_names_and_numbers(tmp_path, bert):
-    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
-    rows = [{"text": row["text"], "label": int(row["label"])} for row in ROWS]
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
-    data = data_of(tmp_path / "saved", bert)
+def test_a_sets_own_names_keep_their_numbers_and_hidden_labels_are_for_prediction(tmp_path, bert):
+    hidden = [{**row, "label": -1} for row in NUMBERED[:5]]
+    path = save(tmp_path / "glue", NAMED, train=NUMBERED, validation=NUMBERED[:6], test=hidden, unsupervised=hidden)
+    data = data_of(path, bert, split=SplitConfig(test=0.2))
     assert data.label_names == ["bad", "good"]
-    assert set(data._encoded["train"]["labels"]) == {0, 1}
-
-
-def test_splits_whose_labels_are_hidden_are_for_prediction(tmp_path, bert):
-    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
-    rows = [{"text": row["text"], "label": int(row["label"])} for row in ROWS]
-    hidden = [{**row, "label": -1} for row in rows[:5]]
-    tables = {"train": rows, "validation": rows[:6], "test": hidden, "unsupervised": hidden}
-    datasets.DatasetDict(
-        {name: datasets.Dataset.from_list(part, features=features) for name, part in tables.items()}
-    ).save_to_disk(tmp_path / "glue")
-    data = data_of(tmp_path / "glue", bert, split=SplitConfig(test=0.2))
-    assert {name: len(table) for name, table in data.tables.items()} == {
-        "train": 24, "validation": 6, "test": 6, "predict": 5,
-    }  # fmt: skip
-
-
-def test_numbers_in_a_file_take_the_names_that_are_given(tmp_path, bert):
-    rows = [{**row, "label": int(row["label"])} for row in ROWS]
-    data = data_of(write(tmp_path / "set.jsonl", rows), bert, label_names=["bad", "good"])
-    assert sorted(set(data._encoded["train"]["labels"])) == [0, 1]
-
-
-def test_names_in_another_order_than_the_sets_own_are_refused(tmp_path, bert):
-    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
-    rows = [{"text": row["text"], "label": int(row["label"])} for row in ROWS]
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
+    assert set(data.encoded_rows("train")["labels"]) == {0, 1}
+    rows = {"train": 24, "validation": 6, "test": 6, "predict": 5}
+    assert {name: len(table) for name, table in data.tables.items()} == rows
     with pytest.raises(LoRAError, match="in the set's own order"):
-        data_of(tmp_path / "saved", bert, label_names=["good", "bad"])
+        data_of(path, bert, label_names=["good", "bad"])
+    data = data_of(write(tmp_path / "set.jsonl", NUMBERED), bert, label_names=["bad", "good"])
+    assert sorted(set(data.encoded_rows("train")["labels"])) == [0, 1]
 
 
-def test_tokenising_twice_reads_the_cache_and_pickles_no_model(tmp_path, bert, monkeypatch):
+@pytest.mark.parametrize("names", [None, ["1", "2"]])
+def test_where_names_are_numbers_rows_of_another_alone_are_refused(tmp_path, bert, names):
+    train = write(tmp_path / "train.csv", [{"text": f"film {i} x", "label": 1 + i % 2} for i in range(8)])
+    validation = write(tmp_path / "val.csv", [{"text": f"story {i} x", "label": 0} for i in range(4)])
+    with pytest.raises(LoRAError, match=r"^val.csv, the validation set, row 1, column 'label': .* labels 1, 2, got 0$"):
+        data_of({"train": train, "validation": validation}, bert, label_names=names)
+
+
+def test_tokenizing_twice_reads_the_cache(tmp_path, bert):
     path = write(tmp_path / "set.csv", ROWS)
-    files = [data_of(path, bert)._encoded["train"].cache_files[0]["filename"] for _ in range(2)]
+    files = [data_of(path, bert).encoded_rows("train").cache_files[0]["filename"] for _ in range(2)]
     assert files[0] == files[1]
 
 
@@ -101,21 +80,11 @@ def test_the_demo_set_is_the_one_described():
     assert sum(map(len, films.values())) == len(set.union(*films.values())) == 507
 
 
-def test_pairs_of_texts_have_two_segments(tmp_path, bert):
-    rows = [{**row, "second": "the end"} for row in ROWS]
-    data = data_of(write(tmp_path / "set.csv", rows), bert, text_pair_column="second")
-    assert next(iter(data.train_dataloader()))["token_type_ids"].max() == 1
-
-
 def test_rows_are_dropped_as_asked_and_groups_stay_together(tmp_path, bert):
     rows = [{**row, "film": f"{i % 10}"} for i, row in enumerate(ROWS)]
-    rows += [
-        {"text": "too short", "label": "1", "film": "x"},
-        {"text": "a plot of it all", "label": "plot", "film": "y"},
-        rows[0],
-    ]
+    rows += [{"text": "too short", "label": "1", "film": "x"}, {"text": "a plot of it", "label": "plot", "film": "y"}]
     data = data_of(
-        write(tmp_path / "set.csv", rows), bert, min_words=3, drop_labels=["plot"], drop_duplicates=True,
+        write(tmp_path / "set.csv", [*rows, rows[0]]), bert, min_words=3, drop_labels=["plot"], drop_duplicates=True,
         split=SplitConfig(validation=0.2, test=0.2, group_by="film"),
     )  # fmt: skip
     films = {split: set(table["film"]) for split, table in data.tables.items()}
@@ -132,54 +101,70 @@ def test_long_texts_are_cut_and_batches_padded_to_their_own_longest(tmp_path, be
     assert len(shapes) > 1
 
 
-def _without(text):
-    return [{**row, "text": text if i == 2 else row["text"]} for i, row in enumerate(ROWS)]
-
-
-@pytest.mark.parametrize(
-    ("make", "kwargs", "said"),
-    [
-        (lambda d: write(d / "s.csv", ROWS), {"text_column": "txt"}, "no column 'txt'; did you mean 'text'"),
-        (lambda d: write(d / "s.csv", ROWS), {"label_column": "lable"}, "no column 'lable'; did you mean 'label'"),
-        (lambda d: write(d / "s.jsonl", _without(None)), {}, "row 3, column 'text': expected text, got None"),
-        (lambda d: write(d / "s.csv", ROWS), {"drop_labels": ["2"]}, "no row is labelled '2'"),
-        (
-            lambda d: write(d / "s.jsonl", ROWS),
-            {"label_names": ["0", "one"]},
-            "row 2, column 'label': expected one of the labels 0, one, got '?1",
-        ),
-        (lambda d: write(d / "s.csv", ROWS), {"min_words": 99}, "no row of the train set is left"),
-        (lambda d: write(d / "s.csv", ROWS).rename(d / "s.doc"), {}, "no set|expected one of"),
-        (lambda d: d / "reviews.csv", {}, "no file"),
-        (lambda d: (d / "e.csv").touch() or d / "e.csv", {}, "is empty"),
-    ],
-)
-def test_a_fault_is_named(tmp_path, bert, make, kwargs, said):
-    with pytest.raises(LoRAError, match=said):
-        data_of(make(tmp_path), bert, **kwargs)
-
-
-def test_a_label_that_training_never_saw_is_named_with_its_row(tmp_path, bert):
-    write(tmp_path / "train.csv", ROWS)
-    write(tmp_path / "validation.csv", [*ROWS[:3], {"text": "the film", "label": "7"}])
-    with pytest.raises(LoRAError, match="validation set, row 4, column 'label'"):
-        data_of(tmp_path, bert)
-
-
-def test_a_package_that_is_not_installed_is_named(bert):
-    with pytest.raises(LoRAError, match="'no_such_package', which is not installed"):
-        data_of("package:no_such_package/x.csv", bert)
-
-
 def test_the_majority_share_is_that_of_the_label_most_common_in_train(tmp_path, bert):
     write(tmp_path / "train.csv", [*ROWS, *[r for r in ROWS if r["label"] == "1"]])
     write(tmp_path / "validation.csv", ROWS[:3])
     assert data_of(tmp_path, bert).majority_share("validation") == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("names", [None, ["1", "2"]])
-def test_where_names_are_numbers_rows_of_another_alone_are_refused(tmp_path, bert, names):
-    train = write(tmp_path / "train.csv", [{"text": f"film {i} x", "label": 1 + i % 2} for i in range(8)])
-    validation = write(tmp_path / "val.csv", [{"text": f"story {i} x", "label": 0} for i in range(4)])
-    with pytest.raises(LoRAError, match=r"^val.csv, the validation set, row 1, column 'label': .* labels 1, 2, got 0$"):
-        data_of({"train": train, "validation": validation}, bert, label_names=names)
+# ---- several labels
+
+NAMES = ["money", "sport", "tech"]
+LABELS = [["sport"], ["money", "sport"], [], ["tech", "money"]]
+SEVERAL = [{"text": f"the film {i}", "labels": LABELS[i % 4]} for i in range(40)]
+COUNTED = [{**row, "labels": [NAMES.index(n) for n in row["labels"]]} for row in SEVERAL]
+FLAGS = [{"text": r["text"], **{n: int(n in r["labels"]) for n in NAMES}} for r in SEVERAL]
+FORMS = {
+    "lists": (".jsonl", SEVERAL, {}),
+    "lists of Parquet": (".parquet", SEVERAL, {}),
+    "one text": (".csv", [{**row, "labels": " ;".join(row["labels"])} for row in SEVERAL], {}),
+    "another sign": (".csv", [{**row, "labels": " |".join(row["labels"])} for row in SEVERAL], {"separator": "|"}),
+    "a column each": (".csv", FLAGS, {"label_columns": NAMES}),
+    "numbers": (".jsonl", COUNTED, {}),
+    "numbers with names": (".jsonl", COUNTED, {"label_names": NAMES}),
+    "a set's own": ("", SEVERAL, {}),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_several_labels_gives_the_same_targets(form, tmp_path, bert):
+    suffix, rows, options = FORMS[form]
+    named = datasets.Sequence(datasets.ClassLabel(names=NAMES))
+    features = datasets.Features(text=datasets.Value("string"), labels=named)
+    path = write(tmp_path / f"set{suffix}", rows) if suffix else save(tmp_path / "saved", features, train=rows)
+    data = ready(MultiLabelTextData, path, bert, split=ALL, **options)
+    assert data.label_names == (["0", "1", "2"] if form == "numbers" else NAMES)
+    found = [[int(flag) for flag in row] for row in data.encoded_rows("train")["labels"][:4]]
+    assert found == [[0, 1, 0], [1, 1, 0], [0, 0, 0], [1, 0, 1]]
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["labels"].shape, batch["labels"].dtype) == ((4, 3), torch.float32)
+
+
+# ---- numbers
+
+SCORED = [{"one": f"the film is {'fine' if i % 2 else 'dull'}", "two": "the end", "score": i / 4} for i in range(30)]
+PAIRS = {"text_column": "one", "text_pair_column": "two", "number_column": "score"}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_every_kind_of_file_gives_the_same_numbers_for_pairs_of_texts(tmp_path, bert, suffix):
+    data = ready(TextRegressionData, write(tmp_path / f"set{suffix}", SCORED), bert, **PAIRS)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["labels"].dtype == torch.float32
+    assert batch["token_type_ids"].max() == 1
+    scores = [label for split in ("train", "validation", "test") for label in data.encoded_rows(split)["labels"]]
+    assert sorted(scores) == [row["score"] for row in SCORED]
+    model = huggingface(str(bert), label_names=data.label_names)
+    assert (model.config.num_labels, model.config.id2label, data.num_classes) == (1, {0: "score"}, 1)
+
+
+def test_whole_numbers_and_numbers_as_text_are_numbers_and_hidden_ones_are_for_prediction(tmp_path, bert):
+    for cell in (int, str):
+        rows = [{**row, "score": cell(i)} for i, row in enumerate(SCORED)]
+        data = ready(TextRegressionData, write(tmp_path / f"{cell}.jsonl", rows), bert, **PAIRS)
+        assert next(iter(data.val_dataloader()))["labels"].dtype == torch.float32
+    hidden = [{**row, "score": -1.0} for row in SCORED[:5]]
+    path = save(tmp_path / "stsb", train=SCORED, validation=SCORED[:6], test=hidden)
+    data = ready(TextRegressionData, path, bert, split=SplitConfig(test=0.0), **PAIRS)
+    assert {name: len(table) for name, table in data.tables.items()} == {"train": 30, "validation": 6, "predict": 5}
+    assert "labels" not in next(iter(data.predict_dataloader()))

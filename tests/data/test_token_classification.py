@@ -1,15 +1,12 @@
 """Words and tags become batches in which each word's label stands at its first piece; faults are named."""
 
-import json
-
 import datasets
 import pytest
-import torch
 from transformers import BertTokenizer, RobertaTokenizer
 
 from lora_lightning import LoRAError
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.token_classification import TokenClassificationData
+from tests.data import files
 from tests.tiny import make_bert
 
 SENTENCES = [
@@ -33,24 +30,18 @@ def bert(tmp_path_factory):
 
 
 def write(file, rows):
-    if file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif file.suffix == ".parquet":
-        datasets.Dataset.from_list(rows).to_parquet(file)
-    else:
-        lines = ["-DOCSTART- -X- O\n"]
-        for row in rows:
-            lines += [f"{word} NN {tag}" for word, tag in zip(row["tokens"], row["ner_tags"], strict=True)] + [""]
-        file.write_text("\n".join(lines))
-    return str(file)
+    if file.suffix in (".jsonl", ".parquet"):
+        return files.write(file, rows)
+    lines = ["-DOCSTART- -X- O\n"]
+    for row in rows:
+        lines += [f"{word} NN {tag}" for word, tag in zip(row["tokens"], row["ner_tags"], strict=True)] + [""]
+    file.write_text("\n".join(lines))
+    return file
 
 
 def data_of(path, bert, **kwargs):
-    whole = {"split": SplitConfig(validation=0, test=0), "batch_size": 3, "length_grouped": False}
-    data = TokenClassificationData(path, bert, **(whole | kwargs))
-    data.prepare_data()
-    data.setup("fit")
-    return data
+    options = {"split": files.ALL, "batch_size": 3, "length_grouped": False}
+    return files.ready(TokenClassificationData, path, bert, **options | kwargs)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".conll", ".iob", ".txt"])
@@ -59,15 +50,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, bert, suffix):
     assert data.label_names == NAMES
     assert data.num_classes == 4
     row = data.encoded_rows("train")[0]
-    assert data.tokenizer.convert_ids_to_tokens(row["input_ids"]) == [
-        "[CLS]",
-        "ann",
-        "lee",
-        "saw",
-        "par",
-        "##is",
-        "[SEP]",
-    ]
+    tokens = ["[CLS]", "ann", "lee", "saw", "par", "##is", "[SEP]"]
+    assert data.tokenizer.convert_ids_to_tokens(row["input_ids"]) == tokens
     assert row["word_ids"] == [-1, 0, 1, 2, 3, -1, -1]
     assert row["labels"] == [-100, 2, 3, 0, 1, -100, -100]
 
@@ -97,18 +81,17 @@ def test_a_sets_own_names_keep_their_numbers(tmp_path, bert):
         ner_tags=datasets.Sequence(datasets.ClassLabel(names=sorted(NAMES))),
     )
     rows = [{"tokens": r["tokens"], "ner_tags": [sorted(NAMES).index(t) for t in r["ner_tags"]]} for r in ROWS]
-    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "saved")
-    data = data_of(str(tmp_path / "saved"), bert)
+    data = data_of(files.save(tmp_path / "saved", features, train=rows), bert)
     assert data.label_names == ["B-LOC", "B-PER", "I-PER", "O"]
     assert data.encoded_rows("train")[0]["labels"] == [-100, 1, 2, 3, 0, -100, -100]
     with pytest.raises(LoRAError, match="in the set's own order"):
-        _ = data_of(str(tmp_path / "saved"), bert, label_names=NAMES).label_names
+        _ = data_of(tmp_path / "saved", bert, label_names=NAMES).label_names
 
 
 def test_rows_to_predict_keep_their_words_and_need_no_tags(tmp_path, bert):
     only_words = tmp_path / "new.txt"
     only_words.write_text("Lee\nsaw\n\nAnn\n")
-    data = data_of({"predict": str(only_words)}, bert, label_names=NAMES)
+    data = data_of({"predict": only_words}, bert, label_names=NAMES)
     batch = next(iter(data.predict_dataloader()))
     assert batch["words"] == [["Lee", "saw"], ["Ann"]]
     assert batch["word_ids"].tolist() == [[-1, 0, 1, -1], [-1, 0, -1, -1]]
@@ -116,9 +99,9 @@ def test_rows_to_predict_keep_their_words_and_need_no_tags(tmp_path, bert):
 
 
 def test_words_beyond_max_length_are_said(tmp_path, bert):
-    files = {split: write(tmp_path / f"{split}.jsonl", ROWS) for split in ("train", "validation")}
+    paths = {split: write(tmp_path / f"{split}.jsonl", ROWS) for split in ("train", "validation")}
     with pytest.warns(UserWarning, match=r"validation.jsonl.*: 3 of 9 words are cut off by max_length=4 .* no metric"):
-        data_of(files, bert, max_length=4)
+        data_of(paths, bert, max_length=4)
 
 
 def test_words_that_hold_nothing_are_counted_and_the_others_stay_in_line(tmp_path, bert):
@@ -128,74 +111,20 @@ def test_words_that_hold_nothing_are_counted_and_the_others_stay_in_line(tmp_pat
     assert row["word_ids"] == [-1, 0, 2, -1]
 
 
-@pytest.mark.parametrize(
-    ("rows", "said"),
-    [
-        (
-            [ROWS[0], {"tokens": ["a", "b"], "ner_tags": ["O"]}],
-            r"train.jsonl, .*row 2, column 'ner_tags': .*2 tags",
-        ),
-        ([ROWS[0], {"tokens": [], "ner_tags": []}], r"row 2, column 'tokens': expected a list of at least one word"),
-        ([ROWS[0], {"tokens": None, "ner_tags": ["O"]}], r"row 2, column 'tokens': expected a list.*got None"),
-        ([{"tokens": "Ann saw", "ner_tags": "O O"}], r"row 1, column 'tokens': expected a list.*got 'Ann saw'"),
-        ([{"tokens": [1, 2], "ner_tags": ["O", "O"]}], r"row 1, column 'tokens': expected words, got 1"),
-        (
-            [ROWS[0], {"tokens": ["a", None], "ner_tags": ["O", "O"]}],
-            r"column 'tokens': expected words, got None",
-        ),
-        ([{"tokens": ["a"], "ner_tags": [None]}, ROWS[0]], r"row 1, column 'ner_tags': expected a tag for each word"),
-        ([{"tokens": ["a"], "tags": ["O"]}], r"no column 'ner_tags'"),
-    ],
-)
-def test_a_fault_names_file_row_and_column(tmp_path, bert, rows, said):
-    with pytest.raises(LoRAError, match=said):
-        data_of(write(tmp_path / "train.jsonl", rows), bert)
-
-
-def test_a_tag_that_training_never_saw_is_named(tmp_path, bert):
-    other = [ROWS[1], {"tokens": ["Ann"], "ner_tags": ["B-PRE"]}]
-    files = {"train": write(tmp_path / "a.jsonl", ROWS), "val": write(tmp_path / "b.conll", other)}
-    said = r"b.conll, the validation set, row 2, column 'ner_tags': .*got 'B-PRE'; did you mean 'B-PER'"
-    with pytest.raises(LoRAError, match=said):
-        data_of(files, bert)
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        (b"Ann B-PER\nsaw\n", r"line 2: expected 2 fields .* got 1: 'saw'|line 1"),
-        (b"Ann B-PER\nsaw O\n\nAnn X B-PER\n", r"x.conll, line 4: expected 2 fields as on the other lines, got 3"),
-        (b"\n\n", "holds no words"),
-        (b"", "is empty"),
-        (b"caf\xe9 O\n", "no text in UTF-8"),
-    ],
-)
-def test_a_fault_in_a_conll_file_names_its_line(tmp_path, bert, text, said):
-    (tmp_path / "x.conll").write_bytes(text)
-    with pytest.raises(LoRAError, match=said):
-        data_of(str(tmp_path / "x.conll"), bert)
-
-
 def test_remarks_above_a_sentence_are_no_words_but_a_hash_in_it_is(tmp_path, bert):
     text = "# id 7 domain=en\nAnn _ _ B-PER\n# _ _ O\n\n# text = Lee x\nLee _ _ B-PER\n"
     (tmp_path / "x.conll").write_text(text)
-    data = data_of(str(tmp_path / "x.conll"), bert)
+    data = data_of((tmp_path / "x.conll"), bert)
     assert data.tables["train"]["tokens"][:] == [["Ann", "#"], ["Lee"]]
 
 
 def test_tabs_part_fields_where_there_are_any_and_the_tag_may_be_any_field(tmp_path, bert):
     (tmp_path / "x.iob").write_text("New York\tB-LOC\tx\r\nis\tO\ty\r\n")
-    data = data_of(str(tmp_path / "x.iob"), bert, tag_field=1)
+    data = data_of((tmp_path / "x.iob"), bert, tag_field=1)
     assert data.tables["train"]["tokens"][:] == [["New York", "is"]]
     assert data.label_names == ["O", "B-LOC"]
     with pytest.raises(LoRAError, match="has 3 fields a line: the tag cannot be field 3"):
-        data_of(str(tmp_path / "x.iob"), bert, tag_field=3)
-
-
-def test_labels_are_of_words_whatever_the_batch(tmp_path, bert):
-    data = data_of(write(tmp_path / "train.jsonl", ROWS), bert)
-    batch = next(iter(data.train_dataloader()))
-    assert torch.equal(batch["labels"] != -100, batch["word_ids"] >= 0)
+        data_of((tmp_path / "x.iob"), bert, tag_field=3)
 
 
 def test_byte_level_tokenizers_see_words_as_in_running_text(tmp_path):

@@ -146,17 +146,7 @@ def other_shape(data: bytes, random: random.Random) -> bytes:
     header, body = opened(data)
     entry = _entry(header, random)
     shape = entry["shape"]
-    wrong = [
-        shape[::-1],
-        [math.prod(shape)],
-        [1, *shape],
-        [],
-        [0, *shape],
-        [2, 2, 2],
-        [-1, -16],
-        [10**9],
-        [2**40, 2**40],
-    ]
+    wrong = [shape[::-1], [math.prod(shape)], [1, *shape], [], [0, *shape], [2, 2, 2], [-1, -16], [10**9], [2**40] * 2]
     entry["shape"] = random.choice([*wrong, "4", [4.0], [None], {}, None])
     return closed(header, body)
 
@@ -206,21 +196,9 @@ def other_key(data: bytes, random: random.Random) -> bytes:
     """Renamed, removed, or added under another name."""
     header, body = opened(data)
     key = random.choice([key for key in header if key != "__metadata__"])
-    swaps = [
-        ("lora_A", "lora_B"),
-        ("lora_A", "lora_a"),
-        ("layers.0", "layers.1"),
-        ("layers.0", "layers.7"),
-        (".q", ".v"),
-    ]
-    swaps += [
-        ("base_model.model.", ""),
-        (".weight", ""),
-        ("head", "lm_head"),
-        (".", ".."),
-        ("lora_", "base_layer."),
-        (".q", ".v"),
-    ]
+    swaps = [("lora_A", "lora_B"), ("lora_A", "lora_a"), ("layers.0", "layers.1"), ("layers.0", "layers.7")]
+    swaps += [("base_model.model.", ""), (".weight", ""), ("head", "lm_head"), (".", ".."), ("lora_", "base_layer.")]
+    swaps += [(".q", ".v")] * 2
     wrong = key.replace(*random.choice(swaps)) if random.random() < 0.7 else str(random.choice(JUNK))
     entry = header[key] if random.random() < 0.3 else header.pop(key)
     header[wrong] = entry

@@ -1,12 +1,10 @@
 """Small models with an adapter of every kind and option, for the tests of the bank."""
 
-import copy
-
 import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lora_lightning import LoRAConfig, inject, save_adapter
+from lora_lightning import AdapterBank, LoRAConfig, inject, load_adapter, save_adapter
 from tests.factories import FAMILIES
 from tests.lora.kinds import KINDS, Attended, Mixture, Tied, inputs, net, run_attended
 from tests.lora.kinds import run_ids as run_tied
@@ -58,7 +56,7 @@ def run_kdim(model):
     return model["attention"](q, k, v)[0]
 
 
-def conv(name):
+def of_kind(name):
     return KINDS[name].make, KINDS[name].run
 
 
@@ -78,9 +76,12 @@ ZOO = {
     "experts": (Mixture, run_mixture, [{"target_parameters": ["up", "mix"]}, {"target_parameters": ["down"], "r": 2}]),
     "slices": (gpt2, run_gpt2, [{"slices": {"c_attn": ["q", "v"]}}, {"slices": {"c_attn": ["v"]}, "r": 2}, {"r": 3}]),
     "gpt2": (gpt2, run_gpt2, [{"r": 2}, {"target_modules": ["wte", "c_proj"], "r": 4}]),
-    "conv": (*conv("Conv2d"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
-    "groups": (*conv("Conv2d grouped"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
-    "embedding": (*conv("Embedding"), [{"target_modules": ["0"], "r": 2}, {"target_modules": ["0", "2"], "r": 3}]),
+    "conv": (*of_kind("Conv2d"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
+    "groups": (*of_kind("Conv2d grouped"), [{"target_modules": ["1"], "r": 2}, {"target_modules": ["1"], "r": 4}]),
+    "embedding": (
+        *of_kind("Embedding"),
+        [{"target_modules": ["0"], "r": 2}, {"target_modules": ["0", "2"], "r": 3}],
+    ),
     "attention": (Attended, run_attended, [{"r": 2}, {"target_modules": ["attention.out_proj"], "r": 4}]),
     "kdim": (with_kdim, run_kdim, [{"r": 2, "target_modules": ["attention"]}, {"r": 4}]),
     "normed": (Normed, run_normed, [{"r": 2, "target_modules": ["first"]}, {"r": 2, "target_modules": ["second"]}]),
@@ -96,13 +97,9 @@ def base(name, dtype=torch.float64):
     return ZOO[name][0]().to(dtype).eval()
 
 
-def config(fields):
-    return LoRAConfig(**{"r": 3, **fields})
-
-
 def trained(model, fields, seed):
     """An adapted `model`, as if trained."""
-    inject(model, config(fields))
+    inject(model, LoRAConfig(**{"r": 3, **fields}))
     return shake(model, seed)
 
 
@@ -118,33 +115,31 @@ def shake(model, seed, size=0.2):
 
 def adapters(name, folder, dtype=torch.float64):
     """The directory and the adapted model of every config in the zoo, by a letter."""
-    found = {}
-    for i, fields in enumerate(ZOO[name][2]):
-        model = trained(base(name, dtype), fields, seed=i)
-        letter = "abc"[i]
-        found[letter] = (save_adapter(model, folder / letter), model)
-    return found
+    configs = enumerate(zip("abc", ZOO[name][2], strict=False))
+    models = {letter: trained(base(name, dtype), fields, seed) for seed, (letter, fields) in configs}
+    return {letter: (save_adapter(model, folder / letter), model) for letter, model in models.items()}
+
+
+def bank_of(name, folder, dtype=torch.float64):
+    """One base with all of them loaded."""
+    bank = AdapterBank(base(name, dtype))
+    for letter, (directory, _) in adapters(name, folder, dtype).items():
+        bank.load(letter, directory)
+    return bank
+
+
+def bank_over(model, *configs):
+    """A model with adapters "a", "b", ... of these configs, the last one active."""
+    bank = AdapterBank(model)
+    for seed, (name, fields) in enumerate(zip("abcd", configs, strict=False)):
+        bank.activate(None)
+        trained(model, fields, seed)
+        bank.add(name)
+    return bank
 
 
 def alone(name, directory, dtype=torch.float64):
     """The adapted model as `load_adapter` gives it on a base of its own."""
-    from lora_lightning import load_adapter
-
     model = base(name, dtype)
     load_adapter(model, directory)
     return model
-
-
-def storages(*roots):
-    """Bytes of all tensors that can be reached from modules and tensors, each storage once."""
-    found = {}
-    for root in roots:
-        tensors = [*root.parameters(), *root.buffers()] if isinstance(root, nn.Module) else [root]
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
-
-
-def clone(model):
-    return copy.deepcopy(model)

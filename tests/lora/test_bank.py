@@ -3,6 +3,8 @@
 import copy
 import inspect
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import AdapterBank, LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning.lora.bank.combine import METHODS
 from lora_lightning.lora.bank.detached import Share
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.factories import assert_same, snapshot
-from tests.lora.bank_support import ZOO, adapters, alone, base, config, run_net, shake, storages, trained
+from tests.lora.bank_support import ZOO, alone, bank_of, bank_over, base, run_net, trained
+from tests.lora.directories import same_files
 from tests.lora.kinds import net
 
 
@@ -23,18 +27,16 @@ def kind(request):
     return request.param
 
 
-def filled(kind, folder, dtype=torch.float64, **kwargs):
-    model = base(kind, dtype)
-    bank = AdapterBank(model, **kwargs)
-    for letter, (directory, _) in adapters(kind, folder, dtype).items():
-        bank.load(letter, directory)
-    return bank
+@pytest.fixture
+def bank(tmp_path):
+    """Two adapters of linear layers, none active."""
+    return bank_of("linear", tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_any_adapter_follows_any_other_bit_for_bit(kind, dtype, tmp_path):
     """Of other rank, targets and options; as if each were loaded on a base of its own. W0 stays in its place."""
-    bank, run = filled(kind, tmp_path, dtype), ZOO[kind][1]
+    bank, run = bank_of(kind, tmp_path, dtype), ZOO[kind][1]
     plain, places = run(bank.model), {n: t.data_ptr() for n, t in bank.model.state_dict().items()}
     before = snapshot(bank.model)
     w0 = fingerprint(bank.model).digest
@@ -54,34 +56,18 @@ def test_any_adapter_follows_any_other_bit_for_bit(kind, dtype, tmp_path):
 
 def test_an_active_adapter_is_as_if_it_were_the_only_one(kind, tmp_path):
     """The same keys, the same that trains, the same bytes in its directory, the same merged model."""
-    bank, run = filled(kind, tmp_path), ZOO[kind][1]
+    bank, run = bank_of(kind, tmp_path), ZOO[kind][1]
     for letter in bank.names:
         bank.activate(letter)
         wanted = alone(kind, tmp_path / letter)
         assert_same(bank.model, snapshot(wanted), but=("attributes",))
-        saved = save_adapter(bank.model, tmp_path / "saved")
-        for file in ("adapter_model.safetensors", "adapter_config.json"):
-            assert (saved / file).read_bytes() == (save_adapter(wanted, tmp_path / "own") / file).read_bytes()
-            assert (bank.save(letter, tmp_path / "held") / file).read_bytes() == (saved / file).read_bytes()
+        saved = save_adapter(bank.model, tmp_path / "saved"), save_adapter(wanted, tmp_path / "own")
+        assert same_files(*saved, bank.save(letter, tmp_path / "held"))
     out = run(bank.model)
     merge(bank.model)
     merge(wanted)
     assert_same(bank.model, snapshot(wanted), but=("attributes",))
     assert (run(bank.model) - out).abs().max() < 1e-11 * out.abs().max()
-
-
-def test_an_adapted_model_brings_the_first_and_inject_the_next():
-    model = trained(net(torch.float64), {"r": 2}, seed=1)
-    first = run_net(model)
-    bank = AdapterBank(model, first="old")
-    assert (bank.names, bank.active) == (["old"], "old")
-    bank.activate(None)
-    trained(model, {"r": 5, "target_modules": ["up"]}, seed=2)
-    second = run_net(model)
-    bank.add("new")
-    for name, out in [("new", second), ("old", first), ("new", second)]:
-        bank.activate(name)
-        assert torch.equal(run_net(model), out)
 
 
 def step(model, optimizer, batch):
@@ -111,8 +97,7 @@ def test_training_goes_on_where_it_stopped(fields, tmp_path):
     assert_same(models[0], snapshot(models[1]), but=("attributes",))
 
 
-def test_activate_draws_allocates_and_copies_nothing(tmp_path):
-    bank = filled("linear", tmp_path)
+def test_activate_draws_allocates_and_copies_nothing(bank):
     state, held = torch.get_rng_state(), {}
     for _ in range(2):
         for name in bank.names:
@@ -122,10 +107,18 @@ def test_activate_draws_allocates_and_copies_nothing(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def storages(*roots):
+    """Bytes of all tensors that can be reached from modules and tensors, each storage once."""
+    found = {}
+    for root in roots:
+        for tensor in [*root.parameters(), *root.buffers()] if isinstance(root, nn.Module) else [root]:
+            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(found.values())
+
+
 def test_one_base_is_in_memory(tmp_path):
     """Bytes of every storage that the bank reaches: W0 once, and each adapter's own."""
-    bank = filled("bert", tmp_path)
-    w0 = storages(base("bert"))
+    bank, w0 = bank_of("bert", tmp_path), storages(base("bert"))
     own = sum(held.nbytes() for held in bank._held.values())
     for letter in (None, "a", "b"):
         bank.activate(letter)
@@ -134,22 +127,15 @@ def test_one_base_is_in_memory(tmp_path):
         assert storages(bank.model) == w0 + (bank._held[letter].nbytes() if letter else 0)
 
 
-def test_modes_are_those_of_the_modules_when_activated(tmp_path):
-    model = trained(net(), {"dropout": 0.5, "modules_to_save": ["norm"]}, seed=0)
-    bank = AdapterBank(model)
-    bank.activate(None)
-    model.train()
-    bank.activate("default")
-    assert all(module.training for module in model.modules())
-    bank.activate(None)
-    model.eval()
-    bank.activate("default")
-    assert not any(module.training for module in model.modules())
-
-
-def test_a_model_that_moves_takes_waiting_adapters_along_when_they_are_activated(tmp_path):
-    """To another dtype here: adapters stay float32 or wider, as after inject."""
-    bank = filled("linear", tmp_path, torch.float32)
+def test_modes_and_dtypes_are_those_of_the_modules_when_activated(tmp_path):
+    """Adapters stay float32 or wider, as after inject."""
+    bank = bank_over(net(), {"dropout": 0.5, "modules_to_save": ["norm"]})
+    for train in (True, False):
+        bank.activate(None)
+        bank.model.train(train)
+        bank.activate("a")
+        assert all(module.training == train for module in bank.model.modules())
+    bank = bank_of("linear", tmp_path, torch.float32)
     bank.model.bfloat16()
     bank.activate("a")
     assert bank.model.up.lora_A.dtype == torch.float32
@@ -157,48 +143,26 @@ def test_a_model_that_moves_takes_waiting_adapters_along_when_they_are_activated
 
 
 def test_disabled_is_the_plain_base_and_keeps_its_statistics(tmp_path):
-    bank, run = filled("normed", tmp_path), ZOO["normed"][1]
+    bank, run = bank_of("normed", tmp_path), ZOO["normed"][1]
     plain = run(bank.model)
     bank.activate("a")
     adapted = run(bank.model)
     with bank.disabled():
-        assert torch.equal(run(bank.model), plain)
-        bank.model.train()
-        assert torch.equal(run(bank.model), plain)
-        bank.model.eval()
+        for train in (False, True, False):
+            bank.model.train(train)
+            assert torch.equal(run(bank.model), plain)
         with pytest.raises(LoRAError, match=r"activate: not within `with bank.disabled"):
             bank.activate("b")
     assert torch.equal(run(bank.model), adapted)
 
 
-def test_a_bank_ends_with_a_merge(tmp_path):
-    bank = filled("linear", tmp_path)
+def test_what_was_taken_out_by_hand_is_held_and_a_stranger_in_the_model_is_not_lost(bank):
     bank.activate("a")
-    merge(bank.model)
-    for call in (
-        lambda: bank.activate("b"),
-        lambda: bank.load("c", tmp_path / "b"),
-        lambda: bank.combine("c", {"b": 1}),
-    ):
-        with pytest.raises(
-            AdapterError, match=r"W0 moved since the bank was made, first 'up\.weight': a merge is the end"
-        ):
-            call()
-
-
-def test_an_adapter_that_is_taken_out_by_hand_is_held_all_the_same(tmp_path):
-    bank = filled("linear", tmp_path)
-    bank.activate("a")
-    out = run_net(bank.model)
+    first = run_net(bank.model)
     remove(bank.model)
     assert bank.active is None
     bank.activate("a")
-    assert torch.equal(run_net(bank.model), out)
-
-
-def test_a_stranger_in_the_model_is_not_lost(tmp_path):
-    bank = filled("linear", tmp_path)
-    bank.activate("a")
+    assert torch.equal(run_net(bank.model), first)
     remove(bank.model)
     trained(bank.model, {"r": 2}, seed=9)
     out = run_net(bank.model)
@@ -212,34 +176,23 @@ def test_a_stranger_in_the_model_is_not_lost(tmp_path):
     assert torch.equal(run_net(bank.model), out)
 
 
-def test_another_base_is_refused_and_the_bank_stays_as_it_was(tmp_path):
-    bank = filled("linear", tmp_path)
+def test_another_base_is_refused_and_the_bank_stays_as_it_was(bank, tmp_path):
     bank.activate("b")
-    out, before = run_net(bank.model), snapshot(bank.model)
-    other = trained(net(torch.float64, seed=5), {"r": 2}, seed=0)
-    save_adapter(other, tmp_path / "other")
+    before = snapshot(bank.model)
+    save_adapter(trained(net(torch.float64, seed=5), {"r": 2}, seed=0), tmp_path / "other")
     with pytest.raises(AdapterError, match="the adapter was made on another base"):
         bank.load("c", tmp_path / "other")
     assert (bank.names, bank.active) == (["a", "b"], "b")
     assert_same(bank.model, before)
-    assert torch.equal(run_net(bank.model), out)
     bank.load("c", tmp_path / "other", allow_other_base=True)
     assert bank.active == "b"
 
 
-def test_a_replaced_module_is_refused_by_name(tmp_path):
-    bank = filled("linear", tmp_path)
-    bank.model.up = nn.Linear(12, 20).double()
-    with pytest.raises(AdapterError, match=r"W0 moved since the bank was made, first 'up\.weight'"):
-        bank.activate("a")
-
-
 @pytest.mark.parametrize("active", ["a", None])
-def test_an_activate_that_fails_changes_nothing(active, tmp_path, monkeypatch):
+def test_an_activate_that_fails_changes_nothing(active, bank, monkeypatch):
     """A module replaced by another whose tensors are the same, and a device without room for the second layer."""
-    bank = filled("linear", tmp_path)
     bank.activate(active)
-    out, before = run_net(bank.model), snapshot(bank.model)
+    before = snapshot(bank.model)
     moves, move = [], Share.move
 
     def no_room(share, device):
@@ -254,7 +207,6 @@ def test_an_activate_that_fails_changes_nothing(active, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert bank.active == active
     assert_same(bank.model, before)
-    assert torch.equal(run_net(bank.model), out)
     bank.activate("b")
     bank.activate(None)
     plain = bank.model.up
@@ -265,48 +217,33 @@ def test_an_activate_that_fails_changes_nothing(active, tmp_path, monkeypatch):
     assert bank.active is None
 
 
-class Rowed(nn.Linear):
-    """A layer with an attribute of its own that reads like one of ours."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self._rows = 3
-
-
-def test_an_attribute_of_ones_own_stays():
-    model = nn.Sequential(Rowed(4, 4), nn.Linear(4, 2))
-    bank = AdapterBank(trained(model, {"r": 2, "target_modules": ["0"]}, seed=0), first="a")
-    for name in (None, "a", None):
-        bank.activate(name)
-        assert model[0]._rows == 3
-
-
 class Watched(nn.Module):
-    """A frozen part whose name holds `lora_`, and statistics."""
+    """A frozen part whose name holds `lora_`, statistics, and an attribute that reads like one of ours."""
 
     def __init__(self):
         super().__init__()
         self.flora_net, self.lin, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.lin._rows = 3
         self.register_buffer("passing", torch.ones(2), persistent=False)
 
     def forward(self, x):
         return self.norm(self.lin(self.flora_net(x)))
 
 
-@pytest.mark.parametrize(
-    ("move", "named"),
-    [
-        (lambda m: m.flora_net.weight.add_(1), r"flora_net\.weight"),
-        (lambda m: m.norm.running_mean.add_(1), r"norm\.running_mean"),
-        (lambda m: setattr(m.norm, "running_var", torch.full((4,), 2.0)), r"norm\.running_var"),
-        (lambda m: setattr(m.flora_net, "weight", nn.Parameter(m.flora_net.weight.clone())), r"flora_net\.weight"),
-        (lambda m: m.norm.train()(torch.randn(3, 4)), r"norm\.num_batches_tracked"),
-    ],
-    ids=range(5),
-)
+MOVES = [
+    (lambda m: m.flora_net.weight.add_(1), r"flora_net\.weight"),
+    (lambda m: m.norm.running_mean.add_(1), r"norm\.running_mean"),
+    (lambda m: setattr(m.norm, "running_var", torch.full((4,), 2.0)), r"norm\.running_var"),
+    (lambda m: setattr(m.flora_net, "weight", nn.Parameter(m.flora_net.weight.clone())), r"flora_net\.weight"),
+    (lambda m: setattr(m, "lin", nn.Linear(4, 4)), r"lin\.weight"),
+    (lambda m: m.norm.train()(torch.randn(3, 4)), r"norm\.num_batches_tracked"),
+]
+
+
+@pytest.mark.parametrize(("move", "named"), MOVES, ids=range(6))
 def test_whatever_moved_of_the_base_is_named(move, named):
     """Also by a forward in train mode, while no adapter freezes the statistics."""
-    bank = AdapterBank(trained(Watched(), {"r": 2, "target_modules": ["lin"]}, seed=0), first="a")
+    bank = bank_over(Watched(), {"r": 2, "target_modules": ["lin"]})
     bank.activate(None)
     with torch.no_grad():
         move(bank.model)
@@ -314,25 +251,31 @@ def test_whatever_moved_of_the_base_is_named(move, named):
         bank.activate("a")
 
 
-def test_what_is_not_the_base_may_move():
-    bank = AdapterBank(trained(Watched(), {"r": 2, "target_modules": ["lin"]}, seed=0), first="a")
+def test_a_bank_ends_with_a_merge(bank, tmp_path):
+    bank.activate("a")
+    merge(bank.model)
+    for method, args in {"activate": ["b"], "load": ["c", tmp_path / "b"], "combine": ["c", {"b": 1}]}.items():
+        with pytest.raises(AdapterError, match=r"W0 moved .*, first 'up\.weight': a merge is the end"):
+            getattr(bank, method)(*args)
+
+
+def test_what_is_not_the_base_may_move_and_an_attribute_of_ones_own_stays():
+    bank = bank_over(Watched(), {"r": 2, "target_modules": ["lin"]})
     bank.model.train()(torch.randn(3, 4)).sum().backward()  # an adapter keeps the statistics
     bank.model.passing.add_(1)
     bank.activate(None)
     bank.model.double()
     bank.activate("a")
     assert bank.active == "a"
+    assert bank.model.lin._rows == 3
 
 
-def test_save_and_load_take_what_the_functions_take(tmp_path):
-    bank = filled("linear", tmp_path)
+def test_save_and_load_take_what_the_functions_take(bank, tmp_path):
     bank.activate("a")
     settings = {"base_model_name_or_path": "hub/name", "task_type": "SEQ_CLS", "serving": "vllm"}
     wanted = save_adapter(bank.model, tmp_path / "function", **settings)
     bank.activate(None)
-    saved = bank.save("a", tmp_path / "bank", **settings)
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (saved / file).read_bytes() == (wanted / file).read_bytes()
+    assert same_files(bank.save("a", tmp_path / "bank", **settings), wanted)
     for ours, theirs in ((AdapterBank.save, save_adapter), (AdapterBank.load, load_adapter)):
         taken, given = (set(inspect.signature(f).parameters) for f in (theirs, ours))
         assert taken - {"model"} == given - {"self", "name"}
@@ -341,12 +284,10 @@ def test_save_and_load_take_what_the_functions_take(tmp_path):
         bank.save("a", tmp_path / "within")
 
 
-def test_alphas_settle_what_a_directory_leaves_open(tmp_path):
+def test_alphas_settle_what_a_directory_leaves_open(bank, tmp_path):
     """PEFT's file does not say which of two entries was in force: the error's way out works on a bank too."""
-    bank = filled("linear", tmp_path)
-    file = tmp_path / "a" / "adapter_config.json"
     module = bank._held["a"].shares[0].path
-    record = json.loads(file.read_text())
+    record = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     record["alpha_pattern"] = {module: 2.0, f"^{module}": 4.0}
     (tmp_path / "open").mkdir()
     (tmp_path / "open" / "adapter_config.json").write_text(json.dumps(record))
@@ -359,8 +300,7 @@ def test_alphas_settle_what_a_directory_leaves_open(tmp_path):
     assert next(m.alpha for m in report.modules if m.module == module) == 4.0
 
 
-def test_remove_forgets(tmp_path):
-    bank = filled("linear", tmp_path)
+def test_remove_forgets(bank):
     plain = run_net(bank.model)
     bank.activate("a")
     bank.remove("a")
@@ -370,18 +310,17 @@ def test_remove_forgets(tmp_path):
     assert repr(bank).startswith("AdapterBank(b (")
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda bank, d: bank.activate("poat"), "the bank holds no 'poat', it has poet, b; did you mean 'poet'"),
-        (lambda bank, d: bank.load("poet", d), "the bank holds 'poet' already"),
-        (lambda bank, d: bank.load("", d), "an adapter's name must be a text, got ''"),
-        (lambda bank, d: bank.add("new"), "the model's adapter is held already, as 'poet'"),
-        (lambda bank, d: bank.remove("lawyer"), "the bank holds no 'lawyer'"),
-        (lambda bank, d: bank.combine("mix", {"poat": 1}), "no adapter 'poat' here, there are poet, b; did you mean"),
-    ],
-    ids=range(6),
-)
+WRONG_NAMES = [
+    (lambda bank, d: bank.activate("poat"), "the bank holds no 'poat', it has poet, b; did you mean 'poet'"),
+    (lambda bank, d: bank.load("poet", d), "the bank holds 'poet' already"),
+    (lambda bank, d: bank.load("", d), "an adapter's name must be a text, got ''"),
+    (lambda bank, d: bank.add("new"), "the model's adapter is held already, as 'poet'"),
+    (lambda bank, d: bank.remove("lawyer"), "the bank holds no 'lawyer'"),
+    (lambda bank, d: bank.combine("mix", {"poat": 1}), "no adapter 'poat' here, there are poet, b; did you mean"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG_NAMES, ids=range(6))
 def test_a_wrong_name_is_one_clear_error(call, message, tmp_path):
     bank = AdapterBank(trained(net(), {"r": 2}, seed=0), first="poet")
     save_adapter(bank.model, tmp_path)
@@ -391,35 +330,17 @@ def test_a_wrong_name_is_one_clear_error(call, message, tmp_path):
     assert (bank.names, bank.active) == (["poet", "b"], "poet")
 
 
-def test_a_compiled_wrapper_is_seen_through(tmp_path):
-    model = trained(net(), {"r": 2}, seed=0)
-    wrapper = nn.Module()
-    wrapper._modules["_orig_mod"] = model
-    assert AdapterBank(wrapper).model is model
-
-
-def test_add_needs_an_adapter():
+def test_a_compiled_wrapper_is_seen_through_and_add_needs_an_adapter():
+    bank = AdapterBank(torch.compile(net(), backend="eager"))
+    assert type(bank.model) is type(net())
     with pytest.raises(LoRAError, match="the model has no adapter to add"):
-        AdapterBank(net()).add("a")
-    bank = AdapterBank(net())
+        bank.add("a")
     inject(bank.model, LoRAConfig(r=2))
     bank.add("a")
     assert bank.active == "a"
 
 
-def test_a_bank_of_quick_and_slow_loads_the_same(tmp_path):
-    """What load_adapter gives on the bank's own model is what the bank holds."""
-    bank = filled("heads", tmp_path)
-    again = copy.deepcopy(bank.model)
-    load_adapter(again, tmp_path / "a")
-    bank.activate("a")
-    assert torch.equal(run_net(bank.model), run_net(again))
-    assert config({"r": 2}).r == 2
-    shake(bank.model, seed=4)
-    assert not torch.equal(run_net(bank.model), run_net(again))
-
-
-def test_adapters_wait_where_they_are_asked_to(tmp_path):
+def test_adapters_wait_where_they_are_asked_to():
     """The meta device stands in for another one; the base and the active adapter stay."""
     bank = AdapterBank(trained(net(), {"r": 2, "modules_to_save": ["head"], "init": "pissa"}, seed=0), device="meta")
     active = bank.model.up.lora_A
@@ -429,3 +350,13 @@ def test_adapters_wait_where_they_are_asked_to(tmp_path):
     assert all(tensor.is_meta for tensor in waiting)
     assert {tensor.shape for tensor in waiting} >= {active.shape, bank.model.head.weight.shape}
     assert not any(tensor.is_meta for tensor in bank.model.state_dict().values())
+
+
+def test_the_python_of_the_page_runs_and_every_method_is_in_its_table():
+    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+    names = {"__name__": "page"}
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M)
+    assert len(blocks) == 3
+    for block in blocks:
+        exec(compile(block, "adapters.md", "exec"), names)
+    assert all(f"| `{method}`" in page for method in METHODS)

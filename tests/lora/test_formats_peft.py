@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import peft
 import pytest
@@ -16,17 +12,12 @@ import safetensors.torch
 import torch
 from transformers import LlamaModel, MixtralConfig, MixtralForCausalLM
 
-import lora_lightning
-from lora_lightning import load_adapter, save_adapter
-from lora_lightning.lora.errors import AdapterError, AdapterWarning
-from lora_lightning.lora.formats.peft.config import (
-    CHECKS,
-    CONFIG,
-    HARMLESS,
-    WEIGHTS,
-    WITHOUT_COUNTERPART,
-)
-from tests.factories import assert_same, distance, llama, move, output, snapshot
+from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
+from lora_lightning.lora.errors import AdapterWarning
+from lora_lightning.lora.formats.peft.config import CHECKS, CONFIG, HARMLESS, WEIGHTS, WITHOUT_COUNTERPART
+from tests.factories import distance, llama, move, output
+from tests.lora import directories
+from tests.lora.directories import edit_config, rename
 
 TOKENS = torch.arange(1, 7)[None]
 pytestmark = pytest.mark.filterwarnings(
@@ -40,30 +31,23 @@ def build(**changes):
 
 
 def of_peft(directory, model=None, **fields):
-    """A trained PEFT model, saved."""
-    config = peft.LoraConfig(**{"r": 2, "lora_alpha": 5, "target_modules": ["q_proj"], **fields})
-    theirs = peft.get_peft_model(build() if model is None else model, config, autocast_adapter_dtype=False)
-    move(theirs.eval()).save_pretrained(directory)
-    return theirs
-
-
-def edit(directory, **fields):
-    path = directory / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-def rename(directory, change):
-    tensors = safetensors.torch.load_file(directory / WEIGHTS)
-    safetensors.torch.save_file({change(k): v for k, v in tensors.items()}, directory / WEIGHTS, {"format": "pt"})
+    return directories.of_peft(directory, build() if model is None else model, **fields)
 
 
 def refused(directory, match, model=None, **options):
-    model = build() if model is None else model
-    before = snapshot(model)
-    with pytest.raises(AdapterError, match=match) as caught:
-        load_adapter(model, directory, **options)
-    assert "\n" not in str(caught.value)
-    assert_same(model, before)
+    directories.refused(directory, match, build() if model is None else model, **options)
+
+
+def loads_as(theirs, directory, ours=None, **options):
+    """Our model of PEFT's directory, which computes as PEFT's, and as it does again from a directory of ours."""
+    ours = build() if ours is None else ours
+    again = type(ours)(ours.config).to(ours.dtype).eval()
+    again.load_state_dict(ours.state_dict())
+    report = load_adapter(ours, directory, **options)
+    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
+    load_adapter(again, save_adapter(ours, directory / "ours"))
+    assert torch.equal(output(again, TOKENS), output(ours, TOKENS))
+    return ours, report
 
 
 # ---- tied embeddings
@@ -81,17 +65,11 @@ def test_one_update_of_a_tied_pair_is_refused(tmp_path, targets, tied):
 @pytest.mark.parametrize("saved", [["embed_tokens"], ["lm_head"], ["lm_head", "embed_tokens"]])
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_copy_of_a_tied_pair_is_loaded_into_both(tmp_path, saved, tied):
-    model = build(tie_word_embeddings=tied)
-    theirs = of_peft(tmp_path, model, modules_to_save=saved, ensure_weight_tying=True)
-    ours = build(tie_word_embeddings=tied)
-    report = load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
+    theirs = of_peft(tmp_path, build(tie_word_embeddings=tied), modules_to_save=saved, ensure_weight_tying=True)
+    ours, report = loads_as(theirs, tmp_path, build(tie_word_embeddings=tied))
     if tied:
         assert report.saved.keys() == {"model.embed_tokens", "lm_head"}
         assert ours.lm_head.lora_copy.weight is ours.model.embed_tokens.lora_copy.weight
-    again = build(tie_word_embeddings=tied)
-    load_adapter(again, save_adapter(ours, tmp_path / "ours"))
-    assert torch.equal(output(again, TOKENS), output(ours, TOKENS))
 
 
 @pytest.mark.parametrize("indices", [[3, 1], {"embed_tokens": [3, 1]}])
@@ -99,23 +77,21 @@ def test_one_copy_of_a_tied_pair_is_loaded_into_both(tmp_path, saved, tied):
 def test_token_rows_of_a_tied_pair_reach_both(tmp_path, indices, ensure):
     model = build(tie_word_embeddings=True)
     theirs = of_peft(tmp_path, model, trainable_token_indices=indices, ensure_weight_tying=ensure)
-    ours = build(tie_word_embeddings=True)
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
-    edit(tmp_path, trainable_token_indices={"embed_tokens": [3, 1], "lm_head": [3, 1]})
+    loads_as(theirs, tmp_path, build(tie_word_embeddings=True))
+    edit_config(tmp_path, trainable_token_indices={"embed_tokens": [3, 1], "lm_head": [3, 1]})
     refused(tmp_path, "trainable_token_indices 'lm_head'.*leave that entry out", build(tie_word_embeddings=True))
 
 
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "embed_tokens"], ["q_proj", "lm_head"]])
-def test_pefts_copies_of_embeddings_are_checked_against_w0_and_left(tmp_path, targets):
-    theirs = of_peft(tmp_path, target_modules=targets)
+@pytest.mark.parametrize(
+    ("targets", "tied"),
+    [(["q_proj"], False), (["q_proj", "embed_tokens"], False), *((["q_proj", "lm_head"], t) for t in (False, True))],
+)
+def test_pefts_copies_of_embeddings_are_checked_against_w0_and_left(tmp_path, targets, tied):
+    theirs = of_peft(tmp_path, build(tie_word_embeddings=tied), target_modules=targets)
     theirs.save_pretrained(tmp_path, save_embedding_layers=True)
-    kept = [key for key in safetensors.torch.load_file(tmp_path / WEIGHTS) if "lora_" not in key]
-    assert len(kept) == (2 if targets == ["q_proj"] else 1)
-    ours = build()
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
-    resized, other = build(), build()
+    assert [key for key in safetensors.torch.load_file(tmp_path / WEIGHTS) if "lora_" not in key]
+    loads_as(theirs, tmp_path, build(tie_word_embeddings=tied))
+    resized, other = build(tie_word_embeddings=tied), build(tie_word_embeddings=tied)
     resized.resize_token_embeddings(44)
     with torch.no_grad():
         other.model.embed_tokens.weight.add_(1)
@@ -123,6 +99,15 @@ def test_pefts_copies_of_embeddings_are_checked_against_w0_and_left(tmp_path, ta
     for model in (resized, other):
         refused(tmp_path, "holds a weight of '.*' that is not this model's: load the base .* .resized as it was", model)
     load_adapter(other, tmp_path, allow_other_base=True)
+
+
+def test_an_adapted_tied_head_saves_no_base_matrix(tmp_path):
+    model, other = build(tie_word_embeddings=True), build(tie_word_embeddings=True)
+    inject(model, LoRAConfig(r=2, target_modules=["lm_head", "q_proj"]))
+    save_adapter(move(model), tmp_path)
+    assert all("lora_" in key for key in safetensors.torch.load_file(tmp_path / WEIGHTS))
+    load_adapter(other, tmp_path)
+    assert torch.equal(output(other, TOKENS), output(model, TOKENS))
 
 
 # ---- keys
@@ -134,21 +119,25 @@ def test_a_raw_state_dict_of_a_peft_model_loads(tmp_path):
     state = {k: v.clone() for k, v in theirs.state_dict().items()}
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight" in state
     safetensors.torch.save_file(state, tmp_path / WEIGHTS)
-    ours = build()
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
+    loads_as(theirs, tmp_path)
     state = {k.replace(".default.", ".other.") if "lora_A" in k else k: v for k, v in state.items()}
     safetensors.torch.save_file(state, tmp_path / WEIGHTS)
     refused(tmp_path, r"the file holds 2 adapters \(default, other\)")
 
 
-def test_token_rows_in_raw_form_load(tmp_path):
+RAW = {"lora_A.weight": "lora_A.x.weight", "lora_B.weight": "lora_B.x.weight", "tokens_delta": "tokens_delta.x"}
+SPELLINGS = {
+    "raw token rows": lambda key: next(key.removesuffix(a) + b for a, b in RAW.items() if key.endswith(a)),
+    "compiled": lambda key: key.replace("base_model.model.", "base_model.model._orig_mod.", 1),
+    "sharded": lambda key: key.replace("self_attn.", "_fsdp_wrapped_module.self_attn._checkpoint_wrapped_module.", 1),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_keys_in_raw_form_and_wrappers_within_them_are_seen_through(tmp_path, spelling):
     theirs = of_peft(tmp_path, trainable_token_indices=[3, 1])
-    raw = {"lora_A.weight": "lora_A.x.weight", "lora_B.weight": "lora_B.x.weight", "tokens_delta": "tokens_delta.x"}
-    rename(tmp_path, lambda k: next(k.removesuffix(a) + b for a, b in raw.items() if k.endswith(a)))
-    ours = build()
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
+    rename(tmp_path, SPELLINGS[spelling])
+    loads_as(theirs, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT", "ignore:Already found a `peft_config`")
@@ -157,24 +146,7 @@ def test_a_peft_model_wrapped_twice_loads(tmp_path):
     theirs = of_peft(tmp_path, first, target_modules=["q_proj", "v_proj"])
     keys = safetensors.torch.load_file(tmp_path / WEIGHTS)
     assert all(key.startswith("base_model.model.base_model.model.model.layers") for key in keys)
-    ours = build()
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("piece", "wrapped"),
-    [
-        ("base_model.model.", "base_model.model._orig_mod."),
-        ("self_attn.", "_fsdp_wrapped_module.self_attn._checkpoint_wrapped_module."),
-    ],
-)
-def test_wrappers_within_the_keys_are_seen_through(tmp_path, piece, wrapped):
-    theirs = of_peft(tmp_path)
-    rename(tmp_path, lambda key: key.replace(piece, wrapped, 1))
-    ours = build()
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
+    loads_as(theirs, tmp_path)
 
 
 def test_an_adapter_of_the_whole_model_says_where_it_belongs(tmp_path):
@@ -184,17 +156,15 @@ def test_an_adapter_of_the_whole_model_says_where_it_belongs(tmp_path):
     of_peft(tmp_path / "part", backbone)
     match = r"made on the part 'model' of this model: load it into model.get_submodule\('model'\)"
     refused(tmp_path / "part", match)
-    ours = build()
-    load_adapter(ours.get_submodule("model"), tmp_path / "part")
+    load_adapter(build().get_submodule("model"), tmp_path / "part")
 
 
 def test_experts_of_transformers_4_go_by_way_of_peft_which_fuses_them(tmp_path):
     def mixtral():
         torch.manual_seed(1)
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-        return MixtralForCausalLM(
-            MixtralConfig(**sizes, intermediate_size=24, num_local_experts=2, vocab_size=40)
-        ).eval()
+        sizes |= {"intermediate_size": 24, "num_local_experts": 2, "vocab_size": 40}
+        return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
 
     tensors = {}
     for expert, (name, out, width) in itertools.product("01", [("w1", 24, 16), ("w3", 24, 16), ("w2", 16, 24)]):
@@ -203,9 +173,7 @@ def test_experts_of_transformers_4_go_by_way_of_peft_which_fuses_them(tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / WEIGHTS)
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["w1", "w2", "w3"]}
     (tmp_path / CONFIG).write_text(json.dumps(config))
-    refused(
-        tmp_path, "experts are apart, as before transformers 5: load it in PEFT, which fuses them, and save", mixtral()
-    )
+    refused(tmp_path, "experts are apart, as before transformers 5: load it in PEFT, which fuses them", mixtral())
     theirs = peft.PeftModel.from_pretrained(mixtral(), tmp_path).eval()
     theirs.save_pretrained(tmp_path / "fused")
     ours = mixtral()
@@ -213,32 +181,38 @@ def test_experts_of_transformers_4_go_by_way_of_peft_which_fuses_them(tmp_path):
     assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-6
 
 
-def test_a_long_list_of_problems_shows_ten_and_counts_the_rest(tmp_path):
+@pytest.mark.parametrize(
+    ("old", "new", "match"),
+    [
+        ("_proj", "_prj", "no module ('[^']+', ){9}'[^']+' and 14 more: 24 of the"),
+        ("lora_B", "lora_C", r"left over (\S+, ){9}\S+ and 14 more"),
+    ],
+)
+def test_a_long_list_of_problems_shows_ten_and_counts_the_rest(tmp_path, old, new, match):
     of_peft(tmp_path, build(num_hidden_layers=12), target_modules=["q_proj", "k_proj"])
-    rename(tmp_path, lambda k: k.replace("_proj", "_prj"))
-    refused(tmp_path, r"no module ('[^']+', ){9}'[^']+' and 14 more: 24 of the", build(num_hidden_layers=12))
-    of_peft(tmp_path, build(num_hidden_layers=12), target_modules=["q_proj", "k_proj"])
-    rename(tmp_path, lambda k: k.replace("lora_B", "lora_C"))
-    refused(tmp_path, r"left over (\S+, ){9}\S+ and 14 more", build(num_hidden_layers=12))
+    rename(tmp_path, lambda key: key.replace(old, new))
+    refused(tmp_path, match, build(num_hidden_layers=12))
 
 
 # ---- settings
 
 
-@pytest.mark.parametrize("method", ["ADALORA", "IA3", "LOHA", "OFT", "PROMPT_TUNING", "VERA", "SOMETHING"])
-def test_other_methods_are_refused_by_name(tmp_path, method):
+def test_other_methods_and_settings_without_a_counterpart_are_refused_by_name(tmp_path):
     of_peft(tmp_path)
-    edit(tmp_path, peft_type=method)
-    refused(tmp_path, rf"\(peft_type LORA\), got '{method}'$")
-    assert method == "SOMETHING" or method in set(peft.PeftType)
-
-
-@pytest.mark.parametrize("setting", WITHOUT_COUNTERPART)
-def test_settings_without_a_counterpart_are_refused_with_what_they_do(tmp_path, setting):
-    of_peft(tmp_path)
-    assert setting in peft.LoraConfig.__dataclass_fields__
-    edit(tmp_path, **{setting: [[0, 1]] if setting != "use_qalora" else True})
-    refused(tmp_path, rf"{setting}=.* {WITHOUT_COUNTERPART[setting][:20]}")
+    config = (tmp_path / CONFIG).read_text()
+    for method in ("ADALORA", "IA3", "LOHA", "OFT", "PROMPT_TUNING", "VERA", "SOMETHING"):
+        edit_config(tmp_path, peft_type=method)
+        refused(tmp_path, rf"\(peft_type LORA\), got '{method}'$")
+        assert method == "SOMETHING" or method in set(peft.PeftType)
+    for setting, does in WITHOUT_COUNTERPART.items():
+        (tmp_path / CONFIG).write_text(config)
+        assert setting in peft.LoraConfig.__dataclass_fields__
+        edit_config(tmp_path, **{setting: [[0, 1]] if setting != "use_qalora" else True})
+        refused(tmp_path, rf"{setting}=.* {does[:20]}")
+    (tmp_path / CONFIG).write_text(config)
+    for start in ("corda", "lora_ga", "loftq", "pissa_niter_4"):
+        edit_config(tmp_path, init_lora_weights=start)
+        refused(tmp_path, f"init_lora_weights '{start}', which changed the base")
 
 
 def test_every_field_of_pefts_is_known_and_others_are_announced(tmp_path):
@@ -247,9 +221,9 @@ def test_every_field_of_pefts_is_known_and_others_are_announced(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", AdapterWarning)
         warnings.filterwarnings("ignore", "this adapter notes no fingerprint of its base")
-        edit(tmp_path, **dict.fromkeys(HARMLESS - {"peft_type", "init_lora_weights"}, 1))
+        edit_config(tmp_path, **dict.fromkeys(HARMLESS - {"peft_type", "init_lora_weights"}, 1))
         load_adapter(build(), tmp_path)
-    edit(tmp_path, sparkle=0.5, nothing=None)
+    edit_config(tmp_path, sparkle=0.5, nothing=None)
     with pytest.warns(AdapterWarning, match="settings that are unknown here and not used: sparkle=0.5$"):
         load_adapter(build(), tmp_path)
 
@@ -258,17 +232,8 @@ def test_fan_in_fan_out_says_nothing_about_the_tensors(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = of_peft(tmp_path, fan_in_fan_out=True)
-    edit(tmp_path, fan_in_fan_out=True)
-    ours = build()
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
-
-
-@pytest.mark.parametrize("start", ["corda", "lora_ga", "loftq", "pissa_niter_4"])
-def test_starts_that_changed_the_base_are_refused_by_name(tmp_path, start):
-    of_peft(tmp_path)
-    edit(tmp_path, init_lora_weights=start)
-    refused(tmp_path, f"init_lora_weights '{start}', which changed the base")
+    edit_config(tmp_path, fan_in_fan_out=True)
+    loads_as(theirs, tmp_path)
 
 
 # ---- patterns
@@ -280,68 +245,29 @@ NAME = "model.layers.0.self_attn.q_proj"
 @pytest.mark.parametrize("order", [list(DOUBT), list(reversed(DOUBT))])
 def test_an_alpha_that_the_file_leaves_in_doubt_is_asked_for(tmp_path, order):
     theirs = of_peft(tmp_path, alpha_pattern={key: DOUBT[key] for key in order}, target_modules=["q_proj", "v_proj"])
-    trained = DOUBT[order[0]]
-    refused(
-        tmp_path, rf"'0.self_attn.q_proj' \(7\) and 'q_proj' \(3\) match '{NAME}'; PEFT trained with the one that was"
-    )
-    for alpha in DOUBT.values():
-        ours = build()
-        load_adapter(ours, tmp_path, alphas={NAME: alpha})
-        assert (distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12) == (alpha == trained)
-    again = build()
-    load_adapter(again, save_adapter(ours, tmp_path / "ours"))
-    assert torch.equal(output(again, TOKENS), output(ours, TOKENS))
+    match = rf"'0.self_attn.q_proj' \(7\) and 'q_proj' \(3\) match '{NAME}'; PEFT trained with the one that was"
+    refused(tmp_path, match)
+    ours = build()
+    load_adapter(ours, tmp_path, alphas={NAME: DOUBT[order[1]]})
+    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) > 1e-4
+    loads_as(theirs, tmp_path, alphas={NAME: DOUBT[order[0]]})
     refused(tmp_path, "no module 'layers.0.self_attn.q_proj'; did you mean", alphas={NAME[6:]: 3})
     refused(tmp_path, "leaves no doubt about 'model.layers.1", alphas={NAME: 3, NAME.replace("0", "1"): 3})
 
 
 def test_ranks_are_the_tensors_whatever_the_order_and_tell_the_likelier_alpha(tmp_path):
-    theirs = of_peft(tmp_path, rank_pattern={"q_proj": 3, "0.self_attn.q_proj": 4})
-    ours = build()
-    assert {row.r for row in load_adapter(ours, tmp_path).modules} == {3}
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
+    theirs = of_peft(
+        tmp_path, rank_pattern={"q_proj": 3, "0.self_attn.q_proj": 4}, alpha_pattern=dict.fromkeys(DOUBT, 3)
+    )
+    _, report = loads_as(theirs, tmp_path)  # equal alphas are in no doubt
+    assert {row.r for row in report.modules} == {3}
     of_peft(tmp_path, rank_pattern={"q_proj": 3, "0.self_attn.q_proj": 4}, alpha_pattern=DOUBT)
     refused(tmp_path, "in rank_pattern 'q_proj' won, by the tensors' rank")
 
 
-def test_equal_alphas_are_in_no_doubt(tmp_path):
-    theirs = of_peft(tmp_path, alpha_pattern={"q_proj": 3, "0.self_attn.q_proj": 3})
-    ours = build()
-    load_adapter(ours, tmp_path)
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-12
-
-
 def test_a_rank_that_no_order_of_the_config_gives_is_refused(tmp_path):
     of_peft(tmp_path, rank_pattern={"0.self_attn.q_proj": 4})
-    edit(tmp_path, rank_pattern={"0.self_attn.q_proj": 8})
+    edit_config(tmp_path, rank_pattern={"0.self_attn.q_proj": 8})
     refused(tmp_path, f"'{NAME}': lora_A has a shape of rank 4, and {CONFIG} says 8")
-    edit(tmp_path, rank_pattern={}, r=16)
+    edit_config(tmp_path, rank_pattern={}, r=16)
     refused(tmp_path, "shape of rank 4, and .* says 16")
-
-
-# ---- reproducible
-
-CODE = """
-import sys, torch
-from torch import nn
-from lora_lightning import LoRAConfig, inject, save_adapter
-from tests.factories import Own, move
-torch.manual_seed(1)
-model = Own()
-model.table = nn.Embedding(9, 4)
-fields = {"rank_pattern": {"first": 3, "inner.a": 1}, "alpha_pattern": {"second": 3.0}, "bias": "lora_only"}
-fields |= {"modules_to_save": ["head", "norm"], "target_modules": {"first", "second", "inner.a"}}
-inject(model, LoRAConfig(r=2, trainable_token_indices=[4, 2], **fields))
-save_adapter(move(model), directory)
-"""
-
-
-@pytest.mark.filterwarnings("ignore:PEFT")
-def test_another_process_with_another_hash_seed_writes_the_same_bytes(tmp_path):
-    root = str(Path(lora_lightning.__file__).parents[1])
-    environment = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    code = f"directory = {str(tmp_path / 'theirs')!r}\n{CODE}"
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment, cwd=root)
-    exec(CODE, {"directory": tmp_path / "ours"})
-    for file in (WEIGHTS, CONFIG):
-        assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "theirs" / file).read_bytes()

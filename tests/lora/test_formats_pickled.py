@@ -1,115 +1,171 @@
-"""Old pickled files: tensors and nothing else come out of them, whatever is in them."""
+"""Law: an old `adapter_model.bin` is read as tensors or refused; whatever is in it, nothing of it runs."""
 
 from __future__ import annotations
 
-import json
+import functools
+import io
 import os
 import pickle
-import shutil
+import random
+import subprocess
+import webbrowser
 import zipfile
 
 import pytest
-import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from lora_lightning import LoRAConfig, inject, load_adapter, load_loralib, save_adapter
+from lora_lightning import load_loralib
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats.peft.config import CONFIG, PICKLED, WEIGHTS
+from lora_lightning.lora.formats.peft.config import PICKLED, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_pickled
-from tests.factories import FAMILIES, assert_same, move, snapshot
+from tests.lora.accidents import ANY
+from tests.lora.directories import refused
+from tests.lora.fuzz_support import Origin, examples, little_memory, net, quick_folder
 
-BERT = FAMILIES["bert"]
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    with quick_folder(tmp_path_factory.mktemp("peft")) as folder, little_memory():
+        origin = Origin("peft", folder)
+        (folder / WEIGHTS).unlink()
+        yield origin
 
 
-class Bomb:
-    """Unpickled, it would write a file."""
+def saved(values, *, zipped=True) -> bytes:
+    file = io.BytesIO()
+    torch.save(values, file, _use_new_zipfile_serialization=zipped)
+    return file.getvalue()
 
-    def __init__(self, path):
-        self.path = str(path)
+
+def load(origin, data: bytes) -> str:
+    (origin.folder / PICKLED).write_bytes(data)
+    return origin.load()
+
+
+def test_it_loads_as_its_safetensors_would_which_win_where_there_are_both(origin):
+    assert {load(origin, saved(origin.tensors, zipped=zipped)) for zipped in (True, False)} == {"same"}
+    others = saved({key: tensor + 1 for key, tensor in origin.tensors.items()})
+    assert load(origin, others) == "other"
+    (origin.folder / WEIGHTS).write_bytes(origin.good[WEIGHTS])
+    assert load(origin, others) == "same"
+    (origin.folder / WEIGHTS).write_bytes(b"torn")
+    refused(origin.folder, f"{WEIGHTS} is not a whole safetensors file", origin.model)
+    for name in (WEIGHTS, PICKLED):
+        (origin.folder / name).unlink()
+    refused(origin.folder, f"no file .*{WEIGHTS}, and no {PICKLED} beside it", origin.model)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_pickle_that_met_an_accident(origin, zipped):
+    good = saved(origin.tensors, zipped=zipped)
+
+    @examples(400)
+    @given(accident=st.sampled_from(ANY), seed=st.integers(0, 2**64))
+    def check(accident, seed):
+        assert load(origin, accident(good, random.Random(seed))) in ("refused", "same", "other")
+
+    check()
+
+
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
 
     def __reduce__(self):
-        return os.system, (f"touch '{self.path}'",)
+        return self.call
 
 
-@pytest.fixture
-def saved(tmp_path):
-    """A model, its directory as PEFT writes it, and its tensors."""
-    model = BERT.build()
-    inject(model, LoRAConfig(r=2, modules_to_save=["classifier"]))
-    save_adapter(move(model), tmp_path / "a")
-    return model, tmp_path / "a", safetensors.torch.load_file(tmp_path / "a" / WEIGHTS)
+def calls(marker: str) -> dict[str, object]:
+    text = f"open({marker!r}, 'w').close()"
+    return {
+        "os.system": Call(os.system, f"touch {marker}"),
+        "subprocess": Call(subprocess.call, ["touch", marker]),
+        "eval": Call(eval, text),
+        "exec": Call(exec, text),
+        "open": Call(open, marker, "w"),
+        "getattr": Call(getattr, "x", "upper"),
+        "partial": Call(functools.partial(os.system, f"touch {marker}")),
+        "import": Call(__import__, "this"),
+        "browser": Call(webbrowser.open, f"file://{marker}"),
+        "torch.load": Call(torch.load, marker),
+        "torch.save": Call(torch.save, {}, marker),
+        "torch.hub": Call(torch.hub.load_state_dict_from_url, "http://127.0.0.1:9/x"),
+    }
 
 
-@pytest.mark.parametrize("legacy", [False, True])
-def test_pefts_old_file_loads_as_its_safetensors_would(saved, legacy):
-    model, directory, tensors = saved
-    (directory / WEIGHTS).unlink()
-    torch.save(tensors, directory / PICKLED, _use_new_zipfile_serialization=not legacy)
-    other = BERT.build()
-    load_adapter(other, directory)
-    assert torch.equal(BERT.run(other), BERT.run(model))
-
-
-def test_safetensors_win_where_there_are_both(saved):
-    model, directory, tensors = saved
-    torch.save({key: tensor + 1 for key, tensor in tensors.items()}, directory / PICKLED)
-    other = BERT.build()
-    load_adapter(other, directory)
-    assert torch.equal(BERT.run(other), BERT.run(model))
-    (directory / WEIGHTS).write_bytes(b"torn")
-    with pytest.raises(AdapterError, match=f"{WEIGHTS} is not a whole safetensors file"):
-        load_adapter(BERT.build(), directory)
-    for name in (WEIGHTS, PICKLED):
-        (directory / name).unlink()
-    with pytest.raises(AdapterError, match=f"no file .*{WEIGHTS}, and no {PICKLED} beside it"):
-        load_adapter(BERT.build(), directory)
-
-
-@pytest.mark.parametrize("form", ["zip", "legacy", "pickle", "nested", "beside tensors"])
-@pytest.mark.parametrize("entry", ["peft", "loralib"])
-def test_a_malicious_pickle_executes_nothing(saved, tmp_path, monkeypatch, form, entry):
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare", "text protocol", "in a key", "nested"])
+@pytest.mark.parametrize("what", calls(""))
+def test_a_pickle_that_would_run_code_is_refused_and_runs_nothing(origin, what, form, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
-    _, directory, tensors = saved
-    (directory / WEIGHTS).unlink()
-    touched, path = tmp_path / "touched", directory / PICKLED
-    bomb = Bomb(touched)
-    content = {"nested": {"state_dict": bomb}, "beside tensors": {**tensors, "x": bomb}}.get(form, bomb)
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(content))
+    marker = tmp_path / "ran"
+    call = calls(str(marker))[what]
+    if form in ("zip", "legacy"):
+        data = saved({**origin.tensors, "more": call}, zipped=form == "zip")
+    elif form in ("in a key", "nested"):
+        data = saved(origin.tensors | {"x": {("k", 1): [call]}} if form == "in a key" else {"state_dict": call})
     else:
-        torch.save(content, path, _use_new_zipfile_serialization=form != "legacy")
-    model = BERT.build()
-    before = snapshot(model)
-    with pytest.raises(AdapterError, match="holds more than tensors, and nothing else in it is opened") as caught:
-        load_adapter(model, directory) if entry == "peft" else load_loralib(model, path, r=2, alpha=4)
-    assert "\n" not in str(caught.value)
-    assert not touched.exists()
-    assert_same(model, before)
-    pickle.loads(pickle.dumps(bomb))
-    assert touched.exists(), "the bomb is a real one"
+        data = pickle.dumps({"more": call}, protocol=0 if form == "text protocol" else 2)
+    assert load(origin, data) == "refused"
+    assert "holds more than tensors, and nothing else in it is opened" in origin.said
+    path, options = origin.folder / PICKLED, {"load": load_loralib, "r": 2, "alpha": 4}
+    refused(path, "holds more than tensors, and nothing else in it is opened", net(), **options)
+    assert not marker.exists()
+    if what == "os.system":
+        pickle.loads(pickle.dumps(call))
+        assert marker.exists(), "the call is a real one"
 
 
-CONTENTS = {
-    "a list": ([torch.ones(2)], "must hold a state dict, tensors by name, got a list"),
-    "a tensor": (torch.ones(2), "got a Tensor"),
-    "numbers": ({"a": 3}, "got a int under 'a'"),
-    "numbered": ({1: torch.ones(2)}, "tensors by name, got a dict"),
-    "nested": ({"other": {"a": torch.ones(2)}}, "got a dict under 'other'"),
-    "sparse": ({"a": torch.eye(3).to_sparse()}, "plain tensors, got a Tensor under 'a'"),
-    "meta": ({"a": torch.ones(3, device="meta")}, "plain tensors, got a Tensor under 'a'"),
-}
+def strange_values(tensors):
+    """Dicts that unpickle safely and are no adapter, and the words with which each is refused."""
+    key = next(k for k in tensors if "lora_A" in k)
+    other, tensor = key.replace("lora_A", "lora_B"), tensors[key]
+    wide = {key: torch.zeros(1).expand(10**9, 4), other: torch.zeros(1).expand(4, 10**9)}
+    return {
+        "no dict": ([tensor], "must hold a state dict, tensors by name, got a list"),
+        "a tensor": (tensor, "got a Tensor"),
+        "a number": (5, "got a int"),
+        "nothing": ({}, ""),
+        "key of a number": (tensors | {5: tensor}, "tensors by name, got a dict"),
+        "a list in a tensor's place": (tensors | {key: tensor.tolist()}, f"got a list under '{key}'"),
+        "none in a tensor's place": (tensors | {key: None}, f"got a NoneType under '{key}'"),
+        "in another dict": ({"state_dict": tensors}, "got a dict under 'state_dict'"),
+        "wide views of one number": (tensors | wide, ""),
+        "on no device": (tensors | {key: tensor.to("meta")}, f"plain tensors, got a Tensor under '{key}'"),
+        "sparse": (tensors | {key: tensor.to_sparse()}, f"plain tensors, got a Tensor under '{key}'"),
+        "complex": (tensors | {key: tensor.to(torch.complex64)}, ""),
+        "whole numbers": (tensors | {key: tensor.int()}, ""),
+        "not finite": (tensors | {key: tensor * float("nan")}, "not finite"),
+        "surplus": (tensors | {"surplus": tensor}, "surplus"),
+        "missing": ({k: t for k, t in tensors.items() if k != key}, ""),
+    }
 
 
-@pytest.mark.parametrize("name", CONTENTS)
-def test_anything_but_a_state_dict_is_refused(tmp_path, name):
-    content, match = CONTENTS[name]
-    torch.save(content, tmp_path / "x.bin")
-    with pytest.raises(AdapterError, match=match):
-        read_pickled(tmp_path / "x.bin", wrappers=("state_dict",))
+@pytest.mark.parametrize("what", strange_values({"lora_A": torch.ones(1)}))
+def test_a_pickle_of_other_things_is_refused(origin, what):
+    values, words = strange_values(origin.tensors)[what]
+    assert load(origin, saved(values)) == "refused"
+    assert words in origin.said
 
 
-def test_modules_and_scripts_are_refused(tmp_path):
+@pytest.mark.parametrize("what", ["deep", "long", "zip of another", "no stop"])
+def test_a_pickle_made_by_hand_is_refused(origin, what):
+    deep = b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b"."
+    long = b"\x80\x02" + pickle.LONG4 + (2**31 - 1).to_bytes(4, "little") + b"\x01."
+    other = io.BytesIO()
+    with zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", b"\0" * 50_000_000)
+    data = {"deep": deep, "long": long, "zip of another": other.getvalue(), "no stop": b"\x80\x02}"}[what]
+    assert len(data) < 500_000
+    assert load(origin, data) == "refused"
+
+
+def test_modules_scripts_torn_files_and_flipped_bits_are_refused_by_the_file(tmp_path):
+    path = tmp_path / "x.bin"
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
     with zipfile.ZipFile(tmp_path / "zip.pt", "w") as archive:
@@ -117,39 +173,16 @@ def test_modules_and_scripts_are_refused(tmp_path):
     for name in ("module", "script", "zip"):
         with pytest.raises(AdapterError, match=rf"{name}.pt is torn or holds more than tensors"):
             read_pickled(tmp_path / f"{name}.pt")
-
-
-@pytest.mark.parametrize("legacy", [False, True])
-def test_a_torn_file_is_one_error_wherever_it_is_cut(tmp_path, legacy):
-    whole = tmp_path / "whole.bin"
-    torch.save({"a.lora_A": torch.ones(20, 3), "b": torch.ones(5)}, whole, _use_new_zipfile_serialization=not legacy)
-    data = whole.read_bytes()
-    for cut in (0, 1, 2, 10, 100, len(data) // 3, len(data) // 2, len(data) - 30, len(data) - 1):
-        (tmp_path / "x.bin").write_bytes(data[:cut])
-        with pytest.raises(AdapterError, match=r"x\.bin is torn") as caught:
-            read_pickled(tmp_path / "x.bin")
-        assert "\n" not in str(caught.value)
+    torch.save({"a": torch.arange(1000.0)}, path)
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[data.index(torch.arange(500.0, 510.0).numpy().tobytes())] ^= 1
+    for bad, words in [(data[:cut], "x.bin is torn") for cut in (0, 100, len(data) - 1)] + [
+        (bytes(flipped), r"x\.bin is torn .*'x/data/0' fails its checksum")
+    ]:
+        path.write_bytes(bad)
+        with pytest.raises(AdapterError, match=words):
+            read_pickled(path)
+    assert torch.load(path, weights_only=True)["a"][500] != 500, "torch reads it without a word"
     with pytest.raises(AdapterError, match="no file"):
         read_pickled(tmp_path / "nowhere.bin")
-
-
-def test_a_directory_without_a_record_is_read_from_the_old_file_too(saved):
-    _, directory, tensors = saved
-    shutil.copytree(directory, directory.with_name("b"))
-    (directory.with_name("b") / WEIGHTS).unlink()
-    torch.save({**tensors, "base_model.model.x.lora_A.weight": torch.ones(2, 2)}, directory.with_name("b") / PICKLED)
-    with pytest.raises(AdapterError, match="the model has no module 'x'"):
-        load_adapter(BERT.build(), directory.with_name("b"))
-    assert json.loads((directory / CONFIG).read_text())["peft_type"] == "LORA"
-
-
-def test_a_bit_that_flipped_in_a_zip_is_refused(tmp_path):
-    path = tmp_path / "x.bin"
-    torch.save({"a": torch.arange(1000.0)}, path)
-    data = bytearray(path.read_bytes())
-    place = bytes(data).index(torch.arange(500.0, 510.0).numpy().tobytes())
-    data[place] ^= 1
-    path.write_bytes(data)
-    assert torch.load(path, weights_only=True)["a"][500] != 500
-    with pytest.raises(AdapterError, match=r"x\.bin is torn .*'x/data/0' fails its checksum"):
-        read_pickled(path)

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import event, given
 from hypothesis import strategies as st
 
+from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from tests.lora.accidents import CONFIGS, TENSORS, flip_data
-from tests.lora.fuzz_support import CONFIG, WEIGHTS, Origin, examples, little_memory, quick_folder
+from tests.lora.fuzz_support import Origin, examples, little_memory, quick_folder
 
 
 @pytest.fixture(scope="module", params=["ours", "peft"])

@@ -203,3 +203,15 @@ def test_an_empty_batch_stays_empty(options, training):
     x = torch.empty(0, LENGTH, WIDTH)
     got, want = (call(m.train(training), x, options) for m in (model, plain))
     assert [t.shape for t in got] == [t.shape for t in want]
+
+
+def test_an_encoder_layer_with_a_forward_of_its_own_keeps_it():
+    class Own(nn.TransformerEncoderLayer):
+        def forward(self, src):
+            return self.linear2(torch.tanh(self.linear1(src)))
+
+    model = filled(nn.Sequential(Own(WIDTH, HEADS, 24, batch_first=True)), torch.float32)
+    x = tokens(torch.float32)
+    before = model(x)
+    inject(model, LoRAConfig(r=2, target_modules=["linear2"]))
+    assert torch.equal(model(x), before)

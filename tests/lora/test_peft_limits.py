@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import warnings
 
 import peft
@@ -10,7 +12,7 @@ import torch
 from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
+from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterWarning
 from lora_lightning.lora.inject import adapted_layers
 from tests.factories import FAMILIES, Own, distance, move, output
@@ -30,44 +32,25 @@ class Twice(nn.Module):
 def deepseek():
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     ranks = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
-    experts = {
-        "n_routed_experts": 4,
-        "n_group": 1,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 8,
-    }
-    return DeepseekV3ForCausalLM(
-        DeepseekV3Config(**sizes, **ranks, **experts, intermediate_size=24, vocab_size=40, first_k_dense_replace=1)
-    )
+    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    sizes |= {"moe_intermediate_size": 8, "intermediate_size": 24, "vocab_size": 40, "first_k_dense_replace": 1}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **ranks, **experts))
 
 
-def conv(**options):
-    return nn.Sequential(nn.Conv2d(4, 4, 3, **options))
+def conv():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
 
 
 TOKENS, X, IMAGE = torch.arange(1, 7)[None], torch.randn(3, 8), torch.randn(2, 4, 9, 9)
+ENCODER, SEQUENCE, OUT = FAMILIES["encoder"].make, torch.randn(2, 5, 16), {"target_modules": ["out_proj"]}
+HEAD = {"modules_to_save": ["head"], "target_modules": ["first"]}
+DROPOUTS = {"dropout": 0.1, "dropout_pattern": {"first": 0.3}, "exclude_modules": ["second"]}
 CASES = {
-    "heads": (
-        Own,
-        X,
-        {"modules_to_save": ["head"], "target_modules": ["first"]},
-        "misses tensors for: 'overhead', 'lm_h",
-    ),
+    "heads": (Own, X, HEAD, "misses tensors for: 'overhead', 'lm_h"),
     "two places": (Twice, X, {}, "adapts one place of a module that stands in several: 'a'"),
-    "dropouts": (Own, X, {"dropout": 0.1, "dropout_pattern": {"first": 0.3}, "exclude_modules": ["second"]}, "'first'"),
-    "out_proj": (
-        FAMILIES["encoder"].make,
-        torch.randn(2, 5, 16),
-        {"target_modules": ["out_proj"]},
-        "0.self_attn.out_p",
-    ),
-    "padding": (
-        lambda: conv(padding=1, padding_mode="circular"),
-        IMAGE,
-        {"target_modules": ["0"]},
-        "padding_mode: '0'",
-    ),
+    "dropouts": (Own, X, DROPOUTS, "'first'"),
+    "out_proj": (ENCODER, SEQUENCE, OUT, "0.self_attn.out_p"),
+    "padding": (conv, IMAGE, {"target_modules": ["0"]}, "padding_mode: '0'"),
     "experts": (deepseek, TOKENS, {}, r"fused experts.*: 'model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj'"),
 }
 
@@ -105,10 +88,36 @@ def test_a_limit_of_pefts_is_said_by_name_is_real_and_is_not_ours(tmp_path, name
         assert name == "heads", error  # noqa: PT017
 
 
+def adapted(**fields):
+    model = FAMILIES["bert"].build()
+    inject(model, LoRAConfig(**{"r": 2, "target_modules": ["query"], **fields}))
+    return move(model)
+
+
 def test_an_adapter_within_pefts_limits_is_saved_in_silence(tmp_path):
-    for family in ("bert", "llama"):
-        model = FAMILIES[family].build()
-        inject(model, LoRAConfig(r=2, dropout=0.1, modules_to_save=["classifier"] if family == "bert" else None))
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            save_adapter(model, tmp_path)
+    llama = FAMILIES["llama"].build()
+    inject(llama, LoRAConfig(r=2, dropout=0.1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_adapter(llama, tmp_path)
+        save_adapter(adapted(dropout=0.1, modules_to_save=["classifier"]), tmp_path, task_type="SEQ_CLS")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [({"modules_to_save": ["classifier"]}, "SEQ_CLS"), ({}, None), ({"target_modules": ["query", "classifier"]}, None)],
+    ids=["in full", "frozen", "adapted"],
+)
+def test_peft_opens_a_classifiers_adapter_whatever_trains_of_its_head(tmp_path, fields, told):
+    model = adapted(**fields)
+    with contextlib.nullcontext() if told else pytest.warns(AdapterWarning, match="task_type is left out"):
+        save_adapter(model, tmp_path, task_type="SEQ_CLS")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == told
+    theirs = peft.PeftModel.from_pretrained(FAMILIES["bert"].build(), tmp_path).eval()
+    assert distance(output(theirs, TOKENS), output(model, TOKENS)) < 1e-5
+
+
+def test_a_task_that_peft_does_not_know_is_refused(tmp_path):
+    with pytest.raises(LoRAError, match="got 'SEQ_CLASS'; did you mean 'SEQ_CLS'"):
+        save_adapter(adapted(), tmp_path / "out", task_type="SEQ_CLASS")
+    assert not (tmp_path / "out").exists()

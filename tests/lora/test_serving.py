@@ -16,6 +16,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from tests.factories import FAMILIES, bert, distance, gpt, llama, move, output
+from tests.lora.directories import same_files
 
 TOKENS = torch.arange(1, 7)[None]
 
@@ -87,9 +88,7 @@ def test_one_rank_and_one_alpha_compute_what_was_trained(tmp_path, name):
     assert distance(output(plain, TOKENS), wanted) > 1e-4
     save_adapter(model, tmp_path, serving="vllm")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert not config["rank_pattern"]
-    assert not config["alpha_pattern"]
-    assert not config["use_rslora"]
+    assert not any(config[field] for field in ("rank_pattern", "alpha_pattern", "use_rslora"))
     assert distance(output(served(plain, tmp_path), TOKENS), wanted) < 1e-12
     theirs = peft.PeftModel.from_pretrained(build(maker), tmp_path, autocast_adapter_dtype=False).eval()
     assert distance(output(theirs, TOKENS), wanted) < 1e-12
@@ -97,8 +96,7 @@ def test_one_rank_and_one_alpha_compute_what_was_trained(tmp_path, name):
     load_adapter(again, tmp_path)
     assert distance(output(again, TOKENS), wanted) < 1e-12
     save_adapter(again, tmp_path / "again", serving="vllm")
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (tmp_path / "again" / file).read_bytes() == (tmp_path / file).read_bytes()
+    assert same_files(tmp_path / "again", tmp_path)
 
 
 def test_factors_are_written_bit_for_bit_where_scales_differ_by_powers_of_two(tmp_path):
@@ -116,63 +114,52 @@ def test_factors_are_written_bit_for_bit_where_scales_differ_by_powers_of_two(tm
         assert not tensors[f"{key}.lora_B.weight"][:, r:].any()
 
 
-def test_other_scales_round_once(tmp_path):
-    model = trained("llama", torch.float32, r=3, use_rslora=True)
-    save_adapter(model, tmp_path, serving="vllm")
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["lora_alpha"] == config["r"] == 3
-    tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
-    layer = model.model.layers[0].self_attn.q_proj
-    exact = layer.lora_B.double() * (6 / math.sqrt(3))
-    written = tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
-    assert float(((written.double() - exact) / exact).detach().abs().max()) <= 2**-24
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+
+
+def fcs():
+    return nn.ModuleDict({"fc": nn.Linear(4, 4), "deep": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
 
 
 REFUSED = {
     "DoRA": ("llama", {"use_dora": True}, r"DoRA: .*q_proj"),
     "bias on B": ("llama", {"lora_bias": True}, "a bias on B"),
     "biases": ("bert", {"target_modules": ["query"], "bias": "all"}, "trained biases: bert"),
-    "head": ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}, r"modules_to_save.: classifier"),
+    "head": ("bert", {"target_modules": ["query"], "modules_to_save": ["classifier"]}, "modules_to_save.: classifier"),
     "rows": ("llama", {"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "token rows: model.embed_tokens"),
     "embedding": ("llama", {"target_modules": ["embed_tokens"]}, "adapter on Embedding: model.embed_tokens"),
-    "parameter": ("llama", {"target_modules": [], "target_parameters": ["norm.weight"]}, "."),
+    "parameter": (
+        *("llama", {"target_modules": [], "target_parameters": ["0.mlp.up_proj.weight"]}),
+        r"adapter on .*: model.layers.0.mlp.up_proj.weight",
+    ),
+    "attention": (
+        *(FAMILIES["encoder"].build, {"target_modules": ["out_proj"]}),
+        "adapter in nn.MultiheadAttention: layers.0.self_attn.out_proj",
+    ),
+    "convolution": (lambda: nn.Sequential(nn.Conv1d(4, 4, 3)), {"target_modules": ["0"]}, "adapter on Conv1d: 0"),
+    "Conv1D": (gpt2, {}, r"adapter on Conv1D: transformer\.h\.0\.attn\.c_attn"),
+    "a name that ends another": (fcs, {"target_modules": "fc"}, "'fc' is adapted and 'deep.fc', whose name ends in it"),
     "rank": ("llama", {"rank_pattern": {"q_proj": 600}}, "vLLM serves ranks up to 512 and this adapter's is 600"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_vllm_cannot_serve_is_refused_by_name_and_writes_nothing(tmp_path, name):
-    maker, fields, match = REFUSED[name]
-    model = build(maker)
-    try:
-        inject(model, LoRAConfig(**{"r": 2, **fields}), any_rank=True)
-    except ValueError:  # a vector takes no rank
-        fields = {"target_modules": [], "target_parameters": ["0.mlp.up_proj.weight"]}
-        inject(model, LoRAConfig(r=2, **fields))
-        match = r"adapter on .*: model.layers.0.mlp.up_proj.weight"
+    make, fields, match = REFUSED[name]
+    model = build(make) if make in MAKERS else make()
+    inject(model, LoRAConfig(**{"r": 2, **fields}), any_rank=True)
     with pytest.raises(AdapterError, match=match) as caught:
         save_adapter(model, tmp_path / "x", serving="vllm")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "x").exists()
 
 
-def test_attention_convolutions_and_conv1d_are_refused(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    encoder = FAMILIES["encoder"].build()
-    inject(encoder, LoRAConfig(r=2, target_modules=["out_proj"]))
-    with pytest.raises(AdapterError, match=r"adapter in nn.MultiheadAttention: layers.0.self_attn.out_proj"):
-        save_adapter(encoder, tmp_path, serving="vllm")
-    conv = nn.Sequential(nn.Conv1d(4, 4, 3))
-    inject(conv, LoRAConfig(r=2, target_modules=["0"]))
-    with pytest.raises(AdapterError, match="adapter on Conv1d: 0"):
-        save_adapter(conv, tmp_path, serving="vllm")
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
-    inject(gpt2, LoRAConfig(r=2))
-    with pytest.raises(AdapterError, match=r"adapter on Conv1D: transformer\.h\.0\.attn\.c_attn"):
-        save_adapter(gpt2, tmp_path, serving="vllm")
+def test_another_server_is_refused(tmp_path):
     with pytest.raises(AdapterError, match="serving must be 'vllm' or left out, got 'tgi'"):
-        save_adapter(gpt2, tmp_path, serving="tgi")
+        save_adapter(trained("llama"), tmp_path, serving="tgi")
 
 
 @pytest.mark.parametrize(("r", "said"), [(8, None), (16, None), (17, 32), (64, 64), (65, 128), (257, 320), (512, 512)])
@@ -184,10 +171,3 @@ def test_ranks_above_vllms_default_are_announced_with_the_flag(tmp_path, r, said
         save_adapter(model, tmp_path, serving="vllm")
     found = [str(w.message) for w in caught if w.category is AdapterWarning]
     assert found == ([f"rank {r}: start vLLM with --max-lora-rank {said} (its default is 16)"] if said else [])
-
-
-def test_a_name_that_ends_another_cannot_be_told_apart(tmp_path):
-    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "deep": nn.ModuleDict({"fc": nn.Linear(4, 4)})})
-    inject(model, LoRAConfig(r=2, target_modules="fc"))
-    with pytest.raises(AdapterError, match=r"'fc' is adapted and 'deep.fc', whose name ends in it, is not"):
-        save_adapter(model, tmp_path, serving="vllm")

@@ -1,8 +1,15 @@
+"""Files of tensors are written and read to the byte, and a file, a pair of files or a folder is whole or as it was."""
+
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import signal
+import stat
 import subprocess
 import sys
+from collections import namedtuple
 from pathlib import Path
 
 import peft
@@ -11,17 +18,29 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch import nn
 
-from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
+from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError
-from lora_lightning.lora.formats import tensor_files as storage
-from lora_lightning.lora.formats.atomic_dir import write_bytes, write_together
+from lora_lightning.lora.formats import atomic_dir
+from lora_lightning.lora.formats.atomic_dir import human_size, stage_folder, write_bytes, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 
 METADATA = {"format": "pt", **{f"key{i}": str(i) for i in range(20)}}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- one file
 
 
 @given(
@@ -37,25 +56,10 @@ def test_what_is_written_is_what_is_read(tmp_path_factory, shapes, dtype):
     got, metadata = read_tensors(path)
     assert metadata == METADATA
     assert got.keys() == tensors.keys() == safetensors.torch.load_file(path).keys()
-    for name, tensor in tensors.items():
-        assert got[name].dtype == dtype
-        assert torch.equal(got[name], tensor)
+    assert all(got[name].dtype == dtype and torch.equal(got[name], tensor) for name, tensor in tensors.items())
     first = path.read_bytes()
     write_tensors(path, dict(reversed(tensors.items())), dict(reversed(METADATA.items())))
     assert path.read_bytes() == first
-
-
-def test_another_process_writes_the_same_bytes(tmp_path):
-    code = (
-        "import sys, torch; from pathlib import Path; "
-        "from lora_lightning.lora.formats.tensor_files import write_tensors;"
-        "write_tensors(Path(sys.argv[1]), {c: torch.ones(2) for c in 'dacb'}, {f'k{i}': '' for i in range(20)})"
-    )
-    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": str(Path(storage.__file__).parents[2])}
-    subprocess.run([sys.executable, "-c", code, str(theirs)], check=True, env=environment)
-    write_tensors(ours, {c: torch.ones(2) for c in "abcd"}, {f"k{i}": "" for i in range(20)})
-    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_views_and_shared_memory_are_written_whole(tmp_path):
@@ -73,11 +77,10 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
     def broken(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(storage.os, "fsync", broken)
+    monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="disk full"):
         write_bytes(path, b"new and longer")
-    assert path.read_bytes() == b"old"
-    assert list(path.parent.iterdir()) == [path]
+    assert contents(path.parent) == {"x": b"old"}
 
 
 @pytest.mark.parametrize("damage", ["missing", "directory", "empty", "text", "head", "tail", "longer", "length"])
@@ -86,14 +89,8 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(tmp_path, damage):
     write_tensors(path, {"a": torch.ones(50)}, METADATA)
     data = path.read_bytes()
     path.unlink()
-    cut = {
-        "empty": b"",
-        "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:1234",
-        "head": data[:20],
-        "tail": data[:-1],
-        "longer": data + b"\0",
-        "length": b"\xff" * 8 + data[8:],
-    }
+    cut = {"empty": b"", "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:1234", "head": data[:20]}
+    cut |= {"tail": data[:-1], "longer": data + b"\0", "length": b"\xff" * 8 + data[8:]}
     if damage == "directory":
         path.mkdir()
     elif damage in cut:
@@ -106,20 +103,12 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(tmp_path, damage):
 # ---- files that belong together
 
 KILLED = """
-import os, signal, sys, torch
+import os, signal, sys
 from pathlib import Path
-from torch import nn
-from lora_lightning import LoRAConfig, inject, save_adapter
+from lora_lightning import save_adapter
+from tests.lora.test_storage import chain
 
-def adapted(r):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    inject(model, LoRAConfig(r=r, alpha=4 * r, target_modules=["0", "1"]))
-    for layer in model:
-        nn.init.normal_(layer.lora_B)
-    return model
-
-old, new, real = adapted(2), adapted(3), os.replace
+old, new, real = chain(2), chain(3), os.replace
 for number in range(6):
     save_adapter(old, Path(sys.argv[1]) / str(number))
     (Path(sys.argv[1]) / str(number) / "README.md").write_text("mine")
@@ -150,7 +139,9 @@ def chain(r=None):
 
 @pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")
 def test_a_save_that_is_killed_at_any_rename_leaves_the_old_adapter_or_the_new_one_or_none(tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, capture_output=True, text=True)
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
     codes = [int(code) for code in done.stdout.split()]
     assert codes == [-9, -9, -9, -9, 0, 0], "two go and two come"
     x = torch.randn(3, 4)
@@ -163,7 +154,7 @@ def test_a_save_that_is_killed_at_any_rename_leaves_the_old_adapter_or_the_new_o
         assert ranks[0] == ranks[1]
         found.append(ranks[0])
         save_adapter(chain(2), directory)
-        assert sorted(path.name for path in directory.iterdir()) == ["README.md", CONFIG, WEIGHTS]
+        assert names(directory) == ["README.md", CONFIG, WEIGHTS]
         assert load_ours(directory, x).equal(wanted[2])
     assert found == [2, None, None, None, 3, 3]
 
@@ -195,7 +186,7 @@ def test_a_save_whose_last_rename_fails_puts_the_old_files_back(tmp_path, monkey
     for number in range(4):
         left = iter(range(number))
 
-        def replace(*paths, left=left, number=number):
+        def replace(*paths, left=left):
             if next(left, None) is None:
                 monkeypatch.setattr(os, "replace", real)
                 raise OSError("the disk went away")
@@ -204,7 +195,154 @@ def test_a_save_whose_last_rename_fails_puts_the_old_files_back(tmp_path, monkey
         monkeypatch.setattr(os, "replace", replace)
         with pytest.raises(AdapterError, match=r"went away.* is as it was"):
             write_together(tmp_path / "x", {"a": b"three", "b": b"four"})
-        assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == old
+        assert contents(tmp_path / "x") == old
     monkeypatch.undo()
     write_together(tmp_path / "x", {"a": iter([b"th", memoryview(b"ree")]), "b": b"four"})
-    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == {"a": b"three", "b": b"four"}
+    assert contents(tmp_path / "x") == {"a": b"three", "b": b"four"}
+
+
+# ---- a folder
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def fill(target, text, needed=1, error=None):
+    with stage_folder(target, needed) as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "file.txt").write_text(text)
+        if error is not None:
+            raise error
+
+
+def holds(folder, text):
+    """Whether "out" in the folder is of this text, and nothing is beside it."""
+    return names(folder) == ["out"] and (folder / "out" / "deep" / "file.txt").read_text() == text
+
+
+def test_a_folder_comes_whole_and_replaces_the_older(tmp_path):
+    for text in ("one", "two"):
+        fill(tmp_path / "made" / "out", text)
+        assert holds(tmp_path / "made", text)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_rights_that_the_umask_gives(umask, tmp_path):
+    """safetensors gives its files to their owner alone, whom a model that others shall open does not help."""
+    before = os.umask(umask)
+    try:
+        with stage_folder(tmp_path / "out", 0) as folder:
+            (folder / "inner").mkdir()
+            for file in (folder / "model.safetensors", folder / "inner" / "adapter_model.safetensors"):
+                safetensors.torch.save_file({"weight": torch.ones(2)}, file)
+                file.chmod(0o600)
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert len(files) == 3
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~umask}
+
+
+FULL = r"no space was left for '.*out' \(1\.5 MB are needed, .*nothing was written"
+SERIALIZING = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+FAILURES = [
+    (ValueError("no"), ValueError, "no"),
+    (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    (SystemExit(3), SystemExit, "3"),
+    (OSError(errno.EIO, "broken"), OSError, "broken"),
+    *((OSError(number, "no room"), LoRAError, FULL) for number in (errno.ENOSPC, errno.EDQUOT)),
+    (SERIALIZING, LoRAError, FULL),
+    (PermissionError(errno.EACCES, "no"), LoRAError, r"out' cannot be written \(Permission denied\).*name a folder"),
+]
+
+
+@pytest.mark.parametrize(("error", "kind", "match"), FAILURES, ids=range(len(FAILURES)))
+def test_what_fails_leaves_the_older_and_nothing_else(tmp_path, error, kind, match):
+    with pytest.raises(kind, match=match):
+        fill(tmp_path / "out", "one", 1_500_000, error)
+    assert names(tmp_path) == []
+    fill(tmp_path / "out", "one")
+    with pytest.raises(kind, match=match):
+        fill(tmp_path / "out", "two", 1_500_000, error)
+    assert holds(tmp_path, "one")
+
+
+def test_a_move_that_fails_puts_the_older_back(tmp_path, monkeypatch):
+    fill(tmp_path / "out", "one")
+    real = Path.replace
+
+    def refuse(self, to):
+        if ".new." in self.name:
+            raise OSError("the disk went away")
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    with pytest.raises(OSError, match="went away"):
+        fill(tmp_path / "out", "two")
+    assert holds(tmp_path, "one")
+
+
+KILLED_FOLDER = """
+import os, signal, sys
+from pathlib import Path
+from lora_lightning.lora.formats.atomic_dir import stage_folder
+if sys.argv[2] == "between the moves":
+    real = Path.replace
+    def replace(self, to):
+        if ".new." in self.name:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, to)
+    Path.replace = replace
+with stage_folder(Path(sys.argv[1]), 1) as folder:
+    (folder / "half").write_text("two")
+    if sys.argv[2] == "while writing":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("when", ["while writing", "between the moves"])
+def test_a_killed_process_leaves_no_half_and_the_next_clears_up(tmp_path, when):
+    fill(tmp_path / "out", "one")
+    done = subprocess.run([sys.executable, "-c", KILLED_FOLDER, str(tmp_path / "out"), when], check=False)
+    assert done.returncode == -signal.SIGKILL
+    left = [name for name in names(tmp_path) if name != "out"]
+    assert left
+    assert all(name.startswith(".out.") and name.endswith(".part") for name in left)
+    with pytest.raises(RuntimeError):
+        fill(tmp_path / "out", "two", error=RuntimeError("the next does no better"))
+    assert holds(tmp_path, "one")
+
+
+def test_only_leftovers_of_dead_processes_of_this_machine_are_cleared(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, other = atomic_dir._host(), "elsewhere"
+    stay = [f".out.{here}.{os.getppid()}.new.part", f".out.{other}.{dead.pid}.new.part", f".outer.{here}.{dead.pid}.x"]
+    stay += [f".out.{here}.mine.new.part", "out2", "kept"]
+    for name in (*stay, f".out.{here}.{dead.pid}.new.part", f".out.{here}.{dead.pid}.old.part"):
+        (tmp_path / name).mkdir()
+    link = f".out.{here}.1{dead.pid}.new.part"
+    (tmp_path / link).symlink_to(tmp_path / "kept")
+    fill(tmp_path / "out", "one")
+    assert set(names(tmp_path)) == {*stay, "out", link}
+
+
+def test_too_little_space_is_said_before_the_first_byte(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or Usage(9e9, 7e9, 2_345_000))
+    with pytest.raises(LoRAError, match=r"needs about 1\.5 GB and '.*' has 2\.3 MB free.*--output_dir"):
+        fill(tmp_path / "a" / "out", "one", needed=1_500_000_000)
+    assert names(tmp_path) == []
+    assert asked == [tmp_path], "the nearest folder that there is"
+    fill(tmp_path / "a" / "out", "one", needed=2_000_000)
+
+
+def test_a_mount_point_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(os.path, "ismount", lambda path: True)
+    with pytest.raises(LoRAError, match=r"is a mount point.*name a folder in it"):
+        fill(tmp_path, "one")
+
+
+def test_sizes_for_people():
+    sizes = {0: "0 bytes", 999: "999 bytes", 1000: "1.0 kB", 90_900_000: "90.9 MB", 7e13: "70.0 TB"}
+    assert {size: human_size(size) for size in sizes} == sizes

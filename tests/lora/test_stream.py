@@ -1,26 +1,33 @@
-"""A merge from files to files is the merge in memory, holds little in memory, and fails without a trace."""
+"""A merge from files to files is the merge in memory, holds little in memory, and its folder is whole or as it was."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import warnings
 from collections import namedtuple
+from types import FunctionType
 
-import peft
 import pytest
 import torch
 import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import lora_lightning
 from benchmarks.merge_on_disk import make_adapter, make_base, measure, shape_of
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.export.merge_on_disk import merge_on_disk
 from lora_lightning.lora import merge as merging
-from lora_lightning.lora.errors import AdapterWarning
+from lora_lightning.lora.errors import AdapterError, AdapterWarning, MergeError
+from lora_lightning.lora.formats.atomic_dir import _host
 from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
+from tests.lora.directories import edit_config, edit_tensors, of_peft
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
 
@@ -30,6 +37,10 @@ SHARD = "12KB"
 def siglip():
     vision = {**SMALL, "image_size": 32, "patch_size": 16}
     return tf.SiglipVisionModel(tf.SiglipVisionConfig(**vision))  # pools with an nn.MultiheadAttention
+
+
+def pooled(model):
+    return model(image(model)).pooler_output
 
 
 def tied_t5():
@@ -55,24 +66,12 @@ def deepseek():
     return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**sizes, **experts, **ranks))
 
 
-FROM_FAMILIES = [
-    "llama",
-    "mixtral",
-    "gpt2",
-    "gpt-neox",
-    "bert",
-    "deberta-v2",
-    "t5",
-    "vit",
-    "convnext",
-    "clip",
-    "whisper",
-]
+FROM_FAMILIES = ["llama", "mixtral", "gpt2", "gpt-neox", "bert", "deberta-v2", "t5", "vit", "convnext", "clip"]
+FROM_FAMILIES += ["whisper", "phi3 in parts"]
 LLAMA, GPT2, BERT_CLS = (FAMILIES[name][0] for name in ("llama", "gpt2", "bert"))
 # name: (make, run, config)
 CASES = {
     **{name: FAMILIES[name] for name in FROM_FAMILIES},
-    "phi3 in parts": FAMILIES["phi3 in parts"],
     "a tied head in a part": (gemma3_with_eyes, logits, {"target_modules": ["lm_head", "q_proj"]}),
     "experts of deepseek": (deepseek, logits, FAMILIES["mixtral"][2]),
     "a tied embedding": (tied_llama, logits, {"target_modules": ["embed_tokens", "q_proj"]}),
@@ -85,11 +84,7 @@ CASES = {
     "both of two tied in full": (tied_llama, logits, {"modules_to_save": ["embed_tokens", "lm_head"]}),
     "token rows": (tied_llama, logits, {"trainable_token_indices": [1, 5, 9]}),
     "a start from W0": (LLAMA, logits, {"init": "pissa", "target_modules": ["q_proj"]}),
-    "nn.MultiheadAttention": (
-        siglip,
-        lambda model: model(image(model)).pooler_output,
-        {"target_modules": ["attention", "out_proj", "fc1"]},
-    ),
+    "nn.MultiheadAttention": (siglip, pooled, {"target_modules": ["attention", "out_proj", "fc1"]}),
 }
 
 
@@ -104,6 +99,15 @@ def prepared(folder, make, run, config, dtype=torch.float32):
     save_adapter(stir(model), folder / "adapter")
     with torch.no_grad():
         return model, run(model)
+
+
+def merged(folder, **options):
+    """The base in a folder, merged with the adapter there: the report."""
+    return merge_on_disk(folder / "base", folder / "adapter", folder / "out", **options)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def stored(folder):
@@ -126,7 +130,7 @@ def alike(model):
 def test_streamed_equals_merged_in_memory(case, dtype, tmp_path):
     make, run, config = CASES[case]
     model, adapted = prepared(tmp_path, make, run, config, dtype)
-    report = merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    report = merged(tmp_path)
 
     opened = type(model).from_pretrained(tmp_path / "out", dtype="auto").eval()  # by transformers alone
     in_memory = type(model).from_pretrained(tmp_path / "base", dtype="auto").eval()
@@ -145,9 +149,8 @@ def test_streamed_equals_merged_in_memory(case, dtype, tmp_path):
     before, after = stored(tmp_path / "base"), stored(tmp_path / "out")
     assert before.keys() | set(report.new) == after.keys()
     assert sum(not same_bits(t, before[k]) for k, t in after.items() if k in before) <= report.changed
-    brought = {f.name for f in (tmp_path / "out").iterdir()} ^ {f.name for f in (tmp_path / "base").iterdir()}
-    assert brought == {"merge_report.json"}
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["adapter", "base", "out"]
+    assert set(names(tmp_path / "out")) ^ set(names(tmp_path / "base")) == {"merge_report.json"}
+    assert names(tmp_path) == ["adapter", "base", "out"]
 
 
 def test_nothing_but_the_adapted_tensors_changes_by_a_bit(tmp_path):
@@ -157,7 +160,7 @@ def test_nothing_but_the_adapted_tensors_changes_by_a_bit(tmp_path):
     file = sorted(set(index["weight_map"].values()))[0]
     save_file({**load_file(tmp_path / "base" / file), **extra}, tmp_path / "base" / file, metadata={"format": "pt"})
 
-    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged(tmp_path)
     before, after = stored(tmp_path / "base"), stored(tmp_path / "out")
     changed = {key for key in before if not same_bits(before[key], after[key])}
     assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
@@ -171,7 +174,7 @@ def test_nothing_but_the_adapted_tensors_changes_by_a_bit(tmp_path):
 @pytest.mark.parametrize("asked", ["auto", "float32", "float16"])
 def test_the_sum_is_taken_in_float32_and_rounded_once(asked, tmp_path):
     model, _ = prepared(tmp_path, *FAMILIES["llama"][:2], {}, torch.bfloat16)
-    merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype=asked)
+    merged(tmp_path, dtype=asked)
     before, after = stored(tmp_path / "base"), stored(tmp_path / "out")
     dtype = {"auto": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}[asked]
     layers = dict(adapted_layers(model))
@@ -189,62 +192,43 @@ def test_the_sum_is_taken_in_float32_and_rounded_once(asked, tmp_path):
     assert config["dtype"] == str(dtype).removeprefix("torch.")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"use_dora": True},
-        {"use_rslora": True, "target_modules": ["lm_head", "v_proj"]},
-        {"init_lora_weights": "pissa"},  # of which the file holds A and B, and W0 alone A0 and B0
-    ],
-)
+BY_PEFT = [{}, {"use_dora": True}, {"use_rslora": True, "target_modules": ["lm_head", "v_proj"]}]
+BY_PEFT += [{"init_lora_weights": "pissa"}]  # of which the file holds A and B, and W0 alone A0 and B0
+
+
+@pytest.mark.parametrize("options", BY_PEFT, ids=str)
 def test_an_adapter_of_pefts_own_equals_pefts_merge(options, tmp_path):
     torch.manual_seed(0)
     plain = LLAMA()
     plain.save_pretrained(tmp_path / "base", max_shard_size=SHARD)
-    config = peft.LoraConfig(
-        **{"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, **options}
-    )
-    theirs = peft.get_peft_model(plain, config)
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter) if "lora_" in name else 0)
-    theirs.save_pretrained(tmp_path / "adapter")
+    theirs = of_peft(tmp_path / "adapter", plain, **{"r": 4, "target_modules": ["q_proj", "down_proj"], **options})
     with pytest.warns(AdapterWarning, match="notes no fingerprint of its base"):
-        report = merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    merged = theirs.merge_and_unload().state_dict()
+        report = merged(tmp_path)
+    want = theirs.merge_and_unload().state_dict()
     opened = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    assert opened.keys() == merged.keys()
-    assert max(relative(opened[key], merged[key]) for key in merged) < 1e-6
+    assert opened.keys() == want.keys()
+    assert max(relative(opened[key], want[key]) for key in want) < 1e-6
     assert not report.base_checked
 
 
-def test_a_head_that_the_base_lacks_is_written_as_the_task_says(tmp_path):
+BODY = (lambda: tf.BertModel(tf.BertConfig(**BERT)), {"num_labels": 3}, "classifier")
+
+
+@pytest.mark.parametrize(("make", "options", "head"), [(LLAMA, {"num_labels": 5, "pad_token_id": 0}, "score"), BODY])
+def test_a_head_that_the_base_lacks_is_written_as_the_task_says(make, options, head, tmp_path):
+    """A headless BERT's files have no `bert.`: they stay so, and the classifier goes beside them."""
     torch.manual_seed(0)
-    LLAMA().save_pretrained(tmp_path / "base", max_shard_size=SHARD)
-    model = tf.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "base", num_labels=5, pad_token_id=0
-    ).eval()
-    inject(model, LoRAConfig(r=2, modules_to_save=["score"]))
+    make().save_pretrained(tmp_path / "base", max_shard_size=SHARD)
+    model = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", **options).eval()
+    inject(model, LoRAConfig(r=2, modules_to_save=[head]))
     save_adapter(stir(model), tmp_path / "adapter", task_type="SEQ_CLS")
-    report = merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert report.new == ["score.weight"]
+    report = merged(tmp_path)
+    assert report.new == [
+        f"{head}.{name}" for name, _ in model.get_submodule(head).named_parameters() if "." not in name
+    ]
     opened = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", pad_token_id=0).eval()
-    assert type(opened).__name__ == "LlamaForSequenceClassification"
-    assert opened.config.num_labels == 5
-    assert relative(logits(opened), logits(model)) < 1e-5
-
-
-def test_a_base_without_the_head_s_prefix_stays_so(tmp_path):
-    """A headless BERT's files have no `bert.`; the classifier goes beside them."""
-    torch.manual_seed(0)
-    tf.BertModel(tf.BertConfig(**BERT)).save_pretrained(tmp_path / "base")
-    model = tf.BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
-    inject(model, LoRAConfig(r=2, modules_to_save=["classifier"]))
-    save_adapter(stir(model), tmp_path / "adapter", task_type="SEQ_CLS")
-    report = merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert report.new == ["classifier.weight", "classifier.bias"]
-    opened = tf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert opened.config.num_labels == options["num_labels"]
+    assert opened.config.architectures == [type(model).__name__]
     assert relative(logits(opened), logits(model)) < 1e-5
 
 
@@ -254,7 +238,7 @@ def test_a_base_that_was_loaded_in_another_dtype_is_still_the_base(tmp_path):
     model = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     inject(model, LoRAConfig(r=2))
     save_adapter(stir(model), tmp_path / "adapter")
-    assert merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out").base_checked
+    assert merged(tmp_path).base_checked
 
 
 def test_a_file_beside_shards_is_what_transformers_opens(tmp_path):
@@ -264,99 +248,94 @@ def test_a_file_beside_shards_is_what_transformers_opens(tmp_path):
     save_file(stored(base), base / "model.safetensors", metadata={"format": "pt"})
     (base / "adapter_config.json").write_text("{}")
     merge_on_disk(base, tmp_path / "adapter", tmp_path / "out")
-    names = {file.name for file in (tmp_path / "out").iterdir()}
-    assert names == {
-        "config.json",
-        "generation_config.json",
-        "merge_report.json",
-        "model.safetensors",
-        "tokenizer.json",
-    }
+    there = ["config.json", "generation_config.json", "merge_report.json", "model.safetensors", "tokenizer.json"]
+    assert names(tmp_path / "out") == there
     assert relative(logits(type(model).from_pretrained(tmp_path / "out").eval()), adapted) < 1e-5
-
-
-def spoil_index(base):
-    path = base / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.gone.weight"] = next(iter(index["weight_map"].values()))
-    path.write_text(json.dumps(index))
 
 
 def edit(path, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
+def edit_index(base, change):
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def shards(base):
+    return sorted(base.glob("*.safetensors"))
+
+
 def cut(base):
-    shard = sorted(base.glob("*.safetensors"))[1]
-    shard.write_bytes(shard.read_bytes()[:-8])
+    shards(base)[1].write_bytes(shards(base)[1].read_bytes()[:-8])
+
+
+def edit_shard(base, key, change):
+    """Rewrite the shard that holds a tensor."""
+    for shard in shards(base):
+        tensors = load_file(shard)
+        if key in tensors:
+            change(tensors)
+            save_file(tensors, shard, metadata={"format": "pt"})
+
+
+ONE, NORM = "model.layers.1.mlp.up_proj.weight", "model.norm.weight"
 
 
 def change_one(base):
     """One tensor of another base, of the same shape."""
-    for shard in base.glob("*.safetensors"):
-        tensors = load_file(shard)
-        if "model.layers.1.mlp.up_proj.weight" in tensors:
-            tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
-            save_file(tensors, shard, metadata={"format": "pt"})
+    edit_shard(base, ONE, lambda tensors: tensors[ONE][0, 0].add_(1))
 
 
 def drop_one(base):
-    for shard in base.glob("*.safetensors"):
-        tensors = load_file(shard)
-        if tensors.pop("model.norm.weight", None) is not None:
-            save_file(tensors, shard, metadata={"format": "pt"})
-    path = base / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    del index["weight_map"]["model.norm.weight"]
-    path.write_text(json.dumps(index))
+    edit_shard(base, NORM, lambda tensors: tensors.pop(NORM))
+    edit_index(base, lambda files: files.pop(NORM))
 
 
 def only_pickles(base):
-    for path in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
+    for path in [*shards(base), base / "model.safetensors.index.json"]:
         path.unlink()
     (base / "pytorch_model.bin").write_bytes(b"x")
 
 
 def change_adapter(base):
-    path = base.parent / "adapter" / "adapter_model.safetensors"
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    next(iter(tensors.values())).view(-1)[0] += 1
-    save_file(tensors, path, metadata=metadata)
+    edit_tensors(base.parent / "adapter", lambda tensors: next(iter(tensors.values())).view(-1)[0].add_(1), record=True)
 
 
 def put_twice(base):
     """A tensor of the first shard in the second one too, with other values."""
-    first, second = sorted(base.glob("*.safetensors"))[:2]
+    first, second = shards(base)[:2]
     key, tensor = next(iter(load_file(first).items()))
     save_file({**load_file(second), key: tensor + 1}, second, metadata={"format": "pt"})
+
+
+def of_config(**fields):
+    return lambda base: edit(base / "config.json", **fields)
 
 
 REFUSED = {
     "a tensor in two shards": (
         put_twice,
-        "is in two files of .*00001-of-.* and .*00002-of-.*; .*index.json names .*00001",
+        "in two files of .*00001-of-.* and .*00002-of-.*; .*index.json names .*01",
     ),
     "another base": (change_one, "made on another base: 1 of .* differ, first model.layers.1.mlp.up_proj.weight"),
     "a torn shard": (cut, "00002-of-.* is not a whole safetensors file"),
-    "a shard that is not there": (lambda base: sorted(base.glob("*.safetensors"))[0].unlink(), "no file .*00001-of"),
-    "a tensor that no file holds": (spoil_index, "names tensors that no file holds .model.gone.weight"),
+    "a shard that is not there": (lambda base: shards(base)[0].unlink(), "no file .*00001-of"),
+    "a tensor that no file holds": (
+        lambda base: edit_index(base, lambda files: files.update(gone=shards(base)[0].name)),
+        "names tensors that no file holds .gone",
+    ),
     "a base that lacks a tensor": (drop_one, "no values for 1 tensors of LlamaForCausalLM.*model.norm.weight"),
     "pickles only": (only_pickles, "holds neither model.safetensors nor"),
     "no config": (lambda base: (base / "config.json").unlink(), "no file .*config.json"),
-    "a quantized base": (
-        lambda base: edit(base / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        "is quantized .gptq.: *.*name the unquantized base|is quantized",
-    ),
+    "a quantized base": (of_config(quantization_config={"quant_method": "gptq", "bits": 4}), "is quantized"),
     "an unknown architecture": (
-        lambda base: edit(base / "config.json", architectures=["FooForBar"]),
-        "names 'FooForBar', which transformers does not have",
+        of_config(architectures=["FooForBar"]),
+        "'FooForBar', which transformers does not",
     ),
-    "a config of other sizes": (
-        lambda base: edit(base / "config.json", intermediate_size=32),
-        "expected|config.json describes has",
-    ),
+    "a config of other sizes": (of_config(intermediate_size=32), "expected|config.json describes has"),
     "an adapter that was changed": (change_adapter, "was changed since it was saved"),
     "an adapter that is not there": (lambda base: shutil.rmtree(base.parent / "adapter"), "no folder .*adapter"),
 }
@@ -367,48 +346,13 @@ def test_what_cannot_be_merged_is_refused_and_leaves_nothing(name, tmp_path):
     spoil, said = REFUSED[name]
     prepared(tmp_path, *FAMILIES["llama"])
     spoil(tmp_path / "base")
-    there = sorted(path.name for path in tmp_path.iterdir())
+    there = names(tmp_path)
     with pytest.raises(LoRAError, match=said):
-        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == there
-
-
-def test_another_base_is_allowed_aloud(tmp_path):
-    prepared(tmp_path, *FAMILIES["llama"])
-    change_one(tmp_path / "base")
-    with pytest.warns(AdapterWarning, match=r"another base: 1 of .* differ, first model.layers.1.mlp.up_proj.weight"):
-        report = merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", allow_other_base=True)
-    assert not report.base_checked
-    assert (tmp_path / "out" / "config.json").is_file()
-
-
-def test_a_full_disk_is_refused_before_the_first_byte(tmp_path, monkeypatch):
-    prepared(tmp_path, *FAMILIES["llama"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=1000))
-    with pytest.raises(LoRAError, match=r"needs about .* and .* has 1\.0 kB free"):
-        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-def test_a_disk_that_fails_on_the_way_leaves_nothing(tmp_path, monkeypatch):
-    prepared(tmp_path, *FAMILIES["llama"])
-
-    def fails(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", fails)
-    with pytest.raises(LoRAError, match="no space was left for"):
-        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
-
-
-def test_a_folder_in_use_is_left_alone(tmp_path):
-    prepared(tmp_path, *FAMILIES["llama"])
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine.txt").write_text("x")
-    with pytest.raises(LoRAError, match="is not empty"):
-        merge_on_disk(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+        merged(tmp_path)
+    assert names(tmp_path) == there
+    if name == "another base":
+        with pytest.warns(AdapterWarning, match=f"another base: 1 of .* differ, first {ONE}"):
+            assert not merged(tmp_path, allow_other_base=True).base_checked
 
 
 PARTS = {
@@ -437,6 +381,187 @@ def test_a_layer_in_parts_merges_as_the_whole(case, monkeypatch):
         monkeypatch.undo()
         assert all(relative(in_parts[own], whole[own]) < 1e-14 for own in whole), name
         assert kept_in_parts == pytest.approx(kept)
+
+
+# ---- numbers that half precision cannot hold, and what else is said
+
+
+def classifier(folder, own=torch.float32, **options):
+    """A BERT classifier in `folder / "base"` and the same with an adapter, stirred."""
+    torch.manual_seed(0)
+    tf.BertForSequenceClassification(tf.BertConfig(**BERT)).to(own).save_pretrained(folder / "base")
+    model = tf.BertForSequenceClassification.from_pretrained(folder / "base", dtype="auto").eval()
+    inject(model, LoRAConfig(r=2, target_modules=["query"], **options))
+    return stir(model)
+
+
+QUERY, TABLE = "bert.encoder.layer.0.attention.self.query", "bert.embeddings.word_embeddings"
+BEYOND = {
+    "a module saved in full": ({"modules_to_save": ["classifier"]}, "classifier.lora_copy.weight", "classifier.weight"),
+    "a trained bias": ({"bias": "lora_only"}, f"{QUERY}.lora_trained_bias", f"{QUERY}.bias"),
+    "another's bias": ({"bias": "all"}, "bert.pooler.dense.lora_trained_bias", "bert.pooler.dense.bias"),
+    "a bias of B": ({"lora_bias": True}, f"{QUERY}.lora_B_bias", rf"{QUERY}(\.bias)?"),
+    "a token's row": (
+        *({"trainable_token_indices": {"word_embeddings": [1]}}, f"{TABLE}.lora_tokens", f"{TABLE}.weight"),
+    ),
+    "an update": ({}, f"{QUERY}.lora_B", QUERY),
+}
+
+
+@pytest.mark.parametrize(("own", "dtype"), [(torch.float16, "auto"), (torch.float32, "float16")], ids=str)
+@pytest.mark.parametrize("what", BEYOND)
+def test_no_trained_number_becomes_infinite(what, own, dtype, tmp_path):
+    options, where, said = BEYOND[what]
+    model = classifier(tmp_path, own, **options)
+    with torch.no_grad():
+        model.get_parameter(where).fill_(3e5)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(MergeError, match=rf"{said}'.* is larger than float16 can hold"):
+        merged(tmp_path, dtype=dtype)
+    assert names(tmp_path) == ["adapter", "base"]
+
+
+def test_no_weight_of_the_base_becomes_infinite(tmp_path):
+    save_adapter(classifier(tmp_path), tmp_path / "adapter")
+    name = "bert.pooler.dense.weight"
+    edit_shard(tmp_path / "base", name, lambda tensors: tensors[name][0, 0].fill_(1e5))
+    with pytest.raises(MergeError, match=f"'{name}' is larger than float16 can hold"):
+        merged(tmp_path, dtype="float16", allow_other_base=True)
+    with pytest.warns(AdapterWarning, match="another base"):
+        merged(tmp_path, dtype="bfloat16", allow_other_base=True)
+
+
+def test_rounding_that_took_much_of_an_update_is_told(tmp_path):
+    model = classifier(tmp_path, torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1e-4 if "lora_B" in name else 1.0)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.warns(AdapterWarning, match=r"rounding to bfloat16 kept less than 90% .* in 2 of 2 layers"):
+        assert max(merged(tmp_path).kept.values()) < 0.9
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merged(tmp_path, dtype="float32")
+
+
+# ---- PEFT's directories, as load_adapter takes them
+
+
+def bert_of_peft(folder, num_labels=2, **fields):
+    torch.manual_seed(0)
+    tf.BertForSequenceClassification(tf.BertConfig(**BERT)).save_pretrained(folder / "base")
+    options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+    plain = tf.BertForSequenceClassification.from_pretrained(folder / "base", **options).eval()
+    return of_peft(folder / "adapter", plain, target_modules=["query"], **fields)
+
+
+def test_an_old_pickle_in_pefts_raw_spelling_merges_with_its_head(tmp_path):
+    theirs = bert_of_peft(tmp_path, num_labels=5, modules_to_save=["classifier"])
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    raw = {key: tensor for key, tensor in theirs.state_dict().items() if ".default" in key}
+    assert any(".modules_to_save.default." in key for key in raw)
+    torch.save(raw, tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.warns(AdapterWarning, match="notes no fingerprint"):
+        merged(tmp_path)
+    opened = tf.BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    assert opened.config.num_labels == 5
+    assert relative(logits(opened), logits(theirs)) < 1e-5
+
+
+def test_an_alpha_in_doubt_is_asked_for_and_what_load_adapter_says_is_said_once(tmp_path):
+    bert_of_peft(tmp_path, alpha_pattern={"layer.0.attention.self.query": 3, "query": 5})
+    edit_config(tmp_path / "adapter", use_something_new=True)
+    with pytest.raises(AdapterError, match=f"pass alphas=.'{QUERY}'"):
+        merged(tmp_path)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        merged(tmp_path, alphas={QUERY: 3})
+    for words in ("use_something_new", "notes no fingerprint"):
+        assert sum(words in str(one.message) for one in said) == 1
+    want = tf.BertForSequenceClassification.from_pretrained(tmp_path / "base").eval()
+    with pytest.warns(AdapterWarning):
+        load_adapter(want, tmp_path / "adapter", alphas={QUERY: 3})
+    merge(want)
+    got = tf.BertForSequenceClassification.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(got[key], tensor) for key, tensor in want.state_dict().items())
+
+
+# ---- the folder
+
+
+@pytest.fixture
+def ready(tmp_path):
+    save_adapter(classifier(tmp_path), tmp_path / "adapter")
+    return tmp_path
+
+
+def test_the_name_is_the_function_also_once_its_module_is_loaded():
+    assert isinstance(lora_lightning.merge_on_disk, FunctionType)
+    assert lora_lightning.merge_on_disk is merge_on_disk
+
+
+def test_no_room_leaves_nothing_and_is_said_before_the_first_byte_where_it_can(ready, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=1000))
+    with pytest.raises(LoRAError, match=r"needs about .* and .* has 1\.0 kB free"):
+        merged(ready)
+    monkeypatch.undo()
+
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fails)
+    with pytest.raises(LoRAError, match="no space was left for"):
+        merged(ready)
+    assert names(ready) == ["adapter", "base"]
+
+
+def test_a_merge_replaces_its_own_output_and_nothing_else(ready):
+    out = ready / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(LoRAError, match="is not empty"):
+        merged(ready)
+    (out / "mine.txt").unlink()
+    merged(ready)
+    once = {path.name: path.read_bytes() for path in out.iterdir()}
+    merged(ready)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == once
+    (out / "mine.txt").write_text("x")
+    with pytest.raises(LoRAError, match=r"holds files that no merge wrote \(mine\.txt\)"):
+        merged(ready)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {**once, "mine.txt": b"x"}
+
+
+def test_an_empty_folder_behind_a_link_is_filled_and_what_a_killed_merge_left_is_cleared_away(ready):
+    (ready / "there").mkdir()
+    (ready / "out").symlink_to(ready / "there")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (ready / f".there.{_host()}.{dead.pid}.new.part").mkdir()
+    merged(ready)
+    assert (ready / "out").is_symlink()
+    assert (ready / "there" / "config.json").is_file()
+    assert names(ready) == ["adapter", "base", "out", "there"]
+
+
+def test_neither_base_nor_adapter_gives_way_or_grows(ready):
+    base, adapter, out = (ready / name for name in ("base", "adapter", "out"))
+    with pytest.raises(LoRAError, match="lies in the base"):
+        merge_on_disk(base, adapter, base / "merged")
+    merged(ready)
+    adapter.rename(out / "adapter")
+    with pytest.raises(LoRAError, match=r"holds (the adapter|files that no merge wrote)"):
+        merge_on_disk(base, out / "adapter", out)
+    (out / "adapter").rename(adapter)
+    with pytest.raises(LoRAError, match="holds the base"):
+        merge_on_disk(out, adapter, out)
+    assert (out / "model.safetensors").is_file()
+    out.rename(base / "merged")  # a merge that lies in a base is no part of it
+    (base / "extra").mkdir()
+    (base / "extra" / "vocab.txt").write_text("x")
+    merged(ready)
+    assert not (out / "merged").exists()
+    assert (out / "extra" / "vocab.txt").is_file()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Law: an adapter computes elsewhere what it computed at home. Families x options, in three directions.
+"""Law: an adapter computes elsewhere what it computed at home. Families x options, in four directions.
 
 Every pair of options that can be had at once is tried on some family; every family with every option is marked slow.
 """
@@ -6,7 +6,6 @@ Every pair of options that can be had at once is tried on some family; every fam
 from __future__ import annotations
 
 import copy
-import json
 
 import peft
 import pytest
@@ -16,8 +15,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
+from lora_lightning.lora.frozen.tensors import adapter_tensors
+from lora_lightning.lora.inject import adapted_layers
+from tests.factories import folded
 from tests.lora import travellers
 from tests.lora.coverage import note_travel
+from tests.lora.directories import same_files
 from tests.lora.laws import relative, stir
 from tests.lora.travellers import (
     TRAVELLERS,
@@ -78,6 +81,28 @@ def no_model_card(monkeypatch):
     monkeypatch.setattr(peft.PeftModel, "create_or_update_model_card", lambda self, folder: None)
 
 
+@cases()
+def test_what_is_saved_is_what_is_loaded(case, dtype, tmp_path):
+    """To the bit: outputs, every tensor with its dtype, the settings of every layer, what trains, the files."""
+    family = case[0]
+    plain, model = adapted(case, dtype)
+    again = copy.deepcopy(plain)
+    load_adapter(again, save_adapter(model, tmp_path / "a"))
+    arrived(case, "ours to ours", run(family, again), run(family, model), run(family, plain), dtype)
+    if not set(case[1]) & set(travellers.STARTS):  # their directories hold the start too, as twice the rank
+        assert torch.equal(run(family, again), run(family, model))
+        assert described(again) == described(model)
+        ours, theirs = adapter_tensors(model), adapter_tensors(again)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in ours)
+        assert same_files(tmp_path / "a", save_adapter(again, tmp_path / "b"))
+
+
+def described(model):
+    layers = [(name, layer.lora_settings) for name, layer in adapted_layers(model)]
+    return layers, [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 @cases(limit=not_by_peft)
 def test_peft_computes_from_our_directory_what_we_compute(case, dtype, tmp_path):
     family = case[0]
@@ -107,7 +132,11 @@ def test_we_compute_from_pefts_directory_what_peft_computes(case, dtype, tmp_pat
     theirs.save_pretrained(tmp_path / "theirs", **more)
     model = copy.deepcopy(plain)
     load_adapter(model, tmp_path / "theirs")
+    save_adapter(model, tmp_path / "ours")
     arrived(case, "PEFT to ours", run(family, model), home, run(family, plain), dtype)
+    there, back = (safetensors.torch.load_file(tmp_path / d / "adapter_model.safetensors") for d in ("theirs", "ours"))
+    assert {key for key in there if "lora_" in key} <= back.keys()  # less PEFT's copies of embeddings' W0
+    assert all(torch.equal(there[key], back[key]) for key in there.keys() & back.keys()), "and goes back"
 
 
 @cases()
@@ -165,29 +194,13 @@ def test_a_merged_model_runs_the_plain_models_operations(family):
 # ---- where PEFT is wrong, the formula is the witness
 
 
-@torch.no_grad()
-def folded_by_hand(plain, folder):
-    """W0 + (alpha / r) B A from a PEFT directory's own tensors, with no code of the package."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    tensors = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    assert not config["rank_pattern"]
-    assert not config["alpha_pattern"]
-    for key, A in tensors.items():
-        if "lora_A" not in key:
-            continue
-        name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight").replace(".base_layer.", ".")
-        module = plain.get_submodule(name)
-        weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else module.weight
-        weight += config["lora_alpha"] / config["r"] * tensors[key.replace("lora_A", "lora_B")] @ A
-    return plain
-
-
 @pytest.mark.parametrize("family", [name for name, t in TRAVELLERS.items() if t.attention])
 def test_an_attention_that_peft_counts_twice_is_the_formula(family, tmp_path):
     case = family, ("all linear",)
     plain, model = adapted(case, torch.float64)
     save_adapter(model, tmp_path)
-    witness = run(family, folded_by_hand(copy.deepcopy(plain), tmp_path))
+    scales = {name: layer.lora_settings.scale for name, layer in adapted_layers(model)}
+    witness = run(family, folded(plain, model, scales))
     arrived(case, "ours to the formula", run(family, model), witness, run(family, plain), torch.float64)
     again = copy.deepcopy(plain)
     load_adapter(again, tmp_path)

@@ -9,7 +9,8 @@ from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init.from_adapter import start_from_directory, start_from_state
-from tests.factories import FAMILIES, assert_same, bert, move, output, snapshot
+from tests.factories import FAMILIES, bert, move, output
+from tests.lora.directories import refused
 from tests.lora.kinds import inputs, net, shake
 
 # What PEFT would read otherwise of these adapters.
@@ -26,34 +27,40 @@ OPTIONS = {
 }
 
 
+sources = pytest.mark.parametrize("source", ["directory", "checkpoint"])
+
+
+def start(source, model, first, config, folder, config_here=None, **allow):
+    """Start `model` at what `first` was trained to, from its directory or from its checkpoint."""
+    if source == "directory":
+        return start_from_directory(model, save_adapter(first, folder), **allow)
+    return start_from_state(model, state_of(first), config, config_here or config, fingerprint(first), **allow)
+
+
 def state_of(model):
     return {key: tensor.detach().clone() for key, tensor in adapter_tensors(model).items()}
 
 
-def earlier(config, make=net, seed=0):
-    """A trained model, and what its checkpoint holds."""
-    model = make(seed=seed)
+def earlier(config):
+    """A trained model."""
+    model = net()
     inject(model, config)
-    return shake(model), config
+    return shake(model)
 
 
-@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+@sources
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_outputs_and_w0_are_the_earlier_runs(options, source, tmp_path):
     config = LoRAConfig(**{"r": 4, "target_modules": ["up", "down", "square"], **options})
-    first, _ = earlier(config)
+    first = earlier(config)
     second = net()
     inject(second, config)
     before, w0 = second(inputs()), fingerprint(second)
-    if source == "directory":
-        save_adapter(first, tmp_path)
-        start = start_from_directory(second, tmp_path)
-    else:
-        start = start_from_state(second, state_of(first), config, config, fingerprint(first))
+    found = start(source, second, first, config, tmp_path)
     assert torch.equal(second(inputs()), first(inputs()))
     assert not torch.equal(second(inputs()), before)
     assert fingerprint(second) == w0
-    assert (start.tensors, start.own_start) == (len(adapter_tensors(second)), {})
+    assert (found.tensors, found.own_start) == (len(adapter_tensors(second)), {})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -87,16 +94,12 @@ def test_parts_of_a_fused_projection_and_token_rows_are_taken_over(tmp_path):
     inject(third, LoRAConfig(r=2, target_modules="query-value", trainable_token_indices={"wte": [3, 2]}))
     with pytest.raises(AdapterError, match=r"trains other tokens of 'transformer\.wte'"):
         start_from_directory(third, tmp_path / "peft")
-    fourth = make()
+    parts, fourth = make(), make()
+    inject(parts, LoRAConfig(r=2, target_modules="query-value"))
     inject(fourth, LoRAConfig(r=2, slices={"c_attn": ["k", "v"]}, target_modules=["c_attn"]))
-    save_adapter(_only_parts(make()), tmp_path / "parts", task_type="CAUSAL_LM")
+    save_adapter(parts, tmp_path / "parts", task_type="CAUSAL_LM")
     with pytest.raises(AdapterError, match=r"trained on the parts .*'q'.* this run says .*'k'"):
         start_from_directory(fourth, tmp_path / "parts")
-
-
-def _only_parts(model):
-    inject(model, LoRAConfig(r=2, target_modules="query-value"))
-    return move(model)
 
 
 def heads(labels):
@@ -111,7 +114,7 @@ def hidden(model):
     return model.bert(torch.arange(1, 7)[None]).last_hidden_state
 
 
-@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+@sources
 @pytest.mark.parametrize(("labels", "why"), [(2, r"\(3, 16\) in the adapter, \(2, 16\) here"), (3, None)])
 def test_a_head_of_another_shape_keeps_its_own_start_and_a_fitting_one_is_taken_over(labels, why, source, tmp_path):
     config = LoRAConfig(r=2, modules_to_save=["classifier"])
@@ -120,20 +123,16 @@ def test_a_head_of_another_shape_keeps_its_own_start_and_a_fitting_one_is_taken_
         inject(model, config)
     move(first)
     own = state_of(second)["classifier.lora_copy.weight"]
-    if source == "directory":
-        save_adapter(first, tmp_path)
-        start = start_from_directory(second, tmp_path)
-    else:
-        start = start_from_state(second, state_of(first), config, config, fingerprint(first))
+    found = start(source, second, first, config, tmp_path)
     assert torch.equal(hidden(second), hidden(first))
     head = adapter_tensors(second)["classifier.lora_copy.weight"]
     if why is None:
         assert torch.equal(head, adapter_tensors(first)["classifier.lora_copy.weight"])
-        assert start.own_start == {}
+        assert found.own_start == {}
     else:
         assert torch.equal(head, own)
-        assert str(start).endswith(f"'classifier' keeps its own start: {why}".replace("\\", ""))
-    assert start.tensors == len(adapter_tensors(second)) - 2 * (why is not None)
+        assert str(found).endswith(f"'classifier' keeps its own start: {why}".replace("\\", ""))
+    assert found.tensors == len(adapter_tensors(second)) - 2 * (why is not None)
 
 
 def test_a_head_that_the_earlier_run_did_not_have_keeps_its_own_start(tmp_path):
@@ -148,11 +147,7 @@ def test_a_head_that_the_earlier_run_did_not_have_keeps_its_own_start(tmp_path):
 
 def test_an_adapter_of_peft_is_taken_with_a_notice(tmp_path):
     theirs = peft.get_peft_model(net(), peft.LoraConfig(r=4, lora_alpha=8, target_modules=["up", "down"]))
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    theirs.save_pretrained(tmp_path)
+    move(theirs).save_pretrained(tmp_path)
     model = net()
     inject(model, LoRAConfig(r=4, alpha=8, target_modules=["up", "down"]))
     with pytest.warns(AdapterWarning, match="notes no fingerprint of its base"):
@@ -174,53 +169,36 @@ MISFITS = [
 ]
 
 
-@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+@sources
 @pytest.mark.parametrize(("changes", "said"), MISFITS)
 def test_what_does_not_fit_is_refused_and_nothing_is_loaded(changes, said, source, tmp_path):
     trained = LoRAConfig(**CONFIG)
-    first, _ = earlier(trained)
+    first = earlier(trained)
     config = LoRAConfig(**{**CONFIG, **changes})
     model = net()
     inject(model, config)
-    before = snapshot(model)
-    save_adapter(first, tmp_path)
-
-    def start():
-        if source == "directory":
-            return start_from_directory(model, tmp_path)
-        return start_from_state(model, state_of(first), trained, config, fingerprint(first))
-
-    with pytest.raises(AdapterError, match=said) as caught:
-        start()
-    assert "\n" not in str(caught.value)
-    assert_same(model, before)
+    options = {"load": lambda model, _: start(source, model, first, trained, tmp_path, config)}
+    refused(tmp_path, said, model, **options)
 
 
-@pytest.mark.parametrize("source", ["directory", "checkpoint"])
+@sources
 def test_another_base_is_refused_unless_it_is_allowed(source, tmp_path):
     config = LoRAConfig(**CONFIG)
-    first, _ = earlier(config)
+    first = earlier(config)
     model = net()
     with torch.no_grad():
         model.square.weight[0, 0] += 1
     inject(model, config)
-    save_adapter(first, tmp_path)
-
-    def start(**allow):
-        if source == "directory":
-            return start_from_directory(model, tmp_path, **allow)
-        return start_from_state(model, state_of(first), config, config, fingerprint(first), **allow)
-
     with pytest.raises(AdapterError, match=r"made on another base.*first square\.weight"):
-        start()
+        start(source, model, first, config, tmp_path)
     with pytest.warns(AdapterWarning, match="allow_other_base"):
-        start(allow_other_base=True)
+        start(source, model, first, config, tmp_path, allow_other_base=True)
     assert torch.equal(adapter_tensors(model)["up.lora_B"], adapter_tensors(first)["up.lora_B"])
 
 
 def test_a_start_that_is_subtracted_is_taken_from_a_checkpoint_and_not_from_a_directory(tmp_path):
     config = LoRAConfig(r=4, target_modules=["up", "down"], init="pissa")
-    first, _ = earlier(config)
+    first = earlier(config)
     second = net()
     inject(second, config)
     save_adapter(first, tmp_path)
@@ -228,9 +206,7 @@ def test_a_start_that_is_subtracted_is_taken_from_a_checkpoint_and_not_from_a_di
         start_from_directory(second, tmp_path)
     start_from_state(second, state_of(first), config, config, fingerprint(first))
     assert torch.equal(second(inputs()), first(inputs()))
-    plain = net()
-    inject(plain, LoRAConfig(r=4, target_modules=["up", "down"]))
+    plain, usual = net(), LoRAConfig(r=4, target_modules=["up", "down"])
+    inject(plain, usual)
     with pytest.raises(AdapterError, match=r"left over .*lora_A0"):
-        start_from_state(
-            plain, state_of(first), config, LoRAConfig(r=4, target_modules=["up", "down"]), fingerprint(first)
-        )
+        start_from_state(plain, state_of(first), config, usual, fingerprint(first))

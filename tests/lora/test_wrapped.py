@@ -1,13 +1,26 @@
-"""A model whose blocks are compiled or wrapped in DataParallel goes by the names of the plain model."""
+"""A model or a block that is compiled, in DataParallel or recomputed goes by the plain model's names, in files too."""
 
 from __future__ import annotations
 
+import pickle
+
+import peft
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
+from lora_lightning import (
+    AdapterBank,
+    LoRAConfig,
+    LoRAError,
+    inject,
+    load_adapter,
+    load_loralib,
+    merge,
+    remove,
+    save_adapter,
+)
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import (
     adapter_tensors,
@@ -17,7 +30,13 @@ from lora_lightning.lora.frozen.tensors import (
     named_modules,
     plain_name,
 )
+from lora_lightning.lora.init.from_adapter import start_from_directory
 from lora_lightning.lora.inject import adapted_layers
+from tests.factories import FAMILIES, assert_same, distance, llama, move, output, snapshot
+from tests.lora.directories import refused, same_files
+
+pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.lora.errors.AdapterWarning")
+X = torch.randn(3, 8)
 
 
 class Block(nn.Module):
@@ -30,13 +49,8 @@ class Block(nn.Module):
         return x + self.out(self.module(x).relu())
 
 
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(), nn.LayerNorm(8))
-
-
-def compiled(block: nn.Module) -> nn.Module:
-    return torch.compile(block, backend="eager")
+def compiled(module: nn.Module) -> nn.Module:
+    return torch.compile(module, backend="eager")
 
 
 WRAPS = {
@@ -45,55 +59,117 @@ WRAPS = {
     "recomputed": checkpoint_wrapper,
     "both": lambda block: nn.DataParallel(compiled(block)),
 }
+WHOLE = {"whole": nn.DataParallel, "whole, compiled": compiled}
 
 
-def wrapped(wrap) -> nn.Module:
-    whole = model()
-    whole[0] = WRAPS[wrap](whole[0])
-    return whole
+def build(wrap=None):
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(), Block(), nn.LayerNorm(8)).eval()
+    if wrap in WRAPS:
+        model[0] = WRAPS[wrap](model[0])
+    return WHOLE[wrap](model) if wrap in WHOLE else model
 
 
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("wrap", [*WRAPS, *WHOLE])
 def test_wrapped_blocks_have_the_plain_models_names(wrap):
-    plain, own = model(), wrapped(wrap)
-    config = LoRAConfig(r=2, target_modules=["module", "0.out"], modules_to_save=["1.out"])
+    plain, own = build(), build(wrap)
     for one in (plain, own):
-        inject(one, config)
-    assert list(adapter_tensors(own)) == list(adapter_tensors(plain))
-    assert list(base_tensors(own)) == list(base_tensors(plain))
+        inject(one, LoRAConfig(r=2, target_modules=["module", "0.out"], modules_to_save=["1.out"]))
+    for names in (adapter_tensors, base_tensors, lambda m: dict(adapted_layers(m)), lambda m: dict(named_modules(m))):
+        assert list(names(own)) == list(names(plain))
     assert frozen_keys(own) == frozen_keys(plain)
     assert fingerprint(own) == fingerprint(plain)
-    assert [name for name, _ in adapted_layers(own)] == [name for name, _ in adapted_layers(plain)]
-    assert [name for name, _ in named_modules(own)] == [name for name, _ in named_modules(plain)]
     assert all(get_module(own, name) is module for name, module in named_modules(own))
-    x = torch.randn(3, 8)
-    assert torch.equal(own(x), plain(x))
+    assert torch.equal(own(X), plain(X))
+    assert plain_name(plain, "0.module.weight") == "0.module.weight"
+    assert wrap != "whole" or plain_name(own, "module.0.module.weight") == "0.module.weight"
+
+
+OPTIONS = {
+    "plain": {"target_modules": ["module", "out"]},
+    "full name": {"target_modules": r"0\.out", "rank_pattern": {r"^0\.out$": 3}},
+    "head and biases": {"target_modules": ["0.module"], "modules_to_save": ["1.out"], "bias": "all"},
+    "dora": {"use_dora": True},
+    "a start": {"target_modules": ["0.out", "1.out"], "init": "pissa"},
+    "a parameter": {"target_modules": ["1.out"], "target_parameters": ["0.out.weight"]},
+}
+
+
+@pytest.mark.parametrize("wrap", [*WRAPS, *WHOLE])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_files_of_a_wrapped_model_are_those_of_the_plain_one_and_load_in_both(wrap, options, tmp_path):
+    plain, own = build(), build(wrap)
+    for model, name in ((plain, "plain"), (own, "own")):
+        torch.manual_seed(1)
+        inject(model, LoRAConfig(r=2, **options))
+        save_adapter(move(model), tmp_path / name)
+    assert same_files(tmp_path / "own", tmp_path / "plain")
+    for again, directory in ((build(), "own"), (build(wrap), "plain")):
+        load_adapter(again, tmp_path / directory)
+        assert distance(again(X), plain(X)) < 1e-6  # a compiled block, or an init as twice the rank, rounds otherwise
+    merge(own)
+    assert distance(own(X), plain(X)) < 1e-5
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
-@pytest.mark.parametrize("options", [{"modules_to_save": ["1.out"], "bias": "lora_only"}, {"use_dora": True}], ids=str)
-@torch.no_grad()
-def test_an_adapter_travels_between_wrapped_and_plain_models(wrap, options, tmp_path):
-    own, x = wrapped(wrap), torch.randn(3, 8)
-    inject(own, LoRAConfig(r=2, **options))
-    for parameter in own.parameters():
-        if parameter.requires_grad:
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    save_adapter(own, tmp_path)
-    for other in (model(), wrapped(wrap)):
-        load_adapter(other, tmp_path)
-        assert torch.equal(other(x), own(x))
-    adapted = own(x)
-    merge(own)
-    assert torch.allclose(own(x), adapted, rtol=1e-5, atol=1e-6)
+def test_a_wrapped_model_starts_from_a_plain_directory_takes_loralibs_file_and_opens_in_peft(wrap, tmp_path):
+    first, second, third = build(), build(wrap), build(wrap)
+    for model in (first, second):
+        inject(model, LoRAConfig(r=2, target_modules=["0.out"]))
+    start_from_directory(second, save_adapter(move(first), tmp_path / "a"))
+    assert torch.equal(second(X), first(X))
+    state = {"0.out.lora_A": first[0].out.lora_A.detach(), "0.out.lora_B": first[0].out.lora_B.detach()}
+    torch.save(state, tmp_path / "x.pt")
+    load_loralib(third, tmp_path / "x.pt", r=2, alpha=first[0].out.lora_settings.alpha)
+    assert torch.equal(third(X), first(X))
+    assert distance(peft.PeftModel.from_pretrained(build(), save_adapter(third, tmp_path / "b"))(X), first(X)) < 1e-6
 
 
-def test_a_wrapped_whole_model_has_the_plain_models_names():
-    own = nn.DataParallel(model())
-    inject(own, LoRAConfig(r=2))
-    assert [name for name, _ in adapted_layers(own)] == ["0.module", "0.out", "1.module", "1.out"]
-    assert plain_name(own, "module.0.module.weight") == "0.module.weight"
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_a_wrapped_model_that_is_another_base_is_refused_by_plain_names(wrap, tmp_path):
+    model, other = build(), build(wrap)
+    inject(model, LoRAConfig(r=2, target_modules=["0.out"]))
+    save_adapter(move(model), tmp_path)
+    with torch.no_grad():
+        next(other[0].parameters())[0, 0] += 1
+    refused(tmp_path, r"another base.* 1 of \d+ tensors differ, first 0\.module\.weight", other)
 
 
-def test_a_module_that_is_called_module_keeps_its_name():
-    assert plain_name(model(), "0.module.weight") == "0.module.weight"
+def test_a_graph_that_was_compiled_of_the_plain_model_takes_up_what_is_loaded(tmp_path):
+    family = FAMILIES["sequential"]
+    model, other = family.build(), family.build()
+    inject(model, LoRAConfig(r=2))
+    save_adapter(move(model), tmp_path)
+    own = compiled(other)
+    base = family.run(own)
+    load_adapter(own, tmp_path)
+    assert distance(family.run(own), family.run(model)) < 1e-6 < distance(base, family.run(model))
+
+
+# ---- transformers' own way to save
+
+
+def test_save_pretrained_of_an_adapted_model_is_refused_with_the_line_to_call_until_it_is_plain(tmp_path):
+    model, tokens = llama().eval(), torch.arange(1, 7)[None]
+    inject(model, LoRAConfig(r=2, target_modules=["q_proj"]))
+    for part in (model, model.model):  # a part would write the same stray keys
+        with pytest.raises(LoRAError, match=r"stray lora_ keys.*save_adapter\(model, .*merge\(model\)") as caught:
+            part.save_pretrained(tmp_path / "x")
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "x").exists()
+    adapter, wanted = save_adapter(move(model), tmp_path / "adapter"), output(model, tokens)
+    merge(model)
+    model.save_pretrained(tmp_path / "merged")
+    assert distance(output(type(model).from_pretrained(tmp_path / "merged"), tokens), wanted) < 1e-5
+    again = llama().eval()
+    before = snapshot(again)
+    load_adapter(again, adapter, allow_other_base=True)
+    assert pickle.loads(pickle.dumps(again)).save_pretrained is again.save_pretrained
+    assert_same(remove(again), before, but=("trains",))
+    bank = AdapterBank(again)
+    bank.load("a", adapter, allow_other_base=True)
+    bank.activate("a")
+    with pytest.raises(LoRAError, match="save_adapter"):
+        again.save_pretrained(tmp_path / "x")
+    bank.activate(None)
+    again.save_pretrained(tmp_path / "plain")

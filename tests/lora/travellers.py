@@ -147,14 +147,13 @@ def _both(group: str, fields: Fields, **more: Any) -> Option:
     return Option(group=group, ours=fields, pefts=fields, **more)
 
 
+def _init(name: str) -> Option:
+    return Option(group="layer", ours=lambda t: {"init": name}, pefts=lambda t: {"init_lora_weights": name})
+
+
 OPTIONS = {
     # which modules
-    "all linear": Option(
-        group="targets",
-        ours=lambda t: {"target_modules": "all-linear"},
-        pefts=lambda t: {"target_modules": "all-linear"},
-        peft_fits=lambda t: t.transformers,
-    ),
+    "all linear": _both("targets", lambda t: {"target_modules": "all-linear"}, peft_fits=lambda t: t.transformers),
     "names": _both("targets", lambda t: {"target_modules": t.targets[:2]}, fits=lambda t: True),
     "regex": _both("targets", lambda t: {"target_modules": rf".*\.({'|'.join(t.targets)})"}),
     "excluded": _both("targets", lambda t: {"target_modules": t.targets, "exclude_modules": t.targets[-1:]}),
@@ -187,16 +186,7 @@ OPTIONS = {
     # what more is trained in each layer, or how it starts
     "dora": _both("layer", lambda t: {"use_dora": True}, fits=lambda t: True),
     "lora_bias": _both("layer", lambda t: {"lora_bias": True}, fits=lambda t: t.biased),
-    "pissa": Option(group="layer", ours=lambda t: {"init": "pissa"}, pefts=lambda t: {"init_lora_weights": "pissa"}),
-    "olora": Option(group="layer", ours=lambda t: {"init": "olora"}, pefts=lambda t: {"init_lora_weights": "olora"}),
-    "orthogonal": Option(
-        group="layer",
-        ours=lambda t: {"init": "orthogonal"},
-        pefts=lambda t: {"init_lora_weights": "orthogonal"},
-    ),
-    "gaussian": Option(
-        group="layer", ours=lambda t: {"init": "gaussian"}, pefts=lambda t: {"init_lora_weights": "gaussian"}
-    ),
+    **{name: _init(name) for name in ("pissa", "olora", "orthogonal", "gaussian")},
     # which biases, and what beside the layers
     "bias all": _both("bias", lambda t: {"bias": "all"}, fits=lambda t: t.biased),
     "bias lora_only": _both("bias", lambda t: {"bias": "lora_only"}, fits=lambda t: t.biased),

@@ -55,13 +55,10 @@ def test_a_licence_names_who_and_when(license, tmp_path):
     new("mine", license=license, author="Ann O'Nymous", git=False, defaults=True)
     assert f"{date.today().year}" in (text := (tmp_path / "mine/LICENSE").read_text())
     assert "Ann O'Nymous" in text
+    new("without", "image-classification", git=False, defaults=True)
+    assert not (tmp_path / "without/LICENSE").exists()
+    assert "Private :: Do Not Upload" in (tmp_path / "without/pyproject.toml").read_text(), "an upload is refused"
     assert tomllib.loads((tmp_path / "mine/pyproject.toml").read_text())["project"]["license"] == license
-
-
-def test_without_a_licence_there_is_none_and_an_upload_is_refused(tmp_path):
-    new("mine", git=False, defaults=True)
-    assert not (tmp_path / "mine/LICENSE").exists()
-    assert "Private :: Do Not Upload" in (tmp_path / "mine/pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -79,21 +76,20 @@ def test_a_project_depends_on_what_package_says(package, needs, monkeypatch):
     assert Requirement(needs)
 
 
-def test_a_package_that_is_on_no_index_is_asked_for_where_it_came_from(monkeypatch):
+def test_a_package_that_is_on_no_index_is_asked_for_where_it_came_from(tmp_path, monkeypatch):
     told_by_pip(monkeypatch, url="https://example.org/l.git", vcs_info={"vcs": "git", "commit_id": "abc123"})
     assert requirement(None) == "lora_lightning @ git+https://example.org/l.git@abc123"
     told_by_pip(monkeypatch, url=REPOSITORY.as_uri(), dir_info={"editable": True})
     assert Requirement(requirement(None)).url.startswith((REPOSITORY.as_uri(), "git+"))
     told_by_pip(monkeypatch)  # of a clone that is on the path alone
     assert Requirement(requirement(None)).url.startswith((REPOSITORY.as_uri(), "git+"))
-
-
-def test_a_clone_is_depended_on_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setenv(PACKAGE, str(REPOSITORY))
     new("mine", "image-classification", git=False, defaults=True)
     needs = tomllib.loads((tmp_path / "mine/pyproject.toml").read_text())["project"]["dependencies"][0]
-    assert needs == f"lora_lightning[vision] @ {REPOSITORY.as_uri()}"
-    assert Requirement(needs).url == REPOSITORY.as_uri()
+    assert needs == f"lora_lightning[vision] @ {REPOSITORY.as_uri()}", "a clone that is asked for"
+    told = " ".join((new.__doc__ or "").split())
+    for name in ("task", "logger", "license"):
+        assert [c for c in questions()[name]["choices"].values() if c not in told] == [], name
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
@@ -136,9 +132,3 @@ def typed(args, folder):
         running.terminate()
     os.close(ours)
     return shown.decode(errors="replace"), running.wait(10)
-
-
-def test_its_help_says_every_choice():
-    told = " ".join((new.__doc__ or "").split())
-    for name in ("task", "logger", "license"):
-        assert [c for c in questions()[name]["choices"].values() if c not in told] == [], name

@@ -16,21 +16,18 @@ from tests.command.process import REPOSITORY
 from tests.new.projects import git
 
 
-def test_a_project_begins_with_a_commit_by_its_author(person, tmp_path):
+def test_a_project_begins_with_a_commit_by_its_author_and_within_a_repository_belongs_to_it(person, tmp_path):
     new("mine", license="MIT", defaults=True)
     assert git(tmp_path / "mine", "log", "--format=%an %s") == "Ann Start from the template of lora_lightning"
     assert git(tmp_path / "mine", "status", "--porcelain") == ""
     assert "Copyright (c)" in (text := (tmp_path / "mine/LICENSE").read_text())
     assert "Ann" in text
-
-
-def test_a_project_within_a_repository_belongs_to_it(person, tmp_path):
     git(tmp_path, "init", "--quiet")
-    new("mine", defaults=True)
-    assert not (tmp_path / "mine/.git").exists()
+    new("within", defaults=True)
+    assert not (tmp_path / "within/.git").exists(), "it belongs to the repository around it"
 
 
-def test_who_has_not_told_git_their_name_commits_themselves(person, tmp_path, monkeypatch, capsys):
+def test_who_has_not_told_git_their_name_commits_themselves(person, tmp_path, capsys):
     person.write_text("[user]\nuseConfigOnly = true\n")
     new("mine", defaults=True)
     assert (tmp_path / "mine/.git").is_dir()
@@ -113,12 +110,11 @@ def told_by_pip(monkeypatch, **said):
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: told)
 
 
-def test_a_package_from_a_repository_names_it_with_its_commit(monkeypatch):
+def test_a_package_names_its_repository_with_its_commit_and_a_clone_as_long_as_it_has_not_moved_on(
+    versions, tmp_path, monkeypatch
+):
     told_by_pip(monkeypatch, url="https://example.org/l.git", vcs_info={"vcs": "git", "commit_id": "abc123"})
     assert origin(render.TEMPLATE) == {"_src_path": "git+https://example.org/l.git", "_commit": "abc123"}
-
-
-def test_a_package_from_a_clone_names_it_as_long_as_it_has_not_moved_on(versions, tmp_path, monkeypatch):
     git(versions, "checkout", "--quiet", "v0.1.0")
     installed = tmp_path / "site-packages/lora_lightning/template"
     shutil.copytree(versions / "lora_lightning/template", installed)

@@ -4,10 +4,10 @@ import sys
 
 import pytest
 
-from lora_lightning.__main__ import main
 from lora_lightning.commands.new import new
 from lora_lightning.commands.projects.checks import check_name
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
+from tests.command.process import command, files_in, mistake
 
 
 @pytest.mark.parametrize(
@@ -27,40 +27,30 @@ from lora_lightning.lora.errors import LoRAError, MissingPackageError
     ],
 )
 def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["lora-lightning", "new", *args])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert said in line
+    assert said in mistake(monkeypatch, capsys, "new", *args)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["my_project", "my-project", "p2", "a_b-c"])
-def test_a_good_name_is_taken(name):
-    assert check_name(name) == name
-
-
-def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):
-    (tmp_path / "mine").mkdir()
-    new("mine", git=False, defaults=True)  # an empty one is taken
-    before = {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()}
-    with pytest.raises(LoRAError, match="'mine' is not empty, and nothing was written"):
-        new("mine", "chat", git=False, defaults=True)
-    assert {path: path.read_bytes() for path in (tmp_path / "mine").rglob("*") if path.is_file()} == before
-
-
-def test_without_copier_the_extra_is_named(tmp_path, monkeypatch):
+def test_a_good_name_is_taken_and_without_copier_the_extra_is_named(tmp_path, monkeypatch):
+    for name in ("my_project", "my-project", "p2", "a_b-c"):
+        assert check_name(name) == name
     monkeypatch.setitem(sys.modules, "copier", None)
     with pytest.raises(MissingPackageError, match=r"pip install 'lora_lightning\[new\]'"):
         new("mine", defaults=True)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):
+    (tmp_path / "mine").mkdir()
+    new("mine", git=False, defaults=True)  # an empty one is taken
+    before = files_in(tmp_path)
+    with pytest.raises(LoRAError, match="'mine' is not empty, and nothing was written"):
+        new("mine", "chat", git=False, defaults=True)
+    assert files_in(tmp_path) == before
+
+
 def test_defaults_stands_alone_or_with_its_value(tmp_path, monkeypatch):
     for name, flags in (("one", ["--defaults"]), ("two", ["--defaults", "true"]), ("three", ["--defaults=false"])):
-        monkeypatch.setattr("sys.argv", ["lora-lightning", "new", *flags, "--git", "false", name])
-        if flags == ["--defaults"]:
-            monkeypatch.setattr("sys.argv", ["lora-lightning", "new", "--git", "false", name, *flags])
-        main()
+        given = ["--git", "false", name]
+        command(monkeypatch, "new", *([*given, *flags] if flags == ["--defaults"] else [*flags, *given]))
         assert (tmp_path / name / "Makefile").is_file()

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig
 
 from lora_lightning.cli.build import parse_run
 from lora_lightning.cli.main import LoRACLI
 from tests.command.process import REPOSITORY
+from tests.tiny import words_tokenizer
 
 CONFIGS = REPOSITORY / "configs"
 SPECIAL = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "mask_token": "<mask>"}
@@ -63,21 +62,13 @@ def tiny_model(
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL.values(), *words]))}
     text = config.get_text_config()
     assert len(vocabulary) <= text.vocab_size, f"vocab_size must be at least {len(vocabulary)}"
-    plain = Tokenizer(WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
-    plain.pre_tokenizer = Whitespace()
-    if pair:
-        plain.post_processor = TemplateProcessing(
-            single="<s> $A </s>",
-            pair="<s> $A </s> </s> $B </s>",
-            special_tokens=[(SPECIAL[name], vocabulary[SPECIAL[name]]) for name in ("bos_token", "eos_token")],
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=plain,
-        model_input_names=["input_ids", "attention_mask"],
-        chat_template=chat_template,
-        **SPECIAL,
+    ends = TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[(SPECIAL[name], vocabulary[SPECIAL[name]]) for name in ("bos_token", "eos_token")],
     )
-    tokenizer.save_pretrained(folder)
+    options = {"model_input_names": ["input_ids", "attention_mask"], "chat_template": chat_template, **SPECIAL}
+    words_tokenizer(vocabulary, split=Whitespace(), ends=ends if pair else None, **options).save_pretrained(folder)
     text.update({f"{name}_id": vocabulary[SPECIAL[name]] for name in ("bos_token", "pad_token", "eos_token")})
     config.save_pretrained(folder)
     return folder

@@ -24,16 +24,11 @@ TABLE_9 = {
 }
 ALPHA = {"roberta-base": 8, "roberta-large": 16}
 FROM_MNLI = ("mrpc", "rte", "stsb")
+TWO = ("sentence1", "sentence2")
 COLUMNS = {
-    "mnli": ("premise", "hypothesis"),
-    "sst2": ("sentence",),
-    "mrpc": ("sentence1", "sentence2"),
-    "cola": ("sentence",),
-    "qnli": ("question", "sentence"),
-    "qqp": ("question1", "question2"),
-    "rte": ("sentence1", "sentence2"),
-    "stsb": ("sentence1", "sentence2"),
-}
+    "mnli": ("premise", "hypothesis"), "sst2": ("sentence",), "mrpc": TWO, "cola": ("sentence",),
+    "qnli": ("question", "sentence"), "qqp": ("question1", "question2"), "rte": TWO, "stsb": TWO,
+}  # fmt: skip
 WORDS = ("the", "film", "is", "fine", "dull", "a", "story", "of", "friends")
 
 
@@ -80,16 +75,10 @@ DEBERTA = {
 def test_a_stack_of_deberta_holds_the_numbers_of_the_authors_scripts(task):
     config = parse(stack("deberta-v2-xxlarge", task))
     model, data, trainer = config.model, config.data.init_args, config.trainer
-    given = (
-        data.batch_size,
-        trainer.max_epochs,
-        model.optimizer.init_args.lr,
-        data.max_length,
-        model.lr_scheduler.init_args.warmup,
-        model.backbone.init_args.model_kwargs["cls_dropout"],
-        model.optimizer.init_args.weight_decay,
-    )
-    assert given == DEBERTA[task]
+    optimizer, warmup = model.optimizer.init_args, model.lr_scheduler.init_args.warmup
+    dropout = model.backbone.init_args.model_kwargs["cls_dropout"]
+    lengths = (data.batch_size, trainer.max_epochs, optimizer.lr, data.max_length)
+    assert (*lengths, warmup, dropout, optimizer.weight_decay) == DEBERTA[task]
     assert trainer.accumulate_grad_batches == 8, "one process takes the batches of their eight"
     assert (model.lora.r, model.lora.alpha, model.lora.target_modules) == (16, 32, "query-value")
     assert model.init_adapter == ("runs/deberta-v2-xxlarge-mnli" if task in FROM_MNLI else None)
@@ -107,18 +96,6 @@ def test_a_file_says_in_its_head_what_it_is_and_needs(file):
         assert "Table 2 of arXiv 2106.09685" in head
         assert "from the authors' scripts" in head
         assert f"-c configs/glue/base.yaml -c configs/glue/tasks/{task}.yaml -c configs/{file}" in head
-
-
-def config_of(layers=2):
-    return RobertaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=40,
-        type_vocab_size=1,
-    )
 
 
 def table(task, labels, count):
@@ -145,6 +122,11 @@ LOGGED = {
     "mrpc": {"val/accuracy", "val/binary_f1"},
     "stsb": {"val/pearson", "val/spearman"},
 }
+
+
+def config_of():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    return RobertaConfig(vocab_size=32, max_position_embeddings=40, type_vocab_size=1, **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +173,9 @@ def test_deberta_runs_a_step_and_trains_its_pooler_and_classifier(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_mrpc_starts_from_the_mnli_run_where_the_recipe_looks_for_it(roberta, tmp_path):
     """With the recipes' own names of runs; the head alone is new."""
-    base = run_a_step(
-        stack("roberta-base", "mnli"),
-        tmp_path,
-        model=roberta,
-        data=overrides("mnli", tmp_path / "mnli"),
-        args=["--trainer.fast_dev_run", "false", "--trainer.max_steps", "2"],
-    )
+    whole = ["--trainer.fast_dev_run", "false", "--trainer.max_steps", "2"]
+    data = overrides("mnli", tmp_path / "mnli")
+    base = run_a_step(stack("roberta-base", "mnli"), tmp_path, model=roberta, data=data, args=whole)
     data = overrides("mrpc", tmp_path / "mrpc")
     mrpc = run_a_step(
         stack("roberta-base", "mrpc"), tmp_path, model=roberta, data=data, args=["--model.optimizer.lr", "0"]
@@ -210,8 +188,3 @@ def test_mrpc_starts_from_the_mnli_run_where_the_recipe_looks_for_it(roberta, tm
 def test_without_the_mnli_run_the_error_names_the_folder(roberta, tmp_path):
     with pytest.raises(LoRAError, match="no checkpoint or run folder 'runs/roberta-base-mnli'"):
         run_a_step(stack("roberta-base", "rte"), tmp_path, model=roberta, data=overrides("rte", tmp_path))
-
-
-def test_an_overlay_goes_on_top(tmp_path):
-    config = parse([*stack("roberta-large", "rte"), "debug.yaml"], "--model.init_adapter", "null")
-    assert (config.name, config.trainer.max_epochs, config.model.init_adapter) == ("debug", 1, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 
 import pytest
 from PIL import Image
@@ -20,17 +21,8 @@ METRIC = "val/accuracy"
 
 
 def trial(number, values, value, *, seed=None, state="complete", trainable=1000):
-    return Trial(
-        number=number,
-        name=folder_name(number, values, seed),
-        values=values,
-        seed=seed,
-        state=state,
-        value=value,
-        trainable=trainable,
-        seconds=90.0,
-        run=f"runs/{number}",
-    )
+    told = {"state": state, "value": value, "trainable": trainable, "seconds": 90.0, "run": f"runs/{number}"}
+    return Trial(number=number, name=folder_name(number, values, seed), values=values, seed=seed, **told)
 
 
 def over_ranks(*, seeds=(None,), sets=("[query]", "[query, value]")):
@@ -42,30 +34,18 @@ def over_ranks(*, seeds=(None,), sets=("[query]", "[query, value]")):
     ]
 
 
-def test_equal_points_are_ranked_by_what_they_train_and_the_unfinished_come_last():
-    found = rank_points(
-        [
-            trial(0, {RANK: "8"}, 0.9, trainable=800),
-            trial(1, {RANK: "1"}, None, state="failed"),
-            trial(2, {RANK: "2"}, 0.95, state="pruned"),
-            trial(3, {RANK: "4"}, 0.9, trainable=400),
-            trial(4, {RANK: "16"}, None),
-        ],
-        "max",
-    )
-    assert [point.values[RANK] for point in found] == ["4", "8", "16", "2", "1"]
-
-
-def test_a_point_of_which_a_seed_failed_is_not_ranked_beside_whole_ones():
-    found = rank_points(
-        [
-            trial(0, {RANK: "1"}, 0.9, seed=1),
-            trial(1, {RANK: "1"}, None, seed=2, state="failed"),
-            trial(2, {RANK: "2"}, 0.5, seed=1),
-            trial(3, {RANK: "2"}, 0.7, seed=2),
-        ],
-        "max",
-    )
+def test_equal_points_are_ranked_by_what_they_train_and_what_is_not_whole_comes_last():
+    trials = [
+        trial(0, {RANK: "8"}, 0.9, trainable=800),
+        trial(1, {RANK: "1"}, None, state="failed"),
+        trial(2, {RANK: "2"}, 0.95, state="pruned"),
+        trial(3, {RANK: "4"}, 0.9, trainable=400),
+        trial(4, {RANK: "16"}, None),
+    ]
+    assert [point.values[RANK] for point in rank_points(trials, "max")] == ["4", "8", "16", "2", "1"]
+    seeds = [trial(0, {RANK: "1"}, 0.9, seed=1), trial(1, {RANK: "1"}, None, seed=2, state="failed")]
+    seeds += [trial(2, {RANK: "2"}, 0.5, seed=1), trial(3, {RANK: "2"}, 0.7, seed=2)]
+    found = rank_points(seeds, "max")
     assert [(point.values[RANK], point.state) for point in found] == [("2", "complete"), ("1", "failed")]
 
 
@@ -125,6 +105,12 @@ def test_all_files_are_written_and_figures_of_an_earlier_state_go(tmp_path):
     assert json.loads((tmp_path / "sweep.json").read_text())["pictures"] == ["rank.png", "rank.svg"]
     write(tmp_path, about, rank_points(over_ranks(), "max"), plots=False)
     assert {p.name for p in tmp_path.iterdir()} == {"index.html", "sweep.json", "sweep.csv"}
+
+
+def test_missing_matplotlib_is_said_with_both_ways_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"pip install 'lora_lightning\[plots\]'.*--plots false"):
+        drawing.refuse_missing()
 
 
 def test_halving_is_drawn_with_who_was_dropped_where():

@@ -31,22 +31,22 @@ def test_points_are_ranked_by_the_metric_and_written(tmp_path):
     assert [float(row["val/accuracy"]) for row in rows] == [point["mean"] for point in told["ranking"]]
 
 
-def test_a_loss_is_best_where_it_is_smallest(tmp_path):
+def test_a_loss_is_best_where_it_is_smallest_and_which_end_is_must_be_said(tmp_path):
     outcome, _ = run(plan(tmp_path, level=LEVELS), metric="val/loss", goal="min")
     assert placed(outcome) == [2, 4, 1]
     assert outcome.points[0].mean < outcome.points[1].mean
+    with pytest.raises(LoRAError, match=r"is not what the config monitors \(val/accuracy\): say --mode min or max"):
+        sweep(plan(tmp_path), metric="val/loss")
+    outcome, _ = run(plan(tmp_path), metric="val/f1", goal="max", name="f1")
+    assert {point.state for point in outcome.points} == {"failed"}
+    assert "ended without val/f1" in outcome.points[0].error
 
 
-def test_a_fit_that_fails_is_told_in_its_line_and_the_others_go_on(tmp_path):
+def test_a_fit_that_fails_is_told_in_its_line_and_the_same_command_runs_only_it(tmp_path):
     outcome, said = run(plan(tmp_path, level=LEVELS, fails=["2"]))
     assert placed(outcome) == [4, 1]
-    ended = [s[1:] for s in said if s[0] == "ends"]
-    assert ended == [("1", "complete"), ("2", "failed"), ("4", "complete")]
+    assert [s[1:] for s in said if s[0] == "ends"] == [("1", "complete"), ("2", "failed"), ("4", "complete")]
     assert outcome.points[-1].error == "r is too large, as was planned"
-
-
-def test_the_same_command_runs_only_what_failed(tmp_path):
-    run(plan(tmp_path, level=LEVELS, fails=["2"]))
     outcome, said = run(plan(tmp_path, level=LEVELS))
     assert [s[1] for s in said] == ["2", "2"]
     assert placed(outcome) == [2, 4, 1]
@@ -132,48 +132,43 @@ def test_a_sampler_draws_as_many_as_are_asked_within_the_ranges_and_goes_on(tmp_
     assert len({tuple(point.values.values()) for point in again.points}) == 6
 
 
-@pytest.mark.slow
-def test_tpe_draws_what_did_well_more_often(tmp_path):
-    levels = {"1": 0.9, **dict.fromkeys(("2", "3", "4", "5", "6"), 0.1)}
-    file = plan(tmp_path, level=levels)
-    run(file, grid=["model.lora.r=1,2,3,4,5,6"])
-    asked = {"ranges": ["model.lora.dropout=0.0..0.2"], "sampler": "tpe", "trials": 24, "name": "tpe"}
-    outcome, _ = run(file, grid=["model.lora.r=1,2,3,4,5,6"], **asked)
-    drawn = [point.values["model.lora.r"] for point in outcome.points]
-    assert drawn.count("1") > 24 / 6 * 1.5
+def worker(file, **asked):
+    """A sweep in a process of its own; its process number."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        run(file, **asked)
+        code = 0
+    except KeyboardInterrupt:
+        code = 130
+    except Stopped:
+        code = 143
+    finally:
+        os._exit(code)
 
 
-def killed(tmp_path, number, file):
-    """A sweep in a process of its own, sent a signal in the middle of its second fit; how that ended."""
-    if not (pid := os.fork()):
-        code = 1
-        try:
-            run(file)
-            code = 0
-        except KeyboardInterrupt:
-            code = 130
-        except Stopped:
-            code = 143
-        finally:
-            os._exit(code)
-    until = time.monotonic() + 120
-    state = tmp_path / "runs/quick-sweep/001_r-2/version_0/state.json"
-    while not (state.is_file() and state.read_text() in ("3", "4")) and time.monotonic() < until:
-        time.sleep(0.02)
-    os.kill(pid, number)
+def ended(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize(
-    ("number", "ends"),
-    [
-        (signal.SIGKILL, -9),
-        *(pytest.param(*s, marks=pytest.mark.slow) for s in ((signal.SIGTERM, 143), (signal.SIGINT, 130))),
-    ],
-)
+def await_that(happened):
+    until = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+SIGNALS = [pytest.param(*s, marks=pytest.mark.slow) for s in ((signal.SIGTERM, 143), (signal.SIGINT, 130))]
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGKILL, -9), *SIGNALS])
 def test_a_sweep_that_is_killed_ends_its_fits_and_goes_on_where_it_was(tmp_path, number, ends):
-    file = plan(tmp_path, level=LEVELS, validations=10, pause=0.15)
-    assert killed(tmp_path, number, file) == ends
+    file, state = plan(tmp_path, level=LEVELS, validations=10, pause=0.15), "001_r-2/version_0/state.json"
+    process, state = worker(file), tmp_path / "runs/quick-sweep" / state
+    await_that(lambda: state.is_file() and state.read_text() in ("3", "4"))
+    os.kill(process, number)
+    assert ended(process) == ends
     outcome, said = run(file)  # waits for what the killed one has left
     assert [e["r"] for e in events(tmp_path, "leaves")] == ["2"]
     assert sorted(s[1] for s in said if s[0] == "begins") == ["2", "4"]
@@ -192,60 +187,30 @@ def test_a_fit_whose_end_was_not_noted_is_not_run_again(tmp_path):
     assert placed(again) == [2, 4, 1]
 
 
-def worker(file, **asked):
-    """A sweep in a process of its own; its process number."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        run(file, **asked)
-        code = 0
-    finally:
-        os._exit(code)
-
-
 def test_two_processes_on_one_study_make_each_fit_once_and_one_goes_on_for_the_other_that_is_killed(tmp_path):
     ranks = [str(r) for r in (1, 2, 4, 8, 16, 32)]
     levels = {r: int(r) / 100 for r in ranks}
     file = plan(tmp_path, level=levels, validations=8, pause=0.1)
     asked = {"grid": [f"model.lora.r={','.join(ranks)}"], "storage": "shared.log"}
     first, second = worker(file, **asked), worker(file, **asked)
-    until = time.monotonic() + 120
-    while not (tmp_path / "events.jsonl").is_file() or len(events(tmp_path, "begins")) < 4:
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    await_that(lambda: (tmp_path / "events.jsonl").is_file() and len(events(tmp_path, "begins")) >= 4)
     time.sleep(0.4)  # so that its fit has a checkpoint
     os.kill(first, signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == -9
-    assert os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]) == 0
+    assert (ended(first), ended(second)) == (-9, 0)
     outcome, said = run(file, **asked)
     assert said == []
     assert placed(outcome) == [32, 16, 8, 4, 2, 1], [(p.values, p.state, p.error) for p in outcome.points]
-    ended = [event["r"] for event in events(tmp_path, "ends")]
-    assert sorted(ended, key=int) == ranks, "a fit was made twice or never"
+    whole = [event["r"] for event in events(tmp_path, "ends")]
+    assert sorted(whole, key=int) == ranks, "a fit was made twice or never"
     (left,) = events(tmp_path, "leaves")
     again = [event["from"] for event in events(tmp_path, "begins") if event["r"] == left["r"]]
     assert len(again) == 2
     assert again[1] > 0, "the fit of the killed process goes on from its checkpoint"
 
 
-def test_sqlite_is_refused_since_it_hands_one_trial_to_two_processes(tmp_path):
-    with pytest.raises(LoRAError, match=r"journal: --storage study\.log"):
+def test_a_storage_that_cannot_serve_is_refused_without_its_password(tmp_path):
+    with pytest.raises(LoRAError, match=r"journal: --storage study\.log"):  # SQLite hands one trial to two processes
         run(plan(tmp_path), storage="sqlite:///study.db")
-
-
-def test_a_storage_that_cannot_be_opened_says_what_is_expected(tmp_path):
     with pytest.raises((LoRAError, ImportError), match=r"postgresql\+psycopg://user@host/name") as e:
         run(plan(tmp_path), storage="postgresql://me:secret@127.0.0.1:1/none")
     assert "secret" not in str(e.value)
-
-
-def test_a_fit_without_the_metric_is_a_failure_that_says_so(tmp_path):
-    outcome, _ = run(plan(tmp_path), metric="val/f1", goal="max")
-    assert {point.state for point in outcome.points} == {"failed"}
-    assert "ended without val/f1" in outcome.points[0].error
-
-
-def test_a_metric_that_the_config_does_not_monitor_needs_to_say_which_end_is_best(tmp_path):
-    with pytest.raises(LoRAError, match=r"is not what the config monitors \(val/accuracy\): say --mode min or max"):
-        sweep(plan(tmp_path), metric="val/loss")

@@ -32,10 +32,12 @@ def test_a_grid_has_every_combination_once_and_the_last_flag_changes_first():
     assert found == [(a, c) for a in "12" for c in "xyz"]
 
 
-def test_a_range_is_whole_where_both_ends_are():
+def test_a_range_is_no_grid_and_is_whole_where_both_ends_are():
     assert interval("model.lora.r=1..64") == Range("model.lora.r", 1, 64, log=False, integer=True)
     assert interval("x.lr=1e-4..1e-2:log") == Range("x.lr", 1e-4, 1e-2, log=True, integer=False)
     assert not interval("x.dropout=0..0.5").integer
+    with pytest.raises(LoRAError, match="has no grid: give --sampler random or tpe"):
+        grid_points([interval("model.lora.r=1..4")])
 
 
 def test_names_are_as_short_as_they_can_be_and_a_folder_tells_its_values():
@@ -75,11 +77,6 @@ def test_a_mistake_is_told_in_one_line(told):
     assert "\n" not in str(raised.value)
 
 
-def test_a_range_on_a_grid_is_refused():
-    with pytest.raises(LoRAError, match="has no grid: give --sampler random or tpe"):
-        grid_points([interval("model.lora.r=1..4")])
-
-
 def test_without_optuna_a_sweep_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
     with pytest.raises(ImportError, match=r"pip install 'lora_lightning\[sweeps\]'"):
@@ -87,18 +84,8 @@ def test_without_optuna_a_sweep_says_what_to_install(monkeypatch, tmp_path):
 
 
 def test_the_command_keeps_its_own_options_and_hands_all_others_on_in_their_order():
-    words = [
-        "-c",
-        "a.yaml",
-        "--grid",
-        "model.lora.r=1,2",
-        SETS,
-        "--jobs",
-        "2",
-        "--trainer.max_epochs",
-        "1",
-        "-c=b.yaml",
-    ]
+    words = ["-c", "a.yaml", "--grid", "model.lora.r=1,2", SETS, "--jobs", "2"]
+    words += ["--trainer.max_epochs", "1", "-c=b.yaml"]
     words += ["--grid=model.lora.dropout=0,0.1", "--model.lora.alpha=null", "--seeds", "1,2", "--jobs=3"]
     given = command_parser("sweep").parse_args(words)
     assert given.grid == ["model.lora.r=1,2", SETS, "model.lora.dropout=0,0.1"]

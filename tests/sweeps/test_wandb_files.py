@@ -41,15 +41,6 @@ def rendered(file, values):
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_sweep_file_says_in_its_head_how_it_is_run_with_and_without_an_account(file):
-    text = (CONFIGS / file).read_text()
-    assert text.startswith("# W&B sweep: ")
-    assert f"wandb sweep --project lora_lightning configs/{file}" in text
-    assert "lora-lightning sweep -c configs/demo.yaml" in text
-    assert set(content(file)) - {"early_terminate"} == {"program", "method", "metric", "parameters", "command"}
-
-
-@pytest.mark.parametrize("file", FILES)
 def test_fit_takes_every_command_line_that_the_agent_makes_of_a_file(file):
     for values in combinations(file):
         command = rendered(file, values)

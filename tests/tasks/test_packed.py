@@ -14,17 +14,18 @@ IDS = torch.arange(3, len(VOCABULARY))[None]
 POSITIONS = torch.tensor([[*range(8), *range(5), *range(IDS.shape[1] - 13)]])
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2", "gemma", "mistral", "phi", "gpt_neox", "falcon"])
-def test_a_model_that_keeps_documents_apart_is_taken(kind, attention):
-    model = make_model(kind, attn_implementation=attention)
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *((kind, {"attn_implementation": "eager"}) for kind in ("llama", "qwen2", "mistral", "gpt_neox")),
+        *((kind, {"attn_implementation": "sdpa"}) for kind in ("llama", "gpt2", "gemma", "phi", "falcon")),
+        *((kind, {"sliding_window": 4}) for kind in ("gemma2", "gemma3_text")),
+    ],
+)
+def test_a_model_that_keeps_documents_apart_is_taken(kind, options):
+    model = make_model(kind, **options)
     refuse_mixing(model, IDS)
     refuse_mixing(model.double(), IDS)
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
-def test_sliding_windows_are_kept_apart_too(kind):
-    refuse_mixing(make_model(kind, sliding_window=4), IDS)
 
 
 @pytest.mark.parametrize("kind", ["opt", "bloom", "mamba"])

@@ -44,7 +44,3 @@ def test_language_models_are_held_to_the_same(kind):
         refuse_too_long(model, {"input_ids": ids})
     packed = torch.arange(40).repeat(1, 2)
     refuse_too_long(model, {"input_ids": torch.ones(1, 80).long(), "position_ids": packed})
-
-
-def test_rotary_positions_have_no_end():
-    refuse_too_long(make_model("llama"), {"input_ids": torch.zeros(1, 80).long()})

@@ -75,6 +75,8 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     closeness: float = 1e-9
     slow: bool = False
+    strategies: tuple[str, ...] = ("ddp", "fsdp2")
+    processes: tuple[int, ...] = (2, 4)
 
 
 def fit_case(name: str, processes: int = 1, **options: Any) -> dict[str, Any]:
@@ -135,7 +137,7 @@ class Pairs(LightningDataModule):
 
     def __init__(self, parts: int) -> None:
         super().__init__()
-        self.ends = {1: (0, 5), 2: (0, 2, 5), 4: (0, 1, 3, 4, 5)}[parts]
+        self.ends = {1: (0, 5), 2: (0, 2, 5)}[parts]
 
     def train_dataloader(self) -> Any:
         first, last = self.ends[self.trainer.global_rank :][:2]
@@ -167,6 +169,7 @@ TEXTS = {"max_steps": 12, "max_epochs": -1, "check_val_every_n_epoch": None, "va
 TEXTS |= {"precision": "64-true", "gradient_clip_val": None}
 NARROW = {"precision": "bf16-base", "max_steps": 6}
 FEW = {"max_steps": 20}
+IN_TWO: dict[str, Any] = {"slow": True, "strategies": ("ddp",), "processes": (2,)}
 APART = {"max_epochs": 2, "use_distributed_sampler": False}
 SGD = functools.partial(torch.optim.SGD, lr=0.5)  # Adam would blow bfloat16's rounding up to whole steps
 CASES = {
@@ -175,25 +178,27 @@ CASES = {
     "four batches a step": Case(data=lambda parts: Ragged(16 // parts), accumulate=4, slow=True),
     "a trained head": Case(lambda: language_model(["lm_head"]), lambda parts: Sentences(4 // parts), options=FEW),
     "a plain head": Case(lambda: language_model(None), lambda parts: Sentences(4 // parts), options=FEW),
-    "pairs": Case(encoder, Pairs, options=APART),
-    "pairs that each process has to itself": Case(lambda: encoder(gather=False), Pairs, options=APART),
-    "packed texts": Case(llama, texts, options=TEXTS, slow=True),
-    "texts": Case(llama, functools.partial(texts, packing=False), options=TEXTS, slow=True),
-    "streamed texts": Case(
-        llama, functools.partial(texts, streaming=True, shuffle_buffer=20), options=TEXTS, slow=True
-    ),
+    "pairs": Case(encoder, Pairs, options=APART, processes=(2,)),
+    "pairs that each process has to itself": Case(lambda: encoder(gather=False), Pairs, options=APART, processes=(2,)),
+    "packed texts": Case(llama, texts, options=TEXTS, **IN_TWO),
+    "texts": Case(llama, functools.partial(texts, packing=False), options=TEXTS, **IN_TWO),
+    "streamed texts": Case(llama, functools.partial(texts, streaming=True, shuffle_buffer=20), options=TEXTS, **IN_TWO),
     "a bfloat16 base": Case(
-        lambda: module(torch.float32, SGD, modules_to_save=["norm"]), options=NARROW, closeness=0.02, slow=True
+        lambda: module(torch.float32, SGD, modules_to_save=["norm"]), options=NARROW, closeness=0.02, **IN_TWO
     ),
 }
 
 
+def cases(processes: int, slow: bool = True) -> list[tuple[str, str]]:
+    """The strategies and cases that go with so many processes, all or the quick ones."""
+    given = [(name, case) for name, case in CASES.items() if processes in case.processes and (slow or not case.slow)]
+    return [(strategy, name) for strategy in STRATEGIES for name, case in given if strategy in case.strategies]
+
+
 def equality(folder: Path, processes: int, slow: bool = True) -> None:
-    """All cases under each strategy, or the quick ones."""
-    for strategy, new in STRATEGIES.items():
-        for name, case in CASES.items():
-            if slow or not case.slow:
-                fit_case(name, processes, strategy=new(), file=folder / f"{strategy} {name}.pt")
+    """Fit each of them."""
+    for strategy, name in cases(processes, slow):
+        fit_case(name, processes, strategy=STRATEGIES[strategy](), file=folder / f"{strategy} {name}.pt")
 
 
 # A run's life.

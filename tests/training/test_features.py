@@ -15,7 +15,7 @@ from lora_lightning.lora.inject import disabled
 from lora_lightning.tasks.classification import ImageClassification
 from tests.factories import move
 from tests.pictures import class_folders
-from tests.tasks.test_images import timm_net, vit
+from tests.tasks.says import timm_net, vit
 from tests.training.small import Vision, fit, trainer_of
 
 

@@ -114,8 +114,7 @@ def assert_equal_to_one(folder, strategy, case):
         assert "val/loss" in ours["metrics"] or CASES[case].options.get("max_steps") == 6
 
 
-@pytest.mark.parametrize("case", [name for name, case in CASES.items() if not case.slow])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(("strategy", "case"), strategies.cases(2, slow=False))
 def test_two_processes_equal_one_over_ragged_and_accumulated_batches(lived, strategy, case):
     assert_equal_to_one(lived, strategy, case)
 
@@ -125,9 +124,8 @@ def test_two_processes_equal_one_over_ragged_and_accumulated_batches(lived, stra
 def test_any_number_of_processes_equals_one_on_texts_and_over_a_narrow_base(tmp_path, processes):
     strategies.texts(1)
     script("equality", tmp_path, processes)
-    for strategy in STRATEGIES:
-        for case in CASES:
-            assert_equal_to_one(tmp_path, strategy, case)
+    for strategy, case in strategies.cases(processes):
+        assert_equal_to_one(tmp_path, strategy, case)
 
 
 @pytest.mark.parametrize("step", [9, 14])

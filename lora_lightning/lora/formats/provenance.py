@@ -107,7 +107,7 @@ def write_record(
     return Record(
         base=fingerprint(model) if digests else blank,
         adapter=fingerprint_of_tensors(tensors).digest if digests else blank.digest,
-        settings={one.name: (*one.loaded_settings, one.scale) for one in layouts},
+        settings={one.name: (r, float(alpha), one.scale) for one in layouts for r, alpha in [one.loaded_settings]},
         dropouts=dropouts,
         config=config_digests(config),
         slices={
