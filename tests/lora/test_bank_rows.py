@@ -390,9 +390,8 @@ def test_an_error_within_leaves_the_model_as_it_was():
         bank.activate(None)
 
 
-@pytest.mark.fused
 def test_torchs_fused_encoder_kernel_does_not_go_past_the_rows():
-    """With the kernel allowed, which reads the feed-forward weights itself."""
+    """It reads the feed-forward weights itself."""
     bank = bank_over(FAMILIES["encoder"].build(torch.float64), {"r": 2, "target_modules": ["linear1"]})
     x, names = batch_of("encoder", 3), ["a", None, "a"]
     assert differs(bank, names, x) <= 1e-12
