@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lora_lightning import LoRAError
 from lora_lightning.data.dataset import DatasetData, Share, hub_dataset
+from lora_lightning.data.io.tables import read_tables
 
 
 class Count(IterableDataset):
@@ -112,3 +113,12 @@ def test_a_stream_is_shuffled_anew_by_epoch(saved):
 def test_a_misfit_is_named(act, said, saved):
     with pytest.raises(LoRAError, match=said):
         act(saved)
+
+
+def test_a_part_of_a_hub_set_stands_for_a_file(tmp_path, monkeypatch):
+    """`datasets` takes a directory for a set of the hub."""
+    datasets.Dataset.from_dict({"a": [1, 2, 3, 4]}).to_json(tmp_path / "train.jsonl")
+    found = read_tables({"train": f"{tmp_path}@train[:3]", "validation": f"{tmp_path}@train[3:]"})
+    assert {split: table["a"][:] for split, table in found.items()} == {"train": [1, 2, 3], "validation": [4]}
+    with pytest.raises(LoRAError, match="no part 'tset' of a set"):
+        read_tables({"train": f"{tmp_path}@tset"})
