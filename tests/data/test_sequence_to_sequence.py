@@ -82,14 +82,6 @@ def test_the_loss_is_on_completions_and_prompts_are_padded_on_the_left(tmp_path,
     assert (batch["labels"][~real] == -100).all()
 
 
-def test_rows_to_predict_need_no_target(tmp_path, make):
-    only = write(tmp_path / "predict.jsonl", [{"context": row["context"]} for row in ROWS])
-    data = make({"predict": only})
-    batch = next(iter(data.predict_dataloader()))
-    assert len(next(iter(batch.values()))) == 3
-    assert not {"labels", "references"} & set(batch)
-
-
 def test_what_is_too_long_is_cut_and_said(tmp_path, pairs_of, prompts_of):
     files = {"train": write(tmp_path / "train.jsonl", ROWS)}
     data = pairs_of(files, max_length=5, max_target_length=6)
