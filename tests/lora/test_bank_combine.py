@@ -10,8 +10,9 @@ import torch
 from lora_lightning import AdapterBank, LoRAError, merge, save_adapter
 from lora_lightning.lora.bank.combine import truncate_pair
 from tests.factories import assert_same, snapshot
-from tests.lora.bank_support import ZOO, adapters, bank_of, bank_over, base, run_net, shake, trained
+from tests.lora.bank_support import ZOO, adapters, bank_of, bank_over, base, run_net, trained
 from tests.lora.kinds import inputs, net, run_conv
+from tests.lora.laws import stir
 
 SUMMABLE = [name for name in ZOO if name not in {"dora", "heads", "biases", "lora_bias", "tokens"}]
 WEIGHTS = {"a": 0.7, "b": -0.4, "c": 1.3}
@@ -201,5 +202,5 @@ def test_a_combination_trains_on(tmp_path):
     bank.combine("mix", {"a": 1, "b": 1})
     bank.activate("mix")
     before = run_conv(bank.model, "2d")
-    shake(bank.model, seed=1)
+    stir(bank.model)
     assert not torch.equal(run_conv(bank.model, "2d"), before)
