@@ -372,8 +372,8 @@ def at(*targets, **fields):
     return {"target_modules": [*targets], **fields}
 
 
-def bare(*names):
-    return at(target_parameters=[*names])
+def bare(*names, **fields):
+    return at(target_parameters=[*names], **fields)
 
 
 def kind_of_conv(which, *options):
