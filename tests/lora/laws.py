@@ -221,16 +221,16 @@ def check_meta(make, run, config):
 
 
 def check_peft_opens_ours(make, run, config, tmp_path, tolerance=1e-12, data=None):
-    """PEFT computes from our directory what we compute."""
+    """PEFT computes from our directory what we compute, at any strength."""
     plain = make().double().eval()
     model = copy.deepcopy(plain)
     inject(model, config, **(data(torch.float64) if data else {}))
     stir(model)
-    save_adapter(model, tmp_path / "ours")
-    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "ours").eval()
-    with torch.no_grad():
-        assert relative(run(theirs), run(model)) <= tolerance
-        assert relative(run(plain), run(model)) > 1e-3
+    for scale in (1, 1.25, 0.3):
+        with scaled(model, scale), torch.no_grad():
+            theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), save_adapter(model, tmp_path)).eval()
+            assert relative(run(theirs), run(model)) <= tolerance
+            assert relative(run(plain), run(model)) > 1e-3
     return theirs
 
 

@@ -2,29 +2,21 @@
 
 import copy
 import inspect
-import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lora_lightning import AdapterBank, LoRAConfig, LoRAError, inject, load_adapter, merge, remove, save_adapter
-from lora_lightning.lora.bank.combine import METHODS
 from lora_lightning.lora.bank.detached import Share
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from tests.factories import assert_same, snapshot
 from tests.lora.bank_support import ZOO, alone, bank_of, bank_over, base, run_net, trained
-from tests.lora.directories import same_files
+from tests.lora.directories import edit_config, edit_tensors, same_files
 from tests.lora.kinds import net
 
-
-@pytest.fixture(params=list(ZOO))
-def kind(request):
-    return request.param
+each_kind = pytest.mark.parametrize("kind", ZOO)
 
 
 @pytest.fixture
@@ -33,6 +25,7 @@ def bank(tmp_path):
     return bank_of("linear", tmp_path)
 
 
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_any_adapter_follows_any_other_bit_for_bit(kind, dtype, tmp_path):
     """Of other rank, targets and options; as if each were loaded on a base of its own. W0 stays in its place."""
@@ -54,6 +47,7 @@ def test_any_adapter_follows_any_other_bit_for_bit(kind, dtype, tmp_path):
     assert fingerprint(bank.model).digest == w0
 
 
+@each_kind
 def test_an_active_adapter_is_as_if_it_were_the_only_one(kind, tmp_path):
     """The same keys, the same that trains, the same bytes in its directory, the same merged model."""
     bank, run = bank_of(kind, tmp_path), ZOO[kind][1]
@@ -97,34 +91,25 @@ def test_training_goes_on_where_it_stopped(fields, tmp_path):
     assert_same(models[0], snapshot(models[1]), but=("attributes",))
 
 
-def test_activate_draws_allocates_and_copies_nothing(bank):
-    state, held = torch.get_rng_state(), {}
-    for _ in range(2):
-        for name in bank.names:
-            bank.activate(name)
-            own = {n: (id(p), p.data_ptr()) for n, p in bank.model.named_parameters()}
-            assert held.setdefault(name, own) == own
-    assert torch.equal(torch.get_rng_state(), state)
+def nbytes(model, *held):
+    """Bytes of the model and of what is held, each storage once."""
+    tensors = [*model.parameters(), *model.buffers(), *held]
+    return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
-def storages(*roots):
-    """Bytes of all tensors that can be reached from modules and tensors, each storage once."""
-    found = {}
-    for root in roots:
-        for tensor in [*root.parameters(), *root.buffers()] if isinstance(root, nn.Module) else [root]:
-            found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return sum(found.values())
-
-
-def test_one_base_is_in_memory(tmp_path):
-    """Bytes of every storage that the bank reaches: W0 once, and each adapter's own."""
-    bank, w0 = bank_of("bert", tmp_path), storages(base("bert"))
-    own = sum(held.nbytes() for held in bank._held.values())
-    for letter in (None, "a", "b"):
+def test_activate_draws_allocates_and_copies_nothing(tmp_path):
+    """One base is in memory: W0 once, and each adapter's own."""
+    bank, w0 = bank_of("bert", tmp_path), nbytes(base("bert"))
+    state, places = torch.get_rng_state(), {}
+    own = {letter: held.nbytes() for letter, held in bank._held.items()}
+    for letter in (None, "a", "b", "a", "b"):
         bank.activate(letter)
         held = [tensor for held in bank._held.values() for share in held.shares for tensor in share.tensors()]
-        assert storages(bank.model, *held) == w0 + own
-        assert storages(bank.model) == w0 + (bank._held[letter].nbytes() if letter else 0)
+        assert nbytes(bank.model, *held) == w0 + sum(own.values())
+        assert nbytes(bank.model) == w0 + own.get(letter, 0)
+        ids = {n: (id(p), p.data_ptr()) for n, p in bank.model.named_parameters()}
+        assert places.setdefault(letter, ids) == ids
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_modes_and_dtypes_are_those_of_the_modules_when_activated(tmp_path):
@@ -180,11 +165,12 @@ def test_another_base_is_refused_and_the_bank_stays_as_it_was(bank, tmp_path):
     bank.activate("b")
     before = snapshot(bank.model)
     save_adapter(trained(net(torch.float64, seed=5), {"r": 2}, seed=0), tmp_path / "other")
-    with pytest.raises(AdapterError, match="the adapter was made on another base"):
+    with pytest.raises(AdapterError, match="another base"):
         bank.load("c", tmp_path / "other")
     assert (bank.names, bank.active) == (["a", "b"], "b")
     assert_same(bank.model, before)
-    bank.load("c", tmp_path / "other", allow_other_base=True)
+    with pytest.warns(AdapterWarning, match="allow_other_base"):
+        bank.load("c", tmp_path / "other", allow_other_base=True)
     assert bank.active == "b"
 
 
@@ -240,7 +226,7 @@ MOVES = [
 ]
 
 
-@pytest.mark.parametrize(("move", "named"), MOVES, ids=range(6))
+@pytest.mark.parametrize(("move", "named"), MOVES)
 def test_whatever_moved_of_the_base_is_named(move, named):
     """Also by a forward in train mode, while no adapter freezes the statistics."""
     bank = bank_over(Watched(), {"r": 2, "target_modules": ["lin"]})
@@ -254,9 +240,10 @@ def test_whatever_moved_of_the_base_is_named(move, named):
 def test_a_bank_ends_with_a_merge(bank, tmp_path):
     bank.activate("a")
     merge(bank.model)
-    for method, args in {"activate": ["b"], "load": ["c", tmp_path / "b"], "combine": ["c", {"b": 1}]}.items():
-        with pytest.raises(AdapterError, match=r"W0 moved .*, first 'up\.weight': a merge is the end"):
-            getattr(bank, method)(*args)
+    calls = [lambda: bank.activate("b"), lambda: bank.load("c", tmp_path / "b"), lambda: bank.combine("c", {"b": 1})]
+    for call in calls:
+        with pytest.raises(AdapterError, match="a merge is the end"):
+            call()
 
 
 def test_what_is_not_the_base_may_move_and_an_attribute_of_ones_own_stays():
@@ -286,18 +273,13 @@ def test_save_and_load_take_what_the_functions_take(bank, tmp_path):
 
 def test_alphas_settle_what_a_directory_leaves_open(bank, tmp_path):
     """PEFT's file does not say which of two entries was in force: the error's way out works on a bank too."""
-    module = bank._held["a"].shares[0].path
-    record = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    record["alpha_pattern"] = {module: 2.0, f"^{module}": 4.0}
-    (tmp_path / "open").mkdir()
-    (tmp_path / "open" / "adapter_config.json").write_text(json.dumps(record))
-    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    save_file(tensors, tmp_path / "open" / "adapter_model.safetensors")
-    with pytest.warns(AdapterWarning, match="no fingerprint"), pytest.raises(AdapterError, match="alphas="):
-        bank.load("open", tmp_path / "open")
-    with pytest.warns(AdapterWarning, match="no fingerprint"):
-        report = bank.load("open", tmp_path / "open", alphas={module: 4.0})
-    assert next(m.alpha for m in report.modules if m.module == module) == 4.0
+    edit_config(tmp_path / "a", alpha_pattern={"up": 2.0, "^up": 4.0})
+    edit_tensors(tmp_path / "a")
+    with pytest.warns(AdapterWarning), pytest.raises(AdapterError, match="alphas="):
+        bank.load("open", tmp_path / "a")
+    with pytest.warns(AdapterWarning):
+        report = bank.load("open", tmp_path / "a", alphas={"up": 4.0})
+    assert next(m.alpha for m in report.modules if m.module == "up") == 4.0
 
 
 def test_remove_forgets(bank):
@@ -320,7 +302,7 @@ WRONG_NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), WRONG_NAMES, ids=range(6))
+@pytest.mark.parametrize(("call", "message"), WRONG_NAMES)
 def test_a_wrong_name_is_one_clear_error(call, message, tmp_path):
     bank = AdapterBank(trained(net(), {"r": 2}, seed=0), first="poet")
     save_adapter(bank.model, tmp_path)
@@ -350,13 +332,3 @@ def test_adapters_wait_where_they_are_asked_to():
     assert all(tensor.is_meta for tensor in waiting)
     assert {tensor.shape for tensor in waiting} >= {active.shape, bank.model.head.weight.shape}
     assert not any(tensor.is_meta for tensor in bank.model.state_dict().values())
-
-
-def test_the_python_of_the_page_runs_and_every_method_is_in_its_table():
-    page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
-    names = {"__name__": "page"}
-    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.S | re.M)
-    assert len(blocks) == 3
-    for block in blocks:
-        exec(compile(block, "adapters.md", "exec"), names)
-    assert all(f"| `{method}`" in page for method in METHODS)

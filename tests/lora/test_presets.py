@@ -12,6 +12,7 @@ from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.targets.patterns import matches
 from lora_lightning.lora.targets.presets import LAYOUTS, PRESETS, preset_pattern
 from tests.lora.kinds import inputs, net
+from tests.lora.laws import stir
 
 DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 
@@ -71,25 +72,16 @@ def test_a_preset_adapts_what_it_names_and_says_so():
 def test_query_value_of_a_fused_layer_is_two_of_its_parts(model_type):
     model = on_meta(model_type)
     report = inject(model, LoRAConfig(r=2, target_modules="query-value"))
-    assert len(report.modules) == 2
-    assert all(row.kind.endswith("[q, v]") for row in report.modules)
-    for _, layer in adapted_layers(model):
-        assert layer.lora_settings.slices.names == ("q", "k", "v")
-    chosen = on_meta(model_type)
-    fused = report.modules[0].module.rpartition(".")[2]
-    assert (
-        inject(chosen, LoRAConfig(r=2, target_modules="query-value", slices={fused: ["k"]}))
-        .modules[0]
-        .kind.endswith("[k]")
-    )
+    assert [row.kind[-6:] for row in report.modules] == ["[q, v]"] * 2
+    assert all(layer.lora_settings.slices.names == ("q", "k", "v") for _, layer in adapted_layers(model))
+    fused = {report.modules[0].module.rpartition(".")[2]: ["k"]}
+    report = inject(on_meta(model_type), LoRAConfig(r=2, target_modules="query-value", slices=fused))
+    assert report.modules[0].kind.endswith("[k]")
 
 
-def test_a_preset_on_a_model_that_is_not_transformers_is_refused():
+def test_a_preset_for_a_model_that_it_does_not_know_is_refused_with_near_ones(monkeypatch):
     with pytest.raises(TargetError, match=r"preset 'attention' goes by .*model_type, and Net has none"):
         inject(net(), LoRAConfig(target_modules="attention"))
-
-
-def test_a_preset_for_an_unknown_architecture_is_refused_with_near_ones(monkeypatch):
     model = on_meta("qwen2")
     monkeypatch.delitem(LAYOUTS, "qwen2")
     with pytest.raises(TargetError, match=r"no preset 'mlp' for model_type 'qwen2'; did you mean 'qwen"):
@@ -99,15 +91,9 @@ def test_a_preset_for_an_unknown_architecture_is_refused_with_near_ones(monkeypa
 def test_dropout_pattern_sets_each_layers_dropout():
     model = net()
     report = inject(model, LoRAConfig(r=2, dropout=0.1, dropout_pattern={"up": 0.0, "s.*": 0.5}))
-    assert {row.module: row.dropout for row in report.modules} == {"up": 0.0, "down": 0.1, "square": 0.5}
     rates = {name: layer.lora_dropout.p if layer.lora_dropout else 0.0 for name, layer in adapted_layers(model)}
-    assert rates == {"up": 0.0, "down": 0.1, "square": 0.5}
-
-
-def test_layers_without_dropout_are_not_random_in_training():
+    assert rates == {row.module: row.dropout for row in report.modules} == {"up": 0.0, "down": 0.1, "square": 0.5}
     model = net()
-    inject(model, LoRAConfig(r=2, dropout=0.5, dropout_pattern={"up": 0.0, "down": 0.0, "square": 0.0}))
-    for _, layer in adapted_layers(model):
-        nn.init.normal_(layer.lora_B)
-    model.train()
-    assert torch.equal(model(inputs()), model(inputs()))
+    inject(model, LoRAConfig(r=2, dropout=0.5, dropout_pattern={"up|down|square": 0.0}))
+    stir(model).train()
+    assert torch.equal(model(inputs()), model(inputs())), "layers without dropout are not random in training"

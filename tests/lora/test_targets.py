@@ -1,5 +1,4 @@
-from __future__ import annotations
-
+import collections
 import copy
 import itertools
 import warnings
@@ -10,13 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.lora.errors import AdapterWarning, TargetError
 from lora_lightning.lora.report import STACK
 from lora_lightning.lora.targets.select import select
-from tests.factories import FAMILIES, Own, bert
+from tests.factories import FAMILIES, Own, bert, hf
 
 
 def names(model, **fields):
@@ -53,25 +51,20 @@ def test_all_linear_selects_what_peft_selects(name):
     model, twin = FAMILIES[name].build(), FAMILIES[name].build()
     task = "SEQ_CLS" if name == "bert" else "CAUSAL_LM"
     theirs = peft.get_peft_model(twin, peft.LoraConfig(r=1, target_modules="all-linear", task_type=task))
-    wanted = [
-        n.removeprefix("base_model.model.")
-        for n, m in theirs.named_modules()
-        if isinstance(m, peft.tuners.lora.LoraLayer)
-    ]
-    assert names(model, target_modules="all-linear") == wanted
+    wanted = [n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    assert names(model, target_modules="all-linear") == [n.removeprefix("base_model.model.") for n in wanted]
     assert len(wanted) >= 8
 
 
+SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
+
+
 def test_all_linear_warns_of_experts_that_are_bare_stacks_until_target_parameters_names_them():
-    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-
-    def model():
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-        return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
-
     stacks = [f"model.layers.{i}.mlp.experts.{name}" for i in (0, 1) for name in ("gate_up_proj", "down_proj")]
+    model = hf("MixtralForCausalLM", **SIZES, **HEADS)
     with pytest.warns(AdapterWarning, match=r"57% of .*target_parameters: \[experts.gate_up_proj, experts.down_proj\]"):
-        report = inject(model(), LoRAConfig(r=2))
+        report = inject(copy.deepcopy(model), LoRAConfig(r=2))
     assert [name for name, reason in report.skipped.items() if reason == STACK] == stacks
     assert "left out model.layers.*.mlp.experts.gate_up_proj (2)" in str(report)
     for settled in (
@@ -81,14 +74,13 @@ def test_all_linear_warns_of_experts_that_are_bare_stacks_until_target_parameter
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("error", AdapterWarning)
-            assert STACK not in inject(model(), LoRAConfig(r=2, **settled)).skipped.values()
-    only = select(model(), LoRAConfig(r=2, layers_to_transform=[1])).skipped
+            assert STACK not in inject(copy.deepcopy(model), LoRAConfig(r=2, **settled)).skipped.values()
+    only = select(model, LoRAConfig(r=2, layers_to_transform=[1])).skipped
     assert [name for name, reason in only.items() if reason == STACK] == stacks[2:]
 
 
 def test_all_linear_says_what_it_left_out():
-    skipped = select(bert(), LoRAConfig(r=1)).skipped
-    assert skipped == {"classifier": "the output head"}
+    assert select(bert(), LoRAConfig(r=1)).skipped == {"classifier": "the output head"}
     assert not select(FAMILIES["encoder"].build(), LoRAConfig(r=1)).skipped
     model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2), "up": nn.Linear(8, 8), "q": nn.Linear(8, 2)})
     selection = select(model, LoRAConfig(r=1))
@@ -144,12 +136,13 @@ def test_two_patterns_of_equal_weight_that_disagree_are_refused():
 
 
 def test_a_block_is_the_first_number_in_a_name():
-    blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(2, 2)})])}) for _ in range(2)]
-    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(blocks)})})
-    wanted = ["model.layers.1.experts.0.up"]
-    assert names(model, target_modules=["up"], layers_to_transform=1) == wanted
-    config = peft.LoraConfig(target_modules=["up"], layers_to_transform=1)
-    assert [n for n, _ in model.named_modules() if check_target_module_exists(config, n)] == wanted
+    block = nn.ModuleDict({"experts": nn.ModuleList([nn.ModuleDict({"up": nn.Linear(2, 2)})])})
+    model = nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList([block, copy.deepcopy(block)])})})
+    fields = {"target_modules": ["up"], "layers_to_transform": 1}
+    theirs = [n for n, _ in model.named_modules() if check_target_module_exists(peft.LoraConfig(**fields), n)]
+    assert names(model, **fields) == theirs == ["model.layers.1.experts.0.up"]
+    chosen = LoRAConfig(r=1, target_modules=[], target_parameters=["weight"], layers_to_transform=[1])
+    assert [row.module for row in inject(model, chosen).modules] == ["model.layers.1.experts.0.up.weight"]
 
 
 def test_a_module_in_two_places_is_found_by_either_name():
@@ -159,22 +152,19 @@ def test_a_module_in_two_places_is_found_by_either_name():
 
 
 def test_saved_modules_are_not_adapted_too():
-    model = bert()
-    assert "bert.pooler.dense" not in names(model, modules_to_save=["pooler", "classifier"])
-    assert "bert.pooler.dense" not in names(model, target_modules=["dense"], modules_to_save=["pooler"])
+    for chosen in ("all-linear", ["dense"]):
+        assert "bert.pooler.dense" not in names(bert(), target_modules=chosen, modules_to_save=["pooler"])
+
+
+def saved(model, *entries):
+    return [name for name, _ in select(model, LoRAConfig(target_modules=["first"], modules_to_save=[*entries])).saved]
 
 
 def test_saved_modules_are_exact_names_or_one_unique_end():
-    def saved(model, *entries):
-        return [
-            n for n, _ in select(model, LoRAConfig(r=1, target_modules=["first"], modules_to_save=[*entries])).saved
-        ]
-
     model = Own()
     assert saved(model, "head") == ["head"]
     assert saved(model, "a+b (c)") == ["inner.a+b (c)"]
-    model.twin = nn.Sequential()
-    model.twin.head = nn.Linear(2, 2)
+    model.twin = nn.Sequential(collections.OrderedDict(head=nn.Linear(2, 2)))
     assert saved(model, "head") == ["head"]  # the full name of one, the end of another
     assert saved(model, "twin.head", "twin") == ["twin"]
     model.third = copy.deepcopy(model.twin)
