@@ -49,9 +49,8 @@ def square_loss(model, batch):
     return model(batch).double().square().mean()
 
 
-def shake(model, size=0.1):
-    """Move everything that trains, as a little training would: magnitudes and biases too."""
-    return move(model, size)
+shake = partial(move, size=0.1)
+"""Move everything that trains, as a little training would: magnitudes and biases too."""
 
 
 def drawn(*shape, seed=1):

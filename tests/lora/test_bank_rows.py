@@ -239,41 +239,33 @@ def test_experts_are_refused_by_name_and_the_attention_beside_them_is_right():
         pass
 
 
-HEAD_ON_ONE_POSITION = tf.RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=20)
-SCALED_EMBEDDING = tf.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
-
-
-@pytest.mark.parametrize(
-    ("make", "config"),
-    [(tf.RobertaForSequenceClassification, HEAD_ON_ONE_POSITION), (tf.Gemma3ForCausalLM, SCALED_EMBEDDING)],
-)
-def test_models_of_the_hub(make, config):
-    model = make(config)
-    chosen = linears(model) + ["embed_tokens"] * (config is SCALED_EMBEDDING)
-    run = lambda model, x: model(x, attention_mask=torch.ones_like(x)).logits  # noqa: E731
-    assert differs(three_on(model, chosen), ["c", "a", None], torch.randint(3, 40, (3, 4)), run) < 1e-12
-
-
+GEMMA = tf.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
+ROBERTA = tf.RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=20)
 XLNET = tf.XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=32)
 OPT = tf.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=20)
 SWIN = tf.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
-IDS, IMAGES = torch.randint(3, 40, (3, 4)), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+OF_THE_HUB = {
+    "a head on one position": (tf.RobertaForSequenceClassification, ROBERTA, None),
+    "a scaled embedding": (tf.Gemma3ForCausalLM, GEMMA, None),
+    "positions first": (tf.XLNetModel, XLNET, r"layer_1' sees .* dimension"),
+    "rows and positions flattened": (tf.OPTForCausalLM, OPT, "must be that of 3 rows"),
+    "windows": (tf.SwinForImageClassification, SWIN, "must be that of 3 rows"),
+}
 
 
-@pytest.mark.parametrize(
-    ("make", "config", "x", "match"),
-    [
-        (tf.XLNetModel, XLNET, IDS, r"layer_1' sees .* dimension"),  # positions first
-        (tf.OPTForCausalLM, OPT, IDS, "must be that of 3 rows"),  # rows and positions flattened
-        (tf.SwinForImageClassification, SWIN, IMAGES, "must be that of 3 rows"),  # windows
-    ],
-    ids=["XLNet", "OPT", "Swin"],
-)
-def test_models_that_lay_their_rows_otherwise_inside_are_refused(make, config, x, match):
+@pytest.mark.parametrize("name", OF_THE_HUB)
+def test_models_of_the_hub_are_right_or_refused_where_they_lay_their_rows_otherwise_inside(name):
+    make, config, refusal = OF_THE_HUB[name]
+    x = torch.randn(3, 3, 16, 16).double() if name == "windows" else torch.randint(3, 40, (3, 4))
     model = make(config)
-    bank = three_on(model, ["layer_1"] if make is tf.XLNetModel else linears(model))
-    with bank.rows(["b", None, "a"]), pytest.raises(LoRAError, match=match):
-        bank.model(x)
+    chosen = ["layer_1"] if name == "positions first" else linears(model)
+    bank = three_on(model, chosen + ["embed_tokens"] * (config is GEMMA))
+    if refusal:
+        with bank.rows(["b", None, "a"]), pytest.raises(LoRAError, match=refusal):
+            bank.model(x)
+    else:
+        run = lambda model, x: model(x, attention_mask=torch.ones_like(x)).logits  # noqa: E731
+        assert differs(bank, ["c", "a", None], x, run) < 1e-12
 
 
 def test_a_compiled_model_takes_up_the_rows():
