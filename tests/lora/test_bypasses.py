@@ -23,15 +23,11 @@ def test_a_parameter_and_a_module_of_one_attention_together():
     assert relative(run_attended(model), adapted) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"target_modules": ["rel_embeddings"]},
-        {"modules_to_save": ["rel_embeddings"]},
-        {"trainable_token_indices": {"rel_embeddings": [1]}},
-    ],
-    ids=str,
-)
+OF_THE_TABLE = [{field: ["rel_embeddings"]} for field in ("target_modules", "modules_to_save")]
+OF_THE_TABLE += [{"trainable_token_indices": {"rel_embeddings": [1]}}]
+
+
+@pytest.mark.parametrize("fields", OF_THE_TABLE, ids=str)
 def test_debertas_table_which_its_encoder_reads_whole_is_refused_by_name(fields):
     model = deberta()
     keys = list(model.state_dict())

@@ -220,26 +220,19 @@ def test_under_autocast_the_eager_form_to_rounding(dtype, rows):
         assert_alike([everything(model, x)[0]], [whole.to(low)], TOLERANCE[low])
 
 
-def test_dtypes_that_torch_does_not_multiply_are_not_multiplied():
-    with pytest.raises(RuntimeError, match="same dtype"):
-        adapted(Readers(), torch.bfloat16)(torch.randn(3, 12))
+BATCHES = {
+    "empty": ((0, 12), lambda x: x),
+    "empty in the middle": ((2, 0, 12), lambda x: x),
+    "a single row": ((12,), lambda x: x),
+    "turned": ((12, 5, 2), lambda x: x.permute(2, 1, 0)),
+    "every second row": ((12, 5, 2), lambda x: x.permute(1, 2, 0)[::2]),
+    "expanded": ((12, 5, 2), lambda x: x[:, :1].expand(12, 5, 2).permute(2, 1, 0)),
+}
 
 
-@pytest.mark.parametrize("rows", [(0, 12), (2, 0, 12), (12,)])
-def test_empty_batches_and_single_rows(rows):
-    compare(adapted(Readers()), torch.randn(rows).double(), 1e-12)
-
-
-VIEWS = [
-    lambda x: x.permute(2, 1, 0),
-    lambda x: x.permute(1, 2, 0)[::2],
-    lambda x: x[:, :1].expand(12, 5, 2).permute(2, 1, 0),
-]
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_inputs_that_are_no_rows_in_memory(view):
-    compare(adapted(Readers()), torch.randn(12, 5, 2).double(), 1e-12, view)
+@pytest.mark.parametrize(("shape", "view"), BATCHES.values(), ids=BATCHES)
+def test_empty_batches_and_inputs_that_are_no_rows_in_memory(shape, view):
+    compare(adapted(Readers()), torch.randn(shape).double(), 1e-12, view)
 
 
 @pytest.mark.parametrize("rows", [2, 100])

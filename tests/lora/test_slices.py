@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import Attention as VisionAttention
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bloom.modeling_bloom import BloomAttention
 
 from lora_lightning import inject, load_adapter, merge, save_adapter
 from tests.factories import hf
@@ -36,63 +36,43 @@ def test_ranks_and_parts_of_a_name_do_not_reach_names_that_end_in_it(tmp_path):
         assert torch.equal(again.get_submodule(name).lora_B, model.get_submodule(name).lora_B)
 
 
-# The layouts that are known: what changes where only some parts are trained, seen in the model's own tensors.
+# The layouts that are known: where only some parts are trained, only those of the model's own tensors differ.
 
 
 PHI3 = {**ONE_BLOCK, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0}
 LAYOUTS = {
-    "query_key_value": lambda: hf("GPTNeoXModel", **ONE_BLOCK, vocab_size=32),
-    "c_attn": lambda: hf("GPT2Model", vocab_size=32, n_embd=16, n_layer=1, n_head=2),
-    "qkv_proj": lambda: hf("Phi3Model", **PHI3),
+    "gpt-neox": ("query_key_value", lambda: hf("GPTNeoXModel", **ONE_BLOCK, vocab_size=32)),
+    "bloom": ("query_key_value", lambda: hf("BloomModel", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)),
+    "gpt2": ("c_attn", lambda: hf("GPT2Model", vocab_size=32, n_embd=16, n_layer=1, n_head=2)),
+    "phi3": ("qkv_proj", lambda: hf("Phi3Model", **PHI3)),
+    "timm": ("qkv", lambda: nn.ModuleDict({"attn": VisionAttention(16, num_heads=2)})),
 }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_the_known_layout_is_the_models_own(name, monkeypatch):
-    """The three tensors that reach the attention differ exactly where they were adapted."""
-    seen = []
-
-    def spy(module, q, k, v, *args, **kwargs):
-        seen.append((q, k, v))
-        return torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]), None
-
-    model = LAYOUTS[name]()
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "spy", spy)
-    model.config._attn_implementation = "spy"
-    ids = torch.arange(5)[None]
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_the_known_layout_is_the_models_own(family, monkeypatch):
+    """Seen in the query, key and value that reach the product."""
+    name, make = LAYOUTS[family]
+    plain, seen, product, split = make().eval(), [], nn.functional.scaled_dot_product_attention, BloomAttention._reshape
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *args, **kwargs: seen.append((q, k, v)) or product(q, k, v, *args, **kwargs),
+    )
+    monkeypatch.setattr(BloomAttention, "_reshape", lambda self, x: seen.append(split(self, x)) or seen[-1])
     with torch.no_grad():
-        model.eval()(ids)
+        run = lambda m: m["attn"](torch.ones(1, 3, 16)) if family == "timm" else m(torch.arange(5)[None])  # noqa: E731
+        run(plain)
         for part in "qkv":
-            adapted = copy.deepcopy(model)
+            adapted = copy.deepcopy(plain)
             inject(adapted, config(target_modules=[name], slices={name: [part]}))
-            stir(adapted)(ids)
+            run(stir(adapted))
             changed = [not torch.equal(a, b) for a, b in zip(seen[0], seen[-1], strict=True)]
             assert changed == [p == part for p in "qkv"]
 
 
-def parts_of_bloom(attention, x):
-    return attention._reshape(attention.query_key_value(x))
-
-
-def parts_of_timm(attention, x):
-    return attention.qkv(x).reshape(1, 3, 3, 2, 8).permute(2, 0, 3, 1, 4)
-
-
-@pytest.mark.parametrize(("name", "parts"), [("query_key_value", parts_of_bloom), ("qkv", parts_of_timm)])
-def test_the_known_layout_is_the_attentions_own(name, parts):
-    bloom = hf("BloomModel", vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
-    attention = bloom.h[0].self_attention if name == "query_key_value" else VisionAttention(16, num_heads=2)
-    plain = nn.ModuleDict({"attn": attention})
-    x = torch.randn(1, 3, 16)
-    for part in "qkv":
-        model = copy.deepcopy(plain)
-        inject(model, config(target_modules=[name], slices={name: [part]}))
-        both = [parts(m["attn"], x) for m in (plain, stir(model))]
-        assert [not torch.equal(a, b) for a, b in zip(*both, strict=True)] == [p == part for p in "qkv"]
-
-
 def test_phi3s_gate_and_up():
-    model, x = LAYOUTS["qkv_proj"](), torch.randn(1, 3, 16)
+    model, x = LAYOUTS["phi3"][1](), torch.randn(1, 3, 16)
     fused = model.layers[0].mlp.gate_up_proj
     (gate0, up0), weight = fused(x).chunk(2, dim=-1), fused.weight.clone()
     inject(model, config(target_modules=["gate_up_proj"], slices={"gate_up_proj": ["up"]}))
