@@ -121,7 +121,7 @@ def test_gradcheck_once_and_twice(rows, dropout, transposed):
 
 
 def test_many_rows_fold_and_others_do_not():
-    """Else the shapes here would be one case. Under autocast and in bfloat16 nothing is folded."""
+    """Under autocast and in bfloat16 nothing is: the sum would be rounded."""
     _, W, _, A, B = operands()
 
     def folds(rows, dtype, own):
@@ -199,14 +199,6 @@ OPTIONS = {
 @pytest.mark.parametrize("rows", [(2, 5), (9, 9)])
 def test_a_layer_is_its_eager_form(name, dtype, rows):
     compare(adapted(Readers(), dtype, **OPTIONS[name]), torch.randn(*rows, 12, dtype=dtype), 4 * TOLERANCE[dtype])
-
-
-def test_the_eager_form_is_another_way(monkeypatch):
-    """Else the comparisons here would compare a thing with itself."""
-    model, calls, apply = adapted(Readers()), [], fused.FusedLinear.apply
-    monkeypatch.setattr(fused.FusedLinear, "apply", lambda *args: calls.append(1) or apply(*args))
-    compare(model, torch.randn(2, 12).double(), 1e-12)
-    assert len(calls) == 4
 
 
 @dtypes

@@ -140,12 +140,6 @@ def test_a_fresh_adapter_changes_nothing_of_an_encoder(case, mask, dtype):
         assert torch.equal(encoded(remove(model), x, mask), want)
 
 
-def test_the_plain_encoder_takes_its_kernel_and_nested_tensors_so_that_there_is_something_to_equal(kernels):
-    out = encoded(encoder("post, relu", torch.float32), tokens(torch.float32), "padding at the end")
-    assert len(kernels) == 2
-    assert not (out - encoder("post, relu", torch.float32).norm.bias)[PAD].any(), "padding comes out as zeros"
-
-
 ADAPTED = LoRAConfig(r=2, target_modules=["linear1", "linear2"])
 
 

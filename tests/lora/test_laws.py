@@ -70,16 +70,6 @@ def test_we_open_pefts(kind, option, tmp_path):
     check_we_open_pefts(KINDS[kind].make, KINDS[kind].run, chosen, tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Conv1D", "Linear in parts, thirds"])
-def test_dropout_is_honoured_in_training_only(kind):
-    model = KINDS[kind].make()
-    inject(model, LoRAConfig(**fields_of(kind, "dropout")))
-    stir(model).train()
-    assert not torch.equal(KINDS[kind].run(model), KINDS[kind].run(model))
-    model.eval()
-    assert torch.equal(KINDS[kind].run(model), KINDS[kind].run(model))
-
-
 # The formula, written out a second time and with no code of the package.
 
 

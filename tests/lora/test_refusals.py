@@ -57,12 +57,10 @@ REFUSED = [
     (net, {"exclude_modules": ["up", "down", "square"]}, "is empty"),
     (lambda: nn.Sequential(nn.LayerNorm(3)), {}, "selects nothing among LayerNorm"),
     (bert, {"target_modules": "query"}, r"no module matches 'query'; .*write \[query\]"),
-    (Own, at("ead"), "no module matches 'ead'"),
     (Mixture, bare("experts.upp"), "target_parameters: no parameter matches 'experts.upp'; did you mean"),
     (in_parts, at("0", slices={"qkv": ["q"]}), "slices: no adapted module matches 'qkv'"),
     (embedding, rows({"embed": [1]}), "no module matches 'embed'"),
     # a module that has no form, or would be passed by
-    (Own, at("norm"), "'norm' selects 'norm', a LayerNorm, which has no LoRA form"),
     (Own, at("inner"), "'inner' selects 'inner', a ModuleDict, which has no LoRA form"),
     (bert, at("0.attention"), r"adaptable inside it: self\.query, self\.key"),
     (one(lambda: nn.ConvTranspose2d(4, 8, 3)), at("0"), "ConvTranspose2d, which has no LoRA form"),
