@@ -112,7 +112,7 @@ def embedding(**kwargs):
 
 
 def bounded_embedding():
-    model = embedding(max_norm=1.0, norm_type=1.0)
+    model = embedding(max_norm=1.0)
     model(torch.arange(9))  # torch rewrites W0 here
     with torch.no_grad():
         model[0].weight.mul_(0.99)  # from now on it need not, in any dtype

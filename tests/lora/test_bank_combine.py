@@ -123,15 +123,6 @@ def test_a_head_that_one_adapter_saved_is_kept():
     assert torch.equal(bank.model.head.lora_copy.weight, head)
 
 
-def test_a_head_that_one_saved_and_another_adapts_runs_row_by_row():
-    bank, x = bank_over(net(torch.float64), HEAD, ADAPTED_HEAD), inputs(torch.float64)
-    with bank.rows(["a", "b"]):
-        got = bank.model(x)
-    for i, name in enumerate("ab"):
-        bank.activate(name)
-        assert (got[i] - bank.model(x)[i]).abs().max() < 1e-12
-
-
 BOTH, A = {"a": 1.0, "b": 1.0}, {"a": 1}
 REFUSED = [
     ("dora", BOTH, {}, "cannot combine 'a': its 'up' has DoRA's magnitudes"),

@@ -75,6 +75,11 @@ def test_in_other_dtypes(dtype, tolerance, tmp_path):
         assert run_net(bank.model).dtype == dtype
 
 
+def test_a_head_that_one_saved_and_another_adapts():
+    bank = bank_over(net(torch.float64), at("up", modules_to_save=["head"]), at("up", "head"))
+    assert differs(bank, ["a", "b"], run_net) < 1e-12
+
+
 def of(x):
     """What runs a model on x."""
     return lambda model: output(model, x)

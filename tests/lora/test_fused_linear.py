@@ -127,10 +127,9 @@ def test_many_rows_fold_and_others_do_not():
     def folds(rows, dtype, own):
         return fused._pays_to_fold(rows, W.to(dtype), torch.randn(rows, 6, dtype=own), A.to(dtype), B.to(dtype))
 
-    assert folds(MANY, torch.float64, torch.float64)
-    assert not folds(3, torch.float64, torch.float64)
-    assert not folds(MANY, torch.bfloat16, torch.bfloat16)
-    assert not folds(MANY, torch.float64, torch.float32)
+    f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+    cases = [(MANY, f64, f64), (3, f64, f64), (MANY, bf16, bf16), (MANY, f64, f32)]
+    assert [folds(*case) for case in cases] == [True, False, False, False]
     with torch.autocast("cpu", torch.bfloat16):
         assert not folds(MANY, torch.float32, torch.float32)
 

@@ -40,10 +40,7 @@ def test_laws(kind, option, dtype, tmp_path):
     check_laws(entry.make, entry.run, LoRAConfig(**fields_of(kind, option)), dtype, tmp_path, data=data_of(option))
 
 
-META = [(kind, option) for kind, option in CASES if KINDS[kind].meta and option not in FROM_DATA]
-
-
-@each(META)
+@each([(kind, option) for kind, option in CASES if KINDS[kind].meta and option not in FROM_DATA])
 def test_injection_on_the_meta_device_allocates_nothing_and_starts_when_filled(kind, option):
     check_meta(KINDS[kind].make, KINDS[kind].run, LoRAConfig(**fields_of(kind, option)))
 
