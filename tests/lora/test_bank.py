@@ -280,6 +280,8 @@ def test_remove_forgets(bank):
     bank.remove("a")
     assert (bank.names, bank.active, "a" in bank, len(bank)) == (["b"], None, False, 1)
     assert torch.equal(run_net(bank.model), plain)
+    with pytest.raises(LoRAError, match="the bank holds no 'a'"):
+        bank.remove("a")
     bank.activate("b")
     assert repr(bank).startswith("AdapterBank(b (")
 
