@@ -211,6 +211,11 @@ def test_under_autocast_the_eager_form_to_rounding(dtype, rows):
         assert_alike([everything(model, x)[0]], [whole.to(low)], TOLERANCE[low])
 
 
+def test_dtypes_that_torch_does_not_multiply_are_not_multiplied():
+    with pytest.raises(RuntimeError, match="same dtype"):
+        adapted(Readers(), torch.bfloat16)(torch.randn(3, 12))
+
+
 BATCHES = {
     "empty": ((0, 12), lambda x: x),
     "empty in the middle": ((2, 0, 12), lambda x: x),

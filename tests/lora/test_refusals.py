@@ -72,6 +72,7 @@ REFUSED = [
     (embedding, at("0", trainable_token_indices=[1]), "selected twice"),
     (embedding, at("2", trainable_token_indices={"0": [1]}) | {"modules_to_save": ["0"]}, "in '0' of modules_to_save"),
     (two_embeddings, at(trainable_token_indices=[1]), "which embedding is the input's cannot be told"),
+    (net, {"dropout_pattern": {"u.": 0.1, ".p": 0.2}}, r"dropout_pattern: .* both match 'up'"),
     # a rank, a row or a part that is not there
     (net, at("up", r=13), "r=13 is larger than the layer 'up' allows.*rank_pattern"),
     (one(lambda: nn.Conv1d(4, 8, 1)), at("0", r=5), r"r=5 is larger than the layer '0' allows \(4"),
