@@ -13,12 +13,7 @@ PAIR = [user("2 + 2?"), assistant("4")]
 @pytest.mark.parametrize(
     "row",
     [
-        {
-            "messages": [
-                {"role": "user", "content": "2 + 2?"},
-                {"role": "assistant", "content": "4", "tool_calls": None},
-            ]
-        },
+        {"messages": [user("2 + 2?"), assistant("4") | {"tool_calls": None}]},
         {"messages": [user([{"type": "text", "text": "2 + 2?"}]), assistant("4")]},
         {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
         {"instruction": "2 + 2?", "input": "", "output": "4"},

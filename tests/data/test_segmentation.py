@@ -95,11 +95,6 @@ def test_a_palettes_indices_are_the_labels(folder):
     assert torch.equal(before, everything(data_of(folder))["labels"])
 
 
-def test_predicting_needs_no_masks(folder):
-    data = data_of({"train": str(folder), "predict": str(folder / "images")})
-    assert [set(batch) for batch in data.predict_dataloader()] == [{"pixel_values"}] * 2
-
-
 def spoil(value=None, size=None, mode=None):
     def do(folder):
         file = folder / "masks" / "deep" / "3.png"
