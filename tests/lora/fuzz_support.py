@@ -175,7 +175,7 @@ class Origin:
         """The scales are those that the changed config asks for: PEFT's rule, written a second time."""
         config = json.loads(bad)
         for name, scale in self.scales.items():
-            hits = [a for p, a in config.get("alpha_pattern", {}).items() if re.match(rf"(.*\.)?({p})$", name)]
+            hits = [a for p, a in (config.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({p})$", name)]
             r = self.tensors[f"base_model.model.{name}.lora_A.weight"].shape[0]
             alpha = hits[0] if hits else config.get("lora_alpha", 8)
             assert scale == pytest.approx(alpha / (math.sqrt(r) if config.get("use_rslora") else r))

@@ -9,80 +9,80 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from lora_lightning import AdapterBank, LoRAError, save_adapter
 from tests.factories import FAMILIES, assert_same, hf, llama, output, snapshot
-from tests.lora.bank_support import ZOO, bank_of, bank_over, trained
+from tests.lora.bank_support import ZOO, bank_of, bank_over, run_net, trained
 from tests.lora.kinds import KINDS, T5, Mixture, Tied, at, bare, embedding, inputs, net
-
-SHAPES = {"conv": (4, 6, 6), "groups": (4, 6, 6), "normed": (3, 7), "attention": (3, 8)}
-SHAPES |= {"sequential": (8,), "own": (3, 8), "encoder": (5, 16)}
-
-
-def batch_of(name, count):
-    """Inputs with rows first, by the zoo's names."""
-    random = torch.Generator().manual_seed(5)
-    if name in {"bert", "llama", "gpt", "slices", "gpt2", "embedding"}:
-        return torch.randint(*((0, 9) if name == "embedding" else (1, 40)), (count, 6), generator=random)
-    return torch.randn(count, *SHAPES.get(name, (7, 12)), generator=random, dtype=torch.float64)
 
 
 @torch.no_grad()
-def each_alone(bank, x, names, run=output):
-    """Every row by a batch of its own, its adapter active."""
-    outs = []
-    for i, name in enumerate(names):
+def each_alone(bank, names, run):
+    """Every row of the output of its own adapter."""
+    outs = {}
+    for name in set(names):
         bank.activate(name)
-        outs.append(run(bank.model, x[i : i + 1]))
-    return torch.cat(outs)
+        outs[name] = run(bank.model)
+    return torch.stack([outs[name][i] for i, name in enumerate(names)])
 
 
-def differs(bank, names, x, run=output):
+def differs(bank, names, run):
     """How far the rows of one batch are from each alone, relative to the largest."""
     with bank.rows(names):
-        got = run(bank.model, x)
-    wanted = each_alone(bank, x, names, run)
+        got = run(bank.model)
+    wanted = each_alone(bank, names, run)
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-def check_rows(bank, x, names):
+def check_rows(bank, names, run):
     """Each row is its adapter's, and other than the base's where it has one."""
-    assert differs(bank, names, x) <= 1e-12
+    assert differs(bank, names, run) <= 1e-12
     with bank.rows(names):
-        got = output(bank.model, x)
+        got = run(bank.model)
     bank.activate(None)
     with torch.no_grad():
-        plain = output(bank.model, x)
+        plain = run(bank.model)
     different = [bool((a - b).abs().max() > 1e-6) for a, b in zip(got, plain, strict=True)]
     assert different == [name is not None for name in names]
 
 
-ROWS = ["b", None, "a", "b", "a"]
 NOT_BY_ROW = {"tokens", "experts", "kdim"}
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in NOT_BY_ROW])
 def test_every_row_is_as_if_alone_with_its_adapter(name, tmp_path):
-    bank = bank_of(name, tmp_path)
+    bank, run = bank_of(name, tmp_path), ZOO[name][1]
     bank.activate("a")
-    before, x = snapshot(bank.model), batch_of(name, len(ROWS))
-    with bank.rows(ROWS):
-        assert not output(bank.model, x).requires_grad
+    before, count = snapshot(bank.model), len(run(bank.model))
+    rows = ["b", None, "a", "b", "a"][:count]
+    with bank.rows(rows):
+        assert not run(bank.model).requires_grad
         assert bank.active is None
     assert bank.active == "a"
     assert_same(bank.model, before)
-    check_rows(bank, x, ROWS)
+    check_rows(bank, rows, run)
+    check_rows(bank, ["a", "b", None, "a", "b"][:count], run)
 
 
 def test_torchs_fused_encoder_kernel_does_not_go_past_the_rows():
     """It reads the feed-forward weights itself."""
-    bank = bank_over(FAMILIES["encoder"].build(torch.float64), {"r": 2, "target_modules": ["linear1"]})
-    check_rows(bank, batch_of("encoder", 3), ["a", None, "a"])
+    bank = bank_over(FAMILIES["encoder"].build(torch.float64), at("linear1"))
+    check_rows(bank, ["a", None], ZOO["encoder"][1])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_in_other_dtypes(dtype, tolerance, tmp_path):
-    bank, x = bank_of("linear", tmp_path, dtype), batch_of("linear", 3).to(dtype)
-    with bank.rows(["a", "b", None]):
-        assert bank.model(x).dtype == dtype
-    assert differs(bank, ["a", "b", None], x) <= tolerance
+    bank = bank_of("linear", tmp_path, dtype)
+    assert differs(bank, ["a", "b"], run_net) <= tolerance
+    with bank.rows(["a", "b"]):
+        assert run_net(bank.model).dtype == dtype
+
+
+def test_a_head_that_one_saved_and_another_adapts():
+    bank = bank_over(net(torch.float64), at("up", modules_to_save=["head"]), at("up", "head"))
+    assert differs(bank, ["a", "b"], run_net) < 1e-12
+
+
+def of(x):
+    """What runs a model on x."""
+    return lambda model: output(model, x)
 
 
 class Attending(nn.Module):
@@ -105,9 +105,9 @@ def test_attention_has_its_rows_first(need_weights, length):
     full = at("linear2", bias="all", modules_to_save=["attention"])
     configs, x = [{"r": 2}, at("attention.out_proj", "linear1"), full], torch.randn(4, length, 8, dtype=torch.float64)
     first, second = (bank_over(Attending(b, need_weights).double().eval(), *configs) for b in (True, False))
-    assert differs(first, ["b", None, "a", "c"], x) <= 1e-12
+    assert differs(first, ["b", None, "a", "c"], of(x)) <= 1e-12
     with pytest.raises(LoRAError, match="rows: 'attention' has batch_first=False"):
-        differs(second, ["a", None, "c", "c"], x)
+        differs(second, ["a", None, "c", "c"], of(x))
 
 
 @pytest.mark.parametrize("heads_apart", [True, False])
@@ -153,51 +153,36 @@ def three_on(model, targets):
     return bank_over(model.double().eval(), *[{"r": 2, "target_modules": targets}] * 3)
 
 
+LEARNED = nn.Parameter(torch.randn(3, 8, dtype=torch.float64))
+LAYS = {
+    "turned": lambda inner, x: inner(x.transpose(0, 1)),
+    "flat": lambda inner, x: inner(x.flatten(0, 1)),
+    # nanoGPT's arange: one vector of positions for all rows, perhaps as many as there are rows.
+    "positions": lambda inner, x: x + inner(torch.arange(x.shape[1])),
+    # Learned queries have no rows, though there are as many.
+    "queries": lambda inner, x: x @ inner(LEARNED).mT,
+    # Rows of different lengths: position 0 of every row, then position 1 of those that have one.
+    "packed": lambda inner, x: inner(pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True).data),
+}
+LAID = [("turned", 2), ("turned", 3), ("turned", 6), ("flat", 2), ("flat", 3)]
+LAID += [("positions", 3), ("positions", 5), ("queries", 4), ("packed", 3)]
+
+
 class Laid(nn.Module):
     """A layer, and how a model lays out what the layer sees."""
 
-    def __init__(self, lay, inner=None):
+    def __init__(self, lay):
         super().__init__()
-        self.lay, self.inner = lay, inner or nn.Linear(8, 8)
+        self.lay, self.inner = LAYS[lay], nn.Embedding(9, 8) if lay == "positions" else nn.Linear(8, 8)
 
     def forward(self, x):
         return self.lay(self.inner, x)
 
 
-LEARNED = nn.Parameter(torch.randn(3, 8, dtype=torch.float64))
-
-
-def queries():
-    """Learned queries have no rows, though there are as many."""
-    return Laid(lambda inner, x: x @ inner(LEARNED).mT)
-
-
-def positions():
-    """nanoGPT's arange: one vector of positions for all rows, perhaps as many as there are rows."""
-    return Laid(lambda inner, x: x + inner(torch.arange(x.shape[1])), nn.Embedding(9, 8))
-
-
-def packed():
-    """Rows of different lengths: position 0 of every row, then position 1 of those that have one."""
-    return Laid(lambda inner, x: inner(pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True).data))
-
-
-def turned():
-    return Laid(lambda inner, x: inner(x.transpose(0, 1)))
-
-
-def flat():
-    return Laid(lambda inner, x: inner(x.flatten(0, 1)))
-
-
-LAID = [*((turned, length) for length in (2, 3, 6)), (flat, 2), (flat, 3)]
-LAID += [(positions, 3), (positions, 5), (queries, 4), (packed, 3)]
-
-
-@pytest.mark.parametrize(("make", "length"), LAID)
-def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(make, length):
+@pytest.mark.parametrize(("lay", "length"), LAID)
+def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(lay, length):
     """Also where the sizes happen to be equal."""
-    bank = three_on(make(), ["inner"])
+    bank = three_on(Laid(lay), ["inner"])
     for _ in range(2):
         with bank.rows(["b", "a", None]), pytest.raises(LoRAError, match=r"rows: 'inner' sees .* dimension"):
             bank.model(torch.randn(3, length, 8, dtype=torch.float64))
@@ -205,7 +190,9 @@ def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_fo
 
 def test_rows_that_all_have_the_same_adapter_need_no_dimension():
     """Then it does not matter which is which: learned queries have it too."""
-    assert differs(three_on(queries(), ["inner"]), ["b", "b"], torch.randn(2, 5, 8, dtype=torch.float64)) < 1e-12
+    assert (
+        differs(three_on(Laid("queries"), ["inner"]), ["b", "b"], of(torch.randn(2, 5, 8, dtype=torch.float64))) < 1e-12
+    )
 
 
 def test_as_many_positions_as_rows_are_refused_until_a_layer_has_shown_its_batch():
@@ -215,8 +202,8 @@ def test_as_many_positions_as_rows_are_refused_until_a_layer_has_shown_its_batch
     for x, match in ((square, r"'up' sees \(3, 3, 12\), .* another length first"), (more, "must be that of 3 rows")):
         with bank.rows(rows), pytest.raises(LoRAError, match=match):
             bank.model(x)
-    assert differs(bank, rows, ordinary) < 1e-12
-    assert differs(bank, rows, square) < 1e-12
+    assert differs(bank, rows, of(ordinary)) < 1e-12
+    assert differs(bank, rows, of(square)) < 1e-12
 
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -230,8 +217,8 @@ def linears(model):
 def test_experts_are_refused_by_name_and_the_attention_beside_them_is_right():
     sizes = {**T5, "num_layers": 2, "num_decoder_layers": 2, "num_experts": 2, "num_sparse_encoder_layers": 1}
     bank = three_on(hf("SwitchTransformersForConditionalGeneration", **sizes, **PAD), ["q", "v"])
-    run = lambda model, x: model(input_ids=x, decoder_input_ids=x).logits  # noqa: E731
-    assert differs(bank, ["a", "b"], torch.randint(1, 40, (2, 3)), run) < 1e-12
+    ids = torch.randint(1, 40, (2, 3))
+    assert differs(bank, ["a", "b"], lambda model: model(input_ids=ids, decoder_input_ids=ids).logits) < 1e-12
     bank.activate(None)
     trained(bank.model, {"r": 2, "target_modules": ["wi", "wo"]}, seed=1)
     bank.add("d")
@@ -264,36 +251,35 @@ def test_models_of_the_hub_are_right_or_refused_where_they_lay_their_rows_otherw
         with bank.rows(["b", None, "a"]), pytest.raises(LoRAError, match=refusal):
             bank.model(x)
     else:
-        run = lambda model, x: model(x, attention_mask=torch.ones_like(x)).logits  # noqa: E731
-        assert differs(bank, ["c", "a", None], x, run) < 1e-12
+        assert differs(bank, ["c", "a", None], lambda model: model(x, attention_mask=torch.ones_like(x)).logits) < 1e-12
 
 
 def test_a_compiled_model_takes_up_the_rows():
     """Compiled before, for the plain base: it is compiled anew within the block, and again after it."""
-    bank, x = bank_over(net(torch.float64), {"r": 2}), inputs(torch.float64).repeat(2, 1, 1)[:3]
+    bank, names = bank_over(net(torch.float64), {"r": 2}), ["a", None]
     bank.activate(None)
     compiled = torch.compile(bank.model, backend="eager")
     with torch.no_grad():
-        plain = compiled(x)
-        with bank.rows(["a", None, "a"]):
-            got = compiled(x)
-        assert torch.equal(compiled(x), plain)
-    wanted = each_alone(bank, x, ["a", None, "a"])
+        plain = run_net(compiled)
+        with bank.rows(names):
+            got = run_net(compiled)
+        assert torch.equal(run_net(compiled), plain)
+    wanted = each_alone(bank, names, run_net)
     assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
     assert (got[0] - plain[0]).abs().max() > 1e-3
 
 
 def test_pefts_mixed_batch_gives_the_same(tmp_path):
-    base = FAMILIES["bert"].build
+    base, names = FAMILIES["bert"].build, ["b", None, "a"]
     bank = AdapterBank(base())
     for letter, r in (("a", 2), ("b", 4)):
         bank.load(letter, save_adapter(trained(base(), {"r": r}, seed=r), tmp_path / letter))
     other = peft.PeftModel.from_pretrained(base(), tmp_path / "a", adapter_name="a").eval()
     other.load_adapter(tmp_path / "b", adapter_name="b")
-    x = batch_of("bert", len(ROWS))
-    with bank.rows(ROWS):
+    x = FAMILIES["bert"].inputs()
+    with bank.rows(names):
         got = bank.model(x).logits
-    wanted = other(input_ids=x, adapter_names=[name or "__base__" for name in ROWS]).logits
+    wanted = other(input_ids=x, adapter_names=[name or "__base__" for name in names]).logits
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 

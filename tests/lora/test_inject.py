@@ -66,41 +66,28 @@ OF_EVERYTHING = LoRAConfig(
 )
 
 
-def test_every_kind_and_option_is_undone_where_an_injection_fails_at_its_end(monkeypatch):
-    def fail(*args):
-        report(*args)
+@pytest.mark.parametrize("kind", [LoRALinear, TokenRows, SavedCopy, TrainedBias, InjectionReport])
+def test_every_kind_and_option_is_undone_where_an_injection_fails_half_way_or_at_its_end(monkeypatch, kind):
+    """The tensors of the adapter are there in part only: the first of them was allocated, then memory ended."""
+
+    def half(module, *args, **kwargs):
+        if kind is not InjectionReport:
+            graft(module, kind)
+            module.lora_enabled = True
+        if kind is LoRALinear:
+            module.lora_A = nn.Parameter(torch.zeros(1))
         raise MemoryError
 
-    report = InjectionReport.of_model
-    monkeypatch.setattr(InjectionReport, "of_model", fail)
     model = Everything().train()
     model.up.weight.requires_grad_(False)
     before = snapshot(model)
+    monkeypatch.setattr(kind, "of_model" if kind is InjectionReport else "attach", half)
     with pytest.raises(MemoryError):
         inject(model, OF_EVERYTHING)
     assert_same(model, before)
     monkeypatch.undo()
     inject(model, OF_EVERYTHING)
     assert_same(remove(model).requires_grad_(True), before, but=("trains",))
-
-
-@pytest.mark.parametrize("kind", [LoRALinear, TokenRows, SavedCopy, TrainedBias])
-def test_every_kind_is_undone_where_its_own_part_fails_half_way(monkeypatch, kind):
-    """The tensors of the adapter are there in part only: the first of them was allocated, then memory ended."""
-
-    def half(module, *args, **kwargs):
-        graft(module, kind)
-        module.lora_enabled = True
-        if kind is LoRALinear:
-            module.lora_A = nn.Parameter(torch.zeros(1))
-        raise MemoryError
-
-    model = Everything()
-    before = snapshot(model)
-    monkeypatch.setattr(kind, "attach", half)
-    with pytest.raises(MemoryError):
-        inject(model, OF_EVERYTHING)
-    assert_same(model, before)
 
 
 def test_a_module_in_two_places_is_adapted_once():
@@ -139,7 +126,7 @@ def test_only_the_named_head_trains_and_not_what_ends_like_it_or_trained_before(
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_the_report_counts_what_trains():
+def test_the_report_counts_what_trains_and_groups_blocks():
     model, targets = Own(), ["first", "inner.a"]
     report = inject(
         model, LoRAConfig(r=2, alpha=3, target_modules=targets, rank_pattern={"a": 4}, modules_to_save=["head"])
@@ -151,14 +138,10 @@ def test_the_report_counts_what_trains():
     assert report.share == pytest.approx(report.trainable / report.total)
     said = (f"trainable {report.trainable} of {report.total}", "inner.a", "first", "in full")
     assert all(part in str(report) for part in said)
-
-
-def test_the_report_groups_blocks(family):
-    report = inject(family.build(), SMALL)
-    assert sum(count for _, count, _, _ in report.groups()) == len(report.modules)
+    blocks = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"query": nn.Linear(4, 4)}) for _ in range(3))})
+    report = inject(blocks, LoRAConfig(r=2, target_modules=["query"]))
+    assert [group[:2] for group in report.groups()] == [("layers.*.query", 3)]
     assert sum(parameters for *_, parameters in report.groups()) == report.trainable
-    names = {name: count for name, count, _, _ in report.groups()}
-    assert family.name != "bert" or names["bert.encoder.layer.*.attention.self.query"] == 2
 
 
 def test_a_wrapper_that_hides_an_adapter_from_the_state_dict_is_refused_and_not_saved_empty():

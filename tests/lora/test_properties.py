@@ -1,4 +1,4 @@
-"""Laws 1, 6 and 7 over drawn shapes, ranks, scales and dtypes of every kind."""
+"""Laws 1, 6 and 7 over drawn shapes, ranks, scales and dtypes, where a layer's geometry has many."""
 
 import copy
 import tempfile
@@ -11,32 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_lightning import LoRAConfig, inject, load_adapter, merge, save_adapter
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from tests.lora.kinds import bare
 from tests.lora.laws import DTYPES, TOLERANCE, relative, stir
 
 sizes = st.integers(1, 6)
-
-
-class Stack(nn.Module):
-    """A product with a bare matrix, or with each matrix of a stack."""
-
-    def __init__(self, shape, transposed):
-        super().__init__()
-        self.is_transposed = transposed
-        self.w = nn.Parameter(torch.randn(*shape))
-
-    def forward(self, x):
-        w = self.w.mT if self.is_transposed and self.w.dim() == 3 else self.w
-        return x @ w.mT
-
-
-class Self(nn.Module):
-    def __init__(self, width, heads, **kwargs):
-        super().__init__()
-        self.w = nn.MultiheadAttention(width * heads, heads, **kwargs)
-
-    def forward(self, x):
-        return self.w(x, x, x)[0]
 
 
 def linear(draw):
@@ -62,21 +39,6 @@ def embedding(draw):
     return nn.ModuleDict({"w": module}), torch.randint(n, (3, 2)), min(n, m), {}
 
 
-def stack(draw):
-    matrices, transposed = draw(st.sampled_from([(), (1,), (2,), (4,)])), draw(st.booleans())
-    shape = (*matrices, draw(sizes), draw(sizes))
-    inputs = shape[-2] if matrices and transposed else shape[-1]
-    return Stack(shape, transposed), torch.randn(*matrices, 3, inputs), min(shape[-2:]), bare("w")
-
-
-def attention(draw):
-    width, heads = draw(st.integers(1, 4)), draw(st.integers(1, 2))
-    flags = {name: draw(st.booleans()) for name in ("bias", "add_bias_kv", "add_zero_attn", "batch_first")}
-    parts = draw(st.sampled_from([{}, {"slices": {"w": draw(st.sampled_from([["q"], ["q", "v"], ["k", "v"]]))}}]))
-    targets = {"target_modules": draw(st.sampled_from([["w"], ["w", "out_proj"]]))}
-    return Self(width, heads, **flags), torch.randn(3, 2, width * heads), width * heads, {**parts, **targets}
-
-
 def conv(draw):
     dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3]))
 
@@ -94,11 +56,11 @@ def conv(draw):
     return nn.ModuleDict({"w": module}), torch.randn(2, n, *[5] * dims), groups, {"r": groups}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_every_kind_over_drawn_shapes(data):
+def test_layers_of_drawn_shapes(data):
     torch.manual_seed(data.draw(st.integers(0, 9)))
-    kind = data.draw(st.sampled_from([linear, fused, embedding, stack, attention, conv]))
+    kind = data.draw(st.sampled_from([linear, fused, embedding, conv]))
     model, x, largest, fields = kind(data.draw)
     dtype = data.draw(st.sampled_from(DTYPES))
     model = model.to(dtype).eval().requires_grad_(False)
@@ -107,7 +69,7 @@ def test_every_kind_over_drawn_shapes(data):
     config = LoRAConfig(**{"r": data.draw(st.integers(1, largest)), "use_rslora": data.draw(st.booleans()), **chosen})
 
     def run(m):
-        return m["w"](x) if isinstance(m, nn.ModuleDict) else m(x)
+        return m["w"](x)
 
     with torch.no_grad():
         plain = copy.deepcopy(model)
