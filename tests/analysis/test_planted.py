@@ -103,6 +103,9 @@ def test_planted_spectrum_overlap_and_amplification_are_found(tmp_path):
     np.testing.assert_allclose(sides["update_out"], same, atol=1e-6)
     assert math.isclose(sides["A"][2, 2], wanted[2, 2], abs_tol=1e-6)  # A's own order is another, its span is not
     assert math.isclose(sides["B"][2, 2], 1.0, abs_tol=1e-6)
+    cut = told([tmp_path / "two"], tmp_path / "cut", truncate=0.999)["truncation"]
+    assert cut["ranks"] == {NAME: [16, 3], OTHER: [16, 3]}, "what was planted, whatever the adapter had room for"
+    assert "name the run" in cut["cost"]["not_measured"]
 
 
 def spoil_weights(change):
