@@ -11,7 +11,6 @@ import re
 import resource
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -179,17 +178,6 @@ class Origin:
             r = self.tensors[f"base_model.model.{name}.lora_A.weight"].shape[0]
             alpha = hits[0] if hits else config.get("lora_alpha", 8)
             assert scale == pytest.approx(alpha / (math.sqrt(r) if config.get("use_rslora") else r))
-
-
-@contextlib.contextmanager
-def quick_folder(otherwise: Path) -> Iterator[Path]:
-    """In memory where there is such a place: ten thousand files are written there."""
-    shared = Path("/dev/shm")
-    if not (shared.is_dir() and os.access(shared, os.W_OK)):
-        yield otherwise
-        return
-    with tempfile.TemporaryDirectory(dir=shared) as folder:
-        yield Path(folder)
 
 
 # ---- bounds: time, memory, and nothing executed

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections import namedtuple
-from types import FunctionType
 
 import pytest
 import torch
@@ -17,13 +13,11 @@ import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import lora_lightning
 from benchmarks.merge_on_disk import make_adapter, make_base, measure, shape_of
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, merge, save_adapter
 from lora_lightning.export.merge_on_disk import merge_on_disk
 from lora_lightning.lora import merge as merging
 from lora_lightning.lora.errors import AdapterError, AdapterWarning, MergeError
-from lora_lightning.lora.formats.atomic_dir import _host
 from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
@@ -495,22 +489,9 @@ def ready(tmp_path):
     return tmp_path
 
 
-def test_the_name_is_the_function_also_once_its_module_is_loaded():
-    assert isinstance(lora_lightning.merge_on_disk, FunctionType)
-    assert lora_lightning.merge_on_disk is merge_on_disk
-
-
-def test_no_room_leaves_nothing_and_is_said_before_the_first_byte_where_it_can(ready, monkeypatch):
+def test_no_room_is_said_before_the_first_byte(ready, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=1000))
     with pytest.raises(LoRAError, match=r"needs about .* and .* has 1\.0 kB free"):
-        merged(ready)
-    monkeypatch.undo()
-
-    def fails(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fails)
-    with pytest.raises(LoRAError, match="no space was left for"):
         merged(ready)
     assert names(ready) == ["adapter", "base"]
 
@@ -532,12 +513,9 @@ def test_a_merge_replaces_its_own_output_and_nothing_else(ready):
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {**once, "mine.txt": b"x"}
 
 
-def test_an_empty_folder_behind_a_link_is_filled_and_what_a_killed_merge_left_is_cleared_away(ready):
+def test_an_empty_folder_behind_a_link_is_filled(ready):
     (ready / "there").mkdir()
     (ready / "out").symlink_to(ready / "there")
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (ready / f".there.{_host()}.{dead.pid}.new.part").mkdir()
     merged(ready)
     assert (ready / "out").is_symlink()
     assert (ready / "there" / "config.json").is_file()
