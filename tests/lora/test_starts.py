@@ -61,13 +61,6 @@ def test_fast_pissa_nears_pissa():
     torch.testing.assert_close(fast_B @ fast_A, B @ A, rtol=1e-8, atol=1e-10)
 
 
-def test_olora_is_the_first_part_of_the_qr():
-    for _, layer in adapted_layers(started("olora")):
-        torch.testing.assert_close(layer.lora_B.T @ layer.lora_B, torch.eye(4, dtype=torch.float64))
-        projected = layer.lora_B @ layer.lora_B.T @ layer.weight
-        torch.testing.assert_close(layer.lora_B @ layer.lora_A, projected)
-
-
 def test_orthogonal_starts_on_orthogonal_halves():
     for _, layer in adapted_layers(started("orthogonal")):
         assert (layer.lora_B @ layer.lora_A).abs().max() < 1e-14

@@ -22,8 +22,10 @@ from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
 from tests.lora.directories import edit_config, edit_tensors, of_peft
+from tests.lora.kinds import t5
 from tests.lora.laws import relative, stir
 from tests.lora.test_families import BERT, FAMILIES, GROUPED, SMALL, image, logits, seq2seq
+from tests.lora.test_peft_limits import deepseek
 
 SHARD = "12KB"
 
@@ -37,11 +39,6 @@ def pooled(model):
     return model(image(model)).pooler_output
 
 
-def tied_t5():
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
-    return tf.T5ForConditionalGeneration(tf.T5Config(**sizes))
-
-
 def tied_llama():
     return tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, tie_word_embeddings=True))
 
@@ -51,13 +48,6 @@ def gemma3_with_eyes():
     text, vision = tf.Gemma3TextConfig(**GROUPED, head_dim=8), {**SMALL, "image_size": 32, "patch_size": 16}
     parts = {"text_config": text.to_dict(), "vision_config": tf.SiglipVisionConfig(**vision).to_dict()}
     return tf.Gemma3ForConditionalGeneration(tf.Gemma3Config(**parts, mm_tokens_per_image=4))
-
-
-def deepseek():
-    experts = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
-    ranks = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
-    sizes = {**GROUPED, "num_key_value_heads": 2, "moe_intermediate_size": 8, "first_k_dense_replace": 1}
-    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**sizes, **experts, **ranks))
 
 
 FROM_FAMILIES = ["llama", "mixtral", "gpt2", "gpt-neox", "bert", "deberta-v2", "t5", "vit", "convnext", "clip"]
@@ -70,7 +60,7 @@ CASES = {
     "experts of deepseek": (deepseek, logits, FAMILIES["mixtral"][2]),
     "a tied embedding": (tied_llama, logits, {"target_modules": ["embed_tokens", "q_proj"]}),
     "a tied head": (tied_llama, logits, {"target_modules": ["lm_head", "q_proj"]}),
-    "a head of T5's four ties": (tied_t5, seq2seq, {"target_modules": ["lm_head", "q"]}),
+    "a head of T5's four ties": (t5, seq2seq, {"target_modules": ["lm_head", "q"]}),
     "DoRA": (LLAMA, logits, {"use_dora": True, "target_modules": ["embed_tokens", "q_proj", "down_proj"]}),
     "DoRA on Conv1D and every bias": (GPT2, logits, {"use_dora": True, "bias": "all"}),
     "biases of B": (BERT_CLS, logits, {"lora_bias": True, "bias": "lora_only"}),
