@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,7 +13,6 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import peft
 import pytest
 import safetensors.torch
 import torch
@@ -133,33 +133,17 @@ def test_a_save_that_is_killed_at_any_rename_leaves_the_old_adapter_or_the_new_o
     for number in range(6):
         directory = tmp_path / str(number)
         assert (directory / "README.md").read_text() == "mine"
-        ranks = [rank_of(read(directory, x), wanted) for read in (load_ours, load_pefts)]
-        assert ranks[0] == ranks[1]
-        found.append(ranks[0])
+        model = chain()
+        with contextlib.suppress(AdapterError):
+            load_adapter(model, directory)
+        output = model(x)
+        found.append(next((r for r, y in wanted.items() if y.equal(output)), None))
+        assert found[-1] or output.equal(chain()(x)), "an adapter of which one file is there is not loaded"
         save_adapter(chain(2), directory)
         assert names(directory) == ["README.md", CONFIG, WEIGHTS]
-        assert load_ours(directory, x).equal(wanted[2])
+        load_adapter(again := chain(), directory)
+        assert again(x).equal(wanted[2])
     assert found == [2, None, None, None, 3, 3]
-
-
-def rank_of(out, wanted):
-    return None if out is None else next((r for r, y in wanted.items() if y.allclose(out, atol=1e-6)), "mixed")
-
-
-def load_ours(directory, x):
-    model = chain()
-    try:
-        load_adapter(model, directory)
-    except AdapterError:
-        return None
-    return model(x).detach()
-
-
-def load_pefts(directory, x):
-    try:
-        return peft.PeftModel.from_pretrained(chain(), directory)(x).detach()
-    except (ValueError, OSError):
-        return None
 
 
 def test_a_save_whose_last_rename_fails_puts_the_old_files_back(tmp_path, monkeypatch):
