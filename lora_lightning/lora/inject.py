@@ -11,7 +11,7 @@ from torch import nn
 from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.errors import LoRAError, TargetError
 from lora_lightning.lora.frozen.quantization import allow_packing, hold_packing
-from lora_lightning.lora.frozen.tensors import named_modules
+from lora_lightning.lora.frozen.tensors import full_name, get_module, named_modules
 from lora_lightning.lora.init.from_data import Loss, init_from_data, refuse_data
 from lora_lightning.lora.layers import AdaptedLayer, Grafted, SavedCopy, TokenRows, TrainedBias, graft, take_out
 from lora_lightning.lora.layers.attention import hold_kernels_off
@@ -63,6 +63,7 @@ def inject(
         refuse_data(config.init, data)
     selection = select(model, config, any_rank=any_rank)
     _refuse_tied_targets(selection)
+    _refuse_one_place(model, selection)
     if not any_rank:
         warn_of_stacks(model, selection.skipped)
     trained_before = [p for module in modules for p in module._parameters.values() if p is not None and p.requires_grad]
@@ -187,3 +188,26 @@ def _refuse_tied_targets(selection: Selection) -> None:
             raise TargetError(f"'{twins[0]}' is selected twice: name it in one field of the config only")
         if len(twins) > 1:
             raise TargetError(f"'{twins[0]}' and '{twins[1]}' share one weight: adapt one of them, exclude the other")
+
+
+def _refuse_one_place(model: nn.Module, selection: Selection) -> None:
+    """Refuse a module of `target_modules` that has a bare parameter in `target_parameters`.
+
+    PEFT refuses the two, and its file would hold both pairs of factors under one key. An attention and its `out_proj`
+    are one module there.
+    """
+    adapted: dict[str, str] = {}
+    for target in sorted(selection.targets, key=lambda t: t.parameter != ""):  # modules first
+        owner = target.name.rpartition(".")[0] if target.parameter else target.name
+        parent, _, last = owner.rpartition(".")
+        if last == "out_proj" and isinstance(get_module(model, parent), nn.MultiheadAttention):
+            owner = parent
+        if not target.parameter:
+            adapted[owner] = target.name
+        elif owner in adapted:
+            is_attention = isinstance(get_module(model, owner), nn.MultiheadAttention)
+            both = f", or '{owner}' and '{full_name(owner, 'out_proj')}' in target_modules" if is_attention else ""
+            raise TargetError(
+                f"an adapter's file has one place for '{adapted[owner]}' of target_modules and '{target.name}' of"
+                f" target_parameters: name the weights of both in target_parameters{both}"
+            )

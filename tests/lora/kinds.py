@@ -208,6 +208,17 @@ class Mixture(nn.Module):
         return self.experts(self.proj(x)) @ self.mix.T
 
 
+class WithMatrix(nn.Linear):
+    """A linear layer with a matrix of its own beside the weight."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.more = nn.Parameter(torch.randn_like(self.weight))
+
+    def forward(self, x):
+        return super().forward(x) + x @ self.more.T
+
+
 WIDTH, NUM_HEADS = 8, 2
 
 
@@ -444,6 +455,11 @@ PARAMETER = {
     "Parameters of both": kind_of_parameters("mix", "experts.down", "up", transposed=True),
     "Parameters beside a module": Kind(
         Mixture, run_six, at("proj", target_parameters=["up", "down"], rank_pattern={"down": 1})
+    ),
+    "Parameters of a linear layer": Kind(partial(alone, WithMatrix, 6, 5), run_six, bare("weight", "more"), peft="both"),
+    "Parameters of an attention": Kind(Attention, run_attention, bare("in_proj_weight", "out_proj.weight")),
+    "Parameters of an attention, unfused": Kind(
+        partial(Attention, cross=True, kdim=5, vdim=6), run_attention, bare("v_proj_weight", "out_proj.weight")
     ),
     "Parameter that its parent reads": Kind(beit, run_attended, bare("qkv.weight"), formula=False, meta=False),
     "Parameter that an encoder reads whole": Kind(

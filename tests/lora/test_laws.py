@@ -80,7 +80,7 @@ def rows_of(spec, part, out):
 
 def updates(module, key, A, B, r, spec):
     """By the name of a weight: B A of `module`, whose adapter is called `key`."""
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention) and key == "weight":
         if not spec and module._qkv_same_embed_dim:
             return {"in_proj_weight": B @ A}
         parts, width = [part for part in "qkv" if part in (spec or "qkv")], module.embed_dim

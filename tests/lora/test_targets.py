@@ -4,6 +4,7 @@ import collections
 import copy
 import itertools
 import warnings
+from functools import partial
 
 import peft
 import pytest
@@ -25,7 +26,7 @@ from lora_lightning.lora.targets.patterns import matches
 from lora_lightning.lora.targets.presets import LAYOUTS, PRESETS, preset_pattern
 from lora_lightning.lora.targets.select import select
 from tests.factories import FAMILIES, Own, bert, hf
-from tests.lora.kinds import ONE_BLOCK, SPECS, alone, deberta, encoder_layer, inputs, net, run_attended
+from tests.lora.kinds import ONE_BLOCK, SPECS, WithMatrix, alone, deberta, encoder_layer, inputs, net
 from tests.lora.laws import config, relative, stir
 
 
@@ -323,16 +324,23 @@ def test_phi3s_gate_and_up():
 # Places where a module's weight is read and the module not called: handled, or refused by name (law 4).
 
 
-@torch.no_grad()
-def test_a_parameter_and_a_module_of_one_attention_together():
-    model = encoder_layer().eval()
-    plain = run_attended(model)
-    inject(model, config(target_modules=["out_proj"], target_parameters=["self_attn.in_proj_weight"]))
-    assert torch.equal(run_attended(model), plain)
-    adapted = run_attended(stir(model))
-    assert relative(adapted, plain) > 1e-3
-    merge(model)
-    assert relative(run_attended(model), adapted) < 1e-5
+ONE_PLACE = {
+    "out_proj": (encoder_layer, "self_attn.out_proj", "self_attn.in_proj_weight"),
+    "attention": (encoder_layer, "self_attn", "self_attn.out_proj.weight"),
+    "linear": (partial(alone, WithMatrix, 6, 5), "0", "0.more"),
+}
+
+
+@pytest.mark.parametrize("case", ONE_PLACE)
+def test_a_module_and_a_parameter_of_its_own_are_refused(case):
+    """The file would have both under one key (law 7). What to take instead is among the kinds of the laws."""
+    make, module, parameter = ONE_PLACE[case]
+    model = make()
+    keys = list(model.state_dict())
+    with pytest.raises(TargetError, match=f"{parameter}' of target_parameters: name the weights of both") as error:
+        inject(model, config(target_modules=[module], target_parameters=[parameter]))
+    assert ("or '0.self_attn' and '0.self_attn.out_proj' in target_modules" in str(error.value)) == (case != "linear")
+    assert list(model.state_dict()) == keys
 
 
 OF_THE_TABLE = [{field: ["rel_embeddings"]} for field in ("target_modules", "modules_to_save")]

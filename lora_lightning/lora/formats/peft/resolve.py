@@ -168,8 +168,8 @@ def _add_adapted(
     """Note a module or a bare parameter by the path of its A."""
     plain, depth = strip_wrappers(path, modules)
     rank = A.shape[0] if A.dim() else 0
-    holder, parent = modules.get(plain), modules.get(plain.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention) or holder is None:
+    holder = modules.get(plain)
+    if holder is None:
         contents.modules[plain] = rank
         return
     entries = peft.get("target_parameters") or []
