@@ -98,7 +98,7 @@ def alone(args: list[str], since: float) -> dict[str, Any]:
     silence_others()
     cli = LoRACLI(args=["fit", *args])
     found = spent(since)
-    return found | {"standing": dataclasses.asdict(standing(cli.trainer, cli.model, cli.model.task.monitor))}
+    return found | {"standing": dataclasses.asdict(standing(cli.trainer, cli.model, cli.model.task.monitor)[0])}
 
 
 def together(args: list[str], since: float) -> dict[str, Any]:

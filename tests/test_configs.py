@@ -16,7 +16,7 @@ for folder in ("logger", "precision", "strategy"):
     OVERLAYS += sorted(str(p.relative_to(CONFIGS)) for p in (CONFIGS / folder).glob("*.yaml"))
 
 
-# Strategies have tests of their own; 4-bit products on a CPU take widths in multiples of 64 (recipes/test_lm.py).
+# Strategies have tests of their own; 4-bit products on a CPU take widths in multiples of 64 (recipes/test_steps.py).
 @pytest.mark.parametrize("overlay", [o for o in OVERLAYS if not o.startswith(("strategy", "precision/nf4"))])
 def test_overlay_works_with_fit_test_and_export(overlay, tiny, tmp_path):
     assert (CONFIGS / overlay).read_text().startswith("# Overlay: ")

@@ -112,7 +112,7 @@ def test_the_python_of_a_page_compiles(page, block):
 # ---- what is run
 
 
-@pytest.mark.parametrize("page", ["idea.md", "backbones.md", "moving.md", "python.md", "big-models.md"])
+@pytest.mark.parametrize("page", ["idea.md", "backbones.md", "moving.md", "python.md", "big-models.md", "adapters.md"])
 def test_the_python_of_a_page_runs(page):
     assert blocks(page, "python")
     run_python(page)

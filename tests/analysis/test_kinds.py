@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.spectrum import base_matrices, update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
+from tests.lora.directories import edit_config, of_peft
 from tests.lora.laws import relative, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.AdapterWarning")
@@ -148,6 +148,18 @@ def _inside(update, W0):
     return float(torch.linalg.norm(U[:, :q].T @ W0 @ Vh[:q].T))
 
 
+BY_PEFT = ["linear", "conv2d", "embedding", "parts", "dora", "rslora", "pissa", "stacks", "lora_bias"]
+
+
+def assert_merged_alike(ours, theirs):
+    """PEFT's whole weights are W0 with our update."""
+    for path, layer in adapted_layers(ours):
+        for name, delta in weight_deltas(layer).items():
+            W0 = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)[name]
+            owner = path if layer.kind != "Parameter" else path.rpartition(".")[0]
+            assert relative(theirs.get_parameter(f"{owner}.{name}"), W0 + delta) < 1e-9
+
+
 @kinds
 def test_a_truncated_adapter_loads_and_holds_its_share_and_no_more_than_it_must(kind, tmp_path):
     model, share = made(kind), 0.9
@@ -176,38 +188,33 @@ def test_a_truncated_adapter_loads_and_holds_its_share_and_no_more_than_it_must(
         whole = sum(float(s.sum()) for s in squares)
         assert sum(float(s[:rank].sum()) for s in squares) >= share * whole * (1 - 1e-12)
         assert rank == 1 or sum(float(s[: rank - 1].sum()) for s in squares) < share * whole
+    if kind in BY_PEFT:
+        bare = made(kind, adapted=False)
+        theirs = peft.PeftModel.from_pretrained(bare, tmp_path / "small", autocast_adapter_dtype=False)
+        assert_merged_alike(again, theirs.merge_and_unload())
 
 
-BY_PEFT = ["linear", "conv2d", "embedding", "parts", "dora", "rslora", "pissa", "stacks", "lora_bias"]
+def test_an_adapter_that_peft_wrote_has_pefts_own_update(tmp_path):
+    patterns = {"rank_pattern": {"1": 2}, "alpha_pattern": {"1": 9}, "use_rslora": True}
+    model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 8))
+    theirs = of_peft(tmp_path / "theirs", model, r=4, lora_alpha=6, target_modules=["0", "1"], **patterns)
+    state = {key: tensor.detach().double() for key, tensor in theirs.state_dict().items()}
+    for layer in measure_adapter(opened(tmp_path / "theirs"), None).layers:
+        A, B = (state[f"base_model.model.{layer.name}.lora_{f}.default.weight"] for f in "AB")
+        r, scale = {"0": (4, 6 / 2), "1": (2, 9 / math.sqrt(2))}[layer.name]
+        assert (layer.r, layer.scale) == (r, pytest.approx(scale))
+        want = torch.linalg.svdvals(scale * B @ A)[:r]
+        torch.testing.assert_close(torch.tensor(layer.singular_values).double(), want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("kind", BY_PEFT)
-def test_peft_opens_what_was_truncated(kind, tmp_path):
-    model = made(kind)
-    save_adapter(model, tmp_path / "adapter")
-    truncate(opened(tmp_path / "adapter"), 0.9, tmp_path / "small")
-    ours = made(kind, adapted=False)
-    load_adapter(ours, tmp_path / "small")
-    theirs = peft.PeftModel.from_pretrained(made(kind, adapted=False), tmp_path / "small", autocast_adapter_dtype=False)
-    plain = theirs.merge_and_unload()
-    for path, layer in adapted_layers(ours):
-        for name, delta in weight_deltas(layer).items():
-            W0 = layer.adapted_parameters(layer.lora_owner, layer.lora_settings)[name]
-            owner = path if layer.kind != "Parameter" else path.rpartition(".")[0]
-            assert relative(plain.get_parameter(f"{owner}.{name}"), W0 + delta) < 1e-9
-
-
-@pytest.mark.parametrize("turn", [1, -1])
-def test_stacks_are_told_apart_whatever_order_the_config_has(turn, tmp_path):
+def test_stacks_are_told_apart_whatever_order_the_config_has(tmp_path):
     """PEFT writes target_parameters in the order of a set, another each time."""
-    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=[], target_parameters=STACKS)
-    theirs = peft.get_peft_model(Holder(Experts()), config)
-    theirs.save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps({**said, "target_parameters": STACKS[::turn]}))
-    shapes = {layer.name: layer.shape for layer in opened(tmp_path / "adapter").factors}
-    assert shapes == {"blocks.0.gate_up_proj": (10, 8), "blocks.0.down_proj": (8, 10)}
+    fields = {"r": 4, "target_modules": [], "target_parameters": STACKS}
+    of_peft(tmp_path / "adapter", Holder(Experts()), **fields)
+    for order in (STACKS, STACKS[::-1]):
+        edit_config(tmp_path / "adapter", target_parameters=order)
+        shapes = {layer.name: layer.shape for layer in opened(tmp_path / "adapter").factors}
+        assert shapes == {"blocks.0.gate_up_proj": (10, 8), "blocks.0.down_proj": (8, 10)}
 
 
 def test_parameters_of_unknown_order_ask_for_the_model(tmp_path):

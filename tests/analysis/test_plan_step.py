@@ -16,8 +16,8 @@ from benchmarks.measure import kept_bytes
 from lora_lightning import CausalLM, LoRAConfig, inject
 from lora_lightning.commands.plan.block_scaling import SHORT, depth_of, scale, shorten
 from lora_lightning.commands.plan.memory_tracker import fake_mode, put_stand_ins
-from lora_lightning.commands.plan.step_cost import NUMBERS, StepCost, step_cost
-from lora_lightning.lora.inject import adapted_layers, remove
+from lora_lightning.commands.plan.step_cost import NUMBERS, step_cost
+from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.training.activations.compilation import TrainingForward
 
 ROWS, LENGTH = 4, 48
@@ -43,8 +43,8 @@ def gpt2():
 def convolutions():
     """Two of them, a norm and a head."""
     first, second = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
-    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
-    return nn.Sequential(first, nn.BatchNorm2d(16), nn.ReLU(), second, *pool)
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5)]
+    return nn.Sequential(first, nn.BatchNorm2d(16), nn.ReLU(), second, *head)
 
 
 IDS = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 99
@@ -81,26 +81,30 @@ def adapted(make, options):
     torch.manual_seed(0)
     model = make().eval()
     inject(model, LoRAConfig(r=4, **options))
-    for _, layer in adapted_layers(model):
-        if layer.lora_dropout is not None:
-            layer.lora_dropout.train()
+    for dropout in (layer.lora_dropout for _, layer in adapted_layers(model)):
+        if dropout is not None:
+            dropout.train()
     return model
-
-
-def traced(model, loss, *, context=nullcontext, forward=nullcontext) -> StepCost:
-    model, mode = copy.deepcopy(model).to("meta"), fake_mode()
-    put_stand_ins(model, mode, torch.device("cpu"))
-
-    def run():
-        with forward(model) if forward is not nullcontext else nullcontext():
-            return loss(model)
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return step_cost(model, run, lambda: AdamW(trained), mode, forward_context=context)
 
 
 def autocast():
     return torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False)
+
+
+def checkpointed(model):
+    return TrainingForward(model, checkpointing=True, offload=False, compile=False).on()
+
+
+def traced(model, loss, *, context=nullcontext, forward=lambda model: nullcontext()):
+    model, mode = copy.deepcopy(model).to("meta"), fake_mode()
+    put_stand_ins(model, mode, torch.device("cpu"))
+
+    def run():
+        with forward(model):
+            return loss(model)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return step_cost(model, run, lambda: AdamW(trained), mode, forward_context=context)
 
 
 @pytest.mark.parametrize("context", [nullcontext, autocast], ids=["float32", "bfloat16 autocast"])
@@ -139,7 +143,7 @@ def test_the_peak_of_a_step_is_that_of_torchs_allocator(case):
     assert planned.peak - planned.weights == pytest.approx(real, rel=0.03)
 
 
-def highest(profile) -> int:
+def highest(profile):
     """Bytes at most above what was there before, in the order in which torch's allocator was asked."""
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
@@ -162,10 +166,6 @@ def test_recomputed_blocks_are_not_kept():
     assert blocks.flops > plain.flops
 
 
-def checkpointed(model):
-    return TrainingForward(model, checkpointing=True, offload=False, compile=False).on()
-
-
 @pytest.mark.parametrize("case", ["BERT", "BERT, fused attention", "Llama", "GPT-2, parts", "convolutions"])
 def test_operations_are_those_that_torch_counts_of_a_real_step(case):
     """By torch's own counter on a plain model, where no arithmetic of ours can hide from it."""
@@ -174,38 +174,28 @@ def test_operations_are_those_that_torch_counts_of_a_real_step(case):
     model = make().eval()
     planned = traced(model, loss)
     loss(model)  # what a first batch finds out
-    with FlopCounterMode(display=False, custom_mapping=fused_on_cpus()) as counter:
+    cpu = "_scaled_dot_product_flash_attention_for_cpu"  # which torch's table leaves out
+    fused = {getattr(torch.ops.aten, cpu): sdpa_flop.__wrapped__}
+    fused[getattr(torch.ops.aten, f"{cpu}_backward")] = sdpa_backward_flop.__wrapped__
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
         loss(model).backward()
     assert planned.flops == counter.get_total_flops()
 
 
-def fused_on_cpus():
-    """Fused attention on a CPU, which torch's table leaves out."""
-    cpu = "_scaled_dot_product_flash_attention_for_cpu"
-    return {
-        getattr(torch.ops.aten, cpu): sdpa_flop.__wrapped__,
-        getattr(torch.ops.aten, f"{cpu}_backward"): sdpa_backward_flop.__wrapped__,
-    }
-
-
-def test_operations_of_linear_layers_are_six_and_four_for_each_weight_and_token():
-    """6 N D of full fine-tuning; LoRA's skips W0's own gradient, 4 N D and the adapters' 6 each (and no dX below)."""
+def test_a_step_of_lora_takes_four_for_each_weight_and_token_and_six_for_each_of_its_own():
+    """W0's own gradient is skipped, and the first layer's input, which is the batch, needs none."""
     tokens, width, deep, r = 32, 64, 5, 4
-    x = torch.ones(tokens, width)
-    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(deep)))
-    weights = deep * width * width
-    full = traced(model, lambda m: m(x).sum())
-    no_dx = 2 * width * width * tokens  # of the first layer's input, which is the batch
-    assert full.flops == 6 * weights * tokens - no_dx
+    x, model = torch.ones(tokens, width), nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(deep)))
     inject(model, LoRAConfig(r=r, target_modules=[str(i) for i in range(deep)]))
     lora = traced(model, lambda m: m(x).sum())
-    factors = deep * 2 * width * r
+    weights, factors = deep * width * width, deep * 2 * width * r
     assert lora.forward == 2 * (weights + factors) * tokens
-    assert lora.flops == 4 * weights * tokens - no_dx + 6 * factors * tokens - 2 * width * r * tokens
-    assert remove(model) is model
+    assert lora.flops == (4 * weights + 6 * factors - 2 * width * (width + r)) * tokens
 
 
 def test_a_deep_model_is_told_from_two_short_ones():
+    alone = adapted(functools.partial(llama, 11), {"target_modules": ["layers.3.mlp.up_proj"]})
+    assert depth_of(alone.to("meta")) is None, "blocks that are not alike are all run"
     model = adapted(functools.partial(llama, 11), LINEAR).to("meta")
     name, blocks = depth_of(model)
     assert (name, blocks) == ("model.layers", 11)
@@ -213,8 +203,3 @@ def test_a_deep_model_is_told_from_two_short_ones():
     told, whole = scale(longer, short, blocks - SHORT - 1), traced(model, continued)
     for number in NUMBERS:  # a tensor of the batch, of some bytes, may be let go a moment earlier or later
         assert getattr(told, number) == pytest.approx(getattr(whole, number), rel=5e-3), number
-
-
-def test_blocks_that_are_not_alike_are_all_run():
-    model = adapted(functools.partial(llama, 11), {"target_modules": ["layers.3.mlp.up_proj"]})
-    assert depth_of(model.to("meta")) is None

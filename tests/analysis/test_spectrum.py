@@ -13,15 +13,11 @@ from lora_lightning.lora.frozen import spectrum as sp
 SHAPES = [(30, 20, 4), (20, 30, 4), (6, 40, 9), (40, 5, 8), (1, 7, 3), (64, 64, 1)]
 
 
-def drawn(m, k, r, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.standard_normal((r, k)), rng.standard_normal((m, r))
-
-
 @pytest.mark.parametrize(("m", "k", "r"), SHAPES)
 @pytest.mark.parametrize("scale", [2.0, -0.5])
 def test_spectrum_is_that_of_the_dense_update(m, k, r, scale):
-    A, B = drawn(m, k, r)
+    rng = np.random.default_rng(0)
+    A, B = rng.standard_normal((r, k)), rng.standard_normal((m, r))
     dense = scale * B @ A
     want = np.linalg.svd(dense, compute_uv=False)[: min(m, k, r)]
     found = sp.spectrum(torch.tensor(A), torch.tensor(B), scale)
@@ -41,25 +37,24 @@ def test_a_zero_update_has_no_rank():
     assert (sp.stable_rank(found.S), sp.smallest_rank(found.S, 0.9), sp.frobenius(found.S)) == (0.0, 0, 0.0)
 
 
-def test_smallest_rank_that_holds_a_share():
-    for values, share, rank in [
-        ([3, 1], 0.9, 1),
-        ([3, 1], 0.91, 2),
-        ([1] * 4, 0.75, 3),
-        ([1] * 4, 1.0, 4),
-        ([5], 0.1, 1),
-    ]:
-        assert sp.smallest_rank(torch.tensor(values, dtype=torch.float64), share) == rank
+@pytest.mark.parametrize(
+    ("values", "share", "rank"),
+    [([3, 1], 0.9, 1), ([3, 1], 0.91, 2), ([1] * 4, 0.75, 3), ([1] * 4, 1.0, 4), ([5], 0.1, 1)],
+)
+def test_smallest_rank_that_holds_a_share(values, share, rank):
+    assert sp.smallest_rank(torch.tensor(values, dtype=torch.float64), share) == rank
 
 
-def test_similarity_of_random_subspaces_is_chance():
-    generator = torch.Generator().manual_seed(0)
-    total = 0.0
+def test_what_is_found_in_random_directions_is_chance():
+    random = torch.Generator().manual_seed(0)
+    W0, found = torch.randn(50, 40, generator=random).double(), []
     for _ in range(300):
-        U, V = (torch.linalg.qr(torch.randn(60, q, generator=generator, dtype=torch.float64))[0] for q in (3, 8))
-        total += float(sp.similarity(U, V)[2, 7])
-    assert math.isclose(total / 300, sp.random_similarity(3, 8, 60), rel_tol=0.05)
+        U, V = (torch.linalg.qr(torch.randn(60, q, generator=random, dtype=torch.float64))[0] for q in (3, 8))
+        found.append(float(sp.similarity(U, V)[2, 7]))
+    assert math.isclose(np.mean(found), sp.random_similarity(3, 8, 60), rel_tol=0.05)
     assert sp.random_similarity(3, 8, 60) == 8 / 60
+    draws = [sp.sampled_norm(W0, 6, seed) ** 2 for seed in range(300)]
+    assert math.isclose(math.sqrt(np.mean(draws)), sp.expected_norm(float(W0.norm()), 6, (50, 40)), rel_tol=0.03)
 
 
 def test_amplification_of_table_7():
@@ -67,12 +62,6 @@ def test_amplification_of_table_7():
     assert math.isclose(6.91 / 0.32, 21.5, rel_tol=0.016)  # the paper's factor, from what it prints
     assert round(sp.expected_norm(61.95, 4, (12288, 12288)), 2) == 0.02
     assert math.isclose(sp.expected_norm(61.95, 64, (12288, 12288)), 0.33, rel_tol=0.03)
-
-
-def test_the_norm_within_directions_drawn_at_random_is_what_is_expected_of_them():
-    W0 = np.random.default_rng(3).standard_normal((50, 40))
-    draws = [sp.sampled_norm(torch.tensor(W0), 6, seed) ** 2 for seed in range(300)]
-    assert math.isclose(math.sqrt(np.mean(draws)), sp.expected_norm(np.linalg.norm(W0), 6, (50, 40)), rel_tol=0.03)
 
 
 def test_top_directions_of_a_large_w0_by_iteration(monkeypatch):

@@ -15,8 +15,7 @@ from lora_lightning.lora.errors import AdapterError
 from tests.command.process import command, files_in, mistake
 from tests.factories import assert_same, export_of, snapshot
 from tests.lora.laws import relative, stir
-from tests.lora.test_families import IDS
-from tests.lora.travellers import build
+from tests.lora.test_families import IDS, build
 from tests.tiny import make_bert
 
 # ---- merged models, opened by transformers alone

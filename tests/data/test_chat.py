@@ -2,43 +2,27 @@
 
 import datasets
 import pytest
-import torch
 
 from lora_lightning.data.chat.data import ChatData
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.errors import LoRAError
-from tests.chats import CHATML, GEMMA, PLAIN, TOOLS, assistant, make_tokenizer, user, write_chats
-from tests.data.files import ALL, write
-
-
-def written(file, rows):
-    return str(write(file, rows))
+from tests.chats import CHATML, GEMMA, PLAIN, TOOLS, assistant, make_tokenizer, user
+from tests.data.files import ALL, ready, write
 
 
 @pytest.fixture
-def tokenizer(tokenizers):
-    return tokenizers.chat
+def chats_of(tokenizers):
+    return lambda path, tokenizer=tokenizers.chat, **options: ready(
+        ChatData, path, tokenizer, **{"split": ALL} | options
+    )
 
 
-def trained(data, split="train"):
-    rows = data.encoded_rows(split)["labels"]
+def trained(data):
+    rows = data.encoded_rows("train")["labels"]
     return [data.tokenizer.decode([label for label in row if label != -100]) for row in rows]
 
 
-def test_a_batch_is_padded_and_its_labels_are_the_answers(tmp_path, tokenizer):
-    data = ChatData(str(write_chats(tmp_path / "chats.jsonl")), tokenizer, batch_size=8)
-    data.setup()
-    assert [len(data.encoded_rows(split)) for split in ("train", "validation", "test")] == [96, 12, 12]
-    for batch in data.train_dataloader():
-        ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
-        assert ids.shape == labels.shape == mask.shape
-        assert torch.equal(ids[labels != -100], labels[labels != -100])
-        assert (labels[mask == 0] == -100).all()
-        assert ((labels != -100).sum(1) > 0).all()
-    assert set(trained(data)[0].replace("<|im_end|>", "").split()) <= {"sky", "sea", "sun"}
-
-
-def test_tools_and_calls_of_several_shapes_go_through_a_file(tmp_path, tokenizer):
+def test_tools_and_calls_of_several_shapes_go_through_a_file(tmp_path, chats_of):
     def row(name, arguments):
         call = {"type": "function", "function": {"name": name, "arguments": arguments}}
         properties = {key: {"type": "integer"} for key in arguments}
@@ -48,61 +32,54 @@ def test_tools_and_calls_of_several_shapes_go_through_a_file(tmp_path, tokenizer
 
     path = tmp_path / "calls.parquet"
     datasets.Dataset.from_list([row("f", {"a": 1}), row("g", {"b": 2})]).to_parquet(path)
-    data = ChatData(str(path), tokenizer, split=ALL, chat_template=TOOLS)
-    data.setup()
+    data = chats_of(path, chat_template=TOOLS)
     assert '{"name": "g", "arguments": {"b": 2}}' in trained(data)[1]
     text = data.tokenizer.decode(data.encoded_rows("train")["input_ids"][0])
     assert '"name": "f"' in text
     assert "null" not in text
 
 
-def test_a_row_that_the_template_refuses_is_named(tmp_path, tokenizer):
+def test_a_row_that_the_template_refuses_is_named(tmp_path, chats_of):
     rows = [[user("Hi."), assistant("Yes.")], [user("Hi."), user("Hi."), assistant("Yes.")]]
-    path = written(tmp_path / "chats.jsonl", [{"messages": messages} for messages in rows])
-    with pytest.raises(
-        LoRAError, match=r"row 2, column 'messages': expected a conversation that the chat template takes"
-    ):
-        ChatData(path, tokenizer, split=ALL, chat_template=GEMMA).setup()
+    path = write(tmp_path / "chats.jsonl", [{"messages": messages} for messages in rows])
+    with pytest.raises(LoRAError, match=r"row 2, column 'messages': expected a conversation that the chat template"):
+        chats_of(path, chat_template=GEMMA)
 
 
-def test_conversations_cut_before_their_answer_are_left_out_aloud(tmp_path, tokenizer):
+def test_conversations_cut_before_their_answer_are_left_out_aloud(tmp_path, chats_of):
     rows = [[user("Hi."), assistant("Yes.")], [user("Hi. " * 40), assistant("Yes.")]]
-    path = written(tmp_path / "chats.jsonl", [{"messages": messages} for messages in rows])
-    data = ChatData(path, tokenizer, split=ALL, max_length=60)
-    with pytest.warns(
-        UserWarning, match=r"1 of 2 conversations have nothing to train on, the first in row 2; 1 of them"
-    ):
-        data.setup()
+    path = write(tmp_path / "chats.jsonl", [{"messages": messages} for messages in rows])
+    with pytest.warns(UserWarning, match=r"1 of 2 conversations have nothing to train on, the first in row 2; 1 of"):
+        data = chats_of(path, max_length=60)
     assert trained(data) == ["Yes.<|im_end|>"]
     with pytest.raises(LoRAError, match=r"2 of 2 conversations have nothing .*raise max_length"):
-        ChatData(path, tokenizer, split=ALL, max_length=4).setup()
+        chats_of(path, max_length=4)
 
 
-def test_a_tokenizer_without_a_template_is_refused_and_given_one(tmp_path):
+def test_a_tokenizer_without_a_template_is_refused_and_given_one(tmp_path, chats_of):
     make_tokenizer(None).save_pretrained(tmp_path / "bare")
-    path = written(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+    path = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.raises(LoRAError, match=r"bare' has no chat template: give data.chat_template"):
-        ChatData(path, str(tmp_path / "bare"), split=ALL).setup()
+        chats_of(path, tmp_path / "bare")
     with pytest.raises(LoRAError, match=r"expected a Jinja template or a file of one, got 'chat.jinja'"):
-        ChatData(path, str(tmp_path / "bare"), split=ALL, chat_template="chat.jinja").setup()
+        chats_of(path, tmp_path / "bare", chat_template="chat.jinja")
     (tmp_path / "own.jinja").write_text(CHATML)
     for template in (CHATML, str(tmp_path / "own.jinja")):
-        data = ChatData(path, str(tmp_path / "bare"), split=ALL, chat_template=template)
-        data.setup()
+        data = chats_of(path, tmp_path / "bare", chat_template=template)
         assert trained(data) == ["b<|im_end|>"]
         assert data.tokenizer.chat_template == CHATML
 
 
-def test_a_template_that_closes_no_answer_is_said_to(tmp_path, tokenizer):
-    path = written(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
+def test_a_template_that_closes_no_answer_is_said_to(tmp_path, chats_of):
+    path = write(tmp_path / "pairs.jsonl", [{"prompt": "a", "completion": "b"}])
     with pytest.warns(UserWarning, match=r"will not learn to"):
-        ChatData(path, tokenizer, split=ALL, chat_template=PLAIN).setup()
+        chats_of(path, chat_template=PLAIN)
 
 
-def test_prompts_are_held_out_conversations_up_to_their_last_answer(tmp_path, tokenizer):
+def test_prompts_are_held_out_conversations_up_to_their_last_answer(tmp_path, chats_of):
     rows = [[user(f"{i}?"), assistant("Yes."), user("And?"), assistant(f"No {i}.")] for i in range(20)]
-    path = written(tmp_path / "chats.jsonl", [{"messages": messages} for messages in rows])
-    data = ChatData(path, tokenizer, split=SplitConfig(validation=0.2, test=0.0), system="Be brief.")
+    path = write(tmp_path / "chats.jsonl", [{"messages": messages} for messages in rows])
+    data = chats_of(path, split=SplitConfig(validation=0.2, test=0.0), system="Be brief.")
     prompts = data.prompts(2)
     held_out = [messages[0]["content"] for messages in data.tables["validation"]["messages"]]
     assert [prompt.text.split("\n")[0] for prompt in prompts] == [f"user: {held_out[0]}", f"user: {held_out[2]}"]
@@ -112,17 +89,13 @@ def test_prompts_are_held_out_conversations_up_to_their_last_answer(tmp_path, to
     assert text.endswith("<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_with_prompts_evaluation_has_them_and_predict_needs_no_answers(tmp_path, tokenizer):
+def test_with_prompts_evaluation_has_them_and_predict_needs_no_answers(tmp_path, chats_of):
     asked = [{"messages": [user("Hi."), assistant("Yes."), user(f"{'And? ' * i}")]} for i in (1, 3)]
     answered = {"messages": [*asked[0]["messages"], assistant("No.")]}
-    files = {
-        "train": [answered] * 4,
-        "test": [answered, *[{"messages": [user("Hi."), assistant("Yes.")]}]],
-        "predict": asked,
-    }
-    files = {split: written(tmp_path / f"{split}.jsonl", rows) for split, rows in files.items()}
-    data = ChatData(files, tokenizer, split=ALL, with_prompts=True, packing=True)
-    data.setup()
+    short = {"messages": [user("Hi."), assistant("Yes.")]}
+    files = {"train": [answered] * 4, "test": [answered, short], "predict": asked}
+    files = {split: write(tmp_path / f"{split}.jsonl", rows) for split, rows in files.items()}
+    data = chats_of(files, with_prompts=True, packing=True)
     assert set(next(iter(data.train_dataloader()))) == {"input_ids", "labels", "position_ids"}
     (batch,) = data.test_dataloader()
     assert batch["references"] == [["No."], ["Yes."]]
@@ -133,12 +106,9 @@ def test_with_prompts_evaluation_has_them_and_predict_needs_no_answers(tmp_path,
     assert (batch["prompt_attention_mask"] == (batch["prompt_input_ids"] != data.pad_token_id)).all()
     (batch,) = data.predict_dataloader()
     assert set(batch) == {"prompt_input_ids", "prompt_attention_mask"}
-    assert "Yes.<|im_end|>\n<|im_start|>user\nAnd? And? And? <|im_end|>" in data.tokenizer.decode(
-        batch["prompt_input_ids"][1]
-    )
-    alone = files | {"predict": written(tmp_path / "alone.jsonl", [{"messages": [user("Hi.")]}])}
-    ChatData(alone, tokenizer, split=ALL, with_prompts=True).setup()
-    with pytest.raises(
-        LoRAError, match=r"alone.jsonl, the predict set, row 1, .* expected a message of the role assist"
-    ):
-        ChatData(alone, tokenizer, split=ALL).setup()
+    prompt = data.tokenizer.decode(batch["prompt_input_ids"][1])
+    assert "Yes.<|im_end|>\n<|im_start|>user\nAnd? And? And? <|im_end|>" in prompt
+    alone = files | {"predict": write(tmp_path / "alone.jsonl", [{"messages": [user("Hi.")]}])}
+    chats_of(alone, with_prompts=True)
+    with pytest.raises(LoRAError, match=r"alone.jsonl, the predict set, row 1, .* expected a message of the role ass"):
+        chats_of(alone)

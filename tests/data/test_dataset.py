@@ -1,6 +1,6 @@
 """Datasets by class, streams in shares, and sets of the hub's form as torch datasets."""
 
-import functools
+import itertools
 import operator
 
 import datasets
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lora_lightning import LoRAError
 from lora_lightning.data.dataset import DatasetData, Share, hub_dataset
+from lora_lightning.data.io.tables import read_tables
 
 
 class Count(IterableDataset):
@@ -25,36 +26,21 @@ def numbers(loader):
     return sorted(int(i) for batch in loader for i in batch)
 
 
-def test_a_dataset_with_a_length_is_shuffled_in_training_alone():
+def test_a_dataset_with_a_length_is_shuffled_in_training_alone_and_a_stream_is_not():
     data = TensorDataset(torch.arange(20), torch.zeros(20))
     module = DatasetData(train=data, test=data, batch_size=6, eval_batch_size=7)
-    train = [batch[0].tolist() for batch in module.train_dataloader()]
+    train = [batch[0] for batch in module.train_dataloader()]
     assert [len(batch) for batch in train] == [6, 6, 6, 2]
-    assert sorted(functools.reduce(operator.iadd, train, [])) == list(range(20))
-    assert functools.reduce(operator.iadd, train, []) != list(range(20))
-    assert next(batch[0].tolist() for batch in module.test_dataloader()) == list(range(7))
-    assert next(batch[0].tolist() for batch in module.predict_dataloader()) == list(range(7))
+    assert numbers(train) == list(range(20)) != torch.cat(train).tolist()
+    for loader in (module.test_dataloader(), module.predict_dataloader()):
+        assert next(iter(loader))[0].tolist() == list(range(7))
     assert module.val_dataloader() == []
     assert not module.has_validation
     assert len(list(DatasetData(train=data, batch_size=6, drop_last=True).train_dataloader())) == 3
+    stream = DatasetData(train=Count(5), validation=Count(3), batch_size=2)
+    assert [batch.tolist() for batch in stream.train_dataloader()] == [[0, 1], [2, 3], [4]]
+    assert [batch.tolist() for batch in stream.val_dataloader()] == [[0, 1], [2]]
     assert DatasetData(train=[1, 2, 3], validation=[1]).data_summary == {"rows": {"train": 3, "validation": 1}}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world", [1, 3])
-def test_processes_and_workers_share_a_stream(world, workers):
-    shares = [numbers(DataLoader(Share(Count(23), world, rank), num_workers=workers)) for rank in range(world)]
-    assert sorted(functools.reduce(operator.iadd, shares, [])) == list(range(23)), "each example once"
-    even = [numbers(DataLoader(Share(Count(23), world, r, even=True), num_workers=workers)) for r in range(world)]
-    assert len({len(share) for share in even}) == 1, "in training nobody waits for another"
-    assert set(functools.reduce(operator.iadd, even, [])) <= set(range(23))
-    assert sum(map(len, even)) > 23 - world * max(workers, 1)
-
-
-def test_a_stream_is_taken_in_its_order():
-    module = DatasetData(train=Count(5), validation=Count(3), batch_size=2)
-    assert [batch.tolist() for batch in module.train_dataloader()] == [[0, 1], [2, 3], [4]]
-    assert [batch.tolist() for batch in module.val_dataloader()] == [[0, 1], [2]]
 
 
 @pytest.fixture
@@ -81,10 +67,16 @@ def test_a_set_from_disk_keeps_the_columns_that_are_named(saved, form, streaming
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_hub_stream_loses_no_row_to_its_workers(saved, workers):
-    stream = hub_dataset(str(saved / "files"), columns={"y": "y"}, streaming=True, transform=operator.itemgetter("y"))
-    shares = [numbers(DataLoader(Share(stream, 2, rank), num_workers=workers)) for rank in range(2)]
-    assert sorted(functools.reduce(operator.iadd, shares, [])) == list(range(12))
+@pytest.mark.parametrize("world", [1, 3])
+def test_processes_and_workers_share_a_stream(saved, world, workers):
+    hub = hub_dataset(str(saved / "files"), columns={"y": "y"}, streaming=True, transform=operator.itemgetter("y"))
+    for stream, n in ((Count(23), 23), (hub, 12)):
+        shares = [numbers(DataLoader(Share(stream, world, rank), num_workers=workers)) for rank in range(world)]
+        assert sorted(itertools.chain(*shares)) == list(range(n)), "each example once"
+    even = [numbers(DataLoader(Share(Count(23), world, r, even=True), num_workers=workers)) for r in range(world)]
+    assert len({len(share) for share in even}) == 1, "in training nobody waits for another"
+    assert set(itertools.chain(*even)) <= set(range(23))
+    assert sum(map(len, even)) > 23 - world * max(workers, 1)
 
 
 def test_a_stream_is_shuffled_anew_by_epoch(saved):
@@ -112,3 +104,12 @@ def test_a_stream_is_shuffled_anew_by_epoch(saved):
 def test_a_misfit_is_named(act, said, saved):
     with pytest.raises(LoRAError, match=said):
         act(saved)
+
+
+def test_a_part_of_a_hub_set_stands_for_a_file(tmp_path, monkeypatch):
+    """`datasets` takes a directory for a set of the hub."""
+    datasets.Dataset.from_dict({"a": [1, 2, 3, 4]}).to_json(tmp_path / "train.jsonl")
+    found = read_tables({"train": f"{tmp_path}@train[:3]", "validation": f"{tmp_path}@train[3:]"})
+    assert {split: table["a"][:] for split, table in found.items()} == {"train": [1, 2, 3], "validation": [4]}
+    with pytest.raises(LoRAError, match="no part 'tset' of a set"):
+        read_tables({"train": f"{tmp_path}@tset"})

@@ -73,30 +73,18 @@ SUBJECTS = {
     ),
     "sources": Subject(SequenceToSequenceData, lambda i: {"context": "name", "completion": "a place"}, ENDS, "t5"),
     "prompts": Subject(PromptCompletionData, lambda i: {"context": "name", "completion": "a place"}, FILLED, "gpt2"),
-    "pairs": Subject(
-        PairData,
-        lambda i: {"anchor": f"the sky {i}", "positive": "it is blue", "negative": "no idea"},
-        {"negative_column": "negative"},
-        "pairs",
-    ),
+    "pairs": Subject(PairData, lambda i: {"anchor": f"the sky {i}", "positive": "it is blue", "negative": "no idea"},
+                     {"negative_column": "negative"}, "pairs"),
     "answers": Subject(PreferenceData, lambda i: {"prompt": "what", "chosen": "it is", "rejected": "no"}, {}, "pairs"),
-    "messages": Subject(
-        PreferenceData,
-        lambda i: {"prompt": [user("what is")], "chosen": [assistant("it is")], "rejected": [assistant("no")]},
-        {},
-        "pairs",
-        JSONL,
-    ),
-    "whole": Subject(
-        PreferenceData,
-        lambda i: {c: [user("what"), assistant(c)] for c in ("chosen", "rejected")},
-        {"prompt_column": None},
-        "pairs",
-        JSONL,
-    ),
+    "messages": Subject(PreferenceData, lambda i: {
+        "prompt": [user("what is")], "chosen": [assistant("it is")], "rejected": [assistant("no")]
+    }, {}, "pairs", JSONL),
+    "whole": Subject(PreferenceData, lambda i: {c: [user("what"), assistant(c)] for c in ("chosen", "rejected")},
+                     {"prompt_column": None}, "pairs", JSONL),
     "chats": Subject(ChatData, lambda i: {"messages": [user("Hi."), assistant("Yes.")]}, {}, "chat", JSONL),
     "chat pairs": Subject(ChatData, lambda i: {"prompt": "a", "completion": "b"}, {}, "chat"),
     "images": Subject(ImageData, lambda i: {"image": f"{i}.png", "label": i % 2}, {"image_size": 16, **NAMES}, None),
+    "captions": Subject(ImageTextData, lambda i: {"image": f"{i}.png", "text": "the sky"}, {}, "clip"),
 }  # fmt: skip
 
 # What is wrong with row 3 of a file: the subject, the column, what stands there, what is said, kinds of file.
@@ -160,10 +148,17 @@ CELLS = [
         ]
     ),
     ("chat pairs", "completion", None, "expected text, got None", KINDS),
-    ("images", "image", "nowhere.png", "'nowhere.png'.*no such file", KINDS),
-    ("images", "image", "films.jsonl", "that opens, got 'films.jsonl'", JSONL),
-    ("images", "image", None, "expected the path of an image, got None", KINDS),
-    ("images", "image", 7, "the path of an image", JSONL),
+    *(
+        (name, "image", *case)
+        for name in ("images", "captions")
+        for case in [
+            ("nowhere.png", "'nowhere.png'.*no such file", KINDS),
+            ("films.jsonl", "that opens, got 'films.jsonl'", JSONL),
+            (None, "expected the path of an image, got None", KINDS),
+            (7, "the path of an image", JSONL),
+        ]
+    ),
+    ("captions", "text", " ", "expected a text with words", JSONL),
     ("images", "label", None, "expected a label", KINDS),
     ("images", "label", 3, "0 to 1, got 3", KINDS),
 ]  # fmt: skip
@@ -177,7 +172,7 @@ def given(tokenizers, tmp_path):
 
     def make(name, rows, kind=None, file="films"):
         subject = SUBJECTS[name]
-        if name == "images":
+        if name in ("images", "captions"):
             for i in range(8):
                 picture(random.Random(i), "red").save(tmp_path / f"{i}.png")
         path = rows if kind is None else write(tmp_path / f"{file}{kind}", rows)
@@ -262,6 +257,24 @@ def test_a_column_that_is_missing_is_named_with_the_file(name, refused):
             assert re.search(rf"'{column}s'\?{told if name in list(SUBJECTS)[:6] else '.*'} \(columns: ", message)
 
 
+TARGETS = {"label", "labels", "dull", "old", "ner_tags", "completion", "positive", "negative"}
+"""What is not known of rows to predict."""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SUBJECTS if TARGETS & set(SUBJECTS[name].row(0)) and "chat" not in name]
+)
+def test_rows_to_predict_need_no_targets(name, given, tmp_path):
+    asked = [{column: cell for column, cell in row.items() if column not in TARGETS} for row in right(name)]
+    for kind in SUBJECTS[name].kinds:
+        files = {
+            "train": write(tmp_path / f"train{kind}", right(name)),
+            "predict": write(tmp_path / f"new{kind}", asked),
+        }
+        batch = next(iter(given(name, files).predict_dataloader()))
+        assert {"labels", "references"}.isdisjoint(batch)
+
+
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_a_file_without_rows_is_named(name, refused, tmp_path):
     for kind in SUBJECTS[name].kinds:
@@ -312,14 +325,33 @@ def test_a_broken_file_is_named_with_the_row_that_breaks_it(name, content, said,
 
 ROW = {"prompt": "what is", "chosen": "it is", "rejected": "no"}
 LABELLED = [{"text": f"the film {i}", "label": f"{i % 2}"} for i in range(30)]
+ALIKE = [{"text": f"{i}", "label": "x", "labels": "x", "tokens": ["a"], "ner_tags": ["O"], "n": 3} for i in range(20)]
+ONE_LABEL = [
+    (TextClassificationData, {}),
+    (TextClassificationData, {"label_names": ["x", "y"]}),
+    (MultiLabelTextData, {"label_names": ["x", "y"]}),
+    (TokenClassificationData, {}),
+    (TokenClassificationData, {"label_names": ["O", "B"]}),
+    (TextRegressionData, {"number_column": "n"}),
+]
+BLANK = [
+    (TextClassificationData, "bert", {"text": " ", "label": "a"}, "text"),
+    (SequenceToSequenceData, "t5", {"source": " ", "target": "a"}, "source"),
+    (SequenceToSequenceData, "t5", {"source": "a", "target": " "}, "target"),
+    (PromptCompletionData, "gpt2", {"prompt": "a", "completion": " "}, "completion"),
+    (LanguageModellingData, "lm", {"text": " "}, "text"),
+]
 ARGUMENTS = [
     (TextClassificationData, "bert", LABELLED, {"drop_labels": ["2"]}, "no row is labelled '2'"),
     (TextClassificationData, "bert", LABELLED, {"min_words": 99}, "no row of the train set is left"),
     (TextClassificationData, "bert", LABELLED, {"label_names": ["a", "a"]}, "label_names holds a name twice"),
     (TextClassificationData, "bert", None, {}, "no file"),
+    (TextClassificationData, "bert", "package:no_such_package/x.csv", {}, "'no_such_package', which is not installed"),
     (MultiLabelTextData, "bert", LABELLED, {"label_columns": ["a"], "label_names": ["A"]}, "leave label_names out"),
     (MultiLabelTextData, "bert", LABELLED, {"separator": ""}, "separator must be what stands between"),
-    (LanguageModellingData, "lm", [{"text": ""}, {"text": " "}], {}, "expected texts in column 'text', all are blank"),
+    *((cls, "bert", ALIKE, options, "set.jsonl.*(at least 2|the same label)") for cls, options in ONE_LABEL),
+    *((cls, named, [row] * 9, {}, f"set.jsonl, the train set: expected texts in column '{column}', all are blank")
+      for cls, named, row, column in BLANK),
     (LanguageModellingData, "lm", [{"text": "one"}] * 2, {"end_of_text": False}, "no row has two tokens, so there"),
     (LanguageModellingData, "lm", [{"text": "one two"}], {"max_length": 1}, "max_length must be at least 2"),
     (LanguageModellingData, "pairs", [{"text": "one"}], {"text_column": "tex"}, "no column 'tex'; did you mean 'text'"),
@@ -350,14 +382,10 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("cls", "tokenizer", "rows", "options", "said"), ARGUMENTS, ids=lambda part: str(part)[-30:])
 def test_an_argument_that_does_not_fit_is_named(cls, tokenizer, rows, options, said, tokenizers, tmp_path):
-    path = tmp_path / "nowhere.csv" if rows is None else write(tmp_path / "set.jsonl", rows)
+    path = tmp_path / "nowhere.csv" if rows is None else rows
+    if isinstance(rows, list):
+        path = write(tmp_path / "set.jsonl", rows)
     for i in range(8):
         picture(random.Random(i), "red").save(tmp_path / f"{i}.png")
-    named = {"bert": 1, "lm": 1, "pairs": 1, "gpt2": 1, "chat": 1}.get(tokenizer) and getattr(tokenizers, tokenizer)
     with pytest.raises(LoRAError, match=said):
-        ready(cls, path, named or tokenizer, **{"split": ALL} | options)
-
-
-def test_a_package_that_is_not_installed_is_named(bert):
-    with pytest.raises(LoRAError, match="'no_such_package', which is not installed"):
-        ready(TextClassificationData, "package:no_such_package/x.csv", bert)
+        ready(cls, path, getattr(tokenizers, str(tokenizer), tokenizer), **{"split": ALL} | options)

@@ -1,19 +1,15 @@
 """Pairs of texts, and of images and texts, become batches; a fault is named by file, row and column."""
 
-import io
-
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPProcessor
 
 from lora_lightning import LoRAError
 from lora_lightning.data.images.texts import ImageTextData
 from lora_lightning.data.pairs import PairData, groups_of
 from tests.data.files import ALL, ready, rows_of, save, write
-from tests.tiny_pairs import make_tokenizer
 
 ROWS = [
     {"anchor": "what colour is the sky", "positive": "it is blue", "negative": "it is green", "film": "a"},
@@ -22,8 +18,8 @@ ROWS = [
 ]
 
 
-def pairs_of(folder, tokenizers, rows=ROWS, **options):
-    path = rows if isinstance(rows, dict) else write(folder / "pairs.jsonl", rows)
+def pairs_of(folder, tokenizers, **options):
+    path = write(folder / "pairs.jsonl", ROWS)
     return ready(PairData, path, tokenizers.pairs, **{"split": ALL, "length_grouped": False} | options)
 
 
@@ -62,79 +58,41 @@ def test_a_group_column_says_what_belongs_together(tmp_path, tokenizers):
     assert rows_of(data)["labels"].tolist() == [[0, -1], [1, -1], [0, -1]]
     assert groups_of(["x", "y"], None, None) == [[0], [1]]
     assert rows_of(pairs_of(tmp_path, tokenizers, max_length=2))["anchor"]["input_ids"].shape == (3, 2)
-    files = {
-        "train": write(tmp_path / "train.jsonl", ROWS),
-        "predict": write(tmp_path / "new.jsonl", [{"anchor": "a"}]),
-    }
-    assert set(rows_of(pairs_of(tmp_path, tokenizers, files), "predict")) == {"anchor"}, "an anchor is enough"
 
 
-@pytest.fixture(scope="module")
-def processor(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processor")
-    size = {"shortest_edge": 8}
-    images = CLIPImageProcessor(size=size, crop_size={"height": 8, "width": 8})
-    CLIPProcessor(images, make_tokenizer(folder)).save_pretrained(folder)
-    return str(folder)
+CAPTIONS = ["the sky", "the grass", "the sky"]
 
 
 def picture(seed):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (12, 10, 3), dtype=np.uint8))
 
 
-def write_pictures(folder, count=3):
-    (folder / "images").mkdir()
-    for i in range(count):
-        picture(i).save(folder / f"images/{i}.png")
-    captions = ["the sky", "the grass", "the sky"]
-    return [{"image": f"images/{i}.png", "text": captions[i % 3]} for i in range(count)]
-
-
-def test_images_and_texts_go_through_the_processor(tmp_path, processor):
-    file = write(tmp_path / "captions.jsonl", write_pictures(tmp_path))
-    data = captioned(file, processor, num_workers=1)
-    batch = rows_of(data)
-    assert next(iter(data.train_dataloader()))["pixel_values"].shape == (3, 3, 8, 8), "workers open images too"
-    own = data.processor(
-        images=[picture(i) for i in range(3)], text=["the sky", "the grass", "the sky"], return_tensors="pt"
-    )
-    assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
-    torch.testing.assert_close(batch["pixel_values"], own["pixel_values"])
-    assert torch.equal(batch["input_ids"], own["input_ids"])
-    assert batch["labels"].tolist() == [[0], [1], [0]]
-
-
-def test_paths_bytes_and_image_columns_give_the_same_batch(tmp_path, processor):
-    rows = write_pictures(tmp_path)
-    from_paths = rows_of(captioned(write(tmp_path / "captions.jsonl", rows), processor))
-    held = []
-    for i, row in enumerate(rows):
-        buffer = io.BytesIO()
-        picture(i).save(buffer, "PNG")
-        held.append({**row, "image": {"bytes": buffer.getvalue(), "path": None}})
+@pytest.fixture
+def captions(tmp_path):
+    """A file of images' paths and captions, and a saved set that holds the images' bytes."""
+    rows, held = [], []
+    for i, text in enumerate(CAPTIONS):
+        picture(i).save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "text": text})
+        held.append({"image": {"bytes": (tmp_path / f"{i}.png").read_bytes(), "path": None}, "text": text})
     features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
-    from_set = rows_of(captioned(save(tmp_path / "saved", features, train=held), processor))
-    for name, value in from_paths.items():
-        assert torch.equal(value, from_set[name]), name
+    return write(tmp_path / "captions.jsonl", rows), save(tmp_path / "saved", features, train=held)
 
 
-def test_a_fault_in_an_image_is_named(tmp_path, processor):
-    rows = write_pictures(tmp_path)
-    (tmp_path / "images/1.png").write_bytes(b"no image")
-    file = write(tmp_path / "captions.jsonl", rows)
-    with pytest.raises(
-        LoRAError, match=r"captions.jsonl, the train set, row 2, column 'image': expected an image that op"
-    ):
-        captioned(file, processor)
-    (tmp_path / "images/1.png").unlink()
-    with pytest.raises(LoRAError, match=r"row 2, column 'image': expected an image that opens, .*1.png': there is no"):
-        captioned(file, processor)
-    whole = (tmp_path / "images/0.png").read_bytes()
-    (tmp_path / "images/0.png").write_bytes(whole[:150])  # the header is there, pixels are not
-    data = captioned(write(file, [rows[0], rows[2]]), processor)
+def test_images_by_path_and_in_a_set_go_through_the_processor_with_their_texts(captions, tokenizers):
+    for path in captions:
+        data = captioned(path, tokenizers.clip, num_workers=1)
+        batch = rows_of(data)
+        assert next(iter(data.train_dataloader()))["pixel_values"].shape == (3, 3, 8, 8), "workers open images too"
+        own = data.processor(images=[picture(i) for i in range(3)], text=CAPTIONS, return_tensors="pt")
+        assert set(batch) == {"pixel_values", "input_ids", "attention_mask", "labels"}
+        torch.testing.assert_close(batch["pixel_values"], own["pixel_values"])
+        assert torch.equal(batch["input_ids"], own["input_ids"])
+        assert batch["labels"].tolist() == [[0], [1], [0]]
+
+
+def test_an_image_that_is_cut_off_is_named(captions, tokenizers, tmp_path):
+    whole = (tmp_path / "0.png").read_bytes()
+    (tmp_path / "0.png").write_bytes(whole[:150])  # the header is there, pixels are not
     with pytest.raises(LoRAError, match="row 1, column 'image': expected an image that opens"):
-        rows_of(data)
-    with pytest.raises(LoRAError, match=r"row 1, column 'image': expected the path of an image"):
-        captioned(write(file, [{"image": 3, "text": "the sky"}]), processor)
-    with pytest.raises(LoRAError, match="row 1, column 'text': expected a text with words"):
-        captioned(write(file, [{**rows[2], "text": ""}]), processor)
+        rows_of(captioned(captions[0], tokenizers.clip))

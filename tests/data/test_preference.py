@@ -4,7 +4,7 @@ import pytest
 
 from lora_lightning import LoRAError
 from lora_lightning.data.preference import PreferenceData, fit_to_length
-from tests.data.files import ALL, ready, write
+from tests.data.files import ALL, ready, rows_of, write
 from tests.tiny_pairs import as_messages, make_tokenizer, preferences
 
 
@@ -18,14 +18,12 @@ def data_of(folder, tokenizer, rows, **options):
     return ready(PreferenceData, path, tokenizer, **{"split": ALL, "length_grouped": False} | options)
 
 
-def texts(data, split="train"):
+def texts(data):
     """Of the first batch, unshuffled: each text, and the part of it that counts."""
-    rows = [data.encoded_rows(split)[i] for i in range(4)]
+    rows = [data.encoded_rows("train")[i] for i in range(4)]
     batch, tokenizer = data.collate(rows), data.tokenizer
-    whole = [
-        tokenizer.decode(ids[mask.bool()])
-        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-    ]
+    real = zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True)
+    whole = [tokenizer.decode(ids[mask]) for ids, mask in real]
     counted = [tokenizer.decode(labels[labels != -100]) for labels in batch["labels"]]
     assert ((batch["labels"] == batch["input_ids"]) | (batch["labels"] == -100)).all()
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
@@ -35,23 +33,21 @@ def texts(data, split="train"):
 def test_texts_stand_as_they_are_and_answers_end(tmp_path, llama):
     rows = preferences(6)
     whole, counted = texts(data_of(tmp_path, llama, rows))
-    answers = [row["chosen"] for row in rows[:4]] + [row["rejected"] for row in rows[:4]]
-    assert counted == [f"{answer} </s>" for answer in answers]
-    assert [w.replace("</s>", "").strip() for w in whole[:4]] == [f"{r['prompt']} {r['chosen']}" for r in rows[:4]]
-    assert [w.replace("</s>", "").strip() for w in whole[4:]] == [f"{r['prompt']} {r['rejected']}" for r in rows[:4]]
+    answered = [(row["prompt"], row[answer]) for answer in ("chosen", "rejected") for row in rows[:4]]
+    assert counted == [f"{answer} </s>" for _, answer in answered]
+    assert [text.replace("</s>", "").strip() for text in whole] == [" ".join(texts) for texts in answered]
 
 
 def test_texts_as_chat_messages_and_whole_conversations_are_one(tmp_path, llama):
     rows = preferences(6)
     as_chat = texts(data_of(tmp_path, llama, rows, as_chat=True))
     messages = [as_messages(row) for row in rows]
+    messages[5]["prompt"][0]["name"] = "a key that others have not"
     assert texts(data_of(tmp_path, llama, messages)) == as_chat
     whole = [{c: row["prompt"] + row[c] for c in ("chosen", "rejected")} | {"prompt": "unused"} for row in messages]
     assert texts(data_of(tmp_path, llama, whole, prompt_column=None)) == as_chat
-    template = [f"<s> user {r['prompt']} </s> assistant {r['chosen']} </s>" for r in rows[:4]]
-    assert [" ".join(w.replace("</s>", " </s> ").split()) for w in as_chat[0][:4]] == [
-        " ".join(t.split()) for t in template
-    ]
+    said = [text.replace("</s>", " </s> ").split() for text in as_chat[0][:4]]
+    assert said == [f"<s> user {r['prompt']} </s> assistant {r['chosen']} </s>".split() for r in rows[:4]]
     assert all("user" not in c and "assistant" not in c for c in as_chat[1])
 
 
@@ -86,13 +82,7 @@ def test_cutting_keeps_answers_and_takes_the_prompts_beginning():
 def test_no_text_is_longer_than_allowed_and_every_answer_is_there(tmp_path, llama):
     rows = [{"prompt": "what " * 20, "chosen": "it " * n, "rejected": "no " * (9 - n)} for n in range(1, 9)]
     data = data_of(tmp_path, llama, rows, max_length=12, max_prompt_length=4)
-    batch = data.collate([data.encoded_rows("train")[i] for i in range(8)])
+    batch = rows_of(data)
     assert batch["input_ids"].shape[1] <= 12
     assert (batch["labels"] != -100).any(1).all()
     assert max(data.lengths(data.encoded_rows("train"))) == batch["input_ids"].shape[1]
-
-
-def test_messages_may_have_more_keys_in_some_rows(tmp_path, llama):
-    rows = [as_messages(row) for row in preferences(5)]
-    rows[0]["prompt"][0]["name"] = "someone"
-    data_of(tmp_path, llama, rows)

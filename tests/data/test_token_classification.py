@@ -54,12 +54,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, bert, suffix):
     assert data.tokenizer.convert_ids_to_tokens(row["input_ids"]) == tokens
     assert row["word_ids"] == [-1, 0, 1, 2, 3, -1, -1]
     assert row["labels"] == [-100, 2, 3, 0, 1, -100, -100]
-
-
-def test_all_pieces_may_be_labelled_and_a_word_still_begins_once(tmp_path, bert):
-    row = data_of(write(tmp_path / "train.jsonl", ROWS), bert, label_all_pieces=True).encoded_rows("train")[0]
-    assert row["labels"] == [-100, 2, 3, 0, 1, 1, -100]
-    assert row["word_ids"] == [-1, 0, 1, 2, 3, -1, -1]
+    every = data_of(tmp_path / f"train{suffix}", bert, label_all_pieces=True).encoded_rows("train")[0]
+    assert every == row | {"labels": [-100, 2, 3, 0, 1, 1, -100]}, "a word still begins once"
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -84,47 +80,40 @@ def test_a_sets_own_names_keep_their_numbers(tmp_path, bert):
     data = data_of(files.save(tmp_path / "saved", features, train=rows), bert)
     assert data.label_names == ["B-LOC", "B-PER", "I-PER", "O"]
     assert data.encoded_rows("train")[0]["labels"] == [-100, 1, 2, 3, 0, -100, -100]
-    with pytest.raises(LoRAError, match="in the set's own order"):
-        _ = data_of(tmp_path / "saved", bert, label_names=NAMES).label_names
+    with pytest.raises(LoRAError):
+        data_of(tmp_path / "saved", bert, label_names=NAMES)
 
 
-def test_rows_to_predict_keep_their_words_and_need_no_tags(tmp_path, bert):
-    only_words = tmp_path / "new.txt"
-    only_words.write_text("Lee\nsaw\n\nAnn\n")
-    data = data_of({"predict": only_words}, bert, label_names=NAMES)
-    batch = next(iter(data.predict_dataloader()))
-    assert batch["words"] == [["Lee", "saw"], ["Ann"]]
-    assert batch["word_ids"].tolist() == [[-1, 0, 1, -1], [-1, 0, -1, -1]]
-    assert "labels" not in batch
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [  # remarks stand above a sentence, a # in it is a word; words alone; tabs part fields where there are any
+        ("# id 7 domain=en\nAnn _ _ B-PER\n# _ _ O\n\n# text = Lee x\nLee _ _ B-PER\n", [["Ann", "#"], ["Lee"]]),
+        ("Lee\nsaw\n\nAnn\n", [["Lee", "saw"], ["Ann"]]),
+        ("New York\tB-LOC\tx\r\nis\tO\ty\r\n", [["New York", "is"]]),
+    ],
+)
+def test_rows_to_predict_keep_the_words_of_a_file(text, sentences, tmp_path, bert):
+    (tmp_path / "x.conll").write_text(text)
+    batch = next(iter(data_of({"predict": tmp_path / "x.conll"}, bert, label_names=NAMES).predict_dataloader()))
+    assert batch["words"] == sentences
+    assert batch["word_ids"].max(1).values.tolist() == [len(words) - 1 for words in sentences]
 
 
-def test_words_beyond_max_length_are_said(tmp_path, bert):
+def test_the_tag_may_be_any_field(tmp_path, bert):
+    (tmp_path / "x.iob").write_text("New York\tB-LOC\tx\r\nis\tO\ty\r\n")
+    assert data_of(tmp_path / "x.iob", bert, tag_field=1).label_names == ["O", "B-LOC"]
+    with pytest.raises(LoRAError, match="has 3 fields a line: the tag cannot be field 3"):
+        data_of(tmp_path / "x.iob", bert, tag_field=3)
+
+
+def test_words_that_no_metric_will_see_are_said(tmp_path, bert):
     paths = {split: write(tmp_path / f"{split}.jsonl", ROWS) for split in ("train", "validation")}
     with pytest.warns(UserWarning, match=r"validation.jsonl.*: 3 of 9 words are cut off by max_length=4 .* no metric"):
         data_of(paths, bert, max_length=4)
-
-
-def test_words_that_hold_nothing_are_counted_and_the_others_stay_in_line(tmp_path, bert):
     rows = [{"tokens": ["Ann", "\u200b", "Lee"], "ner_tags": ["B-PER", "O", "I-PER"]}]
     with pytest.warns(UserWarning, match="1 of 3 words"):
         row = data_of(write(tmp_path / "train.jsonl", rows), bert).encoded_rows("train")[0]
-    assert row["word_ids"] == [-1, 0, 2, -1]
-
-
-def test_remarks_above_a_sentence_are_no_words_but_a_hash_in_it_is(tmp_path, bert):
-    text = "# id 7 domain=en\nAnn _ _ B-PER\n# _ _ O\n\n# text = Lee x\nLee _ _ B-PER\n"
-    (tmp_path / "x.conll").write_text(text)
-    data = data_of((tmp_path / "x.conll"), bert)
-    assert data.tables["train"]["tokens"][:] == [["Ann", "#"], ["Lee"]]
-
-
-def test_tabs_part_fields_where_there_are_any_and_the_tag_may_be_any_field(tmp_path, bert):
-    (tmp_path / "x.iob").write_text("New York\tB-LOC\tx\r\nis\tO\ty\r\n")
-    data = data_of((tmp_path / "x.iob"), bert, tag_field=1)
-    assert data.tables["train"]["tokens"][:] == [["New York", "is"]]
-    assert data.label_names == ["O", "B-LOC"]
-    with pytest.raises(LoRAError, match="has 3 fields a line: the tag cannot be field 3"):
-        data_of((tmp_path / "x.iob"), bert, tag_field=3)
+    assert row["word_ids"] == [-1, 0, 2, -1], "the others stay in line"
 
 
 def test_byte_level_tokenizers_see_words_as_in_running_text(tmp_path):

@@ -49,9 +49,8 @@ def square_loss(model, batch):
     return model(batch).double().square().mean()
 
 
-def shake(model, size=0.1):
-    """Move everything that trains, as a little training would: magnitudes and biases too."""
-    return move(model, size)
+shake = partial(move, size=0.1)
+"""Move everything that trains, as a little training would: magnitudes and biases too."""
 
 
 def drawn(*shape, seed=1):
@@ -61,6 +60,22 @@ def drawn(*shape, seed=1):
 def on(x, model):
     """`x` in the dtype of the model."""
     return x.to(next(model.parameters()).dtype)
+
+
+class Doubled(nn.Linear):
+    """A subclass with a forward and an argument of its own."""
+
+    def forward(self, tokens, *, factor=2.0):
+        return factor * super().forward(tokens)
+
+
+def run_doubled(model):
+    return model[0](tokens=on(drawn(2, 6), model), factor=3.0).sum() + run_six(model)
+
+
+class Padded(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
 
 
 CONVS = {
@@ -73,6 +88,7 @@ CONVS = {
     "2d circular": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, padding_mode="circular"),
     "2d grouped": lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False),
     "2d grouped, with a bias": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2),
+    "2d that pads": lambda: Padded(4, 6, 3),
     "3d": lambda: nn.Conv3d(4, 6, 2, padding=1),
     "3d grouped": lambda: nn.Conv3d(4, 6, 3, padding=1, groups=2),
 }
@@ -87,23 +103,16 @@ def run_conv(model, which):
     return model(on(drawn(2, 4, *[6] * int(which[0])), model))
 
 
-class Scaled(nn.Embedding):
-    """As Gemma's: what is looked up is scaled."""
-
-    def forward(self, input):
-        return super().forward(input) * 3.5
-
-
 IDS = torch.tensor([[1, 2, 2, 0], [8, 0, 5, 1]])
 
 
-def embedding(cls=nn.Embedding, **kwargs):
+def embedding(**kwargs):
     torch.manual_seed(0)
-    return nn.Sequential(cls(9, 6, **kwargs), nn.Tanh(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Embedding(9, 6, **kwargs), nn.Tanh(), nn.Linear(6, 3))
 
 
-def bounded_embedding(norm_type):
-    model = embedding(max_norm=1.0, norm_type=norm_type)
+def bounded_embedding():
+    model = embedding(max_norm=1.0)
     model(torch.arange(9))  # torch rewrites W0 here
     with torch.no_grad():
         model[0].weight.mul_(0.99)  # from now on it need not, in any dtype
@@ -129,12 +138,8 @@ def run_ids(model):
 ONE_BLOCK = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 GROUPED = {**ONE_BLOCK, "num_key_value_heads": 1, "vocab_size": 32}
 T5 = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 40, "dropout_rate": 0.0}
-BART = {
-    f"{side}_{what}": 1 + (what != "layers")
-    for side in ("encoder", "decoder")
-    for what in ("layers", "attention_heads")
-}
-BART |= {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40, "max_position_embeddings": 32}
+BART = {"d_model": 16, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 40, "max_position_embeddings": 32}
+BART |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 DEBERTA = {**ONE_BLOCK, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 4}
 gemma = partial(hf, "Gemma3ForCausalLM", "Gemma3TextConfig", **GROUPED, head_dim=8, attn_implementation="eager")
 t5 = partial(hf, "T5ForConditionalGeneration", **T5, pad_token_id=0, decoder_start_token_id=0)
@@ -223,6 +228,29 @@ class Attention(nn.Module):
         }
         out, weights = self.attn(q, k if self.cross else q, v if self.cross else q, **call)
         return torch.cat([out.flatten(), torch.zeros(0).to(out) if weights is None else weights.flatten()])
+
+
+class OwnAttention(nn.MultiheadAttention):
+    """Reads weights itself."""
+
+    def forward(self, x):
+        x = nn.functional.linear(x, self.in_proj_weight)[..., : self.embed_dim]
+        return nn.functional.linear(x, self.out_proj.weight) + self.out_proj(x)
+
+
+class OwnLayer(nn.TransformerEncoderLayer):
+    def forward(self, src):
+        return self.linear2(torch.tanh(self.linear1(src)))
+
+
+def alone(cls, *args, **kwargs):
+    """One module in a model, with the same weights each time."""
+    torch.manual_seed(0)
+    return nn.Sequential(cls(*args, **kwargs))
+
+
+def encoder_layer(**kwargs):
+    return alone(nn.TransformerEncoderLayer, 8, 2, 16, batch_first=True, dropout=0.0, **kwargs)
 
 
 def run_attention(model):
@@ -332,20 +360,23 @@ class Kind:
     """Whether filling it with a state dict brings all of it back."""
 
 
+def at(*targets, **fields):
+    return {"target_modules": [*targets], **fields}
+
+
+def bare(*names, **fields):
+    return at(target_parameters=[*names], **fields)
+
+
 def kind_of_conv(which, *options):
     witness = "both" if which in ("1d", "2d", "3d") else ""  # PEFT's A knows neither padding modes nor groups
-    fields = {"target_modules": ["1"]}
-    return Kind(partial(conv, which), partial(run_conv, which=which), fields, ("plain", *options), witness)
+    return Kind(partial(conv, which), partial(run_conv, which=which), at("1"), ("plain", *options), witness)
 
 
 def kind_of_attention(*targets, parts=(), **kwargs):
-    fields = {"target_modules": [*targets], "slices": {"attn": list(parts)} if parts else {}}
+    fields = at(*targets, slices={"attn": list(parts)} if parts else {})
     peft = "ours" if targets == ("attn",) and not kwargs else ""
     return Kind(partial(Attention, **kwargs), run_attention, fields, peft=peft)
-
-
-def bare(*names):
-    return {"target_modules": [], "target_parameters": [*names]}
 
 
 def kind_of_parameters(*names, transposed=False, peft=""):
@@ -353,13 +384,11 @@ def kind_of_parameters(*names, transposed=False, peft=""):
 
 
 def tokens_of(make, run, rows, *targets, peft="", meta=True):
-    fields = {"target_modules": [*targets], "trainable_token_indices": rows}
-    return Kind(make, run, fields, peft=peft, formula=False, meta=meta)
+    return Kind(make, run, at(*targets, trainable_token_indices=rows), peft=peft, formula=False, meta=meta)
 
 
-def kind_of_attended(targets, dropout_pattern=None, peft=""):
-    fields = {"target_modules": targets, "bias": "all", "dropout_pattern": dropout_pattern or {}}
-    return Kind(Attended, run_attended, fields, peft=peft, formula=False)
+def kind_of_attended(make, *targets, peft="", **fields):
+    return Kind(make, run_attended, at(*targets, **fields), peft=peft, formula=False)
 
 
 def run_tokens(model):
@@ -375,8 +404,7 @@ STARTS = ("pissa", "olora", "orthogonal", "pissa_niter_4")
 
 
 def kind_of_embedding(make, *options, peft="", formula=False, meta=True, targets=("0",)):
-    fields = {"target_modules": [*targets]}
-    return Kind(make, run_ids, fields, ("plain", *options), peft=peft, formula=formula, meta=meta)
+    return Kind(make, run_ids, at(*targets), ("plain", *options), peft=peft, formula=formula, meta=meta)
 
 
 def kind_of_family(name, *options, **fields):
@@ -386,11 +414,11 @@ def kind_of_family(name, *options, **fields):
 
 
 def kind_of_experts(family, product):
-    fields = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    fields = at("q_proj", target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     return Kind(partial(experts_of, family, product), run_tokens, fields, formula=False, meta=False)
 
 
-OF_CONV = {"1d": DORA, "2d": DORA, "3d": DORA, "2d grouped, with a bias": ("lora_bias", "rslora")}
+OF_CONV = {"1d": DORA, "2d": ("dropout", *DORA), "3d": DORA, "2d grouped, with a bias": ("lora_bias", "rslora")}
 OF_CONV |= dict.fromkeys(["1d circular", "2d reflect", "2d grouped"], ("dora",))
 CONV = {f"Conv{which}": kind_of_conv(which, *OF_CONV.get(which, ())) for which in CONVS}
 EMBEDDING = {
@@ -399,13 +427,11 @@ EMBEDDING = {
         partial(embedding, padding_idx=0, scale_grad_by_freq=True), "dora", peft="both"
     ),
     "Embedding and Linear": kind_of_embedding(partial(embedding, padding_idx=0), peft="both", targets=("0", "2")),
-    "Embedding that scales": kind_of_embedding(partial(embedding, Scaled, padding_idx=0)),
-    "Embedding of bounded norm": kind_of_embedding(partial(bounded_embedding, 2.0)),
-    "Embedding of bounded norm 1": kind_of_embedding(partial(bounded_embedding, 1.0)),
+    "Embedding of bounded norm": kind_of_embedding(bounded_embedding),
     "Embedding that is tied": kind_of_embedding(Tied, targets=("embed",)),
     "Gemma's Embedding": kind_of_embedding(gemma, targets=("embed_tokens",), peft="both", meta=False),
     "token rows": tokens_of(embedding, run_ids, [7, 1, 8]),
-    "token rows of one that scales": tokens_of(partial(embedding, Scaled), run_ids, [7, 1, 8], "2"),
+    "token rows beside a linear layer": tokens_of(embedding, run_ids, [7, 1, 8], "2"),
     "token rows with a tied head": tokens_of(Tied, run_ids, {"embed": [1, 5]}),
     "token rows of gemma": tokens_of(gemma, run_ids, [7, 1], "q_proj", peft="both", meta=False),
     "token rows of t5": tokens_of(t5, run_seq2seq, [1, 5], meta=False),
@@ -417,7 +443,7 @@ PARAMETER = {
     "Parameter of the model": kind_of_parameters("mix"),
     "Parameters of both": kind_of_parameters("mix", "experts.down", "up", transposed=True),
     "Parameters beside a module": Kind(
-        Mixture, run_six, {"target_modules": ["proj"], "target_parameters": ["up", "down"], "rank_pattern": {"down": 1}}
+        Mixture, run_six, at("proj", target_parameters=["up", "down"], rank_pattern={"down": 1})
     ),
     "Parameter that its parent reads": Kind(beit, run_attended, bare("qkv.weight"), formula=False, meta=False),
     "Parameter that an encoder reads whole": Kind(
@@ -425,8 +451,7 @@ PARAMETER = {
     ),
     **{
         f"experts of {family}, {product}": kind_of_experts(family, product)
-        for family in EXPERTS
-        for product in ("eager", "batched_mm", "grouped_mm")
+        for family, product in [*((f, "eager") for f in EXPERTS), ("Mixtral", "batched_mm"), ("GptOss", "grouped_mm")]
     },
 }
 ATTENTION = {
@@ -446,16 +471,30 @@ ATTENTION = {
     "attention of q and v": kind_of_attention("attn", parts="qv"),
     "attention of k": kind_of_attention("attn", parts="k", cross=True),
     "attention of v, k and q, unfused": kind_of_attention("attn", parts="vkq", cross=True, kdim=5, vdim=6),
-    "every bias beside conv and attention": kind_of_attended(["conv", "attention"], peft="ours"),
-    "every bias beside out_proj and linear": kind_of_attended(["attention.out_proj", "up"], {"up": 0.25}),
+    "every bias beside conv and attention": kind_of_attended(Attended, "conv", "attention", bias="all", peft="ours"),
+    "every bias beside out_proj and linear": kind_of_attended(
+        Attended, "attention.out_proj", "up", bias="all", dropout_pattern={"up": 0.25}
+    ),
+    "attention with a copy of its out_proj": kind_of_attended(Attended, "up", modules_to_save=["attention.out_proj"]),
+    "attention that reads its weights": kind_of_attended(partial(alone, OwnAttention, 8, 2), "0", "out_proj"),
+    "encoder layer with a forward of its own": kind_of_attended(partial(alone, OwnLayer, 8, 2, 16), "linear2"),
+    **{
+        f"encoder layer, {name} saved": kind_of_attended(encoder_layer, "linear2", modules_to_save=[name])
+        for name in ("linear1", "self_attn.out_proj", "self_attn")
+    },
+    "encoder layer, biases": kind_of_attended(encoder_layer, "linear1", bias="all"),
+    "encoder layer, biases, norms first": kind_of_attended(
+        partial(encoder_layer, norm_first=True), "linear1", bias="all"
+    ),
 }
 KINDS: dict[str, Kind] = {
     "Linear": Kind(net, lambda m: m(on(inputs(), m)), {"r": 4, "alpha": 6.0}, tuple(OPTIONS | OF_NET), "both"),
-    "Conv1D": Kind(conv1d, run_six, {"target_modules": ["0", "2"]}, ("plain", "rslora", *DORA[:3], *STARTS), "both"),
-    "Conv1D in parts": Kind(conv1d, run_six, {"target_modules": ["0"], "slices": {"0": SPECS["thirds"]}}, peft="ours"),
+    "Linear that doubles": Kind(partial(alone, Doubled, 6, 5), run_doubled, at("0"), formula=False),
+    "Conv1D": Kind(conv1d, run_six, at("0", "2"), ("plain", "rslora", "dropout", *DORA[:3], *STARTS), "both"),
+    "Conv1D in parts": Kind(conv1d, run_six, at("0", slices={"0": SPECS["thirds"]}), peft="ours"),
     **{
         f"Linear in parts, {name}": Kind(
-            in_parts, run_six, {"target_modules": ["0", "2"], "slices": {"0": spec}}, ("plain", "rslora"), "ours"
+            in_parts, run_six, at("0", "2", slices={"0": spec}), ("plain", "rslora", "dropout"), "ours"
         )
         for name, spec in SPECS.items()
     },
@@ -465,7 +504,7 @@ KINDS: dict[str, Kind] = {
     **ATTENTION,
     "own": kind_of_family("own", "rslora"),
     "encoder": kind_of_family("encoder", "rslora"),
-    **{f"{name} and its head": kind_of_family(name, modules_to_save=[HEADS[name]]) for name in FAMILIES},
+    **{f"{name} and its head": kind_of_family(name, modules_to_save=[HEADS[name]]) for name in ("own", "encoder")},
 }
 CASES = [(kind, option) for kind, entry in KINDS.items() for option in entry.options]
 

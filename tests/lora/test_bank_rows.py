@@ -8,68 +8,81 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 from lora_lightning import AdapterBank, LoRAError, save_adapter
-from tests.factories import FAMILIES, assert_same, llama, output, snapshot
-from tests.lora.bank_support import ZOO, bank_of, bank_over, trained
-from tests.lora.kinds import KINDS, embedding, inputs, net
-
-SHAPES = {"conv": (4, 6, 6), "groups": (4, 6, 6), "normed": (3, 7), "attention": (3, 8)}
-SHAPES |= {"sequential": (8,), "own": (3, 8), "encoder": (5, 16)}
-
-
-def batch_of(name, count):
-    """Inputs with rows first, by the zoo's names."""
-    random = torch.Generator().manual_seed(5)
-    if name in {"bert", "llama", "gpt", "slices", "gpt2", "embedding"}:
-        return torch.randint(*((0, 9) if name == "embedding" else (1, 40)), (count, 6), generator=random)
-    return torch.randn(count, *SHAPES.get(name, (7, 12)), generator=random, dtype=torch.float64)
+from tests.factories import FAMILIES, assert_same, hf, llama, output, snapshot
+from tests.lora.bank_support import ZOO, bank_of, bank_over, run_net, trained
+from tests.lora.kinds import KINDS, T5, Mixture, Tied, at, bare, embedding, inputs, net
 
 
 @torch.no_grad()
-def each_alone(bank, x, names, run=output):
-    """Every row by a batch of its own, its adapter active."""
-    outs = []
-    for i, name in enumerate(names):
+def each_alone(bank, names, run):
+    """Every row of the output of its own adapter."""
+    outs = {}
+    for name in set(names):
         bank.activate(name)
-        outs.append(run(bank.model, x[i : i + 1]))
-    return torch.cat(outs)
+        outs[name] = run(bank.model)
+    return torch.stack([outs[name][i] for i, name in enumerate(names)])
 
 
-def differs(bank, names, x, run=output):
+def differs(bank, names, run):
     """How far the rows of one batch are from each alone, relative to the largest."""
     with bank.rows(names):
-        got = run(bank.model, x)
-    wanted = each_alone(bank, x, names, run)
+        got = run(bank.model)
+    wanted = each_alone(bank, names, run)
     return float((got - wanted).abs().max() / wanted.abs().max())
 
 
-ROWS = ["b", None, "a", "b", "a"]
+def check_rows(bank, names, run):
+    """Each row is its adapter's, and other than the base's where it has one."""
+    assert differs(bank, names, run) <= 1e-12
+    with bank.rows(names):
+        got = run(bank.model)
+    bank.activate(None)
+    with torch.no_grad():
+        plain = run(bank.model)
+    different = [bool((a - b).abs().max() > 1e-6) for a, b in zip(got, plain, strict=True)]
+    assert different == [name is not None for name in names]
+
+
 NOT_BY_ROW = {"tokens", "experts", "kdim"}
 
 
 @pytest.mark.parametrize("name", [name for name in ZOO if name not in NOT_BY_ROW])
 def test_every_row_is_as_if_alone_with_its_adapter(name, tmp_path):
-    bank = bank_of(name, tmp_path)
+    bank, run = bank_of(name, tmp_path), ZOO[name][1]
     bank.activate("a")
-    before, x = snapshot(bank.model), batch_of(name, len(ROWS))
-    with bank.rows(ROWS):
-        got = output(bank.model, x)
+    before, count = snapshot(bank.model), len(run(bank.model))
+    rows = ["b", None, "a", "b", "a"][:count]
+    with bank.rows(rows):
+        assert not run(bank.model).requires_grad
         assert bank.active is None
     assert bank.active == "a"
-    assert not got.requires_grad
     assert_same(bank.model, before)
-    assert differs(bank, ROWS, x) <= 1e-12
-    bank.activate(None)
-    plain = output(bank.model, x)
-    different = [bool((got[i] - plain[i]).abs().max() > 1e-6) for i in range(len(ROWS))]
-    assert different == [name is not None for name in ROWS]
+    check_rows(bank, rows, run)
+    check_rows(bank, ["a", "b", None, "a", "b"][:count], run)
+
+
+def test_torchs_fused_encoder_kernel_does_not_go_past_the_rows():
+    """It reads the feed-forward weights itself."""
+    bank = bank_over(FAMILIES["encoder"].build(torch.float64), at("linear1"))
+    check_rows(bank, ["a", None], ZOO["encoder"][1])
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_in_other_dtypes(dtype, tolerance, tmp_path):
-    bank, x = bank_of("linear", tmp_path, dtype), batch_of("linear", 3).to(dtype)
-    with bank.rows(["a", "b", None]):
-        assert bank.model(x).dtype == dtype
-    assert differs(bank, ["a", "b", None], x) <= tolerance
+    bank = bank_of("linear", tmp_path, dtype)
+    assert differs(bank, ["a", "b"], run_net) <= tolerance
+    with bank.rows(["a", "b"]):
+        assert run_net(bank.model).dtype == dtype
+
+
+def test_a_head_that_one_saved_and_another_adapts():
+    bank = bank_over(net(torch.float64), at("up", modules_to_save=["head"]), at("up", "head"))
+    assert differs(bank, ["a", "b"], run_net) < 1e-12
+
+
+def of(x):
+    """What runs a model on x."""
+    return lambda model: output(model, x)
 
 
 class Attending(nn.Module):
@@ -77,7 +90,6 @@ class Attending(nn.Module):
 
     def __init__(self, batch_first, need_weights):
         super().__init__()
-        torch.manual_seed(0)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
         self.layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first)
         self.need_weights = need_weights
@@ -86,30 +98,25 @@ class Attending(nn.Module):
         return self.layer(self.attention(x, x, x, need_weights=self.need_weights)[0])
 
 
-def attending(batch_first, need_weights):
-    full = {"r": 2, "target_modules": ["linear2"], "bias": "all", "modules_to_save": ["attention"]}
-    configs = {"r": 2}, {"r": 3, "target_modules": ["attention.out_proj", "linear1"]}, full
-    return bank_over(Attending(batch_first, need_weights).double().eval(), *configs)
-
-
 @pytest.mark.parametrize("length", [2, 3, 6])
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_attention_has_its_rows_first(need_weights, length):
     """Also where there are as many positions as rows: torch's modules say where their rows are."""
-    x = torch.randn(4, length, 8, dtype=torch.float64)
-    assert differs(attending(True, need_weights), ["b", None, "a", "c"], x) <= 1e-12
+    full = at("linear2", bias="all", modules_to_save=["attention"])
+    configs, x = [{"r": 2}, at("attention.out_proj", "linear1"), full], torch.randn(4, length, 8, dtype=torch.float64)
+    first, second = (bank_over(Attending(b, need_weights).double().eval(), *configs) for b in (True, False))
+    assert differs(first, ["b", None, "a", "c"], of(x)) <= 1e-12
     with pytest.raises(LoRAError, match="rows: 'attention' has batch_first=False"):
-        differs(attending(False, need_weights), ["a", None, "c", "c"], x)
+        differs(second, ["a", None, "c", "c"], of(x))
 
 
 @pytest.mark.parametrize("heads_apart", [True, False])
 def test_masks_of_attention_go_with_their_rows(heads_apart):
-    torch.manual_seed(0)
     bank = bank_over(nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=True)]).double().eval(), {"r": 2})
     model, names = bank.model, ["a", None, "a"]
     x, padding = torch.randn(3, 3, 8, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
     padding[1, 2] = padding[2, 0] = -9.0
-    mask = torch.randn(6, 3, 3, dtype=torch.float64) if heads_apart else torch.randn(3, 3, dtype=torch.float64)
+    mask = torch.randn(*[6, 3, 3] if heads_apart else [3, 3], dtype=torch.float64)
     with bank.rows(names):
         out, weights = model[0](x, x, x, padding, True, mask)
     for i, name in enumerate(names):
@@ -120,19 +127,14 @@ def test_masks_of_attention_go_with_their_rows(heads_apart):
         torch.testing.assert_close(weights[i : i + 1], shares, rtol=1e-12, atol=1e-12)
 
 
-T5 = {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
-T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0}
+PAD = {"pad_token_id": 0, "decoder_start_token_id": 0}
 
 
-@pytest.mark.parametrize("make", [llama, lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5))], ids=["llama", "t5"])
+@pytest.mark.parametrize("make", [llama, lambda: hf("T5ForConditionalGeneration", **T5, **PAD)], ids=["llama", "t5"])
 def test_beams_multiply_rows(make):
     """generate with beams hands 2 rows on for each of ours; T5's encoder sees ours, its decoder the beams."""
-    torch.manual_seed(0)
-    bank, ids, names = (
-        bank_over(make().double().eval(), {"r": 2}, {"r": 4}),
-        torch.randint(1, 40, (3, 4)),
-        ["a", "b", None],
-    )
+    bank = bank_over(make().double().eval(), {"r": 2}, {"r": 4})
+    ids, names = torch.randint(1, 40, (3, 4)), ["a", "b", None]
 
     def generate(rows):
         options = {"num_beams": 2, "max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -151,77 +153,57 @@ def three_on(model, targets):
     return bank_over(model.double().eval(), *[{"r": 2, "target_modules": targets}] * 3)
 
 
-class Turned(nn.Module):
-    """A linear layer that sees (length, rows, width), or rows and positions flattened into one."""
+LEARNED = nn.Parameter(torch.randn(3, 8, dtype=torch.float64))
+LAYS = {
+    "turned": lambda inner, x: inner(x.transpose(0, 1)),
+    "flat": lambda inner, x: inner(x.flatten(0, 1)),
+    # nanoGPT's arange: one vector of positions for all rows, perhaps as many as there are rows.
+    "positions": lambda inner, x: x + inner(torch.arange(x.shape[1])),
+    # Learned queries have no rows, though there are as many.
+    "queries": lambda inner, x: x @ inner(LEARNED).mT,
+    # Rows of different lengths: position 0 of every row, then position 1 of those that have one.
+    "packed": lambda inner, x: inner(pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True).data),
+}
+LAID = [("turned", 2), ("turned", 3), ("turned", 6), ("flat", 2), ("flat", 3)]
+LAID += [("positions", 3), ("positions", 5), ("queries", 4), ("packed", 3)]
 
-    def __init__(self, how):
+
+class Laid(nn.Module):
+    """A layer, and how a model lays out what the layer sees."""
+
+    def __init__(self, lay):
         super().__init__()
-        torch.manual_seed(0)
-        self.how, self.inner, self.outer = how, nn.Linear(8, 8), nn.Linear(8, 2)
+        self.lay, self.inner = LAYS[lay], nn.Embedding(9, 8) if lay == "positions" else nn.Linear(8, 8)
 
     def forward(self, x):
-        if self.how == "flat":
-            return self.outer(self.inner(x.flatten(0, 1)).view_as(x).tanh())
-        return self.outer(self.inner(x.transpose(0, 1)).tanh().transpose(0, 1))
+        return self.lay(self.inner, x)
 
 
-class Positions(nn.Module):
-    """nanoGPT's arange: one vector of positions for all rows, perhaps as many as there are rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens, self.inner = nn.Linear(8, 4), nn.Embedding(9, 4)
-
-    def forward(self, x):
-        return self.tokens(x) + self.inner(torch.arange(x.shape[1]))
-
-
-class Queries(nn.Module):
-    """Learned queries have no rows, though there are as many."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.queries, self.inner = nn.Parameter(torch.randn(3, 8)), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return x @ self.inner(self.queries).mT
-
-
-class Packed(nn.Module):
-    """Rows of different lengths, packed: position 0 of every row, then position 1 of those that have one."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.inner(pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True).data)
-
-
-TURNED = [(lambda: Turned("turned"), length) for length in (2, 3, 6)]
-TURNED += [(lambda: Turned("flat"), length) for length in (2, 3)]
-TURNED += [(Positions, 3), (Positions, 5), (Queries, 4), (Packed, 3)]
-
-
-@pytest.mark.parametrize(("make", "length"), TURNED, ids=range(9))
-def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(make, length):
+@pytest.mark.parametrize(("lay", "length"), LAID)
+def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(lay, length):
     """Also where the sizes happen to be equal."""
-    bank = three_on(make(), ["inner"])
+    bank = three_on(Laid(lay), ["inner"])
     for _ in range(2):
         with bank.rows(["b", "a", None]), pytest.raises(LoRAError, match=r"rows: 'inner' sees .* dimension"):
             bank.model(torch.randn(3, length, 8, dtype=torch.float64))
 
 
+def test_rows_that_all_have_the_same_adapter_need_no_dimension():
+    """Then it does not matter which is which: learned queries have it too."""
+    assert (
+        differs(three_on(Laid("queries"), ["inner"]), ["b", "b"], of(torch.randn(2, 5, 8, dtype=torch.float64))) < 1e-12
+    )
+
+
 def test_as_many_positions_as_rows_are_refused_until_a_layer_has_shown_its_batch():
     """With no word from the module it could be either; one ordinary batch says it, for as long as the bank lives."""
-    bank, rows = bank_over(net(torch.float64).eval(), {"r": 2}), ["a", None, "a"]
+    bank, rows = bank_over(net(torch.float64), {"r": 2}), ["a", None, "a"]
     square, ordinary, more = (torch.randn(*shape, 12, dtype=torch.float64) for shape in [(3, 3), (3, 5), (4, 5)])
     for x, match in ((square, r"'up' sees \(3, 3, 12\), .* another length first"), (more, "must be that of 3 rows")):
         with bank.rows(rows), pytest.raises(LoRAError, match=match):
             bank.model(x)
-    assert differs(bank, rows, ordinary) < 1e-12
-    assert differs(bank, rows, square) < 1e-12
+    assert differs(bank, rows, of(ordinary)) < 1e-12
+    assert differs(bank, rows, of(square)) < 1e-12
 
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -233,11 +215,10 @@ def linears(model):
 
 
 def test_experts_are_refused_by_name_and_the_attention_beside_them_is_right():
-    torch.manual_seed(0)
-    sizes = {**T5, "num_experts": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1}
-    bank = three_on(tf.SwitchTransformersForConditionalGeneration(tf.SwitchTransformersConfig(**sizes)), ["q", "v"])
-    run = lambda model, x: model(input_ids=x, decoder_input_ids=x).logits  # noqa: E731
-    assert differs(bank, ["a", "b"], torch.randint(1, 40, (2, 3)), run) < 1e-12
+    sizes = {**T5, "num_layers": 2, "num_decoder_layers": 2, "num_experts": 2, "num_sparse_encoder_layers": 1}
+    bank = three_on(hf("SwitchTransformersForConditionalGeneration", **sizes, **PAD), ["q", "v"])
+    ids = torch.randint(1, 40, (2, 3))
+    assert differs(bank, ["a", "b"], lambda model: model(input_ids=ids, decoder_input_ids=ids).logits) < 1e-12
     bank.activate(None)
     trained(bank.model, {"r": 2, "target_modules": ["wi", "wo"]}, seed=1)
     bank.add("d")
@@ -245,160 +226,110 @@ def test_experts_are_refused_by_name_and_the_attention_beside_them_is_right():
         pass
 
 
-HEAD_ON_ONE_POSITION = tf.RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=20)
-SCALED_EMBEDDING = tf.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
-
-
-@pytest.mark.parametrize(
-    ("make", "config"),
-    [(tf.RobertaForSequenceClassification, HEAD_ON_ONE_POSITION), (tf.Gemma3ForCausalLM, SCALED_EMBEDDING)],
-)
-def test_models_of_the_hub(make, config):
-    torch.manual_seed(0)
-    model = make(config)
-    chosen = linears(model) + ["embed_tokens"] * (config is SCALED_EMBEDDING)
-    run = lambda model, x: model(x, attention_mask=torch.ones_like(x)).logits  # noqa: E731
-    assert differs(three_on(model, chosen), ["c", "a", None], torch.randint(3, 40, (3, 4)), run) < 1e-12
-
-
+GEMMA = tf.Gemma3TextConfig(**SMALL, num_key_value_heads=2, head_dim=8)
+ROBERTA = tf.RobertaConfig(**SMALL, pad_token_id=1, max_position_embeddings=20)
 XLNET = tf.XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=32)
 OPT = tf.OPTConfig(**SIZES, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=20)
 SWIN = tf.SwinConfig(image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2)
-IDS, IMAGES = torch.randint(3, 40, (3, 4)), torch.randn(3, 3, 16, 16, dtype=torch.float64)
+OF_THE_HUB = {
+    "a head on one position": (tf.RobertaForSequenceClassification, ROBERTA, None),
+    "a scaled embedding": (tf.Gemma3ForCausalLM, GEMMA, None),
+    "positions first": (tf.XLNetModel, XLNET, r"layer_1' sees .* dimension"),
+    "rows and positions flattened": (tf.OPTForCausalLM, OPT, "must be that of 3 rows"),
+    "windows": (tf.SwinForImageClassification, SWIN, "must be that of 3 rows"),
+}
 
 
-@pytest.mark.parametrize(
-    ("make", "config", "x", "match"),
-    [
-        (tf.XLNetModel, XLNET, IDS, r"layer_1' sees .* dimension"),  # positions first
-        (tf.XLNetModel, XLNET, IDS[:, :3], r"layer_1' sees .* dimension"),
-        (tf.OPTForCausalLM, OPT, IDS, "must be that of 3 rows"),  # rows and positions flattened
-        (tf.SwinForImageClassification, SWIN, IMAGES, "must be that of 3 rows"),  # windows
-    ],
-    ids=["XLNet", "XLNet, square", "OPT", "Swin"],
-)
-def test_models_that_lay_their_rows_otherwise_inside_are_refused(make, config, x, match):
-    torch.manual_seed(0)
+@pytest.mark.parametrize("name", OF_THE_HUB)
+def test_models_of_the_hub_are_right_or_refused_where_they_lay_their_rows_otherwise_inside(name):
+    make, config, refusal = OF_THE_HUB[name]
+    x = torch.randn(3, 3, 16, 16).double() if name == "windows" else torch.randint(3, 40, (3, 4))
     model = make(config)
-    bank = three_on(model, ["layer_1"] if make is tf.XLNetModel else linears(model))
-    with bank.rows(["b", None, "a"]), pytest.raises(LoRAError, match=match):
-        bank.model(x)
-
-
-def test_rows_that_all_have_the_same_adapter_need_no_dimension():
-    """Then it does not matter which is which: learned queries have it too."""
-    bank = three_on(Queries(), ["inner"])
-    assert differs(bank, ["b", "b"], torch.randn(2, 5, 8, dtype=torch.float64)) < 1e-12
+    chosen = ["layer_1"] if name == "positions first" else linears(model)
+    bank = three_on(model, chosen + ["embed_tokens"] * (config is GEMMA))
+    if refusal:
+        with bank.rows(["b", None, "a"]), pytest.raises(LoRAError, match=refusal):
+            bank.model(x)
+    else:
+        assert differs(bank, ["c", "a", None], lambda model: model(x, attention_mask=torch.ones_like(x)).logits) < 1e-12
 
 
 def test_a_compiled_model_takes_up_the_rows():
     """Compiled before, for the plain base: it is compiled anew within the block, and again after it."""
-    bank, x = bank_over(net(torch.float64).eval(), {"r": 2}), inputs(torch.float64).repeat(2, 1, 1)[:3]
+    bank, names = bank_over(net(torch.float64), {"r": 2}), ["a", None]
     bank.activate(None)
     compiled = torch.compile(bank.model, backend="eager")
     with torch.no_grad():
-        plain = compiled(x)
-        with bank.rows(["a", None, "a"]):
-            got = compiled(x)
-        assert torch.equal(compiled(x), plain)
-    wanted = each_alone(bank, x, ["a", None, "a"])
+        plain = run_net(compiled)
+        with bank.rows(names):
+            got = run_net(compiled)
+        assert torch.equal(run_net(compiled), plain)
+    wanted = each_alone(bank, names, run_net)
     assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max()
     assert (got[0] - plain[0]).abs().max() > 1e-3
 
 
 def test_pefts_mixed_batch_gives_the_same(tmp_path):
-    bank = AdapterBank(FAMILIES["bert"].build())
+    base, names = FAMILIES["bert"].build, ["b", None, "a"]
+    bank = AdapterBank(base())
     for letter, r in (("a", 2), ("b", 4)):
-        bank.load(letter, save_adapter(trained(FAMILIES["bert"].build(), {"r": r}, seed=r), tmp_path / letter))
-    other = peft.PeftModel.from_pretrained(FAMILIES["bert"].build(), tmp_path / "a", adapter_name="a").eval()
+        bank.load(letter, save_adapter(trained(base(), {"r": r}, seed=r), tmp_path / letter))
+    other = peft.PeftModel.from_pretrained(base(), tmp_path / "a", adapter_name="a").eval()
     other.load_adapter(tmp_path / "b", adapter_name="b")
-    x = batch_of("bert", len(ROWS))
-    with bank.rows(ROWS):
+    x = FAMILIES["bert"].inputs()
+    with bank.rows(names):
         got = bank.model(x).logits
-    wanted = other(input_ids=x, adapter_names=[name or "__base__" for name in ROWS]).logits
+    wanted = other(input_ids=x, adapter_names=[name or "__base__" for name in names]).logits
     assert (got - wanted).abs().max() < 1e-5 * wanted.abs().max()
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("tokens", "rows: 'a' trains token rows at 'embed'"), ("experts", "rows: 'a' adapts a bare parameter")],
-)
-def test_what_has_no_form_row_by_row_is_refused_by_name(name, message, tmp_path):
-    bank = bank_of(name, tmp_path)
-    bank.activate("b")
-    before = snapshot(bank.model)
-    with pytest.raises(LoRAError, match=message), bank.rows(["a", "b"]):
-        pass
-    assert_same(bank.model, before)
-
-
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head = nn.Linear(4, 2)
-
+class Pair(nn.Linear):
     def forward(self, x):
-        return self.head(x), x
+        return super().forward(x), x
 
 
 def pairs():
-    return nn.Sequential(nn.Linear(4, 4), Pair())
+    return nn.Sequential(nn.Linear(4, 4), nn.Sequential(Pair(4, 2)))
 
 
 REFUSED = {
-    "max_norm": (lambda: embedding(max_norm=1.0), ["0"], None, ["a", None], {}, "embedding with max_norm at '0'"),
-    "no tensor": (pairs, ["0"], torch.ones(2, 4), ["a", None], {}, "'1' takes or gives more than one tensor"),
-    "unbatched": (KINDS["Conv1d"].make, ["1"], torch.randn(4, 6), ["a", "a", None, "a"], {}, r"'1' sees \(4, 6\)"),
-    "a stranger": (net, ["up"], None, ["a", "z"], {}, "the bank holds no 'z'"),
-    "no rows": (net, ["up"], None, [], {}, "rows must name an adapter or None for every row"),
-    "a text": (net, ["up"], None, "aa", {}, "rows must name an adapter or None for every row"),
-    "repeats": (net, ["up"], None, ["a"], {"repeats": 0}, "repeats must be a whole number of at least 1, got 0"),
+    "token rows": (Tied, at(trainable_token_indices=[1]), None, ["a", None], {}, "'a' trains token rows at 'embed'"),
+    "a parameter": (Mixture, bare("up"), None, ["a", None], {}, "rows: 'a' adapts a bare parameter"),
+    "max_norm": (lambda: embedding(max_norm=1.0), at("0"), None, ["a", None], {}, "embedding with max_norm at '0'"),
+    "no tensor": (
+        *(pairs, at("0", modules_to_save=["1"]), torch.ones(2, 4), ["a", None], {}),
+        "'1' takes or gives more than one tensor",
+    ),
+    "unbatched": (KINDS["Conv1d"].make, at("1"), torch.randn(4, 6), ["a", "a", None, "a"], {}, r"'1' sees \(4, 6\)"),
+    "a stranger": (net, at("up"), None, ["a", "z"], {}, "the bank holds no 'z'"),
+    "no rows": (net, at("up"), None, [], {}, "rows must name an adapter or None for every row"),
+    "a text": (net, at("up"), None, "aa", {}, "rows must name an adapter or None for every row"),
+    "repeats": (net, at("up"), None, ["a"], {"repeats": 0}, "repeats must be a whole number of at least 1, got 0"),
+    "train mode": (lambda: net().train(), at("up"), None, ["a", None], {}, "the model is in train mode"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_rows_that_mean_nothing_are_refused(name):
-    make, targets, x, rows, options, message = REFUSED[name]
-    saved = ["1"] if make is pairs else None
-    bank = bank_over(make().eval(), {"r": 2, "target_modules": targets, "modules_to_save": saved})
+    make, fields, x, rows, options, message = REFUSED[name]
+    bank = bank_over(make() if name == "train mode" else make().eval(), {"r": 2, **fields})
+    before = snapshot(bank.model)
     with pytest.raises(LoRAError, match=message), bank.rows(rows, **options):
         bank.model(x)
-
-
-def test_train_mode_is_refused_before_and_within_and_a_waiting_adapters_dropout_is_off():
-    bank = bank_over(net().train(), {"r": 2, "dropout": 0.5})
-    with pytest.raises(LoRAError, match="the model is in train mode"), bank.rows(["a", None]):
-        pass
+    assert_same(bank.model, before)
     assert bank.active == "a"
-    bank.activate(None)
-    bank.model.eval()
+
+
+def test_an_error_within_leaves_the_model_as_it_was_and_a_waiting_adapters_dropout_is_off():
+    bank = bank_over(net(), {"r": 2, "dropout": 0.5})
+    before = snapshot(bank.model)
     with bank.rows(["a", "a"]):
         assert torch.equal(bank.model(inputs()), bank.model(inputs()))
-    with bank.rows(["a", None]):
-        bank.model.train()
-        with pytest.raises(LoRAError, match="rows: 'up' is in train mode, and rows are for eval"):
-            bank.model(inputs())
-
-
-def test_an_error_within_leaves_the_model_as_it_was():
-    bank = bank_over(net(), {"r": 2})
-    before = snapshot(bank.model)
+        with pytest.raises(LoRAError, match=r"activate: not within `with bank\.rows"):
+            bank.activate(None)
+    with bank.rows(["a", None]), pytest.raises(LoRAError, match="rows: 'up' is in train mode, and rows are for eval"):
+        bank.model.train()(inputs())
+    bank.model.eval()
     with pytest.raises(ZeroDivisionError), bank.rows([None, "a"]):
         raise ZeroDivisionError
     assert_same(bank.model, before)
-    with bank.rows(["a"]), pytest.raises(LoRAError, match=r"activate: not within `with bank\.rows"):
-        bank.activate(None)
-
-
-@pytest.mark.fused
-def test_torchs_fused_encoder_kernel_does_not_go_past_the_rows():
-    """With the kernel allowed, which reads the feed-forward weights itself."""
-    bank = bank_over(FAMILIES["encoder"].build(torch.float64), {"r": 2, "target_modules": ["linear1"]})
-    x, names = batch_of("encoder", 3), ["a", None, "a"]
-    assert differs(bank, names, x) <= 1e-12
-    with bank.rows(names):
-        got = bank.model(x)
-    bank.activate(None)
-    with torch.no_grad():
-        plain = bank.model(x)
-    assert [bool((got[i] - plain[i]).abs().max() > 1e-6) for i in range(3)] == [True, False, True]

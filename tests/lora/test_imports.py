@@ -1,14 +1,12 @@
 """The direction of imports: lora < tasks, data < training < cli; lora needs torch and safetensors only; and each
 package that is imported is one that pyproject.toml asks for."""
 
-from __future__ import annotations
-
 import ast
 import functools
+import graphlib
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import lora_lightning
 ROOT = Path(lora_lightning.__file__).parent
 STDLIB = sys.stdlib_module_names
 # What each part of the package may import of the others.
-BELOW: dict[str, set[str]] = {
+BELOW = {
     "lora": {"lora"},
     "backbones": {"backbones", "lora"},
     "analysis": {"analysis", "reports", "tasks", "data", "lora"},
@@ -34,20 +32,24 @@ BELOW: dict[str, set[str]] = {
 FILES = sorted(ROOT.rglob("*.py"))
 
 
-def module_of(path: Path) -> str:
+def module_of(path):
     parts = path.relative_to(ROOT.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def part_of(module):
+    return [*module.split("."), ""][1]
 
 
 MODULES = {module_of(path) for path in FILES}
 
 
 @functools.cache
-def imports(path: Path, *, lazy: bool = True) -> set[str]:
+def imports(path, *, lazy=True):
     """Full names of the modules that a file imports; `if TYPE_CHECKING` left out; without `lazy`, functions too."""
-    found: set[str] = set()
+    found = set()
 
-    def visit(node: ast.AST) -> None:
+    def visit(node):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             return
         if not lazy and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -56,9 +58,8 @@ def imports(path: Path, *, lazy: bool = True) -> set[str]:
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            for alias in node.names:
-                full = f"{node.module}.{alias.name}"
-                found.add(full if full in MODULES else str(node.module))
+            full = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(name if name in MODULES else node.module for name in full)
         for child in ast.iter_child_nodes(node):
             visit(child)
 
@@ -66,38 +67,18 @@ def imports(path: Path, *, lazy: bool = True) -> set[str]:
     return found
 
 
-def part_of(module: str) -> str:
-    return [*module.split("."), ""][1]
+def test_imports_point_down():
+    for path in FILES:
+        part = part_of(module_of(path))
+        for module in imports(path):
+            top = module.partition(".")[0]
+            if part == "lora":
+                assert top in STDLIB | {"torch", "safetensors", "lora_lightning"}, f"{path} imports {module}"
+            if top == "lora_lightning" and part in BELOW:
+                assert part_of(module) in BELOW[part], f"{path} imports {module}"
 
 
-def helpers() -> set[str]:
-    """Files beside the parts that stand on lora and on each other only: open to every part but lora."""
-    found = {path.stem: imports(path) for path in ROOT.glob("*.py") if path.stem != "__init__"}
-    while bad := [
-        stem
-        for stem, modules in found.items()
-        if {part_of(m) for m in modules if m.partition(".")[0] == "lora_lightning"} - {"lora", *found}
-    ]:
-        del found[bad[0]]
-    return set(found)
-
-
-HELPERS = helpers()
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    part = part_of(module_of(path))
-    for module in imports(path):
-        top = module.partition(".")[0]
-        if part == "lora":
-            assert top in STDLIB | {"torch", "safetensors", "lora_lightning"}, module
-        if top == "lora_lightning" and part in BELOW:
-            allowed = BELOW[part] | (HELPERS if part != "lora" else set())
-            assert part_of(module) in allowed, f"{part} imports {module}"
-
-
-def asked_for(line: str) -> Iterator[str]:
+def asked_for(line):
     """The package of a dependency, and those that the extras it names add to it."""
     wanted = Requirement(line)
     yield canonicalize_name(wanted.name)
@@ -121,18 +102,7 @@ def test_each_package_that_is_imported_is_declared():
 
 
 def test_no_file_imports_itself_in_a_circle():
-    graph = {module_of(path): imports(path, lazy=False) & MODULES for path in FILES}
-    done: set[str] = set()
-
-    def walk(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, " -> ".join([*trail[trail.index(module) :], module])
-        if module not in done:
-            for name in sorted(graph[module]):
-                walk(name, (*trail, module))
-            done.add(module)
-
-    for module in sorted(graph):
-        walk(module, ())
+    graphlib.TopologicalSorter({module_of(path): imports(path, lazy=False) & MODULES for path in FILES}).prepare()
 
 
 def test_lora_runs_without_lightning_transformers_and_wandb():

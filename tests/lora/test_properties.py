@@ -1,4 +1,4 @@
-"""Laws 1, 6 and 7 over drawn shapes, ranks, scales and dtypes of every kind."""
+"""Laws 1, 6 and 7 over drawn shapes, ranks, scales and dtypes, where a layer's geometry has many."""
 
 import copy
 import tempfile
@@ -14,28 +14,6 @@ from lora_lightning.lora.frozen.tensors import adapter_tensors
 from tests.lora.laws import DTYPES, TOLERANCE, relative, stir
 
 sizes = st.integers(1, 6)
-
-
-class Stack(nn.Module):
-    """A product with a bare matrix, or with each matrix of a stack."""
-
-    def __init__(self, shape, transposed):
-        super().__init__()
-        self.is_transposed = transposed
-        self.w = nn.Parameter(torch.randn(*shape))
-
-    def forward(self, x):
-        w = self.w.mT if self.is_transposed and self.w.dim() == 3 else self.w
-        return x @ w.mT
-
-
-class Self(nn.Module):
-    def __init__(self, width, heads, **kwargs):
-        super().__init__()
-        self.w = nn.MultiheadAttention(width * heads, heads, **kwargs)
-
-    def forward(self, x):
-        return self.w(x, x, x)[0]
 
 
 def linear(draw):
@@ -61,27 +39,6 @@ def embedding(draw):
     return nn.ModuleDict({"w": module}), torch.randint(n, (3, 2)), min(n, m), {}
 
 
-def stack(draw):
-    shape, transposed = (draw(st.integers(1, 4)), draw(sizes), draw(sizes)), draw(st.booleans())
-    inputs = shape[1] if transposed else shape[2]
-    bare = {"target_modules": [], "target_parameters": ["w"]}
-    return Stack(shape, transposed), torch.randn(shape[0], 3, inputs), min(shape[1:]), bare
-
-
-def matrix(draw):
-    shape = (draw(sizes), draw(sizes))
-    bare = {"target_modules": [], "target_parameters": ["w"]}
-    return Stack(shape, draw(st.booleans())), torch.randn(3, shape[1]), min(shape), bare
-
-
-def attention(draw):
-    width, heads = draw(st.integers(1, 4)), draw(st.integers(1, 2))
-    flags = {name: draw(st.booleans()) for name in ("bias", "add_bias_kv", "add_zero_attn", "batch_first")}
-    parts = draw(st.sampled_from([{}, {"slices": {"w": draw(st.sampled_from([["q"], ["q", "v"], ["k", "v"]]))}}]))
-    targets = {"target_modules": draw(st.sampled_from([["w"], ["w", "out_proj"]]))}
-    return Self(width, heads, **flags), torch.randn(3, 2, width * heads), width * heads, {**parts, **targets}
-
-
 def conv(draw):
     dims, groups = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3]))
 
@@ -90,23 +47,20 @@ def conv(draw):
 
     padding, stride = ("same", 1) if draw(st.booleans()) else (each(0, 2), each(1, 3))
     n, m = groups * draw(st.integers(1, 2)), groups * draw(st.integers(1, 3))
-    options = {
-        "stride": stride,
-        "padding": padding,
-        "dilation": each(1, 2),
-        "groups": groups,
-        "bias": draw(st.booleans()),
-    }
     mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-    module = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](n, m, each(1, 3), padding_mode=mode, **options)
+    # torch 2.13 computes a Conv3d with strides and dilations wrongly in bfloat16 on a CPU.
+    dilation = 1 if dims == 3 and stride != 1 else each(1, 2)
+    options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "padding_mode": mode}
+    of_dims = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    module = of_dims(n, m, each(1, 3), bias=draw(st.booleans()), **options)
     return nn.ModuleDict({"w": module}), torch.randn(2, n, *[5] * dims), groups, {"r": groups}
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
-def test_every_kind_over_drawn_shapes(data):
+def test_layers_of_drawn_shapes(data):
     torch.manual_seed(data.draw(st.integers(0, 9)))
-    kind = data.draw(st.sampled_from([linear, fused, embedding, stack, matrix, attention, conv]))
+    kind = data.draw(st.sampled_from([linear, fused, embedding, conv]))
     model, x, largest, fields = kind(data.draw)
     dtype = data.draw(st.sampled_from(DTYPES))
     model = model.to(dtype).eval().requires_grad_(False)
@@ -115,7 +69,7 @@ def test_every_kind_over_drawn_shapes(data):
     config = LoRAConfig(**{"r": data.draw(st.integers(1, largest)), "use_rslora": data.draw(st.booleans()), **chosen})
 
     def run(m):
-        return m["w"](x) if isinstance(m, nn.ModuleDict) else m(x)
+        return m["w"](x)
 
     with torch.no_grad():
         plain = copy.deepcopy(model)

@@ -41,26 +41,6 @@ def test_a_backbone_may_be_named_in_any_way(backbone, task, lines, tmp_path, mon
         assert parse([tmp_path / "mine/configs/experiment.yaml"]).data.class_path
 
 
-@pytest.mark.parametrize("logger", ["wandb", "tensorboard", "mlflow"])
-def test_a_logger_is_in_the_experiment_and_among_the_dependencies(logger, tmp_path):
-    new("mine", logger=logger, git=False, defaults=True)
-    found = parse([tmp_path / "mine/configs/experiment.yaml"]).trainer.logger[0].class_path
-    assert logger in found.lower()
-    needs = tomllib.loads((tmp_path / "mine/pyproject.toml").read_text())["project"]["dependencies"]
-    assert logger == "wandb" or any(need.startswith(logger) for need in needs)
-
-
-@pytest.mark.parametrize("license", ["MIT", "Apache-2.0", "BSD-3-Clause"])
-def test_a_licence_names_who_and_when(license, tmp_path):
-    new("mine", license=license, author="Ann O'Nymous", git=False, defaults=True)
-    assert f"{date.today().year}" in (text := (tmp_path / "mine/LICENSE").read_text())
-    assert "Ann O'Nymous" in text
-    new("without", "image-classification", git=False, defaults=True)
-    assert not (tmp_path / "without/LICENSE").exists()
-    assert "Private :: Do Not Upload" in (tmp_path / "without/pyproject.toml").read_text(), "an upload is refused"
-    assert tomllib.loads((tmp_path / "mine/pyproject.toml").read_text())["project"]["license"] == license
-
-
 @pytest.mark.parametrize(
     ("package", "needs"),
     [
@@ -92,43 +72,46 @@ def test_a_package_that_is_on_no_index_is_asked_for_where_it_came_from(tmp_path,
         assert [c for c in questions()[name]["choices"].values() if c not in told] == [], name
 
 
+@pytest.mark.parametrize(
+    ("logger", "license"), [("wandb", "MIT"), ("tensorboard", "Apache-2.0"), ("mlflow", "BSD-3-Clause"), (None, None)]
+)
+def test_a_logger_and_a_licence_are_in_the_project(logger, license, tmp_path):
+    new("mine", logger=logger, license=license, author="Ann O'Nymous", git=False, defaults=True)
+    project = tomllib.loads((tmp_path / "mine/pyproject.toml").read_text())["project"]
+    if logger is None:
+        assert not (tmp_path / "mine/LICENSE").exists()
+        assert "Private :: Do Not Upload" in project["classifiers"], "an upload is refused"
+        return
+    assert logger in parse([tmp_path / "mine/configs/experiment.yaml"]).trainer.logger[0].class_path.lower()
+    assert logger == "wandb" or any(need.startswith(logger) for need in project["dependencies"])
+    assert project["license"] == license
+    text = (tmp_path / "mine/LICENSE").read_text()
+    assert f"{date.today().year}" in text
+    assert "Ann O'Nymous" in text
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a terminal of Unix")
 def test_on_a_terminal_what_no_flag_says_is_asked(tmp_path):
-    screen, code = typed(["asked", "--task", "own", "--license", "none", "--git", "false"], tmp_path)
-    assert code == 0, screen
-    assert "The backbone" in screen
-    assert "Where are runs tracked" in screen
-    assert "What is to be learnt" not in screen
-    assert "The licence" not in screen
-    assert (tmp_path / "asked/configs/experiment.yaml").is_file()
-
-
-def typed(args, folder):
-    """What a terminal shows of `lora-lightning new`, with Enter as the answer to whatever it asks."""
+    """With Enter as the answer to whatever is asked."""
     ours, theirs = os.openpty()
-    running = subprocess.Popen(
-        [sys.executable, "-m", "lora_lightning", "new", *args],
-        cwd=folder,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"},
-    )
-    os.close(theirs)
-    shown = b""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        ready, _, _ = select.select([ours], [], [], 0.3)
-        try:
-            if ready:
-                shown += os.read(ours, 65536)
-            elif running.poll() is None and shown:
-                os.write(ours, b"\r")
-            elif running.poll() is not None:
+    command = [sys.executable, "-m", "lora_lightning", "new", "asked", "--task", "own", "--license", "none"]
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    with subprocess.Popen([*command, "--git", "false"], cwd=tmp_path, env=env, **ends) as running:
+        os.close(theirs)
+        shown, until = "", time.monotonic() + 60
+        while select.select([ours], [], [], 0.3)[0] or running.poll() is None:
+            try:
+                if select.select([ours], [], [], 0)[0]:
+                    shown += os.read(ours, 65536).decode(errors="replace")
+                elif time.monotonic() > until:
+                    running.kill()
+                elif shown:
+                    os.write(ours, b"\r")
+            except OSError:  # the terminal is gone with the process
                 break
-        except OSError:  # the terminal is gone with the process
-            break
-    if running.poll() is None:
-        running.terminate()
     os.close(ours)
-    return shown.decode(errors="replace"), running.wait(10)
+    assert running.returncode == 0, shown
+    assert [said in shown for said in ("The backbone", "Where are runs tracked")] == [True, True]
+    assert [said in shown for said in ("What is to be learnt", "The licence")] == [False, False]
+    assert (tmp_path / "asked/configs/experiment.yaml").is_file()

@@ -81,27 +81,12 @@ def test_update_brings_what_is_new_and_keeps_what_is_ones_own(versions, tmp_path
 def test_a_project_of_the_package_is_that_of_the_repository(versions, tmp_path):
     new("of_package", "chat", git=False, defaults=True)
     new("of_repository", "chat", template=str(versions), template_ref="v0.1.0", git=False, defaults=True)
-    one, other = (
-        {
-            str(path.relative_to(tmp_path / name)).replace(name, "NAME"): path.read_text().replace(name, "NAME")
-            for path in (tmp_path / name).rglob("*")
-            if path.is_file() and path.name != ".copier-answers.yml"
-        }
-        for name in ("of_package", "of_repository")
-    )
+    one, other = ({} for _ in range(2))
+    for name, found in (("of_package", one), ("of_repository", other)):
+        for path in (path for path in (tmp_path / name).rglob("*") if path.is_file()):
+            found[str(path.relative_to(tmp_path / name)).replace(name, "NAME")] = path.read_text().replace(name, "NAME")
+        del found[".copier-answers.yml"]
     assert one == other
-
-
-def test_update_finds_the_clone_that_the_package_lies_in(versions, tmp_path, monkeypatch):
-    git(versions, "checkout", "--quiet", "v0.1.0")
-    told_by_pip(monkeypatch)  # else a clone that pip installed this package from would be the one, where it is the same
-    monkeypatch.setattr(render, "TEMPLATE", versions / "lora_lightning/template")
-    new("mine", defaults=True)
-    answers = yaml.safe_load((tmp_path / "mine/.copier-answers.yml").read_text())
-    assert (answers["_src_path"], answers["_commit"]) == (str(versions), "v0.1.0")
-    git(versions, "checkout", "--quiet", "v0.2.0")
-    copier.run_update(tmp_path / "mine", defaults=True, overwrite=True, quiet=True)
-    assert (tmp_path / "mine/configs/precision/later.yaml").is_file()
 
 
 def told_by_pip(monkeypatch, **said):
@@ -122,12 +107,13 @@ def test_a_package_names_its_repository_with_its_commit_and_a_clone_as_long_as_i
     assert origin(installed) == {"_src_path": str(versions), "_commit": "v0.1.0"}
     git(versions, "checkout", "--quiet", "v0.2.0")
     assert origin(installed) == {}
-
-
-def test_a_clone_whose_remote_has_the_commit_is_named_by_it(versions, tmp_path, monkeypatch):
+    told_by_pip(monkeypatch)  # of a clone that the package lies in, by its remote where that has the commit
     git(tmp_path, "clone", "--quiet", str(versions), "mine")
     template = tmp_path / "mine/lora_lightning/template"
-    told_by_pip(monkeypatch)
     assert origin(template) == {"_src_path": str(versions), "_commit": "v0.2.0"}
     git(tmp_path / "mine", "commit", "--quiet", "--allow-empty", "--message", "unpublished")
     assert origin(template)["_src_path"] == str(tmp_path / "mine")
+    monkeypatch.setattr(render, "TEMPLATE", template)
+    new("project", "own", git=False, defaults=True)
+    answers = yaml.safe_load((tmp_path / "project/.copier-answers.yml").read_text())
+    assert answers["_src_path"] == str(tmp_path / "mine"), "where copier's update will look"

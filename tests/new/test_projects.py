@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -18,7 +19,8 @@ from lora_lightning import SplitConfig
 from lora_lightning.cli.main import LoRACLI
 from tests.command.process import REPOSITORY
 from tests.new.projects import configs_of, make, offline
-from tests.recipes.recipe import parse
+from tests.recipes.recipe import parse, rows_file
+from tests.template_overlays import COPIED, THERE, of_a_project
 
 OVERLAYS = ["experiments/wider", "own", "debug", "logger/tensorboard", "logger/wandb"]
 OVERLAYS += ["precision/bf16-base", "strategy/ddp"]
@@ -44,20 +46,38 @@ def test_a_project_has_all_its_parts_and_can_be_read_in_ten_minutes(project):
     assert rows or any(file.suffix == ".png" for file in files) or project.name == "for_own"
 
 
-def test_ruff_finds_nothing_in_any_project(projects):
+def succeeds(*module, cwd, **env):
+    """`python -m` this."""
+    command, env = [sys.executable, "-m", *map(str, module)], {**os.environ, **env}
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ruff_and_pre_commit_find_nothing_in_any_project(projects):
     for command in (["check"], ["format", "--check"]):
-        ruff = [sys.executable, "-m", "ruff", *command, "--no-cache", str(projects)]
-        done = subprocess.run(ruff, check=False, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+        succeeds("ruff", *command, "--no-cache", projects, cwd=projects)
+    pytest.importorskip("pre_commit")
+    succeeds("pre_commit", "validate-config", next(projects.iterdir()) / ".pre-commit-config.yaml", cwd=projects)
+
+
+@pytest.mark.slow  # mypy reads torch once
+def test_mypy_finds_nothing_in_any_project(projects):
+    packages = [project / project.name for project in sorted(projects.iterdir())]
+    config = next(projects.iterdir()) / "pyproject.toml"
+    succeeds("mypy", "--config-file", config, *packages, cwd=projects, MYPYPATH=str(REPOSITORY))
+
+
+@pytest.mark.parametrize("name", COPIED)
+def test_an_overlay_of_the_template_is_that_of_configs(name):
+    assert (THERE / f"{name}.jinja").read_text() == of_a_project(name), "python -m tests.template_overlays"
 
 
 def test_the_experiment_and_its_overlays_are_parsed(project):
     experiment = parse(configs_of(project, "experiment"))
     assert experiment.name == project.name
-    names = [*offline(project), *OVERLAYS]
-    assert {str(path.relative_to(project / "configs")) for path in (project / "configs").rglob("*.yaml")} == {
-        f"{name}.yaml" for name in ("experiment", *names)
-    }
+    names, folder = [*offline(project), *OVERLAYS], project / "configs"
+    there = {str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml")}
+    assert there == {"experiment", *names}
     stacked = parse(configs_of(project, "experiment", *names))
     assert stacked.model.task.class_path == f"{project.name}.task.OwnTask"
     assert stacked.data.class_path == f"{project.name}.data.OwnData"
@@ -76,23 +96,37 @@ def test_what_pip_and_pre_commit_and_github_are_told_can_be_read(project):
     assert answers["project"] == project.name
 
 
-def test_pre_commit_takes_the_projects_config(projects):
-    pytest.importorskip("pre_commit")
-    config = next(projects.iterdir()) / ".pre-commit-config.yaml"
-    subprocess.run([sys.executable, "-m", "pre_commit", "validate-config", str(config)], check=True)
+@pytest.fixture
+def steps(project, tmp_path):
+    """The commands on the project's rows, brief and on a CPU, with its own parts or the package's; gives the report."""
+
+    def run(*commands, own=True):
+        names = ["experiment", *offline(project), *(["own"] if own else []), "debug"]
+        args = [word for file in configs_of(project, *names) for word in ("--config", str(file))]
+        for command in commands:
+            best = [] if command == "fit" else ["--ckpt_path", "best"]
+            LoRACLI(args=[command, *args, *ON_A_CPU, "--runs_dir", str(tmp_path), *best])
+        return json.loads((tmp_path / "debug" / "report.json").read_text())
+
+    return run
 
 
-def arguments(files, runs):
-    """Of a quiet run on a CPU."""
-    return [*(word for file in files for word in ("--config", str(file))), *ON_A_CPU, "--runs_dir", str(runs)]
-
-
-def test_its_own_parts_train_on_its_rows_at_once(project, tmp_path):
-    files = configs_of(project, "experiment", *offline(project), "own", "debug")
-    LoRACLI(args=["fit", *arguments(files, tmp_path)])
-    report = json.loads((tmp_path / "debug" / "report.json").read_text())
+def test_its_own_parts_train_on_its_rows_at_once(steps):
+    report = steps("fit")
     assert report["w0_unchanged"]
     assert 0 < report["trainable"] < report["total"]
+
+
+@pytest.mark.slow  # what the project's own tests do, for every task
+@pytest.mark.parametrize("own", [False, True])
+def test_it_trains_tests_predicts_and_exports(steps, own):
+    assert steps("fit", "test", "predict", "export", own=own)["export_max_rel_diff"] < 1e-4
+
+
+def test_its_own_loss_is_its_formula(project):
+    """By the project's own test of it."""
+    (own,) = (call for name, call in runpy.run_path("tests/test_loss.py").items() if name.startswith("test_"))
+    own()
 
 
 OTHERS = {  # rows whose columns have other names than the examples', how these are given, and what is read
@@ -107,66 +141,30 @@ OTHERS = {  # rows whose columns have other names than the examples', how these 
 }
 
 
+@pytest.fixture
+def data_of(projects, tmp_path, monkeypatch):
+    """A project's own data over these rows."""
+
+    def make(task, rows, **options):
+        monkeypatch.chdir(projects / f"for_{task}")
+        monkeypatch.syspath_prepend(".")
+        path = rows_file(tmp_path / "mine.jsonl", rows)
+        return importlib.import_module(f"for_{task}.data").OwnData(str(path), tokenizer="data/tokenizer", **options)
+
+    return make
+
+
 @pytest.mark.parametrize("task", OTHERS)
-def test_its_own_data_puts_rows_in_order_whatever_their_columns_are_called(task, projects, tmp_path, monkeypatch):
-    monkeypatch.chdir(projects / f"for_{task}")
-    monkeypatch.syspath_prepend(".")
+def test_its_own_data_puts_rows_in_order_whatever_their_columns_are_called(task, data_of):
     rows, columns, read = OTHERS[task]
-    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    own = importlib.import_module(f"for_{task}.data").OwnData
-    table = own(str(tmp_path / "mine.jsonl"), tokenizer="data/tokenizer", **columns).read()["train"]
+    table = data_of(task, rows, **columns).read()["train"]
     assert {name: list(table[name]) for name in read} == read
 
 
-def test_its_own_data_takes_the_first_of_rows_that_say_the_same(projects, tmp_path, monkeypatch):
-    monkeypatch.chdir(projects / "for_text_classification")
-    monkeypatch.syspath_prepend(".")
+def test_its_own_data_takes_the_first_of_rows_that_say_the_same(data_of):
     rows = [{"text": text, "label": label} for text, label in (("a b", 0), ("c", 1), ("a  b", 1), ("d", 0))]
-    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    own = importlib.import_module("for_text_classification.data").OwnData
-    none = SplitConfig(validation=0, test=0)
-    table = own(str(tmp_path / "mine.jsonl"), tokenizer="data/tokenizer", split=none).tables["train"]
-    assert list(table["text"]) == ["a b", "c", "d"]
-
-
-def test_its_own_loss_is_its_formula(project):
-    """The project's own test of it, in a process of its own: each project has a package and a module of that name."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_loss.py"]
-    done = subprocess.run(
-        command,
-        cwd=project,
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )
-    assert "1 passed" in done.stdout, done.stdout
-
-
-@pytest.mark.slow  # what the project's own tests do, for every task
-@pytest.mark.parametrize("own", [False, True])
-def test_it_trains_tests_predicts_and_exports(project, own, tmp_path):
-    files = configs_of(project, "experiment", *offline(project), *(["own"] if own else []), "debug")
-    args = arguments(files, tmp_path)
-    LoRACLI(args=["fit", *args])
-    for command in ("test", "predict", "export"):
-        LoRACLI(args=[command, *args, "--ckpt_path", "best"])
-    assert json.loads((tmp_path / "debug" / "report.json").read_text())["export_max_rel_diff"] < 1e-4
-
-
-@pytest.mark.slow  # mypy reads torch once
-def test_mypy_finds_nothing_in_any_project(projects):
-    packages = [project / project.name for project in sorted(projects.iterdir())]
-    config = next(projects.iterdir()) / "pyproject.toml"
-    said = subprocess.run(
-        [sys.executable, "-m", "mypy", "--config-file", str(config), *map(str, packages)],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=projects,
-        env={**os.environ, "MYPYPATH": str(REPOSITORY)},
-    )
-    assert said.returncode == 0, said.stdout
+    data = data_of("text_classification", rows, split=SplitConfig(validation=0, test=0))
+    assert list(data.tables["train"]["text"]) == ["a b", "c", "d"]
 
 
 def test_make_help_lists_every_target(projects):

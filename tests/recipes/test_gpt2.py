@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import torch
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, GPT2Tokenizer
+from transformers import GPT2Config, GPT2Tokenizer
 
-from lora_lightning import LoRAConfig, inject
-from tests.recipes.recipe import files_of, head_of, parse, rows_file, run_a_step
+from tests.lora.test_paper_counts import OF_C_ATTN
+from tests.recipes.recipe import parse, rows_file, run_a_step
 from tests.tiny_text import restaurants
 
 SETS, SIZES = ["e2e", "webnlg", "dart"], ["medium", "large"]
@@ -18,13 +17,6 @@ END = "<|endoftext|>"
 
 def stack(of, size):
     return ["gpt2/base.yaml", f"gpt2/{of}.yaml", f"gpt2/{size}.yaml"]
-
-
-def test_every_file_is_in_a_stack_and_says_what_it_is_and_needs():
-    assert set(files_of("gpt2")) == {file for of in SETS for size in SIZES for file in stack(of, size)}
-    for file in files_of("gpt2"):
-        assert "Needs" in head_of(file)
-        assert file.endswith("base.yaml") or "base.yaml" in head_of(file)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -38,26 +30,19 @@ def test_a_stack_has_the_papers_numbers(of, size):
     assert (task.label_smoothing, task.generation["length_penalty"]) == (smoothing, penalty)
     others = {"num_beams": 10, "no_repeat_ngram_size": 4, "max_new_tokens": 64, "early_stopping": "never"}
     assert task.generation == others | {"length_penalty": penalty, "eos_token_id": [50256, 628]}
-    assert (config.model.lora.r, config.model.lora.alpha, optimizer.lr) == (4, 32, 2e-4)
+    lora = config.model.lora
+    assert (lora.r, lora.alpha, optimizer.lr) == (4, 32, 2e-4)
+    assert {"target_modules": lora.target_modules, "slices": lora.slices} == OF_C_ATTN, "which is of the paper's size"
     assert (data.batch_size, config.trainer.max_epochs) == (8, 5)
     scheduler = config.model.lr_scheduler.init_args
     assert (scheduler.warmup, scheduler.decay) == (500, "linear")
     assert all(of in file for file in data.path.values())
 
 
-@pytest.mark.parametrize(
-    ("size", "layers", "width", "count"), [("medium", 24, 1024, 393_216), ("large", 36, 1280, 737_280)]
-)
-def test_what_trains_is_of_the_papers_size(size, layers, width, count):
-    with torch.device("meta"):
-        model = GPT2LMHeadModel(GPT2Config(n_layer=layers, n_embd=width, n_head=16))
-    lora = parse(stack("e2e", size)).model.lora
-    report = inject(model, LoRAConfig(**lora.as_dict()), run_init=False)
-    assert report.trainable == count
-
-
-def make_tiny(folder):
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
     """GPT-2 of one layer, and a tokenizer of GPT-2's own kind that knows bytes alone."""
+    folder = tmp_path_factory.mktemp("gpt2")
     characters = sorted({c for row in restaurants(200) for text in row.values() for c in text.replace(" ", "Ġ")})
     vocabulary = {token: i for i, token in enumerate([END, *characters])}
     tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[], unk_token=END, bos_token=END, eos_token=END)
@@ -68,14 +53,8 @@ def make_tiny(folder):
     return folder
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("gpt2"))
-
-
 @pytest.mark.parametrize(("of", "size"), [("e2e", "medium"), ("webnlg", "large"), ("dart", "medium")])
 def test_a_stack_runs_a_step(of, size, tiny, tmp_path):
-    assert AutoConfig.from_pretrained(tiny).n_layer == 1
     parts = {"train": restaurants(16), "validation": restaurants(6, seed=1), "test": restaurants(6, seed=2)}
     files = {split: str(rows_file(tmp_path / f"{split}.jsonl", rows)) for split, rows in parts.items()}
     short = "--model.task.init_args.generation.max_new_tokens=4"

@@ -1,4 +1,4 @@
-"""Recipes other than the papers': each is parsed, says what it needs, and runs a step on something tiny of its kind."""
+"""Recipes other than the papers': each is parsed, and runs a step on something tiny of its kind."""
 
 import numpy as np
 import pytest
@@ -6,35 +6,18 @@ import torch
 import transformers
 from PIL import Image
 
+from lora_lightning.cli.main import LoRACLI
+from lora_lightning.lora.frozen.quantization import scheme
 from tests.chats import CHATML, GEMMA, LLAMA3, MISTRAL, assistant, user
 from tests.chats import make_tokenizer as chat_tokenizer
 from tests.data.test_segmentation import make as make_masks
 from tests.pictures import class_folders
-from tests.recipes.recipe import files_of, head_of, parse, rows_file, run_a_step, tiny_model
+from tests.recipes.recipe import files_of, parse, rows_file, run_a_step, tiny_model
 from tests.tiny_lm import make_lm, make_texts
 from tests.tiny_pairs import COLOURS, TEMPLATE, WORDS, as_messages, make_tokenizer, preferences
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 SPLIT = {"validation": 0.25, "test": 0.25}
-SAYS = {
-    "embedding": ("Needs ", "Values: "),
-    "preference": ("Needs ", "alues"),
-    "vision": ("it reproduces no table",),
-    "lm/models": ("Model: ", "icence"),
-    "lm/data": ("Set: ",),
-    "lm/texts.yaml": ("Continued pre-training", "arXiv 2405.09673"),
-    "lm": ("arXiv",),
-}
-"""What the head of a recipe's file says, by the beginning of its path."""
-
-
-@pytest.mark.parametrize(
-    "file", [file for top in ("embedding", "preference", "vision", "lm") for file in files_of(top)]
-)
-def test_a_file_says_in_its_head_what_it_is_and_needs(file):
-    wanted = next(words for start, words in sorted(SAYS.items(), reverse=True) if file.startswith(start))
-    if file != "vision/base.yaml":
-        assert all(word in head_of(file) for word in wanted)
 
 
 def test_the_handbooks_values_are_in_the_recipe():
@@ -45,29 +28,7 @@ def test_the_handbooks_values_are_in_the_recipe():
     assert (data.max_length, data.max_prompt_length, data.batch_size) == (1024, 512, 4)
 
 
-def test_a_later_file_and_a_flag_win(tmp_path, capsys):
-    config = parse(["demo.yaml", "debug.yaml"], "--model.lora.r", "3")
-    assert (config.name, config.model.lora.r, config.trainer.max_epochs) == ("debug", 3, 1)
-    (tmp_path / "wrong.yaml").write_text("model: {task: {class_path: lora_lightning.NoSuchTask}}\n")
-    with pytest.raises(SystemExit):
-        parse(["demo.yaml", tmp_path / "wrong.yaml"])
-    assert "NoSuchTask" in capsys.readouterr().err
-
-
 # ---- what is put in the place of what would be downloaded: arguments of `run_a_step`
-
-
-def reviews(folder):
-    config = transformers.RobertaConfig(vocab_size=64, max_position_embeddings=40, type_vocab_size=1, **SMALL)
-    rows = [
-        {"text": f"the film is {'fine' if i % 2 else 'dull'} {i}", "category": f"{i % 2}", "movie_name": f"film {i}"}
-        for i in range(20)
-    ]
-    return {
-        "model": tiny_model(folder / "model", config, ["the", "film", "is", "fine", "dull"]),
-        "data": {"path": str(rows_file(folder / "rows.jsonl", rows)), "drop_labels": []},
-        "args": ["--model.lora.exclude_modules", "null", "--trainer.callbacks", "[]"],
-    }
 
 
 def pairs(folder):
@@ -196,7 +157,6 @@ def chat_files(model, data, *more):
 
 FOUND = {"val/loss", "val/mrr", "val/recall@1", "val/recall@5", "train/loss"}
 STEPS = {
-    "demo": (["demo.yaml"], reviews, {"val/accuracy", "train/loss"}),
     **{f"{name} pairs": ([f"embedding/{name}-pairs.yaml"], pairs, FOUND) for name in ("minilm", "e5")},
     "captions": (["embedding/clip-image-text.yaml"], captions, FOUND),
     "smollm2": (["preference/smollm2-dpo.yaml"], answers("LlamaConfig", False), {"val/loss", "val/margin"}),
@@ -237,17 +197,32 @@ def test_a_recipe_is_parsed_and_runs_a_step(name, tmp_path):
         assert {*modules} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("overlay", [(), ("lm/qlora.yaml",)], ids=["16-bit", "qlora"])
 @pytest.mark.parametrize(("model", "data"), CHATS)
-def test_every_model_and_every_set_are_parsed_with_the_same_values(model, data, overlay):
-    config = parse([*chat_files(model, data), *overlay])
-    name = config.model.backbone.init_args.pretrained_model_name_or_path
-    assert config.data.init_args.tokenizer == name
-    assert config.model.lora.alpha == 2 * config.model.lora.r == 32
-    assert config.model.lora.target_modules == "all-linear"
-    assert config.trainer.precision == ("nf4-base" if overlay else "bf16-base")
-    if not overlay:
-        own = parse(["lm/texts.yaml", f"lm/models/{model}.yaml"])
-        assert own.data.init_args.tokenizer == own.model.backbone.init_args.pretrained_model_name_or_path == name
-        assert own.model.lora.alpha == 2 * own.model.lora.r
-        assert own.data.init_args.packing
+def test_every_model_and_every_set_are_parsed_with_the_same_values(model, data):
+    stacks = {"bf16-base": chat_files(model, data), "nf4-base": chat_files(model, data, "lm/qlora.yaml")}
+    stacks["texts"] = ["lm/texts.yaml", f"lm/models/{model}.yaml"]
+    configs = {name: parse(files) for name, files in stacks.items()}
+    names = {config.data.init_args.tokenizer for config in configs.values()}
+    names |= {config.model.backbone.init_args.pretrained_model_name_or_path for config in configs.values()}
+    assert len(names) == 1
+    assert all(config.model.lora.alpha == 2 * config.model.lora.r for config in configs.values())
+    assert configs.pop("texts").data.init_args.packing
+    for precision, config in configs.items():
+        assert (config.model.lora.r, config.model.lora.target_modules) == (16, "all-linear")
+        assert config.trainer.precision == precision
+
+
+@pytest.mark.slow
+def test_a_fit_on_a_4_bit_base_is_exported(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model, data = "llama-3.1-8b", "own-jsonl"
+    given = chats(model, data)(tmp_path)
+    short = ["--trainer.fast_dev_run", "false", "--trainer.max_steps", "2", "--trainer.max_epochs", "-1"]
+    given["args"] = [*given["args"], *short, "--trainer.precision", "nf4-base", "--runs_dir", str(tmp_path / "runs")]
+    cli = run_a_step(chat_files(model, data, "lm/qlora.yaml"), tmp_path, **given)
+    layer = cli.model.backbone.model.layers[0].mlp.up_proj
+    assert "4-bit" in str(scheme(layer))
+    assert (tmp_path / "runs/lm/version_0/samples.jsonl").is_file()
+    LoRACLI(args=["export", "--ckpt_path", str(tmp_path / "runs/lm"), "--output_dir", str(tmp_path / "out")])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged")
+    assert type(merged.model.layers[0].mlp.up_proj) is torch.nn.Linear

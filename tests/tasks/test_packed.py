@@ -7,7 +7,7 @@ from torch import nn
 
 from lora_lightning import LoRAError
 from lora_lightning.tasks.language_model import CausalLM
-from lora_lightning.tasks.positions import as_packed, flash_lengths, refuse_mixing
+from lora_lightning.tasks.positions import as_packed, refuse_mixing
 from tests.tiny_lm import VOCABULARY, make_model
 
 IDS = torch.arange(3, len(VOCABULARY))[None]
@@ -37,36 +37,32 @@ def test_a_model_that_mixes_them_is_refused(kind, dtype):
         CausalLM().step(model, batch)
 
 
-class WithoutPositions(nn.Module):
-    """Absolute positions of its own, and a mean over what came before."""
+class Mean(nn.Module):
+    """Places of its own, and the mean of what came before, within documents or not."""
 
-    def __init__(self, *, masks: bool):
+    def __init__(self, within):
         super().__init__()
-        self.masks = masks
+        self.within = within
         self.embed, self.head = nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY))
         self.places = nn.Embedding(64, 8)
 
     def forward(self, input_ids, position_ids=None):
         t = input_ids.shape[1]
         visible = torch.ones(t, t).tril().expand(len(input_ids), t, t)
-        if position_ids is not None and self.masks:
+        if position_ids is not None and self.within:
             document = (position_ids == 0).cumsum(-1)
             visible = visible * (document[:, None] == document[:, :, None])
         mixed = visible / visible.sum(-1, keepdim=True) @ self.embed(input_ids)
         return self.head(mixed + self.places(torch.arange(t)))
 
 
-def test_positions_that_are_not_looked_at_are_found_out():
-    with pytest.raises(LoRAError, match="change with the one before it"):
-        refuse_mixing(WithoutPositions(masks=False), IDS)
-    with pytest.raises(LoRAError, match="are not those it has alone"):
-        refuse_mixing(WithoutPositions(masks=True), IDS)
-
-
-def test_a_forward_that_takes_no_positions_is_refused():
-    model = nn.Sequential(nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY)))
+def test_positions_that_are_not_looked_at_or_not_taken_are_found_out():
+    for within, said in ((False, "change with the one before it"), (True, "are not those it has alone")):
+        with pytest.raises(LoRAError, match=said):
+            refuse_mixing(Mean(within), IDS)
+    without = nn.Sequential(nn.Embedding(len(VOCABULARY), 8), nn.Linear(8, len(VOCABULARY)))
     with pytest.raises(LoRAError, match=r"Sequential cannot be given packed rows.*unexpected keyword"):
-        as_packed(model, {"input_ids": IDS, "position_ids": POSITIONS})
+        as_packed(without, {"input_ids": IDS, "position_ids": POSITIONS})
 
 
 def test_the_trial_leaves_the_models_modes_and_the_random_numbers_alone():
@@ -85,20 +81,12 @@ def test_documents_are_put_into_rows_of_their_own_while_there_is_room():
     assert found["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
 
 
-def test_flash_attention_is_given_the_bounds_of_documents_over_all_rows():
-    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]])
-    found = flash_lengths(positions)
-    assert found["cu_seq_lens_q"].tolist() == [0, 3, 5, 6, 10]
-    assert found["cu_seq_lens_k"].dtype == torch.int32
-    assert found["max_length_q"] == found["max_length_k"] == 4
-
-
 def by_bounds(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **_):
     """What flash attention does with the bounds that it is given, in plain torch; without bounds, each row is one."""
     b, _, t, _ = query.shape
     document = torch.arange(b).repeat_interleave(t)
     if cu_seq_lens_q is not None:
-        assert int(cu_seq_lens_q.diff().max()) == max_length_q
+        assert (cu_seq_lens_q.dtype, int(cu_seq_lens_q.diff().max())) == (torch.int32, max_length_q)
         document = torch.arange(len(cu_seq_lens_q) - 1).repeat_interleave(cu_seq_lens_q.diff())
     document = document.view(b, t)
     seen = (document[:, :, None] == document[:, None]) & torch.ones(t, t, dtype=torch.bool).tril()

@@ -1,7 +1,5 @@
 """Preference losses against independent arithmetic in float64; the frozen model is the reference."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -102,10 +100,13 @@ def by_hand(model, batch, loss, beta, label_smoothing=0.0, gamma=0.5, rpo_alpha=
 @pytest.mark.parametrize(("loss", "terms"), LOSSES, ids=[f"{loss}{len(terms)}" for loss, terms in LOSSES])
 def test_loss_gradients_and_rewards_are_the_papers(directory, loss, terms):
     model, batch = model_of(directory), batch_of()
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained, runs = [p for p in model.parameters() if p.requires_grad], []
     values, chosen, rejected = by_hand(model, batch, loss, 0.3, **terms)
     expected = torch.autograd.grad(values.mean(), trained)
+    PreferenceTuning(loss, 0.3, **terms).step(model, batch)  # looks at the head once
+    model.model.register_forward_hook(lambda *_: runs.append(1))
     out = PreferenceTuning(loss, 0.3, **terms).step(model, batch)
+    assert len(runs) == (1 if loss in ("simpo", "orpo") else 2), "without a reference it runs once"
     assert out.weight == 3
     assert out.loss.item() == pytest.approx(values.mean().item(), rel=1e-10)
     torch.testing.assert_close(out.predictions, chosen.detach(), rtol=1e-9, atol=1e-10)
@@ -113,15 +114,6 @@ def test_loss_gradients_and_rewards_are_the_papers(directory, loss, terms):
     for ours, theirs in zip(torch.autograd.grad(out.loss, trained), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
         assert float(theirs.abs().max()) > 1e-8
-
-
-def test_a_fresh_adapter_costs_log_2_at_no_margin(directory):
-    model = huggingface(str(directory), "AutoModelForCausalLM")
-    inject(model, LoRAConfig(r=4))
-    out = PreferenceTuning().step(model, batch_of())
-    assert out.loss.item() == pytest.approx(math.log(2), rel=1e-6)
-    assert not out.predictions.any()
-    assert not out.targets.any()
 
 
 def test_a_trained_copy_of_the_head_is_not_the_references_head(directory):
@@ -140,12 +132,11 @@ def test_a_trained_copy_of_the_head_is_not_the_references_head(directory):
 
 
 def test_the_reference_has_no_dropout_of_adapter_or_backbone(directory):
-    model, batch = model_of(directory, dropout=0.5), batch_of()
+    model, batch = model_of(directory, dropout=0.5).train(), batch_of()
     model.config.attention_dropout = 0.5
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.5
-    model.train()
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     with without_gradients(model):
         first, again = (sequence_log_probs(model, inputs, batch["labels"]).total for _ in range(2))
@@ -153,17 +144,6 @@ def test_the_reference_has_no_dropout_of_adapter_or_backbone(directory):
     assert all(module.training for module in model.modules())
     noisy = [sequence_log_probs(model, inputs, batch["labels"]).total.tolist() for _ in range(2)]
     assert noisy[0] != noisy[1]
-
-
-@pytest.mark.parametrize("loss", ["simpo", "orpo"])
-def test_a_loss_without_reference_runs_the_model_once(directory, loss):
-    model, calls = model_of(directory), []
-    PreferenceTuning(loss).step(model, batch_of())  # looks at the head once
-    model.model.register_forward_hook(lambda *_: calls.append(1))
-    PreferenceTuning(loss).step(model, batch_of())
-    assert len(calls) == 1
-    PreferenceTuning("sigmoid").step(model, batch_of())
-    assert len(calls) == 3
 
 
 def test_a_model_that_is_not_of_transformers_gives_the_same(directory):
@@ -178,17 +158,6 @@ def test_a_model_that_is_not_of_transformers_gives_the_same(directory):
     model, batch = model_of(directory), batch_of()
     whole = PreferenceTuning().step(Wrapped(model), batch)
     assert whole.loss.item() == pytest.approx(PreferenceTuning().step(model, batch).loss.item(), rel=1e-12)
-
-
-def test_no_logits_of_prompts_or_padding_are_made(directory):
-    model, batch = model_of(directory), batch_of()
-    PreferenceTuning().step(model, batch)
-    rows = []
-    plain = type(model.lm_head).forward
-    model.lm_head.forward = lambda h: rows.append(h.shape[:-1].numel()) or plain(model.lm_head, h)
-    PreferenceTuning().step(model, batch)
-    trained = int((batch["labels"][:, 1:] != -100).sum())
-    assert sorted(rows) == sorted([6, trained] * 2), "the last position of each text, and the answers' tokens"
 
 
 def test_epoch_figures_weigh_pairs_and_not_batches(directory):

@@ -7,7 +7,6 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lora_lightning import LoRAConfig, inject
 from lora_lightning.data.chat.prompt_completion import PromptCompletionData
-from lora_lightning.data.io.splits import SplitConfig
 from lora_lightning.data.seq2seq import SequenceToSequenceData
 from lora_lightning.tasks.generation import (
     SequenceToSequence,
@@ -15,6 +14,7 @@ from lora_lightning.tasks.generation import (
     generate_texts,
     generation_config,
 )
+from tests.data.files import ALL, ready
 from tests.tiny_text import make_model, make_tokenizer, restaurants, write_rows
 
 KINDS = ["t5", "bart", "gpt2"]
@@ -34,17 +34,10 @@ def data(kind, tmp_path_factory):
     rows[3]["context"] = "name : Zizzi"  # of another length than the others
     rows[7]["completion"] = "a place ."
     path = write_rows(folder / "rows.jsonl", rows)
-    options = {"split": SplitConfig(validation=0, test=0), "length_grouped": False}
-    files = {"train": path, "test": path}
+    cls, columns = SequenceToSequenceData, {"source_column": "context", "target_column": "completion"}
     if kind == "gpt2":
-        made = PromptCompletionData(files, str(folder), prompt="{context} </s>", completion="{completion}", **options)
-    else:
-        made = SequenceToSequenceData(
-            files, str(folder), source_column="context", target_column="completion", **options
-        )
-    made.prepare_data()
-    made.setup()
-    return made
+        cls, columns = PromptCompletionData, {"prompt": "{context} </s>", "completion": "{completion}"}
+    return ready(cls, {"train": path, "test": path}, folder, split=ALL, length_grouped=False, **columns)
 
 
 def model_of(kind):
@@ -80,12 +73,12 @@ def test_loss_is_transformers_own(kind, data):
 
 
 def test_smoothing_is_for_training_alone(kind, data):
-    model, batch = model_of(kind), batch_of(data, range(4))
+    model, batch = model_of(kind), batch_of(data, range(4), "train")
     plain, smooth = task_of(kind, data), task_of(kind, data, label_smoothing=0.1, generate_in_validation=False)
     smooth.reset("val")
-    train = {key: value for key, value in batch.items() if key != "references" and not key.startswith("prompt")}
-    logits = model(**train).logits[:, :-1] if kind == "gpt2" else model(**train).logits
-    labels = train["labels"][:, 1:] if kind == "gpt2" else train["labels"]
+    logits, labels = model(**batch).logits, batch["labels"]
+    if kind == "gpt2":
+        logits, labels = logits[:, :-1], labels[:, 1:]
     expected = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
     torch.testing.assert_close(smooth.step(model, batch).loss, expected, rtol=1e-10, atol=0)
     torch.testing.assert_close(smooth.evaluate(model, batch).loss, plain.step(model, batch).loss)
@@ -104,9 +97,8 @@ def test_figures_do_not_depend_on_batches_or_padding(kind, data, options):
             texts += out.texts
             logged = task.update("test", out)
         found[size] = texts, {name: float(metric.compute()) for name, metric in logged.items()}
-    assert set(found[1][1]) == {
-        f"test/{m}" for m in ("loss", "token_accuracy", "bleu", "chrf", "rouge1", "exact_match")
-    }
+    logged = {"loss", "token_accuracy", "bleu", "chrf", "rouge1", "exact_match"}
+    assert set(found[1][1]) == {f"test/{name}" for name in logged}
     assert any(found[1][0]), "a model that writes nothing would prove nothing"
     for size in (3, 8):
         assert found[size][0] == found[1][0]

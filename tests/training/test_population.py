@@ -1,5 +1,6 @@
 """A population: several fits over one W0 that take turns, each of which ends as it would alone."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -14,11 +15,11 @@ from lightning.pytorch import Callback, LightningDataModule
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lora_lightning import LoRAConfig, LoRAError, LoRAModule, LoRATrainer, Supervised, WarmupDecay
+from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule, LoRATrainer, Supervised, WarmupDecay
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.tensors import adapter_tensors, iter_base
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.population.halving import Standing, dropped, parse_rungs, rung_steps
+from lora_lightning.training.population.halving import Standing, dropped, parse_rungs, replay, rung_steps
 from lora_lightning.training.population.population import Halving, Interrupted, Population, copy_over_base
 from tests.factories import bert, llama
 from tests.processes import REPOSITORY
@@ -257,6 +258,63 @@ def test_halving_leaves_the_bits_of_those_who_go_on(tmp_path):
     wanted = alone(backbone, data, ADAPTERS[left[0].name], tmp_path)
     got = adapter_tensors(left[0].module.backbone)
     assert all(torch.equal(got[key], wanted[key]) for key in wanted)
+
+
+class Evaluations(Callback):
+    """Counts the batches on which a member's model is evaluated."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.count = 0
+        pl_module.backbone.register_forward_hook(self._count)
+
+    def _count(self, backbone, inputs, output):
+        self.count += not torch.is_grad_enabled()
+
+
+def test_a_dropped_member_ends_with_the_figures_of_its_rung(tmp_path):
+    """Lightning's validation at its end counts what the rung has computed, and computes nothing anew."""
+    backbone, data = family("bert")
+    halving = Halving(2, ["1/2"], "val/loss", "min")
+    make = functools.partial(trainer, tmp_path, num_sanity_val_steps=0)
+    adapters = {f"lr={lr}": {"lora": LoRAConfig(r=2), "optimizer": adam(lr)} for lr in (1e-3, 3)}
+    population = Population.of(backbone, TASK(), adapters, lambda name: make(name, Evaluations()), halving=halving)
+    population.fit(data)
+    _, gone = population.members
+    assert gone.state == "dropped"
+    assert next(c.count for c in gone.trainer.callbacks if isinstance(c, Evaluations)) == 4
+    ended = float(gone.trainer.callback_metrics["val/loss"])
+    assert ended == pytest.approx(gone.standings[-1].value, rel=1e-6)
+    (anew,) = make("anew").validate(gone.module, data, verbose=False)
+    assert ended == anew["val/loss"]
+
+
+def test_weights_that_have_moved_since_their_rung_are_evaluated_anew():
+    """As by a callback that validates an average of them."""
+    backbone, data = family("bert")
+    module = LoRAModule(backbone, TASK(), **ADAPTERS["r=1, lr=0.001"])
+    batch = next(iter(data.val_dataloader()))
+    known = module.task.evaluate(module.backbone, batch)
+    replay(module, [dataclasses.replace(known, loss=torch.tensor(7.0))] * 2)
+    assert module.task.evaluate(module.backbone, batch).loss == 7
+    with torch.no_grad():
+        next(p for p in module.parameters() if p.requires_grad).add_(1)
+    assert module.task.evaluate(module.backbone, batch).loss != 7
+
+
+@pytest.mark.parametrize("metric", ["val/perplexity", "val/token_accuracy"])
+def test_members_are_compared_by_any_figure_of_the_task(metric, tmp_path):
+    """Also by one that is counted from something else than predictions and targets."""
+    backbone, data = llama().eval(), Rows(ids)
+    data.rows = [{"input_ids": row, "labels": row} for row, _ in data.rows]
+    halving = Halving(2, ["1/2"], metric, "min" if metric == "val/perplexity" else "max")
+    adapters = {name: {"lora": LoRAConfig(r=2), "optimizer": adam(lr)} for name, lr in (("a", 1e-3), ("b", 1e-1))}
+    task = CausalLM()
+    population = Population.of(backbone, task, adapters, functools.partial(trainer, tmp_path), halving=halving)
+    population.fit(data)
+    ((figures, losses),) = [(one["values"], one["losses"]) for one in population.decisions]
+    assert figures.keys() == {"a", "b"}
+    if metric == "val/perplexity":
+        assert all(figures[name] == pytest.approx(math.exp(losses[name])) for name in figures)
 
 
 class Spoil(Callback):

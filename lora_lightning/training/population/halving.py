@@ -11,19 +11,24 @@ block j, `se^2 = (G - 1) / G sum_j (d_j - mean d)^2`. It holds for any metric, a
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, IterableDataset
+from torchmetrics import Metric
 
 from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.tasks.base import StepOutput, Task
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
 from lora_lightning.training.module import LoRAModule
 from lora_lightning.training.strategies.collectives import gather
@@ -138,71 +143,101 @@ def refuse_metric(module: LoRAModule, metric: str) -> None:
         )
 
 
-@torch.no_grad()
-def standing(trainer: Trainer, module: LoRAModule, metric: str) -> Standing:
-    """Evaluate a member on the first validation set, and leave no trace in its fit: modes and random states are put
-    back, and its own metrics are not counted into."""
-    before, modes = random_state(), [(inner, inner.training) for inner in module.modules()]
-    module.eval()
-    try:
-        blocks = _blocks(trainer, module)
-    finally:
-        for inner, mode in modes:
-            inner.training = mode
-        set_random_state(before)
-    device = module.device
-    found = [_figures(module, metric, blocks, skip, device) for skip in (None, *range(len(blocks)))]
-    return Standing(
-        value=found[0][0], loss=found[0][1], values=[v for v, _ in found[1:]], losses=[x for _, x in found[1:]]
-    )
+def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standing, list[StepOutput]]:
+    """Where a member stands on the first validation set, and what its task made of this process's batches there.
 
+    It leaves no trace in the fit: modes and random states are put back, and the task's own metrics count nothing.
 
-Block = list[tuple[Tensor, int, Tensor | None, Tensor | None]]
-"""Of batches: loss, its weight, predictions and targets, on the CPU."""
-
-
-def _blocks(trainer: Trainer, module: LoRAModule) -> list[Block]:
+    Raises:
+        LoRAError: there is no validation set, or too small a one for a standard error.
+    """
     loaders: Any = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     if isinstance(loaders, list) and not loaders:
         raise LoRAError(
             "halving compares members on the validation set, and the data have none: give data.split a share"
         )
     loader = loaders[0] if isinstance(loaders, list) else loaders
-    limit = trainer.limit_val_batches
-    blocks: list[Block] = [[] for _ in range(BLOCKS)]
-    batches = islice(loader, limit) if isinstance(limit, int) else loader
-    for number, read in enumerate(batches):
-        batch = trainer.strategy.batch_to_device(read, module.device)
-        with trainer.precision_plugin.val_step_context():
-            out = module.task.evaluate(module.backbone, batch)
-        if out.weight:
-            rest = [None if t is None else t.detach().cpu() for t in (out.predictions, out.targets)]
-            blocks[number % BLOCKS].append((out.loss.detach().cpu(), out.weight, rest[0], rest[1]))
+    task = copy.deepcopy(module.task)
+    task.reset("val")  # a task that writes texts asks which stage began last
+    outputs = _outputs(trainer, module, task, loader)
+    blocks = [outputs[first::BLOCKS] for first in range(BLOCKS)]
     # Where nothing divides the examples among the processes, each has seen them all.
     sampler, data = getattr(loader, "sampler", None), getattr(loader, "dataset", None)
     divided = isinstance(sampler, DistributedSampler) or isinstance(data, IterableDataset)
-    found = [block for own in (gather(blocks) if divided else [blocks]) for block in own if block]
-    if len(found) < 2:
+    shares = gather(blocks) if divided else [blocks]
+    blocks = [block for share in shares for block in share if any(out.weight for out in block)]
+    if len(blocks) < 2:
         raise LoRAError(
             "--halving compares members on blocks of validation batches, and there are fewer than two: a smaller"
             " data.init_args.eval_batch_size"
         )
-    return found
+    _count_exactly(task)
+    value, loss = _figures(task, metric, blocks)
+    without = [_figures(task, metric, [*blocks[:number], *blocks[number + 1 :]]) for number in range(len(blocks))]
+    return Standing(value=value, loss=loss, values=[v for v, _ in without], losses=[x for _, x in without]), outputs
 
 
-def _figures(
-    module: LoRAModule, metric: str, blocks: Sequence[Block], skip: int | None, device: torch.device
-) -> tuple[float, float]:
-    """The metric and the loss of all blocks but one."""
-    batches = [batch for number, block in enumerate(blocks) if number != skip for batch in block]
-    units = sum(weight for _, weight, _, _ in batches)
-    loss = sum(float(loss) * weight for loss, weight, _, _ in batches) / units
-    if metric == "val/loss":
-        return loss, loss
-    kept: Any = module.task.metrics["val_"]
-    counted = dict(kept.items(keep_base=False))[metric].clone()
-    counted.reset()
-    counted.sync_on_compute = False  # the batches of all processes are here
-    for _, _, predictions, targets in batches:
-        counted.update(predictions.to(device), None if targets is None else targets.to(device))  # type: ignore[union-attr]
-    return float(counted.compute()), loss
+@torch.no_grad()
+def _outputs(trainer: Trainer, module: LoRAModule, task: Task, loader: Iterable[Any]) -> list[StepOutput]:
+    """Of each batch, on the CPU."""
+    before, modes = random_state(), [(inner, inner.training) for inner in module.modules()]
+    module.eval()
+    limit = trainer.limit_val_batches
+    outputs = []
+    try:
+        for read in islice(loader, limit) if isinstance(limit, int) else loader:
+            batch = trainer.strategy.batch_to_device(read, module.device)
+            with trainer.precision_plugin.val_step_context():
+                outputs.append(_on_device(task.evaluate(module.backbone, batch), torch.device("cpu")))
+    finally:
+        for inner, mode in modes:
+            inner.training = mode
+        set_random_state(before)
+    return outputs
+
+
+def _on_device(out: StepOutput, device: torch.device) -> StepOutput:
+    tensors: dict[str, Any] = {
+        name: value.detach().to(device) for name, value in vars(out).items() if isinstance(value, Tensor)
+    }
+    return dataclasses.replace(out, **tensors)
+
+
+def _count_exactly(task: Task) -> None:
+    """Let a task count in float64, where the batches of all processes are."""
+    task.cpu()
+    for metric in task.modules():
+        if isinstance(metric, Metric):
+            metric.sync_on_compute = False
+            metric.set_dtype(torch.float64)
+
+
+def _figures(task: Task, metric: str, blocks: Sequence[Sequence[StepOutput]]) -> tuple[float, float]:
+    """The metric and the loss of some blocks, counted by the task as in a validation."""
+    task.reset("val")
+    metrics: dict[str, Any] = {}
+    for out in chain.from_iterable(blocks):
+        metrics = task.update("val", out)
+    value = float(metrics[metric].compute())
+    return value, float(metrics["val/loss"].compute()) if "val/loss" in metrics else value
+
+
+def replay(module: LoRAModule, outputs: Sequence[StepOutput]) -> None:
+    """Let the validation with which Lightning ends a dropped member's fit count what its rung has just computed.
+
+    A pass over the validation set can cost as much as the steps to the first rung. Where something has moved the
+    weights since, such as a callback that validates their average, the model is evaluated as always.
+    """
+    task, left, weights = module.task, deque(outputs), _sums(module)
+
+    def evaluate(backbone: nn.Module, batch: Mapping[str, Any]) -> StepOutput:
+        if left and _sums(module) == weights:
+            return _on_device(left.popleft(), module.device)
+        left.clear()
+        return type(task).evaluate(task, backbone, batch)
+
+    task.evaluate = evaluate  # type: ignore[method-assign]
+
+
+def _sums(module: LoRAModule) -> list[float]:
+    return [float(own.detach().double().sum()) for own in module.parameters() if own.requires_grad]

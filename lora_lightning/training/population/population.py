@@ -23,7 +23,7 @@ from lora_lightning.lora.errors import LoRAError
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 from lora_lightning.lora.frozen.tensors import iter_base
 from lora_lightning.lora.meta.fill import fill_from_files
-from lora_lightning.tasks.base import Task
+from lora_lightning.tasks.base import StepOutput, Task
 from lora_lightning.training.checkpoints.loop_state import is_between_steps
 from lora_lightning.training.checkpoints.model_checkpoint import Checkpoints, PreemptedError
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
@@ -33,6 +33,7 @@ from lora_lightning.training.population.halving import (
     Standing,
     dropped,
     refuse_metric,
+    replay,
     rung_steps,
     standing,
 )
@@ -108,13 +109,16 @@ class _TakeTurns(Callback):
         for number, step in enumerate(self.population.rungs):
             if trainer.global_step < step or self.population.is_decided(number):
                 continue
+            outputs: list[StepOutput] = []
             if number == len(member.standings):
-                member.standings.append(standing(trainer, member.module, self.population.metric))
+                reached, outputs = standing(trainer, member.module, self.population.metric)
+                member.standings.append(reached)
                 self.population.keep_standings(member)
             member.rung = number
             self.pause()
             member.rung = None
             if member.state == "dropped":
+                replay(member.module, outputs)
                 trainer.should_stop = True
                 return
 
@@ -263,6 +267,7 @@ class Population:
         if error is not None and not all_arrive():
             raise error  # in this process alone: the others wait for it in the middle of the member's turn
         member.error, member.is_over = error, True
+        member.module.task.__dict__.pop("evaluate", None)  # see `replay`
         if error is not None:
             member.state, member.reason = "failed", f"{type(error).__name__}: {error}"
         elif member.state == "fits":
