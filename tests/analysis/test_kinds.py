@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from lora_lightning.lora.formats.peft.load import AdapterFiles
 from lora_lightning.lora.frozen.spectrum import base_matrices, update_pairs
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.inject import adapted_layers
-from tests.lora.directories import of_peft
+from tests.lora.directories import edit_config, of_peft
 from tests.lora.laws import relative, stir
 
 pytestmark = pytest.mark.filterwarnings("ignore::lora_lightning.AdapterWarning")
@@ -208,17 +207,14 @@ def test_an_adapter_that_peft_wrote_has_pefts_own_update(tmp_path):
         torch.testing.assert_close(torch.tensor(layer.singular_values).double(), want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("turn", [1, -1])
-def test_stacks_are_told_apart_whatever_order_the_config_has(turn, tmp_path):
+def test_stacks_are_told_apart_whatever_order_the_config_has(tmp_path):
     """PEFT writes target_parameters in the order of a set, another each time."""
-    config = peft.LoraConfig(r=4, lora_alpha=3, target_modules=[], target_parameters=STACKS)
-    theirs = peft.get_peft_model(Holder(Experts()), config)
-    theirs.save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    said = json.loads(path.read_text())
-    path.write_text(json.dumps({**said, "target_parameters": STACKS[::turn]}))
-    shapes = {layer.name: layer.shape for layer in opened(tmp_path / "adapter").factors}
-    assert shapes == {"blocks.0.gate_up_proj": (10, 8), "blocks.0.down_proj": (8, 10)}
+    fields = {"r": 4, "target_modules": [], "target_parameters": STACKS}
+    of_peft(tmp_path / "adapter", Holder(Experts()), **fields)
+    for order in (STACKS, STACKS[::-1]):
+        edit_config(tmp_path / "adapter", target_parameters=order)
+        shapes = {layer.name: layer.shape for layer in opened(tmp_path / "adapter").factors}
+        assert shapes == {"blocks.0.gate_up_proj": (10, 8), "blocks.0.down_proj": (8, 10)}
 
 
 def test_parameters_of_unknown_order_ask_for_the_model(tmp_path):

@@ -27,20 +27,15 @@ def test_layouts_are_known_by_their_columns(row):
     assert conversation_of(row, layout_of(list(row), None)) == PAIR
 
 
-def test_columns_of_other_names_are_mapped():
+def test_columns_of_other_names_are_mapped_and_a_system_message_goes_in_front_unless_there_is_one():
     row = {"q": "2 + 2?", "passage": "Sums.", "a": "4"}
     columns = {"prompt": "q", "context": "passage", "answer": "a"}
     assert conversation_of(row, layout_of(list(row), columns)) == [user("2 + 2?\n\nSums."), assistant("4")]
-
-
-def test_a_system_message_goes_in_front_unless_there_is_one():
-    system = {"role": "system", "content": "Be brief."}
-    row = {"messages": PAIR}
-    assert conversation_of(row, MESSAGES, "Be brief.") == [system, *PAIR]
-    own = {"messages": [{"role": "system", "content": "Be kind."}, *PAIR]}
-    assert conversation_of(own, MESSAGES, "Be brief.")[0]["content"] == "Be kind."
-    row |= {"system": "Be kind."}
-    assert conversation_of(row, {**MESSAGES, "system": "system"}, "Be brief.")[0]["content"] == "Be kind."
+    brief, kind = ({"role": "system", "content": f"Be {how}."} for how in ("brief", "kind"))
+    for row, first in (({"messages": PAIR}, brief), ({"messages": [kind, *PAIR]}, kind)):
+        assert conversation_of(row, MESSAGES, "Be brief.") == [first, *PAIR]
+    row = {"messages": PAIR, "system": "Be kind."}
+    assert conversation_of(row, {**MESSAGES, "system": "system"}, "Be brief.") == [kind, *PAIR]
 
 
 def test_tool_calls_get_their_arguments_as_a_mapping_and_lose_what_the_table_filled_up():

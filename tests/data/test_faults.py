@@ -73,27 +73,14 @@ SUBJECTS = {
     ),
     "sources": Subject(SequenceToSequenceData, lambda i: {"context": "name", "completion": "a place"}, ENDS, "t5"),
     "prompts": Subject(PromptCompletionData, lambda i: {"context": "name", "completion": "a place"}, FILLED, "gpt2"),
-    "pairs": Subject(
-        PairData,
-        lambda i: {"anchor": f"the sky {i}", "positive": "it is blue", "negative": "no idea"},
-        {"negative_column": "negative"},
-        "pairs",
-    ),
+    "pairs": Subject(PairData, lambda i: {"anchor": f"the sky {i}", "positive": "it is blue", "negative": "no idea"},
+                     {"negative_column": "negative"}, "pairs"),
     "answers": Subject(PreferenceData, lambda i: {"prompt": "what", "chosen": "it is", "rejected": "no"}, {}, "pairs"),
-    "messages": Subject(
-        PreferenceData,
-        lambda i: {"prompt": [user("what is")], "chosen": [assistant("it is")], "rejected": [assistant("no")]},
-        {},
-        "pairs",
-        JSONL,
-    ),
-    "whole": Subject(
-        PreferenceData,
-        lambda i: {c: [user("what"), assistant(c)] for c in ("chosen", "rejected")},
-        {"prompt_column": None},
-        "pairs",
-        JSONL,
-    ),
+    "messages": Subject(PreferenceData, lambda i: {
+        "prompt": [user("what is")], "chosen": [assistant("it is")], "rejected": [assistant("no")]
+    }, {}, "pairs", JSONL),
+    "whole": Subject(PreferenceData, lambda i: {c: [user("what"), assistant(c)] for c in ("chosen", "rejected")},
+                     {"prompt_column": None}, "pairs", JSONL),
     "chats": Subject(ChatData, lambda i: {"messages": [user("Hi."), assistant("Yes.")]}, {}, "chat", JSONL),
     "chat pairs": Subject(ChatData, lambda i: {"prompt": "a", "completion": "b"}, {}, "chat"),
     "images": Subject(ImageData, lambda i: {"image": f"{i}.png", "label": i % 2}, {"image_size": 16, **NAMES}, None),
@@ -359,6 +346,7 @@ ARGUMENTS = [
     (TextClassificationData, "bert", LABELLED, {"min_words": 99}, "no row of the train set is left"),
     (TextClassificationData, "bert", LABELLED, {"label_names": ["a", "a"]}, "label_names holds a name twice"),
     (TextClassificationData, "bert", None, {}, "no file"),
+    (TextClassificationData, "bert", "package:no_such_package/x.csv", {}, "'no_such_package', which is not installed"),
     (MultiLabelTextData, "bert", LABELLED, {"label_columns": ["a"], "label_names": ["A"]}, "leave label_names out"),
     (MultiLabelTextData, "bert", LABELLED, {"separator": ""}, "separator must be what stands between"),
     *((cls, "bert", ALIKE, options, "set.jsonl.*(at least 2|the same label)") for cls, options in ONE_LABEL),
@@ -394,13 +382,10 @@ ARGUMENTS = [
 
 @pytest.mark.parametrize(("cls", "tokenizer", "rows", "options", "said"), ARGUMENTS, ids=lambda part: str(part)[-30:])
 def test_an_argument_that_does_not_fit_is_named(cls, tokenizer, rows, options, said, tokenizers, tmp_path):
-    path = tmp_path / "nowhere.csv" if rows is None else write(tmp_path / "set.jsonl", rows)
+    path = tmp_path / "nowhere.csv" if rows is None else rows
+    if isinstance(rows, list):
+        path = write(tmp_path / "set.jsonl", rows)
     for i in range(8):
         picture(random.Random(i), "red").save(tmp_path / f"{i}.png")
     with pytest.raises(LoRAError, match=said):
         ready(cls, path, getattr(tokenizers, str(tokenizer), tokenizer), **{"split": ALL} | options)
-
-
-def test_a_package_that_is_not_installed_is_named(bert):
-    with pytest.raises(LoRAError, match="'no_such_package', which is not installed"):
-        ready(TextClassificationData, "package:no_such_package/x.csv", bert)

@@ -1,6 +1,5 @@
 """Images from folders, tables, sets and arrays become the same batches; a fault is named by file, row and column."""
 
-import random
 import shutil
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lora_lightning.data.images.rows import BadImageError
 from lora_lightning.data.images.transforms import Augmentation, Preprocessing, preprocessing_of
 from lora_lightning.data.io.splits import SplitConfig
 from tests.data.files import ALL, ready, save, write
-from tests.pictures import COLOURS, class_folders, picture
+from tests.pictures import COLOURS, class_folders
 
 SPLIT = SplitConfig(validation=0.25, test=0.25)
 
@@ -46,63 +45,65 @@ def same(a, b):
     return all(torch.equal(everything(a)[name], everything(b)[name]) for name in ("pixel_values", "labels"))
 
 
+def sizes(data):
+    return {name: len(table) for name, table in data.tables.items()}
+
+
 def test_a_folder_for_each_class_is_split_the_same_each_time(folder):
-    data, again = data_of(folder), data_of(folder)
-    assert {name: len(table) for name, table in data.tables.items()} == {"train": 18, "validation": 9, "test": 9}
-    assert data.label_names == sorted(COLOURS)
-    assert data.num_classes == 3
-    assert same(data, again)
+    data = data_of(folder, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
+    assert sizes(data) == {"train": 18, "validation": 9, "test": 9}
+    assert (data.label_names, data.num_classes) == (sorted(COLOURS), 3)
+    assert same(data_of(folder), data_of(folder))
     batch = next(iter(data.train_dataloader()))
-    assert batch["pixel_values"].shape == (4, 3, 16, 16)
-    assert batch["pixel_values"].dtype == torch.float32
+    assert (batch["pixel_values"].shape, batch["pixel_values"].dtype) == ((4, 3, 16, 16), torch.float32)
     assert batch["labels"].dtype == torch.int64
-
-    data = data_of(folder, mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])  # labels are those of the images' own folders
     found = everything(data)
-    channel = {0: 2, 1: 1, 2: 0}  # blue, green, red
-    for pixels, label in zip(found["pixel_values"], found["labels"], strict=True):
-        assert int(pixels.mean((1, 2)).argmax()) == channel[int(label)]
+    channel = torch.tensor([2, 1, 0])  # of blue, green and red: labels are those of the images' own folders
+    assert torch.equal(found["pixel_values"].mean((2, 3)).argmax(1), channel[found["labels"]])
 
 
-def test_splits_nested_folders_and_hidden_files(folder, tmp_path):
+def test_splits_nested_folders_and_duplicates_are_taken_and_hidden_files_are_not(folder, tmp_path):
     root = tmp_path / "by_split"
     for split in ("train", "val"):
         shutil.copytree(folder, root / split)
-    deep = root / "train" / "red" / "more" / "deeper"
-    deep.mkdir(parents=True)
-    shutil.copy(folder / "red" / "00.png", deep / "x.JPG")
+    (root / "train" / "red" / "more" / "deeper").mkdir(parents=True)
+    shutil.copy(folder / "red" / "00.png", root / "train" / "red" / "more" / "deeper" / "x.JPG")
     (root / "train" / "red" / ".hidden.png").write_bytes(b"no image")
     (root / "train" / ".cache").mkdir()
     (root / "train" / "red" / "notes.txt").write_text("no image")
     data = data_of(root, split=ALL)
-    assert {name: len(table) for name, table in data.tables.items()} == {"train": 37, "validation": 36}
+    assert sizes(data) == {"train": 37, "validation": 36}
     assert data.label_names == sorted(COLOURS)
+    assert sizes(data_of(root, split=ALL, drop_duplicates=True)) == {"train": 36, "validation": 36}
+    assert sizes(data_of(root, split=ALL, max_train_rows=5)) == {"train": 5, "validation": 36}
+
+
+def files_of(folder):
+    return sorted(folder.glob("*/*.png"))
 
 
 def table_of(folder, file):
     """The folder's images as paths in a table."""
-    files = sorted(folder.glob("*/*.png"))
-    return write(file, [{"image": str(f.relative_to(folder)), "label": f.parent.name} for f in files])
+    rows = [{"image": str(f.relative_to(folder)), "label": f.parent.name} for f in files_of(folder)]
+    return write(file, rows)
 
 
 def arrays(path):
     """A reader of one's own."""
-    files = sorted(Path(path).glob("*/*.png"))
+    files = files_of(Path(path))
     return np.stack([np.array(Image.open(f)) for f in files]), [f.parent.name for f in files]
 
 
 def saved(folder, to, image):
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=sorted(COLOURS)))
-    rows = [{"image": image(file), "label": file.parent.name} for file in sorted(folder.glob("*/*.png"))]
-    return save(to, features, train=rows)
+    return save(to, features, train=[{"image": image(f), "label": f.parent.name} for f in files_of(folder)])
 
 
 def with_metadata(folder, to):
     """As `datasets` reads an imagefolder."""
     to.mkdir()
-    files = sorted(folder.glob("*/*.png"))
-    rows = [{"file_name": f"{f.parent.name}-{f.name}", "label": f.parent.name} for f in files]
-    for file, row in zip(files, rows, strict=True):
+    rows = [{"file_name": f"{f.parent.name}-{f.name}", "label": f.parent.name} for f in files_of(folder)]
+    for file, row in zip(files_of(folder), rows, strict=True):
         shutil.copy(file, to / row["file_name"])
     write(to / "metadata.csv", rows)
     return to
@@ -130,16 +131,10 @@ def test_every_form_gives_the_folders_own_batches(form, folder, tmp_path):
         assert data.tables["train"].features["image"].decode is False, "nothing is decoded into the cache"
 
 
-def test_duplicates_are_dropped_and_training_rows_are_limited(folder):
-    shutil.copy(folder / "red" / "00.png", folder / "red" / "again.png")
-    assert sum(len(t) for t in data_of(folder).tables.values()) == 37
-    data = data_of(folder, drop_duplicates=True, max_train_rows=5)
-    assert {name: len(table) for name, table in data.tables.items()} == {"train": 5, "validation": 9, "test": 9}
-
-
-def epochs(data, workers=0, world=1):
-    """(epoch, row) of every training example with its pixels, over all processes."""
-    data.num_workers = workers
+def epochs(folder, *, workers=0, world=1, **options):
+    """Pixels of every training example by (epoch, row), over all processes."""
+    augment = Augmentation(crop_scale=0.5, flip=0.5, rand_augment=9)
+    data = data_of(folder, augment=augment, num_workers=workers, **options)
     seen = {}
     for rank in range(world):
         loader = data.train_dataloader()
@@ -150,50 +145,43 @@ def epochs(data, workers=0, world=1):
             order = [row for _, row in loader.sampler]
             pixels = torch.cat([batch["pixel_values"] for batch in loader])
             seen |= {(epoch, row): x for row, x in zip(order, pixels, strict=True)}
+    before = torch.get_rng_state()
+    _ = data.encoded_rows("train")[(0, 0)]
+    assert torch.equal(before, torch.get_rng_state()), "torch's own generator is let be"
     return seen
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_row_alone(folder):
-    augment = Augmentation(crop_scale=0.5, flip=0.5, rand_augment=9)
-    one = epochs(data_of(folder, augment=augment))
-    rows = {row for _, row in one}
-    assert any(not torch.equal(one[0, row], one[1, row]) for row in rows), "each epoch draws anew"
+    one = epochs(folder)
+    assert any(not torch.equal(x, one[1, row]) for (_, row), x in one.items()), "each epoch draws anew"
     torch.manual_seed(99)
-    for other in (
-        epochs(data_of(folder, augment=augment, batch_size=7)),
-        epochs(data_of(folder, augment=augment), workers=2),
-        epochs(data_of(folder, augment=augment), world=2),
-    ):
+    for options in ({"batch_size": 7}, {"workers": 2}, {"world": 2}):
+        other = epochs(folder, **options)
         assert other.keys() == one.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
-    data, before = data_of(folder, augment=augment), torch.get_rng_state()
-    _ = data.encoded_rows("train")[(0, 0)]
-    assert torch.equal(before, torch.get_rng_state()), "torch's own generator is let be"
-    assert same(data, data_of(folder)), "evaluation is not augmented"
-    reseeded = epochs(data_of(folder, augment=augment, seed=1))
+    reseeded = epochs(folder, seed=1)
     assert any(not torch.equal(one[key], reseeded[key]) for key in one)
-
-
-# What is in a file, to RGB.
+    assert same(data_of(folder, augment=Augmentation()), data_of(folder)), "evaluation is not augmented"
 
 
 def test_every_mode_becomes_rgb(tmp_path):
     grey = np.tile(np.arange(0, 256, 16, dtype=np.uint8), (16, 1))
-    deep = np.tile((np.arange(16, dtype=np.uint16) * 16 * 257), (16, 1))
-    colour = np.stack([grey, grey, grey], 2)
+    colour = np.stack([grey] * 3, 2)
+    palette = Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
     alpha = np.dstack([colour, np.full((16, 16), 128, np.uint8)])
-    files = {
-        "grey.png": Image.fromarray(grey),
-        "deep.png": Image.fromarray(deep),
-        "rgba.png": Image.fromarray(alpha),
-        "palette.png": Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE, colors=256),
-        "la.png": Image.fromarray(grey).convert("LA"),
-    }
-    for name, image in files.items():
-        image.save(tmp_path / name)
-        found = read_rgb(str(tmp_path / name))
+    plain = Image.fromarray(grey)
+    images = [
+        plain,
+        plain.convert("LA"),
+        palette,
+        Image.fromarray(alpha),
+        Image.fromarray(grey.astype(np.uint16) * 257),
+    ]
+    for image in images:
+        image.save(tmp_path / "x.png")
+        found = read_rgb(str(tmp_path / "x.png"))
         assert found.mode == "RGB"
-        assert np.array_equal(np.asarray(found), colour), name
+        assert np.array_equal(np.asarray(found), colour), image.mode
     image, exif = Image.new("RGB", (8, 4), (200, 0, 0)), Image.Exif()
     exif[0x0112] = 6  # turn by 90 degrees
     image.save(tmp_path / "x.jpg", exif=exif)
@@ -201,9 +189,6 @@ def test_every_mode_becomes_rgb(tmp_path):
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "f.tiff")
     with pytest.raises(ValueError, match="floats, whose range is not known"):
         read_rgb(str(tmp_path / "f.tiff"))
-
-
-# Preprocessing.
 
 
 def test_a_saved_processor_gives_the_pixels_of_evaluation(folder):
@@ -233,10 +218,7 @@ def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        (
-            "timm:tf_efficientnet_lit0",
-            r"timm has no model 'tf_efficientnet_lit0'; did you mean 'tf_efficientnet_lite0'",
-        ),
+        ("timm:tf_efficientnet_lit0", "timm has no model '.*_lit0'; did you mean 'tf_efficientnet_lite0'"),
         ("torchvision:ResNet18_Weights.IMAGENET", "torchvision has no weights"),
         ("./nowhere", "no image processor './nowhere': there is no such folder"),
     ],
@@ -244,9 +226,6 @@ def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
 def test_a_name_without_preprocessing_is_named(name, said):
     with pytest.raises(LoRAError, match=said):
         preprocessing_of(name)
-
-
-# Bad data.
 
 
 def unknown_class(folder):
@@ -260,20 +239,14 @@ def unknown_class(folder):
 
 
 FAULTS = {
-    "no image": (
-        lambda f: (f / "red" / "03.png").write_text("hello"),
-        r"red/03\.png: expected an image that opens, got",
-    ),
-    "empty file": (lambda f: (f / "red" / "03.png").write_bytes(b""), r"red/03\.png: .* got the file is empty"),
+    "no image": (lambda f: (f / "red/03.png").write_text("hello"), r"red/03\.png: expected an image that opens, got"),
+    "empty file": (lambda f: (f / "red/03.png").write_bytes(b""), r"red/03\.png: .* got the file is empty"),
     "empty class": (lambda f: (f / "violet").mkdir(), "has folders without an image .*violet"),
     "no classes": (
         lambda f: [shutil.move(f / n, f.parent) for n in COLOURS],
         "holds no folders: expected one for each",
     ),
-    "an unknown class": (
-        unknown_class,
-        r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'",
-    ),
+    "an unknown class": (unknown_class, r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'"),
     "a reader of no pairs": (
         lambda f: None,
         r"reader: expected images and as many labels.*lengths \[2, 3\]",
@@ -305,12 +278,6 @@ def test_an_image_that_is_cut_off_is_named_when_it_is_read_also_by_a_worker(fold
         data_of(folder, verify="decode")
 
 
-def test_predicting_needs_no_labels_and_no_folders(folder, tmp_path):
-    loose = tmp_path / "loose"
-    loose.mkdir()
-    for i in range(3):
-        picture(random.Random(i), "red").save(loose / f"{i}.png")
-    data = data_of({"predict": str(loose)}, label_names=sorted(COLOURS))
-    batches = list(data.predict_dataloader())
-    assert [set(batch) for batch in batches] == [{"pixel_values"}]
-    assert len(batches[0]["pixel_values"]) == 3
+def test_rows_to_predict_need_no_folders(folder):
+    data = data_of({"predict": str(folder / "red")}, label_names=sorted(COLOURS))
+    assert [set(batch) for batch in data.predict_dataloader()] == [{"pixel_values"}] * 3

@@ -21,16 +21,10 @@ def test_every_row_is_in_one_split_and_no_group_is_in_two(groups, seed):
     assert rows == split_rows(groups, config)
 
 
-def test_shares_are_of_the_groups():
+def test_shares_are_of_the_groups_and_leave_something_to_train_on():
     rows = split_rows(range(100), SplitConfig(validation=0.1, test=0.3))
     assert [len(rows[name]) for name in ("train", "validation", "test")] == [60, 10, 30]
-
-
-def test_too_few_groups_are_refused():
     with pytest.raises(LoRAError, match="2 rows are too few to split"):
         split_rows([1, 2], SplitConfig())
-
-
-def test_shares_that_leave_nothing_to_train_on_are_refused():
     with pytest.raises(LoRAError, match="below 1 together"):
         SplitConfig(validation=0.5, test=0.5)

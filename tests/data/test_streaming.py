@@ -9,13 +9,10 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lora_lightning import FreezeBase, LoRAConfig, LoRAError, LoRAModule, Resume
 from lora_lightning.data.io.streams import Endless, endless, share_of
 from lora_lightning.data.language_modelling import LanguageModellingData
-from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.tasks.language_model import CausalLM
 from lora_lightning.training.optim import WarmupDecay
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
@@ -27,6 +24,11 @@ from tests.training.resuming import EveryState, differing, ended
 
 TEXTS = make_texts(60, longest=30)
 AdamW = functools.partial(torch.optim.AdamW, lr=0.01)
+
+
+def process(rank, of=2):
+    """As much of a trainer as a stream asks for its share."""
+    return SimpleNamespace(strategy=None, world_size=of, global_rank=rank)
 
 
 @pytest.fixture
@@ -85,97 +87,81 @@ def test_it_goes_on_in_another_order_each_time_and_the_same_for_one_seed(path, t
     assert first != second
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_processes_share_the_rows(tmp_path, tokenizer, count):
-    texts = [TEXTS[i::count] for i in range(count)]
-    stream = datasets.load_dataset(
-        "json", streaming=True, data_files=[write(tmp_path / f"{i}.jsonl", part) for i, part in enumerate(texts)]
-    )["train"]
-    data = data_of(str(tmp_path / "0.jsonl"), tokenizer, packing=False)
-    encoded = data.encode_stream(stream.map(lambda row, i: row | {"__row__": i}, with_indices=True), ["text"], "train")
-    shares = [
-        pieces(share_of(encoded, SimpleNamespace(strategy=None, world_size=2, global_rank=rank))) for rank in range(2)
-    ]
-    assert shares[0] + shares[1] == pieces(encoded)
-    assert all(shares)
-
-
 def test_processes_take_turns_over_the_ends_of_a_stream_in_one_file(path, tokenizer):
     """As N processes equal one: an odd number of rows moves nobody's turn."""
     stream = data_of(path, tokenizer, packing=False).streams["train"]
-    nodes = [SimpleNamespace(strategy=None, world_size=2, global_rank=rank) for rank in range(2)]
-    one, two = (list(islice(endless(stream, node), 150)) for node in nodes)
+    one, two = (list(islice(endless(stream, process(rank)), 150)) for rank in range(2))
     assert [row for pair in zip(one, two, strict=True) for row in pair] == list(islice(Endless(stream), 300))
 
 
-def fit(path, tokenizer, folder, steps, ckpt_path=None, **options):
-    model = make_model("llama", dtype=torch.float64)
-    module = LoRAModule(model, CausalLM(), LoRAConfig(r=4), AdamW)
-    trainer = Trainer(
-        max_steps=steps, accelerator="cpu", precision="64-true", accumulate_grad_batches=2, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
-        callbacks=[ModelCheckpoint(folder, save_last=True)], **options,
-    )  # fmt: skip
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_share_the_rows_of_one_file_and_of_several(tmp_path, tokenizer, count):
+    files = [write(tmp_path / f"{i}.jsonl", TEXTS[i::count]) for i in range(count)]
+    stream = datasets.load_dataset("json", streaming=True, data_files=files)["train"]
+    stream = stream.map(lambda row, i: row | {"__row__": i}, with_indices=True)
+    encoded = data_of(files[0], tokenizer, packing=False).encode_stream(stream, ["text"], "train")
+    one, two = (pieces(share_of(encoded, process(rank))) for rank in range(2))
+    assert one + two == pieces(encoded)
+    assert one
+    assert two
+
+
+def fit(path, tokenizer, folder, ckpt=None, workers=0, **options):
+    """Five steps with dropout and a schedule that asks for the fit's length before the checkpoint is read."""
     torch.manual_seed(1)
-    data = data_of(path, tokenizer)
-    trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
-    return trainer, adapter_tensors(module.backbone)
+    lora = LoRAConfig(r=4, dropout=0.2)
+    module = LoRAModule(make_model("llama"), CausalLM(), lora, AdamW, lr_scheduler=WarmupDecay)
+    given = {"max_steps": 5, "max_epochs": 1, "val_check_interval": 2, "num_sanity_val_steps": 0, **options}
+    trainer = LoRATrainer(
+        accelerator="cpu", callbacks=[FreezeBase(False), Resume(), EveryState(save_every=1)],
+        enable_progress_bar=False, enable_model_summary=False,
+        logger=ContinuedCSVLogger(folder, name="run", version=0), **given,
+    )  # fmt: skip
+    trainer.fit(module, data_of(str(path), tokenizer, num_workers=workers), ckpt_path=ckpt)
+    return trainer
 
 
-def rows_seen(data_loader, batches):
-    return [batch["input_ids"].tolist() for batch in islice(data_loader, batches)]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, tokenizer, tmp_path, workers):
-    """Also of two workers, of which one has no file of its own."""
-    whole = rows_seen(data_of(path, tokenizer, num_workers=workers).train_dataloader(), 30)
-    trainer, _ = fit(path, tokenizer, tmp_path / "a", 5)
-    assert trainer.fit_loop.epoch_loop.batch_progress.total.ready == 10
-    again = data_of(path, tokenizer, num_workers=workers)
-    again.trainer = SimpleNamespace(
-        max_steps=9, limit_val_batches=0, strategy=None, world_size=1, global_rank=0, fit_loop=trainer.fit_loop
-    )
-    assert rows_seen(again.train_dataloader(), 20) == whole[10:]
+@pytest.fixture
+def both(tmp_path):
+    """A folder of texts to train and to validate on."""
+    (tmp_path / "both").mkdir()
+    for split, texts in (("train", TEXTS), ("validation", TEXTS[:9])):
+        write(tmp_path / "both" / f"{split}.jsonl", texts)
+    return tmp_path / "both"
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_resumed_fit_is_the_uninterrupted_one_though_a_schedule_asked_for_its_length_first(
-    tmp_path, tokenizer, workers
-):
-    """Its loader is made before the checkpoint is read; and a validation's worker draws no number of training's."""
-    for split, texts in (("train", TEXTS), ("validation", TEXTS[:9])):
-        write(tmp_path / f"{split}.jsonl", texts)
-
-    def fit(folder, ckpt=None):
-        torch.manual_seed(1)
-        lora = LoRAConfig(r=4, dropout=0.2)
-        module = LoRAModule(make_model("llama"), CausalLM(), lora, AdamW, lr_scheduler=WarmupDecay)
-        trainer = LoRATrainer(
-            max_steps=5, max_epochs=1, val_check_interval=2, num_sanity_val_steps=0, accelerator="cpu",
-            callbacks=[FreezeBase(False), Resume(), EveryState(save_every=1)], enable_progress_bar=False,
-            enable_model_summary=False, logger=ContinuedCSVLogger(folder, name="run", version=0),
-        )  # fmt: skip
-        trainer.fit(module, data_of(str(tmp_path), tokenizer, num_workers=workers), ckpt_path=ckpt)
-        return ended(trainer)
-
-    whole = fit(tmp_path / "whole")
+def test_a_resumed_fit_is_the_uninterrupted_one(both, tmp_path, tokenizer, workers):
+    """A validation's worker draws no number of training's."""
+    whole = ended(fit(both, tokenizer, tmp_path / "whole", workers=workers))
     middle = tmp_path / "whole" / "run" / "version_0" / "checkpoints" / "003-batch.ckpt"
-    assert differing(whole, fit(tmp_path / "rest", str(middle))) == []
+    assert differing(whole, ended(fit(both, tokenizer, tmp_path / "rest", str(middle), workers=workers))) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_goes_on_with_the_rows_that_come_next(path, both, tokenizer, tmp_path, workers):
+    """Also of two workers, of which one has no file of its own."""
+
+    def rows(data, count):
+        return [batch["input_ids"].tolist() for batch in islice(data.train_dataloader(), count)]
+
+    loop = fit(both, tokenizer, tmp_path, accumulate_grad_batches=2).fit_loop
+    assert loop.epoch_loop.batch_progress.total.ready == 10
+    again = data_of(path, tokenizer, num_workers=workers)
+    again.trainer = SimpleNamespace(max_steps=9, limit_val_batches=0, fit_loop=loop, **vars(process(0, of=1)))
+    assert rows(again, 20) == rows(data_of(path, tokenizer, num_workers=workers), 30)[10:]
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"steps": -1, "max_epochs": 1}, r"set trainer.max_steps to the number of optimizer steps"),
-        ({"steps": 3}, r"set trainer.val_check_interval to a number of batches, or trainer.limit_val_batches to 0"),
+        ({"max_steps": -1}, r"set trainer.max_steps to the number of optimizer steps"),
+        ({"val_check_interval": 1.0}, r"set trainer.val_check_interval to a number of batches, or trainer.limit_val_b"),
     ],
 )
-def test_what_waits_for_the_end_of_a_stream_is_refused(tmp_path, tokenizer, options, said):
-    write(tmp_path / "train.jsonl", TEXTS)
-    write(tmp_path / "validation.jsonl", TEXTS[:9])
+def test_what_waits_for_the_end_of_a_stream_is_refused(both, tmp_path, tokenizer, options, said):
     with pytest.raises(LoRAError, match=said):
-        fit(str(tmp_path), tokenizer, tmp_path / "run", **options)
+        fit(both, tokenizer, tmp_path / "run", **options)
 
 
 @pytest.mark.parametrize("packing", [True, False])

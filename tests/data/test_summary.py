@@ -108,33 +108,27 @@ def test_a_column_that_stands_twice_is_an_error_where_it_is_used_else_a_warning(
 
 
 LONG, SHORT = " ".join(["story"] * 40), "a story"
+HALF = {"texts cut": 0.5}
 TEXTS = {
-    TextClassificationData: ([{"text": t, "label": n} for t, n in ((LONG, 0), (SHORT, 1))], {"texts cut": 0.5}),
-    MultiLabelTextData: ([{"text": t, "labels": n} for t, n in ((LONG, ["a"]), (SHORT, []))], {"texts cut": 0.5}),
-    TextRegressionData: ([{"text": t, "label": n} for t, n in ((LONG, 0.5), (SHORT, 1.5))], {"texts cut": 0.5}),
-    TokenClassificationData: (
-        [{"tokens": t.split(), "ner_tags": n * len(t.split())} for t, n in ((LONG, ["A"]), (SHORT, ["B"]))],
-        {"texts cut": 0.5},
-    ),
-    PairData: (
-        [{"anchor": t, "positive": SHORT + n} for t, n in ((LONG, ""), (SHORT, " of friends"))],
-        {"anchors cut": 0.5, "positives cut": 0.0},
-    ),
+    TextClassificationData: ("text label", [(LONG, 0), (SHORT, 1)], HALF),
+    MultiLabelTextData: ("text labels", [(LONG, ["a"]), (SHORT, [])], HALF),
+    TextRegressionData: ("text label", [(LONG, 0.5), (SHORT, 1.5)], HALF),
+    TokenClassificationData: ("tokens ner_tags", [(["story"] * 40, ["A"] * 40), (["a"], ["B"])], HALF),
+    PairData: ("anchor positive", [(LONG, SHORT), (SHORT, "friends")], {"anchors cut": 0.5, "positives cut": 0.0}),
     SequenceToSequenceData: (
-        [{"source": SHORT, "target": t} for t in (LONG, SHORT)],
-        {"sources cut": 0.0, "targets cut": 0.5},
+        "source target", [(SHORT, LONG), (SHORT, SHORT)], {"sources cut": 0.0, "targets cut": 0.5}
     ),
     PromptCompletionData: (
-        [{"prompt": t, "completion": n} for t, n in ((LONG, SHORT), (SHORT, LONG), (SHORT, SHORT), (LONG, SHORT))],
+        "prompt completion", [(LONG, SHORT), (SHORT, LONG), (SHORT, SHORT), (LONG, SHORT)],
         {"prompts cut": 0.75, "completions cut": 0.25},
     ),
     PreferenceData: (
-        [{"prompt": p, "chosen": c, "rejected": "no"} for p, c in ((LONG, SHORT), (SHORT, LONG), (SHORT, SHORT))],
+        "prompt chosen rejected", [(LONG, SHORT, "no"), (SHORT, LONG, "no"), (SHORT, SHORT, "no")],
         {"prompts cut": 1 / 3, "answers cut": 1 / 3},
     ),
-    ChatData: ([{"question": SHORT, "answer": t} for t in (LONG, SHORT)], {"answers cut": 0.5}),
-    LanguageModellingData: ([{"text": t} for t in (LONG, SHORT)], {"documents in pieces": 0.5}),
-}
+    ChatData: ("question answer", [(SHORT, LONG), (SHORT, SHORT)], {"answers cut": 0.5}),
+    LanguageModellingData: ("text", [(LONG,), (SHORT,)], {"documents in pieces": 0.5}),
+}  # fmt: skip
 """Rows of each text task, and what of them is cut at 20 tokens."""
 
 
@@ -150,7 +144,8 @@ def words(tmp_path_factory):
 
 @pytest.mark.parametrize("task", TEXTS)
 def test_each_task_of_texts_tells_what_is_cut(task, tiny, words, tmp_path):
-    rows, expected = TEXTS[task]
+    columns, cells, expected = TEXTS[task]
+    rows = [dict(zip(columns.split(), row, strict=True)) for row in cells]
     of_words = task in (PromptCompletionData, PreferenceData, ChatData, LanguageModellingData)
     further = {"max_target_length": 20} if task is SequenceToSequenceData else {}
     file, tokenizer = write(tmp_path / "train.jsonl", rows), words if of_words else tiny.bert

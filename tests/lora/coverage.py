@@ -16,8 +16,8 @@ def note(*, dtype, report, family=None):
         COVERED["families"].add(family)
 
 
-def note_travel(*, family, option, direction):
+def note_travel(*, family, options, direction):
     """One adapter that arrived, computing what it computed at home."""
     COVERED["families that travelled"].add(family)
-    COVERED["options that travelled"].add(option)
+    COVERED["options that travelled"].update(options)
     COVERED["directions"].add(direction)

@@ -103,23 +103,16 @@ def run_conv(model, which):
     return model(on(drawn(2, 4, *[6] * int(which[0])), model))
 
 
-class Scaled(nn.Embedding):
-    """As Gemma's: what is looked up is scaled."""
-
-    def forward(self, input):
-        return super().forward(input) * 3.5
-
-
 IDS = torch.tensor([[1, 2, 2, 0], [8, 0, 5, 1]])
 
 
-def embedding(cls=nn.Embedding, **kwargs):
+def embedding(**kwargs):
     torch.manual_seed(0)
-    return nn.Sequential(cls(9, 6, **kwargs), nn.Tanh(), nn.Linear(6, 3))
+    return nn.Sequential(nn.Embedding(9, 6, **kwargs), nn.Tanh(), nn.Linear(6, 3))
 
 
-def bounded_embedding(norm_type):
-    model = embedding(max_norm=1.0, norm_type=norm_type)
+def bounded_embedding():
+    model = embedding(max_norm=1.0)
     model(torch.arange(9))  # torch rewrites W0 here
     with torch.no_grad():
         model[0].weight.mul_(0.99)  # from now on it need not, in any dtype
@@ -425,7 +418,7 @@ def kind_of_experts(family, product):
     return Kind(partial(experts_of, family, product), run_tokens, fields, formula=False, meta=False)
 
 
-OF_CONV = {"1d": DORA, "2d": DORA, "3d": DORA, "2d grouped, with a bias": ("lora_bias", "rslora")}
+OF_CONV = {"1d": DORA, "2d": ("dropout", *DORA), "3d": DORA, "2d grouped, with a bias": ("lora_bias", "rslora")}
 OF_CONV |= dict.fromkeys(["1d circular", "2d reflect", "2d grouped"], ("dora",))
 CONV = {f"Conv{which}": kind_of_conv(which, *OF_CONV.get(which, ())) for which in CONVS}
 EMBEDDING = {
@@ -434,13 +427,11 @@ EMBEDDING = {
         partial(embedding, padding_idx=0, scale_grad_by_freq=True), "dora", peft="both"
     ),
     "Embedding and Linear": kind_of_embedding(partial(embedding, padding_idx=0), peft="both", targets=("0", "2")),
-    "Embedding that scales": kind_of_embedding(partial(embedding, Scaled, padding_idx=0)),
-    "Embedding of bounded norm": kind_of_embedding(partial(bounded_embedding, 2.0)),
-    "Embedding of bounded norm 1": kind_of_embedding(partial(bounded_embedding, 1.0)),
+    "Embedding of bounded norm": kind_of_embedding(bounded_embedding),
     "Embedding that is tied": kind_of_embedding(Tied, targets=("embed",)),
     "Gemma's Embedding": kind_of_embedding(gemma, targets=("embed_tokens",), peft="both", meta=False),
     "token rows": tokens_of(embedding, run_ids, [7, 1, 8]),
-    "token rows of one that scales": tokens_of(partial(embedding, Scaled), run_ids, [7, 1, 8], "2"),
+    "token rows beside a linear layer": tokens_of(embedding, run_ids, [7, 1, 8], "2"),
     "token rows with a tied head": tokens_of(Tied, run_ids, {"embed": [1, 5]}),
     "token rows of gemma": tokens_of(gemma, run_ids, [7, 1], "q_proj", peft="both", meta=False),
     "token rows of t5": tokens_of(t5, run_seq2seq, [1, 5], meta=False),
@@ -499,11 +490,11 @@ ATTENTION = {
 KINDS: dict[str, Kind] = {
     "Linear": Kind(net, lambda m: m(on(inputs(), m)), {"r": 4, "alpha": 6.0}, tuple(OPTIONS | OF_NET), "both"),
     "Linear that doubles": Kind(partial(alone, Doubled, 6, 5), run_doubled, at("0"), formula=False),
-    "Conv1D": Kind(conv1d, run_six, at("0", "2"), ("plain", "rslora", *DORA[:3], *STARTS), "both"),
+    "Conv1D": Kind(conv1d, run_six, at("0", "2"), ("plain", "rslora", "dropout", *DORA[:3], *STARTS), "both"),
     "Conv1D in parts": Kind(conv1d, run_six, at("0", slices={"0": SPECS["thirds"]}), peft="ours"),
     **{
         f"Linear in parts, {name}": Kind(
-            in_parts, run_six, at("0", "2", slices={"0": spec}), ("plain", "rslora"), "ours"
+            in_parts, run_six, at("0", "2", slices={"0": spec}), ("plain", "rslora", "dropout"), "ours"
         )
         for name, spec in SPECS.items()
     },

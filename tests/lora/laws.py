@@ -74,6 +74,10 @@ def check_laws(make, run, config, dtype, tmp_path, *, data=None):
     assert not torch.equal(adapted, output), "the adapter counts"
     check_training_moves_only_adapters(model, run)
     assert fingerprint(model) == w0, "W0 never moves"
+    if config.dropout:
+        model.train()
+        assert not torch.equal(run(model), run(model)), "dropout is honoured, in training only"
+        assert torch.equal(run(model.eval()), run(model))
     own = model.state_dict()
     assert all(torch.equal(own[key], t) for key, t in before["state"].items()), "nor what is trained as a copy"
     with disabled(model):
@@ -92,7 +96,6 @@ def check_laws(make, run, config, dtype, tmp_path, *, data=None):
     assert torch.equal(still(run, model), output)
     inject(model, config, run_init=False)
     note(dtype=dtype, report=report)
-    return report
 
 
 def check_injected(plain, model, run, config, before, data):
@@ -231,7 +234,6 @@ def check_peft_opens_ours(make, run, config, tmp_path, tolerance=1e-12, data=Non
             theirs = peft.PeftModel.from_pretrained(copy.deepcopy(plain), save_adapter(model, tmp_path)).eval()
             assert relative(run(theirs), run(model)) <= tolerance
             assert relative(run(plain), run(model)) > 1e-3
-    return theirs
 
 
 def check_we_open_pefts(make, run, peft_config, tmp_path, tolerance=1e-12):
@@ -247,7 +249,6 @@ def check_we_open_pefts(make, run, peft_config, tmp_path, tolerance=1e-12):
         assert relative(run(model), run(theirs)) <= tolerance
         assert relative(run(back), run(theirs)) <= tolerance
         assert relative(run(plain), run(model)) > 1e-3
-    return model
 
 
 def config(**kwargs):

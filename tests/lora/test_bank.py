@@ -15,7 +15,7 @@ from lora_lightning.lora.bank.strength import scaled
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
-from tests.factories import assert_same, snapshot
+from tests.factories import FAMILIES, assert_same, snapshot
 from tests.lora.bank_support import ZOO, alone, bank_of, bank_over, base, run_net, trained
 from tests.lora.directories import edit_config, edit_tensors, same_files
 from tests.lora.kinds import inputs, net, shake
@@ -28,8 +28,10 @@ def bank(tmp_path):
     return bank_of("linear", tmp_path)
 
 
-@pytest.mark.parametrize("kind", ZOO)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+ANY = [(kind, torch.float64) for kind in ZOO] + [(kind, torch.bfloat16) for kind in ZOO.keys() - FAMILIES.keys()]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), sorted(ANY, key=str))
 def test_any_adapter_follows_any_other_as_if_it_were_the_only_one(kind, dtype, tmp_path):
     """Of other rank, targets and options: the same output to the bit, keys, trained tensors, files and merged model."""
     bank, run = bank_of(kind, tmp_path, dtype), ZOO[kind][1]
@@ -280,6 +282,8 @@ def test_remove_forgets(bank):
     bank.remove("a")
     assert (bank.names, bank.active, "a" in bank, len(bank)) == (["b"], None, False, 1)
     assert torch.equal(run_net(bank.model), plain)
+    with pytest.raises(LoRAError, match="the bank holds no 'a'"):
+        bank.remove("a")
     bank.activate("b")
     assert repr(bank).startswith("AdapterBank(b (")
 
@@ -289,8 +293,6 @@ WRONG_NAMES = [
     (lambda bank, d: bank.load("poet", d), "the bank holds 'poet' already"),
     (lambda bank, d: bank.load("", d), "an adapter's name must be a text, got ''"),
     (lambda bank, d: bank.add("new"), "the model's adapter is held already, as 'poet'"),
-    (lambda bank, d: bank.remove("lawyer"), "the bank holds no 'lawyer'"),
-    (lambda bank, d: bank.combine("mix", {"poat": 1}), "no adapter 'poat' here, there are poet, b; did you mean"),
 ]
 
 

@@ -14,25 +14,20 @@ from tests.lora.test_quantized import SCHEMES, adapted, float_net, inputs
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("scheme", SCHEMES)
+@torch.no_grad()
 def test_adapters_on_a_quantized_base(scheme):
-    model = SCHEMES[scheme](float_net())
-    wanted = fingerprint(adapted(scheme)).digest
-    x = inputs().repeat(2, 1, 1)[:3]
-    bank, outs = AdapterBank(model), {}
-    with torch.no_grad():
-        outs[None] = model(x)
+    model, wanted = SCHEMES[scheme](float_net()), fingerprint(adapted(scheme)).digest
+    x, names = inputs().repeat(2, 1, 1)[:3], ["b", None, "a"]
+    bank, outs = AdapterBank(model), {None: model(x)}
     for name, fields in (("a", {"r": 2}), ("b", {"r": 4, "use_dora": True})):
         bank.activate(None)
         trained(model, fields, seed=len(outs))
         bank.add(name)
-        with torch.no_grad():
-            outs[name] = model(x)
+        outs[name] = model(x)
     for name in ("a", None, "b", "a"):
         bank.activate(name)
-        with torch.no_grad():
-            assert torch.equal(model(x), outs[name])
+        assert torch.equal(model(x), outs[name])
         assert fingerprint(model).digest == wanted
-    names = ["b", None, "a"]
     with bank.rows(names):
         got = model(x)
     for i, name in enumerate(names):

@@ -75,6 +75,11 @@ def test_in_other_dtypes(dtype, tolerance, tmp_path):
         assert run_net(bank.model).dtype == dtype
 
 
+def test_a_head_that_one_saved_and_another_adapts():
+    bank = bank_over(net(torch.float64), at("up", modules_to_save=["head"]), at("up", "head"))
+    assert differs(bank, ["a", "b"], run_net) < 1e-12
+
+
 def of(x):
     """What runs a model on x."""
     return lambda model: output(model, x)
@@ -148,51 +153,36 @@ def three_on(model, targets):
     return bank_over(model.double().eval(), *[{"r": 2, "target_modules": targets}] * 3)
 
 
+LEARNED = nn.Parameter(torch.randn(3, 8, dtype=torch.float64))
+LAYS = {
+    "turned": lambda inner, x: inner(x.transpose(0, 1)),
+    "flat": lambda inner, x: inner(x.flatten(0, 1)),
+    # nanoGPT's arange: one vector of positions for all rows, perhaps as many as there are rows.
+    "positions": lambda inner, x: x + inner(torch.arange(x.shape[1])),
+    # Learned queries have no rows, though there are as many.
+    "queries": lambda inner, x: x @ inner(LEARNED).mT,
+    # Rows of different lengths: position 0 of every row, then position 1 of those that have one.
+    "packed": lambda inner, x: inner(pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True).data),
+}
+LAID = [("turned", 2), ("turned", 3), ("turned", 6), ("flat", 2), ("flat", 3)]
+LAID += [("positions", 3), ("positions", 5), ("queries", 4), ("packed", 3)]
+
+
 class Laid(nn.Module):
     """A layer, and how a model lays out what the layer sees."""
 
-    def __init__(self, lay, inner=None):
+    def __init__(self, lay):
         super().__init__()
-        self.lay, self.inner = lay, inner or nn.Linear(8, 8)
+        self.lay, self.inner = LAYS[lay], nn.Embedding(9, 8) if lay == "positions" else nn.Linear(8, 8)
 
     def forward(self, x):
         return self.lay(self.inner, x)
 
 
-LEARNED = nn.Parameter(torch.randn(3, 8, dtype=torch.float64))
-
-
-def queries():
-    """Learned queries have no rows, though there are as many."""
-    return Laid(lambda inner, x: x @ inner(LEARNED).mT)
-
-
-def positions():
-    """nanoGPT's arange: one vector of positions for all rows, perhaps as many as there are rows."""
-    return Laid(lambda inner, x: x + inner(torch.arange(x.shape[1])), nn.Embedding(9, 8))
-
-
-def packed():
-    """Rows of different lengths: position 0 of every row, then position 1 of those that have one."""
-    return Laid(lambda inner, x: inner(pack_padded_sequence(x, torch.tensor([3, 2, 1]), batch_first=True).data))
-
-
-def turned():
-    return Laid(lambda inner, x: inner(x.transpose(0, 1)))
-
-
-def flat():
-    return Laid(lambda inner, x: inner(x.flatten(0, 1)))
-
-
-LAID = [*((turned, length) for length in (2, 3, 6)), (flat, 2), (flat, 3)]
-LAID += [(positions, 3), (positions, 5), (queries, 4), (packed, 3)]
-
-
-@pytest.mark.parametrize(("make", "length"), LAID)
-def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(make, length):
+@pytest.mark.parametrize(("lay", "length"), LAID)
+def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(lay, length):
     """Also where the sizes happen to be equal."""
-    bank = three_on(make(), ["inner"])
+    bank = three_on(Laid(lay), ["inner"])
     for _ in range(2):
         with bank.rows(["b", "a", None]), pytest.raises(LoRAError, match=r"rows: 'inner' sees .* dimension"):
             bank.model(torch.randn(3, length, 8, dtype=torch.float64))
@@ -200,7 +190,9 @@ def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_fo
 
 def test_rows_that_all_have_the_same_adapter_need_no_dimension():
     """Then it does not matter which is which: learned queries have it too."""
-    assert differs(three_on(queries(), ["inner"]), ["b", "b"], of(torch.randn(2, 5, 8, dtype=torch.float64))) < 1e-12
+    assert (
+        differs(three_on(Laid("queries"), ["inner"]), ["b", "b"], of(torch.randn(2, 5, 8, dtype=torch.float64))) < 1e-12
+    )
 
 
 def test_as_many_positions_as_rows_are_refused_until_a_layer_has_shown_its_batch():

@@ -48,14 +48,6 @@ def test_another_base_of_equal_shapes_is_refused_and_stays_as_it_was(made):
     with pytest.raises(AdapterError, match=listed):
         load_adapter(model, directory)
     assert_same(model, before)
-
-
-def test_one_bit_of_one_tensor_makes_another_base_and_so_does_a_block_more(made):
-    weights, directory, _ = made
-    model = base(weights)
-    model.model.layers[1].mlp.up_proj.weight.data.view(torch.int32)[0, 0] ^= 1
-    with pytest.raises(AdapterError, match=rf"1 of {len(weights)} tensors differ, first model\.layers\.1\.mlp\.up_p"):
-        load_adapter(model, directory)
     with pytest.raises(AdapterError, match=r"9 of \d+ tensors differ, first model\.layers\.2\.self_attn\.q_proj"):
         load_adapter(base(weights, num_hidden_layers=3), directory)
 
@@ -112,19 +104,6 @@ def tied_twice():
     model.add_module("first", nn.Linear(8, 8))
     model.add_module("second", model.first)
     return model
-
-
-def test_an_adapter_of_peft_loads_with_a_notice(tmp_path):
-    model = llama().eval()
-    weights = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    theirs = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = base(weights)
-    with pytest.warns(UserWarning, match="notes no fingerprint of its base") as said:
-        load_adapter(ours, tmp_path)
-    assert len(said) == 1
-    assert said[0].filename == __file__, "the notice points at the caller"
-    assert distance(output(ours, TOKENS), output(theirs, TOKENS)) < 1e-5
 
 
 def test_a_fingerprint_of_the_first_format_is_answered_as_such(made):

@@ -159,22 +159,6 @@ def test_a_directory_of_pefts_loads_and_goes_back(tmp_path, name):
     assert distance(output(BERT.build(), TOKENS), wanted) > 1e-2
 
 
-@pytest.mark.filterwarnings("error:Found missing adapter keys")
-def test_peft_trains_on_what_is_saved_with_the_same_gradients(tmp_path):
-    model = trained(**RICH)
-    save_adapter(model, tmp_path, task_type="SEQ_CLS")
-    theirs = peft.PeftModel.from_pretrained(BERT.build(), tmp_path, is_trainable=True).eval()
-    assert distance(output(theirs, TOKENS), output(model, TOKENS)) < 1e-6
-    for m in (model, theirs):
-        output(m, TOKENS).square().sum().backward()
-    found = dict(theirs.named_parameters())
-    for name, tensor in adapter_tensors(model).items():
-        module, _, last = name.rpartition(".")
-        if last in ("lora_A", "lora_B"):
-            twin = found[f"base_model.model.{module}.{last}.default.weight"]
-            assert distance(tensor.grad, twin.grad) < 1e-4, name
-
-
 def test_pefts_loose_heads_load_by_the_modules_that_the_file_holds(tmp_path):
     base, ours = Own(), Own()
     ours.load_state_dict(base.state_dict())
@@ -353,7 +337,8 @@ def test_a_config_of_ours_may_be_edited_where_it_changes_nothing_of_the_update(t
 def test_files_that_are_missing_or_torn_are_refused(tmp_path, file):
     save_adapter(trained(**RICH), tmp_path)
     data = (tmp_path / file).read_bytes()
-    for cut in (b"", data[: len(data) // 2], data[:-2], b"\xff\xfe\0" * 9):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:1234"
+    for cut in (b"", data[:20], data[: len(data) // 2], data[:-2], data + b"\0", b"\xff" * 8 + data[8:], pointer):
         (tmp_path / file).write_bytes(cut)
         refused(tmp_path, re.escape(file))
     (tmp_path / file).unlink()

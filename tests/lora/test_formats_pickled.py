@@ -23,14 +23,14 @@ from lora_lightning.lora.formats.peft.config import PICKLED, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_pickled
 from tests.lora.accidents import ANY
 from tests.lora.directories import refused
-from tests.lora.fuzz_support import Origin, examples, little_memory, net, quick_folder
+from tests.lora.fuzz_support import Origin, examples, little_memory, net
 
 
 @pytest.fixture(scope="module")
 def origin(tmp_path_factory):
-    with quick_folder(tmp_path_factory.mktemp("peft")) as folder, little_memory():
-        origin = Origin("peft", folder)
-        (folder / WEIGHTS).unlink()
+    with little_memory():
+        origin = Origin("peft", tmp_path_factory.mktemp("peft"))
+        (origin.folder / WEIGHTS).unlink()
         yield origin
 
 

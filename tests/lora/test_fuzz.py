@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from tests.lora.accidents import CONFIGS, TENSORS, flip_data
-from tests.lora.fuzz_support import Origin, examples, little_memory, quick_folder
+from tests.lora.fuzz_support import Origin, examples, little_memory
 
 
 @pytest.fixture(scope="module", params=["ours", "peft"])
 def origin(request, tmp_path_factory):
-    with quick_folder(tmp_path_factory.mktemp(request.param)) as folder, little_memory():
-        yield Origin(request.param, folder)
+    with little_memory():
+        yield Origin(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @examples(1200)

@@ -44,10 +44,8 @@ DISTILLED = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
         (FAMILIES["bert"].make, ("classifier",)),
         (FAMILIES["llama"].make, ("lm_head",)),
         (FAMILIES["gpt"].make, ("lm_head",)),
-        (lambda: of_transformers("RobertaForSequenceClassification"), ("classifier",)),
         (lambda: of_transformers("DistilBertForSequenceClassification", **DISTILLED), ("classifier",)),
         (lambda: of_transformers("LlamaForSequenceClassification"), ("score",)),
-        (lambda: of_transformers("BertForTokenClassification"), ("classifier",)),
         (lambda: of_transformers("BertForQuestionAnswering"), ("qa_outputs",)),
         (lambda: of_transformers("ViTForImageClassification"), ("classifier",)),
         # by its whole name

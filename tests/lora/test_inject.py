@@ -66,41 +66,28 @@ OF_EVERYTHING = LoRAConfig(
 )
 
 
-def test_every_kind_and_option_is_undone_where_an_injection_fails_at_its_end(monkeypatch):
-    def fail(*args):
-        report(*args)
+@pytest.mark.parametrize("kind", [LoRALinear, TokenRows, SavedCopy, TrainedBias, InjectionReport])
+def test_every_kind_and_option_is_undone_where_an_injection_fails_half_way_or_at_its_end(monkeypatch, kind):
+    """The tensors of the adapter are there in part only: the first of them was allocated, then memory ended."""
+
+    def half(module, *args, **kwargs):
+        if kind is not InjectionReport:
+            graft(module, kind)
+            module.lora_enabled = True
+        if kind is LoRALinear:
+            module.lora_A = nn.Parameter(torch.zeros(1))
         raise MemoryError
 
-    report = InjectionReport.of_model
-    monkeypatch.setattr(InjectionReport, "of_model", fail)
     model = Everything().train()
     model.up.weight.requires_grad_(False)
     before = snapshot(model)
+    monkeypatch.setattr(kind, "of_model" if kind is InjectionReport else "attach", half)
     with pytest.raises(MemoryError):
         inject(model, OF_EVERYTHING)
     assert_same(model, before)
     monkeypatch.undo()
     inject(model, OF_EVERYTHING)
     assert_same(remove(model).requires_grad_(True), before, but=("trains",))
-
-
-@pytest.mark.parametrize("kind", [LoRALinear, TokenRows, SavedCopy, TrainedBias])
-def test_every_kind_is_undone_where_its_own_part_fails_half_way(monkeypatch, kind):
-    """The tensors of the adapter are there in part only: the first of them was allocated, then memory ended."""
-
-    def half(module, *args, **kwargs):
-        graft(module, kind)
-        module.lora_enabled = True
-        if kind is LoRALinear:
-            module.lora_A = nn.Parameter(torch.zeros(1))
-        raise MemoryError
-
-    model = Everything()
-    before = snapshot(model)
-    monkeypatch.setattr(kind, "attach", half)
-    with pytest.raises(MemoryError):
-        inject(model, OF_EVERYTHING)
-    assert_same(model, before)
 
 
 def test_a_module_in_two_places_is_adapted_once():

@@ -40,10 +40,7 @@ def test_laws(kind, option, dtype, tmp_path):
     check_laws(entry.make, entry.run, LoRAConfig(**fields_of(kind, option)), dtype, tmp_path, data=data_of(option))
 
 
-META = [(kind, option) for kind, option in CASES if KINDS[kind].meta and option not in FROM_DATA]
-
-
-@each(META)
+@each([(kind, option) for kind, option in CASES if KINDS[kind].meta and option not in FROM_DATA])
 def test_injection_on_the_meta_device_allocates_nothing_and_starts_when_filled(kind, option):
     check_meta(KINDS[kind].make, KINDS[kind].run, LoRAConfig(**fields_of(kind, option)))
 
@@ -68,16 +65,6 @@ def test_we_open_pefts(kind, option, tmp_path):
     theirs = {PEFTS.get(name, name): value for name, value in fields.items()}
     chosen = peft.LoraConfig(**theirs, fan_in_fan_out=kind == "Conv1D")
     check_we_open_pefts(KINDS[kind].make, KINDS[kind].run, chosen, tmp_path)
-
-
-@pytest.mark.parametrize("kind", ["Linear", "Conv2d", "Conv1D", "Linear in parts, thirds"])
-def test_dropout_is_honoured_in_training_only(kind):
-    model = KINDS[kind].make()
-    inject(model, LoRAConfig(**fields_of(kind, "dropout")))
-    stir(model).train()
-    assert not torch.equal(KINDS[kind].run(model), KINDS[kind].run(model))
-    model.eval()
-    assert torch.equal(KINDS[kind].run(model), KINDS[kind].run(model))
 
 
 # The formula, written out a second time and with no code of the package.

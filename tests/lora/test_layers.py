@@ -28,12 +28,10 @@ from tests.lora.kinds import (
     Tied,
     alone,
     at,
-    drawn,
     embedding,
     gemma,
     inputs,
     net,
-    on,
     run_attention,
     run_ids,
     run_six,
@@ -83,13 +81,6 @@ def test_kaiming_start_is_what_loralib_draws():
     for one in (A, theirs.detach()):
         assert 0.95 * 50**-0.5 < float(one.abs().max()) <= 50**-0.5
         assert float(one.std()) == pytest.approx(50**-0.5 / 3**0.5, rel=0.06)
-
-
-def test_a_convolution_takes_one_image_without_a_batch():
-    model, x = alone(nn.Conv2d, 4, 6, 3), torch.randn(4, 5, 5)
-    inject(model, config(target_modules=["0"]))
-    stir(model)
-    assert torch.allclose(model(x), model(x[None])[0], atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
@@ -195,11 +186,14 @@ def test_norms_taken_in_blocks_of_rows_are_the_norms(monkeypatch):
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_unbatched_input(batch_first):
+def test_attention_and_convolutions_take_one_example_without_a_batch(batch_first):
     model, x = Attention(batch_first=batch_first), torch.randn(3, WIDTH)
     plain = copy.deepcopy(model)
     inject(model, config())
     assert torch.equal(model(x, x, x), plain(x, x, x))
+    convolution, image = alone(nn.Conv2d, 4, 6, 3), torch.randn(4, 5, 5)
+    inject(convolution, config(target_modules=["0"]))
+    assert torch.allclose(stir(convolution)(image), convolution(image[None])[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("need_weights", [False, True])
@@ -227,31 +221,19 @@ def test_the_starts_are_drawn_for_each_projection():
     assert [round(float(part.detach().abs().max()) * part.shape[1] ** 0.5, 1) for part in a[1:]] == [1.0, 1.0]
 
 
-PEFTS = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["attn"], lora_dropout=0.1)
-
-
-def test_we_open_pefts_where_peft_is_right(tmp_path):
-    """PEFT counts out_proj's update twice (its PR 3774), so that its A and B of out_proj are zero here."""
-
-    def quiet(model):
-        q = on(drawn(3, 4, WIDTH), model)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "out_proj.lora" in name:
-                    parameter.zero_()
-        return model(q, q, q)
-
-    check_we_open_pefts(Attention, quiet, PEFTS, tmp_path)
-
-
-def test_out_proj_of_pefts_directory_counts_once(tmp_path):
-    theirs = peft.get_peft_model(Attention(), copy.deepcopy(PEFTS))
-    base = theirs.base_model.model.attn.base_layer.out_proj
-    A, B = (part["default"].weight.requires_grad_(False).normal_(std=0.4) for part in (base.lora_A, base.lora_B))
+def test_pefts_directory_is_read_of_which_peft_itself_counts_out_proj_twice(tmp_path):
+    """Its PR 3774."""
+    chosen = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["attn"], lora_dropout=0.1)
+    theirs, wanted = peft.get_peft_model(Attention(), chosen), {}
+    attention = theirs.base_model.model.attn
+    for name, layer in (("attn", attention), ("attn.out_proj", attention.base_layer.out_proj)):
+        A, B = (part["default"].weight.requires_grad_(False).normal_(std=0.4) for part in (layer.lora_A, layer.lora_B))
+        wanted[name] = 2.5 * B @ A
     theirs.save_pretrained(tmp_path)
     model = Attention()
     load_adapter(model, tmp_path)
-    assert torch.allclose(model.attn.out_proj.delta_weight(), 2.5 * B @ A, atol=1e-6)
+    for name, update in wanted.items():
+        assert torch.allclose(model.get_submodule(name).delta_weight(), update, atol=1e-6)
 
 
 @pytest.mark.parametrize("ranks", [{}, {"out_proj": 4}, {"attn": 4}])

@@ -40,10 +40,6 @@ def another_out_proj():
     return model
 
 
-def rows(wanted, *names):
-    return at(*names, trainable_token_indices=wanted)
-
-
 HALVES = {"of": ["a", "b"], "take": ["a"]}
 REFUSED = [
     # a name that fits nothing
@@ -57,12 +53,10 @@ REFUSED = [
     (net, {"exclude_modules": ["up", "down", "square"]}, "is empty"),
     (lambda: nn.Sequential(nn.LayerNorm(3)), {}, "selects nothing among LayerNorm"),
     (bert, {"target_modules": "query"}, r"no module matches 'query'; .*write \[query\]"),
-    (Own, at("ead"), "no module matches 'ead'"),
     (Mixture, bare("experts.upp"), "target_parameters: no parameter matches 'experts.upp'; did you mean"),
     (in_parts, at("0", slices={"qkv": ["q"]}), "slices: no adapted module matches 'qkv'"),
-    (embedding, rows({"embed": [1]}), "no module matches 'embed'"),
+    (embedding, at(trainable_token_indices={"embed": [1]}), "no module matches 'embed'"),
     # a module that has no form, or would be passed by
-    (Own, at("norm"), "'norm' selects 'norm', a LayerNorm, which has no LoRA form"),
     (Own, at("inner"), "'inner' selects 'inner', a ModuleDict, which has no LoRA form"),
     (bert, at("0.attention"), r"adaptable inside it: self\.query, self\.key"),
     (one(lambda: nn.ConvTranspose2d(4, 8, 3)), at("0"), "ConvTranspose2d, which has no LoRA form"),
@@ -75,9 +69,9 @@ REFUSED = [
     # a thing twice
     (Mixture, bare("proj.weight") | at("proj"), "share one weight"),
     (net, at("up", "head", modules_to_save=["head"]), "'head' is in modules_to_save"),
-    (embedding, rows([1], "0"), "selected twice"),
-    (embedding, rows({"0": [1]}, "2") | {"modules_to_save": ["0"]}, "in '0' of modules_to_save"),
-    (two_embeddings, rows([1]), "which embedding is the input's cannot be told"),
+    (embedding, at("0", trainable_token_indices=[1]), "selected twice"),
+    (embedding, at("2", trainable_token_indices={"0": [1]}) | {"modules_to_save": ["0"]}, "in '0' of modules_to_save"),
+    (two_embeddings, at(trainable_token_indices=[1]), "which embedding is the input's cannot be told"),
     (net, {"dropout_pattern": {"u.": 0.1, ".p": 0.2}}, r"dropout_pattern: .* both match 'up'"),
     # a rank, a row or a part that is not there
     (net, at("up", r=13), "r=13 is larger than the layer 'up' allows.*rank_pattern"),
@@ -85,8 +79,8 @@ REFUSED = [
     (one(lambda: nn.Conv2d(4, 8, 3, groups=4)), at("0"), "'0': it has 4 groups and r=2 is no multiple"),
     (Mixture, bare("up", r=7), r"'experts.up' allows \(6"),
     (in_parts, at("0", r=3, slices={"0": {**HALVES, "sizes": [10, 2], "take": ["b"]}}), r"allows \(2"),
-    (embedding, rows([11]), "'0' has rows 0 to 8, got 11"),
-    (embedding, rows({"2": [1]}), "'2' is a Linear, not an nn.Embedding"),
+    (embedding, at(trainable_token_indices=[11]), "'0' has rows 0 to 8, got 11"),
+    (embedding, at(trainable_token_indices={"2": [1]}), "'2' is a Linear, not an nn.Embedding"),
     (Attention, at("attn", slices={"attn": ["w"]}), "'attn' has the parts q, k, v, got 'w'"),
     (in_parts, at("0", slices={"0": ["q", "v"]}), "the layout of '0' is not known; write it out"),
     (in_parts, at("0", slices={"0": {**HALVES, "sizes": [4, 4]}}), "add up to 8 rows, but its weight has 12"),

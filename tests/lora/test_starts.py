@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import AdapterError, AdapterWarning, TargetError
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.init import from_weight as inits
 from lora_lightning.lora.inject import adapted_layers
@@ -61,33 +61,11 @@ def test_fast_pissa_nears_pissa():
     torch.testing.assert_close(fast_B @ fast_A, B @ A, rtol=1e-8, atol=1e-10)
 
 
-def test_olora_is_the_first_part_of_the_qr():
-    for _, layer in adapted_layers(started("olora")):
-        torch.testing.assert_close(layer.lora_B.T @ layer.lora_B, torch.eye(4, dtype=torch.float64))
-        projected = layer.lora_B @ layer.lora_B.T @ layer.weight
-        torch.testing.assert_close(layer.lora_B @ layer.lora_A, projected)
-
-
 def test_orthogonal_starts_on_orthogonal_halves():
     for _, layer in adapted_layers(started("orthogonal")):
         assert (layer.lora_B @ layer.lora_A).abs().max() < 1e-14
         assert layer.lora_A.norm() > 0.1
         assert layer.lora_B.norm() > 0.1
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_first_factors_are_pefts(init):
-    torch.manual_seed(0)
-    weight = torch.randn(10, 8)
-    base = nn.Sequential(nn.Linear(8, 10))
-    base[0].weight.data.copy_(weight)
-    theirs = get_peft_model(base, LoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=init))
-    layer = theirs.base_model.model[0]
-    A, B = inits.factors_from_weight(init, weight, 3, 2.0)
-    their_delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-    torch.testing.assert_close(B @ A, their_delta.detach(), rtol=1e-4, atol=1e-5)
-    # What PEFT writes over W0 with, ours computes beside it.
-    torch.testing.assert_close(weight - 2.0 * (B @ A), layer.base_layer.weight.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_eva_takes_the_main_directions_of_all_the_inputs():
@@ -236,20 +214,6 @@ def test_an_unconverted_adapter_of_peft_is_read_with_its_start(init, tmp_path):
     save_adapter(ours, tmp_path / "again")
     again = PeftModel.from_pretrained(net(), tmp_path / "again")
     torch.testing.assert_close(again(inputs()), ours(inputs()), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("init", ["pissa_niter_4", "lora_ga", "loftq", "corda"])
-def test_an_adapter_of_peft_whose_base_is_lost_is_refused(init, tmp_path):
-    get_peft_model(net(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": init}))
-    plain = net()
-    with (
-        pytest.warns(AdapterWarning, match="no fingerprint"),
-        pytest.raises(AdapterError, match=f"init_lora_weights '{init}', which changed the base"),
-    ):
-        load_adapter(plain, tmp_path)
-    assert not adapted_layers(plain)
 
 
 # On a transformers model, which returns its own loss, from a DataLoader of padded batches.

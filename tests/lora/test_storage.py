@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -12,7 +13,6 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import peft
 import pytest
 import safetensors.torch
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 from lora_lightning import LoRAConfig, LoRAError, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError
 from lora_lightning.lora.formats import atomic_dir
-from lora_lightning.lora.formats.atomic_dir import human_size, stage_folder, write_bytes, write_together
+from lora_lightning.lora.formats.atomic_dir import stage_folder, write_bytes, write_together
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from lora_lightning.lora.formats.tensor_files import read_tensors, write_tensors
 
@@ -83,23 +83,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_beside_it(tmp_path, 
     assert contents(path.parent) == {"x": b"old"}
 
 
-@pytest.mark.parametrize("damage", ["missing", "directory", "empty", "text", "head", "tail", "longer", "length"])
-def test_a_file_that_is_not_whole_is_refused_in_one_line(tmp_path, damage):
-    path = tmp_path / "x.safetensors"
-    write_tensors(path, {"a": torch.ones(50)}, METADATA)
-    data = path.read_bytes()
-    path.unlink()
-    cut = {"empty": b"", "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:1234", "head": data[:20]}
-    cut |= {"tail": data[:-1], "longer": data + b"\0", "length": b"\xff" * 8 + data[8:]}
-    if damage == "directory":
-        path.mkdir()
-    elif damage in cut:
-        path.write_bytes(cut[damage])
-    with pytest.raises(AdapterError, match=r"x\.safetensors") as caught:
-        read_tensors(path)
-    assert "\n" not in str(caught.value)
-
-
 # ---- files that belong together
 
 KILLED = """
@@ -150,33 +133,17 @@ def test_a_save_that_is_killed_at_any_rename_leaves_the_old_adapter_or_the_new_o
     for number in range(6):
         directory = tmp_path / str(number)
         assert (directory / "README.md").read_text() == "mine"
-        ranks = [rank_of(read(directory, x), wanted) for read in (load_ours, load_pefts)]
-        assert ranks[0] == ranks[1]
-        found.append(ranks[0])
+        model = chain()
+        with contextlib.suppress(AdapterError):
+            load_adapter(model, directory)
+        output = model(x)
+        found.append(next((r for r, y in wanted.items() if y.equal(output)), None))
+        assert found[-1] or output.equal(chain()(x)), "an adapter of which one file is there is not loaded"
         save_adapter(chain(2), directory)
         assert names(directory) == ["README.md", CONFIG, WEIGHTS]
-        assert load_ours(directory, x).equal(wanted[2])
+        load_adapter(again := chain(), directory)
+        assert again(x).equal(wanted[2])
     assert found == [2, None, None, None, 3, 3]
-
-
-def rank_of(out, wanted):
-    return None if out is None else next((r for r, y in wanted.items() if y.allclose(out, atol=1e-6)), "mixed")
-
-
-def load_ours(directory, x):
-    model = chain()
-    try:
-        load_adapter(model, directory)
-    except AdapterError:
-        return None
-    return model(x).detach()
-
-
-def load_pefts(directory, x):
-    try:
-        return peft.PeftModel.from_pretrained(chain(), directory)(x).detach()
-    except (ValueError, OSError):
-        return None
 
 
 def test_a_save_whose_last_rename_fails_puts_the_old_files_back(tmp_path, monkeypatch):
@@ -341,8 +308,3 @@ def test_a_mount_point_is_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
     with pytest.raises(LoRAError, match=r"is a mount point.*name a folder in it"):
         fill(tmp_path, "one")
-
-
-def test_sizes_for_people():
-    sizes = {0: "0 bytes", 999: "999 bytes", 1000: "1.0 kB", 90_900_000: "90.9 MB", 7e13: "70.0 TB"}
-    assert {size: human_size(size) for size in sizes} == sizes

@@ -48,8 +48,20 @@ def adapted(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_merged_equals_adapted_and_survives_save_pretrained(case, tmp_path):
-    model = shake(adapted(case))
-    expected = logits(model)
+    model, plain = adapted(case), logits(llama())
+    assert torch.equal(logits(model), plain), "a fresh adapter changes nothing"
+    w0 = fingerprint(shake(model))
+    assert not [name for name in w0.differences(fingerprint(llama())) if name in w0.tensors], "W0 never moves"
+    expected, ours = logits(model), llama()
+    load_adapter(ours, save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(logits(ours), expected)
+    theirs = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(theirs), expected, rtol=1e-5, atol=1e-6)
+    remove(ours)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.config.tie_word_embeddings
+    assert torch.equal(logits(ours), plain)
+
     untied = merge(model).untied
     assert sorted(untied) == sorted(CASES[case][1])
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)
@@ -59,19 +71,6 @@ def test_merged_equals_adapted_and_survives_save_pretrained(case, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
     again.tie_weights()
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_fresh_changes_nothing_and_the_tie_holds_through_injection_and_removal(case):
-    model = adapted(case)
-    assert torch.equal(logits(model), logits(llama()))
-    before = fingerprint(llama())
-    shake(model)
-    assert not [n for n in fingerprint(model).differences(before) if n in fingerprint(model).tensors]
-    remove(model)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.config.tie_word_embeddings
-    assert torch.equal(logits(model), logits(llama()))
 
 
 def test_tied_modules_saved_together_train_one_copy():
@@ -84,17 +83,6 @@ def test_tied_modules_saved_together_train_one_copy():
     shake(model)
     merge(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_is_saved_is_what_is_loaded_here_and_in_peft(case, tmp_path):
-    model = shake(adapted(case))
-    save_adapter(model, tmp_path)
-    ours = llama()
-    load_adapter(ours, tmp_path)
-    assert torch.equal(logits(ours), logits(model))
-    theirs = PeftModel.from_pretrained(llama(), tmp_path)
-    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-6)
 
 
 def test_tied_modules_that_peft_trained_apart_load_apart(tmp_path):

@@ -9,7 +9,7 @@ from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init.from_adapter import start_from_directory, start_from_state
-from tests.factories import FAMILIES, bert, move, output
+from tests.factories import bert, move, output
 from tests.lora.directories import refused
 from tests.lora.kinds import inputs, net, shake
 
@@ -61,17 +61,6 @@ def test_outputs_and_w0_are_the_earlier_runs(options, source, tmp_path):
     assert not torch.equal(second(inputs()), before)
     assert fingerprint(second) == w0
     assert (found.tensors, found.own_start) == (len(adapter_tensors(second)), {})
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_starts_from_its_directory(name, tmp_path):
-    family = FAMILIES[name]
-    first, second = family.build(), family.build()
-    for model in (first, second):
-        inject(model, LoRAConfig(r=2))
-    save_adapter(move(first), tmp_path, task_type="SEQ_CLS")
-    start_from_directory(second, tmp_path)
-    assert torch.equal(family.run(second), family.run(first))
 
 
 def test_parts_of_a_fused_projection_and_token_rows_are_taken_over(tmp_path):

@@ -138,18 +138,3 @@ def test_deberta_runs_a_step_and_trains_its_pooler_and_classifier(tmp_path):
     assert set(cli.model.report.saved) == {"pooler", "classifier"}
     assert [m.parameters for m in cli.model.report.modules] == [2 * 16 * 16] * 4
     assert cli.model.backbone.dropout.p == pytest.approx(0.1)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_mrpc_starts_from_the_mnli_run_where_the_recipe_looks_for_it(roberta, tmp_path):
-    """With the recipes' own names of runs; the head alone is new."""
-    whole = ["--trainer.fast_dev_run", "false", "--trainer.max_steps", "2"]
-    data = overrides("mnli", tmp_path / "mnli")
-    base = run_a_step(stack("roberta-base", "mnli"), tmp_path, model=roberta, data=data, args=whole)
-    data = overrides("mrpc", tmp_path / "mrpc")
-    mrpc = run_a_step(
-        stack("roberta-base", "mrpc"), tmp_path, model=roberta, data=data, args=["--model.optimizer.lr", "0"]
-    )
-    for key, tensor in base.model.backbone.state_dict().items():
-        if "lora_" in key and "lora_copy" not in key:
-            assert tensor.equal(mrpc.model.backbone.state_dict()[key]), key
