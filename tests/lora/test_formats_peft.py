@@ -5,17 +5,18 @@ from __future__ import annotations
 import itertools
 import json
 import warnings
+from functools import partial
 
 import peft
 import pytest
 import safetensors.torch
 import torch
-from transformers import LlamaModel, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaModel
 
 from lora_lightning import load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterWarning
 from lora_lightning.lora.formats.peft.config import CHECKS, CONFIG, HARMLESS, WEIGHTS, WITHOUT_COUNTERPART
-from tests.factories import distance, llama, output
+from tests.factories import distance, hf, llama, output
 from tests.lora import directories
 from tests.lora.directories import edit_config, rename
 
@@ -151,12 +152,9 @@ def test_an_adapter_of_the_whole_model_says_where_it_belongs(tmp_path):
 
 
 def test_experts_of_transformers_4_go_by_way_of_peft_which_fuses_them(tmp_path):
-    def mixtral():
-        torch.manual_seed(1)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-        sizes |= {"intermediate_size": 24, "num_local_experts": 2, "vocab_size": 40}
-        return MixtralForCausalLM(MixtralConfig(**sizes)).eval()
-
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 24, "num_local_experts": 2, "vocab_size": 40}
+    mixtral = partial(hf, "MixtralForCausalLM", **sizes)
     tensors = {}
     for expert, (name, out, width) in itertools.product("01", [("w1", 24, 16), ("w3", 24, 16), ("w2", 16, 24)]):
         key = f"base_model.model.model.layers.0.block_sparse_moe.experts.{expert}.{name}"

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from lora_lightning.lora.errors import AdapterError, AdapterWarning, MergeError
 from lora_lightning.lora.formats.tensor_files import as_bytes
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.layers import base as base_layer
+from tests.factories import hf
 from tests.lora.directories import edit_config, edit_tensors, of_peft
 from tests.lora.kinds import t5
 from tests.lora.laws import relative, stir
@@ -30,17 +32,13 @@ from tests.lora.test_peft_limits import deepseek
 SHARD = "12KB"
 
 
-def siglip():
-    vision = {**SMALL, "image_size": 32, "patch_size": 16}
-    return tf.SiglipVisionModel(tf.SiglipVisionConfig(**vision))  # pools with an nn.MultiheadAttention
+# Pools with an nn.MultiheadAttention.
+siglip = partial(hf, "SiglipVisionModel", **SMALL, image_size=32, patch_size=16)
+tied_llama = partial(hf, "LlamaForCausalLM", **GROUPED, tie_word_embeddings=True)
 
 
 def pooled(model):
     return model(image(model)).pooler_output
-
-
-def tied_llama():
-    return tf.LlamaForCausalLM(tf.LlamaConfig(**GROUPED, tie_word_embeddings=True))
 
 
 def gemma3_with_eyes():
