@@ -103,6 +103,9 @@ def test_planted_spectrum_overlap_and_amplification_are_found(tmp_path):
     np.testing.assert_allclose(sides["update_out"], same, atol=1e-6)
     assert math.isclose(sides["A"][2, 2], wanted[2, 2], abs_tol=1e-6)  # A's own order is another, its span is not
     assert math.isclose(sides["B"][2, 2], 1.0, abs_tol=1e-6)
+    cut = told([tmp_path / "two"], tmp_path / "cut", truncate=0.999)["truncation"]
+    assert cut["ranks"] == {NAME: [16, 3], OTHER: [16, 3]}, "what was planted, whatever the adapter had room for"
+    assert "name the run" in cut["cost"]["not_measured"]
 
 
 def spoil_weights(change):
@@ -147,7 +150,6 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     requests = {
-        "above 0 and at most 1": {"truncate": 1.5},
         "takes one adapter": {"truncate": 0.5, "adapters": [str(plain), str(other)]},
         "no layer of one name": {"adapters": [str(plain), str(other)]},
         "needs an adapter": {"adapters": []},

@@ -57,6 +57,11 @@ def test_masks_are_those_of_their_images_and_a_palettes_indices_are_the_labels(f
     assert torch.equal(reduced, torch.where(found["labels"] == 1, 0, 255))
 
 
+def test_predicting_needs_no_masks(folder):
+    data = data_of({"train": str(folder), "predict": str(folder / "images")})
+    assert [set(batch) for batch in data.predict_dataloader()] == [{"pixel_values"}] * 2
+
+
 def test_image_and_mask_are_augmented_together(folder):
     data = data_of(folder, augment=Augmentation(crop_scale=0.3, flip=0.5), image_size=[12, 8])
     loader = data.train_dataloader()

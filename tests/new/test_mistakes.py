@@ -5,7 +5,6 @@ import sys
 import pytest
 
 from lora_lightning.commands.new import new
-from lora_lightning.commands.projects.checks import check_name
 from lora_lightning.lora.errors import LoRAError, MissingPackageError
 from tests.command.process import command, files_in, mistake
 
@@ -31,21 +30,15 @@ def test_a_mistake_is_answered_in_one_line(args, said, tmp_path, monkeypatch, ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_good_name_is_taken_and_without_copier_the_extra_is_named(tmp_path, monkeypatch):
-    for name in ("my_project", "my-project", "p2", "a_b-c"):
-        assert check_name(name) == name
-    monkeypatch.setitem(sys.modules, "copier", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'lora_lightning\[new\]'"):
-        new("mine", defaults=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_with_something_in_it_is_left_as_it_is(tmp_path):
+def test_a_full_folder_and_a_missing_copier_leave_everything_as_it_is(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     new("mine", git=False, defaults=True)  # an empty one is taken
     before = files_in(tmp_path)
     with pytest.raises(LoRAError, match="'mine' is not empty, and nothing was written"):
         new("mine", "chat", git=False, defaults=True)
+    monkeypatch.setitem(sys.modules, "copier", None)
+    with pytest.raises(MissingPackageError):
+        new("a_b-c", defaults=True)
     assert files_in(tmp_path) == before
 
 

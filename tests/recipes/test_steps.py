@@ -197,20 +197,19 @@ def test_a_recipe_is_parsed_and_runs_a_step(name, tmp_path):
         assert {*modules} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-@pytest.mark.parametrize("overlay", [(), ("lm/qlora.yaml",)], ids=["16-bit", "qlora"])
 @pytest.mark.parametrize(("model", "data"), CHATS)
-def test_every_model_and_every_set_are_parsed_with_the_same_values(model, data, overlay):
-    config = parse([*chat_files(model, data), *overlay])
-    name = config.model.backbone.init_args.pretrained_model_name_or_path
-    assert config.data.init_args.tokenizer == name
-    assert config.model.lora.alpha == 2 * config.model.lora.r == 32
-    assert config.model.lora.target_modules == "all-linear"
-    assert config.trainer.precision == ("nf4-base" if overlay else "bf16-base")
-    if not overlay:
-        own = parse(["lm/texts.yaml", f"lm/models/{model}.yaml"])
-        assert own.data.init_args.tokenizer == own.model.backbone.init_args.pretrained_model_name_or_path == name
-        assert own.model.lora.alpha == 2 * own.model.lora.r
-        assert own.data.init_args.packing
+def test_every_model_and_every_set_are_parsed_with_the_same_values(model, data):
+    stacks = {"bf16-base": chat_files(model, data), "nf4-base": chat_files(model, data, "lm/qlora.yaml")}
+    stacks["texts"] = ["lm/texts.yaml", f"lm/models/{model}.yaml"]
+    configs = {name: parse(files) for name, files in stacks.items()}
+    names = {config.data.init_args.tokenizer for config in configs.values()}
+    names |= {config.model.backbone.init_args.pretrained_model_name_or_path for config in configs.values()}
+    assert len(names) == 1
+    assert all(config.model.lora.alpha == 2 * config.model.lora.r for config in configs.values())
+    assert configs.pop("texts").data.init_args.packing
+    for precision, config in configs.items():
+        assert (config.model.lora.r, config.model.lora.target_modules) == (16, "all-linear")
+        assert config.trainer.precision == precision
 
 
 @pytest.mark.slow
