@@ -73,6 +73,14 @@ def test_any_flipped_bit_of_what_a_file_holds_is_found(file):
     assert found >= held // 3
 
 
+def test_a_file_that_is_cut_anywhere_is_found(file):
+    whole = file.read_bytes()
+    for length in [*range(0, len(whole), 37), len(whole) - 1]:
+        file.write_bytes(whole[:length])
+        with pytest.raises(DamagedCheckpointError, match="not a whole checkpoint"):
+            check_whole(file)
+
+
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:99] + b"!" + b[100:]])
 def test_a_damaged_file_gives_way_to_the_one_before_it_aloud(file, damage):
     write_checkpoint(content(2.0), file)
