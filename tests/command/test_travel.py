@@ -2,17 +2,66 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModel
 
-from lora_lightning import huggingface, load_adapter
+from lora_lightning import LoRAConfig, huggingface, load_adapter
 from lora_lightning.lora.errors import AdapterError
 from tests.command.process import command, files_in, mistake
-from tests.factories import assert_same, snapshot
+from tests.factories import assert_same, export_of, snapshot
+from tests.lora.laws import relative, stir
+from tests.lora.test_families import IDS, build
 from tests.tiny import make_bert
+
+# ---- merged models, opened by transformers alone
+
+MERGED = {
+    "bert": ("AutoModelForSequenceClassification", {"modules_to_save": ["classifier"], "use_dora": True}),
+    "gpt2": ("AutoModelForCausalLM", {"slices": {"c_attn": ["q", "v"]}, "target_modules": ["c_attn"]}),
+    "llama": ("AutoModelForCausalLM", {"trainable_token_indices": {"embed_tokens": [1, 5]}, "init": "pissa"}),
+    "t5": ("AutoModelForSeq2SeqLM", {"target_modules": ["shared", "q", "wo"], "use_rslora": True}),
+    "mixtral": ("AutoModelForCausalLM", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}),
+}
+
+ALONE = """
+import sys
+from pathlib import Path
+for name in ("lora_lightning", "peft", "lightning"):
+    sys.modules[name] = None  # importing it raises
+import safetensors.torch, torch, transformers
+folder, wanted = sys.argv[1], dict(word.split("=") for word in sys.argv[2:])
+for name, auto in wanted.items():
+    inputs = safetensors.torch.load_file(f"{folder}/{name}.inputs")
+    model, found = getattr(transformers, auto).from_pretrained(f"{folder}/{name}/merged", output_loading_info=True)
+    assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, found)
+    with torch.no_grad():
+        logits = model.eval()(**inputs).logits
+    safetensors.torch.save_file({"logits": logits}, f"{folder}/{name}.outputs")
+"""
+
+
+def test_exported_models_open_in_transformers_alone(make_module, tmp_path):
+    home = {}
+    for name, (_, fields) in MERGED.items():
+        inputs = {"input_ids": IDS, **({"decoder_input_ids": IDS.flip(1)} if name == "t5" else {})}
+        module = make_module(build(name), LoRAConfig(**{"r": 2, **fields})).eval()
+        stir(module.backbone, size=0.1)
+        with torch.no_grad():
+            home[name] = module.backbone(**inputs).logits
+            assert relative(build(name)(**inputs).logits, home[name]) > 1e-3
+        export_of(module, tmp_path / name, inputs, formats=["merged"])
+        safetensors.torch.save_file(inputs, tmp_path / f"{name}.inputs")
+    autos = [f"{name}={auto}" for name, (auto, _) in MERGED.items()]
+    subprocess.run([sys.executable, "-c", ALONE, str(tmp_path), *autos], check=True, cwd=tmp_path)
+    for name, wanted in home.items():
+        got = safetensors.torch.load_file(tmp_path / f"{name}.outputs")["logits"]
+        assert relative(got, wanted) <= 1e-5, name
+
 
 # ---- another base of equal shapes
 
