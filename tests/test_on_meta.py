@@ -7,14 +7,12 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lora_lightning import LoRAConfig, LoRAError, LoRAModule, SequenceClassification, huggingface
+from lora_lightning import LoRAConfig, LoRAError, huggingface
 from lora_lightning.lora.meta.fill import fill_from_files
 from lora_lightning.lora.meta.inject import inject_anywhere
-from tests.factories import export_of
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 40}
 DECODER = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 16}
@@ -103,43 +101,6 @@ def test_a_filled_model_is_the_loaded_one_to_the_bit(tmp_path, name, dtype):
     assert fill_from_files(got) > 5
     assert_same_model(got, wanted)
     assert fill_from_files(got) == 0
-
-
-def test_a_fit_and_all_that_follows_is_the_same(tmp_path, tiny, make_data):
-    """Fit, its checkpoint, a test from it, a load of it and an export."""
-    results = {}
-    for on_meta in (False, True):
-        folder = tmp_path / str(on_meta)
-
-        def module(on_meta=on_meta):
-            torch.manual_seed(3)
-            backbone = huggingface(tiny.bert, num_labels=2, on_meta=on_meta)
-            return LoRAModule(backbone, SequenceClassification(2), LoRAConfig(r=2, modules_to_save=["classifier"]))
-
-        def trainer(folder=folder, **kwargs):
-            quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-            return Trainer(default_root_dir=folder, accelerator="cpu", **quiet, **kwargs)
-
-        fitted = module()
-        assert any(p.is_meta for p in fitted.parameters()) == on_meta
-        fit = trainer(max_steps=4, max_epochs=1, limit_val_batches=1)
-        data = make_data()
-        fit.fit(fitted, data)
-        file = folder / "a.ckpt"
-        fit.save_checkpoint(file)
-        tested = trainer(limit_test_batches=2).test(module(), make_data(), ckpt_path=file, verbose=False)
-        loaded = module()
-        loaded.configure_model()
-        loaded.on_load_checkpoint(torch.load(file))
-        loaded.load_state_dict(torch.load(file)["state_dict"])
-        report = export_of(loaded, folder / "export", next(iter(data.val_dataloader())), formats="adapter")
-        results[on_meta] = (fitted.state_dict(), torch.load(file)["state_dict"], tested, report.w0_before)
-    (state, kept, tested, digest), (state2, kept2, tested2, digest2) = results[False], results[True]
-    assert state.keys() == state2.keys()
-    assert all(torch.equal(state[key], state2[key]) for key in state)
-    assert kept.keys() == kept2.keys()
-    assert tested == tested2
-    assert digest == digest2
 
 
 def both_names(folder, first, second, change=0.0):

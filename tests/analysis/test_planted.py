@@ -150,7 +150,6 @@ def test_what_cannot_be_analysed_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
     requests = {
-        "above 0 and at most 1": {"truncate": 1.5},
         "takes one adapter": {"truncate": 0.5, "adapters": [str(plain), str(other)]},
         "no layer of one name": {"adapters": [str(plain), str(other)]},
         "needs an adapter": {"adapters": []},

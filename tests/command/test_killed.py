@@ -8,10 +8,9 @@ import sys
 import time
 
 import pytest
-import torch
 
 from lora_lightning.training.checkpoints.run_folder import load_checkpoint
-from tests.command.process import REPOSITORY, logged_rows
+from tests.command.process import REPOSITORY
 from tests.training.resuming import differing
 
 
@@ -76,24 +75,3 @@ def test_twenty_kills_end_with_the_bytes_of_the_uninterrupted_run(tiny, tmp_path
     assert steps == sorted(steps), "a kill lost what was saved"
     assert len(set(steps) - {0, whole["step"]}) >= kills // 3, f"too few kills fell into training: {steps}"
     assert differing(whole, killed) == []
-
-
-@pytest.mark.slow
-def test_sigterm_saves_and_asks_to_be_started_again(tiny, tmp_path):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "taken").mkdir()
-    assert finish(start(tiny, tmp_path / "whole"))[0] == 0
-    process = start(tiny, tmp_path / "taken")
-    file = tmp_path / "taken/runs/tiny/version_0/checkpoints/last.ckpt"
-    while not file.is_file() and process.poll() is None:
-        time.sleep(0.01)
-    process.terminate()
-    code, said = finish(process)
-    assert code == 75, said
-    assert "goes on from there" in said
-    code, said = finish(start(tiny, tmp_path / "taken", "--ckpt_path", "last"))
-    assert code == 0, said
-    assert differing(end_of(tmp_path / "whole"), end_of(tmp_path / "taken")) == []
-    logs = [logged_rows(tmp_path / f"{n}/runs/tiny/version_0/metrics.csv") for n in ("whole", "taken")]
-    assert logs[0] == logs[1]
-    assert torch.load(file, weights_only=True)["global_step"] > 0

@@ -51,20 +51,6 @@ def test_what_ends_one_process_ends_the_command_and_all_of_its_processes(name, t
     assert time.monotonic() - began < 200
 
 
-def test_sigterm_to_the_command_saves_once_for_all_and_the_resumed_fit_is_the_uninterrupted_one(tiny, tmp_path):
-    """With workers; the signal comes at a step, to the first process and to no other."""
-    workers = ["--data.init_args.num_workers", 1]
-    for name, more, fault, expected in (
-        ("whole", [], "", 0),
-        ("asked", [], f"term:0:{MIDDLE}", 75),
-        ("asked", ["--ckpt_path", "last"], "", 0),
-    ):
-        code, said = finished(fit(tiny, name, *workers, *more, fault=fault), tmp_path)
-        assert code == expected, said
-        assert said.count("goes on from there") == (code == 75)
-    assert differing(end_of(tmp_path, "whole"), end_of(tmp_path, "asked")) == []
-
-
 def test_torchrun_on_one_machine_and_on_two(tiny, tmp_path):
     """And both end with the same adapter."""
     address, port = ["--master_addr", "127.0.0.1", "--master_port"], str(free_port())

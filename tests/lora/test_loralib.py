@@ -16,7 +16,7 @@ from lora_lightning import load_adapter, load_loralib, merge, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import TrainedBias
-from tests.factories import distance
+from tests.factories import distance, hf
 from tests.lora.directories import refused
 
 R, ALPHA = 2, 5
@@ -173,11 +173,9 @@ def test_convolutions_of_any_rank_and_size_are_the_same_update(tmp_path, channel
 
 
 def test_gpt2s_fused_attention_as_in_the_papers_own_code(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16)
+    ours = hf("GPT2LMHeadModel", "GPT2Config", n_embd=8, n_layer=2, n_head=2, vocab_size=20, n_positions=16)
+    ours = ours.double().eval()
     torch.manual_seed(7)
-    ours = GPT2LMHeadModel(config).double().eval()
     model = copy.deepcopy(ours)
     options = {"enable_lora": [True, False, True], "fan_in_fan_out": True, "merge_weights": False}
     for block in model.transformer.h:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import warnings
+from functools import partial
 
 import peft
 import pytest
@@ -15,19 +16,14 @@ from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
 from lora_lightning.lora.errors import AdapterError, AdapterWarning
-from tests.factories import FAMILIES, bert, distance, gpt, llama, move, output
+from tests.factories import FAMILIES, bert, distance, gpt, hf, llama, move, output
 from tests.lora.directories import same_files
 
 TOKENS = torch.arange(1, 7)[None]
 
 
-def phi3():
-    from transformers import Phi3Config, Phi3ForCausalLM
-
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return Phi3ForCausalLM(Phi3Config(**sizes, intermediate_size=24, vocab_size=40, pad_token_id=0))
-
-
+PHI3 = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+phi3 = partial(hf, "Phi3ForCausalLM", **PHI3, intermediate_size=24, vocab_size=40, pad_token_id=0)
 MAKERS = {"llama": llama, "phi3": phi3, "gpt": gpt, "bert": bert}
 FIELDS = {
     "plain": ("llama", {}),
@@ -114,10 +110,7 @@ def test_factors_are_written_bit_for_bit_where_scales_differ_by_powers_of_two(tm
         assert not tensors[f"{key}.lora_B.weight"][:, r:].any()
 
 
-def gpt2():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    return GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=20))
+gpt2 = partial(hf, "GPT2LMHeadModel", "GPT2Config", n_embd=8, n_layer=1, n_head=2, vocab_size=20)
 
 
 def fcs():

@@ -1,5 +1,7 @@
 """A run starts at an earlier run's adapter, bit for bit; only a head of another shape keeps its own start."""
 
+from functools import partial
+
 import peft
 import pytest
 import torch
@@ -9,7 +11,7 @@ from lora_lightning.lora.errors import AdapterError, AdapterWarning
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors
 from lora_lightning.lora.init.from_adapter import start_from_directory, start_from_state
-from tests.factories import bert, move, output
+from tests.factories import bert, hf, move, output
 from tests.lora.directories import refused
 from tests.lora.kinds import inputs, net, shake
 
@@ -64,14 +66,9 @@ def test_outputs_and_w0_are_the_earlier_runs(options, source, tmp_path):
 
 
 def test_parts_of_a_fused_projection_and_token_rows_are_taken_over(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    def make():
-        torch.manual_seed(0)
-        return GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=30, n_positions=16)).eval()
-
+    make = partial(hf, "GPT2LMHeadModel", "GPT2Config", n_layer=1, n_head=2, n_embd=16, vocab_size=30, n_positions=16)
     config = LoRAConfig(r=2, target_modules="query-value", trainable_token_indices={"wte": [3, 1]})
-    first, second = make(), make()
+    first, second = make().eval(), make().eval()
     for model in (first, second):
         inject(model, config)
     move(first)
@@ -79,11 +76,11 @@ def test_parts_of_a_fused_projection_and_token_rows_are_taken_over(tmp_path):
     start_from_directory(second, tmp_path / "peft")
     ids = torch.arange(10)[None]
     assert torch.equal(output(second, ids), output(first, ids))
-    third = make()
+    third = make().eval()
     inject(third, LoRAConfig(r=2, target_modules="query-value", trainable_token_indices={"wte": [3, 2]}))
     with pytest.raises(AdapterError, match=r"trains other tokens of 'transformer\.wte'"):
         start_from_directory(third, tmp_path / "peft")
-    parts, fourth = make(), make()
+    parts, fourth = make().eval(), make().eval()
     inject(parts, LoRAConfig(r=2, target_modules="query-value"))
     inject(fourth, LoRAConfig(r=2, slices={"c_attn": ["k", "v"]}, target_modules=["c_attn"]))
     save_adapter(parts, tmp_path / "parts", task_type="CAUSAL_LM")

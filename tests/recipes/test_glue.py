@@ -101,9 +101,13 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 SIZES |= {"vocab_size": 32, "max_position_embeddings": 40}
 
 
+def make_roberta(folder):
+    return tiny_model(folder, RobertaConfig(**SIZES, type_vocab_size=1), WORDS)
+
+
 @pytest.fixture(scope="module")
 def roberta(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("roberta"), RobertaConfig(**SIZES, type_vocab_size=1), WORDS)
+    return make_roberta(tmp_path_factory.mktemp("roberta"))
 
 
 def overrides(task, folder):

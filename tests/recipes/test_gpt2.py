@@ -41,8 +41,11 @@ def test_a_stack_has_the_papers_numbers(of, size):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
+    return make_tiny(tmp_path_factory.mktemp("gpt2"))
+
+
+def make_tiny(folder):
     """GPT-2 of one layer, and a tokenizer of GPT-2's own kind that knows bytes alone."""
-    folder = tmp_path_factory.mktemp("gpt2")
     characters = sorted({c for row in restaurants(200) for text in row.values() for c in text.replace(" ", "Ġ")})
     vocabulary = {token: i for i, token in enumerate([END, *characters])}
     tokenizer = GPT2Tokenizer(vocab=vocabulary, merges=[], unk_token=END, bos_token=END, eos_token=END)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
 import sys
 
 import pytest
 import yaml
 from wandb.sdk.launch.sweeps import utils
 
-from tests.command.process import REPOSITORY
 from tests.recipes.recipe import CONFIGS, files_of, parse
 
 FILES = files_of("sweeps")
@@ -56,20 +53,3 @@ def test_fit_takes_every_command_line_that_the_agent_makes_of_a_file(file):
             else:
                 assert found == wanted
         assert config.trainer.logger[0].class_path == "lora_lightning.WandbLogger"
-
-
-@pytest.mark.slow
-def test_a_command_line_of_the_agent_trains(tiny, tmp_path):
-    """With the demo's config replaced by a tiny one, in W&B's offline mode, where the sweep's values reach the run."""
-    command = rendered("sweeps/matrices.yaml", {"model.lora": "{target_modules: [query, value], r: 3}"})
-    command = [word.replace("configs/demo.yaml", tiny.config) for word in command]
-    command = [word.replace("configs/logger", str(CONFIGS / "logger")) for word in command]
-    env = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [*command, "--trainer.max_steps=1"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    config = yaml.safe_load((tmp_path / "runs/tiny/version_0/config.yaml").read_text())
-    assert config["model"]["lora"]["r"] == 3
-    assert config["model"]["lora"]["target_modules"] == ["query", "value"]
-    assert list((tmp_path / "runs/wandb").glob("offline-run-*/*.wandb"))

@@ -190,13 +190,6 @@ def stepped(model: nn.Module, case: Case) -> dict[str, Tensor]:
     return found
 
 
-def alike(want: Tensor, got: Tensor, *, is_exact: bool) -> bool:
-    """To the bit, but for gradients of more than two processes: three times a number may round."""
-    if is_exact or distributed.get_world_size() == 2:
-        return torch.equal(want, got)
-    return torch.allclose(want, got, rtol=0, atol=1e-6 * float(want.abs().max()))
-
-
 def differing(case: Case) -> list[str]:
     """What is not the same to the bit, of outputs, gradients and fingerprints; and what the shards say of W0."""
     alone, model = made(case), made(case)
@@ -213,7 +206,7 @@ def differing(case: Case) -> list[str]:
     ]
     got = stepped(model, case)
     wrong = [f"'{name}' reads otherwise as a shard" for name in read]
-    wrong += [name for name in want if not alike(want[name], got[name], is_exact=name.startswith(("out", "eval")))]
+    wrong += [name for name in want if not torch.equal(want[name], got[name])]
     fresh = of_one(made(case))
     if isinstance(case[0](), Pictures):
         fresh = of_one(alone)  # batch statistics have moved

@@ -322,13 +322,6 @@ def live(folder: Path, new: Callable[[], Any], processes: int) -> None:
         torch.save(found, folder / "found.pt")
 
 
-def onward(folder: Path, processes: int) -> None:
-    """More processes go on from what two have written."""
-    last = fit(folder / "more", ckpt=at(folder / "fsdp2" / "file", 14), strategy=FSDP2Strategy(), devices=processes)
-    if last.is_global_zero:
-        torch.save(last.global_step, folder / "more.pt")
-
-
 def note_shapes(call: Any, seen: list[Any]) -> Any:
     @functools.wraps(call)
     def noted(tensor: DTensor, *args: Any, **kwargs: Any) -> Any:

@@ -107,14 +107,6 @@ def test_a_checkpoint_of_another_base_is_refused(make_module, trained):
     module.on_load_checkpoint(content)
 
 
-def test_the_schedule_gets_the_trainers_number_of_steps(tmp_path, make_module):
-    module = make_module(Vision(), LoRAConfig(r=2), lr_scheduler=lambda o: WarmupDecay(o, warmup=2))
-    scheduler = fit(tmp_path, module, max_epochs=4).lr_scheduler_configs[0]
-    assert scheduler.interval == "step"
-    assert scheduler.scheduler.total_steps == 12
-    assert set(scheduler.scheduler.get_last_lr()) == {0.0}
-
-
 def test_a_run_that_goes_on_for_longer_goes_on_learning(tmp_path, make_module):
     rates = []
 

@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import (
 
 from lora_lightning.cli.main import LoRACLI
 from lora_lightning.reports.classes import MISTAKES, ClassCounts, class_table, confused_pairs, confusions
-from lora_lightning.reports.curves import Axis, charts_of, read_metrics, short, thin_out
+from lora_lightning.reports.curves import read_metrics, thin_out
 from lora_lightning.reports.html import write_page
 from tests.chromium import looks, parsed
 
@@ -182,25 +182,6 @@ def test_long_lines_keep_their_peaks():
     assert len(drawn) < 400
     assert {points[0], (7777, 9.0), points[-1]} <= set(drawn) <= set(points)
     assert drawn == sorted(drawn)
-
-
-def test_charts_put_together_what_belongs_together(tmp_path):
-    losses = "train/loss_step,train/loss,val/loss,val_mismatched/loss"
-    names = f"step,epoch,{losses},lr,lr/B,val/f1,mine/own,val/loss_before,params/share"
-    (tmp_path / "metrics.csv").write_text("\n".join([names, *(f"{i},0,{','.join('1' * 10)}" for i in (0, 1))]))
-    charts = {c.title: [s.name for s in c.series] for c in charts_of(read_metrics(tmp_path / "metrics.csv"))}
-    assert sorted(charts["loss"]) == sorted(losses.split(","))
-    assert charts["learning rate"] == ["lr", "lr/B"]
-    assert [next(iter(charts)), list(charts)[-1]] == ["loss", "learning rate"]
-    assert set(charts) == {"loss", "learning rate", "f1", "mine/own"}
-
-
-def test_ticks_are_round_and_inside():
-    for low, high in ((0, 1), (0.31, 0.74), (-5, 123456), (1e-9, 3e-9), (99, 101)):
-        ticks = Axis(low, high, 0, 100).ticks(5)
-        assert 2 <= len(ticks) <= 7
-        assert all(low - 1e-9 * abs(low) <= tick <= high * (1 + 1e-9) for tick in ticks)
-        assert len({short(tick) for tick in ticks}) == len(ticks)
 
 
 # A classifier's page counts what its metrics count, and shows its most confident mistakes.

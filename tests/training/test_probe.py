@@ -12,7 +12,7 @@ from lora_lightning import LoRAConfig, LoRAError, SequenceClassification
 from lora_lightning.export.probe_batch import MOST_ROWS, first_batch, first_rows, probe_from
 from lora_lightning.export.verification import difference, outputs, tolerance
 from lora_lightning.lora.errors import MergeError
-from tests.factories import bert, llama, sequential
+from tests.factories import bert, sequential
 from tests.training.small import Vision
 
 TASK, X = SequenceClassification(2), torch.arange(12.0).view(2, 6)
@@ -121,11 +121,6 @@ def test_every_floating_tensor_is_found_however_nested(name):
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-def test_keys_and_values_and_hidden_states_of_a_transformer_are_compared():
-    found = outputs(llama().eval(), {"input_ids": torch.ones(1, 5).long(), "output_hidden_states": True})
-    assert len(found) == 1 + 2 * 2 + 3, "logits, keys and values of two layers, hidden states"
-
-
 def test_largest_differences_are_over_each_outputs_own_largest_entry():
     found = difference([TWO, 1000 * ONE], [TWO + 0.5, 1000 * ONE + 1], "it")
     assert (found.outputs, found.max_abs_diff, found.max_rel_diff) == (2, 1.0, 0.125)
@@ -157,11 +152,9 @@ def test_outputs_of_another_shape_or_number_are_refused():
     [
         (torch.float64, None, 1e-10),
         (torch.float32, None, 1e-5),
-        (torch.float32, torch.float32, 1e-5),
         (torch.bfloat16, None, 16 * 2**-7),
         (torch.bfloat16, torch.float32, 16 * 2**-7),
         (torch.float32, torch.float16, 16 * 2**-10),
-        (torch.float16, None, 16 * 2**-10),
     ],
     ids=str,
 )

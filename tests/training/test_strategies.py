@@ -1,16 +1,4 @@
-"""Laws 2, 7, 8, 9 and 10 under every strategy: DDP, and FSDP2, where W0 and the adapter lie in parts.
-
-Mutations that were made once, and what then fails:
-
-| mutation | test |
-|---|---|
-| no broadcast of process 0's values | a sharded model is the model, all cases |
-| `moved` looks at one process's parts only | the same, by the write into one part |
-| a weight that reads as adapted is read so as a shard too | the same, "attention of torch" and "bare parameters" |
-| no `gather_before` of `generate` | texts of unlike length |
-| what lies outside of the blocks stays gathered after a validation | all that rest on `lived`, by law 10's check |
-| a process with a batch less does not run on | the same: it hangs, and is ended after the time limit |
-"""
+"""Laws 2, 7, 8, 9 and 10 under every strategy: DDP, and FSDP2, where W0 and the adapter lie in parts."""
 
 import functools
 import json
@@ -67,13 +55,6 @@ def test_what_cannot_be_sharded_is_refused_by_name():
     ):
         with one_process() as mesh, pytest.raises(LoRAError, match=said):
             shard(model, mesh, torch.device("cpu"), **options)
-
-
-@pytest.mark.slow
-def test_four_processes_of_which_some_have_no_row(tmp_path):
-    script("run", tmp_path / "found.json", 4, "shards")
-    for found in json.loads((tmp_path / "found.json").read_text()):
-        assert {case: found[case] for case in shards.CASES} == {case: [] for case in shards.CASES}
 
 
 # A run's life under each strategy.
@@ -201,12 +182,6 @@ def test_checkpoints_that_do_not_fit_are_refused_in_all_processes(found):
     assert found["misfits"].keys() == MISFITS.keys()
     for name, said in found["misfits"].items():
         assert [MISFITS[name] in one for one in said] == [True, True], (name, said)
-
-
-@pytest.mark.slow
-def test_four_processes_go_on_from_two(lived):
-    script("onward", lived, 4)
-    assert torch.load(lived / "more.pt") == 21
 
 
 # What FSDP2 finds and says.

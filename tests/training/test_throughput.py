@@ -13,7 +13,6 @@ from transformers import AutoTokenizer
 from lora_lightning import LoRAConfig, StepFigures, Throughput
 from lora_lightning.tasks.metrics.counting import examples_in, tokens_in
 from lora_lightning.training.callbacks import throughput
-from lora_lightning.training.callbacks.gradient_norms import norm_of
 from lora_lightning.training.tracking.csv_logger import ContinuedCSVLogger
 from tests.command.process import run
 from tests.training.resuming import logged
@@ -117,11 +116,6 @@ def test_step_figures_are_the_gradients_and_rates_of_the_step(tmp_path, make_mod
         assert float(row["lr"]) == pytest.approx(wanted[step, "lr/matrices"])
         assert float(row["lr/B"]) == pytest.approx(16 * float(row["lr"]))
         assert "lr/vectors" not in row, "has the first group's rate"
-
-
-def test_a_norm_of_nothing_much_and_of_several_dtypes():
-    parts = [torch.ones(3), torch.full((2, 2), 2.0, dtype=torch.float64), torch.zeros(0)]
-    assert float(norm_of(parts)) == pytest.approx((3 + 16) ** 0.5)
 
 
 TEXTS = {"input_ids": torch.ones(2, 3), "attention_mask": torch.ones(2, 3)}
