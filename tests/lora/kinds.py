@@ -456,7 +456,9 @@ PARAMETER = {
     "Parameters beside a module": Kind(
         Mixture, run_six, at("proj", target_parameters=["up", "down"], rank_pattern={"down": 1})
     ),
-    "Parameters of a linear layer": Kind(partial(alone, WithMatrix, 6, 5), run_six, bare("weight", "more"), peft="both"),
+    "Parameters of a linear layer": Kind(
+        partial(alone, WithMatrix, 6, 5), run_six, bare("weight", "more"), peft="both"
+    ),
     "Parameters of an attention": Kind(Attention, run_attention, bare("in_proj_weight", "out_proj.weight")),
     "Parameters of an attention, unfused": Kind(
         partial(Attention, cross=True, kdim=5, vdim=6), run_attention, bare("v_proj_weight", "out_proj.weight")

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModel
 from transformers.models.bloom.modeling_bloom import BloomAttention
 
-from lora_lightning import LoRAConfig, inject, load_adapter, merge, remove, save_adapter
+from lora_lightning import LoRAConfig, inject, load_adapter, remove, save_adapter
 from lora_lightning.lora.errors import AdapterWarning, TargetError
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.report import STACK
@@ -27,7 +27,7 @@ from lora_lightning.lora.targets.presets import LAYOUTS, PRESETS, preset_pattern
 from lora_lightning.lora.targets.select import select
 from tests.factories import FAMILIES, Own, bert, hf
 from tests.lora.kinds import ONE_BLOCK, SPECS, WithMatrix, alone, deberta, encoder_layer, inputs, net
-from tests.lora.laws import config, relative, stir
+from tests.lora.laws import config, stir
 
 
 def names(model, **fields):
