@@ -41,6 +41,21 @@ def conv():
     return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
 
 
+class Holder(nn.Module):
+    """A parameter and a layer beside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.proj = nn.Parameter(torch.randn(8, 8)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x) + x @ self.own.T
+
+
+def holder():
+    return nn.Sequential(Holder())
+
+
 TOKENS, X, IMAGE = torch.arange(1, 7)[None], torch.randn(3, 8), torch.randn(2, 4, 9, 9)
 ENCODER, SEQUENCE, OUT = FAMILIES["encoder"].make, torch.randn(2, 5, 16), {"target_modules": ["out_proj"]}
 HEAD = {"modules_to_save": ["head"], "target_modules": ["first"]}
@@ -50,6 +65,13 @@ CASES = {
     "two places": (Twice, X, {}, "adapts one place of a module that stands in several: 'a'"),
     "dropouts": (Own, X, DROPOUTS, "'first'"),
     "out_proj": (ENCODER, SEQUENCE, OUT, "0.self_attn.out_p"),
+    "out_proj's weight": (
+        ENCODER,
+        SEQUENCE,
+        {"target_modules": [], "target_parameters": ["0.self_attn.out_proj.weight"]},
+        r"read and not called: '.*self_attn.out_proj.weight'",
+    ),
+    "inside": (holder, X, {"target_modules": ["proj"], "target_parameters": ["own"]}, "inside a module.*: '0.proj'"),
     "padding": (conv, IMAGE, {"target_modules": ["0"]}, "padding_mode: '0'"),
     "experts": (deepseek, TOKENS, {}, r"fused experts.*: 'model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj'"),
 }

@@ -23,7 +23,17 @@ from lora_lightning.lora.formats.tensor_files import file_content, file_size
 from lora_lightning.lora.formats.vllm import fold_for_vllm, vllm_targets
 from lora_lightning.lora.frozen.tensors import get_module, named_modules
 from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import LoRAConv1D, LoRALinear, LoRAParameter, SavedCopy, TokenRows, TrainedBias
+from lora_lightning.lora.layers import (
+    LoRAConv1D,
+    LoRALinear,
+    LoRAParameter,
+    ParameterHost,
+    SavedCopy,
+    TokenRows,
+    TrainedBias,
+)
+from lora_lightning.lora.layers.attention import OutProj
+from lora_lightning.lora.targets.bypass import bypassed_modules
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 CLASSIFIERS = ("classifier", "score")
@@ -222,8 +232,21 @@ def _limits(model: nn.Module, layouts: list[LayerLayout]) -> Iterator[tuple[str,
     convs = {name: m for name, m in owners.items() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)}
     padded = [name for name, module in convs.items() if module.padding_mode != "zeros"]
     yield "pads an adapted convolution's update with zeros, whatever its padding_mode", padded
+    parameters = {one.name: one.layer.lora_owner for one in layouts if isinstance(one.layer, LoRAParameter)}
+    read = {*bypassed_modules({module: [name] for name, module in named_modules(model)})}
+    uncalled = [name for name, owner in parameters.items() if owner in read or isinstance(owner, OutProj)]
+    yield "drops the update of a parameter whose module is read and not called", uncalled
+    yield "looks elsewhere for what is trained inside a module with adapted parameters", _inside_hosts(model, layouts)
     fused = _names_fused_as_experts(model, owners)
     yield "may take these for fused experts as it reads the config, and drop their update", fused
+
+
+def _inside_hosts(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
+    """What is trained below a module whose own parameters are adapted: PEFT has it under that module's wrapper."""
+    hosts = tuple(f"{name}." for name, _ in grafted_modules(model, ParameterHost) if name)
+    layers = [one.path.rpartition(".")[0] if isinstance(one.layer, LoRAParameter) else one.path for one in layouts]
+    others = [name for kind in (TrainedBias, TokenRows, SavedCopy) for name, _ in grafted_modules(model, kind)]
+    return list(dict.fromkeys(name for name in layers + others if name.startswith(hosts)))
 
 
 def _names_fused_as_experts(model: nn.Module, owners: Mapping[str, nn.Module]) -> list[str]:
