@@ -25,7 +25,7 @@ def test_a_sweep_of_real_fits_ranks_them_and_reports_each_validation_to_a_pruner
     grid = ["--grid", "model.lora.r=2,99", "--pruner", "median", "--trainer.max_epochs", "3"]
     command(monkeypatch, "sweep", "-c", tiny.config, *grid)
     said = capsys.readouterr().out
-    assert "r=99 is larger than the layer" in said
+    assert "r=99 is larger than the smaller side of its weight" in said
     assert "the test set was not used" in said
     folder = tmp_path / "runs/tiny-sweep"
     told = json.loads((folder / "sweep.json").read_text())
