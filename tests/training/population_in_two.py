@@ -55,6 +55,9 @@ def fit(folder: Path) -> None:
     for name in found["adapters"]:
         set_random_state(start)
         found["alone"][name] = alone(backbone, data, OPTIONS[name], folder, **ddp())
+    (gone,) = [member for member in members if member.state == "dropped"]
+    (anew,) = trainer(folder, "anew", **ddp()).validate(gone.module, data, verbose=False)
+    found["validated"] = float(gone.trainer.callback_metrics["val/loss"]), anew["val/loss"]
     torch.save(found, folder / f"{members[0].trainer.global_rank}.pt")
 
 

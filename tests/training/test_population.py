@@ -196,6 +196,8 @@ def test_two_processes_end_each_member_in_the_bits_of_its_own_fit_there_and_drop
     assert first["blocks"] == 4  # of the batches of one, for this data's loader gives all to both
     for found in (first, other):
         assert found["shares_w0"]
+        ended, anew = found["validated"]  # of the dropped member, by Lightning's own loader, which divides the examples
+        assert ended == anew
         for name, wanted in found["alone"].items():
             assert all(torch.equal(found["adapters"][name][key], first["adapters"][name][key]) for key in wanted)
             assert all(torch.equal(found["adapters"][name][key], wanted[key]) for key in wanted), name

@@ -146,7 +146,8 @@ def refuse_metric(module: LoRAModule, metric: str) -> None:
 def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standing, list[StepOutput]]:
     """Where a member stands on the first validation set, and what its task made of this process's batches there.
 
-    It leaves no trace in the fit: modes and random states are put back, and the task's own metrics count nothing.
+    The latter is empty where each of several processes has seen all examples: Lightning validates on its share. The fit
+    keeps no trace: modes and random states are put back, and the task's own metrics count nothing.
 
     Raises:
         LoRAError: there is no validation set, or too small a one for a standard error.
@@ -174,7 +175,8 @@ def standing(trainer: Trainer, module: LoRAModule, metric: str) -> tuple[Standin
     _count_exactly(task)
     value, loss = _figures(task, metric, blocks)
     without = [_figures(task, metric, [*blocks[:number], *blocks[number + 1 :]]) for number in range(len(blocks))]
-    return Standing(value=value, loss=loss, values=[v for v, _ in without], losses=[x for _, x in without]), outputs
+    reached = Standing(value=value, loss=loss, values=[v for v, _ in without], losses=[x for _, x in without])
+    return reached, outputs if divided or trainer.world_size == 1 else []
 
 
 @torch.no_grad()
