@@ -23,7 +23,7 @@ from lora_lightning.lora.config import LoRAConfig
 from lora_lightning.lora.inject import remove
 from lora_lightning.tasks.base import Task
 from lora_lightning.training.module import LoRAModule
-from lora_lightning.training.preflight import own_figures_class, why_unlogged
+from lora_lightning.training.preflight import user_metrics_class, why_unlogged
 
 Goal = str
 """`min` or `max`."""
@@ -105,7 +105,7 @@ def _why_unlogged(metric: str, module: LoRAModule, config: Any) -> str | None:
     given = config.trainer.callbacks or []
     places = [callback.class_path for callback in (given if isinstance(given, list) else [given])]
     ours = all(place.startswith(("lora_lightning.", "lightning.pytorch.")) for place in places)
-    return why_unlogged(metric, module) if ours and not own_figures_class(module) else None
+    return why_unlogged(metric, module) if ours and not user_metrics_class(module) else None
 
 
 def plain_config(config: Any) -> dict[str, Any]:
