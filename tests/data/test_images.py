@@ -169,15 +169,8 @@ def test_every_mode_becomes_rgb(tmp_path):
     colour = np.stack([grey] * 3, 2)
     palette = Image.fromarray(colour).convert("P", palette=Image.Palette.ADAPTIVE, colors=256)
     alpha = np.dstack([colour, np.full((16, 16), 128, np.uint8)])
-    plain = Image.fromarray(grey)
-    images = [
-        plain,
-        plain.convert("LA"),
-        palette,
-        Image.fromarray(alpha),
-        Image.fromarray(grey.astype(np.uint16) * 257),
-    ]
-    for image in images:
+    plain, deep = Image.fromarray(grey), Image.fromarray(grey.astype(np.uint16) * 257)
+    for image in (plain, plain.convert("LA"), palette, Image.fromarray(alpha), deep):
         image.save(tmp_path / "x.png")
         found = read_rgb(str(tmp_path / "x.png"))
         assert found.mode == "RGB"
@@ -199,7 +192,7 @@ def test_a_saved_processor_gives_the_pixels_of_evaluation(folder):
         torch.testing.assert_close(everything(data)["pixel_values"], theirs, rtol=0, atol=1e-5)
 
 
-def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
+def test_preprocessing_is_read_off_timm_torchvision_and_transformers_and_a_wrong_name_is_named(tmp_path):
     assert Preprocessing(size=(224, 224), resize=256).at(112) == Preprocessing(size=(112, 112), resize=128)
     assert Preprocessing(size=(224, 224), resize=(224, 224)).at([8, 12]).resize == (8, 12)
     from transformers import ConvNextImageProcessor, ViTImageProcessor
@@ -213,19 +206,13 @@ def test_preprocessing_is_read_off_timm_torchvision_and_transformers(tmp_path):
     assert (vit.size, vit.resize, vit.mean) == ((32, 24), (32, 24), (0.1, 0.2, 0.3))
     ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875).save_pretrained(tmp_path / "convnext")
     assert (preprocessing_of(str(tmp_path / "convnext")).resize, vit.std) == (256, (0.5, 0.5, 0.5))
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
+    for name, said in (
         ("timm:tf_efficientnet_lit0", "timm has no model '.*_lit0'; did you mean 'tf_efficientnet_lite0'"),
         ("torchvision:ResNet18_Weights.IMAGENET", "torchvision has no weights"),
         ("./nowhere", "no image processor './nowhere': there is no such folder"),
-    ],
-)
-def test_a_name_without_preprocessing_is_named(name, said):
-    with pytest.raises(LoRAError, match=said):
-        preprocessing_of(name)
+    ):
+        with pytest.raises(LoRAError, match=said):
+            preprocessing_of(name)
 
 
 def unknown_class(folder):
@@ -242,10 +229,7 @@ FAULTS = {
     "no image": (lambda f: (f / "red/03.png").write_text("hello"), r"red/03\.png: expected an image that opens, got"),
     "empty file": (lambda f: (f / "red/03.png").write_bytes(b""), r"red/03\.png: .* got the file is empty"),
     "empty class": (lambda f: (f / "violet").mkdir(), "has folders without an image .*violet"),
-    "no classes": (
-        lambda f: [shutil.move(f / n, f.parent) for n in COLOURS],
-        "holds no folders: expected one for each",
-    ),
+    "no classes": (lambda f: [shutil.move(f / n, f.parent) for n in COLOURS], "holds no folders: expected one for"),
     "an unknown class": (unknown_class, r"val/rad/00\.png: expected one of the labels .*'rad'.*mean 'red'"),
     "a reader of no pairs": (
         lambda f: None,

@@ -271,9 +271,9 @@ MISTYPED = [
 ]
 TORN = r"must be .* regular expression.* is not a regular expression"
 MEANINGS = [
-    ({"lora_alpha": 0}, "alpha must be a finite number above 0, got 0"),
-    ({"alpha_pattern": {".*query": 0}}, "alpha_pattern.* must be a finite number above 0"),
-    ({"lora_dropout": 1.5}, "dropout must be at least 0 and below 1, got 1.5"),
+    ({"lora_alpha": 0}, "alpha must be .*got 0"),
+    ({"alpha_pattern": {".*query": 0}}, "alpha_pattern.*query.* must be"),
+    ({"lora_dropout": 1.5}, "dropout must be .*got 1.5"),
     ({"target_modules": ["key"]}, "adapts '.*key' and|left over tensors for"),
     ({"exclude_modules": ["query"]}, f"left over tensors for '{LAYER}.0.attention.self.query'"),
     ({"target_modules": ["query"]}, f"left over tensors for '{LAYER}.0.attention.self.value'"),

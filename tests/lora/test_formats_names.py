@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import TargetError
+from lora_lightning.lora.errors import AdapterWarning, TargetError
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from tests.factories import Own
@@ -136,6 +136,6 @@ def test_a_directory_of_pefts_for_such_modules_loads_as_what_it_says(targets, tm
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, bias="lora_only")
     theirs = peft.get_peft_model(build(Named), config).eval()
     theirs.save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="no fingerprint"):
+    with pytest.warns(AdapterWarning):
         load_adapter(ours, tmp_path)
     assert torch.allclose(ours(ids), theirs(ids), rtol=1e-12, atol=1e-12)
