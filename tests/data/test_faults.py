@@ -36,8 +36,6 @@ TYPED = (".jsonl", ".parquet")  # files that tell numbers from text, and nothing
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A DataModule with rows that are right."""
-
     cls: type
     row: Callable[[int], dict[str, Any]]
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -89,7 +87,7 @@ SUBJECTS = {
 
 # What is wrong with row 3 of a file: the subject, the column, what stands there, what is said, kinds of file.
 CELLS = [
-    *((name, "text", None, "expected text, got None", KINDS) for name in ("texts", "stream", "labels", "classification")),
+    *((name, "text", None, "expected text, got None", KINDS) for name in ("texts", "stream", "labels", "numbered")),
     *((name, "pair", None, "expected text, got None", KINDS) for name in ("regression", "flags")),
     ("classification", "text", 7, "expected text, got 7", JSONL),
     ("classification", "label", None, "expected a label, a name or a number, got None", KINDS),
@@ -168,7 +166,6 @@ NAMED_WITH = {"text": "text", "pair": "text_pair", "label": "(label|number)", "l
 
 @pytest.fixture
 def given(tokenizers, tmp_path):
-    """A DataModule over these rows or this path."""
 
     def make(name, rows, kind=None, file="films"):
         subject = SUBJECTS[name]
@@ -185,7 +182,6 @@ def given(tokenizers, tmp_path):
 
 @pytest.fixture
 def refused(given):
-    """The one line with which a set is refused."""
 
     def make(*args, **kwargs):
         with pytest.raises(LoRAError) as caught:

@@ -28,7 +28,6 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def folder(made, tmp_path):
-    """A copy to break."""
     return shutil.copytree(made, tmp_path / "set")
 
 
@@ -83,13 +82,11 @@ def files_of(folder):
 
 
 def table_of(folder, file):
-    """The folder's images as paths in a table."""
     rows = [{"image": str(f.relative_to(folder)), "label": f.parent.name} for f in files_of(folder)]
     return write(file, rows)
 
 
 def arrays(path):
-    """A reader of one's own."""
     files = files_of(Path(path))
     return np.stack([np.array(Image.open(f)) for f in files]), [f.parent.name for f in files]
 
@@ -100,7 +97,6 @@ def saved(folder, to, image):
 
 
 def with_metadata(folder, to):
-    """As `datasets` reads an imagefolder."""
     to.mkdir()
     rows = [{"file_name": f"{f.parent.name}-{f.name}", "label": f.parent.name} for f in files_of(folder)]
     for file, row in zip(files_of(folder), rows, strict=True):
@@ -216,7 +212,6 @@ def test_preprocessing_is_read_off_timm_torchvision_and_transformers_and_a_wrong
 
 
 def unknown_class(folder):
-    """In a folder for each split."""
     both = folder.with_name("both")
     for split in ("train", "val"):
         shutil.copytree(folder, both / split)

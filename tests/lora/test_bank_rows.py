@@ -15,7 +15,6 @@ from tests.lora.kinds import KINDS, T5, Mixture, Tied, at, bare, embedding, inpu
 
 @torch.no_grad()
 def each_alone(bank, names, run):
-    """Every row of the output of its own adapter."""
     outs = {}
     for name in set(names):
         bank.activate(name)
@@ -32,7 +31,6 @@ def differs(bank, names, run):
 
 
 def check_rows(bank, names, run):
-    """Each row is its adapter's, and other than the base's where it has one."""
     assert differs(bank, names, run) <= 1e-12
     with bank.rows(names):
         got = run(bank.model)
@@ -81,13 +79,10 @@ def test_a_head_that_one_saved_and_another_adapts():
 
 
 def of(x):
-    """What runs a model on x."""
     return lambda model: output(model, x)
 
 
 class Attending(nn.Module):
-    """torch's attention and its encoder layer, alone and in one model."""
-
     def __init__(self, batch_first, need_weights):
         super().__init__()
         self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
@@ -169,8 +164,6 @@ LAID += [("positions", 3), ("positions", 5), ("queries", 4), ("packed", 3)]
 
 
 class Laid(nn.Module):
-    """A layer, and how a model lays out what the layer sees."""
-
     def __init__(self, lay):
         super().__init__()
         self.lay, self.inner = LAYS[lay], nn.Embedding(9, 8) if lay == "positions" else nn.Linear(8, 8)
@@ -181,18 +174,10 @@ class Laid(nn.Module):
 
 @pytest.mark.parametrize(("lay", "length"), LAID)
 def test_a_layer_whose_first_dimension_is_not_the_batch_is_named_at_the_first_forward(lay, length):
-    """Also where the sizes happen to be equal."""
     bank = three_on(Laid(lay), ["inner"])
     for _ in range(2):
         with bank.rows(["b", "a", None]), pytest.raises(LoRAError, match=r"rows: 'inner' sees .* dimension"):
             bank.model(torch.randn(3, length, 8, dtype=torch.float64))
-
-
-def test_rows_that_all_have_the_same_adapter_need_no_dimension():
-    """Then it does not matter which is which: learned queries have it too."""
-    assert (
-        differs(three_on(Laid("queries"), ["inner"]), ["b", "b"], of(torch.randn(2, 5, 8, dtype=torch.float64))) < 1e-12
-    )
 
 
 def test_as_many_positions_as_rows_are_refused_until_a_layer_has_shown_its_batch():

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lora_lightning import LoRAConfig, inject, load_adapter, save_adapter
-from lora_lightning.lora.errors import AdapterWarning, TargetError
+from lora_lightning.lora.errors import TargetError
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from lora_lightning.lora.layers import SavedCopy
 from tests.factories import Own
@@ -128,14 +128,3 @@ def test_an_end_of_several_names_in_modules_to_save_is_refused():
     model = nn.ModuleDict({"a": Chain(), "b": nn.Linear(2, 2)})
     with pytest.raises(TargetError, match=r"'x' is the end of several names: write in full 'a\.m\.e\.x', 'a\.e\.x'"):
         inject(model, LoRAConfig(r=2, target_modules=["b"], modules_to_save=["x"]))
-
-
-@pytest.mark.parametrize("targets", [["base_layer_2"], ["enc.base_layers.0", "encs.0"], ["original_module.q"]], ids=str)
-def test_a_directory_of_pefts_for_such_modules_loads_as_what_it_says(targets, tmp_path):
-    ids, ours = input_of(Named), build(Named)
-    config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False, bias="lora_only")
-    theirs = peft.get_peft_model(build(Named), config).eval()
-    theirs.save_pretrained(tmp_path)
-    with pytest.warns(AdapterWarning):
-        load_adapter(ours, tmp_path)
-    assert torch.allclose(ours(ids), theirs(ids), rtol=1e-12, atol=1e-12)

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from lora_lightning.lora.formats.peft.config import CONFIG, WEIGHTS
 from tests.lora.accidents import CONFIGS, TENSORS, flip_data
-from tests.lora.fuzz_support import Origin, examples, little_memory
+from tests.lora.fuzz_support import Origin, examples
 
 
 @pytest.fixture(scope="module", params=["ours", "peft"])
 def origin(request, tmp_path_factory):
-    with little_memory():
-        yield Origin(request.param, tmp_path_factory.mktemp(request.param))
+    return Origin(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @examples(1200)

@@ -24,8 +24,6 @@ OPTIONS = {"r": R, "alpha": ALPHA, "enable_lora": [True, False, True]}
 
 
 class Net(nn.Module):
-    """An embedding, a convolution, a fused and two plain projections."""
-
     def __init__(self, lora=None, **options):
         super().__init__()
         kind = lora or nn

@@ -94,7 +94,6 @@ def able(family, options):
 
 
 def meet(one, two):
-    """Whether two options can be had at once."""
     clash = any({one, two} <= a | b and {one, two} & a and {one, two} & b for a, b in CLASHES)
     return OPTIONS[one][0] != OPTIONS[two][0] and not clash
 
@@ -145,7 +144,6 @@ def no_fused_kernel_and_no_model_card(monkeypatch):
 
 
 def adapted(case, dtype):
-    """The plain model, and ours as if trained."""
     plain = build(case[0], dtype)
     model = copy.deepcopy(plain)
     inject(model, LoRAConfig(**{"alpha": 3.0, **fields_of(case)}))
@@ -214,8 +212,6 @@ def test_we_compute_from_pefts_directory_what_peft_computes(case, dtype, tmp_pat
 
 
 class Operations(TorchDispatchMode):
-    """Every operation that runs, with the shapes, strides and types that it runs on."""
-
     def __init__(self):
         super().__init__()
         self.seen = []

@@ -28,7 +28,6 @@ class Starred(nn.Module):
 
 
 def says(task, output, *labels):
-    """A step on a backbone that says this, with these labels or none."""
     return lambda: task.step(Says(output), {"x": 0} | ({"labels": labels[0]} if labels else {}))
 
 
@@ -53,8 +52,6 @@ ANSWERS = torch.tensor([[1, 1], [1, 1], [1, 1], [1, -100]])
 
 
 class Rows(nn.Module):
-    """Gives the embeddings that it is handed."""
-
     def forward(self, x):
         return x
 

@@ -30,7 +30,6 @@ WRITTEN = {
 
 
 def fits(folder):
-    """By kind, the class of a model, its task and its data."""
     tags, texts = ({s: str(folder / name) for s in ("train", "validation")} for name in ("tags.jsonl", "texts.jsonl"))
     options = {"batch_size": 2, "split": ALL}
     tagged = TokenClassificationData(tags, str(folder / "tagger"), **options)
@@ -45,7 +44,6 @@ def fits(folder):
 
 
 def figures(folder, devices):
-    """What validation finds, in float64."""
     found = {}
     quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
     for kind, (auto, task, data) in fits(folder).items():
