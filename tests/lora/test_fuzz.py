@@ -21,7 +21,7 @@ def origin(request, tmp_path_factory):
     return Origin(request.param, tmp_path_factory.mktemp(request.param))
 
 
-@examples(1200)
+@examples(600)
 @given(accident=st.sampled_from(TENSORS), seed=st.integers(0, 2**64))
 def test_weights_that_met_an_accident(origin, accident, seed):
     result = origin.meet(accident, WEIGHTS, seed)
@@ -30,7 +30,7 @@ def test_weights_that_met_an_accident(origin, accident, seed):
         assert result == "refused"
 
 
-@examples(500)
+@examples(300)
 @given(accident=st.sampled_from(CONFIGS), seed=st.integers(0, 2**64))
 def test_a_config_that_met_an_accident(origin, accident, seed):
     event(f"{accident.__name__}: {origin.meet(accident, CONFIG, seed)}")
