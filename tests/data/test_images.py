@@ -107,8 +107,6 @@ def with_metadata(folder, to):
 
 FORMS = {
     "CSV": lambda f, to: (table_of(f, f / "rows.csv"), {}),
-    "JSONL": lambda f, to: (table_of(f, f / "rows.jsonl"), {}),
-    "Parquet": lambda f, to: (table_of(f, f / "rows.parquet"), {}),
     "a table elsewhere": lambda f, to: (table_of(f, to.with_suffix(".csv")), {"image_root": str(f)}),
     "a saved set of paths": lambda f, to: (saved(f, to, str), {}),
     "a saved set of bytes": lambda f, to: (saved(f, to, Image.open), {}),

@@ -268,7 +268,6 @@ REFUSED = {
     "unbatched": (KINDS["Conv1d"].make, at("1"), torch.randn(4, 6), ["a", "a", None, "a"], {}, r"'1' sees \(4, 6\)"),
     "a stranger": (net, at("up"), None, ["a", "z"], {}, "the bank holds no 'z'"),
     "no rows": (net, at("up"), None, [], {}, "rows must name an adapter or None for every row"),
-    "a text": (net, at("up"), None, "aa", {}, "rows must name an adapter or None for every row"),
     "repeats": (net, at("up"), None, ["a"], {"repeats": 0}, "repeats must be a whole number of at least 1, got 0"),
     "train mode": (lambda: net().train(), at("up"), None, ["a", None], {}, "the model is in train mode"),
 }

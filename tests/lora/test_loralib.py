@@ -29,7 +29,7 @@ class Net(nn.Module):
         kind = lora or nn
         r = {"r": R, "lora_alpha": ALPHA} if lora else {}
         self.table = kind.Embedding(11, 12, **r)
-        self.conv = kind.Conv2d(1, 6, kernel_size=options.get("kernel", 3), padding=1, **r)
+        self.conv = kind.Conv2d(1, 6, kernel_size=3, padding=1, **r)
         if options.get("enable"):
             self.qkv = lora.MergedLinear(12, 36, enable_lora=options["enable"], **r)
         else:
