@@ -129,7 +129,7 @@ def test_a_head_of_several_layers_comes_back_as_one_with_batch_statistics_of_its
     x = torch.randn(4, 8)
     assert torch.equal(other(x), model(x))
     assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] == ["1"]
-    assert adapter_tensors(other)["1.1.lora_copy.running_mean"].any()
+    assert adapter_tensors(other)["1.lora_copy.1.running_mean"].any()
     assert not other[1][1].running_mean.any(), "W0's stay"
 
 
