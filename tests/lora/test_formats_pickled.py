@@ -115,7 +115,6 @@ def strange_values(tensors):
     return {
         "no dict": ([tensor], "must hold a state dict, tensors by name, got a list"),
         "a tensor": (tensor, "got a Tensor"),
-        "a number": (5, "got a int"),
         "nothing": ({}, ""),
         "key of a number": (tensors | {5: tensor}, "tensors by name, got a dict"),
         "a list in a tensor's place": (tensors | {key: tensor.tolist()}, f"got a list under '{key}'"),
@@ -124,11 +123,8 @@ def strange_values(tensors):
         "wide views of one number": (tensors | wide, ""),
         "on no device": (tensors | {key: tensor.to("meta")}, f"plain tensors, got a Tensor under '{key}'"),
         "sparse": (tensors | {key: tensor.to_sparse()}, f"plain tensors, got a Tensor under '{key}'"),
-        "complex": (tensors | {key: tensor.to(torch.complex64)}, ""),
         "whole numbers": (tensors | {key: tensor.int()}, ""),
         "not finite": (tensors | {key: tensor * float("nan")}, "not finite"),
-        "surplus": (tensors | {"surplus": tensor}, "surplus"),
-        "missing": ({k: t for k, t in tensors.items() if k != key}, ""),
     }
 
 
