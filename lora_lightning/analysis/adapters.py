@@ -80,7 +80,7 @@ class Factors:
 
 
 @dataclass
-class _Found:
+class _LayerTensors:
     """One layer's tensors before anything is known of their scale."""
 
     name: str
@@ -141,13 +141,13 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 def _find_layer(
     key_a: str, tensors: Mapping[str, Tensor], files: AdapterFiles, modules: Mapping[str, nn.Module]
-) -> _Found:
+) -> _LayerTensors:
     end = next(end for end in A_ENDS if key_a.endswith(end))
     key_b = key_a.removesuffix(end) + end.replace("_A", "_B")
     path, A, B = key_a.removeprefix(PREFIX).removesuffix(end), tensors[key_a], tensors.get(key_b)
     if B is None:
         raise AdapterError(f"{files.directory / WEIGHTS} has '{key_a}' and no '{key_b}': it is torn")
-    layer = _Found(path, "Linear", (key_a, key_b), A, B, path)
+    layer = _LayerTensors(path, "Linear", (key_a, key_b), A, B, path)
     if A.dim() < 2 or A.dim() != B.dim() or not A.shape[0] or not B.shape[1] or A.shape[0] % B.shape[1]:
         raise AdapterError(f"'{path}': A of shape {tuple(A.shape)} and B of {tuple(B.shape)} are no factors")
     layer.rank = A.shape[0]
@@ -161,7 +161,7 @@ def _find_layer(
 
 
 def _name_wrapped(
-    layer: _Found,
+    layer: _LayerTensors,
     path: str,
     tensors: Mapping[str, Tensor],
     files: AdapterFiles,
@@ -184,11 +184,11 @@ def _name_wrapped(
         plain = plain.removesuffix(f".{WRAPPER}")
     depth = (len(path) - len(plain)) // len(f".{WRAPPER}")
     leaves = {entry.rpartition(".")[2] for entry in files.peft.get("target_parameters") or []}
-    own = _in_order(plain, [leaf for leaf in leaves if _adapts(files, f"{plain}.{leaf}")], modules)
-    if depth >= len(own):
+    adapted = _in_order(plain, [leaf for leaf in leaves if _adapts(files, f"{plain}.{leaf}")], modules)
+    if depth >= len(adapted):
         layer.name = layer.peft_name = plain
         return
-    layer.kind, layer.name = "Parameter", f"{plain}.{own[len(own) - 1 - depth]}".removeprefix(".")
+    layer.kind, layer.name = "Parameter", f"{plain}.{adapted[len(adapted) - 1 - depth]}".removeprefix(".")
     layer.peft_name = layer.name
     layer.rank = _entry_rank(layer, files)
     layer.count = layer.A.shape[0] // layer.rank
@@ -210,7 +210,7 @@ def _adapts(files: AdapterFiles, name: str) -> bool:
     return peft_selects(files.peft.get("target_parameters") or [], name.removeprefix("."))
 
 
-def _entry_rank(layer: _Found, files: AdapterFiles) -> int:
+def _entry_rank(layer: _LayerTensors, files: AdapterFiles) -> int:
     """The rank of one entry of a stack, of which the tensors hold the rank times the number of entries."""
     if files.record and layer.name in files.record.settings:
         return files.record.settings[layer.name][0]
@@ -224,25 +224,25 @@ def _entry_rank(layer: _Found, files: AdapterFiles) -> int:
     return fitting[0]
 
 
-def _scales(matched: list[_Found], files: AdapterFiles, alphas: Mapping[str, float]) -> dict[str, float]:
+def _scales(matched: list[_LayerTensors], files: AdapterFiles, alphas: Mapping[str, float]) -> dict[str, float]:
     """s of every layer, by name: from our record, or from PEFT's patterns."""
     if files.record:
         return {layer.name: files.record.settings[layer.name][2] for layer in matched}
     for layer in matched:
         refuse_other_rank(files.peft, layer.name, layer.peft_name, layer.rank)
     ranks = {layer.name: layer.rank for layer in matched}
-    own = find_alphas(files.peft, {layer.name: layer.peft_name for layer in matched}, ranks, alphas)
+    layer_alphas = find_alphas(files.peft, {layer.name: layer.peft_name for layer in matched}, ranks, alphas)
     rslora = bool(files.peft.get("use_rslora"))
-    return {name: own[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
+    return {name: layer_alphas[name] / (math.sqrt(rank) if rslora else rank) for name, rank in ranks.items()}
 
 
-def _pairs(layer: _Found) -> list[Pair]:
+def _pairs(layer: _LayerTensors) -> list[Pair]:
     if layer.count == 1:
         return [matrix_pair(layer.A, layer.B)]
     return list(zip(*stack_factors(layer.A, layer.B, layer.count), strict=True))
 
 
-def _factors(layer: _Found, scale: float, *, dora: bool) -> Factors:
+def _factors(layer: _LayerTensors, scale: float, *, dora: bool) -> Factors:
     groups = layer.A.shape[0] // layer.B.shape[1] if layer.A.dim() > 2 else 1
     return Factors(
         name=layer.name,

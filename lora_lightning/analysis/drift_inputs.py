@@ -115,7 +115,7 @@ def run_batches(
     every = list(batches)
     sizes = [task.examples(batch) for batch in every]
     wanted = min(len(every), max(1, -(-most * len(every) // max(sum(sizes), 1))))
-    kept: list[Batch] = []
+    chosen: list[Batch] = []
     names: list[str] = []
     for batch in pick_evenly(every, wanted):
         inputs, labels = dict(task.inputs(backbone, batch)), None
@@ -124,9 +124,9 @@ def run_batches(
         elif task.peft_task_type == SEQ2SEQ:
             labels = batch["labels"]
         rows = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
-        kept.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
+        chosen.append(Batch(inputs, labels, range(len(names), len(names) + rows)))
         names += _describe_texts(inputs, len(names), rows, tokenizer)
-    return kept, names
+    return chosen, names
 
 
 def _describe_texts(inputs: Mapping[str, Any], before: int, rows: int, tokenizer: Any) -> list[str]:

@@ -177,19 +177,19 @@ def measure_adapter(
     adapter: Adapter, weights: Weights | None, advance: Callable[[int], None] = lambda _: None
 ) -> AdapterMeasures:
     """All layers of an adapter."""
-    layers, at = [], places(layer.name for layer in adapter.factors)
+    layers, place_of = [], places(layer.name for layer in adapter.factors)
     for layer in adapter.factors:
-        layers.append(measure_layer(layer, weights, at[layer.name]))
+        layers.append(measure_layer(layer, weights, place_of[layer.name]))
         advance(1)
-    gather_whole = _root_of_squares(layer.norm for layer in layers)
+    norm = _root_of_squares(layer.norm for layer in layers)
     groups = dict.fromkeys(layer.group for layer in layers)
     squares = {g: sum(layer.norm**2 for layer in layers if layer.group == g) for g in groups}
     return AdapterMeasures(
         label=adapter.label,
         source=adapter.source,
         layers=layers,
-        norm=gather_whole,
-        shares={group: square / gather_whole**2 if gather_whole else 0.0 for group, square in squares.items()},
+        norm=norm,
+        shares={group: square / norm**2 if norm else 0.0 for group, square in squares.items()},
         parameters=sum(layer.parameters for layer in layers),
         parameters_at={
             percent(share): sum(f.cost(m.ranks[percent(share)]) for f, m in zip(adapter.factors, layers, strict=True))
@@ -231,15 +231,15 @@ def gather_whole(tensor: Tensor) -> Tensor:
 
 def whole_layer(layer: AdaptedLayer) -> AdaptedLayer:
     """The layer with its adapter's tensors in one piece: another object where they are sharded."""
-    own = layer.lora_tensors()
-    if not any(isinstance(tensor, DTensor) for tensor in own.values()):
+    tensors = layer.lora_tensors()
+    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return layer
     twin: AdaptedLayer = layer.__class__.__new__(layer.__class__)
     twin.__dict__.update(vars(layer))
     for store in ("_parameters", "_buffers"):
-        held = vars(layer)[store]
+        entries = vars(layer)[store]
         twin.__dict__[store] = {
-            n: t if t is None or n not in own else gather_whole(t.detach()) for n, t in held.items()
+            n: t if t is None or n not in tensors else gather_whole(t.detach()) for n, t in entries.items()
         }
     return twin
 
@@ -265,14 +265,14 @@ def measures_of(pairs: Sequence[Pair], scale: float, w0_norm: float, matrices: S
     """
     spectra = [spectrum(A, B, scale) for A, B in pairs]
     S = torch.cat([s.S for s in spectra]).sort(descending=True).values
-    norm, held = frobenius(S), energy(S)
+    norm, shares = frobenius(S), energy(S)
     room = sum(min(A.shape[0], A.shape[1], B.shape[0]) for A, B in pairs)
     return RankMeasures(
         norm=norm,
         relative=norm / w0_norm if w0_norm else math.nan,
         stable_rank=stable_rank(S) if len(S) else math.nan,
-        energy_top=float(held[0]) if len(S) else math.nan,
-        energy_half=float(held[min(len(S), max(1, room // 2)) - 1]) if len(S) else math.nan,
+        energy_top=float(shares[0]) if len(S) else math.nan,
+        energy_half=float(shares[min(len(S), max(1, room // 2)) - 1]) if len(S) else math.nan,
         k90=float(smallest_rank(S, 0.9)) if len(S) else math.nan,
         amplification=_amplification(norm, spectra, matrices),
     )

@@ -52,16 +52,16 @@ def compare_adapters(
     first: Adapter, second: Adapter, advance: Callable[[int], None] = lambda _: None
 ) -> PairSimilarity:
     """phi for every layer that both have, on all sides."""
-    others, at = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
-    found, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
+    others, place_of = {layer.name: layer for layer in second.factors}, places(layer.name for layer in first.factors)
+    compared, left_out = [], [name for name in others if name not in {layer.name for layer in first.factors}]
     for layer in first.factors:
         other = others.get(layer.name)
         advance(1)
         if other is None or other.shape != layer.shape or len(other.pairs) != len(layer.pairs):
             left_out.append(layer.name)
             continue
-        found += [_compare_layers(layer, other, side, at[layer.name].group) for side in SIDES]
-    return PairSimilarity(labels=(first.label, second.label), layers=found, left_out=left_out)
+        compared += [_compare_layers(layer, other, side, place_of[layer.name].group) for side in SIDES]
+    return PairSimilarity(labels=(first.label, second.label), layers=compared, left_out=left_out)
 
 
 def _compare_layers(layer: Factors, other: Factors, side: Side, group: str) -> LayerSimilarity:
@@ -88,12 +88,12 @@ def side_directions(pair: Pair, side: Side) -> tuple[Tensor, Tensor]:
     return (whole.V if side == "update_in" else whole.U), whole.S
 
 
-def _phi(ones: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _phi(firsts: list[tuple[Tensor, Tensor]], others: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Directions of different entries of a stack have nothing in common; all are ordered by their values together."""
-    if len(ones) == 1:
-        return similarity(ones[0][0], others[0][0])
-    blocks = [(U.mT @ V).square() for (U, _), (V, _) in zip(ones, others, strict=True)]
+    if len(firsts) == 1:
+        return similarity(firsts[0][0], others[0][0])
+    blocks = [(U.mT @ V).square() for (U, _), (V, _) in zip(firsts, others, strict=True)]
     squares: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
-    rows = torch.cat([S for _, S in ones]).argsort(descending=True)
+    rows = torch.cat([S for _, S in firsts]).argsort(descending=True)
     columns = torch.cat([S for _, S in others]).argsort(descending=True)
     return accumulate_similarity(squares[rows][:, columns])

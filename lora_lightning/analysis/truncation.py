@@ -108,10 +108,10 @@ def truncate(adapter: Adapter, share: float, directory: Path) -> Truncation:
 
 def _ranks(layers: list[Factors], share: float) -> dict[str, int]:
     """By layer; PEFT has one rank for the two projections of an attention."""
-    own = {layer.name: common_rank(layer, share) for layer in layers}
+    by_layer = {layer.name: common_rank(layer, share) for layer in layers}
     shared: dict[str, int] = {}
     for layer in layers:
-        shared[layer.peft_name] = max(shared.get(layer.peft_name, 0), own[layer.name])
+        shared[layer.peft_name] = max(shared.get(layer.peft_name, 0), by_layer[layer.name])
     return {layer.name: shared[layer.peft_name] for layer in layers}
 
 
@@ -144,11 +144,11 @@ def _alphas(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, float]:
 def _config(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Any]:
     """PEFT's, with every rank and alpha written out, so that nothing depends on the order of patterns."""
     alphas = _alphas(adapter, ranks)
-    own = ranks_and_alphas(
+    fields = ranks_and_alphas(
         {layer.peft_name: ranks[layer.name] for layer in adapter.factors},
         {layer.peft_name: alphas[layer.name] for layer in adapter.factors},
     )
-    config = {**adapter.files.peft, **own}
+    config = {**adapter.files.peft, **fields}
     if is_from_weight(str(config.get("init_lora_weights"))):
         config["init_lora_weights"] = True  # what was taken out of W0 is in A and B
     return config
@@ -158,15 +158,15 @@ def _fillers(adapter: Adapter, ranks: Mapping[str, int]) -> dict[str, Tensor]:
     """The zeros of an attention's projection that is not adapted, at the rank of the other one."""
     adapted = {key for layer in adapter.factors for key in layer.keys}
     by_name = {layer.peft_name: ranks[layer.name] for layer in adapter.factors}
-    made: dict[str, Tensor] = {}
+    zeros: dict[str, Tensor] = {}
     for key in adapter.tensors:
         if key in adapted or not key.endswith(".lora_A.weight"):
             continue
         rank = by_name[key.removeprefix(PREFIX).removesuffix(".lora_A.weight").removesuffix(OUT)]
         key_b = key.replace(".lora_A.", ".lora_B.")
-        made[key] = torch.zeros_like(adapter.tensors[key][:1]).repeat(rank, 1)
-        made[key_b] = torch.zeros_like(adapter.tensors[key_b][:, :1]).repeat(1, rank)
-    return made
+        zeros[key] = torch.zeros_like(adapter.tensors[key][:1]).repeat(rank, 1)
+        zeros[key_b] = torch.zeros_like(adapter.tensors[key_b][:, :1]).repeat(1, rank)
+    return zeros
 
 
 def _json(values: Mapping[str, Any]) -> bytes:

@@ -82,10 +82,11 @@ def check_request(
         removed: settings of methods that are no longer made, as the call gave them.
     """
     if method in REMOVED or removed:
-        theirs = REMOVED.get(method)
+        in_peft = REMOVED.get(method)
         raise ConfigError(
-            f"{f'method {method!r}' if theirs else ', '.join(removed)} was removed: take 'concat' or 'svd', or let PEFT"
-            f" combine the saved adapters{f' ({theirs!r})' if theirs else ''} by add_weighted_adapter, and load that"
+            f"{f'method {method!r}' if in_peft else ', '.join(removed)} was removed: take 'concat' or 'svd', or let"
+            f" PEFT combine the saved adapters{f' ({in_peft!r})' if in_peft else ''} by add_weighted_adapter, and load"
+            " that"
         )
     if method not in METHODS:
         raise ConfigError(
@@ -119,13 +120,13 @@ def combine_layers(
     for name, held in sources.items():
         _refuse(name, held)
     layers = {name: held.layers() for name, held in sources.items()}
-    paths = list(dict.fromkeys(path for own in layers.values() for path in own))
+    paths = list(dict.fromkeys(path for adapted in layers.values() for path in adapted))
     if not paths:
         raise LoRAError(f"nothing to combine: none of {', '.join(sources)} adapts a layer by A and B")
     combined = {}
     for path in paths:
-        own = {name: found[path] for name, found in layers.items() if path in found}
-        combined[path] = _combine_layer(path, list(own.values()), [weights[name] for name in own], rank)
+        adapted = {name: by_path[path] for name, by_path in layers.items() if path in by_path}
+        combined[path] = _combine_layer(path, list(adapted.values()), [weights[name] for name in adapted], rank)
     return combined
 
 
@@ -150,9 +151,9 @@ def _combine_layer(path: str, layers: list[AdaptedLayer], weights: Sequence[floa
 
 def truncate_pair(A: Tensor, B: Tensor, rank: int) -> tuple[Pair, Loss]:
     """The best approximation of `B A` of rank `rank` (Eckart and Young), and what it lacks."""
-    found = spectrum(A, B)
-    root, squares = found.S[:rank].sqrt(), found.S.square()
-    pair = ((found.V[:, :rank] * root).mT.to(A), (found.U[:, :rank] * root).to(B))
+    svd = spectrum(A, B)
+    root, squares = svd.S[:rank].sqrt(), svd.S.square()
+    pair = ((svd.V[:, :rank] * root).mT.to(A), (svd.U[:, :rank] * root).to(B))
     return pad_pair(pair, min(rank, len(A))), (float(squares[rank:].sum()), float(squares.sum()))
 
 
@@ -165,8 +166,8 @@ def pad_pair(pair: Pair, rank: int) -> Pair:
 def _scaled_blocks(layer: AdaptedLayer, *, whole: bool) -> list[Pair]:
     """The layer's update as the products `B A` of its blocks, with s in B; a subtracted init is a part of A and B."""
     scale, dtype = layer.lora_settings.scale, wide_dtype(layer.lora_A)
-    own = layer.to_peft() if whole else {}
-    first, *more = [(own["lora_A"], own["lora_B"])] if whole else layer.factor_pairs()
+    tensors = layer.to_peft() if whole else {}
+    first, *more = [(tensors["lora_A"], tensors["lora_B"])] if whole else layer.factor_pairs()
     pairs = [subtract_init(first, layer.lora_A0, layer.lora_B0), *more]  # subtracted from layers of one block only
     return [(A.detach().to(dtype), B.detach().to(dtype) * scale) for A, B in pairs]
 
@@ -196,27 +197,27 @@ def saved_tensors(
     Raises:
         LoRAError: two adapters have different values for one module, or another adapts what one saved.
     """
-    found: dict[str, tuple[str, dict[str, Tensor]]] = {}
+    saved: dict[str, tuple[str, dict[str, Tensor]]] = {}
     for name, held in sources.items():
         for share in held.shares:
             if not issubclass(share.grafted, SavedCopy):
                 continue
             copy: nn.Module = share.stores["_modules"][COPY]
             state = {key: tensor.detach() for key, tensor in copy.state_dict().items()}
-            other, there = found.setdefault(share.path, (name, state))
+            other, there = saved.setdefault(share.path, (name, state))
             if any(not torch.equal(tensor, there[key]) for key, tensor in state.items()):
                 raise LoRAError(
                     f"'{other}' and '{name}' both saved '{share.path}' in full, with different values, and a head has"
                     f" no update to add: combine adapters that share it, or save them without it"
                 )
-    for path, (name, _) in found.items():
-        both = [layer.name for layer in combined.values() if f"{layer.name}.".startswith(f"{path}.")]
-        if both:
+    for path, (name, _) in saved.items():
+        adapted = [layer.name for layer in combined.values() if f"{layer.name}.".startswith(f"{path}.")]
+        if adapted:
             raise LoRAError(
-                f"'{name}' saved '{path}' in full, and another adapts '{both[0]}' by A and B: combine adapters that"
+                f"'{name}' saved '{path}' in full, and another adapts '{adapted[0]}' by A and B: combine adapters that"
                 f" train it in one way"
             )
-    return {path: state for path, (_, state) in found.items()}
+    return {path: state for path, (_, state) in saved.items()}
 
 
 def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRAConfig:
@@ -239,9 +240,9 @@ def config_of(combined: Mapping[str, CombinedLayer], saved: list[str]) -> LoRACo
 def fill(model: nn.Module, combined: Mapping[str, CombinedLayer], saved: Mapping[str, dict[str, Tensor]]) -> None:
     """Write the combination into the model that was injected for it."""
     for path, layer in adapted_layers(model):
-        for (A, B), (own_a, own_b) in zip(combined[path].pairs, layer.factor_pairs(), strict=True):
-            own_a.copy_(A)
-            own_b.copy_(B)
+        for (A, B), (layer_a, layer_b) in zip(combined[path].pairs, layer.factor_pairs(), strict=True):
+            layer_a.copy_(A)
+            layer_b.copy_(B)
     copies = {f"{path}.{COPY}.{key}": tensor for path, state in saved.items() for key, tensor in state.items()}
     load_tensors(model, {**adapter_tensors(model), **copies})
 

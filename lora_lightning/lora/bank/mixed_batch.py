@@ -102,8 +102,8 @@ class MixedForward(Grafted):
             raise LoRAError(f"rows: '{self.lora_path}' is in train mode, and rows are for eval: call model.eval()")
         if isinstance(self, nn.MultiheadAttention):
             return self._attend(out, ATTENTION.bind(self, *args, **kwargs).arguments)
-        given = [*args, *kwargs.values()]
-        x, more = given[0], given[1:]
+        inputs = [*args, *kwargs.values()]
+        x, more = inputs[0], inputs[1:]
         groups = self.lora_batch.groups(self.lora_path, x, self)
         if more or not isinstance(out, Tensor) or out.shape[:1] != x.shape[:1]:
             raise LoRAError(f"rows: '{self.lora_path}' takes or gives more than one tensor of rows: {ALONE}")
@@ -116,23 +116,23 @@ class MixedForward(Grafted):
                 out = out.index_copy(0, rows, twin.forward(x.index_select(0, rows)))
         return out
 
-    def _attend(self, out: tuple[Tensor, Tensor | None], given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    def _attend(self, out: tuple[Tensor, Tensor | None], arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """The same for `nn.MultiheadAttention`, whose `given` arguments have rows, but for a mask of all rows."""
-        query, weights = given["query"], out[1]
+        query, weights = arguments["query"], out[1]
         for adapter, rows in self.lora_batch.groups(self.lora_path, query, self).items():
             if adapter not in self.lora_twins:
                 continue
-            own = {name: value for name, value in given.items() if name != "self"}
-            picked = {id(own[name]): own[name][rows] for name in ("query", "key", "value")}  # one tensor stays one
-            own |= {name: picked[id(own[name])] for name in ("query", "key", "value")}
-            if (padding := own.get("key_padding_mask")) is not None:
-                own["key_padding_mask"] = padding[rows]
-            if (mask := own.get("attn_mask")) is not None and mask.dim() == 3:  # (rows * heads, ...)
-                own["attn_mask"] = mask.unflatten(0, (len(query), -1))[rows].flatten(0, 1)
-            theirs = self.lora_twins[adapter].forward(**own)
-            out[0].index_copy_(0, rows, theirs[0])
+            selected = {name: value for name, value in arguments.items() if name != "self"}
+            by_id = {id(t): t[rows] for t in (selected[name] for name in ("query", "key", "value"))}
+            selected |= {name: by_id[id(selected[name])] for name in ("query", "key", "value")}  # one tensor stays one
+            if (padding := selected.get("key_padding_mask")) is not None:
+                selected["key_padding_mask"] = padding[rows]
+            if (mask := selected.get("attn_mask")) is not None and mask.dim() == 3:  # (rows * heads, ...)
+                selected["attn_mask"] = mask.unflatten(0, (len(query), -1))[rows].flatten(0, 1)
+            adapted = self.lora_twins[adapter].forward(**selected)
+            out[0].index_copy_(0, rows, adapted[0])
             if weights is not None:
-                weights.index_copy_(0, rows, theirs[1])
+                weights.index_copy_(0, rows, adapted[1])
         return out
 
 
@@ -168,9 +168,9 @@ def mixed_batch(model: nn.Module, sources: Mapping[str, DetachedAdapter], batch:
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # the kernels that read the weights of what they do not call
-        for module, own in twins.items():
+        for module, by_adapter in twins.items():
             graft(module, MixedForward)
-            module.__dict__.update(lora_batch=batch, lora_path=names[module], lora_twins=own)
+            module.__dict__.update(lora_batch=batch, lora_path=names[module], lora_twins=by_adapter)
         with torch.no_grad():
             yield
     finally:
@@ -205,9 +205,9 @@ def _twins(
 def _see_batch_first(names: Mapping[nn.Module, str], batch: Batch) -> None:
     """Take from torch's own modules where they have their rows; refuse those that have them second."""
     for module, name in names.items():
-        says = module.self_attn if isinstance(module, LAYERS) else module
-        if isinstance(says, nn.MultiheadAttention | nn.RNNBase):
-            if not says.batch_first:
+        inner_attention = module.self_attn if isinstance(module, LAYERS) else module
+        if isinstance(inner_attention, nn.MultiheadAttention | nn.RNNBase):
+            if not inner_attention.batch_first:
                 raise LoRAError(
                     f"rows: '{name}' has batch_first=False, so that rows are not the first dimension of what it and its"
                     f" neighbours see: {ALONE}"

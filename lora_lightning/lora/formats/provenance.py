@@ -83,8 +83,8 @@ class Record:
 def config_digests(config: Mapping[str, Any]) -> dict[str, str]:
     """The first 16 hexadecimal digits of each field's SHA-256. What is null, false or empty is as if left out; 3 is
     3.0."""
-    given = {n: v for n, v in config.items() if n not in FREE and not (v is None or v is False or v in ([], {}, ""))}
-    plain = {name: json.loads(json.dumps(value), parse_int=float) for name, value in given.items()}
+    stated = {n: v for n, v in config.items() if n not in FREE and not (v is None or v is False or v in ([], {}, ""))}
+    plain = {name: json.loads(json.dumps(value), parse_int=float) for name, value in stated.items()}
     return {name: _sha256(json.dumps(value, sort_keys=True))[:16] for name, value in plain.items()}
 
 

@@ -44,7 +44,7 @@ def base_dtypes(model: nn.Module) -> dict[str, int]:
     """How many of W0's numbers are held as what: by dtype, or by the name of their quantization; the most first."""
     counts = Counter[str]()
     for place in {id(place.tensor): place for place in iter_base(model) if place.is_parameter}.values():
-        quantized = scheme(place.module) if place.own == "weight" else None
+        quantized = scheme(place.module) if place.key == "weight" else None
         if quantized is not None and isinstance(place.module, nn.Linear):
             counts[quantized] += place.module.in_features * place.module.out_features
         else:
@@ -107,13 +107,13 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
 
 def _plain_floats(model: nn.Module) -> Iterator[BaseTensor]:
     for place in iter_base(model):
-        if place.tensor.is_floating_point() and not (place.own == "weight" and scheme(place.module)):
+        if place.tensor.is_floating_point() and not (place.key == "weight" and scheme(place.module)):
             yield place
 
 
 def _set_tensor(place: BaseTensor, value: Tensor) -> None:
     if not place.is_parameter:
-        place.module._buffers[place.own] = value
+        place.module._buffers[place.key] = value
     elif place.tensor.dtype != value.dtype:
         place.tensor.data = value  # the parameter stays the one that other modules share
 

@@ -54,8 +54,8 @@ def update_pairs(layer: AdaptedLayer) -> list[Pair]:
     """The factors (A, B) of each matrix of a layer's update, without s. Parts of a fused weight are one matrix."""
     if isinstance(layer, LoRAParameter) or (isinstance(layer, LoRAMultiheadAttention) and layer.in_proj_weight is None):
         return layer.factor_pairs()
-    own = layer.to_peft()
-    return [subtract_init(matrix_pair(own["lora_A"], own["lora_B"]), layer.lora_A0, layer.lora_B0)]
+    tensors = layer.to_peft()
+    return [subtract_init(matrix_pair(tensors["lora_A"], tensors["lora_B"]), layer.lora_A0, layer.lora_B0)]
 
 
 def base_matrices(layer: AdaptedLayer, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> list[Tensor]:
@@ -153,9 +153,9 @@ def energy(S: Tensor) -> Tensor:
 
 def smallest_rank(S: Tensor, share: float) -> int:
     """The smallest k whose top k directions hold `share` of the energy; 0 of a zero update."""
-    held = energy(S)
+    shares = energy(S)
     # Summing rounds: all of the energy is held by all directions, and 0.95 by two of which one holds 0.95.
-    return min(int((held < share * (1 - 4 * EPS)).sum()) + 1, len(S)) if len(S) else 0
+    return min(int((shares < share * (1 - 4 * EPS)).sum()) + 1, len(S)) if len(S) else 0
 
 
 # Subspaces.

@@ -24,15 +24,15 @@ _WRAPPED_CHILD = {
 }
 
 
-_FOUND: dict[type[nn.Module], str | None] = {}
+_CHILD_NAMES: dict[type[nn.Module], str | None] = {}
 
 
 def _wrapped_child(cls: type[nn.Module]) -> str | None:
     """Under which name a wrapper holds what it wraps; None for any other class."""
-    if cls not in _FOUND:
-        found = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
-        _FOUND[cls] = next((child for child in found if child), None)
-    return _FOUND[cls]
+    if cls not in _CHILD_NAMES:
+        children = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
+        _CHILD_NAMES[cls] = next((child for child in children if child), None)
+    return _CHILD_NAMES[cls]
 
 
 def plain_name(model: nn.Module, name: str) -> str:
@@ -40,7 +40,7 @@ def plain_name(model: nn.Module, name: str) -> str:
 
     Only the parts that a wrapper added are left out: a module that its author called `module` keeps its name.
     """
-    kept: list[str] = []
+    parts: list[str] = []
     module: nn.Module | None = model
     for part in name.split(".") if name else ():
         while module is not None and (child := _wrapped_child(type(module))):
@@ -48,9 +48,9 @@ def plain_name(model: nn.Module, name: str) -> str:
             if part == child:
                 break
         else:
-            kept.append(part)
+            parts.append(part)
             module = None if module is None else module._modules.get(part)
-    return ".".join(kept)
+    return ".".join(parts)
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
@@ -87,7 +87,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     state = plain_state(model)
     grafted = [(name, module) for name, module in named_modules(model) if isinstance(module, Grafted)]
-    factors = {full_name(name, own) for name, module in grafted for own in module.lora_tensors()}
+    factors = {full_name(name, tensor) for name, module in grafted for tensor in module.lora_tensors()}
     copies = tuple(full_name(name, "lora_copy.") for name, module in grafted if isinstance(module, SavedCopy))
     if hidden := sorted(factors - state.keys()):
         raise AdapterError(f"'{hidden[0]}' is not in the model's state_dict: a wrapper inside renames its keys")
@@ -119,14 +119,14 @@ class BaseTensor(NamedTuple):
     name: str
     """In the plain model."""
     module: nn.Module
-    own: str
+    key: str
     """Its name in the module."""
     tensor: Tensor
 
     @property
     def is_parameter(self) -> bool:
         """False for a buffer."""
-        return self.own in self.module._parameters
+        return self.key in self.module._parameters
 
 
 def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
@@ -144,9 +144,9 @@ def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
             ours = module.lora_all_names
             copies += (full_name(path, "lora_copy"),) if isinstance(module, SavedCopy) else ()
         saved = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        for own, tensor in (*module._parameters.items(), *saved.items()):
-            if tensor is not None and own not in ours:
-                yield BaseTensor(full_name(path, own), module, own, tensor)
+        for key, tensor in (*module._parameters.items(), *saved.items()):
+            if tensor is not None and key not in ours:
+                yield BaseTensor(full_name(path, key), module, key, tensor)
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:

@@ -41,15 +41,15 @@ def init_from_data(model: nn.Module, layers: Layers, init: str, data: Any, loss:
         _init_loftq(layers, data)
         return
     with _eval_mode(model):
-        found = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
+        measured = _main_directions(model, layers, data) if init == "eva" else _gradients(model, layers, data, loss)
     for name, layer in layers:
-        if name not in found:
+        if name not in measured:
             raise LoRAError(f"init '{init}': the data never reached '{name}': give batches that use it, or exclude it")
         r, A = layer.lora_settings.r, layer.lora_A
         if init == "eva":
-            layer.set_init(*eva(found[name], layer.lora_B, r))
+            layer.set_init(*eva(measured[name], layer.lora_B, r))
         else:
-            layer.set_init(*lora_ga(found[name].to(A.dtype), r))
+            layer.set_init(*lora_ga(measured[name].to(A.dtype), r))
 
 
 def _init_loftq(layers: Layers, original: Any) -> None:
@@ -92,8 +92,8 @@ def _main_directions(model: nn.Module, layers: Layers, data: Iterable[Any]) -> d
         with torch.no_grad():
             for batch in _batches(model, data):
                 # Padding is no data.
-                given = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-                mask[0] = given.bool() if isinstance(given, Tensor) else None
+                attention_mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+                mask[0] = attention_mask.bool() if isinstance(attention_mask, Tensor) else None
                 _call(model, batch)
     finally:
         for hook in hooks:
@@ -108,8 +108,8 @@ def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss
     def watch(name: str, x: Tensor, out: Tensor) -> None:
         def add(g: Tensor) -> None:
             dtype = wide_dtype(g)
-            now = g.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
-            total[name] = total[name] + now if name in total else now
+            product = g.flatten(0, -2).to(dtype).T @ x.flatten(0, -2).to(dtype)
+            total[name] = total[name] + product if name in total else product
 
         if out.requires_grad:
             out.register_hook(add)  # type: ignore[no-untyped-call]
@@ -121,7 +121,7 @@ def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss
     try:
         with torch.enable_grad():
             for batch in _batches(model, data):
-                value = loss(model, batch) if loss else _own_loss(_call(model, batch))
+                value = loss(model, batch) if loss else _model_loss(_call(model, batch))
                 # B stands in for W0: its gradient passes every layer's output, and nothing is left in any .grad.
                 torch.autograd.grad(value, [layer.lora_B for _, layer in layers], allow_unused=True)
     finally:
@@ -130,7 +130,7 @@ def _gradients(model: nn.Module, layers: Layers, data: Iterable[Any], loss: Loss
     return total
 
 
-def _own_loss(output: Any) -> Tensor:
+def _model_loss(output: Any) -> Tensor:
     value = output.get("loss") if isinstance(output, Mapping) else output
     if not isinstance(value, Tensor) or value.dim() != 0:
         raise LoRAError(

@@ -143,8 +143,8 @@ class FusedLinear(torch.autograd.Function):
                 return dX, None, dbias, dA, dB, None, None, None
             rows, a, b = x.to(ctx.dtype).reshape(-1, x.shape[-1]), A.to(ctx.dtype) * ctx.scale, B.to(ctx.dtype)
             if ctx.folds and needs_x:
-                both = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
-                dX, dz = both[:, : x.shape[-1]], both[:, x.shape[-1] :]
+                products = torch.mm(g, _folded_beside(weight, A, b, ctx.scale, ctx.transposed))
+                dX, dz = products[:, : x.shape[-1]], products[:, x.shape[-1] :]
             else:
                 dz = _thin_product(g, b.t())
                 if needs_x:
@@ -179,10 +179,10 @@ def _pays_to_fold(n: int, weight: Tensor, *others: Tensor) -> bool:
 def _folded_beside(weight: Tensor, A: Tensor, B: Tensor, scale: float, transposed: bool) -> Tensor:
     """`[W0 + s B A, B]` (m, k + r), in memory as W0 lies, which is what torch's own product reads."""
     (m, r), k = B.shape, A.shape[1]
-    both = B.new_empty(k + r, m).t() if transposed else B.new_empty(m, k + r)
-    torch.addmm(weight.t() if transposed else weight, B, A, alpha=scale, out=both[:, :k])
-    both[:, k:] = B
-    return both
+    joined = B.new_empty(k + r, m).t() if transposed else B.new_empty(m, k + r)
+    torch.addmm(weight.t() if transposed else weight, B, A, alpha=scale, out=joined[:, :k])
+    joined[:, k:] = B
+    return joined
 
 
 def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
@@ -194,8 +194,8 @@ def _base_output(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: boo
     else:
         out = F.linear(x, weight, bias).contiguous()
     # The same memory, but no view in torch's books: a view that a function returns may not be written into.
-    own: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
-    return own
+    plain: Tensor = torch.empty(0, dtype=out.dtype, device=out.device).set_(out)  # type: ignore[call-overload]
+    return plain
 
 
 def _masks(rows: Tensor, dropped: int, seed: int) -> Iterator[tuple[slice, Tensor]]:

@@ -53,34 +53,34 @@ def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int
             " by lora_lightning.huggingface(..., on_meta=True) or lora_lightning.on_meta"
         )
     base = files.base(model)
-    sources = {name: one for one in empty if (name := _source(base, one)) is not None}
-    if without := [one.names[0] for one in empty if not any(one is found for found in sources.values())]:
+    sources = {name: slot for slot in empty if (name := _source(base, slot)) is not None}
+    if without := [slot.names[0] for slot in empty if not any(slot is known for known in sources.values())]:
         raise LoRAError(
             f"{files.checkpoint.directory} has no values for {len(without)} tensors of {type(model).__name__} that are"
             f" on the meta device: {first_few(without)}"
         )
     groups = _by_group(base, sources)
     made = [filled for group, wanted in groups for filled in _read(base, group, wanted, device)]
-    for one, value in made:
-        _put(one, value)
+    for slot, value in made:
+        _put(slot, value)
     model.__dict__.pop(ATTRIBUTE, None)
     return len(made)
 
 
 def _empty_tensors(model: nn.Module) -> list[Empty]:
-    found: dict[int, Empty] = {}
+    by_id: dict[int, Empty] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for store in (module._parameters, module._buffers):
             for name, tensor in store.items():
                 if tensor is not None and tensor.is_meta:
-                    one = found.setdefault(id(tensor), Empty(tensor))
-                    one.names.append(f"{path}.{name}".removeprefix("."))
-                    one.places.append((store, name))
-    return list(found.values())
+                    slot = by_id.setdefault(id(tensor), Empty(tensor))
+                    slot.names.append(f"{path}.{name}".removeprefix("."))
+                    slot.places.append((store, name))
+    return list(by_id.values())
 
 
-def _source(base: Base, one: Empty) -> str | None:
-    return next((name for name in one.names if name in base.of_name), None)
+def _source(base: Base, slot: Empty) -> str | None:
+    return next((name for name in slot.names if name in base.of_name), None)
 
 
 def _by_group(base: Base, sources: dict[str, Empty]) -> Iterator[tuple[Group, dict[str, Empty]]]:
@@ -97,26 +97,26 @@ def _read(
     """This process's part of each tensor of a group."""
     checkpoint = base.checkpoint
     if group.is_alone:
-        ((name, one),) = wanted.items()
-        part, offset = _part(one.tensor, device)
-        _check_shape(name, checkpoint.stored[group.stored[0]].shape, one)
+        ((name, slot),) = wanted.items()
+        part, offset = _part(slot.tensor, device)
+        _check_shape(name, checkpoint.stored[group.stored[0]].shape, slot)
         _read_rows(checkpoint, group.stored[0], part, offset)
-        yield one, part
+        yield slot, part
         return
     dtype = next(iter(wanted.values())).tensor.dtype
     whole = group.load({key: checkpoint.read(key).to(dtype) for key in group.stored})
-    for name, one in wanted.items():
+    for name, slot in wanted.items():
         value = whole.pop(name)
-        _check_shape(name, value.shape, one)
-        part, offset = _part(one.tensor, device)
+        _check_shape(name, value.shape, slot)
+        part, offset = _part(slot.tensor, device)
         place = tuple(slice(start, start + size) for start, size in zip(offset, part.shape, strict=True))
-        yield one, part.copy_(value[place])
+        yield slot, part.copy_(value[place])
 
 
-def _check_shape(name: str, got: tuple[int, ...], one: Empty) -> None:
-    if tuple(got) != tuple(one.tensor.shape):
+def _check_shape(name: str, got: tuple[int, ...], slot: Empty) -> None:
+    if tuple(got) != tuple(slot.tensor.shape):
         raise LoRAError(
-            f"'{name}' has shape {tuple(got)} in the files and {tuple(one.tensor.shape)} in the model: they belong to"
+            f"'{name}' has shape {tuple(got)} in the files and {tuple(slot.tensor.shape)} in the model: they belong to"
             " another architecture, or to another config"
         )
 
@@ -147,9 +147,9 @@ def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int
         done += len(rows)
 
 
-def _put(one: Empty, value: Tensor) -> None:
+def _put(slot: Empty, value: Tensor) -> None:
     """Put the real tensor into each of its places."""
-    tensor = one.tensor
+    tensor = slot.tensor
     if type(tensor) not in (Tensor, nn.Parameter):
         from torch.distributed.tensor import DTensor
 
@@ -160,5 +160,5 @@ def _put(one: Empty, value: Tensor) -> None:
         )
     if isinstance(tensor, nn.Parameter):
         value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-    for store, name in one.places:
+    for store, name in slot.places:
         store[name] = value

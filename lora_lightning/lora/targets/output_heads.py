@@ -24,9 +24,9 @@ def output_head(model: nn.Module) -> tuple[str, ...]:
     A transformers or timm model is asked. Otherwise it is the top-level module with a name from
     `HEAD_NAMES` that holds the last linear layer, else that layer itself unless it belongs to a repeated block.
     """
-    asked = _declared_head(model)
-    if asked is not None:
-        return tuple(name for name, module in named_modules(model) if any(module is head for head in asked))
+    declared = _declared_head(model)
+    if declared is not None:
+        return tuple(name for name, module in named_modules(model) if any(module is head for head in declared))
     named = tuple(name for name, _ in model.named_children() if name in HEAD_NAMES)
     if is_a(model, HF_MODEL):
         return named

@@ -33,11 +33,11 @@ def token_targets(
     if not wanted:
         return []
     if isinstance(wanted, dict):
-        found = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
+        requests = [(_by_name(entry, names), numbers) for entry, numbers in wanted.items()]
     else:
-        found = [(_input_embedding(model, names), wanted)]
+        requests = [(_input_embedding(model, names), wanted)]
     targets = []
-    for module, tokens in found:
+    for module, tokens in requests:
         name, numbers = names[module][0], [_number(model, token) for token in tokens]
         if reason := token_refusal(module, numbers):
             raise TargetError(f"trainable_token_indices: '{name}' {reason}")
@@ -69,9 +69,9 @@ def _by_name(entry: str, names: dict[nn.Module, list[str]]) -> nn.Module:
 
 
 def _input_embedding(model: nn.Module, names: dict[nn.Module, list[str]]) -> nn.Module:
-    asked = input_embedding(model)
-    if asked is not None:
-        return asked
+    declared = input_embedding(model)
+    if declared is not None:
+        return declared
     embeddings = [m for m in names if isinstance(m, nn.Embedding)]
     if len(embeddings) == 1:
         return embeddings[0]

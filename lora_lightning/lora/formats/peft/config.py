@@ -44,7 +44,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     folder = path.parent
     if not folder.exists():
-        near = did_you_mean(folder.name, [one.name for one in folder.parent.glob("*") if one.is_dir()])
+        near = did_you_mean(folder.name, [sibling.name for sibling in folder.parent.glob("*") if sibling.is_dir()])
         raise AdapterError(f"no folder '{folder}'{near}")
     if not path.is_file():
         raise AdapterError(f"no file {path}: an adapter directory holds {CONFIG} and {WEIGHTS}")
@@ -73,11 +73,11 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         raise ValueError(f"'{next(n for n in names if names.count(n) > 1)[:40]}' stands there twice")
-    return found
+    return fields
 
 
 def _regex_refusal(value: Any) -> str:
@@ -217,7 +217,7 @@ def find_alphas(
         AdapterError: entries of different values match one module and `chosen` does not have it, or has one too many.
     """
     hits = {name: matches(peft.get("alpha_pattern"), peft_name) for name, peft_name in names.items()}
-    doubtful = {name: found for name, found in hits.items() if len({float(v) for v in found.values()}) > 1}
+    doubtful = {name: matching for name, matching in hits.items() if len({float(v) for v in matching.values()}) > 1}
     for name in chosen:
         if name not in names:
             raise AdapterError(f"alphas: the adapter has no module '{name}'{did_you_mean(name, names)}")
@@ -236,8 +236,8 @@ def find_alphas(
         )
     default = float(peft.get("lora_alpha", 8))
     return {
-        name: float(chosen[name]) if name in chosen else float(next(iter(found.values()), default))
-        for name, found in hits.items()
+        name: float(chosen[name]) if name in chosen else float(next(iter(matching.values()), default))
+        for name, matching in hits.items()
     }
 
 

@@ -48,8 +48,9 @@ class LayerLayout:
     @property
     def keys(self) -> dict[str, str]:
         """The layer's keys in PEFT's file, by the names of our tensors."""
-        own = self.layer.lora_tensors()
-        return {name: key.removeprefix(".") for name, key in self.layer.peft_keys(self.prefix).items() if name in own}
+        present = self.layer.lora_tensors()
+        keys = self.layer.peft_keys(self.prefix)
+        return {name: key.removeprefix(".") for name, key in keys.items() if name in present}
 
     @property
     def loaded_settings(self) -> tuple[int, float]:
@@ -73,9 +74,9 @@ class LayerLayout:
         """The layer's tensors as the file holds them, by PEFT's keys."""
         tensors = self.layer.to_peft()
         if self.has_init:
-            own = self.layer.lora_tensors()
-            tensors |= {"lora_A": torch.cat([own["lora_A"], own["lora_A0"]])}
-            tensors |= {"lora_B": torch.cat([own["lora_B"], -own["lora_B0"]], dim=1)}
+            factors = self.layer.lora_tensors()
+            tensors |= {"lora_A": torch.cat([factors["lora_A"], factors["lora_A0"]])}
+            tensors |= {"lora_B": torch.cat([factors["lora_B"], -factors["lora_B0"]], dim=1)}
         more = self.rank - self.layer.peft_rank() * (1 + self.has_init)
         if more:
             tensors |= {"lora_A": F.pad(tensors["lora_A"], (0, 0, 0, more))}
@@ -87,9 +88,9 @@ class LayerLayout:
     def to_ours(self, file: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The inverse of `tensors`, by our keys, from a file whose keys and shapes were checked."""
         tensors = {name: file[key] for name, key in self.keys.items()}
-        own = self.layer.peft_rank()
-        if self.rank != own:
-            tensors |= {"lora_A": tensors["lora_A"][:own], "lora_B": tensors["lora_B"][:, :own]}
+        rank = self.layer.peft_rank()
+        if self.rank != rank:
+            tensors |= {"lora_A": tensors["lora_A"][:rank], "lora_B": tensors["lora_B"][:, :rank]}
         if self.scale != self.layer.lora_settings.scale:
             tensors |= {"lora_B": _multiply(tensors["lora_B"], self.scale / self.layer.lora_settings.scale)}
         ours = self.layer.from_peft(tensors)
@@ -108,7 +109,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
     """
     layers = dict(adapted_layers(model))
     modules = dict(named_modules(model, remove_duplicate=False))
-    found = []
+    layouts = []
     for path, layer in layers.items():
         parent, _, last = path.rpartition(".")
         name = peft_name = prefix = path
@@ -123,7 +124,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
             partner = layers.get(full_name(path, "out_proj"))
         has_init = inits and layer.lora_A0 is not None
         rank = max(one.peft_rank() * (1 + (inits and one.lora_A0 is not None)) for one in (layer, partner or layer))
-        found.append(
+        layouts.append(
             LayerLayout(
                 name=name,
                 path=path,
@@ -135,7 +136,7 @@ def layer_layouts(model: nn.Module, *, inits: bool = True) -> list[LayerLayout]:
                 scale=scale,
             )
         )
-    return found
+    return layouts
 
 
 def _count_later(layer: LoRAParameter, holder: nn.Module) -> int:
@@ -146,18 +147,18 @@ def _count_later(layer: LoRAParameter, holder: nn.Module) -> int:
 
 def zero_factors(layouts: list[LayerLayout]) -> dict[str, Tensor]:
     """Zeros for the projection of an attention that is not adapted: PEFT adapts both or none."""
-    there = {key for one in layouts for key in one.keys.values()}
-    made: dict[str, Tensor] = {}
-    for one in layouts:
-        is_in = isinstance(one.layer, LoRAMultiheadAttention)
-        if isinstance(one.layer, LoRAParameter) or (not is_in and one.name == one.peft_name):
+    present = {key for layout in layouts for key in layout.keys.values()}
+    zeros: dict[str, Tensor] = {}
+    for layout in layouts:
+        is_in = isinstance(layout.layer, LoRAMultiheadAttention)
+        if isinstance(layout.layer, LoRAParameter) or (not is_in and layout.name == layout.peft_name):
             continue
-        keys = AdaptedLayer.peft_keys(full_name(one.peft_name, "base_layer.out_proj" if is_in else ""))
-        if keys["lora_A"] not in there:
-            width = one.layer.get_parameter("out_proj.weight").shape[0] if is_in else one.layer.lora_B.shape[0]
-            made[keys["lora_A"]] = one.layer.lora_A.new_zeros(one.rank, width)
-            made[keys["lora_B"]] = one.layer.lora_A.new_zeros(width if is_in else 3 * width, one.rank)
-    return made
+        keys = AdaptedLayer.peft_keys(full_name(layout.peft_name, "base_layer.out_proj" if is_in else ""))
+        if keys["lora_A"] not in present:
+            width = layout.layer.get_parameter("out_proj.weight").shape[0] if is_in else layout.layer.lora_B.shape[0]
+            zeros[keys["lora_A"]] = layout.layer.lora_A.new_zeros(layout.rank, width)
+            zeros[keys["lora_B"]] = layout.layer.lora_A.new_zeros(width if is_in else 3 * width, layout.rank)
+    return zeros
 
 
 def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
@@ -177,13 +178,13 @@ def bias_keys(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, str]:
 
 def to_peft(model: nn.Module, layouts: list[LayerLayout]) -> dict[str, Tensor]:
     """Everything that a file of this adapter holds, by PEFT's keys."""
-    own = adapter_tensors(model)
+    trained = adapter_tensors(model)
     tensors = zero_factors(layouts)
-    for one in layouts:
-        tensors |= one.tensors()
+    for layout in layouts:
+        tensors |= layout.tensors()
     tensors |= {token_key(name): embedding.lora_tokens for name, embedding in grafted_modules(model, TokenRows)}
-    tensors |= {theirs: own[ours] for ours, theirs in bias_keys(model, layouts).items()}
-    tensors |= {copy_key(key): tensor for key, tensor in own.items() if copy_key(key) != key}
+    tensors |= {theirs: trained[ours] for ours, theirs in bias_keys(model, layouts).items()}
+    tensors |= {copy_key(key): tensor for key, tensor in trained.items() if copy_key(key) != key}
     return {PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
@@ -198,8 +199,8 @@ def from_peft(model: nn.Module, file: Mapping[str, Tensor], token_ids: Callable[
     refuse_misfits({k: t for k, t in to_peft(model, layouts).items() if k not in optional}, file)
     file = {key.removeprefix(PREFIX): tensor for key, tensor in file.items()}
     ours: dict[str, Tensor] = {}
-    for one in layouts:
-        ours |= one.to_ours(file)
+    for layout in layouts:
+        ours |= layout.to_ours(file)
     for name, _ in grafted_modules(model, TokenRows):
         ids = token_ids(name)
         rising = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
@@ -213,15 +214,15 @@ def refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     """Raise an AdapterError with the list of all keys that are missing, left over, wrongly shaped or of no numbers."""
     problems = [f"missing '{key}'" for key in expected if key not in tensors]
     problems += [f"left over '{key}'{did_you_mean(key, expected)}" for key in tensors if key not in expected]
-    both = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
+    pairs = {key: (tensor, tensors[key]) for key, tensor in expected.items() if key in tensors}
     problems += [
         f"'{key}' has shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        for key, (want, got) in both.items()
+        for key, (want, got) in pairs.items()
         if got.shape != want.shape
     ]
     problems += [
         f"'{key}' holds {got.dtype}, expected {want.dtype}"
-        for key, (want, got) in both.items()
+        for key, (want, got) in pairs.items()
         if got.dtype.is_floating_point != want.is_floating_point()
     ]
     if problems:

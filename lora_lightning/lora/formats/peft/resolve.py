@@ -78,8 +78,8 @@ def _add_tied_copies(
     plain = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
     saved = [t for name, t in plain.items() if name.endswith(".weight") and saved_module(name, listed)]
     weights = {name: plain[f"{name}.weight"] for name in modules if f"{name}.weight" in plain}
-    others = {name: own for name, own in weights.items() if not saved_module(f"{name}.weight", listed)}
-    twins = [n for n, own in others.items() if any(own.shape == t.shape and torch.equal(own, t) for t in saved)]
+    others = {name: w for name, w in weights.items() if not saved_module(f"{name}.weight", listed)}
+    twins = [n for n, w in others.items() if any(w.shape == t.shape and torch.equal(w, t) for t in saved)]
     return listed + twins
 
 
@@ -98,25 +98,25 @@ def _drop_base_copies(
     root = modules[""]
     head = root.get_output_embeddings() if is_a(root, HF_MODEL) else None  # type: ignore[operator]
     tables = {name for name, module in modules.items() if isinstance(module, nn.Embedding) or module is head}
-    kept: dict[str, Tensor] = {}
+    remaining: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         full = key.removeprefix(PREFIX)
         name, wrappers = strip_wrappers(full, modules)
         is_ours = name not in state or saved_module(name, listed) or is_trained_bias(full, peft, modules)
         here = None if is_ours else read(name) if read else state[name]
         if here is None:
-            kept[key] = tensor
+            remaining[key] = tensor
         elif here.shape == tensor.shape and torch.equal(tensor.to(here.dtype), here.cpu()):
             continue
         elif not (name.endswith(".weight") and (wrappers or name.removesuffix(".weight") in tables)):
-            kept[key] = tensor
+            remaining[key] = tensor
         elif not allow_other_base:
             raise AdapterError(
                 f"the adapter holds a weight of '{name.removesuffix('.weight')}' that is not this model's: load the"
                 f" base that it was made on (resized as it was there), or pass allow_other_base=True to keep this"
                 f" model's"
             )
-    return kept
+    return remaining
 
 
 @dataclass
@@ -174,9 +174,9 @@ def _add_adapted(
         return
     entries = peft.get("target_parameters") or []
     full = {f"{plain}.{n}".removeprefix("."): n for n in holder._parameters}
-    own = [name for name in full if peft_selects(entries, name)]
-    if depth < len(own):
-        name = own[len(own) - 1 - depth]
+    adapted = [name for name in full if peft_selects(entries, name)]
+    if depth < len(adapted):
+        name = adapted[len(adapted) - 1 - depth]
         parameter = holder._parameters[full[name]]
         assert parameter is not None
         contents.parameters[name] = rank // (parameter.shape[0] if parameter.dim() == 3 else 1)
@@ -268,10 +268,10 @@ def config_for(
         # A projection that only fills PEFT's form is not in the record.
         adapted = {name: rank for name, rank in adapted.items() if name in record.settings}
         for name, peft_rank in adapted.items():
-            own_r, own_alpha, written = record.settings[name]
+            our_r, our_alpha, written = record.settings[name]
             if not math.isclose(alphas[name] / (math.sqrt(peft_rank) if rslora else peft_rank), written, rel_tol=1e-9):
                 raise AdapterError(f"{CONFIG} was changed since it was saved: its ranks or alphas")
-            adapted[name], alphas[name] = own_r, own_alpha
+            adapted[name], alphas[name] = our_r, our_alpha
     modules = [name for name in contents.modules if name in adapted]
     dropouts, slices = (record.dropouts, record.slices) if record else ({}, {})
     return LoRAConfig(

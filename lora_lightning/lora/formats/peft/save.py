@@ -76,7 +76,7 @@ def save_adapter(
     """
     refuse_meta(model, "has no values to save")
     layouts = layer_layouts(model)
-    if not all(one.peft_name for one in layouts):
+    if not all(layout.peft_name for layout in layouts):
         raise AdapterError("the model itself is the adapted layer and has no name: wrap it, as in nn.Sequential(layer)")
     if serving not in (None, "vllm"):
         raise AdapterError(f"serving must be 'vllm' or left out, got {serving!r}")
@@ -113,16 +113,16 @@ def _config(
     model: nn.Module, layouts: list[LayerLayout], base_model_name_or_path: str | None, task_type: str | None
 ) -> dict[str, Any]:
     """PEFT's config in full."""
-    settings = [one.layer.lora_settings for one in layouts]
-    is_folded = any(one.one_alpha is not None for one in layouts)
+    settings = [layout.layer.lora_settings for layout in layouts]
+    is_folded = any(layout.one_alpha is not None for layout in layouts)
     rslora = not is_folded and any(s.scale != s.alpha / s.r for s in settings)  # at r = 1 the two scales are one
-    parameters = [one.peft_name for one in layouts if isinstance(one.layer, LoRAParameter)]
-    ranks = {one.peft_name: one.rank for one in layouts}
-    alphas = {one.peft_name: one.alpha(rslora=rslora) for one in layouts}
-    own_name = getattr(getattr(get_module(model, ""), "config", None), "_name_or_path", None)
+    parameters = [layout.peft_name for layout in layouts if isinstance(layout.layer, LoRAParameter)]
+    ranks = {layout.peft_name: layout.rank for layout in layouts}
+    alphas = {layout.peft_name: layout.alpha(rslora=rslora) for layout in layouts}
+    config_name = getattr(getattr(get_module(model, ""), "config", None), "_name_or_path", None)
     return {
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model_name_or_path or own_name or None,
+        "base_model_name_or_path": base_model_name_or_path or config_name or None,
         "task_type": _task(model, task_type),
         **ranks_and_alphas(ranks, alphas),
         "lora_dropout": common_dropout(layouts),
@@ -134,7 +134,7 @@ def _config(
         "init_lora_weights": True,
         "bias": _bias(model, layouts),
         # PEFT refuses it beside bare parameters, and sets it for Conv1D by itself there.
-        "fan_in_fan_out": any(isinstance(one.layer, LoRAConv1D) for one in layouts) and not parameters,
+        "fan_in_fan_out": any(isinstance(layout.layer, LoRAConv1D) for layout in layouts) and not parameters,
         "use_dora": any(s.use_dora for s in settings),
         "lora_bias": any(s.lora_bias for s in settings),
         "inference_mode": True,
@@ -160,7 +160,7 @@ def _bias(model: nn.Module, layouts: list[LayerLayout]) -> str:
     biased = {module for _, module in grafted_modules(model, TrainedBias)}
     if not biased:
         return "none"
-    return "lora_only" if biased <= {one.layer.lora_owner for one in layouts} else "all"
+    return "lora_only" if biased <= {layout.layer.lora_owner for layout in layouts} else "all"
 
 
 def _selection(names: list[str], model: nn.Module) -> list[str] | str:
@@ -174,14 +174,14 @@ def _selection(names: list[str], model: nn.Module) -> list[str] | str:
 
 def common_dropout(layouts: list[LayerLayout]) -> float:
     """The dropout of most layers, for PEFT's config, which holds one."""
-    counts = Counter(one.layer.lora_settings.dropout for one in layouts)
+    counts = Counter(layout.layer.lora_settings.dropout for layout in layouts)
     return max(counts, key=lambda dropout: (counts[dropout], dropout)) if counts else 0.0
 
 
 def other_dropouts(layouts: list[LayerLayout]) -> dict[str, float]:
     """By module, the dropouts that differ from `common_dropout`; they go into the metadata."""
-    common, own = common_dropout(layouts), {one.name: one.layer.lora_settings.dropout for one in layouts}
-    return {name: dropout for name, dropout in own.items() if dropout != common}
+    common, dropouts = common_dropout(layouts), {layout.name: layout.layer.lora_settings.dropout for layout in layouts}
+    return {name: dropout for name, dropout in dropouts.items() if dropout != common}
 
 
 def _task(model: nn.Module, task_type: str | None) -> str | None:

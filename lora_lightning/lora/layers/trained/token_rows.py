@@ -33,9 +33,9 @@ class TokenRows(Grafted, nn.Embedding):
         module.lora_tokens = nn.Parameter(torch.empty(shape, dtype=dtype, device=module.weight.device))
         module.lora_token_ids = torch.tensor(sorted(token_ids), device="cpu")
         module.reset_lora_parameters()
-        for other in tied:
-            graft(other, TokenTwin if isinstance(other, nn.Embedding) else TokenHead)
-            other.__dict__["lora_followed"] = (module,)  # a tuple, so that it is no child of this one
+        for follower in tied:
+            graft(follower, TokenTwin if isinstance(follower, nn.Embedding) else TokenHead)
+            follower.__dict__["lora_followed"] = (module,)  # a tuple, so that it is no child of this one
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
@@ -62,9 +62,9 @@ class TokenRows(Grafted, nn.Embedding):
 
     def put_in(self, out: Tensor, ids: Tensor) -> Tensor:
         """`out` (..., width), as looked up for `ids` (...), with the trained rows at the chosen tokens."""
-        own = self.token_ids()
-        place = torch.searchsorted(own, ids).clamp(max=len(own) - 1)
-        chosen = (own[place] == ids).unsqueeze(-1)
+        numbers = self.token_ids()
+        place = torch.searchsorted(numbers, ids).clamp(max=len(numbers) - 1)
+        chosen = (numbers[place] == ids).unsqueeze(-1)
         return torch.where(chosen, F.embedding(place, self.lora_tokens).to(out.dtype), out)
 
     def token_ids(self) -> Tensor:
