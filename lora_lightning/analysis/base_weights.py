@@ -1,4 +1,4 @@
-"""W0 of each adapted layer, as matrices that go with its pairs: from a model in memory, or from files one by one."""
+"""W0 of each adapted layer as one matrix for each pair (A, B): from a model in memory, or from files one by one."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lora_lightning.lora.frozen.spectrum import Pair, subtract_init, weight_matr
 from lora_lightning.lora.init.from_weight import factors_from_weight, is_from_weight
 
 Read = Callable[[nn.Module, str, str], Tensor | None]
-"""A module's parameter by its own name and its full name; None where there are no values."""
+"""A function of a module, a parameter's name in it and its full name; returns None where there are no values."""
 
 
 class Weights:
     """W0 by the names of adapted layers.
 
     Args:
-        model: the plain model or the adapted one; on the meta device where `read` brings the values.
+        model: the plain model or the adapted one; on the meta device where `read` reads the values.
     """
 
     def __init__(self, model: nn.Module, read: Read | None = None) -> None:
         self.modules: Mapping[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self.prefix = str(getattr(model, "base_model_prefix", ""))
-        """transformers' name of the part without a head, which an adapter's names may have or lack."""
+        """transformers' name of the model without its head, with which an adapter's names may begin."""
         self.read = read or _in_memory
 
     def of(self, layer: Factors) -> list[Tensor] | None:
@@ -55,7 +55,7 @@ class Weights:
             self._place(layer)
 
     def _place(self, layer: Factors) -> tuple[str, str]:
-        """The module that holds W0, and what the parameter is called there."""
+        """The name of the module that holds W0, and the parameter's name in it."""
         if layer.kind == "Parameter":
             owner, _, key = layer.name.rpartition(".")
         else:
@@ -69,14 +69,14 @@ class Weights:
 
 def _in_memory(module: nn.Module, key: str, full: str) -> Tensor | None:
     quantized = key == "weight" and scheme(module) is not None
-    return plain_weight(module) if quantized else module._parameters[key]  # `.weight` may be one that is adapted
+    return plain_weight(module) if quantized else module._parameters[key]  # `.weight` may read as the adapted one
 
 
 def add_starts(layers: list[Factors], init: str, weights: Weights | None) -> list[Factors]:
-    """The layers with the start that PEFT took out of W0, where the file's factors count on one: `s (B A - B0 A0)`.
+    """The layers with the update `s (B A - B0 A0)`, where PEFT's init subtracted s B0 A0 from W0.
 
     Raises:
-        AdapterError: there is such a start and no W0 to compute it from.
+        AdapterError: there is such an init and no W0 to compute it from.
     """
     if not is_from_weight(init):
         return layers

@@ -28,13 +28,14 @@ def group_table(adapter: AdapterMeasures) -> Table:
     header += ["ampl."] if has_base else []
     rows = []
     for group, share in sorted(adapter.shares.items(), key=lambda item: -item[1]):
-        own = [layer for layer in adapter.layers if layer.group == group]
-        norms = [layer.base.relative for layer in own if layer.base] if has_base else [layer.norm for layer in own]
-        row = [group, str(len(own)), span(layer.r for layer in own), f"{share:.1%}", _format_median(norms)]
-        row += [_format_median(layer.stable_rank for layer in own)]
-        row += [span(layer.ranks[percent(s)] for layer in own) for s in SHARES]
+        members = [layer for layer in adapter.layers if layer.group == group]
+        relative = [layer.base.relative for layer in members if layer.base]
+        norms = relative if has_base else [layer.norm for layer in members]
+        row = [group, str(len(members)), span(layer.r for layer in members), f"{share:.1%}", _format_median(norms)]
+        row += [_format_median(layer.stable_rank for layer in members)]
+        row += [span(layer.ranks[percent(s)] for layer in members) for s in SHARES]
         if has_base:
-            row.append(_format_median(layer.base.amplification for layer in own if layer.base))
+            row.append(_format_median(layer.base.amplification for layer in members if layer.base))
         rows.append(row)
     legend = LEGEND.format(norm="over ||W0||_F" if has_base else "of a layer")
     below = f"{legend}{AMPLIFICATION if has_base else ''}\n{_smaller_ranks_note(adapter)}"

@@ -53,7 +53,7 @@ def huggingface(
             only: for sharded models that no process can hold. Safetensors only.
         add_tokens: new tokens, which the tokenizer no longer splits, each with a row of the embedding (and of the head)
             that starts as the mean of the others. `lora.trainable_token_indices` trains them by these names.
-        tokenizer: the data's, which gets the new tokens and which the data pass themselves; by default the model's.
+        tokenizer: the data's tokenizer, which the DataModule passes and which gets the new tokens; else the model's.
         model_kwargs: more arguments for `from_pretrained`. A model that brings its own code is refused without
             `trust_remote_code: true` here.
 

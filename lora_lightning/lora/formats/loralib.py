@@ -1,9 +1,8 @@
-"""Checkpoints of loralib, the paper's own code, in: `x.lora_A` and `x.lora_B`, with biases or whole.
+"""Load checkpoints of loralib, the paper's code: `x.lora_A` and `x.lora_B`, with biases or with the whole model.
 
-Such a file says neither r nor alpha nor which parts of a `MergedLinear` are adapted. r is the width of B and the number
-of adapted parts follows from the shapes; alpha, and which parts, the user has to say. Its layers become ours of the
-same update, the numbers moved and not computed anew. Shapes: r the rank, V rows of an embedding of width d, k the side
-of a square kernel, g groups.
+Such a file has neither r nor alpha nor the adapted parts of a `MergedLinear`. The shapes give r, the width of B, and
+the number of adapted parts; the user gives alpha, and which parts. The layers here have the same update, from the same
+numbers in another arrangement. Shapes: r the rank, V rows of an embedding of width d, k the side of a square kernel.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ def load_loralib(
     modules_to_save: list[str] | None = None,
     allow_other_base: bool = False,
 ) -> InjectionReport:
-    """Adapt a plain `model` as a loralib checkpoint says and load it: `h = W0 x + (alpha / r) B A x`.
+    """Adapt a plain `model` as in a loralib checkpoint and load it: `h = W0 x + (alpha / r) B A x`.
 
-    The file is what `torch.save` or safetensors wrote of `loralib.lora_state_dict(model, bias=...)` or of a whole
-    `model.state_dict()`, bare or under `state_dict`, `model_state_dict` or `model`. It is unpickled as tensors and
-    nothing else. loralib's `Conv2d` reshapes its product over the kernel; the same update is loaded as a convolution's
-    A and B of a larger rank.
+    `torch.save` or safetensors wrote the file, of `loralib.lora_state_dict(model, bias=...)` or of a whole
+    `model.state_dict()`, bare or under `state_dict`, `model_state_dict` or `model`. Nothing but tensors is unpickled.
+    loralib's `Conv2d` reshapes its product over the kernel; the same update is loaded as a convolution's A and B of a
+    larger rank.
 
     Args:
-        r, alpha: as the loralib layers were made; the file holds neither, and r is checked against it.
+        r, alpha: of the loralib layers; the file holds neither, and r is checked against the shapes.
         enable_lora: of every `MergedLinear`, such as `[True, False, True]` for query and value of a fused projection.
             Not needed where each part is adapted.
-        modules_to_save: modules that were trained in full beside A and B and are in the file, such as a head.
-        allow_other_base: load A and B, with a warning, though weights of the base in the file are not this model's.
-            A file that holds less than the whole base is loaded with a notice.
+        modules_to_save: modules that trained in full beside A and B and are in the file, such as a head.
+        allow_other_base: load A and B, with a warning, though the file holds other base weights than this model's.
+            A file that does not hold the whole base is loaded with a warning.
 
     Raises:
         AdapterError: the file is torn, or holds more than tensors or numbers that are not finite; keys are missing,
@@ -91,7 +90,7 @@ def load_loralib(
 
 
 def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Read the tensors by the names that the model has for them."""
+    """Read the tensors, and remove a wrapper's prefix from their names."""
     wrappers = ("state_dict", "model_state_dict", "model")
     tensors = read_tensors(path)[0] if path.suffix == ".safetensors" else read_pickled(path, wrappers=wrappers)
     if any(".lora_A." in key or ".lora_embedding_A" in key for key in tensors):
@@ -107,7 +106,7 @@ def _read(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Factors:
-    """A and B of one module as our layer holds them."""
+    """A and B of one module in our layer's layout."""
 
     A: Tensor
     B: Tensor
@@ -119,7 +118,7 @@ class Factors:
 def _find_factors(
     tensors: Mapping[str, Tensor], model: nn.Module, r: int, enable_lora: Sequence[bool] | None
 ) -> dict[str, Factors]:
-    """A and B of every adapted module in our form, in the file's order."""
+    """A and B of every adapted module in our layout, in the file's order."""
     modules = dict(named_modules(model))
     names = list(dict.fromkeys(k.rpartition(".")[0] for k in tensors if k.endswith((".lora_A", ".lora_B"))))
     if unknown := [name for name in names if name not in modules]:
@@ -155,7 +154,7 @@ def _linear_factors(
 ) -> Factors:
     """`Linear`: A (r, in), B (out, r). `MergedLinear` of n parts, p of them adapted: A (p r, in), B (p out / n, r).
 
-    Both hold the parts' A one below the other and B likewise, in order, as chosen slices do here.
+    The parts' A are stacked in order, and so are their B, as for `slices` here.
     """
     (out, width), rows, count = shape, B.shape[0], max(A.shape[0] // r, 1)
     _expect(name, A, B, (count * r, width), (rows, r), r)
@@ -203,7 +202,7 @@ def _conv_factors(name: str, module: nn.Module, A: Tensor, B: Tensor, r: int) ->
 def _expect(
     name: str, A: Tensor, B: Tensor, shape_a: tuple[int, int], shape_b: tuple[int, int], r: int, k: int = 1
 ) -> None:
-    """Raise unless B has the width of r (times a kernel's side) and both have their shapes."""
+    """Raise an AdapterError unless B has the width r (times a kernel's side) and both have their shapes."""
     if B.shape[1] != r * k:
         raise AdapterError(f"'{name}': lora_B says r={B.shape[1] / k:g}, expected the r that was given, {r}")
     for what, tensor, shape in (("lora_A", A, shape_a), ("lora_B", B, shape_b)):
@@ -219,10 +218,10 @@ def _check_rest(
     *,
     allow_other_base: bool,
 ) -> Bias:
-    """Compare what is of the base with the model's W0, and tell which biases were trained.
+    """Compare the file's base weights with the model's W0; returns which biases were trained.
 
     Raises:
-        AdapterError: keys that the model does not have, or weights that are not its own.
+        AdapterError: keys that the model does not have, or weights that differ from the model's.
     """
     state = plain_state(model)
     rest = {k: t for k, t in rest.items() if not any(_is_within(k, name) for name in saved)}

@@ -1,4 +1,4 @@
-"""An adapter as vLLM reads it: one rank and one `lora_alpha / r` for every module, A and B of linear layers alone.
+"""An adapter as vLLM reads it: one rank and one `lora_alpha / r` for all modules, and only A and B of linear layers.
 
 vLLM ignores `rank_pattern` and `alpha_pattern` (its `vllm/lora/peft_helper.py` and `lora_model.py`). So A gets rows and
 B columns of zeros up to the largest rank, which changes nothing, and B takes the quotient of the two scales.
@@ -18,18 +18,18 @@ from lora_lightning.lora.inject import grafted_modules
 from lora_lightning.lora.layers import LoRALinear, SavedCopy, TokenRows, TrainedBias, kind_of
 
 MAX_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM takes for `--max-lora-rank`."""
+"""The values of vLLM's `--max-lora-rank`."""
 DEFAULT_MAX_RANK = 16
 
 
 def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLayout]:
     """`layouts` with one rank R and one scale S for all: `S B' A' = s B A` with A' = [A; 0], B' = [s / S B, 0].
 
-    S is the scale that most layers have, if some whole number over R is it, and 1 otherwise. B' is B itself where s is
-    S, exact where s / S is a power of two, and rounded once elsewhere.
+    S is the most common scale that is a whole number over R, else 1. B' equals B where s is S, is exact where s / S is
+    a power of two, and is rounded once elsewhere.
 
     Raises:
-        AdapterError: vLLM cannot serve the adapter, with each reason.
+        AdapterError: vLLM cannot serve the adapter; the error lists the reasons.
     """
     _refuse(model, layouts)
     rank = max(layout.rank for layout in layouts)
@@ -46,7 +46,7 @@ def fold_for_vllm(model: nn.Module, layouts: list[LayerLayout]) -> list[LayerLay
 
 
 def vllm_targets(model: nn.Module, layouts: list[LayerLayout]) -> list[str]:
-    """The last parts of the modules' names, which is what vLLM compares; full names where PEFT would take in others.
+    """The last parts of the modules' names, which vLLM compares; full names where PEFT would also match other modules.
 
     Raises:
         AdapterError: a full name is also the end of another module's.

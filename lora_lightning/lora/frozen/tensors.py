@@ -1,7 +1,7 @@
 """A model's tensors by their names in the plain model: which are the adapter's, and which are W0.
 
-A wrapper inside a model, such as a block that `torch.compile` or `DataParallel` returned, puts a part of its own into
-every name below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprints go by the names without it.
+A wrapper inside a model, such as a block that `torch.compile` or `DataParallel` returned, adds a part to every name
+below it: `layers.0._orig_mod.weight`. Files, patterns and fingerprints use the names without it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ _WRAPPED_CHILD = {
     "torch.distributed.algorithms._checkpoint.checkpoint_wrapper.CheckpointWrapper": "_checkpoint_wrapped_module",
 }
 
-
 _CHILD_NAMES: dict[type[nn.Module], str | None] = {}
 
 
 def _wrapped_child(cls: type[nn.Module]) -> str | None:
-    """Under which name a wrapper holds what it wraps; None for any other class."""
+    """The name of a wrapper's wrapped child; None for any other class."""
     if cls not in _CHILD_NAMES:
         children = (_WRAPPED_CHILD.get(f"{base.__module__}.{base.__qualname__}") for base in cls.__mro__)
         _CHILD_NAMES[cls] = next((child for child in children if child), None)
@@ -36,9 +35,9 @@ def _wrapped_child(cls: type[nn.Module]) -> str | None:
 
 
 def plain_name(model: nn.Module, name: str) -> str:
-    """The name of a module or tensor as the model without wrappers has it: without `_orig_mod.` or `module.`.
+    """The name of a module or tensor in the model without wrappers: without `_orig_mod.` or `module.`.
 
-    Only the parts that a wrapper added are left out: a module that its author called `module` keeps its name.
+    Only the parts that a wrapper added are left out: a module that its author named `module` keeps its name.
     """
     parts: list[str] = []
     module: nn.Module | None = model
@@ -54,14 +53,14 @@ def plain_name(model: nn.Module, name: str) -> str:
 
 
 def named_modules(model: nn.Module, *, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
-    """As the model's own `named_modules`, by plain names and without the wrappers."""
+    """As `model.named_modules`, by plain names and without the wrappers."""
     for name, module in model.named_modules(remove_duplicate=remove_duplicate):
         if _wrapped_child(type(module)) is None:
             yield plain_name(model, name), module
 
 
 def get_module(model: nn.Module, name: str) -> nn.Module:
-    """The module of that plain name, past wrappers; raises an AttributeError where there is none."""
+    """The module with this plain name, without wrappers; raises an AttributeError where there is none."""
     module = _unwrap(model)
     for part in name.split(".") if name else ():
         module = _unwrap(module.get_submodule(part))
@@ -75,12 +74,12 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's state dict by plain names, with the tensors themselves."""
+    """The model's state dict by plain names, with its tensors and not detached copies."""
     return {plain_name(model, key): tensor for key, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A, B, what options add, token rows and the copies of `modules_to_save`, by their names in the plain model.
+    """A, B, the tensors of options, token rows and the copies of `modules_to_save`, by their plain names.
 
     Raises:
         AdapterError: the model's state dict lacks one of them.
@@ -95,26 +94,25 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def adapter_bytes(model: nn.Module) -> int:
-    """What the adapter's tensors take; its file is a few kilobytes larger."""
+    """Bytes of the adapter's tensors; its file is a few kilobytes larger."""
     return sum(tensor.numel() * tensor.element_size() for tensor in adapter_tensors(model).values())
 
 
 def frozen_keys(model: nn.Module) -> set[str]:
-    """Names in the plain model's state dict of all that is the backbone's own: all but the adapter's."""
+    """The plain names in the model's state dict of all tensors but the adapter's."""
     return set(plain_state(model)) - _adapter_keys(model)
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """W0: the backbone's own tensors by plain names, less those that `modules_to_save` stands in for."""
-    # Under every name that a module in two places has.
-    everywhere = named_modules(model, remove_duplicate=False)
-    replaced = tuple(f"{name}." for name, module in everywhere if isinstance(module, SavedCopy))
+    """W0: the backbone's tensors by plain names, without the originals of `modules_to_save`."""
+    modules = named_modules(model, remove_duplicate=False)  # with every name of a module in two places
+    replaced = tuple(f"{name}." for name, module in modules if isinstance(module, SavedCopy))
     ours, state = _adapter_keys(model), plain_state(model)
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and k not in ours and not k.startswith(replaced)}
 
 
 class BaseTensor(NamedTuple):
-    """One of W0's tensors, where a module holds it."""
+    """One of W0's tensors in one of its modules."""
 
     name: str
     """In the plain model."""
@@ -130,10 +128,10 @@ class BaseTensor(NamedTuple):
 
 
 def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
-    """W0 in its places: parameters, and those buffers that a state dict holds; a tied one in each of its places.
+    """W0 module by module: parameters and persistent buffers; a tied tensor in each of its modules.
 
-    The adapter is left out; the originals that `modules_to_save` stands in for are not. `base_tensors` is W0 as a state
-    dict holds it: there a quantized layer adds its scales, and whatever else its class writes.
+    The originals of `modules_to_save` are included. `base_tensors` is W0 as in a state dict, where a quantized layer
+    adds its scales and whatever else its class writes.
     """
     copies: tuple[str, ...] = ()
     for path, module in named_modules(model):
@@ -150,11 +148,11 @@ def iter_base(model: nn.Module) -> Iterator[BaseTensor]:
 
 
 def _adapter_keys(model: nn.Module) -> set[str]:
-    """Like the keys of `adapter_tensors`, but under every name that a module in two places has."""
+    """The keys of `adapter_tensors`, with every name of a module in two places."""
     ours = {id(tensor) for tensor in adapter_tensors(model).values()}
     return {key for key, tensor in plain_state(model).items() if id(tensor) in ours}
 
 
 def full_name(*parts: str) -> str:
-    """A name in a model from its parts, of which the model's own is empty."""
+    """A dotted name from its parts; the model's name is an empty part."""
     return ".".join(part for part in parts if part)

@@ -23,12 +23,12 @@ KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Conv3d: LoRAConv3d,
     nn.Embedding: LoRAEmbedding,
     nn.MultiheadAttention: LoRAMultiheadAttention,
-    "transformers.pytorch_utils.Conv1D": LoRAConv1D,  # by its name: this part of the code does not import transformers
+    "transformers.pytorch_utils.Conv1D": LoRAConv1D,  # compared by name: `lora/` does not import transformers
 }
 
 
 def kind_of(module: nn.Module) -> type[AdaptedLayer] | None:
-    """The adapted form of a module's type or of its nearest ancestor, or None where there is no such kind."""
+    """The adapted layer for a module's type or its nearest ancestor; None where there is none."""
     for base in type(module).__mro__:
         kind = KINDS.get(base) or KINDS.get(f"{base.__module__}.{base.__qualname__}")
         if kind is not None:

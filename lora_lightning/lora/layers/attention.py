@@ -185,7 +185,7 @@ def _switched_attribute(name: str, value: int) -> property:
 
 
 class EncoderLayerHost(Grafted, nn.TransformerEncoderLayer):
-    """`nn.TransformerEncoderLayer` that calls its layers: torch takes its fused kernel for no activation 0."""
+    """`nn.TransformerEncoderLayer` that calls its layers: torch's fused kernel needs an activation other than 0."""
 
     activation_relu_or_gelu = _switched_attribute("activation_relu_or_gelu", 0)  # type: ignore[assignment]
 

@@ -1,8 +1,8 @@
-"""W0 of a model on the meta device, filled from its files: tensor by tensor, in each process its own part alone.
+"""Fill W0 of a model on the meta device from its files, tensor by tensor; each process reads its part only.
 
-A tensor is read in blocks of rows and cast on the way, into memory that is made for what this process holds: all of it,
-or, where `fully_shard` or tensor parallelism has made a DTensor of the parameter, the shard. So beside what the model
-takes in the end there are two blocks, or, for tensors that files hold in pieces, such as a layer's experts, one tensor.
+A tensor is read in blocks of rows and cast, into memory for what this process holds: the whole tensor, or its shard
+where `fully_shard` or tensor parallelism has made a DTensor of the parameter. Beside the filled model, memory is needed
+for two blocks, or for one tensor that the files hold in pieces, such as a layer's experts.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ class Empty:
 
     tensor: Tensor
     names: list[str] = field(default_factory=list)
-    """Under which the model has it: several where it is tied."""
+    """Its names in the model: several where it is tied."""
     places: list[tuple[dict[str, Any], str]] = field(default_factory=list)
-    """The stores of the modules that hold it, and its names there."""
+    """The dictionaries of the modules that hold it, and its keys there."""
 
 
 @torch.no_grad()
 def fill_from_files(model: nn.Module, device: torch.device | str = "cpu") -> int:
-    """Fill what `model` holds on the meta device; ties stay, and nothing else of the model is touched.
+    """Fill the tensors of `model` that are on the meta device; ties stay, and other tensors do not change.
 
-    For a model that `huggingface(..., on_meta=True)` or `on_meta` built, before or after it was sharded. Returns how
-    many tensors were filled: 0 where none was left to fill.
+    For a model that `huggingface(..., on_meta=True)` or `on_meta` built, before or after it was sharded. Returns the
+    number of filled tensors, 0 where none is on the meta device.
 
     Args:
-        device: where whole tensors are made; a shard is made where its mesh is.
+        device: of whole tensors; a shard is on its mesh's device.
 
     Raises:
-        LoRAError: it is not known where the weights lie, or they lack a tensor; the model is then as it was.
+        LoRAError: the model does not know its weight files, or they lack a tensor; the model is then unchanged.
     """
     empty = _empty_tensors(model)
     if not empty:
@@ -84,7 +84,7 @@ def _source(base: Base, slot: Empty) -> str | None:
 
 
 def _by_group(base: Base, sources: dict[str, Empty]) -> Iterator[tuple[Group, dict[str, Empty]]]:
-    """The groups that are needed, in the order in which they lie in the files."""
+    """The needed groups, in the order of the files."""
     groups = {id(base.of_name[name]): base.of_name[name] for name in sources}
     stored = base.checkpoint.stored
     for group in sorted(groups.values(), key=lambda g: (stored[g.stored[0]].file, stored[g.stored[0]].start)):
@@ -122,7 +122,7 @@ def _check_shape(name: str, got: tuple[int, ...], slot: Empty) -> None:
 
 
 def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int, ...]]:
-    """Memory for what this process holds of a tensor, and where that begins in the whole."""
+    """Memory for this process's part of a tensor, and the part's offset in the whole."""
     if type(tensor) in (Tensor, nn.Parameter):
         part = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
         return part, (0,) * tensor.dim()
@@ -136,7 +136,7 @@ def _part(tensor: Tensor, device: torch.device | str) -> tuple[Tensor, tuple[int
 
 
 def _read_rows(checkpoint: Checkpoint, key: str, into: Tensor, offset: tuple[int, ...]) -> None:
-    """Read the part of a tensor that begins at `offset` and has the shape of `into`, block by block."""
+    """Read the part of a tensor at `offset` into `into`, block by block."""
     if not into.dim():
         into.copy_(checkpoint.read(key))
         return

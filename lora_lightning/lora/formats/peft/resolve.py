@@ -1,4 +1,4 @@
-"""From a PEFT directory to the model's own names and to the config that injects what the file holds."""
+"""Translate a PEFT directory into the model's names and into the config that injects the file's adapter."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from lora_lightning.lora.layers import kind_of
 from lora_lightning.lora.targets.output_heads import HF_MODEL, is_a
 
 Read = Callable[[str], Tensor | None]
-"""W0's tensor of a name in the model, None where there is none."""
+"""A function of a name in the model that returns W0's tensor, None where there is none."""
 
 
 def resolve(
@@ -51,7 +51,7 @@ def resolve(
     *,
     allow_other_base: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and tensors as they are meant for `model`: canonical keys, ties resolved, copies of W0 left out.
+    """The config and the tensors for `model`: with canonical keys, ties resolved, and without copies of W0.
 
     Raises:
         AdapterError: the keys are of several adapters; a copy of W0 is not this model's, and `allow_other_base` is
@@ -67,7 +67,7 @@ def resolve(
 def _add_tied_copies(
     peft: Mapping[str, Any], tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> list[str]:
-    """`modules_to_save`, with the tied partners that it leaves out.
+    """`modules_to_save` with the tied modules that it does not list.
 
     With `ensure_weight_tying` PEFT trains one copy for input and output embeddings, lists one of them in its config and
     writes the tensors of both.
@@ -91,8 +91,8 @@ def _drop_base_copies(
     *,
     allow_other_base: bool,
 ) -> dict[str, Tensor]:
-    """The file's tensors less what PEFT writes of W0 itself: embeddings and output layer, where they are adapted, were
-    resized, or `save_embedding_layers` asked for them."""
+    """The file's tensors without copies of W0, which PEFT writes of embeddings and the output layer where they are
+    adapted, were resized, or `save_embedding_layers` is set."""
     state, listed = plain_state(model), peft.get("modules_to_save") or []
     modules = dict(named_modules(model, remove_duplicate=False))
     root = modules[""]
@@ -121,7 +121,7 @@ def _drop_base_copies(
 
 @dataclass
 class Contents:
-    """What an adapter's file is about, by names in the backbone."""
+    """What an adapter's file adapts and trains, by names in the backbone."""
 
     modules: dict[str, int] = field(default_factory=dict)
     """Adapted modules, with PEFT's rank."""
@@ -134,7 +134,7 @@ class Contents:
 
 
 def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model: nn.Module) -> Contents:
-    """Sort the file's keys.
+    """Sort the file's keys into `Contents`.
 
     Raises:
         AdapterError: a key without PEFT's prefix, or for a module that the model does not have.
@@ -165,7 +165,7 @@ def find_contents(tensors: Mapping[str, Tensor], peft: Mapping[str, Any], model:
 def _add_adapted(
     path: str, A: Tensor, peft: Mapping[str, Any], modules: Mapping[str, nn.Module], contents: Contents
 ) -> None:
-    """Note a module or a bare parameter by the path of its A."""
+    """Add the module or bare parameter with an A at `path` to `contents`."""
     plain, depth = strip_wrappers(path, modules)
     rank = A.shape[0] if A.dim() else 0
     holder = modules.get(plain)
@@ -185,7 +185,7 @@ def _add_adapted(
 
 
 def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
-    """How the adapter's names would fit: it was made on this model's backbone, or on a model around this one."""
+    """A hint where the adapter was made on a part of this model, on a larger model, or with separate experts."""
     for outer in modules:
         if outer and 2 * sum(f"{outer}.{name}" in modules for name in unknown) >= len(unknown):
             return f"; it was made on the part '{outer}' of this model: load it into model.get_submodule('{outer}')"
@@ -199,7 +199,7 @@ def _fitting_hint(unknown: list[str], modules: Collection[str]) -> str:
 
 
 def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
-    """Full names of the modules saved in full: those that hold `keys` and that the config lists."""
+    """Full names of the modules saved in full: the config lists them, and the keys are their tensors."""
     holders = {key: saved_module(key, listed) for key in keys}
     if strangers := [key for key, holder in holders.items() if holder is None]:
         raise AdapterError(
@@ -215,7 +215,7 @@ def _saved_modules(keys: list[str], listed: list[str], modules: Mapping[str, nn.
 
 
 def refuse_other_targets(peft: Mapping[str, Any], contents: Contents, model: nn.Module) -> None:
-    """Raise where the config and the file's tensors name different modules, parameters or rows."""
+    """Raise an AdapterError where the config and the file's tensors name different modules, parameters or rows."""
     for entry in peft.get("target_parameters") or []:
         if not any(peft_selects([entry], name) for name in contents.parameters):
             raise AdapterError(f"{CONFIG} lists '{entry}' in target_parameters and {WEIGHTS} has no tensors for it")
@@ -228,7 +228,7 @@ def refuse_other_targets(peft: Mapping[str, Any], contents: Contents, model: nn.
             )
     targets = peft.get("target_modules")
     if not targets or targets == "all-linear":
-        return  # the file's keys are all there is to go by
+        return  # only the file's keys name the modules
     saved = peft.get("modules_to_save") or []
     for name, module in named_modules(model):
         is_selected = peft_adapts(peft, targets, _peft_name(name, model))
@@ -249,14 +249,14 @@ def config_for(
     model: nn.Module,
     alphas_in_doubt: Mapping[str, float],
 ) -> LoRAConfig:
-    """The config that injects what the file holds.
+    """The config that injects the file's adapter.
 
-    Ranks come from the tensors, alphas from PEFT's patterns; what PEFT's layout cannot say (`slices`, an
-    attention of which one projection is adapted, dropouts by layer) from our record, where there is one.
+    Ranks come from the tensors, alphas from PEFT's patterns; what PEFT's layout cannot express (`slices`, an attention
+    with one adapted projection, dropouts by layer) comes from our record, where there is one.
 
     Raises:
-        AdapterError: the config was changed since we wrote it, or does not go with the tensors' ranks, or leaves an
-            alpha in doubt.
+        AdapterError: the config was changed since it was saved, contradicts the tensors' ranks, or leaves an alpha
+            ambiguous.
     """
     r, alpha, rslora = int(peft.get("r", 8)), float(peft.get("lora_alpha", 8)), bool(peft.get("use_rslora"))
     adapted = {**contents.modules, **contents.parameters}
@@ -265,7 +265,7 @@ def config_for(
         refuse_other_rank(peft, name, names[name], rank)
     alphas = find_alphas(peft, names, adapted, alphas_in_doubt)
     if record:
-        # A projection that only fills PEFT's form is not in the record.
+        # The zeros of a projection that is not adapted are not in the record.
         adapted = {name: rank for name, rank in adapted.items() if name in record.settings}
         for name, peft_rank in adapted.items():
             our_r, our_alpha, written = record.settings[name]
@@ -279,7 +279,7 @@ def config_for(
         alpha=alpha,
         dropout=float(peft.get("lora_dropout") or 0.0),
         dropout_pattern={exact_pattern(n): p for n, p in dropouts.items() if n in adapted},
-        # In a group of its own: a module by the name of a preset, such as `attention`, is meant as a name.
+        # In a group, so that a module with the name of a preset, such as `attention`, is not taken for the preset.
         target_modules=f"(?:{'|'.join(re.escape(name) for name in modules)})" if modules else [],
         target_parameters=list(contents.parameters) or None,
         trainable_token_indices={name: [*token_ids(peft, name)] for name in contents.tokens} or None,
@@ -301,7 +301,7 @@ def exact_pattern(name: str) -> str:
 
 
 def _peft_name(name: str, model: nn.Module) -> str:
-    """The name by which PEFT looks up a rank and an alpha."""
+    """The name by which PEFT looks up a module's rank and alpha."""
     parent, _, last = name.rpartition(".")
     is_in_attention = last == "out_proj" and isinstance(get_module(model, parent), nn.MultiheadAttention)
     return parent if is_in_attention else name

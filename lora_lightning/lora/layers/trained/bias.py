@@ -12,10 +12,10 @@ from lora_lightning.lora.layers.functional import wide_dtype
 
 
 class TrainedBias(Grafted):
-    """Whoever reads `.bias` of this module gets a trained copy; the original keeps its key and never moves.
+    """A module whose `.bias` reads as a trained copy; the original keeps its key and never changes.
 
-    So it serves every kind of module with a bias, and those whose parent reads the bias, such as
-    `nn.MultiheadAttention.out_proj`.
+    This works for every kind of module with a bias, also where the parent reads it, as `nn.MultiheadAttention` reads
+    that of `out_proj`.
     """
 
     lora_names: ClassVar[tuple[str, ...]] = ("lora_trained_bias",)
@@ -23,17 +23,20 @@ class TrainedBias(Grafted):
 
     @property
     def bias(self) -> Tensor | None:
-        """The trained copy in the original's dtype; the original while the adapter is switched off, or as a shard."""
+        """The trained copy in the original's dtype; the original while the adapter is off or the bias is a shard."""
         original = self._parameters["bias"]
         assert original is not None
         if not self.lora_enabled or is_shard(original):
             return original
-        # A view where no cast makes a tensor of its own: bitsandbytes sets `.data` of what it gets here.
+        # Never the parameter itself, but a view or a cast: bitsandbytes sets `.data` of what it reads.
         return self.lora_trained_bias.view_as(self.lora_trained_bias).to(original.dtype)
 
     @classmethod
     def attach(cls, module: nn.Module, copies: dict[int, nn.Parameter]) -> None:
-        """Copy the module's bias, in float32 or wider, and train the copy. `copies` by the original's id: ties stay."""
+        """Copy the module's bias, in float32 or wider, and train the copy.
+
+        `copies` maps the originals' ids to their copies, so that tied biases have one copy.
+        """
         graft(module, cls)
         original = module._parameters["bias"]
         assert original is not None
@@ -43,7 +46,10 @@ class TrainedBias(Grafted):
 
     @torch.no_grad()
     def fold(self, folded: dict[int, nn.Parameter]) -> None:
-        """Make the trained values the module's own, in a new parameter. `folded` by the copy's id: ties stay."""
+        """Replace the original by the trained values, in a new parameter.
+
+        `folded` maps the copies' ids to the new parameters, so that tied biases stay tied.
+        """
         original = self._parameters["bias"]
         assert original is not None
         trained = self.lora_trained_bias
@@ -59,7 +65,7 @@ class TrainedBias(Grafted):
         super().rescale_update(strength, done)
 
     def reset_lora_parameters(self) -> None:
-        """Start the copy anew from the original."""
+        """Start the copy from the original again."""
         original = self._parameters["bias"]
         assert original is not None
         with torch.no_grad():
@@ -67,7 +73,7 @@ class TrainedBias(Grafted):
         super().reset_lora_parameters()
 
     def reset_parameters(self) -> None:
-        """What resets the module means its own bias, not the copy."""
+        """Reset the original bias, and start the copy from it."""
         with self.lora_disabled():
             super().reset_parameters()  # type: ignore[misc]
         with torch.no_grad():
