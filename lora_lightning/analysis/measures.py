@@ -102,11 +102,6 @@ class AdapterMeasures:
     """Remarks, such as on what the measures leave out."""
 
 
-def spectra_of(layer: Factors) -> list[Spectrum]:
-    """The spectrum of each entry."""
-    return [spectrum(A, B, layer.scale) for A, B in layer.pairs]
-
-
 def common_rank(layer: Factors, share: float) -> int:
     """The smallest r of the layer that holds `share` of its energy; at least 1.
 
@@ -120,7 +115,7 @@ def common_rank(layer: Factors, share: float) -> int:
 
 def measure_layer(layer: Factors, weights: Weights | None, place: Place) -> LayerMeasures:
     """All measures of one layer; those against W0 only where `weights` has it."""
-    spectra = spectra_of(layer)
+    spectra = [spectrum(A, B, layer.scale) for A, B in layer.pairs]
     S = torch.cat([s.S for s in spectra]).sort(descending=True).values
     matrices = None if weights is None else weights.of(layer)
     return LayerMeasures(

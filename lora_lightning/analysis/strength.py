@@ -113,14 +113,13 @@ def validation_metrics(
             seen.add(group)
     if not seen:
         raise LoRAError("the validation set has no batch")
-    values = {stage: _stage_metrics(known[stage], stage) for stage in known}
+    values = {
+        stage: {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
+        for stage, metrics in known.items()
+    }
     without = [values[stages[group]] for group in sorted(seen)] if len(seen) > 1 else []
     errors = {name: _jackknife([figures[name] for figures in without]) for name in values["val"]}
     return {name: Mean(value=value, error=errors[name]) for name, value in values["val"].items()}
-
-
-def _stage_metrics(metrics: dict[str, Any], stage: str) -> dict[str, float]:
-    return {name.removeprefix(f"{stage}/"): float(metric.compute()) for name, metric in metrics.items()}
 
 
 def _jackknife(values: Sequence[float]) -> float | None:

@@ -14,7 +14,7 @@ from lora_lightning.backbones.gguf import directory_and_file, forget_gguf
 from lora_lightning.backbones.locate import refuse_not_there, resolve
 from lora_lightning.backbones.meta_device import finish_on_meta, record_files, refuse_on_meta
 from lora_lightning.backbones.tokenizers import load_tokenizer, quiet
-from lora_lightning.lora.errors import LoRAError, did_you_mean
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_line
 from lora_lightning.lora.frozen.quantization import scheme
 from lora_lightning.lora.meta.build import builds_bare
 
@@ -104,7 +104,7 @@ def huggingface(
             ) from error
         raise LoRAError(_not_found(pretrained_model_name_or_path, error)) from error
     except ImportError as error:
-        raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {_reason(error)}") from error
+        raise LoRAError(f"'{pretrained_model_name_or_path}' asks for a package: {first_line(error)}") from error
     if on_meta:
         finish_on_meta(model, files)
     if "gguf_file" in kwargs:
@@ -198,11 +198,7 @@ def _new_keys(model: Any, without: list[str]) -> list[str]:
 
 
 def _not_found(name: str, error: Exception) -> str:
-    reason = _reason(error)
+    reason = first_line(error)
     if Path(name).exists():
         return f"transformers cannot load '{name}': {reason}"
     return f"no model '{name}': neither a directory nor found on the hub ({reason})"
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

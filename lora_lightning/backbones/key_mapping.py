@@ -95,7 +95,9 @@ def _fused_group(
     load = _loader(model, name, rule, patterns)
     bare_names = {_bare(apply_renamings(key, renamings), model): key for key in patterns}
     store = _storer(model, rule, bare_names) if to_write else _refuse_to_write
-    before = {k: torch.empty(checkpoint.stored[k].shape, dtype=_dtype(checkpoint, k), device="meta") for k in patterns}
+    stored = {key: checkpoint.stored[key] for key in patterns}
+    dtypes = {key: DTYPES.get(entry.dtype, torch.uint8) for key, entry in stored.items()}
+    before = {key: torch.empty(entry.shape, dtype=dtypes[key], device="meta") for key, entry in stored.items()}
     try:
         made = load(dict(before))
         after = store(made) if to_write else before
@@ -150,7 +152,3 @@ def _single(made: dict[str, Any]) -> dict[str, Tensor]:
 
 def _bare(name: str, model: PreTrainedModel) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _dtype(checkpoint: Checkpoint, key: str) -> torch.dtype:
-    return DTYPES.get(checkpoint.stored[key].dtype, torch.uint8)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lora_lightning.backbones.locate import resolve
-from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few
+from lora_lightning.lora.errors import LoRAError, did_you_mean, first_few, first_line
 from lora_lightning.lora.formats.tensor_files import read_pickled, read_tensors
 from lora_lightning.lora.meta.build import builds_bare
 
@@ -51,7 +51,7 @@ def timm_model(
     try:
         model: nn.Module = timm.create_model(model_name, pretrained=pretrained and checkpoint_path is None, **kwargs)
     except Exception as error:  # no weights, no network, arguments that the model does not take
-        raise LoRAError(f"timm cannot make '{model_name}': {_first_line(error)}") from error
+        raise LoRAError(f"timm cannot make '{model_name}': {first_line(error)}") from error
     heads = _timm_heads(model)
     if checkpoint_path is not None:
         new = _fill(model, Path(resolve(checkpoint_path)), heads)
@@ -102,7 +102,7 @@ def torchvision_model(
         else:
             model = models.get_model(model_name, weights=chosen, **kwargs)
     except Exception as error:  # no network, a broken download, arguments that the model does not take
-        raise LoRAError(f"torchvision cannot make '{model_name}': {_first_line(error)}") from error
+        raise LoRAError(f"torchvision cannot make '{model_name}': {first_line(error)}") from error
     if checkpoint_path is not None:
         new = _fill(model, Path(resolve(checkpoint_path)), None)
     else:
@@ -210,7 +210,3 @@ def _fill(model: nn.Module, file: Path, heads: set[str] | None) -> list[str]:
         raise LoRAError(f"{file.name} does not fit {type(model).__name__}: {first_few(faults)}")
     model.load_state_dict({key: expected[key] if key in new else state[key] for key in expected})
     return new
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -86,6 +86,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return "; did you mean " + " or ".join(f"'{name}'" for name in close) + "?"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; the name of its type where there is none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def first_few(items: list[str], limit: int = 4) -> str:
     """The first items, separated by commas, and how many more there are."""
     more = f" and {len(items) - limit} more" if len(items) > limit else ""

@@ -64,8 +64,9 @@ class Share:
             _store(module, store).update(entries)
         for name, child in self.stores["_modules"].items():
             if name == COPY:
-                originals = [m for path, m in module.named_modules(remove_duplicate=False) if not _within_copy(path)]
-                for twin, original in zip(child.modules(), dict.fromkeys(originals), strict=True):
+                named = module.named_modules(remove_duplicate=False)
+                originals = dict.fromkeys(m for path, m in named if path.partition(".")[0] != COPY)
+                for twin, original in zip(child.modules(), originals, strict=True):
                     twin.training = original.training
             else:
                 child.train(module.training)
@@ -177,13 +178,11 @@ def refuse_replaced(model: nn.Module, held: DetachedAdapter) -> None:
 
 
 def _share(path: str, module: Grafted) -> Share:
-    stores = {store: _lora_entries(_store(module, store)) for store in (*STORES, "__dict__")}
+    stores = {
+        store: {name: entry for name, entry in _store(module, store).items() if name.startswith("lora_")}
+        for store in (*STORES, "__dict__")
+    }
     return Share(path, module, class_swap.own_class(type(module)), type(module), stores)
-
-
-def _lora_entries(entries: dict[str, Any]) -> dict[str, Any]:
-    """The entries that grafting added, whose names begin with `lora_`."""
-    return {name: value for name, value in entries.items() if name.startswith("lora_")}
 
 
 def _store(module: nn.Module, store: str) -> dict[str, Any]:
@@ -194,7 +193,3 @@ def _store(module: nn.Module, store: str) -> dict[str, Any]:
 def _is_adapter_part(path: str) -> bool:
     """Whether this module is inside the adapter, and so belongs to the share of the module that holds it."""
     return any(part == COPY or part.startswith(CHILD) for part in path.split("."))
-
-
-def _within_copy(path: str) -> bool:
-    return path.partition(".")[0] == COPY

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lora_lightning.lora.errors import AdapterError
+from lora_lightning.lora.errors import AdapterError, first_line
 from lora_lightning.lora.formats.atomic_dir import write_bytes
 
 # safetensors' names of torch's dtypes; tensors of other dtypes are copied as bytes.
@@ -221,10 +221,9 @@ def read_pickled(path: Path, *, wrappers: tuple[str, ...] = ()) -> dict[str, Ten
         _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a torn pickle fails in as many ways as there are opcodes
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise AdapterError(
-            f"{path} is torn or holds more than tensors, and nothing else in it is opened ({reason}): download it"
-            f" again, or save its state dict alone, best as safetensors"
+            f"{path} is torn or holds more than tensors, and nothing else in it is opened ({first_line(error)}):"
+            f" download it again, or save its state dict alone, best as safetensors"
         ) from error
     if isinstance(content, Mapping):
         content = next((content[key] for key in wrappers if isinstance(content.get(key), Mapping)), content)

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from lora_lightning.lora.frozen.quantization import plain_weight
-from lora_lightning.lora.layers import AdaptedLayer, LoRAMultiheadAttention, LoRAParameter
+from lora_lightning.lora.layers import AdaptedLayer, LoRAConv1D, LoRAMultiheadAttention, LoRAParameter, kind_of
 from lora_lightning.lora.layers.conv import CONVS
 from lora_lightning.lora.layers.functional import without_groups
-from lora_lightning.lora.layers.linear import CONV1D
 
 EPS = torch.finfo(torch.float64).eps
 EXACT_SIDE = 1024
@@ -77,8 +76,7 @@ def weight_matrices(module: nn.Module, weight: Tensor, *, stacked: bool = False)
     if stacked:
         turned = bool(getattr(module, "is_transposed", False)) and weight.dim() == 3
         return list((weight.mT if turned else weight).unbind()) if weight.dim() == 3 else [weight]
-    is_conv1d = any(f"{cls.__module__}.{cls.__qualname__}" == CONV1D for cls in type(module).__mro__)
-    if isinstance(module, nn.Embedding) or is_conv1d:
+    if isinstance(module, nn.Embedding) or kind_of(module) is LoRAConv1D:
         return [weight.mT]
     if isinstance(module, CONVS):
         return [without_groups(weight, module.groups).flatten(1)]

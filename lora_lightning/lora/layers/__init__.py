@@ -9,7 +9,7 @@ from lora_lightning.lora.layers.base import AdaptedLayer
 from lora_lightning.lora.layers.class_swap import Grafted, graft, take_out, ungraft
 from lora_lightning.lora.layers.conv import LoRAConv1d, LoRAConv2d, LoRAConv3d
 from lora_lightning.lora.layers.embedding import LoRAEmbedding
-from lora_lightning.lora.layers.linear import LoRAConv1D, LoRALinear
+from lora_lightning.lora.layers.linear import CONV1D, LoRAConv1D, LoRALinear
 from lora_lightning.lora.layers.parameter import LoRAParameter, ParameterHost
 from lora_lightning.lora.layers.trained.bias import TrainedBias
 from lora_lightning.lora.layers.trained.module_copy import SavedCopy
@@ -23,7 +23,7 @@ KINDS: dict[type[nn.Module] | str, type[AdaptedLayer]] = {
     nn.Conv3d: LoRAConv3d,
     nn.Embedding: LoRAEmbedding,
     nn.MultiheadAttention: LoRAMultiheadAttention,
-    "transformers.pytorch_utils.Conv1D": LoRAConv1D,  # compared by name: `lora/` does not import transformers
+    CONV1D: LoRAConv1D,
 }
 
 
