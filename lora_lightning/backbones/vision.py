@@ -31,8 +31,8 @@ def timm_model(
     Args:
         model_name: such as `convnext_tiny.fb_in22k_ft_in1k`, or `hf-hub:NAME` for one on the hub.
         pretrained: load timm's weights, from the hub or its cache; not where `checkpoint_path` is given.
-        num_classes: outputs of the head, which is new where the weights have another number. The data's own count
-            by default.
+        num_classes: outputs of the head, which is new where the weights have another number; by default the
+            number of the data's classes.
         checkpoint_path: weights in a file, safetensors or what `torch.save` wrote; `package:NAME/path` is a file
             inside an installed package.
         model_kwargs: more arguments for the model, such as `img_size` or `drop_path_rate`.
@@ -75,8 +75,8 @@ def torchvision_model(
     Args:
         model_name: such as `resnet50`, `vit_b_16` or `deeplabv3_resnet50`.
         weights: such as `IMAGENET1K_V2`; `DEFAULT` are the newest; null builds the model with random ones.
-        num_classes: outputs of the head, which is new where the weights have another number. The data's own count
-            by default.
+        num_classes: outputs of the head, which is new where the weights have another number; by default the
+            number of the data's classes.
         checkpoint_path: weights in a file in place of `weights`, safetensors or what `torch.save` wrote.
         model_kwargs: more arguments for the model.
 

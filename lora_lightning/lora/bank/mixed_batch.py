@@ -205,9 +205,9 @@ def _twins(
 def _see_batch_first(names: Mapping[nn.Module, str], batch: Batch) -> None:
     """Read from torch's modules whether rows come first; refuse those where they come second."""
     for module, name in names.items():
-        inner_attention = module.self_attn if isinstance(module, LAYERS) else module
-        if isinstance(inner_attention, nn.MultiheadAttention | nn.RNNBase):
-            if not inner_attention.batch_first:
+        holder = module.self_attn if isinstance(module, LAYERS) else module
+        if isinstance(holder, nn.MultiheadAttention | nn.RNNBase):
+            if not holder.batch_first:
                 raise LoRAError(
                     f"rows: '{name}' has batch_first=False, so that rows are not the first dimension of what it and its"
                     f" neighbours see: {ALONE}"
