@@ -48,8 +48,8 @@ def inject(
             merge can fold: for an adapter that was trained elsewhere.
 
     Raises:
-        TargetError: the config does not fit this model; the model is then as it was.
-        LoRAError: the model is adapted already, or the init lacks its data; the model is then as it was.
+        TargetError: the config does not fit this model; the model is then unchanged.
+        LoRAError: the model is adapted already, or the init lacks its data; the model is then unchanged.
     """
     config = config or LoRAConfig()
     if not isinstance(model, nn.Module):

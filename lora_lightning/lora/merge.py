@@ -47,7 +47,7 @@ def merge(
         LoRAError: a scale that is no finite number of at least 0, or that a layer cannot have.
         MergeError: nothing is adapted; a tensor of the adapter is not finite; a quantized layer and `dequantize`
             is False; a dtype that cannot hold the sum; a bias to add where the layer has none; a model on the meta
-            device. The model is then as it was.
+            device. The model is then unchanged.
     """
     with scaled(model, scale):
         return _merge(model, dequantize=dequantize, dtype=dtype)

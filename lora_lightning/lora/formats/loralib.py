@@ -55,7 +55,7 @@ def load_loralib(
     Raises:
         AdapterError: the file is torn, or holds more than tensors or numbers that are not finite; keys are missing,
             left over or wrongly shaped; r contradicts the shapes; W0 in the file is another, or merged; a convolution
-            has groups, whose channels loralib's product runs across. The model is then as before.
+            has groups, whose channels loralib's product runs across. The model is then unchanged.
     """
     refuse_meta(model)
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:

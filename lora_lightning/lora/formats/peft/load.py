@@ -48,7 +48,7 @@ def load_adapter(
     Raises:
         AdapterError: a file is missing, torn or was changed since; a key is missing, left over or wrongly shaped;
             a setting has no counterpart here; the model has no module that the adapter names; the adapter was
-            made on another W0 and `allow_other_base` is False. The model is then as before.
+            made on another W0 and `allow_other_base` is False. The model is then unchanged.
         LoRAError: the model is adapted already.
     """
     files = AdapterFiles.read(Path(directory))
@@ -126,7 +126,7 @@ def load_files(
         make_real: for a model on the meta device, allocates memory for the injected adapter.
 
     Raises:
-        AdapterError: as `load_adapter`. The model is then as before.
+        AdapterError: as `load_adapter`. The model is then unchanged.
     """
     peft, tensors = resolve(files.peft, files.tensors, model, read, allow_other_base=allow_other_base)
     contents = find_contents(tensors, peft, model)
