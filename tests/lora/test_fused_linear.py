@@ -380,31 +380,17 @@ def kept(model, x):
     return sum(size for place, size in sizes.items() if place not in own)
 
 
-class Three(nn.Module):
-    """Query, key and value of one input."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(width, width) for _ in range(3))
-
-    def forward(self, x):
-        return self.q(x) + self.k(x) + self.v(x)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", [{}, {"bias": "all"}, {"lora_bias": True}], ids=str)
 def test_backward_keeps_rank_sized_numbers_alone(dropout, dtype, options):
-    """The input is there anyway."""
-    x = torch.randn(50, 64, dtype=dtype, requires_grad=True) * 1.0
-    assert kept(adapted(Three(64), dtype, dropout=dropout, **options).train(), x) == 3 * 50 * 3 * x.element_size()
-
-
-def test_layers_on_one_input_keep_it_once_under_autocast_and_many_rows_keep_nothing_of_their_own():
-    x = torch.randn(50, 64, requires_grad=True) * 1.0
-    with torch.autocast("cpu", torch.bfloat16):
-        assert kept(adapted(Three(64), torch.float32), x) == 2 * 3 * 50 * 3
-    assert kept(adapted(Three(16), torch.float32), torch.randn(500, 16, requires_grad=True) * 1.0) == 0
+    """The input is there anyway; under autocast it is kept once, in bfloat16."""
+    x, model = torch.randn(50, 64, dtype=dtype, requires_grad=True) * 1.0, nn.Sequential(nn.Linear(64, 64))
+    model = adapted(model, dtype, dropout=dropout, **options).train()
+    assert kept(model, x) == 50 * 3 * x.element_size()
+    if dtype == torch.float32 and not options and not dropout:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert kept(model, x) == 2 * 50 * 3
 
 
 @pytest.mark.parametrize("backward", [True, False])

@@ -21,6 +21,7 @@ from lora_lightning import LoRAConfig, inject, load_adapter, remove, save_adapte
 from lora_lightning.lora.errors import AdapterWarning, TargetError
 from lora_lightning.lora.inject import adapted_layers
 from lora_lightning.lora.report import STACK
+from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.patterns import matches
 from lora_lightning.lora.targets.presets import LAYOUTS, PRESETS, preset_pattern
 from lora_lightning.lora.targets.select import select
@@ -98,6 +99,38 @@ def test_all_linear_says_what_it_left_out():
     selection = select(model, LoRAConfig(r=1))
     assert [t.name for t in selection.targets] == ["attn", "attn.out_proj", "up"]
     assert selection.skipped.keys() == {"q"}
+
+
+DISTILLED = {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8}
+
+
+def test_the_output_head_is_what_makes_the_output():
+    of_families = {"sequential": ("4",), "encoder": (), "own": ("lm_head",), "bert": ("classifier",)}
+    for name, head in {**of_families, "llama": ("lm_head",), "gpt": ("lm_head",)}.items():
+        assert output_head(FAMILIES[name].make()) == head
+    of_transformers = {"Llama": ("score", "SequenceClassification"), "Bert": ("qa_outputs", "QuestionAnswering")}
+    with torch.device("meta"):
+        for name, (head, task) in {**of_transformers, "ViT": ("classifier", "ImageClassification")}.items():
+            assert output_head(hf(f"{name}For{task}", **ONE_BLOCK)) == (head,)
+        assert output_head(hf("DistilBertForSequenceClassification", **DISTILLED)) == ("classifier",)
+    model = Own()
+    for name, next_one in [("lm_head", "overhead"), ("overhead", "head")]:  # by its whole name
+        delattr(model, name)
+        assert output_head(model) == (next_one,)
+
+
+def test_the_head_of_a_plain_model_is_its_last_linear_layer_and_no_layer_of_a_repeated_block():
+    def blocks(**last):
+        block = nn.ModuleDict({"up": nn.Linear(4, 4), "down": nn.Linear(4, 4)})
+        return nn.ModuleDict({"layers": nn.ModuleList([block, copy.deepcopy(block)]), **last})
+
+    for name in ("fc", "head", "readout"):
+        assert output_head(blocks(**{name: nn.Linear(4, 2)})) == (name,)
+    several = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    assert output_head(blocks(classifier=several)) == ("classifier",)
+    bodies = [blocks(), bert().bert, FAMILIES["llama"].build().model]
+    for model in [*bodies, nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)), nn.LayerNorm(3)]:
+        assert output_head(model) == ()
 
 
 @pytest.mark.parametrize(
