@@ -15,7 +15,7 @@ from lora_lightning.lora.errors import AdapterError, MergeError
 from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.init.random import gaussian_, kaiming_
 from lora_lightning.lora.inject import grafted_modules
-from lora_lightning.lora.layers import LoRAParameter, TrainedBias, base
+from lora_lightning.lora.layers import LoRAParameter, TrainedBias, base, fused_linear
 from lora_lightning.lora.layers.fused_linear import eager_arithmetic
 from tests.lora.directories import of_peft
 from tests.lora.kinds import (
@@ -47,7 +47,8 @@ def one_layer(**fields):
 
 @pytest.mark.parametrize("eager", [True, False])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_dropout_touches_what_a_sees_and_leaves_w0s_input_whole(use_dora, eager):
+def test_dropout_touches_what_a_sees_and_leaves_w0s_input_whole(use_dora, eager, monkeypatch):
+    monkeypatch.setattr(fused_linear, "BLOCK", 2**6)  # so that the mask is drawn in several blocks
     layer, x = one_layer(dropout=0.5, use_dora=use_dora).train(), torch.randn(64, 6, dtype=torch.float64)
     torch.manual_seed(7)
     with eager_arithmetic() if eager else contextlib.nullcontext():
