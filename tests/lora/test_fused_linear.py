@@ -397,3 +397,5 @@ def test_options_that_are_gone_say_what_to_take(name, instead):
         getattr(lora_lightning, name)
     with pytest.raises(LoRAError, match=f"{name} .*{instead}"):
         LoRAModule(nn.Linear(2, 2), None, **{name: True})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lorra'"):
+        LoRAModule(nn.Linear(2, 2), None, lorra=1)
