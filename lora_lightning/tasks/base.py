@@ -65,7 +65,7 @@ class Task(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The predictions of one batch for `lora-lightning predict`, by name: tensors or lists, one row per example.
+        """The predictions of one batch for `lora-lightning predict`, by name: tensors or lists, one row each.
 
         Targets are not needed.
         """

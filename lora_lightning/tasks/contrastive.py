@@ -110,7 +110,7 @@ class ContrastiveEmbedding(Task):
         return dict(metrics.items(keep_base=False))
 
     def predict(self, backbone: nn.Module, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Embeddings (n, d): of the anchors, and of positives and negatives if there are any; or of images and texts."""
+        """Embeddings (n, d): of the anchors, and of positives and negatives, if any; or of images and texts."""
         if "anchor" in batch:
             return {
                 "embedding" if name == "anchor" else f"{name}_embedding": self._encode(backbone, batch[name])
