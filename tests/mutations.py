@@ -97,7 +97,7 @@ by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 +pass
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: places of loaders that were made early, in training.checkpoints.resume.Resume.on_train_start
--        load_left_places(trainer)
+-        restore_loader_places(trainer)
 by training/resume::test_resumed_from_any_state_is_uninterrupted[plain]
 == law 8: figures that training has gathered, in training.checkpoints.resume.Resume._put_back
 -            put_figures(module, process_state["figures"])
@@ -108,7 +108,7 @@ by training/resume::test_resumed_from_any_state_is_uninterrupted[no validation]
 +        self._put_back(trainer, pl_module)
 by training/resume::test_resumed_from_any_state_is_uninterrupted[max_steps]
 == law 8: the steps that were logged, in training.checkpoints.loop_state.canonical_state
--epoch_state["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
+-epoch_loop["_batches_that_stepped"] = stepped - (place.kind == "batch" and place.at_step)
 +del stepped
 by training/resume::test_best_resumes_from_an_epochs_end_with_the_plateau_that_was_due
 == law 8: the plateau that was due, in training.checkpoints.resume.Resume.on_train_epoch_start
@@ -120,7 +120,7 @@ by training/resume::test_best_resumes_from_an_epochs_end_with_the_plateau_that_w
 +if other := []:
 by training/resume::test_another_order_is_refused_in_an_epochs_middle
 == law 8: a resume that cannot be exact is said, in training.checkpoints.resume.Resume.on_train_start
--        for sentence in reasons_against(self._found, trainer.world_size, restarting_loaders(trainer)):
+-        for sentence in reasons_against(self._loaded, trainer.world_size, restarting_loaders(trainer)):
 +        for sentence in ():
 by training/resume::test_a_checkpoint_without_random_states_and_one_of_other_processes_are_named
 == law 8: the newest state is last.ckpt, not the best, in training.checkpoints.model_checkpoint.Checkpoints._save_newest
@@ -207,7 +207,7 @@ by training/guards::test_with_a_loss_scaler_gradients_may_overflow_and_the_loss_
 +    return None
 by training/guards::test_what_is_not_finite_stops_the_fit_by_name_and_leaves_the_last_good_checkpoint[nan]
 == notice: a checkpoint's settings that win over a flag, in training.checkpoints.resume.Resume.on_train_start
--        for sentence in overruled_settings(self._found["settings"], self._settings):
+-        for sentence in overruled_settings(self._loaded["settings"], self._settings):
 +        for sentence in ():
 by training/resume::test_what_a_checkpoint_overrules_is_said
 == notice: a best by another metric, in training.checkpoints.model_checkpoint.Checkpoints.load_state_dict

@@ -22,7 +22,7 @@ from lora_lightning import CausalLM, LoRAConfig, LoRAError, LoRAModule, LoRATrai
 from lora_lightning.lora.frozen.quantization import hold_packing
 from lora_lightning.lora.frozen.tensors import adapter_tensors, iter_base
 from lora_lightning.training.checkpoints.rng_state import random_state, set_random_state
-from lora_lightning.training.population.halving import Standing, dropped, parse_rungs, replay, rung_steps
+from lora_lightning.training.population.halving import Standing, choose_dropped, parse_rungs, replay, rung_steps
 from lora_lightning.training.population.population import Halving, Interrupted, Population, copy_over_base
 from lora_lightning.training.strategies.collectives import gather
 from tests.factories import bert, llama
@@ -343,17 +343,17 @@ def standings(**values):
 
 def test_who_is_clearly_behind_is_dropped_and_a_rung_that_cannot_tell_drops_nobody():
     found = standings(a=[0.9, 0.8, 0.9, 0.8], b=[0.8, 0.7, 0.8, 0.7], c=[0.2, 0.1, 0.2, 0.1], d=[0.3, 0.2, 0.3, 0.2])
-    assert set(dropped(found, 2, "max")) == {"c", "d"}
-    assert set(dropped(found, 2, "min")) == {"a", "b"}
-    assert dropped(standings(a=[0.9, 0.1, 0.8, 0.2], b=[0.1, 0.9, 0.2, 0.79]), 1, "max") == {}
+    assert set(choose_dropped(found, 2, "max")) == {"c", "d"}
+    assert set(choose_dropped(found, 2, "min")) == {"a", "b"}
+    assert choose_dropped(standings(a=[0.9, 0.1, 0.8, 0.2], b=[0.1, 0.9, 0.2, 0.79]), 1, "max") == {}
 
 
 def test_where_the_metric_ties_the_loss_decides():
     """All at the majority's share: the members are told apart by their losses, and where these tie too, not at all."""
     tied = standings(a=[0.6, 0.5], b=[0.6, 0.5], c=[0.6, 0.5])
-    assert dropped(tied, 1, "max") == {}
+    assert choose_dropped(tied, 1, "max") == {}
     behind = Standing(value=tied["c"].value, loss=0.9, values=tied["c"].values, losses=[0.91, 0.89])
-    assert set(dropped({**tied, "c": behind}, 2, "max")) == {"c"}
+    assert set(choose_dropped({**tied, "c": behind}, 2, "max")) == {"c"}
 
 
 def test_the_standard_error_is_that_of_the_paired_difference():
@@ -362,7 +362,7 @@ def test_the_standard_error_is_that_of_the_paired_difference():
     differences = [x - y for x, y in zip(a, b, strict=True)]
     mean = sum(differences) / 5
     error = math.sqrt(sum((d - mean) ** 2 for d in differences) / 4 / 5)
-    assert f"standard error {error:.4f}" in dropped(standings(a=a, b=b), 1, "max")["b"]
+    assert f"standard error {error:.4f}" in choose_dropped(standings(a=a, b=b), 1, "max")["b"]
 
 
 @pytest.mark.parametrize("texts", [["0"], ["1"], ["1/2", "1/4"], ["half"], []])
