@@ -127,7 +127,7 @@ def test_a_packed_run_learns_the_same_and_wandb_gets_its_table(chat, tmp_path):
     rows = ["--data.init_args.batch_size", "4", "--trainer.max_epochs", "3"]
     logger = ["--trainer.logger", "lora_lightning.WandbLogger", "--trainer.logger.save_dir", str(tmp_path / "runs")]
     LoRACLI(args=["fit", "--config", str(config), *rows, *logger])
-    (table,) = (tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json")
+    table = next((tmp_path / "runs" / "wandb").glob("offline-run-*/files/media/table/samples_*.table.json"))
     content = json.loads(table.read_text())
     assert content["columns"] == ["step", "prompt", "reference", "before", "after"]
     assert len(content["data"]) == 3
