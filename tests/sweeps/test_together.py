@@ -87,6 +87,7 @@ REFUSED = [
         ["--grid", "trainer.max_epochs=1,2"],
         "'trainer.max_epochs' cannot.*lora-lightning sweep --.* --grid trainer",
     ),
+    ([*TWO_RANKS, "--seeds", "1,2"], "leave --seeds out"),
     ([*TWO_RANKS, "--trainer.strategy", "ddp_fork"], "forks its processes for each"),
     ([*TWO_RANKS, "--trainer.strategy", "fsdp2"], "shards W0 for each: take strategy ddp"),
 ]
