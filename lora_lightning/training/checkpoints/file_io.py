@@ -20,7 +20,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lora_lightning.lora.errors import LoRAError
+from lora_lightning.lora.errors import LoRAError, first_line
 
 PREVIOUS = ".previous"
 FOREIGN = re.compile(r"(?:GLOBAL|global|class|function) `?([\w.]+\.[\w.]+)")
@@ -121,7 +121,7 @@ def check_whole(path: Path) -> None:
     except FileNotFoundError:
         raise
     except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-        raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint ({_first_line(error)})") from error
+        raise DamagedCheckpointError(f"'{path}' is not a whole checkpoint ({first_line(error)})") from error
 
 
 def whole_file(path: Path) -> Path:
@@ -161,12 +161,7 @@ def read_checkpoint(path: Path, *, weights_only: bool = True, map_location: Any 
             " of it was run"
         ) from None
     except (RuntimeError, EOFError, KeyError, AttributeError, IndexError, TypeError, ValueError) as error:
-        raise DamagedCheckpointError(f"'{file}' is not a whole checkpoint ({_first_line(error)})") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise DamagedCheckpointError(f"'{file}' is not a whole checkpoint ({first_line(error)})") from error
 
 
 class WholeFiles(TorchCheckpointIO):
