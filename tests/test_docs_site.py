@@ -4,12 +4,9 @@ import dataclasses
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, Optional
 
 import pytest
-import torch
 
 import lora_lightning
 from tests import chromium
@@ -70,24 +67,6 @@ FAULTY = r"""# Title
 """
 FAULTS = ["nowhere", "nohere", "../configs/nowhere.yaml", "nowhere.svg", "nocommand", "isn't included in any toctree"]
 """What is said of a page, heading, file, picture and formula that are not there, and of a page in no toctree."""
-
-
-TYPES = [
-    (int, "int"),
-    (list[str], "list[str]"),
-    (int | list[str] | None, "int or list[str] or null"),
-    (Optional[Literal["min", "max"]], "min or max or null"),  # noqa: UP045  (as jsonargparse gives it)
-    (Callable[[torch.nn.Module], torch.optim.Optimizer], "Optimizer by class_path"),
-]
-VALUES = [(None, "null"), (True, "true"), (0.5, "0.5"), ("", "''"), (("a", "b"), "[a, b]"), ({"a": None}, "{a: null}")]
-
-
-def test_a_type_and_a_default_are_written_as_a_person_writes_them(monkeypatch):
-    monkeypatch.syspath_prepend(DOCS / "_ext")
-    import config_reference
-
-    assert [config_reference.plain_type(kind) for kind, _ in TYPES] == [said for _, said in TYPES]
-    assert [config_reference.plain_value(value) for value, _ in VALUES] == [said for _, said in VALUES]
 
 
 def test_each_fault_of_a_page_fails_the_build(tmp_path):

@@ -9,7 +9,7 @@ from lora_lightning import LoRAConfig, inject, save_adapter
 from lora_lightning.commands.plan.parameter_count import terms_of
 from lora_lightning.lora.formats.peft.save import adapter_file_bytes
 from tests.factories import FAMILIES
-from tests.lora.test_paper_counts import OF_C_ATTN, QUERY_VALUE, gpt, roberta_base
+from tests.lora.test_paper_counts import OF_C_ATTN, gpt
 
 HEADS = {"modules_to_save": ["classifier"], "bias": "lora_only", "dropout": 0.1}
 PATTERNS = {"rank_pattern": {"query": 2}, "alpha_pattern": {"value": 3}}
@@ -39,23 +39,15 @@ def test_the_adapters_file_has_the_size_that_was_planned(name, tmp_path):
     assert (planned.trainable, planned.frozen) == (report.trainable, report.frozen)
 
 
-@pytest.mark.parametrize(
-    ("make", "r", "chosen", "terms", "count"),
-    [
-        (roberta_base, 8, QUERY_VALUE, ["2 L d r = 2 x 12 x 768 x 8"] * 2, 294_912),
-        (gpt(1024, 24, 16), 4, OF_C_ATTN, ["2 L d r = 2 x 2 x 24 x 1,024 x 4"], 393_216),
-        (gpt(12288, 96, 96), 1, OF_C_ATTN, ["2 L d r = 2 x 2 x 96 x 12,288 x 1"], 4_718_592),
-    ],
-    ids=["RoBERTa base, 0.3M", "GPT-2 M, 0.35M", "GPT-3 175B, 4.7M"],
-)
-def test_the_papers_formula_with_a_runs_numbers_gives_the_papers_counts(make, r, chosen, terms, count):
+def test_the_papers_formula_has_a_runs_numbers():
+    """tests/lora/test_paper_counts.py holds the counts to the paper's."""
     with torch.device("meta"):
-        model = make()
-    report = inject(model, LoRAConfig(r=r, **chosen), run_init=False)
-    found = terms_of(model, report)
-    assert [term.formula for term in found] == terms
-    assert all(term.is_square for term in found)
-    assert sum(term.factors for term in found) == report.trainable == count
+        model = gpt(1024, 24, 16)()
+    report = inject(model, LoRAConfig(r=4, **OF_C_ATTN), run_init=False)
+    (term,) = terms_of(model, report)
+    assert term.formula == "2 L d r = 2 x 2 x 24 x 1,024 x 4"
+    assert term.is_square
+    assert term.factors == report.trainable == 393_216
 
 
 def test_the_formulas_terms_are_what_their_own_numbers_give():

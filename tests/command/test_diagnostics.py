@@ -20,18 +20,13 @@ from lora_lightning.cli.other_tools import HERE, NOT_NEEDED
 @pytest.mark.parametrize(
     ("path", "said"),
     [
-        ("SequenceClasification", "is no path to a class, such as module.Class; did you mean 'lora_lightning.Sequence"),
         ("lora_lightning.tasks.clasification.X", "did you mean 'lora_lightning.tasks.classification'"),
-        ("lora_lightnin.LoRAModule", "there is no module 'lora_lightnin'; did you mean 'lora_lightning'"),
-        ("torch.optim.AdmW", "there is no 'torch.optim.AdmW'; did you mean 'torch.optim.AdamW'"),
         ("torch.nn.Linear.forwards", "did you mean 'torch.nn.Linear.forward'"),
         ("zzqqx.Task", "there is no module 'zzqqx': a file zzqqx.py of your own is looked for in the folder where"),
-        ("my_tasks_1.Juge", "did you mean 'my_tasks_1.Judge'"),
         ("my_task_1.Judge", "did you mean 'my_tasks_1'"),
         ("my_broken_1.X", "'my_broken_1' cannot be imported: No module named 'nothing_here'"),
         ("my_broken_2.X", "'my_broken_2' cannot be imported: ZeroDivisionError: division by zero"),
         ("my_tasks_1.Judge", None),
-        ("lora_lightning.LoRAModule", None),
         ("torch.nn.Linear.forward", None),
     ],
 )
@@ -49,13 +44,10 @@ def test_a_path_that_leads_nowhere_is_answered_and_another_let_be(path, said, tm
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.yaml", "---\n", "a.yaml is empty"),
         ("a.yaml", "name: x\nlora: \0\n", "a.yaml, line 2: a character that no text holds"),
         ("a.yaml", "# one\ntrainer:\n  # max_epochs: 3\n", "a.yaml, line 2: 'trainer' holds nothing: give it keys"),
         ("a.json", '{"trainer": {"max_steps": 1}', "a.json, line 1: no YAML: while parsing a flow mapping that"),
-        ("a.json", "[1, 2]", "a.json must hold keys with values, such as 'name: demo', got a list"),
         ("a.toml", "[trainer]\nmax_steps = 1\n", "a.toml, line 2: no YAML: expected '<document start>'"),
-        ("a.yaml", "{}\n", None),
         ("a.json", '{\n\t"trainer": {\n\t\t"max_steps": 1\n\t}\n}', None),
         ("a.yaml", "ckpt_path: null\nname: x\n", None),
         ("a.yaml", "save_every: null\nckpt_path: ~\n", None),
@@ -106,11 +98,7 @@ def test_every_answer_to_another_tools_name_is_a_key_of_fit_and_none_is_one_of_o
     ("flag", "said"),
     [
         ("--lora_query", ": here it is --model.lora.target_modules"),
-        ("--micro_batch_size", ": here it is --data.init_args.batch_size"),
         ("--per-device-train-batch-size", ": here it is --data.init_args.batch_size"),
-        ("--batch_size", ": here it is --data.init_args.batch_size"),
-        ("--cutoff_len", ": here it is --data.init_args.max_length"),
-        ("--epochs", ": here it is --trainer.max_epochs"),
         ("--model.lora.lora_dropout", ": here it is --model.lora.dropout"),
         ("--model.lora.loftq_config", ": here it is --model.lora.init loftq"),
         ("--lora_target_linear", ": leave it out, all linear layers are adapted unless model.lora.target_modules says"),
@@ -128,8 +116,5 @@ def test_a_flag_of_another_tool(flag, said, options, tmp_path):
 def test_a_command_without_a_model_is_not_told_of_one_and_an_option_that_is_gone_is_answered():
     said = explain("unrecognized arguments: --lora_r 3", ["--lora_r", "3"], ["--base_model", "--adapter"], "merge")
     assert said == "unknown option --lora_r: --help tells what there is"
-    line = explain(
-        "unrecognized arguments: --directions 4", ["--directions", "4"], ["--adapters", "--layers"], "analyze"
-    )
-    assert "it is gone" in line
-    assert "two adapters" in line
+    given = ["--directions", "4"]
+    assert "it is gone; " in explain("unrecognized arguments: --directions 4", given, ["--adapters"], "analyze")

@@ -16,7 +16,6 @@ from lora_lightning.lora.frozen.fingerprint import fingerprint
 from lora_lightning.lora.frozen.tensors import adapter_tensors, base_tensors, frozen_keys
 from lora_lightning.lora.inject import adapted_layers, grafted_modules
 from tests.factories import assert_same, move, snapshot
-from tests.lora.coverage import note
 from tests.lora.kinds import SUBTRACTED
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-2}
@@ -67,7 +66,7 @@ def check_laws(make, run, config, dtype, tmp_path, *, data=None):
     plain = make().to(dtype).eval().requires_grad_(False)
     before, output = snapshot(plain), still(run, plain)
     model = copy.deepcopy(plain)
-    report = check_injected(plain, model, run, config, before, data(dtype) if data else {})
+    check_injected(plain, model, run, config, before, data(dtype) if data else {})
     w0 = fingerprint(model)
     adapted = run(stir(model))
     assert torch.isfinite(adapted).all()
@@ -95,7 +94,6 @@ def check_laws(make, run, config, dtype, tmp_path, *, data=None):
     assert_same(remove(model), before)
     assert torch.equal(still(run, model), output)
     inject(model, config, run_init=False)
-    note(dtype=dtype, report=report)
 
 
 def check_injected(plain, model, run, config, before, data):
@@ -120,7 +118,6 @@ def check_injected(plain, model, run, config, before, data):
     assert trained.keys() <= adapter_tensors(model).keys()
     factor = torch.float64 if next(plain.parameters()).dtype == torch.float64 else torch.float32
     assert all(p.dtype == factor for name, p in trained.items() if ".lora_copy." not in f".{name}")
-    return report
 
 
 def check_copies(plain, model, run, config, output):

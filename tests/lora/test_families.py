@@ -18,7 +18,6 @@ from lora_lightning.lora.layers import LoRALinear, kind_of
 from lora_lightning.lora.targets.output_heads import output_head
 from lora_lightning.lora.targets.select import select
 from tests.factories import hf
-from tests.lora.coverage import note
 from tests.lora.kinds import bart
 from tests.lora.laws import TOLERANCE, check_fresh, dtypes, relative, still, stir
 
@@ -272,7 +271,6 @@ def check_family(family, dtype, plain, run, chosen, tmp_path):
     assert list(model.state_dict()) == keys
     # In bfloat16 rounding is passed on from layer to layer, here of models with random weights.
     assert relative(run(model), adapted) <= {torch.bfloat16: 0.3}.get(dtype, 10 * TOLERANCE[dtype])
-    note(dtype=dtype, report=report, family=family)
 
 
 def unmoved(model, plain):

@@ -74,8 +74,8 @@ def test_a_stack_holds_the_papers_numbers(model, task):
     assert data.tokenizer == config.model.backbone.init_args.pretrained_model_name_or_path == hub
 
 
-def files(task, folder):
-    """Small files with GLUE's own columns and splits; the labels of its test sets are hidden."""
+def small(task, folder):
+    """The data's arguments over small files with GLUE's own columns and splits; its test sets' labels are hidden."""
     labels = {"mnli": [0, 1, 2], "stsb": [0.0, 2.5, 4.75]}.get(task, [0, 1])
     rng = random.Random(task)
 
@@ -86,7 +86,8 @@ def files(task, folder):
     parts = {"train": rows(labels, 16)}
     for name in ("_matched", "_mismatched") if task == "mnli" else ("",):
         parts |= {f"validation{name}": rows(labels, 6), f"test{name}": rows([-1], 4)}
-    return {split: str(rows_file(folder / f"{split}.jsonl", made)) for split, made in parts.items()}
+    path = {split: str(rows_file(folder / f"{split}.jsonl", made)) for split, made in parts.items()}
+    return {"path": path, "name": None, "max_length": 32, "batch_size": 8}
 
 
 LOGGED = {
@@ -101,25 +102,12 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "i
 SIZES |= {"vocab_size": 32, "max_position_embeddings": 40}
 
 
-def make_roberta(folder):
-    return tiny_model(folder, RobertaConfig(**SIZES, type_vocab_size=1), WORDS)
-
-
-@pytest.fixture(scope="module")
-def roberta(tmp_path_factory):
-    return make_roberta(tmp_path_factory.mktemp("roberta"))
-
-
-def overrides(task, folder):
-    return {"path": files(task, folder), "name": None, "max_length": 32, "batch_size": 8}
-
-
 @pytest.mark.parametrize("task", LOGGED)
 @pytest.mark.filterwarnings("ignore")
-def test_a_recipe_runs_a_step(task, roberta, tmp_path):
-    afresh = ["--model.init_adapter", "null"]
-    data = overrides(task, tmp_path)
-    cli = run_a_step(stack("roberta-base", task), tmp_path, model=roberta, data=data, args=afresh)
+def test_a_recipe_runs_a_step(task, tmp_path):
+    model = tiny_model(tmp_path / "model", RobertaConfig(**SIZES, type_vocab_size=1), WORDS)
+    given = {"model": model, "data": small(task, tmp_path), "args": ["--model.init_adapter", "null"]}
+    cli = run_a_step(stack("roberta-base", task), tmp_path, **given)
     assert cli.trainer.global_step == 1
     assert LOGGED[task] <= set(cli.trainer.callback_metrics)
     assert cli.model.backbone.config.num_labels == {"mnli": 3, "stsb": 1}.get(task, 2)
@@ -137,8 +125,7 @@ def test_a_recipe_runs_a_step(task, roberta, tmp_path):
 def test_deberta_runs_a_step_and_trains_its_pooler_and_classifier(tmp_path):
     more = {"type_vocab_size": 0, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
     model = tiny_model(tmp_path / "deberta", DebertaV2Config(**SIZES, **more), WORDS)
-    data = overrides("cola", tmp_path)
-    cli = run_a_step(stack("deberta-v2-xxlarge", "cola"), tmp_path, model=model, data=data)
+    cli = run_a_step(stack("deberta-v2-xxlarge", "cola"), tmp_path, model=model, data=small("cola", tmp_path))
     assert set(cli.model.report.saved) == {"pooler", "classifier"}
     assert [m.parameters for m in cli.model.report.modules] == [2 * 16 * 16] * 4
     assert cli.model.backbone.dropout.p == pytest.approx(0.1)

@@ -39,11 +39,6 @@ def test_a_stack_has_the_papers_numbers(of, size):
     assert all(of in file for file in data.path.values())
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return make_tiny(tmp_path_factory.mktemp("gpt2"))
-
-
 def make_tiny(folder):
     """GPT-2 of one layer, and a tokenizer of GPT-2's own kind that knows bytes alone."""
     characters = sorted({c for row in restaurants(200) for text in row.values() for c in text.replace(" ", "Ġ")})
@@ -57,11 +52,11 @@ def make_tiny(folder):
 
 
 @pytest.mark.parametrize(("of", "size"), [("e2e", "medium"), ("webnlg", "large"), ("dart", "medium")])
-def test_a_stack_runs_a_step(of, size, tiny, tmp_path):
+def test_a_stack_runs_a_step(of, size, tmp_path):
     parts = {"train": restaurants(16), "validation": restaurants(6, seed=1), "test": restaurants(6, seed=2)}
     files = {split: str(rows_file(tmp_path / f"{split}.jsonl", rows)) for split, rows in parts.items()}
     short = "--model.task.init_args.generation.max_new_tokens=4"
-    cli = run_a_step(stack(of, size), tmp_path, model=tiny, data={"path": files}, args=[short])
+    cli = run_a_step(stack(of, size), tmp_path, model=make_tiny(tmp_path / "model"), data={"path": files}, args=[short])
     assert cli.trainer.global_step == 1
     assert {"train/loss", "val/loss", "val/bleu", "val/rougeL", "val/ter"} <= set(cli.trainer.callback_metrics)
     assert cli.model.task.monitor == "val/bleu"
